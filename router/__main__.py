@@ -1,0 +1,6 @@
+"""Lets `python -m router` do what the `llamayard` command does."""
+
+from router.cli import main
+
+if __name__ == "__main__":
+    main()

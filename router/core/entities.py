@@ -1,0 +1,241 @@
+"""The nouns of llamayard, as frozen values.
+
+Everything that decides reads these and nothing else. All sizes are integer bytes, all durations and times
+float seconds (times on whatever monotonic clock the caller uses: core never reads one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+GpuUuid = NewType("GpuUuid", str)
+"""A card's NVML UUID, e.g. `GPU-8a0c…`; stable over reboots and re-cabling, unlike its index."""
+
+InstanceName = NewType("InstanceName", str)
+"""`gpu0`, `gpu1`, …, `spread`, `cpu`, or the name given by hand."""
+
+BlobDigest = NewType("BlobDigest", str)
+"""`sha256:…` of a weights file. Residency and slots belong to it, not to a model's name."""
+
+TicketId = NewType("TicketId", int)
+LoadId = NewType("LoadId", int)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """One process that holds memory on a card, as NVML tells it."""
+
+    pid: int
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One card as last read. A value that the card or driver does not support is None, never zero."""
+
+    uuid: GpuUuid
+    index: int
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    memory_used_bytes: int
+    memory_reserved_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
+    pcie_generation: int | None = None
+    pcie_generation_max: int | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    temperature_celsius: int | None = None
+    power_draw_watts: float | None = None
+    power_limit_watts: float | None = None
+    utilization_ratio: float | None = None
+    memory_bus_width_bits: int | None = None
+    memory_clock_hertz: int | None = None
+    processes: tuple[GpuProcess, ...] = ()
+    error: str | None = None
+    """Why the card could not be read ("GPU is lost"); memory figures are then the last known ones."""
+
+    @property
+    def bandwidth_bytes_per_second(self) -> float | None:
+        """Theoretical memory bandwidth: two transfers a clock (DDR) over the bus's whole width."""
+        if self.memory_bus_width_bits is None or self.memory_clock_hertz is None:
+            return None
+        return 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
+
+
+class InstanceState(StrEnum):
+    """Where a supervised server is in its life; moved only by the table in `core/lifecycle.py`."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    FATAL = "fatal"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One `ollama serve` as it shall be: what it sees, where it listens, what it may do at once."""
+
+    name: InstanceName
+    gpus: tuple[GpuUuid, ...]
+    """Cards in the order of preference given to the server; empty for one that runs on the CPU."""
+    url: str
+    """`http://127.0.0.1:PORT`, no path."""
+    num_parallel: int = 2
+    context_length: int = 8192
+    kv_cache_type: str = "f16"
+    flash_attention: bool | None = None
+    """None: the server's own choice ("auto")."""
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Whole extra environment of a spawned server; empty for an attached one."""
+    attached: bool = False
+    """True where somebody else runs the server; the router then only uses it."""
+
+    @property
+    def is_spread(self) -> bool:
+        return len(self.gpus) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """Name, ggml type and shape of one tensor, from `/api/show`."""
+
+    name: str
+    ggml_type: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What decides a model's size and behaviour; read from `/api/tags` and `/api/show`."""
+
+    name: str
+    """Shortest form with its tag, e.g. `llama3.3:70b`, as `/api/tags` prints it."""
+    digest: str
+    """The manifest's digest."""
+    blob: BlobDigest
+    weights_bytes: int
+    architecture: str
+    layers: int
+    embedding_length: int
+    head_count: int
+    head_count_kv: tuple[int, ...]
+    """KV heads of each layer (one value per layer; layers without attention have 0)."""
+    key_length: int
+    value_length: int
+    vocabulary_size: int
+    context_length: int
+    """The trained context in tokens; a larger asked one is cut to it."""
+    sliding_window: int | None = None
+    parameters: tuple[tuple[str, str], ...] = ()
+    """PARAMETER lines of the Modelfile that matter to a runner, sorted: `("num_ctx", "4096")`."""
+    is_embedding: bool = False
+    input_bytes: int | None = None
+    """Token embedding table, which stays in host memory, where the tensor table told its size."""
+    output_bytes: int | None = None
+    """Output layer, which goes to the last card."""
+
+
+RunnerOptions = tuple[tuple[str, int | bool], ...]
+"""Options of a load that make Ollama start another runner when they differ, sorted by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a loaded model takes: bytes on each card of a placement, in the placement's card order."""
+
+    per_gpu_bytes: tuple[int, ...]
+    weights_bytes: int
+    kv_cache_bytes: int
+    compute_buffer_bytes: int
+    cuda_context_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.per_gpu_bytes)
+
+
+class ResidencyState(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """One model loaded (or on its way in or out) on one instance."""
+
+    instance: InstanceName
+    blob: BlobDigest
+    name: str
+    """The name it was loaded under; aliases share it."""
+    options: RunnerOptions
+    state: ResidencyState
+    slots: int
+    in_flight: int
+    per_gpu_bytes: tuple[int, ...]
+    """In the instance's card order; the estimate until a measurement replaces it."""
+    context_length: int
+    loaded_at: float
+    used_at: float
+    expires_at: float | None
+    """When the router unloads it if idle; None: never by time."""
+    load_id: LoadId | None = None
+    size_bytes: int = 0
+    size_vram_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """What the deciding functions may know of an instance."""
+
+    spec: InstanceSpec
+    state: InstanceState
+    version: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One request that wants a slot."""
+
+    id: TicketId
+    model: ModelFacts
+    options: RunnerOptions
+    context_length: int
+    keep_alive_seconds: float | None
+    """None: the request said nothing; negative: for ever; 0: unload when idle."""
+    arrived_at: float
+    deadline: float
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Bytes set aside on all cards of a placement for a load under way; all of them or none."""
+
+    load_id: LoadId
+    instance: InstanceName
+    blob: BlobDigest
+    per_gpu_bytes: tuple[tuple[GpuUuid, int], ...]
+    made_at: float
+    finished_at: float | None = None
+    """When the load ended well; kept until a reading of the cards newer than that shows the bytes used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Everything configurable that decisions use; built once from the settings."""
+
+    vram_margin_bytes: int = 512 * 1024**2
+    queue_limit: int = 512
+    queue_timeout_seconds: float = 300.0
+    load_timeout_seconds: float = 600.0
+    keep_alive_seconds: float = -1.0
+    spill_retry_seconds: float = 60.0

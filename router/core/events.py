@@ -1,0 +1,183 @@
+"""The two closed unions of the deciding core: what can happen, and what it may ask for.
+
+The engine turns the outside into events, calls the dispatcher, and carries the actions out. Nothing else passes
+between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.core.entities import (
+    BlobDigest,
+    Gpu,
+    InstanceName,
+    InstanceSpec,
+    InstanceState,
+    LoadId,
+    ModelFacts,
+    RunnerOptions,
+    Ticket,
+    TicketId,
+)
+
+# --- events -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """One row of an instance's `/api/ps`."""
+
+    name: str
+    digest: str
+    size_bytes: int
+    size_vram_bytes: int
+    context_length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GpusRead:
+    """The cards, read at `read_at` (the time *before* the reading began)."""
+
+    gpus: tuple[Gpu, ...]
+    read_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceChanged:
+    spec: InstanceSpec
+    state: InstanceState
+    reason: str = ""
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyRead:
+    """An instance's `/api/ps`, asked for at `read_at`. Failed polls post nothing: unknown is not empty."""
+
+    instance: InstanceName
+    models: tuple[LoadedModel, ...]
+    read_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The client of a waiting ticket went away."""
+
+    ticket_id: TicketId
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A granted slot comes back, however its request ended."""
+
+    ticket_id: TicketId
+    instance_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFinished:
+    load_id: LoadId
+    size_bytes: int
+    size_vram_bytes: int
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    load_id: LoadId
+    status: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadFinished:
+    instance: InstanceName
+    blob: BlobDigest
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAsked:
+    """A client wants a model gone from every instance once its running requests end."""
+
+    blob: BlobDigest
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed: deadlines, expiries."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownBegan:
+    """No new work; what waits is rejected, what runs may end."""
+
+
+Event = (
+    GpusRead
+    | InstanceChanged
+    | ResidencyRead
+    | Arrived
+    | Cancelled
+    | Released
+    | LoadFinished
+    | LoadFailed
+    | UnloadFinished
+    | UnloadAsked
+    | Ticked
+    | ShutdownBegan
+)
+
+# --- actions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The ticket has a slot of its model on this instance, until it is released."""
+
+    ticket_id: TicketId
+    instance: InstanceName
+    url: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The ticket ends in this error; `code` is one of `router.errors`' stable codes."""
+
+    ticket_id: TicketId
+    code: str
+    message: str
+    retry_after_seconds: int | None = None
+    status: int | None = None
+    """The server's own status where its words are passed on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    load_id: LoadId
+    instance: InstanceName
+    url: str
+    model: ModelFacts
+    options: RunnerOptions
+    expects_gpu: bool
+    timeout_seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    instance: InstanceName
+    url: str
+    name: str
+    blob: BlobDigest
+    reason: str
+
+
+Action = Grant | Reject | Load | Unload
