@@ -1,0 +1,198 @@
+"""Real and emulated Ollama servers for tests: their own folders, a free loopback port, nothing left behind.
+
+Each server leads a session of its own and is ended by killing the process group: a killed Ollama leaves its runners.
+Nothing is downloaded; models are written by `tests.support.tiny_model` and created through the server's own API.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.rawhttp import Address
+from tests.support.tiny_model import ModelSpec, write_model
+from tests.support.waiting import eventually_sync
+
+ROOT = Path(__file__).parents[2]
+REAL_VERSION = "0.11.4"
+_START_SECONDS = 30.0
+
+
+def free_port() -> int:
+    """A loopback port that nothing listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def real_binary() -> Path:
+    """The real Ollama's executable; skips the test without it, or fails it where CI=true."""
+    named = os.environ.get("LLAMAYARD_TEST_OLLAMA")
+    binary = Path(named) if named else ROOT / ".cache" / f"ollama-{REAL_VERSION}" / "ollama"
+    if not binary.is_file():
+        words = (
+            f"no real Ollama at {named or binary.relative_to(ROOT)}: run `make ollama` (needs Go and a C++ compiler)"
+        )
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(words)
+        pytest.skip(words)
+    return binary.absolute()
+
+
+@dataclass(slots=True)
+class OllamaServer:
+    """One running server."""
+
+    kind: str
+    """`real` or `emulated`."""
+    version: str
+    address: Address
+    process: subprocess.Popen[bytes]
+    log: Path
+    environment: Mapping[str, str] = field(repr=False)
+
+    @property
+    def url(self) -> str:
+        return self.address.url
+
+    @property
+    def models_dir(self) -> Path:
+        return Path(self.environment["OLLAMA_MODELS"])
+
+    def runners(self) -> dict[int, str]:
+        """Runner children that live: pid and command line."""
+        found: dict[int, str] = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    line = " ".join(child.cmdline())
+                    if " runner " in line and child.status() != psutil.STATUS_ZOMBIE:
+                        found[child.pid] = line
+        return found
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """A blocking request for fixtures: status and the JSON (or bytes) of the answer."""
+        return blocking_call(self.address, method, path, body)
+
+    def stop(self) -> None:
+        """Kills the whole process group and waits for its leader; safe to call twice."""
+        kill_group(self.process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the group that the process leads, then reaps it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+
+
+def blocking_call(
+    address: Address, method: str, path: str, body: Any = None, timeout_seconds: float = 60
+) -> tuple[int, Any]:
+    """One request; a body that is not bytes goes as JSON. The answer's JSON where it is JSON, else its bytes."""
+    payload = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_seconds)
+    with contextlib.closing(connection):
+        connection.request(method, path, payload)
+        reply = connection.getresponse()
+        data = reply.read()
+        is_json = (reply.getheader("Content-Type") or "").startswith("application/json")
+        return reply.status, json.loads(data) if is_json and data else data
+
+
+def start_server(
+    kind: str, version: str, command: Sequence[str], environment: Mapping[str, str], folder: Path
+) -> OllamaServer:
+    """Starts `command` on a free port and waits until `/api/version` answers."""
+    port = free_port()
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    full = {**inherited, "HOME": str(folder), **environment, "OLLAMA_HOST": f"127.0.0.1:{port}"}
+    log = Path(tempfile.mkstemp(dir=folder, prefix=f"{kind}-{port}-", suffix=".log")[1])
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            list(command),
+            env=full,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+            cwd=ROOT,
+        )
+    server = OllamaServer(kind, version, Address("127.0.0.1", port), process, log, full)
+    try:
+        eventually_sync(lambda: _answers(server), _START_SECONDS, f"/api/version of the {kind} server")
+    except AssertionError as error:
+        server.stop()
+        raise AssertionError(f"{error}\nits log ends:\n{log.read_text(errors='replace')[-3000:]}") from error
+    return server
+
+
+def _answers(server: OllamaServer) -> bool:
+    if server.process.poll() is not None:
+        raise AssertionError(f"the {server.kind} server ended with {server.process.returncode}")
+    try:
+        return server.call("GET", "/api/version")[0] == 200
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def real_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
+    """A real Ollama whose home and store lie in `folder`; servers given the same folder share the store."""
+    binary = real_binary()
+    base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
+    server = start_server("real", _version_of(binary), [str(binary), "serve"], {**base, **environment}, folder)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _version_of(binary: Path) -> str:
+    words = subprocess.run(
+        [str(binary), "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        env={"HOME": "/nonexistent"},
+    )
+    return (words.stdout + words.stderr).strip().rpartition(" ")[2]
+
+
+def create_from_file(server: OllamaServer, name: str, path: Path, digest: str, **fields: Any) -> None:
+    """Uploads weights and creates a model of one thread; more would fight with other work on a small box."""
+    status, answer = server.call("POST", f"/api/blobs/{digest}", path.read_bytes())
+    assert status in (200, 201), answer
+    body = {"model": name, "files": {path.name: digest}, "parameters": {"num_thread": 1}, "stream": False, **fields}
+    status, answer = server.call("POST", "/api/create", body)
+    assert (status, answer) == (200, {"status": "success"}), (status, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A written model: its name, path and digest."""
+
+    name: str
+    path: Path
+    digest: str
+
+
+def write_model_files(folder: Path, specs: Mapping[str, ModelSpec]) -> dict[str, ModelFile]:
+    """Writes each spec to `folder/NAME.gguf`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.gguf" for name in specs}
+    return {name: ModelFile(name, paths[name], write_model(paths[name], spec)) for name, spec in specs.items()}
