@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,3 +197,15 @@ def write_model_files(folder: Path, specs: Mapping[str, ModelSpec]) -> dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.gguf" for name in specs}
     return {name: ModelFile(name, paths[name], write_model(paths[name], spec)) for name, spec in specs.items()}
+
+
+@contextlib.contextmanager
+def emulated_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
+    """The emulated server of the rig, told to be a 0.24.0 without cards."""
+    base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
+    command = [sys.executable, "-m", "router.rig.server", "serve"]
+    server = start_server("emulated", "0.24.0", command, {**base, **environment}, folder)
+    try:
+        yield server
+    finally:
+        server.stop()

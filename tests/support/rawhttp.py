@@ -106,12 +106,16 @@ class Connection:
         self._chunked = False
 
     async def send(self, raw: bytes) -> Self:
-        """Sends bytes as they are; the method is remembered to know whether an answer has a body."""
+        """Sends a request as it is; its method is remembered to know whether the answer has a body."""
         self._method = raw.split(b" ", 1)[0].decode(errors="replace")
+        await self.write(raw)
+        return self
+
+    async def write(self, raw: bytes) -> None:
+        """Sends further bytes of a request."""
         self._writer.write(raw)
         async with asyncio.timeout(self._deadline_seconds):
             await self._writer.drain()
-        return self
 
     async def call(self, method: str, path: str, body: Any = None, headers: tuple[tuple[str, str], ...] = ()) -> Reply:
         """Sends one request and reads its whole answer; the connection may be used again."""
@@ -156,8 +160,11 @@ class Connection:
 
     async def reply(self) -> Reply:
         """The next whole answer, however it ends."""
-        head = await self.head()
-        chunks: list[bytes] = []
+        return await self.rest(await self.head())
+
+    async def rest(self, head: Head, *chunks_before: bytes) -> Reply:
+        """What is left of an answer whose head, and perhaps first chunks, were read already."""
+        chunks = list(chunks_before)
         end: End = "complete"
         try:
             while (data := await self.chunk()) is not None:

@@ -1,6 +1,6 @@
 """Writes small GGUF models of random weights that a real Ollama loads, talks with and embeds with.
 
-`write_model(path, TINY)` is deterministic: one spec, one sequence of bytes. The models say made-up words. Tests rely on:
+`write_model(path, TINY)` is deterministic: one spec, one sequence of bytes. The models say made-up words. Of use:
 
 - Every output row of a control or byte token is zero, so ordinary sampling never draws one: an answer ends only at
   `num_predict`, at a stop word or at the context's end, and every token is a printable word of its own.

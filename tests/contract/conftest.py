@@ -1,0 +1,55 @@
+"""The servers under contract: a real Ollama and the emulated one, furnished with the same models once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.contract.stage import Stage, furnish
+from tests.support.ollama_server import ModelFile, OllamaServer, emulated_server, real_server, write_model_files
+from tests.support.rawhttp import Address
+from tests.support.tiny_model import BIG, EMBED, TINY
+
+Start = Callable[..., AbstractContextManager[OllamaServer]]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
+    return write_model_files(tmp_path_factory.mktemp("weights"), {"tiny": TINY, "big": BIG, "embed": EMBED})
+
+
+@pytest.fixture(scope="session", params=["real", "emulated"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def start(kind: str) -> Start:
+    """Starts one more server of the kind under test: `start(folder, OLLAMA_NUM_PARALLEL="1")`."""
+    return {"real": real_server, "emulated": emulated_server}[kind]
+
+
+@pytest.fixture(scope="session")
+def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Home and store of the shared servers."""
+    return tmp_path_factory.mktemp(kind)
+
+
+@pytest.fixture(scope="session")
+def stage(start: Start, folder: Path, files: Mapping[str, ModelFile]) -> Generator[Stage]:
+    """The shared server. Tests set the state they need and leave no request running."""
+    with start(folder) as server:
+        yield furnish(server, files)
+
+
+@pytest.fixture
+def server(stage: Stage) -> OllamaServer:
+    return stage.server
+
+
+@pytest.fixture
+def address(stage: Stage) -> Address:
+    return stage.server.address

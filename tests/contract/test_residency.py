@@ -1,0 +1,213 @@
+"""What stays loaded, for how long, and what makes a server load a model anew."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from tests.contract.stage import Stage
+from tests.support.rawhttp import call
+from tests.support.waiting import eventually
+
+_YEAR_SECONDS = 365 * 86_400
+_PS_KEYS = {"name", "model", "size", "digest", "details", "expires_at", "size_vram", "context_length"}
+
+
+def _expires_in_seconds(entry: dict[str, Any]) -> float:
+    return _instant(entry["expires_at"]) - datetime.now().astimezone().timestamp()
+
+
+def _instant(text: str) -> float:
+    """Go prints nanoseconds; Python reads at most microseconds."""
+    whole, dot, rest = text.partition(".")
+    zone = rest.lstrip("0123456789") if dot else ""
+    return datetime.fromisoformat((whole + zone).replace("Z", "+00:00")).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/generate", {}),
+        ("/api/generate", {"stream": True}),
+        ("/api/generate", {"prompt": ""}),
+        ("/api/chat", {}),
+        ("/api/chat", {"messages": []}),
+    ],
+)
+async def test_a_request_without_a_prompt_only_loads(stage: Stage, path: str, body: dict[str, Any]) -> None:
+    stage.unload_all()
+    reply = await call(stage.server.address, "POST", path, {"model": "tiny", **body})
+    assert (reply.status, reply.header("Content-Type")) == (200, "application/json; charset=utf-8")
+    answer = reply.json()
+    assert (answer["done"], answer["done_reason"]) == (True, "load")
+    assert "eval_count" not in answer
+    assert list(stage.loaded()) == ["tiny:latest"]
+
+
+async def test_an_embedding_model_is_loaded_by_an_embed_request_without_input(stage: Stage) -> None:
+    stage.unload_all()
+    reply = await call(stage.server.address, "POST", "/api/embed", {"model": "embed"})
+    assert (reply.status, reply.json()) == (200, {"model": "embed", "embeddings": []})
+    assert list(stage.loaded()) == ["embed:latest"]
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+@pytest.mark.parametrize("was_loaded", [True, False])
+async def test_keep_alive_zero_unloads(stage: Stage, path: str, was_loaded: bool) -> None:
+    stage.unload_all()
+    if was_loaded:
+        stage.load("tiny")
+    reply = await call(stage.server.address, "POST", path, {"model": "tiny", "keep_alive": 0})
+    assert (reply.status, reply.json()["done_reason"]) == (200, "unload")
+    await eventually(lambda: not stage.loaded())
+
+
+async def test_a_load_for_less_than_a_second_is_an_unload(stage: Stage) -> None:
+    stage.load("tiny")
+    reply = await call(stage.server.address, "POST", "/api/generate", {"model": "tiny", "keep_alive": "900ms"})
+    assert reply.json()["done_reason"] == "unload"
+    await eventually(lambda: not stage.loaded())
+
+
+async def test_keep_alive_zero_with_a_prompt_answers_first(stage: Stage) -> None:
+    body = {"model": "tiny", "prompt": "x", "stream": False, "keep_alive": 0, "options": {"num_predict": 3}}
+    reply = await call(stage.server.address, "POST", "/api/generate", body)
+    assert (reply.json()["done_reason"], reply.json()["eval_count"]) == ("length", 3)
+    await eventually(lambda: not stage.loaded())
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "low_seconds", "high_seconds"),
+    [
+        ("5m", 240, 300),
+        (90, 60, 90),
+        ("1h30m", 5300, 5400),
+        ("-1s", 200 * _YEAR_SECONDS, 300 * _YEAR_SECONDS),
+        (-1, 200 * _YEAR_SECONDS, 300 * _YEAR_SECONDS),
+    ],
+)
+async def test_keep_alive_sets_when_a_model_expires(
+    stage: Stage, keep_alive: str | int, low_seconds: float, high_seconds: float
+) -> None:
+    stage.load("tiny", keep_alive=keep_alive)
+    await eventually(
+        lambda: low_seconds < _expires_in_seconds(stage.loaded()["tiny:latest"]) <= high_seconds + 1,
+        deadline_seconds=5,
+    )
+
+
+async def test_a_request_without_keep_alive_leaves_the_last_one(stage: Stage) -> None:
+    stage.unload_all()
+    stage.load("tiny", keep_alive=-1)
+    stage.post("/api/generate", {"model": "tiny", "prompt": "x", "stream": False, "options": {"num_predict": 2}})
+    assert _expires_in_seconds(stage.loaded()["tiny:latest"]) > _YEAR_SECONDS
+
+
+async def test_an_idle_model_leaves_when_its_time_is_up(stage: Stage) -> None:
+    stage.unload_all()
+    stage.load("tiny", keep_alive="1s")
+    assert list(stage.loaded()) == ["tiny:latest"]
+    await eventually(lambda: not stage.loaded())
+
+
+async def test_aliases_and_derived_models_share_one_runner(stage: Stage) -> None:
+    stage.unload_all()
+    stage.copied("tiny", "alias")
+    for name in ("tooly", "alias", "tiny"):
+        stage.load(name)
+    assert list(stage.loaded()) == ["tooly:latest"]  # shown as what loaded it
+    stage.unload("alias")
+    await eventually(lambda: not stage.loaded())
+    stage.absent("alias")
+
+
+async def test_models_are_listed_by_latest_expiry(stage: Stage) -> None:
+    stage.unload_all()
+    stage.load("tiny", keep_alive="10m")
+    stage.load("embed", keep_alive="30m")
+    stage.load("big", keep_alive="20m")
+    assert list(stage.loaded()) == ["embed:latest", "big:latest", "tiny:latest"]
+
+
+async def test_an_entry_of_ps_says_what_is_loaded_and_how(stage: Stage) -> None:
+    stage.unload_all()
+    stage.load("tiny", options={"num_ctx": 2048})
+    entry = stage.loaded()["tiny:latest"]
+    tags = {model["name"]: model for model in stage.server.call("GET", "/api/tags")[1]["models"]}
+    assert set(entry) == _PS_KEYS
+    assert entry["digest"] == tags["tiny:latest"]["digest"]
+    assert entry["details"] == tags["tiny:latest"]["details"]
+    assert (entry["size_vram"], entry["context_length"]) == (0, 2048)
+    assert entry["size"] > 0
+
+
+_RELOADING: list[dict[str, Any]] = [
+    {"num_ctx": 2048},
+    {"num_batch": 256},
+    {"num_thread": 2},
+    {"num_gpu": 0},
+    {"main_gpu": 1},
+    {"use_mmap": True},
+    {"use_mmap": False},
+]
+_HARMLESS: list[dict[str, Any]] = [
+    {"seed": 7, "temperature": 0.1, "top_k": 5, "top_p": 0.5, "stop": ["x"], "num_predict": 1, "num_keep": 2},
+    {"numa": True, "low_vram": True, "f16_kv": False, "logits_all": True, "vocab_only": False, "use_mlock": True},
+    {"num_gpu": -1},
+    {"main_gpu": 0},
+    {"num_ctx": 4096},
+    {"nonsense": 1},
+]
+
+
+async def _reloads(stage: Stage, path: str, body: dict[str, Any]) -> bool:
+    """Whether a request replaces the runner of `tiny`: a new one has the default keep-alive, the old one none at all.
+
+    Where runners are processes their ids must say the same.
+    """
+    stage.unload_all()
+    stage.load("tiny", keep_alive=-1)
+    runners = set(stage.server.runners())
+    reply = await call(stage.server.address, "POST", path, {"model": "tiny", "stream": False, **body})
+    assert reply.status == 200, reply.body
+    replaced = _expires_in_seconds(stage.loaded()["tiny:latest"]) < _YEAR_SECONDS
+    if stage.server.kind == "real":
+        assert len(runners) == 1
+        await eventually(lambda: len(stage.server.runners()) == 1)
+        assert (set(stage.server.runners()) != runners) == replaced
+    return replaced
+
+
+@pytest.mark.parametrize("options", _RELOADING, ids=str)
+async def test_options_of_the_runner_reload(stage: Stage, options: dict[str, Any]) -> None:
+    assert await _reloads(stage, "/api/generate", {"options": options})
+
+
+@pytest.mark.parametrize("options", _HARMLESS, ids=str)
+async def test_other_options_do_not_reload(stage: Stage, options: dict[str, Any]) -> None:
+    assert not await _reloads(stage, "/api/generate", {"options": options})
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+        ("/api/embed", {"input": "x"}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "x"}], "options": {"num_predict": 1}}),
+    ],
+)
+async def test_other_endpoints_use_the_same_runner(stage: Stage, path: str, body: dict[str, Any]) -> None:
+    assert not await _reloads(stage, path, body)
+
+
+async def test_a_context_over_the_trained_one_is_cut_but_compared_as_asked(stage: Stage) -> None:
+    stage.unload_all()
+    stage.load("tiny", keep_alive=-1, options={"num_ctx": 9000})
+    assert stage.loaded()["tiny:latest"]["context_length"] in (8192, 9000)
+    stage.load("tiny", options={"num_ctx": 8192})
+    entry = stage.loaded()["tiny:latest"]
+    assert entry["context_length"] == 8192
+    assert _expires_in_seconds(entry) < _YEAR_SECONDS
