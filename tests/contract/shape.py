@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 from tests.support.rawhttp import Reply
 
@@ -30,13 +30,13 @@ HEADERS = (
 """Headers that clients act on; `Date` and the value of `Content-Length` are not among them."""
 
 _TIMES = frozenset({"created_at", "modified_at", "expires_at", "completed_at", "created"})
-_COUNTS = frozenset({"prompt_eval_count", "eval_count", "prompt_tokens", "completion_tokens", "total_tokens"})
-_COUNTS |= {"input_tokens", "output_tokens", "sequence_number", "size", "size_vram", "context_length"}
+_COUNTS = frozenset({"prompt_eval_count", "eval_count", "sequence_number", "size", "size_vram", "context_length"})
+_USAGE = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens"})
 _DURATIONS = frozenset({"total_duration", "load_duration", "prompt_eval_duration", "eval_duration"})
 _IDS = frozenset({"id", "digest", "item_id", "request_id", "version", "owned_by"})
 _WORDS = frozenset({"response", "content", "thinking", "reasoning", "text", "delta", "token", "logprob", "embedding"})
 _FILE = frozenset({"modelfile", "parent_model", "parameter_size", "general.parameter_count"})
-_VARYING = _TIMES | _COUNTS | _DURATIONS | _IDS | _WORDS | _FILE
+_VARYING = _TIMES | _COUNTS | _USAGE | _DURATIONS | _IDS | _WORDS | _FILE
 """Keys whose value belongs to the run; a text keeps only whether it is empty."""
 
 _COLLECTIONS = frozenset({"models", "data", "tensors", "logprobs", "top_logprobs"})
@@ -79,9 +79,9 @@ def _without_runs(values: Sequence[Any]) -> list[Any]:
 
 def _value(key: str, value: Any, listed: bool = False) -> Any:
     if isinstance(value, dict):
-        return {name: _value(name, inner, listed) for name, inner in value.items()}
+        return {name: _value(name, inner, listed) for name, inner in cast("dict[str, Any]", value).items()}
     if isinstance(value, list):
-        return _members(key, value, listed or key in _COLLECTIONS)
+        return _members(key, cast("list[Any]", value), listed or key in _COLLECTIONS)
     if key in _VARYING or (listed and key in _NAMES_IN_COLLECTIONS):
         return _placeholder(value)
     return _text(value) if isinstance(value, str) else value
@@ -116,11 +116,18 @@ def _text(value: str) -> str:
 def differences(got: Any, wanted: Any, where: str = "") -> list[str]:
     """One line for each place where two shapes differ; none where they are equal."""
     if isinstance(got, dict) and isinstance(wanted, dict):
-        missing = [f"{where}.{key}: missing" for key in wanted if key not in got]
-        further = [f"{where}.{key}: not there in the recording" for key in got if key not in wanted]
-        inner = [line for key in wanted if key in got for line in differences(got[key], wanted[key], f"{where}.{key}")]
-        return missing + further + inner
-    if isinstance(got, list | tuple) and isinstance(wanted, list | tuple) and len(got) == len(wanted):
-        pairs = enumerate(zip(got, wanted, strict=True))
-        return [line for index, (one, other) in pairs for line in differences(one, other, f"{where}[{index}]")]
-    return [] if got == wanted and type(got) is type(wanted) else [f"{where}: {got!r} instead of {wanted!r}"]
+        return _key_differences(cast("dict[str, Any]", got), cast("dict[str, Any]", wanted), where)
+    if isinstance(got, list | tuple) and isinstance(wanted, list | tuple):
+        left, right = cast("list[Any]", got), cast("list[Any]", wanted)
+        if len(left) == len(right):
+            pairs = enumerate(zip(left, right, strict=True))
+            return [line for index, (one, other) in pairs for line in differences(one, other, f"{where}[{index}]")]
+    return [] if got == wanted else [f"{where}: {got!r} instead of {wanted!r}"]
+
+
+def _key_differences(got: dict[str, Any], wanted: dict[str, Any], where: str) -> list[str]:
+    missing = [f"{where}.{key}: missing" for key in wanted if key not in got]
+    further = [f"{where}.{key}: not there in the recording" for key in got if key not in wanted]
+    shared = [key for key in wanted if key in got]
+    inner = [line for key in shared for line in differences(got[key], wanted[key], f"{where}.{key}")]
+    return missing + further + inner

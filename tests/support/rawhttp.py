@@ -104,6 +104,7 @@ class Connection:
         self._method = "GET"
         self._left = 0
         self._chunked = False
+        self._last_head: Head | None = None
 
     async def send(self, raw: bytes) -> Self:
         """Sends a request as it is; its method is remembered to know whether the answer has a body."""
@@ -135,6 +136,7 @@ class Connection:
         head = Head(int(status), reason[0] if reason else "", headers)
         self._chunked = (head.header("Transfer-Encoding") or "").lower() == "chunked"
         bodiless = self._method == "HEAD" or head.status in (204, 304) or head.status < 200
+        self._last_head = head
         self._left = 0 if bodiless else int(head.header("Content-Length") or (-1 if not self._chunked else 0))
         self._chunked = self._chunked and not bodiless
         return head
@@ -174,6 +176,11 @@ class Connection:
         except ConnectionResetError:
             end = "reset"
         return Reply(head, tuple(chunks), end)
+
+    async def rest_after_head(self) -> Reply:
+        """What is left of the answer whose head was read last."""
+        assert self._last_head is not None, "no head was read yet"
+        return await self.rest(self._last_head)
 
     async def at_eof(self) -> bool:
         """Waits for the peer's close; False where more bytes come instead."""

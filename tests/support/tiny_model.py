@@ -40,6 +40,8 @@ class ModelSpec:
     heads: int
     kv_heads: int
     context: int
+    seed: int = 1
+    """Other seeds give other weights of the same shape: another blob, thus another runner."""
 
 
 TINY = ModelSpec("chat", layers=2, width=64, feed_forward=128, heads=2, kv_heads=1, context=8192)
@@ -54,7 +56,7 @@ def write_model(path: Path, spec: ModelSpec) -> str:
     """Writes the file and returns its digest as Ollama writes it: `sha256:` and 64 hex digits."""
     writer = gguf.GGUFWriter(path, {"chat": "llama", "embed": "bert"}[spec.kind])
     _describe(writer, spec)
-    {"chat": _write_chat, "embed": _write_embed}[spec.kind](writer, spec, _Noise())
+    {"chat": _write_chat, "embed": _write_embed}[spec.kind](writer, spec, _Noise(spec.seed))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -64,10 +66,10 @@ def write_model(path: Path, spec: ModelSpec) -> str:
 
 
 class _Noise:
-    """The one source of random numbers of a file, always from the same seed."""
+    """The one source of random numbers of a file."""
 
-    def __init__(self) -> None:
-        self._generator = np.random.Generator(np.random.PCG64(20_24))
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.Generator(np.random.PCG64(seed))
 
     def matrix(self, rows: int, columns: int, spread: float = 0.05) -> npt.NDArray[np.float32]:
         return self._generator.standard_normal((rows, columns), dtype=np.float32) * np.float32(spread)

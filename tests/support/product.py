@@ -1,0 +1,158 @@
+"""The product as its users run it: `python -m router serve` as a process of its own, and all that it starts.
+
+Every process that it starts inherits a variable with the test's own value, by which leftovers are found afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.support.ollama_server import ROOT, blocking_call, free_port
+from tests.support.rawhttp import Address
+from tests.support.waiting import eventually_sync
+
+_MARK = "TEST_OF_ROUTER"
+_READY_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Product:
+    """A router that can be started, killed and started again with the same configuration."""
+
+    config: Path
+    address: Address
+    environment: Mapping[str, str] = field(repr=False)
+    arguments: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    log: Path = Path()
+
+    def start(self, ready: bool = True) -> None:
+        """Starts it; waits for `/ready` unless told not to."""
+        folder = self.config.parent
+        self.log = Path(tempfile.mkstemp(dir=folder, prefix="router-", suffix=".log")[1])
+        command = [sys.executable, "-m", "router", "serve", "--config", str(self.config), *self.arguments]
+        with self.log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=ROOT,
+                start_new_session=True,
+            )  # fmt: skip
+        if ready:
+            try:
+                eventually_sync(self.is_ready, _READY_SECONDS, "/ready of the router")
+            except AssertionError as error:
+                raise AssertionError(f"{error}\nits log ends:\n{self.log_text()[-6000:]}") from error
+
+    def is_ready(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the router ended with {self.process.returncode}")
+        try:
+            return self.call("GET", "/ready")[0] == 200
+        except OSError:
+            return False
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        return blocking_call(self.address, method, path, body)
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def wait(self, deadline_seconds: float = 60.0) -> int:
+        """Its exit code."""
+        assert self.process is not None
+        return self.process.wait(timeout=deadline_seconds)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process that this product, or an earlier life of it, started; without the router itself."""
+        mark, own = self.environment[_MARK], self.process.pid if self.process else 0
+        return [process for process in psutil.process_iter() if process.pid != own and _is_marked(process, mark)]
+
+    def servers(self) -> dict[int, psutil.Process]:
+        """Its `ollama serve` children by port."""
+        found: dict[int, psutil.Process] = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if "serve" in process.cmdline():
+                    found[int(process.environ()["OLLAMA_HOST"].rpartition(":")[2])] = process
+        return found
+
+    def runners(self) -> list[psutil.Process]:
+        """Runner processes of its servers."""
+        return [process for process in self.processes() if "runner" in _command(process)]
+
+    def resident(self) -> dict[int, list[str]]:
+        """What each server itself says is loaded, by port."""
+        found: dict[int, list[str]] = {}
+        for port in self.servers():
+            with contextlib.suppress(OSError):
+                status, answer = blocking_call(Address("127.0.0.1", port), "GET", "/api/ps")
+                found[port] = sorted(model["name"] for model in answer["models"]) if status == 200 else []
+        return found
+
+    def destroy(self) -> None:
+        """Kills whatever is left of it."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(timeout=10)
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == mark
+    except (psutil.Error, OSError):
+        return False
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def prepare(
+    folder: Path,
+    config: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    arguments: Sequence[str] = (),
+    port: int | None = None,
+) -> Product:
+    """Writes the configuration and returns a product that is not started yet."""
+    port = port or free_port()
+    tree = {**config, "server": {"host": "127.0.0.1", "port": port, **config.get("server", {})}}
+    tree.setdefault("state_directory", str(folder / "state"))
+    path = folder / "llamayard.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    full = {**inherited, "HOME": str(folder), _MARK: uuid.uuid4().hex, **(environment or {})}
+    return Product(path, Address("127.0.0.1", port), full, tuple(arguments))
+
+
+@contextlib.contextmanager
+def running(product: Product) -> Generator[Product]:
+    """Starts the product for the length of the block and leaves nothing behind."""
+    try:
+        product.start()
+        yield product
+    finally:
+        product.destroy()
