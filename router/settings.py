@@ -53,8 +53,9 @@ LOCAL_ORIGINS = (
 )  # fmt: skip
 """Origins that Ollama itself lets in (`envconfig.AllowedOrigins`, v0.24)."""
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**50)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
+PollSeconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 KeepAlive = Annotated[float, BeforeValidator(keep_alive_seconds), Field(allow_inf_nan=False)]
 Words = Annotated[tuple[str, ...], BeforeValidator(listed)]
 Variables = Annotated[dict[str, str], BeforeValidator(scalars_as_text)]
@@ -62,7 +63,7 @@ KvCacheType = Literal["f16", "q8_0", "q4_0"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ServerSettings(_Section):
@@ -116,8 +117,7 @@ class OllamaSettings(_Section):
         default=8192,
         ge=4,
         le=2**24,
-        description="Tokens of context a request; set, because a server over several cards "
-        "would otherwise take up to 262,144.",
+        description="Tokens of context a request; set, because a server over several cards would otherwise take 131,072.",
     )
     flash_attention: bool | None = Field(
         default=None, description="Flash attention on or off; unset, the server chooses by model and card."
@@ -239,15 +239,13 @@ class StreamSettings(_Section):
 class PollSettings(_Section):
     """How often the outside is looked at."""
 
-    gpu_seconds: Seconds = Field(
-        default=1.0, le=60, description="Between two readings of the cards; a stale one misplaces a model."
+    gpu_seconds: PollSeconds = Field(
+        default=1.0, description="Between two readings of the cards; a stale one misplaces a model."
     )
-    residency_seconds: Seconds = Field(
-        default=1.0, le=60, description="Between two readings of each instance's loaded models."
+    residency_seconds: PollSeconds = Field(
+        default=1.0, description="Between two readings of each instance's loaded models."
     )
-    catalog_seconds: Seconds = Field(
-        default=5.0, le=3600, description="Between two readings of the store's list of models."
-    )
+    catalog_seconds: PollSeconds = Field(default=5.0, description="Between two readings of the store's list of models.")
 
 
 class LogSettings(_Section):

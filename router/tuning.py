@@ -18,7 +18,7 @@ _FALSE_WORDS = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Effective values of one instance. `environment` is what to add to a spawned server's, the four values included."""
+    """Effective values of one instance; `environment` is what a spawned server is given of them and of `env`."""
 
     num_parallel: int
     context_length: int
@@ -45,9 +45,7 @@ def tuning(settings: Settings, name: str, declared: InstanceSettings | None = No
     flash = _first(own.flash_attention, values.flash_attention(), settings.ollama.flash_attention)
     if cache != "f16" and not flash:
         raise ConfigError(
-            [
-                f"instance {name}: kv_cache_type {cache} is ignored by Ollama without flash attention: set it to true there"
-            ]
+            [f"instance {name}: kv_cache_type {cache} is ignored by Ollama without flash_attention: true"]
         )
     effective = {
         **variables,

@@ -1,0 +1,187 @@
+"""The `llamayard` command: serve, status, check-config, version. The only place that picks uvloop, and that prints.
+
+A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import uvloop
+from pydantic import BaseModel
+
+from router import __version__
+from router.app import serve
+from router.config_tree import dotted_keys, origin_of
+from router.settings import (
+    ConfigError,
+    Settings,
+    find_config,
+    load_layers,
+    load_settings,
+    process_environment,
+)
+from router.status_cli import StatusError, fetch_status, render_status
+from router.tuning import tuning
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_MISUSED = 2
+AUTO_RIG = "2x3090"
+"""What `serve --auto` emulates where there is no Ollama to run."""
+
+
+def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0 well, 1 failed, 2 misused."""
+    given = _parser().parse_args(arguments)
+    known = process_environment() if environment is None else environment
+    try:
+        return cast("int", given.run(given, known))
+    except ConfigError as error:
+        _complain(error.problems)
+        return EXIT_MISUSED
+    except StatusError as error:
+        _complain([str(error)])
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llamayard",
+        description="One endpoint over one Ollama server per GPU, and one spread over all.",
+        epilog="Every configuration key can also be set as LLAMAYARD_SECTION__KEY in the environment.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serving = commands.add_parser("serve", help="run the servers and the endpoint")
+    _add_configuration(serving)
+    serving.add_argument(
+        "--auto",
+        action="store_true",
+        help=f"with no Ollama installed, run EMULATED cards and servers ({AUTO_RIG}) instead of failing",
+    )
+    serving.set_defaults(run=_serve)
+    status = commands.add_parser("status", help="show cards, instances, models and queue of the running router")
+    _add_configuration(status)
+    status.add_argument("--json", action="store_true", help="print the answer as it is")
+    status.set_defaults(run=_status)
+    check = commands.add_parser("check-config", help="show every key's effective value and where it comes from")
+    _add_configuration(check)
+    check.set_defaults(run=_check_config)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (else ./llamayard.yaml, then /etc)")
+    parser.add_argument("--host", help="address to listen on (server.host)")
+    parser.add_argument("--port", help="port to listen on (server.port)")
+    parser.add_argument("--rig", metavar="SPEC", help="EMULATED cards and servers: 2x3090, 4090+3090, h100 or a file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. queue.limit=64")
+
+
+def _flags(given: argparse.Namespace) -> dict[str, object]:
+    """Flags by dotted key; ConfigError for a `--set` without a value."""
+    flags: dict[str, object] = {}
+    for pair in cast("list[str]", given.set):
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError([f"--set {pair}: write KEY=VALUE, such as queue.limit=64"])
+        flags[key.strip()] = value
+    named = {"server.host": given.host, "server.port": given.port, "rig": given.rig}
+    return {**flags, **{key: value for key, value in named.items() if value is not None}}
+
+
+def _settings(given: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    return load_settings(find_config(given.config, Path.cwd()), environment, _flags(given))
+
+
+def _serve(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    settings = _settings(given, environment)
+    if given.auto:
+        settings = with_what_is_there(settings, environment)
+    problems = tuning_problems(settings)
+    if problems:
+        raise ConfigError(problems)
+    return uvloop.run(serve(settings))
+
+
+def with_what_is_there(settings: Settings, environment: Mapping[str, str]) -> Settings:
+    """The settings as they are where an Ollama can be run (on its cards or the CPU), else with an emulated rig."""
+    attached_only = bool(settings.instances) and all(instance.url for instance in settings.instances)
+    if settings.rig is not None or attached_only:
+        return settings
+    if shutil.which(settings.ollama.binary, path=environment.get("PATH")) is not None:
+        return settings
+    words = f"no `{settings.ollama.binary}` on PATH: serving an EMULATED rig ({AUTO_RIG}); its answers are made up."
+    print(f"llamayard: {words}\nllamayard: install Ollama and start again for the real thing.", file=sys.stderr)
+    return settings.model_copy(update={"rig": AUTO_RIG})
+
+
+def tuning_problems(settings: Settings) -> list[str]:
+    """What is wrong with the variables of any instance that the configuration names."""
+    declared = {instance.name: instance for instance in settings.instances if instance.name is not None}
+    names = {**dict.fromkeys(settings.ollama.instance_env), **declared}
+    problems: list[str] = []
+    for name in names or {"gpu0": None}:
+        try:
+            tuning(settings, name, declared.get(name))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    return problems
+
+
+def _status(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    server = _settings(given, environment).server
+    status = fetch_status(server.host, server.port)
+    print(json.dumps(status, indent=2) if given.json else render_status(status))
+    return EXIT_OK
+
+
+def _check_config(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    path = find_config(given.config, Path.cwd())
+    try:
+        settings = load_settings(path, environment, _flags(given))
+        problems = tuning_problems(settings)
+        if problems:
+            raise ConfigError(problems)
+    except ConfigError as error:
+        _complain(error.problems)
+        return EXIT_FAILED
+    origins = load_layers(path, environment, _flags(given)).origins
+    print(f"# file: {path or 'none'}")
+    for key in dotted_keys(Settings):
+        value = json.dumps(_plain(settings, key), ensure_ascii=False)
+        print(f"{key} = {value}  # {origin_of(key, origins) or 'default'}")
+    return EXIT_OK
+
+
+def _plain(settings: Settings, dotted: str) -> Any:
+    """The JSON-ready value of a key."""
+    value: object = settings
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    if isinstance(value, tuple):
+        return [_dumped(item) for item in cast("tuple[object, ...]", value)]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _dumped(item: object) -> object:
+    return item.model_dump(mode="json", exclude_defaults=True) if isinstance(item, BaseModel) else item
+
+
+def _version(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    del given, environment
+    print(f"llamayard {__version__}")
+    return EXIT_OK
+
+
+def _complain(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"llamayard: {problem}", file=sys.stderr)

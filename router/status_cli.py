@@ -1,0 +1,152 @@
+"""`llamayard status`: asks the running router how it is and prints the answer as tables.
+
+Reads only what `GET /llamayard/status` says, and shows a dash where it says nothing. It changes nothing.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import Any, cast
+
+_GIB = 1024**3
+_TIMEOUT_SECONDS = 10.0
+
+Row = Mapping[str, Any]
+
+
+class StatusError(Exception):
+    """The router cannot be asked; the text says why and what to do."""
+
+
+def fetch_status(host: str, port: int) -> dict[str, Any]:
+    """The status document of the router that listens there.
+
+    Raises:
+        StatusError: nothing answers in ten seconds, or what answers is not a llamayard.
+    """
+    address = f"{_reachable(host)}:{port}"
+    connection = http.client.HTTPConnection(_reachable(host), port, timeout=_TIMEOUT_SECONDS)
+    try:
+        with closing(connection):
+            connection.request("GET", "/llamayard/status", headers={"Host": f"localhost:{port}"})
+            reply = connection.getresponse()
+            body = reply.read()
+    except (OSError, http.client.HTTPException) as error:
+        words = f"nothing answers at {address} ({error or type(error).__name__}); is `llamayard serve` running there?"
+        raise StatusError(words) from error
+    if reply.status != http.client.OK:
+        words = f"{address} answers {reply.status} to /llamayard/status: it is not llamayard, perhaps a stock Ollama"
+        raise StatusError(words)
+    try:
+        document: object = json.loads(body)
+    except ValueError as error:
+        raise StatusError(f"{address} answers /llamayard/status with something that is not JSON") from error
+    if not isinstance(document, dict):
+        raise StatusError(f"{address} answers /llamayard/status with something that is not a JSON object")
+    return cast("dict[str, Any]", document)
+
+
+def render_status(status: Mapping[str, Any]) -> str:
+    """The document as text: cards, instances, models, queue."""
+    emulated = [f"EMULATED: {status['emulated']}", ""] if status.get("emulated") else []
+    parts = [
+        _table("CARDS", _CARDS, _rows(status, "cards")),
+        _table("INSTANCES", _INSTANCES, _rows(status, "instances")),
+        _table("MODELS", _MODELS, _rows(status, "models")),
+        _table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
+        f"QUEUE\n  {_queue(status.get('queue'))}",
+    ]
+    return "\n".join(emulated) + "\n\n".join(parts)
+
+
+def _reachable(host: str) -> str:
+    """Where a listener on `host` can be asked from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def _rows(status: Mapping[str, Any], key: str) -> list[Row]:
+    value: object = status.get(key)
+    return (
+        [cast("Row", item) for item in cast("list[object]", value) if isinstance(item, Mapping)]
+        if isinstance(value, list)
+        else []
+    )
+
+
+def _table(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+    if not rows:
+        return f"{title}\n  none"
+    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
+    return "\n".join([title, *("  " + _line(line, widths) for line in lines)])
+
+
+def _line(cells: Iterable[str], widths: Iterable[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _text(key: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row.get(key) in (None, "") else str(row[key])
+
+
+def _gib(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key] / _GIB:.1f} GiB" if isinstance(row.get(key), int) else "-"
+
+
+def _many(key: str) -> Callable[[Row], str]:
+    return lambda row: ", ".join(map(str, row[key])) if row.get(key) else "-"
+
+
+def _gib_per_card(row: Row) -> str:
+    given: object = row.get("per_gpu_bytes")
+    sizes = list(cast("Mapping[str, int]", given).values()) if isinstance(given, Mapping) else given
+    if not isinstance(sizes, list) or not sizes:
+        return "-"
+    return " + ".join(f"{size / _GIB:.1f}" for size in cast("list[int]", sizes)) + " GiB"
+
+
+def _slots(row: Row) -> str:
+    return f"{row.get('in_flight', '-')}/{row.get('slots', '-')}"
+
+
+def _queue(queue: object) -> str:
+    if not isinstance(queue, Mapping):
+        return "-"
+    return ", ".join(f"{key} {value}" for key, value in cast("Mapping[str, Any]", queue).items()) or "empty"
+
+
+_CARDS: Mapping[str, Callable[[Row], str]] = {
+    "INDEX": _text("index"),
+    "NAME": _text("name"),
+    "TOTAL": _gib("memory_total_bytes"),
+    "USED": _gib("memory_used_bytes"),
+    "FREE": _gib("memory_free_bytes"),
+    "°C": _text("temperature_celsius"),
+    "UUID": _text("uuid"),
+    "ERROR": _text("error"),
+}
+_INSTANCES: Mapping[str, Callable[[Row], str]] = {
+    "NAME": _text("name"),
+    "STATE": _text("state"),
+    "VERSION": _text("version"),
+    "URL": _text("url"),
+    "CARDS": _many("gpus"),
+    "REASON": _text("reason"),
+}
+_MODELS: Mapping[str, Callable[[Row], str]] = {
+    "NAME": _text("name"),
+    "INSTANCE": _text("instance"),
+    "STATE": _text("state"),
+    "BUSY": _slots,
+    "PER CARD": _gib_per_card,
+    "CONTEXT": _text("context_length"),
+    "REASON": _text("reason"),
+}
+_RESERVATIONS: Mapping[str, Callable[[Row], str]] = {
+    "LOAD": _text("load_id"),
+    "INSTANCE": _text("instance"),
+    "PER CARD": _gib_per_card,
+}
