@@ -117,7 +117,7 @@ class OllamaSettings(_Section):
         default=8192,
         ge=4,
         le=2**24,
-        description="Tokens of context a request; set, because a server over several cards would otherwise take 131,072.",
+        description="Tokens of context a request; set, because a server over several cards would else take 131,072.",
     )
     flash_attention: bool | None = Field(
         default=None, description="Flash attention on or off; unset, the server chooses by model and card."

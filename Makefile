@@ -1,0 +1,88 @@
+# The one entry for developers and CI. `make help` lists the targets.
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+SHELL := /bin/sh
+
+VENV ?= .venv
+ARGS ?=
+OLLAMA_VERSION := 0.11.4
+OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
+
+# The first Python of at least 3.11 that runs; `make PYTHON=python3.12 …` takes another.
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
+
+.PHONY: help setup run ollama fmt check tidy test pytest test-py docs clean real-ollama
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+setup: $(VENV)/.installed-dev  ## the virtual environment in .venv, with everything that development needs
+
+run: $(VENV)/.installed  ## serve what is there: Ollama over your GPUs or CPU, else an EMULATED rig (ARGS="--port 11500")
+	$(VENV)/bin/llamayard serve --auto $(ARGS)
+
+ollama: $(OLLAMA)  ## a real Ollama server for the tests, built by Go into .cache
+
+fmt: setup  ## format the code and mend what ruff can
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+check: setup  ## formatting, ruff, pyright strict, tidiness of the tree
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/python -m pytest -q tests/test_tidy.py
+
+test: setup real-ollama check  ## everything: check, then the whole suite, a real Ollama included where Go is
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-py:  ## the suite without the real Ollama on another Python: make test-py PYTHON=python3.13
+	$(MAKE) pytest ARGS='-m "not ollama" $(ARGS)' \
+		VENV=.venv-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+pytest: setup
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+docs: setup  ## write the documents that are drawn from code
+	$(VENV)/bin/python -m router.docs
+
+clean:  ## remove what these targets made
+	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(call make_venv)
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	@$(call make_venv)
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed $@
+
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-input
+
+# An environment that does not run (its Python was removed) is made anew.
+define make_venv
+if [ -z "$(PYTHON)" ]; then echo "no Python of at least 3.11 found: install one, or name it with PYTHON=" >&2; exit 1; fi; \
+if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+	echo "making $(VENV) with $(PYTHON)"; \
+	$(PYTHON) -m venv --clear $(VENV) || { \
+		echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; exit 1; }; \
+fi
+endef
+
+real-ollama:
+	@if [ -x $(OLLAMA) ]; then :; \
+	elif command -v go >/dev/null && { command -v c++ || command -v g++; } >/dev/null; then $(MAKE) ollama; \
+	elif [ -n "$${CI:-}" ]; then echo "CI needs Go and a C++ compiler to build Ollama $(OLLAMA_VERSION)" >&2; exit 1; \
+	else echo "no Go or no C++ compiler: tests against a real Ollama will be skipped"; fi
+
+# Built aside and moved, so that an interrupted build leaves nothing that looks whole.
+$(OLLAMA):
+	@mkdir -p $(@D)
+	@echo "building Ollama $(OLLAMA_VERSION); some minutes the first time"
+	GOBIN=$(abspath $(@D))/build GOFLAGS= CGO_ENABLED=1 go install \
+		-ldflags "-X github.com/ollama/ollama/version.Version=$(OLLAMA_VERSION)" \
+		github.com/ollama/ollama@v$(OLLAMA_VERSION)
+	@mv $(@D)/build/ollama $@ && rmdir $(@D)/build
