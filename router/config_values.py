@@ -11,6 +11,8 @@ from pydantic_core import ErrorDetails
 from router.core.keepalive import parse_keep_alive
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+_DECIMAL = re.compile(r"[+-]?\d+(?:\.\d+)?")
+_KEEP_ALIVE_WORDS = "write a time such as 5m, a number of seconds, or -1 for ever"
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 
 
@@ -34,12 +36,15 @@ def bytes_text(value: int) -> str:
 
 def keep_alive_seconds(value: object) -> object:
     """`5m`, `300`, `-1` -> seconds; any negative time is for ever and becomes -1."""
-    if value is None:
-        raise ValueError("write a time such as 5m, a number of seconds, or -1 for ever")
+    if isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
+        value = float(value)
     try:
-        return parse_keep_alive(value)
+        seconds = parse_keep_alive(value)
     except ValueError as error:
-        raise ValueError("write a time such as 5m, a number of seconds, or -1 for ever") from error
+        raise ValueError(_KEEP_ALIVE_WORDS) from error
+    if seconds is None:
+        raise ValueError(_KEEP_ALIVE_WORDS)
+    return seconds
 
 
 def listed(value: object) -> object:
