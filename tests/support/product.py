@@ -36,6 +36,7 @@ class Product:
     address: Address
     environment: Mapping[str, str] = field(repr=False)
     arguments: tuple[str, ...] = ()
+    program: tuple[str, ...] = (sys.executable, "-m", "router")
     process: subprocess.Popen[bytes] | None = None
     log: Path = Path()
 
@@ -43,7 +44,7 @@ class Product:
         """Starts it; waits for `/ready` unless told not to."""
         folder = self.config.parent
         self.log = Path(tempfile.mkstemp(dir=folder, prefix="router-", suffix=".log")[1])
-        command = [sys.executable, "-m", "router", "serve", "--config", str(self.config), *self.arguments]
+        command = [*self.program, "serve", "--config", str(self.config), *self.arguments]
         with self.log.open("wb") as sink:
             self.process = subprocess.Popen(
                 command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=ROOT,

@@ -1,0 +1,79 @@
+"""The product over two real servers without cards, with small models of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.ollama_server import ModelFile, real_binary, write_model_files
+from tests.support.product import Product, prepare, running
+from tests.support.tiny_model import BIG, EMBED, TINY
+
+MakeProduct = Callable[..., Product]
+
+
+@pytest.fixture(scope="session")
+def binary() -> Path:
+    return real_binary()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
+    specs = {"tiny": TINY, "other": replace(TINY, seed=2), "big": BIG, "embed": EMBED}
+    return write_model_files(tmp_path_factory.mktemp("weights"), specs)
+
+
+def two_instances(binary: Path, models: Path, **further: Any) -> dict[str, Any]:
+    """A configuration of two supervised servers without cards."""
+    ollama = {"binary": str(binary), "models": str(models), "num_parallel": 2, **further.pop("ollama", {})}
+    return {
+        "ollama": ollama,
+        "instances": [{"name": "a", "gpus": []}, {"name": "b", "gpus": []}],
+        "log": {"format": "json"},
+        **further,
+    }
+
+
+def furnish(product: Product, files: Mapping[str, ModelFile]) -> None:
+    """Uploads the weights and creates the models through the router."""
+    for name, file in files.items():
+        status, answer = product.call("POST", f"/api/blobs/{file.digest}", file.path.read_bytes())
+        assert status in (200, 201), (name, status, answer)
+        body = {"model": name, "files": {file.path.name: file.digest}, "parameters": {"num_thread": 1}, "stream": False}
+        assert product.call("POST", "/api/create", body) == (200, {"status": "success"})
+    short = {"model": "short", "from": "tiny", "parameters": {"num_thread": 1, "num_predict": 8}, "stream": False}
+    assert product.call("POST", "/api/create", short) == (200, {"status": "success"})
+
+
+@pytest.fixture(scope="session")
+def store(binary: Path, files: Mapping[str, ModelFile], tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
+    """A store with the models in it, made once through a product of its own."""
+    folder = tmp_path_factory.mktemp("store")
+    with running(prepare(folder, two_instances(binary, folder / "models"))) as product:
+        furnish(product, files)
+    yield folder / "models"
+
+
+@pytest.fixture(scope="session")
+def product(binary: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
+    """The shared router. Tests leave it as they found it."""
+    with running(prepare(tmp_path_factory.mktemp("shared"), two_instances(binary, store))) as shared:
+        yield shared
+
+
+@pytest.fixture
+def make_product(binary: Path, store: Path, tmp_path: Path) -> Generator[MakeProduct]:
+    """Makes a router for one test, which may kill it; nothing of it is left afterwards."""
+    made: list[Product] = []
+
+    def make(**further: Any) -> Product:
+        made.append(prepare(tmp_path, two_instances(binary, store, **further)))
+        return made[-1]
+
+    yield make
+    for product in made:
+        product.destroy()

@@ -1,0 +1,177 @@
+"""Servers, runners and the router are killed: what clients see, what comes back, and that nothing is left over."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Generator
+
+import psutil
+import pytest
+
+from tests.real.conftest import MakeProduct
+from tests.support.product import Product
+from tests.support.rawhttp import Connection, call, connect, request_bytes
+from tests.support.waiting import eventually, eventually_sync
+
+pytestmark = pytest.mark.ollama
+
+_LONG = {"model": "big", "prompt": "x", "options": {"num_predict": 3000, "seed": 1}}
+_SHORT = {"model": "big", "prompt": "x", "stream": False, "options": {"num_predict": 2, "seed": 1}}
+
+
+async def _begin(connection: Connection, body: object = _LONG) -> None:
+    await connection.send(request_bytes("POST", "/api/generate", body))
+    head = await connection.head()
+    assert head.status == 200
+    assert await connection.chunk()
+
+
+def _server_of(product: Product, model: str) -> psutil.Process:
+    (port,) = [port for port, names in product.resident().items() if model in names]
+    return product.servers()[port]
+
+
+async def _served(product: Product) -> bool:
+    """Whether a request is served; one that meets the death of a server may get an error instead."""
+    reply = await call(product.address, "POST", "/api/generate", _SHORT)
+    return reply.status == 200 and reply.json().get("eval_count") == 2
+
+
+async def test_a_killed_server_comes_back_and_its_runner_does_not_stay(make_product: MakeProduct) -> None:
+    product = make_product()
+    product.start()
+    async with connect(product.address) as connection:
+        await _begin(connection)
+        server = _server_of(product, "big:latest")
+        others = {process.pid for process in product.servers().values()} - {server.pid}
+        orphans = server.children(recursive=True)
+        assert orphans
+        server.kill()
+        reply = await connection.rest_after_head()
+    assert b'"done":true' not in reply.body
+    assert reply.end != "complete" or b"error" in reply.body
+    await eventually(lambda: not any(orphan.is_running() for orphan in orphans), what="the end of its runner")
+    await eventually(lambda: len(product.servers()) == 2, what="two servers")
+    assert {process.pid for process in product.servers().values()} > others
+    await eventually(lambda: _served(product), deadline_seconds=30, what="a served request")
+
+
+async def test_a_killed_runner_is_loaded_again(make_product: MakeProduct) -> None:
+    product = make_product()
+    product.start()
+    async with connect(product.address) as connection:
+        await _begin(connection)
+        (runner,) = product.runners()
+        runner.kill()
+        reply = await connection.rest_after_head()
+    assert b"error" in reply.body
+    await eventually(lambda: _served(product), deadline_seconds=30, what="a served request")
+    assert len(product.servers()) == 2
+
+
+async def test_a_killed_router_leaves_nothing_once_it_runs_again(make_product: MakeProduct) -> None:
+    product = make_product()
+    product.start()
+    async with connect(product.address) as connection:
+        await _begin(connection)
+        before = [*product.servers().values(), *product.runners()]
+        assert len(before) == 3
+        product.signal(signal.SIGKILL)
+        product.wait()
+    product.start()
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
+    assert len(product.servers()) == 2
+    assert await _served(product)
+    product.signal(signal.SIGTERM)
+    assert product.wait() == 0
+    eventually_sync(lambda: not product.processes(), what="no process left")
+
+
+async def test_sigterm_lets_a_running_stream_finish(make_product: MakeProduct) -> None:
+    product = make_product()
+    product.start()
+    body = {**_LONG, "options": {"num_predict": 60, "seed": 1}}
+    async with connect(product.address) as connection:
+        await _begin(connection, body)
+        product.signal(signal.SIGTERM)
+        await eventually(lambda: _refuses(product), what="a refusal of new requests")
+        assert product.process is not None
+        assert product.process.poll() is None
+        reply = await connection.rest_after_head()
+    assert reply.end == "complete"
+    assert reply.lines()[-1]["done_reason"] == "length"
+    assert product.wait() == 0
+    assert not product.processes()
+
+
+async def _refuses(product: Product) -> bool:
+    """New requests meet 503 or a closed door."""
+    try:
+        return (await call(product.address, "POST", "/api/generate", _SHORT)).status == 503
+    except (OSError, EOFError):
+        return True
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_stops_at_once(make_product: MakeProduct, second: signal.Signals) -> None:
+    product = make_product(server={"drain_timeout_seconds": 600.0})
+    product.start()
+    async with connect(product.address) as connection:
+        await _begin(connection)
+        product.signal(signal.SIGINT)
+        await eventually(lambda: _refuses(product), what="a refusal of new requests")
+        product.signal(second)
+        reply = await connection.rest_after_head()
+    assert b'"done":true' not in reply.body
+    product.wait(deadline_seconds=20)
+    eventually_sync(lambda: not product.processes(), what="no process left")
+
+
+async def test_the_drain_has_a_deadline(make_product: MakeProduct) -> None:
+    product = make_product(server={"drain_timeout_seconds": 0.5})
+    product.start()
+    async with connect(product.address) as connection:
+        await _begin(connection)
+        product.signal(signal.SIGTERM)
+        reply = await connection.rest_after_head()
+    assert b'"done":true' not in reply.body
+    product.wait(deadline_seconds=20)
+    assert not product.processes()
+
+
+@contextlib.contextmanager
+def _taken(port: int) -> Generator[None]:
+    with socket.create_server(("127.0.0.1", port)):
+        yield
+
+
+def test_a_port_that_is_taken_is_told_with_the_way_out(make_product: MakeProduct) -> None:
+    product = make_product()
+    with _taken(product.address.port):
+        product.start(ready=False)
+        code = product.wait()
+    assert code not in (0, None)
+    words = product.log_text()
+    assert str(product.address.port) in words
+    assert "Traceback" not in words
+    assert "port" in words
+    assert not product.processes()
+
+
+def test_a_binary_that_is_not_there_is_told(make_product: MakeProduct) -> None:
+    product = make_product(ollama={"binary": "/nonexistent/ollama"})
+    product.start(ready=False)
+    code = product.wait()
+    assert code not in (0, None)
+    assert "/nonexistent/ollama" in product.log_text()
+    assert "Traceback" not in product.log_text()
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_right_one(make_product: MakeProduct) -> None:
+    product = make_product(olama={"binary": "x"})
+    product.start(ready=False)
+    assert product.wait() not in (0, None)
+    assert "ollama" in product.log_text()
+    assert "olama" in product.log_text()
