@@ -51,15 +51,15 @@ def fetch_status(host: str, port: int) -> dict[str, Any]:
 
 def render_status(status: Mapping[str, Any]) -> str:
     """The document as text: cards, instances, models, queue."""
-    emulated = [f"EMULATED: {status['emulated']}", ""] if status.get("emulated") else []
     parts = [
+        *([f"EMULATED: {status['emulated']}"] if status.get("emulated") else []),
         _table("CARDS", _CARDS, _rows(status, "cards")),
         _table("INSTANCES", _INSTANCES, _rows(status, "instances")),
         _table("MODELS", _MODELS, _rows(status, "models")),
         _table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
         f"QUEUE\n  {_queue(status.get('queue'))}",
     ]
-    return "\n".join(emulated) + "\n\n".join(parts)
+    return "\n\n".join(parts)
 
 
 def _reachable(host: str) -> str:

@@ -1,0 +1,221 @@
+"""The command line as a user meets it: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router import __version__
+from router.cli import AUTO_RIG, main, with_what_is_there
+from router.config_tree import dotted_keys
+from router.settings import Settings, load_settings
+from router.status_cli import render_status
+
+HOME = {"HOME": "/home/someone", "PATH": "/nonexistent"}
+Captured = pytest.CaptureFixture[str]
+
+
+def test_version_is_printed(capsys: Captured) -> None:
+    assert main(["version"], HOME) == 0
+    assert capsys.readouterr().out == f"llamayard {__version__}\n"
+
+
+def test_check_config_shows_every_key_with_its_value_and_source(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("queue: {limit: 7}\nollama: {env: {A: b}}\n", encoding="utf-8")
+    environment = {**HOME, "LLAMAYARD_LOG__LEVEL": "debug", "LLAMAYARD_OLLAMA__ENV__C": "d"}
+    assert main(["check-config", "--config", str(config), "--port", "0"], environment) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    shown = {line.partition(" = ")[0]: line.partition(" = ")[2] for line in lines}
+    assert head == f"# file: {config}"
+    assert list(shown) == list(dotted_keys(Settings))
+    assert shown["queue.limit"] == f"7  # {config}"
+    assert shown["log.level"] == '"debug"  # environment LLAMAYARD_LOG__LEVEL'
+    assert shown["server.port"] == "0  # flag"
+    assert shown["ollama.env"] == f'{{"A": "b", "C": "d"}}  # {config}, environment LLAMAYARD_OLLAMA__ENV__C'
+    assert shown["queue.timeout_seconds"] == "300.0  # default"
+
+
+def test_check_config_fails_with_every_problem(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("server: {prot: 1}\n", encoding="utf-8")
+    assert main(["check-config", "--config", str(config), "--set", "queue.limit=x"], HOME) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, second = captured.err.splitlines()
+    assert first == "llamayard: server.prot: unknown key; did you mean `server.port`?"
+    assert second.startswith("llamayard: queue.limit: 'x' (flag)")
+
+
+def test_check_config_reads_the_variables_of_each_instance(capsys: Captured) -> None:
+    assert main(["check-config", "--set", "ollama.instance_env={spread: {OLLAMA_NUM_PARALLEL: many}}"], HOME) == 1
+    assert "instance spread: OLLAMA_NUM_PARALLEL='many'" in capsys.readouterr().err
+    assert main(["check-config", "--set", "ollama.env={OLLAMA_CONTEXT_LENGTH: 8k}"], HOME) == 1
+    assert "OLLAMA_CONTEXT_LENGTH='8k'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["serve", "--set", "queue.limit"], "write KEY=VALUE"),
+        (["serve", "--port", "x"], "server.port: 'x' (flag)"),
+        (["serve", "--config", "/nonexistent/c.yaml"], "/nonexistent/c.yaml: cannot be read"),
+        (["serve", "--set", "ollama.env={OLLAMA_NUM_PARALLEL: many}"], "OLLAMA_NUM_PARALLEL='many'"),
+        (["status", "--set", "ollama.env=["], "flag ollama.env: is not a YAML list or mapping"),
+    ],
+)
+def test_a_mistake_ends_in_a_sentence_and_code_2(arguments: list[str], told: str, capsys: Captured) -> None:
+    assert main(arguments, HOME) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["sevre"], ["serve", "--prot", "1"]])
+def test_a_wrong_command_ends_in_its_usage_and_code_2(arguments: list[str], capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments, HOME)
+    assert ended.value.code == 2
+    assert "usage: llamayard" in capsys.readouterr().err
+
+
+def test_the_module_ends_with_the_commands_code(root: Path) -> None:
+    command = [sys.executable, "-m", "router", "check-config", "--port", "x"]
+    ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+
+
+def test_auto_serves_a_real_ollama_where_there_is_one(tmp_path: Path, capsys: Captured) -> None:
+    binary = tmp_path / "ollama"
+    binary.write_text("#!/bin/sh\n", encoding="utf-8")
+    settings = load_settings(None, HOME)
+    binary.chmod(0o600)
+    assert with_what_is_there(settings, {"PATH": str(tmp_path)}).rig == AUTO_RIG
+    assert "EMULATED" in capsys.readouterr().err
+    binary.chmod(0o700)
+    assert with_what_is_there(settings, {"PATH": str(tmp_path)}) == settings
+    assert capsys.readouterr().err == ""
+
+
+def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
+    rig = load_settings(None, HOME, {"rig": "h100"})
+    attached = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}]})
+    assert with_what_is_there(rig, HOME).rig == "h100"
+    assert with_what_is_there(attached, HOME).rig is None
+
+
+STATUS: dict[str, Any] = {
+    "emulated": "2x3090",
+    "cards": [
+        {
+            "uuid": "GPU-1",
+            "index": 0,
+            "name": "RTX 3090",
+            "memory_total_bytes": 24 * 1024**3,
+            "memory_used_bytes": 1024**3,
+            "memory_free_bytes": 23 * 1024**3,
+            "temperature_celsius": None,
+        }
+    ],
+    "instances": [
+        {"name": "gpu0", "state": "ready", "gpus": ["GPU-1"], "url": "http://127.0.0.1:1", "version": "0.24.0"}
+    ],
+    "models": [
+        {
+            "name": "tiny:latest",
+            "instance": "gpu0",
+            "state": "ready",
+            "slots": 2,
+            "in_flight": 1,
+            "per_gpu_bytes": [2**30],
+        }
+    ],
+    "reservations": [],
+    "queue": {"waiting": 3, "limit": 512},
+}
+
+
+def test_status_is_shown_as_tables_with_what_is_unknown_as_a_dash() -> None:
+    lines = render_status(STATUS).splitlines()
+    assert lines[0] == "EMULATED: 2x3090"
+    assert lines[2:5] == [
+        "CARDS",
+        "  INDEX  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
+        "  0      RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
+    ]
+    assert "  gpu0  ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
+    assert "  tiny:latest  gpu0      ready  1/2   1.0 GiB   -        -" in lines
+    assert lines[-5:] == ["RESERVATIONS", "  none", "", "QUEUE", "  waiting 3, limit 512"]
+
+
+def test_status_of_a_router_that_says_nothing_is_still_shown() -> None:
+    assert render_status({}).count("none") == 4
+
+
+class _Answer(BaseHTTPRequestHandler):
+    """Says what a router at this port would; `answers` belongs to the server."""
+
+    def do_GET(self) -> None:
+        status, body = self.server.answers[self.path]  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Tests' output is their own."""
+
+
+@pytest.fixture
+def router() -> Generator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", 0), _Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _status(router: HTTPServer, status: int, body: bytes, *flags: str) -> int:
+    router.answers = {"/llamayard/status": (status, body)}  # type: ignore[attr-defined]
+    return main(["status", "--host", "0.0.0.0", "--port", str(router.server_port), *flags], HOME)
+
+
+def test_status_asks_the_running_router(router: HTTPServer, capsys: Captured) -> None:
+    assert _status(router, 200, json.dumps(STATUS).encode()) == 0
+    assert capsys.readouterr().out == render_status(STATUS) + "\n"
+    assert _status(router, 200, json.dumps(STATUS).encode(), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == STATUS
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (404, b"404 page not found", "perhaps a stock Ollama"),
+        (200, b"hello", "not JSON"),
+        (200, b"[]", "not a JSON object"),
+    ],
+)
+def test_status_says_when_something_else_listens(
+    router: HTTPServer, status: int, body: bytes, told: str, capsys: Captured
+) -> None:
+    assert _status(router, status, body) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_status_says_when_nothing_listens(router: HTTPServer, capsys: Captured) -> None:
+    port = router.server_port
+    router.shutdown()
+    router.server_close()
+    assert main(["status", "--port", str(port)], HOME) == 1
+    assert f"nothing answers at 127.0.0.1:{port}" in capsys.readouterr().err
