@@ -38,6 +38,7 @@ def _faults(stage: Stage, recording: Recording, reply: Reply) -> list[str]:
 
 
 def _kill_runner(stage: Stage) -> None:
+    assert len(stage.server.runners()) == 1, "one runner process, a child of the server"
     (runner,) = stage.server.runners()
     os.kill(runner, signal.SIGKILL)
 
@@ -61,20 +62,21 @@ async def test_a_killed_runner_ends_the_answer_as_recorded(stage: Stage, recordi
             _kill_runner(stage)
             reply = await connection.rest(head, first)
         else:
-            await _busy(stage)
+            probe = await _started_behind(stage)
             _kill_runner(stage)
             reply = await connection.reply()
+            await probe
     assert not _faults(stage, recording, reply)
     again = await call(stage.server.address, "POST", "/api/generate", _SHORT)
     assert (again.status, again.json()["eval_count"]) == (200, 2)
 
 
-async def _busy(stage: Stage) -> None:
-    """Waits until the runner has computed for a while."""
-    (runner,) = stage.server.runners()
-    process = psutil.Process(runner)
-    before = process.cpu_times().user
-    await eventually(lambda: process.cpu_times().user > before + 0.2)
+async def _started_behind(stage: Stage) -> asyncio.Future[Reply]:
+    """A short request that waits for the one slot, which shows that the request before it has taken it."""
+    probe = asyncio.ensure_future(call(stage.server.address, "POST", "/api/generate", _SHORT))
+    done, _ = await asyncio.wait({probe}, timeout=0.4)
+    assert not done, "the slot is free"
+    return probe
 
 
 async def test_a_request_that_waits_for_a_killed_runner_is_told(stage: Stage) -> None:

@@ -13,6 +13,7 @@ from tests.contract.conftest import Start
 from tests.contract.stage import Stage
 from tests.support.ollama_server import OllamaServer
 from tests.support.rawhttp import Address, call, connect, request_bytes
+from tests.support.sparse_model import LLAMA_70B, put_into_store
 from tests.support.waiting import eventually
 
 _MISSING = "sha256:" + "3" * 64
@@ -150,6 +151,18 @@ async def test_show_says_what_a_model_can_do(stage: Stage, model: str, family: s
     shown = stage.post("/api/show", {"model": model})
     assert shown["details"]["family"] == family
     assert shown["capabilities"] == [capability]
+
+
+async def test_a_large_models_numbers_are_read_from_its_header(stage: Stage) -> None:
+    size = put_into_store(stage.server.models_dir, "seventy", LLAMA_70B)
+    listed = {model["name"]: model for model in stage.server.call("GET", "/api/tags")[1]["models"]}
+    assert size < listed["seventy:latest"]["size"] < size + 1000  # with its few other blobs
+    assert listed["seventy:latest"]["details"]["parameter_size"] == "70.6B"
+    info = stage.post("/api/show", {"model": "seventy"})["model_info"]
+    assert (info["llama.block_count"], info["llama.attention.head_count_kv"]) == (80, 8)
+    assert info["general.parameter_count"] == pytest.approx(70.6e9, rel=0.01)
+    assert "llama.attention.key_length" not in info  # then it is width over heads
+    stage.absent("seventy")
 
 
 _REFUSED: dict[str, Any] = {"model": "127.0.0.1:1/library/none", "insecure": True}

@@ -1,0 +1,139 @@
+"""The whole program over emulated cards and emulated servers: `serve --rig 2x3090`.
+
+Models are sparse files put into the store that its servers share; what is loaded where is asked of the servers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.product import Product, prepare, running
+from tests.support.rawhttp import Reply, call
+from tests.support.sparse_model import LLAMA_8B, LLAMA_70B, LLAMA_405B, put_into_store
+from tests.support.waiting import eventually, eventually_sync
+
+pytestmark = pytest.mark.rig
+
+_FAST = {"LLAMAYARD_RIG_SPEED": "20"}
+_SPECS = {"small-a": LLAMA_8B, "small-b": LLAMA_8B, "seventy": LLAMA_70B, "huge": LLAMA_405B}
+
+
+def _make(folder: Path) -> Product:
+    config = {"log": {"format": "json"}, "poll": {"catalog_seconds": 0.2, "gpu_seconds": 0.2, "residency_seconds": 0.2}}
+    return prepare(folder, config, _FAST, ("--rig", "2x3090"))
+
+
+def _furnish(product: Product) -> None:
+    (store,) = {process.environ()["OLLAMA_MODELS"] for process in product.servers().values()}
+    for name, spec in _SPECS.items():
+        put_into_store(Path(store), name, spec)
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
+    with running(_make(tmp_path_factory.mktemp("rig"))) as router:
+        _furnish(router)
+        yield router
+
+
+async def _ask(product: Product, model: str, **fields: Any) -> Reply:
+    body = {"model": model, "prompt": "hello", "options": {"num_predict": 4}, **fields}
+    return await call(product.address, "POST", "/api/generate", body)
+
+
+def _cards_of(product: Product, model: str) -> list[int]:
+    """How many cards each server sees that holds the model."""
+    servers = product.servers()
+    holding = [port for port, names in product.resident().items() if f"{model}:latest" in names]
+    return [len(servers[port].environ()["CUDA_VISIBLE_DEVICES"].split(",")) for port in holding]
+
+
+async def _unload_all(product: Product) -> None:
+    for name in _SPECS:
+        await call(product.address, "POST", "/api/generate", {"model": name, "keep_alive": 0})
+    await eventually(lambda: not any(product.resident().values()), what="nothing loaded")
+
+
+async def test_there_is_one_server_a_card_and_one_over_all(product: Product) -> None:
+    seen = [process.environ()["CUDA_VISIBLE_DEVICES"].split(",") for process in product.servers().values()]
+    assert sorted(map(len, seen)) == [1, 1, 2]
+    (spread,) = [cards for cards in seen if len(cards) == 2]
+    assert sorted(cards[0] for cards in seen if len(cards) == 1) == sorted(spread)
+    assert all(card.startswith("GPU-") for card in spread)
+
+
+async def test_small_models_go_to_single_cards(product: Product) -> None:
+    await _unload_all(product)
+    for name in ("small-a", "small-b"):
+        reply = await _ask(product, name)
+        assert (reply.status, reply.end, reply.lines()[-1]["done"]) == (200, "complete", True)
+        assert _cards_of(product, name) == [1]
+
+
+async def test_a_70b_goes_over_both_cards_and_wholly_onto_them(product: Product) -> None:
+    await _unload_all(product)
+    reply = await _ask(product, "seventy", options={"num_predict": 4, "num_ctx": 2048})
+    assert (reply.status, reply.lines()[-1]["done"]) == (200, True), reply.body
+    assert _cards_of(product, "seventy") == [2]
+    (entry,) = [m for m in product.call("GET", "/api/ps")[1]["models"] if m["name"] == "seventy:latest"]
+    assert entry["size_vram"] == entry["size"] > 40_000_000_000
+
+
+async def test_a_small_model_makes_room_for_itself_when_a_large_one_is_idle(product: Product) -> None:
+    await _unload_all(product)
+    assert (await _ask(product, "seventy", options={"num_predict": 4, "num_ctx": 2048})).status == 200
+    assert (await _ask(product, "small-a")).status == 200
+    assert _cards_of(product, "small-a") == [1]
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/completions"])
+async def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(product: Product, path: str) -> None:
+    reply = await call(product.address, "POST", path, {"model": "huge", "prompt": "hello"})
+    assert reply.status == 422
+    error = reply.json()["error"]
+    words = error if path.startswith("/api") else error["message"]
+    assert "huge" in words
+    assert len(re.findall(r"\d+(?:\.\d+)? ?(?:[KMGT]i?)?B|\d{9,}", words)) >= 2, words  # needed, and there are
+    assert _cards_of(product, "huge") == []
+
+
+async def test_everything_says_that_it_is_emulated(product: Product) -> None:
+    status = product.call("GET", "/llamayard/status")[1]
+    assert "emulated" in json.dumps(status).lower()
+    assert "emulated" in product.log_text().lower()
+
+
+async def test_status_shows_the_cards(product: Product) -> None:
+    status = product.call("GET", "/llamayard/status")[1]
+    assert "3090" in json.dumps(status)
+    names = {instance["name"] for instance in status["instances"]}
+    assert names == {"gpu0", "gpu1", "spread"}
+
+
+def test_nothing_is_left_after_sigterm(tmp_path: Path) -> None:
+    with running(_make(tmp_path)) as router:
+        assert len(router.servers()) == 3
+        router.signal(signal.SIGTERM)
+        assert router.wait() == 0
+        eventually_sync(lambda: not router.processes(), what="no process left")
+
+
+async def test_nothing_is_left_of_a_killed_router_once_it_runs_again(tmp_path: Path) -> None:
+    with running(_make(tmp_path)) as router:
+        _furnish(router)
+        assert (await _ask(router, "small-a")).status == 200
+        before = router.processes()
+        assert before
+        router.signal(signal.SIGKILL)
+        router.wait()
+        router.start()
+        eventually_sync(lambda: not any(process.is_running() for process in before), what="the end of the old ones")
+        assert len(router.servers()) == 3
+        assert (await _ask(router, "small-a")).status == 200
