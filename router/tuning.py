@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from router.settings import ConfigError, InstanceSettings, Settings
 
 _KV_CACHE_TYPES = ("f16", "q8_0", "q4_0")
+_NOTHING_OF_ITS_OWN = InstanceSettings(name="discovered")
 _FALSE_WORDS = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 """What Go's `strconv.ParseBool` takes as false; to Ollama any other text is true."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Effective values of one instance; `environment` is what a spawned server is given of them and of `env`."""
+    """Effective values of one instance; `environment` is its variables as they were given, for a spawned one."""
 
     num_parallel: int
     context_length: int
@@ -34,7 +35,7 @@ def tuning(settings: Settings, name: str, declared: InstanceSettings | None = No
     Raises:
         ConfigError: a variable holds what Ollama would ignore with a warning.
     """
-    own = declared or InstanceSettings(name=name)
+    own = declared or _NOTHING_OF_ITS_OWN
     variables = {**settings.ollama.env, **settings.ollama.instance_env.get(name, {}), **own.env}
     if own.url is not None:
         variables = {}  # another program gave that server its environment
@@ -47,15 +48,7 @@ def tuning(settings: Settings, name: str, declared: InstanceSettings | None = No
         raise ConfigError(
             [f"instance {name}: kv_cache_type {cache} is ignored by Ollama without flash_attention: true"]
         )
-    effective = {
-        **variables,
-        "OLLAMA_NUM_PARALLEL": str(parallel),
-        "OLLAMA_CONTEXT_LENGTH": str(context),
-        "OLLAMA_KV_CACHE_TYPE": cache,
-    }
-    if flash is not None:
-        effective["OLLAMA_FLASH_ATTENTION"] = "1" if flash else "0"
-    return Tuning(parallel, context, cache, flash, effective)
+    return Tuning(parallel, context, cache, flash, variables)
 
 
 def _first(*values: bool | None) -> bool | None:

@@ -238,9 +238,10 @@ def test_an_instances_own_values_win_over_its_variables_and_those_over_the_keys_
     )  # fmt: skip
     by_hand = tuning(settings, "a", settings.instances[0])
     assert (by_hand.num_parallel, by_hand.context_length, by_hand.kv_cache_type) == (7, 2000, "f16")
-    assert by_hand.environment["OLLAMA_NUM_PARALLEL"] == "7"
+    assert by_hand.environment == {"OLLAMA_CONTEXT_LENGTH": "2000", "OLLAMA_FLASH_ATTENTION": "1"}
     attached = tuning(settings, "b", settings.instances[1])
     assert (attached.num_parallel, attached.context_length, attached.flash_attention) == (1, 1000, None)
+    assert attached.environment == {}
 
 
 @pytest.mark.parametrize(

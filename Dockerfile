@@ -1,0 +1,38 @@
+# The router and the Ollama that it runs, in one image. docker run --gpus all -p 127.0.0.1:11434:11434 llamayard
+ARG OLLAMA_VERSION=0.24.0
+ARG PYTHON_VERSION=3.13
+
+FROM ollama/ollama:${OLLAMA_VERSION} AS ollama
+
+FROM python:${PYTHON_VERSION}-slim AS build
+WORKDIR /source
+COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
+COPY router ./router
+RUN python -m venv /opt/llamayard \
+ && /opt/llamayard/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .
+
+FROM python:${PYTHON_VERSION}-slim
+# The server with its CUDA libraries, where it looks for them.
+COPY --from=ollama /usr/bin/ollama /usr/bin/ollama
+COPY --from=ollama /usr/lib/ollama /usr/lib/ollama
+COPY --from=build /opt/llamayard /opt/llamayard
+RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/llamayard llamayard \
+ && install -d -o llamayard -g llamayard /var/lib/llamayard/models /var/lib/llamayard/state
+# The driver's compute and utility (NVML) libraries are put in by the NVIDIA container toolkit.
+ENV PATH=/opt/llamayard/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LLAMAYARD_SERVER__HOST=0.0.0.0 \
+    LLAMAYARD_OLLAMA__MODELS=/var/lib/llamayard/models \
+    LLAMAYARD_STATE_DIRECTORY=/var/lib/llamayard/state
+USER llamayard
+WORKDIR /var/lib/llamayard
+VOLUME /var/lib/llamayard
+EXPOSE 11434
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:11434/health', timeout=4)"]
+# SIGTERM drains; docker stop must wait longer than server.drain_timeout_seconds (-t 60).
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["llamayard"]
+CMD ["serve"]

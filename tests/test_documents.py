@@ -1,0 +1,143 @@
+"""Documents, examples and deployment files are true to the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from router import __version__
+from router.config_tree import dotted_keys
+from router.docs import documents
+from router.settings import InstanceSettings, Settings, load_settings
+from tests.support.tree import MODULES, ROOT, none_of
+
+
+@pytest.mark.parametrize("path", sorted(documents()))
+def test_documents_drawn_from_code_have_not_drifted(path: str) -> None:
+    target = ROOT / path
+    assert target.is_file(), f"{path} is missing: run `make docs`"
+    assert target.read_text(encoding="utf-8") == documents()[path], f"{path} has drifted: run `make docs`"
+
+
+def test_the_example_file_is_the_defaults() -> None:
+    home = {"HOME": "/home/someone"}
+    assert load_settings(ROOT / "config/llamayard.example.yaml", home) == load_settings(None, home)
+
+
+def test_the_example_instances_can_be_used(tmp_path: Path) -> None:
+    text = (ROOT / "config/llamayard.example.yaml").read_text(encoding="utf-8")
+    block = re.search(r"^# instances:\n(?:# .*\n)+", text, re.MULTILINE)
+    assert block is not None
+    (tmp_path / "c.yaml").write_text(re.sub(r"^# ", "", block[0], flags=re.MULTILINE), encoding="utf-8")
+    assert [instance.url is None for instance in load_settings(tmp_path / "c.yaml", {}).instances] == [
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_is_accepted(path: Path) -> None:
+    load_settings(path, {})
+
+
+READERS_OF_KEYS = frozenset({"router/settings.py", "router/docs.py"})
+
+
+def test_every_key_is_used_somewhere() -> None:
+    """As `….server.port` outside the settings; a section that is passed on keeps its name."""
+    read: set[str] = set()
+    for module in MODULES:
+        if module.where not in READERS_OF_KEYS:
+            read |= {ast.unparse(node) for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)}
+    ends = {".".join(chain.split(".")[-2:]) for chain in read} | {chain.rpartition(".")[2] for chain in read}
+    keys = {key: "discovers" if key == "discover" else key for key in dotted_keys(Settings)}
+    keys |= {f"instances[].{key}": key for key in dotted_keys(InstanceSettings)}
+    none_of([key for key, end in keys.items() if end not in ends])
+
+
+def test_every_key_is_described_with_its_unit_in_its_name() -> None:
+    offences: list[str] = []
+    for model in (Settings, InstanceSettings, *_sections()):
+        for name, info in model.model_fields.items():
+            is_section = info.annotation in _sections()
+            if not is_section and not (info.description or "").endswith("."):
+                offences.append(
+                    f"{model.__name__}.{name}: its description must be a sentence that ends with a full stop"
+                )
+            metadata = str(info.metadata)
+            if info.annotation is float and not name.endswith("_seconds") and "keep_alive" not in metadata:
+                offences.append(f"{model.__name__}.{name}: a duration carries its unit in its name")
+    none_of(offences)
+
+
+def _sections() -> list[type]:
+    annotations = [info.annotation for info in Settings.model_fields.values()]
+    return [each for each in annotations if isinstance(each, type) and hasattr(each, "model_fields")]
+
+
+HEADING = re.compile(r"^## \[(?P<version>[^\]]+)\](?: - (?P<date>\d{4}-\d\d-\d\d))?$")
+CHANGES = frozenset({"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"})
+
+
+def test_the_changelog_begins_with_what_is_unreleased() -> None:
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    headings = [line for line in lines if line.startswith("## ")]
+    matches = [HEADING.match(line) for line in headings]
+    assert all(matches), headings
+    versions = [match["version"] for match in matches if match]
+    assert versions[0] == "Unreleased"
+    assert all(match["date"] for match in matches[1:] if match), "a released version carries its date"
+    assert {line[4:] for line in lines if line.startswith("### ")} <= CHANGES
+    assert versions[1:] == [] or versions[1] == __version__
+
+
+LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    offences: list[str] = []
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
+        targets: list[str] = LINK.findall(path.read_text(encoding="utf-8"))
+        offences += [f"{path.relative_to(ROOT)}: {target}" for target in targets if not (path.parent / target).exists()]
+    none_of(offences)
+
+
+def test_files_that_architecture_names_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:router|tests|config|deploy|docs)/[\w./-]+)`", text))
+    assert named
+    none_of([name for name in sorted(named) if not (ROOT / name).exists()])
+
+
+def test_every_make_target_that_documents_name_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {target for path in (ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / ".ci/run")
+             for target in re.findall(r"\bmake ([a-z-]+)(?=[`\s]|$)", path.read_text(encoding="utf-8"))
+             if target in targets or f"`make {target}" in path.read_text(encoding="utf-8")}  # fmt: skip
+    assert {"run", "test"} <= named
+    none_of([f"make {target}" for target in sorted(named - targets)])
+
+
+def test_pinned_versions_cover_every_dependency() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = set(re.findall(r'^  "([A-Za-z0-9_.-]+)(?:\[[a-z]+\])?[><=]', text, re.MULTILINE))
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
+    assert wanted
+    normal = {re.sub(r"[-_.]+", "-", name).lower() for name in pinned}
+    none_of([name for name in sorted(wanted) if re.sub(r"[-_.]+", "-", name).lower() not in normal])
+
+
+def test_deployed_files_agree_with_the_defaults() -> None:
+    compose = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text(encoding="utf-8"))
+    unit = (ROOT / "deploy/llamayard.service").read_text(encoding="utf-8")
+    stop = re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert stop is not None
+    assert int(stop[1]) > Settings().server.drain_timeout_seconds
+    (service,) = compose["services"].values()
+    assert int(service["stop_grace_period"].removesuffix("s")) > Settings().server.drain_timeout_seconds
+    assert any(str(Settings().server.port) in str(port) for port in service["ports"])
