@@ -12,7 +12,7 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check tidy test pytest test-py docs clean real-ollama
+.PHONY: help setup run ollama fmt check test pytest test-py docs clean real-ollama
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -32,7 +32,7 @@ check: setup  ## formatting, ruff, pyright strict, tidiness of the tree
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(VENV)/bin/python -m pytest -q tests/test_tidy.py
+	$(VENV)/bin/python -m pytest -q tests/test_tidy.py tests/test_documents.py
 
 test: setup real-ollama check  ## everything: check, then the whole suite, a real Ollama included where Go is
 	$(VENV)/bin/python -m pytest $(ARGS)
