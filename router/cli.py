@@ -33,6 +33,7 @@ from router.tuning import tuning
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_MISUSED = 2
+EXIT_INTERRUPTED = 130
 AUTO_RIG = "2x3090"
 """What `serve --auto` emulates where there is no Ollama to run."""
 
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
     except StatusError as error:
         _complain([str(error)])
         return EXIT_FAILED
+    except KeyboardInterrupt:  # before or after the time in which the running router handles the signal itself
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,17 +110,26 @@ def _serve(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if given.auto:
         settings = with_what_is_there(settings, environment)
     problems = tuning_problems(settings)
+    if lacks_ollama(settings, environment):
+        problems.append(
+            f"ollama.binary: there is no program `{settings.ollama.binary}` on PATH: install Ollama, give its path "
+            f"(--set ollama.binary=/path/to/ollama), or look around with an emulated rig (--rig {AUTO_RIG})"
+        )
     if problems:
         raise ConfigError(problems)
     return uvloop.run(serve(settings))
 
 
+def lacks_ollama(settings: Settings, environment: Mapping[str, str]) -> bool:
+    """Whether the router would have to start real servers without a program to start."""
+    spawns = settings.discovers or any(instance.url is None for instance in settings.instances)
+    found = shutil.which(settings.ollama.binary, path=environment.get("PATH"))
+    return settings.rig is None and spawns and found is None
+
+
 def with_what_is_there(settings: Settings, environment: Mapping[str, str]) -> Settings:
     """The settings as they are where an Ollama can be run (on its cards or the CPU), else with an emulated rig."""
-    attached_only = bool(settings.instances) and all(instance.url for instance in settings.instances)
-    if settings.rig is not None or attached_only:
-        return settings
-    if shutil.which(settings.ollama.binary, path=environment.get("PATH")) is not None:
+    if not lacks_ollama(settings, environment):
         return settings
     words = f"no `{settings.ollama.binary}` on PATH: serving an EMULATED rig ({AUTO_RIG}); its answers are made up."
     print(f"llamayard: {words}\nllamayard: install Ollama and start again for the real thing.", file=sys.stderr)

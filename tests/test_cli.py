@@ -68,7 +68,7 @@ def test_check_config_reads_the_variables_of_each_instance(capsys: Captured) -> 
         (["serve", "--set", "queue.limit"], "write KEY=VALUE"),
         (["serve", "--port", "x"], "server.port: 'x' (flag)"),
         (["serve", "--config", "/nonexistent/c.yaml"], "/nonexistent/c.yaml: cannot be read"),
-        (["serve", "--set", "ollama.env={OLLAMA_NUM_PARALLEL: many}"], "OLLAMA_NUM_PARALLEL='many'"),
+        (["serve", "--rig", "h100", "--set", "ollama.env={OLLAMA_NUM_PARALLEL: many}"], "OLLAMA_NUM_PARALLEL='many'"),
         (["status", "--set", "ollama.env=["], "flag ollama.env: is not a YAML list or mapping"),
     ],
 )
@@ -78,6 +78,13 @@ def test_a_mistake_ends_in_a_sentence_and_code_2(arguments: list[str], told: str
     assert told in captured.err
     assert "Traceback" not in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_serve_without_an_ollama_to_start_says_what_to_do(capsys: Captured) -> None:
+    assert main(["serve"], HOME) == 2
+    told = capsys.readouterr().err
+    assert "no program `ollama` on PATH" in told
+    assert "--rig" in told
 
 
 @pytest.mark.parametrize("arguments", [[], ["sevre"], ["serve", "--prot", "1"]])
@@ -111,6 +118,8 @@ def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
     attached = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}]})
     assert with_what_is_there(rig, HOME).rig == "h100"
     assert with_what_is_there(attached, HOME).rig is None
+    both = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}], "discover": "true"})
+    assert with_what_is_there(both, HOME).rig == AUTO_RIG
 
 
 STATUS: dict[str, Any] = {

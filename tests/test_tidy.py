@@ -14,9 +14,6 @@ from tests.support.tree import MODULES, TESTS, layer_of, none_of, tracked_texts
 MODULE_LINES = 400
 FUNCTION_LINES = 70
 
-LEAVES = frozenset({"errors", "config_tree"})
-"""Modules at the top that everything above core may import, and that import nothing of the router."""
-
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     # core <- sim <- rig            core <- engine <- gateway <- app <- cli            core <- fleet <- app
     "core": frozenset(),
