@@ -21,7 +21,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
     return write_model_files(tmp_path_factory.mktemp("weights"), {"tiny": TINY, "big": BIG, "embed": EMBED})
 
 
-@pytest.fixture(scope="session", params=["real", "emulated"])
+@pytest.fixture(scope="session", params=[pytest.param("real", marks=pytest.mark.ollama), "emulated"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

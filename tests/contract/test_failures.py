@@ -73,9 +73,14 @@ async def test_a_killed_runner_ends_the_answer_as_recorded(stage: Stage, recordi
 
 async def _started_behind(stage: Stage) -> asyncio.Future[Reply]:
     """A short request that waits for the one slot, which shows that the request before it has taken it."""
-    probe = asyncio.ensure_future(call(stage.server.address, "POST", "/api/generate", _SHORT))
-    done, _ = await asyncio.wait({probe}, timeout=0.4)
-    assert not done, "the slot is free"
+
+    async def waits() -> asyncio.Future[Reply] | None:
+        probe = asyncio.ensure_future(call(stage.server.address, "POST", "/api/generate", _SHORT))
+        done, _ = await asyncio.wait({probe}, timeout=1.0)
+        return None if done else probe
+
+    probe = await eventually(waits, what="a request that waits")
+    assert probe is not None
     return probe
 
 
