@@ -31,9 +31,10 @@ __all__ = ["ConfigError", "Settings", "find_config", "load_layers", "load_settin
 
 ENVIRONMENT_PREFIX = "LLAMAYARD_"
 NOT_SETTINGS = frozenset(
-    {"LLAMAYARD_INSTANCE", "LLAMAYARD_STATE", "LLAMAYARD_RIG_DIR", "LLAMAYARD_RIG_VERSION", "LLAMAYARD_RIG_SPEED"}
+    f"{ENVIRONMENT_PREFIX}{name}"
+    for name in ("INSTANCE", "STATE", "RIG_DIR", "RIG_VERSION", "RIG_SPEED", "TEST_OLLAMA")
 )
-"""Variables that the router sets for its children, and those of the emulated rig."""
+"""Variables that the router sets for its children, those of the emulated rig, and the tests' own."""
 
 RESERVED_VARIABLES = {
     "OLLAMA_HOST": "the router gives each instance a port of its own",
