@@ -1,0 +1,137 @@
+"""Keeps all instances in the state that is wanted of them: one task each, started together, stopped together.
+
+Reports every change of state and decides nothing about requests. Ending `run`, however that happens, ends every process
+that was started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+import structlog
+
+from router.core.entities import InstanceName, InstanceSpec, InstanceState, InstanceView
+from router.core.events import InstanceChanged
+from router.fleet.instance import Instance, SupervisorConfig, Surroundings
+from router.fleet.probe import Probe, ProbeFailed, version_probe
+from router.fleet.timing import Clock, SystemClock
+
+__all__ = ["Supervisor", "SupervisorConfig"]
+
+_GONE_SECONDS = 15.0
+"""Beyond the polite part of a stop: SIGKILL, and the kernel freeing a big process's memory."""
+
+
+class Supervisor:
+    """Owns the instances. `add` them before or during `run`; all methods belong to `run`'s event loop and thread.
+
+    That thread must be one that lives as long as the servers shall (see `ChildProcess.spawn`): run it in the main one.
+    """
+
+    def __init__(
+        self, config: SupervisorConfig, on_change: Callable[[InstanceChanged], None], clock: Clock | None = None
+    ) -> None:
+        self._config = config
+        self._instances: dict[InstanceName, Instance] = {}
+        self._around = Surroundings(config, clock or SystemClock(), self._ask_version, on_change)
+        self._probe: Probe | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: list[asyncio.Task[None]] = []
+        self._closing = asyncio.Event()
+        self._log = structlog.get_logger("router.fleet")
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Runs the instances until `stop_all` has stopped them. Cancelled, it kills them."""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+            self._probe = version_probe(session)
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for instance in self._instances.values():
+                    self._begin(instance, tasks)
+                await self._closing.wait()
+                for task in self._running:
+                    task.cancel()
+
+    def add(self, spec: InstanceSpec) -> None:
+        """Wants one more instance to run. ValueError if there is one of that name."""
+        if spec.name in self._instances:
+            raise ValueError(f"there is an instance {spec.name!r} already")
+        instance = Instance(spec, self._around)
+        self._instances[spec.name] = instance
+        if self._tasks is not None:
+            self._begin(instance, self._tasks)
+
+    def _begin(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
+        self._running.append(tasks.create_task(instance.run(), name=f"instance {instance.name}"))
+
+    async def _ask_version(self, url: str, timeout_seconds: float) -> str:
+        if self._probe is None:
+            raise ProbeFailed("the supervisor does not run")
+        return await self._probe(url, timeout_seconds)
+
+    # --- asking --------------------------------------------------------------------------------------------
+
+    def start(self, name: InstanceName) -> None:
+        """Starts an instance again that is STOPPED or FATAL; in BACKOFF, at once. KeyError for an unknown name."""
+        self._instances[name].start()
+
+    async def drain_and_stop(self, name: InstanceName, idle: Awaitable[object], deadline_seconds: float) -> None:
+        """DRAINING until `idle` is done or the deadline has passed, then stopped. KeyError for an unknown name."""
+        instance = self._instances[name]
+        instance.drain()
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                await idle
+        except TimeoutError:
+            self._log.warning("instance_drain_deadline", instance=name, deadline_seconds=deadline_seconds)
+        instance.stop()
+        await self._stopped(instance)
+
+    def drain_all(self) -> None:
+        """No instance takes new requests."""
+        for instance in self._instances.values():
+            instance.drain()
+
+    async def stop_all(self) -> None:
+        """Stops all instances at the same time, politely first; then `run` returns. Ends by itself within deadlines."""
+        for instance in self._instances.values():
+            instance.stop()
+        await asyncio.gather(*(self._stopped(instance) for instance in self._instances.values()))
+        self._closing.set()
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process group, at once: for the second signal. `stop_all` still has to be awaited."""
+        for instance in self._instances.values():
+            instance.kill()
+
+    async def _stopped(self, instance: Instance) -> None:
+        try:
+            async with asyncio.timeout(self._config.stop_timeout_seconds + _GONE_SECONDS):
+                await instance.wait_for(InstanceState.STOPPED)
+        except TimeoutError:
+            self._log.error("instance_does_not_stop", instance=instance.name, pid=instance.pid)
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    @property
+    def views(self) -> tuple[InstanceView, ...]:
+        return tuple(instance.view for instance in self._instances.values())
+
+    def view(self, name: InstanceName) -> InstanceView:
+        return self._instances[name].view
+
+    def pid(self, name: InstanceName) -> int | None:
+        """The server's process number; None while there is no process, and for attached instances."""
+        return self._instances[name].pid
+
+    def logs(self, name: InstanceName) -> tuple[str, ...]:
+        """The last lines of output, oldest first; none of an attached instance. KeyError for an unknown name."""
+        return self._instances[name].lines
+
+    async def wait_for(self, name: InstanceName, *states: InstanceState) -> None:
+        """Returns when the instance is in one of the states; no deadline of its own."""
+        await self._instances[name].wait_for(*states)
