@@ -1,0 +1,122 @@
+"""Which API a path belongs to, and how that API's clients are told of an error, before and after bytes are out.
+
+Statuses and words come with the error; here they only get their form, which is Ollama's own for each API (v0.24). It
+knows no HTTP library, so that a raw relay can use it as well.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import msgspec
+
+from router.errors import RouterError
+
+
+class Api(Enum):
+    """One of the three APIs that a server speaks."""
+
+    OLLAMA = "ollama"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """A whole answer; length, date and connection are the sender's."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+NDJSON = "application/x-ndjson"
+SSE = "text/event-stream"
+
+CODE_HEADER = "X-Llamayard-Error"
+"""Carries the stable code, which Ollama's own shape has no place for."""
+
+_OPENAI_TYPES: Mapping[int, str] = {400: "invalid_request_error", 404: "not_found_error"}
+_ANTHROPIC_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+"""As openai.NewError and anthropic.NewError have them; any other status is an `api_error`."""
+
+_BEFORE_THE_HANDLER = frozenset((400, 413, 415))
+"""Refused while the body is read. Ollama's `/v1/*` names a charset there and ends without a newline; later it does the
+opposite (`error-v1-*-bad-json` and `error-v1-*-unknown-model` in the recordings)."""
+
+_GO_ESCAPES = ((b"<", b"\\u003c"), (b">", b"\\u003e"), (b"&", b"\\u0026"))
+_LINE_SEPARATORS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"))
+
+
+def api_of(path: str) -> Api:
+    """The API of a path; everything outside `/v1` is Ollama's."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return Api.ANTHROPIC
+    return Api.OPENAI if path.startswith("/v1/") else Api.OLLAMA
+
+
+def error_reply(api: Api, error: RouterError, request_id: str | None = None) -> ErrorReply:
+    """`error` as the whole answer to a request of `api`. `request_id` is told where the shape has a place for it."""
+    early = api is Api.OLLAMA or error.status in _BEFORE_THE_HANDLER
+    content_type = "application/json; charset=utf-8" if early else "application/json"
+    headers = [("Content-Type", content_type), (CODE_HEADER, error.code)]
+    if error.retry_after_seconds is not None:
+        headers.append(("Retry-After", str(error.retry_after_seconds)))
+    body = _json(_content(api, error, request_id))
+    return ErrorReply(error.status, tuple(headers), body if early else body + b"\n")
+
+
+def stream_error(api: Api, content_type: str, error: RouterError, *, sent: bytes = b"\n\n") -> bytes:
+    """What ends a stream visibly once bytes are out; `sent` is the end of what was sent, to close a broken line first.
+
+    NDJSON gets an error line, OpenAI's events a last one with `error` and no `[DONE]`, Anthropic's an `error` event.
+    Empty where the answer is no stream (one JSON object): nothing can be added to that, so its connection must be cut.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == NDJSON:
+        line = _json({"error": _words(error)}) + b"\n"
+        return line if sent.endswith(b"\n") else b"\n" + line
+    if kind != SSE:
+        return b""
+    content = _content(Api.OPENAI if api is Api.OLLAMA else api, error, None)
+    event = b"event: error\n" if api is Api.ANTHROPIC else b""
+    return (b"" if sent.endswith(b"\n\n") else b"\n\n") + event + b"data: " + _json(content) + b"\n\n"
+
+
+def _content(api: Api, error: RouterError, request_id: str | None) -> dict[str, object]:
+    if api is Api.OLLAMA:
+        return {"error": _words(error)}
+    if api is Api.OPENAI:
+        kind = _OPENAI_TYPES.get(error.status, "api_error")
+        return {"error": {"message": _words(error), "type": kind, "param": None, "code": error.code}}
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+    identity = request_id or secrets.token_hex(12)
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": _words(error)},
+        "request_id": identity if identity.startswith("req_") else f"req_{identity}",
+    }
+
+
+def _json(content: dict[str, object]) -> bytes:
+    """JSON as Go writes it: no blanks, non-ASCII as it is, what HTML or JavaScript could trip over escaped."""
+    text = msgspec.json.encode(content)
+    for plain, escaped in (*_GO_ESCAPES, *_LINE_SEPARATORS):
+        text = text.replace(plain, escaped)
+    return text
+
+
+def _words(error: RouterError) -> str:
+    """The message, with a mark for half of a surrogate pair in words that were passed on."""
+    return error.message.encode(errors="replace").decode()
