@@ -142,6 +142,10 @@ class ModelFacts:
     """Output layer, which goes to the last card."""
 
 
+NO_MODEL = ModelFacts("", "", BlobDigest(""), 0, "", 0, 0, 0, (), 0, 0, 0, 0)
+"""Stands where no facts are needed, as in tests of the books alone."""
+
+
 RunnerOptions = tuple[tuple[str, int | bool], ...]
 """Options of a load that make Ollama start another runner when they differ, sorted by name."""
 
@@ -162,6 +166,8 @@ class Footprint:
 
 
 class ResidencyState(StrEnum):
+    PLANNED = "planned"
+    """Its room is reserved, and what stands in it is being unloaded."""
     LOADING = "loading"
     READY = "ready"
     UNLOADING = "unloading"
@@ -186,9 +192,22 @@ class Residency:
     used_at: float
     expires_at: float | None
     """When the router unloads it if idle; None: never by time."""
+    keep_alive_seconds: float = -1.0
+    unloaded_at: float | None = None
+    """When its unload ended; it is forgotten once the cards were read after that."""
     load_id: LoadId | None = None
     size_bytes: int = 0
     size_vram_bytes: int = 0
+    reason: str = ""
+    """Why it stands where it stands."""
+    model: ModelFacts = NO_MODEL
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state is ResidencyState.READY and self.in_flight == 0
+
+
+ResidencyKey = tuple[InstanceName, BlobDigest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +244,8 @@ class Reservation:
     blob: BlobDigest
     per_gpu_bytes: tuple[tuple[GpuUuid, int], ...]
     made_at: float
+    sent_at: float | None = None
+    """When the load was sent to the server; None while room is being made."""
     finished_at: float | None = None
     """When the load ended well; kept until a reading of the cards newer than that shows the bytes used."""
 
@@ -234,8 +255,59 @@ class Policy:
     """Everything configurable that decisions use; built once from the settings."""
 
     vram_margin_bytes: int = 512 * 1024**2
+    single_slot_architectures: frozenset[str] = frozenset(
+        {
+            "mllama",
+            "qwen3vl",
+            "qwen3vlmoe",
+            "qwen35",
+            "qwen35moe",
+            "qwen3next",
+            "lfm2",
+            "lfm2moe",
+            "nemotron_h",
+        }
+    )
+    """Families that Ollama serves one request at a time (server/sched.go, v0.24 and v0.33)."""
     queue_limit: int = 512
     queue_timeout_seconds: float = 300.0
     load_timeout_seconds: float = 600.0
     keep_alive_seconds: float = -1.0
-    spill_retry_seconds: float = 60.0
+    failure_memory_seconds: float = 60.0
+    """How long a placement that failed or spilled is not tried again for the same model."""
+    room_timeout_seconds: float = 15.0
+    """How long freed VRAM may take to show before the load is planned anew."""
+    settle_seconds: float = 3.0
+    """After a load or unload no model is called too large for so long: the driver may still show old figures."""
+    drain_after_seconds: float = 5.0
+    """A ticket that has waited so long for room may stop busy models from taking new requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A load that went wrong lately: not tried again there until it is forgotten."""
+
+    instance: InstanceName
+    blob: BlobDigest
+    options: RunnerOptions
+    status: int
+    message: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything a decision is made from. The mappings are read-only views that hold still during one decision."""
+
+    now: float
+    policy: Policy
+    gpus: Mapping[GpuUuid, Gpu]
+    gpus_read_at: float
+    instances: Mapping[InstanceName, InstanceView]
+    residencies: Mapping[ResidencyKey, Residency]
+    reservations: Mapping[LoadId, Reservation]
+    changed_at: float = float("-inf")
+    """When a load or unload last ended: memory may take a moment to show it."""
+    failures: tuple[Failure, ...] = ()
+    draining: frozenset[ResidencyKey] = frozenset()
+    """Residencies that take no new request because their room is wanted."""

@@ -33,6 +33,8 @@ class LoadedModel:
     size_bytes: int
     size_vram_bytes: int
     context_length: int | None
+    model: ModelFacts | None = None
+    """Facts of that name where the catalog has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ class Released:
     """A granted slot comes back, however its request ended."""
 
     ticket_id: TicketId
-    instance_lost: bool = False
+    runner_lost: bool = False
+    """The model's runner died under the request: what `/api/ps` still says of it is not to be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,6 @@ class LoadFinished:
     load_id: LoadId
     size_bytes: int
     size_vram_bytes: int
-    started_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class Load:
 class Unload:
     instance: InstanceName
     url: str
-    name: str
+    model: ModelFacts
     blob: BlobDigest
     reason: str
 

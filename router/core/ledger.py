@@ -1,0 +1,96 @@
+"""VRAM and slot accounting over a snapshot: what each card has left, and who holds what.
+
+The figures come from three sources that never overlap: what the driver shows as free, what loads under way have
+reserved but not yet taken, and a margin. The router's own books, not a server's estimate, are the authority, because
+from v0.30 an Ollama server does not read again what a sibling took on its card.
+
+It only answers questions; state is changed by the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from router.core.entities import (
+    GpuUuid,
+    InstanceSpec,
+    LoadId,
+    ModelFacts,
+    Policy,
+    Reservation,
+    Residency,
+    ResidencyState,
+    Snapshot,
+)
+
+
+def slots_of(model: ModelFacts, spec: InstanceSpec, policy: Policy) -> int:
+    """Parallel requests the server gives this model: embedders and some families always get one."""
+    if model.is_embedding or model.architecture in policy.single_slot_architectures:
+        return 1
+    return spec.num_parallel
+
+
+def reserved_bytes(snapshot: Snapshot, gpu: GpuUuid, besides: LoadId | None = None) -> int:
+    """Bytes on `gpu` set aside for loads whose memory the last reading of the cards cannot show yet."""
+    return sum(
+        size
+        for reservation in snapshot.reservations.values()
+        if reservation.load_id != besides
+        for uuid, size in reservation.per_gpu_bytes
+        if uuid == gpu
+    )
+
+
+def available_bytes(snapshot: Snapshot, gpu: GpuUuid, besides: LoadId | None = None) -> int:
+    """What a new load may take of `gpu` now: live free less the margin less reservations; may be negative."""
+    card = snapshot.gpus.get(gpu)
+    if card is None or card.error is not None:
+        return 0
+    margin = snapshot.policy.vram_margin_bytes
+    return card.memory_free_bytes - margin - reserved_bytes(snapshot, gpu, besides)
+
+
+def resident_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    """Bytes on `gpu` held by models that are loaded, as far as the router knows."""
+    return sum(
+        size
+        for residency in snapshot.residencies.values()
+        if residency.state in (ResidencyState.READY, ResidencyState.UNLOADING)
+        for uuid, size in bytes_by_gpu(snapshot, residency)
+        if uuid == gpu
+    )
+
+
+def foreign_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    """Bytes on `gpu` in use by others: what the driver shows used less what the router's models hold."""
+    card = snapshot.gpus.get(gpu)
+    if card is None:
+        return 0
+    return max(0, card.memory_used_bytes - resident_bytes(snapshot, gpu))
+
+
+def capacity_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    """What `gpu` could give if every model of ours left it and every load under way were gone.
+
+    With a load under way part of its memory already shows as used; that part is not taken for foreign use, so
+    capacity is never understated because of our own doing.
+    """
+    card = snapshot.gpus.get(gpu)
+    if card is None or card.error is not None:
+        return 0
+    ours = resident_bytes(snapshot, gpu) + reserved_bytes(snapshot, gpu)
+    usable = card.memory_free_bytes + min(card.memory_used_bytes, ours)
+    return max(0, usable - snapshot.policy.vram_margin_bytes)
+
+
+def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:
+    view = snapshot.instances.get(residency.instance)
+    if view is None:
+        return ()
+    return zip(view.spec.gpus, residency.per_gpu_bytes, strict=False)
+
+
+def is_settled(reservation: Reservation, gpus_read_at: float) -> bool:
+    """True once the cards were read after the load ended: the driver's figures now contain it."""
+    return reservation.finished_at is not None and gpus_read_at > reservation.finished_at

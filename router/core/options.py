@@ -1,0 +1,53 @@
+"""Which options of a request decide the runner it needs.
+
+Ollama starts another runner when one of these differs from the loaded one's (server/sched.go, `needsReload`; seen on
+0.11.4 and 0.24.0). Values equal to the defaults are dropped, so that a request that spells a default out shares the
+runner of one that does not. `num_gpu` and `main_gpu` are placement, which is the router's, and never part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from router.core.entities import ModelFacts, RunnerOptions
+
+RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
+    "num_ctx": None,
+    "num_batch": 512,
+    "num_thread": 0,
+    "use_mmap": None,
+}
+"""Name -> the server's default; None where the default is not one value."""
+
+PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
+
+
+def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_context_length: int) -> RunnerOptions:
+    """The options a request needs of a runner: the Modelfile's parameters under the request's own, defaults dropped.
+
+    Values of a type that Ollama refuses are left out: the server answers such a request with its own error.
+    """
+    merged: dict[str, int | bool] = {}
+    for name, text in facts.parameters:
+        value = _parsed(text)
+        if name in RUNNER_OPTIONS and value is not None:
+            merged[name] = value
+    for name, given in asked.items():
+        if name in RUNNER_OPTIONS and isinstance(given, int | float | bool):
+            merged[name] = given if isinstance(given, bool) else int(given)
+    defaults = {**RUNNER_OPTIONS, "num_ctx": default_context_length}
+    return tuple(sorted((name, value) for name, value in merged.items() if value != defaults[name]))
+
+
+def has_own_layers(facts: ModelFacts) -> bool:
+    """True where the Modelfile says how many layers go to the cards: then it is not for the router to say."""
+    return any(name == "num_gpu" for name, _ in facts.parameters)
+
+
+def _parsed(text: str) -> int | bool | None:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return int(text)
+    except ValueError:
+        return None

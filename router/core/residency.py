@@ -1,0 +1,169 @@
+"""The steps in a residency's life, as functions the dispatcher applies to its state.
+
+PLANNED (room reserved) -> LOADING (sent) -> READY -> UNLOADING -> forgotten. What a server lists that the router did
+not load enters at READY; what a server no longer lists is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from router.core.entities import (
+    InstanceState,
+    InstanceView,
+    LoadId,
+    ModelFacts,
+    Reservation,
+    Residency,
+    ResidencyKey,
+    ResidencyState,
+    RunnerOptions,
+    Snapshot,
+    Ticket,
+)
+from router.core.events import Load, LoadedModel, ResidencyRead, Unload
+from router.core.ledger import available_bytes, slots_of
+from router.core.placement import Estimate, Placed, context_of
+from router.core.state import FleetState
+
+
+def planned(
+    head: Ticket, placed: Placed, view: InstanceView, slots: int, load_id: LoadId, now: float, keep: float
+) -> Residency:
+    """The residency of a load whose room is reserved."""
+    return Residency(
+        instance=placed.instance,
+        blob=head.model.blob,
+        name=head.model.name,
+        options=head.options,
+        state=ResidencyState.PLANNED,
+        slots=slots,
+        in_flight=0,
+        per_gpu_bytes=tuple(size for _, size in placed.per_gpu_bytes),
+        context_length=context_of(head.options, head.model, view.spec),
+        loaded_at=now,
+        used_at=now,
+        expires_at=None,
+        keep_alive_seconds=keep,
+        load_id=load_id,
+        reason=placed.reason,
+        model=head.model,
+    )
+
+
+def has_room(snapshot: Snapshot, reservation: Reservation) -> bool:
+    """True when the instance is up and every card's live free memory covers the load's share."""
+    view = snapshot.instances.get(reservation.instance)
+    if view is None or view.state is not InstanceState.READY:
+        return False
+    return all(
+        available_bytes(snapshot, gpu, besides=reservation.load_id) >= size for gpu, size in reservation.per_gpu_bytes
+    )
+
+
+def send(fleet: FleetState, residency: Residency, reservation: Reservation, now: float) -> Load:
+    """Moves PLANNED to LOADING and returns the load to send."""
+    key = (residency.instance, residency.blob)
+    fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
+    fleet.update(key, state=ResidencyState.LOADING)
+    spec = fleet.instances[residency.instance].spec
+    return Load(
+        load_id=reservation.load_id,
+        instance=residency.instance,
+        url=spec.url,
+        model=residency.model,
+        options=residency.options,
+        expects_gpu=bool(spec.gpus),
+        timeout_seconds=fleet.policy.load_timeout_seconds,
+        reason=residency.reason,
+    )
+
+
+def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
+    """The load ended well: its reservation stands until the cards are read again."""
+    reservation = fleet.reservations.get(load_id)
+    if reservation is not None:
+        if reservation.per_gpu_bytes:
+            fleet.reservations[load_id] = replace(reservation, finished_at=now)
+        else:
+            del fleet.reservations[load_id]
+
+
+def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
+    """Moves READY to UNLOADING and returns the unload to send."""
+    residency = fleet.update(key, state=ResidencyState.UNLOADING)
+    url = fleet.instances[residency.instance].spec.url
+    return Unload(residency.instance, url, residency.model, residency.blob, reason)
+
+
+def describe_wait(copies: Iterable[Residency]) -> str:
+    """What a ticket waits for whose model is loaded or on its way."""
+    words = {
+        ResidencyState.PLANNED: "room is being made on {r.instance}",
+        ResidencyState.LOADING: "it is being loaded on {r.instance}",
+        ResidencyState.READY: "{r.in_flight} of {r.slots} slots are in use on {r.instance}",
+        ResidencyState.UNLOADING: "it is being unloaded from {r.instance}",
+    }
+    return "; ".join(words[r.state].format(r=r) for r in copies)
+
+
+def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: float) -> None:
+    """Brings the books in line with what a server lists: adopts, forgets, and takes over true sizes."""
+    view = fleet.instances.get(event.instance)
+    if view is None or view.state is not InstanceState.READY:
+        return
+    listed = {row.model.blob: row for row in event.models if row.model is not None}
+    for key, residency in list(fleet.residencies.items()):
+        settled = residency.state is ResidencyState.READY and event.read_at > residency.loaded_at
+        if key[0] == event.instance and settled and key[1] not in listed:
+            fleet.forget(key)
+    for blob, row in listed.items():
+        known = fleet.residencies.get((event.instance, blob))
+        if known is None and event.read_at > fleet.changed_at:
+            _adopt(fleet, view, row, estimate, now)
+        elif known is not None and known.state is ResidencyState.READY:
+            fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
+
+
+def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Estimate, now: float) -> None:
+    """A model somebody else loaded there: used like our own, with the options its context length tells."""
+    model = row.model
+    if model is None:
+        return
+    options = _options_of(row, model, view)
+    context = context_of(options, model, view.spec)
+    fleet.residencies[(view.spec.name, model.blob)] = Residency(
+        instance=view.spec.name,
+        blob=model.blob,
+        name=row.name,
+        options=options,
+        state=ResidencyState.READY,
+        slots=slots_of(model, view.spec, fleet.policy),
+        in_flight=0,
+        per_gpu_bytes=_measured(row, estimate(model, view.spec, context, fleet.snapshot(now))),
+        context_length=context,
+        loaded_at=now,
+        used_at=now,
+        expires_at=None,
+        keep_alive_seconds=fleet.policy.keep_alive_seconds,
+        size_bytes=row.size_bytes,
+        size_vram_bytes=row.size_vram_bytes,
+        reason=f"found loaded on {view.spec.name}",
+        model=model,
+    )
+
+
+def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
+    """The estimate's proportions with the server's total, where it tells one."""
+    total = sum(estimated)
+    if not total or not row.size_vram_bytes:
+        return estimated
+    return tuple(size * row.size_vram_bytes // total for size in estimated)
+
+
+def _options_of(row: LoadedModel, model: ModelFacts, view: InstanceView) -> RunnerOptions:
+    ordinary = context_of((), model, view.spec)
+    if row.context_length is None or row.context_length == ordinary:
+        return ()
+    return (("num_ctx", row.context_length),)

@@ -1,0 +1,107 @@
+"""What the dispatcher remembers: cards, instances, residencies, reservations, leases, failures.
+
+Frozen values in dictionaries, replaced whole. Only the dispatcher changes them; deciding functions get a `Snapshot`
+of read-only views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from router.core.entities import (
+    Failure,
+    Gpu,
+    GpuUuid,
+    InstanceName,
+    InstanceView,
+    LoadId,
+    Policy,
+    Reservation,
+    Residency,
+    ResidencyKey,
+    ResidencyState,
+    Snapshot,
+    TicketId,
+)
+from router.core.ledger import is_settled
+
+
+@dataclass(slots=True)
+class FleetState:
+    """Mutable, single owner."""
+
+    policy: Policy
+    gpus: dict[GpuUuid, Gpu] = field(default_factory=dict[GpuUuid, Gpu])
+    gpus_read_at: float = float("-inf")
+    changed_at: float = float("-inf")
+    instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
+    residencies: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
+    reservations: dict[LoadId, Reservation] = field(default_factory=dict[LoadId, Reservation])
+    leases: dict[TicketId, ResidencyKey] = field(default_factory=dict[TicketId, ResidencyKey])
+    draining: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
+    failures: list[Failure] = field(default_factory=list[Failure])
+
+    def snapshot(self, now: float) -> Snapshot:
+        return Snapshot(
+            now=now,
+            policy=self.policy,
+            gpus=MappingProxyType(self.gpus),
+            gpus_read_at=self.gpus_read_at,
+            instances=MappingProxyType(self.instances),
+            residencies=MappingProxyType(self.residencies),
+            reservations=MappingProxyType(self.reservations),
+            changed_at=self.changed_at,
+            failures=tuple(self.failures),
+            draining=frozenset(self.draining),
+        )
+
+    def update(self, key: ResidencyKey, **changes: Any) -> Residency:
+        residency = replace(self.residencies[key], **changes)
+        self.residencies[key] = residency
+        return residency
+
+    def forget(self, key: ResidencyKey) -> None:
+        """Drops a residency and what hangs on it. Leases stay: their requests end in their own time."""
+        residency = self.residencies.pop(key, None)
+        self.draining.discard(key)
+        if residency is not None and residency.load_id is not None:
+            self.reservations.pop(residency.load_id, None)
+
+    def forget_instance(self, name: InstanceName) -> None:
+        for key in [k for k in self.residencies if k[0] == name]:
+            self.forget(key)
+
+    def by_load(self, load_id: LoadId) -> Residency | None:
+        return next((r for r in self.residencies.values() if r.load_id == load_id), None)
+
+    def settle(self) -> None:
+        """Lets go of reservations and unloaded models that the newest reading of the cards already reflects."""
+        for load_id, reservation in list(self.reservations.items()):
+            if is_settled(reservation, self.gpus_read_at):
+                del self.reservations[load_id]
+        for key, residency in list(self.residencies.items()):
+            ended = residency.unloaded_at
+            if ended is not None and (self.gpus_read_at > ended or not residency.per_gpu_bytes):
+                self.forget(key)
+
+    def forget_failures(self, now: float) -> None:
+        horizon = now - self.policy.failure_memory_seconds
+        self.failures = [f for f in self.failures if f.at > horizon]
+
+    def take_slot(self, ticket_id: TicketId, key: ResidencyKey, now: float) -> Residency:
+        self.leases[ticket_id] = key
+        return self.update(key, in_flight=self.residencies[key].in_flight + 1, used_at=now)
+
+    def give_back(self, ticket_id: TicketId, now: float) -> Residency | None:
+        """Ends a lease; returns the residency it was on where that still stands."""
+        key = self.leases.pop(ticket_id, None)
+        residency = self.residencies.get(key) if key is not None else None
+        if key is None or residency is None or residency.in_flight == 0:
+            return None
+        changes: dict[str, Any] = {"in_flight": residency.in_flight - 1, "used_at": now}
+        if residency.in_flight == 1 and residency.state is ResidencyState.READY:
+            keep = residency.keep_alive_seconds
+            changes["expires_at"] = None if keep < 0 else now + keep
+        return self.update(key, **changes)
