@@ -134,7 +134,7 @@ def _single(card: Gpu, plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec
 
 
 def _declared(one: DeclaredInstance, cards: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
-    name = InstanceName(one.name or (one.url or "").partition("://")[2])
+    name = InstanceName(one.name or (one.url or "").partition("://")[2].rstrip("/"))
     if not name:
         raise PlanError("a declared instance has neither a name nor a url: give it one of them")
     gpus = tuple(_card(wanted, name, cards).uuid for wanted in one.gpus)

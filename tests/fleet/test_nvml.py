@@ -1,0 +1,162 @@
+"""The NVML reader over the real nvidia-ml-py, which loads a small shared library compiled here. No card is involved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_SOURCE = Path(__file__).parent / "native" / "fake_nvml.c"
+_ROOT = Path(__file__).parents[2]
+_READ = """
+import dataclasses, json, sys
+from router.fleet.nvml import NoCards, open_nvml
+reader = open_nvml()
+if isinstance(reader, NoCards):
+    print(json.dumps(reader.reason))
+else:
+    print(json.dumps([[dataclasses.asdict(g) | {"bandwidth": g.bandwidth_bytes_per_second} for g in reader.read()]
+                      for _ in range(int(sys.argv[1]))]))
+    reader.close()
+"""
+_OPTIONAL = (
+    "memory_reserved_bytes", "compute_capability", "pcie_generation", "pcie_generation_max", "pcie_width",
+    "pcie_width_max", "temperature_celsius", "power_draw_watts", "power_limit_watts", "utilization_ratio",
+    "memory_bus_width_bits", "memory_clock_hertz", "bandwidth",
+)  # fmt: skip
+_MIB = 1024**2
+_GIB = 1024**3
+
+Read = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a freshly compiled libnvidia-ml.so.1."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        words = "no C compiler (cc) to build the emulated NVML library with"
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(words)
+        pytest.skip(words)
+    folder = tmp_path_factory.mktemp("nvml")
+    target = folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", target, _SOURCE], check=True, timeout=60)
+    return folder
+
+
+@pytest.fixture
+def read(library: Path) -> Read:
+    """Reads the cards some times in a process of its own, because nvidia-ml-py loads its library once and by name."""
+
+    def run(scenario: str = "", times: int = 1, folder: Path = library) -> Any:
+        environment = {"LD_LIBRARY_PATH": str(folder), "FAKE_NVML": scenario, "PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            [sys.executable, "-c", _READ, str(times)], env=environment, cwd=_ROOT, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_both_cards_are_read_with_every_value(read: Read) -> None:
+    ((first, second),) = read()
+    assert first == {
+        "uuid": "GPU-00000000-1111-2222-3333-444444444444",
+        "index": 0,
+        "name": "NVIDIA GeForce RTX 3090",
+        "memory_total_bytes": 24 * _GIB,
+        "memory_free_bytes": 22 * _GIB - 300 * _MIB,
+        "memory_used_bytes": 2 * _GIB,
+        "memory_reserved_bytes": 300 * _MIB,
+        "compute_capability": [8, 6],
+        "pcie_generation": 1,
+        "pcie_generation_max": 4,
+        "pcie_width": 8,
+        "pcie_width_max": 16,
+        "temperature_celsius": 41,
+        "power_draw_watts": 30.5,
+        "power_limit_watts": 350.0,
+        "utilization_ratio": 0.75,
+        "memory_bus_width_bits": 384,
+        "memory_clock_hertz": 9_751_000_000,
+        "processes": [
+            {"pid": 777, "used_bytes": 12 * _MIB},
+            {"pid": 1234, "used_bytes": None},
+            {"pid": 4321, "used_bytes": 1500 * _MIB},
+        ],
+        "error": None,
+        "bandwidth": 936_096_000_000.0,  # the data sheet of a 3090 says 936 GB/s
+    }
+    assert (second["index"], second["name"], second["compute_capability"]) == (1, "NVIDIA GeForce RTX 4090", [8, 9])
+    assert second["processes"] == []
+
+
+def test_a_driver_without_the_second_memory_call_has_no_reserved_bytes(read: Read) -> None:
+    ((first, _),) = read("nov2")
+    assert first["memory_reserved_bytes"] is None
+    assert first["memory_used_bytes"] == 2 * _GIB + 300 * _MIB
+    assert first["memory_free_bytes"] + first["memory_used_bytes"] == first["memory_total_bytes"]
+
+
+def test_an_older_driver_still_tells_the_processes(read: Read) -> None:
+    ((first, _),) = read("oldprocs")
+    assert [process["pid"] for process in first["processes"]] == [777, 1234, 4321]
+
+
+def test_unsupported_values_are_absent_and_not_zero(read: Read) -> None:
+    ((first, second),) = read("bare,nov2")
+    for card in (first, second):
+        assert {name: card[name] for name in _OPTIONAL} == dict.fromkeys(_OPTIONAL)
+        assert card["memory_total_bytes"] == 24 * _GIB
+        assert card["error"] is None
+
+
+def test_a_lost_card_keeps_its_last_values_and_hides_no_other(read: Read) -> None:
+    before, lost, still_lost, back = read("lost1", times=4)
+    assert [card["error"] for card in before] == [None, None]
+    for reading in (lost, still_lost):
+        assert reading[0]["error"] is None
+        assert reading[1] == {**before[1], "error": "GPU is lost"}
+    assert back == before
+
+
+def test_a_card_that_was_lost_before_the_start_hides_no_other(read: Read) -> None:
+    ((only,),) = read("gone1")
+    assert only["index"] == 0
+
+
+def test_a_partitioned_card_is_its_partitions(read: Read) -> None:
+    ((whole, *parts),) = read("mig")
+    assert whole["uuid"].startswith("GPU-")
+    assert [(part["uuid"], part["index"]) for part in parts] == [
+        ("MIG-00000000-0000-0000-0000-000000000000", 2),
+        ("MIG-00000000-0000-0000-0000-000000000001", 3),
+    ]
+    assert {part["memory_total_bytes"] for part in parts} == {10 * _GIB}
+    assert {part["temperature_celsius"] for part in parts} == {41}
+    assert {part["bandwidth"] for part in parts} == {None}
+
+
+def test_no_card_is_said(read: Read) -> None:
+    assert read("none") == "the NVIDIA driver is there, but no card is"
+
+
+def test_a_driver_that_does_not_answer_is_said_in_its_words(read: Read) -> None:
+    reason = read("noinit")
+    assert reason.startswith("the NVIDIA driver does not answer: ")
+    assert "mismatch" in reason
+
+
+def test_a_library_that_cannot_be_loaded_is_said(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "libnvidia-ml.so.1").write_bytes(b"not a library")
+    assert "libnvidia-ml.so.1" in read(folder=tmp_path)
