@@ -21,7 +21,7 @@ from router.errors import BadRequest, UnsupportedEncoding
 from router.gateway.fold import fold
 from router.gateway.jsonspan import Malformed, Member, TooComplex, scan, text_of
 from router.gateway.prompt_size import prompt_size
-from router.gateway.readings import READINGS, Emptiness, Reading
+from router.gateway.readings import READINGS, Emptiness, Reading, Streaming
 
 RUNNER_OPTION_NAMES = frozenset(("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap"))
 """Options of which another value makes a server reload the model, matched exactly: `options` is a map in Go."""
@@ -145,7 +145,7 @@ class _Peeker:
         stream: bool | None = None
         for value in self._values("stream"):
             if value == _NULL:
-                stream = None if self._reading.null_empties_stream else stream
+                stream = None if self._reading.stream is Streaming.POINTER else stream
             elif value in (b"true", b"false"):
                 stream = value == b"true"
             else:

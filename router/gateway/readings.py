@@ -21,14 +21,21 @@ class Emptiness(Enum):
     EITHER = "an empty string or list"
 
 
+class Streaming(Enum):
+    """Whether `stream` is a field, and what null does to a value that was read before it."""
+
+    NONE = "no such field"
+    POINTER = "null resets it"
+    VALUE = "null leaves it"
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     models: tuple[str, ...] = ("model",)
     """Fields that name the model; the first that is not empty counts."""
     is_ollama: bool = False
     """Whether `keep_alive` and `options` are fields: the compatible APIs have neither."""
-    null_empties_stream: bool = False
-    """Whether `stream` is a pointer in Go, which null resets."""
+    stream: Streaming = Streaming.NONE
     limits: tuple[str, ...] = ()
     """Fields that bound the answer's tokens, where `options` does not."""
     prompt: str = ""
@@ -42,38 +49,37 @@ class Reading:
 
     def __post_init__(self) -> None:
         own = {"keep_alive", "options"} if self.is_ollama else set[str]()
-        names = {"stream", *own, *self.models, *self.limits, *self.texts}
+        if self.stream is not Streaming.NONE:
+            own.add("stream")
+        names = {*own, *self.models, *self.limits, *self.texts}
         object.__setattr__(self, "names", frozenset(names | {self.prompt} - {""}))
 
 
-def _ollama(prompt: str, empty: Emptiness, *texts: str) -> Reading:
-    return Reading(is_ollama=True, null_empties_stream=True, prompt=prompt, empty=empty, texts=(prompt, *texts))
+def _ollama(prompt: str, empty: Emptiness, *texts: str, stream: Streaming = Streaming.NONE) -> Reading:
+    return Reading(is_ollama=True, stream=stream, prompt=prompt, empty=empty, texts=(prompt, *texts))
 
 
-def _named(*models: str) -> Reading:
-    return Reading(models=models, null_empties_stream=True)
-
+_POINTER, _VALUE = Streaming.POINTER, Streaming.VALUE
 
 READINGS: Mapping[str, Reading] = {
-    "/api/generate": _ollama("prompt", Emptiness.STRING, "suffix", "system", "template", "context"),
-    "/api/chat": _ollama("messages", Emptiness.LIST, "tools"),
+    "/api/generate": _ollama("prompt", Emptiness.STRING, "suffix", "system", "template", "context", stream=_POINTER),
+    "/api/chat": _ollama("messages", Emptiness.LIST, "tools", stream=_POINTER),
     "/api/embed": _ollama("input", Emptiness.EITHER),
     "/api/embeddings": _ollama("prompt", Emptiness.STRING),
-    "/api/show": _named("model", "name"),
-    "/api/delete": _named("model", "name"),
-    "/api/pull": _named("model", "name"),
-    "/api/push": _named("model", "name"),
-    "/api/create": _named("model", "name"),
-    "/api/copy": _named("source"),
-    "/v1/chat/completions": Reading(limits=("max_completion_tokens", "max_tokens"), texts=("messages", "tools")),
+    "/api/show": Reading(models=("model", "name")),
+    "/api/delete": Reading(models=("model", "name")),
+    "/api/pull": Reading(models=("model", "name"), stream=_POINTER),
+    "/api/push": Reading(models=("model", "name"), stream=_POINTER),
+    "/api/create": Reading(models=("model", "name"), stream=_POINTER),
+    "/api/copy": Reading(models=("source",)),
+    "/v1/chat/completions": Reading(
+        stream=_VALUE, limits=("max_completion_tokens", "max_tokens"), texts=("messages", "tools")
+    ),
     "/v1/completions": Reading(
-        limits=("max_tokens",), prompt="prompt", empty=Emptiness.STRING, texts=("prompt", "suffix")
+        stream=_VALUE, limits=("max_tokens",), prompt="prompt", empty=Emptiness.STRING, texts=("prompt", "suffix")
     ),
-    "/v1/embeddings": Reading(
-        prompt="input", empty=Emptiness.LIST, absent_is_empty=False, texts=("input",)
-    ),  # "" is embedded there, and no input is refused
-    "/v1/responses": Reading(
-        null_empties_stream=True, limits=("max_output_tokens",), texts=("input", "instructions", "tools")
-    ),
-    "/v1/messages": Reading(limits=("max_tokens",), texts=("messages", "system", "tools")),
+    # No input is refused there, and an empty string is embedded.
+    "/v1/embeddings": Reading(prompt="input", empty=Emptiness.LIST, absent_is_empty=False, texts=("input",)),
+    "/v1/responses": Reading(stream=_POINTER, limits=("max_output_tokens",), texts=("input", "instructions", "tools")),
+    "/v1/messages": Reading(stream=_VALUE, limits=("max_tokens",), texts=("messages", "system", "tools")),
 }

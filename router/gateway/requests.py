@@ -1,0 +1,65 @@
+"""One request's own facts on its way through the gateway, and reading its body within limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from router.core.entities import InstanceName
+from router.core.events import Grant
+from router.errors import BodyTooLarge
+from router.gateway.forward import Exchange
+
+
+@dataclass(slots=True)
+class RequestInfo:
+    """Grows as the request goes; ends in one access-log line and one round of metrics."""
+
+    request_id: str
+    client: str
+    route: str
+    arrived_at: float
+    wants_reason: bool = False
+    model: str = ""
+    instance: InstanceName | None = None
+    reason: str = ""
+    granted_at: float | None = None
+    exchange: Exchange | None = field(default=None)
+
+    def granted(self, grant: Grant, now: float) -> None:
+        self.instance = grant.instance
+        self.reason = grant.reason
+        self.granted_at = now
+
+    def reply_headers(self, grant: Grant | None) -> dict[str, str]:
+        """Who answered, and on request why there."""
+        headers = {"X-Request-ID": self.request_id}
+        if grant is not None:
+            headers["X-Llamayard-Instance"] = grant.instance
+            if self.wants_reason:
+                headers["X-Llamayard-Reason"] = grant.reason.replace("\n", " ")
+        return headers
+
+
+async def read_body(request: web.BaseRequest, max_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: it is longer than `server.max_body_bytes`.
+    """
+    declared = request.content_length
+    if declared is not None and declared > max_bytes:
+        raise _too_large(max_bytes)
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in request.content.iter_any():
+        size += len(piece)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {max_bytes} bytes (server.max_body_bytes)")

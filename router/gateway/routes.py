@@ -1,0 +1,102 @@
+"""Every path the router answers, as data: its methods and how it is answered.
+
+The table is the only place that knows paths. What is not in it does not pass: an Ollama server answers `/debug/pprof`
+and the like to anybody, a router in front of a team must not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """How a route is answered."""
+
+    LEASED = "leased"
+    """Takes a slot of the model named in the body, and streams that instance's answer."""
+    SHOW = "show"
+    """About one model, from any instance that has it."""
+    MERGED = "merged"
+    """Answered by the router for the whole fleet."""
+    MANAGED = "managed"
+    """Changes the shared store: through one instance, one at a time."""
+    PASSED = "passed"
+    """Passed to one instance as it is."""
+    REFUSED = "refused"
+    """Acts on the server's own cloud account: never through a shared endpoint."""
+    ADMIN = "admin"
+    """The router's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    path: str
+    """The path; a last `*` stands for one more segment."""
+    methods: tuple[str, ...]
+    kind: Kind
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("/", ("GET", "HEAD"), Kind.MERGED),
+    Route("/api/version", ("GET", "HEAD"), Kind.MERGED),
+    Route("/api/tags", ("GET", "HEAD"), Kind.MERGED),
+    Route("/api/ps", ("GET",), Kind.MERGED),
+    Route("/api/status", ("GET",), Kind.PASSED),
+    Route("/api/generate", ("POST",), Kind.LEASED),
+    Route("/api/chat", ("POST",), Kind.LEASED),
+    Route("/api/embed", ("POST",), Kind.LEASED),
+    Route("/api/embeddings", ("POST",), Kind.LEASED),
+    Route("/api/show", ("POST",), Kind.SHOW),
+    Route("/api/create", ("POST",), Kind.MANAGED),
+    Route("/api/copy", ("POST",), Kind.MANAGED),
+    Route("/api/delete", ("DELETE",), Kind.MANAGED),
+    Route("/api/pull", ("POST",), Kind.MANAGED),
+    Route("/api/push", ("POST",), Kind.MANAGED),
+    Route("/api/blobs/*", ("HEAD", "POST"), Kind.MANAGED),
+    Route("/api/me", ("POST",), Kind.REFUSED),
+    Route("/api/signout", ("POST",), Kind.REFUSED),
+    Route("/api/user/keys/*", ("DELETE",), Kind.REFUSED),
+    Route("/api/experimental/model-recommendations", ("GET",), Kind.PASSED),
+    Route("/api/experimental/web_search", ("POST",), Kind.REFUSED),
+    Route("/api/experimental/web_fetch", ("POST",), Kind.REFUSED),
+    Route("/v1/chat/completions", ("POST",), Kind.LEASED),
+    Route("/v1/completions", ("POST",), Kind.LEASED),
+    Route("/v1/embeddings", ("POST",), Kind.LEASED),
+    Route("/v1/responses", ("POST",), Kind.LEASED),
+    Route("/v1/messages", ("POST",), Kind.LEASED),
+    Route("/v1/images/generations", ("POST",), Kind.LEASED),
+    Route("/v1/images/edits", ("POST",), Kind.LEASED),
+    Route("/v1/models", ("GET",), Kind.SHOW),
+    Route("/v1/models/*", ("GET",), Kind.SHOW),
+    Route("/health", ("GET", "HEAD"), Kind.ADMIN),
+    Route("/ready", ("GET", "HEAD"), Kind.ADMIN),
+    Route("/metrics", ("GET",), Kind.ADMIN),
+    Route("/llamayard/status", ("GET",), Kind.ADMIN),
+)
+
+
+class RouteTable:
+    """Looks routes up by path in constant time."""
+
+    __slots__ = ("_exact", "_prefixes")
+
+    def __init__(self, routes: tuple[Route, ...] = ROUTES) -> None:
+        self._exact = {route.path: route for route in routes if not route.path.endswith("*")}
+        self._prefixes = {route.path[:-1]: route for route in routes if route.path.endswith("*")}
+
+    def find(self, path: str) -> Route | None:
+        """The route of a clean path, whatever the method; None where there is none."""
+        route = self._exact.get(path)
+        if route is None:
+            head, _, last = path.rpartition("/")
+            route = self._prefixes.get(head + "/") if last else None
+            if route is None and path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
+                route = self._prefixes["/v1/models/"]  # model names have slashes
+        return route
+
+    def clean(self, path: str) -> str | None:
+        """The path a server would redirect this one to (double slashes, a last slash), or None."""
+        parts = [part for part in path.split("/") if part]
+        cleaned = "/" + "/".join(parts)
+        return cleaned if cleaned != path and self.find(cleaned) is not None else None
