@@ -1,0 +1,232 @@
+"""The single writer: turns what happens into events, asks the core, and carries its actions out.
+
+Everything that changes routing state passes through `post`, which is synchronous, so that nothing interleaves and no
+lock is needed. Loads and unloads run as tasks that the engine owns, on connections of their own, and end in events
+again: a client that leaves never takes a load with it.
+
+It decides nothing itself, and knows neither HTTP nor processes: an `InstanceDriver` does the loading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Protocol, Self, assert_never
+
+import structlog
+
+from router.core.dispatcher import Dispatcher
+from router.core.entities import Snapshot, Ticket, TicketId
+from router.core.events import (
+    Action,
+    Arrived,
+    Cancelled,
+    Event,
+    Grant,
+    Load,
+    LoadFailed,
+    LoadFinished,
+    Reject,
+    Released,
+    ShutdownBegan,
+    Ticked,
+    Unload,
+    UnloadFinished,
+)
+from router.errors import RouterError, error_for
+
+Clock = Callable[[], float]
+Decided = Callable[[Grant | Reject], None]
+
+_EARLIEST_WAKE_SECONDS = 0.01
+
+
+class InstanceDriver(Protocol):
+    """Carries loads and unloads out. Both end by themselves within the deadline that they were given."""
+
+    async def load(self, load: Load) -> LoadFinished | LoadFailed: ...
+
+    async def unload(self, unload: Unload) -> UnloadFinished: ...
+
+
+class Observer(Protocol):
+    """Sees every event and action in order; must not raise and must not call back."""
+
+    def observe(self, event: Event, actions: list[Action], now: float) -> None: ...
+
+
+class Engine:
+    """Owns the dispatcher. Use inside `async with`: leaving it ends its tasks."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, driver: InstanceDriver, clock: Clock, observers: tuple[Observer, ...] = ()
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._driver = driver
+        self._clock = clock
+        self._observers = observers
+        self._waiters: dict[TicketId, Decided] = {}
+        self._next_ticket = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._log = structlog.get_logger("router.engine")
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- for the gateway -----------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        return self._clock()
+
+    def new_ticket_id(self) -> TicketId:
+        self._next_ticket += 1
+        return TicketId(self._next_ticket)
+
+    def submit(self, ticket: Ticket, decided: Decided) -> None:
+        """Asks for a slot. `decided` is called once, perhaps before this returns, unless `cancel` comes first."""
+        self._waiters[ticket.id] = decided
+        self.post(Arrived(ticket))
+
+    def cancel(self, ticket_id: TicketId) -> None:
+        """The client of a ticket that still waits went away."""
+        if self._waiters.pop(ticket_id, None) is not None:
+            self.post(Cancelled(ticket_id))
+
+    def release(self, ticket_id: TicketId, *, runner_lost: bool = False) -> None:
+        """Gives a granted slot back; each grant must end in exactly one of these."""
+        self.post(Released(ticket_id, runner_lost))
+
+    def lease(self, ticket: Ticket) -> Lease:
+        """`async with engine.lease(ticket) as lease`: waits for a slot, holds it, gives it back."""
+        return Lease(self, ticket)
+
+    def snapshot(self) -> Snapshot:
+        return self._dispatcher.snapshot(self._clock())
+
+    def waiting(self) -> tuple[tuple[Ticket, str], ...]:
+        return self._dispatcher.waiting
+
+    def begin_shutdown(self) -> None:
+        self.post(ShutdownBegan())
+
+    # --- the one way in ------------------------------------------------------------------------------------
+
+    def post(self, event: Event) -> None:
+        """Applies one event and starts what it asks for. Synchronous and not reentrant but for `decided` callbacks."""
+        now = self._clock()
+        actions = self._dispatcher.handle(event, now)
+        for observer in self._observers:
+            observer.observe(event, actions, now)
+        for action in actions:
+            self._carry_out(action)
+        self._set_timer(now)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grant() | Reject():
+                decided = self._waiters.pop(action.ticket_id, None)
+                if decided is not None:
+                    decided(action)
+            case Load():
+                self._start(self._load(action))
+            case Unload():
+                self._start(self._unload(action))
+            case _:
+                assert_never(action)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, load: Load) -> None:
+        try:
+            outcome = await self._driver.load(load)
+        except Exception as error:
+            self._log.exception("load failed unexpectedly", instance=load.instance, model=load.model.name)
+            outcome = LoadFailed(load.load_id, 502, f"{type(error).__name__}: {error}")
+        self.post(outcome)
+
+    async def _unload(self, unload: Unload) -> None:
+        try:
+            outcome = await self._driver.unload(unload)
+        except Exception as error:
+            self._log.exception("unload failed unexpectedly", instance=unload.instance, model=unload.model.name)
+            outcome = UnloadFinished(unload.instance, unload.blob, f"{type(error).__name__}: {error}")
+        self.post(outcome)
+
+    def _set_timer(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._dispatcher.next_wake()
+        if due is not None and due != float("inf"):
+            delay = max(_EARLIEST_WAKE_SECONDS, due - now)
+            self._timer = self._loop.call_later(delay, self.post, Ticked())
+
+
+class Lease:
+    """The right to use one slot of a loaded model, held by exactly one request."""
+
+    def __init__(self, engine: Engine, ticket: Ticket) -> None:
+        self._engine = engine
+        self._ticket = ticket
+        self._runner_lost = False
+        self.grant: Grant | None = None
+
+    async def __aenter__(self) -> Grant:
+        """Waits for the slot.
+
+        Raises:
+            RouterError: the request was rejected (queue full, waited out, too large, …).
+        """
+        future: asyncio.Future[Grant | Reject] = asyncio.get_running_loop().create_future()
+        self._engine.submit(self._ticket, lambda decision: _resolve(future, decision))
+        try:
+            decision = await future
+        except asyncio.CancelledError:
+            self._abandon(future)
+            raise
+        if isinstance(decision, Reject):
+            raise rejection(decision)
+        self.grant = decision
+        return decision
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.release(self._ticket.id, runner_lost=self._runner_lost)
+
+    def report_runner_lost(self) -> None:
+        """The runner died under this request: the model has to be loaded anew before the slot is used again."""
+        self._runner_lost = True
+
+    def _abandon(self, future: asyncio.Future[Grant | Reject]) -> None:
+        """A grant may have come in the very moment in which the client left."""
+        granted = future.done() and not future.cancelled() and isinstance(future.result(), Grant)
+        if granted:
+            self._engine.release(self._ticket.id)
+        else:
+            self._engine.cancel(self._ticket.id)
+
+
+def _resolve(future: asyncio.Future[Grant | Reject], decision: Grant | Reject) -> None:
+    if not future.done():
+        future.set_result(decision)
+
+
+def rejection(reject: Reject) -> RouterError:
+    """The error a client meets for a rejected ticket."""
+    return error_for(reject.code, reject.message, reject.status, reject.retry_after_seconds)
