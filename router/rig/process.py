@@ -124,7 +124,7 @@ class RunnerProcess(asyncio.Protocol):
         for line in lines:
             self._take(json.loads(line))
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the protocol names it)
         if not self.loaded.done():
             self.loaded.set_result("the runner died")
         if not self.gone.done():

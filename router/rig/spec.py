@@ -6,6 +6,7 @@ Reads `2x3090`, `4090+3090`, `h100` or a YAML file into a `RigSpec`. It emulates
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -140,10 +141,11 @@ def _named(name: str) -> CardSpec:
     short = re.sub(r"^(nvidia|geforce|rtx|gtx)+", "", name)
     if short in CARDS:
         return CARDS[short]
-    raise SpecError(f"rig: no card {name!r}; " + _nearest(short, CARDS))
+    raise SpecError(f"rig: no card {name!r}; " + nearest(short, CARDS))
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Words that help whoever wrote a name that is not known."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names)
@@ -163,26 +165,35 @@ def _from_file(path: Path) -> RigSpec:
 
 
 def spec_from_mapping(data: Mapping[str, Any]) -> RigSpec:
-    """A rig from the keys of a file: `cards` and optionally `models`, `version`, `speed`, `ram_bytes`. Raises SpecError."""
+    """A rig from a file's keys: `cards` and optionally `models`, `version`, `speed`, `ram_bytes`. Raises SpecError."""
     known = {field.name for field in fields(RigSpec)}
     for key in data:
         if key not in known:
-            raise SpecError(f"rig: no key {key!r}; " + _nearest(key, known))
+            raise SpecError(f"rig: no key {key!r}; " + nearest(key, known))
     if "cards" not in data:
         raise SpecError("rig: the key `cards` is missing; write `cards: 2x3090` or a list of cards")
     models = data.get("models")
     if models is not None and not isinstance(models, list):
         raise SpecError(f"models: a list of names is wanted, not {models!r}")
-    version = str(data.get("version", "0.24.0"))
-    if version not in VERSIONS:
-        raise SpecError(f"version: {version!r} is not emulated; " + _nearest(version, VERSIONS))
     return RigSpec(
         cards=_cards(data["cards"]),
         models=None if models is None else tuple(str(name) for name in cast("list[object]", models)),
-        version=version,
-        speed=_positive(data.get("speed", 1.0), "speed"),
-        ram_bytes=int(_positive(data.get("ram_bytes", 128 * GIB), "ram_bytes")),
+        **changed(data),
     )
+
+
+def changed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `version`, `speed` and `ram_bytes` that are given, checked. Raises SpecError."""
+    found: dict[str, Any] = {}
+    if "version" in data:
+        found["version"] = str(data["version"])
+        if found["version"] not in VERSIONS:
+            raise SpecError(f"version: {data['version']!r} is not emulated; " + nearest(found["version"], VERSIONS))
+    if "speed" in data:
+        found["speed"] = _positive(data["speed"], "speed")
+    if "ram_bytes" in data:
+        found["ram_bytes"] = int(_positive(data["ram_bytes"], "ram_bytes"))
+    return found
 
 
 def _cards(value: object) -> tuple[CardSpec, ...]:
@@ -192,20 +203,20 @@ def _cards(value: object) -> tuple[CardSpec, ...]:
         raise SpecError(f"cards: a text such as 2x3090 or a list of cards is wanted, not {value!r}")
     found: list[CardSpec] = []
     for one in cast("list[object]", value):
-        found += parse_cards(str(one)) if isinstance(one, str | int) else (_changed(_mapping(one, "cards")),)
+        found += parse_cards(str(one)) if isinstance(one, str | int) else (_card_of(_mapping(one, "cards")),)
     if len(found) > MOST_CARDS:
         raise SpecError(f"cards: {len(found)} cards; 1 to {MOST_CARDS} can be emulated")
     return tuple(found)
 
 
-def _changed(data: Mapping[str, Any]) -> CardSpec:
+def _card_of(data: Mapping[str, Any]) -> CardSpec:
     """`{card: 3090, memory_total_bytes: …}`: a known card with other figures."""
     changes = dict(data)
     card = _named(str(changes.pop("card", "3090")).lower())
     known = {field.name for field in fields(CardSpec)}
     for key in changes:
         if key not in known:
-            raise SpecError(f"cards: no key {key!r}; " + _nearest(key, {*known, "card"}))
+            raise SpecError(f"cards: no key {key!r}; " + nearest(key, {*known, "card"}))
     if "compute_capability" in changes:
         major, minor = changes["compute_capability"]
         changes["compute_capability"] = (int(major), int(minor))
@@ -221,6 +232,10 @@ def _mapping(value: object, what: str) -> Mapping[str, Any]:
 
 
 def _positive(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    try:
+        number = 0.0 if isinstance(value, bool) else float(cast("float | str", value))
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < math.inf:
         raise SpecError(f"{key}: a number above 0 is wanted, not {value!r}")
-    return float(value)
+    return number
