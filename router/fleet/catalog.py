@@ -87,6 +87,11 @@ class Catalog:
         if key is not None:
             self._forget(key)
 
+    def forget_all(self) -> None:
+        """Drops everything remembered: the store was changed in ways that a name does not tell (copy, create)."""
+        for key in {*self._known, *self._fetches}:
+            self._forget(key)
+
     async def close(self) -> None:
         """Cancels fetches under way; those who wait for them are cancelled too."""
         for task in self._tasks:

@@ -118,7 +118,9 @@ async def test_a_program_that_is_not_there_is_told_in_the_output(spawn: Spawn, l
 
 
 async def test_a_stranger_who_holds_the_output_open_does_not_hold_up_the_burial(spawn: Spawn, lines: list[str]) -> None:
-    child = spawn(*_shell("setsid sleep 600 & echo $!"))
+    child = spawn(*_shell("setsid sh -c 'echo $$; exec sleep 600' & wait"))
+    await eventually(lambda: lines)  # it has left the group
+    os.kill(child.pid, signal.SIGKILL)
     await child.exited.wait()
     assert await child.wait_gone(gone_seconds=10)
     stranger = int(lines[0])
@@ -170,7 +172,7 @@ def test_a_child_whose_router_died_before_it_was_armed_does_not_start() -> None:
 
 def test_a_binary_is_found_by_name_or_path_and_a_missing_one_is_told(tmp_path: Path) -> None:
     binary = tmp_path / "ollama"
-    with pytest.raises(BinaryNotFound, match="'ollama' on PATH: install Ollama, or set ollama.binary"):
+    with pytest.raises(BinaryNotFound, match=r"'ollama' on PATH: install Ollama, or set ollama\.binary"):
         find_binary("ollama", str(tmp_path))
     binary.write_text("#!/bin/sh\n")
     with pytest.raises(BinaryNotFound, match="there, or it is not executable"):
