@@ -68,6 +68,7 @@ class Engine:
         self._observers = observers
         self._waiters: dict[TicketId, Decided] = {}
         self._next_ticket = 0
+        self._until: list[tuple[Callable[[Snapshot], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("router.engine")
@@ -118,8 +119,22 @@ class Engine:
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         return self._dispatcher.waiting
 
+    @property
+    def is_closing(self) -> bool:
+        return self._dispatcher.is_closing
+
     def begin_shutdown(self) -> None:
         self.post(ShutdownBegan())
+
+    async def until(self, is_so: Callable[[Snapshot], bool], deadline_seconds: float) -> bool:
+        """Waits until the state is so, which is looked at after each event; False where it is not by the deadline."""
+        if is_so(self.snapshot()):
+            return True
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._until.append((is_so, future))
+        done, _ = await asyncio.wait({future}, timeout=deadline_seconds)
+        self._until = [each for each in self._until if each[1] is not future]
+        return bool(done)
 
     # --- the one way in ------------------------------------------------------------------------------------
 
@@ -131,6 +146,9 @@ class Engine:
             observer.observe(event, actions, now)
         for action in actions:
             self._carry_out(action)
+        for is_so, future in self._until:
+            if not future.done() and is_so(self.snapshot()):
+                future.set_result(None)
         self._set_timer(now)
 
     def _carry_out(self, action: Action) -> None:

@@ -26,6 +26,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "sim": frozenset({"core"}),
     "engine": frozenset({"core", "errors", "tasks"}),
     "fleet": frozenset({"core", "errors", "tasks"}),
+    "logs": frozenset(),
     "observe": frozenset({"core", "errors", "", "tasks"}),
     "gateway": frozenset({"core", "errors", "engine", "fleet", "observe", "tasks", ""}),
     "rig": frozenset({"core", "sim", "fleet", "errors", "tasks", "config_tree", ""}),
@@ -36,6 +37,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
 
 COMPOSITION = {
     "app": frozenset({"cli", "docs"}),
+    "surroundings": frozenset({"app", "cli", "docs", "engine", "gateway"}),
     "cli": frozenset({"docs"}),
     "__main__": frozenset[str](),
     "": frozenset({"cli"}),

@@ -87,6 +87,10 @@ class Dispatcher:
         """Waiting tickets, oldest first, each with what it waits for."""
         return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue)
 
+    @property
+    def is_closing(self) -> bool:
+        return self._closing
+
     def next_wake(self) -> float | None:
         """When `Ticked` is next due, or None while only events can change anything."""
         times = [
@@ -121,13 +125,34 @@ class Dispatcher:
                 self._instance_changed(event)
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
+            case Ticked():
+                pass
+            case ShutdownBegan():
+                self._closing = True
+                return [self._reject(t, "shutting_down", "the router is shutting down") for t in list(self._queue)]
+            case Arrived() | Cancelled() | Released():
+                return self._apply_to_requests(event, now)
+            case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadAsked():
+                return self._apply_to_loads(event, now)
+            case _:
+                assert_never(event)
+        return []
+
+    def _apply_to_requests(self, event: Arrived | Cancelled | Released, now: float) -> list[Action]:
+        match event:
             case Arrived():
                 return self._arrived(event.ticket, now)
             case Cancelled():
                 self._queue.remove(event.ticket_id)
                 self._reasons.pop(event.ticket_id, None)
+                return []
             case Released():
                 return self._released(event, now)
+
+    def _apply_to_loads(
+        self, event: LoadFinished | LoadFailed | UnloadFinished | UnloadAsked, now: float
+    ) -> list[Action]:
+        match event:
             case LoadFinished():
                 return self._load_finished(event, now)
             case LoadFailed():
@@ -136,13 +161,6 @@ class Dispatcher:
                 self._unload_finished(event, now)
             case UnloadAsked():
                 return self._unload_asked(event, now)
-            case Ticked():
-                pass
-            case ShutdownBegan():
-                self._closing = True
-                return [self._reject(t, "shutting_down", "the router is shutting down") for t in list(self._queue)]
-            case _:
-                assert_never(event)
         return []
 
     def _instance_changed(self, event: InstanceChanged) -> None:
@@ -313,10 +331,10 @@ class Dispatcher:
 
     def _plan(self, head: Ticket, placed: Placed, now: float) -> list[Action]:
         """Reserves the room on all cards and unloads what stands in it; the load follows when the room shows."""
-        actions: list[Action] = []
         own = (placed.instance, head.model.blob)
-        for key in placed.evict:
-            actions.append(rules.unload(self._fleet, key, f"makes room for {head.model.name}"))
+        actions: list[Action] = [
+            rules.unload(self._fleet, key, f"makes room for {head.model.name}") for key in placed.evict
+        ]
         if own in self._fleet.residencies:
             # The same weights with other options: planned again once this copy is gone.
             return actions

@@ -19,6 +19,8 @@ RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
 }
 """Name -> the server's default; None where the default is not one value."""
 
+_BOOLEANS = frozenset({"use_mmap"})
+
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
 
 
@@ -28,13 +30,11 @@ def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_conte
     Values of a type that Ollama refuses are left out: the server answers such a request with its own error.
     """
     merged: dict[str, int | bool] = {}
-    for name, text in facts.parameters:
-        value = _parsed(text)
+    written = ((name, _parsed(text)) for name, text in facts.parameters)
+    for name, given in (*written, *asked.items()):
+        value = _typed(name, given)
         if name in RUNNER_OPTIONS and value is not None:
             merged[name] = value
-    for name, given in asked.items():
-        if name in RUNNER_OPTIONS and isinstance(given, int | float | bool):
-            merged[name] = given if isinstance(given, bool) else int(given)
     defaults = {**RUNNER_OPTIONS, "num_ctx": default_context_length}
     return tuple(sorted((name, value) for name, value in merged.items() if value != defaults[name]))
 
@@ -42,6 +42,13 @@ def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_conte
 def has_own_layers(facts: ModelFacts) -> bool:
     """True where the Modelfile says how many layers go to the cards: then it is not for the router to say."""
     return any(name == "num_gpu" for name, _ in facts.parameters)
+
+
+def _typed(name: str, given: object) -> int | bool | None:
+    """The value as the server keeps it, a fraction cut off; None for one of another type than the option has."""
+    if name in _BOOLEANS or isinstance(given, bool):
+        return given if name in _BOOLEANS and isinstance(given, bool) else None
+    return int(given) if isinstance(given, int | float) else None
 
 
 def _parsed(text: str) -> int | bool | None:

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
+from yarl import URL
 
 from router.errors import InstanceLost, RouterError, WaitTimeout
 from router.gateway.context import Limits
+from router.gateway.endings import TAIL_BYTES
 from router.gateway.headers import reply_headers, upstream_headers
 from router.gateway.shapes import Api, stream_error
 
@@ -37,9 +39,6 @@ class Exchange:
     extra_headers: dict[str, str] = field(default_factory=dict[str, str])
 
 
-TAIL_BYTES = 2048
-
-
 async def open_upstream(
     session: aiohttp.ClientSession, request: web.BaseRequest, base_url: str, body: Body, limits: Limits
 ) -> aiohttp.ClientResponse:
@@ -58,7 +57,7 @@ async def open_upstream(
         async with asyncio.timeout(limits.first_byte_timeout_seconds):
             return await session.request(
                 request.method,
-                aiohttp.client.URL(url, encoded=True),
+                URL(url, encoded=True),
                 data=body or None,
                 headers=headers,
                 allow_redirects=False,

@@ -2,7 +2,7 @@
 
 The body forwarded is the client's, byte for byte, but for the few members that are the router's business: `keep_alive`
 (the router's own timers honour it) and the placement options `num_gpu` and `main_gpu`. What the router cannot route
-(unreadable, no model, a model nobody has) goes to one instance as it is, so that the client gets the server's own words.
+(unreadable, no model, a model nobody has) goes to one instance as it is, so that the client gets its own words.
 
 A request is tried again elsewhere only while no byte of an answer has reached the client.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import aiohttp
 import structlog
@@ -21,15 +22,17 @@ from router.core.events import Grant, UnloadAsked
 from router.core.keepalive import parse_keep_alive
 from router.core.options import PLACEMENT_OPTIONS, runner_options
 from router.errors import BadRequest, InstanceLost
+from router.gateway.answers import json_answer
 from router.gateway.context import GatewayContext
+from router.gateway.endings import RUNNER_DIED, runner_died
 from router.gateway.forward import Exchange, open_upstream, relay
+from router.gateway.passed import pass_on
 from router.gateway.peek import Peek, peek
 from router.gateway.requests import RequestInfo, read_body
-from router.gateway.shapes import api_of
+from router.gateway.shapes import NDJSON, SSE, api_of
 from router.gateway.splice import remove_nested, set_member
 
 _ATTEMPTS = 3
-_RUNNER_DIED = (b"process no longer running", b"unexpected EOF", b"connection reset", b"connection refused")
 _ERROR_BODY_BYTES = 65536
 _ERROR_BODY_SECONDS = 10.0
 
@@ -61,7 +64,7 @@ class LeasedHandler:
         keep_alive = _keep_alive(seen)
         if seen.is_load_only and keep_alive == 0:
             self._context.engine.post(UnloadAsked(facts.blob))
-            return await self._as_it_is(request, body, info)
+            return json_answer(_unloaded(request.path, seen.model or ""), info.reply_headers(None))
         wanted = self._wanted(seen, facts, keep_alive, body)
         return await self._leased(request, wanted, info)
 
@@ -110,6 +113,8 @@ class LeasedHandler:
                     if not last:
                         raise _Retry(died.decode(errors="replace"))
                 response = await self._stream(request, upstream, grant, info)
+                if _ended_by_death(request, response, info):
+                    lease.report_runner_lost()
             except BaseException:
                 upstream.close()
                 raise
@@ -138,13 +143,8 @@ class LeasedHandler:
         )
 
     async def _as_it_is(self, request: web.BaseRequest, body: bytes, info: RequestInfo) -> web.StreamResponse:
-        """To one instance, without a slot: it answers with an error of its own, or to a load-only request."""
-        url = self._context.primary().spec.url
-        upstream = await open_upstream(self._context.session, request, url, body, self._context.limits)
-        async with upstream:
-            exchange = Exchange(started=self._context.engine.now, extra_headers=info.reply_headers(None))
-            info.exchange = exchange
-            return await relay(request, upstream, self._context.limits, api_of(request.path), exchange)
+        """To one instance, without a slot: it answers with an error of its own."""
+        return await pass_on(self._context, request, body, info)
 
 
 class _Retry(Exception):
@@ -162,7 +162,24 @@ async def _death(upstream: aiohttp.ClientResponse) -> bytes | None:
         words = await upstream.content.read(_ERROR_BODY_BYTES)
     if words:
         upstream.content.unread_data(words)
-    return words if any(marker in words for marker in _RUNNER_DIED) else None
+    return words if any(marker in words for marker in RUNNER_DIED) else None
+
+
+def _ended_by_death(request: web.BaseRequest, response: web.StreamResponse, info: RequestInfo) -> bool:
+    if info.exchange is None:
+        return False
+    is_stream = response.headers.get("Content-Type", "").startswith((NDJSON, SSE))
+    return runner_died(response.status, is_stream, request.path, info.exchange.tail)
+
+
+def _unloaded(path: str, model: str) -> dict[str, object]:
+    """What a server says at once to a request that unloads, whether the model is loaded, busy or neither.
+
+    Said here, because a server that was asked would unload by itself, behind the books.
+    """
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    said = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
+    return {"model": model, "created_at": now, **said, "done": True, "done_reason": "unload"}
 
 
 def _keep_alive(seen: Peek) -> float | None:

@@ -12,11 +12,11 @@ import asyncio
 from aiohttp import hdrs, web
 
 from router.core.events import UnloadAsked
+from router.errors import WaitTimeout
 from router.gateway.context import GatewayContext
-from router.gateway.forward import Exchange, open_upstream, relay
+from router.gateway.passed import pass_on
 from router.gateway.peek import peek
 from router.gateway.requests import RequestInfo, read_body
-from router.gateway.shapes import api_of
 
 
 class ManagedHandler:
@@ -36,26 +36,27 @@ class ManagedHandler:
             if request.path == "/api/delete" and seen.model:
                 await self._unload(seen.model)
             try:
-                return await self._pass(request, body, info)
+                return await pass_on(self._context, request, body, info)
             finally:
                 self._context.catalog.forget_all()
 
     async def _blob(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
         """Uploads stream through unread: weights are far larger than any limit on a request that is kept."""
         if request.method == hdrs.METH_HEAD:
-            return await self._pass(request, b"", info)
+            return await pass_on(self._context, request, b"", info)
         async with self._writing:
-            return await self._pass(request, request.content.iter_any(), info)
+            return await pass_on(self._context, request, request.content.iter_any(), info)
 
     async def _unload(self, model: str) -> None:
-        facts = await self._context.catalog.facts(model)
-        if facts is not None:
-            self._context.engine.post(UnloadAsked(facts.blob))
+        """Returns when no instance holds the model any more; running requests of it may end first.
 
-    async def _pass(self, request: web.BaseRequest, body: object, info: RequestInfo) -> web.StreamResponse:
-        url = self._context.primary().spec.url
-        upstream = await open_upstream(self._context.session, request, url, body, self._context.limits)  # type: ignore[arg-type]
-        async with upstream:
-            exchange = Exchange(started=self._context.engine.now, extra_headers=info.reply_headers(None))
-            info.exchange = exchange
-            return await relay(request, upstream, self._context.limits, api_of(request.path), exchange)
+        Raises:
+            WaitTimeout: some instance still holds it; then nothing is deleted.
+        """
+        facts = await self._context.catalog.facts(model)
+        if facts is None:
+            return
+        engine, blob, seconds = self._context.engine, facts.blob, self._context.limits.queue_timeout_seconds
+        engine.post(UnloadAsked(blob))
+        if not await engine.until(lambda snapshot: all(key[1] != blob for key in snapshot.residencies), seconds):
+            raise WaitTimeout(f"model '{model}' is still in use after {seconds:.0f} s and was not deleted")

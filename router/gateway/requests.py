@@ -25,6 +25,9 @@ class RequestInfo:
     instance: InstanceName | None = None
     reason: str = ""
     granted_at: float | None = None
+    error_code: str = ""
+    cors: tuple[tuple[str, str], ...] = ()
+    """Headers that let a browser's page read the answer."""
     exchange: Exchange | None = field(default=None)
 
     def granted(self, grant: Grant, now: float) -> None:
@@ -34,7 +37,7 @@ class RequestInfo:
 
     def reply_headers(self, grant: Grant | None) -> dict[str, str]:
         """Who answered, and on request why there."""
-        headers = {"X-Request-ID": self.request_id}
+        headers = {"X-Request-ID": self.request_id, **dict(self.cors)}
         if grant is not None:
             headers["X-Llamayard-Instance"] = grant.instance
             if self.wants_reason:

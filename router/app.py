@@ -1,0 +1,277 @@
+"""The composition root: builds everything from the settings, wires it, and owns start and stop.
+
+`serve` returns the process's exit code. SIGTERM or Ctrl-C drains: new requests are refused, running ones may end until
+`server.drain_timeout_seconds`, then the servers are stopped. A second signal stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import structlog
+from aiohttp import web
+
+from router.core.dispatcher import Dispatcher
+from router.core.entities import InstanceSpec, Policy
+from router.core.sizing import estimate_bytes
+from router.engine import Engine
+from router.fleet import sweep
+from router.fleet.catalog import Catalog
+from router.fleet.driver import OllamaDriver
+from router.fleet.gpus import GpuPoller
+from router.fleet.instance import SupervisorConfig
+from router.fleet.ollama import OllamaClient
+from router.fleet.plan import plan_instances, ports_needed
+from router.fleet.ports import free_ports
+from router.fleet.supervisor import Supervisor
+from router.fleet.watcher import Pace, Watcher
+from router.gateway.context import GatewayContext, Limits
+from router.gateway.origin import OriginPolicy, Origins, is_loopback, machine_names
+from router.gateway.server import Gateway
+from router.logs import configure_logs
+from router.observe import EngineObserver, FleetCollector, Metrics
+from router.settings import ConfigError, Settings
+from router.surroundings import Surroundings, instance_plan, look_around
+
+_LISTEN_BACKLOG = 4096
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+
+
+async def serve(settings: Settings) -> int:
+    """Runs the router until it is told to stop. ConfigError for what only shows when it is tried."""
+    configure_logs(settings.log.format, settings.log.level)
+    log = structlog.get_logger("router")
+    try:
+        listener = _listen(settings)
+    except OSError as error:
+        raise ConfigError([_port_words(settings, error)]) from error
+    with contextlib.closing(listener):
+        around = await asyncio.to_thread(look_around, settings)
+        for swept in await asyncio.to_thread(sweep.sweep, str(settings.state_directory)):
+            log.warning("swept", pid=swept.pid, instance=swept.instance, command=swept.command)
+        async with _built(settings, around) as router:
+            return await router.run(listener)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Bound before anything is started, so that a port that is taken ends the start at once."""
+    host, port = settings.server.host, settings.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_LISTEN_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _port_words(settings: Settings, error: OSError) -> str:
+    host, port = settings.server.host, settings.server.port
+    if error.errno != errno.EADDRINUSE:
+        return f"server.host, server.port: cannot listen on {host}:{port}: {error.strerror or error}"
+    return (
+        f"server.port: port {port} on {host} is taken, perhaps by the stock Ollama service: free it with "
+        f"`sudo systemctl disable --now ollama`, or move the router with `--port {port + 1}`"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Router:
+    """Everything that runs."""
+
+    settings: Settings
+    engine: Engine
+    supervisor: Supervisor
+    watcher: Watcher
+    gateway: Gateway
+    title: str
+
+    async def run(self, listener: socket.socket) -> int:
+        """Until a signal has come and all is stopped."""
+        stopping, at_once = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, _signalled, stopping, at_once)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                supervising = tasks.create_task(self.supervisor.run(), name="supervisor")
+                watching = tasks.create_task(self.watcher.run(), name="watcher")
+                server = await self._open(listener)
+                await stopping.wait()
+                await self._close(server, at_once)
+                watching.cancel()
+                await supervising
+        finally:
+            for number in _STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+        return EXIT_OK
+
+    async def _open(self, listener: socket.socket) -> web.Server:
+        server = web.Server(
+            self.gateway.handle,
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            keepalive_timeout=3600.0,
+        )
+        loop = asyncio.get_running_loop()
+        await loop.create_server(server, sock=listener)
+        host, port = listener.getsockname()[:2]
+        log = structlog.get_logger("router")
+        log.info("listening", url=f"http://{host}:{port}", **({"emulated": self.title} if self.title else {}))
+        return server
+
+    async def _close(self, server: web.Server, at_once: asyncio.Event) -> None:
+        """Drains, then stops the servers, then closes what connections are left."""
+        log = structlog.get_logger("router")
+        seconds = self.settings.server.drain_timeout_seconds
+        log.info("draining", drain_timeout_seconds=seconds)
+        self.engine.begin_shutdown()
+        self.supervisor.drain_all()
+        if not await _first(self.gateway.drained(), at_once, seconds):
+            log.warning("requests_cut")
+        if at_once.is_set():
+            self.supervisor.kill_all()
+        async with asyncio.TaskGroup() as group:
+            stopping = group.create_task(self.supervisor.stop_all())
+            hurrying = group.create_task(self._kill_when(at_once))
+            await stopping
+            hurrying.cancel()
+        await server.shutdown(timeout=1.0)
+        log.info("stopped")
+
+    async def _kill_when(self, at_once: asyncio.Event) -> None:
+        await at_once.wait()
+        self.supervisor.kill_all()
+
+
+def _signalled(stopping: asyncio.Event, at_once: asyncio.Event) -> None:
+    if stopping.is_set():
+        at_once.set()
+    stopping.set()
+
+
+async def _first(work: object, event: asyncio.Event, seconds: float) -> bool:
+    """Whether the work ended before the event was set and the time was over."""
+    async with asyncio.TaskGroup() as group:
+        working = group.create_task(_awaited(work))
+        waiting = group.create_task(_awaited(event.wait()))
+        await asyncio.wait({working, waiting}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done = working.done()
+        working.cancel()
+        waiting.cancel()
+    return done
+
+
+async def _awaited(work: object) -> None:
+    await work  # type: ignore[misc]
+
+
+@contextlib.asynccontextmanager
+async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Router]:
+    """Wires everything; leaving ends what was started."""
+    metrics = Metrics()
+    clients: dict[str, OllamaClient] = {}
+    # Exact bytes are relayed: nothing is unpacked, no connection waits for another, cookies are the client's.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0)
+    async with aiohttp.ClientSession(
+        connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), timeout=_NO_TIMEOUT
+    ) as session:
+
+        def client_for(url: str) -> OllamaClient:
+            if url not in clients:
+                clients[url] = OllamaClient(session, url)
+            return clients[url]
+
+        dispatcher = Dispatcher(_policy(settings), estimate_bytes)
+        poller = GpuPoller(around.reader)
+        observer = EngineObserver(metrics)
+        async with Engine(dispatcher, OllamaDriver(client_for), time.monotonic, (observer,)) as engine:
+            metrics.registry.register(FleetCollector(engine.snapshot, lambda: len(engine.waiting())))
+            catalog = Catalog(lambda: _asked(context, client_for), time.monotonic)
+            context = _context(settings, engine, catalog, session)
+            pace = Pace(settings.poll.gpu_seconds, settings.poll.residency_seconds, settings.poll.catalog_seconds)
+            watcher = Watcher(poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace)
+            try:
+                await watcher.read_gpus()
+                supervisor = Supervisor(_supervisor_config(settings, around), engine.post)
+                for spec in _specs(settings, around, engine):
+                    supervisor.add(spec)
+                gateway = Gateway(context, _origins(settings), metrics, around.title, settings.server.debug_headers)
+                yield _Router(settings, engine, supervisor, watcher, gateway, around.title)
+            finally:
+                await catalog.close()
+                await poller.close()
+
+
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
+
+
+def _asked(context: GatewayContext, client_for: object) -> OllamaClient | None:
+    """The server whose store is read: the primary, if any is ready."""
+    ready = context.ready_instances()
+    return client_for(ready[0].spec.url) if ready else None  # type: ignore[operator]
+
+
+def _specs(settings: Settings, around: Surroundings, engine: Engine) -> tuple[InstanceSpec, ...]:
+    cards = tuple(engine.snapshot().gpus.values())
+    plan = instance_plan(settings, around)
+    return plan_instances(cards, plan, free_ports(ports_needed(cards, plan)))
+
+
+def _policy(settings: Settings) -> Policy:
+    return Policy(
+        vram_margin_bytes=settings.placement.vram_margin_bytes,
+        queue_limit=settings.queue.limit,
+        queue_timeout_seconds=settings.queue.timeout_seconds,
+        load_timeout_seconds=settings.ollama.load_timeout_seconds,
+        keep_alive_seconds=settings.ollama.keep_alive,
+    )
+
+
+def _context(settings: Settings, engine: Engine, catalog: Catalog, session: aiohttp.ClientSession) -> GatewayContext:
+    limits = Limits(
+        max_body_bytes=settings.server.max_body_bytes,
+        queue_timeout_seconds=settings.queue.timeout_seconds,
+        first_byte_timeout_seconds=settings.stream.first_byte_timeout_seconds,
+        idle_timeout_seconds=settings.stream.idle_timeout_seconds,
+    )
+    return GatewayContext(
+        engine=engine,
+        catalog=catalog,
+        session=session,
+        limits=limits,
+        default_context_length=settings.ollama.context_length,
+        cloud=settings.ollama.cloud,
+    )
+
+
+def _origins(settings: Settings) -> OriginPolicy:
+    names = {*machine_names(), *(name.lower() for name in settings.server.allowed_hosts)}
+    return OriginPolicy(Origins(settings.server.cors_origins), is_loopback(settings.server.host), names)
+
+
+def _supervisor_config(settings: Settings, around: Surroundings) -> SupervisorConfig:
+    return SupervisorConfig(
+        command=around.command,
+        state_directory=str(Path(settings.state_directory)),
+        run_id=sweep.run_id(),
+        environment=around.environment,
+        start_timeout_seconds=settings.ollama.start_timeout_seconds,
+    )

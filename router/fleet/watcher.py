@@ -1,0 +1,114 @@
+"""Looks at the outside at a steady pace and posts what it sees: cards, each server's loaded models, the store's list.
+
+A look that fails posts nothing and is logged once until it succeeds again: unknown is not empty. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from router.core.entities import InstanceState, Snapshot
+from router.core.events import Event, GpusRead, LoadedModel, ResidencyRead
+from router.fleet.catalog import Catalog
+from router.fleet.driver import ClientFor
+from router.fleet.gpus import GpuPoller, GpuReadTimeout
+from router.fleet.ollama import OllamaError
+
+Post = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds between two looks."""
+
+    gpu_seconds: float
+    residency_seconds: float
+    catalog_seconds: float
+
+
+class Watcher:
+    """`run` looks until cancelled."""
+
+    def __init__(
+        self,
+        poller: GpuPoller,
+        catalog: Catalog,
+        client_for: ClientFor,
+        snapshot: Callable[[], Snapshot],
+        post: Post,
+        now: Callable[[], float],
+        pace: Pace,
+    ) -> None:
+        self._poller = poller
+        self._catalog = catalog
+        self._client_for = client_for
+        self._snapshot = snapshot
+        self._post = post
+        self._now = now
+        self._pace = pace
+        self._failing: set[str] = set()
+        self._log = structlog.get_logger("router.watcher")
+
+    async def run(self) -> None:
+        """Three steady looks side by side."""
+        async with asyncio.TaskGroup() as looks:
+            looks.create_task(self._steadily(self._pace.gpu_seconds, "the cards", self.read_gpus))
+            looks.create_task(self._steadily(self._pace.residency_seconds, "loaded models", self._read_residencies))
+            looks.create_task(self._steadily(self._pace.catalog_seconds, "the store", self._read_catalog))
+
+    async def read_gpus(self) -> None:
+        """One reading of the cards, posted with the time before it began."""
+        read_at = self._now()
+        self._post(GpusRead(await self._poller.read(), read_at))
+
+    async def _steadily(self, seconds: float, what: str, look: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await look()
+            except (GpuReadTimeout, OllamaError, OSError) as error:
+                self._failed(what, error)
+            else:
+                self._succeeded(what)
+
+    async def _read_residencies(self) -> None:
+        views = self._snapshot().instances.values()
+        urls = [(v.spec.name, v.spec.url) for v in views if v.state is InstanceState.READY]
+        await asyncio.gather(*(self._read_residency(name, url) for name, url in urls))
+
+    async def _read_residency(self, name: str, url: str) -> None:
+        read_at = self._now()
+        try:
+            rows = await self._client_for(url).ps()
+            known = tuple([await self._with_facts(row) for row in rows])
+        except OllamaError as error:
+            self._failed(f"loaded models of {name}", error)
+            return
+        self._succeeded(f"loaded models of {name}")
+        view = next((v for v in self._snapshot().instances.values() if v.spec.url == url), None)
+        if view is not None:
+            self._post(ResidencyRead(view.spec.name, known, read_at))
+
+    async def _with_facts(self, row: LoadedModel) -> LoadedModel:
+        """The row with its model's facts, where the name still stands for what was loaded under it."""
+        facts = await self._catalog.facts(row.name)
+        same = facts is not None and facts.digest == row.digest
+        return dataclasses.replace(row, model=facts) if same else row
+
+    async def _read_catalog(self) -> None:
+        await self._catalog.refresh()
+
+    def _failed(self, what: str, error: Exception) -> None:
+        if what not in self._failing:
+            self._failing.add(what)
+            self._log.warning("cannot_read", what=what, error=str(error))
+
+    def _succeeded(self, what: str) -> None:
+        if what in self._failing:
+            self._failing.discard(what)
+            self._log.info("can_read_again", what=what)

@@ -1,0 +1,207 @@
+"""What operators see: Prometheus metrics and the log lines of decisions, fed with the engine's events and actions.
+
+Names are `llamayard_` and the field's own (vLLM's, OpenTelemetry's): durations in seconds, sizes in bytes, counters end
+in `_total`. Labels are bounded: after so many names of models further ones count as "other". It decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from router.core.entities import Gpu, InstanceState, LoadId, Snapshot
+from router.core.events import (
+    Action,
+    Event,
+    GpusRead,
+    Grant,
+    Load,
+    LoadFailed,
+    LoadFinished,
+    Reject,
+    Unload,
+    UnloadFinished,
+)
+from router.core.ledger import foreign_bytes, reserved_bytes, resident_bytes
+
+BUCKETS_SECONDS = (
+    0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+)  # fmt: skip
+"""OpenTelemetry's for the time to the first token, and up to 160 s for cold loads."""
+
+_MODEL_NAMES_MAX = 1000
+
+
+class ModelLabels:
+    """Bounds the values of the label `model`."""
+
+    def __init__(self, most: int = _MODEL_NAMES_MAX) -> None:
+        self._most = most
+        self._seen: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        if name in self._seen or len(self._seen) < self._most:
+            self._seen.add(name)
+            return name
+        return "other"
+
+
+class Metrics:
+    """All metrics of one router, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.model_label = ModelLabels()
+        self.requests = Counter(
+            "llamayard_requests", "Requests answered.", ("route", "model", "status"), registry=registry
+        )
+        self.in_flight = Gauge("llamayard_requests_running", "Requests being answered.", registry=registry)
+        self.ttft = self._histogram("llamayard_time_to_first_token_seconds", "Arrival to the first byte.")
+        self.duration = self._histogram("llamayard_request_duration_seconds", "Arrival to the last byte.")
+        self.queue_wait = self._histogram("llamayard_request_queue_time_seconds", "Arrival to the granted slot.")
+        self.tokens = Counter(
+            "llamayard_tokens", "Tokens, as the servers count them.", ("model", "type"), registry=registry
+        )
+        self.loads = Counter(
+            "llamayard_loads", "Loads ended, by outcome.", ("model", "instance", "outcome"), registry=registry
+        )
+        self.load_seconds = Histogram(
+            "llamayard_load_duration_seconds",
+            "Loads that ended well.",
+            ("model",),
+            buckets=BUCKETS_SECONDS,
+            registry=registry,
+        )
+        self.load_bytes = Counter("llamayard_load_bytes", "Weights loaded.", registry=registry)
+        self.unloads = Counter("llamayard_unloads", "Models unloaded.", ("model", "instance"), registry=registry)
+        self.rejections = Counter("llamayard_rejections", "Requests rejected, by code.", ("code",), registry=registry)
+        PlatformCollector(registry)
+        ProcessCollector(registry=registry)
+
+    def _histogram(self, name: str, words: str) -> Histogram:
+        return Histogram(name, words, ("model",), buckets=BUCKETS_SECONDS, registry=self.registry)
+
+
+class FleetCollector(Collector):
+    """Cards, instances and queue, read from a snapshot when they are asked for."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot], waiting: Callable[[], int]) -> None:
+        self._snapshot = snapshot
+        self._waiting = waiting
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        snapshot = self._snapshot()
+        yield GaugeMetricFamily("llamayard_requests_waiting", "Requests that wait for a slot.", self._waiting())
+        yield from _card_families(snapshot)
+        states = GaugeMetricFamily(
+            "llamayard_instance_state", "1 for the state that the instance is in.", labels=("instance", "state")
+        )
+        for view in snapshot.instances.values():
+            for state in InstanceState:
+                states.add_metric((view.spec.name, state.value), float(view.state is state))
+        yield states
+        loaded = GaugeMetricFamily(
+            "llamayard_model_slots_used", "Slots in use of each loaded model.", labels=("model", "instance")
+        )
+        for residency in snapshot.residencies.values():
+            loaded.add_metric((residency.name, residency.instance), float(residency.in_flight))
+        yield loaded
+
+
+_CARD_FIGURES: dict[str, tuple[str, Callable[[Gpu], float | None]]] = {
+    "memory_total_bytes": ("Memory of the card.", lambda gpu: gpu.memory_total_bytes),
+    "memory_used_bytes": ("Memory in use, by anybody.", lambda gpu: gpu.memory_used_bytes),
+    "memory_free_bytes": ("Memory free, as the driver says.", lambda gpu: gpu.memory_free_bytes),
+    "utilization_ratio": ("Share of the last period in which the card computed.", lambda gpu: gpu.utilization_ratio),
+    "temperature_celsius": ("Temperature.", lambda gpu: gpu.temperature_celsius),
+    "power_draw_watts": ("Power drawn.", lambda gpu: gpu.power_draw_watts),
+    "power_limit_watts": ("Power limit.", lambda gpu: gpu.power_limit_watts),
+}
+
+
+def _card_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
+    labels = ("gpu", "index", "name")
+    gpus = [(gpu, (gpu.uuid, str(gpu.index), gpu.name)) for gpu in snapshot.gpus.values()]
+    for key, (words, figure) in _CARD_FIGURES.items():
+        family = GaugeMetricFamily(f"llamayard_gpu_{key}", words, labels=labels)
+        for gpu, values in gpus:
+            value = figure(gpu)
+            if value is not None:
+                family.add_metric(values, float(value))
+        yield family
+    ledger = {
+        "resident": ("Held by loaded models, by the router's books.", resident_bytes),
+        "reserved": ("Set aside for loads under way.", reserved_bytes),
+        "foreign": ("In use by others.", foreign_bytes),
+    }
+    for key, (words, count) in ledger.items():
+        family = GaugeMetricFamily(f"llamayard_gpu_memory_{key}_bytes", words, labels=labels)
+        for gpu, values in gpus:
+            family.add_metric(values, float(count(snapshot, gpu.uuid)))
+        yield family
+
+
+class EngineObserver:
+    """Counts and logs what the engine does."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._under_way: dict[LoadId, tuple[Load, float]] = {}
+        self._log = structlog.get_logger("router.decisions")
+
+    def observe(self, event: Event, actions: list[Action], now: float) -> None:
+        match event:
+            case LoadFinished() | LoadFailed():
+                self._load_ended(event, now)
+            case UnloadFinished(error=str() as error):
+                self._log.error("unload_failed", instance=event.instance, blob=event.blob, error=error)
+            case GpusRead():
+                self._tell_lost(event)
+            case _:
+                pass
+        for action in actions:
+            self._action(action, now)
+
+    def _action(self, action: Action, now: float) -> None:
+        match action:
+            case Load():
+                self._under_way[action.load_id] = (action, now)
+                self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
+            case Unload():
+                self._metrics.unloads.labels(self._metrics.model_label(action.model.name), action.instance).inc()
+                self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
+            case Reject():
+                self._metrics.rejections.labels(action.code).inc()
+                self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
+            case Grant():
+                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
+
+    def _load_ended(self, event: LoadFinished | LoadFailed, now: float) -> None:
+        load, began = self._under_way.pop(event.load_id, (None, now))
+        if load is None:
+            return
+        seconds = now - began
+        model = self._metrics.model_label(load.model.name)
+        values = {"model": load.model.name, "instance": load.instance, "duration_seconds": round(seconds, 3)}
+        if isinstance(event, LoadFailed):
+            self._metrics.loads.labels(model, load.instance, "failed").inc()
+            self._log.error("load_failed", **values, status=event.status, error=event.message)
+            return
+        spilled = load.expects_gpu and event.size_vram_bytes < event.size_bytes
+        self._metrics.loads.labels(model, load.instance, "spilled" if spilled else "loaded").inc()
+        self._metrics.load_seconds.labels(model).observe(seconds)
+        self._metrics.load_bytes.inc(load.model.weights_bytes)
+        write = self._log.error if spilled else self._log.info
+        sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
+        write("load_spilled" if spilled else "loaded", **values, **sizes)
+
+    def _tell_lost(self, event: GpusRead) -> None:
+        for gpu in event.gpus:
+            if gpu.error is not None:
+                self._log.warning("card_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
