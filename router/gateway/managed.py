@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import asyncio
 
+import aiohttp
 from aiohttp import hdrs, web
+from yarl import URL
 
 from router.core.events import UnloadAsked
-from router.errors import WaitTimeout
+from router.errors import InstanceLost, WaitTimeout
 from router.gateway.context import GatewayContext
 from router.gateway.passed import pass_on
 from router.gateway.peek import peek
 from router.gateway.requests import RequestInfo, read_body
+
+_ASK_SECONDS = 10.0
 
 
 class ManagedHandler:
@@ -44,8 +48,21 @@ class ManagedHandler:
         """Uploads stream through unread: weights are far larger than any limit on a request that is kept."""
         if request.method == hdrs.METH_HEAD:
             return await pass_on(self._context, request, b"", info)
+        if await self._has_blob(request):
+            # As a server does: answered at once and unread, which spares the client the upload.
+            present = web.Response(headers=info.reply_headers(None))
+            present.force_close()
+            return present
         async with self._writing:
             return await pass_on(self._context, request, request.content.iter_any(), info)
+
+    async def _has_blob(self, request: web.BaseRequest) -> bool:
+        url = URL(self._context.primary().spec.url + request.raw_path, encoded=True)
+        try:
+            async with asyncio.timeout(_ASK_SECONDS), self._context.session.head(url) as reply:
+                return reply.status == web.HTTPOk.status_code
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise InstanceLost(f"the instance could not be asked for the blob: {error}") from error
 
     async def _unload(self, model: str) -> None:
         """Returns when no instance holds the model any more; running requests of it may end first.

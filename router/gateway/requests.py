@@ -37,7 +37,7 @@ class RequestInfo:
 
     def reply_headers(self, grant: Grant | None) -> dict[str, str]:
         """Who answered, and on request why there."""
-        headers = {"X-Request-ID": self.request_id, **dict(self.cors)}
+        headers = {"Server": "llamayard", "X-Request-ID": self.request_id, **dict(self.cors)}
         if grant is not None:
             headers["X-Llamayard-Instance"] = grant.instance
             if self.wants_reason:
