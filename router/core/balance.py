@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from router.core.entities import InstanceState, Residency, ResidencyState, RunnerOptions, Snapshot
+from router.core.entities import InstanceState, Residency, ResidencyState, Snapshot, Ticket
 
 
-def can_serve(snapshot: Snapshot, residency: Residency, options: RunnerOptions) -> bool:
-    """True where a request with these runner options starts at once, with no reload and no waiting inside Ollama."""
+def suits(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
+    """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
+    if residency.blob != ticket.model.blob:
+        return False
+    view = snapshot.instances.get(residency.instance)
+    if ticket.layout is not None and (view is None or not ticket.layout.allows(view.spec.gpus)):
+        return False
+    if residency.options == ticket.options:
+        return True
+    return ticket.is_flexible and residency.context_length >= ticket.context_length
+
+
+def can_serve(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
+    """True where the ticket's request starts at once, with no reload and no waiting inside Ollama."""
     view = snapshot.instances.get(residency.instance)
     return (
         view is not None
         and view.state is InstanceState.READY
         and residency.state is ResidencyState.READY
-        and residency.options == options
+        and suits(snapshot, residency, ticket)
         and residency.in_flight < residency.slots
         and (residency.instance, residency.blob) not in snapshot.draining
     )

@@ -293,8 +293,7 @@ class Dispatcher:
         return actions
 
     def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
-        able = (r for r in snapshot.residencies.values() if r.blob == ticket.model.blob)
-        chosen = pick(r for r in able if can_serve(snapshot, r, ticket.options))
+        chosen = pick(r for r in snapshot.residencies.values() if can_serve(snapshot, r, ticket))
         if chosen is None:
             return None
         key = (chosen.instance, chosen.blob)
@@ -303,7 +302,8 @@ class Dispatcher:
             # A request that says nothing leaves the last value, as Ollama does.
             self._fleet.update(key, keep_alive_seconds=ticket.keep_alive_seconds)
         reason = f"{chosen.reason}; {chosen.in_flight} of {chosen.slots} slots were in use"
-        return Grant(ticket.id, chosen.instance, snapshot.instances[chosen.instance].spec.url, reason)
+        url = snapshot.instances[chosen.instance].spec.url
+        return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)
 
     def _make_place(self, head: Ticket, blocked: set[ResidencyKey], now: float) -> list[Action]:
         """Starts what brings the group's model in, unless a copy is loaded or on its way."""

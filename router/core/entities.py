@@ -220,6 +220,29 @@ class InstanceView:
     reason: str = ""
 
 
+class LayoutKind(StrEnum):
+    SINGLE = "single"
+    """One card, whichever."""
+    SPREAD = "spread"
+    """Several cards."""
+    GPU = "gpu"
+    """One card, that one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a request insists on being served: sums differ between layouts, and so do answers to the same seed."""
+
+    kind: LayoutKind
+    gpu: GpuUuid | None = None
+
+    def allows(self, gpus: tuple[GpuUuid, ...]) -> bool:
+        """Whether an instance over these cards will do."""
+        if self.kind is LayoutKind.SPREAD:
+            return len(gpus) > 1
+        return len(gpus) == 1 and (self.gpu is None or gpus[0] == self.gpu)
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """One request that wants a slot."""
@@ -227,12 +250,25 @@ class Ticket:
     id: TicketId
     model: ModelFacts
     options: RunnerOptions
+    """What the request says, its Modelfile's parameters included; defaults are left out."""
     context_length: int
+    """Tokens of context asked for; 0: what the instance gives by default."""
     keep_alive_seconds: float | None
     """None: the request said nothing; negative: for ever; 0: unload when idle."""
     arrived_at: float
     deadline: float
     client: str = ""
+    """Who asks, for fairness: a key, a user or an address."""
+    session: str = ""
+    """The conversation, whose earlier turns some copy may still hold in its cache."""
+    priority: int = 0
+    """Larger goes first."""
+    prompt_tokens: int = 0
+    """A guess from the size of the prompt's text."""
+    output_tokens_max: int | None = None
+    is_flexible: bool = False
+    """A copy with other runner options will do if its context is large enough: the gateway adapts the request."""
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True, slots=True)

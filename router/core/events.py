@@ -147,6 +147,10 @@ class Grant:
     instance: InstanceName
     url: str
     reason: str
+    options: RunnerOptions = ()
+    """The loaded copy's, to which a flexible request is adapted."""
+    context_length: int = 0
+    """The loaded copy's, in tokens of one slot."""
 
 
 @dataclass(frozen=True, slots=True)

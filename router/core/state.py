@@ -63,9 +63,11 @@ class FleetState:
         return residency
 
     def forget(self, key: ResidencyKey) -> None:
-        """Drops a residency and what hangs on it. Leases stay: their requests end in their own time."""
+        """Drops a residency and what hangs on it, leases too: their requests end in their own time, and what they give
+        back then is no slot of a copy that was loaded there since."""
         residency = self.residencies.pop(key, None)
         self.draining.discard(key)
+        self.leases = {ticket: leased for ticket, leased in self.leases.items() if leased != key}
         if residency is not None and residency.load_id is not None:
             self.reservations.pop(residency.load_id, None)
 
@@ -98,7 +100,7 @@ class FleetState:
         """Ends a lease; returns the residency it was on where that still stands."""
         key = self.leases.pop(ticket_id, None)
         residency = self.residencies.get(key) if key is not None else None
-        if key is None or residency is None or residency.in_flight == 0:
+        if key is None or residency is None:
             return None
         changes: dict[str, Any] = {"in_flight": residency.in_flight - 1, "used_at": now}
         if residency.in_flight == 1 and residency.state is ResidencyState.READY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -28,6 +29,8 @@ class RequestInfo:
     error_code: str = ""
     cors: tuple[tuple[str, str], ...] = ()
     """Headers that let a browser's page read the answer."""
+    notes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Headers that tell what of the request was not passed on."""
     exchange: Exchange | None = field(default=None)
 
     def granted(self, grant: Grant, now: float) -> None:
@@ -37,7 +40,7 @@ class RequestInfo:
 
     def reply_headers(self, grant: Grant | None) -> dict[str, str]:
         """Who answered, and on request why there."""
-        headers = {"Server": "llamayard", "X-Request-ID": self.request_id, **dict(self.cors)}
+        headers = {"Server": "llamayard", "X-Request-ID": self.request_id, **dict(self.cors), **self.notes}
         if grant is not None:
             headers["X-Llamayard-Instance"] = grant.instance
             if self.wants_reason:

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 
 from router.core.balance import can_serve, pick
 from router.core.entities import InstanceState, Residency, ResidencyState
-from tests.core.builders import card, key, model, residency, snapshot, view
+from tests.core.builders import card, key, model, residency, snapshot, ticket, view
 
 M = model("m")
+T = ticket(1, M)
 READY = residency("gpu0", M, 1000)
 VIEWS = (view("gpu0", 0), view("gpu1", 1))
 
 
 def test_a_ready_copy_with_a_free_slot_serves() -> None:
     facts = snapshot([card(0, 100)], VIEWS, [READY])
-    assert can_serve(facts, READY, ())
-    assert can_serve(facts, replace(READY, in_flight=1), ())
+    assert can_serve(facts, READY, T)
+    assert can_serve(facts, replace(READY, in_flight=1), T)
 
 
 @pytest.mark.parametrize(
@@ -36,17 +37,17 @@ def test_a_ready_copy_with_a_free_slot_serves() -> None:
     ],
 )
 def test_a_copy_that_is_full_or_other_or_not_there_does_not(copy: Residency) -> None:
-    assert not can_serve(snapshot([card(0, 100)], VIEWS, [copy]), copy, ())
+    assert not can_serve(snapshot([card(0, 100)], VIEWS, [copy]), copy, T)
 
 
 @pytest.mark.parametrize("state", [state for state in InstanceState if state is not InstanceState.READY])
 def test_only_a_ready_instance_serves(state: InstanceState) -> None:
-    assert not can_serve(snapshot([card(0, 100)], [view("gpu0", 0, state=state)], [READY]), READY, ())
+    assert not can_serve(snapshot([card(0, 100)], [view("gpu0", 0, state=state)], [READY]), READY, T)
 
 
 def test_a_copy_whose_room_is_wanted_takes_no_new_request() -> None:
     facts = snapshot([card(0, 100)], VIEWS, [READY], draining=[key("gpu0", M)])
-    assert not can_serve(facts, READY, ())
+    assert not can_serve(facts, READY, T)
 
 
 def test_the_copy_with_the_fewest_requests_serves_and_equal_ones_take_turns() -> None:

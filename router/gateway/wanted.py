@@ -1,0 +1,153 @@
+"""What one request wants of the fleet, read from its body and headers, and its body as the granted copy shall get it.
+
+The body forwarded is the client's, byte for byte, but for the members that are the router's business: `keep_alive`
+(its own timers honour it), the placement options `num_gpu` and `main_gpu`, and, where the model is protected from
+reloads, the runner options in which the request differs from the copy that serves it. Every way into the router (the
+relay and aiohttp) builds its requests here. Pure: it asks nobody and decides no place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from router.core.entities import Layout, ModelFacts, RunnerOptions, Ticket, TicketId
+from router.core.events import Grant
+from router.core.keepalive import parse_keep_alive
+from router.core.options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options
+from router.errors import BadRequest
+from router.gateway.peek import Peek
+from router.gateway.splice import remove_nested, set_member, set_nested
+
+_BYTES_PER_TOKEN = 4
+"""Of English text, about; a guess that only weighs requests against each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, and on what terms."""
+
+    client: str = ""
+    session: str = ""
+    priority: int = 0
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A request as far as routing is concerned."""
+
+    path: str
+    facts: ModelFacts
+    options: RunnerOptions
+    """Runner options in effect: the Modelfile's parameters under the request's own, defaults left out."""
+    context_length: int
+    """Tokens asked for, 0 where nothing says."""
+    keep_alive_seconds: float | None
+    prompt_tokens: int
+    output_tokens_max: int | None
+    is_flexible: bool
+    """Whether a copy with other runner options may serve: only `/api` bodies can be adapted to it."""
+    dropped: tuple[str, ...]
+    """Placement options of the client's that are not passed on."""
+    body: bytes
+    default_context_length: int
+
+    def ticket(self, number: TicketId, asker: Asker, now: float, timeout_seconds: float) -> Ticket:
+        return Ticket(
+            id=number,
+            model=self.facts,
+            options=self.options,
+            context_length=self.context_length,
+            keep_alive_seconds=self.keep_alive_seconds,
+            arrived_at=now,
+            deadline=now + timeout_seconds,
+            client=asker.client,
+            session=asker.session,
+            priority=asker.priority,
+            prompt_tokens=self.prompt_tokens,
+            output_tokens_max=self.output_tokens_max,
+            is_flexible=self.is_flexible,
+            layout=asker.layout,
+        )
+
+    def body_for(self, grant: Grant) -> bytes:
+        """The body with which the granted copy does not reload."""
+        if not self.is_flexible or grant.options == self.options:
+            return self.body
+        body = self.body
+        asked, loaded = dict(self.options), dict(grant.options)
+        for name in RUNNER_OPTIONS:
+            if asked.get(name) == loaded.get(name):
+                continue
+            value = loaded.get(name, self._default(name))
+            text = None if value is None else str(value).lower().encode()
+            body = remove_nested(body, "options", name) if text is None else set_nested(body, "options", name, text)
+        return body
+
+    def _default(self, name: str) -> int | bool | None:
+        return self.default_context_length if name == "num_ctx" else RUNNER_OPTIONS[name]
+
+
+def wanted(
+    path: str, seen: Peek, facts: ModelFacts, body: bytes, default_context_length: int, protect: bool = True
+) -> Wanted:
+    """What the request wants. `protect`: whether its model is kept from reloads that only options ask for.
+
+    Raises:
+        BadRequest: `keep_alive` is no duration; in the server's words.
+    """
+    options = runner_options(facts, seen.options, default_context_length)
+    keep_alive = keep_alive_of(seen)
+    dropped = tuple(name for name in PLACEMENT_OPTIONS if name in seen.options) if protect else ()
+    for name in dropped:
+        body = remove_nested(body, "options", name)
+    if keep_alive is not None:
+        # The server must never unload by itself what the router counts on: its timers are the router's.
+        body = set_member(body, "keep_alive", b"-1")
+    return Wanted(
+        path=path,
+        facts=facts,
+        options=options,
+        context_length=_context(options),
+        keep_alive_seconds=keep_alive,
+        prompt_tokens=seen.prompt_bytes // _BYTES_PER_TOKEN,
+        output_tokens_max=seen.output_tokens_max,
+        is_flexible=protect and path.startswith("/api/"),
+        dropped=dropped,
+        body=body,
+        default_context_length=default_context_length,
+    )
+
+
+def keep_alive_of(seen: Peek) -> float | None:
+    """Seconds, negative for ever, None where the request says nothing.
+
+    Raises:
+        BadRequest: the server would refuse it; in its words.
+    """
+    try:
+        return parse_keep_alive(seen.keep_alive)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+
+
+def _context(options: RunnerOptions) -> int:
+    asked = dict(options).get("num_ctx")
+    return int(asked) if asked is not None else 0
+
+
+def reply_notes(want: Wanted) -> Mapping[str, str]:
+    """Headers that tell the client what of its request was not passed on."""
+    return {"X-Llamayard-Dropped-Options": ", ".join(want.dropped)} if want.dropped else {}
+
+
+def unloaded(path: str, model: str, now: datetime) -> dict[str, object]:
+    """What a server says at once to a request that unloads, whether the model is loaded, busy or neither.
+
+    Said here, because a server that was asked would unload by itself, behind the books.
+    """
+    created_at = now.isoformat().replace("+00:00", "Z")
+    said = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
+    return {"model": model, "created_at": created_at, **said, "done": True, "done_reason": "unload"}
