@@ -32,6 +32,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "rig": frozenset({"core", "sim", "fleet", "errors", "tasks", "config_tree", ""}),
     "docs": frozenset({"core", "settings", "config_tree", "config_values"}),
     "status_cli": frozenset({""}),
+    "scenarios": frozenset({"core", "sim", "rig", "fleet"}),
+    "simulate_cli": frozenset({"rig", "sim", "scenarios"}),
 }
 """What each layer may import of the router; `` is the package itself, for its version. `app`, `cli`: anything below."""
 
@@ -59,7 +61,7 @@ CORE_LIBRARIES = frozenset(
 )  # fmt: skip
 """Standard modules without clock, socket, environment, file or random source."""
 
-ENTRY_POINTS = frozenset({"router.__main__", "router.cli", "router.docs", "router.rig.server"})
+ENTRY_POINTS = frozenset({"router.__main__", "router.cli", "router.docs", "router.rig.server", "router.simulate_cli"})
 """Modules that are started by name, so that no other module need import them."""
 
 

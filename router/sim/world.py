@@ -27,12 +27,21 @@ class World:
     warm_bytes_per_second: float = 4.9e9
     cold_bytes_per_second: float = 2.0e9
     """Public measurements: 3 to 6 GB/s from a warm page cache, 1 to 3 from a disk; 42.5 GB warm in about 9 s."""
+    host_bytes_per_second: float = 12e9
+    """What loads side by side get in all from the page cache: half of what two channels of DDR4-3200 copy (51 GB/s read
+    and written). Assumed; loads from the disk share `cold_bytes_per_second`."""
     memory_read_seconds: float = 0.45
     memory_read_seconds_0_30: float = 0.2
     """What a server with cards spends on reading free memory before each try (server/sched.go, v0.24 and v0.33)."""
     unload_seconds: float = 0.8
     unload_seconds_0_30: float = 0.65
     """Killing a runner and waiting until its memory is back; with the reading above 1.25 s (0.33: 0.85)."""
+
+    discovery_seconds: float = 0.5
+    discovery_cpu_seconds: float = 0.05
+    """From the start of a server until it has reported its devices, which may take up to 30 s."""
+    pull_bytes_per_second: float = 117e6
+    """A download over a line of 1 Gbit/s, less the frames' overhead."""
 
     decode_efficiency: float = 0.823
     decode_seconds_per_layer: float = 73e-6
@@ -53,6 +62,9 @@ class World:
     cpu_bytes_per_second: float = 40e9
     """Seen with 103 MB of f16 weights and one thread: 50 ms a token, 25 ms a token of prompt; in all no faster than
     two channels of DDR4."""
+    offload_bytes_per_second: float = 12e9
+    """Where a server has cards, a batch of prompt is evaluated on one even for the layers that are on the CPU: their
+    weights stream over PCIe each time, at half of what PCIe 4.0 x16 carries, as they are not pinned. Assumed."""
     cpu_fraction_work: float = 0.1
     """Share of a step that an emulated runner on the CPU really computes, so that its CPU time moves."""
 
@@ -205,7 +217,12 @@ def speed(
     used = threads or world.cpu_threads
     cpu_rate = min(world.cpu_bytes_per_second, used * world.cpu_thread_bytes_per_second)
     step += read * on_cpu / cpu_rate
-    prefill += 2 * parameters * on_cpu / (used * world.cpu_thread_prefill_flops)
+    if cards and on_cpu:
+        card = (placed[0][0] if placed else cards[0]).fp32_teraflops * 1e12
+        prefill += 2 * parameters * on_cpu / (card * world.prefill_efficiency)
+        prefill += read * on_cpu / (world.offload_bytes_per_second * world.batch_tokens)
+    else:
+        prefill += 2 * parameters * on_cpu / (used * world.cpu_thread_prefill_flops)
     return Speed(step, world.stream_share, prefill, world.batch_tokens, is_cpu=not placed)
 
 

@@ -1,0 +1,189 @@
+"""Rigs, mixes and contestants by name: puts the catalogue's models and the rig's cards into what the simulator plays.
+
+It is the one place where the emulated rig and the simulator meet. It runs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from router.core.entities import ModelFacts, Policy
+from router.fleet.model_facts import read_facts
+from router.fleet.ollama import ShowReply, TagRow
+from router.rig.catalogue import Entry, catalogue, weights_text
+from router.rig.spec import RigSpec, parse_spec
+from router.sim.cards import SimCard
+from router.sim.contestants.floor import Floor
+from router.sim.contestants.llamayard import Llamayard, Seen
+from router.sim.contestants.stock import NginxOverServers, StockServer
+from router.sim.loaded import ServerConfig, shape_of
+from router.sim.runner import MakeContestant, Scenario
+from router.sim.workload import TRACE, Demand, Mix, TraceRow, make_sessions, read_trace
+from router.sim.world import WORLD, true_bytes
+
+BASE_REQUESTS_PER_SECOND = 0.46
+
+_TEAM = ("llama3.3:70b", "qwen2.5-coder:32b", "qwen2.5:14b", "llama3.1:8b", "llama3.2:3b", "nomic-embed-text:latest")
+_WIDE_96 = (
+    "llama3.3:70b",
+    "qwen2.5-coder:32b",
+    "deepseek-r1:32b",
+    "gemma2:27b",
+    "qwen2.5:14b",
+    "llama3.1:8b",
+    "qwen2.5:7b",
+    "mistral:7b",
+)
+_WIDE_48 = ("llama3.3:70b", "qwen2.5:14b", "llama3.1:8b", "mistral:7b")
+_SMALL = ("llama3.1:8b", "qwen2.5:7b", "llama3.2:3b")
+_LARGE = ("llama3.3:70b", "qwen2.5-coder:32b", "deepseek-r1:32b", "gemma2:27b")
+MIXES = ("small", "team", "wide", "large")
+_LARGE_RIG_BYTES = 80 * 1000**3
+
+CONTESTANTS = (
+    "stock-0.24",
+    "stock-0.33",
+    "spread-0.24",
+    "spread-0.33",
+    "nginx-round-robin",
+    "nginx-least-conn",
+    "llamayard",
+    "llamayard-0.33",
+    "floor",
+)
+
+
+class ScenarioError(ValueError):
+    """A name that nothing has; says which there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A scenario by its names."""
+
+    rig: str = "4x3090"
+    mix: str = "team"
+    seed: int = 1
+    seconds: float = 480.0
+    rate_factor: float = 1.0
+    """Times 0.46 requests a second."""
+    users: int = 12
+    trace: Path = TRACE
+    cold_start: bool = False
+
+
+def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
+    """The machine and the sessions. `rows`: the trace where it was read already.
+
+    Raises:
+        ScenarioError, SpecError, TraceError: what is wrong with a name or a file.
+    """
+    rig = parse_spec(wanted.rig)
+    mix = mix_named(wanted.mix, rig)
+    models = {name: model_facts(name) for name in mix.names}
+    demand = Demand(wanted.seconds, BASE_REQUESTS_PER_SECOND * wanted.rate_factor, wanted.users)
+    sessions = make_sessions(rows or read_trace(wanted.trace), mix, models, demand, wanted.seed)
+    return Scenario(
+        cards=sim_cards(rig),
+        models=models,
+        sessions=sessions,
+        seconds=wanted.seconds,
+        active_shares={name: active_share(catalogue()[name]) for name in mix.names},
+        cold_start=wanted.cold_start,
+        page_cache_bytes=rig.ram_bytes - 16 * 1024**3,
+    )
+
+
+def mix_named(name: str, rig: RigSpec) -> Mix:
+    """A mix by name for the size of the rig, or models by name, separated by commas, each perhaps with `=WEIGHT`."""
+    total = sum(card.memory_total_bytes for card in rig.cards)
+    named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total > _LARGE_RIG_BYTES else _WIDE_48,
+             "large": _LARGE}  # fmt: skip
+    if name in named:
+        return Mix(name, tuple((model, 1.0) for model in named[name]))
+    models: list[tuple[str, float]] = []
+    for part in name.split(","):
+        model, _, weight = part.partition("=")
+        if model not in catalogue():
+            raise ScenarioError(
+                f"mix: no mix or model {model!r}; mixes: {', '.join(MIXES)}; models: {', '.join(catalogue())}"
+            )
+        models.append((model, float(weight or 1.0)))
+    return Mix(name, tuple(models))
+
+
+def sim_cards(rig: RigSpec) -> tuple[SimCard, ...]:
+    return tuple(
+        SimCard(
+            uuid=uuid,
+            index=index,
+            name=card.name,
+            memory_total_bytes=card.memory_total_bytes,
+            memory_reserved_bytes=card.memory_reserved_bytes,
+            memory_bus_width_bits=card.memory_bus_width_bits,
+            memory_clock_hertz=card.memory_clock_hertz,
+            fp32_teraflops=card.fp32_teraflops,
+            compute_capability=card.compute_capability,
+            pcie_generation=card.pcie_generation,
+            pcie_width=card.pcie_width,
+        )
+        for index, (uuid, card) in enumerate(zip(rig.uuids, rig.cards, strict=True))
+    )
+
+
+def model_facts(name: str) -> ModelFacts:
+    """What the router reads of a catalogue model from an emulated server."""
+    entry = catalogue()[name]
+    digest = hashlib.sha256(weights_text(entry).encode()).hexdigest()
+    tensors = [{"name": n, "type": kind, "shape": shape} for n, kind, shape in entry.tensors]
+    told = {"modelfile": f"FROM /blobs/sha256-{digest}", "model_info": entry.metadata, "tensors": tensors,
+            "capabilities": entry.capabilities}  # fmt: skip
+    reply = msgspec.json.decode(json.dumps(told).encode(), type=ShowReply)
+    facts = read_facts(TagRow(name, digest, entry.size_bytes), reply)
+    if facts is None:
+        raise ScenarioError(f"the catalogue's {name} has no weights")
+    return facts
+
+
+def active_share(entry: Entry) -> float:
+    """Of the weights, what a token uses: all but for a mixture of experts, whose experts are nearly all of it."""
+    arch = str(entry.metadata["general.architecture"])
+    count = int(entry.metadata.get(f"{arch}.expert_count", 0))
+    return int(entry.metadata[f"{arch}.expert_used_count"]) / count if count else 1.0
+
+
+def large_models(scene: Scenario) -> frozenset[str]:
+    """Names of the models that no single card of the rig holds whole."""
+    room = max(card.usable_bytes for card in scene.cards)
+    config = ServerConfig()
+    return frozenset(
+        name
+        for name, model in scene.models.items()
+        if true_bytes(WORLD, model, shape_of(model, config), (model.layers + 1,))[0] > room
+    )
+
+
+def contestant(name: str, policy: Policy | None = None, seen: Seen | None = None) -> MakeContestant:
+    """Makes one by name. `policy` and `seen` are llamayard's. Raises ScenarioError."""
+    config = ServerConfig()
+    newer = replace(config, version=(0, 33, 0))
+    makers: Mapping[str, MakeContestant] = {
+        "stock-0.24": lambda host, _: StockServer(host, config),
+        "stock-0.33": lambda host, _: StockServer(host, newer),
+        "spread-0.24": lambda host, _: StockServer(host, replace(config, spread=True)),
+        "spread-0.33": lambda host, _: StockServer(host, replace(newer, spread=True)),
+        "nginx-round-robin": lambda host, _: NginxOverServers(host, config, least_conn=False),
+        "nginx-least-conn": lambda host, _: NginxOverServers(host, config, least_conn=True),
+        "llamayard": lambda host, _: Llamayard(host, config, policy, seen),
+        "llamayard-0.33": lambda host, _: Llamayard(host, newer, policy, seen),
+        "floor": lambda host, models: Floor(host, models, config),
+    }
+    if name not in makers:
+        raise ScenarioError(f"policy: no {name!r}; there are: {', '.join(CONTESTANTS)}")
+    return makers[name]

@@ -1,0 +1,60 @@
+"""What no scheduler can beat by moving models: all of them resident, each with its slots, and nothing to wait for else.
+
+Each model stands alone on the fastest card that holds it, else on the smallest set of fastest cards that does; memory
+is not counted, as if each had a machine of its own. It has one copy of each model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from router.core.entities import BlobDigest, GpuUuid, ModelFacts
+from router.sim.batching import Done
+from router.sim.cards import SimCard
+from router.sim.host import Host
+from router.sim.loaded import Loaded, Phase, ServerConfig, shape_of
+from router.sim.requests import Request
+from router.sim.world import true_bytes
+
+
+class Floor:
+    """Every model of the mix, loaded before the first request."""
+
+    def __init__(self, host: Host, models: Mapping[str, ModelFacts], config: ServerConfig) -> None:
+        self._loaded: dict[BlobDigest, Loaded] = {}
+        for model in models.values():
+            cards, layers = _best_layout(host, model, config)
+            loaded = Loaded.plan(host, "floor", model, config, cards, layers)
+            loaded.phase = Phase.READY
+            self._loaded[model.blob] = loaded
+
+    def start(self) -> None:
+        """All is there."""
+
+    def submit(self, request: Request, done: Done) -> None:
+        request.where = "floor"
+        self._loaded[request.model.blob].serve(request, done)
+
+    def cancel(self, request: Request) -> None:
+        self._loaded[request.model.blob].cancel(request)
+
+
+def _best_layout(host: Host, model: ModelFacts, config: ServerConfig) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]]:
+    """The fewest cards that hold all layers in even parts, fastest first; all cards where even those do not."""
+    order = sorted(host.book.cards, key=_by_speed)
+    for count in range(1, len(order) + 1):
+        chosen = order[:count]
+        layers = _even(model.layers + 1, count)
+        sizes = true_bytes(host.world, model, shape_of(model, config), layers)
+        if all(size <= card.usable_bytes for size, card in zip(sizes, chosen, strict=True)):
+            return tuple(card.uuid for card in chosen), layers
+    return tuple(card.uuid for card in order), _even(model.layers + 1, len(order))
+
+
+def _by_speed(card: SimCard) -> tuple[float, int]:
+    return (-card.facts.bandwidth_bytes_per_second, card.index)
+
+
+def _even(units: int, parts: int) -> tuple[int, ...]:
+    each, rest = divmod(units, parts)
+    return tuple(each + (index < rest) for index in range(parts))

@@ -1,0 +1,322 @@
+"""llamayard itself: the deciding core, unchanged, over one simulated server a card and one over all of them.
+
+This is what the engine, the driver, the watcher and the gateway do in the product, in virtual time: events go into
+`Dispatcher.handle`, its actions are carried out on the servers, and what comes of them is posted again. It decides
+nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+from router.core.dispatcher import Dispatcher
+from router.core.entities import (
+    GpuUuid,
+    InstanceName,
+    InstanceSpec,
+    InstanceState,
+    Policy,
+    Snapshot,
+    Ticket,
+    TicketId,
+)
+from router.core.events import (
+    Action,
+    Arrived,
+    Cancelled,
+    Event,
+    GpusRead,
+    Grant,
+    InstanceChanged,
+    Load,
+    LoadedModel,
+    LoadFailed,
+    LoadFinished,
+    Reject,
+    Released,
+    ResidencyRead,
+    Ticked,
+    Unload,
+    UnloadFinished,
+)
+from router.core.sizing import estimate_bytes
+from router.sim.batching import Done
+from router.sim.host import Host
+from router.sim.loaded import ServerConfig
+from router.sim.requests import Request
+from router.sim.server import LOST, LoadResult, SimServer
+from router.sim.timeline import Timer
+
+_POLL_SECONDS = 1.0
+_START_SECONDS = 0.3
+_READING_SECONDS = 0.01
+"""A reading of the cards, from its beginning to its event."""
+_UNLOAD_POLL_SECONDS = 0.05
+"""Half the driver's poll: what it takes on average to see that a model is gone."""
+_EARLIEST_WAKE_SECONDS = 0.01
+_ATTEMPTS = 3
+
+Seen = Callable[[Event, list[Action], float], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One request between its arrival and its end."""
+
+    request: Request
+    done: Done
+    ticket: TicketId
+    server: SimServer | None = None
+    attempts: int = 1
+
+
+@dataclass(slots=True)
+class _Unit:
+    """One instance."""
+
+    spec: InstanceSpec
+    server: SimServer
+    state: InstanceState = InstanceState.STOPPED
+    lives: int = 0
+    deaths: list[float] = field(default_factory=list[float])
+
+
+class Llamayard:
+    """The product over a simulated machine."""
+
+    def __init__(
+        self, host: Host, config: ServerConfig, policy: Policy | None = None, seen: Seen | None = None
+    ) -> None:
+        """`seen` is told of every event with its actions."""
+        self.dispatcher = Dispatcher(policy or Policy(), estimate_bytes)
+        self._policy = policy or Policy()
+        self._host = host
+        self._seen = seen
+        own = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
+        self._units = {unit.spec.name: unit for unit in _units(host, own)}
+        self._held: dict[TicketId, _Held] = {}
+        self._tickets: dict[Request, TicketId] = {}
+        self._wake: Timer | None = None
+
+    # --- what the simulation asks --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._read_cards()
+        for unit in self._units.values():
+            self._start(unit)
+        self._poll()
+
+    def submit(self, request: Request, done: Done) -> None:
+        self._arrive(_Held(request, done, TicketId(0)))
+
+    def cancel(self, request: Request) -> None:
+        ticket = self._tickets.pop(request, None)
+        held = self._held.pop(ticket, None) if ticket is not None else None
+        if held is None:
+            return
+        if held.server is None:
+            self._post(Cancelled(held.ticket))
+        else:
+            held.server.cancel(request)
+            self._post(Released(held.ticket))
+
+    def snapshot(self) -> Snapshot:
+        return self.dispatcher.snapshot(self._host.timeline.now)
+
+    @property
+    def held(self) -> Mapping[TicketId, Request]:
+        """Requests that wait or run, by their tickets."""
+        return {ticket: held.request for ticket, held in self._held.items()}
+
+    # --- faults --------------------------------------------------------------------------------------------
+
+    def kill(self, name: InstanceName) -> None:
+        """An instance dies and is started again, later each time."""
+        unit = self._units[name]
+        if unit.state is not InstanceState.READY:
+            return
+        unit.lives += 1
+        self._change(unit, InstanceState.BACKOFF, "died by signal 9")
+        unit.server.kill()
+        wait = min(60.0, 2.0 ** len([at for at in unit.deaths if self._now - at < 120.0]))
+        unit.deaths.append(self._now)
+        life = unit.lives
+        self._host.timeline.after(wait, lambda: self._start(unit) if unit.lives == life else None)
+
+    def kill_on_card(self, uuid: GpuUuid) -> None:
+        """A card is lost: whatever runs on it dies."""
+        for unit in self._units.values():
+            if uuid in unit.spec.gpus:
+                self.kill(unit.spec.name)
+
+    # --- the way in ----------------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> float:
+        return self._host.timeline.now
+
+    def _post(self, event: Event) -> None:
+        now = self._now
+        actions = self.dispatcher.handle(event, now)
+        if self._seen is not None:
+            self._seen(event, actions, now)
+        for action in actions:
+            self._carry_out(action)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        due = self.dispatcher.next_wake()
+        if due is not None and due != float("inf"):
+            delay = max(_EARLIEST_WAKE_SECONDS, due - self._now)
+            self._wake = self._host.timeline.after(delay, lambda: self._post(Ticked()))
+
+    def _arrive(self, held: _Held) -> None:
+        request = held.request
+        held.ticket = TicketId(request.id * 10 + held.attempts)
+        held.server = None
+        self._held[held.ticket] = held
+        self._tickets[request] = held.ticket
+        now = self._now
+        context = min(8192, request.model.context_length or 8192)
+        deadline = request.arrived_at + self._policy.queue_timeout_seconds
+        self._post(Arrived(Ticket(held.ticket, request.model, (), context, None, now, deadline, request.user)))
+
+    # --- the way out ---------------------------------------------------------------------------------------
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grant():
+                self._grant(action)
+            case Reject():
+                held = self._held.pop(action.ticket_id, None)
+                if held is not None:
+                    del self._tickets[held.request]
+                    held.done(held.request, action.code)
+            case Load():
+                self._load(action)
+            case Unload():
+                self._unload(action)
+            case _:
+                assert_never(action)
+
+    def _grant(self, grant: Grant) -> None:
+        held = self._held.get(grant.ticket_id)
+        if held is None:
+            self._post(Released(grant.ticket_id))
+            return
+        held.server = self._units[grant.instance].server
+        held.server.submit(held.request, lambda _, error: self._answered(held, error))
+
+    def _answered(self, held: _Held, error: str) -> None:
+        if self._held.pop(held.ticket, None) is None:
+            return
+        del self._tickets[held.request]
+        self._post(Released(held.ticket, runner_lost=error == LOST))
+        if error and held.request.first_token_at is None and held.attempts < _ATTEMPTS:
+            held.attempts += 1
+            self._arrive(held)
+        else:
+            held.done(held.request, error)
+
+    def _load(self, load: Load) -> None:
+        unit = self._units[load.instance]
+        if unit.state is not InstanceState.READY:
+            self._soon(lambda: self._post(LoadFailed(load.load_id, 502, "cannot connect")))
+            return
+
+        def ended(result: LoadResult) -> None:
+            if result.error:
+                self._post(LoadFailed(load.load_id, 502 if result.error == LOST else 500, result.error))
+            else:
+                self._post(LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes))
+
+        unit.server.load(
+            load.model, load.model.layers + 1 if load.expects_gpu else -1, lambda r: self._soon(lambda: ended(r))
+        )
+
+    def _unload(self, unload: Unload) -> None:
+        def gone() -> None:
+            ended = UnloadFinished(unload.instance, unload.blob)
+            self._host.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(ended))
+
+        self._units[unload.instance].server.unload(unload.blob, gone)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        self._host.timeline.after(0.002, call)
+
+    # --- watching ------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        self._host.timeline.after(_POLL_SECONDS, self._poll)
+        self._read_cards()
+        for unit in self._units.values():
+            if unit.state is InstanceState.READY:
+                self._post(ResidencyRead(unit.spec.name, self._listed(unit), self._now))
+
+    def _read_cards(self) -> None:
+        read_at = self._now
+        gpus = self._host.book.read()
+        self._host.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
+
+    def _listed(self, unit: _Unit) -> tuple[LoadedModel, ...]:
+        return tuple(
+            LoadedModel(
+                name=one.model.name,
+                digest=one.model.digest,
+                size_bytes=one.size_bytes,
+                size_vram_bytes=one.size_vram_bytes,
+                context_length=min(unit.spec.context_length, one.model.context_length or unit.spec.context_length),
+                model=one.model,
+            )
+            for one in unit.server.loaded
+        )
+
+    def _start(self, unit: _Unit) -> None:
+        if any(uuid in self._host.book.lost for uuid in unit.spec.gpus):
+            self._change(unit, InstanceState.BACKOFF, "its card is lost")
+            self._host.timeline.after(5.0, lambda: self._start(unit))
+            return
+        self._change(unit, InstanceState.STARTING, "")
+        life = unit.lives
+        self._host.timeline.after(_START_SECONDS, lambda: self._started(unit, life))
+
+    def _started(self, unit: _Unit, life: int) -> None:
+        if unit.lives == life and unit.state is InstanceState.STARTING:
+            self._change(unit, InstanceState.READY, "")
+
+    def _change(self, unit: _Unit, state: InstanceState, reason: str) -> None:
+        unit.state = state
+        version = ".".join(map(str, unit.server.config.version)) if state is InstanceState.READY else None
+        self._post(InstanceChanged(unit.spec, state, reason, version))
+
+
+def _units(host: Host, config: ServerConfig) -> list[_Unit]:
+    """One instance a card and one over all: even on equal cards, else filled first, the fastest card first."""
+    cards = host.book.cards
+    units = [_unit(host, f"gpu{card.index}", (card.uuid,), config, even=False) for card in cards]
+    if len(cards) > 1:
+        even = len({(card.name, card.memory_total_bytes) for card in cards}) == 1
+        order = sorted(cards, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
+        uuids = tuple(card.uuid for card in (cards if even else order))
+        units.append(_unit(host, "spread", uuids, config, even=even))
+    return units
+
+
+def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> _Unit:
+    own = replace(config, spread=even)
+    spec = InstanceSpec(
+        name=InstanceName(name),
+        gpus=cards,
+        url=f"sim://{name}",
+        num_parallel=config.slots,
+        context_length=config.context_length,
+        kv_cache_type=config.kv_cache_type,
+        flash_attention=config.flash_attention,
+        environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"},
+    )
+    return _Unit(spec, SimServer(host, name, cards, own))
