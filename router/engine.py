@@ -107,7 +107,7 @@ class Engine:
 
     def release(self, ticket_id: TicketId, *, runner_lost: bool = False) -> None:
         """Gives a granted slot back; each grant must end in exactly one of these."""
-        self.post(Released(ticket_id, runner_lost))
+        self.post(Released(ticket_id, runner_lost=runner_lost))
 
     def lease(self, ticket: Ticket) -> Lease:
         """`async with engine.lease(ticket) as lease`: waits for a slot, holds it, gives it back."""

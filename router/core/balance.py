@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from router.core.entities import InstanceState, Residency, ResidencyState, Snapshot, Ticket
+from router.core.entities import InstanceName, InstanceState, Policy, Residency, ResidencyState, Snapshot, Ticket
 
 
 def suits(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
@@ -20,7 +20,14 @@ def suits(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
         return False
     if residency.options == ticket.options:
         return True
-    return ticket.is_flexible and residency.context_length >= ticket.context_length
+    return ticket.is_flexible and residency.context_length >= wanted_context(snapshot.policy, ticket)
+
+
+def wanted_context(policy: Policy, ticket: Ticket) -> int:
+    """Tokens of context that the ticket's request gets of a stock server, cut to what the model was trained for."""
+    asked = ticket.context_length or policy.context_length
+    trained = ticket.model.context_length
+    return min(asked, trained) if trained > 0 else asked
 
 
 def can_serve(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
@@ -36,6 +43,10 @@ def can_serve(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
     )
 
 
-def pick(candidates: Iterable[Residency]) -> Residency | None:
-    """The copy with the fewest requests in flight, or None where there is none."""
-    return min(candidates, key=lambda r: (r.in_flight, r.used_at, r.instance), default=None)
+def pick(candidates: Iterable[Residency], home: InstanceName | None = None) -> Residency | None:
+    """The copy that served the conversation before, else the one with the fewest requests in flight; None for none.
+
+    Only copies that can serve now are candidates, so a conversation never waits for its home: evaluating its prompt
+    again costs less than a wait for a slot.
+    """
+    return min(candidates, key=lambda r: (r.instance != home, r.in_flight, r.used_at, r.instance), default=None)

@@ -3,15 +3,16 @@
 Theory of operation
 -------------------
 State changes in two steps. First the event is *applied*: facts are replaced (a reading of the cards, an instance's
-state, a load's end), a ticket joins the queue or a slot comes back. Then the queue is *pumped*: for each group of
-waiting tickets (one weights blob with one set of runner options), oldest group first,
+state, a load's end), a ticket joins the queue or a slot comes back. Then the queue is *pumped*:
 
-1. tickets are granted while a loaded copy with those options has a free slot;
-2. where no copy is loaded or on its way, a place is chosen. Its room is reserved on all its cards at once, and the
-   residency stands as PLANNED while what must leave is unloaded. When the cards show the room as free, the one
-   `Load` is sent and the residency is LOADING; when the load has ended well it is READY and its tickets are granted;
-3. where nothing can be done now the group waits. If it has waited for long, the busy models in its way stop taking
-   new requests (they *drain*), so that a stream of small requests cannot starve a large model.
+1. Plans under way go on (`core/plans.py`): what has to leave and is idle is unloaded, loads whose room is there are
+   sent.
+2. For each group of waiting tickets (one weights blob that one copy could serve), tickets are granted while a loaded
+   copy has a free slot, the fairest next (`core/fairness.py`) on the best copy (`core/balance.py`).
+3. For tickets that no copy serves, loaded or on its way, a place is chosen (`core/placement.py`) and a plan begins. For
+   tickets that have a copy but would wait longer for a slot than a load takes, a further copy may be planned.
+4. Models that shall be warm are planned again where they are missing; instances that were started on demand and have
+   been empty for long are stopped.
 
 A reservation is dropped only when a reading of the cards newer than the end of the load shows the memory as used, and
 an unloaded model is forgotten only when a newer reading shows it gone: no byte is counted twice or not at all.
@@ -25,14 +26,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import assert_never
 
+from router.core import plans, standing
 from router.core import residency as rules
-from router.core.balance import can_serve, pick
+from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
     Failure,
     InstanceState,
     InstanceView,
     Policy,
-    Reservation,
+    Residency,
     ResidencyKey,
     ResidencyState,
     Snapshot,
@@ -49,6 +51,7 @@ from router.core.events import (
     InstanceChanged,
     LoadFailed,
     LoadFinished,
+    ReadGpus,
     Reject,
     Released,
     ResidencyRead,
@@ -57,11 +60,15 @@ from router.core.events import (
     UnloadAsked,
     UnloadFinished,
 )
+from router.core.fairness import TokenCounters
 from router.core.ids import LoadIds
-from router.core.ledger import slots_of
-from router.core.placement import Estimate, MustWait, NoFit, Placed, place
+from router.core.placement import Estimate, MustWait, NoFit, Placed
+from router.core.seeking import seek, seek_replica
 from router.core.state import FleetState
-from router.core.waitqueue import WaitQueue, group_of
+from router.core.waitqueue import GroupKey, WaitQueue, group_of
+
+_LOOK_AGAIN_SECONDS = 1.0
+"""Waiting tickets look again now and then: drains begin and failures are forgotten by time alone."""
 
 
 class Dispatcher:
@@ -72,9 +79,12 @@ class Dispatcher:
         self._estimate = estimate
         self._fleet = FleetState(policy)
         self._queue = WaitQueue()
+        self._counters = TokenCounters()
         self._loads = LoadIds()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
+        self._sought: dict[GroupKey, tuple[int, float]] = {}
+        """State's version and time at which a place for the group was last sought in vain."""
         self._wake_hint = float("inf")
 
     # --- what others may read ------------------------------------------------------------------------------
@@ -96,11 +106,12 @@ class Dispatcher:
         times = [
             r.expires_at
             for r in self._fleet.residencies.values()
-            if r.is_idle and r.expires_at is not None and not self._queue.waits_for(r.blob)
+            if r.expires_at is not None and r.is_idle and not self._queue.waits_for(r.blob)
         ]
-        times += [r.made_at + self._policy.room_timeout_seconds for r in self._pending()]
+        timeout = plans.next_timeout(self._fleet)
+        if timeout is not None:
+            times.append(timeout)
         if len(self._queue):
-            # Waiting tickets look again now and then: drains begin and failures are forgotten by time alone.
             times += [self._queue.next_deadline() or float("inf"), self._wake_hint]
         return min(times, default=None)
 
@@ -108,11 +119,11 @@ class Dispatcher:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Applies one event and returns what is to be done, in order."""
-        self._wake_hint = now + 1.0
+        self._wake_hint = now + _LOOK_AGAIN_SECONDS
         self._fleet.forget_failures(now)
         actions = self._apply(event, now)
         actions += self._expire(now)
-        actions += self._pump(now)
+        actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead))
         return actions
 
     def _apply(self, event: Event, now: float) -> list[Action]:
@@ -120,6 +131,7 @@ class Dispatcher:
             case GpusRead():
                 self._fleet.gpus = {gpu.uuid: gpu for gpu in event.gpus}
                 self._fleet.gpus_read_at = event.read_at
+                self._fleet.version += 1
                 self._fleet.settle()
             case InstanceChanged():
                 self._instance_changed(event)
@@ -154,26 +166,37 @@ class Dispatcher:
     ) -> list[Action]:
         match event:
             case LoadFinished():
-                return self._load_finished(event, now)
+                return [*self._load_finished(event, now), ReadGpus()]
             case LoadFailed():
                 self._load_failed(event, now)
+                return [ReadGpus()]
             case UnloadFinished():
                 self._unload_finished(event, now)
+                return [ReadGpus()]
             case UnloadAsked():
                 return self._unload_asked(event, now)
-        return []
 
     def _instance_changed(self, event: InstanceChanged) -> None:
         name = event.spec.name
         before = self._fleet.instances.get(name)
         version = event.version or (before.version if before else None)
-        self._fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
-        if event.state not in (InstanceState.READY, InstanceState.DRAINING):
+        self._fleet.version += 1
+        if event.spec.on_demand and event.state is InstanceState.STOPPED:
+            self._fleet.instances.pop(name, None)
             self._fleet.forget_instance(name)
+            return
+        self._fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
+        if event.state in (InstanceState.READY, InstanceState.DRAINING):
+            return
+        if not (event.spec.on_demand and event.state is InstanceState.STARTING):
+            self._fleet.forget_instance(name)  # a plan waits for an instance that was started for it
 
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
             return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
+        running = {lease.client for lease in self._fleet.leases.values()} if len(self._queue) else set[str]()
+        self._counters.arrived(ticket.client, self._queue.clients() | running)
+        self._fleet.asked(ticket, now)
         if len(self._queue) < self._policy.queue_limit:
             self._queue.add(ticket)
             return []
@@ -184,7 +207,7 @@ class Dispatcher:
         return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
 
     def _overtakes(self, ticket: Ticket) -> bool:
-        return bool(self._queue.group(group_of(ticket)))
+        return self._queue.has_group(group_of(ticket))
 
     def _retry_after(self) -> int:
         """Seconds: one for each round of the slots there are, within a minute."""
@@ -192,13 +215,14 @@ class Dispatcher:
         return max(1, min(60, len(self._queue) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
-        key = self._fleet.leases.get(event.ticket_id)
-        residency = self._fleet.give_back(event.ticket_id, now)
-        if residency is None or key is None:
+        found = self._fleet.give_back(event.ticket_id, now)
+        if found is None:
             return []
-        if event.runner_lost and residency.state is ResidencyState.READY:
+        lease, residency = found
+        self._counters.released(lease.client, event.output_tokens)
+        if event.runner_lost and residency is not None and residency.state is ResidencyState.READY:
             # The server still lists it, and would load it again inside the next request: unload it properly.
-            return [rules.unload(self._fleet, key, "its runner died")]
+            return [rules.unload(self._fleet, lease.key, "its runner died")]
         return []
 
     def _load_finished(self, event: LoadFinished, now: float) -> list[Action]:
@@ -207,6 +231,8 @@ class Dispatcher:
             return []
         key = (residency.instance, residency.blob)
         self._fleet.changed_at = now
+        sent_at = self._fleet.reservations[event.load_id].sent_at
+        self._fleet.loaded(residency.model.weights_bytes, now - (now if sent_at is None else sent_at))
         rules.finish_reservation(self._fleet, event.load_id, now)
         sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
         self._fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, **sizes)
@@ -258,7 +284,7 @@ class Dispatcher:
 
     def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for ticket in self._queue.expired(now):
+        for ticket in self._queue.expired(now) if len(self._queue) else ():
             waited = now - ticket.arrived_at
             why = self._reasons.get(ticket.id, "its turn")
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
@@ -271,33 +297,44 @@ class Dispatcher:
 
     # --- the queue -----------------------------------------------------------------------------------------
 
-    def _pump(self, now: float) -> list[Action]:
-        actions = self._send_loads(now)
-        blocked: set[ResidencyKey] = set()
-        self._fleet.draining = blocked
-        for head in self._queue.heads():
-            actions += self._grant_group(head, now)
-            if self._queue.group(group_of(head)):
-                actions += self._make_place(head, blocked, now)
-        return actions + self._send_loads(now)
+    def _pump(self, now: float, is_turn: bool) -> list[Action]:
+        self._fleet.wanted = self._queue.wanted()
+        actions = plans.advance(self._fleet, now)
+        self._fleet.draining = self._fleet.snapshot(now).promised()
+        for key in self._queue.groups():
+            actions += self._grant_group(key, now)
+            if self._queue.has_group(key):
+                actions += self._make_place(key, now)
+        if is_turn:
+            actions += self._keep(now)
+        return actions + plans.advance(self._fleet, now)
 
-    def _grant_group(self, head: Ticket, now: float) -> list[Action]:
+    def _grant_group(self, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
-        for ticket in self._queue.group(group_of(head)):
-            grant = self._grant(self._fleet.snapshot(now), ticket, now)
-            if grant is None:
+        waiting = self._queue.group(key)
+        while waiting:
+            snapshot = self._fleet.snapshot(now)
+            able = [t for t in waiting if any(can_serve(snapshot, r, t) for r in snapshot.residencies.values())]
+            if not able:
                 break
+            ticket = self._counters.next_of(able, now)
+            grant = self._grant(snapshot, ticket, now)
+            assert grant is not None
+            waiting.remove(ticket)
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
             actions.append(grant)
         return actions
 
     def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
-        chosen = pick(r for r in snapshot.residencies.values() if can_serve(snapshot, r, ticket))
+        home = self._fleet.sessions.get((ticket.session, ticket.model.blob)) if ticket.session else None
+        able = [r for r in snapshot.residencies.values() if can_serve(snapshot, r, ticket)]
+        chosen = pick(able, home)
         if chosen is None:
             return None
         key = (chosen.instance, chosen.blob)
-        self._fleet.take_slot(ticket.id, key, now)
+        self._fleet.take_slot(ticket, key, now)
+        self._counters.granted(ticket)
         if ticket.keep_alive_seconds is not None:
             # A request that says nothing leaves the last value, as Ollama does.
             self._fleet.update(key, keep_alive_seconds=ticket.keep_alive_seconds)
@@ -305,64 +342,55 @@ class Dispatcher:
         url = snapshot.instances[chosen.instance].spec.url
         return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)
 
-    def _make_place(self, head: Ticket, blocked: set[ResidencyKey], now: float) -> list[Action]:
-        """Starts what brings the group's model in, unless a copy is loaded or on its way."""
-        waiting = self._queue.group(group_of(head))
-        served = [
-            r
-            for r in self._fleet.residencies.values()
-            if r.blob == head.model.blob and r.options == head.options and r.state is not ResidencyState.UNLOADING
-        ]
-        if served:
-            self._explain(waiting, rules.describe_wait(served))
+    def _make_place(self, key: GroupKey, now: float) -> list[Action]:
+        """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""
+        if not self._is_worth_a_look(key, now):
             return []
-        decision = place(self._fleet.snapshot(now), self._estimate, head.model, head.options)
+        waiting = self._queue.group(key)
+        snapshot = self._fleet.snapshot(now)
+        unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in _copies(snapshot))]
+        if unserved:
+            return self._act_on(key, unserved, seek(snapshot, self._estimate, unserved), now)
+        copies = [r for r in _copies(snapshot) if suits(snapshot, r, waiting[0])]
+        self._explain(waiting, rules.describe_wait(copies))
+        placed = seek_replica(snapshot, self._estimate, waiting, copies)
+        if placed is None:
+            self._sought[key] = (self._fleet.version, now)
+            return []
+        return plans.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
+
+    def _is_worth_a_look(self, key: GroupKey, now: float) -> bool:
+        """Whether anything has changed since a place was last sought in vain."""
+        version, at = self._sought.get(key, (-1, float("-inf")))
+        return version != self._fleet.version or now - at >= _LOOK_AGAIN_SECONDS
+
+    def _act_on(
+        self, key: GroupKey, tickets: list[Ticket], decision: Placed | MustWait | NoFit, now: float
+    ) -> list[Action]:
         match decision:
             case Placed():
-                self._explain(waiting, decision.reason)
-                return self._plan(head, decision, now)
+                self._explain(tickets, decision.reason)
+                if len(decision.per_gpu_bytes) > 1:
+                    self._fleet.large_blobs.add(key.blob)
+                return plans.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
             case MustWait():
-                self._explain(waiting, decision.reason)
-                if now - head.arrived_at >= self._policy.drain_after_seconds:
-                    blocked.update(decision.drain)
+                self._explain(tickets, decision.reason)
+                self._sought[key] = (self._fleet.version, now)
                 return []
             case NoFit():
-                return [self._reject(t, decision.code, decision.message, decision.status) for t in waiting]
+                return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
 
-    def _plan(self, head: Ticket, placed: Placed, now: float) -> list[Action]:
-        """Reserves the room on all cards and unloads what stands in it; the load follows when the room shows."""
-        own = (placed.instance, head.model.blob)
-        actions: list[Action] = [
-            rules.unload(self._fleet, key, f"makes room for {head.model.name}") for key in placed.evict
-        ]
-        if own in self._fleet.residencies:
-            # The same weights with other options: planned again once this copy is gone.
-            return actions
-        load_id = self._loads.next()
-        view = self._fleet.instances[placed.instance]
-        self._fleet.reservations[load_id] = Reservation(
-            load_id, placed.instance, head.model.blob, placed.per_gpu_bytes, now
-        )
-        slots = slots_of(head.model, view.spec, self._policy)
-        self._fleet.residencies[own] = rules.planned(
-            head, placed, view, slots, load_id, now, self._policy.keep_alive_seconds
-        )
-        return actions
-
-    def _pending(self) -> Iterable[Reservation]:
-        return (r for r in self._fleet.reservations.values() if r.sent_at is None)
-
-    def _send_loads(self, now: float) -> list[Action]:
-        """Sends each planned load whose room is now free, and plans anew those whose room did not come."""
-        actions: list[Action] = []
-        for reservation in list(self._pending()):
-            residency = self._fleet.by_load(reservation.load_id)
-            if residency is None:
-                del self._fleet.reservations[reservation.load_id]
-            elif rules.has_room(self._fleet.snapshot(now), reservation):
-                actions.append(rules.send(self._fleet, residency, reservation, now))
-            elif now - reservation.made_at >= self._policy.room_timeout_seconds:
-                self._fleet.forget((residency.instance, residency.blob))
+    def _keep(self, now: float) -> list[Action]:
+        """What stands whether or not anybody waits: warm models, and instances that are no longer needed."""
+        if self._closing:
+            return []
+        self._sought = {key: seen for key, seen in self._sought.items() if self._queue.has_group(key)}
+        actions: list[Action] = list(standing.stop_empty(self._fleet, now))
+        snapshot = self._fleet.snapshot(now)
+        for residency in standing.abandoned(snapshot):
+            plans.drop(self._fleet, residency)
+        for model, placed in standing.anticipate(self._fleet.snapshot(now), self._fleet.models, self._estimate):
+            actions += plans.begin(self._fleet, model, placed, self._loads.next(), now)
         return actions
 
     # --- endings -------------------------------------------------------------------------------------------
@@ -376,3 +404,12 @@ class Dispatcher:
         self._reasons.pop(ticket.id, None)
         retry = self._retry_after() if code in ("queue_full", "shutting_down", "no_instance", "wait_timeout") else None
         return Reject(ticket.id, code, message, retry, status)
+
+
+def _copies(snapshot: Snapshot) -> list[Residency]:
+    """Loaded or on their way, and not about to leave."""
+    return [
+        r
+        for key, r in snapshot.residencies.items()
+        if r.state is not ResidencyState.UNLOADING and key not in snapshot.draining
+    ]

@@ -96,6 +96,8 @@ class InstanceSpec:
     """Whole extra environment of a spawned server; empty for an attached one."""
     attached: bool = False
     """True where somebody else runs the server; the router then only uses it."""
+    on_demand: bool = False
+    """True where the dispatcher asked for it; it is stopped when it has been empty for a while."""
 
     @property
     def is_spread(self) -> bool:
@@ -284,6 +286,37 @@ class Reservation:
     """When the load was sent to the server; None while room is being made."""
     finished_at: float | None = None
     """When the load ended well; kept until a reading of the cards newer than that shows the bytes used."""
+    evict: tuple[ResidencyKey, ...] = ()
+    """What has to leave first; busy models among them take no new request and leave when they are idle."""
+    cleared_at: float | None = None
+    """When the last of those had left; the room has to show soon after."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Where a model has to be, and how it is treated; None and empty: the router's choice."""
+
+    gpus: tuple[GpuUuid, ...] = ()
+    """One card, or several to spread over: exactly these."""
+    spread: bool = False
+    """Over several cards even where one would do."""
+    cpu: bool = False
+    context_length: int | None = None
+    num_parallel: int | None = None
+    priority: int = 0
+    replicas_max: int | None = None
+    keep_warm: bool = False
+    """Loaded at start and again when it is lost, and never unloaded to make room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How much a model is asked for: a count that decays, and how long its requests take."""
+
+    weight: float = 0.0
+    at: float = 0.0
+    service_seconds: float | None = None
+    """Mean time that a request holds a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,8 +348,40 @@ class Policy:
     """How long freed VRAM may take to show before the load is planned anew."""
     settle_seconds: float = 3.0
     """After a load or unload no model is called too large for so long: the driver may still show old figures."""
-    drain_after_seconds: float = 5.0
+    drain_after_seconds: float = 15.0
     """A ticket that has waited so long for room may stop busy models from taking new requests."""
+    instances_on_demand: bool = False
+    """Whether instances over any set of cards may be started, each for one model."""
+    on_demand_like: InstanceSpec | None = None
+    """Slots, context and cache of an instance started on demand."""
+    instance_idle_seconds: float = 60.0
+    """An instance started on demand is stopped when it has been empty for so long."""
+    instances_max: int = 64
+    load_fixed_seconds: float = 0.8
+    """Unloading what stands in the way and starting a runner; part of the price of every load."""
+    load_bytes_per_second: float = 3e9
+    """Assumed until loads have been seen."""
+    loads_at_once: int = 4
+    demand_half_life_seconds: float = 180.0
+    away_seconds: float = 25.0
+    """How long a model that was evicted is assumed to stay away, beside its load: more means fewer swaps."""
+    hold_seconds: float = 0.0
+    """A ticket that cannot be served in time any more waits so long before its waiting counts."""
+    wait_weight: float = 0.3
+    """What a second of waiting counts for against what an eviction costs: more means shorter waits and more swaps."""
+    residency_seconds_min: float = 5.0
+    """A model that was loaded is not unloaded for another one's sake sooner, unless that one has waited for long."""
+    patience_seconds: float = 10.0
+    """A first token should not take longer: who would miss that by waiting goes before what is merely cheap."""
+    context_length: int = 8192
+    """Tokens of context that an instance gives where nothing is asked for."""
+    context_step_tokens: int = 4096
+    """A larger context than the default is loaded as the next power of two times this."""
+    replicas_max: int = 8
+    pins: Mapping[str, Pin] = field(default_factory=dict[str, "Pin"])
+    """By the shortest form of a model's name, with its tag."""
+    exclusive_gpus: Mapping[GpuUuid, frozenset[str]] = field(default_factory=dict[GpuUuid, frozenset[str]])
+    """Cards that only these models may use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,3 +412,14 @@ class Snapshot:
     failures: tuple[Failure, ...] = ()
     draining: frozenset[ResidencyKey] = frozenset()
     """Residencies that take no new request because their room is wanted."""
+    demand: Mapping[BlobDigest, Demand] = field(default_factory=dict[BlobDigest, Demand])
+    wanted: Mapping[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
+    """Models that tickets wait for, and how many."""
+    large_asked: bool = False
+    """Whether a model that no single card holds was asked for of late."""
+    load_rate_bytes_per_second: float | None = None
+    """What loads have shown of late."""
+
+    def promised(self) -> frozenset[ResidencyKey]:
+        """Loaded models whose room is promised to a load that is planned."""
+        return frozenset(key for r in self.reservations.values() if r.sent_at is None for key in r.evict)

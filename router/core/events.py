@@ -81,6 +81,8 @@ class Released:
     ticket_id: TicketId
     runner_lost: bool = False
     """The model's runner died under the request: what `/api/ps` still says of it is not to be trusted."""
+    output_tokens: int = 0
+    """As the server counted them; 0 where it did not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,4 +188,25 @@ class Unload:
     reason: str
 
 
-Action = Grant | Reject | Load | Unload
+@dataclass(frozen=True, slots=True)
+class StartInstance:
+    """One more server, over the cards of `spec`; its port and the rest of its environment are the starter's."""
+
+    spec: InstanceSpec
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstance:
+    """An instance that was started on demand and is empty."""
+
+    instance: InstanceName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadGpus:
+    """Memory has changed by our own doing: read the cards now, not at the next turn."""
+
+
+Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | ReadGpus

@@ -1,27 +1,46 @@
-"""Which idle models leave so that another fits: never a busy one, never one on its way in or out.
+"""Which loaded models leave so that another fits: the cheapest set, never a pinned one, never one in transit.
 
-A greedy choice by age, then pruned: the least recently used go first, and whoever turns out not to be needed stays.
+The price of each is `core/pricing.py`'s. Busy models are taken only where the caller asks for them: they then take no
+new request and leave when the running ones have ended. A model that has just come stays for a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from router.core.entities import GpuUuid, Residency, ResidencyKey, ResidencyState, Snapshot
+from router.core.entities import GpuUuid, Pin, Residency, ResidencyKey, ResidencyState, Snapshot
 from router.core.ledger import bytes_by_gpu
+from router.core.pricing import eviction_price
 
 
-def evictable(snapshot: Snapshot, gpus: Iterable[GpuUuid], *, busy: bool = False) -> list[Residency]:
-    """Loaded models that hold memory on these cards, least recently used first; busy ones only if asked for."""
+def pin_of(snapshot: Snapshot, name: str) -> Pin | None:
+    return snapshot.policy.pins.get(name)
+
+
+def is_pinned(snapshot: Snapshot, residency: Residency) -> bool:
+    """Whether it stays whatever others want."""
+    pin = pin_of(snapshot, residency.name)
+    return pin is not None and pin.keep_warm
+
+
+def evictable(
+    snapshot: Snapshot, gpus: Iterable[GpuUuid], *, busy: bool = False, young: bool = False
+) -> list[Residency]:
+    """Loaded models that hold memory on these cards, the cheapest first; busy or young ones only if asked for."""
     cards = set(gpus)
+    promised = snapshot.promised()
     found = [
         residency
         for residency in snapshot.residencies.values()
         if residency.state is ResidencyState.READY
         and (busy or residency.in_flight == 0)
+        and (young or _is_settled(snapshot, residency))
+        and (residency.instance, residency.blob) not in promised
+        and not is_pinned(snapshot, residency)
         and any(uuid in cards for uuid, _ in bytes_by_gpu(snapshot, residency))
     ]
-    return sorted(found, key=lambda r: (r.in_flight > 0, r.used_at, r.instance, r.blob))
+    prices = {(r.instance, r.blob): eviction_price(snapshot, r) for r in found}
+    return sorted(found, key=lambda r: (r.in_flight > 0, prices[r.instance, r.blob], r.used_at, r.instance, r.blob))
 
 
 def choose_evictions(
@@ -30,19 +49,54 @@ def choose_evictions(
     """The models to unload so that every card gains its shortfall, or None where they do not suffice.
 
     `shortfall` is bytes missing per card; cards with nothing missing may be left out. Candidates are taken in the
-    order given.
+    order given, whoever turns out not to be needed stays, and one model that suffices alone is taken where it costs
+    less than those together.
     """
     missing = {gpu: size for gpu, size in shortfall.items() if size > 0}
-    chosen: list[Residency] = []
-    for residency in candidates:
-        if not missing:
-            break
-        if _helps(snapshot, residency, missing):
-            chosen.append(residency)
-            missing = _less(snapshot, residency, missing)
-    if missing:
+    offered = list(candidates)
+    chosen = _first_that_cover(snapshot, missing, offered)
+    if chosen is None:
         return None
-    return tuple((r.instance, r.blob) for r in _prune(snapshot, shortfall, chosen))
+    if len(chosen) > 1:
+        chosen = _cheaper_alone(snapshot, missing, offered, chosen) or chosen
+    return tuple((r.instance, r.blob) for r in chosen)
+
+
+def price_of(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float:
+    """Seconds that unloading all of these is expected to cost."""
+    return sum(eviction_price(snapshot, snapshot.residencies[key]) for key in keys)
+
+
+def _is_settled(snapshot: Snapshot, residency: Residency) -> bool:
+    return snapshot.now - residency.loaded_at >= snapshot.policy.residency_seconds_min
+
+
+def _first_that_cover(
+    snapshot: Snapshot, missing: Mapping[GpuUuid, int], offered: Sequence[Residency]
+) -> list[Residency] | None:
+    left = dict(missing)
+    chosen: list[Residency] = []
+    for residency in offered:
+        if not left:
+            break
+        if _helps(snapshot, residency, left):
+            chosen.append(residency)
+            left = _less(snapshot, residency, left)
+    return None if left else _prune(snapshot, missing, chosen)
+
+
+def _cheaper_alone(
+    snapshot: Snapshot, missing: Mapping[GpuUuid, int], offered: Sequence[Residency], chosen: Sequence[Residency]
+) -> list[Residency] | None:
+    together = sum(eviction_price(snapshot, r) for r in chosen)
+    is_busy = any(r.in_flight for r in chosen)
+    alone = [
+        (eviction_price(snapshot, r), r)
+        for r in offered
+        if (is_busy or r.in_flight == 0) and not _less(snapshot, r, missing)
+    ]
+    price, best = min(alone, key=lambda found: found[0], default=(together, None))
+    return [best] if best is not None and price < together else None
 
 
 def _helps(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> bool:
@@ -55,14 +109,14 @@ def _less(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, in
     return {gpu: size for gpu, size in left.items() if size > 0}
 
 
-def _prune(snapshot: Snapshot, shortfall: Mapping[GpuUuid, int], chosen: list[Residency]) -> list[Residency]:
-    """Drops from the most recently used on whoever the others make unnecessary."""
+def _prune(snapshot: Snapshot, missing: Mapping[GpuUuid, int], chosen: Sequence[Residency]) -> list[Residency]:
+    """Drops from the dearest on whoever the others make unnecessary."""
     kept = list(chosen)
     for residency in reversed(chosen):
         rest = [r for r in kept if r is not residency]
-        missing = {gpu: size for gpu, size in shortfall.items() if size > 0}
+        left = dict(missing)
         for other in rest:
-            missing = _less(snapshot, other, missing)
-        if not missing:
+            left = _less(snapshot, other, left)
+        if not left:
             kept = rest
     return kept

@@ -51,6 +51,25 @@ def available_bytes(snapshot: Snapshot, gpu: GpuUuid, besides: LoadId | None = N
     return card.memory_free_bytes - margin - reserved_bytes(snapshot, gpu, besides)
 
 
+def room_bytes(snapshot: Snapshot, gpu: GpuUuid, planned: Reservation) -> int:
+    """What a planned load may take of `gpu` now: what loads under way and plans older than it leave of it.
+
+    A younger plan never holds an older one up, nor takes the room that was cleared for it.
+    """
+    card = snapshot.gpus.get(gpu)
+    if card is None or card.error is not None:
+        return 0
+    ahead = sum(
+        size
+        for reservation in snapshot.reservations.values()
+        if reservation.load_id != planned.load_id
+        and (reservation.sent_at is not None or reservation.load_id < planned.load_id)
+        for uuid, size in reservation.per_gpu_bytes
+        if uuid == gpu
+    )
+    return card.memory_free_bytes - snapshot.policy.vram_margin_bytes - ahead
+
+
 def resident_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     """Bytes on `gpu` held by models that are loaded, as far as the router knows."""
     return sum(
@@ -60,6 +79,21 @@ def resident_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
         for uuid, size in bytes_by_gpu(snapshot, residency)
         if uuid == gpu
     )
+
+
+def leaving_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    """Bytes on `gpu` that models on their way out give back, and those whose room is promised to a planned load."""
+    promised = snapshot.promised()
+    leaving = staying = 0
+    for key, residency in snapshot.residencies.items():
+        size = next((size for uuid, size in bytes_by_gpu(snapshot, residency) if uuid == gpu), 0)
+        if residency.state is ResidencyState.UNLOADING or key in promised:
+            leaving += size
+        elif residency.state is ResidencyState.READY:
+            staying += size
+    card = snapshot.gpus.get(gpu)
+    # What the driver no longer shows as used has come back already.
+    return max(0, min(leaving, card.memory_used_bytes - staying)) if card is not None else 0
 
 
 def foreign_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
@@ -79,9 +113,28 @@ def capacity_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     card = snapshot.gpus.get(gpu)
     if card is None or card.error is not None:
         return 0
-    ours = resident_bytes(snapshot, gpu) + reserved_bytes(snapshot, gpu)
-    usable = card.memory_free_bytes + min(card.memory_used_bytes, ours)
+    ours = resident_bytes(snapshot, gpu) + _loading_bytes(snapshot, gpu)
+    usable = card.memory_free_bytes + min(card.memory_used_bytes, ours) - _kept_bytes(snapshot, gpu)
     return max(0, usable - snapshot.policy.vram_margin_bytes)
+
+
+def _loading_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    return sum(
+        size
+        for reservation in snapshot.reservations.values()
+        if reservation.sent_at is not None
+        for uuid, size in reservation.per_gpu_bytes
+        if uuid == gpu
+    )
+
+
+def _kept_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    """Bytes of models that are pinned there and never leave."""
+    pins = snapshot.policy.pins
+    if not pins:
+        return 0
+    kept = (r for r in snapshot.residencies.values() if (pin := pins.get(r.name)) is not None and pin.keep_warm)
+    return sum(size for r in kept for uuid, size in bytes_by_gpu(snapshot, r) if uuid == gpu)
 
 
 def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:
@@ -93,4 +146,4 @@ def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[Gpu
 
 def is_settled(reservation: Reservation, gpus_read_at: float) -> bool:
     """True once the cards were read after the load ended: the driver's figures now contain it."""
-    return reservation.finished_at is not None and gpus_read_at > reservation.finished_at
+    return reservation.finished_at is not None and gpus_read_at >= reservation.finished_at

@@ -1,11 +1,10 @@
-"""Where a model that is not loaded goes: one card where it fits, else the spread instance, else nowhere.
+"""Where a model that is not loaded goes: the smallest set of cards that holds it, on which of those, and who leaves.
 
-Three passes over the instances, each stricter about what may be disturbed: room that is free now, room that idle
-models leave, room that busy ones will leave. An instance over several cards is looked at only where no single card
-could hold the model even when empty, and one without cards only where the fleet has no cards at all: a model never
-lands on the CPU by accident. Every answer says why.
+Sizes of sets are tried from one card on; the first size that could hold the model even when empty is the one, and of
+its sets the one is taken that costs clients least: free room before room that idle models leave, and that before room
+that busy ones will leave. A model never lands on the CPU by accident. Every answer says why.
 
-It decides; it changes nothing. Sizes come from the `Estimate` it is given.
+It decides; it changes nothing. Sizes in bytes come from the `Estimate` it is given.
 """
 
 from __future__ import annotations
@@ -20,31 +19,51 @@ from router.core.entities import (
     InstanceSpec,
     InstanceState,
     InstanceView,
+    Layout,
     ModelFacts,
     ResidencyKey,
-    ResidencyState,
     RunnerOptions,
     Snapshot,
 )
-from router.core.eviction import choose_evictions, evictable
-from router.core.ledger import available_bytes, bytes_by_gpu, capacity_bytes
+from router.core.eviction import choose_evictions, evictable, pin_of, price_of
+from router.core.ledger import available_bytes, capacity_bytes, leaving_bytes
+from router.core.pricing import service_seconds
+from router.core.sites import ALIVE, Bounds, Site, has_cards, sites_of_size, sizes
+from router.core.words import fit_words, short_words, states_words
 
 Estimate = Callable[[ModelFacts, InstanceSpec, int, Snapshot], tuple[int, ...]]
 """(model, instance, context in tokens, facts) -> bytes on each card of the instance, in its card order."""
 
-GIB = 1024**3
+Need = tuple[tuple[GpuUuid, int], ...]
 
-_ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A model that shall be loaded, for whom and how."""
+
+    model: ModelFacts
+    options: RunnerOptions = ()
+    layout: Layout | None = None
+    may_drain: bool = False
+    """Whether busy models may be stopped from taking new requests for its sake."""
+    may_evict_young: bool = False
+    price_max: float = float("inf")
+    """Nothing is unloaded that costs more seconds than this."""
+    not_on: frozenset[InstanceName] = frozenset()
+    """Instances that have a copy already."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Load it here. With `evict` or bytes still coming back, the load waits until its room shows as free."""
+    """Load it there, once `evict` has left and its room shows. Busy ones among `evict` take no new requests."""
 
     instance: InstanceName
-    per_gpu_bytes: tuple[tuple[GpuUuid, int], ...]
+    per_gpu_bytes: Need
     evict: tuple[ResidencyKey, ...]
     reason: str
+    options: RunnerOptions = ()
+    start: InstanceSpec | None = None
+    """The instance where it has to be started first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +88,23 @@ Decision = Placed | MustWait | NoFit
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    view: InstanceView
-    need: tuple[tuple[GpuUuid, int], ...]
-    could_fit: bool
+    site: Site
+    need: Need
 
     @property
     def name(self) -> InstanceName:
-        return self.view.spec.name
+        return self.site.spec.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A candidate with who has to leave for it, and what that costs."""
+
+    candidate: _Candidate
+    evict: tuple[ResidencyKey, ...]
+    running: int
+    """Requests of those that are busy."""
+    price: float
 
 
 def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) -> int:
@@ -85,175 +114,189 @@ def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) ->
     return max(4, min(context, model.context_length) if model.context_length > 0 else context)
 
 
-def place(snapshot: Snapshot, estimate: Estimate, model: ModelFacts, options: RunnerOptions) -> Decision:
-    """Chooses an instance for a load of `model` with `options`. Same facts, same answer."""
-    alive = [v for v in snapshot.instances.values() if v.state in _ALIVE]
-    if not alive:
-        return NoFit("no_instance", "no Ollama instance is running: " + _states(snapshot))
-    candidates = [_candidate(snapshot, estimate, v, model, options) for v in alive]
-    group = _smallest_holding(candidates)
-    if not group:
-        return _too_large(snapshot, candidates, model)
-    failures = [f for f in (_failure(snapshot, c, model, options) for c in group) if f is not None]
+def place(snapshot: Snapshot, estimate: Estimate, want: Want) -> Decision:
+    """Chooses where to load the wanted model. Same facts, same answer."""
+    bounds = Bounds(want.model.name, pin_of(snapshot, want.model.name), want.layout)
+    if bounds.pin is not None and bounds.pin.cpu:
+        return _on_cpu(snapshot, want, bounds)
+    if not _any_alive(snapshot):
+        return NoFit("no_instance", "no Ollama instance is running: " + states_words(snapshot))
+    tried: list[_Candidate] = []
+    for size in sizes(snapshot):
+        candidates = [_candidate(snapshot, estimate, site, want) for site in sites_of_size(snapshot, size, bounds)]
+        group = [c for c in candidates if not c.need or _could_fit(snapshot, c)]
+        if group:
+            return _among(snapshot, group, want)
+        tried += candidates
+    return _nowhere(snapshot, tried, want)
+
+
+def _on_cpu(snapshot: Snapshot, want: Want, bounds: Bounds) -> Decision:
+    sites = sites_of_size(snapshot, 0, bounds)
+    if not sites:
+        return NoFit("model_too_large", f"model '{want.model.name}' is pinned to the CPU and no instance runs there")
+    return _among(snapshot, [_Candidate(site, ()) for site in sites], want)
+
+
+def _any_alive(snapshot: Snapshot) -> bool:
+    return any(view.state in ALIVE for view in snapshot.instances.values())
+
+
+def _candidate(snapshot: Snapshot, estimate: Estimate, site: Site, want: Want) -> _Candidate:
+    needed = estimate(want.model, site.spec, context_of(want.options, want.model, site.spec), snapshot)
+    return _Candidate(site, tuple(zip(site.gpus, needed, strict=True)))
+
+
+def _could_fit(snapshot: Snapshot, candidate: _Candidate) -> bool:
+    return all(capacity_bytes(snapshot, gpu) >= size for gpu, size in candidate.need)
+
+
+def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decision:
+    """One of the candidates that could hold it, or what is waited for."""
+    failures = [f for f in (_failure(snapshot, c, want) for c in group) if f is not None]
     if len(failures) == len(group):
         return NoFit("load_failed", failures[-1].message, failures[-1].status)
     failed = {f.instance for f in failures}
-    usable = [c for c in group if c.view.state is InstanceState.READY and c.name not in failed]
-    usable = [c for c in usable if not _in_transit(snapshot, c, model)]
-    return _fits_now(snapshot, usable, model) or _fits_after(snapshot, usable, model) or _wait(snapshot, group, model)
+    usable = [c for c in group if c.name not in failed and c.name not in want.not_on and _is_up(snapshot, c)]
+    usable = [c for c in usable if not _in_transit(snapshot, c, want)]
+    now = _fits_now(snapshot, usable, want)
+    if now is not None:
+        return now
+    offers = [o for c in usable if (o := _offer(snapshot, c, want, busy=False)) is not None]
+    if offers:
+        return _taken(snapshot, min(offers, key=lambda o: (o.price, _preference(snapshot, o.candidate))), want)
+    return _wait(snapshot, usable, want)
 
 
-def _candidate(
-    snapshot: Snapshot, estimate: Estimate, view: InstanceView, model: ModelFacts, options: RunnerOptions
-) -> _Candidate:
-    spec = view.spec
-    sizes = estimate(model, spec, context_of(options, model, spec), snapshot)
-    need = tuple(zip(spec.gpus, sizes, strict=True))
-    return _Candidate(view, need, all(capacity_bytes(snapshot, gpu) >= size for gpu, size in need))
+def _is_up(snapshot: Snapshot, candidate: _Candidate) -> bool:
+    """An instance that would be started for it counts; one that is coming is waited for."""
+    view = snapshot.instances.get(candidate.name)
+    return candidate.site.is_new or (view is not None and (view.state is InstanceState.READY or view.spec.on_demand))
 
 
-def _smallest_holding(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """The candidates with the fewest cards that could hold the model; without cards only where none has any."""
-    with_cards = [c for c in candidates if c.view.spec.gpus]
-    if not with_cards:
-        return list(candidates)
-    holding = [c for c in with_cards if c.could_fit]
-    fewest = min((len(c.need) for c in holding), default=0)
-    return [c for c in holding if len(c.need) == fewest]
-
-
-def _in_transit(snapshot: Snapshot, candidate: _Candidate, model: ModelFacts) -> bool:
+def _in_transit(snapshot: Snapshot, candidate: _Candidate, want: Want) -> bool:
     """True where this very model is on its way in or out of the instance, or busy there with other options."""
-    here = snapshot.residencies.get((candidate.name, model.blob))
+    here = snapshot.residencies.get((candidate.name, want.model.blob))
     return here is not None and not here.is_idle
 
 
-def _fits_now(snapshot: Snapshot, candidates: Sequence[_Candidate], model: ModelFacts) -> Placed | None:
+def _fits_now(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Placed | None:
     free = [
         c
         for c in candidates
         if all(available_bytes(snapshot, gpu) >= size for gpu, size in c.need)
-        and (c.name, model.blob) not in snapshot.residencies
+        and (c.name, want.model.blob) not in snapshot.residencies
     ]
     if not free:
         return None
     best = min(free, key=lambda c: _preference(snapshot, c))
-    return Placed(best.name, best.need, (), f"{best.name}: {_fit_words(snapshot, best)}")
+    return _placed(best, (), f"{best.name}: {fit_words(snapshot, best.need)}", want)
 
 
-def _preference(snapshot: Snapshot, candidate: _Candidate) -> tuple[int, int, float, int, str]:
-    """Least busy cards first, then least filled, then the faster, then the roomier, then by name."""
-    cards = set(candidate.view.spec.gpus)
+def _placed(candidate: _Candidate, evict: tuple[ResidencyKey, ...], reason: str, want: Want) -> Placed:
+    site = candidate.site
+    return Placed(site.spec.name, candidate.need, evict, reason, want.options, site.spec if site.is_new else None)
+
+
+def _preference(snapshot: Snapshot, candidate: _Candidate) -> tuple[int, int, int, float, int, int, str]:
+    """Where there is a choice: not where others wait to be put, least busy cards, least filled, the faster, the
+    roomier, and an instance that runs already; then by name."""
+    cards = set(candidate.site.gpus)
     mates = [
-        r
-        for r in snapshot.residencies.values()
-        if r.instance == candidate.name or any(gpu in cards for gpu, _ in bytes_by_gpu(snapshot, r))
+        r for key, r in snapshot.residencies.items() if key[0] == candidate.name or cards & _cards_of(snapshot, key[0])
     ]
     speed = sum((snapshot.gpus[g].bandwidth_bytes_per_second or 0.0) for g in cards if g in snapshot.gpus)
     room = sum(available_bytes(snapshot, g) for g in cards)
-    return (sum(r.in_flight for r in mates), len(mates), -speed, -room, candidate.name)
+    packed = _packing(snapshot, candidate)
+    busy = 0 if packed else sum(r.in_flight for r in mates)
+    return (packed, busy, len(mates), -speed, -room, int(candidate.site.is_new), candidate.name)
 
 
-def _fits_after(snapshot: Snapshot, candidates: Sequence[_Candidate], model: ModelFacts) -> Placed | None:
-    """The candidate whose room costs least to make from idle models: fewest bytes to unload, then as preferred."""
-    options: list[tuple[int, tuple[int, int, float, int, str], _Candidate, tuple[ResidencyKey, ...]]] = []
-    for candidate in candidates:
-        evict = _evictions(snapshot, candidate, model, busy=False)
-        if evict is not None:
-            cost = sum(sum(snapshot.residencies[key].per_gpu_bytes) for key in evict)
-            options.append((cost, _preference(snapshot, candidate), candidate, evict))
-    if not options:
-        return None
-    _, _, best, evict = min(options, key=lambda o: (o[0], o[1]))
-    names = ", ".join(snapshot.residencies[key].name for key in evict)
-    how = f"after unloading {names}" if evict else "once freed memory shows"
-    return Placed(best.name, best.need, evict, f"{best.name}: fits {how}")
+def _packing(snapshot: Snapshot, candidate: _Candidate) -> int:
+    """Where a model over several cards is asked for of late, small ones fill cards up and leave others empty for it:
+    bytes that stay free on the card, the fewest first. 0 where there is no such model."""
+    if len(candidate.site.gpus) != 1 or not snapshot.large_asked:
+        return 0
+    gpu, size = candidate.need[0]
+    return max(1, available_bytes(snapshot, gpu) - size)
 
 
-def _evictions(
-    snapshot: Snapshot, candidate: _Candidate, model: ModelFacts, *, busy: bool
-) -> tuple[ResidencyKey, ...] | None:
-    own = (candidate.name, model.blob)
-    own_bytes: dict[GpuUuid, int] = {}
-    if own in snapshot.residencies:
-        own_bytes = dict(bytes_by_gpu(snapshot, snapshot.residencies[own]))
-    coming = _coming_back(snapshot)
+def _cards_of(snapshot: Snapshot, name: InstanceName) -> set[GpuUuid]:
+    view = snapshot.instances.get(name)
+    return set(view.spec.gpus) if view is not None else set()
+
+
+def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool) -> _Offer | None:
+    """Who has to leave for the candidate at least price; None where even that does not suffice."""
+    own = (candidate.name, want.model.blob)
+    own_copy = snapshot.residencies.get(own)
+    own_bytes = dict(zip(candidate.site.gpus, own_copy.per_gpu_bytes, strict=False)) if own_copy is not None else {}
     shortfall = {
-        gpu: size - available_bytes(snapshot, gpu) - coming.get(gpu, 0) - own_bytes.get(gpu, 0)
+        gpu: size - available_bytes(snapshot, gpu) - leaving_bytes(snapshot, gpu) - own_bytes.get(gpu, 0)
         for gpu, size in candidate.need
     }
-    cards = [gpu for gpu, _ in candidate.need]
-    others = [r for r in evictable(snapshot, cards, busy=busy) if (r.instance, r.blob) != own]
-    evict = choose_evictions(snapshot, shortfall, others)
+    cards = [gpu for gpu, size in shortfall.items() if size > 0]
+    others = evictable(snapshot, cards, busy=busy, young=want.may_evict_young) if cards else []
+    evict = choose_evictions(snapshot, shortfall, [r for r in others if (r.instance, r.blob) != own])
     if evict is None:
         return None
-    return (own, *evict) if own in snapshot.residencies else evict
+    evict = (own, *evict) if own_copy is not None else evict
+    running = sum(snapshot.residencies[key].in_flight for key in evict)
+    price = price_of(snapshot, evict)
+    return _Offer(candidate, evict, running, price) if price <= want.price_max else None
 
 
-def _coming_back(snapshot: Snapshot) -> dict[GpuUuid, int]:
-    coming: dict[GpuUuid, int] = {}
-    for residency in snapshot.residencies.values():
-        if residency.state is ResidencyState.UNLOADING:
-            for gpu, size in bytes_by_gpu(snapshot, residency):
-                coming[gpu] = coming.get(gpu, 0) + size
-    return coming
+def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:
+    names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
+    how = f"after unloading {names}" if offer.evict else "once freed memory shows"
+    return _placed(offer.candidate, offer.evict, f"{offer.candidate.name}: fits {how}", want)
 
 
-def _wait(snapshot: Snapshot, candidates: Sequence[_Candidate], model: ModelFacts) -> MustWait:
-    """Which busy models stand in the way, on the candidate with the fewest of their requests."""
-    plans: list[tuple[int, int, str, tuple[ResidencyKey, ...]]] = []
-    for candidate in candidates:
-        if candidate.view.state is InstanceState.READY:
-            drain = _evictions(snapshot, candidate, model, busy=True)
-            if drain is not None:
-                running = sum(snapshot.residencies[key].in_flight for key in drain)
-                plans.append((running, len(drain), candidate.name, drain))
-    if not plans:
+def _wait(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Placed | MustWait:
+    """Busy models stand in the way: the offer with the least to wait for and to lose, taken or only named."""
+    offers = [o for c in candidates if (o := _offer(snapshot, c, want, busy=True)) is not None]
+    if not offers:
         return MustWait("waits until an instance is ready or loads under way have ended")
-    running, _, name, drain = min(plans)
-    return MustWait(f"{name}: waits for {running} running requests of {len(drain)} models to make room", drain)
+    best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.candidate.name))
+    words = f"waits for {best.running} running requests of {len(best.evict)} models to make room"
+    if not want.may_drain:
+        return MustWait(f"{best.candidate.name}: {words}", best.evict)
+    return _placed(best.candidate, best.evict, f"{best.candidate.name}: {words}", want)
 
 
-def _failure(snapshot: Snapshot, candidate: _Candidate, model: ModelFacts, options: RunnerOptions) -> Failure | None:
+def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
+    """Until the last of the busy ones is idle, if each request has half its time to go."""
+    busy = [r for key in offer.evict if (r := snapshot.residencies[key]).in_flight]
+    return max((service_seconds(snapshot, r) / 2 for r in busy), default=0.0)
+
+
+def _failure(snapshot: Snapshot, candidate: _Candidate, want: Want) -> Failure | None:
     for failure in snapshot.failures:
-        if (failure.instance, failure.blob, failure.options) == (candidate.name, model.blob, options):
+        if (failure.instance, failure.blob, failure.options) == (candidate.name, want.model.blob, want.options):
             return failure
     return None
 
 
-def _too_large(snapshot: Snapshot, candidates: Sequence[_Candidate], model: ModelFacts) -> Decision:
-    """422, unless memory is still settling or an instance with more room is on its way."""
+def _nowhere(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Decision:
+    """409 or 422, unless memory is still settling."""
     if snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
         return MustWait("waits until the cards show what the last load or unload changed")
-    lines = [f"{c.name}: {_short_words(snapshot, c)}" for c in candidates if c.view.spec.gpus]
-    return NoFit("model_too_large", f"model '{model.name}' fits nowhere: " + "; ".join(lines))
+    lines = [f"{c.name}: {short_words(snapshot, c.need)}" for c in _fewest_lines(candidates)]
+    if want.layout is not None:
+        there = "; ".join(lines) or "no instance has that layout"
+        words = f"model '{want.model.name}' cannot be had in layout {want.layout.kind.value}: {there}"
+        return NoFit("layout_unavailable", words)
+    if not lines:
+        return NoFit("no_instance", f"no instance may load '{want.model.name}': " + states_words(snapshot))
+    return NoFit("model_too_large", f"model '{want.model.name}' fits nowhere: " + "; ".join(lines))
 
 
-def _fit_words(snapshot: Snapshot, candidate: _Candidate) -> str:
-    if not candidate.need:
-        return "no cards, runs on the CPU"
-    return ", ".join(
-        f"card {_index(snapshot, gpu)} needs {size / GIB:.1f} of {available_bytes(snapshot, gpu) / GIB:.1f} GiB free"
-        for gpu, size in candidate.need
-    )
+def _fewest_lines(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Enough to see why: of many sets of one size only those of running instances, or else the first."""
+    running = [c for c in candidates if not c.site.is_new]
+    return running or list(candidates[:8])
 
 
-def _short_words(snapshot: Snapshot, candidate: _Candidate) -> str:
-    return ", ".join(
-        f"card {_index(snapshot, gpu)} needs {size} bytes ({size / GIB:.1f} GiB) and can give "
-        f"{capacity_bytes(snapshot, gpu)} bytes ({capacity_bytes(snapshot, gpu) / GIB:.1f} GiB)"
-        for gpu, size in candidate.need
-    )
-
-
-def _index(snapshot: Snapshot, gpu: GpuUuid) -> str:
-    card = snapshot.gpus.get(gpu)
-    return str(card.index) if card else gpu
-
-
-def _states(snapshot: Snapshot) -> str:
-    words = [
-        f"{v.spec.name} is {v.state.value}" + (f" ({v.reason})" if v.reason else "")
-        for v in snapshot.instances.values()
-    ]
-    return "; ".join(words) or "none is configured"
+__all__ = [
+    "Decision", "Estimate", "InstanceView", "MustWait", "NoFit", "Placed", "Want", "context_of", "has_cards", "place",
+]  # fmt: skip

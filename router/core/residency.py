@@ -10,45 +10,46 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from router.core.entities import (
+    InstanceSpec,
     InstanceState,
     InstanceView,
     LoadId,
     ModelFacts,
+    Policy,
     Reservation,
     Residency,
     ResidencyKey,
     ResidencyState,
     RunnerOptions,
     Snapshot,
-    Ticket,
 )
 from router.core.events import Load, LoadedModel, ResidencyRead, Unload
-from router.core.ledger import available_bytes, slots_of
+from router.core.ledger import room_bytes, slots_of
 from router.core.placement import Estimate, Placed, context_of
 from router.core.state import FleetState
 
 
 def planned(
-    head: Ticket, placed: Placed, view: InstanceView, slots: int, load_id: LoadId, now: float, keep: float
+    model: ModelFacts, placed: Placed, spec: InstanceSpec, policy: Policy, load_id: LoadId, now: float
 ) -> Residency:
     """The residency of a load whose room is reserved."""
     return Residency(
         instance=placed.instance,
-        blob=head.model.blob,
-        name=head.model.name,
-        options=head.options,
+        blob=model.blob,
+        name=model.name,
+        options=placed.options,
         state=ResidencyState.PLANNED,
-        slots=slots,
+        slots=slots_of(model, spec, policy),
         in_flight=0,
         per_gpu_bytes=tuple(size for _, size in placed.per_gpu_bytes),
-        context_length=context_of(head.options, head.model, view.spec),
+        context_length=context_of(placed.options, model, spec),
         loaded_at=now,
         used_at=now,
         expires_at=None,
-        keep_alive_seconds=keep,
+        keep_alive_seconds=policy.keep_alive_seconds,
         load_id=load_id,
         reason=placed.reason,
-        model=head.model,
+        model=model,
     )
 
 
@@ -57,9 +58,7 @@ def has_room(snapshot: Snapshot, reservation: Reservation) -> bool:
     view = snapshot.instances.get(reservation.instance)
     if view is None or view.state is not InstanceState.READY:
         return False
-    return all(
-        available_bytes(snapshot, gpu, besides=reservation.load_id) >= size for gpu, size in reservation.per_gpu_bytes
-    )
+    return all(room_bytes(snapshot, gpu, reservation) >= size for gpu, size in reservation.per_gpu_bytes)
 
 
 def send(fleet: FleetState, residency: Residency, reservation: Reservation, now: float) -> Load:

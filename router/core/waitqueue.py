@@ -1,30 +1,38 @@
-"""The tickets that wait, in order of arrival, grouped by what they wait for.
+"""The tickets that wait, grouped by what they wait for: those of a group can share one loaded copy.
 
-A group is one weights blob with one set of runner options: its tickets can share one loaded copy. Groups are served
-in the order of their oldest ticket. The queue is bounded by whoever fills it; it only keeps order.
+A group is one weights blob with one set of runner options, or with any where its tickets can be adapted, and one
+layout. Groups are served in the order of their oldest ticket, those of a higher priority first; within a group the next
+is `core/fairness.py`'s choice. The queue is bounded by whoever fills it; it only keeps order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from router.core.entities import BlobDigest, RunnerOptions, Ticket, TicketId
+from router.core.entities import BlobDigest, Layout, RunnerOptions, Ticket, TicketId
 
-GroupKey = tuple[BlobDigest, RunnerOptions]
+
+class GroupKey(NamedTuple):
+    blob: BlobDigest
+    options: RunnerOptions | None
+    """None: any, because the requests are adapted to the copy."""
+    layout: Layout | None
 
 
 def group_of(ticket: Ticket) -> GroupKey:
-    return (ticket.model.blob, ticket.options)
+    return GroupKey(ticket.model.blob, None if ticket.is_flexible else ticket.options, ticket.layout)
 
 
 class WaitQueue:
     """Waiting tickets by group; insertion order is arrival order."""
 
-    __slots__ = ("_groups", "_tickets")
+    __slots__ = ("_clients", "_groups", "_tickets")
 
     def __init__(self) -> None:
         self._tickets: dict[TicketId, Ticket] = {}
         self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
+        self._clients: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -38,6 +46,7 @@ class WaitQueue:
     def add(self, ticket: Ticket) -> None:
         self._tickets[ticket.id] = ticket
         self._groups.setdefault(group_of(ticket), {})[ticket.id] = ticket
+        self._clients[ticket.client] = self._clients.get(ticket.client, 0) + 1
 
     def remove(self, ticket_id: TicketId) -> Ticket | None:
         """Takes a ticket out wherever it stands; None where it does not wait."""
@@ -47,17 +56,39 @@ class WaitQueue:
             del group[ticket_id]
             if not group:
                 del self._groups[group_of(ticket)]
+            self._clients[ticket.client] -= 1
+            if not self._clients[ticket.client]:
+                del self._clients[ticket.client]
         return ticket
 
+    def groups(self) -> list[GroupKey]:
+        """The groups in the order in which they are served: by the priority, then the age of their first ticket."""
+        firsts = [(next(iter(group.values())), key) for key, group in self._groups.items()]
+        return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
+
     def heads(self) -> list[Ticket]:
-        """The oldest ticket of each group, oldest first (ids grow with arrival)."""
-        return sorted((next(iter(group.values())) for group in self._groups.values()), key=lambda t: t.id)
+        """The oldest ticket of each group, in the order in which groups are served."""
+        return [next(iter(self._groups[key].values())) for key in self.groups()]
 
     def group(self, key: GroupKey) -> list[Ticket]:
         return list(self._groups.get(key, {}).values())
 
+    def has_group(self, key: GroupKey) -> bool:
+        return key in self._groups
+
     def waits_for(self, blob: BlobDigest) -> bool:
-        return any(key[0] == blob for key in self._groups)
+        return any(key.blob == blob for key in self._groups)
+
+    def wanted(self) -> dict[BlobDigest, int]:
+        """Models that are waited for, and by how many."""
+        counts: dict[BlobDigest, int] = {}
+        for key, group in self._groups.items():
+            counts[key.blob] = counts.get(key.blob, 0) + len(group)
+        return counts
+
+    def clients(self) -> frozenset[str]:
+        """Who waits."""
+        return frozenset(self._clients)
 
     def expired(self, now: float) -> list[Ticket]:
         return [ticket for ticket in self._tickets.values() if ticket.deadline <= now]

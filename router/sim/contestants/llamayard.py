@@ -34,9 +34,12 @@ from router.core.events import (
     LoadedModel,
     LoadFailed,
     LoadFinished,
+    ReadGpus,
     Reject,
     Released,
     ResidencyRead,
+    StartInstance,
+    StopInstance,
     Ticked,
     Unload,
     UnloadFinished,
@@ -90,11 +93,12 @@ class Llamayard:
         self, host: Host, config: ServerConfig, policy: Policy | None = None, seen: Seen | None = None
     ) -> None:
         """`seen` is told of every event with its actions."""
-        self.dispatcher = Dispatcher(policy or Policy(), estimate_bytes)
-        self._policy = policy or Policy()
+        self._policy = policy or _policy(config)
+        self.dispatcher = Dispatcher(self._policy, estimate_bytes)
         self._host = host
         self._seen = seen
         own = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
+        self._config = own
         self._units = {unit.spec.name: unit for unit in _units(host, own)}
         self._held: dict[TicketId, _Held] = {}
         self._tickets: dict[Request, TicketId] = {}
@@ -104,7 +108,7 @@ class Llamayard:
 
     def start(self) -> None:
         self._read_cards()
-        for unit in self._units.values():
+        for unit in list(self._units.values()):
             self._start(unit)
         self._poll()
 
@@ -147,7 +151,7 @@ class Llamayard:
 
     def kill_on_card(self, uuid: GpuUuid) -> None:
         """A card is lost: whatever runs on it dies."""
-        for unit in self._units.values():
+        for unit in list(self._units.values()):
             if uuid in unit.spec.gpus:
                 self.kill(unit.spec.name)
 
@@ -201,8 +205,27 @@ class Llamayard:
                 self._load(action)
             case Unload():
                 self._unload(action)
+            case StartInstance():
+                self._begin_instance(action.spec)
+            case StopInstance():
+                self._end_instance(action.instance)
+            case ReadGpus():
+                self._read_cards()
             case _:
                 assert_never(action)
+
+    def _begin_instance(self, spec: InstanceSpec) -> None:
+        named = replace(spec, url=f"sim://{spec.name}", environment={"OLLAMA_SCHED_SPREAD": "1"})
+        own = replace(self._config, spread=len(spec.gpus) > 1)
+        unit = _Unit(named, SimServer(self._host, spec.name, spec.gpus, own))
+        self._units[spec.name] = unit
+        self._soon(lambda: self._start(unit))
+
+    def _end_instance(self, name: InstanceName) -> None:
+        unit = self._units.pop(name)
+        unit.lives += 1
+        unit.server.kill()
+        self._soon(lambda: self._change(unit, InstanceState.STOPPED, "no longer needed"))
 
     def _grant(self, grant: Grant) -> None:
         held = self._held.get(grant.ticket_id)
@@ -254,7 +277,7 @@ class Llamayard:
     def _poll(self) -> None:
         self._host.timeline.after(_POLL_SECONDS, self._poll)
         self._read_cards()
-        for unit in self._units.values():
+        for unit in list(self._units.values()):
             if unit.state is InstanceState.READY:
                 self._post(ResidencyRead(unit.spec.name, self._listed(unit), self._now))
 
@@ -293,6 +316,21 @@ class Llamayard:
         unit.state = state
         version = ".".join(map(str, unit.server.config.version)) if state is InstanceState.READY else None
         self._post(InstanceChanged(unit.spec, state, reason, version))
+
+
+def _policy(config: ServerConfig) -> Policy:
+    """The product's defaults, with instances on demand like the others."""
+    like = InstanceSpec(
+        name=InstanceName(""),
+        gpus=(),
+        url="",
+        num_parallel=config.slots,
+        context_length=config.context_length,
+        kv_cache_type=config.kv_cache_type,
+        flash_attention=config.flash_attention,
+        environment={"OLLAMA_SCHED_SPREAD": "1"},
+    )
+    return Policy(instances_on_demand=True, on_demand_like=like, context_length=config.context_length)
 
 
 def _units(host: Host, config: ServerConfig) -> list[_Unit]:

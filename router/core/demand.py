@@ -1,0 +1,37 @@
+"""How much each model is asked for of late, and how long its requests take: what decides who is cheap to evict.
+
+A count of requests that halves with every half-life, and a running mean of how long a slot is held. Pure values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from router.core.entities import Demand
+
+_NEW_SHARE = 0.2
+"""Of the newest duration in the mean of durations."""
+
+
+def asked(demand: Demand, now: float, half_life_seconds: float) -> Demand:
+    """One request more."""
+    return replace(demand, weight=_decayed(demand, now, half_life_seconds) + 1.0, at=now)
+
+
+def served(demand: Demand, seconds: float) -> Demand:
+    """One request has held its slot for so long."""
+    before = demand.service_seconds
+    mean = seconds if before is None else before + _NEW_SHARE * (seconds - before)
+    return replace(demand, service_seconds=mean)
+
+
+def rate_per_second(demand: Demand | None, now: float, half_life_seconds: float) -> float:
+    """Requests a second, as of now; a steady stream of r a second comes out as r."""
+    if demand is None:
+        return 0.0
+    return _decayed(demand, now, half_life_seconds) * math.log(2.0) / half_life_seconds
+
+
+def _decayed(demand: Demand, now: float, half_life_seconds: float) -> float:
+    return demand.weight * 0.5 ** (max(0.0, now - demand.at) / half_life_seconds)

@@ -1,0 +1,70 @@
+"""What it is worth to bring a model in, and what it costs to let one go: both in seconds that clients wait in vain.
+
+A first token that comes too late is worth `patience_seconds`. An eviction costs as many of those as requests are
+expected for the model while it is away; a load is worth one for each ticket that it can still serve in time, and for
+every ticket a share of the time that it has waited, so that whatever waits comes to its turn in the end. A swap is made
+when it is worth its price: a model that is asked for in vain once does not drive out one that is asked for all the time,
+but several, or one for long, do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from router.core.demand import rate_per_second
+from router.core.entities import ModelFacts, Residency, ResidencyState, Snapshot, Ticket
+
+_SPARE_COPY = 0.1
+_GUESSED_SERVICE_SECONDS = 5.0
+
+
+def reload_seconds(snapshot: Snapshot, model: ModelFacts) -> float:
+    """From the decision to the first slot, on a card that has to be cleared first."""
+    policy = snapshot.policy
+    rate = snapshot.load_rate_bytes_per_second or policy.load_bytes_per_second
+    return policy.load_fixed_seconds + model.weights_bytes / rate
+
+
+def rate_of(snapshot: Snapshot, model: ModelFacts) -> float:
+    """Requests a second for the model, of late."""
+    return rate_per_second(snapshot.demand.get(model.blob), snapshot.now, snapshot.policy.demand_half_life_seconds)
+
+
+def eviction_price(snapshot: Snapshot, residency: Residency) -> float:
+    """Seconds that clients are expected to lose by unloading this copy."""
+    policy = snapshot.policy
+    model = residency.model
+    away = policy.away_seconds + reload_seconds(snapshot, model)
+    price = rate_of(snapshot, model) * away * policy.patience_seconds
+    waiting = snapshot.wanted.get(residency.blob, 0)
+    price += waiting * policy.patience_seconds
+    if _has_other_copy(snapshot, residency):
+        price *= _SPARE_COPY
+    return price
+
+
+def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticket]) -> float:
+    """Seconds of waiting in vain that a load for these tickets saves."""
+    policy = snapshot.policy
+    lead = reload_seconds(snapshot, model)
+    worth = 0.0
+    for ticket in tickets:
+        waited = snapshot.now - ticket.arrived_at
+        worth += policy.wait_weight * max(0.0, waited - policy.hold_seconds)
+        if waited + lead <= policy.patience_seconds:
+            worth += policy.patience_seconds
+    return worth
+
+
+def service_seconds(snapshot: Snapshot, residency: Residency) -> float:
+    """How long a request holds a slot of the model; a guess where none has ended yet."""
+    demand = snapshot.demand.get(residency.blob)
+    known = demand.service_seconds if demand is not None else None
+    return _GUESSED_SERVICE_SECONDS if known is None else known
+
+
+def _has_other_copy(snapshot: Snapshot, residency: Residency) -> bool:
+    return any(
+        r.blob == residency.blob and r.instance != residency.instance and r.state is ResidencyState.READY
+        for r in snapshot.residencies.values()
+    )

@@ -1,0 +1,96 @@
+"""Looking for a place on behalf of waiting tickets: which context to load with, how much may be disturbed for them.
+
+Between the queue, which knows who waits for how long, and placement, which knows cards. It changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from router.core.balance import wanted_context
+from router.core.entities import Policy, Residency, ResidencyState, RunnerOptions, Snapshot, Ticket
+from router.core.eviction import pin_of
+from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
+from router.core.pricing import reload_seconds, service_seconds, worth_of_load
+
+_REPLICA_PRICE_SHARE = 0.25
+"""A further copy may cost others so much of what its own load takes."""
+
+
+def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> Decision:
+    """A place for tickets that no copy serves: with the context that serves all of them, else what the first asks."""
+    policy, head = snapshot.policy, tickets[0]
+    waited = snapshot.now - min(t.arrived_at for t in tickets)
+    want = Want(
+        head.model,
+        layout=head.layout,
+        may_drain=waited >= policy.drain_after_seconds,
+        may_evict_young=waited >= policy.patience_seconds,
+        price_max=worth_of_load(snapshot, head.model, tickets),
+    )
+    decision: Decision | None = None
+    for options in _options_to_try(policy, snapshot, tickets):
+        found = place(snapshot, estimate, replace(want, options=options))
+        if not isinstance(found, NoFit) or found.code != "model_too_large":
+            return found
+        decision = decision or found
+    assert decision is not None
+    return decision
+
+
+def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:
+    """Runner options for the load, the best first.
+
+    Requests that cannot be adapted get exactly theirs. Others get the default context where it is enough, so that the
+    next client does not cause a reload, or else the next step up; what was asked for where that does not fit.
+    """
+    head = tickets[0]
+    pin = pin_of(snapshot, head.model.name)
+    if pin is not None and pin.context_length is not None:
+        return [_with_context(policy, pin.context_length)]
+    if not head.is_flexible:
+        return [head.options]
+    most = max(wanted_context(policy, t) for t in tickets)
+    trained = head.model.context_length
+    step = policy.context_length if most <= policy.context_length else _step(policy, most)
+    tried = [min(step, trained) if trained else step, most]
+    return list(dict.fromkeys(_with_context(policy, context) for context in tried))
+
+
+def _step(policy: Policy, tokens: int) -> int:
+    step = policy.context_step_tokens
+    while step < tokens:
+        step *= 2
+    return step
+
+
+def _with_context(policy: Policy, tokens: int) -> RunnerOptions:
+    return () if tokens == policy.context_length else (("num_ctx", tokens),)
+
+
+def seek_replica(
+    snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket], copies: Sequence[Residency]
+) -> Placed | None:
+    """One more copy for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
+    policy, head = snapshot.policy, tickets[0]
+    pin = pin_of(snapshot, head.model.name)
+    most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.replicas_max
+    if len(copies) >= most or any(r.state is not ResidencyState.READY for r in copies):
+        return None
+    slots = sum(r.slots for r in copies)
+    wait = len(tickets) / max(1, slots) * service_seconds(snapshot, copies[0])
+    load = reload_seconds(snapshot, head.model)
+    if wait <= load:
+        return None
+    want = Want(
+        head.model,
+        options=copies[0].options,
+        layout=head.layout,
+        price_max=load * _REPLICA_PRICE_SHARE,
+        not_on=frozenset(r.instance for r in copies),
+    )
+    found = place(snapshot, estimate, want)
+    if not isinstance(found, Placed):
+        return None
+    return replace(found, reason=f"{found.reason}; a further copy, {wait:.0f} s of waiting against {load:.0f} to load")

@@ -1,0 +1,64 @@
+"""What stands whether or not anybody waits: models kept warm, plans nobody wants any more, instances left empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from router.core.entities import BlobDigest, InstanceState, ModelFacts, Residency, ResidencyState, Snapshot
+from router.core.events import StopInstance
+from router.core.placement import Estimate, Placed, Want, place
+from router.core.pricing import rate_of
+from router.core.sites import is_empty
+from router.core.state import FleetState
+
+_WORTH_A_LOAD_PER_SECOND = 1 / 240
+"""Requests a second from which on a model is loaded where room is free."""
+
+
+def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
+    """Instances that were started on demand and have been empty for long."""
+    snapshot = fleet.snapshot(now)
+    for name, view in list(fleet.instances.items()):
+        if not view.spec.on_demand or view.state is not InstanceState.READY:
+            continue
+        if not is_empty(snapshot, name):
+            fleet.emptied_at.pop(name, None)
+            continue
+        since = fleet.emptied_at.setdefault(name, now)
+        if now - since >= fleet.policy.instance_idle_seconds:
+            del fleet.emptied_at[name]
+            yield StopInstance(name, f"empty for {now - since:.0f} s")
+
+
+def abandoned(snapshot: Snapshot) -> list[Residency]:
+    """Plans whose tickets have all gone, and that nothing else wants: their room is given back."""
+    return [
+        r
+        for r in snapshot.residencies.values()
+        if r.state is ResidencyState.PLANNED and r.blob not in snapshot.wanted and not is_wanted_warm(snapshot, r.model)
+    ]
+
+
+def is_wanted_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
+    """Pinned to stay, or asked for so much that it is worth a load into free room."""
+    pin = snapshot.policy.pins.get(model.name)
+    return (pin is not None and pin.keep_warm) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
+
+
+def anticipate(
+    snapshot: Snapshot, models: Mapping[BlobDigest, ModelFacts], estimate: Estimate
+) -> Iterator[tuple[ModelFacts, Placed]]:
+    """One load that nobody waits for: a model that shall be warm or is much asked for, where room is free.
+
+    One at a time, and none while another load is planned or under way: whoever waits goes first.
+    """
+    if snapshot.wanted or snapshot.reservations:
+        return
+    loaded = {r.blob for r in snapshot.residencies.values()}
+    for blob, model in models.items():
+        if blob in loaded or not is_wanted_warm(snapshot, model):
+            continue
+        found = place(snapshot, estimate, Want(model, price_max=0.0))
+        if isinstance(found, Placed) and not found.evict:
+            yield model, found
+            return
