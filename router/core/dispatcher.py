@@ -33,6 +33,7 @@ from router.core.entities import (
     InstanceView,
     Policy,
     Reservation,
+    Residency,
     ResidencyKey,
     ResidencyState,
     Snapshot,
@@ -60,7 +61,7 @@ from router.core.events import (
 from router.core.ids import LoadIds
 from router.core.ledger import slots_of
 from router.core.placement import Estimate, MustWait, NoFit, Placed, place
-from router.core.state import FleetState
+from router.core.state import FleetState, expiry
 from router.core.waitqueue import WaitQueue, group_of
 
 
@@ -94,15 +95,18 @@ class Dispatcher:
     def next_wake(self) -> float | None:
         """When `Ticked` is next due, or None while only events can change anything."""
         times = [
-            r.expires_at
-            for r in self._fleet.residencies.values()
-            if r.is_idle and r.expires_at is not None and not self._queue.waits_for(r.blob)
+            r.expires_at for r in self._fleet.residencies.values() if r.expires_at is not None and self._can_expire(r)
         ]
         times += [r.made_at + self._policy.room_timeout_seconds for r in self._pending()]
         if len(self._queue):
             # Waiting tickets look again now and then: drains begin and failures are forgotten by time alone.
             times += [self._queue.next_deadline() or float("inf"), self._wake_hint]
         return min(times, default=None)
+
+    def _can_expire(self, residency: Residency) -> bool:
+        """True where time alone has it unloaded: idle and not waited for, or an unload to be sent again."""
+        waited_for = self._queue.waits_for(residency.blob)
+        return residency.state is ResidencyState.UNLOADING or (residency.is_idle and not waited_for)
 
     # --- events --------------------------------------------------------------------------------------------
 
@@ -209,7 +213,8 @@ class Dispatcher:
         self._fleet.changed_at = now
         rules.finish_reservation(self._fleet, event.load_id, now)
         sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
-        self._fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, **sizes)
+        until = expiry(residency.keep_alive_seconds, now)
+        self._fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, **sizes)
         if residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes:
             share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
             words = f"came out {share:.0f} % on the CPU on {residency.instance}"
@@ -237,7 +242,8 @@ class Dispatcher:
             return
         self._fleet.changed_at = now
         if event.error is not None:
-            self._fleet.update(key, state=ResidencyState.READY)
+            # It stays out of use, which a model that spilled has to, and is tried again without haste.
+            self._fleet.update(key, expires_at=now + self._policy.room_timeout_seconds)
             return
         self._fleet.update(key, unloaded_at=now)
         if not residency.per_gpu_bytes:
@@ -264,9 +270,10 @@ class Dispatcher:
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))
         for key, residency in list(self._fleet.residencies.items()):
-            due = residency.expires_at is not None and residency.expires_at <= now
-            if due and residency.is_idle and not self._queue.waits_for(residency.blob):
-                actions.append(rules.unload(self._fleet, key, "its keep_alive ended"))
+            if residency.expires_at is not None and residency.expires_at <= now and self._can_expire(residency):
+                again = residency.state is ResidencyState.UNLOADING
+                why = "an unload before this one failed" if again else "its keep_alive ended"
+                actions.append(rules.unload(self._fleet, key, why))
         return actions
 
     # --- the queue -----------------------------------------------------------------------------------------
@@ -311,7 +318,7 @@ class Dispatcher:
         served = [
             r
             for r in self._fleet.residencies.values()
-            if r.blob == head.model.blob and r.options == head.options and r.state is not ResidencyState.UNLOADING
+            if r.blob == head.model.blob and r.options == head.options and self._will_serve(r)
         ]
         if served:
             self._explain(waiting, rules.describe_wait(served))
@@ -328,6 +335,10 @@ class Dispatcher:
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in waiting]
+
+    def _will_serve(self, residency: Residency) -> bool:
+        leaves = residency.state is ResidencyState.UNLOADING
+        return not leaves and self._fleet.instances[residency.instance].state is InstanceState.READY
 
     def _plan(self, head: Ticket, placed: Placed, now: float) -> list[Action]:
         """Reserves the room on all cards and unloads what stands in it; the load follows when the room shows."""

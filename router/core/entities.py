@@ -191,7 +191,7 @@ class Residency:
     loaded_at: float
     used_at: float
     expires_at: float | None
-    """When the router unloads it if idle; None: never by time."""
+    """When the router unloads it if idle; None: never by time. While UNLOADING: when a failed unload is sent again."""
     keep_alive_seconds: float = -1.0
     unloaded_at: float | None = None
     """When its unload ended; it is forgotten once the cards were read after that."""

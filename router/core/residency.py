@@ -25,7 +25,7 @@ from router.core.entities import (
 from router.core.events import Load, LoadedModel, ResidencyRead, Unload
 from router.core.ledger import available_bytes, slots_of
 from router.core.placement import Estimate, Placed, context_of
-from router.core.state import FleetState
+from router.core.state import FleetState, expiry
 
 
 def planned(
@@ -91,8 +91,8 @@ def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
 
 
 def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
-    """Moves READY to UNLOADING and returns the unload to send."""
-    residency = fleet.update(key, state=ResidencyState.UNLOADING)
+    """Moves READY to UNLOADING and returns the unload to send; the same once more for one that failed."""
+    residency = fleet.update(key, state=ResidencyState.UNLOADING, expires_at=None)
     url = fleet.instances[residency.instance].spec.url
     return Unload(residency.instance, url, residency.model, residency.blob, reason)
 
@@ -115,8 +115,7 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
         return
     listed = {row.model.blob: row for row in event.models if row.model is not None}
     for key, residency in list(fleet.residencies.items()):
-        settled = residency.state is ResidencyState.READY and event.read_at > residency.loaded_at
-        if key[0] == event.instance and settled and key[1] not in listed:
+        if key[0] == event.instance and key[1] not in listed and _is_gone(residency, event, fleet):
             fleet.forget(key)
     for blob, row in listed.items():
         known = fleet.residencies.get((event.instance, blob))
@@ -124,6 +123,13 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
             _adopt(fleet, view, row, estimate, now)
         elif known is not None and known.state is ResidencyState.READY:
             fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
+
+
+def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> bool:
+    """Whether a listing without it says that it left: not one from before its load, nor while its unload is out."""
+    if residency.state is ResidencyState.UNLOADING:
+        return residency.expires_at is not None and event.read_at > fleet.changed_at
+    return residency.state is ResidencyState.READY and event.read_at > residency.loaded_at
 
 
 def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Estimate, now: float) -> None:
@@ -145,7 +151,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
         context_length=context,
         loaded_at=now,
         used_at=now,
-        expires_at=None,
+        expires_at=expiry(fleet.policy.keep_alive_seconds, now),
         keep_alive_seconds=fleet.policy.keep_alive_seconds,
         size_bytes=row.size_bytes,
         size_vram_bytes=row.size_vram_bytes,

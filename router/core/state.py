@@ -28,6 +28,11 @@ from router.core.entities import (
 from router.core.ledger import is_settled
 
 
+def expiry(keep_alive_seconds: float, now: float) -> float | None:
+    """When a model that is idle from now on is to leave; None for never."""
+    return None if keep_alive_seconds < 0 else now + keep_alive_seconds
+
+
 @dataclass(slots=True)
 class FleetState:
     """Mutable, single owner."""
@@ -94,7 +99,7 @@ class FleetState:
 
     def take_slot(self, ticket_id: TicketId, key: ResidencyKey, now: float) -> Residency:
         self.leases[ticket_id] = key
-        return self.update(key, in_flight=self.residencies[key].in_flight + 1, used_at=now)
+        return self.update(key, in_flight=self.residencies[key].in_flight + 1, used_at=now, expires_at=None)
 
     def give_back(self, ticket_id: TicketId, now: float) -> Residency | None:
         """Ends a lease; returns the residency it was on where that still stands."""
@@ -104,6 +109,5 @@ class FleetState:
             return None
         changes: dict[str, Any] = {"in_flight": residency.in_flight - 1, "used_at": now}
         if residency.in_flight == 1 and residency.state is ResidencyState.READY:
-            keep = residency.keep_alive_seconds
-            changes["expires_at"] = None if keep < 0 else now + keep
+            changes["expires_at"] = expiry(residency.keep_alive_seconds, now)
         return self.update(key, **changes)
