@@ -13,6 +13,7 @@ from typing import Protocol
 from router.core.entities import ModelFacts
 from router.sim.batching import Done
 from router.sim.cards import CardBook, SimCard
+from router.sim.faults import Breakable, Fault, plan_faults
 from router.sim.host import Host, Tally
 from router.sim.loading import LoadLines, PageCache
 from router.sim.requests import HUNG_UP, SERVED, Request
@@ -35,13 +36,14 @@ class Scenario:
     sessions: tuple[Session, ...]
     seconds: float
     active_shares: Mapping[str, float] = field(default_factory=dict[str, float])
+    faults: tuple[Fault, ...] = ()
     world: World = WORLD
     page_cache_bytes: int = 112 * GIB
     cold_start: bool = False
     """True: no model's file is in the page cache at the start."""
 
 
-class Contestant(Protocol):
+class Contestant(Breakable, Protocol):
     """Whatever takes requests and serves them on a host."""
 
     def start(self) -> None:
@@ -91,6 +93,7 @@ class Simulation:
         """Plays to the end. `after_each` is called after each thing that happens."""
         timeline, scenario = self.host.timeline, self._scenario
         self.contestant.start()
+        plan_faults(self.host, self.contestant, scenario.faults)
         for session in scenario.sessions:
             self._plan_turn(session, 0, 0.0)
         limit = scenario.seconds + _GRACE_SECONDS

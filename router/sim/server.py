@@ -107,6 +107,8 @@ class SimServer:
     def kill(self) -> None:
         """The server dies with all its runners: memory is free at once, and every request ends."""
         jobs = [*([self._placing] if self._placing else []), *self._pending]
+        for job in jobs:
+            job.gone = True
         self._pending.clear()
         self._placing, self._waits_for = None, None
         self._life += 1
