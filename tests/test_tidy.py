@@ -21,7 +21,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "config_tree": frozenset(),
     "tasks": frozenset(),
     "config_values": frozenset({"core"}),  # the one reader of Ollama's durations is core/keepalive.py
-    "settings": frozenset({"config_tree", "config_values"}),
+    "sections": frozenset({"config_values"}),
+    "settings": frozenset({"config_tree", "config_values", "sections", "core"}),
     "tuning": frozenset({"settings"}),
     "sim": frozenset({"core"}),
     "engine": frozenset({"core", "errors", "tasks"}),
@@ -30,7 +31,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "observe": frozenset({"core", "errors", "", "tasks"}),
     "gateway": frozenset({"core", "errors", "engine", "fleet", "observe", "tasks", ""}),
     "rig": frozenset({"core", "sim", "fleet", "errors", "tasks", "config_tree", ""}),
-    "docs": frozenset({"core", "settings", "config_tree", "config_values"}),
+    "docs": frozenset({"core", "settings", "config_tree", "config_values", "gateway"}),
     "status_cli": frozenset({""}),
     "scenarios": frozenset({"core", "sim", "rig", "fleet"}),
     "simulate_cli": frozenset({"rig", "sim", "scenarios"}),
