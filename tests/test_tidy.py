@@ -34,7 +34,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "docs": frozenset({"core", "settings", "config_tree", "config_values", "gateway"}),
     "status_cli": frozenset({""}),
     "scenarios": frozenset({"core", "sim", "rig", "fleet"}),
-    "simulate_cli": frozenset({"rig", "sim", "scenarios"}),
+    "simulate_cli": frozenset({"core", "rig", "sim", "scenarios"}),
+    "simulate_picture": frozenset(),
 }
 """What each layer may import of the router; `` is the package itself, for its version. `app`, `cli`: anything below."""
 
@@ -62,7 +63,9 @@ CORE_LIBRARIES = frozenset(
 )  # fmt: skip
 """Standard modules without clock, socket, environment, file or random source."""
 
-ENTRY_POINTS = frozenset({"router.__main__", "router.cli", "router.docs", "router.rig.server", "router.simulate_cli"})
+ENTRY_POINTS = frozenset(
+    {"router.__main__", "router.cli", "router.docs", "router.rig.server", "router.sim.chaos", "router.simulate_picture"}
+)
 """Modules that are started by name, so that no other module need import them."""
 
 

@@ -70,6 +70,8 @@ class Outcome:
     tally: Tally
     book: CardBook
     ended_at: float
+    planned: int
+    """How many requests the sessions have; those after one that never ended did not arrive."""
 
 
 class Simulation:
@@ -105,7 +107,8 @@ class Simulation:
         for request in self._requests:
             if not request.outcome:
                 request.outcome = UNFINISHED
-        return Outcome(tuple(self._requests), self.host.tally, self.host.book, timeline.now)
+        planned = sum(len(session.turns) for session in scenario.sessions)
+        return Outcome(tuple(self._requests), self.host.tally, self.host.book, timeline.now, planned)
 
     def _plan_turn(self, session: Session, index: int, not_before: float) -> None:
         if index < len(session.turns):
