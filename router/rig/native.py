@@ -16,13 +16,14 @@ from typing import Any, cast
 
 from router.rig.completion import Ask, Outcome, RunnerFailedError, complete
 from router.rig.config import now_text
+from router.rig.gguf_header import single
 from router.rig.http import ClientLeftError, Request
 from router.rig.loaded import Loaded
 from router.rig.options import Options
 from router.rig.service import Service
 from router.rig.sink import ApiError, Sink
 from router.rig.store import DEFAULT_TEMPLATE, Stored
-from router.rig.talk import Piece, Wish, logprobs_of, prompt_tokens, single, token_ids, vector
+from router.rig.talk import Piece, Wish, logprobs_of, prompt_tokens, token_ids, vector
 
 _SHARED = {"model": "string", "stream": "bool", "format": "any", "keep_alive": "any", "options": "map", "think": "any",
            "truncate": "bool", "shift": "bool", "logprobs": "bool", "top_logprobs": "number"}  # fmt: skip

@@ -20,8 +20,8 @@ from http import HTTPStatus
 
 from router.rig import anthropic, manage, native, openai, responses
 from router.rig.body import Fields, dump
-from router.rig.config import Config
-from router.rig.http import Request, Response
+from router.rig.config import Config, log
+from router.rig.http import ClientLeftError, Request, Response
 from router.rig.pull import pull, push
 from router.rig.service import Service
 from router.rig.sink import JSON, ApiError, Sink, refuse
@@ -133,6 +133,12 @@ class Router:
             await self._serve(request, response)
         except ApiError as error:
             await refuse(response, error.status, error.message)
+        except ClientLeftError:
+            raise
+        except Exception as error:
+            log("ERROR", "panic", path=request.path, error=repr(error))
+            if not response.begun:
+                response.whole(500)
         finally:
             _log_request(request, response, time.monotonic() - began)
 

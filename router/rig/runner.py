@@ -76,6 +76,7 @@ class Runner:
     sequences: dict[int, Sequence] = field(default_factory=dict[int, Sequence])
     unread: bytes = b""
     marked_at: float = 0.0
+    is_on_cards: bool = False
 
     def serve(self) -> None:
         """Until killed."""
@@ -123,7 +124,8 @@ class Runner:
 
     def _load(self, message: dict[str, Any]) -> None:
         self.pace = Pace(**message["pace"])
-        if self.directory is not None and message["bytes"]:
+        self.is_on_cards = bool(message["bytes"])
+        if self.directory is not None and self.is_on_cards:
             try:
                 vram.allocate(self.directory, message["bytes"])
             except vram.OutOfMemoryError as error:
@@ -183,7 +185,7 @@ class Runner:
 
     def _mark_busy(self) -> None:
         now = time.monotonic()
-        if self.directory is not None and now - self.marked_at > _BUSY_MARK_SECONDS:
+        if self.directory is not None and self.is_on_cards and now - self.marked_at > _BUSY_MARK_SECONDS:
             self.marked_at = now
             path = self.directory / "vram" / f"{os.getpid()}.busy"
             path.write_text(str(now), encoding="utf-8")

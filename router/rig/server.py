@@ -67,6 +67,8 @@ class Server:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log("ERROR", "the emulation has a fault of its own", error=repr(error))
+            self._exit_code = 70
+            self._ended.set()
 
     def _behaviour(self, model: str) -> Behaviour:
         return behaviour(self._faults, self._instance, (card.uuid for card in self.config.cards), model)

@@ -157,7 +157,7 @@ def example_of(schema: Any) -> Any:
         if given.get(key):
             return example_of(given[key][0])
     kinds: Any = given.get("type", "object" if "properties" in given else "string")
-    kind = str(cast("list[Any]", kinds)[0] if isinstance(kinds, list) and kinds else kinds)
+    kind = str(cast("list[Any]", kinds)[0] if isinstance(kinds, list) and kinds else cast("Any", kinds))
     if kind == "object":
         properties = cast("dict[str, Any]", given.get("properties") or {})
         return {name: example_of(inner) for name, inner in properties.items()}
@@ -172,11 +172,6 @@ def vector(text: str, length: int) -> list[float]:
     raw = [chance.gauss(0.0, 1.0) for _ in range(length)]
     norm = sum(value * value for value in raw) ** 0.5 or 1.0
     return [struct.unpack("f", struct.pack("f", value / norm))[0] for value in raw]
-
-
-def single(value: float) -> float:
-    """A single-precision value that prints as short as it can, as Go prints float32."""
-    return float(f"{value:.8g}")
 
 
 def token_ids(text: str) -> list[int]:

@@ -58,7 +58,7 @@ def free_bytes(directory: Path, without: int | None = None) -> dict[str, int]:
     lost = read_json(directory / "lost.json")
     return {
         card["uuid"]: card["memory_total_bytes"] - card["memory_reserved_bytes"] - used.get(card["uuid"], 0)
-        for card in read_json(directory / "rig.json")["cards"]
+        for card in read_json(directory / "rig.json").get("cards", [])
         if card["uuid"] not in lost
     }
 
