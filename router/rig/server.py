@@ -33,6 +33,8 @@ from router.rig.service import Service
 from router.rig.store import Store
 from router.sim.world import WORLD
 
+INSTANCE_VARIABLE = "LLAMAYARD_INSTANCE"
+"""`RUN:NAME`, by which the router marks its children (router/fleet/process.py, whose imports are too many here)."""
 _FAULTS_POLL_SECONDS = 0.2
 _YOUNG_ARE_SPARED_FROM = (0, 21)
 
@@ -42,7 +44,7 @@ class Server:
 
     def __init__(self, config: Config, environment: Mapping[str, str]) -> None:
         self.config = config
-        self._instance = environment.get("LLAMAYARD_INSTANCE", "")
+        self._instance = environment.get(INSTANCE_VARIABLE, "").rpartition(":")[2]
         self._faults: tuple[Fault, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
