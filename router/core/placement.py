@@ -90,7 +90,10 @@ def place(snapshot: Snapshot, estimate: Estimate, model: ModelFacts, options: Ru
     alive = [v for v in snapshot.instances.values() if v.state in _ALIVE]
     if not alive:
         return NoFit("no_instance", "no Ollama instance is running: " + _states(snapshot))
-    candidates = [_candidate(snapshot, estimate, v, model, options) for v in alive]
+    holding = [v for v in alive if model.is_on(v.spec)]
+    if not holding:
+        return NoFit("no_instance", f"no instance that has model '{model.name}' is running: " + _states(snapshot))
+    candidates = [_candidate(snapshot, estimate, v, model, options) for v in holding]
     group = _smallest_holding(candidates)
     if not group:
         return _too_large(snapshot, candidates, model)
