@@ -114,8 +114,11 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
     if view is None or view.state is not InstanceState.READY:
         return
     listed = {row.model.blob: row for row in event.models if row.model is not None}
+    digests = {row.digest for row in event.models}
     for key, residency in list(fleet.residencies.items()):
-        if key[0] == event.instance and key[1] not in listed and _is_gone(residency, event, fleet):
+        # A model whose name was given to another since is still listed, by the digest that it was loaded with.
+        absent = key[1] not in listed and residency.model.digest not in digests
+        if key[0] == event.instance and absent and _is_gone(residency, event, fleet):
             fleet.forget(key)
     for blob, row in listed.items():
         known = fleet.residencies.get((event.instance, blob))

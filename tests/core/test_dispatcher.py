@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from router.core.entities import GpuUuid, InstanceName, InstanceState, LoadId, Policy, ResidencyState, RunnerOptions
@@ -370,6 +372,16 @@ def test_a_listing_that_was_asked_for_before_a_load_ended_forgets_nothing(one: P
     one.finish_load(_only_load(one))
     one.post(ResidencyRead(InstanceName("gpu0"), (), one.now - 0.1))
     assert one.state("gpu0", SMALL) is ResidencyState.READY
+
+
+def test_a_model_whose_name_means_another_by_now_is_still_listed(one: Play) -> None:
+    one.arrive(SMALL)
+    one.work_through()
+    row = LoadedModel(SMALL.name, SMALL.digest, 10, 10, None, model=None)
+    one.post(ResidencyRead(InstanceName("gpu0"), (row,), one.now))
+    assert one.state("gpu0", SMALL) is ResidencyState.READY
+    one.post(ResidencyRead(InstanceName("gpu0"), (replace(row, digest="another"),), one.now))
+    assert one.residency("gpu0", SMALL) is None
 
 
 def test_a_listing_tells_the_true_size(one: Play) -> None:
