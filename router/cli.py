@@ -1,4 +1,4 @@
-"""The `llamayard` command: serve, status, check-config, version. The only place that picks uvloop, and that prints.
+"""The `llamayard` command: serve, status, check-config, simulate, version. Only this picks uvloop, and prints.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback.
 """
@@ -16,7 +16,7 @@ from typing import Any, cast
 import uvloop
 from pydantic import BaseModel
 
-from router import __version__
+from router import __version__, simulate_cli
 from router.app import serve
 from router.config_tree import dotted_keys, origin_of
 from router.settings import (
@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check-config", help="show every key's effective value and where it comes from")
     _add_configuration(check)
     check.set_defaults(run=_check_config)
+    simulate = commands.add_parser("simulate", help="play the router and stock servers over SIMULATED cards")
+    simulate_cli.add_arguments(simulate)
+    simulate.set_defaults(run=simulate_cli.run)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser

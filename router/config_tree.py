@@ -118,7 +118,12 @@ def unknown_keys(tree: Mapping[str, Any], model: type[BaseModel], prefix: str = 
             yield f"{prefix}{name}: unknown key; {_nearest(name, known, model, prefix)}"
             continue
         section, in_list = section_of(model.model_fields[name].annotation)
-        if section is not None and not in_list and isinstance(value, Mapping):
+        named = named_section_of(model.model_fields[name].annotation)
+        if named is not None and isinstance(value, Mapping):
+            for own, item in cast("Mapping[str, object]", value).items():
+                if isinstance(item, Mapping):
+                    yield from unknown_keys(cast("Mapping[str, Any]", item), named, f"{prefix}{name}.{own}.")
+        elif section is not None and not in_list and isinstance(value, Mapping):
             yield from unknown_keys(cast("Mapping[str, Any]", value), section, f"{prefix}{name}.")
         elif section is not None and in_list and isinstance(value, list | tuple):
             for at, item in enumerate(cast("list[object]", value)):
@@ -139,8 +144,13 @@ def section_of(annotation: object) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
+def named_section_of(annotation: object) -> type[BaseModel] | None:
+    """The model of each entry, where a field holds a mapping of them by names of the user's own."""
+    return section_of(get_args(annotation)[1])[0] if get_origin(annotation) is dict else None
+
+
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key of the model by its dotted name, in the order of declaration; a list counts as one key."""
+    """Every key of the model by its dotted name, in the order of declaration; a list or mapping counts as one key."""
     for name, info in model.model_fields.items():
         section, in_list = section_of(info.annotation)
         if section is not None and not in_list:

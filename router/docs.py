@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from router.config_tree import section_of
+from router.config_tree import named_section_of, section_of
 from router.config_values import bytes_text
 from router.core.lifecycle import state_diagram
 from router.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, InstanceSettings, Settings
@@ -30,7 +30,14 @@ _SAMPLES: Mapping[str, object] = {
 }
 """What the example file shows, commented out, for keys whose default is to be unset."""
 
-_ENV_SAMPLES = {"ollama.env": '{OLLAMA_DEBUG: "1"}', "ollama.instance_env": '{spread: {OLLAMA_GPU_OVERHEAD: "0"}}'}
+_NAMED_SAMPLES = {
+    "ollama.env": '{OLLAMA_DEBUG: "1"}',
+    "ollama.instance_env": '{spread: {OLLAMA_GPU_OVERHEAD: "0"}}',
+    "models": "{qwen3:8b: {options: pass}}",
+    "aliases": "{gpt-4o: llama3.3:70b}",
+    "fallbacks": "{llama3.3:70b: {to: [qwen3:8b], reasons: [too_large, queue_full]}}",
+}
+"""What the example file shows behind mappings, which are empty by default."""
 
 _INSTANCE_SAMPLES = """\
 # instances:
@@ -76,6 +83,10 @@ def configuration_document() -> str:
         if section is not None and not in_list:
             lines += _section_lines(name, f"{name}.", section, (section.__doc__ or "").strip())
     lines += _section_lines("instances[]", "instances[].", InstanceSettings, (InstanceSettings.__doc__ or "").strip())
+    for name, info in Settings.model_fields.items():
+        named = named_section_of(info.annotation)
+        if named is not None:
+            lines += _section_lines(f"{name}.NAME", f"{name}.NAME.", named, (named.__doc__ or "").strip())
     lines += ["## Variables that cannot be set", ""]
     lines += ["In `ollama.env`, `ollama.instance_env` and `instances[].env`:", ""]
     lines += [f"- `{name}`: {reason}." for name, reason in RESERVED_VARIABLES.items()]
@@ -133,8 +144,9 @@ def _rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
         if section is not None and not in_list:
             continue
         key, variable = f"`{prefix}{name}`", f"{ENVIRONMENT_PREFIX}{prefix}{name}".upper().replace(".", "__")
-        cell = key if "[]" in prefix else f"{key}<br>`{variable}`"
+        cell = key if "[]" in prefix or ".NAME." in prefix else f"{key}<br>`{variable}`"
         kind = "list, see below" if in_list else kind_of(name, info)
+        kind = "mapping, see below" if named_section_of(info.annotation) is not None else kind
         yield f"| {cell} | {kind} | {_default_words(name, info)} | {info.description} |".replace("*", "\\*")
 
 
@@ -158,6 +170,8 @@ def _type_words(annotation: object) -> str:
     if origin is tuple:
         return "list of text"
     if origin is dict:
+        if named_section_of(annotation) is not None:
+            return "mapping"
         return "mapping of mappings" if get_origin(arguments[1]) is Annotated else "mapping of text"
     names: dict[object, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
     return names.get(annotation, "path")
@@ -201,6 +215,8 @@ def _long_list(value: object) -> list[object] | None:
 
 
 def _default_words(name: str, info: FieldInfo) -> str:
+    if info.is_required():
+        return "must be given"
     value = _plain(_default(info))
     if value is None:
         return "unset"
@@ -228,7 +244,7 @@ def _example_lines(dotted: str, key: str, info: FieldInfo, indent: str) -> list[
     if items := _long_list(value):
         return [*lines, f"{indent}{key}:", *(f"{indent}  - {_yaml(item)}" for item in items)]
     text = bytes_text(cast("int", value)) if key.endswith("_bytes") else _yaml(value)
-    sample = f"   # e.g. {_ENV_SAMPLES[dotted]}" if dotted in _ENV_SAMPLES else ""
+    sample = f"   # e.g. {_NAMED_SAMPLES[dotted]}" if dotted in _NAMED_SAMPLES else ""
     return [*lines, f"{indent}{key}: {text}{sample}"]
 
 

@@ -132,8 +132,10 @@ class Engine:
             return True
         future: asyncio.Future[None] = self._loop.create_future()
         self._until.append((is_so, future))
-        done, _ = await asyncio.wait({future}, timeout=deadline_seconds)
-        self._until = [each for each in self._until if each[1] is not future]
+        try:
+            done, _ = await asyncio.wait({future}, timeout=deadline_seconds)
+        finally:
+            self._until = [each for each in self._until if each[1] is not future]
         return bool(done)
 
     # --- the one way in ------------------------------------------------------------------------------------
@@ -202,6 +204,8 @@ class Lease:
         self._engine = engine
         self._ticket = ticket
         self._runner_lost = False
+        self._decision: Grant | Reject | None = None
+        self._decided = asyncio.Event()
         self.grant: Grant | None = None
 
     async def __aenter__(self) -> Grant:
@@ -210,17 +214,17 @@ class Lease:
         Raises:
             RouterError: the request was rejected (queue full, waited out, too large, …).
         """
-        future: asyncio.Future[Grant | Reject] = asyncio.get_running_loop().create_future()
-        self._engine.submit(self._ticket, lambda decision: _resolve(future, decision))
+        self._engine.submit(self._ticket, self._decide)
         try:
-            decision = await future
+            await self._decided.wait()
         except asyncio.CancelledError:
-            self._abandon(future)
+            self._abandon()
             raise
-        if isinstance(decision, Reject):
-            raise rejection(decision)
-        self.grant = decision
-        return decision
+        assert self._decision is not None
+        if isinstance(self._decision, Reject):
+            raise rejection(self._decision)
+        self.grant = self._decision
+        return self._decision
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -231,18 +235,16 @@ class Lease:
         """The runner died under this request: the model has to be loaded anew before the slot is used again."""
         self._runner_lost = True
 
-    def _abandon(self, future: asyncio.Future[Grant | Reject]) -> None:
-        """A grant may have come in the very moment in which the client left."""
-        granted = future.done() and not future.cancelled() and isinstance(future.result(), Grant)
-        if granted:
+    def _decide(self, decision: Grant | Reject) -> None:
+        self._decision = decision
+        self._decided.set()
+
+    def _abandon(self) -> None:
+        """A grant may have come in the very moment in which the client left, before or after it was told to leave."""
+        if isinstance(self._decision, Grant):
             self._engine.release(self._ticket.id)
         else:
             self._engine.cancel(self._ticket.id)
-
-
-def _resolve(future: asyncio.Future[Grant | Reject], decision: Grant | Reject) -> None:
-    if not future.done():
-        future.set_result(decision)
 
 
 def rejection(reject: Reject) -> RouterError:

@@ -29,6 +29,18 @@ class ModelNotFound(RouterError):
     status, code = 404, "model_not_found"
 
 
+class NotSupported(RouterError):
+    """The servers behind are too old for what was asked."""
+
+    status, code = 404, "not_supported"
+
+
+class LayoutUnavailable(RouterError):
+    """The cards that the request insists on cannot serve it; the message says why."""
+
+    status, code = 409, "layout_unavailable"
+
+
 class BodyTooLarge(RouterError):
     status, code = 413, "body_too_large"
 
@@ -43,6 +55,12 @@ class ModelTooLarge(RouterError):
     """Fits nowhere, not even over all cards; the message says bytes needed and bytes there are."""
 
     status, code = 422, "model_too_large"
+
+
+class ServerRefused(RouterError):
+    """The server's own error, with its words and status, where its answer itself cannot be passed on any more."""
+
+    status, code = 502, "server_error"
 
 
 class LoadFailed(RouterError):
@@ -81,9 +99,12 @@ _BY_CODE: dict[str, type[RouterError]] = {
         BadRequest,
         Forbidden,
         ModelNotFound,
+        NotSupported,
+        LayoutUnavailable,
         BodyTooLarge,
         UnsupportedEncoding,
         ModelTooLarge,
+        ServerRefused,
         LoadFailed,
         InstanceLost,
         QueueFull,

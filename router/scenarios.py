@@ -17,7 +17,9 @@ from router.core.entities import ModelFacts, Policy
 from router.fleet.model_facts import read_facts
 from router.fleet.ollama import ShowReply, TagRow
 from router.rig.catalogue import Entry, catalogue, weights_text
+from router.rig.facts import active_share
 from router.rig.spec import RigSpec, parse_spec
+from router.rig.store import Header
 from router.sim.cards import SimCard
 from router.sim.contestants.floor import Floor
 from router.sim.contestants.llamayard import Llamayard, Seen
@@ -27,7 +29,10 @@ from router.sim.runner import MakeContestant, Scenario
 from router.sim.workload import TRACE, Demand, Mix, TraceRow, make_sessions, read_trace
 from router.sim.world import WORLD, true_bytes
 
+_CACHED_SHARE = 0.8
+"""So much of the host's memory holds files that were read, as in the emulated rig."""
 BASE_REQUESTS_PER_SECOND = 0.46
+RATES: Mapping[tuple[str, str], float] = {}
 
 _TEAM = ("llama3.3:70b", "qwen2.5-coder:32b", "qwen2.5:14b", "llama3.1:8b", "llama3.2:3b", "nomic-embed-text:latest")
 _WIDE_96 = (
@@ -71,8 +76,8 @@ class Wanted:
     mix: str = "team"
     seed: int = 1
     seconds: float = 480.0
-    rate_factor: float = 1.0
-    """Times 0.46 requests a second."""
+    requests_per_second: float | None = None
+    """None: as set for this rig and mix."""
     users: int = 12
     trace: Path = TRACE
     cold_start: bool = False
@@ -87,16 +92,17 @@ def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenar
     rig = parse_spec(wanted.rig)
     mix = mix_named(wanted.mix, rig)
     models = {name: model_facts(name) for name in mix.names}
-    demand = Demand(wanted.seconds, BASE_REQUESTS_PER_SECOND * wanted.rate_factor, wanted.users)
+    rate = wanted.requests_per_second or RATES.get((wanted.rig, wanted.mix), BASE_REQUESTS_PER_SECOND)
+    demand = Demand(wanted.seconds, rate, wanted.users)
     sessions = make_sessions(rows or read_trace(wanted.trace), mix, models, demand, wanted.seed)
     return Scenario(
         cards=sim_cards(rig),
         models=models,
         sessions=sessions,
         seconds=wanted.seconds,
-        active_shares={name: active_share(catalogue()[name]) for name in mix.names},
+        active_shares={name: _active_share(catalogue()[name]) for name in mix.names},
         cold_start=wanted.cold_start,
-        page_cache_bytes=rig.ram_bytes - 16 * 1024**3,
+        page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
     )
 
 
@@ -151,11 +157,8 @@ def model_facts(name: str) -> ModelFacts:
     return facts
 
 
-def active_share(entry: Entry) -> float:
-    """Of the weights, what a token uses: all but for a mixture of experts, whose experts are nearly all of it."""
-    arch = str(entry.metadata["general.architecture"])
-    count = int(entry.metadata.get(f"{arch}.expert_count", 0))
-    return int(entry.metadata[f"{arch}.expert_used_count"]) / count if count else 1.0
+def _active_share(entry: Entry) -> float:
+    return active_share(Header(entry.metadata, entry.tensors, is_noise=False))
 
 
 def large_models(scene: Scenario) -> frozenset[str]:

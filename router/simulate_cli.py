@@ -6,10 +6,15 @@ No card, no server and no socket is needed. Everything it prints is simulated, a
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from router.core.entities import ModelFacts
 from router.rig.spec import SpecError
 from router.scenarios import (
     CONTESTANTS,
@@ -20,45 +25,63 @@ from router.scenarios import (
     large_models,
     scenario,
 )
+from router.sim.contestants.llamayard import Llamayard
+from router.sim.host import Host
+from router.sim.invariants import Invariants
 from router.sim.metrics import Report, Waits, report
-from router.sim.runner import Simulation
-from router.sim.workload import TRACE, TraceError
+from router.sim.record import record
+from router.sim.runner import Contestant, Outcome, Simulation
+from router.sim.workload import TRACE, TraceError, TraceRow
 
 _DEFAULT = ("floor", "stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard")
+_NO_FILES = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """One run with its figures."""
+
+    policy: str
+    wanted: Wanted
+    outcome: Outcome
+    report: Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rig", default="4x3090", metavar="SPEC", help="cards: 4x3090, 4090+3090, 2xa6000 or a file")
-    parser.add_argument("--mix", default="team", help=f"{', '.join(MIXES)}, or models of the catalogue: a:8b,b:70b=2")
-    parser.add_argument(
-        "--trace", type=Path, default=TRACE, metavar="FILE", help="CSV of arrivals (else a built-in one)"
-    )
-    parser.add_argument("--policy", action="append", metavar="NAME", help=f"of: {', '.join(CONTESTANTS)}; repeatable")
-    parser.add_argument("--seed", type=int, action="append", help="repeatable (default 1)")
-    parser.add_argument("--seconds", type=float, default=480.0, help="how long requests arrive (default 480)")
-    parser.add_argument("--rate", type=float, default=1.0, help="times 0.46 requests a second (default 1)")
-    parser.add_argument("--users", type=int, default=12)
-    parser.add_argument("--cold", action="store_true", help="no model is in the page cache at the start")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    """The command's own arguments."""
+    add = parser.add_argument
+    add("--rig", default="4x3090", metavar="SPEC", help="cards: 4x3090, 4090+3090, 2xa6000, h100 or a file")
+    add("--mix", default="team", help=f"{', '.join(MIXES)}, or models of the catalogue: llama3.1:8b,llama3.3:70b=2")
+    add("--trace", type=Path, default=TRACE, metavar="FILE", help="CSV of arrivals and tokens (else a built-in one)")
+    add("--policy", action="append", metavar="NAME", help=f"of: {', '.join(CONTESTANTS)}; repeatable")
+    add("--seed", type=int, action="append", help="repeatable (default 1)")
+    add("--seconds", type=float, default=480.0, help="how long requests arrive (default 480)")
+    add("--rate", type=float, default=None, help="requests a second (default: by rig and mix)")
+    add("--users", type=int, default=12)
+    add("--check", action="store_true", help="hold the router to its rules after everything that happens")
+    add("--cold", action="store_true", help="no model is in the page cache at the start")
+    add("--out", default="simulated", metavar="DIR", help=f"where JSON and picture go; {_NO_FILES} writes none")
+    add("--json", action="store_true", help="print JSON instead of the table")
 
 
-def run(given: argparse.Namespace) -> int:
+def run(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Plays what is asked for and prints it; 2 for a mistake in the asking."""
+    del environment
     try:
-        rows = [
-            (policy, seed, play(policy, _wanted(given, seed)))
+        runs = [
+            play(policy, _wanted(given, seed), check=given.check)
             for seed in given.seed or [1]
             for policy in given.policy or _DEFAULT
-        ]
+        ]  # fmt: skip
     except (ScenarioError, SpecError, TraceError) as error:
         sys.stderr.write(f"llamayard: {error}\n")
         return 2
     if given.json:
-        data = [{"policy": policy, "seed": seed, **result.as_dict()} for policy, seed, result in rows]
-        sys.stdout.write(json.dumps({"simulated": True, "runs": data}, indent=2) + "\n")
-        return 0
-    sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}, {given.seconds:g} s, rate x{given.rate:g}\n")
-    sys.stdout.write(table(rows))
+        sys.stdout.write(json.dumps({"simulated": True, "runs": [_summary(one) for one in runs]}, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}, {given.seconds:g} s of arrivals\n{table(runs)}")
+    if given.out != _NO_FILES:
+        _write(runs, Path(given.out))
     return 0
 
 
@@ -66,38 +89,72 @@ def _wanted(given: argparse.Namespace, seed: int) -> Wanted:
     return Wanted(given.rig, given.mix, seed, given.seconds, given.rate, given.users, given.trace, given.cold)
 
 
-def play(policy: str, wanted: Wanted) -> Report:
-    """One run."""
-    scene = scenario(wanted)
-    outcome = Simulation(scene, contestant(policy)).run()
-    return report(outcome, large_models(scene))
+def play(policy: str, wanted: Wanted, rows: tuple[TraceRow, ...] | None = None, *, check: bool = False) -> Played:
+    """One run. `check`: an InvariantError as soon as the router breaks a rule."""
+    scene = scenario(wanted, rows)
+    rules = Invariants()
+    make = contestant(policy, seen=rules.seen if check else None)
+
+    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
+        made = make(host, models)
+        if check and isinstance(made, Llamayard):
+            rules.watch(made, host)
+        return made
+
+    outcome = Simulation(scene, watched).run(rules.after_each)
+    return Played(policy, wanted, outcome, report(outcome, large_models(scene)))
 
 
-def table(rows: list[tuple[str, int, Report]]) -> str:
+def table(runs: list[Played]) -> str:
+    """One line a run, in-time share first."""
     head = (
-        f"{'policy':<18}{'seed':>5}{'reqs':>6}{'in time':>9}{'errors':>7}  {'one card p50/95/99':<20}"
-        f"{'several cards':<20}{'tok/s':>6}{'GB':>7}{'spills':>7}{'oom':>5}{'jain':>6}  busy"
+        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one card':<16}"
+        f"{'several cards':<16}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  cards busy"
     )
-    return "\n".join([head, *(_line(*row) for row in rows)]) + "\n"
+    return "\n".join([head, *(_line(one.policy, one.wanted.seed, one.report) for one in runs)]) + "\n"
 
 
 def _line(policy: str, seed: int, result: Report) -> str:
     busy = " ".join(f"{share:.0%}" for share in result.busy_shares)
     return (
-        f"{policy:<18}{seed:>5}{result.requests:>6}{result.in_time_share:>9.1%}{result.errors:>7}  "
-        f"{_waits(result.small):<20}{_waits(result.large):<20}{result.tokens_per_second:>6.0f}"
-        f"{result.loaded_gb:>7.0f}{result.spills:>7}{result.out_of_memory:>5}{result.jain:>6.2f}  {busy}"
+        f"{policy:<18}{seed:>5}{result.requests:>9}{result.in_time_share:>9.1%}{result.errors:>7}  "
+        f"{_waits(result.small):<16}{_waits(result.large):<16}{result.tokens_per_second:>6.0f}"
+        f"{result.loaded_gb:>6.0f}{result.spills:>7}{result.out_of_memory:>4}{result.jain:>6.2f}  {busy}"
     )
 
 
 def _waits(waits: Waits) -> str:
+    """p50/p95/p99 in seconds."""
     return f"{waits.p50:.1f}/{waits.p95:.1f}/{waits.p99:.1f}" if waits.count else "-"
+
+
+def _summary(one: Played) -> dict[str, object]:
+    return {"policy": one.policy, "rig": one.wanted.rig, "mix": one.wanted.mix, "seed": one.wanted.seed,
+            **one.report.as_dict()}  # fmt: skip
+
+
+def _write(runs: list[Played], folder: Path) -> None:
+    """A JSON and a picture a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = importlib.util.find_spec("matplotlib") is not None
+    for one in runs:
+        name = f"{one.wanted.rig}-{one.wanted.mix}-{one.policy}-{one.wanted.seed}".replace("/", "_").replace(":", "_")
+        title = f"SIMULATED {one.wanted.rig}, {one.wanted.mix}, {one.policy}, seed {one.wanted.seed}: "
+        title += f"{one.report.in_time_share:.0%} in time, {one.report.loaded_gb:.0f} GB loaded"
+        path = folder / f"{name}.json"
+        data = {"simulated": True, "title": title, "summary": _summary(one), "run": record(one.outcome)}
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        if draws:
+            command = [sys.executable, "-m", "router.simulate_picture", str(path), str(path.with_suffix(".svg"))]
+            subprocess.run(command, check=True)
+    if not draws:
+        sys.stderr.write("llamayard: no pictures without matplotlib: pip install 'llamayard[sim]'\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="llamayard simulate")
     add_arguments(parser)
-    return run(parser.parse_args())
+    return run(parser.parse_args(), {})
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_every_shipped_configuration_is_accepted(path: Path) -> None:
     load_settings(path, {})
 
 
-READERS_OF_KEYS = frozenset({"router/settings.py", "router/docs.py"})
+READERS_OF_KEYS = frozenset({"router/settings.py", "router/sections.py", "router/docs.py"})
 
 
 def test_every_key_is_used_somewhere() -> None:

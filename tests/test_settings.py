@@ -80,6 +80,10 @@ def test_instances_by_hand_end_discovery_unless_it_is_asked_for(
         ({"port": "1"}, "port: unknown key; did you mean `server.port`?"),
         ({"ollama.OLLAMA_HOST": "x"}, "ollama.OLLAMA_HOST: unknown key;"),
         ({"instances": [{"name": "a", "gpu": []}]}, "instances.0.gpu: unknown key; did you mean `instances.0.gpus`?"),
+        (
+            {"models": {"a:1b": {"option": "pass"}}},
+            "models.a:1b.option: unknown key; did you mean `models.a:1b.options`?",
+        ),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_right_one(overrides: dict[str, Any], told: str) -> None:
@@ -115,6 +119,11 @@ def test_what_the_router_gives_its_children_is_no_setting() -> None:
         ({"instances": [{"name": "a"}, {"name": "a"}]}, ["two instances", "'a'"]),
         ({"instances": [{"url": "http://h:1", "env": {"A": "b"}}]}, ["instances.0", "env", "attached"]),
         ({"ollama.kv_cache_type": "q8_0"}, ["kv_cache_type", "flash_attention: true"]),
+        ({"models": {"a": {"options": "keep"}}}, ["models.a.options", "'keep'", "pass"]),
+        ({"models": {"a b": {}}}, ["invalid model name", "a b"]),
+        ({"aliases": {"gpt-4o": "big", "GPT-4": "gpt-4o:latest"}}, ["aliases", "GPT-4", "another alias"]),
+        ({"fallbacks": {"a": {"to": []}}}, ["fallbacks.a.to", "1 item"]),
+        ({"fallbacks": {"a": {"to": ["b"], "reasons": ["slow"]}}}, ["fallbacks.a.reasons", "queue_full"]),
     ],
 )
 def test_a_wrong_value_is_told_with_its_key_and_what_would_do(overrides: dict[str, Any], told: list[str]) -> None:

@@ -62,9 +62,10 @@ from router.core.events import (
 )
 from router.core.fairness import TokenCounters
 from router.core.ids import LoadIds
+from router.core.keepalive import merged_keep_alive
 from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.seeking import seek, seek_replica
-from router.core.state import FleetState
+from router.core.state import FleetState, expiry
 from router.core.waitqueue import GroupKey, WaitQueue, group_of
 
 _LOOK_AGAIN_SECONDS = 1.0
@@ -104,9 +105,7 @@ class Dispatcher:
     def next_wake(self) -> float | None:
         """When `Ticked` is next due, or None while only events can change anything."""
         times = [
-            r.expires_at
-            for r in self._fleet.residencies.values()
-            if r.expires_at is not None and r.is_idle and not self._queue.waits_for(r.blob)
+            r.expires_at for r in self._fleet.residencies.values() if r.expires_at is not None and self._can_expire(r)
         ]
         timeout = plans.next_timeout(self._fleet)
         if timeout is not None:
@@ -114,6 +113,12 @@ class Dispatcher:
         if len(self._queue):
             times += [self._queue.next_deadline() or float("inf"), self._wake_hint]
         return min(times, default=None)
+
+    def _can_expire(self, residency: Residency) -> bool:
+        """True where time alone has it unloaded: idle and not waited for, or an unload to be sent again."""
+        if residency.state is ResidencyState.UNLOADING:
+            return True
+        return residency.is_idle and not self._queue.waits_for(residency.blob)
 
     # --- events --------------------------------------------------------------------------------------------
 
@@ -235,7 +240,8 @@ class Dispatcher:
         self._fleet.loaded(residency.model.weights_bytes, now - (now if sent_at is None else sent_at))
         rules.finish_reservation(self._fleet, event.load_id, now)
         sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
-        self._fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, **sizes)
+        until = expiry(residency.keep_alive_seconds, now)
+        self._fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, **sizes)
         if residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes:
             share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
             words = f"came out {share:.0f} % on the CPU on {residency.instance}"
@@ -263,7 +269,8 @@ class Dispatcher:
             return
         self._fleet.changed_at = now
         if event.error is not None:
-            self._fleet.update(key, state=ResidencyState.READY)
+            # It stays out of use, which a model that spilled has to, and is tried again without haste.
+            self._fleet.update(key, expires_at=now + self._policy.room_timeout_seconds)
             return
         self._fleet.update(key, unloaded_at=now)
         if not residency.per_gpu_bytes:
@@ -290,9 +297,10 @@ class Dispatcher:
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))
         for key, residency in list(self._fleet.residencies.items()):
-            due = residency.expires_at is not None and residency.expires_at <= now
-            if due and residency.is_idle and not self._queue.waits_for(residency.blob):
-                actions.append(rules.unload(self._fleet, key, "its keep_alive ended"))
+            if residency.expires_at is not None and residency.expires_at <= now and self._can_expire(residency):
+                again = residency.state is ResidencyState.UNLOADING
+                why = "an unload before this one failed" if again else "its keep_alive ended"
+                actions.append(rules.unload(self._fleet, key, why))
         return actions
 
     # --- the queue -----------------------------------------------------------------------------------------
@@ -336,8 +344,9 @@ class Dispatcher:
         self._fleet.take_slot(ticket, key, now)
         self._counters.granted(ticket)
         if ticket.keep_alive_seconds is not None:
-            # A request that says nothing leaves the last value, as Ollama does.
-            self._fleet.update(key, keep_alive_seconds=ticket.keep_alive_seconds)
+            held = chosen.in_flight > 0
+            keep = merged_keep_alive(chosen.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=held)
+            self._fleet.update(key, keep_alive_seconds=keep)
         reason = f"{chosen.reason}; {chosen.in_flight} of {chosen.slots} slots were in use"
         url = snapshot.instances[chosen.instance].spec.url
         return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)
@@ -411,5 +420,13 @@ def _copies(snapshot: Snapshot) -> list[Residency]:
     return [
         r
         for key, r in snapshot.residencies.items()
-        if r.state is not ResidencyState.UNLOADING and key not in snapshot.draining
+        if r.state is not ResidencyState.UNLOADING and key not in snapshot.draining and _is_up(snapshot, r)
     ]
+
+
+def _is_up(snapshot: Snapshot, residency: Residency) -> bool:
+    """Whether its instance serves, or is being started for it."""
+    view = snapshot.instances.get(residency.instance)
+    if view is None:
+        return False
+    return view.state is InstanceState.READY or (view.spec.on_demand and view.state is InstanceState.STARTING)

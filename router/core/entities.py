@@ -142,6 +142,16 @@ class ModelFacts:
     """Token embedding table, which stays in host memory, where the tensor table told its size."""
     output_bytes: int | None = None
     """Output layer, which goes to the last card."""
+    is_shared: bool = True
+    """Whether the store that all spawned instances share holds it."""
+    attached_on: frozenset[InstanceName] | None = None
+    """Attached servers whose own store holds it; None: it is not known that any lacks it."""
+
+    def is_on(self, spec: InstanceSpec) -> bool:
+        """Whether the instance can load it."""
+        if not spec.attached:
+            return self.is_shared
+        return self.attached_on is None or spec.name in self.attached_on
 
 
 NO_MODEL = ModelFacts("", "", BlobDigest(""), 0, "", 0, 0, 0, (), 0, 0, 0, 0)
@@ -193,7 +203,7 @@ class Residency:
     loaded_at: float
     used_at: float
     expires_at: float | None
-    """When the router unloads it if idle; None: never by time."""
+    """When the router unloads it if idle; None: never by time. While UNLOADING: when a failed unload is sent again."""
     keep_alive_seconds: float = -1.0
     unloaded_at: float | None = None
     """When its unload ended; it is forgotten once the cards were read after that."""

@@ -49,6 +49,19 @@ def parse_keep_alive(value: object, *, plain_seconds: bool = True) -> float | No
     return seconds if seconds >= 0 else FOR_EVER
 
 
+def merged_keep_alive(current: float, asked: float | None, *, others_hold: bool) -> float:
+    """The `keep_alive` of a loaded model once one more request has it, in seconds, negative for ever.
+
+    While others hold the model the longest wins, so that no client takes it from under another's plans; alone, the
+    last word counts, as in Ollama. A request that says nothing leaves what was. Pins are above all of it.
+    """
+    if asked is None:
+        return current
+    if not others_hold:
+        return asked
+    return FOR_EVER if current < 0 or asked < 0 else max(current, asked)
+
+
 def parse_go_duration(text: str) -> float:
     """Seconds of `1h30m`, `-1.5s`, `300ms`, `0`: Go's `time.ParseDuration`.
 

@@ -123,7 +123,8 @@ def place(snapshot: Snapshot, estimate: Estimate, want: Want) -> Decision:
         return NoFit("no_instance", "no Ollama instance is running: " + states_words(snapshot))
     tried: list[_Candidate] = []
     for size in sizes(snapshot):
-        candidates = [_candidate(snapshot, estimate, site, want) for site in sites_of_size(snapshot, size, bounds)]
+        sites = [site for site in sites_of_size(snapshot, size, bounds) if want.model.is_on(site.spec)]
+        candidates = [_candidate(snapshot, estimate, site, want) for site in sites]
         group = [c for c in candidates if not c.need or _could_fit(snapshot, c)]
         if group:
             return _among(snapshot, group, want)
@@ -132,7 +133,7 @@ def place(snapshot: Snapshot, estimate: Estimate, want: Want) -> Decision:
 
 
 def _on_cpu(snapshot: Snapshot, want: Want, bounds: Bounds) -> Decision:
-    sites = sites_of_size(snapshot, 0, bounds)
+    sites = [site for site in sites_of_size(snapshot, 0, bounds) if want.model.is_on(site.spec)]
     if not sites:
         return NoFit("model_too_large", f"model '{want.model.name}' is pinned to the CPU and no instance runs there")
     return _among(snapshot, [_Candidate(site, ()) for site in sites], want)
@@ -287,7 +288,8 @@ def _nowhere(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -
         words = f"model '{want.model.name}' cannot be had in layout {want.layout.kind.value}: {there}"
         return NoFit("layout_unavailable", words)
     if not lines:
-        return NoFit("no_instance", f"no instance may load '{want.model.name}': " + states_words(snapshot))
+        words = f"no instance that has model '{want.model.name}' is running: "
+        return NoFit("no_instance", words + states_words(snapshot))
     return NoFit("model_too_large", f"model '{want.model.name}' fits nowhere: " + "; ".join(lines))
 
 

@@ -26,7 +26,7 @@ from router.core.entities import (
 from router.core.events import Load, LoadedModel, ResidencyRead, Unload
 from router.core.ledger import room_bytes, slots_of
 from router.core.placement import Estimate, Placed, context_of
-from router.core.state import FleetState
+from router.core.state import FleetState, expiry
 
 
 def planned(
@@ -90,8 +90,8 @@ def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
 
 
 def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
-    """Moves READY to UNLOADING and returns the unload to send."""
-    residency = fleet.update(key, state=ResidencyState.UNLOADING)
+    """Moves READY to UNLOADING and returns the unload to send; the same once more for one that failed."""
+    residency = fleet.update(key, state=ResidencyState.UNLOADING, expires_at=None)
     url = fleet.instances[residency.instance].spec.url
     return Unload(residency.instance, url, residency.model, residency.blob, reason)
 
@@ -113,9 +113,11 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
     if view is None or view.state is not InstanceState.READY:
         return
     listed = {row.model.blob: row for row in event.models if row.model is not None}
+    digests = {row.digest for row in event.models}
     for key, residency in list(fleet.residencies.items()):
-        settled = residency.state is ResidencyState.READY and event.read_at > residency.loaded_at
-        if key[0] == event.instance and settled and key[1] not in listed:
+        # A model whose name was given to another since is still listed, by the digest that it was loaded with.
+        absent = key[1] not in listed and residency.model.digest not in digests
+        if key[0] == event.instance and absent and _is_gone(residency, event, fleet):
             fleet.forget(key)
     for blob, row in listed.items():
         known = fleet.residencies.get((event.instance, blob))
@@ -123,6 +125,13 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
             _adopt(fleet, view, row, estimate, now)
         elif known is not None and known.state is ResidencyState.READY:
             fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
+
+
+def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> bool:
+    """Whether a listing without it says that it left: not one from before its load, nor while its unload is out."""
+    if residency.state is ResidencyState.UNLOADING:
+        return residency.expires_at is not None and event.read_at > fleet.changed_at
+    return residency.state is ResidencyState.READY and event.read_at > residency.loaded_at
 
 
 def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Estimate, now: float) -> None:
@@ -144,7 +153,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
         context_length=context,
         loaded_at=now,
         used_at=now,
-        expires_at=None,
+        expires_at=expiry(fleet.policy.keep_alive_seconds, now),
         keep_alive_seconds=fleet.policy.keep_alive_seconds,
         size_bytes=row.size_bytes,
         size_vram_bytes=row.size_vram_bytes,

@@ -38,6 +38,11 @@ _NEW_SHARE = 0.3
 """Of the newest load in the mean rate of loads."""
 
 
+def expiry(keep_alive_seconds: float, now: float) -> float | None:
+    """When a model that is idle from now on is to leave; None for never."""
+    return None if keep_alive_seconds < 0 else now + keep_alive_seconds
+
+
 class LeaseRecord(NamedTuple):
     """One slot that is held."""
 
@@ -158,7 +163,7 @@ class FleetState:
     def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float) -> None:
         self.leases[ticket.id] = LeaseRecord(key, ticket.client, now)
         residency = self.residencies[key]
-        self.residencies[key] = replace(residency, in_flight=residency.in_flight + 1, used_at=now)
+        self.residencies[key] = replace(residency, in_flight=residency.in_flight + 1, used_at=now, expires_at=None)
         if ticket.session:
             self.sessions.pop((ticket.session, key[1]), None)
             self.sessions[ticket.session, key[1]] = key[0]
@@ -178,6 +183,5 @@ class FleetState:
             return lease, None
         changes: dict[str, Any] = {"in_flight": residency.in_flight - 1, "used_at": now}
         if residency.in_flight == 1 and residency.state is ResidencyState.READY:
-            keep = residency.keep_alive_seconds
-            changes["expires_at"] = None if keep < 0 else now + keep
+            changes["expires_at"] = expiry(residency.keep_alive_seconds, now)
         return lease, self.update(lease.key, **changes)

@@ -12,26 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from router.core.entities import Layout, ModelFacts, RunnerOptions, Ticket, TicketId
+from router.core.entities import ModelFacts, RunnerOptions, Ticket, TicketId
 from router.core.events import Grant
 from router.core.keepalive import parse_keep_alive
 from router.core.options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options
 from router.errors import BadRequest
+from router.gateway.askers import Asker
 from router.gateway.peek import Peek
 from router.gateway.splice import remove_nested, set_member, set_nested
 
 _BYTES_PER_TOKEN = 4
 """Of English text, about; a guess that only weighs requests against each other."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asker:
-    """Who asks, and on what terms."""
-
-    client: str = ""
-    session: str = ""
-    priority: int = 0
-    layout: Layout | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,8 @@ def _kind(value: Any) -> str:
         return "bool"
     if isinstance(value, int | float):
         return "number"
-    return {str: "string", dict: "object", list: "array"}.get(type(value), "null")
+    kinds = (("string", str), ("object", dict), ("array", list))
+    return next((name for name, kind in kinds if isinstance(value, kind)), "null")
 
 
 def _fits(value: Any, kind: str) -> bool:

@@ -17,8 +17,8 @@ import yaml
 
 MAGIC = "llamayard emulated weights"
 
-_FINE = {"Q4_K_M": "Q6_K"}
-_PLAIN = {"Q4_K_M": "Q4_K"}
+_FINE: Mapping[str, str] = {"Q4_K_M": "Q6_K"}
+_PLAIN: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,15 @@ def _metadata(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensors(facts: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, types and shapes after llama.cpp's naming; Q4_K_M keeps half of the value and down matrices finer."""
-    quant, width, wide = facts["quant"], facts["width"], facts["ff"]
+    quant: str = facts["quant"]
+    width: int = facts["width"]
+    wide: int = facts["ff"]
     plain, kv, heads = _PLAIN.get(quant, quant), facts["kv"] * facts["key"], facts["heads"] * facts["key"]
     tied = facts.get("tied", False)
     finest = _FINE.get(quant, "F16" if quant == "F16" else "Q6_K")
-    found = [("token_embd.weight", finest if tied else plain, (width, facts["vocabulary"]))]
+    found: list[tuple[str, str, tuple[int, ...]]] = [
+        ("token_embd.weight", finest if tied else plain, (width, facts["vocabulary"]))
+    ]
     for layer in range(facts["layers"]):
         count = facts["layers"]
         is_fine = layer < count // 8 or layer >= 7 * count // 8 or layer % 3 == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+_FLOAT, _STRING, _ARRAY = 6, 8, 9
 _LIMIT = 1 << 28
 """No single string or list of a header is longer."""
 
@@ -57,7 +57,17 @@ def read_header(path: Path) -> Header | None:
 
 
 def _scalar(file: BinaryIO, form: str) -> Any:
-    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    value = struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    return single(value) if form == "<f" else value
+
+
+def single(value: float) -> float:
+    """A single-precision value as the double that prints as short as Go prints a float32."""
+    for digits in range(6, 9):
+        short = float(f"{value:.{digits}g}")
+        if struct.pack("<f", short) == struct.pack("<f", value):
+            return short
+    return float(f"{value:.9g}")
 
 
 def _string(file: BinaryIO) -> str:
@@ -82,7 +92,8 @@ def _value(file: BinaryIO, kind: int) -> Any:
     if inner in (_STRING, _ARRAY):
         return [_value(file, inner) for _ in range(count)]
     form = f"<{count}{_SCALARS[inner][1]}"
-    return list(struct.unpack(form, file.read(struct.calcsize(form))))
+    values = list(struct.unpack(form, file.read(struct.calcsize(form))))
+    return [single(value) for value in values] if inner == _FLOAT else values
 
 
 def _tensor(file: BinaryIO) -> Tensor:

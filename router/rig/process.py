@@ -12,17 +12,59 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
-Event = dict[str, Any]
+_DIED = "the runner died"
 
 
 class RunnerLostError(Exception):
     """The runner is gone."""
+
+
+class Sequence:
+    """One prompt in the runner's batch, and the tokens that come of it."""
+
+    def __init__(self, key: int, process: RunnerProcess) -> None:
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done once the runner has nothing to do with it any more."""
+        self._key = key
+        self._process = process
+        self._count = 0
+        self._came = asyncio.Event()
+
+    async def token(self) -> bool:
+        """Waits for one token; False once there are no more.
+
+        Raises:
+            RunnerLostError: the runner died first.
+        """
+        while self._count == 0:
+            if self.over.done():
+                if not self._process.is_alive:
+                    raise RunnerLostError
+                return False
+            self._came.clear()
+            await self._came.wait()
+        self._count -= 1
+        return True
+
+    def cancel(self) -> None:
+        """No more tokens are wanted."""
+        if not self.over.done():
+            self._process.cancel(self._key)
+
+    def add(self) -> None:
+        self._count += 1
+        self._came.set()
+
+    def end(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
+        self._came.set()
 
 
 class RunnerProcess(asyncio.Protocol):
@@ -30,12 +72,11 @@ class RunnerProcess(asyncio.Protocol):
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.loaded: asyncio.Future[str | None] = loop.create_future()
-        """None once loaded, else why not."""
         self.gone: asyncio.Future[None] = loop.create_future()
         self.pid = 0
         self._transport: asyncio.Transport | None = None
-        self._queues: dict[int, asyncio.Queue[Event | None]] = {}
+        self._loading: asyncio.Future[str | None] | None = None
+        self._sequences: dict[int, Sequence] = {}
         self._pong: asyncio.Future[None] | None = None
         self._unread = b""
         self._next_id = 0
@@ -64,37 +105,34 @@ class RunnerProcess(asyncio.Protocol):
     def is_alive(self) -> bool:
         return not self.gone.done()
 
-    def load(self, bytes_by_card: Mapping[str, int], seconds: float, pace: Mapping[str, float | int]) -> None:
-        """Begins the load; `loaded` tells how it ended."""
+    async def load(
+        self, bytes_by_card: Mapping[str, int], seconds: float, pace: Mapping[str, float | int]
+    ) -> str | None:
+        """Loads; None once that is done, else why it failed. May be tried again."""
+        self._loading = asyncio.get_running_loop().create_future()
+        if not self.is_alive:
+            return _DIED
         self._send({"op": "load", "bytes": dict(bytes_by_card), "seconds": seconds, "pace": dict(pace)})
+        return await self._loading
 
     def behave(self, slow: float, hang: bool, die: bool) -> None:
         self._send({"op": "behave", "slow": slow, "hang": hang, "die": die})
 
-    async def run(self, prompt_tokens: int, words: list[str], ends_with: str) -> AsyncGenerator[Event]:
-        """Events `token` and at last `done`. Closing it ends the sequence in the runner.
+    def run(self, prompt_tokens: int, tokens: int) -> Sequence:
+        """Evaluates a prompt of at least one token and says so many tokens after it.
 
         Raises:
-            RunnerLostError: the runner died.
+            RunnerLostError: the runner is dead.
         """
         if not self.is_alive:
             raise RunnerLostError
         self._next_id += 1
-        key, queue = self._next_id, asyncio.Queue[Event | None]()
-        self._queues[key] = queue
-        message = {"op": "run", "id": key, "prompt_tokens": prompt_tokens, "words": words, "ends_with": ends_with}
-        self._send(message)
-        try:
-            while True:
-                event = await queue.get()
-                if event is None:
-                    raise RunnerLostError
-                yield event
-                if event["ev"] == "done":
-                    return
-        finally:
-            self._queues.pop(key, None)
-            self._send({"op": "cancel", "id": key})
+        self._sequences[self._next_id] = sequence = Sequence(self._next_id, self)
+        self._send({"op": "run", "id": self._next_id, "prompt_tokens": max(1, prompt_tokens), "tokens": tokens})
+        return sequence
+
+    def cancel(self, key: int) -> None:
+        self._send({"op": "cancel", "id": key})
 
     async def answers(self, deadline_seconds: float) -> bool:
         """Whether it is alive and says so within the time."""
@@ -125,23 +163,25 @@ class RunnerProcess(asyncio.Protocol):
             self._take(json.loads(line))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the protocol names it)
-        if not self.loaded.done():
-            self.loaded.set_result("the runner died")
+        if self._loading is not None and not self._loading.done():
+            self._loading.set_result(_DIED)
         if not self.gone.done():
             self.gone.set_result(None)
-        for queue in self._queues.values():
-            queue.put_nowait(None)
+        for sequence in self._sequences.values():
+            sequence.end()
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: dict[str, Any]) -> None:
         kind = event["ev"]
-        if kind in ("token", "done"):
-            if event["id"] in self._queues:
-                self._queues[event["id"]].put_nowait(event)
+        if kind == "step":
+            for key in event["said"]:
+                self._sequences[key].add()
+            for key in event["over"]:
+                self._sequences.pop(key).end()
         elif kind == "pong":
             if self._pong is not None and not self._pong.done():
                 self._pong.set_result(None)
-        elif not self.loaded.done():
-            self.loaded.set_result(None if kind == "loaded" else str(event["message"]))
+        elif self._loading is not None and not self._loading.done():
+            self._loading.set_result(None if kind == "loaded" else str(event["message"]))
 
     def _send(self, message: Mapping[str, Any]) -> None:
         if self._transport is not None and not self._transport.is_closing():

@@ -4,10 +4,11 @@ Started by the emulated server as `… runner --model BLOB --port N --fd N`, one
 memory, waits as long as a load takes, then evaluates prompts and emits tokens batch by batch: up to 512 tokens of each
 waiting prompt and one token of each running stream in one step. Killed, it frees its memory; stopped, it hangs; when
 its server is killed it stays, idle, with its memory, as real ones do. It knows no HTTP, plans nothing and makes up no
-word: the server sends those. The standard library only, because it must start fast.
+word: the server knows which come. The standard library only, because it must start fast.
 
 Messages are lines of JSON on the inherited socket. In: `load`, `run`, `cancel`, `ping`, `behave`. Out: `loaded`, `oom`,
-`token`, `done`, `pong`.
+`step` (which sequences have one token more, and which have ended), `pong`. A cancelled sequence ends with the batch
+under way; one whose prompt is still being evaluated, with its prompt.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class Sequence:
 
     id: int
     prompt_tokens: int
-    words: list[str]
-    ends_with: str
-    prompt_seconds: float = 0.0
-    eval_seconds: float = 0.0
+    """Still to be evaluated."""
+    tokens: int
+    """Still to be said."""
     sent: int = 0
+    is_cancelled: bool = False
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class Runner:
     sequences: dict[int, Sequence] = field(default_factory=dict[int, Sequence])
     unread: bytes = b""
     marked_at: float = 0.0
+    is_on_cards: bool = False
 
     def serve(self) -> None:
         """Until killed."""
@@ -111,7 +113,8 @@ class Runner:
             sequence = Sequence(**message)
             self.sequences[sequence.id] = sequence
         elif kind == "cancel":
-            self.sequences.pop(message["id"], None)
+            if message["id"] in self.sequences:
+                self.sequences[message["id"]].is_cancelled = True
         elif kind == "ping":
             self.send(ev="pong")
         elif kind == "behave":
@@ -121,13 +124,14 @@ class Runner:
 
     def _load(self, message: dict[str, Any]) -> None:
         self.pace = Pace(**message["pace"])
-        if self.directory is not None and message["bytes"]:
+        self.is_on_cards = bool(message["bytes"])
+        if self.directory is not None and self.is_on_cards:
             try:
                 vram.allocate(self.directory, message["bytes"])
             except vram.OutOfMemoryError as error:
                 self.send(ev="oom", message=str(error))
                 return
-        end = time.monotonic() + message["seconds"]
+        end = time.monotonic() + message["seconds"] * self.behaviour.slow
         while (left := end - time.monotonic()) > 0:
             self._mark_busy()
             self._receive(min(left, _BUSY_MARK_SECONDS))
@@ -163,33 +167,25 @@ class Runner:
         self._receive(0)
         if self.behaviour.die and any(one.sent > 2 for one in batch):
             os.kill(os.getpid(), signal.SIGKILL)
-        for one in batch:
-            if one.id in self.sequences:
-                self._advance(one, seconds)
+        said = [one.id for one in batch if self._advance(one)]
+        over = [one.id for one in batch if one.prompt_tokens == 0 and (one.tokens == 0 or one.is_cancelled)]
+        for key in over:
+            del self.sequences[key]
+        if said or over:
+            self.send(ev="step", said=said, over=over)
 
-    def _advance(self, one: Sequence, seconds: float) -> None:
-        if one.prompt_tokens > 0:
-            one.prompt_seconds += seconds
-            one.prompt_tokens -= min(one.prompt_tokens, self.pace.batch_tokens)
-            if one.prompt_tokens > 0 or not one.words:
-                self._finish_if_done(one)
-                return
-        else:
-            one.eval_seconds += seconds
-        if one.sent < len(one.words):
-            self.send(ev="token", id=one.id, text=one.words[one.sent])
-            one.sent += 1
-        self._finish_if_done(one)
-
-    def _finish_if_done(self, one: Sequence) -> None:
-        if one.prompt_tokens == 0 and one.sent >= len(one.words):
-            self.sequences.pop(one.id)
-            times = {"prompt_seconds": one.prompt_seconds, "eval_seconds": one.eval_seconds}
-            self.send(ev="done", id=one.id, reason=one.ends_with, **times)
+    def _advance(self, one: Sequence) -> bool:
+        """One batch further; whether that gave a token."""
+        one.prompt_tokens -= min(one.prompt_tokens, self.pace.batch_tokens)
+        if one.prompt_tokens > 0 or one.tokens == 0 or one.is_cancelled:
+            return False
+        one.tokens -= 1
+        one.sent += 1
+        return True
 
     def _mark_busy(self) -> None:
         now = time.monotonic()
-        if self.directory is not None and now - self.marked_at > _BUSY_MARK_SECONDS:
+        if self.directory is not None and self.is_on_cards and now - self.marked_at > _BUSY_MARK_SECONDS:
             self.marked_at = now
             path = self.directory / "vram" / f"{os.getpid()}.busy"
             path.write_text(str(now), encoding="utf-8")

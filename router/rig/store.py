@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from router.core.names import Name, parse_name
 from router.rig.catalogue import MAGIC, Entry, weights_text
@@ -36,6 +36,8 @@ TOOLS_TEMPLATE = "{{ if .Tools }}{{ .Tools }}\n{{ end }}" + CHAT_TEMPLATE
 THINKING_TEMPLATE = CHAT_TEMPLATE + "{{ if .Think }}<think>{{ end }}"
 
 PRUNE_AGE_SECONDS = 3600
+_SPOKEN_VOCABULARY = 4096
+"""Models with fewer words are taken for the tests' noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Header:
     metadata: Mapping[str, Any]
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
     is_noise: bool
-    """True for files that are not of the catalogue: they never end an answer by themselves."""
+    """True for small models of random weights, which never end an answer by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +102,13 @@ class Store:
     def blob(self, digest: str) -> Path:
         return self.folder / "blobs" / digest.replace(":", "-")
 
-    def _manifest(self, name: Name) -> Path:
+    def manifest(self, name: Name) -> Path:
+        """Where the manifest of a name lies, or would."""
         return self.folder / "manifests" / name.host / name.namespace / name.model / name.tag
 
     def get(self, name: Name) -> Stored | None:
         """The model of that name; None without one or with a broken manifest."""
-        path = self._manifest(name)
+        path = self.manifest(name)
         try:
             data = path.read_bytes()
             manifest = json.loads(data)
@@ -126,6 +129,10 @@ class Store:
             return self.blob(digest).read_text(encoding="utf-8")
         except OSError:
             return ""
+
+    def parameters(self, digest: str) -> dict[str, Any]:
+        """A layer of parameters."""
+        return json.loads(self._text(digest) or "{}")
 
     def all(self) -> list[Stored]:
         """All models, newest first."""
@@ -165,14 +172,14 @@ class Store:
         ]
         head = {"mediaType": CONFIG, "digest": written.digest, "size": written.size}
         manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": head, "layers": listed}
-        write_whole(self._manifest(name), json.dumps(manifest).encode())
+        write_whole(self.manifest(name), json.dumps(manifest).encode())
 
     def copy(self, source: Stored, destination: Name) -> None:
-        write_whole(self._manifest(destination), self._manifest(source.name).read_bytes())
+        write_whole(self.manifest(destination), self.manifest(source.name).read_bytes())
 
     def delete(self, stored: Stored) -> None:
         """Removes the name, and the blobs that no other manifest names."""
-        self._manifest(stored.name).unlink(missing_ok=True)
+        self.manifest(stored.name).unlink(missing_ok=True)
         named = self._named()
         for layer in stored.layers:
             if layer.digest not in named:
@@ -215,6 +222,11 @@ class Store:
         others = small.size + len(json.dumps(config))
         layers = [Layer(MODEL, weights.digest, entry.size_bytes - others), Layer(TEMPLATE, small.digest, small.size)]
         self.put(parse_name(entry.name), config, layers)
+
+
+def weights_digest(entry: Entry) -> str:
+    """Of what stands for the weights of a model of the catalogue."""
+    return "sha256:" + hashlib.sha256(weights_text(entry).encode()).hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -270,7 +282,9 @@ def _read(path: Path) -> Header:
     gguf = read_header(path)
     if gguf is not None:
         tensors = tuple((one.name, one.type, one.shape) for one in gguf.tensors)
-        return Header(_completed(gguf.metadata, tensors), tensors, is_noise=True)
+        metadata = _completed(gguf.metadata, tensors)
+        words = metadata.get(f"{metadata.get('general.architecture', 'llama')}.vocab_size", 0)
+        return Header(metadata, tensors, is_noise=words < _SPOKEN_VOCABULARY)
     try:
         if path.stat().st_size < 1 << 22:
             data = json.loads(path.read_bytes())
@@ -291,6 +305,6 @@ def _completed(metadata: dict[str, Any], tensors: tuple[tuple[str, str, tuple[in
             product *= length
         count += product
     arch = metadata.get("general.architecture", "llama")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    vocabulary = {f"{arch}.vocab_size": len(tokens)} if isinstance(tokens, list) else {}
+    tokens: Any = metadata.get("tokenizer.ggml.tokens")
+    vocabulary = {f"{arch}.vocab_size": len(cast("list[str]", tokens))} if isinstance(tokens, list) else {}
     return {**vocabulary, **metadata, "general.parameter_count": count}

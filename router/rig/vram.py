@@ -58,7 +58,7 @@ def free_bytes(directory: Path, without: int | None = None) -> dict[str, int]:
     lost = read_json(directory / "lost.json")
     return {
         card["uuid"]: card["memory_total_bytes"] - card["memory_reserved_bytes"] - used.get(card["uuid"], 0)
-        for card in read_json(directory / "rig.json")["cards"]
+        for card in read_json(directory / "rig.json").get("cards", [])
         if card["uuid"] not in lost
     }
 
@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any] | list[dict[str, object]]) -> None:
     """Writes the whole file at once, so that readers see the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from router.core.entities import BlobDigest, GpuUuid, ModelFacts
@@ -88,7 +88,9 @@ class Loaded:
     transfer: Transfer | None = None
     stay: Stay | None = None
     early: list[tuple[Request, Done]] = field(default_factory=list[tuple[Request, Done]])
+    when_delisted: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     when_gone: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """Somewhat later: its server goes on only when it has seen the memory free."""
 
     @classmethod
     def plan(
@@ -107,6 +109,7 @@ class Loaded:
         facts = [host.book.by_uuid[uuid].facts for uuid in cards]
         share = host.active_shares.get(model.name, 1.0)
         pace = speed(host.world, model, facts, layers, active_share=share)
+        pace = replace(pace, batch_tokens=shape.batch_tokens)
         token = kv_layer_bytes(model, shape) * model.layers // max(1, shape.context_length * shape.slots)
         kept = KEPT_PROMPT_BYTES // max(1, token) if config.is_0_30 else 0
         missing = max(0, model.layers + 1 - sum(layers))

@@ -66,9 +66,9 @@ def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
     book, tally = outcome.book, outcome.tally
     span = max(1e-9, outcome.ended_at)
     return Report(
-        requests=len(outcome.requests),
+        requests=outcome.planned,
         in_time=sum(is_in_time(r) for r in counted),
-        errors=sum(r.outcome != SERVED for r in counted),
+        errors=sum(r.outcome != SERVED for r in counted) + outcome.planned - len(outcome.requests),
         hung_up=len(outcome.requests) - len(counted),
         small=waits([r for r in counted if r.model.name not in large_models], outcome.ended_at),
         large=waits([r for r in counted if r.model.name in large_models], outcome.ended_at),

@@ -13,6 +13,7 @@ from typing import Protocol
 from router.core.entities import ModelFacts
 from router.sim.batching import Done
 from router.sim.cards import CardBook, SimCard
+from router.sim.faults import Breakable, Fault, plan_faults
 from router.sim.host import Host, Tally
 from router.sim.loading import LoadLines, PageCache
 from router.sim.requests import HUNG_UP, SERVED, Request
@@ -35,13 +36,14 @@ class Scenario:
     sessions: tuple[Session, ...]
     seconds: float
     active_shares: Mapping[str, float] = field(default_factory=dict[str, float])
+    faults: tuple[Fault, ...] = ()
     world: World = WORLD
     page_cache_bytes: int = 112 * GIB
     cold_start: bool = False
     """True: no model's file is in the page cache at the start."""
 
 
-class Contestant(Protocol):
+class Contestant(Breakable, Protocol):
     """Whatever takes requests and serves them on a host."""
 
     def start(self) -> None:
@@ -68,6 +70,8 @@ class Outcome:
     tally: Tally
     book: CardBook
     ended_at: float
+    planned: int
+    """How many requests the sessions have; those after one that never ended did not arrive."""
 
 
 class Simulation:
@@ -91,6 +95,7 @@ class Simulation:
         """Plays to the end. `after_each` is called after each thing that happens."""
         timeline, scenario = self.host.timeline, self._scenario
         self.contestant.start()
+        plan_faults(self.host, self.contestant, scenario.faults)
         for session in scenario.sessions:
             self._plan_turn(session, 0, 0.0)
         limit = scenario.seconds + _GRACE_SECONDS
@@ -102,7 +107,8 @@ class Simulation:
         for request in self._requests:
             if not request.outcome:
                 request.outcome = UNFINISHED
-        return Outcome(tuple(self._requests), self.host.tally, self.host.book, timeline.now)
+        planned = sum(len(session.turns) for session in scenario.sessions)
+        return Outcome(tuple(self._requests), self.host.tally, self.host.book, timeline.now, planned)
 
     def _plan_turn(self, session: Session, index: int, not_before: float) -> None:
         if index < len(session.turns):

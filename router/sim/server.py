@@ -88,7 +88,7 @@ class SimServer:
         if found is None:
             done()
             return
-        found.when_gone.append(done)
+        found.when_delisted.append(done)
         self._expire(found)
 
     def cancel(self, request: Request) -> None:
@@ -107,6 +107,8 @@ class SimServer:
     def kill(self) -> None:
         """The server dies with all its runners: memory is free at once, and every request ends."""
         jobs = [*([self._placing] if self._placing else []), *self._pending]
+        for job in jobs:
+            job.gone = True
         self._pending.clear()
         self._placing, self._waits_for = None, None
         self._life += 1
@@ -299,12 +301,25 @@ class SimServer:
     def _unload(self, found: Loaded) -> None:
         found.phase = Phase.UNLOADING
         world = self._host.world
-        self._later(world.unload_seconds_0_30 if self.config.is_0_30 else world.unload_seconds,
-                    lambda: self._gone(found))  # fmt: skip
+        whole = world.unload_seconds_0_30 if self.config.is_0_30 else world.unload_seconds
+        self._later(world.kill_seconds, lambda: self._delist(found))
+        self._later(whole, lambda: _call_all(found.when_gone))
+
+    def _delist(self, found: Loaded) -> None:
+        """Its memory is free, and a request for it finds no runner."""
+        found.end()
+        if self._loaded.get(found.model.blob) is found:
+            del self._loaded[found.model.blob]
+        _call_all(found.when_delisted)
 
     def _gone(self, found: Loaded) -> None:
-        found.end()
-        self._loaded.pop(found.model.blob, None)
-        calls, found.when_gone = found.when_gone, []
-        for call in calls:
-            call()
+        """The same at once, by death."""
+        self._delist(found)
+        _call_all(found.when_gone)
+
+
+def _call_all(calls: list[Callable[[], None]]) -> None:
+    waiting = calls.copy()
+    calls.clear()
+    for call in waiting:
+        call()

@@ -237,7 +237,7 @@ def gib(amount: int) -> str:
 
 
 def sizes(world: World, ask: Ask, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """Host bytes and true bytes on each card of a plan; `/api/ps` shows their sum as `size`, the latter as `size_vram`."""
+    """Host bytes and true bytes on each card of a plan; `/api/ps` shows all as `size`, the latter as `size_vram`."""
     missing = max(0, ask.model.layers + 1 - sum(layers))
     unit = layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape)
     return missing * unit, true_bytes(world, ask.model, ask.shape, layers)

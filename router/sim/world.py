@@ -36,6 +36,9 @@ class World:
     unload_seconds: float = 0.8
     unload_seconds_0_30: float = 0.65
     """Killing a runner and waiting until its memory is back; with the reading above 1.25 s (0.33: 0.85)."""
+    kill_seconds: float = 0.25
+    """The part of it after which a killed runner is no longer listed and its memory is free. Assumed; the rest is the
+    server's polling, each 250 ms."""
 
     discovery_seconds: float = 0.5
     discovery_cpu_seconds: float = 0.05

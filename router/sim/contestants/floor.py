@@ -38,6 +38,12 @@ class Floor:
     def cancel(self, request: Request) -> None:
         self._loaded[request.model.blob].cancel(request)
 
+    def server_died(self, index: int) -> None:
+        """Nothing goes wrong for the floor."""
+
+    def card_lost(self, uuid: GpuUuid) -> None:
+        """Nor this."""
+
 
 def _best_layout(host: Host, model: ModelFacts, config: ServerConfig) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]]:
     """The fewest cards that hold all layers in even parts, fastest first; all cards where even those do not."""

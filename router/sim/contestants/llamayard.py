@@ -17,6 +17,7 @@ from router.core.entities import (
     InstanceName,
     InstanceSpec,
     InstanceState,
+    ModelFacts,
     Policy,
     Snapshot,
     Ticket,
@@ -94,7 +95,7 @@ class Llamayard:
     ) -> None:
         """`seen` is told of every event with its actions."""
         self._policy = policy or _policy(config)
-        self.dispatcher = Dispatcher(self._policy, estimate_bytes)
+        self.dispatcher = Dispatcher(self._policy, _Remembered())
         self._host = host
         self._seen = seen
         own = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
@@ -136,9 +137,11 @@ class Llamayard:
 
     # --- faults --------------------------------------------------------------------------------------------
 
-    def kill(self, name: InstanceName) -> None:
+    def server_died(self, index: int) -> None:
         """An instance dies and is started again, later each time."""
-        unit = self._units[name]
+        self._kill(list(self._units.values())[index % len(self._units)])
+
+    def _kill(self, unit: _Unit) -> None:
         if unit.state is not InstanceState.READY:
             return
         unit.lives += 1
@@ -149,11 +152,10 @@ class Llamayard:
         life = unit.lives
         self._host.timeline.after(wait, lambda: self._start(unit) if unit.lives == life else None)
 
-    def kill_on_card(self, uuid: GpuUuid) -> None:
-        """A card is lost: whatever runs on it dies."""
+    def card_lost(self, uuid: GpuUuid) -> None:
         for unit in list(self._units.values()):
             if uuid in unit.spec.gpus:
-                self.kill(unit.spec.name)
+                self._kill(unit)
 
     # --- the way in ----------------------------------------------------------------------------------------
 
@@ -185,10 +187,23 @@ class Llamayard:
         held.server = None
         self._held[held.ticket] = held
         self._tickets[request] = held.ticket
-        now = self._now
-        context = min(8192, request.model.context_length or 8192)
-        deadline = request.arrived_at + self._policy.queue_timeout_seconds
-        self._post(Arrived(Ticket(held.ticket, request.model, (), context, None, now, deadline, request.user)))
+        self._post(Arrived(self._ticket(held)))
+
+    def _ticket(self, held: _Held) -> Ticket:
+        """As the gateway reads a chat request that names its conversation and no option."""
+        request = held.request
+        return Ticket(
+            id=held.ticket,
+            model=request.model,
+            options=(),
+            context_length=0,
+            keep_alive_seconds=None,
+            arrived_at=self._now,
+            deadline=request.arrived_at + self._policy.queue_timeout_seconds,
+            client=request.user,
+            session=f"{request.user}-{request.session}",
+            prompt_tokens=_guessed(request),
+        )
 
     # --- the way out ---------------------------------------------------------------------------------------
 
@@ -316,6 +331,29 @@ class Llamayard:
         unit.state = state
         version = ".".join(map(str, unit.server.config.version)) if state is InstanceState.READY else None
         self._post(InstanceChanged(unit.spec, state, reason, version))
+
+
+class _Remembered:
+    """`estimate_bytes`, asked once for what depends on no card's free memory: a run asks it a million times."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[object, ...], tuple[int, ...]] = {}
+
+    def __call__(
+        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
+    ) -> tuple[int, ...]:
+        if spec.is_spread and spec.environment.get("OLLAMA_SCHED_SPREAD") != "1":
+            return estimate_bytes(model, spec, context_length, snapshot)
+        view = snapshot.instances.get(spec.name)
+        key = (model.blob, spec.name, context_length, view.version if view is not None else None)
+        if key not in self._sizes:
+            self._sizes[key] = estimate_bytes(model, spec, context_length, snapshot)
+        return self._sizes[key]
+
+
+def _guessed(request: Request) -> int:
+    """The gateway knows the prompt's text, not its tokens: up to a quarter too few or too many, by the request."""
+    return max(1, round(request.prompt_tokens * (0.75 + request.id * 7919 % 51 / 100)))
 
 
 def _policy(config: ServerConfig) -> Policy:

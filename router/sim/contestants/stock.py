@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from router.core.entities import GpuUuid
 from router.sim.batching import Done
 from router.sim.host import Host
 from router.sim.loaded import ServerConfig
@@ -28,6 +29,16 @@ class StockServer:
 
     def cancel(self, request: Request) -> None:
         self._server.cancel(request)
+
+    def server_died(self, index: int) -> None:
+        """Its service manager starts it again at once."""
+        del index
+        self._server.kill()
+
+    def card_lost(self, uuid: GpuUuid) -> None:
+        """Its runners die; a card that is lost has no free memory, so it goes on with the others."""
+        del uuid
+        self._server.kill()
 
 
 @dataclass(slots=True)
@@ -67,6 +78,14 @@ class NginxOverServers:
             if request in upstream.requests:
                 upstream.requests.discard(request)
                 upstream.server.cancel(request)
+
+    def server_died(self, index: int) -> None:
+        self._upstreams[index % len(self._upstreams)].server.kill()
+
+    def card_lost(self, uuid: GpuUuid) -> None:
+        for upstream in self._upstreams:
+            if uuid in upstream.server.cards:
+                upstream.server.kill()
 
     def _pick(self) -> _Upstream:
         count = len(self._upstreams)

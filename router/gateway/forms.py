@@ -1,0 +1,76 @@
+"""The model in a multipart form, as `/v1/audio/*` takes it: found by its part, and replaced without touching another.
+
+Read as Go's mime/multipart reads it: parts stand between lines of the boundary that Content-Type names, what stands
+before the first is skipped, and the first part of a name counts. A part with a file name is a file, not a field. It
+keeps no part, and judges nothing: a form that it cannot read is the server's to refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_BOUNDARY = re.compile(r'boundary=(?:"([^"]+)"|([^\s;"]+))', re.IGNORECASE)
+_NAME = re.compile(rb'\bname=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
+_FILE = re.compile(rb"\bfilename\*?=", re.IGNORECASE)
+_HEAD_BYTES_MAX = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Where a field's value stands in the body."""
+
+    start: int
+    end: int
+
+
+def is_form(content_type: str | None) -> bool:
+    return (content_type or "").strip().lower().startswith("multipart/form-data")
+
+
+def find_field(body: bytes, content_type: str, name: str) -> Field | None:
+    """The first field of that name; None where there is none, or the form cannot be read."""
+    named = _BOUNDARY.search(content_type)
+    if named is None:
+        return None
+    delimiter = b"--" + (named[1] or named[2]).encode("latin-1", "replace")
+    for start, end in _parts(body, delimiter):
+        split = body.find(b"\r\n\r\n", start, min(end, start + _HEAD_BYTES_MAX))
+        if split >= 0 and _is_field(body[start:split], name):
+            return Field(split + 4, end)
+    return None
+
+
+def replaced(body: bytes, field: Field, value: str) -> bytes:
+    """`body` with another value in that field."""
+    return body[: field.start] + value.encode() + body[field.end :]
+
+
+def _parts(body: bytes, delimiter: bytes) -> list[tuple[int, int]]:
+    """Where each part's headers begin and its value ends."""
+    position = 0 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter) + 2
+    if position < 2 and not body.startswith(delimiter):
+        return []
+    parts: list[tuple[int, int]] = []
+    while True:
+        start = position + len(delimiter)
+        if not body.startswith(b"\r\n", start):  # the last one ends in two dashes
+            return parts
+        end = body.find(b"\r\n" + delimiter, start)
+        if end < 0:
+            return parts
+        parts.append((start + 2, end))
+        position = end + 2
+
+
+def _is_field(head: bytes, name: str) -> bool:
+    for line in head.split(b"\r\n"):
+        key, _, value = line.partition(b":")
+        if key.strip().lower() == b"content-disposition":
+            found = _NAME.search(value)
+            return (
+                found is not None
+                and (found[1] if found[1] is not None else found[2]) == name.encode()
+                and not _FILE.search(value)
+            )
+    return False

@@ -1,0 +1,255 @@
+"""How the EMULATED server loads a model: reads free memory, plans as its version does, starts a runner, waits.
+
+Where the cards turn out to have less room than the plan believed, it does what the real versions do: Ollama's own
+engine tries again with less, llama.cpp's fails, from 0.30 all other models are evicted once. Kinder than the truth:
+the context is never lowered by itself, and a broken weights file loads as a small model instead of failing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from router.core.entities import ModelFacts
+from router.core.ggml import GGML_BLOCKS
+from router.rig.config import Config, log
+from router.rig.facts import ONE_SLOT, active_share, facts_of
+from router.rig.faults import Behaviour
+from router.rig.http import ClientLeftError, Request
+from router.rig.loaded import Loaded
+from router.rig.memory import Memory
+from router.rig.options import Options
+from router.rig.process import RunnerProcess
+from router.rig.store import Header, Store, Stored
+from router.sim import world as worlds
+from router.sim.serverplan import OWN_ENGINE, Ask, Plan, Room, default_context, plan, sizes
+from router.sim.world import CardFacts, LoadShape, World
+
+_RETRIES = 10
+"""How often Ollama's own engine tries again, each time with 10 % less."""
+
+
+class LoadError(Exception):
+    """The model cannot be loaded; the text is the server's."""
+
+
+class MustEvictError(Exception):
+    """Something else must leave first."""
+
+    def __init__(self, all_others: bool = False) -> None:
+        super().__init__()
+        self.all_others = all_others
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a loader stands on."""
+
+    config: Config
+    world: World
+    store: Store
+    memory: Memory
+    environment: Mapping[str, str]
+    """For runner children."""
+    behaviour: Callable[[str], Behaviour]
+    """What goes wrong with a model, by its shortest name."""
+
+
+class Loader:
+    """Starts runners. The scheduler calls `start`, lists what came, then calls `finish`."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._config = around.config
+        self._world = around.world
+        self._next_port = 40_000
+
+    def seconds(self, emulated: float) -> float:
+        """Real seconds for emulated ones."""
+        return emulated / self._config.speed
+
+    def default_context(self) -> int:
+        """Tokens where neither request nor Modelfile names a context."""
+        total = sum(card.memory_total_bytes for card in self._config.cards)
+        return self._config.context_length or default_context(
+            total, self._config.version, self._config.overhead_bytes if self._config.cards else 0
+        )
+
+    async def start(self, stored: Stored, options: Options, others: list[Loaded], session_seconds: float) -> Loaded:
+        """Plans, and starts a runner that has nothing in it yet.
+
+        Raises:
+            LoadError: the server refuses at once.
+            MustEvictError: no room beside the others.
+        """
+        if self._config.cards:
+            is_new = self._config.is_0_30
+            read = self._world.memory_read_seconds_0_30 if is_new else self._world.memory_read_seconds
+            await asyncio.sleep(self.seconds(read))
+        header = self._around.store.header(stored.weights.digest)
+        facts = facts_of(stored, header)
+        ask = self._ask(facts, options, others)
+        chosen = self._planned(ask, self._around.memory.rooms(others))
+        blob = self._around.store.blob(stored.weights.digest)
+        self._next_port += 1
+        process = await RunnerProcess.start(blob, self._next_port, self._config.rig_dir, self._around.environment)
+        log("INFO", "starting runner", model=stored.name.shortest, pid=process.pid, layers=chosen.layers)
+        return self._loaded(stored, header, facts, options, ask, chosen, process, session_seconds)
+
+    def _planned(self, ask: Ask, rooms: Sequence[Room]) -> Plan:
+        chosen = plan(self._world, ask, rooms)
+        if chosen.must_evict:
+            raise MustEvictError
+        if chosen.error is not None:
+            raise LoadError(chosen.error)
+        return chosen
+
+    def _ask(self, facts: ModelFacts, options: Options, others: list[Loaded]) -> Ask:
+        config = self._config
+        context = min(options.runner.num_ctx, facts.context_length or options.runner.num_ctx)
+        shape = LoadShape(
+            context_length=context,
+            slots=1 if facts.is_embedding or facts.architecture in ONE_SLOT else config.num_parallel,
+            kv_cache_type=self._cache_type(facts),
+            flash_attention=config.flash_attention is not False,
+            batch_tokens=options.runner.num_batch,
+        )
+        return Ask(
+            model=facts,
+            shape=shape,
+            version=config.version,
+            num_gpu=options.runner.num_gpu,
+            main_gpu=options.runner.main_gpu,
+            spread=config.spread,
+            overhead_bytes=config.overhead_bytes,
+            has_others=bool(others),
+            host_free_bytes=self._around.memory.host_free_bytes(others),
+        )
+
+    def _cache_type(self, facts: ModelFacts) -> str:
+        """Up to 0.24 llama.cpp's engine ignores a quantised type unless flash attention was asked for."""
+        kind = self._config.kv_cache_type
+        is_ignored = not self._config.is_0_30 and self._config.flash_attention is not True
+        if kind.upper() not in GGML_BLOCKS or (is_ignored and facts.architecture not in OWN_ENGINE and kind != "f16"):
+            log("WARN", "quantized kv cache requested but flash attention is not enabled", type=kind)
+            return "f16"
+        return kind
+
+    def _loaded(
+        self,
+        stored: Stored,
+        header: Header,
+        facts: ModelFacts,
+        options: Options,
+        ask: Ask,
+        chosen: Plan,
+        process: RunnerProcess,
+        session_seconds: float,
+    ) -> Loaded:
+        host, on_cards = sizes(self._world, ask, chosen.layers)
+        cards = {card.uuid: size for card, size in zip(self._config.cards, on_cards, strict=True) if size > 0}
+        return Loaded(
+            stored=stored,
+            blob=self._around.store.blob(stored.weights.digest),
+            header=header,
+            facts=facts,
+            options=options.runner,
+            context_length=ask.shape.context_length,
+            process=process,
+            size_bytes=host + sum(cards.values()),
+            layers=chosen.layers,
+            bytes_by_card=cards,
+            host_bytes=host,
+            session_seconds=session_seconds,
+            slot_count=ask.shape.slots,
+        )
+
+    # --- the load itself ---
+
+    async def finish(self, loaded: Loaded, options: Options, all_loaded: list[Loaded], request: Request) -> None:
+        """Waits until the model can serve.
+
+        Raises:
+            LoadError, MustEvictError: it does not come to that.
+            ClientLeftError: the client that wanted it has left, which aborts the load.
+        """
+        others = [one for one in all_loaded if one is not loaded]
+        began = time.monotonic()
+        name = loaded.stored.name.shortest
+        warm = self._around.memory.is_cached(loaded.key, loaded.facts.weights_bytes)
+        total = worlds.load_seconds(self._world, loaded.facts.weights_bytes, warm, bool(loaded.bytes_by_card))
+        faulty = self._around.behaviour(name)
+        loaded.process.behave(faulty.slow, faulty.hang, faulty.die)
+        for attempt in range(_RETRIES + 1):
+            left = max(0.0, self.seconds(total) - (time.monotonic() - began))
+            problem = await self._try(loaded, options, left, request, faulty.oom)
+            if problem is None:
+                loaded.begin()
+                log("INFO", "llama runner started", model=name, seconds=round(time.monotonic() - began, 2))
+                return
+            log("ERROR", "load failed", model=name, attempt=attempt, error=problem)
+            self._after_failure(loaded, options, others, problem, attempt)
+        raise LoadError("memory layout cannot be allocated")
+
+    async def _try(
+        self, loaded: Loaded, options: Options, seconds: float, request: Request, is_taken: bool
+    ) -> str | None:
+        """None once loaded, else why not."""
+        if is_taken and loaded.bytes_by_card:
+            return "CUDA error: out of memory"
+        load = loaded.process.load(loaded.bytes_by_card, seconds, self._pace(loaded, options))
+        async with asyncio.TaskGroup() as tasks:
+            loading, leaving = tasks.create_task(load), tasks.create_task(request.left.wait())
+            await asyncio.wait((loading, leaving), return_when=asyncio.FIRST_COMPLETED)
+            ended = loading.done()
+            loading.cancel()
+            leaving.cancel()
+        if not ended:
+            raise ClientLeftError
+        return loading.result()
+
+    def _after_failure(
+        self, loaded: Loaded, options: Options, others: list[Loaded], problem: str, attempt: int
+    ) -> None:
+        """Changes the plan for another try, or raises."""
+        if "out of memory" not in problem or not loaded.bytes_by_card:
+            raise LoadError(f"llama runner process has terminated: {problem}")
+        if self._config.is_0_30 and others:
+            raise MustEvictError(all_others=True)
+        is_own = loaded.facts.architecture in OWN_ENGINE
+        if self._config.is_0_30 or not is_own or options.runner.num_gpu >= 0:
+            raise LoadError("llama runner process has terminated: cudaMalloc failed: out of memory")
+        share = 1.0 - 0.1 * (attempt + 1)
+        rooms = [
+            Room(room.total_bytes, int(room.free_bytes * share), room.bandwidth_bytes_per_second)
+            for room in self._around.memory.rooms(others)
+        ]
+        ask = self._ask(loaded.facts, options, others)
+        loaded.layers = self._planned(ask, rooms).layers
+        host, on_cards = sizes(self._world, ask, loaded.layers)
+        loaded.bytes_by_card = {
+            card.uuid: size for card, size in zip(self._config.cards, on_cards, strict=True) if size > 0
+        }
+        loaded.host_bytes, loaded.size_bytes = host, host + sum(on_cards)
+
+    def _pace(self, loaded: Loaded, options: Options) -> dict[str, float | int]:
+        cards = [CardFacts(card.bandwidth_bytes_per_second, card.fp32_teraflops) for card in self._config.cards]
+        speed = worlds.speed(
+            self._world, loaded.facts, cards, loaded.layers, options.runner.num_thread, active_share(loaded.header)
+        )
+        return {
+            "step_seconds": self.seconds(speed.step_seconds),
+            "stream_share": speed.stream_share,
+            "prefill_seconds_per_token": self.seconds(speed.prefill_seconds_per_token),
+            "batch_tokens": max(1, options.runner.num_batch),
+            "work_share": self._world.cpu_fraction_work if speed.is_cpu else 0.0,
+        }
+
+    async def recovered(self, loaded: Loaded) -> None:
+        """Waits as a real server does until the memory of a killed runner is seen to be free."""
+        if loaded.bytes_by_card:
+            is_new = self._config.is_0_30
+            seconds = self._world.unload_seconds_0_30 if is_new else self._world.unload_seconds
+            await asyncio.sleep(self.seconds(seconds))

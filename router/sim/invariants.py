@@ -1,0 +1,144 @@
+"""What must hold in every run of the router, checked after everything that happens.
+
+It looks at the core's snapshot, at what the simulated servers really hold and at what the core asked for; it changes
+nothing. A broken rule is an `InvariantError` that names it with the time and the figures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from router.core.entities import GpuUuid, InstanceState, ResidencyKey, ResidencyState, Snapshot, TicketId
+from router.core.events import Action, Event, Grant, Load, Reject, Released, Unload, UnloadAsked
+from router.core.ledger import bytes_by_gpu
+from router.sim.contestants.llamayard import Llamayard
+from router.sim.host import Host
+
+STALL_SECONDS = 75.0
+"""Longer than a failure is remembered: so long nothing may move while somebody waits."""
+
+
+class InvariantError(AssertionError):
+    """A rule was broken."""
+
+
+class Invariants:
+    """One run's checks. `seen` is given to `Llamayard`, `after_each` to `Simulation.run`."""
+
+    def __init__(self) -> None:
+        self._router: Llamayard | None = None
+        self._host: Host | None = None
+        self._moved_at = 0.0
+        self._decided: set[TicketId] = set()
+        self._grants: dict[TicketId, ResidencyKey] = {}
+
+    def watch(self, router: Llamayard, host: Host) -> None:
+        self._router, self._host = router, host
+
+    def seen(self, event: Event, actions: list[Action], now: float) -> None:
+        """The actions that one event brought, before any is carried out."""
+        router = self._router
+        if router is None:
+            return
+        if isinstance(event, Released):
+            self._grants.pop(event.ticket_id, None)
+        for action in actions:
+            match action:
+                case Unload():
+                    self._check_unload(event, action, now)
+                case Grant() | Reject():
+                    self._decide(router, action, now)
+                case Load():
+                    pass
+        residencies = router.snapshot().residencies
+        self._grants = {ticket: key for ticket, key in self._grants.items() if key in residencies}
+
+    def after_each(self) -> None:
+        """The state between two things that happen."""
+        if self._router is None or self._host is None:
+            return
+        now = self._host.timeline.now
+        snapshot = self._router.snapshot()
+        self._check_cards(snapshot, now)
+        _check_reservations(snapshot, now)
+        self._check_slots(snapshot, now)
+        self._check_waiting(self._router, snapshot, now)
+
+    # --- rules ---------------------------------------------------------------------------------------------
+
+    def _decide(self, router: Llamayard, action: Grant | Reject, now: float) -> None:
+        """A ticket ends once, in one way."""
+        if action.ticket_id in self._decided:
+            raise InvariantError(f"{now:.3f}: ticket {action.ticket_id} was decided twice: {action}")
+        self._decided.add(action.ticket_id)
+        request = router.held.get(action.ticket_id)
+        if isinstance(action, Grant) and request is not None:
+            self._grants[action.ticket_id] = (action.instance, request.model.blob)
+
+    def _check_unload(self, event: Event, unload: Unload, now: float) -> None:
+        """Busy models are never evicted: only a dead runner is unloaded with requests on it."""
+        running = (unload.instance, unload.blob) in self._grants.values()
+        excused = isinstance(event, UnloadAsked) or (isinstance(event, Released) and event.runner_lost)
+        if running and not excused:
+            raise InvariantError(f"{now:.3f}: {unload.instance} unloads busy {unload.model.name}: {unload.reason}")
+
+    def _check_cards(self, snapshot: Snapshot, now: float) -> None:
+        """What is loaded and what is reserved never exceed a card, room that is being made not counted."""
+        held: Counter[GpuUuid] = Counter()
+        loads = {r.load_id for r in snapshot.reservations.values()}
+        for residency in snapshot.residencies.values():
+            if residency.state is ResidencyState.READY and residency.load_id not in loads:
+                for uuid, size in bytes_by_gpu(snapshot, residency):
+                    held[uuid] += size
+        for reservation in snapshot.reservations.values():
+            for uuid, size in reservation.per_gpu_bytes:
+                held[uuid] += size
+        for uuid, size in held.items():
+            card = snapshot.gpus[uuid]
+            usable = card.memory_total_bytes - (card.memory_reserved_bytes or 0)
+            if size > usable:
+                raise InvariantError(f"{now:.3f}: card {card.index}: {size} bytes held and reserved of {usable}")
+
+    def _check_slots(self, snapshot: Snapshot, now: float) -> None:
+        """The slots in use of a copy are the requests that were granted on it, and no more than it has."""
+        granted = Counter(self._grants.values())
+        for key, residency in snapshot.residencies.items():
+            if residency.in_flight != granted[key] or residency.in_flight > residency.slots:
+                words = f"{residency.in_flight} in flight, {granted[key]} granted, {residency.slots} slots"
+                raise InvariantError(f"{now:.3f}: {residency.name} on {key[0]}: {words}")
+
+    def _check_waiting(self, router: Llamayard, snapshot: Snapshot, now: float) -> None:
+        """Nobody waits beside a free slot of his model, and somebody who waits sees something move."""
+        waiting = [ticket for ticket, _ in router.dispatcher.waiting]
+        if not waiting or self._grants or _is_moving(snapshot):
+            self._moved_at = now
+        if now - self._moved_at > STALL_SECONDS:
+            raise InvariantError(
+                f"{now:.3f}: {len(waiting)} requests wait and nothing has moved since {self._moved_at:.1f}"
+            )
+        blobs = {ticket.model.blob for ticket in waiting}
+        for key, residency in snapshot.residencies.items():
+            view = snapshot.instances.get(key[0])
+            free = residency.state is ResidencyState.READY and residency.in_flight < residency.slots
+            ready = view is not None and view.state is InstanceState.READY
+            if residency.blob in blobs and free and ready and key not in snapshot.draining:
+                raise InvariantError(f"{now:.3f}: a request for {residency.name} waits beside a free slot on {key[0]}")
+
+
+def _is_moving(snapshot: Snapshot) -> bool:
+    on_the_way = (ResidencyState.PLANNED, ResidencyState.LOADING, ResidencyState.UNLOADING)
+    return any(r.state in on_the_way for r in snapshot.residencies.values()) or not any(
+        view.state is InstanceState.READY for view in snapshot.instances.values()
+    )
+
+
+def _check_reservations(snapshot: Snapshot, now: float) -> None:
+    """A reservation is on all cards of its instance or is none, and belongs to a load."""
+    owned = {r.load_id for r in snapshot.residencies.values()}
+    for reservation in snapshot.reservations.values():
+        view = snapshot.instances.get(reservation.instance)
+        cards = view.spec.gpus if view is not None else ()
+        if tuple(uuid for uuid, _ in reservation.per_gpu_bytes) != cards:
+            raise InvariantError(f"{now:.3f}: {reservation} does not cover the cards of its instance")
+        if reservation.load_id not in owned:
+            raise InvariantError(f"{now:.3f}: {reservation} belongs to nothing")

@@ -1,0 +1,124 @@
+"""Draws a simulated run: each card's memory by model over time, and who waited and ran. `python -m … RUN.json OUT.svg`.
+
+It reads the JSON that `llamayard simulate --out` writes and nothing else, in a process of its own, so that nobody else
+needs matplotlib (the extra `sim`).
+"""
+
+# matplotlib leaves the types of its keyword arguments open:
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib as mpl
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+GB = 1e9
+_LOADING_ALPHA = 0.35
+_WIDTH_INCHES = 14.0
+
+
+def main(arguments: list[str]) -> int:
+    source, target = Path(arguments[0]), Path(arguments[1])
+    data = cast("dict[str, Any]", json.loads(source.read_text(encoding="utf-8")))
+    draw(data["title"], data["run"], target)
+    return 0
+
+
+def draw(title: str, run: dict[str, Any], target: Path) -> None:
+    """Writes the picture; its kind follows from the file's name (svg, png, pdf)."""
+    mpl.rcParams["svg.hashsalt"] = "llamayard"  # the same run gives the same file
+    cards: list[dict[str, Any]] = run["cards"]
+    heights = [1.0] * len(cards) + [1.2]
+    figure, axes = pyplot.subplots(
+        len(heights), 1, sharex=True, figsize=(_WIDTH_INCHES, 1.6 * len(heights)), height_ratios=heights, squeeze=False
+    )
+    rows: list[Axes] = [row[0] for row in axes]
+    colours = _colours(run)
+    for card, axis in zip(cards, rows, strict=False):
+        _draw_card(axis, card, run, colours)
+    _draw_queue(rows[-1], run)
+    for at, _ in run["notes"]:
+        for axis in rows:
+            axis.axvline(at, color="red", linewidth=0.8, linestyle=":")
+    rows[0].set_xlim(0.0, run["seconds"])
+    rows[0].set_title(title, loc="left", fontsize=10)
+    rows[-1].set_xlabel("seconds")
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else {})
+    pyplot.close(figure)
+
+
+def _colours(run: dict[str, Any]) -> dict[str, Any]:
+    names = sorted({stay["model"] for stay in run["stays"]} | {request["model"] for request in run["requests"]})
+    palette = mpl.colormaps["tab20"]
+    return {name: palette(index % 20) for index, name in enumerate(names)}
+
+
+def _draw_card(axis: Axes, card: dict[str, Any], run: dict[str, Any], colours: dict[str, Any]) -> None:
+    """A block a stay, on top of what was there when it came; pale while it loads, hatched where it is partly on the CPU."""
+    shown: list[tuple[float, float, float, float]] = []
+    for stay in run["stays"]:
+        size = stay["bytes"].get(card["uuid"], 0) / GB
+        if not size:
+            continue
+        began = stay["began"]
+        ended = stay["ended"] if stay["ended"] is not None else run["seconds"]
+        ready = stay["ready"] if stay["ready"] is not None else ended
+        bottom = _lowest(shown, began, ended, size)
+        shown.append((began, ended, bottom, bottom + size))
+        hatch = "//" if stay["host_bytes"] else None
+        colour = colours[stay["model"]]
+        axis.broken_barh([(began, ready - began)], (bottom, size), facecolor=colour, alpha=_LOADING_ALPHA, hatch=hatch)
+        axis.broken_barh([(ready, ended - ready)], (bottom, size), facecolor=colour, edgecolor="white", hatch=hatch)
+    axis.set_ylim(0, card["usable_bytes"] / GB)
+    axis.set_ylabel(f"card {card['index']}\nGB", fontsize=8)
+    axis.tick_params(labelsize=7)
+
+
+def _lowest(shown: list[tuple[float, float, float, float]], began: float, ended: float, size: float) -> float:
+    """The lowest height at which the block overlaps no other."""
+    others = sorted((low, high) for start, end, low, high in shown if start < ended and began < end)
+    bottom = 0.0
+    for low, high in others:
+        if low - bottom >= size:
+            break
+        bottom = max(bottom, high)
+    return bottom
+
+
+def _draw_queue(axis: Axes, run: dict[str, Any]) -> None:
+    waiting: list[tuple[float, int]] = []
+    running: list[tuple[float, int]] = []
+    for request in run["requests"]:
+        ended = request["ended"] if request["ended"] is not None else run["seconds"]
+        first = request["first_token"] if request["first_token"] is not None else ended
+        waiting += [(request["arrived"], 1), (first, -1)]
+        running += [(first, 1), (ended, -1)]
+    for steps, label, colour in ((waiting, "wait for a first token", "tab:red"), (running, "stream", "tab:green")):
+        times, counts = _summed(steps)
+        axis.step(times, counts, where="post", label=label, color=colour, linewidth=1.0)
+    axis.set_ylabel("requests", fontsize=8)
+    axis.legend(fontsize=7, loc="upper right", frameon=False)
+    axis.tick_params(labelsize=7)
+
+
+def _summed(steps: list[tuple[float, int]]) -> tuple[list[float], list[int]]:
+    times, counts, count = [0.0], [0], 0
+    for at, change in sorted(steps, key=lambda step: (step[0], -step[1])):
+        count += change
+        times.append(at)
+        counts.append(count)
+    return times, counts
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
