@@ -86,6 +86,8 @@ class Dispatcher:
         self._reasons: dict[TicketId, str] = {}
         self._sought: dict[GroupKey, tuple[int, float]] = {}
         """State's version and time at which a place for the group was last sought in vain."""
+        self._replacing: dict[GroupKey, Residency] = {}
+        """Copies that have to end their work, because the same weights are wanted there with other options."""
         self._wake_hint = float("inf")
 
     # --- what others may read ------------------------------------------------------------------------------
@@ -307,8 +309,11 @@ class Dispatcher:
 
     def _pump(self, now: float, is_turn: bool) -> list[Action]:
         self._fleet.wanted = self._queue.wanted()
+        if self._fleet.reservations:
+            for residency in standing.abandoned(self._fleet.snapshot(now)):
+                plans.drop(self._fleet, residency)
         actions = plans.advance(self._fleet, now)
-        self._fleet.draining = self._fleet.snapshot(now).promised()
+        self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
         for key in self._queue.groups():
             actions += self._grant_group(key, now)
             if self._queue.has_group(key):
@@ -316,6 +321,17 @@ class Dispatcher:
         if is_turn:
             actions += self._keep(now)
         return actions + plans.advance(self._fleet, now)
+
+    def _being_replaced(self) -> frozenset[ResidencyKey]:
+        """Busy copies whose place the same weights shall take with other options, as long as somebody waits for that."""
+        self._replacing = {
+            key: copy for key, copy in self._replacing.items() if self._queue.has_group(key) and self._is_still(copy)
+        }
+        return frozenset((copy.instance, copy.blob) for copy in self._replacing.values())
+
+    def _is_still(self, copy: Residency) -> bool:
+        now = self._fleet.residencies.get((copy.instance, copy.blob))
+        return now is not None and now.loaded_at == copy.loaded_at
 
     def _grant_group(self, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -381,7 +397,12 @@ class Dispatcher:
                 self._explain(tickets, decision.reason)
                 if len(decision.per_gpu_bytes) > 1:
                     self._fleet.large_blobs.add(key.blob)
-                return plans.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
+                own = self._fleet.residencies.get((decision.instance, key.blob))
+                if own is not None:
+                    self._replacing[key] = own
+                actions = plans.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
+                self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
+                return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
                 self._sought[key] = (self._fleet.version, now)
@@ -395,9 +416,6 @@ class Dispatcher:
             return []
         self._sought = {key: seen for key, seen in self._sought.items() if self._queue.has_group(key)}
         actions: list[Action] = list(standing.stop_empty(self._fleet, now))
-        snapshot = self._fleet.snapshot(now)
-        for residency in standing.abandoned(snapshot):
-            plans.drop(self._fleet, residency)
         for model, placed in standing.anticipate(self._fleet.snapshot(now), self._fleet.models, self._estimate):
             actions += plans.begin(self._fleet, model, placed, self._loads.next(), now)
         return actions

@@ -299,7 +299,7 @@ class Reservation:
     evict: tuple[ResidencyKey, ...] = ()
     """What has to leave first; busy models among them take no new request and leave when they are idle."""
     cleared_at: float | None = None
-    """When the last of those had left; the room has to show soon after."""
+    """When the last of those began to leave; the room has to show soon after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +360,8 @@ class Policy:
     """After a load or unload no model is called too large for so long: the driver may still show old figures."""
     drain_after_seconds: float = 15.0
     """A ticket that has waited so long for room may stop busy models from taking new requests."""
+    starving_after_seconds: float = 60.0
+    """A ticket that has waited so long gets its place whatever that costs others."""
     instances_on_demand: bool = False
     """Whether instances over any set of cards may be started, each for one model."""
     on_demand_like: InstanceSpec | None = None
@@ -379,7 +381,7 @@ class Policy:
     """A ticket that cannot be served in time any more waits so long before its waiting counts."""
     wait_weight: float = 0.3
     """What a second of waiting counts for against what an eviction costs: more means shorter waits and more swaps."""
-    residency_seconds_min: float = 5.0
+    residency_seconds_min: float = 0.0
     """A model that was loaded is not unloaded for another one's sake sooner, unless that one has waited for long."""
     patience_seconds: float = 10.0
     """A first token should not take longer: who would miss that by waiting goes before what is merely cheap."""

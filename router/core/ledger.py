@@ -146,4 +146,4 @@ def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[Gpu
 
 def is_settled(reservation: Reservation, gpus_read_at: float) -> bool:
     """True once the cards were read after the load ended: the driver's figures now contain it."""
-    return reservation.finished_at is not None and gpus_read_at >= reservation.finished_at
+    return reservation.finished_at is not None and gpus_read_at > reservation.finished_at

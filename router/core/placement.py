@@ -51,6 +51,8 @@ class Want:
     """Nothing is unloaded that costs more seconds than this."""
     not_on: frozenset[InstanceName] = frozenset()
     """Instances that have a copy already."""
+    supersedes: frozenset[ResidencyKey] = frozenset()
+    """Copies that the new one makes useless: they cost nothing to unload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class _Offer:
     running: int
     """Requests of those that are busy."""
     price: float
+    lost_bytes: int
 
 
 def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) -> int:
@@ -165,8 +168,10 @@ def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decis
         return now
     offers = [o for c in usable if (o := _offer(snapshot, c, want, busy=False)) is not None]
     if offers:
-        return _taken(snapshot, min(offers, key=lambda o: (o.price, _preference(snapshot, o.candidate))), want)
-    return _wait(snapshot, usable, want)
+        return _taken(
+            snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.candidate))), want
+        )
+    return _wait(snapshot, [c for c in group if c.name not in failed | want.not_on and _is_up(snapshot, c)], want)
 
 
 def _is_up(snapshot: Snapshot, candidate: _Candidate) -> bool:
@@ -238,13 +243,16 @@ def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool)
     }
     cards = [gpu for gpu, size in shortfall.items() if size > 0]
     others = evictable(snapshot, cards, busy=busy, young=want.may_evict_young) if cards else []
-    evict = choose_evictions(snapshot, shortfall, [r for r in others if (r.instance, r.blob) != own])
+    others = [r for r in others if (r.instance, r.blob) != own]
+    others.sort(key=lambda r: (r.instance, r.blob) not in want.supersedes)
+    evict = choose_evictions(snapshot, shortfall, others)
     if evict is None:
         return None
+    price = price_of(snapshot, (key for key in evict if key not in want.supersedes))
     evict = (own, *evict) if own_copy is not None else evict
     running = sum(snapshot.residencies[key].in_flight for key in evict)
-    price = price_of(snapshot, evict)
-    return _Offer(candidate, evict, running, price) if price <= want.price_max else None
+    lost = sum(sum(snapshot.residencies[key].per_gpu_bytes) for key in evict)
+    return _Offer(candidate, evict, running, price, lost) if price <= want.price_max else None
 
 
 def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:

@@ -67,13 +67,13 @@ def _advance(fleet: FleetState, reservation: Reservation, residency: Residency, 
         found = fleet.residencies.get(key)
         if found is not None and found.is_idle:
             actions.append(rules.unload(fleet, key, f"makes room for {residency.name}"))
-    waits = [key for key in reservation.evict if key in fleet.residencies]
-    if waits:
+    staying = [fleet.residencies[key] for key in reservation.evict if key in fleet.residencies]
+    if any(found.state is ResidencyState.READY for found in staying):
         return actions
     if reservation.cleared_at is None:
         reservation = replace(reservation, cleared_at=now)
         fleet.reservations[reservation.load_id] = reservation
-    if rules.has_room(fleet.snapshot(now), reservation) and _may_send(fleet):
+    if not staying and rules.has_room(fleet.snapshot(now), reservation) and _may_send(fleet):
         actions.append(rules.send(fleet, residency, reservation, now))
     elif now - (reservation.cleared_at or now) >= fleet.policy.room_timeout_seconds and not _is_coming(
         fleet, reservation

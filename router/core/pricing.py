@@ -2,9 +2,9 @@
 
 A first token that comes too late is worth `patience_seconds`. An eviction costs as many of those as requests are
 expected for the model while it is away; a load is worth one for each ticket that it can still serve in time, and for
-every ticket a share of the time that it has waited, so that whatever waits comes to its turn in the end. A swap is made
-when it is worth its price: a model that is asked for in vain once does not drive out one that is asked for all the time,
-but several, or one for long, do.
+every ticket a share of the time that it has waited, so that whatever waits comes to its turn in the end. A swap is
+made when it is worth its price: a model that is asked for in vain once does not drive out one that is asked for all
+the time, but several, or one for long, do.
 """
 
 from __future__ import annotations

@@ -27,7 +27,10 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
         layout=head.layout,
         may_drain=waited >= policy.drain_after_seconds,
         may_evict_young=waited >= policy.patience_seconds,
-        price_max=worth_of_load(snapshot, head.model, tickets),
+        price_max=_price_max(snapshot, tickets, waited),
+        supersedes=frozenset(
+            key for key, r in snapshot.residencies.items() if r.blob == head.model.blob and head.is_flexible
+        ),
     )
     decision: Decision | None = None
     for options in _options_to_try(policy, snapshot, tickets):
@@ -37,6 +40,13 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
         decision = decision or found
     assert decision is not None
     return decision
+
+
+def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> float:
+    """What may be lost by others for these tickets: what they gain, and without limit for those that starve."""
+    if waited >= snapshot.policy.starving_after_seconds:
+        return float("inf")
+    return worth_of_load(snapshot, tickets[0].model, tickets)
 
 
 def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:

@@ -47,6 +47,8 @@ class LeaseRecord(NamedTuple):
     """One slot that is held."""
 
     key: ResidencyKey
+    loaded_at: float
+    """Of the copy: one that came to the same place after it has nothing to do with this slot."""
     client: str
     granted_at: float
 
@@ -131,7 +133,7 @@ class FleetState:
                 del self.reservations[load_id]
         for key, residency in list(self.residencies.items()):
             ended = residency.unloaded_at
-            if ended is not None and (self.gpus_read_at >= ended or not residency.per_gpu_bytes):
+            if ended is not None and (self.gpus_read_at > ended or not residency.per_gpu_bytes):
                 self.forget(key)
 
     # --- memory of what happened ---------------------------------------------------------------------------
@@ -161,8 +163,8 @@ class FleetState:
     # --- slots ---------------------------------------------------------------------------------------------
 
     def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float) -> None:
-        self.leases[ticket.id] = LeaseRecord(key, ticket.client, now)
         residency = self.residencies[key]
+        self.leases[ticket.id] = LeaseRecord(key, residency.loaded_at, ticket.client, now)
         self.residencies[key] = replace(residency, in_flight=residency.in_flight + 1, used_at=now, expires_at=None)
         if ticket.session:
             self.sessions.pop((ticket.session, key[1]), None)
@@ -179,7 +181,7 @@ class FleetState:
         if blob in self.demand:
             self.demand[blob] = demand.served(self.demand[blob], now - lease.granted_at)
         residency = self.residencies.get(lease.key)
-        if residency is None or residency.in_flight == 0:
+        if residency is None or residency.loaded_at != lease.loaded_at:
             return lease, None
         changes: dict[str, Any] = {"in_flight": residency.in_flight - 1, "used_at": now}
         if residency.in_flight == 1 and residency.state is ResidencyState.READY:

@@ -166,10 +166,10 @@ def test_a_stream_of_small_requests_cannot_starve_a_large_model(two: Play) -> No
         if following not in two.leases:
             break
         running, served = following, served + 1
-    assert served == PLAIN.drain_after_seconds / 0.5 - 1
+    assert served == PLAIN.starving_after_seconds / 0.5
     two.work_through()
     assert (large in two.leases, following in two.waiting) == (True, True)
-    assert two.now < began + PLAIN.drain_after_seconds + 1
+    assert two.now < began + PLAIN.starving_after_seconds + 1
     two.release(large)
     two.work_through()
     assert following in two.leases
@@ -187,7 +187,7 @@ def test_a_large_model_that_gives_up_lets_the_small_ones_go_on(two: Play) -> Non
     two.arrive(SMALL)
     two.work_through()
     large = two.arrive(PAIR)
-    two.advance(PLAIN.drain_after_seconds + 0.1)
+    two.advance(PLAIN.starving_after_seconds + 0.1)
     waits = two.arrive(SMALL)
     assert waits in two.waiting
     two.cancel(large)

@@ -22,7 +22,7 @@ from router.core.entities import (
     Snapshot,
 )
 from router.core.ledger import available_bytes, capacity_bytes
-from router.core.placement import Decision, MustWait, NoFit, Placed, context_of, place
+from router.core.placement import Decision, MustWait, NoFit, Placed, Want, context_of, place
 from tests.core.builders import (
     MIB,
     by_weight,
@@ -44,7 +44,7 @@ LONG: RunnerOptions = (("num_ctx", 2048),)
 
 
 def _place(facts: Snapshot, of: ModelFacts, options: RunnerOptions = ()) -> Decision:
-    return place(facts, by_weight, of, options)
+    return place(facts, by_weight, Want(of, options))
 
 
 def _placed(facts: Snapshot, of: ModelFacts, options: RunnerOptions = ()) -> Placed:

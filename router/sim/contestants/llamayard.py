@@ -225,7 +225,7 @@ class Llamayard:
             case StopInstance():
                 self._end_instance(action.instance)
             case ReadGpus():
-                self._read_cards()
+                self._soon(self._read_cards)
             case _:
                 assert_never(action)
 
