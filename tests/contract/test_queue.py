@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.conftest import Start
-from tests.contract.differences import EMULATED, REAL_0_11_4, unexplained
+from tests.contract.differences import KNOWN, unexplained
 from tests.contract.recording import recordings
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage, furnish
@@ -56,7 +56,7 @@ async def _full(stage: Stage) -> AsyncGenerator[list[asyncio.Task[Reply]]]:
 
 
 async def test_overload_is_told_at_once_in_the_shape_of_each_api(narrow: Stage) -> None:
-    known = {"real": REAL_0_11_4, "emulated": EMULATED}[narrow.server.kind]
+    known = KNOWN[narrow.server.version]
     faults: dict[str, list[str]] = {}
     async with _full(narrow):
         for recording in _OVERLOADS:
