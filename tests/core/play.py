@@ -216,7 +216,7 @@ class Play:
 
     def reason(self, ticket: TicketId) -> str:
         """What a waiting ticket waits for."""
-        return next(words for waiting, words in self._twins[0].waiting if waiting.id == ticket)
+        return next((words for waiting, words in self._twins[0].waiting if waiting.id == ticket), "")
 
     def queued(self) -> list[TicketId]:
         return [ticket.id for ticket, _ in self._twins[0].waiting]
@@ -281,8 +281,9 @@ class Play:
     def _unload(self, unload: Unload, before: Snapshot) -> None:
         key = (unload.instance, unload.blob)
         assert key not in self.unloads, f"{key} is being unloaded already"
-        own_fault = unload.reason.startswith(("its runner died", "came out"))
         stood = before.residencies.get(key)
+        again = stood is not None and stood.state is ResidencyState.UNLOADING
+        own_fault = again or unload.reason.startswith(("its runner died", "came out"))
         busy = sum(1 for lease in self.leases.values() if stood and lease == (key, stood.load_id))
         assert own_fault or not busy, f"{key} was unloaded with {busy} requests: {unload.reason}"
         self.unloads[key] = unload
