@@ -59,6 +59,7 @@ from router.core.events import (
     UnloadFinished,
 )
 from router.core.ids import LoadIds
+from router.core.keepalive import merged_keep_alive
 from router.core.ledger import slots_of
 from router.core.placement import Estimate, MustWait, NoFit, Placed, place
 from router.core.state import FleetState, expiry
@@ -305,9 +306,8 @@ class Dispatcher:
             return None
         key = (chosen.instance, chosen.blob)
         self._fleet.take_slot(ticket.id, key, now)
-        if ticket.keep_alive_seconds is not None:
-            # A request that says nothing leaves the last value, as Ollama does.
-            self._fleet.update(key, keep_alive_seconds=ticket.keep_alive_seconds)
+        keep = merged_keep_alive(chosen.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=chosen.in_flight > 0)
+        self._fleet.update(key, keep_alive_seconds=keep)
         reason = f"{chosen.reason}; {chosen.in_flight} of {chosen.slots} slots were in use"
         url = snapshot.instances[chosen.instance].spec.url
         return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)

@@ -76,21 +76,12 @@ async def open_upstream(
 
 
 async def relay(
-    request: web.BaseRequest,
-    upstream: aiohttp.ClientResponse,
-    limits: Limits,
-    api: Api,
-    exchange: Exchange,
-    begun: web.StreamResponse | None = None,
+    request: web.BaseRequest, upstream: aiohttp.ClientResponse, limits: Limits, api: Api, exchange: Exchange
 ) -> web.StreamResponse:
-    """Streams the reply to the client. After the first byte every failure ends the stream visibly.
-
-    `begun` is an answer whose head is out already; the reply must then be one with status 200.
-    """
+    """Streams the reply to the client. After the first byte every failure ends the stream visibly."""
+    response = _reply_head(upstream, exchange)
     exchange.status = upstream.status
-    response = begun or _reply_head(upstream, exchange)
-    if begun is None:
-        await response.prepare(request)
+    await response.prepare(request)
     if request.method == hdrs.METH_HEAD:
         await response.write_eof()
         return response

@@ -1,5 +1,7 @@
 """The front door: one handler for every request, from the checks of Host and Origin to the access log line.
 
+Requests that take a slot are the relay's (`router/relay`) and do not come here.
+
 Which path is answered how stands in `gateway/routes.py`; who may call from a browser in `gateway/origin.py`; how errors
 look in `gateway/shapes.py`. Foreign exceptions become one of `router.errors` here, and nothing escapes it.
 """
@@ -20,7 +22,6 @@ from router.gateway.admin import AdminHandler
 from router.gateway.answers import error_answer, judged_answer, redirect_answer
 from router.gateway.context import GatewayContext
 from router.gateway.headers import request_id
-from router.gateway.leased import LeasedHandler
 from router.gateway.managed import ManagedHandler
 from router.gateway.merged import MergedHandler
 from router.gateway.origin import OriginPolicy, method_not_allowed, not_found
@@ -56,7 +57,6 @@ class Gateway:
         self._table = RouteTable()
         passed = PassedHandler(context)
         self._handlers: Mapping[Kind, Handler] = {
-            Kind.LEASED: LeasedHandler(context),
             Kind.SHOW: ShowHandler(context),
             Kind.PASSED: passed,
             Kind.MERGED: MergedHandler(context),
