@@ -8,6 +8,7 @@ a body's end is found in one place only, `router/relay/framing.py`. Nothing is d
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httptools
@@ -18,6 +19,7 @@ HEAD_BYTES_MAX = 65536
 """A longer head of a request is answered 431, one of a reply ends the exchange."""
 
 _BLANK = b"\r\n\r\n"
+_TOKEN = re.compile(rb"[A-Za-z]+ /")
 
 
 class HeadError(Exception):
@@ -68,7 +70,8 @@ class _Head:
         except httptools.HttpParserUpgrade:
             self._upgrades()
         except httptools.HttpParserInvalidMethodError as error:
-            raise HeadError(501, "Not Implemented") from error
+            known = _TOKEN.match(piece) is not None
+            raise HeadError(501 if known else 400, "Not Implemented" if known else "Bad Request") from error
         except httptools.HttpParserError as error:
             raise HeadError(400, "Bad Request") from error
         if end < 0:

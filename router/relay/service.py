@@ -10,9 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
-from router.gateway.abilities import Abilities
 from router.gateway.access import AccessLog
-from router.gateway.asked import Rules
 from router.gateway.context import GatewayContext
 from router.gateway.origin import OriginPolicy
 from router.gateway.routes import RouteTable
@@ -84,8 +82,6 @@ def relay_over(
     access: AccessLog,
     make_handler: Callable[[], asyncio.Protocol],
     *,
-    rules: Rules,
-    abilities: Abilities,
     debug_headers: bool,
 ) -> Relay:
     """The relay of a router: what is not its business goes to `make_handler`'s protocols."""
@@ -98,8 +94,8 @@ def relay_over(
             books=access,
             origins=origins,
             limits=context.limits,
-            rules=rules,
-            abilities=abilities,
+            rules=context.rules,
+            abilities=context.abilities,
             primary=context.primary,
             cards=lambda: engine.snapshot().gpus,
             debug_headers=debug_headers,

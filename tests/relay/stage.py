@@ -32,6 +32,7 @@ from router.relay.desk import Desk, Patience, Tasks
 from router.relay.service import Relay
 from router.relay.upstream import Pool
 from tests.support.rawhttp import Address
+from tests.support.waiting import eventually
 
 MODEL = replace(NO_MODEL, name="tiny:latest", blob=BlobDigest("sha256:tiny"))
 LIMITS = Limits(
@@ -67,6 +68,40 @@ def replying(*pieces: bytes) -> Script:
 
     async def script(turn: Turn) -> None:
         await turn.write(*pieces)
+
+    return script
+
+
+def by_turn(*scripts: Script) -> Script:
+    """The first request by the first script, and so on; the last for all further ones."""
+
+    async def script(turn: Turn) -> None:
+        await scripts[min(turn.number, len(scripts)) - 1](turn)
+
+    return script
+
+
+async def closing(turn: Turn) -> None:
+    """Closes without a byte."""
+    turn.transport.close()
+
+
+def then_closing(*pieces: bytes) -> Script:
+    """Writes these, then closes."""
+
+    async def script(turn: Turn) -> None:
+        await turn.write(*pieces)
+        turn.transport.close()
+
+    return script
+
+
+def then_waiting(*pieces: bytes) -> Script:
+    """Writes these, then says nothing more until its connection goes."""
+
+    async def script(turn: Turn) -> None:
+        await turn.write(*pieces)
+        await asyncio.Event().wait()
 
     return script
 
@@ -232,6 +267,11 @@ class Stage:
     def is_at_rest(self) -> bool:
         """No slot, ticket or request is left over."""
         return not (self.engine.held or self.engine.waiting or self.books.running or self.pool.opening_count)
+
+
+async def rests(stage: Stage) -> None:
+    """Waits until nothing is left over."""
+    await eventually(lambda: stage.is_at_rest, what="rest")
 
 
 async def _library(request: web.BaseRequest, handed: list[str]) -> web.StreamResponse:
