@@ -1,4 +1,4 @@
-"""One trace twice: over an emulated stock server with real HTTP and processes, and in the simulator.
+"""One trace twice: over an emulated stock server (or the router) with real HTTP and processes, and in the simulator.
 
 The emulated one goes first; the simulator is then asked for the same numbers of words, since an emulated model ends
 its answers by itself. Prints both side by side.
@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.sched.client import Answered, Player
 from router.rig.fleet import prepare_rig
+from router.rig.process import PACKAGE_ROOT
 from router.scenarios import Wanted, contestant, scenario
 from router.sim.metrics import FIRST_TOKEN_SECONDS, TOKENS_PER_SECOND, is_in_time
 from router.sim.requests import Request
@@ -39,6 +40,7 @@ TUNED = {
     "OLLAMA_NOPRUNE": "1",
     "OLLAMA_NO_CLOUD": "1",
 }
+PRODUCT = "llamayard"
 _LOADED = re.compile(r'msg="llama runner started" model=(\S+)')
 VERSIONS = {"stock-0.24": "0.24.0", "stock-0.33": "0.33.0"}
 
@@ -76,14 +78,10 @@ def answered_in_time(one: Answered) -> bool:
 @contextlib.contextmanager
 def stock_server(rig: str, policy: str, speed: float, folder: Path) -> Generator[str]:
     """An emulated stock server over all cards of the rig, tuned as a good admin does; its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = _free_port()
     variables = {"LLAMAYARD_RIG_SPEED": repr(speed), "LLAMAYARD_RIG_VERSION": VERSIONS[policy]}
     prepared = prepare_rig(rig, folder / "rig", variables)
     environment = {
-        "PATH": os.defpath,
-        "HOME": str(folder),
         **TUNED,
         **prepared.environment,
         "OLLAMA_MODELS": str(prepared.models_directory),
@@ -91,15 +89,50 @@ def stock_server(rig: str, policy: str, speed: float, folder: Path) -> Generator
         # The emulated server's idle timers run in real time whatever the speed.
         "OLLAMA_KEEP_ALIVE": f"{300 / speed}s",
     }
+    with _running(prepared.command, environment, folder, port) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def product(rig: str, speed: float, folder: Path) -> Generator[str]:
+    """The router itself over emulated servers, with the same two lines; its URL. It polls as fast as its clock runs."""
+    port = _free_port()
+    environment = {"LLAMAYARD_RIG_SPEED": repr(speed), "PYTHONPATH": str(PACKAGE_ROOT)}
+    keys = {
+        "ollama.flash_attention": "true",
+        "ollama.kv_cache_type": "q8_0",
+        "poll.gpu_seconds": f"{1 / speed:g}",
+        "poll.residency_seconds": f"{1 / speed:g}",
+    }
+    command = [sys.executable, "-m", "router", "serve", "--rig", rig, "--port", str(port)]
+    for key, value in keys.items():
+        command += ["--set", f"{key}={value}"]
+    with _running(command, environment, folder, port) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], environment: Mapping[str, str], folder: Path, port: int) -> Generator[str]:
+    """The program until the block ends; what it says goes to `server.log`."""
+    full = {"PATH": os.defpath, "HOME": str(folder), **environment}
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(prepared.command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=full, stdout=log, stderr=log, start_new_session=True)
     try:
         _wait_for(f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait_for(url: str) -> None:
@@ -118,9 +151,14 @@ def compare(policy: str, wanted: Wanted, speed: float) -> Compared:
     """Plays it on both."""
     scene = replace(scenario(wanted), cold_start=True)
     embeds = frozenset(name for name, model in scene.models.items() if model.is_embedding)
-    with tempfile.TemporaryDirectory() as folder, stock_server(wanted.rig, policy, speed, Path(folder)) as url:
-        answers = asyncio.run(Player(url, speed, embeds).play(scene.sessions))
-        loads = _LOADED.findall((Path(folder) / "server.log").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server = (
+            product(wanted.rig, speed, folder) if policy == PRODUCT else stock_server(wanted.rig, policy, speed, folder)
+        )
+        with server as url:
+            answers = asyncio.run(Player(url, speed, embeds).play(scene.sessions))
+        loads = _LOADED.findall((folder / "server.log").read_text(encoding="utf-8"))
     played = replace(scene, sessions=_as_answered(scene, answers))
     outcome = Simulation(played, contestant(policy)).run()
     stays = [stay.model.removesuffix(":latest") for stay in outcome.tally.stays]
@@ -144,7 +182,7 @@ def _as_answered(scene: Scenario, answers: Sequence[Answered]) -> tuple[Session,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", choices=list(VERSIONS), default="stock-0.24")
+    parser.add_argument("--policy", choices=[*VERSIONS, PRODUCT], default="stock-0.24")
     parser.add_argument("--rig", default="4x3090")
     parser.add_argument("--mix", default="team")
     parser.add_argument("--seed", type=int, default=1)

@@ -1,10 +1,10 @@
-"""The simulated stock server and the emulated one, a process with real HTTP, play the same trace alike."""
+"""Simulated servers and emulated ones, processes with real HTTP, play the same trace alike; so does the router."""
 
 from __future__ import annotations
 
 import pytest
 
-from bench.sched.agreement import VERSIONS, compare
+from bench.sched.agreement import PRODUCT, VERSIONS, compare
 from router.scenarios import Wanted
 
 pytestmark = pytest.mark.rig
@@ -22,3 +22,12 @@ def test_simulator_and_emulated_server_agree_on_a_minute_of_the_team(policy: str
     emulated, simulated = found.in_time()
     assert emulated == pytest.approx(simulated, abs=IN_TIME_TOLERANCE)
     assert found.loads[0][:6] == found.loads[1][:6]
+
+
+def test_simulator_and_router_agree_on_a_minute_of_the_team() -> None:
+    wanted = Wanted("4x3090", "team", seed=1, seconds=60.0, requests_per_second=0.46)
+    found = compare(PRODUCT, wanted, speed=4.0)
+    assert len(found.emulated) == len(found.simulated)
+    assert [one.error for one in found.emulated if one.error] == []
+    emulated, simulated = found.in_time()
+    assert emulated == pytest.approx(simulated, abs=IN_TIME_TOLERANCE)
