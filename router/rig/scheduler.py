@@ -143,6 +143,7 @@ class Scheduler:
         except BaseException:
             loaded.process.kill()
             self.loaded.pop(loaded.key, None)
+            await loaded.process.gone
             loaded.unloaded.set()
             raise
         finally:
