@@ -86,7 +86,8 @@ def test_the_same_options_never_reload(options: RunnerOptions) -> None:
 def test_a_server_reads_the_variables_of_a_real_one() -> None:
     config = read_config(
         {"OLLAMA_HOST": "http://127.0.0.1:1234/x", "OLLAMA_MODELS": "/m", "OLLAMA_KEEP_ALIVE": "-1",
-         "OLLAMA_NUM_PARALLEL": '"3"', "OLLAMA_MAX_QUEUE": "many", "OLLAMA_SCHED_SPREAD": "maybe", "OLLAMA_NOPRUNE": "false"}
+         "OLLAMA_NUM_PARALLEL": '"3"', "OLLAMA_MAX_QUEUE": "many", "OLLAMA_SCHED_SPREAD": "maybe",
+         "OLLAMA_NOPRUNE": "false"}
     )  # fmt: skip
     assert (config.host, config.port, str(config.models)) == ("127.0.0.1", 1234, "/m")
     assert (config.keep_alive_seconds, config.num_parallel, config.max_queue) == (-1.0, 3, 512)
