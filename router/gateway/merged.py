@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from router.core.entities import InstanceView, Residency, Snapshot
+from router.core.entities import InstanceView, Residency, ResidencyState, Snapshot
 from router.errors import InstanceLost
 from router.fleet.listing import key_of
 from router.gateway.answers import json_answer, text_answer
@@ -141,9 +141,11 @@ def _add(rows: dict[str | None, _Row], row: _Row, name_field: str, instance: str
 
 
 def _expiry(residency: Residency, now: float) -> str:
-    """As Ollama prints times; while it is busy, what it would be if it became idle now."""
+    """As Ollama prints times; while it is busy, what it would be if it became idle now; past once it is leaving."""
     today = datetime.now(UTC)
-    if residency.expires_at is not None:
+    if residency.state is ResidencyState.UNLOADING:
+        moment = today  # which `ollama ps` shows as "Stopping..."
+    elif residency.expires_at is not None:
         moment = today + timedelta(seconds=residency.expires_at - now)
     elif residency.in_flight and residency.keep_alive_seconds >= 0:
         moment = today + timedelta(seconds=residency.keep_alive_seconds)
