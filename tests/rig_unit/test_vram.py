@@ -22,7 +22,10 @@ from tests.support.waiting import eventually_sync
 
 _SPEC = parse_spec("3090+h100")
 _FIRST, _SECOND = _SPEC.uuids
-_USABLE = [card.memory_total_bytes - card.memory_reserved_bytes for card in _SPEC.cards]
+_USABLE = {
+    uuid: card.memory_total_bytes - card.memory_reserved_bytes
+    for uuid, card in zip(_SPEC.uuids, _SPEC.cards, strict=True)
+}
 _WANTED = st.dictionaries(st.sampled_from([_FIRST, _SECOND]), st.integers(0, 50 * 1024**3))
 
 
@@ -52,9 +55,7 @@ def test_cards_are_never_overdrawn_and_a_refusal_changes_nothing(wishes: list[di
         for index, wanted in enumerate(wishes):
             pid = pids[index % 2]
             rest = held.get(pids[1 - index % 2], {})
-            fits = all(amount + rest.get(uuid, 0) <= size
-                       for (uuid, amount), size in ((item, _USABLE[_SPEC.uuids.index(item[0])])  # type: ignore[arg-type]
-                                                    for item in wanted.items()))  # fmt: skip
+            fits = all(amount + rest.get(uuid, 0) <= _USABLE[uuid] for uuid, amount in wanted.items())
             try:
                 vram.allocate(directory, wanted, pid)
                 held[pid] = wanted
@@ -63,17 +64,17 @@ def test_cards_are_never_overdrawn_and_a_refusal_changes_nothing(wishes: list[di
                 assert not fits
                 assert error.wanted_bytes > error.free_bytes
             used = vram.used_bytes(directory)
-            for uuid, size in zip(_SPEC.uuids, _USABLE, strict=True):
+            for uuid, size in _USABLE.items():
                 assert used.get(uuid, 0) == sum(one.get(uuid, 0) for one in held.values()) <= size
 
 
 def test_what_a_killed_process_held_is_free_at_once(directory: Path) -> None:
     with _holder() as process:
-        vram.allocate(directory, {_FIRST: _USABLE[0]}, process.pid)
+        vram.allocate(directory, {_FIRST: _USABLE[_FIRST]}, process.pid)
         assert vram.free_bytes(directory)[_FIRST] == 0
         process.send_signal(signal.SIGKILL)
         # a zombie holds nothing, so nobody has to reap it first
-        eventually_sync(lambda: vram.free_bytes(directory)[_FIRST] == _USABLE[0])
+        eventually_sync(lambda: vram.free_bytes(directory)[_FIRST] == _USABLE[_FIRST])
     assert vram.uses(directory) == []
     assert not list((directory / "vram").glob("*.json"))
 
@@ -89,9 +90,9 @@ def test_a_number_that_came_again_is_another_process(directory: Path) -> None:
 def test_the_use_of_others_counts_and_may_be_taken_back(directory: Path) -> None:
     vram.set_foreign(directory, _FIRST, 7 * 1024**3)
     with pytest.raises(vram.OutOfMemoryError):
-        vram.allocate(directory, {_FIRST: _USABLE[0] - 6 * 1024**3})
+        vram.allocate(directory, {_FIRST: _USABLE[_FIRST] - 6 * 1024**3})
     vram.set_foreign(directory, _FIRST, 0)
-    vram.allocate(directory, {_FIRST: _USABLE[0] - 6 * 1024**3})
+    vram.allocate(directory, {_FIRST: _USABLE[_FIRST] - 6 * 1024**3})
 
 
 def test_a_lost_card_has_no_room_until_it_is_back(directory: Path) -> None:
