@@ -99,9 +99,12 @@ class RouteTable:
         self._prefixes = {route.path[:-1]: route for route in routes if route.path.endswith("*")}
 
     def find(self, path: str) -> Route | None:
-        """The route of a clean path, whatever the method; None where there is none."""
+        """The route of a clean path, whatever the method; None where there is none.
+
+        A path with `.` or `..` in it is not clean: whoever resolves it behind us may end elsewhere.
+        """
         route = self._exact.get(path)
-        if route is None:
+        if route is None and not {".", ".."} & set(path.split("/")):
             head, _, last = path.rpartition("/")
             route = self._prefixes.get(head + "/") if last else None
             if route is None and path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
