@@ -23,8 +23,10 @@ from router.rig.store import Header
 from router.sim.cards import SimCard
 from router.sim.contestants.floor import Floor
 from router.sim.contestants.llamayard import Llamayard, Seen
+from router.sim.contestants.planned import Planned
 from router.sim.contestants.stock import NginxOverServers, StockServer
 from router.sim.loaded import ServerConfig, shape_of
+from router.sim.plansearch import search
 from router.sim.runner import MakeContestant, Scenario
 from router.sim.workload import TRACE, Demand, Mix, Session, TraceRow, Turn, make_sessions, read_trace
 from router.sim.world import WORLD, true_bytes
@@ -82,6 +84,7 @@ CONTESTANTS = (
     "llamayard",
     "llamayard-0.33",
     "floor",
+    "best-plan",
 )
 
 
@@ -210,9 +213,16 @@ def large_models(scene: Scenario) -> frozenset[str]:
     )
 
 
-def contestant(name: str, policy: Policy | None = None, seen: Seen | None = None) -> MakeContestant:
-    """Makes one by name. `policy` and `seen` are llamayard's. Raises ScenarioError."""
+def contestant(name: str, scene: Scenario, policy: Policy | None = None, seen: Seen | None = None) -> MakeContestant:
+    """Makes one by name. `policy` and `seen` are llamayard's; the best plan is searched for in `scene` first.
+
+    Raises:
+        ScenarioError: there is none of that name.
+    """
     config = ServerConfig()
+    if name == "best-plan":
+        plan = search(scene, config)
+        return lambda host, models: Planned(host, models, config, plan)
     newer = replace(config, version=(0, 33, 0))
     makers: Mapping[str, MakeContestant] = {
         "stock-0.24": lambda host, _: StockServer(host, config),

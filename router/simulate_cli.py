@@ -93,7 +93,7 @@ def play(policy: str, wanted: Wanted, rows: tuple[TraceRow, ...] | None = None, 
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
     scene = scenario(wanted, rows)
     rules = Invariants()
-    make = contestant(policy, seen=rules.seen if check else None)
+    make = contestant(policy, scene, seen=rules.seen if check else None)
 
     def watched(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
         made = make(host, models)

@@ -160,7 +160,7 @@ def compare(policy: str, wanted: Wanted, speed: float) -> Compared:
             answers = asyncio.run(Player(url, speed, embeds).play(scene.sessions))
         loads = _LOADED.findall((folder / "server.log").read_text(encoding="utf-8"))
     played = replace(scene, sessions=_as_answered(scene, answers))
-    outcome = Simulation(played, contestant(policy)).run()
+    outcome = Simulation(played, contestant(policy, played)).run()
     stays = [stay.model.removesuffix(":latest") for stay in outcome.tally.stays]
     loads = [name.removesuffix(":latest") for name in loads]
     return Compared(answers, sorted(outcome.requests, key=lambda one: one.arrived_at), (loads, stays))

@@ -21,14 +21,16 @@ QUICK = Wanted(seconds=60.0)
 
 @pytest.mark.parametrize("policy", CONTESTANTS)
 def test_every_contestant_ends_every_request_and_does_the_same_again(policy: str) -> None:
-    first, second = (Simulation(scenario(QUICK), contestant(policy)).run() for _ in range(2))
+    scene = scenario(QUICK)
+    first, second = (Simulation(scene, contestant(policy, scene)).run() for _ in range(2))
     assert record(first) == record(second)
     assert len(first.requests) == first.planned
     assert {request.outcome for request in first.requests} == {SERVED}
 
 
 def test_a_turn_waits_for_the_answer_before_it() -> None:
-    outcome = Simulation(scenario(QUICK), contestant("nginx-round-robin")).run()
+    scene = scenario(QUICK)
+    outcome = Simulation(scene, contestant("nginx-round-robin", scene)).run()
     by_session: dict[int, list[tuple[float, float]]] = {}
     for request in outcome.requests:
         assert request.ended_at is not None
@@ -45,14 +47,14 @@ def test_clients_that_hang_up_end_at_once_and_leave_no_slot_taken(policy: str) -
         replace(session, turns=tuple(replace(turn, patience_seconds=2.0) for turn in session.turns))
         for session in scene.sessions
     )
-    outcome = Simulation(replace(scene, sessions=sessions), contestant(policy)).run()
+    outcome = Simulation(replace(scene, sessions=sessions), contestant(policy, scene)).run()
     assert {request.outcome for request in outcome.requests} <= {SERVED, HUNG_UP}
     assert all((request.ended_at or 0) - request.arrived_at <= 2.0 + 1e-9 for request in outcome.requests)
 
 
 def test_an_unknown_contestant_is_an_error_that_names_those_there_are() -> None:
     with pytest.raises(ScenarioError, match="floor"):
-        contestant("olla")
+        contestant("olla", scenario(QUICK))
 
 
 TEAM_MEASURED = {"stock-0.24": 0.877, "stock-0.33": 0.923, "nginx-least-conn": 0.41, "floor": 0.97}
@@ -74,6 +76,13 @@ def test_three_small_models_are_no_trouble_to_anybody() -> None:
         assert report.spills == report.out_of_memory == report.errors == 0
 
 
+def test_a_plan_made_with_the_trace_known_beats_who_does_not_know_it() -> None:
+    wanted = Wanted("4090+3090", "team")
+    plan, stock, floor = (play(policy, wanted).report for policy in ("best-plan", "stock-0.24", "floor"))
+    assert stock.in_time_share < plan.in_time_share <= floor.in_time_share
+
+
 def test_a_stock_server_serves_a_flood_in_the_order_in_which_it_comes() -> None:
-    outcome = Simulation(flood(120.0), contestant("stock-0.24")).run()
+    scene = flood(120.0)
+    outcome = Simulation(scene, contestant("stock-0.24", scene)).run()
     assert service_jain(outcome.requests, 20.0, 120.0) < 0.5
