@@ -45,11 +45,11 @@ RATES: Mapping[tuple[str, str], float] = {
     ("4090+3090", "large"): 0.03,
     ("4x3090", "small"): 0.92,
     ("4x3090", "team"): 0.92,
-    ("4x3090", "wide"): 0.65,
+    ("4x3090", "wide"): 0.46,
     ("4x3090", "large"): 0.22,
     ("2xa6000", "small"): 0.92,
     ("2xa6000", "team"): 0.32,
-    ("2xa6000", "wide"): 0.65,
+    ("2xa6000", "wide"): 0.46,
     ("2xa6000", "large"): 0.22,
 }
 """Requests a second at which the better stock server gets 60 to 85 % in time, measured over seeds 1 to 3, where any

@@ -1,7 +1,8 @@
 """Looks for a good residency plan with the whole trace known: what can be had beside what the floor says cannot.
 
-From a few plain plans (the most asked for first, the largest, the smallest, what each stretch asks) it changes one thing
-at random and keeps what is no worse. No claim that there is none better: it is what a search of so many tries finds.
+From a few plain plans (the most asked for first, the largest, the smallest, what each stretch asks) it changes one
+thing at random and keeps what is no worse. No claim that there is none better: it is what a search of so many tries
+finds.
 """
 
 from __future__ import annotations
