@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from router.core.entities import ModelFacts, Snapshot
+from router.core.entities import ModelFacts, Snapshot, Ticket, TicketId
 from router.core.events import Action, Event, Grant, Load, Reject, Unload
 from router.scenarios import Wanted, contestant, scenario
 from router.sim.contestants.llamayard import Llamayard
 from router.sim.host import Host
 from router.sim.invariants import InvariantError, Invariants
+from router.sim.requests import Request
 from router.sim.runner import Contestant, Simulation
 
 WANTED = Wanted("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.3)
@@ -25,10 +26,13 @@ class Doctored:
     def __init__(self, router: Llamayard, change: Callable[[Snapshot], Snapshot]) -> None:
         self._router = router
         self._change = change
-        self.dispatcher = router.dispatcher
 
     @property
-    def held(self) -> object:
+    def waiting(self) -> tuple[tuple[Ticket, str], ...]:
+        return self._router.waiting
+
+    @property
+    def held(self) -> Mapping[TicketId, Request]:
         return self._router.held
 
     def snapshot(self) -> Snapshot:
@@ -48,7 +52,7 @@ def play(wrong: Wrong = lambda actions: actions, change: Callable[[Snapshot], Sn
     def watched(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
         made = make(host, models)
         assert isinstance(made, Llamayard)
-        rules.watch(Doctored(made, change), host)  # type: ignore[arg-type]
+        rules.watch(Doctored(made, change), host)
         return made
 
     Simulation(scene, watched).run(rules.after_each)
@@ -102,9 +106,8 @@ def test_a_reservation_on_some_of_the_cards_is_noticed() -> None:
 
 def test_slots_that_nobody_was_granted_are_noticed() -> None:
     def taken(seen: Snapshot) -> Snapshot:
-        return replace(
-            seen, residencies={k: replace(r, in_flight=r.in_flight + 1) for k, r in seen.residencies.items()}
-        )
+        more = {key: replace(one, in_flight=one.in_flight + 1) for key, one in seen.residencies.items()}
+        return replace(seen, residencies=more)
 
     with pytest.raises(InvariantError, match="in flight"):
         play(change=taken)
