@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from router.core.entities import InstanceState, Residency, ResidencyState, Snapshot, Ticket
+from router.core.placement import context_of
 
 
 def suits(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
     """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
-    if residency.blob != ticket.model.blob:
-        return False
     view = snapshot.instances.get(residency.instance)
-    if ticket.layout is not None and (view is None or not ticket.layout.allows(view.spec.gpus)):
+    if view is None or residency.blob != ticket.model.blob:
+        return False
+    if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
         return False
     if residency.options == ticket.options:
         return True
-    return ticket.is_flexible and residency.context_length >= ticket.context_length
+    return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
 
 
 def can_serve(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:

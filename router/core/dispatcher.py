@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from router.core import residency as rules
-from router.core.balance import can_serve, pick
+from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
     Failure,
     InstanceState,
@@ -314,16 +314,12 @@ class Dispatcher:
 
     def _make_place(self, head: Ticket, blocked: set[ResidencyKey], now: float) -> list[Action]:
         """Starts what brings the group's model in, unless a copy is loaded or on its way."""
-        waiting = self._queue.group(group_of(head))
-        served = [
-            r
-            for r in self._fleet.residencies.values()
-            if r.blob == head.model.blob and r.options == head.options and self._will_serve(r)
-        ]
+        waiting, snapshot = self._queue.group(group_of(head)), self._fleet.snapshot(now)
+        served = [r for r in snapshot.residencies.values() if self._will_serve(r) and suits(snapshot, r, head)]
         if served:
             self._explain(waiting, rules.describe_wait(served))
             return []
-        decision = place(self._fleet.snapshot(now), self._estimate, head.model, head.options)
+        decision = place(snapshot, self._estimate, head.model, head.options, head.layout)
         match decision:
             case Placed():
                 self._explain(waiting, decision.reason)

@@ -20,6 +20,7 @@ from router.core.entities import (
     InstanceSpec,
     InstanceState,
     InstanceView,
+    Layout,
     ModelFacts,
     ResidencyKey,
     ResidencyState,
@@ -85,18 +86,26 @@ def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) ->
     return max(4, min(context, model.context_length) if model.context_length > 0 else context)
 
 
-def place(snapshot: Snapshot, estimate: Estimate, model: ModelFacts, options: RunnerOptions) -> Decision:
-    """Chooses an instance for a load of `model` with `options`. Same facts, same answer."""
+def place(
+    snapshot: Snapshot, estimate: Estimate, model: ModelFacts, options: RunnerOptions, layout: Layout | None = None
+) -> Decision:
+    """Chooses an instance for a load of `model` with `options`, on such cards as `layout` allows.
+
+    Same facts, same answer.
+    """
     alive = [v for v in snapshot.instances.values() if v.state in _ALIVE]
     if not alive:
         return NoFit("no_instance", "no Ollama instance is running: " + _states(snapshot))
     holding = [v for v in alive if model.is_on(v.spec)]
     if not holding:
         return NoFit("no_instance", f"no instance that has model '{model.name}' is running: " + _states(snapshot))
-    candidates = [_candidate(snapshot, estimate, v, model, options) for v in holding]
+    allowed = [v for v in holding if layout is None or layout.allows(v.spec.gpus)]
+    if layout is not None and not allowed:
+        return NoFit("layout_unavailable", f"no running instance is laid out as asked ({_layout_words(layout)})")
+    candidates = [_candidate(snapshot, estimate, v, model, options) for v in allowed]
     group = _smallest_holding(candidates)
     if not group:
-        return _too_large(snapshot, candidates, model)
+        return _too_large(snapshot, candidates, model, layout)
     failures = [f for f in (_failure(snapshot, c, model, options) for c in group) if f is not None]
     if len(failures) == len(group):
         return NoFit("load_failed", failures[-1].message, failures[-1].status)
@@ -224,12 +233,21 @@ def _failure(snapshot: Snapshot, candidate: _Candidate, model: ModelFacts, optio
     return None
 
 
-def _too_large(snapshot: Snapshot, candidates: Sequence[_Candidate], model: ModelFacts) -> Decision:
-    """422, unless memory is still settling or an instance with more room is on its way."""
+def _too_large(
+    snapshot: Snapshot, candidates: Sequence[_Candidate], model: ModelFacts, layout: Layout | None
+) -> Decision:
+    """422, or 409 where other cards might hold it, unless memory is still settling."""
     if snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
         return MustWait("waits until the cards show what the last load or unload changed")
     lines = [f"{c.name}: {_short_words(snapshot, c)}" for c in candidates if c.view.spec.gpus]
+    if layout is not None:
+        words = f"model '{model.name}' does not fit as asked ({_layout_words(layout)}): "
+        return NoFit("layout_unavailable", words + "; ".join(lines))
     return NoFit("model_too_large", f"model '{model.name}' fits nowhere: " + "; ".join(lines))
+
+
+def _layout_words(layout: Layout) -> str:
+    return layout.kind.value if layout.gpu is None else f"{layout.kind.value}:{layout.gpu}"
 
 
 def _fit_words(snapshot: Snapshot, candidate: _Candidate) -> str:

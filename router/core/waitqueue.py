@@ -1,20 +1,21 @@
 """The tickets that wait, in order of arrival, grouped by what they wait for.
 
-A group is one weights blob with one set of runner options: its tickets can share one loaded copy. Groups are served
-in the order of their oldest ticket. The queue is bounded by whoever fills it; it only keeps order.
+A group is one weights blob with one set of runner options, and one mind about cards and about copies with other
+options: whatever serves one of its tickets serves them all. Groups are served in the order of their oldest ticket. The
+queue is bounded by whoever fills it; it only keeps order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from router.core.entities import BlobDigest, RunnerOptions, Ticket, TicketId
+from router.core.entities import BlobDigest, Layout, RunnerOptions, Ticket, TicketId
 
-GroupKey = tuple[BlobDigest, RunnerOptions]
+GroupKey = tuple[BlobDigest, RunnerOptions, Layout | None, bool]
 
 
 def group_of(ticket: Ticket) -> GroupKey:
-    return (ticket.model.blob, ticket.options)
+    return (ticket.model.blob, ticket.options, ticket.layout, ticket.is_flexible)
 
 
 class WaitQueue:

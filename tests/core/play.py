@@ -15,6 +15,7 @@ from router.core.entities import (
     InstanceName,
     InstanceSpec,
     InstanceState,
+    Layout,
     LoadId,
     ModelFacts,
     Policy,
@@ -47,6 +48,7 @@ from router.core.events import (
     UnloadFinished,
 )
 from tests.core.builders import by_weight, gpu_id, instance, model
+from tests.core.builders import ticket as ticket_of
 
 CARD_BYTES = 24
 
@@ -130,14 +132,18 @@ class Play:
         options: RunnerOptions = (),
         keep_alive_seconds: float | None = None,
         patience_seconds: float = 300.0,
+        *,
+        is_flexible: bool = False,
+        layout: Layout | None = None,
     ) -> TicketId:
         self._tickets += 1
-        ticket = Ticket(
-            TicketId(self._tickets), of, options, 0, keep_alive_seconds, self.now, self.now + patience_seconds
-        )
-        self.waiting[ticket.id] = ticket
-        self.post(Arrived(ticket))
-        return ticket.id
+        made = ticket_of(
+            self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
+            deadline=self.now + patience_seconds, is_flexible=is_flexible, layout=layout,
+        )  # fmt: skip
+        self.waiting[made.id] = made
+        self.post(Arrived(made))
+        return made.id
 
     def cancel(self, ticket: TicketId) -> list[Action]:
         del self.waiting[ticket]
@@ -263,7 +269,9 @@ class Play:
         assert facts.instances[grant.instance].state is InstanceState.READY
         assert key in self.held or key in self.dead
         found = facts.residencies[key]
-        assert found.options == ticket.options
+        assert found.options == ticket.options or ticket.is_flexible
+        assert ticket.layout is None or ticket.layout.allows(facts.instances[grant.instance].spec.gpus)
+        assert (grant.options, grant.context_length) == (found.options, found.context_length)
         self.leases[ticket.id] = (key, found.load_id)
 
     def _load(self, load: Load) -> None:
