@@ -12,7 +12,7 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check test pytest test-py docs clean real-ollama
+.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim docs clean real-ollama
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -43,6 +43,12 @@ test-py:  ## the suite without the real Ollama on another Python: make test-py P
 
 pytest: setup
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+sim: setup  ## ten thousand small worlds in which everything goes wrong, every rule checked; minutes (ARGS="--count 1000")
+	$(VENV)/bin/python -m router.sim.chaos --first 1 --count 10000 --jobs 2 $(ARGS)
+
+bench-sim: setup  ## the router against stock servers and nginx, all rigs and mixes SIMULATED (ARGS="--seeds 3 --cells 4x3090/team")
+	$(VENV)/bin/python -m bench.sched.bench_sim $(ARGS)
 
 docs: setup  ## write the documents that are drawn from code
 	$(VENV)/bin/python -m router.docs

@@ -21,7 +21,8 @@ import structlog
 from aiohttp import web
 
 from router.core.dispatcher import Dispatcher
-from router.core.entities import InstanceSpec, Policy
+from router.core.entities import InstanceSpec, Policy, Snapshot
+from router.core.names import canonical
 from router.core.sizing import estimate_bytes
 from router.engine import Engine
 from router.fleet import sweep
@@ -29,16 +30,23 @@ from router.fleet.catalog import Catalog
 from router.fleet.driver import OllamaDriver
 from router.fleet.gpus import GpuPoller
 from router.fleet.instance import SupervisorConfig
+from router.fleet.listing import stores_of
 from router.fleet.ollama import OllamaClient
 from router.fleet.plan import plan_instances, ports_needed
 from router.fleet.ports import free_ports
 from router.fleet.supervisor import Supervisor
 from router.fleet.watcher import Pace, Watcher
+from router.gateway.abilities import Abilities
+from router.gateway.access import AccessLog
+from router.gateway.aliases import ANY, substitutes
+from router.gateway.asked import Rules
 from router.gateway.context import GatewayContext, Limits
 from router.gateway.origin import OriginPolicy, Origins, is_loopback, machine_names
 from router.gateway.server import Gateway
 from router.logs import configure_logs
 from router.observe import EngineObserver, FleetCollector, Metrics
+from router.relay.heads import HEAD_BYTES_MAX
+from router.relay.service import Relay, relay_over
 from router.settings import ConfigError, Settings
 from router.surroundings import Surroundings, instance_plan, look_around
 
@@ -100,6 +108,8 @@ class _Router:
     supervisor: Supervisor
     watcher: Watcher
     gateway: Gateway
+    relay: Relay
+    library: web.Server
     title: str
 
     async def run(self, listener: socket.socket) -> int:
@@ -112,38 +122,32 @@ class _Router:
             async with asyncio.TaskGroup() as tasks:
                 supervising = tasks.create_task(self.supervisor.run(), name="supervisor")
                 watching = tasks.create_task(self.watcher.run(), name="watcher")
-                server = await self._open(listener)
+                relaying = tasks.create_task(self.relay.run(), name="relay")
+                await self._open(listener)
                 await stopping.wait()
-                await self._close(server, at_once)
+                await self._close(at_once)
                 watching.cancel()
+                relaying.cancel()
                 await supervising
         finally:
             for number in _STOP_SIGNALS:
                 loop.remove_signal_handler(number)
         return EXIT_OK
 
-    async def _open(self, listener: socket.socket) -> web.Server:
-        server = web.Server(
-            self.gateway.handle,
-            handler_cancellation=True,
-            auto_decompress=False,
-            access_log=None,
-            keepalive_timeout=3600.0,
-        )
-        loop = asyncio.get_running_loop()
-        await loop.create_server(server, sock=listener)
+    async def _open(self, listener: socket.socket) -> None:
+        await asyncio.get_running_loop().create_server(self.relay, sock=listener)
         host, port = listener.getsockname()[:2]
         log = structlog.get_logger("router")
         log.info("listening", url=f"http://{host}:{port}", **({"emulated": self.title} if self.title else {}))
-        return server
 
-    async def _close(self, server: web.Server, at_once: asyncio.Event) -> None:
+    async def _close(self, at_once: asyncio.Event) -> None:
         """Drains, then stops the servers, then closes what connections are left."""
         log = structlog.get_logger("router")
         seconds = self.settings.server.drain_timeout_seconds
         log.info("draining", drain_timeout_seconds=seconds)
         self.engine.begin_shutdown()
         self.supervisor.drain_all()
+        self.relay.drain()
         if not await _first(self.gateway.drained(), at_once, seconds):
             log.warning("requests_cut")
         if at_once.is_set():
@@ -153,7 +157,8 @@ class _Router:
             hurrying = group.create_task(self._kill_when(at_once))
             await stopping
             hurrying.cancel()
-        await server.shutdown(timeout=1.0)
+        await self.library.shutdown(timeout=1.0)
+        await self.relay.close()
         log.info("stopped")
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:
@@ -202,10 +207,16 @@ async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Ro
         dispatcher = Dispatcher(_policy(settings), estimate_bytes)
         poller = GpuPoller(around.reader)
         observer = EngineObserver(metrics)
-        async with Engine(dispatcher, OllamaDriver(client_for), time.monotonic, (observer,)) as engine:
+
+        def snapshot() -> Snapshot:
+            return dispatcher.snapshot(time.monotonic())
+
+        writing = asyncio.Lock()
+        catalog = Catalog(lambda: stores_of(snapshot().instances.values(), client_for), time.monotonic)
+        driver = OllamaDriver(client_for, catalog, snapshot, writing)
+        async with Engine(dispatcher, driver, time.monotonic, (observer,)) as engine:
             metrics.registry.register(FleetCollector(engine.snapshot, lambda: len(engine.waiting())))
-            catalog = Catalog(lambda: _asked(context, client_for), time.monotonic)
-            context = _context(settings, engine, catalog, session)
+            context = _context(settings, engine, catalog, session, writing)
             pace = Pace(settings.poll.gpu_seconds, settings.poll.residency_seconds, settings.poll.catalog_seconds)
             watcher = Watcher(poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace)
             try:
@@ -213,8 +224,12 @@ async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Ro
                 supervisor = Supervisor(_supervisor_config(settings, around), engine.post)
                 for spec in _specs(settings, around, engine):
                     supervisor.add(spec)
-                gateway = Gateway(context, _origins(settings), metrics, around.title, settings.server.debug_headers)
-                yield _Router(settings, engine, supervisor, watcher, gateway, around.title)
+                access, origins = AccessLog(metrics, engine.now), _origins(settings)
+                debug = settings.server.debug_headers
+                gateway = Gateway(context, origins, metrics, access, around.title, debug)
+                library = _library(gateway)
+                relay = relay_over(context, origins, access, library, debug_headers=debug)
+                yield _Router(settings, engine, supervisor, watcher, gateway, relay, library, around.title)
             finally:
                 await catalog.close()
                 await poller.close()
@@ -223,10 +238,17 @@ async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Ro
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 
 
-def _asked(context: GatewayContext, client_for: object) -> OllamaClient | None:
-    """The server whose store is read: the primary, if any is ready."""
-    ready = context.ready_instances()
-    return client_for(ready[0].spec.url) if ready else None  # type: ignore[operator]
+def _library(gateway: Gateway) -> web.Server:
+    """aiohttp, for all that the relay hands over; limits on heads and idle connections are the relay's."""
+    return web.Server(
+        gateway.handle,
+        handler_cancellation=True,
+        auto_decompress=False,
+        access_log=None,
+        keepalive_timeout=7 * 86400.0,
+        max_line_size=HEAD_BYTES_MAX,
+        max_field_size=HEAD_BYTES_MAX,
+    )
 
 
 def _specs(settings: Settings, around: Surroundings, engine: Engine) -> tuple[InstanceSpec, ...]:
@@ -245,20 +267,38 @@ def _policy(settings: Settings) -> Policy:
     )
 
 
-def _context(settings: Settings, engine: Engine, catalog: Catalog, session: aiohttp.ClientSession) -> GatewayContext:
+def _context(
+    settings: Settings, engine: Engine, catalog: Catalog, session: aiohttp.ClientSession, writing: asyncio.Lock
+) -> GatewayContext:
     limits = Limits(
         max_body_bytes=settings.server.max_body_bytes,
         queue_timeout_seconds=settings.queue.timeout_seconds,
         first_byte_timeout_seconds=settings.stream.first_byte_timeout_seconds,
         idle_timeout_seconds=settings.stream.idle_timeout_seconds,
     )
+    removing = set[str]()
     return GatewayContext(
         engine=engine,
         catalog=catalog,
         session=session,
         limits=limits,
+        rules=_rules(settings, removing),
+        abilities=Abilities(session),
+        writing=writing,
+        removing=removing,
+    )
+
+
+def _rules(settings: Settings, removing: set[str]) -> Rules:
+    named = {name if name == ANY else canonical(name): one for name, one in settings.models.items()}
+    fallbacks = {name: (one.to, one.reasons) for name, one in settings.fallbacks.items()}
+    return Rules(
         default_context_length=settings.ollama.context_length,
+        substitutes=substitutes(settings.aliases, fallbacks, listed=settings.server.list_aliases),
+        passes={name: one.options == "pass" for name, one in named.items()},
         cloud=settings.ollama.cloud,
+        heartbeat_seconds=settings.stream.heartbeat_seconds,
+        removing=removing,
     )
 
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace", type=Path, default=TRACE, metavar="FILE", help="CSV of arrivals and tokens (else a built-in one)")
     add("--policy", action="append", metavar="NAME", help=f"of: {', '.join(CONTESTANTS)}; repeatable")
     add("--seed", type=int, action="append", help="repeatable (default 1)")
-    add("--seconds", type=float, default=480.0, help="how long requests arrive (default 480)")
+    add("--seconds", type=float, help="how long requests arrive (default: 480, or until there are 120)")
     add("--rate", type=float, default=None, help="requests a second (default: by rig and mix)")
     add("--users", type=int, default=12)
     add("--check", action="store_true", help="hold the router to its rules after everything that happens")
@@ -79,7 +79,7 @@ def run(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
     if given.json:
         sys.stdout.write(json.dumps({"simulated": True, "runs": [_summary(one) for one in runs]}, indent=2) + "\n")
     else:
-        sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}, {given.seconds:g} s of arrivals\n{table(runs)}")
+        sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}\n{table(runs)}")
     if given.out != _NO_FILES:
         _write(runs, Path(given.out))
     return 0
@@ -93,7 +93,7 @@ def play(policy: str, wanted: Wanted, rows: tuple[TraceRow, ...] | None = None, 
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
     scene = scenario(wanted, rows)
     rules = Invariants()
-    make = contestant(policy, seen=rules.seen if check else None)
+    make = contestant(policy, scene, seen=rules.seen if check else None)
 
     def watched(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
         made = make(host, models)

@@ -64,7 +64,7 @@ def _colours(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw_card(axis: Axes, card: dict[str, Any], run: dict[str, Any], colours: dict[str, Any]) -> None:
-    """A block a stay, on top of what was there when it came; pale while it loads, hatched where it is partly on the CPU."""
+    """A block a stay, on top of what was there before; pale while it loads, hatched where partly on the CPU."""
     shown: list[tuple[float, float, float, float]] = []
     for stay in run["stays"]:
         size = stay["bytes"].get(card["uuid"], 0) / GB

@@ -30,6 +30,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "logs": frozenset(),
     "observe": frozenset({"core", "errors", "", "tasks"}),
     "gateway": frozenset({"core", "errors", "engine", "fleet", "observe", "tasks", ""}),
+    "relay": frozenset({"core", "errors", "engine", "fleet", "gateway", "tasks"}),
     "rig": frozenset({"core", "sim", "fleet", "errors", "tasks", "config_tree", ""}),
     "docs": frozenset({"core", "settings", "config_tree", "config_values", "gateway"}),
     "status_cli": frozenset({""}),

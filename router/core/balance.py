@@ -8,26 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from router.core.entities import InstanceName, InstanceState, Policy, Residency, ResidencyState, Snapshot, Ticket
+from router.core.entities import InstanceName, InstanceState, Residency, ResidencyState, Snapshot, Ticket
+from router.core.placement import context_of
 
 
 def suits(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
     """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
-    if residency.blob != ticket.model.blob:
-        return False
     view = snapshot.instances.get(residency.instance)
-    if ticket.layout is not None and (view is None or not ticket.layout.allows(view.spec.gpus)):
+    if view is None or residency.blob != ticket.model.blob:
+        return False
+    if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
         return False
     if residency.options == ticket.options:
         return True
-    return ticket.is_flexible and residency.context_length >= wanted_context(snapshot.policy, ticket)
-
-
-def wanted_context(policy: Policy, ticket: Ticket) -> int:
-    """Tokens of context that the ticket's request gets of a stock server, cut to what the model was trained for."""
-    asked = ticket.context_length or policy.context_length
-    trained = ticket.model.context_length
-    return min(asked, trained) if trained > 0 else asked
+    return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
 
 
 def can_serve(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:

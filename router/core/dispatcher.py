@@ -323,7 +323,7 @@ class Dispatcher:
         return actions + plans.advance(self._fleet, now)
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:
-        """Busy copies whose place the same weights shall take with other options, as long as somebody waits for that."""
+        """Busy copies whose place the same weights shall take with other options, while somebody waits for that."""
         self._replacing = {
             key: copy for key, copy in self._replacing.items() if self._queue.has_group(key) and self._is_still(copy)
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from router.core.balance import wanted_context
 from router.core.entities import Policy, Residency, ResidencyState, RunnerOptions, Snapshot, Ticket
 from router.core.eviction import pin_of
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
@@ -61,11 +60,18 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
         return [_with_context(policy, pin.context_length)]
     if not head.is_flexible:
         return [head.options]
-    most = max(wanted_context(policy, t) for t in tickets)
+    most = max(_wanted_context(policy, t) for t in tickets)
     trained = head.model.context_length
     step = policy.context_length if most <= policy.context_length else _step(policy, most)
     tried = [min(step, trained) if trained else step, most]
     return list(dict.fromkeys(_with_context(policy, context) for context in tried))
+
+
+def _wanted_context(policy: Policy, ticket: Ticket) -> int:
+    """Tokens of context that the request asks for or gets by default, cut to the trained ones."""
+    asked = int(dict(ticket.options).get("num_ctx", 0)) or ticket.context_length or policy.context_length
+    trained = ticket.model.context_length
+    return min(asked, trained) if trained > 0 else asked
 
 
 def _step(policy: Policy, tokens: int) -> int:

@@ -3,14 +3,20 @@
 A load is asked for with all layers on the cards, so that it comes out whole where it was planned or fails visibly; what
 the server then lists is the proof. An unload is done when the server no longer lists the model. It plans nothing and
 retries nothing but the listing, which a server now and then fails to give.
+
+A server unloads by name, and a name may mean other weights than those that were loaded under it: it was pulled or
+created again, or deleted. Then another name of the same weights serves, or one that is made for the purpose and removed
+with the weights that nothing else names.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
 
-from router.core.entities import ModelFacts
+from router.core.entities import BlobDigest, InstanceName, ModelFacts, Snapshot
 from router.core.events import Load, LoadedModel, LoadFailed, LoadFinished, Unload, UnloadFinished
 from router.core.options import has_own_layers
 from router.fleet.ollama import TIMED_OUT, OllamaClient, OllamaError
@@ -20,13 +26,38 @@ ClientFor = Callable[[str], OllamaClient]
 
 _POLL_SECONDS = 0.1
 _LISTING_TRIES = 3
+_STORE_SECONDS = 60.0
+_STAND_IN = "llamayard-unload:"
+"""Beginning of the names that are made to unload what has none."""
+
+
+class Names(Protocol):
+    """What the driver asks of the catalog."""
+
+    def seen(self, digest: str) -> ModelFacts | None: ...
+
+    async def facts(self, name: str) -> ModelFacts | None: ...
+
+    async def names_of(self, blob: BlobDigest) -> tuple[str, ...]: ...
 
 
 class OllamaDriver:
-    """Satisfies the engine's `InstanceDriver`. `unload_timeout_seconds`: how long a model may stay listed."""
+    """Satisfies the engine's `InstanceDriver`."""
 
-    def __init__(self, client_for: ClientFor, unload_timeout_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        client_for: ClientFor,
+        names: Names,
+        snapshot: Callable[[], Snapshot],
+        writing: asyncio.Lock,
+        unload_timeout_seconds: float = 60.0,
+    ) -> None:
+        """`writing` is held by whoever changes the shared store. `unload_timeout_seconds`: how long a model may stay
+        listed."""
         self._client_for = client_for
+        self._names = names
+        self._snapshot = snapshot
+        self._writing = writing
         self._unload_timeout_seconds = unload_timeout_seconds
 
     async def load(self, load: Load) -> LoadFinished | LoadFailed:
@@ -39,7 +70,7 @@ class OllamaDriver:
                 timeout_seconds=load.timeout_seconds,
                 num_gpu=_layers(load),
             )
-            row = _row_of(load.model, await _listed(client))
+            row = self._row_of(load.model, await _listed(client))
         except OllamaError as error:
             return LoadFailed(load.load_id, error.status, error.message)
         if row is None:
@@ -49,9 +80,9 @@ class OllamaDriver:
     async def unload(self, unload: Unload) -> UnloadFinished:
         client = self._client_for(unload.url)
         try:
-            async with asyncio.timeout(self._unload_timeout_seconds):
-                await client.unload(unload.model.name)
-                while _row_of(unload.model, await _listed(client)) is not None:  # noqa: ASYNC110 - it is another program
+            async with asyncio.timeout(self._unload_timeout_seconds), self._named(unload, client) as name:
+                await client.unload(name)
+                while self._row_of(unload.model, await _listed(client)) is not None:  # noqa: ASYNC110 - another program
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             words = f"still listed {self._unload_timeout_seconds:g} s after it was to be unloaded"
@@ -59,6 +90,49 @@ class OllamaDriver:
         except OllamaError as error:
             return UnloadFinished(unload.instance, unload.blob, error.message)
         return UnloadFinished(unload.instance, unload.blob)
+
+    @contextlib.asynccontextmanager
+    async def _named(self, unload: Unload, client: OllamaClient) -> AsyncGenerator[str]:
+        """A name that stands for the loaded weights as long as the block lasts."""
+        model = unload.model
+        today = await self._names.facts(model.name)
+        if (today is not None and today.blob == model.blob) or self._is_attached(unload.instance):
+            yield model.name
+            return
+        stand_in, names = stand_in_for(model.blob), await self._names.names_of(model.blob)
+        real = next((name for name in names if name != stand_in), None)
+        if real is not None:
+            yield real
+            return
+        async with self._writing:
+            if not names:
+                await client.create(stand_in, model.blob, _STORE_SECONDS)
+            try:
+                yield stand_in
+            finally:
+                if not self._held_elsewhere(unload):
+                    await client.delete(stand_in)
+
+    def _is_attached(self, name: InstanceName) -> bool:
+        view = self._snapshot().instances.get(name)
+        return view is not None and view.spec.attached
+
+    def _held_elsewhere(self, unload: Unload) -> bool:
+        """Whether another instance has the weights, which will need the stand-in as well."""
+        return any(blob == unload.blob and name != unload.instance for name, blob in self._snapshot().residencies)
+
+    def _row_of(self, model: ModelFacts, rows: tuple[LoadedModel, ...]) -> LoadedModel | None:
+        """The model's row; a runner that another name of the same weights started is listed under that name."""
+        named = [row for row in rows if row.name == model.name and row.digest == model.digest]
+        shared = [
+            row for row in rows if (facts := self._names.seen(row.digest)) is not None and facts.blob == model.blob
+        ]
+        return next(iter(named or shared), None)
+
+
+def stand_in_for(blob: BlobDigest) -> str:
+    """The name that is made for weights that have none any more."""
+    return _STAND_IN + blob.removeprefix("sha256:")[:12]
 
 
 def _layers(load: Load) -> int | None:
@@ -77,10 +151,3 @@ async def _listed(client: OllamaClient) -> tuple[LoadedModel, ...]:
                 raise
             await asyncio.sleep(_POLL_SECONDS)
     return await client.ps()
-
-
-def _row_of(model: ModelFacts, rows: tuple[LoadedModel, ...]) -> LoadedModel | None:
-    """The model's row; a runner that another name of the same weights started is listed under that name."""
-    named = [row for row in rows if row.name == model.name and row.digest == model.digest]
-    shared = [row for row in rows if row.model is not None and row.model.blob == model.blob]
-    return next(iter(named or shared), None)

@@ -23,7 +23,7 @@ class GpuReader(Protocol):
 
 
 class GpuReadTimeout(Exception):
-    """The reading did not end by its deadline; it goes on in its thread, and the next `read` waits for that one."""
+    """The reading did not end by its deadline; it goes on in its thread, and the next `read` begins after that one."""
 
 
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
@@ -40,6 +40,8 @@ class GpuPoller:
         self._timeout_seconds = timeout_seconds
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._reading: asyncio.Future[Any] | None = None
+        self._is_late = False
+        """The reading under way outlasted its deadline: its figures will be of a time that nobody knows."""
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -47,9 +49,17 @@ class GpuPoller:
         """The cards as they are now. Raises GpuReadTimeout after `timeout_seconds`, and whatever the reader raises."""
         if self._closed:
             raise RuntimeError("the GPU poller is closed")
+        if self._reading is not None and self._is_late:
+            await self._ended(self._reading, "reading the GPUs")
+            self._reading.exception()  # whoever waited for it is gone
+            self._is_late = False
         if self._reading is None or self._reading.done():
             self._reading = self._submit(self._reader.read)
-        return await self._within_deadline(self._reading, "reading the GPUs")
+        try:
+            return await self._within_deadline(self._reading, "reading the GPUs")
+        except GpuReadTimeout:
+            self._is_late = True
+            raise
 
     async def close(self) -> None:
         """Closes the reader after the reading under way, or leaves both to the thread at the deadline."""
@@ -69,10 +79,13 @@ class GpuPoller:
         return future
 
     async def _within_deadline(self, future: asyncio.Future[Any], what: str) -> Any:
+        await self._ended(future, what)
+        return future.result()
+
+    async def _ended(self, future: asyncio.Future[Any], what: str) -> None:
         done, _ = await asyncio.wait({future}, timeout=self._timeout_seconds)
         if not done:
             raise GpuReadTimeout(f"{what} took longer than {self._timeout_seconds:g} s: the driver may hang")
-        return future.result()
 
 
 def _serve(jobs: queue.SimpleQueue[_Job | None]) -> None:

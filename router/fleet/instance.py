@@ -135,8 +135,7 @@ class Instance:
         """Wants it stopped, politely first."""
         self._wanted.clear()
         self._stop.set()
-        if self._state is InstanceState.FATAL:
-            self._move(Trigger.STOP)
+        self._stop_if_fatal()
 
     def kill(self) -> None:
         """Wants it stopped at once."""
@@ -197,6 +196,8 @@ class Instance:
                 self._fail(failure)
         finally:
             await self._bury(child)
+        if self._stop.is_set():
+            self._stop_if_fatal()
         if can_move(self._state, Trigger.EXITED):
             self._wanted_no_more_if_drained()
             self._move(Trigger.EXITED)
@@ -210,6 +211,11 @@ class Instance:
     def _wanted_no_more_if_drained(self) -> None:
         if self._state is InstanceState.DRAINING:
             self._wanted.clear()
+
+    def _stop_if_fatal(self) -> None:
+        """FATAL is told as soon as it is known, STOPPED only when nothing is left of the process group."""
+        if self._state is InstanceState.FATAL and self._child is None:
+            self._move(Trigger.STOP)
 
     def _forget_last_life(self) -> None:
         self._tail.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import aiohttp
 import msgspec
@@ -122,6 +122,15 @@ class OllamaClient:
         body = {"model": name, "verbose": True} if verbose else {"model": name}
         return await self._post("/api/show", body, ShowReply)
 
+    async def create(self, name: str, blob: str, timeout_seconds: float) -> None:
+        """Makes a model of weights that are in the store already."""
+        body = {"model": name, "files": {"model.gguf": blob}, "stream": False}
+        await self._call(self._session, "POST", "/api/create", body, timeout_seconds, dict[str, msgspec.Raw])
+
+    async def delete(self, name: str) -> None:
+        """Removes a model, and of its files those that no other names."""
+        await self._call(self._session, "DELETE", "/api/delete", {"model": name}, self._timeout_seconds, bytes)
+
     async def load(
         self,
         name: str,
@@ -198,6 +207,8 @@ def _read(what: str, status: int, raw: bytes, kind: type[_T]) -> _T:
         raise OllamaError(status, words or f"{what}: status {status} without a word")
     if words:
         raise OllamaError(500, words)  # 0.11.4 may say 200 and put the error in the body
+    if kind is bytes:  # what it says does not matter
+        return cast("_T", raw)
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.MsgspecError as error:

@@ -95,10 +95,9 @@ class Watcher:
             self._post(ResidencyRead(view.spec.name, known, read_at))
 
     async def _with_facts(self, row: LoadedModel) -> LoadedModel:
-        """The row with its model's facts, where the name still stands for what was loaded under it."""
-        facts = await self._catalog.facts(row.name)
-        same = facts is not None and facts.digest == row.digest
-        return dataclasses.replace(row, model=facts) if same else row
+        """The row with the facts of what was loaded, whatever its name stands for today."""
+        facts = await self._catalog.facts_of(row.name, row.digest)
+        return row if facts is None else dataclasses.replace(row, model=facts)
 
     async def _read_catalog(self) -> None:
         await self._catalog.refresh()

@@ -1,6 +1,6 @@
 """One request for a model, from what its client wrote to what goes to a server: the steps that every way in shares.
 
-The relay and the aiohttp handlers do the same with it, in this order:
+Whoever answers leased requests does this with it, in this order:
 
     asked = Asked(rules, path, body, header, address, cards)      # RouterError: answer it
     not asked.model            -> send `asked.original` to the primary as it is: it answers in its own words
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from router.core.entities import Gpu, GpuUuid, ModelFacts
 from router.core.names import canonical, is_cloud
-from router.errors import Forbidden, ModelNotFound, RouterError
+from router.errors import BadRequest, Forbidden, ModelNotFound, RouterError
 from router.gateway.aliases import ANY, REASONS, Substitutes
 from router.gateway.askers import Asker, Header, asker_of
 from router.gateway.forms import find_field, is_form, replaced
@@ -98,11 +98,18 @@ class Asked:
         self._tried = [self.model]
         if not self.model:
             return
-        self.heartbeat = heartbeat_of(path, self.seen, header, rules.heartbeat_seconds)
+        if not self._only_unloads():  # that is answered at once
+            self.heartbeat = heartbeat_of(path, self.seen, header, rules.heartbeat_seconds)
         target = rules.substitutes.target(self.model)
         if target is not None:
             self._become(target)
         refuse_cloud(self.model, cloud=rules.cloud)
+
+    def _only_unloads(self) -> bool:
+        try:
+            return self.unloads()
+        except BadRequest:
+            return False
 
     def unloads(self) -> bool:
         """Whether it only asks for its model to be unloaded.

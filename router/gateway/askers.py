@@ -26,6 +26,7 @@ NO_KEYS = frozenset(
 """Made-up keys that manuals tell people to write where a client demands one: they tell nobody from anybody."""
 
 _PRIORITIES = {"low": -1, "normal": 0, "high": 1}
+_SCHEMES = frozenset({"bearer", "basic"})
 _NAME_CHARACTERS = 64
 _DIGEST_CHARACTERS = 12
 _ODD = re.compile(r"[^\w.@:+-]", re.ASCII)
@@ -61,8 +62,8 @@ def asker_of(header: Header, address: str, cards: Callable[[], Mapping[GpuUuid, 
 
 
 def client_of(header: Header, address: str) -> str:
-    """A key and the user that it asks for, as far as they are told; else the address."""
-    key, user = _secret(header("authorization")), _plain(header("x-openwebui-user-id"))
+    """A key (`Authorization`, or Anthropic's `X-Api-Key`) and the user that it asks for, as told; else the address."""
+    key, user = _secret(header("authorization") or header("x-api-key")), _plain(header("x-openwebui-user-id"))
     known = [f"key:{key}"] if key else []
     known += [f"user:{user}"] if user else []
     return "/".join(known) or address
@@ -99,8 +100,8 @@ def _priority(text: str | None) -> int:
 
 def _secret(authorization: str | None) -> str:
     """A digest of the key; "" where there is none that tells anybody apart."""
-    _, _, key = (authorization or "").strip().partition(" ")
-    key = key.strip() or (authorization or "").strip()
+    scheme, _, key = (authorization or "").strip().partition(" ")
+    key = key.strip() or ("" if scheme.lower() in _SCHEMES else scheme)
     if key.lower() in NO_KEYS:
         return ""
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:_DIGEST_CHARACTERS]

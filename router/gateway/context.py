@@ -1,18 +1,22 @@
-"""What the handlers of the gateway share: the engine, the catalog, ways to the instances, limits.
+"""What the handlers of the gateway share: the engine, the catalog, ways to the instances, limits and rules.
 
-A plain value handed to each handler's constructor; it holds no state of its own.
+A plain value handed to each handler's constructor. Its two pieces of state belong to model management: the lock on the
+store's one writer, and the models that are being deleted.
 """
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import aiohttp
 
-from router.core.entities import InstanceState, InstanceView
+from router.core.entities import InstanceState, InstanceView, ModelFacts
 from router.engine import Engine
 from router.errors import NoInstance
 from router.fleet.catalog import Catalog
+from router.gateway.abilities import Abilities
+from router.gateway.asked import Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +34,46 @@ class GatewayContext:
     catalog: Catalog
     session: aiohttp.ClientSession
     limits: Limits
-    default_context_length: int
-    cloud: bool = False
+    rules: Rules
+    abilities: Abilities
+    writing: asyncio.Lock
+    """Held by whoever changes the shared store."""
+    removing: set[str]
+    """Models that are being deleted, as `rules.removing` sees them."""
+
+    @property
+    def default_context_length(self) -> int:
+        return self.rules.default_context_length
+
+    def instances(self) -> list[InstanceView]:
+        """All of them in a stated order: spawned before attached, then by name."""
+        return sorted(self.engine.snapshot().instances.values(), key=lambda v: (v.spec.attached, v.spec.name))
 
     def ready_instances(self) -> list[InstanceView]:
-        """Instances that answer, in a stated order: spawned before attached, then by name."""
-        views = self.engine.snapshot().instances.values()
-        ready = [v for v in views if v.state is InstanceState.READY]
-        return sorted(ready, key=lambda v: (v.spec.attached, v.spec.name))
+        """Those that answer, in the same order."""
+        return [view for view in self.instances() if view.state is InstanceState.READY]
 
     def primary(self) -> InstanceView:
-        """The one instance that management and unroutable requests go to.
+        """The one instance that management and unroutable requests go to: of the spawned ones, if there are any.
+
+        An attached server never takes their place, because its store is another.
 
         Raises:
             NoInstance: none is ready.
         """
-        ready = self.ready_instances()
+        spawns = any(not view.spec.attached for view in self.instances())
+        ready = [view for view in self.ready_instances() if not (spawns and view.spec.attached)]
         if not ready:
             raise NoInstance("no Ollama instance is ready; see /llamayard/status")
         return ready[0]
+
+    def holder(self, facts: ModelFacts | None) -> InstanceView:
+        """An instance that can be asked about the model: the primary, if that has it or nobody is known to.
+
+        Raises:
+            NoInstance: none is ready.
+        """
+        primary = self.primary()
+        if facts is None or facts.is_on(primary.spec):
+            return primary
+        return next((view for view in self.ready_instances() if facts.is_on(view.spec)), primary)

@@ -40,15 +40,20 @@ class Exchange:
 
 
 async def open_upstream(
-    session: aiohttp.ClientSession, request: web.BaseRequest, base_url: str, body: Body, limits: Limits
+    session: aiohttp.ClientSession,
+    request: web.BaseRequest,
+    base_url: str,
+    body: Body,
+    limits: Limits,
+    raw_path: str | None = None,
 ) -> aiohttp.ClientResponse:
-    """Connects, sends, and waits for the reply's head.
+    """Connects, sends, and waits for the reply's head. `raw_path` takes the place of the request's own.
 
     Raises:
         InstanceLost: the connection could not be made or ended before the head.
         WaitTimeout: no head within `stream.first_byte_timeout_seconds`.
     """
-    url = base_url + request.raw_path
+    url = base_url + (raw_path or request.raw_path)
     raw: Raw = [(bytes(k), bytes(v)) for k, v in request.raw_headers]
     headers = CIMultiDict((k.decode("latin-1"), v.decode("latin-1")) for k, v in upstream_headers(raw))
     headers.popall(hdrs.CONTENT_LENGTH, None)

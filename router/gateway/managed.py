@@ -1,8 +1,11 @@
 """Model management: pull, create, copy, delete, push and blobs, through one instance, one write at a time.
 
 All spawned instances share one store, so what one of them writes the others see at once. Two servers that write at the
-same time do not know of each other's unfinished files, therefore writes queue here. After each the catalog forgets
-what it knew of the model. A delete unloads the model everywhere first.
+same time do not know of each other's unfinished files, therefore writes queue here; pulls of one model are one pull
+(`gateway/pulls.py`). After each the catalog forgets what it knew, and weights that a name no longer means leave the
+cards and the store: the servers are told to prune nothing, because they would prune each other's downloads.
+
+A delete first lets running requests end, lets none begin, and unloads. What only an attached server has is not managed.
 """
 
 from __future__ import annotations
@@ -10,17 +13,24 @@ from __future__ import annotations
 import asyncio
 
 import aiohttp
+import structlog
 from aiohttp import hdrs, web
 from yarl import URL
 
+from router.core.entities import ModelFacts
 from router.core.events import UnloadAsked
-from router.errors import InstanceLost, WaitTimeout
+from router.errors import Forbidden, InstanceLost, WaitTimeout
+from router.fleet.driver import stand_in_for
+from router.fleet.ollama import OllamaClient, OllamaError
+from router.gateway.asked import refuse_cloud
 from router.gateway.context import GatewayContext
 from router.gateway.passed import pass_on
-from router.gateway.peek import peek
+from router.gateway.peek import Peek, peek
+from router.gateway.pulls import Pulls
 from router.gateway.requests import RequestInfo, read_body
 
 _ASK_SECONDS = 10.0
+_STORE_SECONDS = 60.0
 
 
 class ManagedHandler:
@@ -28,21 +38,33 @@ class ManagedHandler:
 
     def __init__(self, context: GatewayContext) -> None:
         self._context = context
-        self._writing = asyncio.Lock()
+        self._pulls = Pulls(context)
+        self._log = structlog.get_logger("router.store")
 
     async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
         if request.path.startswith("/api/blobs/"):
             return await self._blob(request, info)
-        body = await read_body(request, self._context.limits.max_body_bytes)
-        seen = peek(body, request.path)
+        context, path = self._context, request.path
+        body = await read_body(request, context.limits.max_body_bytes)
+        seen = peek(body, path)
         info.model = seen.model or ""
-        async with self._writing:
-            if request.path == "/api/delete" and seen.model:
-                await self._unload(seen.model)
-            try:
-                return await pass_on(self._context, request, body, info)
-            finally:
-                self._context.catalog.forget_all()
+        if path != "/api/delete":  # what stands for a cloud model here may go
+            refuse_cloud(info.model, cloud=context.rules.cloud)
+        if path == "/api/push":
+            return await pass_on(context, request, body, info)  # it reads the store
+        before = await context.catalog.facts(info.model) if info.model else None
+        if path == "/api/delete":
+            return await self._delete(request, body, before, info)
+        try:
+            if path == "/api/pull" and info.model:
+                return await self._pulls.serve(request, body, seen, info)
+            async with context.writing:
+                return await pass_on(context, request, body, info)
+        finally:
+            context.catalog.forget_all()
+            await self._clear_away(before, seen)
+
+    # --- blobs ---------------------------------------------------------------------------------------------
 
     async def _blob(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
         """Uploads stream through unread: weights are far larger than any limit on a request that is kept."""
@@ -53,7 +75,7 @@ class ManagedHandler:
             present = web.Response(headers=info.reply_headers(None))
             present.force_close()
             return present
-        async with self._writing:
+        async with self._context.writing:
             return await pass_on(self._context, request, request.content.iter_any(), info)
 
     async def _has_blob(self, request: web.BaseRequest) -> bool:
@@ -64,16 +86,67 @@ class ManagedHandler:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise InstanceLost(f"the instance could not be asked for the blob: {error}") from error
 
-    async def _unload(self, model: str) -> None:
-        """Returns when no instance holds the model any more; running requests of it may end first.
+    # --- deleting ------------------------------------------------------------------------------------------
+
+    async def _delete(
+        self, request: web.BaseRequest, body: bytes, facts: ModelFacts | None, info: RequestInfo
+    ) -> web.StreamResponse:
+        context = self._context
+        if facts is None:
+            return await self._deleted(request, body, info)
+        primary = context.primary()
+        if not facts.is_on(primary.spec):
+            where = ", ".join(sorted(facts.attached_on or ()))
+            raise Forbidden(f"model '{facts.name}' is only on {where}, which something else runs: delete it there")
+        names = await context.catalog.names_of(facts.blob)
+        if any(name != facts.name for name in names):
+            return await self._deleted(request, body, info)  # the weights stay, and so may what runs on them
+        context.removing.add(facts.name)
+        try:
+            await self._unload(facts)
+            return await self._deleted(request, body, info)
+        finally:
+            context.removing.discard(facts.name)
+
+    async def _deleted(self, request: web.BaseRequest, body: bytes, info: RequestInfo) -> web.StreamResponse:
+        async with self._context.writing:
+            try:
+                return await pass_on(self._context, request, body, info)
+            finally:
+                self._context.catalog.forget_all()
+
+    async def _unload(self, facts: ModelFacts) -> None:
+        """Returns when no instance holds the weights any more; running requests of them may end first.
 
         Raises:
             WaitTimeout: some instance still holds it; then nothing is deleted.
         """
-        facts = await self._context.catalog.facts(model)
-        if facts is None:
-            return
         engine, blob, seconds = self._context.engine, facts.blob, self._context.limits.queue_timeout_seconds
         engine.post(UnloadAsked(blob))
         if not await engine.until(lambda snapshot: all(key[1] != blob for key in snapshot.residencies), seconds):
-            raise WaitTimeout(f"model '{model}' is still in use after {seconds:.0f} s and was not deleted")
+            raise WaitTimeout(f"model '{facts.name}' is still in use after {seconds:.0f} s and was not deleted")
+
+    # --- weights that no name means any more -----------------------------------------------------------------
+
+    async def _clear_away(self, before: ModelFacts | None, seen: Peek) -> None:
+        """After a name was given other weights: the old ones leave the cards, and the store where nothing names them.
+
+        Never fails: what the client asked for is done. What is loaded is unloaded by the driver, which removes the
+        files as well; what is not loaded is removed here.
+        """
+        context = self._context
+        if before is None or not before.is_shared:
+            return
+        try:
+            today = await context.catalog.facts(seen.model or "")
+            if (today is not None and today.blob == before.blob) or await context.catalog.names_of(before.blob):
+                return
+            context.engine.post(UnloadAsked(before.blob))
+            if any(key[1] == before.blob for key in context.engine.snapshot().residencies):
+                return
+            client = OllamaClient(context.session, context.primary().spec.url)
+            async with context.writing:
+                await client.create(stand_in_for(before.blob), before.blob, _STORE_SECONDS)
+                await client.delete(stand_in_for(before.blob))
+        except OllamaError as error:
+            self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)

@@ -1,7 +1,9 @@
 """Endpoints that the router answers for the whole fleet: is it there, which version, which models, what is loaded.
 
 Clients see one Ollama: each model once, each loaded copy with its true size and with the expiry that the router's own
-timers give it. What the servers say is passed on field by field, so that fields of newer versions come through.
+timers give it. What the servers say is passed on field by field, so that fields of newer versions come through; where
+there is nothing to merge, a server's list goes on byte for byte. What only the router knows stands in an object of its
+own, `llamayard`, which clients that do not know it leave alone.
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from router.core.entities import InstanceView, Residency, Snapshot
+from router.core.entities import InstanceView, Residency, ResidencyState, Snapshot
 from router.errors import InstanceLost
+from router.fleet.listing import key_of
 from router.gateway.answers import json_answer, text_answer
 from router.gateway.context import GatewayContext
+from router.gateway.passed import pass_on
 from router.gateway.requests import RequestInfo
 
 _ASK_SECONDS = 10.0
+_LOOKS = 2
+"""0.24 answers 500 to `/api/ps` now and then, for want of a lock."""
 _FOR_EVER_YEARS = 292
 """An Ollama server's "for ever": the longest duration that Go can tell."""
 
@@ -29,80 +35,117 @@ _Row = dict[str, Any]
 
 
 class MergedHandler:
-    """Answers `/`, `/api/version`, `/api/tags` and `/api/ps`."""
+    """Answers `/`, `/api/version`, `/api/tags`, `/api/ps` and `/v1/models`."""
 
     def __init__(self, context: GatewayContext) -> None:
         self._context = context
 
     async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
-        del request
         extra = info.reply_headers(None)
         match info.route:
             case "/":
                 return text_answer("Ollama is running", extra)
             case "/api/version":
                 return json_answer({"version": self._context.primary().version or ""}, extra)
-            case "/api/tags":
-                return json_answer({"models": await self._tags()}, extra)
-            case _:
+            case "/api/ps":
                 return json_answer({"models": await self._ps()}, extra)
+            case _:
+                return await self._models(request, info)
 
-    async def _tags(self) -> list[_Row]:
-        """The shared store's models once, then those that only an attached server has."""
+    async def _models(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+        """The shared store's models once, then those that only an attached server has, then aliases."""
         primary = self._context.primary()
         others = [view for view in self._context.ready_instances() if view.spec.attached and view is not primary]
-        first = await self._rows(primary, "/api/tags")
-        found = {str(row.get("name")): row for row in first}
-        further = await asyncio.gather(*(self._rows(view, "/api/tags") for view in others), return_exceptions=True)
-        for view, rows in zip(others, further, strict=True):
-            for row in rows if isinstance(rows, list) else []:
-                found.setdefault(str(row.get("name")), {**row, "llamayard": {"instances": [view.spec.name]}})
-        return list(found.values())
+        if not others and not self._context.rules.substitutes.listed:
+            return await pass_on(self._context, request, b"", info, primary)
+        path, field, keys = ("/v1/models", "data", ("id",))
+        if info.route == "/api/tags":
+            path, field, keys = "/api/tags", "models", ("name", "model")
+        first = await self._rows(primary, path, field)
+        rows = {key_of(str(row.get(keys[0]))): row for row in first}
+        further = await asyncio.gather(*(self._rows(view, path, field) for view in others), return_exceptions=True)
+        for view, found in zip(others, further, strict=True):
+            for row in found if isinstance(found, list) else []:
+                _add(rows, row, keys[0], view.spec.name)
+        whole = [*rows.values(), *self._aliases(rows, keys)]
+        head = {"object": "list"} if field == "data" else {}
+        return json_answer({**head, field: whole}, info.reply_headers(None))
+
+    def _aliases(self, rows: Mapping[str | None, _Row], keys: tuple[str, ...]) -> list[_Row]:
+        """Rows of the aliases whose models there are."""
+        known = self._context.rules.substitutes
+        targets = {alias: known.target(alias) or "" for alias in known.listed}
+        return [
+            {**rows[key_of(target)], **dict.fromkeys(keys, alias), "llamayard": {"alias_of": target}}
+            for alias, target in targets.items()
+            if key_of(target) in rows
+        ]
 
     async def _ps(self) -> list[_Row]:
         """Each loaded copy on each instance, the one that stays longest first; who cannot say is left out."""
         views = self._context.ready_instances()
-        answers = await asyncio.gather(*(self._rows(view, "/api/ps") for view in views), return_exceptions=True)
+        looks = (self._rows(view, "/api/ps", "models", _LOOKS) for view in views)
+        answers = await asyncio.gather(*looks, return_exceptions=True)
         snapshot = self._context.engine.snapshot()
         rows = [
-            _merged(snapshot, view, row)
+            self._merged(snapshot, view, row)
             for view, found in zip(views, answers, strict=True)
             for row in (found if isinstance(found, list) else [])
         ]
         return sorted(rows, key=lambda row: str(row.get("expires_at")), reverse=True)
 
-    async def _rows(self, view: InstanceView, path: str) -> list[_Row]:
-        url = view.spec.url + path
+    def _merged(self, snapshot: Snapshot, view: InstanceView, row: _Row) -> _Row:
+        """A server's row with the router's expiry, and what only the router knows."""
+        residency = self._residency_of(snapshot, view, row)
+        own: dict[str, Any] = {"instance": view.spec.name, "gpus": list(view.spec.gpus)}
+        if residency is None:
+            return {**row, "llamayard": own}
+        own |= {"slots": residency.slots, "in_flight": residency.in_flight}
+        return {**row, "expires_at": _expiry(residency, snapshot.now), "llamayard": own}
+
+    def _residency_of(self, snapshot: Snapshot, view: InstanceView, row: Mapping[str, Any]) -> Residency | None:
+        facts = self._context.catalog.seen(str(row.get("digest")))
+        here = (r for r in snapshot.residencies.values() if r.instance == view.spec.name)
+        if facts is not None:
+            return next((r for r in here if r.blob == facts.blob), None)
+        return next((r for r in here if r.model.digest == row.get("digest")), None)
+
+    async def _rows(self, view: InstanceView, path: str, field: str, looks: int = 1) -> list[_Row]:
+        for _ in range(looks - 1):
+            try:
+                return await self._look(view, path, field)
+            except InstanceLost:
+                continue
+        return await self._look(view, path, field)
+
+    async def _look(self, view: InstanceView, path: str, field: str) -> list[_Row]:
         try:
             timeout = aiohttp.ClientTimeout(total=_ASK_SECONDS)
-            async with self._context.session.get(url, timeout=timeout) as reply:
+            async with self._context.session.get(view.spec.url + path, timeout=timeout) as reply:
                 raw = await reply.read()
                 if reply.status != web.HTTPOk.status_code:
                     raise InstanceLost(f"{view.spec.name} answers {reply.status} to {path}")
-            return msgspec.json.decode(raw, type=dict[str, list[_Row] | None]).get("models") or []
+            return msgspec.json.decode(raw, type=dict[str, Any]).get(field) or []
         except (aiohttp.ClientError, OSError, msgspec.MsgspecError, TimeoutError) as error:
             raise InstanceLost(f"{view.spec.name} cannot tell {path}: {error}") from error
 
 
-def _merged(snapshot: Snapshot, view: InstanceView, row: _Row) -> _Row:
-    """A server's row with the router's expiry, and what only the router knows."""
-    residency = _residency_of(snapshot, view, row)
-    own: dict[str, Any] = {"instance": view.spec.name, "gpus": list(view.spec.gpus)}
-    if residency is None:
-        return {**row, "llamayard": own}
-    own |= {"slots": residency.slots, "in_flight": residency.in_flight}
-    return {**row, "expires_at": _expiry(residency, snapshot.now), "llamayard": own}
-
-
-def _residency_of(snapshot: Snapshot, view: InstanceView, row: Mapping[str, Any]) -> Residency | None:
-    here = (r for r in snapshot.residencies.values() if r.instance == view.spec.name)
-    return next((r for r in here if r.name == row.get("name") or r.model.digest == row.get("digest")), None)
+def _add(rows: dict[str | None, _Row], row: _Row, name_field: str, instance: str) -> None:
+    """Adds a model of an attached server, or says that the server has it as well."""
+    key = key_of(str(row.get(name_field)))
+    there = rows.get(key)
+    if there is None:
+        rows[key] = {**row, "llamayard": {"instances": [instance]}}
+    elif "llamayard" in there:
+        there["llamayard"]["instances"].append(instance)
 
 
 def _expiry(residency: Residency, now: float) -> str:
-    """As Ollama prints times; while it is busy, what it would be if it became idle now."""
+    """As Ollama prints times; while it is busy, what it would be if it became idle now; past once it is leaving."""
     today = datetime.now(UTC)
-    if residency.expires_at is not None:
+    if residency.state is ResidencyState.UNLOADING:
+        moment = today  # which `ollama ps` shows as "Stopping..."
+    elif residency.expires_at is not None:
         moment = today + timedelta(seconds=residency.expires_at - now)
     elif residency.in_flight and residency.keep_alive_seconds >= 0:
         moment = today + timedelta(seconds=residency.keep_alive_seconds)

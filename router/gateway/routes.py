@@ -6,6 +6,7 @@ and the like to anybody, a router in front of a team must not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,7 +17,7 @@ class Kind(Enum):
     LEASED = "leased"
     """Takes a slot of the model named in the body, and streams that instance's answer."""
     SHOW = "show"
-    """About one model, from any instance that has it."""
+    """About one model, from an instance that has it."""
     MERGED = "merged"
     """Answered by the router for the whole fleet."""
     MANAGED = "managed"
@@ -27,6 +28,18 @@ class Kind(Enum):
     """Acts on the server's own cloud account: never through a shared endpoint."""
     ADMIN = "admin"
     """The router's own."""
+
+
+KIND_WORDS: Mapping[Kind, str] = {
+    Kind.LEASED: "takes a slot of the model that its body names; that instance's answer is streamed through",
+    Kind.SHOW: "asked of an instance that has the model",
+    Kind.MERGED: "answered for the whole fleet",
+    Kind.MANAGED: "changes the shared store: through one instance, one write at a time",
+    Kind.PASSED: "passed to one instance as it is",
+    Kind.REFUSED: "acts on the server's own ollama.com account: 403, unless `ollama.cloud` is on",
+    Kind.ADMIN: "the router's own",
+}
+"""For the documentation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +78,9 @@ ROUTES: tuple[Route, ...] = (
     Route("/v1/embeddings", ("POST",), Kind.LEASED),
     Route("/v1/responses", ("POST",), Kind.LEASED),
     Route("/v1/messages", ("POST",), Kind.LEASED),
-    Route("/v1/images/generations", ("POST",), Kind.LEASED),
-    Route("/v1/images/edits", ("POST",), Kind.LEASED),
-    Route("/v1/models", ("GET",), Kind.SHOW),
+    Route("/v1/images/*", ("POST",), Kind.LEASED),
+    Route("/v1/audio/*", ("POST",), Kind.LEASED),
+    Route("/v1/models", ("GET",), Kind.MERGED),
     Route("/v1/models/*", ("GET",), Kind.SHOW),
     Route("/health", ("GET", "HEAD"), Kind.ADMIN),
     Route("/ready", ("GET", "HEAD"), Kind.ADMIN),
@@ -86,9 +99,12 @@ class RouteTable:
         self._prefixes = {route.path[:-1]: route for route in routes if route.path.endswith("*")}
 
     def find(self, path: str) -> Route | None:
-        """The route of a clean path, whatever the method; None where there is none."""
+        """The route of a clean path, whatever the method; None where there is none.
+
+        A path with `.` or `..` in it is not clean: whoever resolves it behind us may end elsewhere.
+        """
         route = self._exact.get(path)
-        if route is None:
+        if route is None and not {".", ".."} & set(path.split("/")):
             head, _, last = path.rpartition("/")
             route = self._prefixes.get(head + "/") if last else None
             if route is None and path.startswith("/v1/models/") and len(path) > len("/v1/models/"):

@@ -1,5 +1,7 @@
 """The front door: one handler for every request, from the checks of Host and Origin to the access log line.
 
+Requests that take a slot are the relay's (`router/relay`) and do not come here.
+
 Which path is answered how stands in `gateway/routes.py`; who may call from a browser in `gateway/origin.py`; how errors
 look in `gateway/shapes.py`. Foreign exceptions become one of `router.errors` here, and nothing escapes it.
 """
@@ -20,11 +22,10 @@ from router.gateway.admin import AdminHandler
 from router.gateway.answers import error_answer, judged_answer, redirect_answer
 from router.gateway.context import GatewayContext
 from router.gateway.headers import request_id
-from router.gateway.leased import LeasedHandler
 from router.gateway.managed import ManagedHandler
 from router.gateway.merged import MergedHandler
 from router.gateway.origin import OriginPolicy, method_not_allowed, not_found
-from router.gateway.passed import PassedHandler
+from router.gateway.passed import PassedHandler, ShowHandler
 from router.gateway.peek import refuse_encoded
 from router.gateway.requests import RequestInfo
 from router.gateway.routes import Kind, Route, RouteTable
@@ -45,18 +46,18 @@ class Gateway:
         context: GatewayContext,
         origins: OriginPolicy,
         metrics: Metrics,
+        access: AccessLog,
         emulated: str = "",
         debug_headers: bool = False,
     ) -> None:
         self._context = context
         self._origins = origins
-        self._access = AccessLog(metrics, context.engine.now)
+        self._access = access
         self._debug_headers = debug_headers
         self._table = RouteTable()
         passed = PassedHandler(context)
         self._handlers: Mapping[Kind, Handler] = {
-            Kind.LEASED: LeasedHandler(context),
-            Kind.SHOW: passed,
+            Kind.SHOW: ShowHandler(context),
             Kind.PASSED: passed,
             Kind.MERGED: MergedHandler(context),
             Kind.MANAGED: ManagedHandler(context),
@@ -146,7 +147,7 @@ class Gateway:
         """What acts on the server's own cloud account, unless cloud models are switched on."""
 
         async def refused(request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
-            if self._context.cloud:
+            if self._context.rules.cloud:
                 return await passed(request, info)
             raise Forbidden(
                 f"{info.route} acts on the server's own ollama.com account and is not open to the router's clients "

@@ -56,6 +56,8 @@ class Loaded:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """The load has ended, well or not."""
     unloaded: asyncio.Event = field(default_factory=asyncio.Event)
+    guard: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held from the check whether the runner will do until it counts as used, so that nobody evicts it in between."""
     is_leaving: bool = False
     timer: asyncio.TimerHandle | None = None
     slots: list[Slot] = field(default_factory=list[Slot])

@@ -39,9 +39,10 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 class Progress:
     """Lines of a long change: a stream, or only the last one."""
 
-    def __init__(self, response: Response, streams: bool) -> None:
+    def __init__(self, service: Service, response: Response, streams: bool) -> None:
         self._response = response
         self._streams = streams
+        self._is_old = service.config.is_old
 
     async def say(self, **fields: Any) -> None:
         """One line, such as `status="writing manifest"`."""
@@ -49,7 +50,7 @@ class Progress:
             await self._response.chunk(dump(fields) + b"\n", NDJSON)
 
     async def fail(self, status: int, message: str) -> None:
-        if self._response.begun:
+        if self._response.begun or (self._streams and self._is_old):
             await self.say(error=message)
         elif self._streams:
             await self._response.chunk(dump({"error": message}), PLAIN_JSON, status)
@@ -273,7 +274,7 @@ async def create(service: Service, request: Request, response: Response) -> None
     name = service.name(asked_name(body))
     if name is None:
         raise ApiError(400, "invalid model name")
-    progress = Progress(response, body.get("stream", True))
+    progress = Progress(service, response, body.get("stream", True))
     files = cast("dict[str, str]", body.get("files", {}))
     if body.get("from"):
         source = service.find(body["from"])

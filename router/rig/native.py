@@ -141,7 +141,10 @@ async def _unload(turn: _Turn) -> None:
 
 
 def _thinks(turn: _Turn) -> bool:
-    """Whether thoughts come first: where they are asked for, and up from 0.12 wherever the model can. ApiError."""
+    """Whether thoughts come first: wherever the model can, unless it shall not. ApiError.
+
+    0.11.4 took a template that ends the prompt with `<think>` for no thinking: the thoughts are words like others.
+    """
     asked = turn.body.get("think")
     if asked is not None and not isinstance(asked, bool) and asked not in _EFFORTS:
         raise ApiError(
@@ -151,7 +154,7 @@ def _thinks(turn: _Turn) -> bool:
     if asked and not can:
         named = turn.stored.name.full if turn.service.config.is_old else f'"{turn.name}"'
         raise ApiError(400, f"{named} does not support thinking")
-    return can and (not turn.service.config.is_old if asked is None else bool(asked))
+    return can and not turn.service.config.is_old and (asked is None or bool(asked))
 
 
 def _format(turn: _Turn) -> Any:
@@ -232,10 +235,10 @@ def _words(turn: _Turn, pieces: Sequence[Piece]) -> dict[str, Any]:
 def _call(turn: _Turn, index: int, text: str) -> dict[str, Any]:
     value = json.loads(text)
     function = {"index": index, "name": value["name"], "arguments": value["parameters"]}
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    key = "call_" + "".join(turn.service.chance.choice(letters) for _ in range(8))
-    return {"function": {k: v for k, v in function.items() if k != "index"}} if turn.service.config.is_old else {
-        "id": key, "function": function}  # fmt: skip
+    if turn.service.config.is_old:
+        del function["index"]
+        return {"function": function}
+    return {"id": turn.service.call_id(), "function": function}
 
 
 def _logprobs(turn: _Turn, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -31,9 +31,10 @@ NativeHandler = Callable[[Service, Request, Sink, Mapping[str, Any]], Awaitable[
 _TYPES: Mapping[int, str] = {400: "invalid_request_error", 404: "not_found_error"}
 
 
-def error_body(status: int, message: str) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
-    return {"error": {"message": message, "type": _TYPES.get(status, "api_error"), "param": None, "code": None}}
+def error_body(status: int, message: str, is_old: bool = False) -> dict[str, Any]:
+    """OpenAI's shape of an error. Before 0.12 the status did not decide the type of a handler's error."""
+    kind = "api_error" if is_old else _TYPES.get(status, "api_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 async def read(request: Request, response: Response, type_name: str, fields: Fields) -> dict[str, Any] | None:
@@ -50,23 +51,24 @@ class _OpenAiSink(Sink):
 
     prefix = ""
 
-    def __init__(self, response: Response, service: Service, usage: bool, model: str) -> None:
-        super().__init__(response)
+    def __init__(self, response: Response, service: Service, usage: bool) -> None:
+        super().__init__(response, service.config.is_old)
+        self._service = service
         self._key = f"{self.prefix}-{service.chance.randrange(1000)}"
         self._wants_usage = usage
-        self._model = model
         self._created = int(datetime.now(UTC).timestamp())
         self._is_0_30 = service.config.is_0_30
         self._has_called = False
         self._has_begun = False
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
-        if self.response.begun:
+        data = dump(error_body(status, message, self._is_old)) + b"\n"
+        if self.response.begun or (streams and self._is_old):
             await self.line({"error": message})
         elif streams:
-            await self.response.chunk(dump(error_body(status, message)) + b"\n", PLAIN_JSON, status)
+            await self.response.chunk(data, PLAIN_JSON, status)
         else:
-            self.response.whole(status, dump(error_body(status, message)) + b"\n", PLAIN_JSON)
+            self.response.whole(status, data, PLAIN_JSON)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type
@@ -112,7 +114,7 @@ class _ChatSink(_OpenAiSink):
             found["reasoning"] = message["thinking"]
         if message.get("tool_calls"):
             self._has_called = True
-            found["tool_calls"] = [_tool_call(one) for one in message["tool_calls"]]
+            found["tool_calls"] = [_tool_call(one, self._service.call_id) for one in message["tool_calls"]]
         return found
 
     def _whole(self, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,11 +163,11 @@ def usage_of(value: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
 
 
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _tool_call(call: Mapping[str, Any], new_id: Callable[[], str]) -> dict[str, Any]:
     function = call["function"]
     text = json.dumps(function["arguments"], separators=(",", ":"))
     place = {"index": function.get("index", 0), "type": "function"}
-    return {"id": call.get("id", ""), **place, "function": {"name": function["name"], "arguments": text}}
+    return {"id": call.get("id") or new_id(), **place, "function": {"name": function["name"], "arguments": text}}
 
 
 def _logprobs(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +200,7 @@ async def chat(service: Service, request: Request, response: Response) -> None:
         "top_logprobs": body.get("top_logprobs", 0),
         **({} if effort is None else {"think": False if effort == "none" else effort}),
     }
-    sink = _ChatSink(response, service, _wants_usage(body), asked["model"])
+    sink = _ChatSink(response, service, _wants_usage(body))
     await handled(native.chat, service, request, sink, asked)
 
 
@@ -214,18 +216,18 @@ async def completions(service: Service, request: Request, response: Response) ->
         "options": sampling(body, "max_tokens"),
         "stream": body.get("stream", False),
     }
-    sink = _CompletionSink(response, service, _wants_usage(body), asked["model"])
+    sink = _CompletionSink(response, service, _wants_usage(body))
     await handled(native.generate, service, request, sink, asked)
 
 
 class _EmbeddingSink(Sink):
-    def __init__(self, response: Response, as_text: bool) -> None:
-        super().__init__(response)
+    def __init__(self, response: Response, as_text: bool, is_old: bool) -> None:
+        super().__init__(response, is_old)
         self._as_text = as_text
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
         del streams
-        self.response.whole(status, dump(error_body(status, message)) + b"\n", PLAIN_JSON)
+        self.response.whole(status, dump(error_body(status, message, self._is_old)) + b"\n", PLAIN_JSON)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type
@@ -251,7 +253,7 @@ async def embeddings(service: Service, request: Request, response: Response) -> 
         response.whole(400, dump(error_body(400, "invalid input")), JSON)
         return
     as_text = body.get("encoding_format") == "base64" and not service.config.is_old
-    await handled(native.embed, service, request, _EmbeddingSink(response, as_text), body)
+    await handled(native.embed, service, request, _EmbeddingSink(response, as_text, service.config.is_old), body)
 
 
 async def handled(
@@ -309,9 +311,7 @@ async def model(service: Service, request: Request, response: Response, name: st
     del request
     stored = service.find(name)
     if stored is None:
-        answer = error_body(404, f"model '{name}' not found")
-        if service.config.is_old:
-            answer["error"]["type"] = "api_error"
+        answer = error_body(404, f"model '{name}' not found", service.config.is_old)
         response.whole(404, dump(answer) + b"\n", PLAIN_JSON)
         return
     response.whole(200, dump(_entry(name, stored.modified)) + b"\n", PLAIN_JSON)

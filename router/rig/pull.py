@@ -32,7 +32,7 @@ async def pull(service: Service, request: Request, response: Response) -> None:
     name = service.name(asked_name(body))
     if name is None:
         raise ApiError(400, "invalid model name")
-    progress = Progress(response, body.get("stream", True))
+    progress = Progress(service, response, body.get("stream", True))
     await progress.say(status="pulling manifest")
     entry = catalogue().get(name.shortest)
     if entry is None:
@@ -97,7 +97,7 @@ async def push(service: Service, request: Request, response: Response) -> None:
     name = service.name(text)
     if name is None:
         raise ApiError(400, "invalid model name")
-    progress = Progress(response, body.get("stream", True))
+    progress = Progress(service, response, body.get("stream", True))
     await progress.say(status="retrieving manifest")
     stored = service.store.get(name)
     if stored is None:

@@ -42,7 +42,7 @@ _LOCAL_NAMES = (".localhost", ".local", ".internal")
 def _native(handler: openai.NativeHandler, type_name: str, fields: Fields) -> _Handler:
     async def handle(service: Service, request: Request, response: Response) -> None:
         body = await service.read(request, type_name, fields)
-        sink = Sink(response)
+        sink = Sink(response, service.config.is_old)
         try:
             await handler(service, request, sink, body)
         except ApiError as error:

@@ -69,8 +69,8 @@ class Scheduler:
         """
         if not self._config.is_old:
             loaded = self.loaded.get(pending.stored.weights.digest)
-            if loaded is not None and not await self._must_reload(loaded, pending):
-                return self._use(loaded, pending)
+            if loaded is not None and (used := await self._used(loaded, pending)) is not None:
+                return used
         try:
             self._queue.put_nowait(pending)
         except asyncio.QueueFull:
@@ -121,8 +121,8 @@ class Scheduler:
         while True:
             loaded = self.loaded.get(digest)
             if loaded is not None:
-                if not await self._must_reload(loaded, pending):
-                    return self._use(loaded, pending)
+                if (used := await self._used(loaded, pending)) is not None:
+                    return used
                 await self._evict(loaded)
             elif len(self.loaded) >= self._config.most_loaded:
                 await self._evict(self._victim())
@@ -143,12 +143,20 @@ class Scheduler:
         except BaseException:
             loaded.process.kill()
             self.loaded.pop(loaded.key, None)
+            await loaded.process.gone
             loaded.unloaded.set()
             raise
         finally:
             loaded.settled.set()
         self._spawn(self._watch(loaded))
         return loaded
+
+    async def _used(self, loaded: Loaded, pending: Pending) -> Loaded | None:
+        """The model with one user more; None where it has to be loaded anew."""
+        async with loaded.guard:
+            if await self._must_reload(loaded, pending):
+                return None
+            return self._use(loaded, pending)
 
     def _use(self, loaded: Loaded, pending: Pending) -> Loaded:
         loaded.users += 1

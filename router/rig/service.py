@@ -24,6 +24,7 @@ from router.rig.sink import ApiError
 from router.rig.store import Header, Store, Stored
 
 BUSY = "server busy, please try again.  maximum pending requests exceeded"
+_CALL_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 CLOUD_OFF = "ollama cloud is disabled: remote model is unavailable"
 
 
@@ -111,6 +112,10 @@ class Service:
             before=f"{engine} process no longer running: -1 ",
             within="an error was encountered while running the model: unexpected EOF",
         )
+
+    def call_id(self) -> str:
+        """A new name for a tool call."""
+        return "call_" + "".join(self.chance.choice(_CALL_LETTERS) for _ in range(8))
 
     def loses_slot(self, loaded: Loaded) -> bool:
         return self.behaviour(loaded.stored.name.shortest).lose_slot

@@ -30,8 +30,9 @@ class ApiError(Exception):
 class Sink:
     """Takes the native API's answers and writes them as they are."""
 
-    def __init__(self, response: Response) -> None:
+    def __init__(self, response: Response, is_old: bool = False) -> None:
         self.response = response
+        self._is_old = is_old
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         """The whole answer."""
@@ -44,9 +45,10 @@ class Sink:
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
         """An error: the whole answer, or in a stream that has begun its last line.
 
-        `streams`: the request asked for a stream, whose first flush sends even an error in a chunk.
+        `streams`: the request asked for a stream, whose first flush sends even an error in a chunk; before 0.12 as a
+        line of the stream, status 200.
         """
-        if self.response.begun:
+        if self.response.begun or (streams and self._is_old):
             await self.line({"error": message})
         elif streams:
             await self.response.chunk(dump({"error": message}), PLAIN_JSON, status)

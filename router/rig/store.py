@@ -33,6 +33,7 @@ _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DEFAULT_TEMPLATE = "{{ .Prompt }}"
 CHAT_TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}assistant: "
 TOOLS_TEMPLATE = "{{ if .Tools }}{{ .Tools }}\n{{ end }}" + CHAT_TEMPLATE
+INSERT_TEMPLATE = "{{ if .Suffix }}{{ .Prompt }}{{ .Suffix }}{{ end }}"
 THINKING_TEMPLATE = CHAT_TEMPLATE + "{{ if .Think }}<think>{{ end }}"
 
 PRUNE_AGE_SECONDS = 3600
@@ -207,6 +208,7 @@ class Store:
         weights = self.put_blob(weights_text(entry).encode())
         template = THINKING_TEMPLATE if "thinking" in entry.capabilities else CHAT_TEMPLATE
         template = TOOLS_TEMPLATE if "tools" in entry.capabilities else template
+        template = INSERT_TEMPLATE + template if "insert" in entry.capabilities else template
         small = self.put_blob((DEFAULT_TEMPLATE if "embedding" in entry.capabilities else template).encode())
         arch = entry.metadata["general.architecture"]
         config = {

@@ -7,12 +7,14 @@ nothing. A broken rule is an `InvariantError` that names it with the time and th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
 
-from router.core.entities import GpuUuid, InstanceState, ResidencyKey, ResidencyState, Snapshot, TicketId
+from router.core.entities import GpuUuid, InstanceState, ResidencyKey, ResidencyState, Snapshot, Ticket, TicketId
 from router.core.events import Action, Event, Grant, Load, Reject, Released, Unload, UnloadAsked
 from router.core.ledger import bytes_by_gpu
-from router.sim.contestants.llamayard import Llamayard
 from router.sim.host import Host
+from router.sim.requests import Request
 
 STALL_SECONDS = 75.0
 """Longer than a failure is remembered: so long nothing may move while somebody waits."""
@@ -22,17 +24,29 @@ class InvariantError(AssertionError):
     """A rule was broken."""
 
 
+class Watched(Protocol):
+    """The router, as far as the rules look at it."""
+
+    @property
+    def waiting(self) -> tuple[tuple[Ticket, str], ...]: ...
+
+    @property
+    def held(self) -> Mapping[TicketId, Request]: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+
 class Invariants:
     """One run's checks. `seen` is given to `Llamayard`, `after_each` to `Simulation.run`."""
 
     def __init__(self) -> None:
-        self._router: Llamayard | None = None
+        self._router: Watched | None = None
         self._host: Host | None = None
         self._moved_at = 0.0
         self._decided: set[TicketId] = set()
         self._grants: dict[TicketId, ResidencyKey] = {}
 
-    def watch(self, router: Llamayard, host: Host) -> None:
+    def watch(self, router: Watched, host: Host) -> None:
         self._router, self._host = router, host
 
     def seen(self, event: Event, actions: list[Action], now: float) -> None:
@@ -66,7 +80,7 @@ class Invariants:
 
     # --- rules ---------------------------------------------------------------------------------------------
 
-    def _decide(self, router: Llamayard, action: Grant | Reject, now: float) -> None:
+    def _decide(self, router: Watched, action: Grant | Reject, now: float) -> None:
         """A ticket ends once, in one way."""
         if action.ticket_id in self._decided:
             raise InvariantError(f"{now:.3f}: ticket {action.ticket_id} was decided twice: {action}")
@@ -107,9 +121,9 @@ class Invariants:
                 words = f"{residency.in_flight} in flight, {granted[key]} granted, {residency.slots} slots"
                 raise InvariantError(f"{now:.3f}: {residency.name} on {key[0]}: {words}")
 
-    def _check_waiting(self, router: Llamayard, snapshot: Snapshot, now: float) -> None:
+    def _check_waiting(self, router: Watched, snapshot: Snapshot, now: float) -> None:
         """Nobody waits beside a free slot of his model, and somebody who waits sees something move."""
-        waiting = [ticket for ticket, _ in router.dispatcher.waiting]
+        waiting = [ticket for ticket, _ in router.waiting]
         if not waiting or self._grants or _is_moving(snapshot):
             self._moved_at = now
         if now - self._moved_at > STALL_SECONDS:

@@ -14,7 +14,7 @@ from router.sim.host import Host, Stay
 from router.sim.loading import Transfer
 from router.sim.requests import Request
 from router.sim.timeline import Timer
-from router.sim.world import LoadShape, kv_layer_bytes, layer_bytes, output_bytes, speed, true_bytes
+from router.sim.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
 
 KEPT_PROMPT_BYTES = 8 * 1024**3
 """From 0.30 a runner keeps so much of evicted prompts in host memory."""
@@ -119,7 +119,7 @@ class Loaded:
             model=model,
             uuids=used,
             bytes_by_card={uuid: size for uuid, size in zip(cards, sizes, strict=True) if size},
-            believed_bytes=_believed(model, shape, cards, layers, sizes),
+            believed_bytes=dict(zip(cards, serverplan.believed_bytes(host.world, model, shape, layers), strict=True)),
             host_bytes=missing * (layer_bytes(model) + kv_layer_bytes(model, shape)),
             batcher=Batcher(
                 host.timeline,
@@ -208,21 +208,3 @@ def _mark(host: Host, uuids: tuple[GpuUuid, ...], works: bool) -> None:
         host.book.work_began(uuids, host.timeline.now)
     else:
         host.book.work_ended(uuids, host.timeline.now)
-
-
-def _believed(
-    model: ModelFacts, shape: LoadShape, cards: tuple[GpuUuid, ...], layers: tuple[int, ...], sizes: tuple[int, ...]
-) -> dict[GpuUuid, int]:
-    """What a server up to 0.24 books for its runner: its estimate on the llama.cpp engine, what is true on its own."""
-    if model.architecture in serverplan.OWN_ENGINE:
-        return {uuid: size for uuid, size in zip(cards, sizes, strict=True) if size}
-    unit = layer_bytes(model) + kv_layer_bytes(model, shape)
-    graph = serverplan.graph_bytes(model, shape)
-    last = max((index for index, count in enumerate(layers) if count), default=-1)
-    has_output = sum(layers) > model.layers
-    believed: dict[GpuUuid, int] = {}
-    for index, (uuid, count) in enumerate(zip(cards, layers, strict=True)):
-        if count:
-            surplus = output_bytes(model) - unit if has_output and index == last else 0
-            believed[uuid] = count * unit + graph + surplus
-    return believed

@@ -10,7 +10,7 @@ from router.sim.runner import Outcome
 
 FIRST_TOKEN_SECONDS = 10.0
 TOKENS_PER_SECOND = 6.7
-SMALL, LARGE = "one card", "several cards"
+_WAITED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,27 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def jain(requests: Sequence[Request]) -> float:
-    """Jain's index over users of the service they got of what they asked for; 1 is equal treatment.
+    """Jain's index of the shares of requests in time, over the users of whom any request had to wait; 1 is equal."""
+    by_user: dict[str, list[Request]] = {}
+    for request in requests:
+        by_user.setdefault(request.user, []).append(request)
+    waited = [
+        own for own in by_user.values() if any((r.ttft_seconds or _WAITED_SECONDS) >= _WAITED_SECONDS for r in own)
+    ]
+    return jain_index([sum(is_in_time(r) for r in own) / len(own) for own in waited])
 
-    A user's service is the share of his requests' time in which they were served and did not wait: asked seconds over
-    spent seconds, so that a user who asks for more is not called favoured.
-    """
-    shares: list[float] = []
-    for user in sorted({r.user for r in requests}):
-        own = [r for r in requests if r.user == user]
-        shares.append(sum(is_in_time(r) for r in own) / len(own))
-    squares = sum(share * share for share in shares)
-    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
+
+def service_jain(requests: Sequence[Request], begin: float, end: float) -> float:
+    """Jain's index of the service that each user got in a time in which all were backlogged: of the answers that ended
+    in it, the tokens, those of the prompt counting once and the others twice (virtual token counters, 2401.00588)."""
+    service = dict.fromkeys(sorted({request.user for request in requests}), 0.0)
+    for request in requests:
+        if request.outcome == SERVED and request.ended_at is not None and begin <= request.ended_at < end:
+            service[request.user] += request.prompt_tokens + 2 * request.generated_tokens
+    return jain_index(list(service.values()))
+
+
+def jain_index(values: Sequence[float]) -> float:
+    """(sum x)^2 / (n * sum x^2); 1 where there is nothing to share."""
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else 1.0

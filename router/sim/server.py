@@ -139,14 +139,13 @@ class SimServer:
         self._next()
 
     def _abandon(self, job: _Job) -> None:
-        """The client of the request that is being placed left."""
+        """The client of the request that is being placed left. Others who came for the same load queue for another."""
         job.gone = True
         found = self._loaded.get(job.model.blob)
         if found is not None and found.phase is Phase.LOADING:
-            lost = found.drop()
+            others = found.drop()
             self._gone(found)
-            for request, done in lost:
-                done(request, LOST)
+            self._pending.extend(_Job(request.model, -1, request, done, None) for request, done in others)
             self._done_placing()
 
     def _later(self, seconds: float, step: Callable[[], None]) -> None:

@@ -106,6 +106,20 @@ def graph_bytes(model: ModelFacts, shape: LoadShape) -> int:
     return max(unit * (1 + 4 * width + context * (1 + heads)), whole)
 
 
+def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
+    """What a server up to 0.24 books on each card for a runner that it has, and takes off what it believes to be free:
+    its estimate on the llama.cpp engine, what is true on its own (server/sched.go, `updateFreeSpace`)."""
+    if model.architecture in OWN_ENGINE:
+        return true_bytes(world, model, shape, layers)
+    unit = layer_bytes(model) + kv_layer_bytes(model, shape)
+    graph = graph_bytes(model, shape)
+    last = max((index for index, count in enumerate(layers) if count), default=-1)
+    surplus = output_bytes(model) - unit if sum(layers) > model.layers else 0
+    return tuple(
+        count * unit + graph + (surplus if index == last else 0) if count else 0 for index, count in enumerate(layers)
+    )
+
+
 def _plan_0_24(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
     """llm/server.go, v0.24: cards with most free memory first, faster ones before; the fewest that hold all layers."""
     if ask.num_gpu > ask.model.layers and not ask.has_others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,9 @@ from tests.support.ollama_server import ModelFile, OllamaServer, emulated_server
 from tests.support.rawhttp import Address
 from tests.support.tiny_model import BIG, EMBED, TINY
 
+_EMULATED = {"emulated": "0.24.0", "emulated-old": "0.11.4"}
+"""The version that was recorded, and the one that runs as the real server."""
+
 Start = Callable[..., AbstractContextManager[OllamaServer]]
 
 
@@ -21,7 +25,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
     return write_model_files(tmp_path_factory.mktemp("weights"), {"tiny": TINY, "big": BIG, "embed": EMBED})
 
 
-@pytest.fixture(scope="session", params=[pytest.param("real", marks=pytest.mark.ollama), "emulated"])
+@pytest.fixture(scope="session", params=[pytest.param("real", marks=pytest.mark.ollama), *_EMULATED])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -29,7 +33,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def start(kind: str) -> Start:
     """Starts one more server of the kind under test: `start(folder, OLLAMA_NUM_PARALLEL="1")`."""
-    return {"real": real_server, "emulated": emulated_server}[kind]
+    if kind == "real":
+        return real_server
+    return functools.partial(emulated_server, LLAMAYARD_RIG_VERSION=_EMULATED[kind])
 
 
 @pytest.fixture(scope="session")

@@ -81,3 +81,20 @@ async def test_two_slots_serve_two_streams_at_once(start: Start, single: Stage) 
                 assert (await connection.head()).status == 200
                 assert await connection.chunk()
             assert await first.chunk()
+
+
+async def test_a_client_that_leaves_during_its_load_aborts_it(single: Stage) -> None:
+    """Tried until it was quicker than the load."""
+
+    async def aborted() -> bool:
+        single.unload_all()
+        async with connect(single.server.address) as leaving:
+            await leaving.send(request_bytes("POST", "/api/generate", {"model": "big"}))
+            await eventually(single.server.runners)
+            leaving.abort()
+        try:
+            return await eventually(lambda: not single.loaded() and not single.server.runners(), deadline_seconds=2)
+        except AssertionError:
+            return False
+
+    await eventually(aborted, deadline_seconds=30)

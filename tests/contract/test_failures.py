@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.contract.conftest import Start
-from tests.contract.differences import EMULATED, REAL_0_11_4, Known, unexplained
+from tests.contract.differences import KNOWN, Known, unexplained
 from tests.contract.recording import Recording, recordings
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage, furnish
@@ -30,7 +30,7 @@ _SHORT = {"model": "big", "prompt": "x", "stream": False, "options": {"num_predi
 
 
 def _known(stage: Stage) -> tuple[Known, ...]:
-    return {"real": REAL_0_11_4, "emulated": EMULATED}[stage.server.kind]
+    return KNOWN[stage.server.version]
 
 
 def _faults(stage: Stage, recording: Recording, reply: Reply) -> list[str]:

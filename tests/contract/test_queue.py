@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.conftest import Start
-from tests.contract.differences import EMULATED, REAL_0_11_4, unexplained
+from tests.contract.differences import KNOWN, unexplained
 from tests.contract.recording import recordings
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage, furnish
@@ -56,7 +56,7 @@ async def _full(stage: Stage) -> AsyncGenerator[list[asyncio.Task[Reply]]]:
 
 
 async def test_overload_is_told_at_once_in_the_shape_of_each_api(narrow: Stage) -> None:
-    known = {"real": REAL_0_11_4, "emulated": EMULATED}[narrow.server.kind]
+    known = KNOWN[narrow.server.version]
     faults: dict[str, list[str]] = {}
     async with _full(narrow):
         for recording in _OVERLOADS:
@@ -82,3 +82,26 @@ async def test_requests_for_the_loaded_model_pass_the_full_queue_by(narrow: Stag
         refused = narrow.server.version == "0.11.4"  # there every request went through the queue
         assert len(done) == (3 if refused else 0)
     assert [task.result().status for task in passing] == [503 if refused else 200] * 3
+
+
+async def test_a_client_that_leaves_the_queue_is_never_answered(narrow: Stage) -> None:
+    """Its handler waits for the life of the server: it is dropped when its turn comes, and nobody is told."""
+    narrow.unload_all()
+    narrow.load("big")
+    address = narrow.server.address
+    async with asyncio.TaskGroup() as tasks, connect(address) as busy, connect(address) as placed:
+        await busy.send(request_bytes("POST", "/api/generate", _LONG))
+        await busy.head()
+        await placed.send(request_bytes("POST", "/api/generate", _SHORT))
+        first = tasks.create_task(placed.reply())
+        assert not (await asyncio.wait((first,), timeout=0.3))[0]
+        async with connect(address) as queued:
+            await queued.send(request_bytes("POST", "/api/generate", _SHORT))
+            last = tasks.create_task(queued.reply())
+            assert not (await asyncio.wait((last,), timeout=0.3))[0]
+            queued.half_close()
+            busy.abort()
+            assert (await first).status == 200
+            assert (await call(address, "POST", "/api/generate", _SHORT)).status == 200
+            assert not (await asyncio.wait((last,), timeout=0.3))[0]
+            last.cancel()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.contract.differences import EMULATED, OTHER_MODEL, REAL_0_11_4, RUN, unexplained
+from tests.contract.differences import KNOWN, OTHER_MODEL, RUN, unexplained
 from tests.contract.recording import Recording, recordings
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage
@@ -77,6 +77,6 @@ def _for_this_store(recording: Recording, stage: Stage) -> bytes:
 async def test_a_recorded_request_is_answered_as_it_was(stage: Stage, recording: Recording) -> None:
     PREPARE.get(recording.name.rpartition("/")[2], lambda _: None)(stage)
     reply = await exchange(stage.server.address, _for_this_store(recording, stage))
-    known = RUN + {"real": REAL_0_11_4, "emulated": EMULATED}[stage.server.kind]
+    known = RUN + KNOWN[stage.server.version]
     faults = unexplained(recording.name, differences(shape(reply), shape(recording.reply)), known)
     assert not faults

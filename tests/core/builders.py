@@ -16,6 +16,7 @@ from router.core.entities import (
     InstanceSpec,
     InstanceState,
     InstanceView,
+    Layout,
     LoadId,
     ModelFacts,
     Policy,
@@ -175,8 +176,13 @@ def ticket(
     keep_alive_seconds: float | None = None,
     arrived_at: float = 0.0,
     deadline: float = 10_000.0,
+    is_flexible: bool = False,
+    layout: Layout | None = None,
 ) -> Ticket:
-    return Ticket(TicketId(number), of, options, 0, keep_alive_seconds, arrived_at, deadline)
+    return Ticket(
+        TicketId(number), of, options, 0, keep_alive_seconds, arrived_at, deadline,
+        is_flexible=is_flexible, layout=layout,
+    )  # fmt: skip
 
 
 def by_weight(of: ModelFacts, spec: InstanceSpec, context: int, facts: Snapshot) -> tuple[int, ...]:

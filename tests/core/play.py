@@ -15,6 +15,7 @@ from router.core.entities import (
     InstanceName,
     InstanceSpec,
     InstanceState,
+    Layout,
     LoadId,
     ModelFacts,
     Policy,
@@ -47,6 +48,7 @@ from router.core.events import (
     UnloadFinished,
 )
 from tests.core.builders import by_weight, gpu_id, instance, model
+from tests.core.builders import ticket as ticket_of
 
 CARD_BYTES = 24
 
@@ -130,14 +132,18 @@ class Play:
         options: RunnerOptions = (),
         keep_alive_seconds: float | None = None,
         patience_seconds: float = 300.0,
+        *,
+        is_flexible: bool = False,
+        layout: Layout | None = None,
     ) -> TicketId:
         self._tickets += 1
-        ticket = Ticket(
-            TicketId(self._tickets), of, options, 0, keep_alive_seconds, self.now, self.now + patience_seconds
-        )
-        self.waiting[ticket.id] = ticket
-        self.post(Arrived(ticket))
-        return ticket.id
+        made = ticket_of(
+            self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
+            deadline=self.now + patience_seconds, is_flexible=is_flexible, layout=layout,
+        )  # fmt: skip
+        self.waiting[made.id] = made
+        self.post(Arrived(made))
+        return made.id
 
     def cancel(self, ticket: TicketId) -> list[Action]:
         del self.waiting[ticket]
@@ -216,7 +222,7 @@ class Play:
 
     def reason(self, ticket: TicketId) -> str:
         """What a waiting ticket waits for."""
-        return next(words for waiting, words in self._twins[0].waiting if waiting.id == ticket)
+        return next((words for waiting, words in self._twins[0].waiting if waiting.id == ticket), "")
 
     def queued(self) -> list[TicketId]:
         return [ticket.id for ticket, _ in self._twins[0].waiting]
@@ -263,7 +269,9 @@ class Play:
         assert facts.instances[grant.instance].state is InstanceState.READY
         assert key in self.held or key in self.dead
         found = facts.residencies[key]
-        assert found.options == ticket.options
+        assert found.options == ticket.options or ticket.is_flexible
+        assert ticket.layout is None or ticket.layout.allows(facts.instances[grant.instance].spec.gpus)
+        assert (grant.options, grant.context_length) == (found.options, found.context_length)
         self.leases[ticket.id] = (key, found.load_id)
 
     def _load(self, load: Load) -> None:
@@ -281,8 +289,9 @@ class Play:
     def _unload(self, unload: Unload, before: Snapshot) -> None:
         key = (unload.instance, unload.blob)
         assert key not in self.unloads, f"{key} is being unloaded already"
-        own_fault = unload.reason.startswith(("its runner died", "came out"))
         stood = before.residencies.get(key)
+        again = stood is not None and stood.state is ResidencyState.UNLOADING
+        own_fault = again or unload.reason.startswith(("its runner died", "came out"))
         busy = sum(1 for lease in self.leases.values() if stood and lease == (key, stood.load_id))
         assert own_fault or not busy, f"{key} was unloaded with {busy} requests: {unload.reason}"
         self.unloads[key] = unload

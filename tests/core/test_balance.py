@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.balance import can_serve, pick
-from router.core.entities import InstanceState, Residency, ResidencyState
-from tests.core.builders import card, key, model, residency, snapshot, ticket, view
+from router.core.entities import InstanceState, Layout, LayoutKind, Residency, ResidencyState, RunnerOptions
+from tests.core.builders import card, gpu_id, key, model, residency, snapshot, ticket, view
 
 M = model("m")
 T = ticket(1, M)
@@ -48,6 +48,53 @@ def test_only_a_ready_instance_serves(state: InstanceState) -> None:
 def test_a_copy_whose_room_is_wanted_takes_no_new_request() -> None:
     facts = snapshot([card(0, 100)], VIEWS, [READY], draining=[key("gpu0", M)])
     assert not can_serve(facts, READY, T)
+
+
+LARGER: RunnerOptions = (("num_ctx", 16_384),)
+SMALLER: RunnerOptions = (("num_ctx", 2048),)
+LONG = model("long", context_length=131_072)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "asked", "flexible", "serves"),
+    [
+        ((), SMALLER, True, True),
+        ((), SMALLER, False, False),
+        ((), LARGER, True, False),
+        (LARGER, (), True, True),
+        (LARGER, (), False, False),
+        (SMALLER, (), True, False),
+        (SMALLER, SMALLER, False, True),
+        ((), (("num_batch", 64),), True, True),
+    ],
+)
+def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
+    loaded: RunnerOptions, asked: RunnerOptions, flexible: bool, serves: bool
+) -> None:
+    context = dict(loaded).get("num_ctx", 8192)
+    copy = replace(residency("gpu0", LONG, 1000, options=loaded), context_length=int(context))
+    facts = snapshot([card(0, 100)], VIEWS, [copy])
+    assert can_serve(facts, copy, ticket(1, LONG, options=asked, is_flexible=flexible)) is serves
+
+
+@pytest.mark.parametrize(
+    ("on", "layout", "serves"),
+    [
+        ("gpu0", Layout(LayoutKind.SINGLE), True),
+        ("spread", Layout(LayoutKind.SINGLE), False),
+        ("spread", Layout(LayoutKind.SPREAD), True),
+        ("gpu0", Layout(LayoutKind.SPREAD), False),
+        ("gpu0", Layout(LayoutKind.GPU, gpu_id(0)), True),
+        ("gpu1", Layout(LayoutKind.GPU, gpu_id(0)), False),
+        ("cpu", Layout(LayoutKind.SINGLE), False),
+        ("cpu", None, True),
+    ],
+)
+def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout | None, serves: bool) -> None:
+    views = (*VIEWS, view("spread", 0, 1), view("cpu"))
+    copy = residency(on, M, *(1000 for _ in next(v for v in views if v.spec.name == on).spec.gpus))
+    facts = snapshot([card(0, 100), card(1, 100)], views, [copy])
+    assert can_serve(facts, copy, ticket(1, M, layout=layout)) is serves
 
 
 def test_the_copy_with_the_fewest_requests_serves_and_equal_ones_take_turns() -> None:

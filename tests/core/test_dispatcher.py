@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from router.core.entities import GpuUuid, InstanceName, InstanceState, LoadId, Policy, ResidencyState, RunnerOptions
-from router.core.events import LoadedModel, ResidencyRead, ShutdownBegan
+from router.core.entities import GpuUuid, InstanceState, LoadId, Policy, ResidencyState, RunnerOptions
+from router.core.events import ShutdownBegan
 from tests.core.builders import key
 from tests.core.play import CARD_BYTES, Play, patient, sized
 
@@ -317,80 +315,6 @@ def test_a_runner_that_died_under_a_request_is_unloaded_before_its_model_is_used
     one.work_through()
     assert again in one.leases
     assert one.loads_sent == 2
-
-
-def test_a_model_that_a_server_no_longer_lists_is_loaded_again(one: Play) -> None:
-    one.arrive(SMALL)
-    one.work_through()
-    one.lose_runner(key("gpu0", SMALL))
-    assert one.residency("gpu0", SMALL) is None
-    again = one.arrive(SMALL)
-    one.work_through()
-    assert again in one.leases
-    assert one.loads_sent == 2
-
-
-def _listed(of: object, size: int, context: int | None = None, vram: int | None = None) -> LoadedModel:
-    facts = of if not isinstance(of, str) else None
-    name = getattr(of, "name", of)
-    return LoadedModel(str(name), "", size, size if vram is None else vram, context, facts)  # type: ignore[arg-type]
-
-
-def test_a_model_that_somebody_else_loaded_is_adopted_and_used(one: Play) -> None:
-    one.foreign[GpuUuid("GPU-0")] = 12
-    one.read_cards()
-    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 12), _listed("unknown", 1)), one.now))
-    found = one.residency("gpu0", SMALL)
-    assert found is not None
-    assert (found.per_gpu_bytes, found.options, found.reason) == ((12,), (), "found loaded on gpu0")
-    one.held[key("gpu0", SMALL)] = {}
-    assert one.arrive(SMALL) in one.leases
-    assert one.loads_sent == 0
-
-
-def test_an_adopted_model_with_another_context_serves_only_those_who_ask_for_that(one: Play) -> None:
-    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10, context=2048),), one.now))
-    found = one.residency("gpu0", SMALL)
-    assert found is not None
-    assert found.options == LONG
-
-
-def test_a_listing_that_was_asked_for_before_an_unload_ended_brings_nothing_back(one: Play) -> None:
-    ticket = one.arrive(SMALL, keep_alive_seconds=0.0)
-    one.work_through()
-    asked_at = one.now
-    one.now += 1.0
-    one.release(ticket)
-    one.work_through()
-    assert one.residency("gpu0", SMALL) is None
-    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10),), asked_at))
-    assert one.residency("gpu0", SMALL) is None
-
-
-def test_a_listing_that_was_asked_for_before_a_load_ended_forgets_nothing(one: Play) -> None:
-    one.arrive(SMALL)
-    one.finish_load(_only_load(one))
-    one.post(ResidencyRead(InstanceName("gpu0"), (), one.now - 0.1))
-    assert one.state("gpu0", SMALL) is ResidencyState.READY
-
-
-def test_a_model_whose_name_means_another_by_now_is_still_listed(one: Play) -> None:
-    one.arrive(SMALL)
-    one.work_through()
-    row = LoadedModel(SMALL.name, SMALL.digest, 10, 10, None, model=None)
-    one.post(ResidencyRead(InstanceName("gpu0"), (row,), one.now))
-    assert one.state("gpu0", SMALL) is ResidencyState.READY
-    one.post(ResidencyRead(InstanceName("gpu0"), (replace(row, digest="another"),), one.now))
-    assert one.residency("gpu0", SMALL) is None
-
-
-def test_a_listing_tells_the_true_size(one: Play) -> None:
-    one.arrive(SMALL)
-    one.work_through()
-    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 13, vram=12),), one.now))
-    found = one.residency("gpu0", SMALL)
-    assert found is not None
-    assert (found.size_bytes, found.size_vram_bytes) == (13, 12)
 
 
 def test_cards_are_never_given_more_than_they_have() -> None:

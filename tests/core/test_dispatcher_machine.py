@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from router.core.entities import InstanceState, Policy, ResidencyState, RunnerOptions
+from router.core.entities import InstanceState, Layout, LayoutKind, Policy, ResidencyState, RunnerOptions
+from tests.core.builders import gpu_id
 from tests.core.play import CARD_BYTES, Play, sized
 
 MODELS = {
@@ -20,6 +21,7 @@ MODELS = {
 }
 NAMES = st.sampled_from(tuple(MODELS))
 OPTIONS: tuple[RunnerOptions, ...] = ((), (), (), (("num_ctx", 2048),))
+LAYOUTS = (None,) * 5 + (Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), Layout(LayoutKind.GPU, gpu_id(1)))
 DOWN = (InstanceState.BACKOFF, InstanceState.STARTING, InstanceState.FATAL, InstanceState.DRAINING)
 
 
@@ -41,10 +43,21 @@ class Fleet(RuleBasedStateMachine):
         options=st.sampled_from(OPTIONS),
         keep=st.sampled_from((None, None, None, -1.0, 0.0, 5.0)),
         patience=st.sampled_from((300.0, 300.0, 60.0, 2.0)),
+        is_flexible=st.sampled_from((False, False, True)),
+        layout=st.sampled_from(LAYOUTS),
     )
-    def some_arrive(self, of: str, count: int, options: RunnerOptions, keep: float | None, patience: float) -> None:
+    def some_arrive(
+        self,
+        of: str,
+        count: int,
+        options: RunnerOptions,
+        keep: float | None,
+        patience: float,
+        is_flexible: bool,
+        layout: Layout | None,
+    ) -> None:
         for _ in range(count):
-            self.play.arrive(MODELS[of], options, keep, patience)
+            self.play.arrive(MODELS[of], options, keep, patience, is_flexible=is_flexible, layout=layout)
 
     @rule(of=st.sampled_from(("tiny", "small", "pair")))
     def one_arrives_and_is_served(self, of: str) -> None:

@@ -266,6 +266,16 @@ def test_an_adopted_model_is_kept_as_long_as_one_of_our_own() -> None:
     assert play.next_wake == play.now + 300.0
 
 
+def test_while_others_hold_a_model_the_longest_wish_counts(one: Play) -> None:
+    patient_one = one.arrive(SMALL, keep_alive_seconds=600.0)
+    one.work_through()
+    hasty = one.arrive(SMALL, keep_alive_seconds=0.0)
+    one.release(patient_one)
+    one.release(hasty)
+    assert one.unloads == {}
+    assert one.next_wake == one.now + 600.0
+
+
 # --- unloads that a client asks for -----------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.entities import RunnerOptions, Ticket, TicketId
+from router.core.entities import Layout, LayoutKind, RunnerOptions, Ticket, TicketId
 from router.core.waitqueue import WaitQueue, group_of
 from tests.core.builders import model, ticket
 
@@ -32,6 +32,8 @@ def test_the_same_weights_under_another_name_are_one_group_and_other_options_ano
     alias = model("alias", blob=A.blob)
     assert group_of(ticket(1, A)) == group_of(ticket(2, alias))
     assert group_of(ticket(1, A)) != group_of(ticket(2, A, options=LONG))
+    assert group_of(ticket(1, A)) != group_of(ticket(2, A, is_flexible=True))
+    assert group_of(ticket(1, A)) != group_of(ticket(2, A, layout=Layout(LayoutKind.SPREAD)))
 
 
 def test_who_does_not_wait_cannot_be_taken_out() -> None:

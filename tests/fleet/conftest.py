@@ -23,7 +23,7 @@ from router.fleet.ports import free_ports
 from router.fleet.process import inheritable
 from router.fleet.supervisor import Supervisor, SupervisorConfig
 from router.fleet.sweep import run_id
-from tests.support.waiting import eventually_sync
+from tests.support.waiting import eventually, eventually_sync
 
 FAKE_SERVER = (sys.executable, str(Path(__file__).parent / "fake_server.py"))
 _MARK = "FLEET_TEST_MARK"
@@ -146,6 +146,22 @@ class Fleet:
         spec = self.spec(name, play, gpus, **environment)
         self.supervisor.add(spec)
         return spec
+
+    def attach(self, name: str, url: str) -> InstanceSpec:
+        """Follows a server that something else runs."""
+        spec = InstanceSpec(InstanceName(name), (), url, attached=True)
+        self.supervisor.add(spec)
+        return spec
+
+    async def beat(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Moves the clock on by so much whenever somebody waits for it, until the condition has come true."""
+
+        def step() -> bool:
+            if not until() and self.clock.waits:
+                self.clock.advance(seconds)
+            return until()
+
+        await eventually(step)
 
 
 _seeds = itertools.count(os.getpid(), 7)

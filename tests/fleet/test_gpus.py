@@ -50,7 +50,7 @@ async def test_readings_share_one_thread_that_is_not_the_loops() -> None:
     assert threading.get_ident() not in reader.threads
 
 
-async def test_the_loop_goes_on_while_a_driver_hangs_and_the_late_answer_is_used() -> None:
+async def test_the_loop_goes_on_while_a_driver_hangs_and_a_late_answer_is_not_taken_for_a_new_one() -> None:
     reader = Reader()
     poller = GpuPoller(reader, timeout_seconds=0.05)
     for _ in range(3):
@@ -61,11 +61,24 @@ async def test_the_loop_goes_on_while_a_driver_hangs_and_the_late_answer_is_used
 
     async def answered() -> bool:
         try:
-            return (await poller.read())[0].memory_used_bytes >= 1
+            return (await poller.read())[0].memory_used_bytes == 2
         except GpuReadTimeout:
             return False
 
     await eventually(answered)
+    await poller.close()
+
+
+async def test_a_late_failure_is_nobodys_and_the_next_reading_is_made() -> None:
+    reader = Reader()
+    reader.error = RuntimeError("the driver says no")
+    poller = GpuPoller(reader, timeout_seconds=0.05)
+    with pytest.raises(GpuReadTimeout):
+        await poller.read()
+    reader.leave.set()
+    with pytest.raises(RuntimeError, match="the driver says no"):
+        await poller.read()
+    assert reader.reads == 2
     await poller.close()
 
 

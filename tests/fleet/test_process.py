@@ -92,7 +92,7 @@ async def test_a_killed_childs_runner_dies_when_the_child_is_buried(spawn: Spawn
 
 
 async def test_a_child_that_is_stopped_by_a_signal_can_still_be_killed(spawn: Spawn, lines: list[str]) -> None:
-    child = spawn(play="mute")
+    child = spawn(play="deaf,mute")
     await eventually(lambda: lines)
     os.kill(child.pid, signal.SIGSTOP)
     assert await child.stop(polite_seconds=0.1)

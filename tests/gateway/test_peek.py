@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from router.errors import BadRequest, UnsupportedEncoding
 from router.gateway.jsonspan import MEMBERS_MAX, TOKENS_MAX
 from router.gateway.peek import RUNNER_OPTION_NAMES, Peek, peek, refuse_encoded
 from tests.gateway.bodies import BODIES
-from tests.gateway.go_oracle import GoOracle, compile_oracle
+from tests.gateway.go_oracle import GoOracle
 
 PATHS = (
     "/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/api/pull", "/api/copy",
@@ -67,12 +66,6 @@ ODD_BODIES = (
     b'{"options":{"num_ctx":1e999}}',
     b'{"x":' + b"9" * 5000 + b',"model":"a"}',
 )
-
-
-@pytest.fixture(scope="session")
-def go(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GoOracle]:
-    with GoOracle(compile_oracle(tmp_path_factory.mktemp("oracle"))) as oracle:
-        yield oracle
 
 
 def agree(go: GoOracle, path: str, body: bytes) -> str:

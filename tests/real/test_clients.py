@@ -16,6 +16,7 @@ import pytest
 from tests.support.ollama_server import ModelFile
 from tests.support.product import Product
 from tests.support.rawhttp import call
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.ollama
 
@@ -56,7 +57,11 @@ def test_the_ollama_command_lists_shows_and_stops(product: Product, binary: Path
     # `short` is made of the weights of `tiny` and shown under the name that loaded the runner
     (loaded,) = [line.split()[0] for line in _run(binary, "ps", product=product).splitlines() if _digest(product, line)]
     _run(binary, "stop", loaded, product=product)
-    assert not [line for line in _run(binary, "ps", product=product).splitlines() if _digest(product, line)]
+
+    def gone() -> bool:
+        return not [line for line in _run(binary, "ps", product=product).splitlines() if _digest(product, line)]
+
+    eventually_sync(gone, what="the end of the stopped model")
 
 
 def _digest(product: Product, line: str) -> bool:

@@ -20,7 +20,8 @@ _SHORT = {"model": "big", "prompt": "x", "stream": False, "options": {"num_predi
 async def test_thirty_two_streams_over_two_models_on_two_servers(product: Product) -> None:
     for name in ("tiny", "other", "short", "big", "embed"):
         await call(product.address, "POST", "/api/generate", {"model": name, "keep_alive": 0})
-    await eventually(lambda: not any(product.resident().values()), what="nothing loaded")
+    await eventually(lambda: not product.call("GET", "/llamayard/status")[1]["models"], what="nothing in the books")
+    assert not any(product.resident().values())
 
     async def stream(number: int) -> Reply:
         model = ("tiny", "other")[number % 2]

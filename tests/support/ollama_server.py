@@ -201,12 +201,13 @@ def write_model_files(folder: Path, specs: Mapping[str, ModelSpec]) -> dict[str,
 
 @contextlib.contextmanager
 def emulated_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
-    """The emulated server of the rig, told to be a 0.24.0 without cards."""
+    """The emulated server of the rig: a 0.24.0 without cards, unless variables say otherwise."""
     base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
     (folder / "rig").mkdir(exist_ok=True)
     rig = {"LLAMAYARD_RIG_DIR": str(folder / "rig"), "LLAMAYARD_RIG_VERSION": "0.24.0", "CUDA_VISIBLE_DEVICES": "-1"}
     command = [sys.executable, "-m", "router.rig.server", "serve"]
-    server = start_server("emulated", "0.24.0", command, {**base, **rig, **environment}, folder)
+    full = {**base, **rig, **environment}
+    server = start_server("emulated", full["LLAMAYARD_RIG_VERSION"], command, full, folder)
     try:
         yield server
     finally:

@@ -50,17 +50,18 @@ def _best_layout(host: Host, model: ModelFacts, config: ServerConfig) -> tuple[t
     order = sorted(host.book.cards, key=_by_speed)
     for count in range(1, len(order) + 1):
         chosen = order[:count]
-        layers = _even(model.layers + 1, count)
+        layers = even_units(model.layers + 1, count)
         sizes = true_bytes(host.world, model, shape_of(model, config), layers)
         if all(size <= card.usable_bytes for size, card in zip(sizes, chosen, strict=True)):
             return tuple(card.uuid for card in chosen), layers
-    return tuple(card.uuid for card in order), _even(model.layers + 1, len(order))
+    return tuple(card.uuid for card in order), even_units(model.layers + 1, len(order))
 
 
 def _by_speed(card: SimCard) -> tuple[float, int]:
     return (-card.facts.bandwidth_bytes_per_second, card.index)
 
 
-def _even(units: int, parts: int) -> tuple[int, ...]:
+def even_units(units: int, parts: int) -> tuple[int, ...]:
+    """As even as whole units can be, more in the first parts."""
     each, rest = divmod(units, parts)
     return tuple(each + (index < rest) for index in range(parts))

@@ -131,6 +131,10 @@ class Llamayard:
         return self.dispatcher.snapshot(self._host.timeline.now)
 
     @property
+    def waiting(self) -> tuple[tuple[Ticket, str], ...]:
+        return self.dispatcher.waiting
+
+    @property
     def held(self) -> Mapping[TicketId, Request]:
         """Requests that wait or run, by their tickets."""
         return {ticket: held.request for ticket, held in self._held.items()}

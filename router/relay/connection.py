@@ -1,0 +1,398 @@
+"""A client's connection: reads requests one after the other, and gives each to whoever answers it.
+
+Theory of operation
+-------------------
+The connection is at any time in one place:
+
+    HEAD      between two requests, or inside a head
+    BODY      inside the body of a request that the relay answers itself
+    BUSY      that request is whole; its `LeasedExchange` works on the answer
+    HANDED    a request of any other kind is with the HTTP library (`router/relay/handover.py`)
+    LINGER    the answer was sent before the request had come whole; what comes is thrown away, then it is closed
+
+Requests are answered one at a time in the order they came. What a client sends ahead is kept, at most `AHEAD_BYTES_MAX`
+of it, then nothing more is read: a hang-up behind it shows when an answer cannot be written. Up to that the connection
+is always read, so that a hang-up shows at once wherever the request stands. Half a close counts as one: an Ollama
+server itself takes a client that says it will send no more for gone, and ends its generation.
+
+Reading pauses for three reasons (sent ahead, the HTTP library, answers that are not taken), each of them a bit of
+`_pauses`. Deadlines are not timers: `check` is called for every connection now and then with the time.
+
+It parses no body, and decides nothing about models, slots or servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Final, cast
+
+import structlog
+
+from router.errors import RouterError, WaitTimeout
+from router.gateway.origin import Answer
+from router.gateway.routes import Route
+from router.relay.desk import Desk, Listener
+from router.relay.exchange import LeasedExchange
+from router.relay.framing import MORE, FramingError
+from router.relay.handover import HandOver
+from router.relay.heads import HeadError, RequestHead
+from router.relay.intake import UNREAD_BYTES_MAX, Intake, is_worth_reading
+from router.relay.replies import CONTINUE, whole_answer
+from router.relay.reply import Send
+
+AHEAD_BYTES_MAX: Final = 65536
+"""So much that belongs to later requests is kept."""
+
+HALF_CLOSED_SECONDS: Final = 2.0
+"""So long the HTTP library may still take to answer a client that will send no more."""
+
+HEAD, BODY, BUSY, HANDED, LINGER = range(5)
+_AHEAD, _LIBRARY, _UNTAKEN = 1, 2, 4
+_NEVER: Final = float("inf")
+
+
+class ClientConnection(asyncio.Protocol):
+    __slots__ = (
+        "_ahead", "_desk", "_due", "_exchange", "_half_closed", "_handed", "_head", "_intake", "_keep",
+        "_listener", "_pauses", "_peer", "_raw", "_running", "_state", "_then", "_transport", "send",
+        "write_paused",
+    )  # fmt: skip
+
+    def __init__(self, desk: Desk, listener: Listener) -> None:
+        self._desk = desk
+        self._listener = listener
+        self._state = HEAD
+        self._transport = cast("asyncio.Transport", None)
+        self.send: Send = _nowhere
+        self._peer = ""
+        self._head: RequestHead | None = None
+        """The one being read, or that of the request being answered."""
+        self._raw: list[bytes] = []
+        """The pieces of a head that did not come whole."""
+        self._intake: Intake | None = None
+        self._then: Callable[[], None] | None = None
+        """What answers a refused request once the rest of it has been read."""
+        self._ahead = b""
+        self._running = False
+        self._exchange: LeasedExchange | None = None
+        self._handed: HandOver | None = None
+        self._keep = True
+        self._half_closed = False
+        self.write_paused = False
+        self._pauses = 0
+        self._due = _NEVER
+
+    # --- the transport's calls -------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self.send = self._transport.write
+        peer: tuple[object, ...] | str | None = transport.get_extra_info("peername")
+        self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
+        self._due = self._desk.engine.now() + self._desk.patience.idle_seconds
+        self._listener.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        state = self._state
+        try:
+            if state == HEAD:
+                self._run(self._ahead + data if self._ahead else data)
+            elif state == BODY:
+                self._read_body(data)
+            elif state == HANDED:
+                self._lend(data)
+            elif state == BUSY:
+                self._keep_ahead(data)
+        except Exception:  # the outermost edge of a connection
+            self._crashed()
+
+    def eof_received(self) -> bool:
+        if self._state == HANDED and self._transport.can_write_eof():
+            self._half_closed = True
+            self._due = self._desk.engine.now() + HALF_CLOSED_SECONDS
+            return True
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._listener.lost(self)
+        self.send = _nowhere
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.client_gone()
+        handed, self._handed = self._handed, None
+        if handed is not None:
+            handed.lost(exc)
+        self._state = LINGER
+        self._due = _NEVER
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        if self._exchange is not None:
+            self._exchange.pause()
+        if self._handed is not None and self._state == HANDED:
+            self._handed.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self._exchange is not None:
+            self._exchange.resume()
+        if self._handed is not None:
+            self._handed.resume_writing()
+        self._pause(_UNTAKEN, on=False)
+        if self._state == HEAD and self._ahead:
+            self.data_received(b"")
+
+    # --- requests one after the other ------------------------------------------------------------------------
+
+    def _run(self, data: bytes) -> None:
+        """Reads requests out of `data` until one of them is being answered, or the bytes end."""
+        self._ahead = data
+        if self._running:
+            return
+        self._running = True
+        try:
+            while self._ahead and self._state == HEAD:
+                if self.write_paused:  # earlier answers are not taken: no new ones
+                    self._pause(_UNTAKEN, on=True)
+                    return
+                piece, self._ahead = self._ahead, b""
+                self._read_head(piece)
+        finally:
+            self._running = False
+
+    def _read_head(self, data: bytes) -> None:
+        head = self._head
+        if head is None:
+            if data[0] in b"\r\n":
+                data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
+                if not data:
+                    return
+            self._head = head = RequestHead()
+            self._due = self._desk.engine.now() + self._desk.patience.head_seconds
+        try:
+            end = head.feed(data)
+        except HeadError as error:
+            self._refuse_head(error)
+            return
+        if end < 0:
+            self._raw.append(data)
+            return
+        raw, self._raw = self._raw, []
+        self._due = _NEVER
+        self._keep = head.keep_alive
+        rest = data[end:] if end < len(data) else b""
+        found = self._desk.leased_route(head)
+        if found is None:
+            self._hand_over(head, b"".join((*raw, data[:end])), rest)
+        else:
+            self._take(head, *found, rest)
+
+    def _keep_ahead(self, data: bytes) -> None:
+        self._ahead += data
+        if len(self._ahead) > AHEAD_BYTES_MAX:
+            self._pause(_AHEAD, on=True)
+
+    def answered(self, *, keep: bool) -> None:
+        """The answer is out: the next request, or the end."""
+        self._exchange = None
+        self._head = None
+        if not keep or self._half_closed or self._listener.closing:
+            self._state = LINGER
+            self._transport.close()
+            return
+        self._state = HEAD
+        self._due = self._desk.engine.now() + self._desk.patience.idle_seconds
+        if self._ahead:
+            self._pause(_AHEAD, on=False)
+            if not self._running:
+                asyncio.get_running_loop().call_soon(self.data_received, b"")
+
+    # --- requests of our own ---------------------------------------------------------------------------------
+
+    def _take(self, head: RequestHead, route: Route, path: str, rest: bytes) -> None:
+        desk = self._desk
+        info = desk.info(head, route, self._peer)
+        self._state = BODY
+        self._then = None
+        self._exchange = exchange = LeasedExchange(desk, self, head, path, info)
+        length = head.length or 0
+        try:
+            answer = desk.judge(head, route, path, info)
+        except RouterError as error:
+            self._refuse(head, rest, partial(exchange.fail, error))
+            return
+        if answer is not None:
+            self._refuse(head, rest, partial(exchange.answer, answer))
+        elif head.chunked or len(rest) < length:
+            self._take_in(head, rest, Intake(head, desk.limits.max_body_bytes))
+        else:
+            self._state = BUSY
+            self._ahead = rest[length:]
+            exchange.begin(rest[:length])
+
+    def _take_in(self, head: RequestHead, rest: bytes, intake: Intake) -> None:
+        self._intake = intake
+        self._due = self._desk.engine.now() + self._desk.patience.body_seconds
+        if head.awaits_word and not rest:
+            self.send(CONTINUE)
+        if rest:
+            self._read_body(rest)
+
+    def _read_body(self, data: bytes) -> None:
+        intake, exchange = self._intake, self._exchange
+        assert intake is not None
+        assert exchange is not None
+        try:
+            ahead = intake.feed(data)
+        except FramingError as error:
+            self._refuse_head(HeadError(400, f"Bad Request: {error}"))
+            return
+        except RouterError as error:
+            self._keep = False
+            exchange.fail(error)
+            return
+        if ahead is None:
+            self._due = self._desk.engine.now() + self._desk.patience.body_seconds
+            return
+        self._ahead = ahead
+        self._state = BUSY
+        self._due = _NEVER
+        self._intake = None
+        if self._then is not None:
+            self._then()
+        else:
+            exchange.begin(intake.body)
+
+    def _refuse(self, head: RequestHead, rest: bytes, then: Callable[[], None]) -> None:
+        """The answer is known before the body has come: a short one is read first, a long one is cut off."""
+        if not head.has_body:
+            self._state = BUSY
+            self._ahead = rest
+            then()
+        elif is_worth_reading(head):
+            self._then = then
+            self._take_in(head, rest, Intake(head, UNREAD_BYTES_MAX, throw_away=True))
+        else:
+            self._keep = False
+            then()
+
+    def _refuse_head(self, error: HeadError) -> None:
+        """What cannot be parsed cannot be answered in the form of an API, and nothing after it can be trusted."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.client_gone()
+        text = f"{error.status} {error.words}".encode()
+        self.send(whole_answer(None, error.status, (("Content-Type", "text/plain; charset=utf-8"),), text, keep=False))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Closes so that the answer is seen: a close with unread bytes would reset it away."""
+        self._state = LINGER
+        self._due = self._desk.engine.now() + self._desk.patience.linger_seconds
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    # --- the exchange's calls --------------------------------------------------------------------------------
+
+    def may_keep(self) -> bool:
+        return self._keep and not self._listener.closing
+
+    def answer(self, answer: Answer) -> None:
+        keep, unread = self.may_keep(), self._state == BODY
+        self.send(whole_answer(self._head, answer.status, answer.headers, answer.body, keep=keep))
+        if unread:
+            self._exchange = None
+            self._linger()
+        else:
+            self.answered(keep=keep)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    # --- requests for the HTTP library -----------------------------------------------------------------------
+
+    def _hand_over(self, head: RequestHead, raw: bytes, rest: bytes) -> None:
+        if self._handed is None:
+            self._handed = HandOver(self, self._transport, self._desk.make_handler())
+        self._state = HANDED
+        if self.write_paused:
+            self._handed.pause_writing()
+        self._handed.begin(head, raw)
+        if self._handed.wants_body:
+            self._due = self._desk.engine.now() + self._desk.patience.body_seconds
+        if rest:
+            self._lend(rest)
+
+    def _lend(self, data: bytes) -> None:
+        handed = self._handed
+        assert handed is not None
+        if not (handed.wants_body or handed.kept):
+            self._keep_ahead(data)
+            return
+        try:
+            end = handed.feed(data)
+        except FramingError:
+            self._transport.abort()
+            return
+        waits = end == MORE and not handed.kept
+        self._due = self._desk.engine.now() + self._desk.patience.body_seconds if waits else _NEVER
+        if end != MORE:
+            self._ahead = data[end:]
+
+    def handed_back(self, *, keep: bool) -> None:
+        if self._state == HANDED and not self._transport.is_closing():
+            self._pause(_LIBRARY, on=False)
+            self.answered(keep=self._keep and keep)
+
+    def library_left(self) -> None:
+        self._handed = None
+
+    def library_pauses(self, *, paused: bool) -> None:
+        self._pause(_LIBRARY, on=paused)
+
+    # --- time, pauses, ends ----------------------------------------------------------------------------------
+
+    def _pause(self, reason: int, *, on: bool) -> None:
+        before = self._pauses
+        self._pauses = before | reason if on else before & ~reason
+        if self._transport.is_closing():
+            return
+        if self._pauses and not before:
+            self._transport.pause_reading()
+        elif before and not self._pauses:
+            self._transport.resume_reading()
+
+    def check(self, now: float) -> None:
+        """Looks at the deadlines; to be called now and then."""
+        if self._state == BUSY:
+            if self._exchange is not None:
+                self._exchange.check(now)
+            return
+        if now < self._due or self._transport.is_closing():
+            return
+        if self._state == BODY:
+            self._keep = False
+            assert self._exchange is not None
+            self._exchange.fail(WaitTimeout("the request's body stopped coming", status=408))
+        elif self._state == HEAD and self._head is not None:
+            self._refuse_head(HeadError(408, "Request Timeout"))
+        elif self._state == HANDED:
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    def drain(self) -> None:
+        """No new request: a connection that has none is closed."""
+        if self._state == HEAD and self._head is None:
+            self._transport.close()
+
+    def _crashed(self) -> None:
+        structlog.get_logger("router.relay").exception("connection_crashed", client=self._peer)
+        self._transport.abort()
+
+
+def _nowhere(data: bytes, /) -> None:
+    """Where bytes for a connection that is gone go."""
+    del data

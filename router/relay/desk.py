@@ -1,0 +1,167 @@
+"""What every connection of the relay shares: the engine, names of models, ways to the servers, limits, and the books.
+
+A plain value handed to each connection's constructor. What it asks of the rest of the router stands here as small
+protocols, so that the relay can be tested over a scripted engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from router.core.entities import Gpu, GpuUuid, InstanceView, ModelFacts, Ticket, TicketId
+from router.core.events import Event, Grant, Reject
+from router.gateway.asked import Rules
+from router.gateway.context import Limits
+from router.gateway.headers import request_id
+from router.gateway.origin import Answer, OriginPolicy
+from router.gateway.peek import refuse_encoded
+from router.gateway.requests import RequestInfo
+from router.gateway.routes import Kind, Route, RouteTable
+from router.relay.heads import RequestHead
+from router.relay.intake import too_large
+from router.relay.upstream import Pool
+
+_ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+
+
+class Leases(Protocol):
+    """The engine, as far as the relay uses it. All of it is synchronous."""
+
+    def now(self) -> float: ...
+
+    def new_ticket_id(self) -> TicketId: ...
+
+    def submit(self, ticket: Ticket, decided: Callable[[Grant | Reject], None]) -> None: ...
+
+    def cancel(self, ticket_id: TicketId) -> None: ...
+
+    def release(self, ticket_id: TicketId, *, runner_lost: bool = False) -> None: ...
+
+    def post(self, event: Event) -> None: ...
+
+
+class Names(Protocol):
+    """The catalog, as far as the relay uses it."""
+
+    def known(self, name: str) -> ModelFacts | None: ...
+
+    async def facts(self, name: str) -> ModelFacts | None: ...
+
+
+class Abilities(Protocol):
+    """What the servers can, as far as it differs between versions."""
+
+    def known(self, view: InstanceView, path: str) -> bool | None: ...
+
+    async def has(self, view: InstanceView, path: str) -> bool: ...
+
+
+class Books(Protocol):
+    """The access log: each request begins and ends in it exactly once."""
+
+    def began(self) -> None: ...
+
+    def ended(self, info: RequestInfo, method: str, path: str, status: int) -> None: ...
+
+
+class Listener(Protocol):
+    """Whoever accepts the connections."""
+
+    closing: bool
+    """No answer may promise that its connection goes on."""
+
+    def opened(self, connection: asyncio.Protocol) -> None: ...
+
+    def lost(self, connection: asyncio.Protocol) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a client's side of a connection may take, in seconds."""
+
+    head_seconds: float = 30.0
+    """From a head's first byte to its last."""
+    body_seconds: float = 60.0
+    """Between two pieces of a request's body."""
+    idle_seconds: float = 3600.0
+    """Between two requests on a connection; long, because clients such as Go's keep theirs for as long."""
+    linger_seconds: float = 5.0
+    """How long the rest of a refused request is still read, so that its sender sees the answer and not a reset."""
+
+
+class Tasks:
+    """Owns the relay's few tasks: looking up models that are not known yet."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    engine: Leases
+    catalog: Names
+    pool: Pool
+    books: Books
+    origins: OriginPolicy
+    limits: Limits
+    rules: Rules
+    abilities: Abilities
+    primary: Callable[[], InstanceView]
+    """The one instance for requests that cannot be routed. NoInstance where none is ready."""
+    cards: Callable[[], Mapping[GpuUuid, Gpu]]
+    debug_headers: bool
+    make_handler: Callable[[], asyncio.Protocol]
+    """A new protocol of the HTTP library, for requests that the relay hands over."""
+    patience: Patience
+    table: RouteTable
+    tasks: Tasks
+
+    def leased_route(self, head: RequestHead) -> tuple[Route, str] | None:
+        """The route, with the decoded path, of a request that the relay answers itself."""
+        if head.method != b"POST":
+            return None
+        if not head.target.startswith(b"/"):
+            head.target = _ABSOLUTE.sub(b"", head.target, count=1)  # RFC 9112, 3.2.2
+        target = head.target
+        path = unquote(target.partition(b"?")[0], errors="replace")
+        route = self.table.find(path)
+        return (route, path) if route is not None and route.kind is Kind.LEASED else None
+
+    def judge(self, head: RequestHead, route: Route, path: str, info: RequestInfo) -> Answer | None:
+        """What ends the request before its body is read, None where nothing does.
+
+        Raises:
+            RouterError: it is refused in the form of its API.
+        """
+        verdict = self.origins.judge("POST", head.text("host"), head.text("origin"), route.methods)
+        info.cors = verdict.headers
+        if verdict.answer is None:
+            refuse_encoded(path, head.text("content-encoding"))
+            if head.length is not None and head.length > self.limits.max_body_bytes:
+                raise too_large(self.limits.max_body_bytes)
+        return verdict.answer
+
+    def info(self, head: RequestHead, route: Route, client: str) -> RequestInfo:
+        return RequestInfo(
+            request_id=request_id(head.text("x-request-id")),
+            client=client,
+            route=route.path,
+            arrived_at=self.engine.now(),
+            wants_reason=self.debug_headers or (head.text("x-llamayard-debug") or "") not in ("", "0", "false"),
+        )

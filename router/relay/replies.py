@@ -1,0 +1,68 @@
+"""The bytes of answers' heads: those relayed, and whole answers that the router gives itself.
+
+It only writes; what is said is decided elsewhere. Names and values come from a parser or from the router's own code,
+and a line break in them would end the head early, so it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+
+from router.gateway.headers import Headers
+from router.relay.heads import ReplyHead, RequestHead
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_KEEP = b"Connection: keep-alive\r\n"
+_CLOSE = b"Connection: close\r\n"
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+def whole_answer(
+    request: RequestHead | None, status: int, headers: Iterable[tuple[str, str]], body: bytes, *, keep: bool
+) -> bytes:
+    """A whole answer with its length. `keep`: the connection goes on after it."""
+    lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b"Unknown")), *map(_line, headers)]
+    if status >= 200 and status != 204:
+        lines.append(b"Content-Length: %d\r\n" % len(body))
+    lines.append(connection_line(request, keep=keep))
+    bodiless = request is not None and request.method == b"HEAD"
+    return b"".join((*lines, b"\r\n", b"" if bodiless else body))
+
+
+def reply_head(
+    reply: ReplyHead, headers: Headers, own: Mapping[str, str], request: RequestHead, *, keep: bool
+) -> bytes:
+    """The head of a relayed answer: the server's `headers`, as far as they go on, and our own, which win over them."""
+    lines = [b"HTTP/1.1 %d %s\r\n" % (reply.status, reply.reason)]
+    ours = {name.lower().encode() for name in own}
+    lines += [name + b": " + value + b"\r\n" for name, value in headers if name.lower() not in ours]
+    lines += [_line(pair) for pair in own.items()]
+    lines.append(connection_line(request, keep=keep))
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def begun_head(headers: Iterable[tuple[str, str]], request: RequestHead, *, keep: bool) -> bytes:
+    """The head of an answer whose reply has not come yet: chunks follow, or for HTTP/1.0 bytes until the close."""
+    lines = [b"HTTP/1.1 200 OK\r\n", *map(_line, headers)]
+    if request.minor:
+        lines.append(b"Transfer-Encoding: chunked\r\n")
+    lines.append(connection_line(request, keep=keep))
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def connection_line(request: RequestHead | None, *, keep: bool) -> bytes:
+    """What must be said of the connection: nothing where HTTP/1.1 goes on."""
+    if not keep:
+        return _CLOSE
+    return _KEEP if request is not None and not request.minor else b""
+
+
+def _line(pair: tuple[str, str]) -> bytes:
+    name, value = pair
+    text = f"{name}: {value}"
+    if "\r" in text or "\n" in text:
+        raise ValueError(f"a line break in the header {name}")
+    return text.encode("latin-1", "replace") + b"\r\n"

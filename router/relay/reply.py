@@ -1,0 +1,388 @@
+"""One reply on its way from a server's connection to the client: its head is read, its bytes go on as they came.
+
+Nothing of the body is parsed but where it ends. A client of HTTP/1.0 knows no chunks and gets the data without them.
+After the first byte every failure ends the answer visibly: with an error in the protocol's own form where the framing
+allows one, else by a connection that is cut. Whether a reply that failed before that is asked for again is the asker's
+business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+from router.errors import InstanceLost, RouterError, WaitTimeout
+from router.gateway.context import Limits
+from router.gateway.endings import RUNNER_DIED, runner_died
+from router.gateway.headers import header, reply_headers
+from router.gateway.shapes import NDJSON, SSE, api_of, stream_error
+from router.gateway.waiting import refusal
+from router.relay.framing import MORE, Body, Chunked, FramingError, NoBody, UntilClose
+from router.relay.heads import HeadError, ReplyHead, RequestHead
+from router.relay.replies import reply_head
+from router.relay.tail import Tail
+from router.relay.upstream import UpstreamConnection
+
+HELD_BYTES_MAX: Final = 65536
+HELD_SECONDS: Final = 10.0
+"""So much of a reply with status 500, and for so long, is read before it is passed on: it may tell of a dead runner."""
+
+_AWAITED, _HELD, _RELAYED, _OVER = range(4)
+_CHUNK_HEADER = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}\r\n")
+_NOTHING: Final = NoBody()
+_LAST_CHUNK: Final = b"0\r\n\r\n"
+
+
+def _chunk(piece: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(piece), piece)
+
+
+class Send(Protocol):
+    """A transport's `write`, kept as it is, so that a piece costs one call."""
+
+    def __call__(self, data: bytes, /) -> None: ...
+
+
+class Client(Protocol):
+    """The connection that the answer goes to."""
+
+    write_paused: bool
+    send: Send
+
+    def may_keep(self) -> bool:
+        """Whether the connection may go on after this answer."""
+        ...
+
+    def abort(self) -> None:
+        """Cuts the connection: the answer cannot be ended visibly in any other way."""
+        ...
+
+
+class Asker(Protocol):
+    """Whoever the reply is for. Exactly one of the last four is called, once."""
+
+    def own_headers(self) -> Mapping[str, str]: ...
+
+    def reply_begins(self) -> None:
+        """From here on bytes are out."""
+        ...
+
+    def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:
+        """No byte is out. `stale`: a connection that was used before had been closed already."""
+        ...
+
+    def reply_failed(self, error: RouterError) -> None:
+        """No byte is out, and asking again would not help."""
+        ...
+
+    def reply_broken(self, error: RouterError, *, died: bool) -> None:
+        """Bytes are out, and the answer was ended with an error or cut: the connection must be closed."""
+        ...
+
+    def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:
+        """The last byte is out. `died`: the answer says, or shows, that its runner died."""
+        ...
+
+
+class ReplyRelay:
+    """The receiver on `connection` for one request."""
+
+    __slots__ = (
+        "_asker", "_body", "_client", "_due", "_held", "_keep", "_limits", "_now", "_path", "_payload",
+        "_phase", "_reply", "_request", "_seen_bytes", "_tail", "_wraps", "begun", "bytes_out", "connection",
+        "first_byte_at", "last", "last_byte_at", "request_sent", "touched",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        asker: Asker,
+        client: Client,
+        request: RequestHead,
+        path: str,
+        connection: UpstreamConnection,
+        limits: Limits,
+        now: Callable[[], float],
+        *,
+        begun: bool = False,
+    ) -> None:
+        self._asker = asker
+        self._client = client
+        self._request = request
+        self._path = path
+        self._limits = limits
+        self._now = now
+        self.connection = connection
+        self.request_sent = True
+        """False while pieces of the body are still to be written."""
+        self.last = False
+        """Whether this is the last attempt: then even a reply that tells of a dead runner is passed on."""
+        self.begun = begun
+        """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
+        self.touched = False
+        """Whether any byte of the reply has come."""
+        self._phase = _AWAITED
+        self._reply = ReplyHead()
+        self._body: Body = _NOTHING
+        self._payload: list[bytes] | None = None
+        """Where it is a list, the body's data is collected in it without the server's chunks."""
+        self._wraps = False
+        """Whether the client gets chunks of our own making."""
+        self._held: list[bytes] = []
+        self._tail = Tail()
+        self._keep = False
+        self._seen_bytes = -1
+        self._due = now() + limits.first_byte_timeout_seconds
+        self.bytes_out = 0
+        self.first_byte_at: float | None = None
+        self.last_byte_at: float | None = None
+        connection.receiver = self
+
+    @property
+    def status(self) -> int:
+        return self._reply.status
+
+    @property
+    def chunks(self) -> int:
+        return self._body.chunks
+
+    def tail(self) -> bytes:
+        """The end of the reply's data, without its framing."""
+        tail = self._tail.read()
+        if self._reply.chunked:
+            tail = _CHUNK_HEADER.sub(b"", b"\r\n" + tail).removesuffix(b"\r\n")
+        return tail
+
+    # --- what comes from the server --------------------------------------------------------------------------
+
+    def reply_bytes(self, data: bytes) -> None:
+        if self._phase == _RELAYED:
+            self._relay(data)
+        elif self._phase == _AWAITED:
+            self.touched = True
+            self._read_head(data)
+        elif self._phase == _HELD:
+            self._hold(data)
+
+    def reply_ended(self, error: Exception | None) -> None:
+        if self._phase == _AWAITED:
+            words = "ended the connection before its answer" if error is None else f"was lost: {error}"
+            stale = self.connection.reused and not self.touched
+            self._over()
+            self._asker.reply_lost(InstanceLost(f"the instance {words}"), stale=stale)
+        elif self._phase == _HELD:
+            self._over()
+            self._asker.reply_lost(InstanceLost("the instance died while it answered"), stale=False)
+        elif self._phase == _RELAYED:
+            if error is None and self._body.closed():
+                self._complete(reusable=False)
+            else:
+                self._break(InstanceLost("the instance died while it answered"))
+
+    def upstream_full(self) -> None:
+        pass
+
+    def upstream_drained(self) -> None:
+        pass
+
+    def _read_head(self, data: bytes) -> None:
+        start = 0
+        while True:
+            try:
+                end = self._reply.feed(data, start)
+            except HeadError as error:
+                self._malformed(error.words)
+                return
+            if end < 0:
+                return
+            if self._reply.status >= 200:
+                break
+            if self._reply.status == 101:
+                self._malformed("it switches protocols unasked")
+                return
+            if self._reply.status != 100 and self._request.minor:
+                self._client.send(data[start:end])
+            self._reply = ReplyHead()
+            start = end
+        refused = self.begun and self._reply.status != 200
+        self._payload = [] if self._reply.chunked and (refused or not self._request.minor) else None
+        self._body = self._reply.body(payload=self._payload)
+        rest = data[end:] if end < len(data) else b""
+        if refused or self._reply.status == 500:
+            self._phase = _HELD
+            self._due = self._now() + HELD_SECONDS
+            self._hold(rest)
+        else:
+            self._begin(rest)
+
+    def _malformed(self, words: str) -> None:
+        self._drop()
+        self._asker.reply_failed(InstanceLost(f"the instance's answer cannot be read: {words}"))
+
+    def _hold(self, data: bytes) -> None:
+        """Keeps a reply that may tell of a dead runner until it is clear whether it does."""
+        try:
+            end = self._body.feed(data)
+        except FramingError as error:
+            self._malformed(str(error))
+            return
+        self._held.append(data)
+        if end != MORE or sum(map(len, self._held)) > HELD_BYTES_MAX:
+            self._judge_held(end, len(data))
+
+    def _judge_held(self, end: int, last_bytes: int) -> None:
+        held = b"".join(self._held)
+        self._held = []
+        if not self.last and any(words in held for words in RUNNER_DIED):
+            self._drop()
+            self._asker.reply_lost(InstanceLost(held.decode(errors="replace")), stale=False)
+            return
+        extra = 0 if end == MORE else last_bytes - end
+        if self.begun and self._reply.status != 200:
+            body = held if self._payload is None else b"".join(self._payload)
+            self._drop()
+            self._asker.reply_failed(refusal(self._reply.status, body))
+            return
+        self._open(held[: len(held) - extra])
+        if end != MORE:
+            self._complete(reusable=not extra)
+
+    # --- what goes to the client -----------------------------------------------------------------------------
+
+    def _begin(self, rest: bytes) -> None:
+        try:
+            end = self._body.feed(rest)
+        except FramingError as error:
+            self._malformed(str(error))
+            return
+        self._open(rest if end == MORE else rest[:end])
+        if end != MORE:
+            self._complete(reusable=end == len(rest))
+
+    def _open(self, piece: bytes) -> None:
+        """Sends the answer's head with what there is of its body: from here on bytes are out."""
+        self._phase = _RELAYED
+        self._due = self._now() + self._limits.idle_timeout_seconds
+        own_headers = self._asker.own_headers()
+        self._asker.reply_begins()
+        if self._client.write_paused:
+            self.pause()
+        reply, request = self._reply, self._request
+        self._wraps = self.begun and bool(request.minor) and not reply.chunked
+        framed = self._wraps or (self._payload is None and not isinstance(self._body, UntilClose))
+        self._keep = framed and self._client.may_keep() and (not self.begun or bool(request.minor))
+        head = b""
+        if not self.begun:
+            headers = reply_headers(reply.headers, keep_framing=bool(request.minor))
+            head = reply_head(reply, headers, own_headers, request, keep=self._keep)
+        if piece:
+            self._note(piece)
+        self._client.send(head + self._for_client(piece))
+
+    def _relay(self, data: bytes) -> None:
+        """The way of every piece: find the end, pass on."""
+        try:
+            end = self._body.feed(data)
+        except FramingError:
+            self._drop()
+            self._client.abort()
+            self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), died=False)
+            return
+        if end == MORE:
+            self._pass(data)
+        else:
+            self._pass(data if end == len(data) else data[:end])
+            self._complete(reusable=end == len(data))
+
+    def _pass(self, piece: bytes) -> None:
+        self._note(piece)
+        if self._payload is not None or self._wraps:
+            piece = self._for_client(piece)
+        if piece:
+            self._client.send(piece)
+
+    def _for_client(self, piece: bytes) -> bytes:
+        payload = self._payload
+        if payload is not None:
+            piece = b"".join(payload)
+            payload.clear()
+        return _chunk(piece) if self._wraps and piece else piece
+
+    def _note(self, piece: bytes) -> None:
+        if self.first_byte_at is None:
+            self.first_byte_at = self._now()
+        self.bytes_out += len(piece)
+        self._tail.add(piece)
+
+    # --- how it ends -----------------------------------------------------------------------------------------
+
+    def _complete(self, *, reusable: bool) -> None:
+        self._over()
+        if self._wraps:
+            self._client.send(_LAST_CHUNK)
+        reusable = reusable and self._reply.keep_alive and self.request_sent
+        self._asker.reply_done(reusable=reusable, keep=self._keep, died=self._died())
+
+    def _break(self, error: RouterError) -> None:
+        """Bytes are out, and there will be no more of them."""
+        content_type = (header(self._reply.headers, b"content-type") or b"").decode("latin-1")
+        words = stream_error(api_of(self._path), content_type, error, sent=self.tail() or b"\n\n")
+        body = self._body
+        self._drop()
+        if self._wraps:
+            possible = True
+        elif isinstance(body, Chunked) and self._payload is None:
+            possible = body.at_boundary
+        else:
+            possible = isinstance(body, UntilClose | Chunked)
+        if not words or not possible:
+            self._client.abort()
+        else:
+            in_chunks = self._wraps or (self._reply.chunked and self._payload is None)
+            self._client.send(_chunk(words) + _LAST_CHUNK if in_chunks else words)
+        self._asker.reply_broken(error, died=self._died())
+
+    def _died(self) -> bool:
+        content_type = (header(self._reply.headers, b"content-type") or b"").decode("latin-1")
+        return runner_died(self.status, content_type.startswith((NDJSON, SSE)), self._path, self.tail())
+
+    def _over(self) -> None:
+        self._phase = _OVER
+        self.last_byte_at = self._now()
+        self.connection.receiver = None
+
+    def _drop(self) -> None:
+        self._over()
+        self.connection.abort()
+
+    # --- from outside ----------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """The client is gone: the server is told at once, by a connection that is cut."""
+        self._drop()
+
+    def pause(self) -> None:
+        """The client takes no more for now."""
+        self.connection.transport.pause_reading()
+
+    def resume(self) -> None:
+        self.connection.transport.resume_reading()
+
+    def check(self, now: float) -> None:
+        """Looks at the deadlines; to be called now and then."""
+        if self._phase == _RELAYED and self.bytes_out != self._seen_bytes:
+            self._seen_bytes = self.bytes_out
+            self._due = now + self._limits.idle_timeout_seconds
+        if now < self._due:
+            return
+        if self._phase == _AWAITED:
+            seconds = self._limits.first_byte_timeout_seconds
+            self._drop()
+            self._asker.reply_failed(
+                WaitTimeout(f"no answer within {seconds:.0f} s (stream.first_byte_timeout_seconds)")
+            )
+        elif self._phase == _HELD:
+            self._judge_held(MORE, 0)
+        elif self._phase == _RELAYED:
+            seconds = self._limits.idle_timeout_seconds
+            self._break(WaitTimeout(f"the stream was silent for {seconds:.0f} s (stream.idle_timeout_seconds)"))

@@ -1,0 +1,107 @@
+"""The relay as a whole: makes the protocol of each accepted connection, looks at all their deadlines, and drains.
+
+Deadlines are looked at every `period_seconds` for all connections together, so that none costs a timer; each is kept to
+within that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+from router.gateway.access import AccessLog
+from router.gateway.context import GatewayContext
+from router.gateway.origin import OriginPolicy
+from router.gateway.routes import RouteTable
+from router.relay.connection import ClientConnection
+from router.relay.desk import Desk, Patience, Tasks
+from router.relay.upstream import Pool
+
+
+class Relay:
+    """Call it for the protocol of a new connection, as a server's protocol factory. `run` must run beside it."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._connections: set[ClientConnection] = set()
+        limits, patience = desk.limits, desk.patience
+        shortest = min(
+            limits.first_byte_timeout_seconds,
+            limits.idle_timeout_seconds,
+            patience.head_seconds,
+            patience.body_seconds,
+            patience.idle_seconds,
+            patience.linger_seconds,
+        )
+        self._period_seconds = min(1.0, shortest / 4)
+        self.closing = False
+
+    def __call__(self) -> ClientConnection:
+        return ClientConnection(self._desk, self)
+
+    @property
+    def connection_count(self) -> int:
+        return len(self._connections)
+
+    def opened(self, connection: asyncio.Protocol) -> None:
+        self._connections.add(cast("ClientConnection", connection))
+        if self.closing:
+            cast("ClientConnection", connection).drain()
+
+    def lost(self, connection: asyncio.Protocol) -> None:
+        self._connections.discard(cast("ClientConnection", connection))
+
+    async def run(self) -> None:
+        """Looks at deadlines until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._period_seconds)
+            now = self._desk.engine.now()
+            for connection in tuple(self._connections):
+                connection.check(now)
+            self._desk.pool.sweep(now)
+
+    def drain(self) -> None:
+        """From now on connections end with the answer that they are giving, and those that give none end at once."""
+        self.closing = True
+        for connection in tuple(self._connections):
+            connection.drain()
+
+    async def close(self) -> None:
+        """Cuts what is left."""
+        self.closing = True
+        for connection in tuple(self._connections):
+            connection.abort()
+        await self._desk.tasks.close()
+        await self._desk.pool.close()
+
+
+def relay_over(
+    context: GatewayContext,
+    origins: OriginPolicy,
+    access: AccessLog,
+    make_handler: Callable[[], asyncio.Protocol],
+    *,
+    debug_headers: bool,
+) -> Relay:
+    """The relay of a router: what is not its business goes to `make_handler`'s protocols."""
+    engine = context.engine
+    return Relay(
+        Desk(
+            engine=engine,
+            catalog=context.catalog,
+            pool=Pool(context.limits.connect_timeout_seconds, engine.now),
+            books=access,
+            origins=origins,
+            limits=context.limits,
+            rules=context.rules,
+            abilities=context.abilities,
+            primary=context.primary,
+            cards=lambda: engine.snapshot().gpus,
+            debug_headers=debug_headers,
+            make_handler=make_handler,
+            patience=Patience(),
+            table=RouteTable(),
+            tasks=Tasks(),
+        )
+    )

@@ -1,0 +1,209 @@
+"""Connections to the servers behind, kept open between requests: one pool an instance, no limit on those in use.
+
+A limit on connections would queue streams where nobody sees it; slots are what bounds them. An idle connection on which
+anything comes, or which its server closes, is dropped at once. Whoever takes a connection gets what comes on it through
+`Receiver`, and gives it back only when the last byte of a whole reply has come. Nothing is retried here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+IDLE_MAX = 1024
+"""Idle connections kept for one instance."""
+
+IDLE_SECONDS = 60.0
+"""An idle connection is closed after that."""
+
+
+class Receiver(Protocol):
+    """Whoever asked on a connection."""
+
+    def reply_bytes(self, data: bytes) -> None: ...
+
+    def reply_ended(self, error: Exception | None) -> None:
+        """The connection is gone: closed by the server, or lost for `error`."""
+        ...
+
+    def upstream_full(self) -> None:
+        """What was written stays in this process: write no more for now."""
+        ...
+
+    def upstream_drained(self) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to a server."""
+
+    __slots__ = ("_pool", "idle_since", "receiver", "reused", "transport", "url")
+
+    def __init__(self, pool: Pool, url: str) -> None:
+        self._pool = pool
+        self.url = url
+        self.receiver: Receiver | None = None
+        self.reused = False
+        """Whether it has carried a request before: then its server may have closed it already."""
+        self.idle_since = 0.0
+        self.transport: asyncio.Transport = cast("asyncio.Transport", None)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        receiver = self.receiver
+        if receiver is None:
+            self.abort()  # nothing was asked
+        else:
+            receiver.reply_bytes(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        receiver, self.receiver = self.receiver, None
+        self._pool.lost(self)
+        if receiver is not None:
+            receiver.reply_ended(exc)
+
+    def pause_writing(self) -> None:
+        if self.receiver is not None:
+            self.receiver.upstream_full()
+
+    def resume_writing(self) -> None:
+        if self.receiver is not None:
+            self.receiver.upstream_drained()
+
+    def abort(self) -> None:
+        """Drops it at once; its server stops what it does for it. Nobody is told."""
+        self.receiver = None
+        self.transport.abort()
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    host: str
+    port: int
+    authority: bytes
+    tls: ssl.SSLContext | None
+
+
+class Opening:
+    """A connection that is being made; `cancel` makes its outcome nobody's."""
+
+    __slots__ = ("failed", "opened", "wanted")
+
+    def __init__(self, opened: Callable[[UpstreamConnection], None], failed: Callable[[Exception], None]) -> None:
+        self.opened = opened
+        self.failed = failed
+        self.wanted = True
+
+    def cancel(self) -> None:
+        self.wanted = False
+
+
+class Pool:
+    """Connections by instance. To be used within one event loop; `close` ends what is left."""
+
+    def __init__(self, connect_timeout_seconds: float, now: Callable[[], float]) -> None:
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._now = now
+        self._idle: dict[str, list[UpstreamConnection]] = {}
+        self._addresses: dict[str, _Address] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def idle_count(self) -> int:
+        return sum(len(connections) for connections in self._idle.values())
+
+    @property
+    def opening_count(self) -> int:
+        return len(self._tasks)
+
+    def authority(self, url: str) -> bytes:
+        """What the Host header of a request to `url` says."""
+        return self._address(url).authority
+
+    def take(self, url: str) -> UpstreamConnection | None:
+        """The idle connection that was used last, or None."""
+        idle = self._idle.get(url)
+        while idle:
+            connection = idle.pop()
+            if not connection.transport.is_closing():
+                return connection
+        return None
+
+    def open(
+        self, url: str, opened: Callable[[UpstreamConnection], None], failed: Callable[[Exception], None]
+    ) -> Opening:
+        """Begins to connect; one of the callbacks is called later, unless the opening is cancelled."""
+        opening = Opening(opened, failed)
+        task = asyncio.get_running_loop().create_task(self._open(url, opening))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return opening
+
+    def give_back(self, connection: UpstreamConnection) -> None:
+        """For the next request. The whole reply must have come, and the whole request must have gone."""
+        connection.receiver = None
+        idle = self._idle.setdefault(connection.url, [])
+        if self._closed or len(idle) >= IDLE_MAX or connection.transport.is_closing():
+            connection.abort()
+            return
+        connection.reused = True
+        connection.idle_since = self._now()
+        idle.append(connection)
+
+    def lost(self, connection: UpstreamConnection) -> None:
+        """A connection is gone; where it was idle it is forgotten."""
+        idle = self._idle.get(connection.url)
+        if idle and connection in idle:
+            idle.remove(connection)
+
+    def sweep(self, now: float) -> None:
+        """Closes what has been idle for too long: the oldest stand first."""
+        for idle in self._idle.values():
+            while idle and now - idle[0].idle_since > IDLE_SECONDS:
+                idle.pop(0).abort()
+
+    async def close(self) -> None:
+        self._closed = True
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().abort()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _open(self, url: str, opening: Opening) -> None:
+        address = self._address(url)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_seconds):
+                _, connection = await loop.create_connection(
+                    lambda: UpstreamConnection(self, url), address.host, address.port, ssl=address.tls
+                )
+        except (OSError, TimeoutError) as error:
+            if opening.wanted:
+                opening.failed(error)
+            return
+        if opening.wanted:
+            opening.opened(connection)
+        else:
+            self.give_back(connection)
+            connection.reused = False
+
+    def _address(self, url: str) -> _Address:
+        address = self._addresses.get(url)
+        if address is None:
+            parts = urlsplit(url)
+            secure = parts.scheme == "https"
+            address = self._addresses[url] = _Address(
+                parts.hostname or "",
+                parts.port or (443 if secure else 80),
+                parts.netloc.encode(),
+                ssl.create_default_context() if secure else None,
+            )
+        return address

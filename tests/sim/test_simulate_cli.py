@@ -1,0 +1,70 @@
+"""`llamayard simulate` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from router.cli import main
+
+
+def test_it_prints_a_table_and_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs"
+    arguments = ["simulate", "--seconds", "40", "--policy", "llamayard", "--policy", "floor", "--out", str(out)]
+    assert main(arguments, {}) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("SIMULATED 4x3090, mix team")
+    assert "llamayard" in printed
+    run = json.loads((out / "4x3090-team-llamayard-1.json").read_text(encoding="utf-8"))
+    assert run["simulated"] is True
+    assert len(run["run"]["cards"]) == 4
+    assert run["run"]["stays"]
+    assert run["summary"]["requests"] == len(run["run"]["requests"])
+    picture = (out / "4x3090-team-llamayard-1.svg").read_text(encoding="utf-8")
+    assert "<svg" in picture
+    assert "SIMULATED 4x3090" in picture
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
+    texts: list[tuple[str, str]] = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        assert main(["simulate", "--seconds", "30", "--policy", "llamayard", "--out", str(folder)], {}) == 0
+        path = folder / "4x3090-team-llamayard-1.json"
+        texts.append((path.read_text(encoding="utf-8"), path.with_suffix(".svg").read_text(encoding="utf-8")))
+    assert texts[0] == texts[1]
+
+
+def test_json_and_no_files(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--seconds", "30", "--policy", "stock-0.24", "--seed", "1", "--seed", "2"]
+    assert main([*arguments, "--json", "--out", "-"], {}) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [(one["policy"], one["seed"]) for one in data["runs"]] == [("stock-0.24", 1), ("stock-0.24", 2)]
+    assert data["simulated"] is True
+
+
+def test_models_by_name_with_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--rig", "3090", "--mix", "llama3.1:8b=3,llama3.2:3b", "--seconds", "30"]
+    assert main([*arguments, "--policy", "llamayard", "--out", "-"], {}) == 0
+    assert "SIMULATED 3090" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--mix", "everything"], "team"),
+        (["--rig", "4x3091"], "3090"),
+        (["--policy", "olla"], "stock-0.24"),
+        (["--trace", "missing.csv"], "missing.csv"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--out", "-", *flags], {}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llamayard: ")
+    assert word in error
+    assert "Traceback" not in error
