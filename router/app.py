@@ -159,6 +159,7 @@ class _Router:
             hurrying.cancel()
         await self.library.shutdown(timeout=1.0)
         await self.relay.close()
+        await self.gateway.close()
         log.info("stopped")
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:

@@ -56,11 +56,12 @@ class Gateway:
         self._debug_headers = debug_headers
         self._table = RouteTable()
         passed = PassedHandler(context)
+        self._managed = ManagedHandler(context)
         self._handlers: Mapping[Kind, Handler] = {
             Kind.SHOW: ShowHandler(context),
             Kind.PASSED: passed,
             Kind.MERGED: MergedHandler(context),
-            Kind.MANAGED: ManagedHandler(context),
+            Kind.MANAGED: self._managed,
             Kind.REFUSED: self._refused(passed),
             Kind.ADMIN: AdminHandler(context, metrics, emulated),
         }
@@ -69,6 +70,10 @@ class Gateway:
     async def drained(self) -> None:
         """Returns when no request is being answered."""
         await self._access.idle.wait()
+
+    async def close(self) -> None:
+        """Ends what goes on behind the answers."""
+        await self._managed.close()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers one request."""
