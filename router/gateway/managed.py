@@ -32,6 +32,8 @@ from router.gateway.requests import RequestInfo, read_body
 
 _ASK_SECONDS = 10.0
 _STORE_SECONDS = 60.0
+_WORTH_READING_BYTES = 262144
+"""What is left unread of a request is read to its end up to that, as Go does; after more the connection is closed."""
 
 
 class ManagedHandler:
@@ -88,7 +90,8 @@ class ManagedHandler:
         if await self._has_blob(request):
             # As a server does: answered at once and unread, which spares the client the upload.
             present = web.Response(headers=info.reply_headers(None))
-            present.force_close()
+            if (request.content_length or _WORTH_READING_BYTES) >= _WORTH_READING_BYTES:
+                present.force_close()
             return present
         async with self._context.writing:
             return await pass_on(self._context, request, request.content.iter_any(), info)

@@ -124,7 +124,7 @@ class Gateway:
         if clean is None:
             return judged_answer(not_found(), info.reply_headers(None))
         only_last_slash = path.rstrip("/") == clean and request.method == hdrs.METH_GET
-        return redirect_answer(clean, 301 if only_last_slash else 307, info.reply_headers(None))
+        return redirect_answer(request.method, clean, 301 if only_last_slash else 307, info.reply_headers(None))
 
     async def _guarded(
         self, request: web.BaseRequest, info: RequestInfo, path: str, route: Route
