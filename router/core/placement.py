@@ -203,12 +203,21 @@ def _evictions(
 
 
 def _coming_back(snapshot: Snapshot) -> dict[GpuUuid, int]:
+    """Bytes that unloads under way will free; never more than a card still has in use beside its loaded models, since a
+    reading may show memory as free before the unload is known to have ended."""
     coming: dict[GpuUuid, int] = {}
+    loaded: dict[GpuUuid, int] = {}
     for residency in snapshot.residencies.values():
-        if residency.state is ResidencyState.UNLOADING:
+        if residency.state in (ResidencyState.UNLOADING, ResidencyState.READY):
+            totals = coming if residency.state is ResidencyState.UNLOADING else loaded
             for gpu, size in bytes_by_gpu(snapshot, residency):
-                coming[gpu] = coming.get(gpu, 0) + size
-    return coming
+                totals[gpu] = totals.get(gpu, 0) + size
+    return {gpu: min(size, _in_use(snapshot, gpu, loaded.get(gpu, 0))) for gpu, size in coming.items()}
+
+
+def _in_use(snapshot: Snapshot, gpu: GpuUuid, loaded_bytes: int) -> int:
+    card = snapshot.gpus.get(gpu)
+    return max(0, card.memory_used_bytes - loaded_bytes) if card is not None else 0
 
 
 def _wait(snapshot: Snapshot, candidates: Sequence[_Candidate], model: ModelFacts) -> MustWait:

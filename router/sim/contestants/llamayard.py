@@ -19,6 +19,7 @@ from router.core.entities import (
     InstanceState,
     ModelFacts,
     Policy,
+    ResidencyKey,
     Snapshot,
     Ticket,
     TicketId,
@@ -140,6 +141,13 @@ class Llamayard:
     def held(self) -> Mapping[TicketId, Request]:
         """Requests that wait or run, by their tickets."""
         return {ticket: held.request for ticket, held in self._held.items()}
+
+    def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
+        """What a model's runner really holds on each card; empty where it has none."""
+        for runner in self._units[key[0]].server.loaded:
+            if runner.blob == key[1]:
+                return runner.bytes_by_card
+        return {}
 
     # --- faults --------------------------------------------------------------------------------------------
 
