@@ -100,8 +100,8 @@ class Invariants:
             raise InvariantError(f"{now:.3f}: {unload.instance} unloads busy {unload.model.name}: {unload.reason}")
 
     def _check_cards(self, router: Watched, snapshot: Snapshot, now: float) -> None:
-        """What is loaded in truth and what is reserved for loads that have taken nothing yet never exceed a card; what is
-        on its way out is not counted."""
+        """What is loaded in truth and what is reserved for loads that have taken nothing yet never exceed a card; what
+        is on its way out is not counted."""
         held: Counter[GpuUuid] = Counter()
         for key, residency in snapshot.residencies.items():
             if residency.state in (ResidencyState.READY, ResidencyState.LOADING):
