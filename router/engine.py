@@ -70,6 +70,8 @@ class Engine:
         self._next_ticket = 0
         self._until: list[tuple[Callable[[Snapshot], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
+        """What the timer is set for."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("router.engine")
 
@@ -188,13 +190,20 @@ class Engine:
         self.post(outcome)
 
     def _set_timer(self, now: float) -> None:
+        due = self._dispatcher.next_wake()
+        if due == self._due:
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        due = self._dispatcher.next_wake()
+        self._due = due
         if due is not None and due != float("inf"):
             delay = max(_EARLIEST_WAKE_SECONDS, due - now)
-            self._timer = self._loop.call_later(delay, self.post, Ticked())
+            self._timer = self._loop.call_later(delay, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = self._due = None
+        self.post(Ticked())
 
 
 class Lease:

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from router.core.entities import Gpu, InstanceState, LoadId, Snapshot
 from router.core.events import (
     Action,
+    Arrived,
     Event,
     GpusRead,
     Grant,
@@ -27,6 +28,7 @@ from router.core.events import (
     LoadFailed,
     LoadFinished,
     Reject,
+    Released,
     Unload,
     UnloadFinished,
 )
@@ -224,6 +226,12 @@ class EngineObserver:
         self._log = structlog.get_logger("router.decisions")
 
     def observe(self, event: Event, actions: list[Action], now: float) -> None:
+        if not isinstance(event, Arrived | Released):
+            self._tell(event, now)
+        for action in actions:
+            self._action(action, now)
+
+    def _tell(self, event: Event, now: float) -> None:
         match event:
             case LoadFinished() | LoadFailed():
                 self._load_ended(event, now)
@@ -233,11 +241,11 @@ class EngineObserver:
                 self._tell_lost(event)
             case _:
                 pass
-        for action in actions:
-            self._action(action, now)
 
     def _action(self, action: Action, now: float) -> None:
         match action:
+            case Grant():
+                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
             case Load():
                 self._under_way[action.load_id] = (action, now)
                 self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
@@ -247,8 +255,6 @@ class EngineObserver:
             case Reject():
                 self._metrics.rejections.labels(action.code).inc()
                 self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
-            case Grant():
-                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
 
     def _load_ended(self, event: LoadFinished | LoadFailed, now: float) -> None:
         load, began = self._under_way.pop(event.load_id, (None, now))

@@ -6,13 +6,32 @@ that equal copies take turns and the same facts always give the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
+from typing import Protocol
 
-from router.core.entities import InstanceState, Residency, ResidencyState, Snapshot, Ticket
+from router.core.entities import (
+    InstanceName,
+    InstanceState,
+    InstanceView,
+    Residency,
+    ResidencyKey,
+    ResidencyState,
+    Ticket,
+)
 from router.core.placement import context_of
 
 
-def suits(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
+class Fleet(Protocol):
+    """What is looked at beside the copies: a snapshot has it."""
+
+    @property
+    def instances(self) -> Mapping[InstanceName, InstanceView]: ...
+
+    @property
+    def draining(self) -> Set[ResidencyKey]: ...
+
+
+def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
     view = snapshot.instances.get(residency.instance)
     if view is None or residency.blob != ticket.model.blob:
@@ -24,19 +43,28 @@ def suits(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
     return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
 
 
-def can_serve(snapshot: Snapshot, residency: Residency, ticket: Ticket) -> bool:
+def can_serve(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     """True where the ticket's request starts at once, with no reload and no waiting inside Ollama."""
+    return residency.in_flight < residency.slots and can_take(snapshot, residency, ticket)
+
+
+def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
+    """True where only a free slot may be lacking."""
     view = snapshot.instances.get(residency.instance)
     return (
         view is not None
         and view.state is InstanceState.READY
         and residency.state is ResidencyState.READY
         and suits(snapshot, residency, ticket)
-        and residency.in_flight < residency.slots
         and (residency.instance, residency.blob) not in snapshot.draining
     )
 
 
 def pick(candidates: Iterable[Residency]) -> Residency | None:
     """The copy with the fewest requests in flight, or None where there is none."""
-    return min(candidates, key=lambda r: (r.in_flight, r.used_at, r.instance), default=None)
+    return min(candidates, key=lambda r: rank(r.in_flight, r.used_at, r.instance), default=None)
+
+
+def rank(in_flight: int, used_at: float, instance: InstanceName) -> tuple[int, float, str]:
+    """The least is taken."""
+    return in_flight, used_at, instance

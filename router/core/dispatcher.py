@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from router.core import residency as rules
+from router.core import shortway
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
     Failure,
@@ -64,6 +65,7 @@ from router.core.ledger import slots_of
 from router.core.placement import Estimate, MustWait, NoFit, Placed, place
 from router.core.state import FleetState, expiry
 from router.core.waitqueue import WaitQueue, group_of
+from router.core.waking import can_expire, next_wake
 
 
 class Dispatcher:
@@ -95,24 +97,19 @@ class Dispatcher:
 
     def next_wake(self) -> float | None:
         """When `Ticked` is next due, or None while only events can change anything."""
-        times = [
-            r.expires_at for r in self._fleet.residencies.values() if r.expires_at is not None and self._can_expire(r)
-        ]
-        times += [r.made_at + self._policy.room_timeout_seconds for r in self._pending()]
-        if len(self._queue):
-            # Waiting tickets look again now and then: drains begin and failures are forgotten by time alone.
-            times += [self._queue.next_deadline() or float("inf"), self._wake_hint]
-        return min(times, default=None)
-
-    def _can_expire(self, residency: Residency) -> bool:
-        """True where time alone has it unloaded: idle and not waited for, or an unload to be sent again."""
-        waited_for = self._queue.waits_for(residency.blob)
-        return residency.state is ResidencyState.UNLOADING or (residency.is_idle and not waited_for)
+        if self._fleet.wake is None:
+            self._fleet.wake = (next_wake(self._fleet, self._queue, self._wake_hint),)
+        return self._fleet.wake[0]
 
     # --- events --------------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Applies one event and returns what is to be done, in order."""
+        if not (len(self._queue) or self._closing):
+            at_once = shortway.handle(self._fleet, event, now)
+            if at_once is not None:
+                return at_once
+        self._fleet.wake = None
         self._wake_hint = now + 1.0
         self._fleet.forget_failures(now)
         actions = self._apply(event, now)
@@ -271,7 +268,7 @@ class Dispatcher:
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))
         for key, residency in list(self._fleet.residencies.items()):
-            if residency.expires_at is not None and residency.expires_at <= now and self._can_expire(residency):
+            if residency.expires_at is not None and residency.expires_at <= now and can_expire(residency, self._queue):
                 again = residency.state is ResidencyState.UNLOADING
                 why = "an unload before this one failed" if again else "its keep_alive ended"
                 actions.append(rules.unload(self._fleet, key, why))

@@ -2,6 +2,10 @@
 
 Frozen values in dictionaries, replaced whole. Only the dispatcher changes them; deciding functions get a `Snapshot`
 of read-only views.
+
+What every request changes, the use of a copy's slots, is noted beside (`Use`) and written into the residencies when
+they are next looked at: a frozen value of twenty fields for each request and each answer would be the dearest thing
+that a request does. Nobody outside sees the difference.
 """
 
 from __future__ import annotations
@@ -34,6 +38,16 @@ def expiry(keep_alive_seconds: float, now: float) -> float | None:
 
 
 @dataclass(slots=True)
+class Use:
+    """How a copy is used, where that is newer than its residency."""
+
+    in_flight: int
+    used_at: float
+    expires_at: float | None
+    keep_alive_seconds: float
+
+
+@dataclass(slots=True)
 class FleetState:
     """Mutable, single owner."""
 
@@ -42,11 +56,38 @@ class FleetState:
     gpus_read_at: float = float("-inf")
     changed_at: float = float("-inf")
     instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
-    residencies: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
+    copies: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
+    """The residencies, but for what `uses` says of them: for who knows that, else see `residencies`."""
+    uses: dict[ResidencyKey, Use] = field(default_factory=dict[ResidencyKey, Use])
     reservations: dict[LoadId, Reservation] = field(default_factory=dict[LoadId, Reservation])
     leases: dict[TicketId, ResidencyKey] = field(default_factory=dict[TicketId, ResidencyKey])
     draining: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
     failures: list[Failure] = field(default_factory=list[Failure])
+    wake: tuple[float | None] | None = None
+    """When time alone changes something next, if ever; None while that has to be worked out."""
+
+    @property
+    def residencies(self) -> dict[ResidencyKey, Residency]:
+        """As they are now; may be changed."""
+        if self.uses:
+            for key, use in self.uses.items():
+                self.copies[key] = replace(
+                    self.copies[key],
+                    in_flight=use.in_flight,
+                    used_at=use.used_at,
+                    expires_at=use.expires_at,
+                    keep_alive_seconds=use.keep_alive_seconds,
+                )
+            self.uses.clear()
+        return self.copies
+
+    def use_of(self, key: ResidencyKey) -> Use:
+        """How the copy is used, to be changed."""
+        use = self.uses.get(key)
+        if use is None:
+            copy = self.copies[key]
+            use = self.uses[key] = Use(copy.in_flight, copy.used_at, copy.expires_at, copy.keep_alive_seconds)
+        return use
 
     def snapshot(self, now: float) -> Snapshot:
         return Snapshot(

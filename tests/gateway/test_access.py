@@ -62,7 +62,7 @@ def test_requests_are_counted_as_they_ended() -> None:
 
 def test_each_time_is_in_all_buckets_from_its_own_on() -> None:
     metrics = Metrics()
-    log = AccessLog(metrics, lambda: 0.0, lambda level, values: None)
+    log = AccessLog(metrics, lambda: 0.0, lambda *_: None)
     times = (*BUCKETS_SECONDS, 0.0, 1000.0)
     for first in times:
         log.began()
