@@ -43,7 +43,7 @@ from router.gateway.asked import Rules
 from router.gateway.context import GatewayContext, Limits
 from router.gateway.origin import OriginPolicy, Origins, is_loopback, machine_names
 from router.gateway.server import Gateway
-from router.logs import configure_logs
+from router.logs import RequestLines, configure_logs, writes_json
 from router.observe import EngineObserver, FleetCollector, Metrics
 from router.relay.heads import HEAD_BYTES_MAX
 from router.relay.service import Relay, relay_over
@@ -159,6 +159,7 @@ class _Router:
             hurrying.cancel()
         await self.library.shutdown(timeout=1.0)
         await self.relay.close()
+        await self.gateway.close()
         log.info("stopped")
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:
@@ -192,6 +193,7 @@ async def _awaited(work: object) -> None:
 async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Router]:
     """Wires everything; leaving ends what was started."""
     metrics = Metrics()
+    lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
     clients: dict[str, OllamaClient] = {}
     # Exact bytes are relayed: nothing is unpacked, no connection waits for another, cookies are the client's.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0)
@@ -224,13 +226,16 @@ async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Ro
                 supervisor = Supervisor(_supervisor_config(settings, around), engine.post)
                 for spec in _specs(settings, around, engine):
                     supervisor.add(spec)
-                access, origins = AccessLog(metrics, engine.now), _origins(settings)
+                access = AccessLog(metrics, engine.now, *([lines] if lines is not None else []))
+                origins = _origins(settings)
                 debug = settings.server.debug_headers
                 gateway = Gateway(context, origins, metrics, access, around.title, debug)
                 library = _library(gateway)
                 relay = relay_over(context, origins, access, library, debug_headers=debug)
                 yield _Router(settings, engine, supervisor, watcher, gateway, relay, library, around.title)
             finally:
+                if lines is not None:
+                    lines.flush()
                 await catalog.close()
                 await poller.close()
 

@@ -17,7 +17,7 @@ from typing import Protocol, Self, assert_never
 import structlog
 
 from router.core.dispatcher import Dispatcher
-from router.core.entities import Snapshot, Ticket, TicketId
+from router.core.entities import InstanceName, InstanceSpec, Snapshot, Ticket, TicketId
 from router.core.events import (
     Action,
     Arrived,
@@ -27,9 +27,12 @@ from router.core.events import (
     Load,
     LoadFailed,
     LoadFinished,
+    ReadGpus,
     Reject,
     Released,
     ShutdownBegan,
+    StartInstance,
+    StopInstance,
     Ticked,
     Unload,
     UnloadFinished,
@@ -48,6 +51,18 @@ class InstanceDriver(Protocol):
     async def load(self, load: Load) -> LoadFinished | LoadFailed: ...
 
     async def unload(self, unload: Unload) -> UnloadFinished: ...
+
+    def start_instance(self, spec: InstanceSpec) -> None:
+        """Asks for one more instance on the cards of `spec`; what becomes of it comes as `InstanceChanged`."""
+        ...
+
+    def stop_instance(self, name: InstanceName) -> None:
+        """Asks for the end of an instance that was started on demand."""
+        ...
+
+    def read_gpus(self) -> None:
+        """Asks for a reading of the cards now; it comes as `GpusRead`."""
+        ...
 
 
 class Observer(Protocol):
@@ -70,6 +85,8 @@ class Engine:
         self._next_ticket = 0
         self._until: list[tuple[Callable[[Snapshot], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
+        """What the timer is set for."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("router.engine")
 
@@ -163,6 +180,12 @@ class Engine:
                 self._start(self._load(action))
             case Unload():
                 self._start(self._unload(action))
+            case StartInstance():
+                self._driver.start_instance(action.spec)
+            case StopInstance():
+                self._driver.stop_instance(action.instance)
+            case ReadGpus():
+                self._driver.read_gpus()
             case _:
                 assert_never(action)
 
@@ -188,13 +211,20 @@ class Engine:
         self.post(outcome)
 
     def _set_timer(self, now: float) -> None:
+        due = self._dispatcher.next_wake()
+        if due == self._due:
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        due = self._dispatcher.next_wake()
+        self._due = due
         if due is not None and due != float("inf"):
             delay = max(_EARLIEST_WAKE_SECONDS, due - now)
-            self._timer = self._loop.call_later(delay, self.post, Ticked())
+            self._timer = self._loop.call_later(delay, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = self._due = None
+        self.post(Ticked())
 
 
 class Lease:

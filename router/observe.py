@@ -6,11 +6,13 @@ in `_total`. Labels are bounded: after so many names of models further ones coun
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -18,6 +20,7 @@ from prometheus_client.registry import Collector
 from router.core.entities import Gpu, InstanceState, LoadId, Snapshot
 from router.core.events import (
     Action,
+    Arrived,
     Event,
     GpusRead,
     Grant,
@@ -25,6 +28,7 @@ from router.core.events import (
     LoadFailed,
     LoadFinished,
     Reject,
+    Released,
     Unload,
     UnloadFinished,
 )
@@ -58,16 +62,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.model_label = ModelLabels()
-        self.requests = Counter(
-            "llamayard_requests", "Requests answered.", ("route", "model", "status"), registry=registry
-        )
-        self.in_flight = Gauge("llamayard_requests_running", "Requests being answered.", registry=registry)
-        self.ttft = self._histogram("llamayard_time_to_first_token_seconds", "Arrival to the first byte.")
-        self.duration = self._histogram("llamayard_request_duration_seconds", "Arrival to the last byte.")
-        self.queue_wait = self._histogram("llamayard_request_queue_time_seconds", "Arrival to the granted slot.")
-        self.tokens = Counter(
-            "llamayard_tokens", "Tokens, as the servers count them.", ("model", "type"), registry=registry
-        )
+        self.requests = RequestTally()
+        registry.register(self.requests)
         self.loads = Counter(
             "llamayard_loads", "Loads ended, by outcome.", ("model", "instance", "outcome"), registry=registry
         )
@@ -84,8 +80,82 @@ class Metrics:
         PlatformCollector(registry)
         ProcessCollector(registry=registry)
 
-    def _histogram(self, name: str, words: str) -> Histogram:
-        return Histogram(name, words, ("model",), buckets=BUCKETS_SECONDS, registry=self.registry)
+
+class _Times:
+    """Counts by bucket, and their sum."""
+
+    __slots__ = ("counts", "sum_seconds")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS_SECONDS) + 1)
+        self.sum_seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS_SECONDS, seconds)] += 1
+        self.sum_seconds += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative, as the exposition format has them."""
+        bounds = (*map(str, BUCKETS_SECONDS), "+Inf")
+        return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
+
+
+class RequestTally(Collector):
+    """What is counted for every request: plain numbers, which become metrics only when somebody asks for them.
+
+    The library's own counters take a lock and look up labels each time, which at full load is a fifth of a request.
+    """
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._answered: dict[tuple[str, str, str], int] = {}
+        self._tokens: dict[tuple[str, str], int] = {}
+        self._waits: dict[str, _Times] = {}
+        self._firsts: dict[str, _Times] = {}
+        self._durations: dict[str, _Times] = {}
+
+    def answered(self, route: str, model: str, status: int) -> None:
+        key = (route, model, str(status))
+        self._answered[key] = self._answered.get(key, 0) + 1
+
+    def served(self, model: str, waited_seconds: float, duration_seconds: float) -> None:
+        """A request that had a slot."""
+        _times(self._waits, model).add(waited_seconds)
+        _times(self._durations, model).add(duration_seconds)
+
+    def streamed(self, model: str, first_seconds: float, prompt: int | None, output: int | None) -> None:
+        """Its answer had a first byte, and perhaps told of tokens."""
+        _times(self._firsts, model).add(first_seconds)
+        for kind, count in (("prompt", prompt), ("generation", output)):
+            if count is not None:
+                self._tokens[model, kind] = self._tokens.get((model, kind), 0) + count
+
+    def collect(self) -> Iterable[Metric]:
+        answered = CounterMetricFamily("llamayard_requests", "Requests answered.", labels=("route", "model", "status"))
+        for labels, count in self._answered.items():
+            answered.add_metric(labels, float(count))
+        yield answered
+        yield GaugeMetricFamily("llamayard_requests_running", "Requests being answered.", float(self.running))
+        tokens = CounterMetricFamily("llamayard_tokens", "Tokens, as the servers count them.", labels=("model", "type"))
+        for labels, count in self._tokens.items():
+            tokens.add_metric(labels, float(count))
+        yield tokens
+        for name, words, series in (
+            ("time_to_first_token_seconds", "Arrival to the first byte.", self._firsts),
+            ("request_duration_seconds", "Arrival to the last byte.", self._durations),
+            ("request_queue_time_seconds", "Arrival to the granted slot.", self._waits),
+        ):
+            family = HistogramMetricFamily(f"llamayard_{name}", words, labels=("model",))
+            for model, times in series.items():
+                family.add_metric((model,), times.buckets(), times.sum_seconds)
+            yield family
+
+
+def _times(series: dict[str, _Times], model: str) -> _Times:
+    times = series.get(model)
+    if times is None:
+        times = series[model] = _Times()
+    return times
 
 
 class FleetCollector(Collector):
@@ -156,6 +226,12 @@ class EngineObserver:
         self._log = structlog.get_logger("router.decisions")
 
     def observe(self, event: Event, actions: list[Action], now: float) -> None:
+        if not isinstance(event, Arrived | Released):
+            self._tell(event, now)
+        for action in actions:
+            self._action(action, now)
+
+    def _tell(self, event: Event, now: float) -> None:
         match event:
             case LoadFinished() | LoadFailed():
                 self._load_ended(event, now)
@@ -165,11 +241,11 @@ class EngineObserver:
                 self._tell_lost(event)
             case _:
                 pass
-        for action in actions:
-            self._action(action, now)
 
     def _action(self, action: Action, now: float) -> None:
         match action:
+            case Grant():
+                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
             case Load():
                 self._under_way[action.load_id] = (action, now)
                 self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
@@ -179,8 +255,6 @@ class EngineObserver:
             case Reject():
                 self._metrics.rejections.labels(action.code).inc()
                 self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
-            case Grant():
-                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
 
     def _load_ended(self, event: LoadFinished | LoadFailed, now: float) -> None:
         load, began = self._under_way.pop(event.load_id, (None, now))

@@ -83,6 +83,7 @@ CONTESTANTS = (
     "nginx-least-conn",
     "llamayard",
     "llamayard-0.33",
+    "llamayard-pairs",
     "floor",
     "best-plan",
 )
@@ -232,6 +233,7 @@ def contestant(name: str, scene: Scenario, policy: Policy | None = None, seen: S
         "nginx-round-robin": lambda host, _: NginxOverServers(host, config, least_conn=False),
         "nginx-least-conn": lambda host, _: NginxOverServers(host, config, least_conn=True),
         "llamayard": lambda host, _: Llamayard(host, config, policy, seen),
+        "llamayard-pairs": lambda host, _: Llamayard(host, config, policy, seen, pairs=True),
         "llamayard-0.33": lambda host, _: Llamayard(host, newer, policy, seen),
         "floor": lambda host, models: Floor(host, models, config),
     }

@@ -108,8 +108,8 @@ def play(policy: str, wanted: Wanted, rows: tuple[TraceRow, ...] | None = None, 
 def table(runs: list[Played]) -> str:
     """One line a run, in-time share first."""
     head = (
-        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one card':<16}"
-        f"{'several cards':<16}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  cards busy"
+        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one card':<22}"
+        f"{'several cards':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  cards busy"
     )
     return "\n".join([head, *(_line(one.policy, one.wanted.seed, one.report) for one in runs)]) + "\n"
 
@@ -118,7 +118,7 @@ def _line(policy: str, seed: int, result: Report) -> str:
     busy = " ".join(f"{share:.0%}" for share in result.busy_shares)
     return (
         f"{policy:<18}{seed:>5}{result.requests:>9}{result.in_time_share:>9.1%}{result.errors:>7}  "
-        f"{_waits(result.small):<16}{_waits(result.large):<16}{result.tokens_per_second:>6.0f}"
+        f"{_waits(result.small):<22}{_waits(result.large):<22}{result.tokens_per_second:>6.0f}"
         f"{result.loaded_gb:>6.0f}{result.spills:>7}{result.out_of_memory:>4}{result.jain:>6.2f}  {busy}"
     )
 

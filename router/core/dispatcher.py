@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import assert_never
 
-from router.core import plans, standing
+from router.core import plans, shortway, standing
 from router.core import residency as rules
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
@@ -60,13 +60,13 @@ from router.core.events import (
     UnloadAsked,
     UnloadFinished,
 )
-from router.core.fairness import TokenCounters
 from router.core.ids import LoadIds
-from router.core.keepalive import merged_keep_alive
+from router.core.options import has_own_layers
 from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.seeking import seek, seek_replica
 from router.core.state import FleetState, expiry
 from router.core.waitqueue import GroupKey, WaitQueue, group_of
+from router.core.waking import can_expire, next_wake
 
 _LOOK_AGAIN_SECONDS = 1.0
 """Waiting tickets look again now and then: drains begin and failures are forgotten by time alone."""
@@ -80,7 +80,6 @@ class Dispatcher:
         self._estimate = estimate
         self._fleet = FleetState(policy)
         self._queue = WaitQueue()
-        self._counters = TokenCounters()
         self._loads = LoadIds()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
@@ -106,26 +105,19 @@ class Dispatcher:
 
     def next_wake(self) -> float | None:
         """When `Ticked` is next due, or None while only events can change anything."""
-        times = [
-            r.expires_at for r in self._fleet.residencies.values() if r.expires_at is not None and self._can_expire(r)
-        ]
-        timeout = plans.next_timeout(self._fleet)
-        if timeout is not None:
-            times.append(timeout)
-        if len(self._queue):
-            times += [self._queue.next_deadline() or float("inf"), self._wake_hint]
-        return min(times, default=None)
-
-    def _can_expire(self, residency: Residency) -> bool:
-        """True where time alone has it unloaded: idle and not waited for, or an unload to be sent again."""
-        if residency.state is ResidencyState.UNLOADING:
-            return True
-        return residency.is_idle and not self._queue.waits_for(residency.blob)
+        if self._fleet.wake is None:
+            self._fleet.wake = (next_wake(self._fleet, self._queue, self._wake_hint),)
+        return self._fleet.wake[0]
 
     # --- events --------------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Applies one event and returns what is to be done, in order."""
+        if not (len(self._queue) or self._closing):
+            at_once = shortway.handle(self._fleet, event, now)
+            if at_once is not None:
+                return at_once
+        self._fleet.wake = None
         self._wake_hint = now + _LOOK_AGAIN_SECONDS
         self._fleet.forget_failures(now)
         actions = self._apply(event, now)
@@ -202,7 +194,7 @@ class Dispatcher:
         if self._closing:
             return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
         running = {lease.client for lease in self._fleet.leases.values()} if len(self._queue) else set[str]()
-        self._counters.arrived(ticket.client, self._queue.clients() | running)
+        self._fleet.counters.arrived(ticket.client, self._queue.clients() | running)
         self._fleet.asked(ticket, now)
         if len(self._queue) < self._policy.queue_limit:
             self._queue.add(ticket)
@@ -222,11 +214,10 @@ class Dispatcher:
         return max(1, min(60, len(self._queue) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
-        found = self._fleet.give_back(event.ticket_id, now)
+        found = self._fleet.give_back(event.ticket_id, event.output_tokens, now)
         if found is None:
             return []
         lease, residency = found
-        self._counters.released(lease.client, event.output_tokens)
         if event.runner_lost and residency is not None and residency.state is ResidencyState.READY:
             # The server still lists it, and would load it again inside the next request: unload it properly.
             return [rules.unload(self._fleet, lease.key, "its runner died")]
@@ -244,7 +235,8 @@ class Dispatcher:
         sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
         until = expiry(residency.keep_alive_seconds, now)
         self._fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, **sizes)
-        if residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes:
+        is_spilled = residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes
+        if is_spilled and not has_own_layers(residency.model):
             share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
             words = f"came out {share:.0f} % on the CPU on {residency.instance}"
             self._remember_failure(key, 502, f"model '{residency.name}' {words}", now)
@@ -299,7 +291,7 @@ class Dispatcher:
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))
         for key, residency in list(self._fleet.residencies.items()):
-            if residency.expires_at is not None and residency.expires_at <= now and self._can_expire(residency):
+            if residency.expires_at is not None and residency.expires_at <= now and can_expire(residency, self._queue):
                 again = residency.state is ResidencyState.UNLOADING
                 why = "an unload before this one failed" if again else "its keep_alive ended"
                 actions.append(rules.unload(self._fleet, key, why))
@@ -341,7 +333,7 @@ class Dispatcher:
             able = [t for t in waiting if any(can_serve(snapshot, r, t) for r in snapshot.residencies.values())]
             if not able:
                 break
-            ticket = self._counters.next_of(able, now)
+            ticket = self._fleet.counters.next_of(able, now)
             grant = self._grant(snapshot, ticket, now)
             assert grant is not None
             waiting.remove(ticket)
@@ -351,18 +343,12 @@ class Dispatcher:
         return actions
 
     def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
-        home = self._fleet.sessions.get((ticket.session, ticket.model.blob)) if ticket.session else None
         able = [r for r in snapshot.residencies.values() if can_serve(snapshot, r, ticket)]
-        chosen = pick(able, home)
+        chosen = pick(able, self._fleet.home_of(ticket))
         if chosen is None:
             return None
         key = (chosen.instance, chosen.blob)
         self._fleet.take_slot(ticket, key, now)
-        self._counters.granted(ticket)
-        if ticket.keep_alive_seconds is not None:
-            held = chosen.in_flight > 0
-            keep = merged_keep_alive(chosen.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=held)
-            self._fleet.update(key, keep_alive_seconds=keep)
         reason = f"{chosen.reason}; {chosen.in_flight} of {chosen.slots} slots were in use"
         url = snapshot.instances[chosen.instance].spec.url
         return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)

@@ -124,6 +124,9 @@ def place(snapshot: Snapshot, estimate: Estimate, want: Want) -> Decision:
         return _on_cpu(snapshot, want, bounds)
     if not _any_alive(snapshot):
         return NoFit("no_instance", "no Ollama instance is running: " + states_words(snapshot))
+    if not any(want.model.is_on(view.spec) for view in snapshot.instances.values() if view.state in ALIVE):
+        words = f"no instance that has model '{want.model.name}' is running: "
+        return NoFit("no_instance", words + states_words(snapshot))
     tried: list[_Candidate] = []
     for size in sizes(snapshot):
         sites = [site for site in sites_of_size(snapshot, size, bounds) if want.model.is_on(site.spec)]
@@ -288,17 +291,23 @@ def _failure(snapshot: Snapshot, candidate: _Candidate, want: Want) -> Failure |
 
 def _nowhere(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Decision:
     """409 or 422, unless memory is still settling."""
-    if snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
+    if candidates and snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
         return MustWait("waits until the cards show what the last load or unload changed")
     lines = [f"{c.name}: {short_words(snapshot, c.need)}" for c in _fewest_lines(candidates)]
-    if want.layout is not None:
-        there = "; ".join(lines) or "no instance has that layout"
-        words = f"model '{want.model.name}' cannot be had in layout {want.layout.kind.value}: {there}"
+    if want.layout is not None and lines:
+        words = f"model '{want.model.name}' does not fit as asked ({_layout_words(want.layout)}): " + "; ".join(lines)
         return NoFit("layout_unavailable", words)
     if not lines:
-        words = f"no instance that has model '{want.model.name}' is running: "
+        if want.layout is not None:
+            words = f"no running instance is laid out as asked ({_layout_words(want.layout)})"
+            return NoFit("layout_unavailable", words)
+        words = f"no running instance may load model '{want.model.name}': "
         return NoFit("no_instance", words + states_words(snapshot))
     return NoFit("model_too_large", f"model '{want.model.name}' fits nowhere: " + "; ".join(lines))
+
+
+def _layout_words(layout: Layout) -> str:
+    return layout.kind.value if layout.gpu is None else f"{layout.kind.value}:{layout.gpu}"
 
 
 def _fewest_lines(candidates: Sequence[_Candidate]) -> list[_Candidate]:

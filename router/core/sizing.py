@@ -1,12 +1,14 @@
 """Bytes a load would take on each card of an instance: what placement asks for every candidate.
 
 Puts the instance's tuning (slots, cache type, flash attention, version) and the way it splits layers together with the
-figures of `core/estimate.py`. It looks at no card's free memory but to tell how a fill-first instance would split.
+figures of `core/estimate.py`. The router loads with all layers asked for, which splits them evenly over the cards: by
+itself up to 0.24, and from 0.30 because such instances are given an even `LLAMA_ARG_TENSOR_SPLIT`. Only a model whose
+own file says how many layers go to the cards is split as its server likes.
 """
 
 from __future__ import annotations
 
-from router.core.entities import Footprint, InstanceSpec, ModelFacts, Snapshot
+from router.core.entities import Footprint, InstanceSpec, InstanceView, ModelFacts, Snapshot
 from router.core.estimate import (
     batch_tokens,
     even_split,
@@ -14,6 +16,7 @@ from router.core.estimate import (
     footprint_of_split,
 )
 from router.core.ledger import capacity_bytes, slots_of
+from router.core.options import has_own_layers
 
 
 def estimate_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
@@ -27,11 +30,18 @@ def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: i
     view = snapshot.instances.get(spec.name)
     batch = batch_tokens(view.version if view is not None else None, context_length, slots)
     cache, flash = spec.kv_cache_type, spec.flash_attention
+    if flash is None and _is_before_0_12(view):
+        flash = False  # such a server uses it only where it is told to
     split = even_split(model.layers, len(spec.gpus))
-    if _fills_first(spec):
+    if has_own_layers(model) and _fills_first(spec):
         free = [capacity_bytes(snapshot, gpu) for gpu in spec.gpus]
         split = fill_first_split(model, free, context_length, slots, cache, flash, batch) or split
     return footprint_of_split(model, split, context_length, slots, cache, flash, batch)
+
+
+def _is_before_0_12(view: InstanceView | None) -> bool:
+    version = view.version if view is not None else None
+    return version is not None and version.split(".")[:2] in (["0", str(minor)] for minor in range(12))
 
 
 def _fills_first(spec: InstanceSpec) -> bool:

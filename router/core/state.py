@@ -2,6 +2,10 @@
 
 Frozen values in dictionaries, replaced whole. Only the dispatcher changes them; deciding functions get a `Snapshot`
 of read-only views.
+
+What every request changes, the use of a copy's slots, is noted beside (`Use`) and written into the residencies when
+they are next looked at: a frozen value of twenty fields for each request and each answer would be the dearest thing
+that a request does. Nobody outside sees the difference.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from router.core.entities import (
     Ticket,
     TicketId,
 )
+from router.core.fairness import TokenCounters
+from router.core.keepalive import merged_keep_alive
 from router.core.ledger import is_settled
 
 _SESSIONS_MAX = 10_000
@@ -54,6 +60,16 @@ class LeaseRecord(NamedTuple):
 
 
 @dataclass(slots=True)
+class Use:
+    """How a copy is used, where that is newer than its residency."""
+
+    in_flight: int
+    used_at: float
+    expires_at: float | None
+    keep_alive_seconds: float
+
+
+@dataclass(slots=True)
 class FleetState:
     """Mutable, single owner. `version` grows with every change that could let a waiting ticket go on."""
 
@@ -62,7 +78,9 @@ class FleetState:
     gpus_read_at: float = float("-inf")
     changed_at: float = float("-inf")
     instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
-    residencies: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
+    copies: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
+    """The residencies, but for what `uses` says of them: for who knows that, else see `residencies`."""
+    uses: dict[ResidencyKey, Use] = field(default_factory=dict[ResidencyKey, Use])
     reservations: dict[LoadId, Reservation] = field(default_factory=dict[LoadId, Reservation])
     leases: dict[TicketId, LeaseRecord] = field(default_factory=dict[TicketId, LeaseRecord])
     draining: frozenset[ResidencyKey] = frozenset()
@@ -80,7 +98,33 @@ class FleetState:
     load_rate_bytes_per_second: float | None = None
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """When an instance started on demand was first seen empty."""
+    counters: TokenCounters = field(default_factory=TokenCounters)
+    wake: tuple[float | None] | None = None
+    """When time alone changes something next, if ever; None while that has to be worked out."""
     version: int = 0
+
+    @property
+    def residencies(self) -> dict[ResidencyKey, Residency]:
+        """As they are now; may be changed."""
+        if self.uses:
+            for key, use in self.uses.items():
+                self.copies[key] = replace(
+                    self.copies[key],
+                    in_flight=use.in_flight,
+                    used_at=use.used_at,
+                    expires_at=use.expires_at,
+                    keep_alive_seconds=use.keep_alive_seconds,
+                )
+            self.uses.clear()
+        return self.copies
+
+    def use_of(self, key: ResidencyKey) -> Use:
+        """How the copy is used, to be changed."""
+        use = self.uses.get(key)
+        if use is None:
+            copy = self.copies[key]
+            use = self.uses[key] = Use(copy.in_flight, copy.used_at, copy.expires_at, copy.keep_alive_seconds)
+        return use
 
     def snapshot(self, now: float) -> Snapshot:
         return Snapshot(
@@ -162,24 +206,47 @@ class FleetState:
 
     # --- slots ---------------------------------------------------------------------------------------------
 
-    def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float) -> None:
-        residency = self.residencies[key]
-        self.leases[ticket.id] = LeaseRecord(key, residency.loaded_at, ticket.client, now)
-        self.residencies[key] = replace(residency, in_flight=residency.in_flight + 1, used_at=now, expires_at=None)
+    def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float) -> Use:
+        """Leases one slot of the copy to the ticket."""
+        self.leases[ticket.id] = LeaseRecord(key, self.copies[key].loaded_at, ticket.client, now)
+        self.counters.granted(ticket)
+        use = self.use_of(key)
+        use.keep_alive_seconds = merged_keep_alive(
+            use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
+        )
+        use.in_flight, use.used_at, use.expires_at = use.in_flight + 1, now, None
+        self._remember_session(ticket, key)
+        return use
+
+    def _remember_session(self, ticket: Ticket, key: ResidencyKey) -> None:
         if ticket.session:
             self.sessions.pop((ticket.session, key[1]), None)
             self.sessions[ticket.session, key[1]] = key[0]
             if len(self.sessions) > _SESSIONS_MAX:
                 del self.sessions[next(iter(self.sessions))]
 
-    def give_back(self, ticket_id: TicketId, now: float) -> tuple[LeaseRecord, Residency | None] | None:
-        """Ends a lease; returns it with the residency it was on where that still stands."""
+    def home_of(self, ticket: Ticket) -> InstanceName | None:
+        """Where the ticket's conversation was served last."""
+        return self.sessions.get((ticket.session, ticket.model.blob)) if ticket.session else None
+
+    def end_lease(self, ticket_id: TicketId, output_tokens: int, now: float) -> LeaseRecord | None:
+        """Takes the lease out of the books and counts what it was given."""
         lease = self.leases.pop(ticket_id, None)
         if lease is None:
             return None
+        self.counters.released(lease.client, output_tokens)
         blob = lease.key[1]
         if blob in self.demand:
             self.demand[blob] = demand.served(self.demand[blob], now - lease.granted_at)
+        return lease
+
+    def give_back(
+        self, ticket_id: TicketId, output_tokens: int, now: float
+    ) -> tuple[LeaseRecord, Residency | None] | None:
+        """Ends a lease; returns it with the residency it was on where that still stands."""
+        lease = self.end_lease(ticket_id, output_tokens, now)
+        if lease is None:
+            return None
         residency = self.residencies.get(lease.key)
         if residency is None or residency.loaded_at != lease.loaded_at:
             return lease, None

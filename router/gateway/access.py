@@ -11,58 +11,71 @@ from router.gateway.endings import tokens_of
 from router.gateway.requests import RequestInfo
 from router.observe import Metrics
 
+Write = Callable[[str, dict[str, object]], None]
+"""Takes a level and the values of one line, of which `event` is its name."""
+
+
+def _to_the_log(level: str, values: dict[str, object]) -> None:
+    getattr(structlog.get_logger("router.access"), level)(**values)
+
 
 class AccessLog:
     """`began` and `ended` enclose every request; `idle` is set while none is under way."""
 
-    def __init__(self, metrics: Metrics, now: Callable[[], float]) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, now: Callable[[], float], write: Write = _to_the_log) -> None:
+        self._model_label = metrics.model_label
+        self._tally = metrics.requests
         self._now = now
-        self._running = 0
+        self._write = write
         self.idle = asyncio.Event()
         self.idle.set()
-        self._log = structlog.get_logger("router.access")
 
     def began(self) -> None:
-        self._running += 1
-        self._metrics.in_flight.set(self._running)
-        self.idle.clear()
+        if not self._tally.running:
+            self.idle.clear()
+        self._tally.running += 1
 
     def ended(self, info: RequestInfo, method: str, path: str, status: int) -> None:
-        self._running -= 1
-        self._metrics.in_flight.set(self._running)
-        if not self._running:
+        self._tally.running -= 1
+        if not self._tally.running:
             self.idle.set()
-        now = self._now()
-        values = self._measured(info, status, now)
-        write = self._log.info if status < 500 else self._log.warning
-        write("request", request_id=info.request_id, client=info.client, method=method, path=path, status=status,
-              **values)  # fmt: skip
+        values: dict[str, object] = {
+            "event": "request",
+            "request_id": info.request_id,
+            "client": info.client,
+            "method": method,
+            "path": path,
+            "status": status,
+        }
+        self._measure(info, status, values)
+        self._write("info" if status < 500 else "warning", values)
 
-    def _measured(self, info: RequestInfo, status: int, now: float) -> dict[str, object]:
-        """Counts the request and returns what its log line tells beside the request itself."""
-        metrics, exchange = self._metrics, info.exchange
-        model = metrics.model_label(info.model) if info.instance is not None else ""
-        metrics.requests.labels(info.route, model, str(status)).inc()
-        duration = now - info.arrived_at
-        values: dict[str, object] = {"duration_seconds": round(duration, 6)}
+    def _measure(self, info: RequestInfo, status: int, values: dict[str, object]) -> None:
+        """Counts the request and adds what its log line tells beside the request itself."""
+        exchange, tally = info.exchange, self._tally
+        model = self._model_label(info.model) if info.instance is not None else ""
+        tally.answered(info.route, model, status)
+        duration = self._now() - info.arrived_at
+        values["duration_seconds"] = round(duration, 6)
         if info.model:
             values["model"] = info.model
         if info.error_code:
             values["error"] = info.error_code
         if info.instance is None or info.granted_at is None:
-            return values
+            return
         waited = info.granted_at - info.arrived_at
-        values |= {"instance": info.instance, "queue_seconds": round(waited, 6)}
-        metrics.queue_wait.labels(model).observe(waited)
-        metrics.duration.labels(model).observe(duration)
-        if exchange is not None and exchange.first_byte_at is not None:
-            first = exchange.first_byte_at - info.arrived_at
-            metrics.ttft.labels(model).observe(first)
-            tokens = tokens_of(exchange.tail)
-            for kind, count in (("prompt", tokens.prompt), ("generation", tokens.output)):
-                if count is not None:
-                    metrics.tokens.labels(model, kind).inc(count)
-            values |= {"first_byte_seconds": round(first, 6), "bytes": exchange.bytes_out}
-            values |= {"prompt_tokens": tokens.prompt, "output_tokens": tokens.output}
-        return values
+        values["instance"] = info.instance
+        values["queue_seconds"] = round(waited, 6)
+        tally.served(model, waited, duration)
+        if exchange is None or exchange.first_byte_at is None:
+            return
+        first = exchange.first_byte_at - info.arrived_at
+        tokens = tokens_of(exchange.tail)
+        tally.streamed(model, first, tokens.prompt, tokens.output)
+        values["first_byte_seconds"] = round(first, 6)
+        values["bytes"] = exchange.bytes_out
+        values["prompt_tokens"] = tokens.prompt
+        values["output_tokens"] = tokens.output
+        streamed = (exchange.last_byte_at or 0.0) - exchange.first_byte_at
+        if exchange.chunks > 1 and streamed > 0:
+            values["chunks_per_second"] = round((exchange.chunks - 1) / streamed, 1)

@@ -35,11 +35,13 @@ def judged_answer(answer: Answer, extra: Mapping[str, str]) -> web.Response:
     return _answer(answer.status, (*answer.headers, *extra.items()), answer.body)
 
 
-def redirect_answer(path: str, status: int, extra: Mapping[str, str]) -> web.Response:
+def redirect_answer(method: str, path: str, status: int, extra: Mapping[str, str]) -> web.Response:
     """To the clean form of a path, as the server's router does."""
+    location = ((hdrs.LOCATION, path), *extra.items())
+    if method not in (hdrs.METH_GET, hdrs.METH_HEAD):
+        return _answer(status, location, b"")
     body = f'<a href="{path}">{ {301: "Moved Permanently"}.get(status, "Temporary Redirect") }</a>.\n\n'
-    headers = ((hdrs.LOCATION, path), (hdrs.CONTENT_TYPE, "text/html; charset=utf-8"), *extra.items())
-    return _answer(status, headers, body.encode() if status == 301 else b"")
+    return _answer(status, ((hdrs.CONTENT_TYPE, "text/html; charset=utf-8"), *location), body.encode())
 
 
 def _answer(status: int, headers: Iterable[tuple[str, str]], body: bytes) -> web.Response:

@@ -33,7 +33,10 @@ class Exchange:
     started: Callable[[], float]
     status: int = 0
     first_byte_at: float | None = None
+    last_byte_at: float | None = None
     bytes_out: int = 0
+    chunks: int = 0
+    """HTTP chunks with data in them, where the reply came in chunks: of a stream, about its tokens."""
     tail: bytes = b""
     """The end of the reply, enough to read the final line's token counts from."""
     extra_headers: dict[str, str] = field(default_factory=dict[str, str])

@@ -11,6 +11,7 @@ A delete first lets running requests end, lets none begin, and unloads. What onl
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 
 import aiohttp
 import structlog
@@ -19,18 +20,20 @@ from yarl import URL
 
 from router.core.entities import ModelFacts
 from router.core.events import UnloadAsked
-from router.errors import Forbidden, InstanceLost, WaitTimeout
+from router.errors import Forbidden, InstanceLost, NoInstance, WaitTimeout
 from router.fleet.driver import stand_in_for
 from router.fleet.ollama import OllamaClient, OllamaError
 from router.gateway.asked import refuse_cloud
 from router.gateway.context import GatewayContext
 from router.gateway.passed import pass_on
-from router.gateway.peek import Peek, peek
+from router.gateway.peek import peek
 from router.gateway.pulls import Pulls
 from router.gateway.requests import RequestInfo, read_body
 
 _ASK_SECONDS = 10.0
 _STORE_SECONDS = 60.0
+_WORTH_READING_BYTES = 262144
+"""What is left unread of a request is read to its end up to that, as Go does; after more the connection is closed."""
 
 
 class ManagedHandler:
@@ -39,6 +42,7 @@ class ManagedHandler:
     def __init__(self, context: GatewayContext) -> None:
         self._context = context
         self._pulls = Pulls(context)
+        self._clearing: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("router.store")
 
     async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
@@ -62,7 +66,20 @@ class ManagedHandler:
                 return await pass_on(context, request, body, info)
         finally:
             context.catalog.forget_all()
-            await self._clear_away(before, seen)
+            if before is not None and before.is_shared:
+                self._start(self._clear_away(before, seen.model or ""))
+
+    async def close(self) -> None:
+        """Ends what goes on behind the answers."""
+        for task in self._clearing:
+            task.cancel()
+        await asyncio.gather(*self._clearing, return_exceptions=True)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        """Behind the answer: a client that has it may leave, and would take the work along."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._clearing.add(task)
+        task.add_done_callback(self._clearing.discard)
 
     # --- blobs ---------------------------------------------------------------------------------------------
 
@@ -73,7 +90,8 @@ class ManagedHandler:
         if await self._has_blob(request):
             # As a server does: answered at once and unread, which spares the client the upload.
             present = web.Response(headers=info.reply_headers(None))
-            present.force_close()
+            if (request.content_length or _WORTH_READING_BYTES) >= _WORTH_READING_BYTES:
+                present.force_close()
             return present
         async with self._context.writing:
             return await pass_on(self._context, request, request.content.iter_any(), info)
@@ -128,17 +146,15 @@ class ManagedHandler:
 
     # --- weights that no name means any more -----------------------------------------------------------------
 
-    async def _clear_away(self, before: ModelFacts | None, seen: Peek) -> None:
+    async def _clear_away(self, before: ModelFacts, name: str) -> None:
         """After a name was given other weights: the old ones leave the cards, and the store where nothing names them.
 
         Never fails: what the client asked for is done. What is loaded is unloaded by the driver, which removes the
         files as well; what is not loaded is removed here.
         """
         context = self._context
-        if before is None or not before.is_shared:
-            return
         try:
-            today = await context.catalog.facts(seen.model or "")
+            today = await context.catalog.facts(name)
             if (today is not None and today.blob == before.blob) or await context.catalog.names_of(before.blob):
                 return
             context.engine.post(UnloadAsked(before.blob))
@@ -148,5 +164,5 @@ class ManagedHandler:
             async with context.writing:
                 await client.create(stand_in_for(before.blob), before.blob, _STORE_SECONDS)
                 await client.delete(stand_in_for(before.blob))
-        except OllamaError as error:
+        except (OllamaError, NoInstance) as error:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)

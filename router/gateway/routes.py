@@ -47,13 +47,14 @@ class Route:
     path: str
     """The path; a last `*` stands for one more segment."""
     methods: tuple[str, ...]
+    """In the order in which a server's `Allow` has them."""
     kind: Kind
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("/", ("GET", "HEAD"), Kind.MERGED),
-    Route("/api/version", ("GET", "HEAD"), Kind.MERGED),
-    Route("/api/tags", ("GET", "HEAD"), Kind.MERGED),
+    Route("/", ("HEAD", "GET"), Kind.MERGED),
+    Route("/api/version", ("HEAD", "GET"), Kind.MERGED),
+    Route("/api/tags", ("HEAD", "GET"), Kind.MERGED),
     Route("/api/ps", ("GET",), Kind.MERGED),
     Route("/api/status", ("GET",), Kind.PASSED),
     Route("/api/generate", ("POST",), Kind.LEASED),
@@ -82,8 +83,8 @@ ROUTES: tuple[Route, ...] = (
     Route("/v1/audio/*", ("POST",), Kind.LEASED),
     Route("/v1/models", ("GET",), Kind.MERGED),
     Route("/v1/models/*", ("GET",), Kind.SHOW),
-    Route("/health", ("GET", "HEAD"), Kind.ADMIN),
-    Route("/ready", ("GET", "HEAD"), Kind.ADMIN),
+    Route("/health", ("HEAD", "GET"), Kind.ADMIN),
+    Route("/ready", ("HEAD", "GET"), Kind.ADMIN),
     Route("/metrics", ("GET",), Kind.ADMIN),
     Route("/llamayard/status", ("GET",), Kind.ADMIN),
 )

@@ -56,11 +56,12 @@ class Gateway:
         self._debug_headers = debug_headers
         self._table = RouteTable()
         passed = PassedHandler(context)
+        self._managed = ManagedHandler(context)
         self._handlers: Mapping[Kind, Handler] = {
             Kind.SHOW: ShowHandler(context),
             Kind.PASSED: passed,
             Kind.MERGED: MergedHandler(context),
-            Kind.MANAGED: ManagedHandler(context),
+            Kind.MANAGED: self._managed,
             Kind.REFUSED: self._refused(passed),
             Kind.ADMIN: AdminHandler(context, metrics, emulated),
         }
@@ -69,6 +70,10 @@ class Gateway:
     async def drained(self) -> None:
         """Returns when no request is being answered."""
         await self._access.idle.wait()
+
+    async def close(self) -> None:
+        """Ends what goes on behind the answers."""
+        await self._managed.close()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers one request."""
@@ -119,7 +124,7 @@ class Gateway:
         if clean is None:
             return judged_answer(not_found(), info.reply_headers(None))
         only_last_slash = path.rstrip("/") == clean and request.method == hdrs.METH_GET
-        return redirect_answer(clean, 301 if only_last_slash else 307, info.reply_headers(None))
+        return redirect_answer(request.method, clean, 301 if only_last_slash else 307, info.reply_headers(None))
 
     async def _guarded(
         self, request: web.BaseRequest, info: RequestInfo, path: str, route: Route

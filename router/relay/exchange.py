@@ -344,6 +344,8 @@ class LeasedExchange:
             info.exchange = record = Record(started=self._desk.engine.now)
             record.status = reply.status
             record.first_byte_at = reply.first_byte_at
+            record.last_byte_at = reply.last_byte_at
+            record.chunks = reply.chunks
             record.bytes_out = reply.bytes_out
             record.tail = reply.tail()
         self._desk.books.ended(info, self._head.method.decode(), self._path, status)

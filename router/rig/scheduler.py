@@ -21,6 +21,8 @@ from router.rig.store import Stored
 
 _PING_SECONDS = 10.0
 """How long a runner may take to answer its health check before it is used again."""
+_LEAST_PING_SECONDS = 3.0
+"""Real seconds: a busy machine delays a real process, however fast the emulated time runs."""
 
 
 class BusyError(Exception):
@@ -172,7 +174,7 @@ class Scheduler:
         trained = loaded.facts.context_length
         if needs_reload(loaded.options, pending.options, trained, self._config.is_0_30):
             return True
-        alive = await loaded.process.answers(_PING_SECONDS / self._config.speed)
+        alive = await loaded.process.answers(max(_LEAST_PING_SECONDS, _PING_SECONDS / self._config.speed))
         return not alive or self.loaded.get(loaded.key) is not loaded or loaded.is_leaving
 
     def _victim(self) -> Loaded:
@@ -182,6 +184,8 @@ class Scheduler:
 
     async def _evict(self, victim: Loaded) -> None:
         self._retire(victim)
+        name, users = victim.stored.name.shortest, victim.users
+        log("DEBUG", "waiting for pending requests to complete and unload to occur", model=name, users=users)
         await victim.unloaded.wait()
 
     def _retire(self, loaded: Loaded) -> None:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from router.core.entities import GpuUuid, InstanceState, ResidencyKey, ResidencyState, Snapshot, Ticket, TicketId
-from router.core.events import Action, Event, Grant, Load, Reject, Released, Unload, UnloadAsked
-from router.core.ledger import bytes_by_gpu
+from router.core.events import Action, Event, Grant, Reject, Released, Unload, UnloadAsked
 from router.sim.host import Host
 from router.sim.requests import Request
 
@@ -34,6 +33,10 @@ class Watched(Protocol):
     def held(self) -> Mapping[TicketId, Request]: ...
 
     def snapshot(self) -> Snapshot: ...
+
+    def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
+        """What a model's runner really holds on each card; empty where it has none."""
+        ...
 
 
 class Invariants:
@@ -62,7 +65,7 @@ class Invariants:
                     self._check_unload(event, action, now)
                 case Grant() | Reject():
                     self._decide(router, action, now)
-                case Load():
+                case _:
                     pass
         residencies = router.snapshot().residencies
         self._grants = {ticket: key for ticket, key in self._grants.items() if key in residencies}
@@ -73,7 +76,7 @@ class Invariants:
             return
         now = self._host.timeline.now
         snapshot = self._router.snapshot()
-        self._check_cards(snapshot, now)
+        self._check_cards(self._router, snapshot, now)
         _check_reservations(snapshot, now)
         self._check_slots(snapshot, now)
         self._check_waiting(self._router, snapshot, now)
@@ -96,17 +99,17 @@ class Invariants:
         if running and not excused:
             raise InvariantError(f"{now:.3f}: {unload.instance} unloads busy {unload.model.name}: {unload.reason}")
 
-    def _check_cards(self, snapshot: Snapshot, now: float) -> None:
-        """What is loaded and what is reserved never exceed a card, room that is being made not counted."""
+    def _check_cards(self, router: Watched, snapshot: Snapshot, now: float) -> None:
+        """What is loaded in truth and what is reserved for loads that have taken nothing yet never exceed a card; what
+        is on its way out, or has its room promised to a planned load, is not counted."""
         held: Counter[GpuUuid] = Counter()
-        loads = {r.load_id for r in snapshot.reservations.values()}
-        for residency in snapshot.residencies.values():
-            if residency.state is ResidencyState.READY and residency.load_id not in loads:
-                for uuid, size in bytes_by_gpu(snapshot, residency):
-                    held[uuid] += size
+        promised = snapshot.promised()
+        for key, residency in snapshot.residencies.items():
+            if key not in promised and residency.state in (ResidencyState.READY, ResidencyState.LOADING):
+                held.update(router.bytes_held(key))
         for reservation in snapshot.reservations.values():
-            for uuid, size in reservation.per_gpu_bytes:
-                held[uuid] += size
+            if not router.bytes_held((reservation.instance, reservation.blob)):
+                held.update(dict(reservation.per_gpu_bytes))
         for uuid, size in held.items():
             card = snapshot.gpus[uuid]
             usable = card.memory_total_bytes - (card.memory_reserved_bytes or 0)

@@ -16,7 +16,7 @@ SINGLE, SPREAD, CARD_1 = Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), L
 
 @pytest.fixture
 def two() -> Play:
-    return Play(2, Policy(vram_margin_bytes=0), slots=1).begin()
+    return Play(2, Policy(vram_margin_bytes=0, replicas_max=1), slots=1).begin()
 
 
 def test_a_smaller_context_is_served_by_the_copy_that_is_there(two: Play) -> None:

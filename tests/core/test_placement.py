@@ -220,6 +220,12 @@ def test_memory_that_is_coming_back_is_waited_for_and_nobody_else_leaves() -> No
     assert placed.reason == "gpu0: fits once freed memory shows"
 
 
+def test_memory_that_shows_as_free_already_is_not_waited_for_again() -> None:
+    held = [residency("gpu0", OLD, 12_000, state=ResidencyState.UNLOADING), residency("gpu0", BUSY, 8_000, in_flight=1)]
+    waits = _waits(snapshot([card(0, 16_000)], [view("gpu0", 0)], held), model("middle", 18_000))
+    assert waits.drain == (key("gpu0", BUSY),)
+
+
 def test_the_same_weights_with_other_options_leave_first() -> None:
     held = [residency("gpu0", SMALL, 10_000)]
     placed = _placed(snapshot([card(0, 4_000)], [view("gpu0", 0)], held), SMALL, LONG)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.core.entities import InstanceName, InstanceView, Layout, LayoutKind, ModelFacts, Snapshot
-from router.core.placement import NoFit, Placed, place
+from router.core.placement import NoFit, Placed, Want, place
 from tests.core.builders import by_weight, card, gpu_id, model, snapshot, view
 
 SMALL, LARGE, HUGE = model("small", 10_000), model("large", 30_000), model("huge", 60_000)
@@ -15,7 +15,7 @@ PAIR = (view("gpu0", 0), view("gpu1", 1), view("spread", 0, 1))
 
 
 def _placed(facts: Snapshot, of: ModelFacts) -> str:
-    decision = place(facts, by_weight, of, ())
+    decision = place(facts, by_weight, Want(of))
     assert isinstance(decision, Placed), decision
     return decision.instance
 
@@ -36,7 +36,8 @@ def test_a_model_goes_only_where_its_store_is() -> None:
     ):
         wanted = replace(SMALL, is_shared=is_shared, attached_on=attached_on)
         assert _placed(facts, wanted) == there
-    nowhere = place(facts, by_weight, replace(SMALL, is_shared=False, attached_on=frozenset({InstanceName("far")})), ())
+    far = replace(SMALL, is_shared=False, attached_on=frozenset({InstanceName("far")}))
+    nowhere = place(facts, by_weight, Want(far))
     assert isinstance(nowhere, NoFit)
     assert nowhere.code == "no_instance"
     assert "no instance that has model 'small' is running: gpu0 is ready; near is ready" in nowhere.message
@@ -48,7 +49,7 @@ SINGLE, SPREAD, CARD_0 = Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), L
 @pytest.mark.parametrize(("layout", "there"), [(None, "gpu1"), (SINGLE, "gpu1"), (CARD_0, "gpu0"), (SPREAD, "spread")])
 def test_who_insists_on_cards_gets_them_though_others_would_be_better(layout: Layout | None, there: str) -> None:
     facts = snapshot([card(0, 11_000), card(1, 23_000)], PAIR)
-    decision = place(facts, by_weight, SMALL, (), layout)
+    decision = place(facts, by_weight, Want(SMALL, layout=layout))
     assert isinstance(decision, Placed)
     assert decision.instance == there
 
@@ -66,7 +67,7 @@ def test_who_insists_on_cards_gets_them_though_others_would_be_better(layout: La
 def test_cards_that_cannot_be_had_are_refused_with_the_reason(
     of: ModelFacts, views: tuple[InstanceView, ...], layout: Layout, words: str
 ) -> None:
-    decision = place(snapshot([card(0, 23_000), card(1, 23_000)], views), by_weight, of, (), layout)
+    decision = place(snapshot([card(0, 23_000), card(1, 23_000)], views), by_weight, Want(of, layout=layout))
     assert isinstance(decision, NoFit)
     assert decision.code == "layout_unavailable"
     assert words in decision.message

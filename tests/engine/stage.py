@@ -8,7 +8,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from router.core.dispatcher import Dispatcher
-from router.core.entities import InstanceState, ModelFacts, Policy, ResidencyState, Ticket
+from router.core.entities import (
+    InstanceName,
+    InstanceSpec,
+    InstanceState,
+    ModelFacts,
+    Policy,
+    ResidencyState,
+    Ticket,
+)
 from router.core.events import (
     Action,
     Event,
@@ -32,6 +40,9 @@ class RecordingDriver:
 
     def __init__(self) -> None:
         self.loads: list[Load] = []
+        self.started: list[InstanceSpec] = []
+        self.stopped: list[InstanceName] = []
+        self.readings = 0
         self.unloads: list[Unload] = []
         self.cancelled: list[Load | Unload] = []
         self._ends: dict[int, asyncio.Future[LoadFinished | LoadFailed | Exception]] = {}
@@ -48,6 +59,15 @@ class RecordingDriver:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    def start_instance(self, spec: InstanceSpec) -> None:
+        self.started.append(spec)
+
+    def stop_instance(self, name: InstanceName) -> None:
+        self.stopped.append(name)
+
+    def read_gpus(self) -> None:
+        self.readings += 1
 
     async def unload(self, unload: Unload) -> UnloadFinished:
         self.unloads.append(unload)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.core.entities import ModelFacts, Snapshot, Ticket, TicketId
+from router.core.entities import GpuUuid, ModelFacts, ResidencyKey, Snapshot, Ticket, TicketId
 from router.core.events import Action, Event, Grant, Load, Reject, Unload
 from router.scenarios import Wanted, contestant, scenario
 from router.sim.contestants.llamayard import Llamayard
@@ -37,6 +37,9 @@ class Doctored:
 
     def snapshot(self) -> Snapshot:
         return self._change(self._router.snapshot())
+
+    def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
+        return self._router.bytes_held(key)
 
 
 def play(wrong: Wrong = lambda actions: actions, change: Callable[[Snapshot], Snapshot] = lambda seen: seen) -> None:
@@ -87,9 +90,11 @@ def test_an_unload_of_a_busy_model_is_noticed() -> None:
 
 def test_more_than_a_card_holds_is_noticed() -> None:
     def grown(seen: Snapshot) -> Snapshot:
-        larger = {key: replace(one, per_gpu_bytes=tuple(2 * size for size in one.per_gpu_bytes))
-                  for key, one in seen.residencies.items()}  # fmt: skip
-        return replace(seen, residencies=larger, reservations={})
+        larger = {
+            key: replace(one, per_gpu_bytes=tuple((gpu, 3 * size) for gpu, size in one.per_gpu_bytes))
+            for key, one in seen.reservations.items()
+        }
+        return replace(seen, reservations=larger)
 
     with pytest.raises(InvariantError, match="held and reserved"):
         play(change=grown)

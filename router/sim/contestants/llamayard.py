@@ -8,7 +8,7 @@ nothing itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from router.core.dispatcher import Dispatcher
@@ -19,6 +19,7 @@ from router.core.entities import (
     InstanceState,
     ModelFacts,
     Policy,
+    ResidencyKey,
     Snapshot,
     Ticket,
     TicketId,
@@ -47,6 +48,7 @@ from router.core.events import (
 )
 from router.core.sizing import estimate_bytes
 from router.sim.batching import Done
+from router.sim.contestants.units import Unit, on_demand_policy, unit_on_demand, units_over
 from router.sim.host import Host
 from router.sim.loaded import ServerConfig
 from router.sim.requests import Request
@@ -54,6 +56,9 @@ from router.sim.server import LOST, LoadResult, SimServer
 from router.sim.timeline import Timer
 
 _POLL_SECONDS = 1.0
+_OLD_NEWS_SECONDS = 5.0
+"""Each instance is looked at each second, but what it lists is told again only so often where nothing changed: that
+halves the time of a run, and the core has nothing to learn from it."""
 _START_SECONDS = 0.3
 _READING_SECONDS = 0.01
 """A reading of the cards, from its beginning to its event."""
@@ -76,31 +81,27 @@ class _Held:
     attempts: int = 1
 
 
-@dataclass(slots=True)
-class _Unit:
-    """One instance."""
-
-    spec: InstanceSpec
-    server: SimServer
-    state: InstanceState = InstanceState.STOPPED
-    lives: int = 0
-    deaths: list[float] = field(default_factory=list[float])
-
-
 class Llamayard:
     """The product over a simulated machine."""
 
     def __init__(
-        self, host: Host, config: ServerConfig, policy: Policy | None = None, seen: Seen | None = None
+        self,
+        host: Host,
+        config: ServerConfig,
+        policy: Policy | None = None,
+        seen: Seen | None = None,
+        *,
+        pairs: bool = False,
     ) -> None:
-        """`seen` is told of every event with its actions."""
-        self._policy = policy or _policy(config)
+        """`seen` is told of every event with its actions. `pairs`: an instance over each two cards as well, as somebody
+        may declare them by hand."""
+        self._policy = on_demand_policy(policy or Policy(), config)
         self.dispatcher = Dispatcher(self._policy, _Remembered())
         self._host = host
         self._seen = seen
         own = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
         self._config = own
-        self._units = {unit.spec.name: unit for unit in _units(host, own)}
+        self._units = {unit.spec.name: unit for unit in units_over(host, own, pairs=pairs)}
         self._held: dict[TicketId, _Held] = {}
         self._tickets: dict[Request, TicketId] = {}
         self._wake: Timer | None = None
@@ -139,13 +140,20 @@ class Llamayard:
         """Requests that wait or run, by their tickets."""
         return {ticket: held.request for ticket, held in self._held.items()}
 
+    def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
+        """What a model's runner really holds on each card; empty where it has none."""
+        for runner in self._units[key[0]].server.loaded:
+            if runner.blob == key[1]:
+                return runner.bytes_by_card
+        return {}
+
     # --- faults --------------------------------------------------------------------------------------------
 
     def server_died(self, index: int) -> None:
         """An instance dies and is started again, later each time."""
         self._kill(list(self._units.values())[index % len(self._units)])
 
-    def _kill(self, unit: _Unit) -> None:
+    def _kill(self, unit: Unit) -> None:
         if unit.state is not InstanceState.READY:
             return
         unit.lives += 1
@@ -234,9 +242,7 @@ class Llamayard:
                 assert_never(action)
 
     def _begin_instance(self, spec: InstanceSpec) -> None:
-        named = replace(spec, url=f"sim://{spec.name}", environment={"OLLAMA_SCHED_SPREAD": "1"})
-        own = replace(self._config, spread=len(spec.gpus) > 1)
-        unit = _Unit(named, SimServer(self._host, spec.name, spec.gpus, own))
+        unit = unit_on_demand(self._host, spec, self._config)
         self._units[spec.name] = unit
         self._soon(lambda: self._start(unit))
 
@@ -297,15 +303,18 @@ class Llamayard:
         self._host.timeline.after(_POLL_SECONDS, self._poll)
         self._read_cards()
         for unit in list(self._units.values()):
-            if unit.state is InstanceState.READY:
-                self._post(ResidencyRead(unit.spec.name, self._listed(unit), self._now))
+            rows = self._listed(unit)
+            is_news = rows != unit.listed or self._now - unit.listed_at >= _OLD_NEWS_SECONDS
+            if unit.state is InstanceState.READY and is_news:
+                unit.listed, unit.listed_at = rows, self._now
+                self._post(ResidencyRead(unit.spec.name, rows, self._now))
 
     def _read_cards(self) -> None:
         read_at = self._now
         gpus = self._host.book.read()
         self._host.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
 
-    def _listed(self, unit: _Unit) -> tuple[LoadedModel, ...]:
+    def _listed(self, unit: Unit) -> tuple[LoadedModel, ...]:
         return tuple(
             LoadedModel(
                 name=one.model.name,
@@ -318,7 +327,7 @@ class Llamayard:
             for one in unit.server.loaded
         )
 
-    def _start(self, unit: _Unit) -> None:
+    def _start(self, unit: Unit) -> None:
         if any(uuid in self._host.book.lost for uuid in unit.spec.gpus):
             self._change(unit, InstanceState.BACKOFF, "its card is lost")
             self._host.timeline.after(5.0, lambda: self._start(unit))
@@ -327,11 +336,11 @@ class Llamayard:
         life = unit.lives
         self._host.timeline.after(_START_SECONDS, lambda: self._started(unit, life))
 
-    def _started(self, unit: _Unit, life: int) -> None:
+    def _started(self, unit: Unit, life: int) -> None:
         if unit.lives == life and unit.state is InstanceState.STARTING:
             self._change(unit, InstanceState.READY, "")
 
-    def _change(self, unit: _Unit, state: InstanceState, reason: str) -> None:
+    def _change(self, unit: Unit, state: InstanceState, reason: str) -> None:
         unit.state = state
         version = ".".join(map(str, unit.server.config.version)) if state is InstanceState.READY else None
         self._post(InstanceChanged(unit.spec, state, reason, version))
@@ -358,45 +367,3 @@ class _Remembered:
 def _guessed(request: Request) -> int:
     """The gateway knows the prompt's text, not its tokens: up to a quarter too few or too many, by the request."""
     return max(1, round(request.prompt_tokens * (0.75 + request.id * 7919 % 51 / 100)))
-
-
-def _policy(config: ServerConfig) -> Policy:
-    """The product's defaults, with instances on demand like the others."""
-    like = InstanceSpec(
-        name=InstanceName(""),
-        gpus=(),
-        url="",
-        num_parallel=config.slots,
-        context_length=config.context_length,
-        kv_cache_type=config.kv_cache_type,
-        flash_attention=config.flash_attention,
-        environment={"OLLAMA_SCHED_SPREAD": "1"},
-    )
-    return Policy(instances_on_demand=True, on_demand_like=like, context_length=config.context_length)
-
-
-def _units(host: Host, config: ServerConfig) -> list[_Unit]:
-    """One instance a card and one over all: even on equal cards, else filled first, the fastest card first."""
-    cards = host.book.cards
-    units = [_unit(host, f"gpu{card.index}", (card.uuid,), config, even=False) for card in cards]
-    if len(cards) > 1:
-        even = len({(card.name, card.memory_total_bytes) for card in cards}) == 1
-        order = sorted(cards, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
-        uuids = tuple(card.uuid for card in (cards if even else order))
-        units.append(_unit(host, "spread", uuids, config, even=even))
-    return units
-
-
-def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> _Unit:
-    own = replace(config, spread=even)
-    spec = InstanceSpec(
-        name=InstanceName(name),
-        gpus=cards,
-        url=f"sim://{name}",
-        num_parallel=config.slots,
-        context_length=config.context_length,
-        kv_cache_type=config.kv_cache_type,
-        flash_attention=config.flash_attention,
-        environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"},
-    )
-    return _Unit(spec, SimServer(host, name, cards, own))

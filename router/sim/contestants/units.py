@@ -1,0 +1,80 @@
+"""The instances that the simulated router has: which servers over which cards, and how far each has come.
+
+It mirrors what `router/fleet/plan.py` plans from discovery. It starts nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+from router.core.entities import GpuUuid, InstanceName, InstanceSpec, InstanceState, Policy
+from router.core.events import LoadedModel
+from router.sim.host import Host
+from router.sim.loaded import ServerConfig
+from router.sim.server import SimServer
+
+
+@dataclass(slots=True)
+class Unit:
+    """One instance."""
+
+    spec: InstanceSpec
+    server: SimServer
+    state: InstanceState = InstanceState.STOPPED
+    lives: int = 0
+    deaths: list[float] = field(default_factory=list[float])
+    listed: tuple[LoadedModel, ...] = ()
+    """As last told, and when."""
+    listed_at: float = 0.0
+
+
+def units_over(host: Host, config: ServerConfig, *, pairs: bool) -> list[Unit]:
+    """One instance a card and one over all: even on equal cards, else filled first, the fastest card first."""
+    cards = host.book.cards
+    units = [_unit(host, f"gpu{card.index}", (card.uuid,), config, even=False) for card in cards]
+    if len(cards) > 1:
+        even = len({(card.name, card.memory_total_bytes) for card in cards}) == 1
+        order = sorted(cards, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
+        uuids = tuple(card.uuid for card in (cards if even else order))
+        units.append(_unit(host, "spread", uuids, config, even=even))
+    for one, other in combinations(cards, 2) if pairs and len(cards) > 2 else ():
+        units.append(_unit(host, f"pair{one.index}{other.index}", (one.uuid, other.uuid), config, even=True))
+    return units
+
+
+def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
+    own = replace(config, spread=even)
+    spec = InstanceSpec(
+        name=InstanceName(name),
+        gpus=cards,
+        url=f"sim://{name}",
+        num_parallel=config.slots,
+        context_length=config.context_length,
+        kv_cache_type=config.kv_cache_type,
+        flash_attention=config.flash_attention,
+        environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"},
+    )
+    return Unit(spec, SimServer(host, name, cards, own))
+
+
+def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit:
+    """One that the dispatcher asked for."""
+    even = len(spec.gpus) > 1
+    named = replace(spec, url=f"sim://{spec.name}", environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"})
+    return Unit(named, SimServer(host, spec.name, spec.gpus, replace(config, spread=even)))
+
+
+def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
+    """The policy with instances on demand, tuned like the others, as the product has it over cards."""
+    like = InstanceSpec(
+        name=InstanceName(""),
+        gpus=(),
+        url="",
+        num_parallel=config.slots,
+        context_length=config.context_length,
+        kv_cache_type=config.kv_cache_type,
+        flash_attention=config.flash_attention,
+        environment={"OLLAMA_SCHED_SPREAD": "1"},
+    )
+    return replace(policy, instances_on_demand=True, on_demand_like=like, context_length=config.context_length)

@@ -1,0 +1,74 @@
+"""Servers in pairs with the same models, one asked straight and one behind a router: real 0.11.4, emulated 0.24.0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import pytest
+
+from tests.contract.stage import Stage, furnish
+from tests.support.ollama_server import ModelFile, OllamaServer, emulated_server, real_server, write_model_files
+from tests.support.product import Product, prepare, running
+from tests.support.tiny_model import BIG, EMBED, TINY
+
+Start = Callable[..., AbstractContextManager[OllamaServer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A router over one server."""
+
+    product: Product
+    stage: Stage
+    """Speaks to the server through the router."""
+    behind: OllamaServer
+    """The server itself."""
+
+    @property
+    def url(self) -> str:
+        return self.product.address.url
+
+    @property
+    def is_real(self) -> bool:
+        return self.behind.kind == "real"
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
+    return write_model_files(tmp_path_factory.mktemp("weights"), {"tiny": TINY, "big": BIG, "embed": EMBED})
+
+
+@pytest.fixture(scope="session", params=[pytest.param("real", marks=pytest.mark.ollama), "emulated"])
+def start(request: pytest.FixtureRequest) -> Start:
+    return {"real": real_server, "emulated": emulated_server}[request.param]
+
+
+@pytest.fixture(scope="session")
+def straight(
+    start: Start, files: Mapping[str, ModelFile], tmp_path_factory: pytest.TempPathFactory
+) -> Generator[Stage]:
+    with start(tmp_path_factory.mktemp("straight")) as server:
+        yield furnish(server, files)
+
+
+@pytest.fixture(scope="session")
+def routed(start: Start, files: Mapping[str, ModelFile], tmp_path_factory: pytest.TempPathFactory) -> Generator[Routed]:
+    folder = tmp_path_factory.mktemp("routed")
+    with start(folder, OLLAMA_KEEP_ALIVE="-1") as server:
+        config = {
+            "instances": [{"name": "one", "url": server.url, "num_parallel": 1, "context_length": 4096}],
+            "ollama": {"context_length": 4096, "binary": "none"},
+            "log": {"format": "json"},
+        }
+        with running(prepare(folder, config)) as product:
+            yield Routed(product, furnish(_as_server(server, product), files), server)
+
+
+def _as_server(server: OllamaServer, product: Product) -> OllamaServer:
+    """The router in the shape of the server that stands behind it."""
+    assert product.process is not None
+    return OllamaServer(
+        server.kind, server.version, product.address, product.process, product.log, dict(server.environment)
+    )
