@@ -12,7 +12,7 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim docs clean real-ollama
+.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim clients docs clean real-ollama client-packages
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -38,7 +38,7 @@ test: setup real-ollama check  ## everything: check, then the whole suite, a rea
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-py:  ## the suite without the real Ollama on another Python: make test-py PYTHON=python3.13
-	$(MAKE) pytest ARGS='-m "not ollama" $(ARGS)' \
+	$(MAKE) pytest ARGS='-m "not ollama and not clients" $(ARGS)' \
 		VENV=.venv-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 pytest: setup
@@ -49,6 +49,9 @@ sim: setup  ## ten thousand small worlds in which everything goes wrong, every r
 
 bench-sim: setup  ## the router against stock servers and nginx, all rigs and mixes SIMULATED (ARGS="--seeds 3 --cells 4x3090/team")
 	$(VENV)/bin/python -m bench.sched.bench_sim $(ARGS)
+
+clients: setup real-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
+	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
 
 docs: setup  ## write the documents that are drawn from code
 	$(VENV)/bin/python -m router.docs
@@ -83,6 +86,24 @@ real-ollama:
 	elif command -v go >/dev/null && { command -v c++ || command -v g++; } >/dev/null; then $(MAKE) ollama; \
 	elif [ -n "$${CI:-}" ]; then echo "CI needs Go and a C++ compiler to build Ollama $(OLLAMA_VERSION)" >&2; exit 1; \
 	else echo "no Go or no C++ compiler: tests against a real Ollama will be skipped"; fi
+
+CLIENTS := .cache/clients
+
+client-packages: $(CLIENTS)/venv/.installed
+	@if command -v npm >/dev/null && command -v node >/dev/null; then $(MAKE) $(CLIENTS)/node/.installed; \
+	elif [ -n "$${CI:-}" ]; then echo "CI needs Node.js and npm for the clients in JavaScript" >&2; exit 1; \
+	else echo "no Node.js or no npm: the clients in JavaScript will be skipped"; fi
+
+$(CLIENTS)/venv/.installed: VENV := $(CLIENTS)/venv
+$(CLIENTS)/venv/.installed: tests/clients/requirements.txt
+	@$(call make_venv)
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -r $<
+	@touch $@
+
+$(CLIENTS)/node/.installed: tests/clients/package.json
+	@mkdir -p $(@D) && cp $< $(@D)
+	npm install --prefix $(@D) --no-package-lock --no-audit --no-fund --loglevel=error
+	@touch $@
 
 # Built aside and moved, so that an interrupted build leaves nothing that looks whole.
 $(OLLAMA):
