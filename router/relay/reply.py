@@ -88,11 +88,25 @@ class Asker(Protocol):
 class ReplyRelay:
     """The receiver on `connection` for one request."""
 
-    __slots__ = (
-        "_asker", "_body", "_client", "_due", "_held", "_keep", "_limits", "_now", "_path", "_payload",
-        "_phase", "_reply", "_request", "_seen_bytes", "_tail", "_wraps", "begun", "bytes_out", "connection",
-        "first_byte_at", "last", "last_byte_at", "request_sent", "touched",
-    )  # fmt: skip
+    request_sent = True
+    """False while pieces of the body are still to be written."""
+    last = False
+    """Whether this is the last attempt: then even a reply that tells of a dead runner is passed on."""
+    touched = False
+    """Whether any byte of the reply has come."""
+    begun = False
+    """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
+    bytes_out = 0
+    first_byte_at: float | None = None
+    last_byte_at: float | None = None
+    _phase = _AWAITED
+    _body: Body = _NOTHING
+    _payload: list[bytes] | None = None
+    """Where it is a list, the body's data is collected in it without the server's chunks."""
+    _wraps = False
+    """Whether the client gets chunks of our own making."""
+    _keep = False
+    _seen_bytes = -1
 
     def __init__(
         self,
@@ -103,8 +117,6 @@ class ReplyRelay:
         connection: UpstreamConnection,
         limits: Limits,
         now: Callable[[], float],
-        *,
-        begun: bool = False,
     ) -> None:
         self._asker = asker
         self._client = client
@@ -112,30 +124,11 @@ class ReplyRelay:
         self._path = path
         self._limits = limits
         self._now = now
-        self.connection = connection
-        self.request_sent = True
-        """False while pieces of the body are still to be written."""
-        self.last = False
-        """Whether this is the last attempt: then even a reply that tells of a dead runner is passed on."""
-        self.begun = begun
-        """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
-        self.touched = False
-        """Whether any byte of the reply has come."""
-        self._phase = _AWAITED
         self._reply = ReplyHead()
-        self._body: Body = _NOTHING
-        self._payload: list[bytes] | None = None
-        """Where it is a list, the body's data is collected in it without the server's chunks."""
-        self._wraps = False
-        """Whether the client gets chunks of our own making."""
         self._held: list[bytes] = []
         self._tail = Tail()
-        self._keep = False
-        self._seen_bytes = -1
         self._due = now() + limits.first_byte_timeout_seconds
-        self.bytes_out = 0
-        self.first_byte_at: float | None = None
-        self.last_byte_at: float | None = None
+        self.connection = connection
         connection.receiver = self
 
     @property

@@ -27,6 +27,7 @@ class Relay:
         self._connections: set[ClientConnection] = set()
         limits, patience = desk.limits, desk.patience
         shortest = min(
+            desk.rules.heartbeat_seconds or float("inf"),
             limits.first_byte_timeout_seconds,
             limits.idle_timeout_seconds,
             patience.head_seconds,
