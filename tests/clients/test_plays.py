@@ -8,56 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.clients.commands import command
 from tests.clients.conftest import Routed
 from tests.contract.stage import Stage
-from tests.support.ollama_server import ROOT
 from tests.support.waiting import eventually_sync
 
-_PLAYS = Path(__file__).parent / "plays"
-_INSTALLED = ROOT / ".cache" / "clients"
+_LIGHT = ("ollama_python.py", "openai_python.py")
+"""They need only what the project's own environment has."""
 _PLAY_SECONDS = 120
 _FEATURES = {"stream", "once", "tools", "image", "error", "cancel"}
-
-
-def _command(play: str) -> list[str]:
-    """How a play is run; skips the test where what it needs is not installed, or fails it where CI=true."""
-    path = _PLAYS / play
-    if play in ("ollama_python.py", "openai_python.py"):
-        return [sys.executable, str(path)]
-    python, node = _INSTALLED / "venv" / "bin" / "python", shutil.which("node")
-    if path.suffix == ".py" and python.is_file():
-        return [str(python), str(path)]
-    if path.suffix == ".mjs" and node and (_INSTALLED / "node" / "node_modules").is_dir():
-        return [node, str(_beside_packages(path))]
-    words = f"{play} needs packages that are not installed: run `make clients`"
-    if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(words)
-    pytest.skip(words)
-
-
-def _beside_packages(path: Path) -> Path:
-    """Node finds packages only above a program, so the plays are copied beside them."""
-    folder = _INSTALLED / "node" / "plays"
-    folder.mkdir(exist_ok=True)
-    for each in _PLAYS.glob("*.mjs"):
-        shutil.copy(each, folder)
-    return folder / path.name
 
 
 def _seen(play: str, stage: Stage) -> dict[str, Any]:
     """What a play saw of a server with nothing loaded."""
     stage.unload_all()
     environment = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    home = str(stage.server.models_dir.parent)
     done = subprocess.run(
-        [*_command(play), stage.server.url], env={**environment, "HOME": str(stage.server.models_dir.parent)},
+        [*command(play, light=play in _LIGHT), stage.server.url], env={**environment, "HOME": home},
         capture_output=True, text=True, timeout=_PLAY_SECONDS, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,7 +49,7 @@ def _plays_the_same(play: str, straight: Stage, routed: Routed) -> dict[str, Any
     return through
 
 
-@pytest.mark.parametrize("play", ["ollama_python.py", "openai_python.py"])
+@pytest.mark.parametrize("play", _LIGHT)
 def test_a_package_meets_the_same_through_the_router(play: str, straight: Stage, routed: Routed) -> None:
     seen = _plays_the_same(play, straight, routed)
     assert seen["tools"] == [["add", {"a": 7}]]
