@@ -24,6 +24,8 @@ from router.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, InstanceSett
 
 _WIDTH = 116
 _SAMPLES: Mapping[str, object] = {
+    "server.tls_certificate": "/etc/llamayard/certificate.pem",
+    "server.tls_key": "/etc/llamayard/key.pem",
     "ollama.flash_attention": True,
     "discover": True,
     "rig": "2x3090",

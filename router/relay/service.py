@@ -82,6 +82,7 @@ def relay_over(
     origins: OriginPolicy,
     access: AccessLog,
     make_handler: Callable[[], asyncio.Protocol],
+    patience: Patience,
     *,
     debug_headers: bool,
 ) -> Relay:
@@ -101,7 +102,7 @@ def relay_over(
             cards=lambda: engine.snapshot().gpus,
             debug_headers=debug_headers,
             make_handler=make_handler,
-            patience=Patience(),
+            patience=patience,
             table=RouteTable(),
             tasks=Tasks(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -301,6 +302,7 @@ async def staged(
     patience: Patience | None = None,
     primary: bool = True,
     rules: Rules = Rules(default_context_length=8192),  # noqa: B008
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[Stage]:
     """A relay that listens on loopback, in front of one upstream server."""
     loop = asyncio.get_running_loop()
@@ -334,7 +336,7 @@ async def staged(
         tasks=Tasks(),
     )
     relay = Relay(desk)
-    front = await loop.create_server(relay, "127.0.0.1", 0)
+    front = await loop.create_server(relay, "127.0.0.1", 0, ssl=tls)
     address = Address("127.0.0.1", front.sockets[0].getsockname()[1])
     watching = loop.create_task(relay.run())
     try:
