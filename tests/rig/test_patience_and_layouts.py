@@ -1,4 +1,4 @@
-"""Waiting for a load, and insisting on a layout, over emulated cards and servers of 0.24.0."""
+"""Waiting for a load, insisting on a layout and falling back, over emulated cards and servers of 0.24.0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.product import Product, prepare, running
 from tests.support.rawhttp import Reply, call, connect, request_bytes
-from tests.support.sparse_model import LLAMA_8B, LLAMA_70B, put_into_store
+from tests.support.sparse_model import LLAMA_8B, LLAMA_70B, LLAMA_405B, put_into_store
 
 pytestmark = pytest.mark.rig
 
@@ -22,6 +22,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
     config = {
         "log": {"format": "json"},
         "stream": {"heartbeat_seconds": 0.2},
+        "fallbacks": {"huge": {"to": ["small"], "reasons": ["too_large"]}},
         "poll": {"catalog_seconds": 0.2, "gpu_seconds": 0.2, "residency_seconds": 0.2},
     }
     speed = {"LLAMAYARD_RIG_SPEED": "4"}
@@ -29,6 +30,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
         (store,) = {process.environ()["OLLAMA_MODELS"] for process in router.servers().values()}
         put_into_store(Path(store), "small", LLAMA_8B)
         put_into_store(Path(store), "seventy", LLAMA_70B)
+        put_into_store(Path(store), "huge", LLAMA_405B)
         yield router
 
 
@@ -85,3 +87,9 @@ async def test_a_layout_that_cannot_hold_the_model_is_refused_with_why(product: 
     body = {"model": "seventy", "messages": _HI, "stream": False}
     reply = await call(product.address, "POST", "/api/chat", body, (("X-Llamayard-Layout", "single"),))
     assert (reply.status, reply.header("X-Llamayard-Error")) == (409, "layout_unavailable"), reply.body
+
+
+async def test_a_model_that_fits_nowhere_is_replaced_by_the_one_that_may_stand_in_for_it(product: Product) -> None:
+    reply = await call(product.address, "POST", "/v1/chat/completions", {"model": "huge", "messages": _HI})
+    assert (reply.status, reply.json()["model"]) == (200, "small"), reply.body
+    assert (reply.header("X-Llamayard-Model"), reply.header("X-Llamayard-Fallback")) == ("small", "too_large")
