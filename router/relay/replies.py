@@ -45,6 +45,12 @@ def reply_head(
     return b"\r\n".join(lines)
 
 
+def interim_head(reply: ReplyHead, headers: Headers) -> bytes:
+    """The head of an answer before the answer (1xx)."""
+    lines = [b"HTTP/1.1 %d %s" % (reply.status, reply.reason), *(b"%s: %s" % pair for pair in headers), b"", b""]
+    return b"\r\n".join(lines)
+
+
 def begun_head(headers: Iterable[tuple[str, str]], request: RequestHead, *, keep: bool) -> bytes:
     """The head of an answer whose reply has not come yet: chunks follow, or for HTTP/1.0 bytes until the close."""
     lines = [b"HTTP/1.1 200 OK\r\n", *map(_line, headers)]

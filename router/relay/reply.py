@@ -20,7 +20,7 @@ from router.gateway.shapes import NDJSON, SSE, api_of, stream_error
 from router.gateway.waiting import refusal
 from router.relay.framing import MORE, Body, Chunked, FramingError, NoBody, UntilClose
 from router.relay.heads import HeadError, ReplyHead, RequestHead
-from router.relay.replies import reply_head
+from router.relay.replies import interim_head, reply_head
 from router.relay.tail import Tail
 from router.relay.upstream import UpstreamConnection
 
@@ -163,6 +163,10 @@ class ReplyRelay:
             stale = self.connection.reused and not self.touched
             self._over()
             self._asker.reply_lost(InstanceLost(f"the instance {words}"), stale=stale)
+        elif self._phase == _HELD and error is None and self._body.closed():
+            self._judge_held(MORE, 0)
+            if self._phase == _RELAYED:
+                self._complete(reusable=False)
         elif self._phase == _HELD:
             self._over()
             self._asker.reply_lost(InstanceLost("the instance died while it answered"), stale=False)
@@ -194,7 +198,7 @@ class ReplyRelay:
                 self._malformed("it switches protocols unasked")
                 return
             if self._reply.status != 100 and self._request.minor:
-                self._client.send(data[start:end])
+                self._client.send(interim_head(self._reply, reply_headers(self._reply.headers)))
             self._reply = ReplyHead()
             start = end
         refused = self.begun and self._reply.status != 200
