@@ -12,7 +12,8 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim docs clean real-ollama
+.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim clients docs clean real-ollama client-packages \
+	leaks bench-relay bench-litellm profile nginx real-nginx
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -34,11 +35,11 @@ check: setup  ## formatting, ruff, pyright strict, tidiness of the tree
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/python -m pytest -q tests/test_tidy.py tests/test_documents.py
 
-test: setup real-ollama check  ## everything: check, then the whole suite, a real Ollama included where Go is
+test: setup real-ollama real-nginx check  ## everything: check, then the whole suite, a real Ollama included where Go is
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-py:  ## the suite without the real Ollama on another Python: make test-py PYTHON=python3.13
-	$(MAKE) pytest ARGS='-m "not ollama" $(ARGS)' \
+	$(MAKE) pytest ARGS='-m "not ollama and not clients" $(ARGS)' \
 		VENV=.venv-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 pytest: setup
@@ -49,6 +50,25 @@ sim: setup  ## ten thousand small worlds in which everything goes wrong, every r
 
 bench-sim: setup  ## the router against stock servers and nginx, all rigs and mixes SIMULATED (ARGS="--seeds 3 --cells 4x3090/team")
 	$(VENV)/bin/python -m bench.sched.bench_sim $(ARGS)
+
+clients: setup real-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
+	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
+
+leaks: setup  ## a hundred thousand requests that are broken off at random: nothing may be left over; minutes
+	ABORTS=100000 $(VENV)/bin/python -m pytest -q tests/relay/test_leaks.py $(ARGS)
+
+bench-relay: setup  ## the relay beside nginx, HAProxy and LiteLLM, as far as they are here (ARGS="--rounds 3 --only nginx,llamayard")
+	$(VENV)/bin/python -m bench.relay.bench $(ARGS)
+
+bench-litellm:  ## LiteLLM for bench-relay, from PyPI, in an environment of its own
+	$(PYTHON) -m venv .cache/bench-litellm
+	.cache/bench-litellm/bin/python -m pip install $(PIP_OPTIONS) 'litellm[proxy]'
+
+profile: setup  ## where the router's own time goes, for a small request and a token
+	$(VENV)/bin/python -m bench.relay.profiled $(ARGS)
+
+nginx:  ## nginx and HAProxy, for tests and benchmarks, by apt-get
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && $$sudo apt-get install -y -qq nginx haproxy
 
 docs: setup  ## write the documents that are drawn from code
 	$(VENV)/bin/python -m router.docs
@@ -83,6 +103,29 @@ real-ollama:
 	elif command -v go >/dev/null && { command -v c++ || command -v g++; } >/dev/null; then $(MAKE) ollama; \
 	elif [ -n "$${CI:-}" ]; then echo "CI needs Go and a C++ compiler to build Ollama $(OLLAMA_VERSION)" >&2; exit 1; \
 	else echo "no Go or no C++ compiler: tests against a real Ollama will be skipped"; fi
+
+CLIENTS := .cache/clients
+
+client-packages: $(CLIENTS)/venv/.installed
+	@if command -v npm >/dev/null && command -v node >/dev/null; then $(MAKE) $(CLIENTS)/node/.installed; \
+	elif [ -n "$${CI:-}" ]; then echo "CI needs Node.js and npm for the clients in JavaScript" >&2; exit 1; \
+	else echo "no Node.js or no npm: the clients in JavaScript will be skipped"; fi
+
+$(CLIENTS)/venv/.installed: VENV := $(CLIENTS)/venv
+$(CLIENTS)/venv/.installed: tests/clients/requirements.txt
+	@$(call make_venv)
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -r $<
+	@touch $@
+
+$(CLIENTS)/node/.installed: tests/clients/package.json
+	@mkdir -p $(@D) && cp $< $(@D)
+	npm install --prefix $(@D) --no-package-lock --no-audit --no-fund --loglevel=error
+	@touch $@
+
+real-nginx:
+	@if command -v nginx >/dev/null || [ -x /usr/sbin/nginx ]; then :; \
+	elif [ -n "$${CI:-}" ]; then $(MAKE) nginx; \
+	else echo "no nginx: tests that ask it for a second opinion will be skipped (make nginx)"; fi
 
 # Built aside and moved, so that an interrupted build leaves nothing that looks whole.
 $(OLLAMA):

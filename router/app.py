@@ -11,6 +11,7 @@ import contextlib
 import errno
 import signal
 import socket
+import ssl
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from router.gateway.origin import OriginPolicy, Origins, is_loopback, machine_na
 from router.gateway.server import Gateway
 from router.logs import RequestLines, configure_logs, writes_json
 from router.observe import EngineObserver, FleetCollector, Metrics
+from router.relay.desk import Patience
 from router.relay.heads import HEAD_BYTES_MAX
 from router.relay.service import Relay, relay_over
 from router.settings import ConfigError, Settings
@@ -61,6 +63,7 @@ async def serve(settings: Settings) -> int:
     """Runs the router until it is told to stop. ConfigError for what only shows when it is tried."""
     configure_logs(settings.log.format, settings.log.level)
     log = structlog.get_logger("router")
+    tls = _tls(settings)
     try:
         listener = _listen(settings)
     except OSError as error:
@@ -69,7 +72,7 @@ async def serve(settings: Settings) -> int:
         around = await asyncio.to_thread(look_around, settings)
         for swept in await asyncio.to_thread(sweep.sweep, str(settings.state_directory)):
             log.warning("swept", pid=swept.pid, instance=swept.instance, command=swept.command)
-        async with _built(settings, around) as router:
+        async with _built(settings, around, tls) as router:
             return await router.run(listener)
 
 
@@ -110,6 +113,7 @@ class _Router:
     gateway: Gateway
     relay: Relay
     library: web.Server
+    tls: ssl.SSLContext | None
     title: str
 
     async def run(self, listener: socket.socket) -> int:
@@ -135,10 +139,11 @@ class _Router:
         return EXIT_OK
 
     async def _open(self, listener: socket.socket) -> None:
-        await asyncio.get_running_loop().create_server(self.relay, sock=listener)
+        await asyncio.get_running_loop().create_server(self.relay, sock=listener, ssl=self.tls)
         host, port = listener.getsockname()[:2]
         log = structlog.get_logger("router")
-        log.info("listening", url=f"http://{host}:{port}", **({"emulated": self.title} if self.title else {}))
+        scheme = "http" if self.tls is None else "https"
+        log.info("listening", url=f"{scheme}://{host}:{port}", **({"emulated": self.title} if self.title else {}))
 
     async def _close(self, at_once: asyncio.Event) -> None:
         """Drains, then stops the servers, then closes what connections are left."""
@@ -190,7 +195,7 @@ async def _awaited(work: object) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Router]:
+async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext | None) -> AsyncGenerator[_Router]:
     """Wires everything; leaving ends what was started."""
     metrics = Metrics()
     lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
@@ -231,8 +236,8 @@ async def _built(settings: Settings, around: Surroundings) -> AsyncGenerator[_Ro
                 debug = settings.server.debug_headers
                 gateway = Gateway(context, origins, metrics, access, around.title, debug)
                 library = _library(gateway)
-                relay = relay_over(context, origins, access, library, debug_headers=debug)
-                yield _Router(settings, engine, supervisor, watcher, gateway, relay, library, around.title)
+                relay = relay_over(context, origins, access, library, _patience(settings), debug_headers=debug)
+                yield _Router(settings, engine, supervisor, watcher, gateway, relay, library, tls, around.title)
             finally:
                 if lines is not None:
                     lines.flush()
@@ -260,6 +265,28 @@ def _specs(settings: Settings, around: Surroundings, engine: Engine) -> tuple[In
     cards = tuple(engine.snapshot().gpus.values())
     plan = instance_plan(settings, around)
     return plan_instances(cards, plan, free_ports(ports_needed(cards, plan)))
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    """How the endpoint speaks TLS; None where it does not. ConfigError where a file cannot be used."""
+    certificate, key = settings.server.tls_certificate, settings.server.tls_key
+    if certificate is None or key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError is one too
+        raise ConfigError([f"server.tls_certificate, server.tls_key: {certificate}, {key}: {error}"]) from error
+    return context
+
+
+def _patience(settings: Settings) -> Patience:
+    server = settings.server
+    return Patience(
+        head_seconds=server.head_timeout_seconds,
+        body_seconds=server.body_timeout_seconds,
+        idle_seconds=server.connection_timeout_seconds,
+    )
 
 
 def _policy(settings: Settings) -> Policy:

@@ -154,7 +154,7 @@ def tuning_problems(settings: Settings) -> list[str]:
 
 def _status(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
     server = _settings(given, environment).server
-    status = fetch_status(server.host, server.port)
+    status = fetch_status(server.host, server.port, server.tls_certificate)
     print(json.dumps(status, indent=2) if given.json else render_status(status))
     return EXIT_OK
 

@@ -1,6 +1,7 @@
 """Writes the documents that are drawn from code: `python -m router.docs` in the project's folder.
 
-docs/configuration.md and config/llamayard.example.yaml from the settings, docs/instances.md from the lifecycle table.
+docs/configuration.md and config/llamayard.example.yaml from the settings, docs/instances.md from the lifecycle table,
+docs/routes.md from the table of routes.
 It holds no fact of its own about a key or a state; a test fails when a written file differs from what this gives.
 """
 
@@ -20,10 +21,13 @@ from pydantic.fields import FieldInfo
 from router.config_tree import named_section_of, section_of
 from router.config_values import bytes_text
 from router.core.lifecycle import state_diagram
+from router.gateway.routes import KIND_WORDS, ROUTES, Kind
 from router.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, InstanceSettings, Settings
 
 _WIDTH = 116
 _SAMPLES: Mapping[str, object] = {
+    "server.tls_certificate": "/etc/llamayard/certificate.pem",
+    "server.tls_key": "/etc/llamayard/key.pem",
     "ollama.flash_attention": True,
     "discover": True,
     "rig": "2x3090",
@@ -57,6 +61,7 @@ def documents() -> dict[str, str]:
         "docs/configuration.md": configuration_document(),
         "config/llamayard.example.yaml": example_file(),
         "docs/instances.md": instances_document(),
+        "docs/routes.md": routes_document(),
     }
 
 
@@ -120,6 +125,31 @@ def instances_document() -> str:
         "deaths it is FATAL and its last log lines stand in the reason that `llamayard status` shows.\n\n"
         f"```mermaid\n{state_diagram().strip()}\n```\n"
     )
+
+
+def routes_document() -> str:
+    """Every path that the router answers, and how."""
+    lines = [
+        "# Routes",
+        "",
+        "<!-- Written by `make docs` from router/gateway/routes.py; change it there. -->",
+        "",
+        "What is not listed is 404, as an Ollama server answers an unknown path; another method is 405. What the",
+        "servers' version lacks is their own 404, but that `/v1/responses` and `/v1/messages` are refused in the form",
+        "of their API, with the version. `*` is one more segment; after `/v1/models/` a whole name with its slashes.",
+        "[clients.md](clients.md) says which clients were tried, and which headers the router reads and writes.",
+        "",
+    ]
+    for kind in Kind:
+        lines += [f"## {kind.value.capitalize()}", "", f"{_sentence(KIND_WORDS[kind])}", "", "| methods | path |"]
+        lines += ["|---|---|"]
+        lines += [f"| {', '.join(route.methods)} | `{route.path}` |" for route in ROUTES if route.kind is kind]
+        lines += [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:] + "."
 
 
 def main() -> int:

@@ -69,6 +69,20 @@ class ServerSettings(_Section):
         default=256 * 1024**2,
         description="Largest request body that is held in memory, images included; uploads of weights are streamed.",
     )
+    head_timeout_seconds: Seconds = Field(
+        default=30.0, description="How long a request's head may take from its first byte to its last."
+    )
+    body_timeout_seconds: Seconds = Field(
+        default=60.0, description="Longest silence within a request's body before the client is given up."
+    )
+    connection_timeout_seconds: Seconds = Field(
+        default=3600.0,
+        description="How long a connection may be without a request; long, as clients keep theirs for as long.",
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file with the certificate and its chain; with tls_key, the endpoint is https."
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file with the certificate's private key.")
     drain_timeout_seconds: Seconds = Field(
         default=30.0, description="How long running streams may finish after SIGTERM before they are cut."
     )
@@ -80,6 +94,12 @@ class ServerSettings(_Section):
         description="Tells in every response's headers which instance served it and why, "
         "which a request can otherwise ask for.",
     )
+
+    @model_validator(mode="after")
+    def _a_certificate_has_its_key(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("give tls_certificate and tls_key together, or neither")
+        return self
 
 
 class OllamaSettings(_Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -200,6 +200,10 @@ def _with_home_paths(tree: Tree, environment: Mapping[str, str]) -> dict[str, An
     state_home = environment.get("XDG_STATE_HOME") or f"{home}/.local/state"
     result: dict[str, Any] = {"state_directory": f"{state_home}/llamayard", **tree}
     result["state_directory"] = _expanded(result["state_directory"], home)
+    server = result.get("server", {})
+    if isinstance(server, Mapping):
+        named = cast("Mapping[str, object]", server)
+        result["server"] = {k: _expanded(v, home) if k.startswith("tls_") else v for k, v in named.items()}
     ollama = result.get("ollama", {})
     if isinstance(ollama, Mapping):
         defaults: dict[str, Any] = {"models": "~/.ollama/models", **ollama}

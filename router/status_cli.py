@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 _GIB = 1024**3
@@ -21,20 +23,28 @@ class StatusError(Exception):
     """The router cannot be asked; the text says why and what to do."""
 
 
-def fetch_status(host: str, port: int) -> dict[str, Any]:
-    """The status document of the router that listens there.
+def _connection(host: str, port: int, certificate: Path | None) -> http.client.HTTPConnection:
+    if certificate is None:
+        return http.client.HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS)
+    context = ssl.create_default_context(cafile=str(certificate))
+    context.check_hostname = False  # it is asked by its address, which a certificate seldom names
+    return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context)
+
+
+def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[str, Any]:
+    """The status document of the router that listens there; with a certificate, over TLS, trusting that one alone.
 
     Raises:
         StatusError: nothing answers in ten seconds, or what answers is not a llamayard.
     """
     address = f"{_reachable(host)}:{port}"
-    connection = http.client.HTTPConnection(_reachable(host), port, timeout=_TIMEOUT_SECONDS)
     try:
+        connection = _connection(_reachable(host), port, certificate)
         with closing(connection):
             connection.request("GET", "/llamayard/status", headers={"Host": f"localhost:{port}"})
             reply = connection.getresponse()
             body = reply.read()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException) as error:  # ssl.SSLError is an OSError
         words = f"nothing answers at {address} ({error or type(error).__name__}); is `llamayard serve` running there?"
         raise StatusError(words) from error
     if reply.status != http.client.OK:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
 
+_SHORT = 512
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}")
@@ -50,6 +52,10 @@ def parse_name(text: str) -> Name:
     Raises:
         ValueError: Ollama would answer `invalid model name`.
     """
+    return _parse_short(text) if len(text) <= _SHORT else _parse(text)
+
+
+def _parse(text: str) -> Name:
     base, source = _cut_source(text.strip())
     if source and _cut_source(base)[1]:
         raise ValueError(f"invalid model name: {text!r}: use either :local or :cloud, not both")
@@ -67,6 +73,10 @@ def parse_name(text: str) -> Name:
     if not valid:
         raise ValueError(f"invalid model name: {text!r}")
     return Name(host.lower(), namespace.lower(), model.lower(), tag.lower())
+
+
+_parse_short = lru_cache(maxsize=4096)(_parse)
+"""The same names come again and again; long ones are not worth remembering."""
 
 
 def canonical(text: str) -> str:

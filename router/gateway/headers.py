@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -33,7 +34,7 @@ _OURS = frozenset(
 )
 _BODILESS = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 _ODD = re.compile(r"[^A-Za-z0-9._:/+=@-]")
-_BREAKS = re.compile(rb"[\r\n\x00]")
+_NOTHING = frozenset[bytes]()
 
 
 def upstream_headers(raw: Iterable[tuple[bytes, bytes]], host: bytes | None = None) -> Headers:
@@ -43,7 +44,9 @@ def upstream_headers(raw: Iterable[tuple[bytes, bytes]], host: bytes | None = No
     """
     pairs = list(raw)
     private = _private(pairs)
-    kept = [(name, value) for name, value in pairs if _goes_on(name.lower(), private)]
+    kept = [pair for pair in pairs if _goes_on(pair[0])]
+    if private:
+        kept = [pair for pair in kept if _lower(pair[0]) not in private]
     return kept if host is None else [(b"Host", host), *kept]
 
 
@@ -63,9 +66,11 @@ def request_head(
     elif body_bytes or method not in _BODILESS:
         pairs.append((b"Content-Length", b"%d" % body_bytes))
     lines = [b" ".join((method, target, b"HTTP/1.1")), *(name + b": " + value for name, value in pairs)]
-    if b" " in target or b" " in method or any(_BREAKS.search(line) for line in lines):
+    head, breaks = b"\r\n".join((*lines, b"", b"")), len(lines) + 1
+    clean = head.count(b"\n") == breaks == head.count(b"\r") and b"\0" not in head
+    if b" " in target or b" " in method or not clean:
         raise ValueError("a request head with a line break, NUL or stray blank in it is not sent")
-    return b"\r\n".join((*lines, b"", b""))
+    return head
 
 
 def reply_headers(raw: Iterable[tuple[bytes, bytes]], *, keep_framing: bool = False) -> Headers:
@@ -76,14 +81,18 @@ def reply_headers(raw: Iterable[tuple[bytes, bytes]], *, keep_framing: bool = Fa
     """
     pairs = list(raw)
     private = _private(pairs)
-    chunked = any(name.lower() == b"transfer-encoding" for name, _ in pairs)
-
-    def stays(lower: bytes) -> bool:
+    kept: Headers = []
+    chunked = False
+    for pair in pairs:
+        lower = _lower(pair[0])
         if lower == b"transfer-encoding":
-            return keep_framing
-        return not (_is_private(lower, private) or (chunked and lower == b"content-length"))
-
-    return [(name, value) for name, value in pairs if stays(name.lower())]
+            chunked = True
+            if not keep_framing:
+                continue
+        elif _is_hop_by_hop(lower) or (private and lower in private):
+            continue
+        kept.append(pair)
+    return [pair for pair in kept if _lower(pair[0]) != b"content-length"] if chunked else kept
 
 
 def header(raw: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
@@ -97,15 +106,29 @@ def request_id(given: str | None, make: Callable[[], str] = lambda: uuid.uuid4()
     return kept or make()
 
 
-def _goes_on(lower: bytes, private: frozenset[bytes]) -> bool:
-    return not (lower in _OURS or lower.startswith(b"x-llamayard-") or _is_private(lower, private))
+# The same few names come with every message: what they mean is worked out once.
 
 
-def _is_private(lower: bytes, named: frozenset[bytes]) -> bool:
-    return lower in _HOP_BY_HOP or lower.startswith(b"proxy-") or lower in named
+@lru_cache(maxsize=1024)
+def _lower(name: bytes) -> bytes:
+    return name.lower()
+
+
+@lru_cache(maxsize=1024)
+def _goes_on(name: bytes) -> bool:
+    """Whether a request's header goes to the server, unless Connection names it."""
+    lower = name.lower()
+    return not (lower in _OURS or lower.startswith(b"x-llamayard-") or _is_hop_by_hop(lower))
+
+
+@lru_cache(maxsize=1024)
+def _is_hop_by_hop(lower: bytes) -> bool:
+    return lower in _HOP_BY_HOP or lower.startswith(b"proxy-")
 
 
 def _private(pairs: Headers) -> frozenset[bytes]:
     """The headers that Connection names as this connection's own."""
-    named = (value for name, value in pairs if name.lower() == b"connection")
+    named = [value for name, value in pairs if _lower(name) == b"connection"]
+    if not named:
+        return _NOTHING
     return frozenset(token.strip().lower() for value in named for token in value.split(b",")) - _NEVER_BY_NAME

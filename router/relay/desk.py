@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -26,6 +27,8 @@ from router.relay.heads import RequestHead
 from router.relay.intake import too_large
 from router.relay.upstream import Pool
 
+_REMEMBERED_MAX = 256
+_REMEMBERED_BYTES_MAX = 256
 _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
@@ -112,6 +115,20 @@ class Tasks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+class Ids:
+    """New request ids: random once for this life of the router, then counted."""
+
+    __slots__ = ("_last", "_prefix")
+
+    def __init__(self) -> None:
+        self._prefix = secrets.token_hex(10)
+        self._last = 0
+
+    def __call__(self) -> str:
+        self._last += 1
+        return f"{self._prefix}{self._last:012x}"
+
+
 @dataclass(frozen=True, slots=True)
 class Desk:
     engine: Leases
@@ -131,17 +148,29 @@ class Desk:
     patience: Patience
     table: RouteTable
     tasks: Tasks
+    new_id: Callable[[], str] = field(default_factory=Ids)
+    good_hosts: set[str] = field(default_factory=set[str])
+    """Host headers that were found good, to be judged no more."""
+    leased: dict[bytes, tuple[Route, str]] = field(default_factory=dict[bytes, tuple[Route, str]])
+    """Targets that were found to be the relay's own."""
 
     def leased_route(self, head: RequestHead) -> tuple[Route, str] | None:
         """The route, with the decoded path, of a request that the relay answers itself."""
         if head.method != b"POST":
             return None
+        known = self.leased.get(head.target)
+        if known is not None:
+            return known
         if not head.target.startswith(b"/"):
             head.target = _ABSOLUTE.sub(b"", head.target, count=1)  # RFC 9112, 3.2.2
         target = head.target
         path = unquote(target.partition(b"?")[0], errors="replace")
         route = self.table.find(path)
-        return (route, path) if route is not None and route.kind is Kind.LEASED else None
+        if route is None or route.kind is not Kind.LEASED:
+            return None
+        if len(self.leased) < _REMEMBERED_MAX and len(target) < _REMEMBERED_BYTES_MAX:
+            self.leased[target] = (route, path)
+        return route, path
 
     def judge(self, head: RequestHead, route: Route, path: str, info: RequestInfo) -> Answer | None:
         """What ends the request before its body is read, None where nothing does.
@@ -149,17 +178,22 @@ class Desk:
         Raises:
             RouterError: it is refused in the form of its API.
         """
-        verdict = self.origins.judge("POST", head.text("host"), head.text("origin"), route.methods)
-        info.cors = verdict.headers
-        if verdict.answer is None:
-            refuse_encoded(path, head.text("content-encoding"))
-            if head.length is not None and head.length > self.limits.max_body_bytes:
-                raise too_large(self.limits.max_body_bytes)
-        return verdict.answer
+        host, origin = head.text("host") or "", head.text("origin")
+        if origin is not None or host not in self.good_hosts:
+            verdict = self.origins.judge("POST", host, origin, route.methods)
+            info.cors = verdict.headers
+            if verdict.answer is not None:
+                return verdict.answer
+            if origin is None and len(self.good_hosts) < _REMEMBERED_MAX and len(host) < _REMEMBERED_BYTES_MAX:
+                self.good_hosts.add(host)
+        refuse_encoded(path, head.text("content-encoding"))
+        if head.length is not None and head.length > self.limits.max_body_bytes:
+            raise too_large(self.limits.max_body_bytes)
+        return None
 
     def info(self, head: RequestHead, route: Route, client: str) -> RequestInfo:
         return RequestInfo(
-            request_id=request_id(head.text("x-request-id")),
+            request_id=request_id(head.text("x-request-id"), self.new_id),
             client=client,
             route=route.path,
             arrived_at=self.engine.now(),

@@ -66,8 +66,20 @@ class Client(ReplyClient, Protocol):
 class LeasedExchange:
     """Tells its client what to send, and is told what happens on either side."""
 
-    __slots__ = ("_asked", "_attempt", "_body", "_client", "_desk", "_fresh", "_grant", "_head", "_heart", "_info",
-                 "_lease", "_opening", "_path", "_phase", "_reply", "_task", "_wanted")  # fmt: skip
+    _phase = _ASKING
+    _attempt = 1
+    _fresh = False
+    _asked: Asked | None = None
+    _heart: Heart | None = None
+    _task: asyncio.Task[None] | None = None
+    _lease: TicketId | None = None
+    """The ticket that waits, or the slot that is held."""
+    _grant: Grant | None = None
+    _wanted: Wanted | None = None
+    _opening: Opening | None = None
+    _reply: ReplyRelay | None = None
+    _body = b""
+    """What is sent on."""
 
     def __init__(self, desk: Desk, client: Client, head: RequestHead, path: str, info: RequestInfo) -> None:
         self._desk = desk
@@ -75,20 +87,6 @@ class LeasedExchange:
         self._head = head
         self._path = path
         self._info = info
-        self._phase = _ASKING
-        self._attempt = 1
-        self._fresh = False
-        self._body = b""
-        """What is sent on."""
-        self._asked: Asked | None = None
-        self._heart: Heart | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._lease: TicketId | None = None
-        """The ticket that waits, or the slot that is held."""
-        self._grant: Grant | None = None
-        self._wanted: Wanted | None = None
-        self._opening: Opening | None = None
-        self._reply: ReplyRelay | None = None
         desk.books.began()
 
     # --- what it is about ------------------------------------------------------------------------------------
@@ -226,10 +224,9 @@ class LeasedExchange:
         self._opening = None
         self._phase = _ASKED
         desk, head, body = self._desk, self._head, self._body
-        begun = self._heart is not None and self._heart.begun
-        self._reply = reply = ReplyRelay(
-            self, self._client, head, self._path, connection, desk.limits, desk.engine.now, begun=begun
-        )
+        self._reply = reply = ReplyRelay(self, self._client, head, self._path, connection, desk.limits, desk.engine.now)
+        if self._heart is not None:
+            reply.begun = self._heart.begun
         reply.last = self._attempt == ATTEMPTS
         host = desk.pool.authority(connection.url)
         first = request_head(head.method, head.target, head.headers, host, len(body))

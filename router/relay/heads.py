@@ -9,6 +9,7 @@ a body's end is found in one place only, `router/relay/framing.py`. Nothing is d
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import httptools
@@ -17,6 +18,9 @@ from router.relay.framing import Body, Chunked, NoBody, Sized, UntilClose
 
 HEAD_BYTES_MAX = 65536
 """A longer head of a request is answered 431, one of a reply ends the exchange."""
+
+NAME_BYTES_MAX = 256
+"""A longer name of a header is answered 431."""
 
 _BLANK = b"\r\n\r\n"
 _TOKEN = re.compile(rb"[A-Za-z]+ /")
@@ -32,25 +36,26 @@ class HeadError(Exception):
 
 
 class _Head:
-    """What both kinds have: feeding until the blank line, headers in order, framing."""
+    """What both kinds have: feeding until the blank line, headers in order, framing.
 
-    __slots__ = ("_complete", "_odd_coding", "_parser", "_size", "_tail", "chunked", "headers", "keep_alive",
-                 "length", "minor")  # fmt: skip
+    What is usual stands in the class and not in each head.
+    """
+
+    minor = 1
+    """The version's second figure: HTTP/1.0 or HTTP/1.1."""
+    length: int | None = None
+    chunked = False
+    keep_alive = True
+    """Whether the connection may go on after this message, as far as its head says."""
+    _odd = ""
+    _complete = False
+    _size = 0
+    _tail = b""
+    _parser: Any
 
     def __init__(self) -> None:
         self.headers: list[tuple[bytes, bytes]] = []
         """As they came, in order."""
-        self.minor = 1
-        """The version's second figure: HTTP/1.0 or HTTP/1.1."""
-        self.length: int | None = None
-        self.chunked = False
-        self.keep_alive = True
-        """Whether the connection may go on after this message, as far as its head says."""
-        self._odd_coding = False
-        self._complete = False
-        self._size = 0
-        self._tail = b""
-        self._parser: Any = None
 
     def feed(self, data: bytes, start: int = 0) -> int:
         """Takes the bytes from `start` on; the index after the head's last byte, or -1 while it goes on.
@@ -61,7 +66,11 @@ class _Head:
             HeadError: not a head that can be taken.
         """
         end = self._end(data, start)
-        piece = data[start:end] if end >= 0 else data[start:]
+        if end >= 0:
+            piece = data if not start and end == len(data) else data[start:end]
+        else:
+            piece = data[start:] if start else data
+            self._tail = (self._tail + piece)[-3:]
         self._size += len(piece)
         if self._size > HEAD_BYTES_MAX:
             raise HeadError(431, "Request Header Fields Too Large")
@@ -90,10 +99,7 @@ class _Head:
             if across >= 0:
                 return start + across + 4 - len(tail)
         end = data.find(_BLANK, start)
-        if end >= 0:
-            return end + 4
-        self._tail = (tail + data[start:])[-3:]
-        return -1
+        return end + 4 if end >= 0 else end
 
     def _judge(self, parser: Any) -> None:
         raise NotImplementedError
@@ -101,13 +107,14 @@ class _Head:
     def _upgrades(self) -> None:
         pass
 
-    def _heed(self, lower: bytes, value: bytes) -> None:
+    def _heed(self, lower: str, value: bytes) -> None:
         """A header that says how the body is framed."""
-        if lower == b"content-length":
+        if lower == "content-length":
             self.length = int(value)
-        elif lower == b"transfer-encoding":
+        elif lower == "transfer-encoding":
             self.chunked = True
-            self._odd_coding = value.strip().lower() != b"chunked"
+            if value.strip().lower() != b"chunked":
+                self._odd = "unsupported transfer encoding"
 
     # --- called by the parser --------------------------------------------------------------------------------
 
@@ -120,16 +127,16 @@ class _Head:
 class RequestHead(_Head):
     """One request's head; filled in by the parser's callbacks."""
 
-    __slots__ = ("_values", "hosts", "method", "target", "upgrade")
+    method = b""
+    target = b""
+    hosts = 0
+    upgrade = False
+    """Whether another protocol is asked for."""
+    _long_name = False
 
     def __init__(self) -> None:
-        super().__init__()
-        self.method = b""
-        self.target = b""
-        self.hosts = 0
-        self._values: dict[bytes, bytes] = {}
-        self.upgrade = False
-        """Whether another protocol is asked for."""
+        self.headers = []
+        self._values: dict[str, bytes] = {}
         self._parser = httptools.HttpRequestParser(self)
 
     @property
@@ -139,7 +146,7 @@ class RequestHead(_Head):
     @property
     def awaits_word(self) -> bool:
         """Whether its body will only come after `100 Continue`."""
-        return self.minor == 1 and b"expect" in self._values and self.has_body
+        return self.minor == 1 and "expect" in self._values and self.has_body
 
     def body(self, payload: list[bytes] | None = None) -> Body:
         """What finds the end of the request; `payload` as for `Chunked`."""
@@ -149,22 +156,25 @@ class RequestHead(_Head):
 
     def text(self, name: str) -> str | None:
         """The first value of a header as Go's Header.Get gives it; `name` in lower case."""
-        value = self._values.get(name.encode())
+        value = self._values.get(name)
         return None if value is None else value.decode("latin-1")
 
     def _judge(self, parser: Any) -> None:
         version = parser.get_http_version()
-        if version not in ("1.1", "1.0"):
-            raise HeadError(505, "HTTP Version Not Supported")
-        self.minor = 1 if version == "1.1" else 0
+        if version != "1.1":
+            if version != "1.0":
+                raise HeadError(505, "HTTP Version Not Supported")
+            self.minor = 0
         self.method = parser.get_method()
-        if self._odd_coding:
-            raise HeadError(501, "Not Implemented: unsupported transfer encoding")
+        if self._long_name:
+            raise HeadError(431, "Request Header Fields Too Large")
+        if self._odd:
+            raise HeadError(501, f"Not Implemented: {self._odd}")
         if self.hosts != 1 and (self.hosts or self.minor):
             raise HeadError(400, "Bad Request: exactly one Host header is needed")
         if self.chunked and not self.minor:
             raise HeadError(400, "Bad Request: HTTP/1.0 has no chunks")
-        if self.minor and self._values.get(b"expect", b"100-continue").strip().lower() != b"100-continue":
+        if self.minor and "expect" in self._values and self._values["expect"].strip().lower() != b"100-continue":
             raise HeadError(417, "Expectation Failed")
 
     def _upgrades(self) -> None:
@@ -176,24 +186,28 @@ class RequestHead(_Head):
         self.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if len(name) > NAME_BYTES_MAX:
+            self._long_name = True
+            return
         self.headers.append((name, value))
-        lower = name.lower()
-        self._values.setdefault(lower, value)
-        if lower in _FRAMING:
-            self._heed(lower, value)
-        elif lower == b"host":
-            self.hosts += 1
+        lower = _lower(name)
+        if lower not in self._values:
+            self._values[lower] = value
+        if lower in _HEEDED:
+            if lower == "host":
+                self.hosts += 1
+            else:
+                self._heed(lower, value)
 
 
 class ReplyHead(_Head):
     """One reply's head, as an upstream server sent it to a request whose method is not HEAD."""
 
-    __slots__ = ("reason", "status")
+    status = 0
+    reason = b""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.status = 0
-        self.reason = b""
+        self.headers = []
         self._parser = httptools.HttpResponseParser(self)
 
     def body(self, *, without: bool = False, payload: list[bytes] | None = None) -> Body:
@@ -206,12 +220,13 @@ class ReplyHead(_Head):
 
     def _judge(self, parser: Any) -> None:
         version = parser.get_http_version()
-        if version not in ("1.1", "1.0"):
-            raise HeadError(502, f"the reply's version is {version}")
-        self.minor = 1 if version == "1.1" else 0
+        if version != "1.1":
+            if version != "1.0":
+                raise HeadError(502, f"the reply's version is {version}")
+            self.minor = 0
         self.status = parser.get_status_code()
-        if self._odd_coding:
-            raise HeadError(502, "the reply has an unsupported transfer encoding")
+        if self._odd:
+            raise HeadError(502, f"the reply has an {self._odd}")
 
     # --- called by the parser --------------------------------------------------------------------------------
 
@@ -220,9 +235,17 @@ class ReplyHead(_Head):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name, value))
-        lower = name.lower()
-        if lower in _FRAMING:
-            self._heed(lower, value)
+        if len(name) > NAME_BYTES_MAX:
+            self._odd = "overlong name of a header"
+        if len(name) in _FRAMING_LENGTHS:
+            self._heed(name.lower().decode("latin-1"), value)
 
 
-_FRAMING = frozenset((b"content-length", b"transfer-encoding"))
+@lru_cache(maxsize=1024)
+def _lower(name: bytes) -> str:
+    """The same few names come with every message."""
+    return name.lower().decode("latin-1")
+
+
+_HEEDED = frozenset(("content-length", "transfer-encoding", "host"))
+_FRAMING_LENGTHS = frozenset((len("content-length"), len("transfer-encoding")))

@@ -7,6 +7,7 @@ and a line break in them would end the head early, so it is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from http import HTTPStatus
 
 from router.gateway.headers import Headers
@@ -34,13 +35,20 @@ def reply_head(
     reply: ReplyHead, headers: Headers, own: Mapping[str, str], request: RequestHead, *, keep: bool
 ) -> bytes:
     """The head of a relayed answer: the server's `headers`, as far as they go on, and our own, which win over them."""
-    lines = [b"HTTP/1.1 %d %s\r\n" % (reply.status, reply.reason)]
-    ours = {name.lower().encode() for name in own}
-    lines += [name + b": " + value + b"\r\n" for name, value in headers if name.lower() not in ours]
-    lines += [_line(pair) for pair in own.items()]
-    lines.append(connection_line(request, keep=keep))
-    lines.append(b"\r\n")
-    return b"".join(lines)
+    lines = [b"HTTP/1.1 %d %s" % (reply.status, reply.reason)]
+    ours = {_lower(name) for name in own}
+    lines += [b"%s: %s" % pair for pair in headers if _lower(pair[0]) not in ours]
+    text = "\r\n".join([f"{name}: {value}" for name, value in own.items()])
+    if text.count("\n") != len(own) - 1 or text.count("\r") != len(own) - 1:
+        raise ValueError("a line break in a header of our own")
+    lines += [text.encode("latin-1", "replace"), connection_line(request, keep=keep) + b"\r\n"]
+    return b"\r\n".join(lines)
+
+
+def interim_head(reply: ReplyHead, headers: Headers) -> bytes:
+    """The head of an answer before the answer (1xx)."""
+    lines = [b"HTTP/1.1 %d %s" % (reply.status, reply.reason), *(b"%s: %s" % pair for pair in headers), b"", b""]
+    return b"\r\n".join(lines)
 
 
 def begun_head(headers: Iterable[tuple[str, str]], request: RequestHead, *, keep: bool) -> bytes:
@@ -58,6 +66,12 @@ def connection_line(request: RequestHead | None, *, keep: bool) -> bytes:
     if not keep:
         return _CLOSE
     return _KEEP if request is not None and not request.minor else b""
+
+
+@lru_cache(maxsize=1024)
+def _lower(name: str | bytes) -> str:
+    text = name if isinstance(name, str) else name.decode("latin-1")
+    return text.lower()
 
 
 def _line(pair: tuple[str, str]) -> bytes:

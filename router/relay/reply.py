@@ -20,7 +20,7 @@ from router.gateway.shapes import NDJSON, SSE, api_of, stream_error
 from router.gateway.waiting import refusal
 from router.relay.framing import MORE, Body, Chunked, FramingError, NoBody, UntilClose
 from router.relay.heads import HeadError, ReplyHead, RequestHead
-from router.relay.replies import reply_head
+from router.relay.replies import interim_head, reply_head
 from router.relay.tail import Tail
 from router.relay.upstream import UpstreamConnection
 
@@ -88,11 +88,25 @@ class Asker(Protocol):
 class ReplyRelay:
     """The receiver on `connection` for one request."""
 
-    __slots__ = (
-        "_asker", "_body", "_client", "_due", "_held", "_keep", "_limits", "_now", "_path", "_payload",
-        "_phase", "_reply", "_request", "_seen_bytes", "_tail", "_wraps", "begun", "bytes_out", "connection",
-        "first_byte_at", "last", "last_byte_at", "request_sent", "touched",
-    )  # fmt: skip
+    request_sent = True
+    """False while pieces of the body are still to be written."""
+    last = False
+    """Whether this is the last attempt: then even a reply that tells of a dead runner is passed on."""
+    touched = False
+    """Whether any byte of the reply has come."""
+    begun = False
+    """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
+    bytes_out = 0
+    first_byte_at: float | None = None
+    last_byte_at: float | None = None
+    _phase = _AWAITED
+    _body: Body = _NOTHING
+    _payload: list[bytes] | None = None
+    """Where it is a list, the body's data is collected in it without the server's chunks."""
+    _wraps = False
+    """Whether the client gets chunks of our own making."""
+    _keep = False
+    _seen_bytes = -1
 
     def __init__(
         self,
@@ -103,8 +117,6 @@ class ReplyRelay:
         connection: UpstreamConnection,
         limits: Limits,
         now: Callable[[], float],
-        *,
-        begun: bool = False,
     ) -> None:
         self._asker = asker
         self._client = client
@@ -112,30 +124,11 @@ class ReplyRelay:
         self._path = path
         self._limits = limits
         self._now = now
-        self.connection = connection
-        self.request_sent = True
-        """False while pieces of the body are still to be written."""
-        self.last = False
-        """Whether this is the last attempt: then even a reply that tells of a dead runner is passed on."""
-        self.begun = begun
-        """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
-        self.touched = False
-        """Whether any byte of the reply has come."""
-        self._phase = _AWAITED
         self._reply = ReplyHead()
-        self._body: Body = _NOTHING
-        self._payload: list[bytes] | None = None
-        """Where it is a list, the body's data is collected in it without the server's chunks."""
-        self._wraps = False
-        """Whether the client gets chunks of our own making."""
         self._held: list[bytes] = []
         self._tail = Tail()
-        self._keep = False
-        self._seen_bytes = -1
         self._due = now() + limits.first_byte_timeout_seconds
-        self.bytes_out = 0
-        self.first_byte_at: float | None = None
-        self.last_byte_at: float | None = None
+        self.connection = connection
         connection.receiver = self
 
     @property
@@ -170,6 +163,10 @@ class ReplyRelay:
             stale = self.connection.reused and not self.touched
             self._over()
             self._asker.reply_lost(InstanceLost(f"the instance {words}"), stale=stale)
+        elif self._phase == _HELD and error is None and self._body.closed():
+            self._judge_held(MORE, 0)
+            if self._phase == _RELAYED:
+                self._complete(reusable=False)
         elif self._phase == _HELD:
             self._over()
             self._asker.reply_lost(InstanceLost("the instance died while it answered"), stale=False)
@@ -201,7 +198,7 @@ class ReplyRelay:
                 self._malformed("it switches protocols unasked")
                 return
             if self._reply.status != 100 and self._request.minor:
-                self._client.send(data[start:end])
+                self._client.send(interim_head(self._reply, reply_headers(self._reply.headers)))
             self._reply = ReplyHead()
             start = end
         refused = self.begun and self._reply.status != 200

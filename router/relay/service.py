@@ -23,10 +23,11 @@ class Relay:
     """Call it for the protocol of a new connection, as a server's protocol factory. `run` must run beside it."""
 
     def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+        self.desk = desk
         self._connections: set[ClientConnection] = set()
         limits, patience = desk.limits, desk.patience
         shortest = min(
+            desk.rules.heartbeat_seconds or float("inf"),
             limits.first_byte_timeout_seconds,
             limits.idle_timeout_seconds,
             patience.head_seconds,
@@ -38,7 +39,7 @@ class Relay:
         self.closing = False
 
     def __call__(self) -> ClientConnection:
-        return ClientConnection(self._desk, self)
+        return ClientConnection(self.desk, self)
 
     @property
     def connection_count(self) -> int:
@@ -56,10 +57,10 @@ class Relay:
         """Looks at deadlines until it is cancelled."""
         while True:
             await asyncio.sleep(self._period_seconds)
-            now = self._desk.engine.now()
+            now = self.desk.engine.now()
             for connection in tuple(self._connections):
                 connection.check(now)
-            self._desk.pool.sweep(now)
+            self.desk.pool.sweep(now)
 
     def drain(self) -> None:
         """From now on connections end with the answer that they are giving, and those that give none end at once."""
@@ -72,8 +73,8 @@ class Relay:
         self.closing = True
         for connection in tuple(self._connections):
             connection.abort()
-        await self._desk.tasks.close()
-        await self._desk.pool.close()
+        await self.desk.tasks.close()
+        await self.desk.pool.close()
 
 
 def relay_over(
@@ -81,6 +82,7 @@ def relay_over(
     origins: OriginPolicy,
     access: AccessLog,
     make_handler: Callable[[], asyncio.Protocol],
+    patience: Patience,
     *,
     debug_headers: bool,
 ) -> Relay:
@@ -100,7 +102,7 @@ def relay_over(
             cards=lambda: engine.snapshot().gpus,
             debug_headers=debug_headers,
             make_handler=make_handler,
-            patience=Patience(),
+            patience=patience,
             table=RouteTable(),
             tasks=Tasks(),
         )

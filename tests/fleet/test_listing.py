@@ -1,145 +1,96 @@
-"""Models of several stores as one list: which one a name means, where else it is, and what silence means."""
+"""Several stores as one list: who comes first, what is the same model, and what stands while a server is silent."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable
 
-import aiohttp
 import pytest
 
 from router.core.entities import InstanceName, InstanceSpec, InstanceState, InstanceView
-from router.fleet.catalog import Catalog
-from router.fleet.listing import Store, stores_of
-from router.fleet.ollama import OllamaClient, OllamaError
-from tests.fleet.scripted import Scripted, failing, scripted
-
-BLOB = "b" * 64
-
-SHARED, NEAR, FAR = None, InstanceName("near"), InstanceName("far")
+from router.fleet.listing import Listing, Store, stores_of
+from router.fleet.ollama import OllamaClient, OllamaError, TagRow
 
 
-@dataclass
-class Stores:
-    """A catalog over the shared store and two attached servers, each with a script of its own."""
+class Lister(OllamaClient):
+    """A client that lists what it is told to."""
 
-    servers: dict[InstanceName | None, Scripted]
-    stores: dict[InstanceName | None, Store]
-    catalog: Catalog
+    def __init__(self, **digests: str) -> None:
+        self.rows = tuple(TagRow(f"{name}:latest", digest) for name, digest in digests.items())
+        self.fails = False
 
-    def holds(self, where: InstanceName | None, **digests: str) -> None:
-        rows = [{"name": f"{name}:latest", "digest": digest} for name, digest in digests.items()]
-        self.servers[where].answers["/api/tags"] = {"models": rows}
-
-    def fails(self, where: InstanceName | None) -> None:
-        self.servers[where].answers["/api/tags"] = failing(500)
-
-    def is_down(self, where: InstanceName | None) -> None:
-        self.stores[where] = Store(where, None)
+    async def tags(self) -> tuple[TagRow, ...]:
+        if self.fails:
+            raise OllamaError(502, "unreachable")
+        return self.rows
 
 
-@asynccontextmanager
-async def _stores(*names: InstanceName | None) -> AsyncGenerator[Stores]:
-    async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(aiohttp.ClientSession())
-        show = {"modelfile": f"FROM /m/sha256-{BLOB}"}
-        servers = {
-            name: await stack.enter_async_context(scripted({"/api/show": show, "/api/tags": {"models": []}}))
-            for name in names
-        }
-        stores = {name: Store(name, OllamaClient(session, servers[name].url)) for name in names}
-        catalog = Catalog(lambda: list(stores.values()), lambda: 0.0)
-        yield Stores(servers, stores, catalog)
-        await catalog.close()
+FAR, NEAR = InstanceName("far"), InstanceName("near")
 
 
-async def test_a_name_means_the_shared_stores_model_before_any_other() -> None:
-    async with _stores(SHARED, NEAR, FAR) as town:
-        town.holds(SHARED, a="one")
-        town.holds(NEAR, a="two", b="three")
-        town.holds(FAR, a="one", b="three")
-        a, b = await town.catalog.facts("a"), await town.catalog.facts("b")
-        assert a is not None
-        assert b is not None
-        assert (a.digest, a.is_shared, a.attached_on) == ("one", True, {FAR})
-        assert (b.digest, b.is_shared, b.attached_on) == ("three", False, {NEAR, FAR})
-        assert town.servers[NEAR].paths().count("/api/show") == 1
-        assert town.servers[FAR].paths().count("/api/show") == 0
+def full(name: str) -> str:
+    return f"registry.ollama.ai/library/{name}:latest"
 
 
-async def test_an_attached_server_that_does_not_answer_is_taken_to_hold_what_it_held() -> None:
-    async with _stores(SHARED, NEAR) as town:
-        town.holds(NEAR, a="one")
-        assert await town.catalog.facts("a") is not None
-        town.fails(NEAR)
-        await town.catalog.refresh()
-        assert town.catalog.known("a") is not None
-        town.is_down(NEAR)
-        await town.catalog.refresh()
-        assert town.catalog.known("a") is not None
-        assert await town.catalog.facts("never") is None
+async def test_a_name_is_the_shared_stores_and_the_very_same_model_is_on_both() -> None:
+    shared, far = Lister(both="1", other="2"), Lister(both="1", other="3", own="4")
+    listed = await Listing(lambda: [Store(None, shared), Store(FAR, far)]).read()
+    assert listed is not None
+    where = {name: (each.row.digest, each.is_shared, set(each.attached_on)) for name, each in listed.items()}
+    assert where == {
+        full("both"): ("1", True, {"far"}),
+        full("other"): ("2", True, set()),
+        full("own"): ("4", False, {"far"}),
+    }
+    assert listed[full("own")].client is far
 
 
-async def test_where_a_model_came_to_lie_or_no_longer_lies_is_told_after_a_refresh() -> None:
-    async with _stores(SHARED, NEAR) as town:
-        town.holds(SHARED, a="one")
-        await town.catalog.facts("a")
-        town.holds(NEAR, a="one")
-        await town.catalog.refresh()
-        found = town.catalog.known("a")
-        assert found is not None
-        assert (found.is_shared, found.attached_on) == (True, {NEAR})
-        town.holds(SHARED)
-        await town.catalog.refresh()
-        found = town.catalog.known("a")
-        assert found is not None
-        assert (found.is_shared, found.attached_on) == (False, {NEAR})
+async def test_what_a_silent_attached_server_had_is_not_forgotten() -> None:
+    shared, far = Lister(), Lister(own="4")
+    stores = [Store(None, shared), Store(FAR, far)]
+    listing = Listing(lambda: stores)
+    assert set(await listing.read() or ()) == {full("own")}
+    far.fails = True
+    assert set(await listing.read() or ()) == {full("own")}
+    stores[1] = Store(FAR, None)
+    assert set(await listing.read() or ()) == {full("own")}
 
 
-async def test_the_shared_store_must_answer() -> None:
-    async with _stores(SHARED, NEAR) as town:
-        town.holds(NEAR, a="one")
-        town.fails(SHARED)
-        with pytest.raises(OllamaError):
-            await town.catalog.facts("a")
-        town.is_down(SHARED)
-        assert await town.catalog.facts("a") is None
+async def test_a_silent_shared_store_is_an_error_or_unknown_and_never_empty() -> None:
+    shared = Lister()
+    shared.fails = True
+    with pytest.raises(OllamaError):
+        await Listing(lambda: [Store(None, shared)]).read()
+    assert await Listing(lambda: [Store(None, None), Store(FAR, Lister(own="4"))]).read() is None
+    assert await Listing(list).read() is None
 
 
-async def test_with_attached_servers_alone_one_that_answers_is_enough() -> None:
-    async with _stores(NEAR, FAR) as town:
-        town.fails(NEAR)
-        town.holds(FAR, a="one")
-        found = await town.catalog.facts("a")
-        assert found is not None
-        assert (found.is_shared, found.attached_on) == (False, {FAR})
+async def test_attached_servers_alone_are_asked_as_far_as_they_answer() -> None:
+    far, near = Lister(a="1"), Lister(a="2", b="3")
+    far.fails = True
+    listing = Listing(lambda: [Store(FAR, far), Store(NEAR, near)])
+    assert {each.row.digest for each in (await listing.read() or {}).values()} == {"2", "3"}
+    near.fails = True
+    assert {each.row.digest for each in (await listing.read() or {}).values()} == {"2", "3"}
+    with pytest.raises(OllamaError):
+        await Listing(lambda: [Store(FAR, far)]).read()
 
 
-async def test_with_attached_servers_alone_of_which_none_ever_answered_the_failure_is_told() -> None:
-    async with _stores(NEAR, FAR) as town:
-        town.fails(NEAR)
-        town.is_down(FAR)
-        with pytest.raises(OllamaError):
-            await town.catalog.facts("a")
+def _view(name: str, state: InstanceState, *, attached: bool) -> InstanceView:
+    return InstanceView(InstanceSpec(InstanceName(name), (), f"http://{name}", attached=attached), state)
 
 
-def test_stores_are_the_shared_one_by_any_ready_server_and_then_each_attached_ones() -> None:
-    """The client is told by its URL here."""
-    session = cast("aiohttp.ClientSession", None)
-
-    def seen(*views: InstanceView) -> list[tuple[str | None, str | None]]:
-        stores = stores_of(views, lambda url: OllamaClient(session, url))
-        return [(store.attached, store.client and store.client.base_url) for store in stores]
-
-    def one(name: str, state: InstanceState = InstanceState.READY, attached: bool = False) -> InstanceView:
-        return InstanceView(InstanceSpec(InstanceName(name), (), f"http://{name}", attached=attached), state)
-
-    down = InstanceState.BACKOFF
-    assert seen() == []
-    assert seen(one("b"), one("a", down), one("z", attached=True), one("y", down, attached=True)) == [
-        (None, "http://b"), ("y", None), ("z", "http://z"),
+def test_spawned_instances_share_one_store_through_whichever_is_ready() -> None:
+    views = [
+        _view("far", InstanceState.READY, attached=True),
+        _view("a", InstanceState.STARTING, attached=False),
+        _view("b", InstanceState.READY, attached=False),
+        _view("gone", InstanceState.BACKOFF, attached=True),
+    ]
+    made: dict[str, Lister] = {}
+    client_for: Callable[[str], OllamaClient] = lambda url: made.setdefault(url, Lister())  # noqa: E731
+    stores = stores_of(views, client_for)
+    assert [(store.attached, store.client) for store in stores] == [
+        (None, made["http://b"]), ("far", made["http://far"]), ("gone", None),
     ]  # fmt: skip
-    assert seen(one("a", down)) == [(None, None)]
-    assert seen(one("z", attached=True)) == [("z", "http://z")]
+    assert stores_of(views[:1], client_for)[0].attached == "far"
+    assert stores_of([views[1]], client_for) == [Store(None, None)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -294,6 +295,31 @@ async def _library(request: web.BaseRequest, handed: list[str]) -> web.StreamRes
     return web.Response(text=f"{request.method} {request.path} {len(body)}")
 
 
+def make_desk(engine: ScriptedEngine, catalog: ScriptedCatalog, books: ScriptedBooks, pool: Pool) -> Desk:
+    """Over scripts, with no server to fall back on."""
+
+    def nobody() -> InstanceView:
+        raise NoInstance("no Ollama instance is ready")
+
+    return Desk(
+        engine=engine,
+        catalog=catalog,
+        pool=pool,
+        books=books,
+        origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
+        limits=LIMITS,
+        rules=Rules(default_context_length=8192),
+        abilities=ScriptedAbilities(),
+        primary=nobody,
+        cards=dict,
+        debug_headers=False,
+        make_handler=asyncio.Protocol,
+        patience=Patience(),
+        table=RouteTable(),
+        tasks=Tasks(),
+    )
+
+
 @contextlib.asynccontextmanager
 async def staged(
     *,
@@ -301,6 +327,7 @@ async def staged(
     patience: Patience | None = None,
     primary: bool = True,
     rules: Rules = Rules(default_context_length=8192),  # noqa: B008
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[Stage]:
     """A relay that listens on loopback, in front of one upstream server."""
     loop = asyncio.get_running_loop()
@@ -316,25 +343,17 @@ async def staged(
 
     library = web.Server(lambda request: _library(request, handed), handler_cancellation=True, access_log=None)
     pool = Pool(5.0, engine.now)
-    desk = Desk(
-        engine=engine,
-        catalog=catalog,
-        pool=pool,
-        books=books,
-        origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
+    desk = replace(
+        make_desk(engine, catalog, books, pool),
         limits=limits,
         rules=rules,
         abilities=ScriptedAbilities(),
         primary=first,
-        cards=dict,
-        debug_headers=False,
         make_handler=library,
         patience=patience or Patience(),
-        table=RouteTable(),
-        tasks=Tasks(),
     )
     relay = Relay(desk)
-    front = await loop.create_server(relay, "127.0.0.1", 0)
+    front = await loop.create_server(relay, "127.0.0.1", 0, ssl=tls)
     address = Address("127.0.0.1", front.sockets[0].getsockname()[1])
     watching = loop.create_task(relay.run())
     try:

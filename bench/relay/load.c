@@ -1,0 +1,287 @@
+/* Load for a benchmark of relays: one thread, epoll; prints one line of JSON.
+ *
+ * usage: load PORT small CONNECTIONS SECONDS           requests one after the other on each connection, as fast as they go
+ *        load PORT paced RATE SECONDS                  RATE requests a second over 8 connections, each timed
+ *        load PORT first RATE SECONDS                  the same with streams of one token: `first_us` is what counts
+ *        load PORT streams COUNT TOKENS RATE BURST     COUNT streams at once, each to its end
+ *        load PORT bodies CONNECTIONS SECONDS BYTES    requests with a body of that size
+ *
+ * Replies are read whole (chunks or length); anything that is not 200 or does not end well counts as failed.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { HEAD, SIZED, SIZE_LINE, DATA, DATA_END, LAST, DONE };
+enum { SMALL, PACED, STREAMS, BODIES, FIRST };
+
+typedef struct {
+    int fd, state, head_len, line_len, busy, index;
+    char head[8192], line[1024];
+    long left;
+    uint64_t sent_ns, first_ns;
+    long tokens;
+    int ended;
+    const char *out;
+    long out_left;
+} conn;
+
+static int mode, port, epoll_fd, connections;
+static char *request;
+static long request_len;
+static long done_count, failed, tokens, expected_tokens;
+static uint64_t bytes_in;
+static conn *conns;
+
+typedef struct { double *v; long n, room; } samples;
+static samples latency, lag, first_token;
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+static void note(samples *s, double value) {
+    if (s->n == s->room) { s->room = s->room ? s->room * 2 : 4096; s->v = realloc(s->v, (size_t)s->room * sizeof *s->v); }
+    s->v[s->n++] = value;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static double quantile(samples *s, double q) {
+    if (!s->n) return 0;
+    qsort(s->v, (size_t)s->n, sizeof *s->v, by_value);
+    long at = (long)(q * (double)(s->n - 1) + 0.5);
+    return s->v[at];
+}
+
+static void open_conn(conn *c) {
+    c->fd = socket(AF_INET, SOCK_STREAM, 0);
+    int one = 1;
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port),
+                            .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    if (connect(c->fd, (struct sockaddr *)&a, sizeof a)) { perror("connect"); exit(1); }
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
+    epoll_ctl(epoll_fd, EPOLL_CTL_ADD, c->fd, &e);
+    c->state = HEAD;
+    c->head_len = c->line_len = 0;
+    c->busy = 0;
+}
+
+static void close_conn(conn *c) { close(c->fd); c->fd = -1; }
+
+static void push(conn *c) {
+    while (c->out_left) {
+        ssize_t n = send(c->fd, c->out, (size_t)c->out_left, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n < 0 && errno == EAGAIN) {
+            struct epoll_event e = {.events = EPOLLIN | EPOLLOUT, .data.ptr = c};
+            epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &e);
+            return;
+        }
+        if (n < 0) return;
+        c->out += n; c->out_left -= n;
+    }
+    struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
+    if (mode == BODIES) epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &e);
+}
+
+static void ask(conn *c) {
+    c->busy = 1;
+    c->state = HEAD;
+    c->head_len = c->line_len = 0;
+    c->tokens = 0;
+    c->ended = 0;
+    c->sent_ns = now_ns();
+    c->first_ns = 0;
+    c->out = request;
+    c->out_left = request_len;
+    push(c);
+}
+
+static void line_ends(conn *c, uint64_t now) {
+    c->line[c->line_len] = 0;
+    char *at = strstr(c->line, "\"content\":\"");
+    if (at && strlen(at) > 27 && at[27] == '"') {
+        uint64_t written = strtoull(at + 11, NULL, 16);
+        if (!c->first_ns) { c->first_ns = now; note(&first_token, (double)(now - c->sent_ns) / 1e3); }
+        c->tokens++;
+        tokens++;
+        if (tokens % 7 == 0) note(&lag, (double)(now - written) / 1e3);
+    }
+    if (strstr(c->line, "\"done\":true")) c->ended = 1;
+    c->line_len = 0;
+}
+
+static void payload(conn *c, const char *data, long size, uint64_t now) {
+    if (mode != STREAMS && mode != FIRST) return;
+    while (size) {
+        const char *end = memchr(data, '\n', (size_t)size);
+        long n = end ? end - data : size;
+        long room = (long)sizeof c->line - 1 - c->line_len;
+        if (n > room) n = room;
+        memcpy(c->line + c->line_len, data, (size_t)n);
+        c->line_len += (int)n;
+        if (end) { line_ends(c, now); n = end - data + 1; }
+        data += n; size -= n;
+    }
+}
+
+static void head_ends(conn *c) {
+    c->head[c->head_len] = 0;
+    if (strncmp(c->head + 9, "200", 3)) { c->ended = -1; }
+    char *length = strcasestr(c->head, "\r\ncontent-length:");
+    if (strcasestr(c->head, "\r\ntransfer-encoding:")) { c->state = SIZE_LINE; c->head_len = 0; }
+    else { c->left = length ? atol(length + 17) : 0; c->state = c->left ? SIZED : DONE; }
+}
+
+/* Takes the bytes of replies; true when one reply is whole. */
+static long take(conn *c, const char *data, long size, uint64_t now, int *whole) {
+    long i = 0;
+    static char hex[64];
+    while (i < size && c->state != DONE) {
+        switch (c->state) {
+        case HEAD: {
+            c->head[c->head_len++] = data[i++];
+            if (c->head_len >= 4 && !memcmp(c->head + c->head_len - 4, "\r\n\r\n", 4)) head_ends(c);
+            else if (c->head_len == sizeof c->head - 1) { c->ended = -1; c->state = DONE; }
+            break;
+        }
+        case SIZED: case DATA: {
+            long n = size - i < c->left ? size - i : c->left;
+            payload(c, data + i, n, now);
+            i += n; c->left -= n;
+            if (!c->left) { if (c->state == SIZED) c->state = DONE; else { c->state = DATA_END; c->left = 2; } }
+            break;
+        }
+        case DATA_END: { long n = size - i < c->left ? size - i : c->left; i += n; c->left -= n; if (!c->left) { c->state = SIZE_LINE; c->left = 0; c->head_len = 0; } break; }
+        case SIZE_LINE: {
+            c->head[c->head_len++ % 64] = data[i];
+            if (data[i++] == '\n') {
+                int n = c->head_len < 63 ? c->head_len : 63;
+                memcpy(hex, c->head, (size_t)n); hex[n] = 0;
+                c->left = strtol(hex, NULL, 16);
+                c->head_len = 0;
+                if (c->left) c->state = DATA; else { c->state = LAST; c->left = 2; }
+            }
+            break;
+        }
+        case LAST: { long n = size - i < c->left ? size - i : c->left; i += n; c->left -= n; if (!c->left) c->state = DONE; break; }
+        }
+    }
+    *whole = c->state == DONE;
+    return i;
+}
+
+static void finished(conn *c, uint64_t now) {
+    int good = c->ended >= 0 && (mode != STREAMS || (c->ended == 1 && c->tokens == expected_tokens));
+    if (good) done_count++; else failed++;
+    note(&latency, (double)(now - c->sent_ns) / 1e3);
+    c->busy = 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 5) { fprintf(stderr, "see the head of load.c\n"); return 2; }
+    signal(SIGPIPE, SIG_IGN);
+    port = atoi(argv[1]);
+    const char *what = argv[2];
+    double seconds = 0, rate = 0;
+    long body_bytes = 0;
+    char target[128] = "/api/chat";
+    mode = !strcmp(what, "small") ? SMALL : !strcmp(what, "paced") ? PACED : !strcmp(what, "streams") ? STREAMS
+        : !strcmp(what, "first") ? FIRST : BODIES;
+    connections = atoi(argv[3]);
+    seconds = atof(argv[4]);
+    if (mode == FIRST) strcpy(target, "/api/chat?t=1&r=0");
+    int paced = mode == PACED || mode == FIRST;
+    if (paced) { rate = atof(argv[3]); connections = 8; }
+    if (mode == STREAMS) {
+        expected_tokens = atol(argv[4]);
+        snprintf(target, sizeof target, "/api/chat?t=%s&r=%s&b=%s", argv[4], argv[5], argv[6]);
+        seconds = 1e9;
+    }
+    if (mode == BODIES) body_bytes = atol(argv[5]);
+    const char *front = "{\"model\":\"bench\",\"messages\":[{\"role\":\"user\",\"content\":\"Why is the sky blue?", *back = "\"}],\"stream\":true}";
+    if (mode == SMALL || mode == PACED || mode == BODIES) back = "\"}],\"stream\":false}";
+    long body = (long)(strlen(front) + strlen(back)) + body_bytes;
+    request = malloc((size_t)body + 1024);
+    request_len = sprintf(request, "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
+        "Content-Type: application/json\r\nContent-Length: %ld\r\n\r\n%s", target, port, body, front);
+    memset(request + request_len, 'x', (size_t)body_bytes);
+    request_len += body_bytes;
+    memcpy(request + request_len, back, strlen(back));
+    request_len += (long)strlen(back);
+
+    epoll_fd = epoll_create1(0);
+    conns = calloc((size_t)connections, sizeof *conns);
+    uint64_t start;
+    for (int i = 0; i < connections; i++) { conns[i].index = i; open_conn(&conns[i]); }
+    start = now_ns();
+    uint64_t end = start + (uint64_t)(seconds * 1e9), next = start;
+    int turn = 0, open_count = connections;
+    if (mode == SMALL || mode == BODIES || mode == STREAMS) for (int i = 0; i < connections; i++) ask(&conns[i]);
+    static char buffer[1 << 18];
+    struct epoll_event events[512];
+    for (;;) {
+        uint64_t now = now_ns();
+        if (now >= end && mode != STREAMS) break;
+        if (mode == STREAMS && !open_count) break;
+        if (paced) {
+            while (now >= next) {
+                conn *c = &conns[turn++ % connections];
+                if (!c->busy) ask(c); else failed++;
+                next += (uint64_t)(1e9 / rate);
+            }
+        }
+        int n = epoll_wait(epoll_fd, events, 512, paced ? 1 : 100);
+        now = now_ns();
+        if (mode == STREAMS && !n && now - start > 600ull * 1000000000ull) break;
+        for (int i = 0; i < n; i++) {
+            conn *c = events[i].data.ptr;
+            if (c->fd < 0) continue;
+            if (events[i].events & EPOLLOUT) push(c);
+            if (!(events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))) continue;
+            ssize_t got = recv(c->fd, buffer, sizeof buffer, MSG_DONTWAIT);
+            if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+            if (got <= 0) {
+                if (c->busy) { failed++; c->busy = 0; }
+                close_conn(c);
+                if (mode == STREAMS) open_count--; else { open_conn(c); if (!paced) ask(c); }
+                continue;
+            }
+            now = now_ns();
+            bytes_in += (uint64_t)got;
+            int whole = 0;
+            take(c, buffer, got, now, &whole);
+            if (whole) {
+                finished(c, now);
+                if (mode == STREAMS) { close_conn(c); open_count--; }
+                else if (!paced) ask(c);
+            }
+        }
+    }
+    double elapsed = (double)(now_ns() - start) / 1e9;
+    printf("{\"seconds\":%.4f,\"done\":%ld,\"failed\":%ld,\"per_second\":%.2f,\"tokens\":%ld,\"tokens_per_second\":%.1f,"
+        "\"latency_us\":{\"p50\":%.1f,\"p99\":%.1f},\"first_us\":{\"p50\":%.1f,\"p99\":%.1f},"
+        "\"lag_us\":{\"p50\":%.1f,\"p99\":%.1f},\"body_mb_per_second\":%.1f}\n",
+        elapsed, done_count, failed, (double)done_count / elapsed, tokens, (double)tokens / elapsed,
+        quantile(&latency, 0.5), quantile(&latency, 0.99), quantile(&first_token, 0.5), quantile(&first_token, 0.99),
+        quantile(&lag, 0.5), quantile(&lag, 0.99), (double)done_count * (double)body_bytes / elapsed / 1e6);
+    return failed ? 1 : 0;
+}

@@ -1,0 +1,235 @@
+"""Shows where the router's own time goes, without sockets: `make profile`.
+
+The real connection, exchange, engine, dispatcher, metrics and access log run over transports that only count bytes, so
+that what is left is the time of our own code. Prints microseconds a small request and a token, then the functions that
+cost most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import io
+import pstats
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import uvloop
+
+from router.core.dispatcher import Dispatcher
+from router.core.entities import (
+    NO_MODEL,
+    BlobDigest,
+    InstanceName,
+    InstanceSpec,
+    InstanceState,
+    InstanceView,
+    ModelFacts,
+    Policy,
+)
+from router.core.events import InstanceChanged, LoadedModel, ResidencyRead
+from router.engine import Engine
+from router.gateway.access import AccessLog
+from router.gateway.asked import Rules
+from router.gateway.context import Limits
+from router.gateway.origin import OriginPolicy, Origins
+from router.gateway.routes import RouteTable
+from router.logs import RequestLines, configure_logs
+from router.observe import EngineObserver, Metrics
+from router.relay.connection import ClientConnection
+from router.relay.desk import Desk, Patience, Tasks
+from router.relay.service import Relay
+from router.relay.upstream import Pool, UpstreamConnection
+
+_FACTS = ModelFacts(
+    **{
+        **{field: getattr(NO_MODEL, field) for field in NO_MODEL.__slots__},
+        "name": "bench:latest",
+        "blob": BlobDigest("b"),
+    }
+)
+_BODY = b'{"model":"bench","messages":[{"role":"user","content":"Why is the sky blue?"}],"stream":true}'
+_REQUEST = (
+    b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:11434\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(_BODY) + _BODY
+)
+_SMALL = b'{"model":"bench:latest","message":{"role":"assistant","content":"Hi."},"done":true,"eval_count":4}'
+_REPLY = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
+    b"Content-Length: %d\r\n\r\n" % len(_SMALL) + _SMALL
+)
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+_LINE = b'{"model":"bench:latest","created_at":"2024-01-01T00:00:00Z","message":{"role":"assistant","content":"x"}}\n'
+_TOKEN = b"%x\r\n%s\r\n" % (len(_LINE), _LINE)
+_END = b'22\r\n{"done":true,"eval_count":1000000}\r\n0\r\n\r\n'
+
+
+_BATCH = 200
+
+
+class _Transport(asyncio.Transport):
+    """Takes everything and keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.write = self._count  # type: ignore[method-assign]
+
+    def _count(self, data: Any) -> None:
+        self.bytes += len(data)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 1) if name == "peername" else default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def writelines(self, list_of_data: Any) -> None:
+        for data in list_of_data:
+            self._count(data)
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Catalog:
+    def known(self, name: str) -> ModelFacts | None:
+        return _FACTS
+
+    async def facts(self, name: str) -> ModelFacts | None:
+        return _FACTS
+
+
+class _Abilities:
+    def known(self, view: InstanceView, path: str) -> bool | None:
+        return True
+
+    async def has(self, view: InstanceView, path: str) -> bool:
+        return True
+
+
+class _NoDriver:
+    async def load(self, load: Any) -> Any: ...
+
+    async def unload(self, unload: Any) -> Any: ...
+
+
+def _desk(engine: Engine, metrics: Metrics, pool: Pool) -> Desk:
+    def no_instance() -> InstanceView:
+        raise AssertionError("every request of this profile can be routed")
+
+    return Desk(
+        engine=engine,
+        catalog=_Catalog(),
+        pool=pool,
+        books=AccessLog(metrics, engine.now, RequestLines("info")),
+        origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
+        limits=Limits(2**28, 300.0, 600.0, 300.0),
+        rules=Rules(8192, heartbeat_seconds=15.0),
+        abilities=_Abilities(),
+        primary=no_instance,
+        cards=dict,
+        debug_headers=False,
+        make_handler=asyncio.Protocol,
+        patience=Patience(),
+        table=RouteTable(),
+        tasks=Tasks(),
+    )
+
+
+def _fleet(dispatcher: Dispatcher, instances: int) -> list[str]:
+    urls: list[str] = []
+    for number in range(instances):
+        name, url = InstanceName(f"u{number}"), f"http://127.0.0.1:{20000 + number}"
+        dispatcher.handle(InstanceChanged(InstanceSpec(name, (), url, num_parallel=1024), InstanceState.READY), 0.0)
+        row = LoadedModel("bench:latest", "d", 1, 1, 8192, _FACTS)
+        dispatcher.handle(ResidencyRead(name, (row,), 0.0), 0.0)
+        urls.append(url)
+    return urls
+
+
+async def _measure(
+    small: int, tokens: int, instances: int, note: Callable[[str], None], profile: cProfile.Profile | None
+) -> None:
+    metrics = Metrics()
+    dispatcher = Dispatcher(Policy(), lambda *_: ())
+    async with Engine(dispatcher, cast("Any", _NoDriver()), time.monotonic, (EngineObserver(metrics),)) as engine:
+        urls = _fleet(dispatcher, instances)
+        pool = Pool(5.0, engine.now)
+        desk = _desk(engine, metrics, pool)
+        behind: dict[str, UpstreamConnection] = {}
+        for url in urls:
+            connection = behind[url] = UpstreamConnection(pool, url)
+            connection.connection_made(_Transport())
+            pool.give_back(connection)
+        client = ClientConnection(desk, Relay(desk))
+        client.connection_made(_Transport())
+
+        def one(*pieces: bytes) -> None:
+            client.data_received(_REQUEST)
+            asked = next(c for c in behind.values() if c.receiver is not None)
+            for piece in pieces:
+                asked.data_received(piece)
+
+        for _ in range(200):
+            one(_REPLY)
+        if profile is not None:
+            profile.enable()
+        note(f"{_best(lambda: one(_REPLY), small):.1f} us a small request, {instances} instances")
+        if profile is not None:
+            profile.disable()
+        pieces = _BATCH * 10
+        stream = [_TOKEN] * pieces
+        cost = _best(lambda: one(_STREAM_HEAD, *stream, _END), tokens // pieces, 1) / pieces
+        note(f"{cost:.3f} us a token, a chunk a piece")
+        bursts = [_TOKEN * 100] * (pieces // 100)
+        cost = _best(lambda: one(_STREAM_HEAD, *bursts, _END), tokens // pieces, 1) / pieces
+        note(f"{cost:.3f} us a token, a hundred chunks a piece")
+
+
+def _best(work: Callable[[], None], times: int, batch: int = _BATCH) -> float:
+    """Microseconds of CPU of one, in the best batch: what others do on the machine only adds."""
+    best = float("inf")
+    for _ in range(max(1, times // batch)):
+        began = time.process_time()
+        for _ in range(batch):
+            work()
+        best = min(best, (time.process_time() - began) / batch)
+    return 1e6 * best
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--instances", type=int, default=2)
+    parser.add_argument(
+        "--functions", type=int, default=40, help="how many of the dearest functions are shown; 0: none"
+    )
+    given = parser.parse_args()
+    configure_logs("json", "info")
+    lines: list[str] = []
+    uvloop.run(_measure(given.requests, given.tokens, given.instances, lines.append, None))
+    print("\n".join(lines))
+    if given.functions:
+        profile = cProfile.Profile()
+        uvloop.run(_measure(given.requests, 1000, given.instances, lambda _: None, profile))
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(given.functions)
+        print(text.getvalue())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

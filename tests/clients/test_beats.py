@@ -1,0 +1,147 @@
+"""What keeps a waiting client is ignored by the clients themselves, and an error that follows it is raised by them.
+
+A server that only beats stands in for a router whose model is loading; the bytes are the router's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from router.errors import LoadFailed
+from router.gateway.peek import peek
+from router.gateway.waiting import heartbeat_of
+from tests.clients.commands import command
+from tests.support.ollama_server import real_binary
+
+_WORDS = ("one", " two")
+_ERROR = LoadFailed("the load came to nothing")
+_SECONDS = 60
+
+
+async def _answer(request: web.Request) -> web.StreamResponse:
+    body = await request.read()
+    beat = heartbeat_of(request.path, peek(body, request.path), request.headers.get, 10.0)
+    assert beat is not None
+    response = web.StreamResponse(headers=dict(beat.headers))
+    await response.prepare(request)
+    for _ in range(3):
+        await response.write(beat.piece)
+    if json.loads(body)["model"] == "fails":
+        await response.write(beat.late_error(_ERROR))
+    else:
+        for piece in _stream(request.path, json.loads(body)):
+            await response.write(piece)
+    await response.write_eof()
+    return response
+
+
+def _stream(path: str, body: dict[str, Any]) -> list[bytes]:
+    """An answer of two words as the path's API writes it."""
+    if path == "/v1/messages":
+        return [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in _anthropic_events()]
+    if path.startswith("/v1/"):
+        chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "works"}
+        said = ({"index": 0, "delta": {"role": "assistant", "content": w}, "finish_reason": None} for w in _WORDS)
+        events = [{**chunk, "choices": [choice]} for choice in said]
+        return [*(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events), b"data: [DONE]\n\n"]
+    if not body.get("prompt") and not body.get("messages"):
+        return [json.dumps(_line("", done=True)).encode()]
+    return [json.dumps(line).encode() + b"\n" for line in (*map(_line, _WORDS), _line("", done=True))]
+
+
+def _line(word: str, *, done: bool = False) -> dict[str, Any]:
+    said = {"message": {"role": "assistant", "content": word}, "response": word}
+    return {"model": "works", "created_at": "2026-01-01T00:00:00Z", **said, "done": done}
+
+
+def _anthropic_events() -> list[dict[str, Any]]:
+    usage = {"input_tokens": 1, "output_tokens": 0}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "works", "content": [], "usage": usage}
+    deltas = [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": w}} for w in _WORDS]
+    end = {"stop_reason": "end_turn", "stop_sequence": None}
+    return [
+        {"type": "message_start", "message": {**message, "stop_reason": None, "stop_sequence": None}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        *deltas,
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": end, "usage": {"output_tokens": 2}},
+        {"type": "message_stop"},
+    ]
+
+
+async def _shown(request: web.Request) -> web.Response:
+    return web.json_response({"details": {"family": "llama"}, "model_info": {}, "capabilities": ["completion"]})
+
+
+@asynccontextmanager
+async def _beating() -> AsyncGenerator[str]:
+    """The URL of a server that keeps everybody waiting."""
+    app = web.Application()
+    app.router.add_get("/", _running)
+    app.router.add_post("/api/show", _shown)
+    for path in ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages"):
+        app.router.add_post(path, _answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def _running(request: web.Request) -> web.Response:
+    return web.Response(text="Ollama is running")
+
+
+async def _output(words: Sequence[str], **environment: str) -> str:
+    """What a program prints; it must succeed."""
+    full = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TERM": "dumb", **environment}
+    pipe = asyncio.subprocess.PIPE
+    nothing = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(*words, env=full, stdin=nothing, stdout=pipe, stderr=pipe)
+    async with asyncio.timeout(_SECONDS):
+        out, error = await process.communicate()
+    assert process.returncode == 0, (out, error)
+    return out.decode()
+
+
+def _outlived(seen: list[str]) -> bool:
+    works, fails = seen
+    return works == "one two" and fails.startswith("raised ") and _ERROR.message in fails
+
+
+async def test_ollama_and_openai_outlive_the_wait() -> None:
+    async with _beating() as url:
+        seen = json.loads(await _output([*command("beats_light.py", light=True), url]))
+    assert [name for name, outcome in seen.items() if not _outlived(outcome)] == []
+
+
+@pytest.mark.clients
+async def test_further_packages_outlive_the_wait() -> None:
+    async with _beating() as url:
+        seen = json.loads(await _output([*command("beats_further.py"), url]))
+    assert [name for name, outcome in seen.items() if not _outlived(outcome)] == []
+
+
+@pytest.mark.clients
+async def test_the_npm_packages_outlive_the_wait_without_complaint() -> None:
+    async with _beating() as url:
+        seen = json.loads(await _output([*command("beats.mjs"), url]))
+    assert seen.pop("complaints") == []
+    assert [name for name, outcome in seen.items() if not _outlived(outcome)] == []
+
+
+@pytest.mark.ollama
+async def test_the_go_client_outlives_the_wait() -> None:
+    async with _beating() as url:
+        said = await _output([str(real_binary()), "run", "works", "hi"], OLLAMA_HOST=url)
+    assert "one two" in said
