@@ -16,24 +16,27 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import structlog
 from aiohttp import web
 
 from router.core.dispatcher import Dispatcher
-from router.core.entities import InstanceSpec, Policy, Snapshot
+from router.core.entities import InstanceSpec, Snapshot
+from router.core.events import InstanceChanged
 from router.core.names import canonical
 from router.core.sizing import estimate_bytes
 from router.engine import Engine
 from router.fleet import sweep
+from router.fleet.carrier import FleetCarrier
 from router.fleet.catalog import Catalog
 from router.fleet.driver import OllamaDriver
 from router.fleet.gpus import GpuPoller
 from router.fleet.instance import SupervisorConfig
 from router.fleet.listing import stores_of
 from router.fleet.ollama import OllamaClient
-from router.fleet.plan import plan_instances, ports_needed
+from router.fleet.plan import on_demand_instance, on_demand_like, plan_instances, ports_needed
 from router.fleet.ports import free_ports
 from router.fleet.supervisor import Supervisor
 from router.fleet.watcher import Pace, Watcher
@@ -46,6 +49,7 @@ from router.gateway.origin import OriginPolicy, Origins, is_loopback, machine_na
 from router.gateway.server import Gateway
 from router.logs import RequestLines, configure_logs, writes_json
 from router.observe import EngineObserver, FleetCollector, Metrics
+from router.pinning import policy_of, warm_models
 from router.relay.desk import Patience
 from router.relay.heads import HEAD_BYTES_MAX
 from router.relay.service import Relay, relay_over
@@ -211,8 +215,11 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
                 clients[url] = OllamaClient(session, url)
             return clients[url]
 
-        dispatcher = Dispatcher(_policy(settings), estimate_bytes)
         poller = GpuPoller(around.reader)
+        cards = await poller.read()
+        plan = instance_plan(settings, around)
+        policy = policy_of(settings, cards, on_demand_like(plan))
+        dispatcher = Dispatcher(policy, estimate_bytes)
         observer = EngineObserver(metrics)
 
         def snapshot() -> Snapshot:
@@ -220,16 +227,30 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
 
         writing = asyncio.Lock()
         catalog = Catalog(lambda: stores_of(snapshot().instances.values(), client_for), time.monotonic)
-        driver = OllamaDriver(client_for, catalog, snapshot, writing)
+
+        def changed(event: InstanceChanged) -> None:
+            engine.post(event)
+
+        def look_at_gpus() -> None:
+            watcher.look_at_gpus()
+
+        def start(spec: InstanceSpec) -> None:
+            given = [urlsplit(view.spec.url).port or 0 for view in supervisor.views]
+            supervisor.add(on_demand_instance(spec, plan, free_ports(1, avoid=given)[0]))
+
+        supervisor = Supervisor(_supervisor_config(settings, around), changed)
+        loader = OllamaDriver(client_for, catalog, snapshot, writing)
+        driver = FleetCarrier(loader, start, supervisor.retire, look_at_gpus)
         async with Engine(dispatcher, driver, time.monotonic, (observer,)) as engine:
             metrics.registry.register(FleetCollector(engine.snapshot, lambda: len(engine.waiting())))
             context = _context(settings, engine, catalog, session, writing)
             pace = Pace(settings.poll.gpu_seconds, settings.poll.residency_seconds, settings.poll.catalog_seconds)
-            watcher = Watcher(poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace)
+            watcher = Watcher(
+                poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace, warm_models(policy)
+            )
             try:
                 await watcher.read_gpus()
-                supervisor = Supervisor(_supervisor_config(settings, around), engine.post)
-                for spec in _specs(settings, around, engine):
+                for spec in plan_instances(cards, plan, free_ports(ports_needed(cards, plan))):
                     supervisor.add(spec)
                 access = AccessLog(metrics, engine.now, *([lines] if lines is not None else []))
                 origins = _origins(settings)
@@ -261,12 +282,6 @@ def _library(gateway: Gateway) -> web.Server:
     )
 
 
-def _specs(settings: Settings, around: Surroundings, engine: Engine) -> tuple[InstanceSpec, ...]:
-    cards = tuple(engine.snapshot().gpus.values())
-    plan = instance_plan(settings, around)
-    return plan_instances(cards, plan, free_ports(ports_needed(cards, plan)))
-
-
 def _tls(settings: Settings) -> ssl.SSLContext | None:
     """How the endpoint speaks TLS; None where it does not. ConfigError where a file cannot be used."""
     certificate, key = settings.server.tls_certificate, settings.server.tls_key
@@ -286,16 +301,6 @@ def _patience(settings: Settings) -> Patience:
         head_seconds=server.head_timeout_seconds,
         body_seconds=server.body_timeout_seconds,
         idle_seconds=server.connection_timeout_seconds,
-    )
-
-
-def _policy(settings: Settings) -> Policy:
-    return Policy(
-        vram_margin_bytes=settings.placement.vram_margin_bytes,
-        queue_limit=settings.queue.limit,
-        queue_timeout_seconds=settings.queue.timeout_seconds,
-        load_timeout_seconds=settings.ollama.load_timeout_seconds,
-        keep_alive_seconds=settings.ollama.keep_alive,
     )
 
 

@@ -122,9 +122,9 @@ class Engine:
         if self._waiters.pop(ticket_id, None) is not None:
             self.post(Cancelled(ticket_id))
 
-    def release(self, ticket_id: TicketId, *, runner_lost: bool = False) -> None:
+    def release(self, ticket_id: TicketId, *, runner_lost: bool = False, output_tokens: int = 0) -> None:
         """Gives a granted slot back; each grant must end in exactly one of these."""
-        self.post(Released(ticket_id, runner_lost=runner_lost))
+        self.post(Released(ticket_id, runner_lost, output_tokens))
 
     def lease(self, ticket: Ticket) -> Lease:
         """`async with engine.lease(ticket) as lease`: waits for a slot, holds it, gives it back."""

@@ -27,8 +27,11 @@ from router.core.events import (
     Load,
     LoadFailed,
     LoadFinished,
+    ReadGpus,
     Reject,
     Released,
+    StartInstance,
+    StopInstance,
     Unload,
     UnloadFinished,
 )
@@ -244,6 +247,12 @@ class EngineObserver:
 
     def _action(self, action: Action, now: float) -> None:
         match action:
+            case StartInstance():
+                self._log.info("start_instance", instance=action.spec.name, reason=action.reason)
+            case StopInstance():
+                self._log.info("stop_instance", instance=action.instance, reason=action.reason)
+            case ReadGpus():
+                pass
             case Grant():
                 self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
             case Load():

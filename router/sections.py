@@ -215,6 +215,31 @@ class ModelSettings(_Section):
         description="What options of a request may do: protect serves it with the copy that is loaded where its "
         "context is large enough; pass forwards all of them, and each other value reloads the model.",
     )
+    gpus: Words = Field(
+        default=(), description="Its cards by UUID or index: exactly these, one or several; none: the router chooses."
+    )
+    layout: Literal["auto", "spread", "cpu"] = Field(
+        default="auto",
+        description="auto is the smallest set of cards that holds it; spread is several even where one would do.",
+    )
+    context_length: int | None = Field(
+        default=None,
+        ge=4,
+        le=2**24,
+        description="Tokens of context a request that it is loaded with, whatever is asked.",
+    )
+    num_parallel: int | None = Field(default=None, ge=1, le=1024, description="Its slots, on an instance of its own.")
+    kv_cache_type: KvCacheType | None = Field(
+        default=None, description="Type of its KV cache, on an instance of its own."
+    )
+    priority: int = Field(
+        default=0, ge=-100, le=100, description="Its requests go before those of models with a lower one."
+    )
+    replicas_max: int | None = Field(default=None, ge=1, le=64, description="Most copies of it at the same time.")
+    keep_warm: bool = Field(
+        default=False,
+        description="Loaded at start and again when it is lost, and never unloaded to make room for others.",
+    )
 
 
 class FallbackSettings(_Section):
@@ -233,6 +258,26 @@ class PlacementSettings(_Section):
     vram_margin_bytes: Bytes = Field(
         default=512 * 1024**2,
         description="Kept free on each card beside what models are estimated to take, for what no estimate sees.",
+    )
+    on_demand: bool = Field(
+        default=True,
+        description="Starts further instances over any set of cards, each for one model, and stops them when they have "
+        "been empty; off, only the instances that are there from the start are used.",
+    )
+    instance_idle_seconds: Seconds = Field(
+        default=120.0, description="How long an instance that was started on demand may be empty."
+    )
+    exclusive_gpus: dict[str, Words] = Field(
+        default_factory=dict, description="Cards (by UUID or index) that only the models listed for them may use."
+    )
+    patience_seconds: Seconds = Field(
+        default=10.0, description="A first token that takes longer counts as too late; swaps are weighed by it."
+    )
+    starving_after_seconds: Seconds = Field(
+        default=60.0, description="A request that has waited so long gets its place whatever that costs others."
+    )
+    loads_at_once: int = Field(
+        default=4, ge=1, le=64, description="Loads under way at the same time; more would only share disk and PCIe."
     )
 
 

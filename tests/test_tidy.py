@@ -42,6 +42,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
 
 COMPOSITION = {
     "app": frozenset({"cli", "docs"}),
+    "pinning": frozenset({"app", "cli", "docs", "engine", "gateway", "relay", "fleet", "rig", "sim"}),
     "surroundings": frozenset({"app", "cli", "docs", "engine", "gateway"}),
     "cli": frozenset({"docs"}),
     "__main__": frozenset[str](),

@@ -24,6 +24,7 @@ Each ticket ends in exactly one of Grant, Reject or `Cancelled`. No clock, no ra
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import assert_never
 
 from router.core import plans, shortway, standing
@@ -51,6 +52,7 @@ from router.core.events import (
     InstanceChanged,
     LoadFailed,
     LoadFinished,
+    ModelKnown,
     ReadGpus,
     Reject,
     Released,
@@ -122,7 +124,7 @@ class Dispatcher:
         self._fleet.forget_failures(now)
         actions = self._apply(event, now)
         actions += self._expire(now)
-        actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead))
+        actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead | ModelKnown))
         return actions
 
     def _apply(self, event: Event, now: float) -> list[Action]:
@@ -136,6 +138,8 @@ class Dispatcher:
                 self._instance_changed(event)
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
+            case ModelKnown():
+                self._fleet.models[event.model.blob] = event.model
             case Ticked():
                 pass
             case ShutdownBegan():
@@ -196,6 +200,9 @@ class Dispatcher:
         running = {lease.client for lease in self._fleet.leases.values()} if len(self._queue) else set[str]()
         self._fleet.counters.arrived(ticket.client, self._queue.clients() | running)
         self._fleet.asked(ticket, now)
+        pin = self._policy.pins.get(ticket.model.name)
+        if pin is not None and pin.priority:
+            ticket = replace(ticket, priority=ticket.priority + pin.priority)
         if len(self._queue) < self._policy.queue_limit:
             self._queue.add(ticket)
             return []

@@ -313,6 +313,7 @@ class Pin:
     cpu: bool = False
     context_length: int | None = None
     num_parallel: int | None = None
+    kv_cache_type: str | None = None
     priority: int = 0
     replicas_max: int | None = None
     keep_warm: bool = False

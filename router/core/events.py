@@ -107,6 +107,13 @@ class UnloadFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelKnown:
+    """The facts of a model that shall be warm, whether or not anybody has asked for it yet."""
+
+    model: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadAsked:
     """A client wants a model gone from every instance once its running requests end."""
 
@@ -134,6 +141,7 @@ Event = (
     | LoadFailed
     | UnloadFinished
     | UnloadAsked
+    | ModelKnown
     | Ticked
     | ShutdownBegan
 )

@@ -7,7 +7,7 @@ evict by its own rule, so where instances may be started on demand each holds on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -17,7 +17,6 @@ from router.core.entities import (
     InstanceName,
     InstanceSpec,
     InstanceState,
-    InstanceView,
     Layout,
     Pin,
     Snapshot,
@@ -87,7 +86,7 @@ def sites_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
     for gpus in _sets(snapshot, size):
         if frozenset(gpus) in seen or not bounds.allows(snapshot, gpus):
             continue
-        found += _on(snapshot, gpus)
+        found += _on(snapshot, gpus, bounds.pin)
         seen.add(frozenset(gpus))
     return found
 
@@ -109,11 +108,13 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
     return sorted((card for card in snapshot.gpus.values() if card.error is None), key=lambda card: card.index)
 
 
-def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> list[Site]:
+def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], pin: Pin | None) -> list[Site]:
     """The instances on exactly these cards, or with on-demand ones the one that is free, else one to be started."""
     there = [v for v in snapshot.instances.values() if set(v.spec.gpus) == set(gpus) and v.state in ALIVE]
     if not (snapshot.policy.instances_on_demand and gpus):
         return [Site(view.spec) for view in there]
+    there = [view for view in there if view.spec.attached or _is_tuned(view.spec, pin)]
+    there = [view for view in there if not (view.spec.on_demand and view.state is InstanceState.BACKOFF)]
     free = [view for view in there if view.spec.attached or is_empty(snapshot, view.spec.name)]
     if free:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
@@ -121,8 +122,20 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> list[Site]:
     like = snapshot.policy.on_demand_like
     if like is None or len(snapshot.instances) >= snapshot.policy.instances_max:
         return []
-    name = _new_name(snapshot, gpus, there)
-    return [Site(replace(like, name=name, gpus=gpus, url="", on_demand=True), is_new=True)]
+    tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
+    if pin is not None and pin.num_parallel is not None:
+        tuned = replace(tuned, num_parallel=pin.num_parallel)
+    if pin is not None and pin.kv_cache_type is not None:
+        tuned = replace(tuned, kv_cache_type=pin.kv_cache_type)
+    return [Site(tuned, is_new=True)]
+
+
+def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
+    """Whether the instance has the slots and the cache that the model is pinned to."""
+    if pin is None:
+        return True
+    slots = pin.num_parallel in (None, spec.num_parallel)
+    return slots and pin.kv_cache_type in (None, spec.kv_cache_type)
 
 
 def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
@@ -130,9 +143,8 @@ def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
     return all(key[0] != name for key in snapshot.residencies)
 
 
-def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid], there: Iterable[InstanceView]) -> InstanceName:
+def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:
     """`gpu0.2`, `gpu1+gpu3`: the cards, and a number from the second instance on the same cards on."""
-    del there
     base = "+".join(f"gpu{snapshot.gpus[gpu].index}" for gpu in gpus)
     if base not in snapshot.instances:
         return InstanceName(base)

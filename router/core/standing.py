@@ -19,7 +19,12 @@ def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
     """Instances that were started on demand and have been empty for long."""
     snapshot = fleet.snapshot(now)
     for name, view in list(fleet.instances.items()):
-        if not view.spec.on_demand or view.state is not InstanceState.READY:
+        if not view.spec.on_demand:
+            continue
+        if view.state in (InstanceState.BACKOFF, InstanceState.FATAL):
+            yield StopInstance(name, f"does not run: {view.reason}")
+            continue
+        if view.state is not InstanceState.READY:
             continue
         if not is_empty(snapshot, name):
             fleet.emptied_at.pop(name, None)
@@ -41,8 +46,21 @@ def abandoned(snapshot: Snapshot) -> list[Residency]:
 
 def is_wanted_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
     """Pinned to stay, or asked for so much that it is worth a load into free room."""
+    return _is_pinned_warm(snapshot, model) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
+
+
+def _is_pinned_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
     pin = snapshot.policy.pins.get(model.name)
-    return (pin is not None and pin.keep_warm) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
+    return pin is not None and pin.keep_warm
+
+
+def _want(snapshot: Snapshot, model: ModelFacts) -> Want:
+    """In the context it is pinned to; others leave for it only where it is pinned."""
+    pin = snapshot.policy.pins.get(model.name)
+    context = pin.context_length if pin is not None else None
+    ordinary = context is None or context == snapshot.policy.context_length
+    price = float("inf") if _is_pinned_warm(snapshot, model) else 0.0
+    return Want(model, () if ordinary or context is None else (("num_ctx", context),), price_max=price)
 
 
 def anticipate(
@@ -58,7 +76,7 @@ def anticipate(
     for blob, model in models.items():
         if blob in loaded or not is_wanted_warm(snapshot, model):
             continue
-        found = place(snapshot, estimate, Want(model, price_max=0.0))
-        if isinstance(found, Placed) and not found.evict:
+        found = place(snapshot, estimate, _want(snapshot, model))
+        if isinstance(found, Placed) and (not found.evict or _is_pinned_warm(snapshot, model)):
             yield model, found
             return

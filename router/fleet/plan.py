@@ -7,7 +7,7 @@ declared by hand beside them or instead. Starts nothing, reads no environment an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from router.core.entities import Gpu, GpuUuid, InstanceName, InstanceSpec
@@ -96,6 +96,39 @@ def plan_instances(cards: Sequence[Gpu], plan: InstancePlan, ports: Iterable[int
     return tuple(specs)
 
 
+ON_DEMAND = "on-demand"
+"""What stands for the name of an instance that is not there yet, where its tuning is asked for."""
+
+
+def on_demand_like(plan: InstancePlan) -> InstanceSpec:
+    """How instances are tuned that are started on demand; cards, name, address and environment come later."""
+    return _spec(InstanceName(""), (), "", plan.tuning_for(ON_DEMAND), {}, attached=False)
+
+
+def on_demand_instance(spec: InstanceSpec, plan: InstancePlan, port: int) -> InstanceSpec:
+    """The instance that the dispatcher asked for, whole: with an address, and an environment that says what it is."""
+    tuning = _Tuned(
+        spec.num_parallel,
+        spec.context_length,
+        spec.kv_cache_type,
+        spec.flash_attention,
+        plan.tuning_for(ON_DEMAND).environment,
+    )
+    whole = _spawned(spec.name, spec.gpus, tuning, plan, iter((port,)), even=len(spec.gpus) > 1)
+    return replace(whole, on_demand=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tuned:
+    """Values that were decided."""
+
+    num_parallel: int
+    context_length: int
+    kv_cache_type: str
+    flash_attention: bool | None
+    environment: Mapping[str, str]
+
+
 def ports_needed(cards: Sequence[Gpu], plan: InstancePlan) -> int:
     """An upper bound on the ports that `plan_instances` takes."""
     discovered = max(1, len(cards) + 1) if plan.discover else 0
@@ -173,7 +206,7 @@ def _spawned(
         raise PlanError(f"instance {name}: no free port is left for it")
     address = f"127.0.0.1:{port}"
     environment = {
-        **_defaults(even),
+        **_defaults(even, len(gpus)),
         **tuning.environment,
         **_values(tuning),
         **_books(gpus, plan),
@@ -204,10 +237,13 @@ def _spec(
     )
 
 
-def _defaults(even: bool) -> dict[str, str]:
+def _defaults(even: bool, cards: int) -> dict[str, str]:
     """What configuration may override."""
+    # From 0.30 a load with all layers asked for is split by free memory, which a sibling's use would skew.
+    split = {"LLAMA_ARG_TENSOR_SPLIT": ",".join("1" * cards)} if cards > 1 else {}
     return {
         **HIDDEN_DEVICES,
+        **split,
         "OLLAMA_SCHED_SPREAD": "1" if even else "0",
         # 0 would mean three models a card (server/sched.go), after which Ollama evicts by count whatever the memory
         # says. Eviction is the router's, so the count is put out of reach.

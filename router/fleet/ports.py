@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Collection
 
 _FIRST, _LAST = 20_000, 32_767
 """Below Linux's ephemeral range (32768 to 60999), from which any program's outgoing connection may take a port while a
@@ -16,11 +17,11 @@ class NoFreePort(OSError):
     """Too few ports are free; the text says how many and where they were sought."""
 
 
-def free_ports(count: int, seed: int | None = None) -> tuple[int, ...]:
+def free_ports(count: int, seed: int | None = None, avoid: Collection[int] = ()) -> tuple[int, ...]:
     """So many different ports on 127.0.0.1 that nothing listens on. Raises NoFreePort.
 
     The search begins at a place that depends on `seed`, by default this process's number, so that routers started at
-    the same moment do not find the same ports.
+    the same moment do not find the same ports. `avoid`: ports that were given to servers that may not listen yet.
     """
     size = _LAST - _FIRST + 1
     start = (os.getpid() if seed is None else seed) * _STRIDE % size
@@ -30,7 +31,7 @@ def free_ports(count: int, seed: int | None = None) -> tuple[int, ...]:
             if len(found) == count:
                 break
             port = _FIRST + (start + offset) % size
-            if (probe := _bound(port)) is not None:
+            if port not in avoid and (probe := _bound(port)) is not None:
                 held.enter_context(probe)
                 found.append(port)
     if len(found) < count:

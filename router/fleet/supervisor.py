@@ -91,6 +91,20 @@ class Supervisor:
         instance.stop()
         await self._stopped(instance)
 
+    def retire(self, name: InstanceName) -> None:
+        """Stops an instance for good and forgets it, without waiting for that. KeyError for an unknown name."""
+        if self._tasks is not None:
+            self._tasks.create_task(self._retire(name), name=f"end of instance {name}")
+
+    async def _retire(self, name: InstanceName) -> None:
+        instance = self._instances[name]
+        instance.stop()
+        await self._stopped(instance)
+        del self._instances[name]
+        for task in [task for task in self._running if task.get_name() == f"instance {name}"]:
+            self._running.remove(task)
+            task.cancel()
+
     def drain_all(self) -> None:
         """No instance takes new requests."""
         for instance in self._instances.values():

@@ -6,14 +6,15 @@ A look that fails posts nothing and is logged once until it succeeds again: unkn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
 
-from router.core.entities import InstanceState, Snapshot
-from router.core.events import Event, GpusRead, LoadedModel, ResidencyRead
+from router.core.entities import InstanceState, ModelFacts, Snapshot
+from router.core.events import Event, GpusRead, LoadedModel, ModelKnown, ResidencyRead
 from router.fleet.catalog import Catalog
 from router.fleet.driver import ClientFor
 from router.fleet.gpus import GpuPoller, GpuReadTimeout
@@ -43,7 +44,9 @@ class Watcher:
         post: Post,
         now: Callable[[], float],
         pace: Pace,
+        warm: tuple[str, ...] = (),
     ) -> None:
+        """`warm`: names of models whose facts are told as soon as the store has them."""
         self._poller = poller
         self._catalog = catalog
         self._client_for = client_for
@@ -51,13 +54,16 @@ class Watcher:
         self._post = post
         self._now = now
         self._pace = pace
+        self._warm = warm
+        self._told: dict[str, ModelFacts] = {}
         self._failing: set[str] = set()
+        self._look_now = asyncio.Event()
         self._log = structlog.get_logger("router.watcher")
 
     async def run(self) -> None:
         """Three steady looks side by side."""
         async with asyncio.TaskGroup() as looks:
-            looks.create_task(self._steadily(self._pace.gpu_seconds, "the cards", self.read_gpus))
+            looks.create_task(self._steadily(self._pace.gpu_seconds, "the cards", self.read_gpus, self._look_now))
             looks.create_task(self._steadily(self._pace.residency_seconds, "loaded models", self._read_residencies))
             looks.create_task(self._steadily(self._pace.catalog_seconds, "the store", self._read_catalog))
 
@@ -66,9 +72,20 @@ class Watcher:
         read_at = self._now()
         self._post(GpusRead(await self._poller.read(), read_at))
 
-    async def _steadily(self, seconds: float, what: str, look: Callable[[], Awaitable[None]]) -> None:
+    def look_at_gpus(self) -> None:
+        """Has the cards read at once, not at the next turn."""
+        self._look_now.set()
+
+    async def _steadily(
+        self, seconds: float, what: str, look: Callable[[], Awaitable[None]], now: asyncio.Event | None = None
+    ) -> None:
+        """Looks at that pace, and whenever `now` is set."""
+        now = now or asyncio.Event()
         while True:
-            await asyncio.sleep(seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await now.wait()
+            now.clear()
             try:
                 await look()
             except (GpuReadTimeout, OllamaError, OSError) as error:
@@ -101,6 +118,11 @@ class Watcher:
 
     async def _read_catalog(self) -> None:
         await self._catalog.refresh()
+        for name in self._warm:
+            facts = await self._catalog.facts(name)
+            if facts is not None and facts != self._told.get(name):
+                self._told[name] = facts
+                self._post(ModelKnown(facts))
 
     def _failed(self, what: str, error: Exception) -> None:
         if what not in self._failing:

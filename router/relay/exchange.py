@@ -332,7 +332,8 @@ class LeasedExchange:
         lease, self._lease = self._lease, None
         self._grant = None
         if lease is not None:
-            self._desk.engine.release(lease, runner_lost=runner_lost)
+            tokens = self._reply.chunks if self._reply is not None else 0  # a chunk a token
+            self._desk.engine.release(lease, runner_lost=runner_lost, output_tokens=tokens)
 
     def _close_books(self, status: int) -> None:
         self._phase = _ENDED

@@ -7,7 +7,17 @@ import asyncio
 import pytest
 
 from router.core.entities import InstanceName, InstanceState, Policy, ResidencyState
-from router.core.events import Arrived, Grant, InstanceChanged, Load, LoadFinished, Reject, Released, UnloadFinished
+from router.core.events import (
+    Arrived,
+    Grant,
+    InstanceChanged,
+    Load,
+    LoadFinished,
+    ReadGpus,
+    Reject,
+    Released,
+    UnloadFinished,
+)
 from tests.core.builders import instance
 from tests.engine.stage import OTHER, SMALL, stage, turns
 
@@ -70,7 +80,7 @@ async def test_an_observer_sees_every_event_with_what_came_of_it_in_order() -> N
     async with stage() as on:
         await on.load()
         kinds = [(type(event), [type(action) for action in actions]) for event, actions in on.observer.seen]
-        assert kinds == [(Arrived, [Load]), (LoadFinished, [Grant]), (Released, [])]
+        assert kinds == [(Arrived, [Load]), (LoadFinished, [ReadGpus, Grant]), (Released, [])]
 
 
 async def test_a_decision_is_told_once_and_not_after_a_cancel() -> None:
