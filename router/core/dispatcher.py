@@ -280,9 +280,10 @@ class Dispatcher:
     def _unload_asked(self, event: UnloadAsked, now: float) -> list[Action]:
         actions: list[Action] = []
         for key, residency in list(self._fleet.residencies.items()):
-            if residency.blob != event.blob or residency.state is not ResidencyState.READY:
+            if residency.blob != event.blob or residency.state is ResidencyState.UNLOADING:
                 continue
-            if residency.in_flight:
+            if residency.in_flight or residency.state is not ResidencyState.READY:
+                # A load on its way serves those who wait for it first.
                 self._fleet.update(key, keep_alive_seconds=0.0, expires_at=now)
             else:
                 actions.append(rules.unload(self._fleet, key, "a client asked for it"))

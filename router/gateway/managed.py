@@ -32,6 +32,7 @@ from router.gateway.requests import RequestInfo, read_body
 
 _ASK_SECONDS = 10.0
 _STORE_SECONDS = 60.0
+_AGAIN_SECONDS = 1.0
 _WORTH_READING_BYTES = 262144
 """What is left unread of a request is read to its end up to that, as Go does; after more the connection is closed."""
 
@@ -140,9 +141,13 @@ class ManagedHandler:
             WaitTimeout: some instance still holds it; then nothing is deleted.
         """
         engine, blob, seconds = self._context.engine, facts.blob, self._context.limits.queue_timeout_seconds
-        engine.post(UnloadAsked(blob))
-        if not await engine.until(lambda snapshot: all(key[1] != blob for key in snapshot.residencies), seconds):
-            raise WaitTimeout(f"model '{facts.name}' is still in use after {seconds:.0f} s and was not deleted")
+        until = engine.now() + seconds
+        while engine.now() < until:
+            # Asked again and again: a request that was let in before may ask for another keep_alive.
+            engine.post(UnloadAsked(blob))
+            if await engine.until(lambda snapshot: all(key[1] != blob for key in snapshot.residencies), _AGAIN_SECONDS):
+                return
+        raise WaitTimeout(f"model '{facts.name}' is still in use after {seconds:.0f} s and was not deleted")
 
     # --- weights that no name means any more -----------------------------------------------------------------
 

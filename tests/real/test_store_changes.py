@@ -170,3 +170,19 @@ def test_a_full_disk_is_the_servers_own_error(make_product: MakeProduct, tmp_pat
 
 def _tree(product: Product) -> Any:
     return yaml.safe_load(product.config.read_text(encoding="utf-8"))
+
+
+async def test_a_stop_reaches_a_model_that_is_still_loading(product: Product) -> None:
+    await call(product.address, "POST", "/api/generate", {"model": "big", "keep_alive": 0})
+    await eventually(lambda: "big:latest" not in _loaded(product))
+    waiting = asyncio.ensure_future(_generate(product, "big"))
+
+    def is_loading() -> bool:
+        rows = product.call("GET", "/llamayard/status")[1]["models"]
+        return any(row["name"] == "big:latest" and row["state"] in ("planned", "loading") for row in rows)
+
+    await eventually(is_loading)
+    await call(product.address, "POST", "/api/generate", {"model": "big", "keep_alive": 0})
+    status, answer = await waiting
+    assert (status, answer["done"]) == (200, True)
+    await eventually(lambda: "big:latest" not in _loaded(product))

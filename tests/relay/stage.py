@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -341,7 +342,11 @@ async def staged(
             raise NoInstance("no Ollama instance is ready")
         return InstanceView(InstanceSpec(InstanceName("gpu0"), (), upstream.url), InstanceState.READY)
 
-    library = web.Server(lambda request: _library(request, handed), handler_cancellation=True, access_log=None)
+    quiet = logging.Logger("quiet")  # clients that leave are what these tests are about
+    quiet.addHandler(logging.NullHandler())
+    library = web.Server(
+        lambda request: _library(request, handed), handler_cancellation=True, access_log=None, logger=quiet
+    )
     pool = Pool(5.0, engine.now)
     desk = replace(
         make_desk(engine, catalog, books, pool),
