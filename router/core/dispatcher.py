@@ -27,13 +27,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
-from router.core import plans, shortway, standing
+from router.core import loads, plans, shortway, standing
 from router.core import residency as rules
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
-    Failure,
     InstanceState,
-    InstanceView,
     Policy,
     Residency,
     ResidencyKey,
@@ -53,7 +51,6 @@ from router.core.events import (
     LoadFailed,
     LoadFinished,
     ModelKnown,
-    ReadGpus,
     Reject,
     Released,
     ResidencyRead,
@@ -63,10 +60,9 @@ from router.core.events import (
     UnloadFinished,
 )
 from router.core.ids import LoadIds
-from router.core.options import has_own_layers
 from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.seeking import seek, seek_replica
-from router.core.state import FleetState, expiry
+from router.core.state import FleetState
 from router.core.waitqueue import GroupKey, WaitQueue, group_of
 from router.core.waking import can_expire, next_wake
 
@@ -135,7 +131,7 @@ class Dispatcher:
                 self._fleet.version += 1
                 self._fleet.settle()
             case InstanceChanged():
-                self._instance_changed(event)
+                loads.instance_changed(self._fleet, event)
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
             case ModelKnown():
@@ -148,7 +144,7 @@ class Dispatcher:
             case Arrived() | Cancelled() | Released():
                 return self._apply_to_requests(event, now)
             case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadAsked():
-                return self._apply_to_loads(event, now)
+                return loads.apply_to_loads(self._fleet, event, now)
             case _:
                 assert_never(event)
         return []
@@ -163,36 +159,6 @@ class Dispatcher:
                 return []
             case Released():
                 return self._released(event, now)
-
-    def _apply_to_loads(
-        self, event: LoadFinished | LoadFailed | UnloadFinished | UnloadAsked, now: float
-    ) -> list[Action]:
-        match event:
-            case LoadFinished():
-                return [*self._load_finished(event, now), ReadGpus()]
-            case LoadFailed():
-                self._load_failed(event, now)
-                return [ReadGpus()]
-            case UnloadFinished():
-                self._unload_finished(event, now)
-                return [ReadGpus()]
-            case UnloadAsked():
-                return self._unload_asked(event, now)
-
-    def _instance_changed(self, event: InstanceChanged) -> None:
-        name = event.spec.name
-        before = self._fleet.instances.get(name)
-        version = event.version or (before.version if before else None)
-        self._fleet.version += 1
-        if event.spec.on_demand and event.state is InstanceState.STOPPED:
-            self._fleet.instances.pop(name, None)
-            self._fleet.forget_instance(name)
-            return
-        self._fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
-        if event.state in (InstanceState.READY, InstanceState.DRAINING):
-            return
-        if not (event.spec.on_demand and event.state is InstanceState.STARTING):
-            self._fleet.forget_instance(name)  # a plan waits for an instance that was started for it
 
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
@@ -229,65 +195,6 @@ class Dispatcher:
             # The server still lists it, and would load it again inside the next request: unload it properly.
             return [rules.unload(self._fleet, lease.key, "its runner died")]
         return []
-
-    def _load_finished(self, event: LoadFinished, now: float) -> list[Action]:
-        residency = self._fleet.by_load(event.load_id)
-        if residency is None:
-            return []
-        key = (residency.instance, residency.blob)
-        self._fleet.changed_at = now
-        sent_at = self._fleet.reservations[event.load_id].sent_at
-        self._fleet.loaded(residency.model.weights_bytes, now - (now if sent_at is None else sent_at))
-        rules.finish_reservation(self._fleet, event.load_id, now)
-        sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
-        until = expiry(residency.keep_alive_seconds, now)
-        self._fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, **sizes)
-        is_spilled = residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes
-        if is_spilled and not has_own_layers(residency.model):
-            share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
-            words = f"came out {share:.0f} % on the CPU on {residency.instance}"
-            self._remember_failure(key, 502, f"model '{residency.name}' {words}", now)
-            return [rules.unload(self._fleet, key, words)]
-        return []
-
-    def _load_failed(self, event: LoadFailed, now: float) -> None:
-        residency = self._fleet.by_load(event.load_id)
-        if residency is None:
-            return
-        key = (residency.instance, residency.blob)
-        self._fleet.changed_at = now
-        self._remember_failure(key, event.status, event.message, now)
-        self._fleet.forget(key)
-
-    def _remember_failure(self, key: ResidencyKey, status: int, message: str, now: float) -> None:
-        options = self._fleet.residencies[key].options
-        self._fleet.failures.append(Failure(key[0], key[1], options, status, message, now))
-
-    def _unload_finished(self, event: UnloadFinished, now: float) -> None:
-        key = (event.instance, event.blob)
-        residency = self._fleet.residencies.get(key)
-        if residency is None or residency.state is not ResidencyState.UNLOADING:
-            return
-        self._fleet.changed_at = now
-        if event.error is not None:
-            # It stays out of use, which a model that spilled has to, and is tried again without haste.
-            self._fleet.update(key, expires_at=now + self._policy.room_timeout_seconds)
-            return
-        self._fleet.update(key, unloaded_at=now)
-        if not residency.per_gpu_bytes:
-            self._fleet.forget(key)
-
-    def _unload_asked(self, event: UnloadAsked, now: float) -> list[Action]:
-        actions: list[Action] = []
-        for key, residency in list(self._fleet.residencies.items()):
-            if residency.blob != event.blob or residency.state is ResidencyState.UNLOADING:
-                continue
-            if residency.in_flight or residency.state is not ResidencyState.READY:
-                # A load on its way serves those who wait for it first.
-                self._fleet.update(key, keep_alive_seconds=0.0, expires_at=now)
-            else:
-                actions.append(rules.unload(self._fleet, key, "a client asked for it"))
-        return actions
 
     # --- time ----------------------------------------------------------------------------------------------
 
