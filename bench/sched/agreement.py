@@ -144,7 +144,7 @@ def _wait_for(url: str) -> None:
         except OSError:
             if time.monotonic() > limit:
                 raise
-            time.sleep(0.05)  # noqa: TID251 (a program that waits for another to start)
+            time.sleep(0.05)
 
 
 def compare(policy: str, wanted: Wanted, speed: float) -> Compared:

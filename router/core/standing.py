@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from router.core.entities import BlobDigest, InstanceState, ModelFacts, Residency, ResidencyState, Snapshot
+from router.core.entities import (
+    BlobDigest,
+    InstanceState,
+    InstanceView,
+    ModelFacts,
+    Residency,
+    ResidencyState,
+    Snapshot,
+)
 from router.core.events import StopInstance
 from router.core.placement import Estimate, Placed, Want, place
 from router.core.pricing import rate_of
@@ -22,7 +31,7 @@ def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
         if not view.spec.on_demand:
             continue
         if view.state in (InstanceState.BACKOFF, InstanceState.FATAL):
-            yield StopInstance(name, f"does not run: {view.reason}")
+            yield _stop(fleet, view, f"does not run: {view.reason}")
             continue
         if view.state is not InstanceState.READY:
             continue
@@ -32,7 +41,15 @@ def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
         since = fleet.emptied_at.setdefault(name, now)
         if now - since >= fleet.policy.instance_idle_seconds:
             del fleet.emptied_at[name]
-            yield StopInstance(name, f"empty for {now - since:.0f} s")
+            yield _stop(fleet, view, f"empty for {now - since:.0f} s")
+
+
+def _stop(fleet: FleetState, view: InstanceView, reason: str) -> StopInstance:
+    """From now on nothing is placed there, and it is not stopped twice."""
+    name = view.spec.name
+    fleet.instances[name] = replace(view, state=InstanceState.STOPPING)
+    fleet.version += 1
+    return StopInstance(name, reason)
 
 
 def abandoned(snapshot: Snapshot) -> list[Residency]:

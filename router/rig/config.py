@@ -51,6 +51,7 @@ class Config:
     max_queue: int = 512
     max_loaded: int = 0
     spread: bool = False
+    tensor_split: tuple[float, ...] = ()
     flash_attention: bool | None = None
     kv_cache_type: str = "f16"
     overhead_bytes: int = 0
@@ -103,6 +104,7 @@ def read_config(environment: Mapping[str, str]) -> Config:
         max_queue=max(1, _number(environment, "OLLAMA_MAX_QUEUE", 512)),
         max_loaded=_number(environment, "OLLAMA_MAX_LOADED_MODELS", 0),
         spread=_flag(environment, "OLLAMA_SCHED_SPREAD"),
+        tensor_split=_shares(environment.get("LLAMA_ARG_TENSOR_SPLIT", "")),
         flash_attention=_is_true(flash) if flash else None,
         kv_cache_type=_text(environment, "OLLAMA_KV_CACHE_TYPE").lower() or "f16",
         overhead_bytes=_number(environment, "OLLAMA_GPU_OVERHEAD", 0),
@@ -139,6 +141,14 @@ def _speed(environment: Mapping[str, str], default: float) -> float:
 
 def _is_true(text: str) -> bool:
     return text.lower() not in ("0", "f", "false")
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """`1,1` or `3,2`; empty where it is no such list."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        return ()
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:

@@ -123,6 +123,7 @@ class Loader:
             num_gpu=options.runner.num_gpu,
             main_gpu=options.runner.main_gpu,
             spread=config.spread,
+            tensor_split=config.tensor_split,
             overhead_bytes=config.overhead_bytes,
             has_others=bool(others),
             host_free_bytes=self._around.memory.host_free_bytes(others),

@@ -32,6 +32,7 @@ class ServerConfig:
     kv_cache_type: str = "q8_0"
     flash_attention: bool = True
     spread: bool = False
+    tensor_split: tuple[float, ...] = ()
     keep_alive_seconds: float = _FIVE_MINUTES
     max_loaded: int = 0
     """0: three models a card."""

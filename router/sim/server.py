@@ -250,6 +250,7 @@ class SimServer:
             version=self.config.version,
             num_gpu=job.num_gpu,
             spread=self.config.spread,
+            tensor_split=self.config.tensor_split,
             has_others=bool(self._loaded),
             host_free_bytes=self.config.host_memory_bytes,
         )

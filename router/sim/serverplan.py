@@ -53,6 +53,8 @@ class Ask:
     """Layers wanted on the cards; -1: as the server decides."""
     main_gpu: int = 0
     spread: bool = False
+    tensor_split: tuple[float, ...] = ()
+    """`LLAMA_ARG_TENSOR_SPLIT`, which llama-server (from 0.30) heeds: shares of the cards; empty: by free memory."""
     overhead_bytes: int = 0
     has_others: bool = False
     """Other models are loaded in the same server."""
@@ -181,9 +183,16 @@ def _plan_0_30(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
     total = ask.model.layers + 1
     if ask.num_gpu >= 0:
         wanted = min(ask.num_gpu, total)
-        return Plan(_placed(chosen, _by_room(wanted, [cards[i].free_bytes for i in chosen]), len(cards)))
+        return Plan(_placed(chosen, _by_room(wanted, _shares(ask, cards, chosen)), len(cards)))
     units = _fitting(world, ask, [cards[i] for i in chosen])
     return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(cards)))
+
+
+def _shares(ask: Ask, cards: Sequence[Room], chosen: Sequence[int]) -> list[int]:
+    """In what proportion all layers are shared: as told, else by free memory."""
+    if len(ask.tensor_split) == len(cards):
+        return [int(ask.tensor_split[i] * 1_000_000) for i in chosen]
+    return [cards[i].free_bytes for i in chosen]
 
 
 def _fitting(world: World, ask: Ask, cards: Sequence[Room]) -> list[int]:

@@ -166,7 +166,7 @@ class Llamayard:
 
     def card_lost(self, uuid: GpuUuid) -> None:
         for unit in list(self._units.values()):
-            if uuid in unit.spec.gpus:
+            if uuid in unit.spec.gpus and self._units.get(unit.spec.name) is unit:
                 self._kill(unit)
 
     # --- the way in ----------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def units_over(host: Host, config: ServerConfig, *, pairs: bool) -> list[Unit]:
 
 
 def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
-    own = replace(config, spread=even)
+    own = _own(config, len(cards), even=even)
     spec = InstanceSpec(
         name=InstanceName(name),
         gpus=cards,
@@ -62,7 +62,12 @@ def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit
     """One that the dispatcher asked for."""
     even = len(spec.gpus) > 1
     named = replace(spec, url=f"sim://{spec.name}", environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"})
-    return Unit(named, SimServer(host, spec.name, spec.gpus, replace(config, spread=even)))
+    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(config, len(spec.gpus), even=even)))
+
+
+def _own(config: ServerConfig, cards: int, *, even: bool) -> ServerConfig:
+    """As `router/fleet/plan.py` has it: an instance over several cards shares layers evenly."""
+    return replace(config, spread=even, tensor_split=(1.0,) * cards if cards > 1 else ())
 
 
 def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
