@@ -131,7 +131,7 @@ class Dispatcher:
                 self._fleet.version += 1
                 self._fleet.settle()
             case InstanceChanged():
-                loads.instance_changed(self._fleet, event)
+                loads.instance_changed(self._fleet, event, now)
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
             case ModelKnown():

@@ -368,6 +368,8 @@ class Snapshot:
     """Whether a model that no single card holds was asked for of late."""
     load_rate_bytes_per_second: float | None = None
     """What loads have shown of late."""
+    troubled: frozenset[frozenset[GpuUuid]] = frozenset()
+    """Sets of cards on which an instance could not be started lately: no other is started there for now."""
 
     def promised(self) -> frozenset[ResidencyKey]:
         """Loaded models whose room is promised to a load that is planned."""

@@ -29,7 +29,7 @@ def apply_to_loads(
             return _unload_asked(fleet, event, now)
 
 
-def instance_changed(fleet: FleetState, event: InstanceChanged) -> None:
+def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> None:
     name = event.spec.name
     before = fleet.instances.get(name)
     version = event.version or (before.version if before else None)
@@ -39,6 +39,8 @@ def instance_changed(fleet: FleetState, event: InstanceChanged) -> None:
         fleet.forget_instance(name)
         return
     fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
+    if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
+        fleet.troubled_at[frozenset(event.spec.gpus)] = now
     if event.state in (InstanceState.READY, InstanceState.DRAINING):
         return
     if not (event.spec.on_demand and event.state is InstanceState.STARTING):

@@ -22,6 +22,7 @@ from router.core.entities import (
     Layout,
     ModelFacts,
     ResidencyKey,
+    ResidencyState,
     RunnerOptions,
     Snapshot,
 )
@@ -253,9 +254,23 @@ def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool)
         return None
     price = price_of(snapshot, (key for key in evict if key not in want.supersedes))
     evict = (own, *evict) if own_copy is not None else evict
+    evict = (*evict, *(key for key in _relied_on(snapshot, candidate) if key not in evict))
     running = sum(snapshot.residencies[key].in_flight for key in evict)
     lost = sum(sum(snapshot.residencies[key].per_gpu_bytes) for key in evict)
     return _Offer(candidate, evict, running, price, lost) if price <= want.price_max else None
+
+
+def _relied_on(snapshot: Snapshot, candidate: _Candidate) -> list[ResidencyKey]:
+    """Models whose leaving another plan has asked for and this one counts on: it asks for it as well, lest the room
+    stays taken if that plan is dropped."""
+    short = {gpu for gpu, size in candidate.need if available_bytes(snapshot, gpu) < size}
+    return sorted(
+        key
+        for key in snapshot.promised()
+        if key in snapshot.residencies
+        and snapshot.residencies[key].state is ResidencyState.READY
+        and short & _cards_of(snapshot, key[0])
+    )
 
 
 def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:

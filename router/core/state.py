@@ -38,6 +38,7 @@ from router.core.fairness import TokenCounters
 from router.core.keepalive import merged_keep_alive
 from router.core.ledger import is_settled
 
+_NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
 _SESSIONS_MAX = 10_000
 _MODELS_MAX = 1_000
 _NEW_SHARE = 0.3
@@ -96,6 +97,8 @@ class FleetState:
     large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that no single card holds."""
     load_rate_bytes_per_second: float | None = None
+    troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
+    """When an instance on these cards last could not be started or died."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """When an instance started on demand was first seen empty."""
     counters: TokenCounters = field(default_factory=TokenCounters)
@@ -142,6 +145,7 @@ class FleetState:
             wanted=MappingProxyType(self.wanted),
             large_asked=self._large_asked(now),
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
+            troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
         )
 
     def _large_asked(self, now: float) -> bool:
@@ -183,9 +187,11 @@ class FleetState:
     # --- memory of what happened ---------------------------------------------------------------------------
 
     def forget_failures(self, now: float) -> None:
+        horizon = now - self.policy.failure_memory_seconds
         if self.failures:
-            horizon = now - self.policy.failure_memory_seconds
             self.failures = [f for f in self.failures if f.at > horizon]
+        if self.troubled_at:
+            self.troubled_at = {gpus: at for gpus, at in self.troubled_at.items() if at > horizon}
 
     def asked(self, ticket: Ticket, now: float) -> None:
         """Counts a request for its model."""

@@ -72,7 +72,7 @@ class CardBook:
         """Gives the owner these bytes on top of nothing. Raises OutOfMemoryError."""
         for uuid, size in wanted.items():
             if size > self.free_bytes(uuid):
-                self.out_of_memory += 1
+                self.out_of_memory += uuid not in self.lost
                 raise OutOfMemoryError(f"card {self.by_uuid[uuid].index}: {size} bytes wanted")
         for uuid, size in wanted.items():
             if size > 0:

@@ -328,6 +328,8 @@ class Llamayard:
         )
 
     def _start(self, unit: Unit) -> None:
+        if self._units.get(unit.spec.name) is not unit:
+            return
         if any(uuid in self._host.book.lost for uuid in unit.spec.gpus):
             self._change(unit, InstanceState.BACKOFF, "its card is lost")
             self._host.timeline.after(5.0, lambda: self._start(unit))
