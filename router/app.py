@@ -13,7 +13,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from aiohttp import web
 
 from router.core.dispatcher import Dispatcher
 from router.core.entities import InstanceSpec, Snapshot
-from router.core.events import InstanceChanged
+from router.core.events import FootprintsKnown, InstanceChanged
 from router.core.names import canonical
 from router.core.sizing import estimate_bytes
 from router.engine import Engine
@@ -32,11 +32,12 @@ from router.fleet import sweep
 from router.fleet.carrier import FleetCarrier
 from router.fleet.catalog import Catalog
 from router.fleet.driver import OllamaDriver
+from router.fleet.footprints import FootprintFile
 from router.fleet.gpus import GpuPoller
 from router.fleet.instance import SupervisorConfig
 from router.fleet.listing import stores_of
 from router.fleet.ollama import OllamaClient
-from router.fleet.plan import on_demand_instance, on_demand_like, plan_instances, ports_needed
+from router.fleet.plan import InstancePlan, on_demand_instance, on_demand_like, plan_instances, ports_needed
 from router.fleet.ports import free_ports
 from router.fleet.supervisor import Supervisor
 from router.fleet.watcher import Pace, Watcher
@@ -234,13 +235,10 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
         def look_at_gpus() -> None:
             watcher.look_at_gpus()
 
-        def start(spec: InstanceSpec) -> None:
-            given = [urlsplit(view.spec.url).port or 0 for view in supervisor.views]
-            supervisor.add(on_demand_instance(spec, plan, free_ports(1, avoid=given)[0]))
-
         supervisor = Supervisor(_supervisor_config(settings, around), changed)
         loader = OllamaDriver(client_for, catalog, snapshot, writing)
-        driver = FleetCarrier(loader, start, supervisor.retire, look_at_gpus)
+        footprints = FootprintFile(settings.state_directory / "footprints.json")
+        driver = _carrier(loader, supervisor, plan, look_at_gpus, footprints)
         async with Engine(dispatcher, driver, time.monotonic, (observer,)) as engine:
             metrics.registry.register(FleetCollector(engine.snapshot, lambda: len(engine.waiting())))
             context = _context(settings, engine, catalog, session, writing)
@@ -249,6 +247,7 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
                 poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace, warm_models(policy)
             )
             try:
+                engine.post(FootprintsKnown(footprints.read()))
                 await watcher.read_gpus()
                 for spec in plan_instances(cards, plan, free_ports(ports_needed(cards, plan))):
                     supervisor.add(spec)
@@ -264,6 +263,20 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
                     lines.flush()
                 await catalog.close()
                 await poller.close()
+
+
+def _carrier(
+    loader: OllamaDriver,
+    supervisor: Supervisor,
+    plan: InstancePlan,
+    look_at_gpus: Callable[[], None],
+    footprints: FootprintFile,
+) -> FleetCarrier:
+    def start(spec: InstanceSpec) -> None:
+        given = [urlsplit(view.spec.url).port or 0 for view in supervisor.views]
+        supervisor.add(on_demand_instance(spec, plan, free_ports(1, avoid=given)[0]))
+
+    return FleetCarrier(loader, start, supervisor.retire, look_at_gpus, footprints.remember)
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)

@@ -30,6 +30,7 @@ from router.core.events import (
     ReadGpus,
     Reject,
     Released,
+    Remember,
     ShutdownBegan,
     StartInstance,
     StopInstance,
@@ -37,6 +38,7 @@ from router.core.events import (
     Unload,
     UnloadFinished,
 )
+from router.core.learned import FootprintKey
 from router.errors import RouterError, error_for
 
 Clock = Callable[[], float]
@@ -58,6 +60,10 @@ class InstanceDriver(Protocol):
 
     def stop_instance(self, name: InstanceName) -> None:
         """Asks for the end of an instance that was started on demand."""
+        ...
+
+    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
+        """Keeps a measured footprint for later runs."""
         ...
 
     def read_gpus(self) -> None:
@@ -184,6 +190,8 @@ class Engine:
                 self._driver.start_instance(action.spec)
             case StopInstance():
                 self._driver.stop_instance(action.instance)
+            case Remember():
+                self._driver.remember(action.key, action.per_gpu_bytes)
             case ReadGpus():
                 self._driver.read_gpus()
             case _:

@@ -30,6 +30,7 @@ from router.core.events import (
     ReadGpus,
     Reject,
     Released,
+    Remember,
     StartInstance,
     StopInstance,
     Unload,
@@ -251,6 +252,8 @@ class EngineObserver:
                 self._log.info("start_instance", instance=action.spec.name, reason=action.reason)
             case StopInstance():
                 self._log.info("stop_instance", instance=action.instance, reason=action.reason)
+            case Remember():
+                self._log.info("footprint_measured", blob=action.key.blob, per_gpu_bytes=action.per_gpu_bytes)
             case ReadGpus():
                 pass
             case Grant():

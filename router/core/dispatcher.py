@@ -31,7 +31,9 @@ from router.core import loads, plans, shortway, standing
 from router.core import residency as rules
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
+    InstanceSpec,
     InstanceState,
+    ModelFacts,
     Policy,
     Residency,
     ResidencyKey,
@@ -45,6 +47,7 @@ from router.core.events import (
     Arrived,
     Cancelled,
     Event,
+    FootprintsKnown,
     GpusRead,
     Grant,
     InstanceChanged,
@@ -53,6 +56,7 @@ from router.core.events import (
     ModelKnown,
     Reject,
     Released,
+    Remember,
     ResidencyRead,
     ShutdownBegan,
     Ticked,
@@ -60,6 +64,7 @@ from router.core.events import (
     UnloadFinished,
 )
 from router.core.ids import LoadIds
+from router.core.learned import key_of
 from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.seeking import seek, seek_replica
 from router.core.state import FleetState
@@ -75,7 +80,7 @@ class Dispatcher:
 
     def __init__(self, policy: Policy, estimate: Estimate) -> None:
         self._policy = policy
-        self._estimate = estimate
+        self._estimate_unseen = estimate
         self._fleet = FleetState(policy)
         self._queue = WaitQueue()
         self._loads = LoadIds()
@@ -129,7 +134,10 @@ class Dispatcher:
                 self._fleet.gpus = {gpu.uuid: gpu for gpu in event.gpus}
                 self._fleet.gpus_read_at = event.read_at
                 self._fleet.version += 1
-                self._fleet.settle()
+                return [Remember(key, sizes) for key, sizes in self._fleet.settle()]
+            case FootprintsKnown():
+                for key, sizes in event.footprints:
+                    self._fleet.footprints.remember(key, sizes)
             case InstanceChanged():
                 loads.instance_changed(self._fleet, event, now)
             case ResidencyRead():
@@ -159,6 +167,13 @@ class Dispatcher:
                 return []
             case Released():
                 return self._released(event, now)
+
+    def _estimate(
+        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
+    ) -> tuple[int, ...]:
+        """What such a load has shown before, else the estimate."""
+        known = self._fleet.footprints.known.get(key_of(model, spec, context_length, self._policy))
+        return known if known is not None else self._estimate_unseen(model, spec, context_length, snapshot)
 
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:

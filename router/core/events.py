@@ -20,6 +20,7 @@ from router.core.entities import (
     Ticket,
     TicketId,
 )
+from router.core.learned import FootprintKey
 
 # --- events -----------------------------------------------------------------------------------------------
 
@@ -121,6 +122,13 @@ class UnloadAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class FootprintsKnown:
+    """Footprints that earlier runs have measured."""
+
+    footprints: tuple[tuple[FootprintKey, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed: deadlines, expiries."""
 
@@ -142,6 +150,7 @@ Event = (
     | UnloadFinished
     | UnloadAsked
     | ModelKnown
+    | FootprintsKnown
     | Ticked
     | ShutdownBegan
 )
@@ -213,8 +222,16 @@ class StopInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class Remember:
+    """A footprint was measured: keep it for later runs."""
+
+    key: FootprintKey
+    per_gpu_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReadGpus:
     """Memory has changed by our own doing: read the cards now, not at the next turn."""
 
 
-Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | ReadGpus
+Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | Remember | ReadGpus

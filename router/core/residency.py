@@ -24,6 +24,7 @@ from router.core.entities import (
     Snapshot,
 )
 from router.core.events import Load, LoadedModel, ResidencyRead, Unload
+from router.core.learned import key_of
 from router.core.ledger import room_bytes, slots_of
 from router.core.placement import Estimate, Placed, context_of
 from router.core.state import FleetState, expiry
@@ -67,6 +68,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
     fleet.update(key, state=ResidencyState.LOADING)
     spec = fleet.instances[residency.instance].spec
+    fleet.begin_measuring(reservation, key_of(residency.model, spec, residency.context_length, fleet.policy))
     return Load(
         load_id=reservation.load_id,
         instance=residency.instance,
@@ -92,6 +94,7 @@ def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
 def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
     """Moves READY to UNLOADING and returns the unload to send; the same once more for one that failed."""
     residency = fleet.update(key, state=ResidencyState.UNLOADING, expires_at=None)
+    fleet.touched(residency.instance)
     url = fleet.instances[residency.instance].spec.url
     return Unload(residency.instance, url, residency.model, residency.blob, reason)
 

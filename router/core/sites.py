@@ -120,7 +120,7 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], pin: Pin | None) -> list[
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
         return [Site(best.spec)]
     like = snapshot.policy.on_demand_like
-    if like is None or len(snapshot.instances) >= snapshot.policy.instances_max or set(gpus) in snapshot.troubled:
+    if like is None or len(snapshot.instances) >= snapshot.policy.instances_max or frozenset(gpus) in snapshot.troubled:
         return []
     tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
     if pin is not None and pin.num_parallel is not None:

@@ -36,6 +36,7 @@ from router.core.entities import (
 )
 from router.core.fairness import TokenCounters
 from router.core.keepalive import merged_keep_alive
+from router.core.learned import Before, FootprintKey, Footprints
 from router.core.ledger import is_settled
 
 _NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
@@ -101,6 +102,8 @@ class FleetState:
     """When an instance on these cards last could not be started or died."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """When an instance started on demand was first seen empty."""
+    footprints: Footprints = field(default_factory=Footprints)
+    measuring: dict[LoadId, Before] = field(default_factory=dict[LoadId, Before])
     counters: TokenCounters = field(default_factory=TokenCounters)
     wake: tuple[float | None] | None = None
     """When time alone changes something next, if ever; None while that has to be worked out."""
@@ -166,6 +169,9 @@ class FleetState:
         self.version += 1
         if residency is not None and residency.load_id is not None:
             self.reservations.pop(residency.load_id, None)
+            self.measuring.pop(residency.load_id, None)
+        if residency is not None:
+            self.touched(residency.instance)
 
     def forget_instance(self, name: InstanceName) -> None:
         for key in [k for k in self.residencies if k[0] == name]:
@@ -174,15 +180,46 @@ class FleetState:
     def by_load(self, load_id: LoadId) -> Residency | None:
         return next((r for r in self.residencies.values() if r.load_id == load_id), None)
 
-    def settle(self) -> None:
-        """Lets go of reservations and unloaded models that the newest reading of the cards already reflects."""
+    def touched(self, name: InstanceName) -> None:
+        """Memory changes on the cards of that instance by our own doing."""
+        view = self.instances.get(name)
+        if view is not None:
+            self.footprints.touched(view.spec.gpus)
+
+    def begin_measuring(self, reservation: Reservation, key: FootprintKey) -> None:
+        """The load is sent: what its cards show as used from here to its end is its footprint, if it is alone."""
+        self.touched(reservation.instance)
+        gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
+        others = (r for r in self.reservations.values() if r.sent_at is not None and r.load_id != reservation.load_id)
+        if gpus and not any(gpu in gpus for other in others for gpu, _ in other.per_gpu_bytes):
+            self.measuring[reservation.load_id] = self.footprints.before(key, gpus, self._used())
+
+    def _used(self) -> dict[GpuUuid, int]:
+        return {gpu: card.memory_used_bytes for gpu, card in self.gpus.items()}
+
+    def settle(self) -> list[tuple[FootprintKey, tuple[int, ...]]]:
+        """Lets go of reservations and unloaded models that the newest reading of the cards already reflects; returns
+        the footprints that it has shown."""
+        shown: list[tuple[FootprintKey, tuple[int, ...]]] = []
         for load_id, reservation in list(self.reservations.items()):
             if is_settled(reservation, self.gpus_read_at):
                 del self.reservations[load_id]
+                shown += self._measured(reservation)
         for key, residency in list(self.residencies.items()):
             ended = residency.unloaded_at
             if ended is not None and (self.gpus_read_at > ended or not residency.per_gpu_bytes):
                 self.forget(key)
+        return shown
+
+    def _measured(self, reservation: Reservation) -> list[tuple[FootprintKey, tuple[int, ...]]]:
+        before = self.measuring.pop(reservation.load_id, None)
+        sizes = self.footprints.after(before, reservation, self._used()) if before is not None else None
+        if before is None or sizes is None:
+            return []
+        residency = self.by_load(reservation.load_id)
+        if residency is not None:
+            self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
+        return [(before.key, sizes)]
 
     # --- memory of what happened ---------------------------------------------------------------------------
 

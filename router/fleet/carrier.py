@@ -10,6 +10,7 @@ from typing import Protocol
 
 from router.core.entities import InstanceName, InstanceSpec
 from router.core.events import Load, LoadFailed, LoadFinished, Unload, UnloadFinished
+from router.core.learned import FootprintKey
 
 
 class Loader(Protocol):
@@ -27,17 +28,22 @@ class FleetCarrier:
         start: Callable[[InstanceSpec], None],
         stop: Callable[[InstanceName], None],
         read_gpus: Callable[[], None],
+        remember: Callable[[FootprintKey, tuple[int, ...]], None],
     ) -> None:
         self._loader = loader
         self._start = start
         self._stop = stop
         self._read_gpus = read_gpus
+        self._remember = remember
 
     def start_instance(self, spec: InstanceSpec) -> None:
         self._start(spec)
 
     def stop_instance(self, name: InstanceName) -> None:
         self._stop(name)
+
+    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
+        self._remember(key, per_gpu_bytes)
 
     def read_gpus(self) -> None:
         self._read_gpus()

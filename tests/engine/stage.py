@@ -28,6 +28,7 @@ from router.core.events import (
     Unload,
     UnloadFinished,
 )
+from router.core.learned import FootprintKey
 from router.engine import Engine, Lease
 from tests.core.builders import by_weight, card, instance, model
 
@@ -43,6 +44,7 @@ class RecordingDriver:
         self.started: list[InstanceSpec] = []
         self.stopped: list[InstanceName] = []
         self.readings = 0
+        self.remembered: list[tuple[FootprintKey, tuple[int, ...]]] = []
         self.unloads: list[Unload] = []
         self.cancelled: list[Load | Unload] = []
         self._ends: dict[int, asyncio.Future[LoadFinished | LoadFailed | Exception]] = {}
@@ -65,6 +67,9 @@ class RecordingDriver:
 
     def stop_instance(self, name: InstanceName) -> None:
         self.stopped.append(name)
+
+    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
+        self.remembered.append((key, per_gpu_bytes))
 
     def read_gpus(self) -> None:
         self.readings += 1

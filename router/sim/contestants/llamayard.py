@@ -39,6 +39,7 @@ from router.core.events import (
     ReadGpus,
     Reject,
     Released,
+    Remember,
     ResidencyRead,
     StartInstance,
     StopInstance,
@@ -236,6 +237,8 @@ class Llamayard:
                 self._begin_instance(action.spec)
             case StopInstance():
                 self._end_instance(action.instance)
+            case Remember():
+                pass
             case ReadGpus():
                 self._soon(self._read_cards)
             case _:

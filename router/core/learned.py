@@ -1,0 +1,80 @@
+"""Footprints that loads have shown: bytes on each card of a set, which replace the estimate for the next such load.
+
+A footprint is measured where nothing else changed on the cards between the last reading before a load was sent and the
+first one after it had ended; whatever is implausible against the estimate is not believed. It belongs to the weights,
+the number of cards, the context, the slots and the type of the cache. It reads no card: readings are passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from router.core.entities import BlobDigest, GpuUuid, InstanceSpec, ModelFacts, Policy, Reservation
+from router.core.ledger import slots_of
+
+_LEAST_SHARE, _MOST_SHARE = 0.5, 1.5
+"""Of the estimate: what lies outside has another cause."""
+_KEPT_MAX = 4096
+
+
+class FootprintKey(NamedTuple):
+    """What a load's size depends on."""
+
+    blob: BlobDigest
+    cards: int
+    context_length: int
+    slots: int
+    kv_cache_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """How the cards of a load were when it was sent."""
+
+    key: FootprintKey
+    used_bytes: tuple[int, ...]
+    changes: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Footprints:
+    """What was measured, and what is being measured."""
+
+    known: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
+    changes: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
+    """Counts loads and unloads on each card, so that a measurement knows whether it was alone."""
+
+    def touched(self, gpus: tuple[GpuUuid, ...]) -> None:
+        """A load or unload begins or ends there."""
+        for gpu in gpus:
+            self.changes[gpu] = self.changes.get(gpu, 0) + 1
+
+    def before(self, key: FootprintKey, gpus: tuple[GpuUuid, ...], used: Mapping[GpuUuid, int]) -> Before:
+        """To be kept while the load is under way, after `touched` for the load itself."""
+        return Before(key, tuple(used.get(g, 0) for g in gpus), tuple(self.changes.get(g, 0) for g in gpus))
+
+    def after(self, before: Before, reservation: Reservation, used: Mapping[GpuUuid, int]) -> tuple[int, ...] | None:
+        """The measured footprint, which is then known; None where something else changed or it is implausible."""
+        gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
+        if before.changes != tuple(self.changes.get(gpu, 0) for gpu in gpus):
+            return None
+        sizes = tuple(used.get(gpu, 0) - was for gpu, was in zip(gpus, before.used_bytes, strict=True))
+        expected = [size for _, size in reservation.per_gpu_bytes]
+        if any(not _LEAST_SHARE * e <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True)):
+            return None
+        self.remember(before.key, sizes)
+        return sizes
+
+    def remember(self, key: FootprintKey, sizes: tuple[int, ...]) -> None:
+        self.known.pop(key, None)
+        self.known[key] = sizes
+        if len(self.known) > _KEPT_MAX:
+            del self.known[next(iter(self.known))]
+
+
+def key_of(model: ModelFacts, spec: InstanceSpec, context_length: int, policy: Policy) -> FootprintKey:
+    return FootprintKey(
+        model.blob, len(spec.gpus), context_length, slots_of(model, spec, policy), spec.kv_cache_type or "f16"
+    )
