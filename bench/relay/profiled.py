@@ -140,6 +140,7 @@ def _desk(engine: Engine, metrics: Metrics, pool: Pool) -> Desk:
         abilities=_Abilities(),
         primary=no_instance,
         cards=dict,
+        has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
         patience=Patience(),

@@ -82,8 +82,9 @@ def mean(reports: dict[int, Report], figure: str) -> float:
     return statistics.fmean(float(getattr(value, tail) if tail else value) for value in values)
 
 
-def show(name: str, cell: Cell) -> list[str]:
-    lines = [f"\n{name}  (SIMULATED, {len(next(iter(cell.values())))} seeds)"]
+def show(name: str, cell: Cell, kind: str = "SIMULATED") -> list[str]:
+    """`kind`: what the figures are of, since they are not of real servers."""
+    lines = [f"\n{name}  ({kind}, {max(map(len, cell.values()))} seeds)"]
     lines.append(
         f"  {'policy':<18}{'in time, mean (min-max)':<26}{'one card p50/p95/p99':<24}{'several cards':<24}"
         f"{'tok/s':>6}{'GB':>7}{'spills':>7}{'OOM':>5}{'errors':>7}{'Jain':>6}  cards busy"
@@ -119,7 +120,8 @@ def bars(task: Task, cell: Cell) -> list[tuple[str, bool]]:
     words = f"gap {gap_ours:.1%} <= {limit:.2f} x {gap_stock:.1%} of the best stock server"
     found.append((words, gap_ours <= max(limit * gap_stock, 0.0) + 1e-9))
     worst = max(
-        max(cell[policy][seed].in_time_share for policy in OTHERS if policy in cell) - report.in_time_share
+        max(cell[policy][seed].in_time_share for policy in OTHERS if seed in cell.get(policy, {}))
+        - report.in_time_share
         for seed, report in ours.items()
     )
     found.append((f"worst seed {worst:+.1%} behind the best other <= 1.0%", worst <= 0.01 + 1e-9))

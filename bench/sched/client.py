@@ -20,6 +20,8 @@ import aiohttp
 from router.sim.workload import THINKING_SECONDS, Session, Turn
 
 CHARACTERS_A_TOKEN = 4
+_SEED = 1
+"""An emulated model that is given a seed says the same to the same prompt, so all contestants have the same work."""
 _WORDS = ("alpha", "bravo", "delta", "golf", "hotel", "kilo", "lima", "oscar", "papa", "tango", "victor", "zulu")
 
 
@@ -96,7 +98,7 @@ class Player:
                 answered.first_token_at = answered.ended_at = self.now()
                 return ""
             body = {"model": answered.model, "prompt": prompt, "raw": True,
-                    "options": {"num_predict": turn.generated_tokens}}  # fmt: skip
+                    "options": {"num_predict": turn.generated_tokens, "seed": _SEED}}  # fmt: skip
             headers = {"X-Session-ID": f"{answered.user}-{answered.session}"}
             async with client.post(self.url + "/api/generate", json=body, headers=headers) as reply:
                 return await self._read(reply, answered)

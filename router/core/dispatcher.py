@@ -173,7 +173,10 @@ class Dispatcher:
     ) -> tuple[int, ...]:
         """What such a load has shown before, else the estimate."""
         known = self._fleet.footprints.known.get(key_of(model, spec, context_length, self._policy))
-        return known if known is not None else self._estimate_unseen(model, spec, context_length, snapshot)
+        if known is not None:
+            return known
+        ratio = 1.0 + self._policy.unseen_margin_ratio
+        return tuple(int(size * ratio) for size in self._estimate_unseen(model, spec, context_length, snapshot))
 
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:

@@ -271,6 +271,8 @@ class Policy:
     """Everything configurable that decisions use; built once from the settings."""
 
     vram_margin_bytes: int = 512 * 1024**2
+    unseen_margin_ratio: float = 0.0
+    """By so much more than its estimate a load is taken to need until one like it was measured."""
     single_slot_architectures: frozenset[str] = frozenset(
         {
             "mllama",

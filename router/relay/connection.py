@@ -15,8 +15,8 @@ of it, then nothing more is read: a hang-up behind it shows when an answer canno
 is always read, so that a hang-up shows at once wherever the request stands. Half a close counts as one: an Ollama
 server itself takes a client that says it will send no more for gone, and ends its generation.
 
-Reading pauses for three reasons (sent ahead, the HTTP library, answers that are not taken), each of them a bit of
-`_pauses`. Deadlines are not timers: `check` is called for every connection now and then with the time.
+Why reading pauses stands in `router/relay/pauses.py`. Deadlines are not timers: `check` is called for every connection
+now and then with the time.
 
 It parses no body, and decides nothing about models, slots or servers.
 """
@@ -34,11 +34,13 @@ from router.errors import RouterError, WaitTimeout
 from router.gateway.origin import Answer
 from router.gateway.routes import Route
 from router.relay.desk import Desk, Listener
+from router.relay.early import LongExchange
 from router.relay.exchange import LeasedExchange
 from router.relay.framing import MORE, FramingError
 from router.relay.handover import HandOver
 from router.relay.heads import HeadError, RequestHead
-from router.relay.intake import UNREAD_BYTES_MAX, Intake, is_worth_reading
+from router.relay.intake import LONG_BYTES, UNREAD_BYTES_MAX, Intake, is_worth_reading
+from router.relay.pauses import Pauses, Reason
 from router.relay.replies import CONTINUE, whole_answer
 from router.relay.reply import Send
 
@@ -49,7 +51,6 @@ HALF_CLOSED_SECONDS: Final = 2.0
 """So long the HTTP library may still take to answer a client that will send no more."""
 
 HEAD, BODY, BUSY, HANDED, LINGER = range(5)
-_AHEAD, _LIBRARY, _UNTAKEN = 1, 2, 4
 _NEVER: Final = float("inf")
 
 
@@ -81,7 +82,7 @@ class ClientConnection(asyncio.Protocol):
         self._keep = True
         self._half_closed = False
         self.write_paused = False
-        self._pauses = 0
+        self._pauses = cast("Pauses", None)
         self._due = _NEVER
 
     # --- the transport's calls -------------------------------------------------------------------------------
@@ -89,6 +90,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self.send = self._transport.write
+        self._pauses = Pauses(self._transport)
         peer: tuple[object, ...] | str | None = transport.get_extra_info("peername")
         self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
         self._due = self._desk.engine.now() + self._desk.patience.idle_seconds
@@ -124,8 +126,7 @@ class ClientConnection(asyncio.Protocol):
         handed, self._handed = self._handed, None
         if handed is not None:
             handed.lost(exc)
-        self._state = LINGER
-        self._due = _NEVER
+        self._state, self._due = LINGER, _NEVER
 
     def pause_writing(self) -> None:
         self.write_paused = True
@@ -140,7 +141,7 @@ class ClientConnection(asyncio.Protocol):
             self._exchange.resume()
         if self._handed is not None:
             self._handed.resume_writing()
-        self._pause(_UNTAKEN, on=False)
+        self._pauses.set(Reason.UNTAKEN, on=False)
         if self._state == HEAD and self._ahead:
             self.data_received(b"")
 
@@ -155,7 +156,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             while self._ahead and self._state == HEAD:
                 if self.write_paused:  # earlier answers are not taken: no new ones
-                    self._pause(_UNTAKEN, on=True)
+                    self._pauses.set(Reason.UNTAKEN, on=True)
                     return
                 piece, self._ahead = self._ahead, b""
                 self._read_head(piece)
@@ -192,12 +193,14 @@ class ClientConnection(asyncio.Protocol):
     def _keep_ahead(self, data: bytes) -> None:
         self._ahead += data
         if len(self._ahead) > AHEAD_BYTES_MAX:
-            self._pause(_AHEAD, on=True)
+            self._pauses.set(Reason.AHEAD, on=True)
 
     def answered(self, *, keep: bool) -> None:
         """The answer is out: the next request, or the end."""
-        self._exchange = None
-        self._head = None
+        if self._state == BODY:  # it came before the request had
+            self._linger()
+            return
+        self._exchange = self._head = None
         if not keep or self._half_closed or self._listener.closing:
             self._state = LINGER
             self._transport.close()
@@ -205,7 +208,7 @@ class ClientConnection(asyncio.Protocol):
         self._state = HEAD
         self._due = self._desk.engine.now() + self._desk.patience.idle_seconds
         if self._ahead:
-            self._pause(_AHEAD, on=False)
+            self._pauses.set(Reason.AHEAD, on=False)
             if not self._running:
                 asyncio.get_running_loop().call_soon(self.data_received, b"")
 
@@ -215,9 +218,14 @@ class ClientConnection(asyncio.Protocol):
         desk = self._desk
         info = desk.info(head, route, self._peer)
         self._state = BODY
-        self._then = None
-        self._exchange = exchange = LeasedExchange(desk, self, head, path, info)
+        self._then = intake = None
         length = head.length or 0
+        if length < LONG_BYTES:
+            exchange = LeasedExchange(desk, self, head, path, info)
+        else:
+            intake = Intake(head, desk.limits.max_body_bytes)
+            exchange = LongExchange(desk, self, head, path, info, intake)
+        self._exchange = exchange
         try:
             answer = desk.judge(head, route, path, info)
         except RouterError as error:
@@ -226,7 +234,7 @@ class ClientConnection(asyncio.Protocol):
         if answer is not None:
             self._refuse(head, rest, partial(exchange.answer, answer))
         elif head.chunked or len(rest) < length:
-            self._take_in(head, rest, Intake(head, desk.limits.max_body_bytes))
+            self._take_in(head, rest, intake or Intake(head, desk.limits.max_body_bytes))
         else:
             self._state = BUSY
             self._ahead = rest[length:]
@@ -255,6 +263,8 @@ class ClientConnection(asyncio.Protocol):
             return
         if ahead is None:
             self._due = self._desk.engine.now() + self._desk.patience.body_seconds
+            if self._then is None:
+                exchange.more()
             return
         self._ahead = ahead
         self._state = BUSY
@@ -263,7 +273,7 @@ class ClientConnection(asyncio.Protocol):
         if self._then is not None:
             self._then()
         else:
-            exchange.begin(intake.body)
+            exchange.begin(b"" if intake.is_long else intake.joined())
 
     def _refuse(self, head: RequestHead, rest: bytes, then: Callable[[], None]) -> None:
         """The answer is known before the body has come: a short one is read first, a long one is cut off."""
@@ -280,15 +290,15 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse_head(self, error: HeadError) -> None:
         """What cannot be parsed cannot be answered in the form of an API, and nothing after it can be trusted."""
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.client_gone()
+        if self._exchange is not None:
+            self._exchange.client_gone()
         text = f"{error.status} {error.words}".encode()
         self.send(whole_answer(None, error.status, (("Content-Type", "text/plain; charset=utf-8"),), text, keep=False))
         self._linger()
 
     def _linger(self) -> None:
         """Closes so that the answer is seen: a close with unread bytes would reset it away."""
+        self._exchange = None
         self._state = LINGER
         self._due = self._desk.engine.now() + self._desk.patience.linger_seconds
         if self._transport.can_write_eof():
@@ -297,16 +307,18 @@ class ClientConnection(asyncio.Protocol):
     # --- the exchange's calls --------------------------------------------------------------------------------
 
     def may_keep(self) -> bool:
-        return self._keep and not self._listener.closing
+        return self._keep and not self._listener.closing and self._state != BODY
 
     def answer(self, answer: Answer) -> None:
         keep, unread = self.may_keep(), self._state == BODY
         self.send(whole_answer(self._head, answer.status, answer.headers, answer.body, keep=keep))
         if unread:
-            self._exchange = None
             self._linger()
         else:
             self.answered(keep=keep)
+
+    def body_blocked(self, *, blocked: bool) -> None:
+        self._pauses.set(Reason.BLOCKED, on=blocked)
 
     def abort(self) -> None:
         self._transport.abort()
@@ -343,34 +355,22 @@ class ClientConnection(asyncio.Protocol):
 
     def handed_back(self, *, keep: bool) -> None:
         if self._state == HANDED and not self._transport.is_closing():
-            self._pause(_LIBRARY, on=False)
+            self._pauses.set(Reason.LIBRARY, on=False)
             self.answered(keep=self._keep and keep)
 
     def library_left(self) -> None:
         self._handed = None
 
     def library_pauses(self, *, paused: bool) -> None:
-        self._pause(_LIBRARY, on=paused)
+        self._pauses.set(Reason.LIBRARY, on=paused)
 
     # --- time, pauses, ends ----------------------------------------------------------------------------------
 
-    def _pause(self, reason: int, *, on: bool) -> None:
-        before = self._pauses
-        self._pauses = before | reason if on else before & ~reason
-        if self._transport.is_closing():
-            return
-        if self._pauses and not before:
-            self._transport.pause_reading()
-        elif before and not self._pauses:
-            self._transport.resume_reading()
-
     def check(self, now: float) -> None:
         """Looks at the deadlines; to be called now and then."""
-        if self._state == BUSY:
-            if self._exchange is not None:
-                self._exchange.check(now)
-            return
-        if now < self._due or self._transport.is_closing():
+        if self._exchange is not None:
+            self._exchange.check(now)
+        if self._state == BUSY or now < self._due or self._transport.is_closing():
             return
         if self._state == BODY:
             self._keep = False

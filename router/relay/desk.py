@@ -93,6 +93,8 @@ class Patience:
     """Between two pieces of a request's body."""
     idle_seconds: float = 3600.0
     """Between two requests on a connection; long, because clients such as Go's keep theirs for as long."""
+    slot_seconds: float = 2.0
+    """How long a body may still come once its request holds a slot: a slow sender keeps none."""
     linger_seconds: float = 5.0
     """How long the rest of a refused request is still read, so that its sender sees the answer and not a reset."""
 
@@ -142,6 +144,8 @@ class Desk:
     primary: Callable[[], InstanceView]
     """The one instance for requests that cannot be routed. NoInstance where none is ready."""
     cards: Callable[[], Mapping[GpuUuid, Gpu]]
+    has_free_slot: Callable[[ModelFacts], bool]
+    """Whether a copy of the model, with no options of its own, could serve a request now. Informs, gates nothing."""
     debug_headers: bool
     make_handler: Callable[[], asyncio.Protocol]
     """A new protocol of the HTTP library, for requests that the relay hands over."""

@@ -32,6 +32,7 @@ from router.gateway.forms import is_form
 from router.gateway.forward import Exchange as Record
 from router.gateway.headers import request_head
 from router.gateway.origin import Answer
+from router.gateway.peek import Peek
 from router.gateway.requests import RequestInfo
 from router.gateway.shapes import api_of, error_reply
 from router.gateway.wanted import Wanted, reply_notes, unloaded
@@ -48,7 +49,7 @@ ONE_WRITE_BYTES_MAX: Final = 65536
 CLIENT_GONE: Final = 499
 """nginx's status for a client that left before its answer; only logs and metrics see it."""
 
-_ASKING, _WAITING, _OPENING, _ASKED, _ENDED = range(5)
+ASKING, WAITING, OPENING, ASKED, ENDED = range(5)
 
 
 class Client(ReplyClient, Protocol):
@@ -62,11 +63,15 @@ class Client(ReplyClient, Protocol):
         """The answer is out. The exchange is over."""
         ...
 
+    def body_blocked(self, *, blocked: bool) -> None:
+        """The server takes no more of the request's body for now, or again."""
+        ...
+
 
 class LeasedExchange:
     """Tells its client what to send, and is told what happens on either side."""
 
-    _phase = _ASKING
+    _phase = ASKING
     _attempt = 1
     _fresh = False
     _asked: Asked | None = None
@@ -78,6 +83,8 @@ class LeasedExchange:
     _wanted: Wanted | None = None
     _opening: Opening | None = None
     _reply: ReplyRelay | None = None
+    _seen: Peek | None = None
+    """What the body says, where that is known already."""
     _body = b""
     """What is sent on."""
 
@@ -103,6 +110,9 @@ class LeasedExchange:
         except RouterError as error:
             self.fail(error)
 
+    def more(self) -> None:
+        """A part of the body has come."""
+
     async def _ask_ability(self, view: InstanceView) -> None:
         if await self._desk.abilities.has(view, self._path):
             self._look()
@@ -112,7 +122,7 @@ class LeasedExchange:
 
     def _look(self) -> None:
         desk, head, info = self._desk, self._head, self._info
-        seen = None if is_form(head.text("content-type")) else glance(self._body, self._path)
+        seen = self._seen or (None if is_form(head.text("content-type")) else glance(self._body, self._path))
         self._asked = asked = Asked(desk.rules, self._path, self._body, head.text, info.client, desk.cards, seen)
         info.client = asked.asker.client
         info.notes = asked.notes
@@ -127,7 +137,7 @@ class LeasedExchange:
             return
         facts = self._desk.catalog.known(asked.model)
         if facts is None:
-            self._phase = _ASKING
+            self._phase = ASKING
             self._start(self._ask_facts(asked))
         else:
             self._want(asked, facts)
@@ -187,7 +197,7 @@ class LeasedExchange:
     def _submit(self, want: Wanted) -> None:
         engine, asked = self._desk.engine, self._asked
         assert asked is not None
-        self._phase = _WAITING
+        self._phase = WAITING
         self._lease = number = engine.new_ticket_id()
         ticket = want.ticket(number, asked.asker, engine.now(), self._desk.limits.queue_timeout_seconds)
         engine.submit(ticket, self._decided)
@@ -213,7 +223,7 @@ class LeasedExchange:
             self.fail(error)
 
     def _connect(self, url: str) -> None:
-        self._phase = _OPENING
+        self._phase = OPENING
         connection = None if self._fresh else self._desk.pool.take(url)
         if connection is not None:
             self._send(connection)
@@ -222,7 +232,7 @@ class LeasedExchange:
 
     def _send(self, connection: UpstreamConnection) -> None:
         self._opening = None
-        self._phase = _ASKED
+        self._phase = ASKED
         desk, head, body = self._desk, self._head, self._body
         self._reply = reply = ReplyRelay(self, self._client, head, self._path, connection, desk.limits, desk.engine.now)
         if self._heart is not None:
@@ -246,8 +256,12 @@ class LeasedExchange:
 
     def reply_begins(self) -> None:
         self._heart = None
+        self._asked = None
         self._body = b""
         self._wanted = None
+
+    def request_blocked(self, *, blocked: bool) -> None:
+        pass  # the whole request is written already
 
     def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:
         if stale and not self._fresh:
@@ -294,7 +308,7 @@ class LeasedExchange:
 
     def fail(self, error: RouterError) -> None:
         """Ends with an error in the shape of the API that was called. No byte of a server's answer is out."""
-        if self._phase == _ENDED:
+        if self._phase == ENDED:
             return
         self._info.error_code = error.code
         heart = self._heart
@@ -313,15 +327,15 @@ class LeasedExchange:
 
     def client_gone(self) -> None:
         """Wherever it stands, it ends: the ticket is withdrawn, or the generation stopped and the slot given back."""
-        if self._phase == _ENDED:
+        if self._phase == ENDED:
             return
         if self._task is not None:
             self._task.cancel()
         if self._opening is not None:
             self._opening.cancel()
-        if self._phase == _ASKED and self._reply is not None:
+        if self._phase == ASKED and self._reply is not None:
             self._reply.cancel()
-        if self._phase == _WAITING and self._lease is not None:
+        if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._desk.engine.cancel(lease)
         self._give_back(runner_lost=False)
@@ -336,7 +350,7 @@ class LeasedExchange:
             self._desk.engine.release(lease, runner_lost=runner_lost, output_tokens=tokens)
 
     def _close_books(self, status: int) -> None:
-        self._phase = _ENDED
+        self._phase = ENDED
         info, reply = self._info, self._reply
         if reply is not None:
             info.exchange = record = Record(started=self._desk.engine.now)
@@ -351,11 +365,11 @@ class LeasedExchange:
     # --- from the client's connection ------------------------------------------------------------------------
 
     def pause(self) -> None:
-        if self._phase == _ASKED and self._reply is not None:
+        if self._phase == ASKED and self._reply is not None:
             self._reply.pause()
 
     def resume(self) -> None:
-        if self._phase == _ASKED and self._reply is not None:
+        if self._phase == ASKED and self._reply is not None:
             self._reply.resume()
 
     def check(self, now: float) -> None:
@@ -365,5 +379,5 @@ class LeasedExchange:
             heart.beat(now, self._info.reply_headers(None))
             if self._reply is not None:
                 self._reply.begun = True
-        if self._phase == _ASKED and self._reply is not None:
+        if self._phase == ASKED and self._reply is not None:
             self._reply.check(now)

@@ -1,33 +1,46 @@
 """Takes in the body of one request that the relay answers itself: whole, within a limit, or only to be thrown away.
 
-Chunks are taken off, so that the body can be read and sent on with its length. It waits for nobody and sends nothing.
+Chunks are taken off, so that the body can be read and sent on with its length. A long body is read while it comes, by
+what is left of it without its long strings (`router/relay/reduced.py`). It waits for nobody and sends nothing.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from router.errors import BodyTooLarge
+from router.gateway.peek import Peek, peek
 from router.relay.framing import MORE
+from router.relay.glance import glance
 from router.relay.heads import RequestHead
+from router.relay.reduced import Reduced
 
 UNREAD_BYTES_MAX: Final = 65536
 """A refused request whose body is no longer than that is read to its end, and its connection kept."""
 
+LONG_BYTES: Final = 262_144
+"""A body of that length is long."""
+
 
 class Intake:
-    """`feed` it until it gives something; then `body` is whole."""
+    """`feed` it until it gives something; then the body is whole: `joined`, or `pieces` in order."""
 
-    __slots__ = ("_chunked", "_limit_bytes", "_machine", "_pieces", "_size", "_thrown_away", "body")
+    __slots__ = ("_limit_bytes", "_machine", "_reduced", "_size", "_thrown_away", "count", "length", "pieces")
 
     def __init__(self, head: RequestHead, limit_bytes: int, *, throw_away: bool = False) -> None:
-        self._pieces: list[bytes] = []
-        self._chunked = head.chunked
-        self._machine = head.body(self._pieces if head.chunked and not throw_away else None)
+        self.pieces: list[bytes] = []
+        self.count = 0
+        self.length = head.length or 0
+        self._machine = head.body(self.pieces if head.chunked and not throw_away else None)
         self._limit_bytes = limit_bytes
-        self._thrown_away = throw_away
+        self._thrown_away = throw_away or head.chunked
         self._size = 0
-        self.body = b""
+        self._reduced = Reduced() if self.length >= LONG_BYTES and not throw_away else None
+
+    @property
+    def is_long(self) -> bool:
+        return self._reduced is not None
 
     def feed(self, data: bytes) -> bytes | None:
         """What came after the body's end, or None while it goes on.
@@ -38,15 +51,40 @@ class Intake:
         """
         end = self._machine.feed(data)
         piece = data if end == MORE else data[:end]
-        if not self._thrown_away and not self._chunked:
-            self._pieces.append(piece)
+        if not self._thrown_away:
+            self.pieces.append(piece)
+            if self._reduced is not None:
+                self._reduced.feed(piece)
+        self.count += 1
         self._size += len(piece)
         if self._size > self._limit_bytes:
             raise too_large(self._limit_bytes)
-        if end == MORE:
-            return None
-        self.body, self._pieces = b"".join(self._pieces), []
-        return data[end:]
+        return None if end == MORE else data[end:]
+
+    def joined(self) -> bytes:
+        body = b"".join(self.pieces)
+        self.pieces = [body]
+        return body
+
+    def forget(self) -> None:
+        """Nobody will want the body again."""
+        self.pieces = []
+
+    def model(self) -> str | None:
+        """The model that the body begins with, if it does."""
+        return None if self._reduced is None else self._reduced.model()
+
+    def seen(self, path: str) -> Peek:
+        """What the whole body says; its members are looked for in what is left without long strings.
+
+        Raises:
+            BadRequest: it has too many parts to be looked at within bounds.
+        """
+        text = None if self._reduced is None else self._reduced.text()
+        if text is None or self._reduced is None:
+            return peek(self.joined(), path)
+        seen = glance(text, path) or peek(text, path)
+        return replace(seen, prompt_bytes=seen.prompt_bytes + self._reduced.text_bytes)
 
 
 def is_worth_reading(head: RequestHead) -> bool:

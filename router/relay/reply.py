@@ -68,6 +68,10 @@ class Asker(Protocol):
         """From here on bytes are out."""
         ...
 
+    def request_blocked(self, *, blocked: bool) -> None:
+        """The server takes no more of the request for now, or again."""
+        ...
+
     def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:
         """No byte is out. `stale`: a connection that was used before had been closed already."""
         ...
@@ -177,10 +181,21 @@ class ReplyRelay:
                 self._break(InstanceLost("the instance died while it answered"))
 
     def upstream_full(self) -> None:
-        pass
+        self._asker.request_blocked(blocked=True)
 
     def upstream_drained(self) -> None:
-        pass
+        self._asker.request_blocked(blocked=False)
+
+    def sent(self) -> None:
+        """The last of the request is written: from here on the first byte is waited for."""
+        self.request_sent = True
+        if self._phase == _AWAITED:
+            self._due = self._now() + self._limits.first_byte_timeout_seconds
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether bytes of the reply are out."""
+        return self._phase >= _RELAYED
 
     def _read_head(self, data: bytes) -> None:
         start = 0

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
+from router.core.entities import ModelFacts, ResidencyState, Snapshot
 from router.gateway.access import AccessLog
 from router.gateway.context import GatewayContext
 from router.gateway.origin import OriginPolicy
@@ -34,6 +35,7 @@ class Relay:
             patience.body_seconds,
             patience.idle_seconds,
             patience.linger_seconds,
+            patience.slot_seconds,
         )
         self._period_seconds = min(1.0, shortest / 4)
         self.closing = False
@@ -100,10 +102,21 @@ def relay_over(
             abilities=context.abilities,
             primary=context.primary,
             cards=lambda: engine.snapshot().gpus,
+            has_free_slot=lambda facts: _has_free_slot(engine.snapshot(), facts),
             debug_headers=debug_headers,
             make_handler=make_handler,
             patience=patience,
             table=RouteTable(),
             tasks=Tasks(),
         )
+    )
+
+
+def _has_free_slot(snapshot: Snapshot, facts: ModelFacts) -> bool:
+    return any(
+        copy.blob == facts.blob
+        and not copy.options
+        and copy.state is ResidencyState.READY
+        and copy.in_flight < copy.slots
+        for copy in snapshot.residencies.values()
     )

@@ -8,6 +8,7 @@ the context is never lowered by itself, and a broken weights file loads as a sma
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from router.sim import world as worlds
 from router.sim.serverplan import OWN_ENGINE, Ask, Plan, Room, default_context, plan, sizes
 from router.sim.world import CardFacts, LoadShape, World
 
+RECORD = "loads.jsonl"
+"""In the rig's directory: a line for each load that ended, for whoever compares servers."""
 _RETRIES = 10
 """How often Ollama's own engine tries again, each time with 10 % less."""
 
@@ -186,6 +189,7 @@ class Loader:
         for attempt in range(_RETRIES + 1):
             left = max(0.0, self.seconds(total) - (time.monotonic() - began))
             problem = await self._try(loaded, options, left, request, faulty.oom)
+            self._record(loaded, problem)
             if problem is None:
                 loaded.begin()
                 log("INFO", "llama runner started", model=name, seconds=round(time.monotonic() - began, 2))
@@ -193,6 +197,20 @@ class Loader:
             log("ERROR", "load failed", model=name, attempt=attempt, error=problem)
             self._after_failure(loaded, options, others, problem, attempt)
         raise LoadError("memory layout cannot be allocated")
+
+    def _record(self, loaded: Loaded, problem: str | None) -> None:
+        if self._config.rig_dir is None:
+            return
+        line = {
+            "model": loaded.stored.name.shortest,
+            "weights_bytes": loaded.facts.weights_bytes,
+            "bytes_by_card": dict(loaded.bytes_by_card),
+            "host_bytes": loaded.host_bytes,
+            "is_whole": sum(loaded.layers) > loaded.facts.layers,
+            "problem": problem,
+        }
+        with (self._config.rig_dir / RECORD).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     async def _try(
         self, loaded: Loaded, options: Options, seconds: float, request: Request, is_taken: bool

@@ -118,6 +118,8 @@ class Upstream:
     open: int = 0
     cancelled: int = 0
     """Scripts that were running when their connection went."""
+    received_bytes: int = 0
+    transports: list[asyncio.Transport] = field(default_factory=list[asyncio.Transport])
     url: str = ""
 
 
@@ -129,12 +131,14 @@ class _Serving(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._upstream.transports.append(self._transport)
         self._upstream.connections += 1
         self._upstream.open += 1
         self._number = self._upstream.connections
 
     def data_received(self, data: bytes) -> None:
         self._data += data
+        self._upstream.received_bytes += len(data)
         head, blank, rest = self._data.partition(b"\r\n\r\n")
         lines = head.lower().split(b"\r\n")
         length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
@@ -313,6 +317,7 @@ def make_desk(engine: ScriptedEngine, catalog: ScriptedCatalog, books: ScriptedB
         abilities=ScriptedAbilities(),
         primary=nobody,
         cards=dict,
+        has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
         patience=Patience(),

@@ -82,6 +82,7 @@ def _is_relayed(recording: Recording) -> bool:
 _RECORDED = [recording for recording in recordings() if _is_relayed(recording)]
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])
 @pytest.mark.parametrize("recording", _RECORDED, ids=lambda r: r.name)
 async def test_recorded_replies_pass_as_they_were_for_every_cut(recording: Recording) -> None:
     raw = _raw(recording)

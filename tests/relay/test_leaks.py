@@ -12,6 +12,8 @@ import os
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.relay.stage import Script, Stage, Turn, staged
 from tests.support.rawhttp import Connection, connect, request_bytes
 from tests.support.waiting import eventually
@@ -92,9 +94,15 @@ async def _play(stage: Stage, dice: random.Random, count: int) -> None:
 
 def _forget(stage: Stage) -> None:
     """What the stage itself remembers is no leak."""
+    upstream, engine = stage.upstream, stage.engine
     for remembered in (
-        stage.books.entries, stage.engine.tickets, stage.engine.lost, stage.upstream.turns, stage.handed
-    ):  # fmt: skip
+        upstream.transports,
+        upstream.turns,
+        engine.tickets,
+        engine.lost,
+        stage.books.entries,
+        stage.handed,
+    ):
         remembered.clear()
 
 
@@ -102,6 +110,7 @@ def _open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])
 async def test_nothing_is_left_over_after_thousands_of_broken_requests() -> None:
     dice = random.Random(1)
     async with staged() as stage:

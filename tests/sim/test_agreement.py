@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.sched.agreement import PRODUCT, VERSIONS, compare
+from bench.sched.agreement import compare
+from bench.sched.servers import PRODUCT, VERSIONS
 from router.scenarios import Wanted
 
 pytestmark = pytest.mark.rig

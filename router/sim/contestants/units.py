@@ -82,4 +82,10 @@ def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
         flash_attention=config.flash_attention,
         environment={"OLLAMA_SCHED_SPREAD": "1"},
     )
-    return replace(policy, instances_on_demand=True, on_demand_like=like, context_length=config.context_length)
+    return replace(
+        policy,
+        unseen_margin_ratio=0.02,
+        instances_on_demand=True,
+        on_demand_like=like,
+        context_length=config.context_length,
+    )
