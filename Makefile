@@ -12,7 +12,7 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim clients docs clean real-ollama client-packages \
+.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim bench-sched clients docs clean real-ollama client-packages \
 	leaks bench-relay bench-litellm profile nginx real-nginx
 
 help:  ## this list
@@ -50,6 +50,9 @@ sim: setup  ## ten thousand small worlds in which everything goes wrong, every r
 
 bench-sim: setup  ## the router against stock servers and nginx, all rigs and mixes SIMULATED (ARGS="--seeds 3 --cells 4x3090/team")
 	$(VENV)/bin/python -m bench.sched.bench_sim $(ARGS)
+
+bench-sched: setup real-nginx  ## the same as real processes over EMULATED servers; under an hour (ARGS="--seeds 1 --cells 4x3090/wide")
+	$(VENV)/bin/python -m bench.sched.bench_sched $(ARGS)
 
 clients: setup real-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
 	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
