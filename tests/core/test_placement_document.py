@@ -1,0 +1,69 @@
+"""The sums that docs/placement.md works by hand are what the code computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from router.core import pricing
+from router.core.entities import Demand, ModelFacts, Residency, Snapshot
+from router.core.estimate import CUDA_CONTEXT_BYTES, compute_buffer_bytes, footprint, layer_kv_cache_bytes
+from router.pinning import UNSEEN_MARGIN_RATIO
+from router.scenarios import model_facts
+from tests.core.builders import residency, snapshot, ticket, view
+
+TEXT = (Path(__file__).parents[2] / "docs/placement.md").read_text(encoding="utf-8")
+LARGE = model_facts("llama3.3:70b")
+ROWS = {"llama3.1:8b": (0.0442, "12.1"), "qwen2.5:14b": (0.0162, "4.67"), "mistral:7b": (0.00928, "2.53"),
+        "llama3.2:3b": (0.00912, "2.41")}  # fmt: skip
+"""Requests a second and the price of an eviction, as the document's table has them."""
+
+
+def test_the_footprint_of_the_document_is_the_code_s() -> None:
+    whole = footprint(LARGE, 2, 8192, 2, "q8_0", flash_attention=True)
+    parts = [
+        LARGE.weights_bytes,
+        whole.weights_bytes,
+        layer_kv_cache_bytes(LARGE, 8192, 2, "q8_0")[0],
+        compute_buffer_bytes(LARGE, 8192, 2, flash_attention=True),
+        CUDA_CONTEXT_BYTES,
+        *whole.per_gpu_bytes,
+        int(whole.per_gpu_bytes[0] * (1 + UNSEEN_MARGIN_RATIO)),
+        footprint(LARGE, 2, 8192, 2, "f16", flash_attention=None).per_gpu_bytes[0],
+    ]
+    assert [part for part in parts if f"{part:,}" not in TEXT] == []
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_prices_of_the_document_are_the_code_s(name: str) -> None:
+    rate, price = ROWS[name]
+    assert f"`{name}`" in TEXT
+    model = model_facts(name)
+    found = pricing.eviction_price(*_asked_for(model, rate))
+    assert found == pytest.approx(float(price), rel=0.005)
+    assert f"| {rate} |" in TEXT
+    assert f"| {price} |" in TEXT
+
+
+def test_the_swap_of_the_document_comes_after_16_8_seconds_and_not_before() -> None:
+    cheapest = sum(
+        pricing.eviction_price(*_asked_for(model_facts(n), ROWS[n][0])) for n in ("mistral:7b", "llama3.2:3b")
+    )
+
+    def worth(waited_seconds: float) -> float:
+        facts = snapshot(now=1000.0)
+        return pricing.worth_of_load(facts, LARGE, [ticket(1, LARGE, arrived_at=1000.0 - waited_seconds)])
+
+    assert worth(15.8) < cheapest < worth(16.8)
+    assert worth(0.0) == 0.0
+
+
+def _asked_for(model: ModelFacts, rate: float) -> tuple[Snapshot, Residency]:
+    """The model loaded and idle, asked for at that rate of late."""
+    loaded = residency("gpu0", model, 6000)
+    facts = snapshot(views=[view("gpu0", 0)], residencies=[loaded])
+    weight = rate * facts.policy.demand_half_life_seconds / math.log(2.0)
+    return replace(facts, demand={model.blob: Demand(weight, facts.now)}), loaded
