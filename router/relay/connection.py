@@ -40,9 +40,9 @@ from router.relay.framing import MORE, FramingError
 from router.relay.handover import HandOver
 from router.relay.heads import HeadError, RequestHead
 from router.relay.intake import LONG_BYTES, UNREAD_BYTES_MAX, Intake, is_worth_reading
+from router.relay.parties import Send
 from router.relay.pauses import Pauses, Reason
 from router.relay.replies import CONTINUE, whole_answer
-from router.relay.reply import Send
 
 AHEAD_BYTES_MAX: Final = 65536
 """So much that belongs to later requests is kept."""
@@ -225,6 +225,7 @@ class ClientConnection(asyncio.Protocol):
         else:
             intake = Intake(head, desk.limits.max_body_bytes)
             exchange = LongExchange(desk, self, head, path, info, intake)
+            self._listener.long_bodies += 1
         self._exchange = exchange
         try:
             answer = desk.judge(head, route, path, info)

@@ -77,6 +77,8 @@ class Listener(Protocol):
 
     closing: bool
     """No answer may promise that its connection goes on."""
+    long_bodies: int
+    """How many there were so far."""
 
     def opened(self, connection: asyncio.Protocol) -> None: ...
 

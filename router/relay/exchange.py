@@ -40,7 +40,7 @@ from router.relay.desk import Desk
 from router.relay.glance import glance
 from router.relay.heads import RequestHead
 from router.relay.heartbeats import Heart
-from router.relay.reply import Client as ReplyClient
+from router.relay.parties import Client as ReplyClient
 from router.relay.reply import ReplyRelay
 from router.relay.upstream import Opening, UpstreamConnection
 

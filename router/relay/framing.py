@@ -13,6 +13,7 @@ Heads are not parsed here.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final, Protocol
 
 MORE: Final = -1
@@ -27,6 +28,17 @@ TRAILER_BYTES_MAX: Final = 16384
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\r\n\x00]*)?\r\n")
 _FIELD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\x00]*\r\n")
 _CRLF: Final = b"\r\n"
+
+
+_RUN: Final = 8
+"""From so many chunks in one piece on, those alike are passed over at once."""
+
+_RUN_STEP_MAX: Final = 4096
+
+
+@lru_cache(maxsize=256)
+def _alike(line: bytes, length: int) -> re.Pattern[bytes]:
+    return re.compile(rb"(?:%b(?s:.){%d}\r\n)++" % (re.escape(line), length))
 
 
 class FramingError(ValueError):
@@ -137,6 +149,9 @@ class Chunked:
         return self._left == 0 and not self._held and not self._in_trailers
 
     def feed(self, data: bytes, start: int = 0) -> int:
+        if len(data) == self._step and not start and self._is_alike(data):
+            self.chunks += 1
+            return MORE
         held = len(self._held)
         if held:
             data = self._held + data[start:]
@@ -144,6 +159,11 @@ class Chunked:
             end = self._scan(data, 0)
             return end if end == MORE else end - held + start
         return self._scan(data, start)
+
+    def _is_alike(self, data: bytes) -> bool:
+        """The way of almost every token: one whole chunk, as large as the one before it."""
+        between = not (self._left or self._held or self._in_trailers) and self.payload is None
+        return between and data.startswith(self._line) and data.endswith(_CRLF)
 
     def _scan(self, data: bytes, position: int) -> int:
         size = len(data)
@@ -154,6 +174,9 @@ class Chunked:
             if self._in_trailers:
                 return self._trailers(data, position, size)
             if data.startswith(line, position):
+                if size - position > _RUN * step and self.payload is None and step < _RUN_STEP_MAX:
+                    position = self._run(data, position)
+                    continue
                 end = position + step
                 if end <= size and data.startswith(_CRLF, end - 2):
                     if self.payload is not None:
@@ -164,6 +187,15 @@ class Chunked:
             position = self._header(data, position, size)
             line, step = self._line, self._step
         return MORE
+
+    def _run(self, data: bytes, position: int) -> int:
+        """Passes over chunks that are all alike, of which at least the first is whole; the position after them."""
+        line, step = self._line, self._step
+        found = _alike(line, step - len(line) - 2).match(data, position)
+        if found is None:
+            raise FramingError("chunk data does not end in CRLF")
+        self.chunks += (found.end() - position) // step
+        return found.end()
 
     def _header(self, data: bytes, position: int, size: int) -> int:
         """Reads a size line and as much of its chunk as there is; the position after that."""
@@ -177,8 +209,11 @@ class Chunked:
             self._in_trailers = True
             return begin
         self.chunks += 1
+        end = begin + length + 2
+        self._line, self._step = found[0], end - position
+        if end <= size and self.payload is None and data.startswith(_CRLF, end - 2):
+            return end
         self._left = length + 2
-        self._line, self._step = found[0], begin - position + length + 2
         return self._skip(data, begin, size)
 
     def _skip(self, data: bytes, position: int, size: int) -> int:

@@ -11,8 +11,8 @@ from typing import Protocol
 from router.errors import RouterError
 from router.gateway.waiting import Heartbeat
 from router.relay.heads import RequestHead
-from router.relay.replies import begun_head
-from router.relay.reply import Send
+from router.relay.parties import Send
+from router.relay.replies import LAST_CHUNK, begun_head, chunk
 
 
 class Client(Protocol):
@@ -53,8 +53,8 @@ class Heart:
 
     def end(self, error: RouterError) -> bool:
         """Ends the answer with an error, now that its status is out; whether the connection may go on."""
-        self._client.send(self._framed(self._beat.late_error(error)) + (b"0\r\n\r\n" if self._head.minor else b""))
+        self._client.send(self._framed(self._beat.late_error(error)) + (LAST_CHUNK if self._head.minor else b""))
         return self._keep
 
     def _framed(self, piece: bytes) -> bytes:
-        return b"%x\r\n%s\r\n" % (len(piece), piece) if self._head.minor and piece else piece
+        return chunk(piece) if self._head.minor and piece else piece

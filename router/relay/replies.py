@@ -14,9 +14,15 @@ from router.gateway.headers import Headers
 from router.relay.heads import ReplyHead, RequestHead
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
 _KEEP = b"Connection: keep-alive\r\n"
 _CLOSE = b"Connection: close\r\n"
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+def chunk(piece: bytes) -> bytes:
+    """One chunk of a body; the piece must not be empty."""
+    return b"%x\r\n%s\r\n" % (len(piece), piece)
 
 
 def whole_answer(

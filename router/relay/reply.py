@@ -9,18 +9,19 @@ business.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 from router.errors import InstanceLost, RouterError, WaitTimeout
 from router.gateway.context import Limits
-from router.gateway.endings import RUNNER_DIED, runner_died
+from router.gateway.endings import RUNNER_DIED, TAIL_BYTES, runner_died
 from router.gateway.headers import header, reply_headers
 from router.gateway.shapes import NDJSON, SSE, api_of, stream_error
 from router.gateway.waiting import refusal
 from router.relay.framing import MORE, Body, Chunked, FramingError, NoBody, UntilClose
 from router.relay.heads import HeadError, ReplyHead, RequestHead
-from router.relay.replies import interim_head, reply_head
+from router.relay.parties import Asker, Client
+from router.relay.replies import LAST_CHUNK, chunk, interim_head, reply_head
 from router.relay.tail import Tail
 from router.relay.upstream import UpstreamConnection
 
@@ -31,62 +32,6 @@ HELD_SECONDS: Final = 10.0
 _AWAITED, _HELD, _RELAYED, _OVER = range(4)
 _CHUNK_HEADER = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}\r\n")
 _NOTHING: Final = NoBody()
-_LAST_CHUNK: Final = b"0\r\n\r\n"
-
-
-def _chunk(piece: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(piece), piece)
-
-
-class Send(Protocol):
-    """A transport's `write`, kept as it is, so that a piece costs one call."""
-
-    def __call__(self, data: bytes, /) -> None: ...
-
-
-class Client(Protocol):
-    """The connection that the answer goes to."""
-
-    write_paused: bool
-    send: Send
-
-    def may_keep(self) -> bool:
-        """Whether the connection may go on after this answer."""
-        ...
-
-    def abort(self) -> None:
-        """Cuts the connection: the answer cannot be ended visibly in any other way."""
-        ...
-
-
-class Asker(Protocol):
-    """Whoever the reply is for. Exactly one of the last four is called, once."""
-
-    def own_headers(self) -> Mapping[str, str]: ...
-
-    def reply_begins(self) -> None:
-        """From here on bytes are out."""
-        ...
-
-    def request_blocked(self, *, blocked: bool) -> None:
-        """The server takes no more of the request for now, or again."""
-        ...
-
-    def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:
-        """No byte is out. `stale`: a connection that was used before had been closed already."""
-        ...
-
-    def reply_failed(self, error: RouterError) -> None:
-        """No byte is out, and asking again would not help."""
-        ...
-
-    def reply_broken(self, error: RouterError, *, died: bool) -> None:
-        """Bytes are out, and the answer was ended with an error or cut: the connection must be closed."""
-        ...
-
-    def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:
-        """The last byte is out. `died`: the answer says, or shows, that its runner died."""
-        ...
 
 
 class ReplyRelay:
@@ -109,6 +54,8 @@ class ReplyRelay:
     """Where it is a list, the body's data is collected in it without the server's chunks."""
     _wraps = False
     """Whether the client gets chunks of our own making."""
+    _plain = False
+    """Whether the rest goes on as it comes: something has gone already."""
     _keep = False
     _seen_bytes = -1
 
@@ -154,7 +101,21 @@ class ReplyRelay:
 
     def reply_bytes(self, data: bytes) -> None:
         if self._phase == _RELAYED:
-            self._relay(data)
+            try:
+                end = self._body.feed(data)
+            except FramingError:
+                self._cut_malformed()
+                return
+            if end != MORE:
+                self._pass(data[:end])
+                self._complete(reusable=end == len(data))
+            elif self._plain and len(data) <= TAIL_BYTES:
+                # The way of every token.
+                self.bytes_out += len(data)
+                self._tail.append(data)
+                self._client.send(data)
+            else:
+                self._pass(data)
         elif self._phase == _AWAITED:
             self.touched = True
             self._read_head(data)
@@ -291,20 +252,10 @@ class ReplyRelay:
             self._note(piece)
         self._client.send(head + self._for_client(piece))
 
-    def _relay(self, data: bytes) -> None:
-        """The way of every piece: find the end, pass on."""
-        try:
-            end = self._body.feed(data)
-        except FramingError:
-            self._drop()
-            self._client.abort()
-            self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), died=False)
-            return
-        if end == MORE:
-            self._pass(data)
-        else:
-            self._pass(data if end == len(data) else data[:end])
-            self._complete(reusable=end == len(data))
+    def _cut_malformed(self) -> None:
+        self._drop()
+        self._client.abort()
+        self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), died=False)
 
     def _pass(self, piece: bytes) -> None:
         self._note(piece)
@@ -318,27 +269,27 @@ class ReplyRelay:
         if payload is not None:
             piece = b"".join(payload)
             payload.clear()
-        return _chunk(piece) if self._wraps and piece else piece
+        return chunk(piece) if self._wraps and piece else piece
 
     def _note(self, piece: bytes) -> None:
         if self.first_byte_at is None:
             self.first_byte_at = self._now()
+            self._plain = self._payload is None and not self._wraps
         self.bytes_out += len(piece)
-        self._tail.add(piece)
+        self._tail.append(piece if len(piece) <= TAIL_BYTES else piece[-TAIL_BYTES:])
 
     # --- how it ends -----------------------------------------------------------------------------------------
 
     def _complete(self, *, reusable: bool) -> None:
         self._over()
         if self._wraps:
-            self._client.send(_LAST_CHUNK)
+            self._client.send(LAST_CHUNK)
         reusable = reusable and self._reply.keep_alive and self.request_sent
         self._asker.reply_done(reusable=reusable, keep=self._keep, died=self._died())
 
     def _break(self, error: RouterError) -> None:
         """Bytes are out, and there will be no more of them."""
-        content_type = (header(self._reply.headers, b"content-type") or b"").decode("latin-1")
-        words = stream_error(api_of(self._path), content_type, error, sent=self.tail() or b"\n\n")
+        words = stream_error(api_of(self._path), self._content_type(), error, sent=self.tail() or b"\n\n")
         body = self._body
         self._drop()
         if self._wraps:
@@ -351,12 +302,14 @@ class ReplyRelay:
             self._client.abort()
         else:
             in_chunks = self._wraps or (self._reply.chunked and self._payload is None)
-            self._client.send(_chunk(words) + _LAST_CHUNK if in_chunks else words)
+            self._client.send(chunk(words) + LAST_CHUNK if in_chunks else words)
         self._asker.reply_broken(error, died=self._died())
 
     def _died(self) -> bool:
-        content_type = (header(self._reply.headers, b"content-type") or b"").decode("latin-1")
-        return runner_died(self.status, content_type.startswith((NDJSON, SSE)), self._path, self.tail())
+        return runner_died(self.status, self._content_type().startswith((NDJSON, SSE)), self._path, self.tail())
+
+    def _content_type(self) -> str:
+        return (header(self._reply.headers, b"content-type") or b"").decode("latin-1")
 
     def _over(self) -> None:
         self._phase = _OVER

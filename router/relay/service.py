@@ -17,7 +17,11 @@ from router.gateway.origin import OriginPolicy
 from router.gateway.routes import RouteTable
 from router.relay.connection import ClientConnection
 from router.relay.desk import Desk, Patience, Tasks
+from router.relay.memory import trimmer
 from router.relay.upstream import Pool
+
+TRIM_SECONDS = 5.0
+"""So often memory is given back while long bodies come."""
 
 
 class Relay:
@@ -39,6 +43,10 @@ class Relay:
         )
         self._period_seconds = min(1.0, shortest / 4)
         self.closing = False
+        self.long_bodies = 0
+        self._trim = trimmer()
+        self._trimmed: tuple[int, float] = (-1, 0.0)
+        """After how many long bodies, and when, memory was last given back."""
 
     def __call__(self) -> ClientConnection:
         return ClientConnection(self.desk, self)
@@ -63,6 +71,9 @@ class Relay:
             for connection in tuple(self._connections):
                 connection.check(now)
             self.desk.pool.sweep(now)
+            if self.long_bodies != self._trimmed[0] and now - self._trimmed[1] > TRIM_SECONDS:
+                self._trimmed = self.long_bodies, now
+                await asyncio.to_thread(self._trim)
 
     def drain(self) -> None:
         """From now on connections end with the answer that they are giving, and those that give none end at once."""
