@@ -12,8 +12,8 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim bench-sched clients docs clean real-ollama client-packages \
-	leaks bench-relay bench-litellm profile nginx real-nginx
+.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim bench-sched clients docs clean real-ollama \
+	client-packages leaks bench-relay bench-litellm profile nginx real-nginx
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10

@@ -46,7 +46,7 @@ RATES: Mapping[tuple[str, str], float] = {
     ("4x3090", "small"): 0.92,
     ("4x3090", "team"): 0.92,
     ("4x3090", "wide"): 0.46,
-    ("4x3090", "large"): 0.22,
+    ("4x3090", "large"): 0.10,
     ("2xa6000", "small"): 0.92,
     ("2xa6000", "team"): 0.32,
     ("2xa6000", "wide"): 0.46,
@@ -134,11 +134,14 @@ def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenar
 
 
 def flood(seconds: float = 300.0) -> Scenario:
-    """Four users who never stop asking one model on one card, the first with ten times the sessions of each other."""
+    """Four users who never stop asking one model on one card, the first with ten times the sessions of each other.
+
+    The others have ten each, so that all of them always wait, though the router fills the card with copies.
+    """
     rig = parse_spec("3090")
     model = model_facts("llama3.1:8b")
     turns = tuple(Turn(0.0, 500, 0 if turn == 0 else 400, 200) for turn in range(200))
-    owners = ["greedy"] * 30 + [f"modest{number}" for number in range(3) for _ in range(3)]
+    owners = ["greedy"] * 100 + [f"modest{number}" for number in range(3) for _ in range(10)]
     sessions = tuple(Session(index, user, model.name, turns) for index, user in enumerate(owners))
     return Scenario(cards=sim_cards(rig), models={model.name: model}, sessions=sessions, seconds=seconds)
 

@@ -144,7 +144,7 @@ def _prepared(place: Place, version: str) -> PreparedRig:
 
 def _warm(place: Place) -> None:
     if place.warm:
-        cached = {model.blob.removeprefix("sha256:"): model.weights_bytes for model in place.warm}
+        cached = {str(model.blob): model.weights_bytes for model in place.warm}
         write_json(place.rig_directory / "pagecache.json", cached)
 
 
