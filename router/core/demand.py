@@ -14,9 +14,9 @@ _NEW_SHARE = 0.2
 """Of the newest duration in the mean of durations."""
 
 
-def asked(demand: Demand, now: float, half_life_seconds: float) -> Demand:
-    """One request more."""
-    return replace(demand, weight=_decayed(demand, now, half_life_seconds) + 1.0, at=now)
+def asked(demand: Demand, now: float, half_life_seconds: float, amount: float = 1.0) -> Demand:
+    """One request more, or so much of something else that is counted."""
+    return replace(demand, weight=_decayed(demand, now, half_life_seconds) + amount, at=now)
 
 
 def served(demand: Demand, seconds: float) -> Demand:

@@ -297,7 +297,7 @@ class Policy:
     """How long freed VRAM may take to show before the load is planned anew."""
     settle_seconds: float = 3.0
     """After a load or unload no model is called too large for so long: the driver may still show old figures."""
-    drain_after_seconds: float = 15.0
+    drain_after_seconds: float = 60.0
     """A ticket that has waited so long for room may stop busy models from taking new requests."""
     starving_after_seconds: float = 60.0
     """A ticket that has waited so long gets its place whatever that costs others."""
@@ -313,12 +313,22 @@ class Policy:
     load_bytes_per_second: float = 3e9
     """Assumed until loads have been seen."""
     loads_at_once: int = 4
-    demand_half_life_seconds: float = 180.0
+    demand_half_life_seconds: float = 300.0
+    swap_budget_bytes_per_second: float = 4.5e8
+    """Bytes loaded a second and card below which loads count as few."""
+    swap_window_seconds: float = 60.0
+    """Half-life of the memory of loads."""
+    swap_ease_max: float = 4.0
+    slots_bonus_max: int = 1
+    """So many slots more than the tuning says does a model over several cards get, where they fit beside it."""
+    late_share: float = 1.0
+    """What a ticket that can no longer be served in time is worth at once, as a share of one that can, while loads are
+    few."""
     away_seconds: float = 25.0
     """How long a model that was evicted is assumed to stay away, beside its load: more means fewer swaps."""
     hold_seconds: float = 0.0
     """A ticket that cannot be served in time any more waits so long before its waiting counts."""
-    wait_weight: float = 0.3
+    wait_weight: float = 0.2
     """What a second of waiting counts for against what an eviction costs: more means shorter waits and more swaps."""
     residency_seconds_min: float = 0.0
     """A model that was loaded is not unloaded for another one's sake sooner, unless that one has waited for long."""
@@ -370,6 +380,8 @@ class Snapshot:
     """Whether a model that no single card holds was asked for of late."""
     load_rate_bytes_per_second: float | None = None
     """What loads have shown of late."""
+    loaded_bytes_per_second: float = 0.0
+    """Weights sent for loading of late."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
     """Sets of cards on which an instance could not be started lately: no other is started there for now."""
 

@@ -10,7 +10,7 @@ It decides; it changes nothing. Sizes in bytes come from the `Estimate` it is gi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.core.entities import (
     Failure,
@@ -151,8 +151,22 @@ def _any_alive(snapshot: Snapshot) -> bool:
 
 
 def _candidate(snapshot: Snapshot, estimate: Estimate, site: Site, want: Want) -> _Candidate:
-    needed = estimate(want.model, site.spec, context_of(want.options, want.model, site.spec), snapshot)
-    return _Candidate(site, tuple(zip(site.gpus, needed, strict=True)))
+    for spec in _tunings(snapshot, site, want):
+        needed = estimate(want.model, spec, context_of(want.options, want.model, spec), snapshot)
+        candidate = _Candidate(replace(site, spec=spec), tuple(zip(site.gpus, needed, strict=True)))
+        if spec.num_parallel <= site.spec.num_parallel or _could_fit(snapshot, candidate):
+            return candidate
+    raise AssertionError("the site's own tuning is the last one tried")
+
+
+def _tunings(snapshot: Snapshot, site: Site, want: Want) -> list[InstanceSpec]:
+    """The site's tuning, and before it those with more slots that an instance to be started over several cards may get:
+    what a large model leaves free on its cards is of little use to others, and slots are what it is waited for."""
+    pin = pin_of(snapshot, want.model.name)
+    chosen = pin is not None and pin.num_parallel is not None
+    bonus = snapshot.policy.slots_bonus_max if site.is_new and len(site.gpus) > 1 and not chosen else 0
+    own = site.spec
+    return [replace(own, num_parallel=own.num_parallel + more) for more in range(bonus, -1, -1)]
 
 
 def _could_fit(snapshot: Snapshot, candidate: _Candidate) -> bool:

@@ -47,13 +47,27 @@ def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticke
     """Seconds of waiting in vain that a load for these tickets saves."""
     policy = snapshot.policy
     lead = reload_seconds(snapshot, model)
+    late = policy.late_share * policy.patience_seconds * (swap_ease(snapshot) - 1.0)
     worth = 0.0
     for ticket in tickets:
         waited = snapshot.now - ticket.arrived_at
         worth += policy.wait_weight * max(0.0, waited - policy.hold_seconds)
         if waited + lead <= policy.patience_seconds:
             worth += policy.patience_seconds
+        else:
+            worth += late
     return worth
+
+
+def swap_ease(snapshot: Snapshot) -> float:
+    """How far the loads of late stay below the budget of swaps: 1 where it is used up, more while few are made.
+
+    While loads are few, who is late anyway is served at once; while they are many that has to wait, or all cards would
+    spend their time on loading.
+    """
+    policy = snapshot.policy
+    budget = policy.swap_budget_bytes_per_second * max(1, len(snapshot.gpus))
+    return max(1.0, min(policy.swap_ease_max, budget / max(1.0, snapshot.loaded_bytes_per_second)))
 
 
 def service_seconds(snapshot: Snapshot, residency: Residency) -> float:

@@ -67,6 +67,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     key = (residency.instance, residency.blob)
     fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
     fleet.update(key, state=ResidencyState.LOADING)
+    fleet.sent(residency.model.weights_bytes, now)
     spec = fleet.instances[residency.instance].spec
     fleet.begin_measuring(reservation, key_of(residency.model, spec, residency.context_length, fleet.policy))
     return Load(

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from router.core import demand
+from router.core.demand import rate_per_second
 from router.core.entities import (
     BlobDigest,
     Demand,
@@ -98,6 +99,8 @@ class FleetState:
     large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that no single card holds."""
     load_rate_bytes_per_second: float | None = None
+    sent_bytes: Demand = field(default_factory=Demand)
+    """Weights sent for loading, as a count that decays."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
     """When an instance on these cards last could not be started or died."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
@@ -148,6 +151,7 @@ class FleetState:
             wanted=MappingProxyType(self.wanted),
             large_asked=self._large_asked(now),
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
+            loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.swap_window_seconds),
             troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
         )
 
@@ -240,6 +244,10 @@ class FleetState:
             coldest = min(self.demand, key=lambda known: (self.demand[known].at, known))
             del self.demand[coldest]
             self.models.pop(coldest, None)
+
+    def sent(self, weights_bytes: int, now: float) -> None:
+        """A load of so many bytes was sent."""
+        self.sent_bytes = demand.asked(self.sent_bytes, now, self.policy.swap_window_seconds, float(weights_bytes))
 
     def loaded(self, weights_bytes: int, seconds: float) -> None:
         """A load of so many bytes took so long: the mean rate follows."""

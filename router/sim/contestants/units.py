@@ -62,7 +62,8 @@ def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit
     """One that the dispatcher asked for."""
     even = len(spec.gpus) > 1
     named = replace(spec, url=f"sim://{spec.name}", environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"})
-    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(config, len(spec.gpus), even=even)))
+    tuned = replace(config, slots=spec.num_parallel, kv_cache_type=spec.kv_cache_type)
+    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(tuned, len(spec.gpus), even=even)))
 
 
 def _own(config: ServerConfig, cards: int, *, even: bool) -> ServerConfig:
