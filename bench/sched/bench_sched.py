@@ -148,9 +148,11 @@ def runs(given: argparse.Namespace) -> Iterable[Run]:
                     yield Run(policy, rig, mix, seed, given.speed, given.seconds)
 
 
-def line(run: Run, outcome: Outcome) -> str:
+def line(run: Run, outcome: Outcome, twin: Report) -> str:
+    """`twin`: the same in the simulator."""
     made = outcome.report
     words = f"{run.cell:<16}seed {run.seed}  {run.policy:<18}in time {made.in_time_share:6.1%} of {made.requests}"
+    words += f" (simulated {twin.in_time_share:.1%}, {twin.loaded_gb:.0f} GB)"
     words += f"  {made.loads} loads, {made.loaded_gb:.0f} GB, {made.spills} spilled, {made.out_of_memory} OOM, "
     words += f"{made.errors} errors  ({made.seconds:.0f} emulated s, {outcome.took_seconds:.0f} s)"
     errors = sorted({one.error for one in outcome.answers if one.error})
@@ -180,13 +182,15 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     for run in runs(given):
         outcome = play(run)
-        sys.stdout.write(line(run, outcome))
+        twin = in_simulator(run.policy, run, outcome.answers)
+        sys.stdout.write(line(run, outcome, twin))
         sys.stdout.flush()
         cells.setdefault(run.cell, {}).setdefault(run.policy, {})[run.seed] = outcome.report
-        for policy in (FLOOR, OURS) if run.policy == OURS else ():
-            name = policy if policy == FLOOR else "(simulated)"
-            cells[run.cell].setdefault(name, {})[run.seed] = in_simulator(policy, run, outcome.answers)
-        rows.append({"cell": run.cell, "policy": run.policy, "seed": run.seed, **outcome.report.as_dict()})
+        if run.policy == OURS:
+            floor = in_simulator(FLOOR, run, outcome.answers)
+            cells[run.cell].setdefault(FLOOR, {})[run.seed] = floor
+        rows.append({"cell": run.cell, "policy": run.policy, "seed": run.seed, **outcome.report.as_dict(),
+                     "simulated": twin.as_dict()})  # fmt: skip
         if given.out is not None:
             given.out.write_text(json.dumps({"emulated": True, "speed": run.speed, "runs": rows}, indent=1) + "\n")
     broken = sum(finish(cell, found) for cell, found in cells.items())
