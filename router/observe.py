@@ -17,7 +17,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from router.core.entities import Gpu, InstanceState, LoadId, Snapshot
+from router.core.entities import Gpu, GpuUuid, InstanceState, LoadId, Snapshot
 from router.core.events import (
     Action,
     Arrived,
@@ -226,6 +226,7 @@ class EngineObserver:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._card_errors: dict[GpuUuid, str] = {}
         self._under_way: dict[LoadId, tuple[Load, float]] = {}
         self._log = structlog.get_logger("router.decisions")
 
@@ -288,6 +289,10 @@ class EngineObserver:
         write("load_spilled" if spilled else "loaded", **values, **sizes)
 
     def _tell_lost(self, event: GpusRead) -> None:
+        errors = {gpu.uuid: gpu.error for gpu in event.gpus if gpu.error is not None}
         for gpu in event.gpus:
-            if gpu.error is not None:
+            if gpu.error is not None and self._card_errors.get(gpu.uuid) != gpu.error:
                 self._log.warning("card_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
+            if gpu.error is None and gpu.uuid in self._card_errors:
+                self._log.info("card_back", gpu=gpu.uuid, index=gpu.index)
+        self._card_errors = errors

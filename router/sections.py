@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from router.config_values import keep_alive_seconds, listed, parse_bytes, scalars_as_text
+from router.config_values import keep_alive_seconds, listed, named_by_text, parse_bytes, scalars_as_text
 
 RESERVED_VARIABLES = {
     "OLLAMA_HOST": "the router gives each instance a port of its own",
@@ -267,7 +267,7 @@ class PlacementSettings(_Section):
     instance_idle_seconds: Seconds = Field(
         default=120.0, description="How long an instance that was started on demand may be empty."
     )
-    exclusive_gpus: dict[str, Words] = Field(
+    exclusive_gpus: Annotated[dict[str, Words], BeforeValidator(named_by_text)] = Field(
         default_factory=dict, description="Cards (by UUID or index) that only the models listed for them may use."
     )
     patience_seconds: Seconds = Field(

@@ -294,7 +294,10 @@ class Dispatcher:
         snapshot = self._fleet.snapshot(now)
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in _copies(snapshot))]
         if unserved:
-            return self._act_on(key, unserved, seek(snapshot, self._estimate, unserved), now)
+            decision = seek(snapshot, self._estimate, unserved)
+            if isinstance(decision, NoFit) and decision.code == "model_too_large" and self._policy.unseen_margin_ratio:
+                decision = seek(snapshot, self._estimate_unseen, unserved)  # rather a load that fails than a refusal
+            return self._act_on(key, unserved, decision, now)
         copies = [r for r in _copies(snapshot) if suits(snapshot, r, waiting[0])]
         self._explain(waiting, rules.describe_wait(copies))
         placed = seek_replica(snapshot, self._estimate, waiting, copies)

@@ -129,13 +129,15 @@ def place(snapshot: Snapshot, estimate: Estimate, want: Want) -> Decision:
         words = f"no instance that has model '{want.model.name}' is running: "
         return NoFit("no_instance", words + states_words(snapshot))
     tried: list[_Candidate] = []
-    for size in sizes(snapshot):
-        sites = [site for site in sites_of_size(snapshot, size, bounds) if want.model.is_on(site.spec)]
-        candidates = [_candidate(snapshot, estimate, site, want) for site in sites]
-        group = [c for c in candidates if not c.need or _could_fit(snapshot, c)]
-        if group:
-            return _among(snapshot, group, want)
-        tried += candidates
+    for fewer_slots in (False, True):
+        for size in sizes(snapshot):
+            sites = [site for site in sites_of_size(snapshot, size, bounds) if want.model.is_on(site.spec)]
+            candidates = [_candidate(snapshot, estimate, site, want, fewer_slots) for site in sites]
+            group = [c for c in candidates if not c.need or _could_fit(snapshot, c)]
+            if group:
+                return _among(snapshot, group, want)
+            tried += [] if fewer_slots else candidates
+        bounds = replace(bounds, only_new=True)
     return _nowhere(snapshot, tried, want)
 
 
@@ -150,23 +152,26 @@ def _any_alive(snapshot: Snapshot) -> bool:
     return any(view.state in ALIVE for view in snapshot.instances.values())
 
 
-def _candidate(snapshot: Snapshot, estimate: Estimate, site: Site, want: Want) -> _Candidate:
-    for spec in _tunings(snapshot, site, want):
+def _candidate(snapshot: Snapshot, estimate: Estimate, site: Site, want: Want, fewer_slots: bool) -> _Candidate:
+    candidate = _Candidate(site, ())
+    for spec in _tunings(snapshot, site, want, fewer_slots):
         needed = estimate(want.model, spec, context_of(want.options, want.model, spec), snapshot)
         candidate = _Candidate(replace(site, spec=spec), tuple(zip(site.gpus, needed, strict=True)))
-        if spec.num_parallel <= site.spec.num_parallel or _could_fit(snapshot, candidate):
-            return candidate
-    raise AssertionError("the site's own tuning is the last one tried")
+        if _could_fit(snapshot, candidate):
+            break
+    return candidate
 
 
-def _tunings(snapshot: Snapshot, site: Site, want: Want) -> list[InstanceSpec]:
+def _tunings(snapshot: Snapshot, site: Site, want: Want, fewer_slots: bool) -> list[InstanceSpec]:
     """The site's tuning, and before it those with more slots that an instance to be started over several cards may get:
-    what a large model leaves free on its cards is of little use to others, and slots are what it is waited for."""
+    what a large model leaves free on its cards is of little use to others, and slots are what it is waited for. With
+    `fewer_slots` down to one, which is better than to refuse a model."""
     pin = pin_of(snapshot, want.model.name)
     chosen = pin is not None and pin.num_parallel is not None
     bonus = snapshot.policy.slots_bonus_max if site.is_new and len(site.gpus) > 1 and not chosen else 0
     own = site.spec
-    return [replace(own, num_parallel=own.num_parallel + more) for more in range(bonus, -1, -1)]
+    least = 1 if fewer_slots and site.is_new and not chosen else own.num_parallel
+    return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
 
 
 def _could_fit(snapshot: Snapshot, candidate: _Candidate) -> bool:
@@ -189,6 +194,9 @@ def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decis
         return _taken(
             snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.candidate))), want
         )
+    dear = [o for c in usable if (o := _offer(snapshot, c, replace(want, price_max=float("inf")), busy=False))]
+    if dear:
+        return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.candidate.name)), want)
     return _wait(snapshot, [c for c in group if c.name not in failed | want.not_on and _is_up(snapshot, c)], want)
 
 
@@ -285,6 +293,13 @@ def _relied_on(snapshot: Snapshot, candidate: _Candidate) -> list[ResidencyKey]:
         and snapshot.residencies[key].state is ResidencyState.READY
         and short & _cards_of(snapshot, key[0])
     )
+
+
+def _too_dear(snapshot: Snapshot, offer: _Offer, want: Want) -> MustWait:
+    """Idle models could leave, but that would cost others more than the wait is worth so far."""
+    names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
+    words = f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {want.price_max:.0f} s yet"
+    return MustWait(f"{offer.candidate.name}: {words}")
 
 
 def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:

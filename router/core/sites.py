@@ -48,6 +48,8 @@ class Bounds:
     name: str
     pin: Pin | None = None
     layout: Layout | None = None
+    only_new: bool = False
+    """Only instances that would be started for it: those can be tuned otherwise."""
 
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
         if self.layout is not None and not self.layout.allows(gpus):
@@ -86,7 +88,7 @@ def sites_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
     for gpus in _sets(snapshot, size):
         if frozenset(gpus) in seen or not bounds.allows(snapshot, gpus):
             continue
-        found += _on(snapshot, gpus, bounds.pin)
+        found += _on(snapshot, gpus, bounds)
         seen.add(frozenset(gpus))
     return found
 
@@ -108,15 +110,16 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
     return sorted((card for card in snapshot.gpus.values() if card.error is None), key=lambda card: card.index)
 
 
-def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], pin: Pin | None) -> list[Site]:
+def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Site]:
     """The instances on exactly these cards, or with on-demand ones the one that is free, else one to be started."""
     there = [v for v in snapshot.instances.values() if set(v.spec.gpus) == set(gpus) and v.state in ALIVE]
+    pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):
-        return [Site(view.spec) for view in there]
+        return [] if bounds.only_new else [Site(view.spec) for view in there]
     there = [view for view in there if view.spec.attached or _is_tuned(view.spec, pin)]
     there = [view for view in there if not (view.spec.on_demand and view.state is InstanceState.BACKOFF)]
     free = [view for view in there if view.spec.attached or is_empty(snapshot, view.spec.name)]
-    if free:
+    if free and not bounds.only_new:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
         return [Site(best.spec)]
     like = snapshot.policy.on_demand_like

@@ -28,6 +28,9 @@ def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: i
     """The whole footprint with its parts. `context_length`: tokens of one slot, cut to the trained context."""
     slots = slots_of(model, spec, snapshot.policy)
     view = snapshot.instances.get(spec.name)
+    if view is None or view.version is None:
+        # One that is to be started will be of the version that its siblings are.
+        view = next((v for v in snapshot.instances.values() if v.version is not None), view)
     batch = batch_tokens(view.version if view is not None else None, context_length, slots)
     cache, flash = spec.kv_cache_type, spec.flash_attention
     if flash is None and _is_before_0_12(view):
