@@ -75,8 +75,9 @@ class Asked:
         address: str,
         cards: Callable[[], Mapping[GpuUuid, Gpu]],
         seen: Peek | None = None,
+        asker: Asker | None = None,
     ) -> None:
-        """`seen`: what a quicker reader has found already. `header` takes names in lower case.
+        """`seen`, `asker`: what is known already of the body and the head. `header` takes names in lower case.
 
         Raises:
             RouterError: the body or a header of the router's own cannot be read, or a cloud model is not let through.
@@ -86,7 +87,7 @@ class Asked:
         self._content_type = header("content-type") or ""
         self.original = self.body = body
         self.seen = seen or read(path, self._content_type, body)
-        self.asker: Asker = asker_of(header, address, cards)
+        self.asker: Asker = asker or asker_of(header, address, cards)
         self.named = (self.seen.model or "") if not self.seen.unreadable else ""
         """The model as the client wrote it; "" where none can be read."""
         self.model = self.named

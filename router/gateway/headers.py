@@ -60,13 +60,23 @@ def request_head(
     Raises:
         ValueError: a part has a line break or NUL in it, or the target a blank.
     """
-    pairs = upstream_headers(raw, host)
+    begun = begun_request(method, target, raw, host)
     if body_bytes is None:
-        pairs.append((b"Transfer-Encoding", b"chunked"))
-    elif body_bytes or method not in _BODILESS:
-        pairs.append((b"Content-Length", b"%d" % body_bytes))
-    lines = [b" ".join((method, target, b"HTTP/1.1")), *(name + b": " + value for name, value in pairs)]
-    head, breaks = b"\r\n".join((*lines, b"", b"")), len(lines) + 1
+        return begun + b"Transfer-Encoding: chunked\r\n\r\n"
+    if body_bytes or method not in _BODILESS:
+        return b"%sContent-Length: %d\r\n\r\n" % (begun, body_bytes)
+    return begun + b"\r\n"
+
+
+def begun_request(method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes]], host: bytes) -> bytes:
+    """The lines of a request head but for its framing and its end.
+
+    Raises:
+        ValueError: as for `request_head`.
+    """
+    pairs = upstream_headers(raw, host)
+    lines = [b" ".join((method, target, b"HTTP/1.1")), *[b"%s: %s" % pair for pair in pairs], b""]
+    head, breaks = b"\r\n".join(lines), len(lines) - 1
     clean = head.count(b"\n") == breaks == head.count(b"\r") and b"\0" not in head
     if b" " in target or b" " in method or not clean:
         raise ValueError("a request head with a line break, NUL or stray blank in it is not sent")

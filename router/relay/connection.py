@@ -32,13 +32,12 @@ import structlog
 
 from router.errors import RouterError, WaitTimeout
 from router.gateway.origin import Answer
-from router.gateway.routes import Route
-from router.relay.desk import Desk, Listener
+from router.relay.desk import Desk, HeadNotes, Listener
 from router.relay.early import LongExchange
 from router.relay.exchange import LeasedExchange
-from router.relay.framing import MORE, FramingError
+from router.relay.framing import FramingError
 from router.relay.handover import HandOver
-from router.relay.heads import HeadError, RequestHead
+from router.relay.heads import KNOWN_BYTES_MAX, HeadError, RequestHead
 from router.relay.intake import LONG_BYTES, UNREAD_BYTES_MAX, Intake, is_worth_reading
 from router.relay.parties import Send
 from router.relay.pauses import Pauses, Reason
@@ -47,16 +46,13 @@ from router.relay.replies import CONTINUE, whole_answer
 AHEAD_BYTES_MAX: Final = 65536
 """So much that belongs to later requests is kept."""
 
-HALF_CLOSED_SECONDS: Final = 2.0
-"""So long the HTTP library may still take to answer a client that will send no more."""
-
 HEAD, BODY, BUSY, HANDED, LINGER = range(5)
 _NEVER: Final = float("inf")
 
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_ahead", "_desk", "_due", "_exchange", "_half_closed", "_handed", "_head", "_intake", "_keep",
+        "_ahead", "_desk", "_due", "_exchange", "_half_closed", "_handed", "_head", "_intake", "_keep", "_known",
         "_listener", "_pauses", "_peer", "_raw", "_running", "_state", "_then", "_transport", "send",
         "write_paused",
     )  # fmt: skip
@@ -70,8 +66,9 @@ class ClientConnection(asyncio.Protocol):
         self._peer = ""
         self._head: RequestHead | None = None
         """The one being read, or that of the request being answered."""
-        self._raw: list[bytes] = []
-        """The pieces of a head that did not come whole."""
+        self._known: RequestHead | None = None
+        """The last that came whole: a client's heads are often all the same."""
+        self._raw: list[bytes] = []  # the pieces of a head that did not come whole
         self._intake: Intake | None = None
         self._then: Callable[[], None] | None = None
         """What answers a refused request once the rest of it has been read."""
@@ -113,19 +110,18 @@ class ClientConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         if self._state == HANDED and self._transport.can_write_eof():
             self._half_closed = True
-            self._due = self._desk.engine.now() + HALF_CLOSED_SECONDS
+            self._due = self._desk.engine.now() + self._desk.patience.half_closed_seconds
             return True
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.lost(self)
         self.send = _nowhere
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.client_gone()
-        handed, self._handed = self._handed, None
-        if handed is not None:
-            handed.lost(exc)
+        if self._exchange is not None:
+            self._exchange.client_gone()
+        if self._handed is not None:
+            self._handed.lost(exc)
+        self._exchange = self._handed = None
         self._state, self._due = LINGER, _NEVER
 
     def pause_writing(self) -> None:
@@ -170,6 +166,10 @@ class ClientConnection(asyncio.Protocol):
                 data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
                 if not data:
                     return
+            known = self._known
+            if known is not None and data.startswith(known.raw):
+                self._begin(known, data, len(known.raw), known.notes)
+                return
             self._head = head = RequestHead()
             self._due = self._desk.engine.now() + self._desk.patience.head_seconds
         try:
@@ -180,15 +180,23 @@ class ClientConnection(asyncio.Protocol):
         if end < 0:
             self._raw.append(data)
             return
-        raw, self._raw = self._raw, []
+        notes = self._desk.leased_route(head)
+        if not self._raw and notes is not None and end <= KNOWN_BYTES_MAX:
+            head.raw = data[:end]
+            self._known = head
+        self._begin(head, data, end, notes)
+
+    def _begin(self, head: RequestHead, data: bytes, end: int, notes: HeadNotes | None) -> None:
+        """The head is whole and ends there in `data`."""
+        self._head = head
         self._due = _NEVER
         self._keep = head.keep_alive
         rest = data[end:] if end < len(data) else b""
-        found = self._desk.leased_route(head)
-        if found is None:
+        raw, self._raw = self._raw, []
+        if notes is None:
             self._hand_over(head, b"".join((*raw, data[:end])), rest)
         else:
-            self._take(head, *found, rest)
+            self._take(head, notes, rest)
 
     def _keep_ahead(self, data: bytes) -> None:
         self._ahead += data
@@ -214,9 +222,9 @@ class ClientConnection(asyncio.Protocol):
 
     # --- requests of our own ---------------------------------------------------------------------------------
 
-    def _take(self, head: RequestHead, route: Route, path: str, rest: bytes) -> None:
-        desk = self._desk
-        info = desk.info(head, route, self._peer)
+    def _take(self, head: RequestHead, notes: HeadNotes, rest: bytes) -> None:
+        desk, path = self._desk, notes.path
+        info = desk.info(notes, self._peer)
         self._state = BODY
         self._then = intake = None
         length = head.length or 0
@@ -228,7 +236,7 @@ class ClientConnection(asyncio.Protocol):
             self._listener.long_bodies += 1
         self._exchange = exchange
         try:
-            answer = desk.judge(head, route, path, info)
+            answer = desk.judge(head, notes, info)
         except RouterError as error:
             self._refuse(head, rest, partial(exchange.fail, error))
             return
@@ -333,26 +341,19 @@ class ClientConnection(asyncio.Protocol):
         if self.write_paused:
             self._handed.pause_writing()
         self._handed.begin(head, raw)
-        if self._handed.wants_body:
-            self._due = self._desk.engine.now() + self._desk.patience.body_seconds
-        if rest:
-            self._lend(rest)
+        self._lend(rest)
 
     def _lend(self, data: bytes) -> None:
         handed = self._handed
         assert handed is not None
-        if not (handed.wants_body or handed.kept):
-            self._keep_ahead(data)
-            return
         try:
-            end = handed.feed(data)
+            ahead = handed.lend(data)
         except FramingError:
             self._transport.abort()
             return
-        waits = end == MORE and not handed.kept
-        self._due = self._desk.engine.now() + self._desk.patience.body_seconds if waits else _NEVER
-        if end != MORE:
-            self._ahead = data[end:]
+        if ahead:
+            self._keep_ahead(ahead)
+        self._due = self._desk.engine.now() + self._desk.patience.body_seconds if handed.wants_body else _NEVER
 
     def handed_back(self, *, keep: bool) -> None:
         if self._state == HANDED and not self._transport.is_closing():

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from router.core.entities import Gpu, GpuUuid, InstanceView, ModelFacts, Ticket, TicketId
 from router.core.events import Event, Grant, Reject
 from router.gateway.asked import Rules
+from router.gateway.askers import Asker
 from router.gateway.context import Limits
 from router.gateway.headers import request_id
 from router.gateway.origin import Answer, OriginPolicy
@@ -95,6 +96,8 @@ class Patience:
     """Between two pieces of a request's body."""
     idle_seconds: float = 3600.0
     """Between two requests on a connection; long, because clients such as Go's keep theirs for as long."""
+    half_closed_seconds: float = 2.0
+    """How long the HTTP library may still take to answer a client that will send no more."""
     slot_seconds: float = 2.0
     """How long a body may still come once its request holds a slot: a slow sender keeps none."""
     linger_seconds: float = 5.0
@@ -133,6 +136,24 @@ class Ids:
         return f"{self._prefix}{self._last:012x}"
 
 
+class HeadNotes:
+    """What has been made of one head of a request to the relay's own routes."""
+
+    __slots__ = ("asker", "begun", "is_good", "path", "request_id", "route", "wants_reason")
+
+    def __init__(self, route: Route, path: str) -> None:
+        self.route = route
+        self.path = path
+        """Decoded, without the query."""
+        self.request_id: str | None = None
+        self.wants_reason = False
+        self.is_good = False
+        """Whether nothing in it can end the request any more."""
+        self.asker: Asker | None = None
+        self.begun: dict[str, bytes] = {}
+        """The head as it goes on, but for its framing, by the server's URL."""
+
+
 @dataclass(frozen=True, slots=True)
 class Desk:
     engine: Leases
@@ -160,13 +181,19 @@ class Desk:
     leased: dict[bytes, tuple[Route, str]] = field(default_factory=dict[bytes, tuple[Route, str]])
     """Targets that were found to be the relay's own."""
 
-    def leased_route(self, head: RequestHead) -> tuple[Route, str] | None:
+    def leased_route(self, head: RequestHead) -> HeadNotes | None:
         """The route, with the decoded path, of a request that the relay answers itself."""
         if head.method != b"POST":
             return None
-        known = self.leased.get(head.target)
-        if known is not None:
-            return known
+        known = self.leased.get(head.target) or self._find(head)
+        if known is None:
+            return None
+        head.notes = notes = HeadNotes(*known)
+        notes.wants_reason = self.debug_headers or (head.text("x-llamayard-debug") or "") not in ("", "0", "false")
+        notes.request_id = head.text("x-request-id")
+        return notes
+
+    def _find(self, head: RequestHead) -> tuple[Route, str] | None:
         if not head.target.startswith(b"/"):
             head.target = _ABSOLUTE.sub(b"", head.target, count=1)  # RFC 9112, 3.2.2
         target = head.target
@@ -178,30 +205,29 @@ class Desk:
             self.leased[target] = (route, path)
         return route, path
 
-    def judge(self, head: RequestHead, route: Route, path: str, info: RequestInfo) -> Answer | None:
+    def judge(self, head: RequestHead, notes: HeadNotes, info: RequestInfo) -> Answer | None:
         """What ends the request before its body is read, None where nothing does.
 
         Raises:
             RouterError: it is refused in the form of its API.
         """
+        if notes.is_good:
+            return None
         host, origin = head.text("host") or "", head.text("origin")
         if origin is not None or host not in self.good_hosts:
-            verdict = self.origins.judge("POST", host, origin, route.methods)
+            verdict = self.origins.judge("POST", host, origin, notes.route.methods)
             info.cors = verdict.headers
             if verdict.answer is not None:
                 return verdict.answer
             if origin is None and len(self.good_hosts) < _REMEMBERED_MAX and len(host) < _REMEMBERED_BYTES_MAX:
                 self.good_hosts.add(host)
-        refuse_encoded(path, head.text("content-encoding"))
+        refuse_encoded(notes.path, head.text("content-encoding"))
         if head.length is not None and head.length > self.limits.max_body_bytes:
             raise too_large(self.limits.max_body_bytes)
+        notes.is_good = origin is None
         return None
 
-    def info(self, head: RequestHead, route: Route, client: str) -> RequestInfo:
-        return RequestInfo(
-            request_id=request_id(head.text("x-request-id"), self.new_id),
-            client=client,
-            route=route.path,
-            arrived_at=self.engine.now(),
-            wants_reason=self.debug_headers or (head.text("x-llamayard-debug") or "") not in ("", "0", "false"),
-        )
+    def info(self, notes: HeadNotes, client: str) -> RequestInfo:
+        given = notes.request_id
+        number = self.new_id() if given is None else request_id(given, self.new_id)
+        return RequestInfo(number, client, notes.route.path, self.engine.now(), notes.wants_reason)

@@ -30,13 +30,13 @@ from router.gateway.abilities import is_young, refuse_missing
 from router.gateway.asked import Asked
 from router.gateway.forms import is_form
 from router.gateway.forward import Exchange as Record
-from router.gateway.headers import request_head
+from router.gateway.headers import begun_request
 from router.gateway.origin import Answer
 from router.gateway.peek import Peek
 from router.gateway.requests import RequestInfo
 from router.gateway.shapes import api_of, error_reply
 from router.gateway.wanted import Wanted, reply_notes, unloaded
-from router.relay.desk import Desk
+from router.relay.desk import Desk, HeadNotes
 from router.relay.glance import glance
 from router.relay.heads import RequestHead
 from router.relay.heartbeats import Heart
@@ -123,7 +123,12 @@ class LeasedExchange:
     def _look(self) -> None:
         desk, head, info = self._desk, self._head, self._info
         seen = self._seen or (None if is_form(head.text("content-type")) else glance(self._body, self._path))
-        self._asked = asked = Asked(desk.rules, self._path, self._body, head.text, info.client, desk.cards, seen)
+        notes: HeadNotes = head.notes
+        self._asked = asked = Asked(
+            desk.rules, self._path, self._body, head.text, info.client, desk.cards, seen, notes.asker
+        )
+        if asked.asker.layout is None:  # cards come and go
+            notes.asker = asked.asker
         info.client = asked.asker.client
         info.notes = asked.notes
         if asked.heartbeat is not None:
@@ -238,8 +243,12 @@ class LeasedExchange:
         if self._heart is not None:
             reply.begun = self._heart.begun
         reply.last = self._attempt == ATTEMPTS
-        host = desk.pool.authority(connection.url)
-        first = request_head(head.method, head.target, head.headers, host, len(body))
+        notes: HeadNotes = head.notes
+        begun = notes.begun.get(connection.url)
+        if begun is None:
+            host = desk.pool.authority(connection.url)
+            begun = notes.begun[connection.url] = begun_request(head.method, head.target, head.headers, host)
+        first = b"%sContent-Length: %d\r\n\r\n" % (begun, len(body))
         if len(body) <= ONE_WRITE_BYTES_MAX:
             connection.transport.write(first + body)
         else:

@@ -61,12 +61,12 @@ class HandOver:
     @property
     def wants_body(self) -> bool:
         """Whether the request has not come whole yet."""
-        return not self._request_ended
+        return not (self._request_ended or self.kept)
 
     # --- from the connection ---------------------------------------------------------------------------------
 
     def begin(self, head: RequestHead, raw_head: bytes) -> None:
-        """The next request; its body follows through `feed`."""
+        """The next request; its body follows through `lend`."""
         self._request = head.body()
         self._request_ended = self._request.feed(b"") != MORE
         self._without_body = head.method == b"HEAD"
@@ -77,23 +77,26 @@ class HandOver:
         self.kept = head.upgrade
         self._protocol.data_received(raw_head)
 
-    def feed(self, data: bytes) -> int:
-        """Bytes after the head; the index of the first that is not this request's any more, or MORE.
+    def lend(self, data: bytes) -> bytes:
+        """Bytes after the head; gives back what is not this request's any more.
 
         Raises:
             FramingError: the request's body is malformed.
         """
         if self.kept:
             self._protocol.data_received(data)
-            return MORE
+            return b""
+        if self._request_ended or not data:
+            return data
         end = self._request.feed(data)
         piece = data if end == MORE else data[:end]
         if piece:
             self._protocol.data_received(piece)
-        if end != MORE:
-            self._request_ended = True
-            self._maybe_done()
-        return end
+        if end == MORE:
+            return b""
+        self._request_ended = True
+        self._maybe_done()
+        return data[end:]
 
     def pause_writing(self) -> None:
         if not self._write_paused:

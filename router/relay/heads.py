@@ -19,6 +19,9 @@ from router.relay.framing import Body, Chunked, NoBody, Sized, UntilClose
 HEAD_BYTES_MAX = 65536
 """A longer head of a request is answered 431, one of a reply ends the exchange."""
 
+KNOWN_BYTES_MAX = 2048
+"""A longer head is not remembered for the next request."""
+
 NAME_BYTES_MAX = 256
 """A longer name of a header is answered 431."""
 
@@ -91,6 +94,11 @@ class _Head:
         self._judge(parser)
         return end
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a part of it has been read, but not all."""
+        return self._size > 0
+
     def _end(self, data: bytes, start: int) -> int:
         """Where the blank line ends that may have begun in an earlier piece; -1 where it is not there yet."""
         tail = self._tail
@@ -130,6 +138,10 @@ class RequestHead(_Head):
     method = b""
     target = b""
     hosts = 0
+    raw = b""
+    """All of its bytes, where it came in one piece."""
+    notes: Any = None
+    """What others have made of it, for the next request with the very same head."""
     upgrade = False
     """Whether another protocol is asked for."""
     _long_name = False
@@ -205,6 +217,8 @@ class ReplyHead(_Head):
 
     status = 0
     reason = b""
+    lines: bytes | None = None
+    """How it is written for clients, where that has been worked out: see `router/relay/replies.py`."""
 
     def __init__(self) -> None:
         self.headers = []

@@ -6,15 +6,18 @@ and a line break in them would end the head early, so it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import lru_cache
 from http import HTTPStatus
 
-from router.gateway.headers import Headers
+from router.gateway.headers import Headers, reply_headers
 from router.relay.heads import ReplyHead, RequestHead
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
+_USUAL: Set[str] = frozenset(("Server", "X-Request-ID", "X-Llamayard-Instance"))
+"""Headers that almost every relayed answer gets, and no others."""
+
 _KEEP = b"Connection: keep-alive\r\n"
 _CLOSE = b"Connection: close\r\n"
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -37,17 +40,25 @@ def whole_answer(
     return b"".join((*lines, b"\r\n", b"" if bodiless else body))
 
 
-def reply_head(
-    reply: ReplyHead, headers: Headers, own: Mapping[str, str], request: RequestHead, *, keep: bool
-) -> bytes:
-    """The head of a relayed answer: the server's `headers`, as far as they go on, and our own, which win over them."""
-    lines = [b"HTTP/1.1 %d %s" % (reply.status, reply.reason)]
-    ours = {_lower(name) for name in own}
-    lines += [b"%s: %s" % pair for pair in headers if _lower(pair[0]) not in ours]
+def reply_head(reply: ReplyHead, own: Mapping[str, str], request: RequestHead, *, keep: bool) -> bytes:
+    """The head of a relayed answer: the server's headers, as far as they go on, and our own, which win over them."""
+    if request.minor and own.keys() == _USUAL:
+        begun = reply.lines
+        if begun is None:
+            begun = reply.lines = _begun(reply, own, keep_framing=True)
+    else:
+        begun = _begun(reply, own, keep_framing=bool(request.minor))
     text = "\r\n".join([f"{name}: {value}" for name, value in own.items()])
     if text.count("\n") != len(own) - 1 or text.count("\r") != len(own) - 1:
         raise ValueError("a line break in a header of our own")
-    lines += [text.encode("latin-1", "replace"), connection_line(request, keep=keep) + b"\r\n"]
+    return b"%s%s\r\n%s\r\n" % (begun, text.encode("latin-1", "replace"), connection_line(request, keep=keep))
+
+
+def _begun(reply: ReplyHead, own: Mapping[str, str], *, keep_framing: bool) -> bytes:
+    """The lines of the server's: all but our own, and the end."""
+    ours = {_lower(name) for name in own}
+    headers = [pair for pair in reply_headers(reply.headers, keep_framing=keep_framing) if _lower(pair[0]) not in ours]
+    lines = [b"HTTP/1.1 %d %s" % (reply.status, reply.reason), *[b"%s: %s" % pair for pair in headers], b""]
     return b"\r\n".join(lines)
 
 

@@ -117,7 +117,6 @@ class ReplyRelay:
             else:
                 self._pass(data)
         elif self._phase == _AWAITED:
-            self.touched = True
             self._read_head(data)
         elif self._phase == _HELD:
             self._hold(data)
@@ -160,7 +159,17 @@ class ReplyRelay:
 
     def _read_head(self, data: bytes) -> None:
         start = 0
+        if not self.touched:
+            self.touched = True
+            start = data.find(b"\r\n\r\n") + 4
+            known = self.connection.pool.heads.get(data[:start]) if start > 3 else None
+            if known is not None:
+                self._reply = known
+                self._headed(data, start)
+                return
+            start = 0
         while True:
+            begun = self._reply.is_begun
             try:
                 end = self._reply.feed(data, start)
             except HeadError as error:
@@ -177,11 +186,18 @@ class ReplyRelay:
                 self._client.send(interim_head(self._reply, reply_headers(self._reply.headers)))
             self._reply = ReplyHead()
             start = end
-        refused = self.begun and self._reply.status != 200
-        self._payload = [] if self._reply.chunked and (refused or not self._request.minor) else None
-        self._body = self._reply.body(payload=self._payload)
+        if not begun:
+            self.connection.pool.remember(data[start:end], self._reply)
+        self._headed(data, end)
+
+    def _headed(self, data: bytes, end: int) -> None:
+        """The head is read, and ends there in `data`."""
+        reply = self._reply
+        refused = self.begun and reply.status != 200
+        self._payload = [] if reply.chunked and (refused or not self._request.minor) else None
+        self._body = reply.body(payload=self._payload)
         rest = data[end:] if end < len(data) else b""
-        if refused or self._reply.status == 500:
+        if refused or reply.status == 500:
             self._phase = _HELD
             self._due = self._now() + HELD_SECONDS
             self._hold(rest)
@@ -246,8 +262,7 @@ class ReplyRelay:
         self._keep = framed and self._client.may_keep() and (not self.begun or bool(request.minor))
         head = b""
         if not self.begun:
-            headers = reply_headers(reply.headers, keep_framing=bool(request.minor))
-            head = reply_head(reply, headers, own_headers, request, keep=self._keep)
+            head = reply_head(reply, own_headers, request, keep=self._keep)
         if piece:
             self._note(piece)
         self._client.send(head + self._for_client(piece))

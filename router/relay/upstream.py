@@ -14,11 +14,17 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
+from router.relay.heads import ReplyHead
+
 IDLE_MAX = 1024
 """Idle connections kept for one instance."""
 
 IDLE_SECONDS = 60.0
 """An idle connection is closed after that."""
+
+
+_REMEMBERED_MAX = 256
+_REMEMBERED_BYTES_MAX = 1024
 
 
 class Receiver(Protocol):
@@ -40,10 +46,10 @@ class Receiver(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a server."""
 
-    __slots__ = ("_pool", "idle_since", "receiver", "reused", "transport", "url")
+    __slots__ = ("idle_since", "pool", "receiver", "reused", "transport", "url")
 
     def __init__(self, pool: Pool, url: str) -> None:
-        self._pool = pool
+        self.pool = pool
         self.url = url
         self.receiver: Receiver | None = None
         self.reused = False
@@ -63,7 +69,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         receiver, self.receiver = self.receiver, None
-        self._pool.lost(self)
+        self.pool.lost(self)
         if receiver is not None:
             receiver.reply_ended(exc)
 
@@ -113,6 +119,8 @@ class Pool:
         self._addresses: dict[str, _Address] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.heads: dict[bytes, ReplyHead] = {}
+        """Heads of replies that were read before: many replies begin alike."""
 
     @property
     def idle_count(self) -> int:
@@ -155,6 +163,13 @@ class Pool:
         connection.reused = True
         connection.idle_since = self._now()
         idle.append(connection)
+
+    def remember(self, raw: bytes, head: ReplyHead) -> None:
+        """A reply's head that came whole, to be known again."""
+        if len(raw) <= _REMEMBERED_BYTES_MAX:
+            if len(self.heads) >= _REMEMBERED_MAX:
+                self.heads.clear()
+            self.heads[raw] = head
 
     def lost(self, connection: UpstreamConnection) -> None:
         """A connection is gone; where it was idle it is forgotten."""

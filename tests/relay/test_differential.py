@@ -161,6 +161,7 @@ def _final(raw: bytes) -> bytes:
 @settings(max_examples=600)
 def test_generated_replies_pass_as_they_are_for_every_cut(reply: tuple[bytes, bool], data: st.DataObject) -> None:
     raw, closes = reply
+    assume(not any(words in raw for words in RUNNER_DIED))  # that would be asked for again
     pieces = data.draw(_cut(raw))
 
     async def check() -> None:
