@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 import msgspec
 
 from router.gateway.fold import fold
 from router.gateway.peek import RUNNER_OPTION_NAMES, Peek
 from router.gateway.prompt_size import EXACT_BYTES
-from router.gateway.readings import READINGS, Emptiness, Reading, Streaming
+from router.gateway.readings import READINGS, Emptiness, Reading
 
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _OPTION_NAMES = frozenset((*RUNNER_OPTION_NAMES, "num_predict"))
 _MEMBERS_MAX = 100
+_BODY_BYTES_MAX = 262_144
 _INTEGER = re.compile(rb"-?[1-9][0-9]{0,14}|0")
 _DECIMAL = re.compile(rb"-?[0-9]{1,9}\.[0-9]{1,9}")
 _EMPTY_LIST = re.compile(rb"\[[ \t\n\r]*+\]")
@@ -31,7 +33,7 @@ _ORDINARY_KEYS = frozenset(("format", "think", "raw", "images", "temperature", "
 def glance(body: bytes, path: str) -> Peek | None:
     """What `peek(body, path)` gives, or None where only that can tell."""
     reading = READINGS.get(path)
-    if reading is None:
+    if reading is None or len(body) > _BODY_BYTES_MAX:
         return None
     try:
         return _read(body, reading, _DECODER.decode(body))
@@ -45,31 +47,40 @@ class _Unsure(ValueError):
 
 def _read(body: bytes, reading: Reading, members: Mapping[str, msgspec.Raw]) -> Peek:
     """Left to `peek`: a key that only folds to a name, null, and a name that is, or might be, written twice."""
-    if len(members) > _MEMBERS_MAX or b"\\u00" in body:
+    if len(members) > _MEMBERS_MAX or b"\\u00" in body or len(reading.models) != 1:
         raise _Unsure
-    names = reading.names
+    names, texts = reading.names, reading.texts
     given: dict[str, bytes] = {}
     prompt_bytes = 0
     for key, raw in members.items():
-        if key not in names:
-            if key not in _ORDINARY_KEYS and fold(key) in names:
+        if key in names:
+            given[key] = value = bytes(raw)
+            if value == b"null" or body.count(_quoted(key)) != 1:
                 raise _Unsure
-            continue
-        view = memoryview(raw)
-        size = view.nbytes
-        if key in reading.texts:
-            if size >= EXACT_BYTES:
-                raise _Unsure
-            prompt_bytes += size
-        given[key] = value = bytes(view[:EXACT_BYTES])
-        if value == b"null" or body.count(b'"%s"' % key.encode()) != 1:
+            if key in texts:
+                prompt_bytes += len(value)
+                if len(value) >= EXACT_BYTES:
+                    raise _Unsure
+        elif key not in _ORDINARY_KEYS and fold(key) in names:
             raise _Unsure
-    options = _options(given.get("options")) if reading.is_ollama else {}
-    limit = options.pop("num_predict", None) if reading.is_ollama else _limit(reading, given)
+    model = _value(given.get("model", b""))
+    stream = _value(given["stream"]) if "stream" in given else None
+    if not model or not isinstance(model, str) or not (stream is None or isinstance(stream, bool)):
+        raise _Unsure
+    options: dict[str, object] = {}
+    keep_alive = limit = None
+    if reading.is_ollama:
+        if "options" in given:
+            options = _options(given["options"])
+            limit = options.pop("num_predict", None)
+        if "keep_alive" in given:
+            keep_alive = _value(given["keep_alive"])
+    elif reading.limits:
+        limit = next((_value(given[name]) for name in reading.limits if name in given), None)
     return Peek(
-        model=_model(reading, given),
-        stream=_stream(reading, given.get("stream")),
-        keep_alive=_value(given["keep_alive"]) if reading.is_ollama and "keep_alive" in given else None,
+        model=model,
+        stream=stream,
+        keep_alive=keep_alive,
         options=options,
         output_tokens_max=int(limit) if isinstance(limit, int | float) and not isinstance(limit, bool) else None,
         is_load_only=_is_load_only(reading, given),
@@ -77,36 +88,17 @@ def _read(body: bytes, reading: Reading, members: Mapping[str, msgspec.Raw]) -> 
     )
 
 
-def _model(reading: Reading, given: Mapping[str, bytes]) -> str:
-    if len(reading.models) != 1:
-        raise _Unsure
-    text = _value(given.get("model", b""))
-    if not isinstance(text, str) or not text:
-        raise _Unsure
-    return text
+@lru_cache(maxsize=256)
+def _quoted(key: str) -> bytes:
+    return b'"%b"' % key.encode()
 
 
-def _stream(reading: Reading, value: bytes | None) -> bool | None:
-    if value is None or reading.stream is Streaming.NONE:
-        return None
-    stream = _value(value)
-    if not isinstance(stream, bool):
-        raise _Unsure
-    return stream
-
-
-def _options(value: bytes | None) -> dict[str, object]:
-    if value is None:
-        return {}
+def _options(value: bytes) -> dict[str, object]:
     if len(value) >= EXACT_BYTES:
         raise _Unsure
     members = _DECODER.decode(value)
     named = {name: bytes(raw) for name, raw in members.items() if name in _OPTION_NAMES}
     return {name: _value(raw) for name, raw in named.items() if raw != b"null"}
-
-
-def _limit(reading: Reading, given: Mapping[str, bytes]) -> object:
-    return next((_value(given[name]) for name in reading.limits if name in given), None)
 
 
 def _is_load_only(reading: Reading, given: Mapping[str, bytes]) -> bool:

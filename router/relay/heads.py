@@ -217,6 +217,8 @@ class ReplyHead(_Head):
 
     status = 0
     reason = b""
+    is_stream: bool | None = None
+    """Whether its content type is a stream's, where that has been looked at."""
     lines: bytes | None = None
     """How it is written for clients, where that has been worked out: see `router/relay/replies.py`."""
 

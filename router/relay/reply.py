@@ -321,7 +321,12 @@ class ReplyRelay:
         self._asker.reply_broken(error, died=self._died())
 
     def _died(self) -> bool:
-        return runner_died(self.status, self._content_type().startswith((NDJSON, SSE)), self._path, self.tail())
+        reply = self._reply
+        if reply.is_stream is None:
+            reply.is_stream = self._content_type().startswith((NDJSON, SSE))
+        if reply.status == 200 and not reply.is_stream:
+            return False
+        return runner_died(reply.status, reply.is_stream, self._path, self.tail())
 
     def _content_type(self) -> str:
         return (header(self._reply.headers, b"content-type") or b"").decode("latin-1")
