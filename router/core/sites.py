@@ -49,7 +49,7 @@ class Bounds:
     pin: Pin | None = None
     layout: Layout | None = None
     only_new: bool = False
-    """Only instances that would be started for it: those can be tuned otherwise."""
+    """Only instances that are or would be started on demand: those can be tuned otherwise."""
 
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
         if self.layout is not None and not self.layout.allows(gpus):
@@ -119,10 +119,14 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[S
     there = [view for view in there if view.spec.attached or _is_tuned(view.spec, pin)]
     there = [view for view in there if not (view.spec.on_demand and view.state is InstanceState.BACKOFF)]
     free = [view for view in there if view.spec.attached or is_empty(snapshot, view.spec.name)]
-    if free and not bounds.only_new:
+    if bounds.only_new:
+        free = [view for view in free if view.spec.on_demand]
+    if free:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
         return [Site(best.spec)]
     like = snapshot.policy.on_demand_like
+    if any(gpu not in snapshot.gpus for gpu in gpus):
+        return []
     if like is None or len(snapshot.instances) >= snapshot.policy.instances_max or frozenset(gpus) in snapshot.troubled:
         return []
     tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
