@@ -39,14 +39,19 @@ from router.core.events import (
     LoadedModel,
     LoadFailed,
     LoadFinished,
+    ReadGpus,
     Reject,
     Released,
+    Remember,
     ResidencyRead,
+    StartInstance,
+    StopInstance,
     Ticked,
     Unload,
     UnloadAsked,
     UnloadFinished,
 )
+from router.core.learned import FootprintKey
 from tests.core.builders import by_weight, gpu_id, instance, model
 from tests.core.builders import ticket as ticket_of
 
@@ -83,6 +88,10 @@ class Play:
     dead: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
     """Runners that died, of which the dispatcher may not know yet."""
     loads_sent: int = 0
+    starting: list[InstanceName] = field(default_factory=list[InstanceName])
+    """Asked for and not there yet."""
+    stopped: list[InstanceName] = field(default_factory=list[InstanceName])
+    remembered: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
     last: list[Action] = field(default_factory=list[Action])
     _twins: tuple[Dispatcher, Dispatcher] = field(init=False)
     _tickets: int = 0
@@ -111,6 +120,11 @@ class Play:
         for action in self.last:
             self._carry_out(action, before)
         return self.last
+
+    def bring_up(self) -> None:
+        """Instances that were asked for answer."""
+        while self.starting:
+            self.change_instance(self.starting.pop(0), InstanceState.READY)
 
     def advance(self, seconds: float) -> list[Action]:
         self.now += seconds
@@ -257,6 +271,16 @@ class Play:
                 self._load(action)
             case Unload():
                 self._unload(action, before)
+            case StartInstance():
+                self.specs[action.spec.name] = replace(action.spec, url=f"http://127.0.0.1/{action.spec.name}")
+                self.starting.append(action.spec.name)
+            case StopInstance():
+                assert all(key[0] != action.instance for key in self.held), "an instance is stopped that holds memory"
+                self.stopped.append(action.instance)
+            case Remember():
+                self.remembered[action.key] = action.per_gpu_bytes
+            case ReadGpus():
+                pass
 
     def _ended(self, ticket: TicketId, how: Grant | Reject) -> Ticket:
         assert ticket not in self.endings, f"ticket {ticket} ended twice"
