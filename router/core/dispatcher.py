@@ -227,6 +227,7 @@ class Dispatcher:
             if residency.expires_at is not None and residency.expires_at <= now and can_expire(residency, self._queue):
                 again = residency.state is ResidencyState.UNLOADING
                 why = "an unload before this one failed" if again else "its keep_alive ended"
+                self._fleet.dismissed.add(residency.blob)
                 actions.append(rules.unload(self._fleet, key, why))
         return actions
 
@@ -338,7 +339,9 @@ class Dispatcher:
             return []
         self._sought = {key: seen for key, seen in self._sought.items() if self._queue.has_group(key)}
         actions: list[Action] = list(standing.stop_empty(self._fleet, now))
-        for model, placed in standing.anticipate(self._fleet.snapshot(now), self._fleet.models, self._estimate):
+        for model, placed in standing.anticipate(
+            self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
+        ):
             actions += plans.begin(self._fleet, model, placed, self._loads.next(), now)
         return actions
 

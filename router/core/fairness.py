@@ -3,7 +3,7 @@
 A virtual token counter for each client (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588):
 prompt tokens weigh one, generated ones two; whoever comes back from being idle is lifted to the least of those that
 wait, so that nobody saves up. Priority goes before fairness, and a ticket gains one step of it for every minute that it
-has waited, so that nobody starves.
+has waited, up to the highest that waits, so that nobody starves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from router.core.entities import Ticket
 
 OUTPUT_WEIGHT = 2.0
 _AGING_SECONDS = 60.0
+"""Of waiting count as one step of priority against tickets of a higher one; between equals the counters decide."""
 _CLIENTS_MAX = 10_000
 
 
@@ -41,8 +42,14 @@ class TokenCounters:
         self._add(client, OUTPUT_WEIGHT * output_tokens)
 
     def next_of(self, tickets: Iterable[Ticket], now: float) -> Ticket:
-        """By priority with aging, then by what the client was given, then by arrival."""
-        return min(tickets, key=lambda t: (-_urgency(t, now), self.given(t.client), t.id))
+        """By priority with aging, then by what the client was given, then by arrival.
+
+        Aging lifts a ticket to the highest priority that waits and not above it: among those of the highest the
+        counters decide, or whoever sends most would come first for having the oldest requests.
+        """
+        waiting = list(tickets)
+        top = max(ticket.priority for ticket in waiting)
+        return min(waiting, key=lambda t: (-min(top, _urgency(t, now)), self.given(t.client), t.id))
 
     def _add(self, client: str, tokens: float) -> None:
         self._given[client] = self.given(client) + tokens

@@ -101,6 +101,7 @@ def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> No
 
 def _unload_asked(fleet: FleetState, event: UnloadAsked, now: float) -> list[Action]:
     actions: list[Action] = []
+    fleet.dismissed.add(event.blob)
     for key, residency in list(fleet.residencies.items()):
         if residency.blob != event.blob or residency.state is ResidencyState.UNLOADING:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 
 from router.core.entities import (
@@ -81,17 +81,23 @@ def _want(snapshot: Snapshot, model: ModelFacts) -> Want:
 
 
 def anticipate(
-    snapshot: Snapshot, models: Mapping[BlobDigest, ModelFacts], estimate: Estimate
+    snapshot: Snapshot,
+    models: Mapping[BlobDigest, ModelFacts],
+    dismissed: Set[BlobDigest],
+    estimate: Estimate,
 ) -> Iterator[tuple[ModelFacts, Placed]]:
     """One load that nobody waits for: a model that shall be warm or is much asked for, where room is free.
 
-    One at a time, and none while another load is planned or under way: whoever waits goes first.
+    One at a time, and none while another load is planned or under way: whoever waits goes first. Models that clients
+    have let go (`dismissed`) stay away until somebody asks for them again, unless they are pinned.
     """
     if snapshot.wanted or snapshot.reservations:
         return
     loaded = {r.blob for r in snapshot.residencies.values()}
     for blob, model in models.items():
         if blob in loaded or not is_wanted_warm(snapshot, model):
+            continue
+        if blob in dismissed and not _is_pinned_warm(snapshot, model):
             continue
         found = place(snapshot, estimate, _want(snapshot, model))
         if isinstance(found, Placed) and (not found.evict or _is_pinned_warm(snapshot, model)):

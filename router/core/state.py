@@ -91,6 +91,8 @@ class FleetState:
     demand: dict[BlobDigest, Demand] = field(default_factory=dict[BlobDigest, Demand])
     models: dict[BlobDigest, ModelFacts] = field(default_factory=dict[BlobDigest, ModelFacts])
     """Facts of models that were asked for, by the name last used."""
+    dismissed: set[BlobDigest] = field(default_factory=set[BlobDigest])
+    """Models that clients have let go since they were last asked for: nobody loads them again unasked."""
     sessions: dict[tuple[str, BlobDigest], InstanceName] = field(
         default_factory=dict[tuple[str, BlobDigest], InstanceName]
     )
@@ -238,12 +240,14 @@ class FleetState:
         """Counts a request for its model."""
         blob = ticket.model.blob
         self.models[blob] = ticket.model
+        self.dismissed.discard(blob)
         before = self.demand.get(blob, Demand(at=now))
         self.demand[blob] = demand.asked(before, now, self.policy.demand_half_life_seconds)
         if len(self.demand) > _MODELS_MAX:
             coldest = min(self.demand, key=lambda known: (self.demand[known].at, known))
             del self.demand[coldest]
             self.models.pop(coldest, None)
+            self.dismissed.discard(coldest)
 
     def sent(self, weights_bytes: int, now: float) -> None:
         """A load of so many bytes was sent."""

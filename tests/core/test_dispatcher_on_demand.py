@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from router.core.entities import InstanceName, InstanceState, ModelFacts, Pin, Policy, TicketId
-from router.core.events import FootprintsKnown, ModelKnown, Reject
+from router.core.events import FootprintsKnown, ModelKnown, Reject, UnloadAsked
 from tests.core.builders import gpu_id, instance
 from tests.core.play import CARD_BYTES, Play, sized
 
@@ -138,3 +138,14 @@ def test_requests_that_would_wait_longer_than_a_load_get_a_further_copy() -> Non
     two.bring_up()
     two.work_through()
     assert sorted(two.grant(ticket).instance for ticket in tickets) == ["gpu0", "gpu0", "gpu1", "gpu1"]
+
+
+def test_a_model_that_a_client_has_stopped_is_not_loaded_again_unasked() -> None:
+    one = _play(1)
+    for _ in range(20):
+        one.release(_run(one, SMALL))
+    one.post(UnloadAsked(SMALL.blob))
+    one.work_through()
+    for _ in range(5):
+        one.advance(1.0)
+    assert (one.loads, one.residency("gpu0", SMALL)) == ({}, None)
