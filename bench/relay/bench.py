@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ class Run:
 
 
 def _measure(contestant: Contestant, place: Place, phase: str, seconds: float) -> Sample:
-    numbers = {"seconds": f"{seconds:g}", "fast": str(int(50 * seconds)), "slow": str(int(10 * seconds)),
+    lasts = 3 * seconds  # a stream
+    numbers = {"seconds": f"{seconds:g}", "fast": str(int(50 * lasts)), "slow": str(int(10 * lasts)),
                "burst": str(int(60_000 * seconds))}  # fmt: skip
     arguments = [part.format(**numbers) for part in _PHASES[phase]]
     cpu, before = contestant.cpu_seconds(), contestant.rss_bytes()
@@ -225,8 +226,10 @@ def main() -> int:
             contestant.stop()
         upstream.kill()
     if given.json is not None:
-        dumped = [{p: {n: [dict(s.load), s.cpu_seconds, s.rss_before_bytes, s.rss_peak_bytes] for n, s in by.items()}
-                   for p, by in phase.items()} for phase in run.rounds]  # fmt: skip
+        dumped = [
+            {phase: {name: asdict(sample) for name, sample in by.items()} for phase, by in phases_.items()}
+            for phases_ in run.rounds
+        ]
         given.json.write_text(json.dumps(dumped), "utf-8")
     print(report(run, names, phases))
     return 0

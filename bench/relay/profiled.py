@@ -65,7 +65,7 @@ _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
-_LINE = b'{"model":"bench:latest","created_at":"2024-01-01T00:00:00Z","message":{"role":"assistant","content":"x"}}\n'
+_LINE = b'{"model":"bench:latest","created_at":"2024-01-01T00:00:00Z","message":{"role":"assistant","content":"x"},"done":false}\n'
 _TOKEN = b"%x\r\n%s\r\n" % (len(_LINE), _LINE)
 _END = b'22\r\n{"done":true,"eval_count":1000000}\r\n0\r\n\r\n'
 

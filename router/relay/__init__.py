@@ -20,7 +20,7 @@ answer that cannot be completed is never made to look complete.
     exchange     one leased request: lease, server, retries     early       the same for a body that is still coming
     reply        one reply on its way to the client             upstream    connections to servers, pooled
     framing      where bodies end                               heads       what heads say
-    replies, tail, pauses, parties, heartbeats, memory: small parts of these
+    replies, pauses, parties, heartbeats, memory: small parts of these
 
 Time: deadlines are looked at for all connections together, now and then; a timer each would cost more than a token.
 Memory: a client is paused when its server does not take its body, a server when its client does not take its answer;

@@ -22,7 +22,6 @@ from router.relay.framing import MORE, Body, Chunked, FramingError, NoBody, Unti
 from router.relay.heads import HeadError, ReplyHead, RequestHead
 from router.relay.parties import Asker, Client
 from router.relay.replies import LAST_CHUNK, chunk, interim_head, reply_head
-from router.relay.tail import Tail
 from router.relay.upstream import UpstreamConnection
 
 HELD_BYTES_MAX: Final = 65536
@@ -30,6 +29,9 @@ HELD_SECONDS: Final = 10.0
 """So much of a reply with status 500, and for so long, is read before it is passed on: it may tell of a dead runner."""
 
 _AWAITED, _HELD, _RELAYED, _OVER = range(4)
+_TOKEN_ENDS = (b'"done":false}\n\r\n', b'"finish_reason":null}]}\n\n\r\n', b'"}}\n\n\r\n')
+"""How a token ends in each API, and no last line: what is looked for at the end of an answer is not in such a piece."""
+
 _CHUNK_HEADER = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}\r\n")
 _NOTHING: Final = NoBody()
 
@@ -46,6 +48,8 @@ class ReplyRelay:
     begun = False
     """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
     bytes_out = 0
+    _tail = b""
+    """The end of what has come, since the last piece that ended as a token does."""
     first_byte_at: float | None = None
     last_byte_at: float | None = None
     _phase = _AWAITED
@@ -77,7 +81,6 @@ class ReplyRelay:
         self._now = now
         self._reply = ReplyHead()
         self._held: list[bytes] = []
-        self._tail = Tail()
         self._due = now() + limits.first_byte_timeout_seconds
         self.connection = connection
         connection.receiver = self
@@ -92,7 +95,7 @@ class ReplyRelay:
 
     def tail(self) -> bytes:
         """The end of the reply's data, without its framing."""
-        tail = self._tail.read()
+        tail = self._tail
         if self._reply.chunked:
             tail = _CHUNK_HEADER.sub(b"", b"\r\n" + tail).removesuffix(b"\r\n")
         return tail
@@ -109,10 +112,11 @@ class ReplyRelay:
             if end != MORE:
                 self._pass(data[:end])
                 self._complete(reusable=end == len(data))
-            elif self._plain and len(data) <= TAIL_BYTES:
-                # The way of every token.
+            elif self._plain and data.endswith(_TOKEN_ENDS):
+                # The way of every token. Nothing of it is kept: memory that stays is memory that is cold.
                 self.bytes_out += len(data)
-                self._tail.append(data)
+                if self._tail:
+                    self._tail = b""
                 self._client.send(data)
             else:
                 self._pass(data)
@@ -291,7 +295,7 @@ class ReplyRelay:
             self.first_byte_at = self._now()
             self._plain = self._payload is None and not self._wraps
         self.bytes_out += len(piece)
-        self._tail.append(piece if len(piece) <= TAIL_BYTES else piece[-TAIL_BYTES:])
+        self._tail = piece[-TAIL_BYTES:] if len(piece) >= TAIL_BYTES else (self._tail + piece)[-TAIL_BYTES:]
 
     # --- how it ends -----------------------------------------------------------------------------------------
 
