@@ -119,6 +119,8 @@ class UnloadAsked:
     """A client wants a model gone from every instance once its running requests end."""
 
     blob: BlobDigest
+    even_pinned: bool = False
+    """For a model that is deleted: what is pinned to stay warm leaves too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from router.core.ledger import slots_of
 
 _LEAST_SHARE, _MOST_SHARE = 0.5, 1.5
 """Of the estimate: what lies outside has another cause."""
+_TOLD_SHARE = 0.97
 _KEPT_MAX = 4096
 
 
@@ -55,12 +56,20 @@ class Footprints:
         """To be kept while the load is under way, after `touched` for the load itself."""
         return Before(key, tuple(used.get(g, 0) for g in gpus), tuple(self.changes.get(g, 0) for g in gpus))
 
-    def after(self, before: Before, reservation: Reservation, used: Mapping[GpuUuid, int]) -> tuple[int, ...] | None:
-        """The measured footprint, which is then known; None where something else changed or it is implausible."""
+    def after(
+        self, before: Before, reservation: Reservation, used: Mapping[GpuUuid, int], told_bytes: int
+    ) -> tuple[int, ...] | None:
+        """The measured footprint, which is then known; None where something else changed or it is implausible.
+
+        `told_bytes`: what the server says that it holds on the cards, its CUDA contexts left out: a measurement below
+        that has another program's leaving in it.
+        """
         gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
         if before.changes != tuple(self.changes.get(gpu, 0) for gpu in gpus):
             return None
         sizes = tuple(used.get(gpu, 0) - was for gpu, was in zip(gpus, before.used_bytes, strict=True))
+        if sum(sizes) < _TOLD_SHARE * told_bytes:
+            return None
         expected = [size for _, size in reservation.per_gpu_bytes]
         if any(not _LEAST_SHARE * e <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True)):
             return None

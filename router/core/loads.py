@@ -9,6 +9,7 @@ from __future__ import annotations
 from router.core import residency as rules
 from router.core.entities import Failure, InstanceState, InstanceView, ResidencyKey, ResidencyState
 from router.core.events import Action, InstanceChanged, LoadFailed, LoadFinished, ReadGpus, UnloadAsked, UnloadFinished
+from router.core.eviction import is_pinned
 from router.core.options import has_own_layers
 from router.core.state import FleetState, expiry
 
@@ -103,6 +104,8 @@ def _unload_asked(fleet: FleetState, event: UnloadAsked, now: float) -> list[Act
     actions: list[Action] = []
     fleet.dismissed.add(event.blob)
     for key, residency in list(fleet.residencies.items()):
+        if is_pinned(fleet.snapshot(now), residency) and not event.even_pinned:
+            continue
         if residency.blob != event.blob or residency.state is ResidencyState.UNLOADING:
             continue
         if residency.in_flight or residency.state is not ResidencyState.READY:

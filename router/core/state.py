@@ -36,7 +36,7 @@ from router.core.entities import (
     TicketId,
 )
 from router.core.fairness import TokenCounters
-from router.core.keepalive import merged_keep_alive
+from router.core.keepalive import FOR_EVER, merged_keep_alive
 from router.core.learned import Before, FootprintKey, Footprints
 from router.core.ledger import is_settled
 
@@ -218,13 +218,13 @@ class FleetState:
         return shown
 
     def _measured(self, reservation: Reservation) -> list[tuple[FootprintKey, tuple[int, ...]]]:
-        before = self.measuring.pop(reservation.load_id, None)
-        sizes = self.footprints.after(before, reservation, self._used()) if before is not None else None
-        if before is None or sizes is None:
+        before, residency = self.measuring.pop(reservation.load_id, None), self.by_load(reservation.load_id)
+        if before is None or residency is None:
             return []
-        residency = self.by_load(reservation.load_id)
-        if residency is not None:
-            self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
+        sizes = self.footprints.after(before, reservation, self._used(), residency.size_vram_bytes)
+        if sizes is None:
+            return []
+        self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
         return [(before.key, sizes)]
 
     # --- memory of what happened ---------------------------------------------------------------------------
@@ -269,6 +269,9 @@ class FleetState:
         use.keep_alive_seconds = merged_keep_alive(
             use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
         )
+        pin = self.policy.pins.get(self.copies[key].name)
+        if pin is not None and pin.keep_warm:
+            use.keep_alive_seconds = FOR_EVER
         use.in_flight, use.used_at, use.expires_at = use.in_flight + 1, now, None
         self._remember_session(ticket, key)
         return use

@@ -144,7 +144,7 @@ class ManagedHandler:
         until = engine.now() + seconds
         while engine.now() < until:
             # Asked again and again: a request that was let in before may ask for another keep_alive.
-            engine.post(UnloadAsked(blob))
+            engine.post(UnloadAsked(blob, even_pinned=True))
             if await engine.until(lambda snapshot: all(key[1] != blob for key in snapshot.residencies), _AGAIN_SECONDS):
                 return
         raise WaitTimeout(f"model '{facts.name}' is still in use after {seconds:.0f} s and was not deleted")
@@ -162,7 +162,7 @@ class ManagedHandler:
             today = await context.catalog.facts(name)
             if (today is not None and today.blob == before.blob) or await context.catalog.names_of(before.blob):
                 return
-            context.engine.post(UnloadAsked(before.blob))
+            context.engine.post(UnloadAsked(before.blob, even_pinned=True))
             if any(key[1] == before.blob for key in context.engine.snapshot().residencies):
                 return
             client = OllamaClient(context.session, context.primary().spec.url)

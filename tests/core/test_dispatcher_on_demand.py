@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from router.core.entities import InstanceName, InstanceState, ModelFacts, Pin, Policy, TicketId
 from router.core.events import FootprintsKnown, ModelKnown, Reject, UnloadAsked
-from tests.core.builders import gpu_id, instance
+from tests.core.builders import gpu_id, instance, key
 from tests.core.play import CARD_BYTES, Play, sized
 
 SMALL, OTHER, HALF, PAIR = sized("small", 10), sized("other", 6), sized("half", 12), sized("pair", 40)
@@ -149,3 +149,13 @@ def test_a_model_that_a_client_has_stopped_is_not_loaded_again_unasked() -> None
     for _ in range(5):
         one.advance(1.0)
     assert (one.loads, one.residency("gpu0", SMALL)) == ({}, None)
+
+
+def test_a_pin_overrides_what_clients_say_of_keep_alive_but_not_a_delete() -> None:
+    one = _play(1, replace(POLICY, pins={"small": Pin(keep_warm=True)}))
+    one.release(_run(one, SMALL, keep_alive_seconds=0.0))
+    one.post(UnloadAsked(SMALL.blob))
+    one.advance(60.0)
+    assert (one.unloads, one.state("gpu0", SMALL) is not None) == ({}, True)
+    one.post(UnloadAsked(SMALL.blob, even_pinned=True))
+    assert list(one.unloads) == [key("gpu0", SMALL)]
