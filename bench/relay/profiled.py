@@ -65,7 +65,7 @@ _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
-_LINE = b'{"model":"bench:latest","created_at":"2024-01-01T00:00:00Z","message":{"role":"assistant","content":"x"},"done":false}\n'
+_LINE = b'{"model":"bench:latest","message":{"role":"assistant","content":"some"},"done":false}\n'
 _TOKEN = b"%x\r\n%s\r\n" % (len(_LINE), _LINE)
 _END = b'22\r\n{"done":true,"eval_count":1000000}\r\n0\r\n\r\n'
 
@@ -210,6 +210,32 @@ def _best(work: Callable[[], None], times: int, batch: int = _BATCH) -> float:
     return 1e6 * best
 
 
+_PARTS = {
+    "deciding (core, engine)": ("router/core/", "router/engine.py"),
+    "reading what is asked (gateway)": ("router/gateway/peek", "router/gateway/asked", "router/gateway/wanted",
+                                        "router/gateway/askers", "router/gateway/waiting", "router/relay/glance"),
+    "counting and logging": ("router/gateway/access", "router/gateway/endings", "router/observe", "router/logs"),
+    "relaying (relay, headers)": ("router/relay/", "router/gateway/"),
+}  # fmt: skip
+
+
+def _shares(stats: pstats.Stats) -> list[str]:
+    """How the time of a small request is shared out; what a part calls outside the router counts to it."""
+    times = dict.fromkeys(_PARTS, 0.0)
+    rows = cast("Any", stats).stats
+    for (file, _, name), (_, _, own, _, callers) in rows.items():
+        for (caller, _, _), (_, _, caller_own, _) in callers.items() or {(file, 0, name): (0, 0, own, 0)}.items():
+            part = _part_of(file) or _part_of(caller)
+            if part is not None:
+                times[part] += caller_own
+    whole = sum(times.values()) or 1.0
+    return [f"  {100 * seconds / whole:3.0f} %  {part}" for part, seconds in times.items()]
+
+
+def _part_of(file: str) -> str | None:
+    return next((part for part, paths in _PARTS.items() if any(path in file for path in paths)), None)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=5000)
@@ -226,6 +252,7 @@ def main() -> int:
     if given.functions:
         profile = cProfile.Profile()
         uvloop.run(_measure(given.requests, 1000, given.instances, lambda _: None, profile))
+        print("of a small request:", *_shares(pstats.Stats(profile)), sep="\n")
         text = io.StringIO()
         pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(given.functions)
         print(text.getvalue())
