@@ -127,6 +127,8 @@ def _measure(contestant: Contestant, place: Place, phase: str, seconds: float) -
     numbers = {"seconds": f"{seconds:g}", "fast": str(int(50 * lasts)), "slow": str(int(10 * lasts)),
                "burst": str(int(60_000 * seconds))}  # fmt: skip
     arguments = [part.format(**numbers) for part in _PHASES[phase]]
+    if phase in ("small64", "paced"):
+        arguments.append(contestant.target)
     cpu, before = contestant.cpu_seconds(), contestant.rss_bytes()
     process = subprocess.Popen(
         [str(place.load), str(contestant.port), *arguments], stdout=subprocess.PIPE, text=True,

@@ -22,7 +22,7 @@ UPSTREAM_PORTS = 6
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent.parent
-_START_SECONDS = 30.0
+_START_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ class Contestant:
     port: int
     is_slow: bool = False
     """So much slower that only small requests are compared."""
+    target: str = "/api/chat"
     process: subprocess.Popen[bytes] | None = None
     children: list[psutil.Process] = field(default_factory=list[psutil.Process])
 
@@ -217,13 +218,17 @@ class Llamayard(Contestant):
 
 
 class Litellm(Contestant):
-    """From PyPI, in an environment of its own: `make bench-litellm` makes it."""
+    """From PyPI, in an environment of its own: `make bench-litellm` makes it. It asks nobody but the server."""
+
+    def environment(self) -> Mapping[str, str]:
+        own = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        return {**os.environ, **own}
 
     def command(self) -> list[str]:
         config = self.place.folder / "litellm.yaml"
         config.write_text(
             "model_list:\n  - model_name: bench\n    litellm_params:\n      model: ollama_chat/bench\n"
-            f"      api_base: http://127.0.0.1:{UPSTREAM_PORT}\n",
+            f"      api_base: http://127.0.0.1:{UPSTREAM_PORT}\nlitellm_settings:\n  telemetry: false\n",
             "utf-8",
         )
         binary = _litellm(self.place)
@@ -253,6 +258,6 @@ CONTESTANTS: Mapping[str, Callable[[Place], Contestant]] = {
     "direct": lambda place: Direct(place, "direct", UPSTREAM_PORT),
     "nginx": lambda place: Nginx(place, "nginx", UPSTREAM_PORT + 100),
     "haproxy": lambda place: Haproxy(place, "haproxy", UPSTREAM_PORT + 101),
-    "litellm": lambda place: Litellm(place, "litellm", UPSTREAM_PORT + 102, is_slow=True),
+    "litellm": lambda place: Litellm(place, "litellm", UPSTREAM_PORT + 102, True, "/v1/chat/completions"),
     "llamayard": lambda place: Llamayard(place, "llamayard", UPSTREAM_PORT + 103),
 }

@@ -1,7 +1,7 @@
 /* Load for a benchmark of relays: one thread, epoll; prints one line of JSON.
  *
- * usage: load PORT small CONNECTIONS SECONDS           requests one after the other on each connection, as fast as they go
- *        load PORT paced RATE SECONDS                  RATE requests a second over 8 connections, each timed
+ * usage: load PORT small CONNECTIONS SECONDS [TARGET]  requests one after the other on each connection, as fast as they go
+ *        load PORT paced RATE SECONDS [TARGET]         RATE requests a second over 8 connections, each timed
  *        load PORT first RATE SECONDS                  the same with streams of one token: `first_us` is what counts
  *        load PORT streams COUNT TOKENS RATE BURST     COUNT streams at once, each to its end
  *        load PORT bodies CONNECTIONS SECONDS BYTES    requests with a body of that size
@@ -206,6 +206,7 @@ int main(int argc, char **argv) {
     char target[128] = "/api/chat";
     mode = !strcmp(what, "small") ? SMALL : !strcmp(what, "paced") ? PACED : !strcmp(what, "streams") ? STREAMS
         : !strcmp(what, "first") ? FIRST : BODIES;
+    if ((mode == SMALL || mode == PACED) && argc > 5) snprintf(target, sizeof target, "%s", argv[5]);
     connections = atoi(argv[3]);
     seconds = atof(argv[4]);
     if (mode == FIRST) strcpy(target, "/api/chat?t=1&r=0");
