@@ -321,7 +321,7 @@ class Dispatcher:
                 if len(decision.per_gpu_bytes) > 1:
                     self._fleet.large_blobs.add(key.blob)
                 own = self._fleet.residencies.get((decision.instance, key.blob))
-                if own is not None:
+                if own is not None and own.in_flight and own.state is ResidencyState.READY:
                     self._replacing[key] = own
                 actions = plans.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
                 self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()

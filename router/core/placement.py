@@ -310,7 +310,8 @@ def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:
 
 def _wait(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Placed | MustWait:
     """Busy models stand in the way: the offer with the least to wait for and to lose, taken or only named."""
-    offers = [o for c in candidates if (o := _offer(snapshot, c, want, busy=True)) is not None]
+    at_rest = [c for c in candidates if _own_state(snapshot, c, want) in (None, ResidencyState.READY)]
+    offers = [o for c in at_rest if (o := _offer(snapshot, c, want, busy=True)) is not None]
     if not offers:
         return MustWait("waits until an instance is ready or loads under way have ended")
     best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.candidate.name))
@@ -318,6 +319,12 @@ def _wait(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> P
     if not want.may_drain:
         return MustWait(f"{best.candidate.name}: {words}", best.evict)
     return _placed(best.candidate, best.evict, f"{best.candidate.name}: {words}", want)
+
+
+def _own_state(snapshot: Snapshot, candidate: _Candidate, want: Want) -> ResidencyState | None:
+    """Of the same weights there: a copy that comes for others serves them first, and one that leaves is waited for."""
+    here = snapshot.residencies.get((candidate.name, want.model.blob))
+    return None if here is None else here.state
 
 
 def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
