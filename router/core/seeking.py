@@ -94,6 +94,8 @@ def seek_replica(
     most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.replicas_max
     if len(copies) >= most or any(r.state is not ResidencyState.READY for r in copies):
         return None
+    if not all(r.per_gpu_bytes for r in copies):
+        return None  # on the CPU a further copy would share the same cores
     slots = sum(r.slots for r in copies)
     wait = len(tickets) / max(1, slots) * service_seconds(snapshot, copies[0])
     load = reload_seconds(snapshot, head.model)
