@@ -67,7 +67,7 @@ class LongExchange(LeasedExchange):
             return
         if asked.notes or want.options:
             return
-        self._early = True
+        self._early = self._intake.holds_still = True
         self._asked = asked
         info.model = facts.name
         self._gives_up_at = desk.engine.now() + desk.patience.slot_seconds
@@ -148,7 +148,7 @@ class LongExchange(LeasedExchange):
             self._reply.cancel()
             self._reply = None
         self._give_back(runner_lost=runner_lost)
-        self._early = False
+        self._early = self._intake.holds_still = False
         self._asked = None
         self._phase = ASKING
         self._gives_up_at = float("inf")
