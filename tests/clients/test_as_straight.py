@@ -51,9 +51,11 @@ _MANAGED = re.compile(rb"POST /api/(create|pull|push) ")
 
 
 def _as_compared(recording: Recording, reply: Reply) -> Reply:
-    """Without `keep-alive`, which belongs to one connection, and without the borders of chunks where they are free."""
+    """Without `keep-alive`, which belongs to one connection, and without the borders of chunks where they are free:
+    a document is read whole, wherever a long one is cut."""
     kept = tuple(pair for pair in reply.head.headers if pair != ("Connection", "keep-alive"))
-    is_free = _MANAGED.match(recording.request) and reply.chunks
+    is_document = (reply.header("Content-Type") or "").startswith("application/json")
+    is_free = (is_document or _MANAGED.match(recording.request)) and reply.chunks
     return replace(reply, head=replace(reply.head, headers=kept), chunks=(reply.body,) if is_free else reply.chunks)
 
 
