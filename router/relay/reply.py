@@ -32,6 +32,11 @@ _AWAITED, _HELD, _RELAYED, _OVER = range(4)
 _TOKEN_ENDS = (b'"done":false}\n\r\n', b'"finish_reason":null}]}\n\n\r\n', b'"}}\n\n\r\n')
 """How a token ends in each API, and no last line: what is looked for at the end of an answer is not in such a piece."""
 
+_STEPS = {b"%x\r\n" % size: len(b"%x\r\n" % size) + size + 2 for size in range(16, 2048)}
+"""The size line of a chunk, and how long the whole chunk is: for such as tokens come in."""
+
+_ONE_CHUNK = 1 << 40
+
 _CHUNK_HEADER = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}\r\n")
 _NOTHING: Final = NoBody()
 
@@ -47,7 +52,12 @@ class ReplyRelay:
     """Whether any byte of the reply has come."""
     begun = False
     """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
-    bytes_out = 0
+    _quick = False
+    """Whether a piece that is one whole token needs no closer look: the last one was, and nothing is open."""
+    _passed = 0
+    """Bytes that went so, and in the upper bits how many chunks: one number, because each token changes it."""
+    _bytes = 0
+    """Bytes that went otherwise."""
     _tail = b""
     """The end of what has come, since the last piece that ended as a token does."""
     first_byte_at: float | None = None
@@ -58,8 +68,6 @@ class ReplyRelay:
     """Where it is a list, the body's data is collected in it without the server's chunks."""
     _wraps = False
     """Whether the client gets chunks of our own making."""
-    _plain = False
-    """Whether the rest goes on as it comes: something has gone already."""
     _keep = False
     _seen_bytes = -1
 
@@ -79,6 +87,7 @@ class ReplyRelay:
         self._path = path
         self._limits = limits
         self._now = now
+        self._send = client.send
         self._reply = ReplyHead()
         self._held: list[bytes] = []
         self._due = now() + limits.first_byte_timeout_seconds
@@ -91,7 +100,11 @@ class ReplyRelay:
 
     @property
     def chunks(self) -> int:
-        return self._body.chunks
+        return self._body.chunks + self._passed // _ONE_CHUNK
+
+    @property
+    def bytes_out(self) -> int:
+        return self._bytes + self._passed % _ONE_CHUNK
 
     def tail(self) -> bytes:
         """The end of the reply's data, without its framing."""
@@ -103,23 +116,12 @@ class ReplyRelay:
     # --- what comes from the server --------------------------------------------------------------------------
 
     def reply_bytes(self, data: bytes) -> None:
-        if self._phase == _RELAYED:
-            try:
-                end = self._body.feed(data)
-            except FramingError:
-                self._cut_malformed()
-                return
-            if end != MORE:
-                self._pass(data[:end])
-                self._complete(reusable=end == len(data))
-            elif self._plain and data.endswith(_TOKEN_ENDS):
-                # The way of every token. Nothing of it is kept: memory that stays is memory that is cold.
-                self.bytes_out += len(data)
-                if self._tail:
-                    self._tail = b""
-                self._client.send(data)
-            else:
-                self._pass(data)
+        if self._quick and _STEPS.get(data[: data.find(b"\n", 3, 5) + 1]) == len(data) and data.endswith(_TOKEN_ENDS):
+            # The way of every token. Little is looked at, and nothing kept: memory that stays is memory that is cold.
+            self._passed += _ONE_CHUNK + len(data)
+            self._send(data)
+        elif self._phase == _RELAYED:
+            self._relay(data)
         elif self._phase == _AWAITED:
             self._read_head(data)
         elif self._phase == _HELD:
@@ -271,6 +273,20 @@ class ReplyRelay:
             self._note(piece)
         self._client.send(head + self._for_client(piece))
 
+    def _relay(self, data: bytes) -> None:
+        self._quick = False
+        try:
+            end = self._body.feed(data)
+        except FramingError:
+            self._cut_malformed()
+            return
+        self._pass(data if end == MORE else data[:end])
+        if end != MORE:
+            self._complete(reusable=end == len(data))
+        elif data.endswith(_TOKEN_ENDS) and self._payload is None and not self._wraps:
+            self._tail = b""
+            self._quick = isinstance(self._body, Chunked) and self._body.at_boundary
+
     def _cut_malformed(self) -> None:
         self._drop()
         self._client.abort()
@@ -293,8 +309,7 @@ class ReplyRelay:
     def _note(self, piece: bytes) -> None:
         if self.first_byte_at is None:
             self.first_byte_at = self._now()
-            self._plain = self._payload is None and not self._wraps
-        self.bytes_out += len(piece)
+        self._bytes += len(piece)
         self._tail = piece[-TAIL_BYTES:] if len(piece) >= TAIL_BYTES else (self._tail + piece)[-TAIL_BYTES:]
 
     # --- how it ends -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from router.gateway.endings import RUNNER_DIED
+from router.gateway.endings import RUNNER_DIED, is_whole_stream, tokens_of
 from router.gateway.routes import Kind, RouteTable
 from tests.contract.recording import Recording, recordings
 from tests.relay.wire import Bench
@@ -196,6 +196,63 @@ def test_a_reply_that_is_cut_short_never_looks_whole(reply: tuple[bytes, bool], 
         if not bench.to_client.aborted:
             assert Wired.of(_final(through)).rest != whole
             assert b"error" in through
+        assert (bench.books.running, bench.engine.held) == (0, set())
+
+    asyncio.run(check())
+
+
+_TOKEN_LINES = (
+    b'{"model":"tiny","response":"a","done":false}\n',
+    b'{"model":"tiny","response":"bb","done":false}\n',
+    b'{"model":"tiny","response":"' + b"c" * 300 + b'","done":false}\n',
+    b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n',
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"a"}}\n\n',
+    b'22\r\n{"data":"of its own","done":false}\n',  # looks like a chunk, and is the inside of one
+    b"x",
+)
+_STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@given(st.lists(st.sampled_from(_TOKEN_LINES), max_size=12), st.data())
+@settings(max_examples=400)
+def test_tokens_are_passed_and_counted_whether_they_come_one_by_one_or_cut(
+    lines: list[bytes], data: st.DataObject
+) -> None:
+    """The usual way, a chunk a piece, is taken, left and taken again; the books come out the same."""
+    last = b'{"done":true,"eval_count":7}\n'
+    spelled = data.draw(st.sampled_from((b"%x\r\n%s\r\n", b"%X\r\n%s\r\n", b"%03x\r\n%s\r\n", b"%x;a=b\r\n%s\r\n")))
+    chunks = [spelled % (len(line), line) for line in (*lines, last)]
+    body = b"".join((*chunks, b"0\r\n\r\n"))
+    pieces = [_STREAM_HEAD]
+    for part in chunks:
+        cut = data.draw(st.integers(0, len(part) - 1) | st.just(0))
+        pieces += [part[:cut], part[cut:]] if cut else [part]
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(pieces) - 1))
+        pieces[at : at + 2] = [b"".join(pieces[at : at + 2])]
+
+    async def check() -> None:
+        through, bench = _relayed([*pieces, b"0\r\n\r\n"])
+        assert Wired.of(through).rest == body
+        assert (bench.books.running, bench.engine.held, bench.pool.idle_count) == (0, set(), 1)
+        record = bench.books.entries[0][0].exchange
+        assert record is not None
+        assert (record.chunks, record.bytes_out) == (len(chunks), len(body))
+        assert tokens_of(record.tail).output == 7
+        assert is_whole_stream(record.tail)
+
+    asyncio.run(check())
+
+
+@given(st.lists(st.sampled_from(_TOKEN_LINES), min_size=1, max_size=6), st.data())
+def test_a_stream_of_tokens_that_is_cut_short_never_looks_whole(lines: list[bytes], data: st.DataObject) -> None:
+    chunks = [b"%x\r\n%s\r\n" % (len(line), line) for line in lines]
+    kept = data.draw(st.integers(0, len(chunks[-1])))
+
+    async def check() -> None:
+        through, bench = _relayed([_STREAM_HEAD, *chunks[:-1], chunks[-1][:kept]], then_close=True)
+        if not bench.to_client.aborted:
+            assert b"error" in _payload(through)
         assert (bench.books.running, bench.engine.held) == (0, set())
 
     asyncio.run(check())
