@@ -116,16 +116,20 @@ static void ask(conn *c) {
 }
 
 static void line_ends(conn *c, uint64_t now) {
+    static long place; /* lines are alike: where it was last time is where it is */
     c->line[c->line_len] = 0;
-    char *at = strstr(c->line, "\"content\":\"");
-    if (at && strlen(at) > 27 && at[27] == '"') {
+    char *at = place < c->line_len && !memcmp(c->line + place, "\"content\":\"", 11) ? c->line + place
+        : strstr(c->line, "\"content\":\"");
+    if (at) place = at - c->line;
+    if (at && c->line + c->line_len > at + 27 && at[27] == '"') {
         uint64_t written = strtoull(at + 11, NULL, 16);
         if (!c->first_ns) { c->first_ns = now; note(&first_token, (double)(now - c->sent_ns) / 1e3); }
         c->tokens++;
         tokens++;
         if (tokens % 7 == 0) note(&lag, (double)(now - written) / 1e3);
     }
-    if (strstr(c->line, "\"done\":true")) c->ended = 1;
+    int is_token = c->line_len > 13 && !memcmp(c->line + c->line_len - 13, "\"done\":false}", 13);
+    if (!is_token && strstr(c->line, "\"done\":true")) c->ended = 1;
     c->line_len = 0;
 }
 

@@ -127,15 +127,12 @@ static long query(const char *target, const char *name, long otherwise) {
 }
 
 static int token_chunks(char *out, int count) {
-    uint64_t now = now_ns();
-    int total = 0;
-    for (int i = 0; i < count; i++) {
-        char line[160];
-        int n = snprintf(line, sizeof line, "{\"model\":\"bench:latest\",\"created_at\":\"2024-01-01T00:00:00Z\","
-            "\"message\":{\"role\":\"assistant\",\"content\":\"%016llx\"},\"done\":false}\n", (unsigned long long)now);
-        total += sprintf(out + total, "%x\r\n%.*s\r\n", n, n, line);
-    }
-    return total;
+    char line[160], chunk[200];
+    int n = snprintf(line, sizeof line, "{\"model\":\"bench:latest\",\"created_at\":\"2024-01-01T00:00:00Z\","
+        "\"message\":{\"role\":\"assistant\",\"content\":\"%016llx\"},\"done\":false}\n", (unsigned long long)now_ns());
+    int size = snprintf(chunk, sizeof chunk, "%x\r\n%.*s\r\n", n, n, line);
+    for (int i = 0; i < count; i++) memcpy(out + (long)i * size, chunk, (size_t)size);
+    return count * size;
 }
 
 static void next_tokens(conn *c) {
