@@ -7,8 +7,8 @@ Emulates only what a supervisor sees of a process. FAKE_PLAY is a list of words:
   onecard    reports only the first of its cards
   numbered   reports cards by number, as servers from 0.30 do
   half       writes a line without an end and dies
-In the folder FAKE_DIR: its `version` answers, `hang` makes it answer nothing while it exists, each start adds a line to
-`starts`, `runner` has the runner's pid.
+In the folder FAKE_DIR: its `version` answers, `hang` makes it answer nothing while it exists and `ill` an error, each
+start adds a line to `starts`, `runner` has the runner's pid.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             threading.Event().wait(0.02)
         version = FOLDER / "version"
         text = json.dumps({"version": version.read_text().strip() if version.exists() else "1.2.3"}).encode()
-        self.send_response(200 if self.path == "/api/version" else 404)
+        good = 500 if (FOLDER / "ill").exists() else 200
+        self.send_response(good if self.path == "/api/version" else 404)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)

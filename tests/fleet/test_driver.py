@@ -148,7 +148,7 @@ async def test_a_refused_load_passes_the_servers_status_and_words_on() -> None:
 async def test_a_load_ends_at_its_deadline() -> None:
     async with bench() as on:
         on.server.answers["/api/generate"] = lambda _: hanging()
-        failed = await on.driver.load(load(TINY, seconds=0.05))
+        failed = await on.driver.load(load(TINY, seconds=1.0))
         assert isinstance(failed, LoadFailed)
         assert failed.status == 504
         await eventually(lambda: on.server.hung_up)

@@ -108,11 +108,14 @@ async def test_an_error_behind_a_good_status_is_an_error(session: aiohttp.Client
 
 async def test_a_call_ends_at_its_deadline_and_leaves(session: aiohttp.ClientSession) -> None:
     async with scripted({"/api/ps": lambda _: hanging(), "/api/generate": lambda _: hanging()}) as server:
-        client = OllamaClient(session, server.url, timeout_seconds=0.05)
-        assert "/api/ps: no answer within 0.05 s" in (await _failure(client.ps())).message
-        error = await _failure(client.load("a", {}, embedding=False, timeout_seconds=0.05))
-        assert error.status == TIMED_OUT
-        assert (await _failure(client.unload("a", timeout_seconds=0.05))).status == TIMED_OUT
+        client = OllamaClient(session, server.url, timeout_seconds=1.0)
+        listing, loading, unloading = await asyncio.gather(
+            _failure(client.ps()),
+            _failure(client.load("a", {}, embedding=False, timeout_seconds=1.0)),
+            _failure(client.unload("a", timeout_seconds=1.0)),
+        )
+        assert "/api/ps: no answer within 1 s" in listing.message
+        assert (loading.status, unloading.status) == (TIMED_OUT, TIMED_OUT)
         await eventually(lambda: len(server.hung_up) == 3)
 
 

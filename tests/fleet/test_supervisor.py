@@ -40,7 +40,8 @@ async def test_a_server_with_its_cards_is_ready_however_it_names_them(make_fleet
 
 @pytest.mark.parametrize("play", ["cpu", "onecard"])
 async def test_a_server_that_does_not_see_its_cards_is_not_used(make_fleet: MakeFleet, play: str) -> None:
-    async with make_fleet(restart=GIVES_UP_AT_ONCE, start_timeout_seconds=2.0) as fleet:
+    # of some cards only the server may still report the others: that is waited for, long enough for a busy machine
+    async with make_fleet(restart=GIVES_UP_AT_ONCE, start_timeout_seconds=5.0) as fleet:
         fleet.add("a", play, gpus=(CARD, OTHER))
         fatal = await fleet.reaches(S.FATAL)
         missing = f"{CARD}, {OTHER}" if play == "cpu" else OTHER
@@ -134,7 +135,7 @@ async def test_a_line_without_an_end_is_among_the_last_words(make_fleet: MakeFle
 
 
 async def test_a_server_that_hangs_is_killed_and_started_again(make_fleet: MakeFleet) -> None:
-    async with make_fleet(health_timeout_seconds=0.1, health_misses_max=2, health_interval_seconds=5.0) as fleet:
+    async with make_fleet(health_timeout_seconds=0.3, health_misses_max=2, health_interval_seconds=5.0) as fleet:
         fleet.add(play="runner")
         await fleet.reaches(S.READY)
         hung = (fleet.pid(), fleet.runner())
@@ -144,7 +145,7 @@ async def test_a_server_that_hangs_is_killed_and_started_again(make_fleet: MakeF
             fleet.clock.advance(5.0)
         backoff = await fleet.reaches(S.BACKOFF)
         assert "hangs: 2 health checks in a row failed, the last with:" in backoff.reason
-        assert "does not answer within 0.1 s" in backoff.reason
+        assert "does not answer within 0.3 s" in backoff.reason
         await eventually(lambda: fleet.supervisor.pid(A) is None)
         assert not any(is_alive(pid) for pid in hung)
         (fleet.folder / "a" / "hang").unlink()
@@ -153,16 +154,16 @@ async def test_a_server_that_hangs_is_killed_and_started_again(make_fleet: MakeF
 
 
 async def test_one_missed_health_check_is_no_failure(make_fleet: MakeFleet) -> None:
-    async with make_fleet(health_timeout_seconds=0.2, health_misses_max=2, health_interval_seconds=5.0) as fleet:
+    async with make_fleet(health_misses_max=2, health_interval_seconds=5.0) as fleet:
         fleet.add()
         await fleet.reaches(S.READY)
-        hang = fleet.folder / "a" / "hang"
+        ill = fleet.folder / "a" / "ill"
         for _ in range(3):
             await eventually(lambda: fleet.clock.waits)
-            hang.touch()
+            ill.touch()
             fleet.clock.advance(5.0)
             await eventually(lambda: fleet.clock.waits)
-            hang.unlink()
+            ill.unlink()
             fleet.clock.advance(5.0)
         await eventually(lambda: fleet.clock.waits)
         assert fleet.states() == [S.STARTING, S.READY]
@@ -297,7 +298,7 @@ async def test_output_is_kept_within_bounds(make_fleet: MakeFleet) -> None:
 
 
 async def test_an_attached_server_is_followed_and_never_started_or_stopped(make_fleet: MakeFleet) -> None:
-    async with make_fleet(health_timeout_seconds=0.3, health_misses_max=2, health_interval_seconds=5.0) as fleet:
+    async with make_fleet(health_misses_max=2, health_interval_seconds=5.0) as fleet:
         theirs = fleet.add("theirs")
         await fleet.reaches(S.READY, "theirs")
         attached = fleet.attach("ours", theirs.url)
@@ -314,7 +315,7 @@ async def test_an_attached_server_is_followed_and_never_started_or_stopped(make_
 async def test_an_attached_server_that_goes_and_comes_back_is_used_again_and_never_given_up(
     make_fleet: MakeFleet,
 ) -> None:
-    async with make_fleet(health_timeout_seconds=0.3, health_misses_max=2, health_interval_seconds=5.0) as fleet:
+    async with make_fleet(health_misses_max=2, health_interval_seconds=5.0) as fleet:
         theirs = fleet.add("theirs")
         await fleet.reaches(S.READY, "theirs")
         fleet.attach("ours", theirs.url)

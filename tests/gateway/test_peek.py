@@ -123,7 +123,9 @@ def test_the_judge_reads_some_odd_bodies_and_refuses_others(go: GoOracle) -> Non
     assert verdicts.count("refused") > 5
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(BODIES, st.sampled_from(PATHS))
 @example(b'{"model":"a","model":"b"}', "/api/chat")
 def test_what_go_reads_of_any_body_peek_reads_too(go: GoOracle, body: bytes, path: str) -> None:

@@ -150,7 +150,9 @@ def test_to_put_a_member_in_and_to_take_it_out_again_changes_nothing(
 # --- as Go reads it ---------------------------------------------------------------------------------------------
 
 ANY = st.one_of(FITTING, FITTING, BODIES)
-CHECKED = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CHECKED = settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def _edited(edit: Edit, body: bytes) -> bytes | None:

@@ -29,24 +29,24 @@ _DEAD = b'{"error":"llama runner process no longer running: 2"}'
 _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(_DEAD) + _DEAD
 
 
-_SOON = Patience(head_seconds=0.2, body_seconds=0.2, idle_seconds=0.2, linger_seconds=0.2)
+_HASTY = Patience(head_seconds=0.2, body_seconds=0.2, linger_seconds=0.2)
 
 
 async def test_an_idle_connection_is_closed() -> None:
-    async with staged(patience=_SOON) as stage, connect(stage.address) as connection:
+    async with staged(patience=Patience(idle_seconds=0.5)) as stage, connect(stage.address) as connection:
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
         assert await connection.at_eof()
 
 
 async def test_a_head_that_does_not_come_is_not_waited_for() -> None:
-    async with staged(patience=_SOON) as stage, connect(stage.address) as connection:
+    async with staged(patience=_HASTY) as stage, connect(stage.address) as connection:
         await connection.send(b"POST /api/generate HTTP/1.1\r\nHost: a\r\n")
         assert (await connection.reply()).status == 408
         assert await connection.at_eof()
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    async with staged(patience=_SOON) as stage:
+    async with staged(patience=_HASTY) as stage:
         for path in ("/api/generate", "/api/show"):
             async with connect(stage.address) as connection:
                 await connection.send(request_bytes("POST", path, _ASK)[:-3])
@@ -58,7 +58,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
 
 
 async def test_a_silent_server_is_given_up_before_its_first_byte_and_after_it() -> None:
-    limits = replace(LIMITS, first_byte_timeout_seconds=0.2, idle_timeout_seconds=0.2)
+    limits = replace(LIMITS, first_byte_timeout_seconds=0.5, idle_timeout_seconds=0.2)
     async with staged(limits=limits) as stage:
         stage.upstream.script = then_waiting()
         reply = await call(stage.address, "POST", "/api/generate", _ASK)

@@ -45,7 +45,9 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(_WANTED, max_size=6))
 def test_cards_are_never_overdrawn_and_a_refusal_changes_nothing(wishes: list[dict[str, int]]) -> None:
     with tempfile.TemporaryDirectory() as name, _holder() as other:

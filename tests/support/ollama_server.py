@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -29,14 +30,22 @@ from tests.support.waiting import eventually_sync
 
 ROOT = Path(__file__).parents[2]
 REAL_VERSION = "0.11.4"
-_START_SECONDS = 30.0
+_START_SECONDS = 60.0
+_numbers = itertools.count(os.getpid() * 64)
+"""Where the search for ports begins: elsewhere in each process, and each time further on."""
 
 
 def free_port() -> int:
-    """A loopback port that nothing listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nothing listened on a moment ago, and that stays free while its server is restarted.
+
+    Outside the ranges from which outgoing connections and the router's own servers take theirs.
+    """
+    for number in itertools.islice(_numbers, 10_000):
+        port = 10_000 + number % 10_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free between 10000 and 19999 on 127.0.0.1")
 
 
 def real_binary() -> Path:
