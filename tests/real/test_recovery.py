@@ -90,9 +90,9 @@ async def test_a_killed_router_leaves_nothing_once_it_runs_again(make_product: M
 
 
 async def test_sigterm_lets_a_running_stream_finish(make_product: MakeProduct) -> None:
-    product = make_product(server={"drain_timeout_seconds": 120.0})
+    product = make_product(server={"drain_timeout_seconds": 600.0})
     product.start()
-    body = {**_LONG, "options": {"num_predict": 150, "seed": 1}}
+    body = {**_LONG, "options": {"num_predict": 100, "seed": 1}}
     async with connect(product.address) as connection:
         await _begin(connection, body)
         product.signal(signal.SIGTERM)
