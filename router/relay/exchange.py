@@ -369,6 +369,7 @@ class LeasedExchange:
             record.chunks = reply.chunks
             record.bytes_out = reply.bytes_out
             record.tail = reply.tail()
+            self._reply = None  # they refer to each other, and what is not in use must be free at once, to be used warm
         self._desk.books.ended(info, self._head.method.decode(), self._path, status)
 
     # --- from the client's connection ------------------------------------------------------------------------

@@ -39,6 +39,7 @@ _ONE_CHUNK = 1 << 40
 
 _CHUNK_HEADER = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}\r\n")
 _NOTHING: Final = NoBody()
+_UNREAD: Final = ReplyHead()
 
 
 class ReplyRelay:
@@ -70,6 +71,7 @@ class ReplyRelay:
     """Whether the client gets chunks of our own making."""
     _keep = False
     _seen_bytes = -1
+    _reply = _UNREAD
 
     def __init__(
         self,
@@ -88,7 +90,6 @@ class ReplyRelay:
         self._limits = limits
         self._now = now
         self._send = client.send
-        self._reply = ReplyHead()
         self._held: list[bytes] = []
         self._due = now() + limits.first_byte_timeout_seconds
         self.connection = connection
@@ -174,6 +175,7 @@ class ReplyRelay:
                 self._headed(data, start)
                 return
             start = 0
+            self._reply = ReplyHead()
         while True:
             begun = self._reply.is_begun
             try:
