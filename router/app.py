@@ -223,7 +223,7 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
 
         poller = GpuPoller(around.reader)
         cards = await poller.read()
-        plan = instance_plan(settings, around)
+        plan = instance_plan(settings, around.models_directory)
         policy = policy_of(settings, cards, on_demand_like(plan))
         dispatcher = Dispatcher(policy, estimate_bytes)
         observer = EngineObserver(metrics)

@@ -6,18 +6,21 @@ A user's mistake ends in a sentence on standard error and exit code 2, never in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import uvloop
 from pydantic import BaseModel
 
 from router import __version__, simulate_cli
 from router.app import serve
+from router.checks import Checked, check_pins
 from router.config_tree import dotted_keys, origin_of
 from router.settings import (
     ConfigError,
@@ -34,12 +37,31 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_MISUSED = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
+"""As of a program that SIGPIPE ended."""
 AUTO_RIG = "2x3090"
 """What `serve --auto` emulates where there is no Ollama to run."""
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0 well, 1 failed, 2 misused."""
+    """Runs the command line and returns its exit code: 0 well, 1 failed, 2 misused, 141 where nobody reads on."""
+    try:
+        try:
+            return _run(arguments, environment)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `llamayard status | head`
+        _write_no_more(sys.stdout)
+        return EXIT_UNREAD
+
+
+def _write_no_more(stream: TextIO) -> None:
+    """What is left in the stream goes nowhere, so that Python has nothing to complain of at its own end."""
+    with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _run(arguments: Sequence[str] | None, environment: Mapping[str, str] | None) -> int:
     given = _parser().parse_args(arguments)
     known = process_environment() if environment is None else environment
     try:
@@ -164,8 +186,9 @@ def _check_config(given: argparse.Namespace, environment: Mapping[str, str]) -> 
     try:
         settings = load_settings(path, environment, _flags(given))
         problems = tuning_problems(settings)
-        if problems:
-            raise ConfigError(problems)
+        checked = Checked() if problems else check_pins(settings, environment)
+        if problems or checked.problems:
+            raise ConfigError([*problems, *checked.problems])
     except ConfigError as error:
         _complain(error.problems)
         return EXIT_FAILED
@@ -174,6 +197,8 @@ def _check_config(given: argparse.Namespace, environment: Mapping[str, str]) -> 
     for key in dotted_keys(Settings):
         value = json.dumps(_plain(settings, key), ensure_ascii=False)
         print(f"{key} = {value}  # {origin_of(key, origins) or 'default'}")
+    for words in checked.unseen:
+        print(f"# not checked: {words}")
     return EXIT_OK
 
 
@@ -182,13 +207,17 @@ def _plain(settings: Settings, dotted: str) -> Any:
     value: object = settings
     for part in dotted.split("."):
         value = getattr(value, part)
-    if isinstance(value, tuple):
-        return [_dumped(item) for item in cast("tuple[object, ...]", value)]
+    return _dumped(value)
+
+
+def _dumped(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, Mapping):
+        return {str(key): _dumped(item) for key, item in cast("Mapping[object, object]", value).items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [_dumped(item) for item in cast("Sequence[object]", value)]
     return str(value) if isinstance(value, Path) else value
-
-
-def _dumped(item: object) -> object:
-    return item.model_dump(mode="json", exclude_defaults=True) if isinstance(item, BaseModel) else item
 
 
 def _version(given: argparse.Namespace, environment: Mapping[str, str]) -> int:

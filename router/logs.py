@@ -6,6 +6,7 @@ Only the form is decided here; every module names its own events and values.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -70,8 +71,10 @@ class RequestLines:
 
 
 def _to_standard_error(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    """A line that cannot be written is dropped: a pipe that nobody reads or a full disk must not end the servers."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def writes_json(form: str) -> bool:
@@ -79,12 +82,16 @@ def writes_json(form: str) -> bool:
     return form == "json" or (form == "auto" and not sys.stderr.isatty())
 
 
-class _NamedLogger(structlog.PrintLogger):
+class _NamedLogger:
     """Writes to standard error, and knows the name that it was asked for by."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(sys.stderr)
         self.name = name
+
+    def msg(self, line: str) -> None:
+        _to_standard_error(line + "\n")
+
+    debug = info = warning = error = critical = exception = msg
 
 
 class _Loggers:

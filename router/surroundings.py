@@ -80,14 +80,14 @@ def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Surro
     return Surroundings(rig.reader, rig.command, inherited, str(rig.models_directory), rig.title)
 
 
-def instance_plan(settings: Settings, around: Surroundings) -> InstancePlan:
+def instance_plan(settings: Settings, models_directory: str) -> InstancePlan:
     """What instances are asked for, in the planner's terms."""
 
     def tuning_for(name: str) -> Tuning:
         return tuning(settings, name)
 
     return InstancePlan(
-        models_directory=around.models_directory,
+        models_directory=models_directory,
         tuning_for=tuning_for,
         discover=settings.discovers,
         spread=settings.ollama.spread,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -99,6 +101,49 @@ def test_the_module_ends_with_the_commands_code(root: Path) -> None:
     command = [sys.executable, "-m", "router", "check-config", "--port", "x"]
     ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
+
+
+@contextlib.contextmanager
+def _pipe_that_nobody_reads() -> Generator[int]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("arguments", [["check-config"], ["version"]])
+def test_output_that_nobody_reads_is_ended_quietly(root: Path, arguments: list[str]) -> None:
+    with _pipe_that_nobody_reads() as nowhere:
+        ended = subprocess.run(
+            [sys.executable, "-m", "router", *arguments], cwd=root, env=HOME, stdout=nowhere, stderr=subprocess.PIPE,
+            timeout=60, check=False,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+_LOGS = """
+import asyncio, structlog
+from router.logs import RequestLines, configure_logs
+configure_logs("json", "info")
+async def main():
+    structlog.get_logger("x").info("something")
+    lines = RequestLines("info")
+    lines("info", {})
+    lines.flush()
+asyncio.run(main())
+print("goes on")
+"""
+
+
+def test_log_lines_that_nobody_takes_are_dropped_and_the_program_goes_on(root: Path) -> None:
+    with _pipe_that_nobody_reads() as nowhere:
+        ended = subprocess.run(
+            [sys.executable, "-c", _LOGS], cwd=root, env=HOME, stdout=subprocess.PIPE, stderr=nowhere, timeout=60,
+            check=False,
+        )  # fmt: skip
+    assert ended.stdout == b"goes on\n"
 
 
 def test_auto_serves_a_real_ollama_where_there_is_one(tmp_path: Path, capsys: Captured) -> None:

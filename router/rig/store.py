@@ -94,9 +94,12 @@ class Stored:
 class Store:
     """A folder of models."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_written: bool = True) -> None:
+        """`is_written`: its folders are made where they are missing, else only once something is put into them."""
         self.folder = folder
         self._headers: dict[str, Header] = {}
+        if not is_written:
+            return
         (folder / "blobs").mkdir(parents=True, exist_ok=True)
         (folder / "manifests").mkdir(parents=True, exist_ok=True)
 
