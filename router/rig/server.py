@@ -13,13 +13,13 @@ and adapters are ignored; the cloud is never reached.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
 import sys
 from collections.abc import Coroutine, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from router.rig.config import Config, log, log_devices, read_config
@@ -46,6 +46,7 @@ class Server:
         self.config = config
         self._instance = environment.get(INSTANCE_VARIABLE, "").rpartition(":")[2]
         self._faults: tuple[Fault, ...] = ()
+        self._faults_text = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._answers = asyncio.Event()
@@ -73,6 +74,7 @@ class Server:
             self._ended.set()
 
     def _behaviour(self, model: str) -> Behaviour:
+        self._read_faults()
         return behaviour(self._faults, self._instance, (card.uuid for card in self.config.cards), model)
 
     async def run(self) -> int:
@@ -131,21 +133,23 @@ class Server:
         return server_fault(self._faults, self._instance, (card.uuid for card in self.config.cards))
 
     def _read_faults(self) -> None:
+        """Whoever writes them finds them obeyed by the next load; a broken file leaves the old ones."""
+        text = _text_of(self.config.rig_dir)
+        if text == self._faults_text:
+            return
+        self._faults_text = text
         try:
             self._faults = read_faults(self.config.rig_dir)
         except ValueError as error:
             log("ERROR", "faults are not understood", error=error)
 
     async def _watch_faults(self) -> None:
-        assert self.config.rig_dir is not None
-        path, seen = self.config.rig_dir / FILE, None
+        applied: tuple[Fault, ...] = ()
         while True:
-            with contextlib.suppress(OSError):
-                changed = path.stat().st_mtime_ns
-                if changed != seen:
-                    seen = changed
-                    self._read_faults()
-                    self._apply()
+            self._read_faults()
+            if self._faults != applied:
+                applied = self._faults
+                self._apply()
             await asyncio.sleep(_FAULTS_POLL_SECONDS)
 
     def _apply(self) -> None:
@@ -158,6 +162,14 @@ class Server:
         for loaded in self._scheduler.loaded.values():
             faulty = self._behaviour(loaded.stored.name.shortest)
             loaded.process.behave(faulty.slow, faulty.hang, faulty.die)
+
+
+def _text_of(directory: Path | None) -> bytes:
+    """What the file of faults says. Its time would not do: two that are written at once may have the same."""
+    try:
+        return b"" if directory is None else (directory / FILE).read_bytes()
+    except OSError:
+        return b""
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:

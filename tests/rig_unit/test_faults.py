@@ -12,7 +12,7 @@ import pytest
 from router.fleet import process
 from router.rig import server as rig_server
 from router.rig.faults import FILE, Behaviour, Fault, behaviour, read_faults, server_fault, write_faults
-from tests.rig_unit.conftest import Box, ask, loaded
+from tests.rig_unit.conftest import Box, ask, loaded, make_box
 from tests.support.ollama_server import OllamaServer
 from tests.support.rawhttp import call, connect, request_bytes
 from tests.support.waiting import eventually, eventually_sync
@@ -95,6 +95,24 @@ def test_a_load_runs_out_of_memory_though_there_is_room(box: Box) -> None:
         status, answer = ask(server, _8B)
         assert (status, "out of memory" in answer["error"]) == (500, True)
         assert loaded(server) == {}
+        assert ask(server, _3B)[0] == 200
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
+def test_the_next_load_obeys_the_rules_as_they_were_written_last(tmp_path: Path, version: str) -> None:
+    box = make_box(tmp_path, "3090", version)
+    with box.start(0) as server:
+        for _ in range(10):
+            write_faults(box.directory, [])
+            write_faults(box.directory, [{"oom": True}])
+            assert ask(server, _3B)[0] == 500
+            write_faults(box.directory, [])
+            assert ask(server, _3B)[0] == 200
+            assert ask(server, _3B, keep_alive=0)[0] == 200
+            eventually_sync(lambda: not loaded(server))
+        write_faults(box.directory, [{"oom": True}])
+        assert ask(server, _3B)[0] == 500
+        (box.directory / FILE).unlink()
         assert ask(server, _3B)[0] == 200
 
 
