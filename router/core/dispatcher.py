@@ -31,6 +31,7 @@ from router.core import loads, plans, shortway, standing
 from router.core import residency as rules
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
+    BlobDigest,
     InstanceSpec,
     InstanceState,
     ModelFacts,
@@ -68,6 +69,7 @@ from router.core.learned import key_of
 from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.seeking import seek, seek_replica
 from router.core.state import FleetState
+from router.core.sums import copies_of
 from router.core.waitqueue import GroupKey, WaitQueue, group_of
 from router.core.waking import can_expire, next_wake
 
@@ -240,13 +242,26 @@ class Dispatcher:
                 plans.drop(self._fleet, residency)
         actions = plans.advance(self._fleet, now)
         self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
-        for key in self._queue.groups():
-            actions += self._grant_group(key, now)
-            if self._queue.has_group(key):
-                actions += self._make_place(key, now)
+        actions += self._serve_groups(now)
         if is_turn:
             actions += self._keep(now)
         return actions + plans.advance(self._fleet, now)
+
+    def _serve_groups(self, now: float) -> list[Action]:
+        """Each group in its turn. Those between two changes are served from one snapshot, and what was worked out from
+        it for one is there for the next."""
+        actions: list[Action] = []
+        facts = self._fleet.snapshot(now)
+        for key in self._queue.groups():
+            version, draining = self._fleet.version, self._fleet.draining
+            granted = self._grant_group(facts, key, now)
+            if granted:
+                facts = self._fleet.snapshot(now)
+            placed = self._make_place(facts, key, now) if self._queue.has_group(key) else []
+            if placed or version != self._fleet.version or draining is not self._fleet.draining:
+                facts = self._fleet.snapshot(now)
+            actions += granted + placed
+        return actions
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:
         """Busy copies whose place the same weights shall take with other options, while somebody waits for that."""
@@ -259,25 +274,24 @@ class Dispatcher:
         now = self._fleet.residencies.get((copy.instance, copy.blob))
         return now is not None and now.loaded_at == copy.loaded_at
 
-    def _grant_group(self, key: GroupKey, now: float) -> list[Action]:
+    def _grant_group(self, facts: Snapshot, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
-        waiting = self._queue.group(key)
-        while waiting:
-            snapshot = self._fleet.snapshot(now)
-            able = [t for t in waiting if any(can_serve(snapshot, r, t) for r in snapshot.residencies.values())]
+        while free := [r for r in copies_of(facts, key.blob) if r.in_flight < r.slots]:
+            waiting = self._queue.group(key)
+            able = [t for t in waiting if any(can_serve(facts, r, t) for r in free)]
             if not able:
                 break
             ticket = self._fleet.counters.next_of(able, now)
-            grant = self._grant(snapshot, ticket, now)
+            grant = self._grant(facts, ticket, now)
             assert grant is not None
-            waiting.remove(ticket)
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
             actions.append(grant)
+            facts = self._fleet.snapshot(now)
         return actions
 
     def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
-        able = [r for r in snapshot.residencies.values() if can_serve(snapshot, r, ticket)]
+        able = [r for r in copies_of(snapshot, ticket.model.blob) if can_serve(snapshot, r, ticket)]
         chosen = pick(able, self._fleet.home_of(ticket))
         if chosen is None:
             return None
@@ -287,19 +301,18 @@ class Dispatcher:
         url = snapshot.instances[chosen.instance].spec.url
         return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)
 
-    def _make_place(self, key: GroupKey, now: float) -> list[Action]:
+    def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""
         if not self._is_worth_a_look(key, now):
             return []
-        waiting = self._queue.group(key)
-        snapshot = self._fleet.snapshot(now)
-        unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in _copies(snapshot))]
+        waiting, there = self._queue.group(key), _copies(snapshot, key.blob)
+        unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
             decision = seek(snapshot, self._estimate, unserved)
             if isinstance(decision, NoFit) and decision.code == "model_too_large" and self._policy.unseen_margin_ratio:
                 decision = seek(snapshot, self._estimate_unseen, unserved)  # rather a load that fails than a refusal
             return self._act_on(key, unserved, decision, now)
-        copies = [r for r in _copies(snapshot) if suits(snapshot, r, waiting[0])]
+        copies = [r for r in there if suits(snapshot, r, waiting[0])]
         self._explain(waiting, rules.describe_wait(copies))
         placed = seek_replica(snapshot, self._estimate, waiting, copies)
         if placed is None:
@@ -358,12 +371,14 @@ class Dispatcher:
         return Reject(ticket.id, code, message, retry, status)
 
 
-def _copies(snapshot: Snapshot) -> list[Residency]:
-    """Loaded or on their way, and not about to leave."""
+def _copies(snapshot: Snapshot, blob: BlobDigest) -> list[Residency]:
+    """Of these weights, loaded or on their way, and not about to leave."""
     return [
         r
-        for key, r in snapshot.residencies.items()
-        if r.state is not ResidencyState.UNLOADING and key not in snapshot.draining and _is_up(snapshot, r)
+        for r in copies_of(snapshot, blob)
+        if r.state is not ResidencyState.UNLOADING
+        and (r.instance, r.blob) not in snapshot.draining
+        and _is_up(snapshot, r)
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType
+from typing import Any, NewType
 
 from router.core.cards import Gpu, GpuProcess, GpuUuid, InstanceName, InstanceSpec, InstanceState, InstanceView
 
@@ -384,6 +384,8 @@ class Snapshot:
     """Weights sent for loading of late."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
     """Sets of cards on which an instance could not be started lately: no other is started there for now."""
+    worked_out: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
+    """What was worked out from it already (`core/sums.py`)."""
 
     def promised(self) -> frozenset[ResidencyKey]:
         """Loaded models whose room is promised to a load that is planned."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from router.core.entities import Footprint, ModelFacts
 from router.core.ggml import cache_bytes
@@ -87,6 +88,7 @@ def footprint(
     return footprint_of_split(facts, split, context_length, slots, kv_cache_type, flash_attention, batch)
 
 
+@lru_cache(maxsize=4096)
 def footprint_of_split(
     facts: ModelFacts,
     split: LayerSplit,
@@ -124,6 +126,7 @@ def footprint_of_split(
     )
 
 
+@lru_cache(maxsize=1024)
 def even_split(layers: int, cards: int) -> LayerSplit:
     """Layers over equal cards, as llama.cpp puts them: of `layers` + 1 units, the last of them the output, unit i goes
     to the first card k with i / (layers + 1) < (k + 1) / cards (`load_tensors`, `get_layer_buft_list`).

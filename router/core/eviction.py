@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from router.core.entities import GpuUuid, Pin, Residency, ResidencyKey, ResidencyState, Snapshot
 from router.core.ledger import bytes_by_gpu
 from router.core.pricing import eviction_price
+from router.core.sums import once, promised, residencies_on
 
 
 def pin_of(snapshot: Snapshot, name: str) -> Pin | None:
@@ -27,15 +28,19 @@ def evictable(
     snapshot: Snapshot, gpus: Iterable[GpuUuid], *, busy: bool = False, young: bool = False
 ) -> list[Residency]:
     """Loaded models that hold memory on these cards, the cheapest first; busy or young ones only if asked for."""
-    cards = set(gpus)
-    promised = snapshot.promised()
+    cards = frozenset(gpus)
+    return once(snapshot, (evictable, cards, busy, young), lambda: _evictable(snapshot, cards, busy, young))
+
+
+def _evictable(snapshot: Snapshot, cards: frozenset[GpuUuid], busy: bool, young: bool) -> list[Residency]:
+    there = dict.fromkeys(key for gpu in cards for key in residencies_on(snapshot, gpu))
     found = [
         residency
-        for residency in snapshot.residencies.values()
+        for residency in map(snapshot.residencies.__getitem__, there)
         if residency.state is ResidencyState.READY
         and (busy or residency.in_flight == 0)
         and (young or _is_settled(snapshot, residency))
-        and (residency.instance, residency.blob) not in promised
+        and (residency.instance, residency.blob) not in promised(snapshot)
         and not is_pinned(snapshot, residency)
         and any(uuid in cards for uuid, _ in bytes_by_gpu(snapshot, residency))
     ]
@@ -99,24 +104,29 @@ def _cheaper_alone(
     return [best] if best is not None and price < together else None
 
 
+def _freed(snapshot: Snapshot, residency: Residency) -> Mapping[GpuUuid, int]:
+    key = (_freed, residency.instance, residency.blob)
+    return once(snapshot, key, lambda: dict(bytes_by_gpu(snapshot, residency)))
+
+
 def _helps(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> bool:
-    return any(gpu in missing and size > 0 for gpu, size in bytes_by_gpu(snapshot, residency))
+    freed = _freed(snapshot, residency)
+    return any(freed.get(gpu, 0) > 0 for gpu in missing)
 
 
 def _less(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> dict[GpuUuid, int]:
-    freed = dict(bytes_by_gpu(snapshot, residency))
-    left = {gpu: size - freed.get(gpu, 0) for gpu, size in missing.items()}
-    return {gpu: size for gpu, size in left.items() if size > 0}
+    freed = _freed(snapshot, residency)
+    return {gpu: left for gpu, size in missing.items() if (left := size - freed.get(gpu, 0)) > 0}
 
 
 def _prune(snapshot: Snapshot, missing: Mapping[GpuUuid, int], chosen: Sequence[Residency]) -> list[Residency]:
-    """Drops from the dearest on whoever the others make unnecessary."""
-    kept = list(chosen)
-    for residency in reversed(chosen):
-        rest = [r for r in kept if r is not residency]
-        left = dict(missing)
-        for other in rest:
-            left = _less(snapshot, other, left)
-        if not left:
-            kept = rest
+    """Drops from the dearest on whoever the others make unnecessary. All of `chosen` together suffice."""
+    if len(chosen) < 2:
+        return list(chosen)
+    kept, parts = list(chosen), [_freed(snapshot, residency) for residency in chosen]
+    spare = {gpu: sum(part.get(gpu, 0) for part in parts) - size for gpu, size in missing.items()}
+    for residency, freed in zip(reversed(chosen), reversed(parts), strict=True):
+        if all(freed.get(gpu, 0) <= left for gpu, left in spare.items()):
+            spare = {gpu: left - freed.get(gpu, 0) for gpu, left in spare.items()}
+            kept.remove(residency)
     return kept

@@ -19,9 +19,9 @@ from router.core.entities import (
     Policy,
     Reservation,
     Residency,
-    ResidencyState,
     Snapshot,
 )
+from router.core.sums import card_sums
 
 _DRIFT = 1.05
 """So much more than the books say is taken for ours, not for foreign use, when it is asked what a card could give:
@@ -37,13 +37,11 @@ def slots_of(model: ModelFacts, spec: InstanceSpec, policy: Policy) -> int:
 
 def reserved_bytes(snapshot: Snapshot, gpu: GpuUuid, besides: LoadId | None = None) -> int:
     """Bytes on `gpu` set aside for loads whose memory the last reading of the cards cannot show yet."""
-    return sum(
-        size
-        for reservation in snapshot.reservations.values()
-        if reservation.load_id != besides
-        for uuid, size in reservation.per_gpu_bytes
-        if uuid == gpu
-    )
+    reserved = card_sums(snapshot, gpu).reserved
+    left_out = snapshot.reservations.get(besides) if besides is not None else None
+    if left_out is None:
+        return reserved
+    return reserved - sum(size for uuid, size in left_out.per_gpu_bytes if uuid == gpu)
 
 
 def available_bytes(snapshot: Snapshot, gpu: GpuUuid, besides: LoadId | None = None) -> int:
@@ -76,28 +74,14 @@ def room_bytes(snapshot: Snapshot, gpu: GpuUuid, planned: Reservation) -> int:
 
 def resident_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     """Bytes on `gpu` held by models that are loaded, as far as the router knows."""
-    return sum(
-        size
-        for residency in snapshot.residencies.values()
-        if residency.state in (ResidencyState.READY, ResidencyState.UNLOADING)
-        for uuid, size in bytes_by_gpu(snapshot, residency)
-        if uuid == gpu
-    )
+    return card_sums(snapshot, gpu).resident
 
 
 def leaving_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     """Bytes on `gpu` that models on their way out give back, and those whose room is promised to a planned load."""
-    promised = snapshot.promised()
-    leaving = staying = 0
-    for key, residency in snapshot.residencies.items():
-        size = next((size for uuid, size in bytes_by_gpu(snapshot, residency) if uuid == gpu), 0)
-        if residency.state is ResidencyState.UNLOADING or key in promised:
-            leaving += size
-        elif residency.state is ResidencyState.READY:
-            staying += size
-    card = snapshot.gpus.get(gpu)
+    sums, card = card_sums(snapshot, gpu), snapshot.gpus.get(gpu)
     # What the driver no longer shows as used has come back already.
-    return max(0, min(leaving, card.memory_used_bytes - staying)) if card is not None else 0
+    return max(0, min(sums.leaving, card.memory_used_bytes - sums.staying)) if card is not None else 0
 
 
 def foreign_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
@@ -117,28 +101,10 @@ def capacity_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     card = snapshot.gpus.get(gpu)
     if card is None or card.error is not None:
         return 0
-    ours = int((resident_bytes(snapshot, gpu) + _loading_bytes(snapshot, gpu)) * _DRIFT)
-    usable = card.memory_free_bytes + min(card.memory_used_bytes, ours) - _kept_bytes(snapshot, gpu)
+    sums = card_sums(snapshot, gpu)
+    ours = int((sums.resident + sums.loading) * _DRIFT)
+    usable = card.memory_free_bytes + min(card.memory_used_bytes, ours) - sums.kept
     return max(0, usable - snapshot.policy.vram_margin_bytes)
-
-
-def _loading_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
-    return sum(
-        size
-        for reservation in snapshot.reservations.values()
-        if reservation.sent_at is not None
-        for uuid, size in reservation.per_gpu_bytes
-        if uuid == gpu
-    )
-
-
-def _kept_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
-    """Bytes of models that are pinned there and never leave."""
-    pins = snapshot.policy.pins
-    if not pins:
-        return 0
-    kept = (r for r in snapshot.residencies.values() if (pin := pins.get(r.name)) is not None and pin.keep_warm)
-    return sum(size for r in kept for uuid, size in bytes_by_gpu(snapshot, r) if uuid == gpu)
 
 
 def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:

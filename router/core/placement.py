@@ -30,6 +30,7 @@ from router.core.eviction import choose_evictions, evictable, pin_of, price_of
 from router.core.ledger import available_bytes, capacity_bytes, leaving_bytes
 from router.core.pricing import service_seconds
 from router.core.sites import ALIVE, Bounds, Site, has_cards, sites_of_size, sizes
+from router.core.sums import promised, residencies_of, residencies_on
 from router.core.words import fit_words, short_words, states_words
 
 Estimate = Callable[[ModelFacts, InstanceSpec, int, Snapshot], tuple[int, ...]]
@@ -156,7 +157,8 @@ def _candidate(snapshot: Snapshot, estimate: Estimate, site: Site, want: Want, f
     candidate = _Candidate(site, ())
     for spec in _tunings(snapshot, site, want, fewer_slots):
         needed = estimate(want.model, spec, context_of(want.options, want.model, spec), snapshot)
-        candidate = _Candidate(replace(site, spec=spec), tuple(zip(site.gpus, needed, strict=True)))
+        tuned = site if spec is site.spec else replace(site, spec=spec)
+        candidate = _Candidate(tuned, tuple(zip(site.gpus, needed, strict=True)))
         if _could_fit(snapshot, candidate):
             break
     return candidate
@@ -171,6 +173,8 @@ def _tunings(snapshot: Snapshot, site: Site, want: Want, fewer_slots: bool) -> l
     bonus = snapshot.policy.slots_bonus_max if site.is_new and len(site.gpus) > 1 and not chosen else 0
     own = site.spec
     least = 1 if fewer_slots and site.is_new and not chosen else own.num_parallel
+    if not bonus and least == own.num_parallel:
+        return [own]
     return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
 
 
@@ -189,12 +193,13 @@ def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decis
     now = _fits_now(snapshot, usable, want)
     if now is not None:
         return now
-    offers = [o for c in usable if (o := _offer(snapshot, c, want, busy=False)) is not None]
+    at_any_price = replace(want, price_max=float("inf"))
+    dear = [o for c in usable if (o := _offer(snapshot, c, at_any_price, busy=False)) is not None]
+    offers = [o for o in dear if o.price <= want.price_max]
     if offers:
         return _taken(
             snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.candidate))), want
         )
-    dear = [o for c in usable if (o := _offer(snapshot, c, replace(want, price_max=float("inf")), busy=False))]
     if dear:
         return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.candidate.name)), want)
     return _wait(snapshot, [c for c in group if c.name not in failed | want.not_on and _is_up(snapshot, c)], want)
@@ -234,9 +239,10 @@ def _preference(snapshot: Snapshot, candidate: _Candidate) -> tuple[int, int, in
     """Where there is a choice: not where others wait to be put, least busy cards, least filled, the faster, the
     roomier, and an instance that runs already; then by name."""
     cards = set(candidate.site.gpus)
-    mates = [
-        r for key, r in snapshot.residencies.items() if key[0] == candidate.name or cards & _cards_of(snapshot, key[0])
-    ]
+    keys = dict.fromkeys(residencies_of(snapshot, candidate.name))
+    for gpu in cards:
+        keys.update(dict.fromkeys(residencies_on(snapshot, gpu)))
+    mates = [snapshot.residencies[key] for key in keys]
     speed = sum((snapshot.gpus[g].bandwidth_bytes_per_second or 0.0) for g in cards if g in snapshot.gpus)
     room = sum(available_bytes(snapshot, g) for g in cards)
     packed = _packing(snapshot, candidate)
@@ -288,7 +294,7 @@ def _relied_on(snapshot: Snapshot, candidate: _Candidate) -> list[ResidencyKey]:
     short = {gpu for gpu, size in candidate.need if available_bytes(snapshot, gpu) < size}
     return sorted(
         key
-        for key in snapshot.promised()
+        for key in promised(snapshot)
         if key in snapshot.residencies
         and snapshot.residencies[key].state is ResidencyState.READY
         and short & _cards_of(snapshot, key[0])

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from router.core.demand import rate_per_second
 from router.core.entities import ModelFacts, Residency, ResidencyState, Snapshot, Ticket
+from router.core.sums import copies_of, once
 
 _SPARE_COPY = 0.1
 _GUESSED_SERVICE_SECONDS = 5.0
@@ -32,6 +33,11 @@ def rate_of(snapshot: Snapshot, model: ModelFacts) -> float:
 
 def eviction_price(snapshot: Snapshot, residency: Residency) -> float:
     """Seconds that clients are expected to lose by unloading this copy."""
+    key = (eviction_price, residency.instance, residency.blob)
+    return once(snapshot, key, lambda: _eviction_price(snapshot, residency))
+
+
+def _eviction_price(snapshot: Snapshot, residency: Residency) -> float:
     policy = snapshot.policy
     model = residency.model
     away = policy.away_seconds + reload_seconds(snapshot, model)
@@ -79,6 +85,6 @@ def service_seconds(snapshot: Snapshot, residency: Residency) -> float:
 
 def _has_other_copy(snapshot: Snapshot, residency: Residency) -> bool:
     return any(
-        r.blob == residency.blob and r.instance != residency.instance and r.state is ResidencyState.READY
-        for r in snapshot.residencies.values()
+        r.instance != residency.instance and r.state is ResidencyState.READY
+        for r in copies_of(snapshot, residency.blob)
     )

@@ -12,6 +12,7 @@ from router.core.entities import Policy, Residency, ResidencyState, RunnerOption
 from router.core.eviction import pin_of
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
 from router.core.pricing import reload_seconds, service_seconds, worth_of_load
+from router.core.sums import copies_of
 
 _REPLICA_PRICE_SHARE = 0.25
 """A further copy may cost others so much of what its own load takes."""
@@ -27,9 +28,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
         may_drain=waited >= policy.drain_after_seconds,
         may_evict_young=waited >= policy.patience_seconds,
         price_max=_price_max(snapshot, tickets, waited),
-        supersedes=frozenset(
-            key for key, r in snapshot.residencies.items() if r.blob == head.model.blob and head.is_flexible
-        ),
+        supersedes=frozenset((r.instance, r.blob) for r in copies_of(snapshot, head.model.blob) if head.is_flexible),
     )
     decision: Decision | None = None
     for options in _options_to_try(policy, snapshot, tickets):

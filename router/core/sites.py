@@ -21,6 +21,7 @@ from router.core.entities import (
     Pin,
     Snapshot,
 )
+from router.core.sums import instances_over, once, residencies_of
 
 ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
 
@@ -75,6 +76,10 @@ def has_cards(snapshot: Snapshot) -> bool:
 
 def sizes(snapshot: Snapshot) -> list[int]:
     """Numbers of cards that a set may have, smallest first; 0 where there are no cards at all."""
+    return once(snapshot, sizes, lambda: _sizes(snapshot))
+
+
+def _sizes(snapshot: Snapshot) -> list[int]:
     found = {len(view.spec.gpus) for view in snapshot.instances.values() if view.state in ALIVE}
     if snapshot.policy.instances_on_demand:
         found |= set(range(1, len(_usable(snapshot)) + 1))
@@ -83,14 +88,22 @@ def sizes(snapshot: Snapshot) -> list[int]:
 
 def sites_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
     """One site for each set of so many cards that the bounds allow."""
-    found: list[Site] = []
-    seen: set[frozenset[GpuUuid]] = set()
-    for gpus in _sets(snapshot, size):
-        if frozenset(gpus) in seen or not bounds.allows(snapshot, gpus):
-            continue
-        found += _on(snapshot, gpus, bounds)
-        seen.add(frozenset(gpus))
-    return found
+    if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
+        return once(snapshot, (sites_of_size, size, bounds.only_new), lambda: _sites(snapshot, size, bounds))
+    return _sites(snapshot, size, bounds)
+
+
+def _sites(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
+    sets = once(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
+    return [site for gpus in sets if bounds.allows(snapshot, gpus) for site in _on(snapshot, gpus, bounds)]
+
+
+def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
+    """The first of those with the same cards."""
+    found: dict[frozenset[GpuUuid], tuple[GpuUuid, ...]] = {}
+    for gpus in sets:
+        found.setdefault(frozenset(gpus), gpus)
+    return list(found.values())
 
 
 def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
@@ -112,7 +125,7 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Site]:
     """The instances on exactly these cards, or with on-demand ones the one that is free, else one to be started."""
-    there = [v for v in snapshot.instances.values() if set(v.spec.gpus) == set(gpus) and v.state in ALIVE]
+    there = [view for view in instances_over(snapshot, frozenset(gpus)) if view.state in ALIVE]
     pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):
         return [] if bounds.only_new else [Site(view.spec) for view in there]
@@ -147,7 +160,7 @@ def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
 
 def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
     """Whether nothing is loaded there, nor on its way in or out."""
-    return all(key[0] != name for key in snapshot.residencies)
+    return not residencies_of(snapshot, name)
 
 
 def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:
