@@ -33,7 +33,6 @@ from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
     BlobDigest,
     InstanceSpec,
-    InstanceState,
     ModelFacts,
     Policy,
     Residency,
@@ -66,15 +65,13 @@ from router.core.events import (
 )
 from router.core.ids import LoadIds
 from router.core.learned import key_of
+from router.core.looks import AGAIN_SECONDS, Looks, concerned
 from router.core.placement import Estimate, MustWait, NoFit, Placed
-from router.core.seeking import seek, seek_replica
+from router.core.seeking import coming, seek, seek_replica
 from router.core.state import FleetState
 from router.core.sums import copies_of
 from router.core.waitqueue import GroupKey, WaitQueue, group_of
 from router.core.waking import can_expire, next_wake
-
-_LOOK_AGAIN_SECONDS = 1.0
-"""Waiting tickets look again now and then: drains begin and failures are forgotten by time alone."""
 
 
 class Dispatcher:
@@ -88,8 +85,7 @@ class Dispatcher:
         self._loads = LoadIds()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
-        self._sought: dict[GroupKey, tuple[int, float]] = {}
-        """State's version and time at which a place for the group was last sought in vain."""
+        self._looks = Looks()
         self._replacing: dict[GroupKey, Residency] = {}
         """Copies that have to end their work, because the same weights are wanted there with other options."""
         self._wake_hint = float("inf")
@@ -122,12 +118,18 @@ class Dispatcher:
             at_once = shortway.handle(self._fleet, event, now)
             if at_once is not None:
                 return at_once
+        is_calm = not (self._replacing or self._closing) and self._looks.is_calm(self._fleet, self._queue, now)
+        version, blob = self._fleet.version, concerned(self._fleet, event) if is_calm else None
         self._fleet.wake = None
-        self._wake_hint = now + _LOOK_AGAIN_SECONDS
+        self._wake_hint = now + AGAIN_SECONDS
         self._fleet.forget_failures(now)
         actions = self._apply(event, now)
-        actions += self._expire(now)
-        actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead | ModelKnown))
+        if blob is not None and version == self._fleet.version:
+            actions += self._serve_those(blob, now)
+        else:
+            actions += self._expire(now)
+            actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead | ModelKnown))
+        self._looks.all_looked(self._queue, self._fleet.version)
         return actions
 
     def _apply(self, event: Event, now: float) -> list[Action]:
@@ -183,8 +185,8 @@ class Dispatcher:
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
             return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
-        running = {lease.client for lease in self._fleet.leases.values()} if len(self._queue) else set[str]()
-        self._fleet.counters.arrived(ticket.client, self._queue.clients() | running)
+        if len(self._queue):
+            self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
         self._fleet.asked(ticket, now)
         pin = self._policy.pins.get(ticket.model.name)
         if pin is not None and pin.priority:
@@ -247,12 +249,12 @@ class Dispatcher:
             actions += self._keep(now)
         return actions + plans.advance(self._fleet, now)
 
-    def _serve_groups(self, now: float) -> list[Action]:
-        """Each group in its turn. Those between two changes are served from one snapshot, and what was worked out from
-        it for one is there for the next."""
+    def _serve_groups(self, now: float, blob: BlobDigest | None = None) -> list[Action]:
+        """Each group in its turn, or those that wait for these weights. Those between two changes are served from one
+        snapshot, and what was worked out from it for one is there for the next."""
         actions: list[Action] = []
         facts = self._fleet.snapshot(now)
-        for key in self._queue.groups():
+        for key in self._queue.groups(blob):
             version, draining = self._fleet.version, self._fleet.draining
             granted = self._grant_group(facts, key, now)
             if granted:
@@ -261,6 +263,15 @@ class Dispatcher:
             if placed or version != self._fleet.version or draining is not self._fleet.draining:
                 facts = self._fleet.snapshot(now)
             actions += granted + placed
+        return actions
+
+    def _serve_those(self, blob: BlobDigest, now: float) -> list[Action]:
+        """What `_expire` and `_pump` come to while the queue is calm."""
+        self._fleet.wanted = self._queue.wanted()
+        version = self._fleet.version
+        actions = self._serve_groups(now, blob)
+        if version != self._fleet.version:
+            actions += plans.advance(self._fleet, now)
         return actions
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:
@@ -303,9 +314,9 @@ class Dispatcher:
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""
-        if not self._is_worth_a_look(key, now):
+        if not self._looks.is_due(key, self._fleet.version, now):
             return []
-        waiting, there = self._queue.group(key), _copies(snapshot, key.blob)
+        waiting, there = self._queue.group(key), coming(snapshot, key.blob)
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
             decision = seek(snapshot, self._estimate, unserved)
@@ -316,14 +327,9 @@ class Dispatcher:
         self._explain(waiting, rules.describe_wait(copies))
         placed = seek_replica(snapshot, self._estimate, waiting, copies)
         if placed is None:
-            self._sought[key] = (self._fleet.version, now)
+            self._looks.in_vain(key, self._fleet.version, now)
             return []
         return plans.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
-
-    def _is_worth_a_look(self, key: GroupKey, now: float) -> bool:
-        """Whether anything has changed since a place was last sought in vain."""
-        version, at = self._sought.get(key, (-1, float("-inf")))
-        return version != self._fleet.version or now - at >= _LOOK_AGAIN_SECONDS
 
     def _act_on(
         self, key: GroupKey, tickets: list[Ticket], decision: Placed | MustWait | NoFit, now: float
@@ -341,7 +347,7 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._sought[key] = (self._fleet.version, now)
+                self._looks.in_vain(key, self._fleet.version, now)
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
@@ -350,7 +356,7 @@ class Dispatcher:
         """What stands whether or not anybody waits: warm models, and instances that are no longer needed."""
         if self._closing:
             return []
-        self._sought = {key: seen for key, seen in self._sought.items() if self._queue.has_group(key)}
+        self._looks.forget_others(self._queue)
         actions: list[Action] = list(standing.stop_empty(self._fleet, now))
         for model, placed in standing.anticipate(
             self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
@@ -369,22 +375,3 @@ class Dispatcher:
         self._reasons.pop(ticket.id, None)
         retry = self._retry_after() if code in ("queue_full", "shutting_down", "no_instance", "wait_timeout") else None
         return Reject(ticket.id, code, message, retry, status)
-
-
-def _copies(snapshot: Snapshot, blob: BlobDigest) -> list[Residency]:
-    """Of these weights, loaded or on their way, and not about to leave."""
-    return [
-        r
-        for r in copies_of(snapshot, blob)
-        if r.state is not ResidencyState.UNLOADING
-        and (r.instance, r.blob) not in snapshot.draining
-        and _is_up(snapshot, r)
-    ]
-
-
-def _is_up(snapshot: Snapshot, residency: Residency) -> bool:
-    """Whether its instance serves, or is being started for it."""
-    view = snapshot.instances.get(residency.instance)
-    if view is None:
-        return False
-    return view.state is InstanceState.READY or (view.spec.on_demand and view.state is InstanceState.STARTING)

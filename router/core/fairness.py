@@ -8,7 +8,7 @@ has waited, up to the highest that waits, so that nobody starves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from router.core.entities import Ticket
 
@@ -29,11 +29,10 @@ class TokenCounters:
     def given(self, client: str) -> float:
         return self._given.get(client, 0.0)
 
-    def arrived(self, client: str, active: Iterable[str]) -> None:
+    def arrived(self, client: str, active: Collection[str]) -> None:
         """`active`: clients that wait or run already; one that is not among them has been idle."""
-        others = [self.given(other) for other in active]
-        if others and client not in active:
-            self._given[client] = max(self.given(client), min(others))
+        if active and client not in active:
+            self._given[client] = max(self.given(client), min(map(self.given, active)))
 
     def granted(self, ticket: Ticket) -> None:
         self._add(ticket.client, float(ticket.prompt_tokens))

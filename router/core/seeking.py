@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from router.core.entities import Policy, Residency, ResidencyState, RunnerOptions, Snapshot, Ticket
+from router.core.entities import (
+    BlobDigest,
+    InstanceState,
+    Policy,
+    Residency,
+    ResidencyState,
+    RunnerOptions,
+    Snapshot,
+    Ticket,
+)
 from router.core.eviction import pin_of
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
 from router.core.pricing import reload_seconds, service_seconds, worth_of_load
@@ -111,3 +120,22 @@ def seek_replica(
     if not isinstance(found, Placed):
         return None
     return replace(found, reason=f"{found.reason}; a further copy, {wait:.0f} s of waiting against {load:.0f} to load")
+
+
+def coming(snapshot: Snapshot, blob: BlobDigest) -> list[Residency]:
+    """Of these weights, loaded or on their way, and not about to leave."""
+    return [
+        r
+        for r in copies_of(snapshot, blob)
+        if r.state is not ResidencyState.UNLOADING
+        and (r.instance, r.blob) not in snapshot.draining
+        and _is_up(snapshot, r)
+    ]
+
+
+def _is_up(snapshot: Snapshot, residency: Residency) -> bool:
+    """Whether its instance serves, or is being started for it."""
+    view = snapshot.instances.get(residency.instance)
+    if view is None:
+        return False
+    return view.state is InstanceState.READY or (view.spec.on_demand and view.state is InstanceState.STARTING)

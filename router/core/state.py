@@ -109,6 +109,8 @@ class FleetState:
     """When an instance started on demand was first seen empty."""
     footprints: Footprints = field(default_factory=Footprints)
     measuring: dict[LoadId, Before] = field(default_factory=dict[LoadId, Before])
+    clients: dict[str, int] = field(default_factory=dict[str, int])
+    """Who holds slots, and how many."""
     counters: TokenCounters = field(default_factory=TokenCounters)
     wake: tuple[float | None] | None = None
     """When time alone changes something next, if ever; None while that has to be worked out."""
@@ -264,6 +266,7 @@ class FleetState:
     def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float) -> Use:
         """Leases one slot of the copy to the ticket."""
         self.leases[ticket.id] = LeaseRecord(key, self.copies[key].loaded_at, ticket.client, now)
+        self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
         self.counters.granted(ticket)
         use = self.use_of(key)
         use.keep_alive_seconds = merged_keep_alive(
@@ -292,6 +295,9 @@ class FleetState:
         lease = self.leases.pop(ticket_id, None)
         if lease is None:
             return None
+        self.clients[lease.client] -= 1
+        if not self.clients[lease.client]:
+            del self.clients[lease.client]
         self.counters.released(lease.client, output_tokens)
         blob = lease.key[1]
         if blob in self.demand:

@@ -7,10 +7,12 @@ is `core/fairness.py`'s choice. The queue is bounded by whoever fills it; it onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 from router.core.entities import BlobDigest, Layout, RunnerOptions, Ticket, TicketId
+
+_Counted = TypeVar("_Counted")
 
 
 class GroupKey(NamedTuple):
@@ -27,12 +29,15 @@ def group_of(ticket: Ticket) -> GroupKey:
 class WaitQueue:
     """Waiting tickets by group; insertion order is arrival order."""
 
-    __slots__ = ("_clients", "_groups", "_tickets")
+    __slots__ = ("_clients", "_deadline", "_groups", "_tickets", "_wanted")
 
     def __init__(self) -> None:
         self._tickets: dict[TicketId, Ticket] = {}
         self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
         self._clients: dict[str, int] = {}
+        self._wanted: dict[BlobDigest, int] = {}
+        self._deadline: float | None = None
+        """The first of all, where it is known."""
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -44,9 +49,12 @@ class WaitQueue:
         return iter(self._tickets.values())
 
     def add(self, ticket: Ticket) -> None:
+        if self._deadline is not None or not self._tickets:
+            self._deadline = ticket.deadline if self._deadline is None else min(self._deadline, ticket.deadline)
         self._tickets[ticket.id] = ticket
         self._groups.setdefault(group_of(ticket), {})[ticket.id] = ticket
-        self._clients[ticket.client] = self._clients.get(ticket.client, 0) + 1
+        _count(self._clients, ticket.client, 1)
+        _count(self._wanted, ticket.model.blob, 1)
 
     def remove(self, ticket_id: TicketId) -> Ticket | None:
         """Takes a ticket out wherever it stands; None where it does not wait."""
@@ -56,15 +64,22 @@ class WaitQueue:
             del group[ticket_id]
             if not group:
                 del self._groups[group_of(ticket)]
-            self._clients[ticket.client] -= 1
-            if not self._clients[ticket.client]:
-                del self._clients[ticket.client]
+            _count(self._clients, ticket.client, -1)
+            _count(self._wanted, ticket.model.blob, -1)
+            if ticket.deadline == self._deadline:
+                self._deadline = None
         return ticket
 
-    def groups(self) -> list[GroupKey]:
-        """The groups in the order in which they are served: by the priority, then the age of their first ticket."""
-        firsts = [(next(iter(group.values())), key) for key, group in self._groups.items()]
+    def groups(self, blob: BlobDigest | None = None) -> list[GroupKey]:
+        """The groups in the order in which they are served: by the priority, then the age of their first ticket. With
+        `blob` only those that wait for these weights."""
+        chosen = self._groups.items() if blob is None else [g for g in self._groups.items() if g[0].blob == blob]
+        firsts = [(next(iter(group.values())), key) for key, group in chosen]
         return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
+
+    def unsorted(self) -> Iterable[GroupKey]:
+        """The groups in any order."""
+        return self._groups.keys()
 
     def heads(self) -> list[Ticket]:
         """The oldest ticket of each group, in the order in which groups are served."""
@@ -77,14 +92,11 @@ class WaitQueue:
         return key in self._groups
 
     def waits_for(self, blob: BlobDigest) -> bool:
-        return any(key.blob == blob for key in self._groups)
+        return blob in self._wanted
 
     def wanted(self) -> dict[BlobDigest, int]:
         """Models that are waited for, and by how many."""
-        counts: dict[BlobDigest, int] = {}
-        for key, group in self._groups.items():
-            counts[key.blob] = counts.get(key.blob, 0) + len(group)
-        return counts
+        return self._wanted.copy()
 
     def clients(self) -> frozenset[str]:
         """Who waits."""
@@ -94,4 +106,15 @@ class WaitQueue:
         return [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
 
     def next_deadline(self) -> float | None:
-        return min((ticket.deadline for ticket in self._tickets.values()), default=None)
+        if self._deadline is None:
+            self._deadline = min((ticket.deadline for ticket in self._tickets.values()), default=None)
+        return self._deadline
+
+
+def _count(counts: dict[_Counted, int], what: _Counted, more: int) -> None:
+    """Adds to a count, which goes when it is nothing."""
+    left = counts.get(what, 0) + more
+    if left:
+        counts[what] = left
+    else:
+        del counts[what]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from router.core.entities import Residency, ResidencyState
 from router.core.plans import next_timeout
 from router.core.state import FleetState
@@ -10,7 +12,7 @@ from router.core.waitqueue import WaitQueue
 
 def next_wake(fleet: FleetState, queue: WaitQueue, look_again_at: float) -> float | None:
     """When the dispatcher must look again although nothing happens; None for never."""
-    times = [r.expires_at for r in fleet.residencies.values() if r.expires_at is not None and can_expire(r, queue)]
+    times = list(_expiries(fleet, queue))
     timeout = next_timeout(fleet)
     if timeout is not None:
         times.append(timeout)
@@ -20,7 +22,21 @@ def next_wake(fleet: FleetState, queue: WaitQueue, look_again_at: float) -> floa
     return min(times, default=None)
 
 
+def _expiries(fleet: FleetState, queue: WaitQueue) -> Iterator[float]:
+    """When copies that may go by time alone go. Reads the copies without writing their use into them."""
+    for key, copy in fleet.copies.items():
+        use = fleet.uses.get(key)
+        at, in_flight = (copy.expires_at, copy.in_flight) if use is None else (use.expires_at, use.in_flight)
+        if at is not None and _can_expire(copy, in_flight, queue):
+            yield at
+
+
 def can_expire(residency: Residency, queue: WaitQueue) -> bool:
     """True where time alone has it unloaded: idle and not waited for, or an unload to be sent again."""
-    leaves = residency.state is ResidencyState.UNLOADING
-    return leaves or (residency.is_idle and not queue.waits_for(residency.blob))
+    return _can_expire(residency, residency.in_flight, queue)
+
+
+def _can_expire(residency: Residency, in_flight: int, queue: WaitQueue) -> bool:
+    if residency.state is ResidencyState.UNLOADING:
+        return True
+    return residency.state is ResidencyState.READY and not in_flight and not queue.waits_for(residency.blob)
