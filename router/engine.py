@@ -128,9 +128,16 @@ class Engine:
         if self._waiters.pop(ticket_id, None) is not None:
             self.post(Cancelled(ticket_id))
 
-    def release(self, ticket_id: TicketId, *, runner_lost: bool = False, output_tokens: int = 0) -> None:
+    def release(
+        self,
+        ticket_id: TicketId,
+        *,
+        runner_lost: bool = False,
+        output_tokens: int = 0,
+        first_byte_at: float | None = None,
+    ) -> None:
         """Gives a granted slot back; each grant must end in exactly one of these."""
-        self.post(Released(ticket_id, runner_lost, output_tokens))
+        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at))
 
     def lease(self, ticket: Ticket) -> Lease:
         """`async with engine.lease(ticket) as lease`: waits for a slot, holds it, gives it back."""

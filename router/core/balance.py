@@ -1,14 +1,17 @@
 """Which loaded copy of a model serves the next request.
 
-Filter (it can serve now), then the copy that served the conversation before, then the fewest requests in flight; ties
-go to the one used longest ago, then by name, so that equal copies take turns and the same facts always give the same
-answer. A conversation never waits for its home: evaluating its prompt again costs less than waiting for a slot.
+Filter (it can serve now), then the least expected waiting: the prompts before it there, its own as far as the copy does
+not hold it in its cache, and what the streams beside it cost and lose, in seconds by how fast that copy is. So a
+conversation finds the copy that served it before, unless more is ahead of it there than a cold prompt takes elsewhere.
+Copies that differ by little are equal: they go by what they hold of the prompt, the fewest requests, the one used
+longest ago, and the name, so that they take turns and the same facts always give the same answer. A request never waits
+for a slot of its home.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
-from typing import Protocol
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple, Protocol
 
 from router.core.entities import (
     InstanceName,
@@ -20,6 +23,15 @@ from router.core.entities import (
     Ticket,
 )
 from router.core.placement import context_of
+from router.core.speeds import STREAM_SHARE, Pace
+from router.core.work import OUTPUT_TOKENS, Work
+
+BATCH_TOKENS = 512
+"""So much of each waiting prompt is in a batch."""
+NEAR = 0.2
+"""By so much more waiting a copy is as good as the best: speeds and prompts are not known better."""
+SIDE_WEIGHT = 0.5
+"""Of a second for which somebody's stream stalls or an answer gets longer, against one of waiting for a first token."""
 
 
 class Fleet(Protocol):
@@ -61,13 +73,50 @@ def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     )
 
 
-def pick(candidates: Iterable[Residency], home: InstanceName | None = None) -> Residency | None:
-    """The best of copies that can serve now, None for none. `home`: where the conversation was served before."""
-    return min(candidates, key=lambda r: rank(r.in_flight, r.used_at, r.instance, home), default=None)
+class Prospect(NamedTuple):
+    """What one copy is to one request."""
+
+    seconds: float
+    """Of waiting, expected: `waiting_seconds`."""
+    held_tokens: int
+    """Of its prompt, in the copy's cache as far as is known."""
+    in_flight: int
+    used_at: float
+    instance: InstanceName
 
 
-def rank(
-    in_flight: int, used_at: float, instance: InstanceName, home: InstanceName | None
-) -> tuple[bool, int, float, str]:
-    """The least is taken."""
-    return instance != home, in_flight, used_at, instance
+def waiting_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int, now: float) -> float:
+    """What a request with so many tokens to evaluate and to write costs there, beside so many others.
+
+    Until its first token: the prompts before it, as far as they are in its batches, its own, and a step. Then what it
+    costs to share the copy: each stream beside it stalls while its prompt is evaluated, and every step that both are in
+    is a little longer.
+    """
+    prompt = prompt_tokens * pace.prompt_seconds
+    if not beside:
+        return work.ahead_seconds(now) + prompt + pace.step_seconds
+    ahead = min(work.ahead_seconds(now), beside * max(prompt, BATCH_TOKENS * pace.prompt_seconds))
+    theirs = work.output_tokens + OUTPUT_TOKENS * (beside - work.requests)
+    longer = STREAM_SHARE * pace.step_seconds * min(output_tokens * beside, theirs)
+    return ahead + prompt + pace.step_seconds + SIDE_WEIGHT * (beside * prompt + longer)
+
+
+def best(prospects: Sequence[Prospect]) -> Prospect:
+    """The one with the least waiting; of those that differ by no more than `NEAR`, by `_in_turn`."""
+    limit = min(prospect.seconds for prospect in prospects) * (1.0 + NEAR)
+    return min((prospect for prospect in prospects if prospect.seconds <= limit), key=_in_turn)
+
+
+def _in_turn(prospect: Prospect) -> tuple[int, int, float, str]:
+    """Which holds most of the prompt, has the fewest requests, was used longest ago, has the first name."""
+    return -prospect.held_tokens, prospect.in_flight, prospect.used_at, prospect.instance
+
+
+def words_for(prospects: Sequence[Prospect], chosen: Prospect) -> str:
+    """Why that one, as the end of a grant's reason; "" where there was no choice."""
+    others = [prospect for prospect in prospects if prospect is not chosen]
+    if not others:
+        return ""
+    other = best(others)
+    held = f", {chosen.held_tokens} tokens of the prompt in its cache" if chosen.held_tokens else ""
+    return f"; about {chosen.seconds:.2f} s of waiting{held}, and {other.seconds:.2f} s on {other.instance}"

@@ -29,7 +29,8 @@ from typing import assert_never
 
 from router.core import loads, plans, shortway, standing
 from router.core import residency as rules
-from router.core.balance import can_serve, pick, suits
+from router.core.balance import can_serve, suits
+from router.core.choosing import choose
 from router.core.entities import (
     BlobDigest,
     InstanceSpec,
@@ -209,7 +210,7 @@ class Dispatcher:
         return max(1, min(60, len(self._queue) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
-        found = self._fleet.give_back(event.ticket_id, event.output_tokens, now)
+        found = self._fleet.give_back(event, now)
         if found is None:
             return []
         lease, residency = found
@@ -302,15 +303,16 @@ class Dispatcher:
         return actions
 
     def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
-        able = [r for r in copies_of(snapshot, ticket.model.blob) if can_serve(snapshot, r, ticket)]
-        chosen = pick(able, self._fleet.home_of(ticket))
-        if chosen is None:
+        copies = copies_of(snapshot, ticket.model.blob)
+        able = [(r.instance, r.blob) for r in copies if can_serve(snapshot, r, ticket)]
+        if not able:
             return None
-        key = (chosen.instance, chosen.blob)
-        self._fleet.take_slot(ticket, key, now)
-        reason = f"{chosen.reason}; {chosen.in_flight} of {chosen.slots} slots were in use"
-        url = snapshot.instances[chosen.instance].spec.url
-        return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)
+        key, share, words = choose(self._fleet, able, ticket, now) if len(copies) > 1 else (able[0], None, "")
+        copy = snapshot.residencies[key]
+        self._fleet.take_slot(ticket, key, now, share)
+        reason = f"{copy.reason}; {copy.in_flight} of {copy.slots} slots were in use{words}"
+        url = snapshot.instances[copy.instance].spec.url
+        return Grant(ticket.id, copy.instance, url, reason, copy.options, copy.context_length)
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""

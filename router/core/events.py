@@ -84,6 +84,8 @@ class Released:
     """The model's runner died under the request: what `/api/ps` still says of it is not to be trusted."""
     output_tokens: int = 0
     """As the server counted them; 0 where it did not tell."""
+    first_byte_at: float | None = None
+    """When the first byte of its answer came; None where none came, or nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ None. It reads the copies without writing their use into them first, which is wh
 
 from __future__ import annotations
 
-from router.core.balance import can_take, rank
-from router.core.entities import Residency, ResidencyKey, ResidencyState, Ticket
+from router.core.balance import can_take
+from router.core.choosing import choose
+from router.core.entities import ResidencyKey, ResidencyState, Ticket
 from router.core.events import Action, Arrived, Event, Grant, Released
 from router.core.state import FleetState, expiry
 
@@ -39,24 +40,23 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
 
 def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | None:
     """Grants the ticket at once; None where no copy can take it."""
-    blob, home = ticket.model.blob, fleet.home_of(ticket)
-    best: tuple[bool, int, float, str] | None = None
-    key: ResidencyKey | None = None
-    for each, copy in fleet.copies.items():
-        if copy.blob != blob or not can_take(fleet, copy, ticket):
+    blob, copies = ticket.model.blob, 0
+    able: list[ResidencyKey] = []
+    for key, copy in fleet.copies.items():
+        if copy.blob != blob:
             continue
-        use = fleet.uses.get(each) or copy
-        if use.in_flight < copy.slots:
-            order = rank(use.in_flight, use.used_at, copy.instance, home)
-            if best is None or order < best:
-                best, key = order, each
-    return None if key is None else [_grant(fleet, ticket, key, fleet.copies[key], now)]
+        copies += 1
+        if can_take(fleet, copy, ticket) and (fleet.uses.get(key) or copy).in_flight < copy.slots:
+            able.append(key)
+    return [_grant(fleet, ticket, able, copies, now)] if able else None
 
 
-def _grant(fleet: FleetState, ticket: Ticket, key: ResidencyKey, copy: Residency, now: float) -> Grant:
+def _grant(fleet: FleetState, ticket: Ticket, able: list[ResidencyKey], copies: int, now: float) -> Grant:
     fleet.asked(ticket, now)
-    used = fleet.take_slot(ticket, key, now).in_flight - 1
-    reason = f"{copy.reason}; {used} of {copy.slots} slots were in use"
+    key, share, words = choose(fleet, able, ticket, now) if copies > 1 else (able[0], None, "")
+    copy = fleet.copies[key]
+    used = fleet.take_slot(ticket, key, now, share).in_flight - 1
+    reason = f"{copy.reason}; {used} of {copy.slots} slots were in use{words}"
     url = fleet.instances[copy.instance].spec.url
     return Grant(ticket.id, copy.instance, url, reason, copy.options, copy.context_length)
 
@@ -68,7 +68,7 @@ def _release(fleet: FleetState, event: Released, now: float) -> float | None:
     lease = fleet.leases.get(event.ticket_id)
     copy = fleet.copies.get(lease.key) if lease is not None else None
     if lease is None or copy is None or copy.loaded_at != lease.loaded_at:
-        fleet.end_lease(event.ticket_id, event.output_tokens, now)
+        fleet.end_lease(event, now)
         return _NEVER
     use = fleet.use_of(lease.key)
     leaves = use.expires_at
@@ -76,6 +76,6 @@ def _release(fleet: FleetState, event: Released, now: float) -> float | None:
         leaves = expiry(use.keep_alive_seconds, now)
     if leaves is not None and leaves <= now:
         return None
-    fleet.end_lease(event.ticket_id, event.output_tokens, now)
+    fleet.end_lease(event, now)
     use.in_flight, use.used_at, use.expires_at = use.in_flight - 1, now, leaves
     return _NEVER if leaves is None else leaves

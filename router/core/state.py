@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from router.core import demand
+from router.core import demand, work
+from router.core.affinity import Homes, Turn
 from router.core.demand import rate_per_second
 from router.core.entities import (
     BlobDigest,
@@ -35,13 +36,15 @@ from router.core.entities import (
     Ticket,
     TicketId,
 )
+from router.core.events import Released
 from router.core.fairness import TokenCounters
 from router.core.keepalive import FOR_EVER, merged_keep_alive
 from router.core.learned import Before, FootprintKey, Footprints
 from router.core.ledger import is_settled
+from router.core.speeds import Speeds
+from router.core.work import Share, Work
 
 _NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
-_SESSIONS_MAX = 10_000
 _MODELS_MAX = 1_000
 _NEW_SHARE = 0.3
 """Of the newest load in the mean rate of loads."""
@@ -60,6 +63,9 @@ class LeaseRecord(NamedTuple):
     """Of the copy: one that came to the same place after it has nothing to do with this slot."""
     client: str
     granted_at: float
+    turn: Turn | None = None
+    share: Share | None = None
+    """Where its model had several copies."""
 
 
 @dataclass(slots=True)
@@ -93,10 +99,10 @@ class FleetState:
     """Facts of models that were asked for, by the name last used."""
     dismissed: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that clients have let go since they were last asked for: nobody loads them again unasked."""
-    sessions: dict[tuple[str, BlobDigest], InstanceName] = field(
-        default_factory=dict[tuple[str, BlobDigest], InstanceName]
-    )
-    """Where each conversation was served last."""
+    homes: Homes = field(default_factory=Homes)
+    speeds: Speeds = field(default_factory=Speeds)
+    works: dict[ResidencyKey, Work] = field(default_factory=dict[ResidencyKey, Work])
+    """Of copies that were chosen among several."""
     wanted: dict[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
     large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that no single card holds."""
@@ -174,6 +180,7 @@ class FleetState:
     def forget(self, key: ResidencyKey) -> None:
         """Drops a residency and what hangs on it. Leases stay: their requests end in their own time."""
         residency = self.residencies.pop(key, None)
+        self.works.pop(key, None)
         self.version += 1
         if residency is not None and residency.load_id is not None:
             self.reservations.pop(residency.load_id, None)
@@ -263,52 +270,52 @@ class FleetState:
 
     # --- slots ---------------------------------------------------------------------------------------------
 
-    def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float) -> Use:
-        """Leases one slot of the copy to the ticket."""
-        self.leases[ticket.id] = LeaseRecord(key, self.copies[key].loaded_at, ticket.client, now)
+    def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float, share: Share | None = None) -> Use:
+        """Leases one slot of the copy to the ticket. `share`: where the model has several copies."""
+        copy = self.copies[key]
+        turn = self.homes.served(ticket, copy) if ticket.session else None
+        self.leases[ticket.id] = LeaseRecord(key, copy.loaded_at, ticket.client, now, turn, share)
+        if share is not None:
+            self.works[key] = share.work
+            work.begin(share, now)
         self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
         self.counters.granted(ticket)
         use = self.use_of(key)
         use.keep_alive_seconds = merged_keep_alive(
             use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
         )
-        pin = self.policy.pins.get(self.copies[key].name)
+        pin = self.policy.pins.get(copy.name)
         if pin is not None and pin.keep_warm:
             use.keep_alive_seconds = FOR_EVER
         use.in_flight, use.used_at, use.expires_at = use.in_flight + 1, now, None
-        self._remember_session(ticket, key)
         return use
 
-    def _remember_session(self, ticket: Ticket, key: ResidencyKey) -> None:
-        if ticket.session:
-            self.sessions.pop((ticket.session, key[1]), None)
-            self.sessions[ticket.session, key[1]] = key[0]
-            if len(self.sessions) > _SESSIONS_MAX:
-                del self.sessions[next(iter(self.sessions))]
-
-    def home_of(self, ticket: Ticket) -> InstanceName | None:
-        """Where the ticket's conversation was served last."""
-        return self.sessions.get((ticket.session, ticket.model.blob)) if ticket.session else None
-
-    def end_lease(self, ticket_id: TicketId, output_tokens: int, now: float) -> LeaseRecord | None:
+    def end_lease(self, event: Released, now: float) -> LeaseRecord | None:
         """Takes the lease out of the books and counts what it was given."""
-        lease = self.leases.pop(ticket_id, None)
+        lease = self.leases.pop(event.ticket_id, None)
         if lease is None:
             return None
         self.clients[lease.client] -= 1
         if not self.clients[lease.client]:
             del self.clients[lease.client]
-        self.counters.released(lease.client, output_tokens)
+        self.counters.released(lease.client, event.output_tokens)
         blob = lease.key[1]
         if blob in self.demand:
             self.demand[blob] = demand.served(self.demand[blob], now - lease.granted_at)
+        if lease.turn is not None:
+            lease.turn.tokens += event.output_tokens
+        if lease.share is not None:
+            self._end_share(lease, lease.share, event, now)
         return lease
 
-    def give_back(
-        self, ticket_id: TicketId, output_tokens: int, now: float
-    ) -> tuple[LeaseRecord, Residency | None] | None:
+    def _end_share(self, lease: LeaseRecord, share: Share, event: Released, now: float) -> None:
+        work.end(share, event.first_byte_at is not None, now)
+        if event.first_byte_at is not None and not event.runner_lost:
+            work.learn(self.speeds, lease.key, share, (lease.granted_at, event.first_byte_at, now), event.output_tokens)
+
+    def give_back(self, event: Released, now: float) -> tuple[LeaseRecord, Residency | None] | None:
         """Ends a lease; returns it with the residency it was on where that still stands."""
-        lease = self.end_lease(ticket_id, output_tokens, now)
+        lease = self.end_lease(event, now)
         if lease is None:
             return None
         residency = self.residencies.get(lease.key)

@@ -44,7 +44,14 @@ class Leases(Protocol):
 
     def cancel(self, ticket_id: TicketId) -> None: ...
 
-    def release(self, ticket_id: TicketId, *, runner_lost: bool = False, output_tokens: int = 0) -> None: ...
+    def release(
+        self,
+        ticket_id: TicketId,
+        *,
+        runner_lost: bool = False,
+        output_tokens: int = 0,
+        first_byte_at: float | None = None,
+    ) -> None: ...
 
     def post(self, event: Event) -> None: ...
 

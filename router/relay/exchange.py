@@ -355,8 +355,9 @@ class LeasedExchange:
         lease, self._lease = self._lease, None
         self._grant = None
         if lease is not None:
-            tokens = self._reply.chunks if self._reply is not None else 0  # a chunk a token
-            self._desk.engine.release(lease, runner_lost=runner_lost, output_tokens=tokens)
+            reply = self._reply
+            tokens, first = (reply.chunks, reply.first_byte_at) if reply is not None else (0, None)  # a chunk a token
+            self._desk.engine.release(lease, runner_lost=runner_lost, output_tokens=tokens, first_byte_at=first)
 
     def _close_books(self, status: int) -> None:
         self._phase = ENDED

@@ -178,10 +178,14 @@ def ticket(
     deadline: float = 10_000.0,
     is_flexible: bool = False,
     layout: Layout | None = None,
+    client: str = "",
+    session: str = "",
+    prompt_tokens: int = 0,
+    output_tokens_max: int | None = None,
 ) -> Ticket:
     return Ticket(
-        TicketId(number), of, options, 0, keep_alive_seconds, arrived_at, deadline,
-        is_flexible=is_flexible, layout=layout,
+        TicketId(number), of, options, 0, keep_alive_seconds, arrived_at, deadline, client, session,
+        prompt_tokens=prompt_tokens, output_tokens_max=output_tokens_max, is_flexible=is_flexible, layout=layout,
     )  # fmt: skip
 
 

@@ -8,8 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.balance import can_serve, pick
-from router.core.entities import InstanceState, Layout, LayoutKind, Residency, ResidencyState, RunnerOptions
+from router.core.balance import (
+    NEAR,
+    SIDE_WEIGHT,
+    Prospect,
+    best,
+    can_serve,
+    waiting_seconds,
+    words_for,
+)
+from router.core.entities import (
+    InstanceName,
+    InstanceState,
+    Layout,
+    LayoutKind,
+    Residency,
+    ResidencyState,
+    RunnerOptions,
+)
+from router.core.speeds import Pace
+from router.core.work import Work
 from tests.core.builders import card, gpu_id, key, model, residency, snapshot, ticket, view
 
 M = model("m")
@@ -97,30 +115,85 @@ def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout
     assert can_serve(facts, copy, ticket(1, M, layout=layout)) is serves
 
 
-def test_the_copy_with_the_fewest_requests_serves_and_equal_ones_take_turns() -> None:
-    one, other = residency("gpu0", M, 1000, in_flight=1), residency("gpu1", M, 1000)
-    assert pick([one, other]) is other
-    assert pick([residency("gpu0", M, 1, used_at=5.0), residency("gpu1", M, 1, used_at=4.0)]) == residency(
-        "gpu1", M, 1, used_at=4.0
-    )
-    assert pick([residency("gpu1", M, 1), residency("gpu0", M, 1)]) == residency("gpu0", M, 1)
-    assert pick([]) is None
+PACE = Pace(prompt_seconds=0.001, step_seconds=0.01)
 
 
-COPIES = st.lists(
+def prospect(on: str, seconds: float = 1.0, *, held: int = 0, in_flight: int = 0, used_at: float = 0.0) -> Prospect:
+    return Prospect(seconds, held, in_flight, used_at, InstanceName(on))
+
+
+def test_the_copy_with_the_least_waiting_serves() -> None:
+    assert best([prospect("gpu0", 3.0, held=500), prospect("gpu1", 1.0, in_flight=1)]).instance == "gpu1"
+
+
+def test_equal_copies_go_by_what_they_hold_then_requests_then_their_turn_then_their_name() -> None:
+    four = [
+        prospect("gpu3", 1.1, held=9, in_flight=1, used_at=5.0),
+        prospect("gpu2", 1.0, used_at=4.0, in_flight=1),
+        prospect("gpu1", used_at=3.0),
+        prospect("gpu0", used_at=4.0),
+    ]
+    assert [best(four).instance, best(four[1:]).instance] == ["gpu3", "gpu1"]
+    assert best([prospect("gpu0", used_at=4.0), prospect("gpu1", used_at=3.0)]).instance == "gpu1"
+    assert best([prospect("gpu1"), prospect("gpu0")]).instance == "gpu0"
+
+
+PROSPECTS = st.lists(
     st.builds(
-        lambda number, busy, used: residency(f"gpu{number}", M, 1000, in_flight=busy, used_at=float(used)),
-        st.integers(0, 9), st.integers(0, 4), st.integers(0, 3),
+        lambda number, seconds, held, busy, used: prospect(
+            f"gpu{number}", seconds, held=held, in_flight=busy, used_at=float(used)
+        ),
+        st.integers(0, 9), st.floats(0.001, 100.0), st.sampled_from((0, 0, 64, 1000)), st.integers(0, 4),
+        st.integers(0, 3),
     ),
-    min_size=1, unique_by=lambda copy: copy.instance,
+    min_size=1, unique_by=lambda found: found.instance,
 )  # fmt: skip
 
 
-@given(COPIES, st.randoms(use_true_random=False))
-def test_the_same_copies_in_any_order_give_the_same_answer(copies: list[Residency], random: object) -> None:
-    chosen = pick(copies)
-    assert chosen is not None
-    assert chosen.in_flight == min(copy.in_flight for copy in copies)
-    shuffled = list(copies)
+@given(PROSPECTS, st.randoms(use_true_random=False))
+def test_the_same_copies_in_any_order_give_the_same_answer_and_never_a_much_slower_one(
+    prospects: list[Prospect], random: object
+) -> None:
+    chosen = best(prospects)
+    assert chosen.seconds <= min(one.seconds for one in prospects) * (1 + NEAR)
+    shuffled = list(prospects)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert pick(shuffled) == chosen
+    assert best(shuffled) == chosen
+    words = words_for(prospects, chosen)
+    assert (words == "") == (len(prospects) == 1)
+
+
+TOKENS = st.integers(0, 8000)
+
+
+@given(TOKENS, TOKENS, st.integers(0, 8), st.floats(0.0, 100.0), TOKENS)
+def test_more_of_anything_never_makes_the_waiting_shorter(
+    prompt: int, output: int, beside: int, ahead: float, more: int
+) -> None:
+    def waiting(**changes: float) -> float:
+        facts: dict[str, float] = {"prompt": prompt, "output": output, "beside": beside, "ahead": ahead, **changes}
+        count = int(facts["beside"])
+        work = Work(prompts_until=1000.0 + facts["ahead"], output_tokens=count * 100, requests=count)
+        return waiting_seconds(PACE, work, int(facts["prompt"]), int(facts["output"]), count, 1000.0)
+
+    at_least = waiting()
+    assert at_least >= prompt * PACE.prompt_seconds + PACE.step_seconds
+    assert waiting(prompt=prompt + more) >= at_least
+    assert waiting(output=output + more) >= at_least
+    assert waiting(ahead=ahead + more) >= at_least
+    assert waiting(beside=beside + 1) + 1e-9 >= (at_least if beside else at_least - ahead)
+
+
+def test_requests_are_weighed_by_their_tokens() -> None:
+    """One long prompt is more work than two short ones."""
+    long = Work(prompts_until=1008.0, output_tokens=100, requests=1)
+    two_short = Work(prompts_until=1000.1, output_tokens=200, requests=2)
+    args = (1000, 100)
+    assert waiting_seconds(PACE, two_short, *args, 2, 1000.0) < waiting_seconds(PACE, long, *args, 1, 1000.0) + 1.0
+    assert waiting_seconds(PACE, two_short, 10, 100, 2, 1000.0) < waiting_seconds(PACE, long, 10, 100, 1, 1000.0)
+
+
+def test_a_long_prompt_costs_the_streams_beside_it() -> None:
+    work = Work(output_tokens=200, requests=2)
+    alone, beside = (waiting_seconds(PACE, w, 4000, 0, n, 1000.0) for w, n in ((Work(), 0), (work, 2)))
+    assert beside - alone == pytest.approx(SIDE_WEIGHT * 2 * 4.0)

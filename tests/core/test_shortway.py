@@ -62,6 +62,7 @@ class _Life:
 _STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("arrive"), st.integers(0, 1), st.sampled_from((None, None, None, -1.0, 0.0, 5.0))),
+        st.tuples(st.just("talk"), st.integers(0, 1), st.sampled_from((10, 300, 3000))),
         st.tuples(st.just("release"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("release"), st.integers(0, 9), st.just(False)),
         st.tuples(st.just("cancel"), st.integers(0, 9), st.just(None)),
@@ -115,8 +116,15 @@ class _Lives:
             keep = more if isinstance(more, float) else None
             now = self.short.now
             self.handle(Arrived(Ticket(TicketId(self.last), _MODELS[int(which)], (), 0, keep, now, now + 4.0)))
+        elif what == "talk" and isinstance(more, int):
+            self.last += 1
+            self.asked.append(TicketId(self.last))
+            now, session = self.short.now, f"session {self.last % 3}"
+            asked = Ticket(TicketId(self.last), _MODELS[int(which)], (), 0, None, now, now + 4.0, session, session)
+            self.handle(Arrived(replace(asked, prompt_tokens=more, output_tokens_max=more)))
         elif what == "release" and self.held:
-            self.handle(Released(self.held.pop(int(which) % len(self.held)), bool(more)))
+            ticket, now = self.held.pop(int(which) % len(self.held)), self.short.now
+            self.handle(Released(ticket, bool(more), int(which) * 10, now - 0.05 if which else None))
         elif what == "cancel" and self.asked:
             self.handle(Cancelled(self.asked[int(which) % len(self.asked)]))
         elif what == "unload":

@@ -200,7 +200,14 @@ class ScriptedEngine:
         del self.waiting[ticket_id]
         self.cancelled += 1
 
-    def release(self, ticket_id: TicketId, *, runner_lost: bool = False, output_tokens: int = 0) -> None:
+    def release(
+        self,
+        ticket_id: TicketId,
+        *,
+        runner_lost: bool = False,
+        output_tokens: int = 0,
+        first_byte_at: float | None = None,
+    ) -> None:
         self.held.remove(ticket_id)  # KeyError where a slot is given back twice
         if runner_lost:
             self.lost.append(ticket_id)

@@ -267,7 +267,7 @@ class Llamayard:
         if self._held.pop(held.ticket, None) is None:
             return
         del self._tickets[held.request]
-        self._post(Released(held.ticket, runner_lost=error == LOST))
+        self._post(Released(held.ticket, error == LOST, first_byte_at=held.request.first_token_at))
         if error and held.request.first_token_at is None and held.attempts < _ATTEMPTS:
             held.attempts += 1
             self._arrive(held)
