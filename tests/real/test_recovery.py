@@ -57,7 +57,7 @@ async def test_a_killed_server_comes_back_and_its_runner_does_not_stay(make_prod
     await eventually(lambda: not any(orphan.is_running() for orphan in orphans), what="the end of its runner")
     await eventually(lambda: len(product.servers()) == 2, what="two servers")
     assert {process.pid for process in product.servers().values()} > others
-    await eventually(lambda: _served(product), deadline_seconds=30, what="a served request")
+    await eventually(lambda: _served(product), what="a served request")
 
 
 async def test_a_killed_runner_is_loaded_again(make_product: MakeProduct) -> None:
@@ -69,7 +69,7 @@ async def test_a_killed_runner_is_loaded_again(make_product: MakeProduct) -> Non
         runner.kill()
         reply = await connection.rest_after_head()
     assert b"error" in reply.body
-    await eventually(lambda: _served(product), deadline_seconds=30, what="a served request")
+    await eventually(lambda: _served(product), what="a served request")
     assert len(product.servers()) == 2
 
 
@@ -158,7 +158,7 @@ async def test_a_second_signal_stops_at_once(make_product: MakeProduct, second: 
         product.signal(second)
         reply = await connection.rest_after_head()
     assert b'"done":true' not in reply.body
-    product.wait(deadline_seconds=20)
+    product.wait()
     eventually_sync(lambda: not product.processes(), what="no process left")
 
 
@@ -170,7 +170,7 @@ async def test_the_drain_has_a_deadline(make_product: MakeProduct) -> None:
         product.signal(signal.SIGTERM)
         reply = await connection.rest_after_head()
     assert b'"done":true' not in reply.body
-    product.wait(deadline_seconds=20)
+    product.wait()
     assert not product.processes()
 
 
