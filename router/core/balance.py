@@ -85,38 +85,50 @@ class Prospect(NamedTuple):
     instance: InstanceName
 
 
-def waiting_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int, now: float) -> float:
-    """What a request with so many tokens to evaluate and to write costs there, beside so many others.
-
-    Until its first token: the prompts before it, as far as they are in its batches, its own, and a step. Then what it
-    costs to share the copy: each stream beside it stalls while its prompt is evaluated, and every step that both are in
-    is a little longer.
-    """
+def first_token_seconds(pace: Pace, work: Work, prompt_tokens: int, beside: int, now: float) -> float:
+    """Until the first token of a request with so many tokens to evaluate, which runs beside so many others there: the
+    prompts before it, as far as they are in its batches, its own, and a step."""
     prompt = prompt_tokens * pace.prompt_seconds
-    if not beside:
-        return work.ahead_seconds(now) + prompt + pace.step_seconds
-    ahead = min(work.ahead_seconds(now), beside * max(prompt, BATCH_TOKENS * pace.prompt_seconds))
+    ahead = work.prompts_until - now
+    if ahead <= 0.0:
+        return prompt + pace.step_seconds
+    if beside:
+        ahead = min(ahead, beside * max(prompt, BATCH_TOKENS * pace.prompt_seconds))
+    return ahead + prompt + pace.step_seconds
+
+
+def side_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int) -> float:
+    """What it costs to share a copy: each stream there stalls while the prompt is evaluated, and every step that two
+    are in is a little longer."""
     theirs = work.output_tokens + OUTPUT_TOKENS * (beside - work.requests)
     longer = STREAM_SHARE * pace.step_seconds * min(output_tokens * beside, theirs)
-    return ahead + prompt + pace.step_seconds + SIDE_WEIGHT * (beside * prompt + longer)
+    return beside * prompt_tokens * pace.prompt_seconds + longer
+
+
+def waiting_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int, now: float) -> float:
+    """What a request with so many tokens to evaluate and to write costs there, beside so many others."""
+    first = first_token_seconds(pace, work, prompt_tokens, beside, now)
+    return first + SIDE_WEIGHT * side_seconds(pace, work, prompt_tokens, output_tokens, beside) if beside else first
 
 
 def best(prospects: Sequence[Prospect]) -> Prospect:
     """The one with the least waiting; of those that differ by no more than `NEAR`, by `_in_turn`."""
-    limit = min(prospect.seconds for prospect in prospects) * (1.0 + NEAR)
-    return min((prospect for prospect in prospects if prospect.seconds <= limit), key=_in_turn)
+    limit = min(prospects)[0] * (1.0 + NEAR)
+    near = [prospect for prospect in prospects if prospect[0] <= limit]
+    return near[0] if len(near) == 1 else min(near, key=_in_turn)
 
 
 def _in_turn(prospect: Prospect) -> tuple[int, int, float, str]:
     """Which holds most of the prompt, has the fewest requests, was used longest ago, has the first name."""
-    return -prospect.held_tokens, prospect.in_flight, prospect.used_at, prospect.instance
+    return -prospect[1], prospect[2], prospect[3], prospect[4]
 
 
 def words_for(prospects: Sequence[Prospect], chosen: Prospect) -> str:
     """Why that one, as the end of a grant's reason; "" where there was no choice."""
-    others = [prospect for prospect in prospects if prospect is not chosen]
-    if not others:
+    if len(prospects) == 1:
         return ""
-    other = best(others)
+    other = min(prospects)
+    if other is chosen:
+        other = sorted(prospects)[1]
     held = f", {chosen.held_tokens} tokens of the prompt in its cache" if chosen.held_tokens else ""
     return f"; about {chosen.seconds:.2f} s of waiting{held}, and {other.seconds:.2f} s on {other.instance}"

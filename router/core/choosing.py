@@ -7,37 +7,37 @@ books when the slot is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from router.core.balance import Prospect, best, waiting_seconds, words_for
 from router.core.entities import ResidencyKey, Ticket
+from router.core.speeds import Pace
 from router.core.state import FleetState
-from router.core.work import Share, Work, expected_output
+from router.core.work import IDLE, Share, expected_output, telling
 
 
-class Choice(NamedTuple):
-    key: ResidencyKey
-    share: Share
-    words: str
-    """Why this copy, to go on with a grant's reason; "" where there was no other."""
+def choose(
+    fleet: FleetState, able: Sequence[ResidencyKey], ticket: Ticket, now: float
+) -> tuple[ResidencyKey, Share, str]:
+    """One of `able`: copies of the ticket's model that could each serve it now, at least one.
 
-
-def choose(fleet: FleetState, able: Sequence[ResidencyKey], ticket: Ticket, now: float) -> Choice:
-    """One of `able`: copies of the ticket's model that could each serve it now, at least one."""
-    output = expected_output(ticket)
-    prospects: list[Prospect] = []
-    shares: list[Share] = []
+    With the request's part in its work, and why that copy, to go on with a grant's reason; "" where there was no other.
+    """
+    tokens, output = ticket.prompt_tokens, expected_output(ticket)
+    copies, uses, works, speeds = fleet.copies, fleet.uses, fleet.works, fleet.speeds
     turn = fleet.homes.turn_of(ticket)
+    prospects: list[Prospect] = []
+    paces: list[Pace] = []
     for key in able:
-        copy = fleet.copies[key]
-        use = fleet.uses.get(key) or copy
-        held = min(turn.held_by(copy), ticket.prompt_tokens) if turn is not None else 0
-        fresh = ticket.prompt_tokens - held
-        work = fleet.works.get(key) or Work()
-        pace = fleet.speeds.pace(fleet.instances[key[0]].spec, ticket.model, fleet.gpus)
-        seconds = waiting_seconds(pace, work, fresh, output, use.in_flight, now)
+        copy = copies[key]
+        use = uses.get(key) or copy
+        held = min(tokens, turn.held_by(copy)) if turn is not None else 0
+        pace = speeds.known.get(key) or speeds.pace(fleet.instances[key[0]].spec, ticket.model, fleet.gpus)
+        seconds = waiting_seconds(pace, works.get(key, IDLE), tokens - held, output, use.in_flight, now)
+        paces.append(pace)
         prospects.append(Prospect(seconds, held, use.in_flight, use.used_at, key[0]))
-        shares.append(Share(work, pace, work.ahead_seconds(now), fresh, fresh >= held, output, use.in_flight))
     chosen = best(prospects)
     index = prospects.index(chosen)
-    return Choice(able[index], shares[index], words_for(prospects, chosen))
+    key, pace, held = able[index], paces[index], chosen.held_tokens
+    fresh = tokens - held
+    told = telling(fresh, held, works.get(key, IDLE).prompts_until - now)
+    return key, Share(fresh * pace.prompt_seconds, output, told, chosen.in_flight), words_for(prospects, chosen)

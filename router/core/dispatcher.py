@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
-from router.core import loads, plans, shortway, standing
+from router.core import loads, moving, plans, shortway, standing
 from router.core import residency as rules
 from router.core.balance import can_serve, suits
 from router.core.choosing import choose
@@ -310,9 +310,9 @@ class Dispatcher:
         key, share, words = choose(self._fleet, able, ticket, now) if len(copies) > 1 else (able[0], None, "")
         copy = snapshot.residencies[key]
         self._fleet.take_slot(ticket, key, now, share)
+        url = snapshot.instances[key[0]].spec.url
         reason = f"{copy.reason}; {copy.in_flight} of {copy.slots} slots were in use{words}"
-        url = snapshot.instances[copy.instance].spec.url
-        return Grant(ticket.id, copy.instance, url, reason, copy.options, copy.context_length)
+        return Grant(ticket.id, key[0], url, reason, copy.options, copy.context_length)
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""
@@ -345,6 +345,7 @@ class Dispatcher:
                 if own is not None and own.in_flight and own.state is ResidencyState.READY:
                     self._replacing[key] = own
                 actions = plans.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
+                actions += self._move(decision.evict, now)
                 self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
                 return actions
             case MustWait():
@@ -354,12 +355,33 @@ class Dispatcher:
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
 
+    def _move(self, leaving: Iterable[ResidencyKey], now: float) -> list[Action]:
+        """Copies on other cards, where there is room, of models that a plan drives out while they are asked for."""
+        actions: list[Action] = []
+        for key in leaving:
+            placed = moving.elsewhere(self._fleet.snapshot(now), self._estimate, key)
+            if placed is not None:
+                model = self._fleet.residencies[key].model
+                actions += plans.begin(self._fleet, model, placed, self._loads.next(), now)
+        return actions
+
+    def _relieve(self, now: float) -> list[Action]:
+        """Moves models off cards whose memory others have come to use."""
+        actions: list[Action] = []
+        for key, why in list(moving.superfluous(self._fleet.snapshot(now))):
+            actions.append(rules.unload(self._fleet, key, why))
+        found = moving.relieve(self._fleet.snapshot(now), self._estimate)
+        if found is not None:
+            residency, placed = found
+            actions += plans.begin(self._fleet, residency.model, placed, self._loads.next(), now)
+        return actions
+
     def _keep(self, now: float) -> list[Action]:
         """What stands whether or not anybody waits: warm models, and instances that are no longer needed."""
         if self._closing:
             return []
         self._looks.forget_others(self._queue)
-        actions: list[Action] = list(standing.stop_empty(self._fleet, now))
+        actions: list[Action] = [*standing.stop_empty(self._fleet, now), *self._relieve(now)]
         for model, placed in standing.anticipate(
             self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
         ):

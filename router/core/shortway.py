@@ -41,12 +41,13 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
 def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | None:
     """Grants the ticket at once; None where no copy can take it."""
     blob, copies = ticket.model.blob, 0
+    uses = fleet.uses
     able: list[ResidencyKey] = []
     for key, copy in fleet.copies.items():
         if copy.blob != blob:
             continue
         copies += 1
-        if can_take(fleet, copy, ticket) and (fleet.uses.get(key) or copy).in_flight < copy.slots:
+        if (uses.get(key) or copy).in_flight < copy.slots and can_take(fleet, copy, ticket):
             able.append(key)
     return [_grant(fleet, ticket, able, copies, now)] if able else None
 

@@ -1,16 +1,17 @@
 """How fast each copy of a model evaluates prompts and writes answers: guessed from its cards, then as it has shown.
 
 A step of generation reads all weights once, so that the memory bandwidth of the cards says how long it takes; a prompt
-is evaluated some tens of tokens in the time of one step. What requests have shown is kept as a factor on that guess, by
-copy, and by model for copies that have shown nothing yet: what is wrong with the guess for a model on one card is
-mostly wrong with it on the others. Tokens of prompts are those that the gateway guesses, here as everywhere: the factor
-makes up for what is wrong with them too. It reads no clock and decides nothing.
+is evaluated some tens of tokens in the time of one step. What requests show corrects that, by copy, and by model for
+copies that have shown nothing yet: what is wrong with the guess for a model on one card is mostly wrong with it on the
+others. Tokens of prompts are those that the gateway guesses, here as everywhere: the correction makes up for what is
+wrong with them too. It reads no clock and decides nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TypeVar
 
 from router.core.entities import BlobDigest, Gpu, GpuUuid, InstanceSpec, ModelFacts, ResidencyKey
 
@@ -28,21 +29,20 @@ _STEP_SECONDS_MIN = 1e-4
 _NEW_SHARE = 0.2
 """Of the newest request in the mean of what requests have shown."""
 _SURPRISE_MAX = 4.0
-"""One request counts as no further than so many times from what was expected."""
-_FACTOR_MAX = 50.0
+"""One request counts as no slower than so many times what was expected."""
+_LEAST, _MOST = 1e-7, 100.0
+"""Whatever requests show, no pace leaves these."""
 _KNOWN_MAX = 1_000
 
 
-class Pace(NamedTuple):
-    """How fast a copy is; or, as `_Factors`, by how much it is slower than guessed."""
+@dataclass(slots=True)
+class Pace:
+    """How fast a copy is; mutable: what requests show corrects it. Of a model: how much slower it is than guessed."""
 
     prompt_seconds: float
     """For one token of a prompt."""
     step_seconds: float
     """For one token of one stream that is alone."""
-
-
-_AS_GUESSED = Pace(1.0, 1.0)
 
 
 def guessed(weights_bytes: int, bandwidths: Sequence[float | None]) -> Pace:
@@ -53,52 +53,61 @@ def guessed(weights_bytes: int, bandwidths: Sequence[float | None]) -> Pace:
     return Pace(step / (_PROMPT_TOKENS_A_STEP if rates else _PROMPT_TOKENS_A_STEP_CPU), step)
 
 
-def follow(factor: float, expected_seconds: float, shown_seconds: float) -> float:
-    """The factor after one more request, which was expected to take so long and took so long."""
-    surprise = shown_seconds / max(1e-9, expected_seconds)
-    surprise = max(1.0 / _SURPRISE_MAX, min(_SURPRISE_MAX, surprise))
-    factor *= 1.0 + _NEW_SHARE * (surprise - 1.0)
-    return max(1.0 / _FACTOR_MAX, min(_FACTOR_MAX, factor))
+def correction(expected_seconds: float, shown_seconds: float) -> float:
+    """By what the mean is to be multiplied after one more request, expected to take so long, took so long."""
+    surprise = shown_seconds / expected_seconds if expected_seconds > 0.0 else 1.0
+    return 1.0 + _NEW_SHARE * ((_SURPRISE_MAX if surprise > _SURPRISE_MAX else surprise) - 1.0)
 
 
 class Speeds:
-    """Mutable, single owner; forgets what was learned longest ago where there is too much."""
+    """Mutable, single owner; forgets what was first asked for longest ago where there is too much."""
 
-    __slots__ = ("_factors", "_guesses")
+    __slots__ = ("_models", "known")
 
     def __init__(self) -> None:
-        self._factors: dict[ResidencyKey | BlobDigest, Pace] = {}
-        self._guesses: dict[tuple[tuple[GpuUuid, ...], BlobDigest], Pace] = {}
+        self.known: dict[ResidencyKey, Pace] = {}
+        """Copies that were asked about while their cards were known, for who wants to read fast; else see `pace`."""
+        self._models: dict[BlobDigest, Pace] = {}
 
     def pace(self, spec: InstanceSpec, model: ModelFacts, gpus: Mapping[GpuUuid, Gpu]) -> Pace:
         """Of the model's copy on that instance."""
-        factors = self._factors
-        factor = factors.get((spec.name, model.blob)) or factors.get(model.blob)
-        guess = self._guesses.get((spec.gpus, model.blob)) or self._guess(spec, model, gpus)
-        if factor is None:
-            return guess
-        return Pace(guess.prompt_seconds * factor.prompt_seconds, guess.step_seconds * factor.step_seconds)
-
-    def _guess(self, spec: InstanceSpec, model: ModelFacts, gpus: Mapping[GpuUuid, Gpu]) -> Pace:
+        known = self.known.get((spec.name, model.blob))
+        if known is not None:
+            return known
         cards = [gpus.get(uuid) for uuid in spec.gpus]
-        guess = guessed(model.weights_bytes, [card and card.bandwidth_bytes_per_second for card in cards])
+        pace = guessed(model.weights_bytes, [card and card.bandwidth_bytes_per_second for card in cards])
+        factor = self._models.get(model.blob)
+        if factor is not None:
+            pace.prompt_seconds *= factor.prompt_seconds
+            pace.step_seconds *= factor.step_seconds
         if None not in cards:
-            if len(self._guesses) >= _KNOWN_MAX:
-                self._guesses.clear()
-            self._guesses[spec.gpus, model.blob] = guess
-        return guess
+            _keep(self.known, (spec.name, model.blob), pace)
+        return pace
 
-    def prompt_took(self, key: ResidencyKey, expected_seconds: float, shown_seconds: float) -> None:
-        for known in (key, key[1]):
-            before = self._factors.pop(known, _AS_GUESSED)
-            self._keep(known, Pace(follow(before[0], expected_seconds, shown_seconds), before[1]))
+    def correct(self, key: ResidencyKey, prompt: float, step: float) -> None:
+        """Multiplies what is known of the copy, and of its model, by these."""
+        own, model = self.known.get(key), self._models.get(key[1])
+        if model is None:
+            model = Pace(1.0, 1.0)
+            _keep(self._models, key[1], model)
+        _multiply(model, prompt, step)
+        if own is not None:
+            _multiply(own, prompt, step)
 
-    def steps_took(self, key: ResidencyKey, expected_seconds: float, shown_seconds: float) -> None:
-        for known in (key, key[1]):
-            before = self._factors.pop(known, _AS_GUESSED)
-            self._keep(known, Pace(before[0], follow(before[1], expected_seconds, shown_seconds)))
 
-    def _keep(self, known: ResidencyKey | BlobDigest, factor: Pace) -> None:
-        self._factors[known] = factor
-        if len(self._factors) > _KNOWN_MAX:
-            del self._factors[next(iter(self._factors))]
+def _multiply(pace: Pace, prompt: float, step: float) -> None:
+    prompt *= pace.prompt_seconds
+    step *= pace.step_seconds
+    if _LEAST < prompt < _MOST:
+        pace.prompt_seconds = prompt
+    if _LEAST < step < _MOST:
+        pace.step_seconds = step
+
+
+_Key = TypeVar("_Key")
+
+
+def _keep(known: dict[_Key, Pace], key: _Key, pace: Pace) -> None:
+    known[key] = pace
+    if len(known) > _KNOWN_MAX:
+        del known[next(iter(known))]

@@ -276,8 +276,10 @@ class FleetState:
         turn = self.homes.served(ticket, copy) if ticket.session else None
         self.leases[ticket.id] = LeaseRecord(key, copy.loaded_at, ticket.client, now, turn, share)
         if share is not None:
-            self.works[key] = share.work
-            work.begin(share, now)
+            own = self.works.get(key)
+            if own is None:
+                own = self.works[key] = Work()
+            work.begin(own, share, now)
         self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
         self.counters.granted(ticket)
         use = self.use_of(key)
@@ -309,9 +311,13 @@ class FleetState:
         return lease
 
     def _end_share(self, lease: LeaseRecord, share: Share, event: Released, now: float) -> None:
-        work.end(share, event.first_byte_at is not None, now)
-        if event.first_byte_at is not None and not event.runner_lost:
-            work.learn(self.speeds, lease.key, share, (lease.granted_at, event.first_byte_at, now), event.output_tokens)
+        key, first_at = lease.key, event.first_byte_at
+        copy = self.copies.get(key)
+        if copy is None or copy.loaded_at != lease.loaded_at:
+            return
+        work.end(self.works[key], share, first_at is not None, now)
+        if first_at is not None and not event.runner_lost:
+            work.learn(self.speeds, key, share, (lease.granted_at, first_at, now), event.output_tokens)
 
     def give_back(self, event: Released, now: float) -> tuple[LeaseRecord, Residency | None] | None:
         """Ends a lease; returns it with the residency it was on where that still stands."""

@@ -8,15 +8,15 @@ one, nothing has to be chosen and nothing is noted. From how requests ended it i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from router.core.entities import ResidencyKey, Ticket
-from router.core.speeds import STREAM_SHARE, Pace, Speeds
+from router.core.speeds import STREAM_SHARE, Speeds, correction
 
 OUTPUT_TOKENS = 256
 """An answer is taken to be so long, or as long as it may be at most."""
 
-_PROMPT_TOKENS_MIN = 128
+TELLING_TOKENS = 128
 """A shorter prompt tells little of how fast prompts are evaluated."""
 _STREAM_TOKENS_MIN = 8
 """An answer in fewer pieces did not stream, or tells little of how long a step takes."""
@@ -37,23 +37,21 @@ class Work:
         return max(0.0, self.prompts_until - now)
 
 
+IDLE: Final = Work()
+"""Stands for a copy that has been given nothing yet; to be read only."""
+
+
 class Share(NamedTuple):
     """One request's part in the work of the copy that serves it, as it was expected when it was granted."""
 
-    work: Work
-    pace: Pace
-    ahead_seconds: float
-    prompt_tokens: int
-    """To be evaluated: what the copy holds of the prompt is left out."""
-    is_cold: bool
-    """Whether most of the prompt is to be evaluated: of others it is not certain how much was."""
+    prompt_seconds: float
+    """To evaluate its prompt, without what the copy holds of it."""
     output_tokens: int
+    telling_tokens: int
+    """Of its prompt, where it tells how fast prompts are; else 0: it is short, the copy holds most of it, or others
+    were before it."""
     beside: int
     """Requests that ran there already."""
-
-    @property
-    def prompt_seconds(self) -> float:
-        return self.prompt_tokens * self.pace.prompt_seconds
 
 
 def expected_output(ticket: Ticket) -> int:
@@ -61,17 +59,15 @@ def expected_output(ticket: Ticket) -> int:
     return OUTPUT_TOKENS if most is None or most < 0 else min(OUTPUT_TOKENS, most)
 
 
-def begin(share: Share, now: float) -> None:
+def begin(work: Work, share: Share, now: float) -> None:
     """The request has its slot."""
-    work = share.work
     work.requests += 1
     work.output_tokens += share.output_tokens
     work.prompts_until = max(work.prompts_until, now) + share.prompt_seconds
 
 
-def end(share: Share, has_begun: bool, now: float) -> None:
+def end(work: Work, share: Share, has_begun: bool, now: float) -> None:
     """The slot is back; with a prompt that may not have been evaluated to its end, where no byte of an answer came."""
-    work = share.work
     work.requests -= 1
     work.output_tokens -= share.output_tokens
     if not work.requests:
@@ -80,20 +76,22 @@ def end(share: Share, has_begun: bool, now: float) -> None:
         work.prompts_until -= min(share.prompt_seconds, work.ahead_seconds(now))
 
 
+def telling(tokens: int, held_tokens: int, ahead_seconds: float) -> int:
+    """`Share.telling_tokens` of a prompt with so many to evaluate, beside those that the copy holds."""
+    return tokens if tokens >= TELLING_TOKENS and tokens >= held_tokens and ahead_seconds <= 0.0 else 0
+
+
 def learn(
-    speeds: Speeds,
-    key: ResidencyKey,
-    share: Share,
-    times: tuple[float, float, float],
-    output_tokens: int,
+    speeds: Speeds, key: ResidencyKey, share: Share, times: tuple[float, float, float], output_tokens: int
 ) -> None:
     """From a stream: `times` are those of its grant, its first byte and its end."""
     granted_at, first_at, ended_at = times
-    if output_tokens < _STREAM_TOKENS_MIN or not granted_at <= first_at <= ended_at:
+    pace = speeds.known.get(key)
+    if pace is None or output_tokens < _STREAM_TOKENS_MIN or not granted_at <= first_at <= ended_at:
         return
-    pace = share.pace
-    if share.is_cold and share.prompt_tokens >= _PROMPT_TOKENS_MIN:
-        expected = share.ahead_seconds + share.prompt_seconds + pace.step_seconds
-        speeds.prompt_took(key, expected, first_at - granted_at)
-    step = pace.step_seconds * (1.0 + STREAM_SHARE * share.beside)
-    speeds.steps_took(key, step * (output_tokens - 1), ended_at - first_at)
+    step = pace.step_seconds
+    by_prompt, tokens = 1.0, share.telling_tokens
+    if tokens:
+        by_prompt = correction(tokens * pace.prompt_seconds + step, first_at - granted_at)
+    steps = step * (1.0 + STREAM_SHARE * share.beside) * (output_tokens - 1)
+    speeds.correct(key, by_prompt, correction(steps, ended_at - first_at))

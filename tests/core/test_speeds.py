@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.cards import Gpu, GpuUuid
-from router.core.entities import ResidencyKey
-from router.core.speeds import Pace, Speeds, follow, guessed
+from router.core.entities import InstanceSpec, ModelFacts
+from router.core.speeds import Speeds, correction, guessed
 from tests.core.builders import LLAMA_70B, card, gpu_id, instance, key, model
 
 M = model("m", 8000)
@@ -39,57 +39,68 @@ def test_what_is_not_known_of_a_card_is_taken_as_the_usual() -> None:
 
 @given(st.floats(0.05, 20.0))
 def test_what_requests_show_is_followed_wherever_it_lies(truth: float) -> None:
-    factor = 1.0
+    expected = 1.0
     for _ in range(80):
-        factor = follow(factor, expected_seconds=factor, shown_seconds=truth)
-    assert factor == pytest.approx(truth, rel=0.01)
+        expected *= correction(expected, truth)
+    assert expected == pytest.approx(truth, rel=0.01)
 
 
-@given(st.floats(0.02, 50.0), st.floats(0.0, 1e6), st.floats(0.0, 1e6))
-def test_one_odd_request_changes_little(factor: float, expected: float, shown: float) -> None:
-    assert 0.8 * factor <= follow(factor, expected, shown) <= 1.61 * factor or factor >= 50.0 / 1.61
+@given(st.floats(0.0, 1e6), st.floats(0.0, 1e6))
+def test_one_odd_request_changes_little(expected: float, shown: float) -> None:
+    assert 0.8 <= correction(expected, shown) <= 1.61
 
 
-def _taught(speeds: Speeds, where: ResidencyKey, expected: float, shown: float) -> None:
-    for _ in range(3):
-        speeds.prompt_took(where, expected, shown)
-        speeds.steps_took(where, expected, shown / 2)
+@given(st.lists(st.tuples(st.floats(0.8, 1.6), st.floats(0.8, 1.6)), max_size=200))
+def test_no_pace_leaves_its_bounds(corrections: list[tuple[float, float]]) -> None:
+    speeds, spec = Speeds(), instance("gpu0", 0)
+    pace = speeds.pace(spec, M, CARDS)
+    for prompt, step in corrections * 3:
+        speeds.correct(key("gpu0", M), prompt, step)
+    assert speeds.pace(spec, M, CARDS) is pace
+    assert 0 < pace.prompt_seconds < 1e3
+    assert 0 < pace.step_seconds < 1e3
+
+
+FAST, SLOW = instance("gpu0", 0), instance("gpu1", 1)
+
+
+def _seen(speeds: Speeds, *specs: InstanceSpec, of: ModelFacts = M) -> list[tuple[float, float]]:
+    return [(pace.prompt_seconds, pace.step_seconds) for pace in (speeds.pace(spec, of, CARDS) for spec in specs)]
 
 
 def test_a_copy_that_has_shown_nothing_is_judged_by_its_card_and_by_the_other_copies() -> None:
-    speeds = Speeds()
-    fast, slow = instance("gpu0", 0), instance("gpu1", 1)
-    before = [speeds.pace(spec, M, CARDS) for spec in (fast, slow)]
-    assert before[0].step_seconds < before[1].step_seconds
-    _taught(speeds, key("gpu0", M), 1.0, 3.0)
-    after = [speeds.pace(spec, M, CARDS) for spec in (fast, slow)]
-    for old, new in zip(before, after, strict=True):
-        assert new.prompt_seconds / old.prompt_seconds == pytest.approx(
-            after[0].prompt_seconds / before[0].prompt_seconds
-        )
-        assert new.prompt_seconds > old.prompt_seconds
-        assert new.step_seconds > old.step_seconds
-    assert speeds.pace(fast, model("other", 8000), CARDS) == before[0]
+    untaught, speeds = Speeds(), Speeds()
+    (fast, slow) = _seen(untaught, FAST, SLOW)
+    assert fast < slow
+    _seen(speeds, FAST)
+    for _ in range(3):
+        speeds.correct(key("gpu0", M), 1.5, 0.9)
+    for before, after in zip((fast, slow), _seen(speeds, FAST, SLOW), strict=True):
+        assert after == pytest.approx((before[0] * 1.5**3, before[1] * 0.9**3))
+    other = model("other", 8000)
+    assert _seen(speeds, FAST, of=other) == _seen(untaught, FAST, of=other)
 
 
 def test_each_copy_keeps_what_it_has_shown_itself() -> None:
     speeds = Speeds()
-    _taught(speeds, key("gpu0", M), 1.0, 2.0)
-    _taught(speeds, key("gpu1", M), 1.0, 0.5)
-    fast, slow = (speeds.pace(instance(name, number), M, CARDS) for name, number in (("gpu1", 0), ("gpu0", 0)))
-    assert fast.prompt_seconds < slow.prompt_seconds
+    before = _seen(speeds, FAST, SLOW)
+    speeds.correct(key("gpu1", M), 1.5, 1.5)
+    after = _seen(speeds, FAST, SLOW)
+    assert after[0] == before[0]
+    assert after[1] > before[1]
 
 
 def test_a_guess_made_before_the_cards_were_read_is_not_kept() -> None:
     speeds = Speeds()
-    blind = speeds.pace(instance("gpu0", 0), M, {})
-    assert speeds.pace(instance("gpu0", 0), M, CARDS) != blind
-    assert isinstance(blind, Pace)
+    blind = speeds.pace(FAST, M, {})
+    assert speeds.pace(FAST, M, CARDS) != blind
 
 
 def test_what_is_remembered_has_a_bound() -> None:
     speeds = Speeds()
     for number in range(1200):
-        speeds.prompt_took(key("gpu0", model(f"m{number}")), 1.0, 2.0)
-    first, last = (speeds.pace(instance("gpu0", 0), model(f"m{n}", 8000), CARDS) for n in (0, 1199))
-    assert first.prompt_seconds < last.prompt_seconds
+        named = model(f"m{number}")
+        speeds.pace(FAST, named, CARDS)
+        speeds.correct(key("gpu0", named), 2.0, 2.0)
+    assert len(speeds.known) == 1000
+    assert _seen(speeds, FAST, of=model("m1199")) > _seen(speeds, FAST, of=model("m0"))

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.entities import TicketId
-from router.core.speeds import Pace, Speeds
-from router.core.work import Share, Work, begin, end, expected_output, learn
+from router.core.speeds import STREAM_SHARE, Speeds
+from router.core.work import Share, Work, begin, end, expected_output, learn, telling
 from tests.core.builders import card, gpu_id, instance, key, model, ticket
 
-PACE = Pace(prompt_seconds=0.001, step_seconds=0.01)
 M = model("m", 8000)
 
 
-def share(work: Work, prompt: int = 1000, output: int = 100, pace: Pace = PACE, *, is_cold: bool = True) -> Share:
-    return Share(work, pace, work.ahead_seconds(0.0), prompt, is_cold, output, work.requests)
+def share(prompt_seconds: float = 1.0, output: int = 100, told: int = 0, beside: int = 0) -> Share:
+    return Share(prompt_seconds, output, told, beside)
 
 
 def test_prompts_queue_up_and_are_worked_off_by_time() -> None:
     work = Work()
-    begin(share(work, 2000), 10.0)
-    begin(share(work, 1000), 10.5)
+    begin(work, share(2.0), 10.0)
+    begin(work, share(1.0), 10.5)
     assert work.ahead_seconds(10.5) == 2.5
     assert work.ahead_seconds(12.0) == 1.0
     assert work.ahead_seconds(20.0) == 0.0
@@ -30,29 +30,31 @@ def test_prompts_queue_up_and_are_worked_off_by_time() -> None:
 
 def test_who_leaves_before_his_first_byte_takes_his_prompt_with_him() -> None:
     work = Work()
-    first, second = share(work, 2000), share(work, 4000)
-    begin(first, 10.0)
-    begin(second, 10.0)
-    end(second, has_begun=False, now=11.0)
+    first, second = share(2.0), share(4.0)
+    begin(work, first, 10.0)
+    begin(work, second, 10.0)
+    end(work, second, has_begun=False, now=11.0)
     assert work.ahead_seconds(11.0) == 1.0
-    end(first, has_begun=True, now=11.5)
+    end(work, first, has_begun=True, now=11.5)
     assert (work.ahead_seconds(11.5), work.output_tokens, work.requests) == (0.0, 0, 0)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5000), st.booleans(), st.floats(0.0, 5.0)), max_size=20), st.randoms())
-def test_when_all_have_left_nothing_is_left_to_do(requests: list[tuple[int, bool, float]], random: object) -> None:
+@given(
+    st.lists(st.tuples(st.floats(0.0, 9.0), st.booleans(), st.floats(0.0, 5.0)), max_size=20),
+    st.randoms(use_true_random=False),
+)
+def test_when_all_have_left_nothing_is_left_to_do(requests: list[tuple[float, bool, float]], random: object) -> None:
     work, now = Work(), 0.0
     running: list[tuple[Share, bool]] = []
     for prompt, begun, wait in requests:
         now += wait
-        running.append((share(work, prompt), begun))
-        begin(running[-1][0], now)
+        running.append((share(prompt), begun))
+        begin(work, running[-1][0], now)
         assert work.requests == len(running)
-        assert 0.0 <= work.ahead_seconds(now) <= sum(one.prompt_seconds for one, _ in running) + 1e-6
+        assert work.ahead_seconds(now) <= sum(one.prompt_seconds for one, _ in running) + 1e-6
     random.shuffle(running)  # type: ignore[attr-defined]
     for one, begun in running:
-        end(one, begun, now)
-        assert work.ahead_seconds(now) >= 0.0
+        end(work, one, begun, now)
     assert (work.ahead_seconds(now), work.output_tokens, work.requests) == (0.0, 0, 0)
 
 
@@ -64,29 +66,39 @@ def test_an_answer_is_expected_to_be_no_longer_than_it_may_be() -> None:
 
 
 CARDS = {gpu_id(0): card(0, 1, clock_hertz=9_751_000_000)}
+GRANTED = 1000.0
 
 
-def _paces(one: Share, times: tuple[float, float, float], output_tokens: int) -> tuple[float, float]:
-    """By how much the copy is taken to be slower after the request than before."""
+def _learned(one: Share, first_after: float, ends_after: float, output_tokens: int) -> tuple[float, float]:
+    """By how much the copy is taken to be slower, at prompts and at steps, after the request than before."""
     speeds, spec = Speeds(), instance("gpu0", 0)
-    before = speeds.pace(spec, M, CARDS)
-    learn(speeds, key("gpu0", M), one._replace(pace=before), times, output_tokens)
-    after = speeds.pace(spec, M, CARDS)
-    return after.prompt_seconds / before.prompt_seconds, after.step_seconds / before.step_seconds
+    pace = speeds.pace(spec, M, CARDS)
+    prompt, step = pace.prompt_seconds, pace.step_seconds
+    times = (GRANTED, GRANTED + first_after, GRANTED + first_after + ends_after)
+    learn(speeds, key("gpu0", M), one, times, output_tokens)
+    return pace.prompt_seconds / prompt, pace.step_seconds / step
 
 
 def test_a_stream_shows_how_fast_prompts_and_steps_are() -> None:
-    prompt, step = _paces(share(Work(), 4000), (0.0, 60.0, 600.0), 100)
-    assert prompt > 1.5
-    assert step > 1.5
-    prompt, step = _paces(share(Work(), 4000), (0.0, 0.001, 0.002), 100)
-    assert prompt < 0.9
-    assert step < 0.9
+    assert _learned(share(told=4000), 60.0, 600.0, 100) == pytest.approx((1.6, 1.6))
+    assert _learned(share(told=4000), 0.0, 0.0, 100) == pytest.approx((0.8, 0.8))
+
+
+def test_what_was_expected_changes_nothing() -> None:
+    pace = Speeds().pace(instance("gpu0", 0), M, CARDS)
+    first, steps = 4000 * pace.prompt_seconds + pace.step_seconds, 99 * pace.step_seconds
+    assert _learned(share(told=4000), first, steps, 100) == pytest.approx((1.0, 1.0))
+    beside = share(told=4000, beside=2)
+    assert _learned(beside, first, steps * (1 + 2 * STREAM_SHARE), 100) == pytest.approx((1.0, 1.0))
 
 
 def test_what_shows_nothing_teaches_nothing() -> None:
-    late = (0.0, 60.0, 600.0)
-    assert _paces(share(Work(), 4000), late, 1) == (1.0, 1.0)  # it did not stream
-    assert _paces(share(Work(), 4000), (60.0, 0.0, 600.0), 100) == (1.0, 1.0)  # the clock of another life
-    assert _paces(share(Work(), 100), late, 100)[0] == 1.0  # too short
-    assert _paces(share(Work(), 4000, is_cold=False), late, 100)[0] == 1.0  # the cache may have held more, or less
+    assert _learned(share(told=4000), 60.0, 600.0, 1) == (1.0, 1.0)  # it did not stream
+    assert _learned(share(told=4000), -60.0, 600.0, 100) == (1.0, 1.0)  # the times of another life
+    assert _learned(share(told=0), 60.0, 600.0, 100)[0] == 1.0
+
+
+def test_a_prompt_tells_if_it_is_long_and_new_and_the_first() -> None:
+    assert telling(4000, 0, -1.0) == 4000
+    assert telling(4000, 3000, 0.0) == 4000
+    assert telling(100, 0, -1.0) == telling(4000, 5000, -1.0) == telling(4000, 0, 0.5) == 0
