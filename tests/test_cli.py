@@ -146,6 +146,25 @@ def test_log_lines_that_nobody_takes_are_dropped_and_the_program_goes_on(root: P
     assert ended.stdout == b"goes on\n"
 
 
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("state_directory=/dev/null/x", "state_directory: the emulated rig cannot be written there"),
+        ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no card of this machine; there are: 0: GPU-"),
+        ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no card of this machine; there are: 0: GPU-"),
+    ],
+)
+def test_what_shows_only_when_it_is_tried_ends_in_a_sentence_too(
+    root: Path, tmp_path: Path, pair: str, told: str
+) -> None:
+    command = [sys.executable, "-m", "router", "serve", "--port", "0", "--rig", "h100", "--set", pair]
+    environment = {**HOME, "LLAMAYARD_STATE_DIRECTORY": str(tmp_path)}
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith(f"llamayard: {told}")
+    assert "Traceback" not in ended.stderr
+
+
 def test_auto_serves_a_real_ollama_where_there_is_one(tmp_path: Path, capsys: Captured) -> None:
     binary = tmp_path / "ollama"
     binary.write_text("#!/bin/sh\n", encoding="utf-8")
