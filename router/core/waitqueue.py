@@ -7,7 +7,7 @@ is `core/fairness.py`'s choice. The queue is bounded by whoever fills it; it onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from router.core.entities import BlobDigest, Layout, RunnerOptions, Ticket, TicketId
@@ -70,10 +70,10 @@ class WaitQueue:
                 self._deadline = None
         return ticket
 
-    def groups(self, blob: BlobDigest | None = None) -> list[GroupKey]:
+    def groups(self, blobs: Collection[BlobDigest] | None = None) -> list[GroupKey]:
         """The groups in the order in which they are served: by the priority, then the age of their first ticket. With
-        `blob` only those that wait for these weights."""
-        chosen = self._groups.items() if blob is None else [g for g in self._groups.items() if g[0].blob == blob]
+        `blobs` only those that wait for these weights."""
+        chosen = self._groups.items() if blobs is None else [g for g in self._groups.items() if g[0].blob in blobs]
         firsts = [(next(iter(group.values())), key) for key, group in chosen]
         return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
 
@@ -97,6 +97,9 @@ class WaitQueue:
     def wanted(self) -> dict[BlobDigest, int]:
         """Models that are waited for, and by how many."""
         return self._wanted.copy()
+
+    def has_client(self, client: str) -> bool:
+        return client in self._clients
 
     def clients(self) -> frozenset[str]:
         """Who waits."""
