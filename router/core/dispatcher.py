@@ -32,8 +32,6 @@ from router.core import residency as rules
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
     BlobDigest,
-    InstanceSpec,
-    ModelFacts,
     Policy,
     Residency,
     ResidencyKey,
@@ -64,9 +62,9 @@ from router.core.events import (
     UnloadFinished,
 )
 from router.core.ids import LoadIds
-from router.core.learned import key_of
 from router.core.looks import AGAIN_SECONDS, Looks, concerned, next_look
 from router.core.placement import Estimate, MustWait, NoFit, Placed
+from router.core.predicting import Prediction
 from router.core.seeking import coming, seek, seek_replica
 from router.core.state import FleetState
 from router.core.sums import copies_of
@@ -81,6 +79,7 @@ class Dispatcher:
         self._policy = policy
         self._estimate_unseen = estimate
         self._fleet = FleetState(policy)
+        self._estimate = Prediction(policy, self._fleet.footprints, estimate)
         self._queue = WaitQueue()
         self._loads = LoadIds()
         self._closing = False
@@ -169,16 +168,6 @@ class Dispatcher:
                 return []
             case Released():
                 return self._released(event, now)
-
-    def _estimate(
-        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
-    ) -> tuple[int, ...]:
-        """What such a load has shown before, else the estimate."""
-        known = self._fleet.footprints.known.get(key_of(model, spec, context_length, self._policy))
-        if known is not None:
-            return known
-        ratio = 1.0 + self._policy.unseen_margin_ratio
-        return tuple(int(size * ratio) for size in self._estimate_unseen(model, spec, context_length, snapshot))
 
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
