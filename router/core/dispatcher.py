@@ -58,6 +58,7 @@ from router.core.events import (
     ResidencyRead,
     ShutdownBegan,
     Ticked,
+    Unload,
     UnloadAsked,
     UnloadFinished,
 )
@@ -197,6 +198,7 @@ class Dispatcher:
 
     def _released(self, event: Released, now: float) -> list[Action]:
         copy = self._fleet.give_back(event.ticket_id, event.output_tokens, now)
+        self._fleet.version += bool(self._replacing)
         if event.runner_lost and copy is not None and copy.state is ResidencyState.READY:
             # The server still lists it, and would load it again inside the next request: unload it properly.
             return [rules.unload(self._fleet, (copy.instance, copy.blob), "its runner died")]
@@ -254,14 +256,20 @@ class Dispatcher:
     def _serve_those(self, blobs: Collection[BlobDigest], now: float) -> list[Action]:
         """What `_expire` and `_pump` come to while the queue is calm."""
         keys = self._queue.groups(blobs)
-        if not keys:
-            return []
-        self._fleet.wanted = self._queue.wanted()
         version = self._fleet.version
-        actions = self._serve_groups(keys, now)
+        actions: list[Action] = []
+        if keys:
+            self._fleet.wanted = self._queue.wanted()
+            actions += self._serve_groups(keys, now)
+            self._looks.these_looked(filter(self._queue.has_group, keys), self._fleet.version)
         if version != self._fleet.version:
-            actions += plans.advance(self._fleet, now)
-        self._looks.these_looked(filter(self._queue.has_group, keys), self._fleet.version)
+            return actions + plans.advance(self._fleet, now)
+        if self._fleet.has_drained(blobs):
+            # Its room was promised: that it leaves changes nothing for all others.
+            leaves = plans.advance(self._fleet, now)
+            if self._fleet.version == version + len(leaves) and all(isinstance(each, Unload) for each in leaves):
+                self._looks.still(version, self._fleet.version)
+            actions += leaves
         return actions
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:

@@ -50,6 +50,11 @@ class Looks:
         is_calm = self._calm[0] == version and all(found[0] == version for found in seen)
         self._calm = (version, min([self._calm[1], *(until for _, until in seen)])) if is_calm else _NEVER
 
+    def still(self, before: int, version: int) -> None:
+        """What changed in between concerns nobody who waits."""
+        self._seen = {key: (version if seen == before else seen, until) for key, (seen, until) in self._seen.items()}
+        self._calm = (version, self._calm[1]) if self._calm[0] == before else self._calm
+
     def is_calm(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
         """Whether the queue was gone through since anything changed, and time alone brings nothing yet."""
         if self._calm[0] != fleet.version or self._calm[1] <= now:

@@ -10,6 +10,7 @@ that a request does. Nobody outside sees the difference.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -198,6 +199,14 @@ class FleetState:
         for key in [k for k in self.residencies if k[0] == name]:
             self.forget(key)
 
+    def has_drained(self, blobs: Collection[BlobDigest]) -> bool:
+        """Whether a copy of these weights that takes no more requests is idle."""
+        for key in self.draining:
+            copy = self.copies.get(key) if key[1] in blobs else None
+            if copy is not None and copy.state is ResidencyState.READY and not (self.uses.get(key) or copy).in_flight:
+                return True
+        return False
+
     def by_load(self, load_id: LoadId) -> Residency | None:
         return next((r for r in self.residencies.values() if r.load_id == load_id), None)
 
@@ -329,6 +338,6 @@ class FleetState:
         is_ready = copy.state is ResidencyState.READY
         if not use.in_flight and is_ready:
             use.expires_at = expiry(use.keep_alive_seconds, now)
-        if not use.in_flight or not is_ready or lease.key in self.draining:
-            self.version += 1  # else only those who wait for this copy can go on
+        if not is_ready or (not use.in_flight and lease.key not in self.draining):
+            self.version += 1  # else only those who wait for this copy can go on, or for its leaving
         return copy
