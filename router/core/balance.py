@@ -3,9 +3,9 @@
 Filter (it can serve now), then the least expected waiting: the prompts before it there, its own as far as the copy does
 not hold it in its cache, and what the streams beside it cost and lose, in seconds by how fast that copy is. So a
 conversation finds the copy that served it before, unless more is ahead of it there than a cold prompt takes elsewhere.
-Copies that differ by little are equal: they go by what they hold of the prompt, the fewest requests, the one used
-longest ago, and the name, so that they take turns and the same facts always give the same answer. A request never waits
-for a slot of its home.
+Copies that differ by little are equal: they go by what they hold of the prompt, the fewest requests, who served this
+client last, who was used longest ago, and the name, so that they take turns and the same facts always give the same
+answer. A request never waits for a slot of its home.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class Prospect(NamedTuple):
     held_tokens: int
     """Of its prompt, in the copy's cache as far as is known."""
     in_flight: int
+    is_other: bool
+    """Not the one that served this client last."""
     used_at: float
     instance: InstanceName
 
@@ -118,9 +120,10 @@ def best(prospects: Sequence[Prospect]) -> Prospect:
     return near[0] if len(near) == 1 else min(near, key=_in_turn)
 
 
-def _in_turn(prospect: Prospect) -> tuple[int, int, float, str]:
-    """Which holds most of the prompt, has the fewest requests, was used longest ago, has the first name."""
-    return -prospect[1], prospect[2], prospect[3], prospect[4]
+def _in_turn(prospect: Prospect) -> tuple[int, int, bool, float, str]:
+    """Which holds most of the prompt, has the fewest requests, served this client last, was used longest ago, has the
+    first name."""
+    return -prospect[1], prospect[2], prospect[3], prospect[4], prospect[5]
 
 
 def words_for(prospects: Sequence[Prospect], chosen: Prospect) -> str:

@@ -6,7 +6,7 @@ float seconds (times on whatever monotonic clock the caller uses: core never rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NewType
@@ -217,6 +217,8 @@ class Ticket:
     is_flexible: bool = False
     """A copy with other runner options will do if its context is large enough: the gateway adapts the request."""
     layout: Layout | None = None
+    fingerprints: Callable[[], tuple[int, ...]] | None = field(default=None, compare=False, repr=False)
+    """Works out those of its prompt where they are wanted (`core/affinity.py`); None for a prompt without."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,6 +303,7 @@ class FleetState:
             if own is None:
                 own = self.works[key] = Work()
             work.begin(own, share, now)
+            self.homes.chosen(ticket, copy, share.fingerprints)
         self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
         self.counters.granted(ticket)
         use = self.use_of(key)

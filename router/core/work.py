@@ -52,6 +52,8 @@ class Share(NamedTuple):
     were before it."""
     beside: int
     """Requests that ran there already."""
+    fingerprints: tuple[int, ...] = ()
+    """Of the beginning of its prompt."""
 
 
 def expected_output(ticket: Ticket) -> int:

@@ -12,17 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from router.core.affinity import BYTES_PER_TOKEN
 from router.core.entities import ModelFacts, RunnerOptions, Ticket, TicketId
 from router.core.events import Grant
 from router.core.keepalive import parse_keep_alive
 from router.core.options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options
 from router.errors import BadRequest
 from router.gateway.askers import Asker
+from router.gateway.beginning import TOKENS_MIN, fingerprints_of
 from router.gateway.peek import Peek
 from router.gateway.splice import remove_nested, set_member, set_nested
-
-_BYTES_PER_TOKEN = 4
-"""Of English text, about; a guess that only weighs requests against each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,12 @@ class Wanted:
             output_tokens_max=self.output_tokens_max,
             is_flexible=self.is_flexible,
             layout=asker.layout,
+            fingerprints=self.fingerprints if self.prompt_tokens >= TOKENS_MIN else None,
         )
+
+    def fingerprints(self) -> tuple[int, ...]:
+        """Of the beginning of its prompt."""
+        return fingerprints_of(self.path, self.body)
 
     def again(self, body: bytes, seen: Peek) -> Wanted:
         """The same for another body that gives no options either."""
@@ -71,7 +75,7 @@ class Wanted:
             self.options,
             self.context_length,
             self.keep_alive_seconds,
-            seen.prompt_bytes // _BYTES_PER_TOKEN,
+            seen.prompt_bytes // BYTES_PER_TOKEN,
             seen.output_tokens_max,
             self.is_flexible,
             self.dropped,
@@ -119,7 +123,7 @@ def wanted(
         options=options,
         context_length=_context(options),
         keep_alive_seconds=keep_alive,
-        prompt_tokens=seen.prompt_bytes // _BYTES_PER_TOKEN,
+        prompt_tokens=seen.prompt_bytes // BYTES_PER_TOKEN,
         output_tokens_max=seen.output_tokens_max,
         is_flexible=protect and path.startswith("/api/"),
         dropped=dropped,

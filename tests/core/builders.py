@@ -30,6 +30,7 @@ from router.core.entities import (
     TicketId,
 )
 from router.core.ggml import tensor_bytes
+from router.gateway.beginning import fingerprints
 
 MIB = 1024**2
 GB = 10**9
@@ -182,10 +183,13 @@ def ticket(
     session: str = "",
     prompt_tokens: int = 0,
     output_tokens_max: int | None = None,
+    prompt: bytes = b"",
 ) -> Ticket:
+    """`prompt` gives its fingerprints, not its size."""
     return Ticket(
         TicketId(number), of, options, 0, keep_alive_seconds, arrived_at, deadline, client, session,
         prompt_tokens=prompt_tokens, output_tokens_max=output_tokens_max, is_flexible=is_flexible, layout=layout,
+        fingerprints=(lambda: fingerprints(prompt)) if prompt else None,
     )  # fmt: skip
 
 

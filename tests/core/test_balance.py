@@ -118,24 +118,36 @@ def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout
 PACE = Pace(prompt_seconds=0.001, step_seconds=0.01)
 
 
-def prospect(on: str, seconds: float = 1.0, *, held: int = 0, in_flight: int = 0, used_at: float = 0.0) -> Prospect:
-    return Prospect(seconds, held, in_flight, used_at, InstanceName(on))
+def prospect(
+    on: str,
+    seconds: float = 1.0,
+    *,
+    held: int = 0,
+    in_flight: int = 0,
+    served_last: bool = False,
+    used_at: float = 0.0,
+) -> Prospect:
+    return Prospect(seconds, held, in_flight, not served_last, used_at, InstanceName(on))
 
 
 def test_the_copy_with_the_least_waiting_serves() -> None:
     assert best([prospect("gpu0", 3.0, held=500), prospect("gpu1", 1.0, in_flight=1)]).instance == "gpu1"
 
 
-def test_equal_copies_go_by_what_they_hold_then_requests_then_their_turn_then_their_name() -> None:
-    four = [
-        prospect("gpu3", 1.1, held=9, in_flight=1, used_at=5.0),
-        prospect("gpu2", 1.0, used_at=4.0, in_flight=1),
+def test_equal_copies_go_by_what_they_hold_requests_the_client_their_turn_and_their_name() -> None:
+    five = [
+        prospect("gpu4", 1.1, held=9, in_flight=1, used_at=5.0),
+        prospect("gpu3", 1.0, used_at=1.0, in_flight=1),
+        prospect("gpu2", served_last=True, used_at=4.0),
         prospect("gpu1", used_at=3.0),
-        prospect("gpu0", used_at=4.0),
+        prospect("gpu0", used_at=3.0),
     ]
-    assert [best(four).instance, best(four[1:]).instance] == ["gpu3", "gpu1"]
-    assert best([prospect("gpu0", used_at=4.0), prospect("gpu1", used_at=3.0)]).instance == "gpu1"
-    assert best([prospect("gpu1"), prospect("gpu0")]).instance == "gpu0"
+    order: list[str] = []
+    while five:
+        chosen = best(five)
+        order.append(chosen.instance)
+        five.remove(chosen)
+    assert order == ["gpu4", "gpu2", "gpu0", "gpu1", "gpu3"]
 
 
 PROSPECTS = st.lists(

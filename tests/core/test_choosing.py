@@ -54,13 +54,14 @@ class Fleet:
         client: str = "",
         output: int | None = None,
         on: int | None = None,
+        said: str = "",
     ) -> Grant:
-        """`on`: the only card that will do."""
+        """`on`: the only card that will do. `said`: the text of a prompt that is as long."""
         self.now += 0.001
         self.last += 1
         made = ticket(
             self.last, M, arrived_at=self.now, deadline=self.now + 60, client=client, session=session,
-            prompt_tokens=prompt, output_tokens_max=output,
+            prompt_tokens=len(said) // 4 if said else prompt, output_tokens_max=output, prompt=said.encode(),
             layout=None if on is None else Layout(LayoutKind.GPU, gpu_id(on)),
         )  # fmt: skip
         (grant,) = self._post(Arrived(made))
@@ -73,8 +74,8 @@ class Fleet:
         self.now += seconds
         self._post(Released(grant.ticket_id, False, output, first))
 
-    def serve(self, prompt: int = 100, *, session: str = "", client: str = "", output: int = 0) -> str:
-        grant = self.ask(prompt, session=session, client=client)
+    def serve(self, prompt: int = 100, *, session: str = "", client: str = "", output: int = 0, said: str = "") -> str:
+        grant = self.ask(prompt, session=session, client=client, said=said)
         self.answer(grant, output=output, first_after=0.1)
         return grant.instance
 
@@ -164,3 +165,63 @@ def test_a_grant_says_why_that_copy(looks: bool) -> None:
     reason = fleet.ask(3000).reason
     assert "0 of 2 slots were in use; about " in reason
     assert reason.endswith(" s on gpu1")
+
+
+SYSTEM = "You are a patient assistant of a small firm. " * 60
+"""2,700 bytes that all prompts share."""
+
+
+def _talk(user: str, turns: int) -> str:
+    return SYSTEM + "".join(f"{user} says something long, for the {turn}. time. " * 20 for turn in range(turns))
+
+
+def test_a_conversation_without_a_name_finds_the_copy_that_served_it_by_its_beginning(looks: bool) -> None:
+    fleet = Fleet(looks=looks)
+    homes = {user: fleet.serve(said=_talk(user, 1)) for user in ("ann", "ben", "cem", "dan")}
+    homes |= {user: fleet.serve(said=_talk(user, 2)) for user in homes}
+    for turns in range(3, 6):
+        for user, home in homes.items():
+            assert fleet.serve(said=_talk(user, turns)) == home
+
+
+def test_a_beginning_that_everybody_shares_does_not_send_everybody_to_one_copy(looks: bool) -> None:
+    fleet = Fleet(slots=8, looks=looks)
+    at_once = [fleet.ask(said=_talk(f"user {number}", 1)).instance for number in range(8)]
+    assert sorted(at_once.count(name) for name in ("gpu0", "gpu1")) in ([3, 5], [4, 4])
+    later = [fleet.ask(said=_talk(f"late {number}", 1)).instance for number in range(4)]
+    assert set(later) == {"gpu0", "gpu1"}
+
+
+def test_once_both_copies_hold_a_shared_beginning_new_conversations_take_turns(looks: bool) -> None:
+    fleet = Fleet(looks=looks)
+    for number in (0, 1):
+        fleet.answer(fleet.ask(said=SYSTEM, on=number))
+    served = [fleet.serve(said=_talk(f"user {number}", 1)) for number in range(6)]
+    assert served == ["gpu0", "gpu1"] * 3
+
+
+def test_the_beginning_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(looks: bool) -> None:
+    for turns, goes in ((1, "gpu1"), (12, "gpu0")):
+        fleet = Fleet(looks=looks)
+        fleet.answer(fleet.ask(said=_talk("ann", turns)[1000:], on=0))
+        fleet.now += 60.0
+        fleet.ask(7000, on=0)
+        assert fleet.ask(said=_talk("ann", turns + 1)[1000:]).instance == goes
+
+
+def test_a_client_that_says_little_comes_back_to_where_he_was_while_copies_are_equal(looks: bool) -> None:
+    fleet = Fleet(looks=looks)
+    homes = {client: fleet.serve(20, client=client) for client in ("ann", "ben")}
+    assert set(homes.values()) == {"gpu0", "gpu1"}
+    for _ in range(3):
+        for client in ("ben", "ann", "ann"):
+            assert fleet.serve(20, client=client) == homes[client]
+    fleet.ask(20, client="ann")
+    assert fleet.ask(20, client="ann").instance != homes["ann"]
+
+
+def test_copies_that_were_loaded_anew_have_no_beginning(looks: bool) -> None:
+    fleet = Fleet(looks=looks)
+    fleet.answer(fleet.ask(said=_talk("ann", 3), on=0))
+    fleet.restart(0)
+    assert "in its cache" not in fleet.ask(said=_talk("ann", 4)).reason

@@ -121,6 +121,8 @@ class _Lives:
             self.asked.append(TicketId(self.last))
             now, session = self.short.now, f"session {self.last % 3}"
             asked = Ticket(TicketId(self.last), _MODELS[int(which)], (), 0, None, now, now + 4.0, session, session)
+            prints = tuple(range(self.last % 2, more // 300))
+            asked = replace(asked, session=session if self.last % 4 else "", fingerprints=lambda: prints)
             self.handle(Arrived(replace(asked, prompt_tokens=more, output_tokens_max=more)))
         elif what == "release" and self.held:
             ticket, now = self.held.pop(int(which) % len(self.held)), self.short.now
