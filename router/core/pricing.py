@@ -72,8 +72,8 @@ def swap_ease(snapshot: Snapshot) -> float:
     spend their time on loading.
     """
     policy = snapshot.policy
-    budget = policy.swap_budget_bytes_per_second * max(1, len(snapshot.gpus))
-    return max(1.0, min(policy.swap_ease_max, budget / max(1.0, snapshot.loaded_bytes_per_second)))
+    ease = policy.swap_budget_bytes_per_second / max(1.0, snapshot.loaded_bytes_per_second)
+    return max(1.0, min(policy.swap_ease_max, ease))
 
 
 def service_seconds(snapshot: Snapshot, residency: Residency) -> float:

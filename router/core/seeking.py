@@ -34,7 +34,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     want = Want(
         head.model,
         layout=head.layout,
-        may_drain=waited >= policy.drain_after_seconds,
+        may_drain=waited >= policy.drain_after_seconds * _wait_share(snapshot, head),
         may_evict_young=waited >= policy.patience_seconds,
         price_max=_price_max(snapshot, tickets, waited),
         supersedes=frozenset((r.instance, r.blob) for r in copies_of(snapshot, head.model.blob) if head.is_flexible),
@@ -51,9 +51,15 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
 
 def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> float:
     """What may be lost by others for these tickets: what they gain, and without limit for those that starve."""
-    if waited >= snapshot.policy.starving_after_seconds:
+    if waited >= snapshot.policy.starving_after_seconds * _wait_share(snapshot, tickets[0]):
         return float("inf")
     return worth_of_load(snapshot, tickets[0].model, tickets)
+
+
+def _wait_share(snapshot: Snapshot, ticket: Ticket) -> float:
+    """Of the bounds on waiting: less than all of it for a model whose weights alone are more than the largest card."""
+    largest = max((card.memory_total_bytes for card in snapshot.gpus.values()), default=0)
+    return snapshot.policy.large_wait_share if 0 < largest < ticket.model.weights_bytes else 1.0
 
 
 def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:
