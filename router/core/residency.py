@@ -26,6 +26,7 @@ from router.core.entities import (
 from router.core.events import Load, LoadedModel, ResidencyRead, Unload
 from router.core.learned import key_of
 from router.core.ledger import room_bytes, slots_of
+from router.core.options import spelled_out, with_context
 from router.core.placement import Estimate, Placed, context_of
 from router.core.state import FleetState, expiry
 
@@ -75,7 +76,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
         instance=residency.instance,
         url=spec.url,
         model=residency.model,
-        options=residency.options,
+        options=spelled_out(residency.model, residency.options, spec.context_length),
         expects_gpu=bool(spec.gpus),
         timeout_seconds=fleet.policy.load_timeout_seconds,
         reason=residency.reason,
@@ -127,8 +128,12 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
         known = fleet.residencies.get((event.instance, blob))
         if known is None and event.read_at > fleet.changed_at:
             _adopt(fleet, view, row, estimate, now)
-        elif known is not None and known.state is ResidencyState.READY:
+        elif known is not None and known.state is ResidencyState.READY and _is_news(known, row):
             fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
+
+
+def _is_news(known: Residency, row: LoadedModel) -> bool:
+    return (known.size_bytes, known.size_vram_bytes) != (row.size_bytes, row.size_vram_bytes)
 
 
 def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> bool:
@@ -145,6 +150,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
         return
     options = _options_of(row, model, view)
     context = context_of(options, model, view.spec)
+    fleet.version += 1
     fleet.residencies[(view.spec.name, model.blob)] = Residency(
         instance=view.spec.name,
         blob=model.blob,
@@ -175,7 +181,7 @@ def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _options_of(row: LoadedModel, model: ModelFacts, view: InstanceView) -> RunnerOptions:
+    """As if it had been loaded by its own name: with what the Modelfile says, and the context that is listed."""
     ordinary = context_of((), model, view.spec)
-    if row.context_length is None or row.context_length == ordinary:
-        return ()
-    return (("num_ctx", row.context_length),)
+    context = ordinary if row.context_length is None else row.context_length
+    return with_context(model, context, ordinary)

@@ -19,8 +19,9 @@ from router.core.entities import (
     Ticket,
 )
 from router.core.eviction import pin_of
+from router.core.options import with_context
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
-from router.core.pricing import reload_seconds, service_seconds, worth_of_load
+from router.core.pricing import reload_seconds, service_seconds, wait_share, worth_of_load
 from router.core.sums import copies_of
 
 _REPLICA_PRICE_SHARE = 0.25
@@ -34,7 +35,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     want = Want(
         head.model,
         layout=head.layout,
-        may_drain=waited >= policy.drain_after_seconds * _wait_share(snapshot, head),
+        may_drain=waited >= policy.drain_after_seconds * wait_share(snapshot, head.model),
         may_evict_young=waited >= policy.patience_seconds,
         price_max=_price_max(snapshot, tickets, waited),
         supersedes=frozenset((r.instance, r.blob) for r in copies_of(snapshot, head.model.blob) if head.is_flexible),
@@ -51,15 +52,9 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
 
 def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> float:
     """What may be lost by others for these tickets: what they gain, and without limit for those that starve."""
-    if waited >= snapshot.policy.starving_after_seconds * _wait_share(snapshot, tickets[0]):
+    if waited >= snapshot.policy.starving_after_seconds * wait_share(snapshot, tickets[0].model):
         return float("inf")
     return worth_of_load(snapshot, tickets[0].model, tickets)
-
-
-def _wait_share(snapshot: Snapshot, ticket: Ticket) -> float:
-    """Of the bounds on waiting: less than all of it for a model whose weights alone are more than the largest card."""
-    largest = max((card.memory_total_bytes for card in snapshot.gpus.values()), default=0)
-    return snapshot.policy.large_wait_share if 0 < largest < ticket.model.weights_bytes else 1.0
 
 
 def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:
@@ -71,14 +66,14 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     head = tickets[0]
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
-        return [_with_context(policy, pin.context_length)]
+        return [with_context(head.model, pin.context_length, policy.context_length)]
     if not head.is_flexible:
         return [head.options]
     most = max(_wanted_context(policy, t) for t in tickets)
     trained = head.model.context_length
     step = policy.context_length if most <= policy.context_length else _step(policy, most)
     tried = [min(step, trained) if trained else step, most]
-    return list(dict.fromkeys(_with_context(policy, context) for context in tried))
+    return list(dict.fromkeys(with_context(head.model, context, policy.context_length) for context in tried))
 
 
 def _wanted_context(policy: Policy, ticket: Ticket) -> int:
@@ -93,10 +88,6 @@ def _step(policy: Policy, tokens: int) -> int:
     while step < tokens:
         step *= 2
     return step
-
-
-def _with_context(policy: Policy, tokens: int) -> RunnerOptions:
-    return () if tokens == policy.context_length else (("num_ctx", tokens),)
 
 
 def seek_replica(
