@@ -326,7 +326,7 @@ class Dispatcher:
         self._explain(waiting, rules.describe_wait(copies))
         placed = seek_replica(snapshot, self._estimate, waiting, copies)
         if placed is None:
-            self._looks.in_vain(key, self._fleet.version, next_look(self._policy, waiting, now))
+            self._looks.in_vain(key, self._fleet.version, next_look(snapshot, waiting))
             return []
         return plans.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
 
@@ -347,7 +347,7 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._looks.in_vain(key, self._fleet.version, next_look(self._policy, tickets, now))
+                self._looks.in_vain(key, self._fleet.version, next_look(self._fleet.snapshot(now), tickets))
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
