@@ -74,9 +74,12 @@ from router.core.waking import can_expire, next_wake
 
 
 class Dispatcher:
-    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls."""
+    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls.
 
-    def __init__(self, policy: Policy, estimate: Estimate) -> None:
+    `looks`: with others that are never calm the whole queue is gone through at each event; the same is decided.
+    """
+
+    def __init__(self, policy: Policy, estimate: Estimate, looks: Looks | None = None) -> None:
         self._policy = policy
         self._estimate_unseen = estimate
         self._fleet = FleetState(policy)
@@ -85,7 +88,7 @@ class Dispatcher:
         self._loads = LoadIds()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
-        self._looks = Looks()
+        self._looks = looks or Looks()
         self._replacing: dict[GroupKey, Residency] = {}
         """Copies that have to end their work, because the same weights are wanted there with other options."""
         self._wake_hint = float("inf")
