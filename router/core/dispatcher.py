@@ -75,9 +75,12 @@ from router.core.waking import can_expire, next_wake
 
 
 class Dispatcher:
-    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls."""
+    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls.
 
-    def __init__(self, policy: Policy, estimate: Estimate) -> None:
+    `looks`: with others that are never calm the whole queue is gone through at each event; the same is decided.
+    """
+
+    def __init__(self, policy: Policy, estimate: Estimate, looks: Looks | None = None) -> None:
         self._policy = policy
         self._estimate_unseen = estimate
         self._fleet = FleetState(policy)
@@ -86,7 +89,7 @@ class Dispatcher:
         self._loads = LoadIds()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
-        self._looks = Looks()
+        self._looks = looks or Looks()
         self._replacing: dict[GroupKey, Residency] = {}
         """Copies that have to end their work, because the same weights are wanted there with other options."""
         self._wake_hint = float("inf")
@@ -328,7 +331,7 @@ class Dispatcher:
         self._explain(waiting, rules.describe_wait(copies))
         placed = seek_replica(snapshot, self._estimate, waiting, copies)
         if placed is None:
-            self._looks.in_vain(key, self._fleet.version, next_look(self._policy, waiting, now))
+            self._looks.in_vain(key, self._fleet.version, next_look(snapshot, waiting))
             return []
         return plans.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
 
@@ -349,7 +352,7 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._looks.in_vain(key, self._fleet.version, next_look(self._policy, tickets, now))
+                self._looks.in_vain(key, self._fleet.version, next_look(self._fleet.snapshot(now), tickets))
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
