@@ -1,7 +1,6 @@
 """Chooses among the copies of a model that can serve now: gathers what is known of each, for `balance` to rank.
 
-Both ways of the dispatcher, the long and the short, choose here. It changes nothing: what it returns is put into the
-books when the slot is taken.
+Both ways of the dispatcher, the long and the short, choose and grant here. It looks at no queue.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from router.core.affinity import Held
 from router.core.balance import Prospect, best, waiting_seconds, words_for
 from router.core.entities import ResidencyKey, Ticket
+from router.core.events import Grant
 from router.core.speeds import Pace
 from router.core.state import FleetState
 from router.core.work import IDLE, Share, expected_output, telling
@@ -18,10 +18,22 @@ from router.core.work import IDLE, Share, expected_output, telling
 _NOWHERE: Held = {}
 
 
+def grant(fleet: FleetState, able: Sequence[ResidencyKey], copies: int, ticket: Ticket, now: float) -> Grant:
+    """The ticket gets a slot of one of `able`, copies of its model that could each serve it now.
+
+    `copies`: how many there are in all, loaded or on their way. Where it is the only one nothing is weighed or noted.
+    """
+    key, share, words = choose(fleet, able, ticket, now) if copies > 1 else (able[0], None, "")
+    copy = fleet.copies[key]
+    used = fleet.take_slot(ticket, key, now, share).in_flight - 1
+    reason = f"{copy.reason}; {used} of {copy.slots} slots were in use{words}"
+    return Grant(ticket.id, key[0], fleet.instances[key[0]].spec.url, reason, copy.options, copy.context_length)
+
+
 def choose(
     fleet: FleetState, able: Sequence[ResidencyKey], ticket: Ticket, now: float
 ) -> tuple[ResidencyKey, Share, str]:
-    """One of `able`: copies of the ticket's model that could each serve it now, at least one.
+    """One of `able`, at least one. Changes nothing.
 
     With the request's part in its work, and why that copy, to go on with a grant's reason; "" where there was no other.
     """

@@ -30,7 +30,7 @@ from typing import assert_never
 from router.core import loads, moving, plans, shortway, standing
 from router.core import residency as rules
 from router.core.balance import can_serve, suits
-from router.core.choosing import choose
+from router.core.choosing import grant
 from router.core.entities import (
     BlobDigest,
     Policy,
@@ -296,12 +296,12 @@ class Dispatcher:
             if not able:
                 break
             ticket = self._fleet.counters.next_of(waiting if alike else able, now)
-            grant = self._grant(facts, ticket, now)
-            assert grant is not None
+            granted = self._grant(facts, ticket, now)
+            assert granted is not None
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
-            actions.append(grant)
-            if len(waiting) == 1 or not any(r.in_flight + (r.instance == grant.instance) < r.slots for r in free):
+            actions.append(granted)
+            if len(waiting) == 1 or not any(r.in_flight + (r.instance == granted.instance) < r.slots for r in free):
                 break
             facts = self._fleet.snapshot(now)
         return actions
@@ -309,14 +309,7 @@ class Dispatcher:
     def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
         copies = copies_of(snapshot, ticket.model.blob)
         able = [(r.instance, r.blob) for r in copies if can_serve(snapshot, r, ticket)]
-        if not able:
-            return None
-        key, share, words = choose(self._fleet, able, ticket, now) if len(copies) > 1 else (able[0], None, "")
-        copy = snapshot.residencies[key]
-        self._fleet.take_slot(ticket, key, now, share)
-        url = snapshot.instances[key[0]].spec.url
-        reason = f"{copy.reason}; {copy.in_flight} of {copy.slots} slots were in use{words}"
-        return Grant(ticket.id, key[0], url, reason, copy.options, copy.context_length)
+        return grant(self._fleet, able, len(copies), ticket, now) if able else None
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""

@@ -8,9 +8,9 @@ None. It reads the copies without writing their use into them first, which is wh
 from __future__ import annotations
 
 from router.core.balance import can_take
-from router.core.choosing import choose
+from router.core.choosing import grant
 from router.core.entities import ResidencyKey, ResidencyState, Ticket
-from router.core.events import Action, Arrived, Event, Grant, Released
+from router.core.events import Action, Arrived, Event, Released
 from router.core.state import FleetState, expiry
 
 _NEVER = float("inf")
@@ -49,17 +49,10 @@ def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | Non
         copies += 1
         if (uses.get(key) or copy).in_flight < copy.slots and can_take(fleet, copy, ticket):
             able.append(key)
-    return [_grant(fleet, ticket, able, copies, now)] if able else None
-
-
-def _grant(fleet: FleetState, ticket: Ticket, able: list[ResidencyKey], copies: int, now: float) -> Grant:
+    if not able:
+        return None
     fleet.asked(ticket, now)
-    key, share, words = choose(fleet, able, ticket, now) if copies > 1 else (able[0], None, "")
-    copy = fleet.copies[key]
-    used = fleet.take_slot(ticket, key, now, share).in_flight - 1
-    reason = f"{copy.reason}; {used} of {copy.slots} slots were in use{words}"
-    url = fleet.instances[copy.instance].spec.url
-    return Grant(ticket.id, copy.instance, url, reason, copy.options, copy.context_length)
+    return [grant(fleet, able, copies, ticket, now)]
 
 
 def _release(fleet: FleetState, event: Released, now: float) -> float | None:
