@@ -66,6 +66,7 @@ from router.core.events import (
 from router.core.ids import LoadIds
 from router.core.learned import key_of
 from router.core.looks import AGAIN_SECONDS, Looks, concerned
+from router.core.outlook import Line, Outlook, outlooks
 from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.seeking import coming, seek, seek_replica
 from router.core.state import FleetState
@@ -99,6 +100,18 @@ class Dispatcher:
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         """Waiting tickets, oldest first, each with what it waits for."""
         return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue)
+
+    def outlooks(self, now: float) -> dict[TicketId, Outlook]:
+        """Where each waiting ticket stands, in the order in which groups, and tickets within them, are served."""
+        lines = [
+            Line(self._fleet.counters.order_of(self._queue.group(key), now), self._held(key))
+            for key in self._queue.groups()
+        ]
+        return outlooks(self._fleet.snapshot(now), lines, self._reasons)
+
+    def _held(self, key: GroupKey) -> MustWait | None:
+        own = self._replacing.get(key)
+        return self._looks.held(key) if own is None else MustWait("", ((own.instance, own.blob),))
 
     @property
     def is_closing(self) -> bool:
@@ -347,7 +360,7 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._looks.in_vain(key, self._fleet.version, now)
+                self._looks.in_vain(key, self._fleet.version, now, decision)
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
