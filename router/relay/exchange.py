@@ -204,8 +204,12 @@ class LeasedExchange:
         assert asked is not None
         self._phase = WAITING
         self._lease = number = engine.new_ticket_id()
-        ticket = want.ticket(number, asked.asker, engine.now(), self._desk.limits.queue_timeout_seconds)
+        seconds = self._desk.limits.queue_timeout_seconds
+        ticket = want.ticket(number, asked.asker, engine.now(), seconds, self._info.request_id)
         engine.submit(ticket, self._decided)
+        if self._phase == WAITING and self._heart is not None:
+            self._heart.waits(ticket.arrived_at)
+            self.check(ticket.arrived_at)
 
     def _decided(self, decision: Grant | Reject) -> None:
         if isinstance(decision, Reject):
@@ -386,7 +390,7 @@ class LeasedExchange:
         """Looks at the deadlines; to be called now and then."""
         heart = self._heart
         if heart is not None and heart.is_due(now):
-            heart.beat(now, self._info.reply_headers(None))
+            heart.beat(now, self._info.reply_headers(None), self._desk.engine, self._lease, self._grant)
             if self._reply is not None:
                 self._reply.begun = True
         if self._phase == ASKED and self._reply is not None:
