@@ -249,8 +249,9 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
             context = _context(settings, engine, catalog, session, writing)
             pace = Pace(settings.poll.gpu_seconds, settings.poll.residency_seconds, settings.poll.catalog_seconds)
             watcher = Watcher(
-                poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace, warm_models(policy)
-            )
+                poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace, warm_models(policy),
+                loader.clear_leftovers,
+            )  # fmt: skip
             try:
                 engine.post(FootprintsKnown(footprints.read()))
                 await watcher.read_gpus()

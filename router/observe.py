@@ -36,7 +36,7 @@ from router.core.events import (
     Unload,
     UnloadFinished,
 )
-from router.core.ledger import foreign_bytes, reserved_bytes, resident_bytes
+from router.core.ledger import drift_bytes, foreign_bytes, reserved_bytes, resident_bytes
 
 BUCKETS_SECONDS = (
     0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -213,6 +213,7 @@ def _card_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
         "resident": ("Held by loaded models, by the router's books.", resident_bytes),
         "reserved": ("Set aside for loads under way.", reserved_bytes),
         "foreign": ("In use by others.", foreign_bytes),
+        "drift": ("In the router's books and not in use, as the driver says.", drift_bytes),
     }
     for key, (words, count) in ledger.items():
         family = GaugeMetricFamily(f"llamayard_gpu_memory_{key}_bytes", words, labels=labels)

@@ -62,7 +62,7 @@ def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[
 def render_status(status: Mapping[str, Any]) -> str:
     """The document as text: cards, instances, models, queue, and who waits in it."""
     parts = [
-        *([f"EMULATED: {status['emulated']}"] if status.get("emulated") else []),
+        *([str(status["emulated"])] if status.get("emulated") else []),
         _table("CARDS", _CARDS, _rows(status, "cards")),
         _table("INSTANCES", _INSTANCES, _rows(status, "instances")),
         _table("MODELS", _MODELS, _rows(status, "models")),

@@ -168,7 +168,7 @@ def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
 
 
 STATUS: dict[str, Any] = {
-    "emulated": "2x3090",
+    "emulated": "EMULATED rig 2x3090",
     "cards": [
         {
             "uuid": "GPU-1",
@@ -212,7 +212,7 @@ def test_status_shows_who_waits_and_for_how_long_still() -> None:
 
 def test_status_is_shown_as_tables_with_what_is_unknown_as_a_dash() -> None:
     lines = render_status({**STATUS, "waiting": []}).splitlines()
-    assert lines[0] == "EMULATED: 2x3090"
+    assert lines[0] == "EMULATED rig 2x3090"
     assert lines[2:5] == [
         "CARDS",
         "  INDEX  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",

@@ -58,6 +58,13 @@ class Gpu:
             return None
         return 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
 
+    @property
+    def link_bytes_per_second(self) -> float | None:
+        """What the PCIe link gives at most: 250 MB/s a lane in the first generation, about twice that in each next."""
+        if self.pcie_generation_max is None or self.pcie_width_max is None:
+            return None
+        return 0.25e9 * 2.0 ** (self.pcie_generation_max - 1) * self.pcie_width_max
+
 
 class InstanceState(StrEnum):
     """Where a supervised server is in its life; moved only by the table in `core/lifecycle.py`."""

@@ -6,7 +6,6 @@ A count of requests that halves with every half-life, and a running mean of how 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from router.core.entities import Demand
 
@@ -16,14 +15,14 @@ _NEW_SHARE = 0.2
 
 def asked(demand: Demand, now: float, half_life_seconds: float, amount: float = 1.0) -> Demand:
     """One request more, or so much of something else that is counted."""
-    return replace(demand, weight=_decayed(demand, now, half_life_seconds) + amount, at=now)
+    return Demand(_decayed(demand, now, half_life_seconds) + amount, now, demand.service_seconds)
 
 
 def served(demand: Demand, seconds: float) -> Demand:
     """One request has held its slot for so long."""
     before = demand.service_seconds
     mean = seconds if before is None else before + _NEW_SHARE * (seconds - before)
-    return replace(demand, service_seconds=mean)
+    return Demand(demand.weight, demand.at, mean)
 
 
 def rate_per_second(demand: Demand | None, now: float, half_life_seconds: float) -> float:

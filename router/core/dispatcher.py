@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
-from router.core import loads, plans, shortway, standing
+from router.core import loads, moving, plans, shortway, standing
 from router.core import residency as rules
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
@@ -103,15 +103,9 @@ class Dispatcher:
 
     def outlooks(self, now: float) -> dict[TicketId, Outlook]:
         """Where each waiting ticket stands, in the order in which groups, and tickets within them, are served."""
-        lines = [
-            Line(self._fleet.counters.order_of(self._queue.group(key), now), self._held(key))
-            for key in self._queue.groups()
-        ]
+        queue, order_of, held = self._queue, self._fleet.counters.order_of, self._looks.held
+        lines = [Line(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
         return outlooks(self._fleet.snapshot(now), lines, self._reasons)
-
-    def _held(self, key: GroupKey) -> MustWait | None:
-        own = self._replacing.get(key)
-        return self._looks.held(key) if own is None else MustWait("", ((own.instance, own.blob),))
 
     @property
     def is_closing(self) -> bool:
@@ -207,14 +201,11 @@ class Dispatcher:
         if len(self._queue) < self._policy.queue_limit:
             self._queue.add(ticket)
             return []
-        granted = self._grant(self._fleet.snapshot(now), ticket, now) if not self._overtakes(ticket) else None
-        if granted is not None:
+        overtakes = self._queue.has_group(group_of(ticket))
+        if not overtakes and (granted := self._grant(self._fleet.snapshot(now), ticket, now)) is not None:
             return [granted]
         message = f"server busy: {len(self._queue)} requests wait already (queue.limit)"
         return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
-
-    def _overtakes(self, ticket: Ticket) -> bool:
-        return self._queue.has_group(group_of(ticket))
 
     def _retry_after(self) -> int:
         """Seconds: one for each round of the slots there are, within a minute."""
@@ -289,14 +280,11 @@ class Dispatcher:
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:
         """Busy copies whose place the same weights shall take with other options, while somebody waits for that."""
+        queue, fleet = self._queue, self._fleet
         self._replacing = {
-            key: copy for key, copy in self._replacing.items() if self._queue.has_group(key) and self._is_still(copy)
+            k: copy for k, copy in self._replacing.items() if queue.has_group(k) and fleet.has_still(copy)
         }
         return frozenset((copy.instance, copy.blob) for copy in self._replacing.values())
-
-    def _is_still(self, copy: Residency) -> bool:
-        now = self._fleet.residencies.get((copy.instance, copy.blob))
-        return now is not None and now.loaded_at == copy.loaded_at
 
     def _grant_group(self, facts: Snapshot, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -356,6 +344,7 @@ class Dispatcher:
                 if own is not None and own.in_flight and own.state is ResidencyState.READY:
                     self._replacing[key] = own
                 actions = plans.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
+                actions += self._move(decision.evict, now)
                 self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
                 return actions
             case MustWait():
@@ -365,12 +354,33 @@ class Dispatcher:
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
 
+    def _move(self, leaving: Iterable[ResidencyKey], now: float) -> list[Action]:
+        """Copies on other cards, where there is room, of models that a plan drives out while they are asked for."""
+        actions: list[Action] = []
+        for key in leaving:
+            placed = moving.elsewhere(self._fleet.snapshot(now), self._estimate, key)
+            if placed is not None:
+                model = self._fleet.residencies[key].model
+                actions += plans.begin(self._fleet, model, placed, self._loads.next(), now)
+        return actions
+
+    def _relieve(self, now: float) -> list[Action]:
+        """Moves models off cards whose memory others have come to use."""
+        actions: list[Action] = []
+        for key, why in list(moving.superfluous(self._fleet.snapshot(now))):
+            actions.append(rules.unload(self._fleet, key, why))
+        found = moving.relieve(self._fleet.snapshot(now), self._estimate)
+        if found is not None:
+            residency, placed = found
+            actions += plans.begin(self._fleet, residency.model, placed, self._loads.next(), now)
+        return actions
+
     def _keep(self, now: float) -> list[Action]:
         """What stands whether or not anybody waits: warm models, and instances that are no longer needed."""
         if self._closing:
             return []
         self._looks.forget_others(self._queue)
-        actions: list[Action] = list(standing.stop_empty(self._fleet, now))
+        actions: list[Action] = [*standing.stop_empty(self._fleet, now), *self._relieve(now)]
         for model, placed in standing.anticipate(
             self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
         ):

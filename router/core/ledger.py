@@ -92,6 +92,18 @@ def foreign_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     return max(0, card.memory_used_bytes - resident_bytes(snapshot, gpu))
 
 
+def drift_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    """By how much the books have `gpu` hold more than the driver shows as used: 0 where they agree.
+
+    What the driver shows and the books do not have is foreign use. With an unload under way both may be off for one
+    reading.
+    """
+    card = snapshot.gpus.get(gpu)
+    if card is None:
+        return 0
+    return max(0, resident_bytes(snapshot, gpu) - card.memory_used_bytes)
+
+
 def capacity_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     """What `gpu` could give if every model of ours left it and every load under way were gone.
 

@@ -237,19 +237,20 @@ def _placed(candidate: _Candidate, evict: tuple[ResidencyKey, ...], reason: str,
     return Placed(site.spec.name, candidate.need, evict, reason, want.options, site.spec if site.is_new else None)
 
 
-def _preference(snapshot: Snapshot, candidate: _Candidate) -> tuple[int, int, int, float, int, int, str]:
-    """Where there is a choice: not where others wait to be put, least busy cards, least filled, the faster, the
-    roomier, and an instance that runs already; then by name."""
+def _preference(snapshot: Snapshot, candidate: _Candidate) -> tuple[int, int, int, float, float, int, int, str]:
+    """Where there is a choice: not where others wait to be put, least busy cards, least filled, the faster, those with
+    the faster links, the roomier, and an instance that runs already; then by name."""
     cards = set(candidate.site.gpus)
     keys = dict.fromkeys(residencies_of(snapshot, candidate.name))
     for gpu in cards:
         keys.update(dict.fromkeys(residencies_on(snapshot, gpu)))
     mates = [snapshot.residencies[key] for key in keys]
     speed = sum((snapshot.gpus[g].bandwidth_bytes_per_second or 0.0) for g in cards if g in snapshot.gpus)
+    link = min((snapshot.gpus[g].link_bytes_per_second or 0.0 for g in cards if g in snapshot.gpus), default=0.0)
     room = sum(available_bytes(snapshot, g) for g in cards)
     packed = _packing(snapshot, candidate)
     busy = 0 if packed else sum(r.in_flight for r in mates)
-    return (packed, busy, len(mates), -speed, -room, int(candidate.site.is_new), candidate.name)
+    return (packed, busy, len(mates), -speed, -link, -room, int(candidate.site.is_new), candidate.name)
 
 
 def _packing(snapshot: Snapshot, candidate: _Candidate) -> int:

@@ -42,13 +42,14 @@ def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | Non
     blob, home = ticket.model.blob, fleet.home_of(ticket)
     best: tuple[bool, int, float, str] | None = None
     key: ResidencyKey | None = None
+    uses = fleet.uses
     for each, copy in fleet.copies.items():
-        if copy.blob != blob or not can_take(fleet, copy, ticket):
+        if copy.blob != blob:
             continue
-        use = fleet.uses.get(each) or copy
+        use = uses.get(each) or copy
         if use.in_flight < copy.slots:
             order = rank(use.in_flight, use.used_at, copy.instance, home)
-            if best is None or order < best:
+            if (best is None or order < best) and can_take(fleet, copy, ticket):
                 best, key = order, each
     return None if key is None else [_grant(fleet, ticket, key, fleet.copies[key], now)]
 

@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
-from router.core.entities import BlobDigest, InstanceName, ModelFacts, Snapshot
+from router.core.entities import BlobDigest, InstanceName, InstanceState, ModelFacts, Snapshot
 from router.core.events import Load, LoadedModel, LoadFailed, LoadFinished, Unload, UnloadFinished
 from router.core.options import has_own_layers
 from router.fleet.ollama import TIMED_OUT, OllamaClient, OllamaError
@@ -27,7 +27,7 @@ ClientFor = Callable[[str], OllamaClient]
 _POLL_SECONDS = 0.1
 _LISTING_TRIES = 3
 _STORE_SECONDS = 60.0
-_STAND_IN = "llamayard-unload:"
+STAND_IN = "llamayard-unload:"
 """Beginning of the names that are made to unload what has none."""
 
 
@@ -91,6 +91,26 @@ class OllamaDriver:
             return UnloadFinished(unload.instance, unload.blob, error.message)
         return UnloadFinished(unload.instance, unload.blob)
 
+    async def clear_leftovers(self) -> bool:
+        """Removes the names that a router left which was killed while it unloaded, and their weights with them. False
+        where no server is ready that could, or the store is being changed; for the start, when nothing needs them yet.
+
+        Raises:
+            OllamaError: the server could not be asked, or did not do it.
+        """
+        facts = self._snapshot()
+        ready = (v for v in facts.instances.values() if v.state is InstanceState.READY and not v.spec.attached)
+        view = next(ready, None)
+        if view is None or self._writing.locked():
+            return False
+        client = self._client_for(view.spec.url)
+        async with self._writing:
+            needed = {stand_in_for(blob) for _, blob in self._snapshot().residencies}
+            for row in await client.tags():
+                if is_stand_in(row.name) and row.name not in needed:
+                    await client.delete(row.name)
+        return True
+
     @contextlib.asynccontextmanager
     async def _named(self, unload: Unload, client: OllamaClient) -> AsyncGenerator[str]:
         """A name that stands for the loaded weights as long as the block lasts."""
@@ -132,7 +152,12 @@ class OllamaDriver:
 
 def stand_in_for(blob: BlobDigest) -> str:
     """The name that is made for weights that have none any more."""
-    return _STAND_IN + blob.removeprefix("sha256:")[:12]
+    return STAND_IN + blob.removeprefix("sha256:")[:12]
+
+
+def is_stand_in(name: str) -> bool:
+    """Whether a name was made to unload with; such names are nobody's models."""
+    return name.startswith(STAND_IN)
 
 
 def _layers(load: Load) -> int | None:

@@ -45,8 +45,10 @@ class Watcher:
         now: Callable[[], float],
         pace: Pace,
         warm: tuple[str, ...] = (),
+        clear: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
-        """`warm`: names of models whose facts are told as soon as the store has them."""
+        """`warm`: names of models whose facts are told as soon as the store has them. `clear` tidies the store up; it
+        is called until it says that it has, or that it cannot."""
         self._poller = poller
         self._catalog = catalog
         self._client_for = client_for
@@ -55,6 +57,7 @@ class Watcher:
         self._now = now
         self._pace = pace
         self._warm = warm
+        self._clear = clear
         self._told: dict[str, ModelFacts] = {}
         self._failing: set[str] = set()
         self._look_now = asyncio.Event()
@@ -123,6 +126,16 @@ class Watcher:
             if facts is not None and facts != self._told.get(name):
                 self._told[name] = facts
                 self._post(ModelKnown(facts))
+        if self._clear is not None:
+            await self._cleared(self._clear)
+
+    async def _cleared(self, clear: Callable[[], Awaitable[bool]]) -> None:
+        try:
+            if not await clear():
+                return
+        except OllamaError as error:
+            self._log.warning("leftovers_stay", why=error.message)
+        self._clear = None
 
     def _failed(self, what: str, error: Exception) -> None:
         if what not in self._failing:

@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
 from router.core.entities import Gpu, InstanceView, Reservation, Residency, Snapshot, Ticket
-from router.core.ledger import available_bytes, foreign_bytes, reserved_bytes, resident_bytes
+from router.core.ledger import available_bytes, drift_bytes, foreign_bytes, reserved_bytes, resident_bytes
 from router.core.outlook import Outlook
 from router.gateway.answers import json_answer, text_answer
 from router.gateway.context import GatewayContext
@@ -87,6 +87,7 @@ def _card(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
         "resident_bytes": resident_bytes(snapshot, gpu.uuid),
         "reserved_bytes": reserved_bytes(snapshot, gpu.uuid),
         "foreign_bytes": foreign_bytes(snapshot, gpu.uuid),
+        "drift_bytes": drift_bytes(snapshot, gpu.uuid),
         "available_bytes": max(0, available_bytes(snapshot, gpu.uuid)),
     }
 

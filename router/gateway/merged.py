@@ -3,7 +3,7 @@
 Clients see one Ollama: each model once, each loaded copy with its true size and with the expiry that the router's own
 timers give it. What the servers say is passed on field by field, so that fields of newer versions come through; where
 there is nothing to merge, a server's list goes on byte for byte. What only the router knows stands in an object of its
-own, `llamayard`, which clients that do not know it leave alone.
+own, `llamayard`, which clients that do not know it leave alone; names that it made to unload with are not listed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 import aiohttp
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from router.core.entities import InstanceView, Residency, ResidencyState, Snapshot
 from router.errors import InstanceLost
+from router.fleet.driver import STAND_IN, is_stand_in
 from router.fleet.listing import key_of
-from router.gateway.answers import json_answer, text_answer
+from router.gateway.answers import JSON, json_answer, text_answer
 from router.gateway.context import GatewayContext
 from router.gateway.passed import pass_on
 from router.gateway.requests import RequestInfo
@@ -56,11 +57,15 @@ class MergedHandler:
         """The shared store's models once, then those that only an attached server has, then aliases."""
         primary = self._context.primary()
         others = [view for view in self._context.ready_instances() if view.spec.attached and view is not primary]
-        if not others and not self._context.rules.substitutes.listed:
-            return await pass_on(self._context, request, b"", info, primary)
         path, field, keys = ("/v1/models", "data", ("id",))
         if info.route == "/api/tags":
             path, field, keys = "/api/tags", "models", ("name", "model")
+        if not others and not self._context.rules.substitutes.listed:
+            if request.method == hdrs.METH_HEAD:
+                return await pass_on(self._context, request, b"", info, primary)
+            raw, kind = await self._raw(primary, path)
+            if STAND_IN.encode() not in raw:
+                return web.Response(body=raw, headers={hdrs.CONTENT_TYPE: kind, **info.reply_headers(None)})
         first = await self._rows(primary, path, field)
         rows = {key_of(str(row.get(keys[0]))): row for row in first}
         further = await asyncio.gather(*(self._rows(view, path, field) for view in others), return_exceptions=True)
@@ -119,15 +124,24 @@ class MergedHandler:
         return await self._look(view, path, field)
 
     async def _look(self, view: InstanceView, path: str, field: str) -> list[_Row]:
+        raw, _ = await self._raw(view, path)
+        try:
+            rows: list[_Row] = msgspec.json.decode(raw, type=dict[str, Any]).get(field) or []
+        except msgspec.MsgspecError as error:
+            raise InstanceLost(f"{view.spec.name} cannot tell {path}: {error}") from error
+        return [row for row in rows if not is_stand_in(str(row.get("name") or row.get("id")))]
+
+    async def _raw(self, view: InstanceView, path: str) -> tuple[bytes, str]:
+        """The server's answer and its content type."""
         try:
             timeout = aiohttp.ClientTimeout(total=_ASK_SECONDS)
             async with self._context.session.get(view.spec.url + path, timeout=timeout) as reply:
                 raw = await reply.read()
-                if reply.status != web.HTTPOk.status_code:
-                    raise InstanceLost(f"{view.spec.name} answers {reply.status} to {path}")
-            return msgspec.json.decode(raw, type=dict[str, Any]).get(field) or []
-        except (aiohttp.ClientError, OSError, msgspec.MsgspecError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise InstanceLost(f"{view.spec.name} cannot tell {path}: {error}") from error
+        if reply.status != web.HTTPOk.status_code:
+            raise InstanceLost(f"{view.spec.name} answers {reply.status} to {path}")
+        return raw, reply.headers.get(hdrs.CONTENT_TYPE, JSON)
 
 
 def _add(rows: dict[str | None, _Row], row: _Row, name_field: str, instance: str) -> None:

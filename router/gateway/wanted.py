@@ -66,6 +66,22 @@ class Wanted:
             request_id=request_id,
         )
 
+    def again(self, body: bytes, seen: Peek) -> Wanted:
+        """The same for another body that gives no options either."""
+        return Wanted(
+            self.path,
+            self.facts,
+            self.options,
+            self.context_length,
+            self.keep_alive_seconds,
+            seen.prompt_bytes // _BYTES_PER_TOKEN,
+            seen.output_tokens_max,
+            self.is_flexible,
+            self.dropped,
+            body,
+            self.default_context_length,
+        )
+
     def body_for(self, grant: Grant) -> bytes:
         """The body with which the granted copy does not reload."""
         if not self.is_flexible or grant.options == self.options:

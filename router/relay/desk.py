@@ -28,6 +28,7 @@ from router.gateway.routes import Kind, Route, RouteTable
 from router.relay.heads import RequestHead
 from router.relay.intake import too_large
 from router.relay.upstream import Pool
+from router.relay.usual import Key, Usual
 
 _REMEMBERED_MAX = 256
 _REMEMBERED_BYTES_MAX = 256
@@ -142,7 +143,7 @@ class Ids:
 class HeadNotes:
     """What has been made of one head of a request to the relay's own routes."""
 
-    __slots__ = ("asker", "begun", "is_good", "path", "request_id", "route", "wants_reason")
+    __slots__ = ("asker", "begun", "is_good", "path", "request_id", "route", "usual", "wants_reason")
 
     def __init__(self, route: Route, path: str) -> None:
         self.route = route
@@ -155,6 +156,8 @@ class HeadNotes:
         self.asker: Asker | None = None
         self.begun: dict[str, bytes] = {}
         """The head as it goes on, but for its framing, by the server's URL."""
+        self.usual: dict[Key, Usual] = {}
+        """What came of requests with it, by what their bodies said."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,10 @@ from router.gateway.headers import request_head
 from router.gateway.peek import Peek
 from router.gateway.requests import RequestInfo
 from router.relay.desk import Desk
-from router.relay.exchange import ASKED, ASKING, WAITING, Client, LeasedExchange
+from router.relay.exchange import ASKED, ASKING, WAITING, LeasedExchange
 from router.relay.heads import RequestHead
 from router.relay.intake import Intake
+from router.relay.parties import Requester
 from router.relay.reply import ReplyRelay
 from router.relay.upstream import UpstreamConnection
 
@@ -30,7 +31,7 @@ class LongExchange(LeasedExchange):
     """As the ordinary exchange, but told of the pieces of its body as they come."""
 
     def __init__(
-        self, desk: Desk, client: Client, head: RequestHead, path: str, info: RequestInfo, intake: Intake
+        self, desk: Desk, client: Requester, head: RequestHead, path: str, info: RequestInfo, intake: Intake
     ) -> None:
         super().__init__(desk, client, head, path, info)
         self._intake = intake
@@ -69,6 +70,7 @@ class LongExchange(LeasedExchange):
             return
         self._early = self._intake.holds_still = True
         self._asked = asked
+        self._asker = asked.asker
         info.model = facts.name
         self._gives_up_at = desk.engine.now() + desk.patience.slot_seconds
         self._submit(want)

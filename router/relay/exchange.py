@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -28,6 +28,7 @@ from router.errors import InstanceLost, RouterError
 from router.fleet.ollama import OllamaError
 from router.gateway.abilities import is_young, refuse_missing
 from router.gateway.asked import Asked
+from router.gateway.askers import Asker
 from router.gateway.forms import is_form
 from router.gateway.forward import Exchange as Record
 from router.gateway.headers import begun_request
@@ -35,14 +36,16 @@ from router.gateway.origin import Answer
 from router.gateway.peek import Peek
 from router.gateway.requests import RequestInfo
 from router.gateway.shapes import api_of, error_reply
+from router.gateway.waiting import Heartbeat
 from router.gateway.wanted import Wanted, reply_notes, unloaded
 from router.relay.desk import Desk, HeadNotes
 from router.relay.glance import glance
 from router.relay.heads import RequestHead
 from router.relay.heartbeats import Heart
-from router.relay.parties import Client as ReplyClient
+from router.relay.parties import Requester
 from router.relay.reply import ReplyRelay
 from router.relay.upstream import Opening, UpstreamConnection
+from router.relay.usual import again, recall, remember
 
 ATTEMPTS: Final = 3
 ONE_WRITE_BYTES_MAX: Final = 65536
@@ -52,22 +55,6 @@ CLIENT_GONE: Final = 499
 ASKING, WAITING, OPENING, ASKED, ENDED = range(5)
 
 
-class Client(ReplyClient, Protocol):
-    """The connection that the request came on."""
-
-    def answer(self, answer: Answer) -> None:
-        """Sends a whole answer of the router's own. The exchange is over with it."""
-        ...
-
-    def answered(self, *, keep: bool) -> None:
-        """The answer is out. The exchange is over."""
-        ...
-
-    def body_blocked(self, *, blocked: bool) -> None:
-        """The server takes no more of the request's body for now, or again."""
-        ...
-
-
 class LeasedExchange:
     """Tells its client what to send, and is told what happens on either side."""
 
@@ -75,6 +62,7 @@ class LeasedExchange:
     _attempt = 1
     _fresh = False
     _asked: Asked | None = None
+    _asker = Asker()
     _heart: Heart | None = None
     _task: asyncio.Task[None] | None = None
     _lease: TicketId | None = None
@@ -88,7 +76,7 @@ class LeasedExchange:
     _body = b""
     """What is sent on."""
 
-    def __init__(self, desk: Desk, client: Client, head: RequestHead, path: str, info: RequestInfo) -> None:
+    def __init__(self, desk: Desk, client: Requester, head: RequestHead, path: str, info: RequestInfo) -> None:
         self._desk = desk
         self._client = client
         self._head = head
@@ -124,16 +112,37 @@ class LeasedExchange:
         desk, head, info = self._desk, self._head, self._info
         seen = self._seen or (None if is_form(head.text("content-type")) else glance(self._body, self._path))
         notes: HeadNotes = head.notes
+        if seen is not None and self._is_usual(seen, notes):
+            return
         self._asked = asked = Asked(
             desk.rules, self._path, self._body, head.text, info.client, desk.cards, seen, notes.asker
         )
+        self._asker = asked.asker
         if asked.asker.layout is None:  # cards come and go
             notes.asker = asked.asker
         info.client = asked.asker.client
         info.notes = asked.notes
-        if asked.heartbeat is not None:
-            self._heart = Heart(asked.heartbeat, self._client, head, desk.engine.now())
+        self._expect(asked.heartbeat)
         self._find(asked)
+
+    def _is_usual(self, seen: Peek, notes: HeadNotes) -> bool:
+        """Whether one like it has come before: then it is on its way."""
+        usual = recall(notes.usual, seen)
+        if usual is None:
+            return False
+        desk = self._desk
+        want = again(usual, desk.catalog.known(seen.model or ""), seen, self._body, desk.rules)
+        if want is None:
+            return False
+        self._asker, self._wanted = usual.asker, want
+        self._info.client, self._info.model = usual.asker.client, want.facts.name
+        self._expect(usual.heartbeat)
+        self._submit(want)
+        return True
+
+    def _expect(self, heartbeat: Heartbeat | None) -> None:
+        if heartbeat is not None:
+            self._heart = Heart(heartbeat, self._client, self._head, self._desk.engine.now())
 
     def _find(self, asked: Asked) -> None:
         """The model that was asked for, or the next that may stand in for it."""
@@ -172,6 +181,7 @@ class LeasedExchange:
             return
         notes = reply_notes(want)
         self._info.notes = {**asked.notes, **notes} if notes else asked.notes
+        remember(self._head.notes.usual, asked, want, self._desk.rules)
         self._submit(want)
 
     def _refused(self, error: RouterError) -> None:
@@ -200,15 +210,12 @@ class LeasedExchange:
     # --- to the server ---------------------------------------------------------------------------------------
 
     def _submit(self, want: Wanted) -> None:
-        engine, asked = self._desk.engine, self._asked
-        assert asked is not None
+        engine, seconds = self._desk.engine, self._desk.limits.queue_timeout_seconds
         self._phase = WAITING
         self._lease = number = engine.new_ticket_id()
-        seconds = self._desk.limits.queue_timeout_seconds
-        ticket = want.ticket(number, asked.asker, engine.now(), seconds, self._info.request_id)
+        ticket = want.ticket(number, self._asker, engine.now(), seconds, self._info.request_id)
         engine.submit(ticket, self._decided)
-        if self._phase == WAITING and self._heart is not None:
-            self._heart.waits(ticket.arrived_at)
+        if self._phase == WAITING and self._heart is not None and self._heart.waits(ticket.arrived_at):
             self.check(ticket.arrived_at)
 
     def _decided(self, decision: Grant | Reject) -> None:
@@ -366,13 +373,10 @@ class LeasedExchange:
         self._phase = ENDED
         info, reply = self._info, self._reply
         if reply is not None:
-            info.exchange = record = Record(started=self._desk.engine.now)
-            record.status = reply.status
-            record.first_byte_at = reply.first_byte_at
-            record.last_byte_at = reply.last_byte_at
-            record.chunks = reply.chunks
-            record.bytes_out = reply.bytes_out
-            record.tail = reply.tail()
+            first, last = reply.first_byte_at, reply.last_byte_at
+            info.exchange = Record(
+                self._desk.engine.now, reply.status, first, last, reply.bytes_out, reply.chunks, reply.tail()
+            )
             self._reply = None  # they refer to each other, and what is not in use must be free at once, to be used warm
         self._desk.books.ended(info, self._head.method.decode(), self._path, status)
 
@@ -388,8 +392,7 @@ class LeasedExchange:
 
     def check(self, now: float) -> None:
         """Looks at the deadlines; to be called now and then."""
-        heart = self._heart
-        if heart is not None and heart.is_due(now):
+        if (heart := self._heart) is not None and heart.is_due(now):
             heart.beat(now, self._info.reply_headers(None), self._desk.engine, self._lease, self._grant)
             if self._reply is not None:
                 self._reply.begun = True

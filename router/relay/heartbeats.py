@@ -48,10 +48,11 @@ class Heart:
     def is_due(self, now: float) -> bool:
         return now >= self._due
 
-    def waits(self, now: float) -> None:
-        """The request has begun to wait for a slot."""
+    def waits(self, now: float) -> bool:
+        """The request has begun to wait for a slot; whether its client is to be told at once."""
         if self._beat.tells:
             self._due = now
+        return self._beat.tells
 
     def beat(
         self, now: float, own_headers: Mapping[str, str], queue: Queue, lease: TicketId | None, grant: Grant | None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from router.errors import InstanceLost, RouterError
+from router.gateway.origin import Answer
 
 
 class Send(Protocol):
@@ -26,6 +27,22 @@ class Client(Protocol):
 
     def abort(self) -> None:
         """Cuts the connection: the answer cannot be ended visibly in any other way."""
+        ...
+
+
+class Requester(Client, Protocol):
+    """The same connection, as whoever works on its request knows it."""
+
+    def answer(self, answer: Answer) -> None:
+        """Sends a whole answer of the router's own. The exchange is over with it."""
+        ...
+
+    def answered(self, *, keep: bool) -> None:
+        """The answer is out. The exchange is over."""
+        ...
+
+    def body_blocked(self, *, blocked: bool) -> None:
+        """The server takes no more of the request's body for now, or again."""
         ...
 
 

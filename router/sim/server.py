@@ -56,6 +56,8 @@ class SimServer:
         self._pending: deque[_Job] = deque()
         self._placing: _Job | None = None
         self._waits_for: Loaded | None = None
+        self._afterwards: list[Callable[[], None]] | None = None
+        """While the queue is gone through: what is to be called then, the last first."""
         self._first_free: dict[GpuUuid, int] = {}
         self._life = 0
 
@@ -127,16 +129,30 @@ class SimServer:
         self._next()
 
     def _next(self) -> None:
+        """Places what waits, until something takes time. Those placed at once end here and not inside each other."""
+        if self._afterwards is not None:
+            return
+        afterwards: list[Callable[[], None]] = []
+        self._afterwards = afterwards
         while self._placing is None and self._pending:
             job = self._pending.popleft()
             if not job.gone:
                 self._placing = job
                 self._try(job)
+        self._afterwards = None
+        while afterwards:
+            afterwards.pop()()
 
-    def _done_placing(self) -> None:
+    def _done_placing(self, afterwards: Callable[[], None] | None = None) -> None:
+        """The next is placed, and `afterwards` called once that and all after it have been looked at."""
         self._placing = None
         self._waits_for = None
-        self._next()
+        if self._afterwards is None:
+            self._next()
+            if afterwards is not None:
+                afterwards()
+        elif afterwards is not None:
+            self._afterwards.append(afterwards)
 
     def _abandon(self, job: _Job) -> None:
         """The client of the request that is being placed left. Others who came for the same load queue for another."""
@@ -227,13 +243,14 @@ class SimServer:
             found.serve(request, lambda r, error: self._served(found, r, error, served))
         elif found.users == 0:
             self._start_expiry(found)
-        self._done_placing()
-        if job.loaded is not None:
-            job.loaded(LoadResult(found.size_bytes, found.size_vram_bytes))
+        loaded = job.loaded
+        if loaded is None:
+            self._done_placing()
+        else:
+            self._done_placing(lambda: loaded(LoadResult(found.size_bytes, found.size_vram_bytes)))
 
     def _fail(self, job: _Job, error: str) -> None:
-        self._done_placing()
-        self._end_job(job, error)
+        self._done_placing(lambda: self._end_job(job, error))
 
     def _end_job(self, job: _Job, error: str) -> None:
         if job.request is not None and job.served is not None:

@@ -26,7 +26,7 @@ from tests.support.ollama_server import real_binary
 
 _WORDS = ("one", " two")
 _ERROR = LoadFailed("the load came to nothing")
-_SECONDS = 60
+_SECONDS = 300
 
 
 async def _answer(request: web.Request) -> web.StreamResponse:

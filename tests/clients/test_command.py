@@ -19,7 +19,7 @@ from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.ollama
 
-_SECONDS = 60
+_SECONDS = 300
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\u2800-\u28ff] ?")
 """Control codes, and the spinner, which turns as long as it takes."""
 _AGE = re.compile(r"(\d+|About an?|Less than an?) (second|minute|hour)s? (ago|from now)")

@@ -41,7 +41,10 @@ class Stage:
         """Nothing is loaded afterwards."""
         for name in self.loaded():
             self.unload(name)
-        eventually_sync(lambda: not self.loaded(), what="an empty /api/ps")
+        try:
+            eventually_sync(lambda: not self.loaded(), what="an empty /api/ps")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; still loaded: {self.loaded()}") from error
 
     def unload(self, name: str) -> None:
         path = "/api/embed" if name.startswith("embed") else "/api/generate"

@@ -97,4 +97,4 @@ async def test_a_client_that_leaves_during_its_load_aborts_it(single: Stage) -> 
         except AssertionError:
             return False
 
-    await eventually(aborted, deadline_seconds=30)
+    await eventually(aborted)

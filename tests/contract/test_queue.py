@@ -52,7 +52,7 @@ async def _full(stage: Stage) -> AsyncGenerator[list[asyncio.Task[Reply]]]:
             await asyncio.wait(_undone(waiting), timeout=settled, return_when=asyncio.FIRST_COMPLETED)
             return any(task.done() for task in waiting) and len(_undone(waiting)) == 2
 
-        await eventually(refused, deadline_seconds=2 * _REFUSAL_SECONDS)
+        await eventually(refused)
         assert {task.result().status for task in waiting if task.done()} == {503}
         yield _undone(waiting)
         busy.abort()

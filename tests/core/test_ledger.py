@@ -12,6 +12,7 @@ from router.core.entities import InstanceSpec, LoadId, Policy, ResidencyState
 from router.core.ledger import (
     available_bytes,
     capacity_bytes,
+    drift_bytes,
     foreign_bytes,
     is_settled,
     reserved_bytes,
@@ -54,6 +55,14 @@ def test_what_is_used_beyond_our_models_is_foreign_and_no_capacity() -> None:
     assert capacity_bytes(facts, G0) == (15_000 + 6300) * MIB  # 5 % more than the books say is taken for ours
     assert foreign_bytes(facts, G1) == 0
     assert capacity_bytes(facts, G1) == 24_000 * MIB
+
+
+def test_what_the_books_have_and_the_driver_does_not_show_is_drift() -> None:
+    ours = [residency("gpu0", A, 4000), residency("spread", B, 2000, 2000)]
+    facts = snapshot([card(0, 18_500), card(1, 10_000)], VIEWS, ours)
+    assert drift_bytes(facts, G0) == 500 * MIB
+    assert drift_bytes(facts, G1) == 0
+    assert foreign_bytes(facts, G0) == 0
 
 
 def test_a_model_on_its_way_out_still_holds_its_memory_and_one_on_its_way_in_does_not_yet() -> None:

@@ -177,6 +177,14 @@ def test_the_least_busy_card_is_preferred_then_the_emptiest_then_the_fastest_the
     assert _placed(snapshot([card(0, 12_000), card(1, 12_000)], PAIR), SMALL).instance == "gpu0"
 
 
+def test_of_equal_cards_the_one_with_the_faster_link_is_preferred() -> None:
+    def linked(number: int, width: int) -> Gpu:
+        return replace(card(number, 20_000), pcie_generation_max=4, pcie_width_max=width)
+
+    assert _placed(snapshot([linked(0, 4), linked(1, 16)], PAIR), SMALL).instance == "gpu1"
+    assert _placed(snapshot([linked(0, 16), linked(1, 16)], PAIR), SMALL).instance == "gpu0"
+
+
 def test_the_requests_of_a_spread_model_count_on_each_of_its_cards() -> None:
     views = (*PAIR, view("gpu2", 2))
     cards = [card(number, 20_000) for number in range(3)]

@@ -27,7 +27,7 @@ from tests.support.waiting import eventually, eventually_sync
 
 FAKE_SERVER = (sys.executable, str(Path(__file__).parent / "fake_server.py"))
 _MARK = "FLEET_TEST_MARK"
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 60.0
 
 
 def is_alive(pid: int) -> bool:
@@ -175,7 +175,7 @@ def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
 
     @contextlib.asynccontextmanager
     async def running(environment: Mapping[str, str] | None = None, **fields: Any) -> AsyncGenerator[Fleet]:
-        defaults: dict[str, Any] = {"command": FAKE_SERVER, "stop_timeout_seconds": 5.0, "start_timeout_seconds": 15.0}
+        defaults: dict[str, Any] = {"command": FAKE_SERVER, "stop_timeout_seconds": 5.0, "start_timeout_seconds": 60.0}
         config = SupervisorConfig(
             state_directory=str(tmp_path / "state"),
             run_id=run_id(),

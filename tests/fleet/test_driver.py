@@ -249,6 +249,28 @@ async def test_an_attached_servers_store_is_not_written_to() -> None:
         assert [body["model"] for body in on.bodies("/api/generate")] == ["tiny:latest"]
 
 
+# --- what a killed router left ------------------------------------------------------------------------------------
+
+
+async def test_names_that_a_killed_router_left_are_removed_and_no_others() -> None:
+    async with bench() as on:
+        names = ["tiny:latest", "llamayard-unload:aaaaaaaaaaaa", stand_in_for(TINY.blob)]
+        on.server.answers |= {"/api/tags": {"models": [{"name": name} for name in names]}, "/api/delete": {}}
+        on.facts = snapshot([], [view("gpu0", 0)], [residency("gpu0", TINY, 1)])
+        assert await on.driver.clear_leftovers()
+        assert on.bodies("/api/delete") == [{"model": "llamayard-unload:aaaaaaaaaaaa"}]
+        assert not on.writing.locked()
+
+
+async def test_nothing_is_cleared_while_no_server_is_ready_or_the_store_is_being_changed() -> None:
+    async with bench(attached=True) as on:
+        assert not await on.driver.clear_leftovers()
+        assert on.server.asked == []
+    async with bench() as on, on.writing:
+        assert not await on.driver.clear_leftovers()
+        assert on.server.asked == []
+
+
 def test_the_made_name_belongs_to_the_weights() -> None:
     one, other = stand_in_for(BlobDigest("sha256:" + "a" * 64)), stand_in_for(BlobDigest("sha256:" + "b" * 64))
     assert one == "llamayard-unload:aaaaaaaaaaaa"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from router.core.events import Event, GpusRead, ResidencyRead
 from router.fleet.catalog import Catalog
 from router.fleet.gpus import GpuPoller
 from router.fleet.listing import Store
-from router.fleet.ollama import OllamaClient
+from router.fleet.ollama import OllamaClient, OllamaError
 from router.fleet.watcher import Pace, Watcher
 from tests.core.builders import card, snapshot
 from tests.fleet.scripted import Scripted, failing, scripted
@@ -26,6 +26,7 @@ from tests.support.waiting import eventually
 NEVER = 3600.0
 SOON = 0.01
 BLOB = "b" * 64
+Clear = Callable[[], Awaitable[bool]]
 
 
 @dataclass
@@ -58,7 +59,9 @@ class Watch:
 
 
 @asynccontextmanager
-async def watch(gpus: float = NEVER, models: float = NEVER, store: float = NEVER) -> AsyncGenerator[Watch]:
+async def watch(
+    gpus: float = NEVER, models: float = NEVER, store: float = NEVER, clear: Clear | None = None
+) -> AsyncGenerator[Watch]:
     answers = {"/api/tags": {"models": [{"name": "tiny:latest", "digest": "d1"}]},
                "/api/show": {"modelfile": f"FROM /m/sha256-{BLOB}"}, "/api/ps": {"models": []}}  # fmt: skip
     async with aiohttp.ClientSession() as session, scripted(answers) as server:
@@ -69,7 +72,7 @@ async def watch(gpus: float = NEVER, models: float = NEVER, store: float = NEVER
         posted: list[Event] = []
         watcher = Watcher(
             poller, catalog, lambda _: client, lambda: held.facts, posted.append,
-            lambda: held.now, Pace(gpus, models, store),
+            lambda: held.now, Pace(gpus, models, store), (), clear,
         )  # fmt: skip
         held = Watch(server, reader, watcher, snapshot([], [InstanceView(spec, InstanceState.READY)]), posted=posted)
         running = asyncio.ensure_future(watcher.run())
@@ -145,6 +148,27 @@ async def test_only_servers_that_are_ready_are_asked() -> None:
             return len(asked) > 5 and len(set(asked[-5:])) == 1
 
         await eventually(settled)
+
+
+@pytest.mark.parametrize("answers", [[False, True], [OllamaError(500, "no")]])
+async def test_the_store_is_tidied_up_until_that_is_done_or_fails(
+    answers: list[bool | OllamaError], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[None] = []
+
+    async def clear() -> bool:
+        asked.append(None)
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, OllamaError):
+            raise answer
+        return answer
+
+    async with watch(store=SOON, clear=clear) as on:
+        await eventually(lambda: len(asked) == len(answers))
+        seen = on.server.paths().count("/api/tags")
+        await eventually(lambda: on.server.paths().count("/api/tags") > seen + 2)
+    assert len(asked) == len(answers)
+    assert capsys.readouterr().out.count("leftovers_stay") == (answers[-1] is not True)
 
 
 async def test_the_list_of_models_is_looked_at_by_itself() -> None:

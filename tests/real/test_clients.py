@@ -28,7 +28,7 @@ def _run(*command: str | Path, product: Product, cwd: Path | None = None) -> str
     """A command's standard output; it must succeed."""
     environment = {**product.environment, "OLLAMA_HOST": product.address.url, "TERM": "dumb"}
     done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60, check=False, cwd=cwd,
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, (command, done.stdout, done.stderr)
@@ -38,7 +38,7 @@ def _run(*command: str | Path, product: Product, cwd: Path | None = None) -> str
 def test_curl_streams_a_chat(product: Product) -> None:
     body = json.dumps({"model": "tiny", "messages": _HI, "options": _OPTIONS})
     text = _run(
-        "curl", "-sSN", "--fail", "--max-time", "30", product.address.url + "/api/chat", "-d", body, product=product
+        "curl", "-sSN", "--fail", "--max-time", "300", product.address.url + "/api/chat", "-d", body, product=product
     )
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["done"] for line in lines] == [False] * 6 + [True]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+from router.gateway.asked import Rules
 from router.relay.connection import ClientConnection
 from router.relay.service import Relay
 from router.relay.upstream import Pool, UpstreamConnection
@@ -51,10 +53,11 @@ class Wire(asyncio.Transport):
 class Bench:
     """One client's connection and one server's, with all of the relay between them. Needs a running loop."""
 
-    def __init__(self) -> None:
-        self.engine, self.books = ScriptedEngine([URL]), ScriptedBooks()
+    def __init__(self, rules: Rules | None = None) -> None:
+        self.engine, self.books, self.catalog = ScriptedEngine([URL]), ScriptedBooks(), ScriptedCatalog()
         self.pool = Pool(5.0, self.engine.now)
-        self.relay = Relay(make_desk(self.engine, ScriptedCatalog(), self.books, self.pool))
+        desk = make_desk(self.engine, self.catalog, self.books, self.pool)
+        self.relay = Relay(desk if rules is None else replace(desk, rules=rules))
         self.server = UpstreamConnection(self.pool, URL)
         self.to_server = Wire()
         self.server.connection_made(self.to_server)

@@ -132,6 +132,30 @@ def test_all_layers_on_the_cards_overrule_the_estimate_or_fail() -> None:
     assert names(tight) == []
 
 
+def test_thousands_may_wait_for_one_load() -> None:
+    served = server()
+    served.ask(0.0, 0, BIG)
+    for number in range(1, 3001):
+        served.ask(0.1, number, MIDDLE, words=0)
+    play(served.machine, 600.0)
+    assert served.ended == dict.fromkeys(range(3001), "")
+
+
+def test_loads_that_end_at_once_are_told_when_all_that_waits_was_looked_at() -> None:
+    told: list[str] = []
+    served = server()
+    one = served.server
+
+    def ask() -> None:
+        one.load(SMALL, -1, lambda _: told.append("first"))
+        one.load(SMALL, -1, lambda _: told.append("second"))
+        one.load(SMALL, -1, lambda _: told.append("third"))
+
+    served.machine.timeline.at(0.0, ask)
+    play(served.machine, 60.0)
+    assert told == ["third", "second", "first"]
+
+
 def test_models_leave_after_five_idle_minutes() -> None:
     served = server()
     served.ask(0.0, 1, SMALL)

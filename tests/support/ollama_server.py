@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.rawhttp import Address
+from tests.support.rawhttp import DEADLINE_SECONDS, Address
 from tests.support.tiny_model import ModelSpec, write_model
 from tests.support.waiting import eventually_sync
 
@@ -106,11 +106,11 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the group that the process leads, then reaps it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=10)
+    process.wait(timeout=60)
 
 
 def blocking_call(
-    address: Address, method: str, path: str, body: Any = None, timeout_seconds: float = 60
+    address: Address, method: str, path: str, body: Any = None, timeout_seconds: float = DEADLINE_SECONDS
 ) -> tuple[int, Any]:
     """One request; a body that is not bytes goes as JSON. The answer's JSON where it is JSON, else its bytes."""
     payload = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()

@@ -25,7 +25,7 @@ from tests.support.rawhttp import Address
 from tests.support.waiting import eventually_sync
 
 _MARK = "TEST_OF_ROUTER"
-_READY_SECONDS = 60.0
+_READY_SECONDS = 120.0
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class Product:
         assert self.process is not None
         self.process.send_signal(number)
 
-    def wait(self, deadline_seconds: float = 60.0) -> int:
+    def wait(self, deadline_seconds: float = 120.0) -> int:
         """Its exit code."""
         assert self.process is not None
         return self.process.wait(timeout=deadline_seconds)
@@ -111,7 +111,7 @@ class Product:
         """Kills whatever is left of it."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=60)
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()

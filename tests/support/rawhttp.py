@@ -13,6 +13,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+DEADLINE_SECONDS = 300.0
+"""For each wait; a real server on a busy machine has been seen to take a minute for 400 small words."""
+
 End = Literal["complete", "eof", "reset"]
 """`complete`: the framing came to its end; `eof`, `reset`: the peer closed or reset the connection before that."""
 
@@ -205,7 +208,7 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def connect(address: Address, deadline_seconds: float = 60.0) -> AsyncGenerator[Connection]:
+async def connect(address: Address, deadline_seconds: float = DEADLINE_SECONDS) -> AsyncGenerator[Connection]:
     """An open connection for the length of the block."""
     reader, writer = await asyncio.open_connection(address.host, address.port, limit=2**24)
     connection = Connection(reader, writer, deadline_seconds)
@@ -215,7 +218,7 @@ async def connect(address: Address, deadline_seconds: float = 60.0) -> AsyncGene
         await connection.close()
 
 
-async def exchange(address: Address, raw: bytes, deadline_seconds: float = 60.0) -> Reply:
+async def exchange(address: Address, raw: bytes, deadline_seconds: float = DEADLINE_SECONDS) -> Reply:
     """Sends bytes on a connection of their own and reads the answer."""
     async with connect(address, deadline_seconds) as connection:
         await connection.send(raw)

@@ -12,10 +12,12 @@ from typing import TypeVar, cast
 T = TypeVar("T")
 
 _PAUSE_SECONDS = 0.02
+DEADLINE_SECONDS = 60.0
+"""Never waited for where all is well: long, because a busy machine is no failure."""
 
 
 async def eventually(
-    predicate: Callable[[], Awaitable[T] | T], deadline_seconds: float = 20.0, what: str = "the condition"
+    predicate: Callable[[], Awaitable[T] | T], deadline_seconds: float = DEADLINE_SECONDS, what: str = "the condition"
 ) -> T:
     """The predicate's first truthy value. AssertionError with the last value once the deadline has passed."""
     end = time.monotonic() + deadline_seconds
@@ -29,7 +31,9 @@ async def eventually(
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
-def eventually_sync(predicate: Callable[[], T], deadline_seconds: float = 20.0, what: str = "the condition") -> T:
+def eventually_sync(
+    predicate: Callable[[], T], deadline_seconds: float = DEADLINE_SECONDS, what: str = "the condition"
+) -> T:
     """The same for fixtures that own no event loop."""
     end, pause = time.monotonic() + deadline_seconds, threading.Event()
     while not (value := predicate()):

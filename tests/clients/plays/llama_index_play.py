@@ -23,7 +23,7 @@ def play(url: str) -> dict[str, Any]:
 
     def model(name: str, words: int) -> Ollama:
         options = {"num_predict": words, "seed": 1}
-        return Ollama(model=name, base_url=url, context_window=4096, additional_kwargs=options, request_timeout=60.0)
+        return Ollama(model=name, base_url=url, context_window=4096, additional_kwargs=options, request_timeout=300.0)
 
     hi = [ChatMessage(role="user", content="hi")]
     shown = [ChatMessage(role="user", blocks=[TextBlock(text="hi"), ImageBlock(image=PICTURE.encode())])]
