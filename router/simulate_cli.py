@@ -10,7 +10,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from router.scenarios import (
     scenario,
 )
 from router.sim.contestants.llamayard import Llamayard
+from router.sim.faultwords import WORDS, FaultError, with_faults
 from router.sim.host import Host
 from router.sim.invariants import Invariants
 from router.sim.metrics import Report, Waits, report
@@ -58,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, help="how long requests arrive (default: 480, or until there are 120)")
     add("--rate", type=float, default=None, help="requests a second (default: by rig and mix)")
     add("--users", type=int, default=12)
+    add("--fault", action="append", default=[], metavar="FAULT",
+        help=f"KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(WORDS)}; repeatable")  # fmt: skip
     add("--check", action="store_true", help="hold the router to its rules after everything that happens")
     add("--cold", action="store_true", help="no model is in the page cache at the start")
     add("--out", default="simulated", metavar="DIR", help=f"where JSON and picture go; {_NO_FILES} writes none")
@@ -69,11 +72,11 @@ def run(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
     del environment
     try:
         runs = [
-            play(policy, _wanted(given, seed), check=given.check)
+            play(policy, _wanted(given, seed), check=given.check, faults=given.fault)
             for seed in given.seed or [1]
             for policy in given.policy or _DEFAULT
         ]  # fmt: skip
-    except (ScenarioError, SpecError, TraceError) as error:
+    except (FaultError, ScenarioError, SpecError, TraceError) as error:
         sys.stderr.write(f"llamayard: {error}\n")
         return 2
     if given.json:
@@ -89,9 +92,16 @@ def _wanted(given: argparse.Namespace, seed: int) -> Wanted:
     return Wanted(given.rig, given.mix, seed, given.seconds, given.rate, given.users, given.trace, given.cold)
 
 
-def play(policy: str, wanted: Wanted, rows: tuple[TraceRow, ...] | None = None, *, check: bool = False) -> Played:
+def play(
+    policy: str,
+    wanted: Wanted,
+    rows: tuple[TraceRow, ...] | None = None,
+    *,
+    check: bool = False,
+    faults: Iterable[str] = (),
+) -> Played:
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
-    scene = scenario(wanted, rows)
+    scene = with_faults(scenario(wanted, rows), faults)
     rules = Invariants()
     make = contestant(policy, scene, seen=rules.seen if check else None)
 

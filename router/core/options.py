@@ -39,6 +39,24 @@ def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_conte
     return tuple(sorted((name, value) for name, value in merged.items() if value != defaults[name]))
 
 
+def with_context(facts: ModelFacts, context_length: int, default_context_length: int) -> RunnerOptions:
+    """What the Modelfile says of a runner, with this context instead of its own."""
+    own = (pair for pair in runner_options(facts, {}, default_context_length) if pair[0] != "num_ctx")
+    context = (("num_ctx", context_length),) if context_length != default_context_length else ()
+    return tuple(sorted((*own, *context)))
+
+
+def spelled_out(facts: ModelFacts, options: RunnerOptions, default_context_length: int) -> RunnerOptions:
+    """The options with those defaults that the Modelfile would overrule: what a load must say for its runner to be so.
+
+    Where a request does not name an option, a server takes the Modelfile's, and its own default only without one.
+    """
+    defaults = {**RUNNER_OPTIONS, "num_ctx": default_context_length}
+    overruled = {name: defaults[name] for name, _ in runner_options(facts, {}, default_context_length)}
+    told = {name: value for name, value in overruled.items() if value is not None}
+    return tuple(sorted({**told, **dict(options)}.items()))
+
+
 def has_own_layers(facts: ModelFacts) -> bool:
     """True where the Modelfile says how many layers go to the cards: then it is not for the router to say."""
     return any(name == "num_gpu" for name, _ in facts.parameters)

@@ -26,6 +26,7 @@ from router.core.entities import (
 from router.core.events import Load, LoadedModel, ResidencyRead, Unload
 from router.core.learned import key_of
 from router.core.ledger import room_bytes, slots_of
+from router.core.options import spelled_out, with_context
 from router.core.placement import Estimate, Placed, context_of
 from router.core.state import FleetState, expiry
 
@@ -75,7 +76,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
         instance=residency.instance,
         url=spec.url,
         model=residency.model,
-        options=residency.options,
+        options=spelled_out(residency.model, residency.options, spec.context_length),
         expects_gpu=bool(spec.gpus),
         timeout_seconds=fleet.policy.load_timeout_seconds,
         reason=residency.reason,
@@ -175,7 +176,7 @@ def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _options_of(row: LoadedModel, model: ModelFacts, view: InstanceView) -> RunnerOptions:
+    """As if it had been loaded by its own name: with what the Modelfile says, and the context that is listed."""
     ordinary = context_of((), model, view.spec)
-    if row.context_length is None or row.context_length == ordinary:
-        return ()
-    return (("num_ctx", row.context_length),)
+    context = ordinary if row.context_length is None else row.context_length
+    return with_context(model, context, ordinary)

@@ -19,6 +19,7 @@ from router.core.entities import (
     Ticket,
 )
 from router.core.eviction import pin_of
+from router.core.options import with_context
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
 from router.core.pricing import reload_seconds, service_seconds, worth_of_load
 from router.core.sums import copies_of
@@ -65,14 +66,14 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     head = tickets[0]
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
-        return [_with_context(policy, pin.context_length)]
+        return [with_context(head.model, pin.context_length, policy.context_length)]
     if not head.is_flexible:
         return [head.options]
     most = max(_wanted_context(policy, t) for t in tickets)
     trained = head.model.context_length
     step = policy.context_length if most <= policy.context_length else _step(policy, most)
     tried = [min(step, trained) if trained else step, most]
-    return list(dict.fromkeys(_with_context(policy, context) for context in tried))
+    return list(dict.fromkeys(with_context(head.model, context, policy.context_length) for context in tried))
 
 
 def _wanted_context(policy: Policy, ticket: Ticket) -> int:
@@ -87,10 +88,6 @@ def _step(policy: Policy, tokens: int) -> int:
     while step < tokens:
         step *= 2
     return step
-
-
-def _with_context(policy: Policy, tokens: int) -> RunnerOptions:
-    return () if tokens == policy.context_length else (("num_ctx", tokens),)
 
 
 def seek_replica(

@@ -58,6 +58,9 @@ def test_models_by_name_with_weights(capsys: pytest.CaptureFixture[str]) -> None
         (["--rig", "4x3091"], "3090"),
         (["--policy", "olla"], "stock-0.24"),
         (["--trace", "missing.csv"], "missing.csv"),
+        (["--fault", "melts@10"], "slow-disk"),
+        (["--fault", "lost"], "KIND@SECONDS"),
+        (["--fault", "lost@1.2.3"], "1.2.3"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -68,3 +71,27 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert error.startswith("llamayard: ")
     assert word in error
     assert "Traceback" not in error
+
+
+FAULTS = ("dies@20:1", "lost@10+15:1", "hot@5+30=3", "foreign@5+30:2=0.5", "slow-disk@0=0.2", "hang-up@0=4")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_can_be_asked_for_and_is_marked(fault: str, tmp_path: Path) -> None:
+    arguments = ["simulate", "--seconds", "60", "--cold", "--policy", "llamayard", "--check", "--fault", fault]
+    assert main([*arguments, "--out", str(tmp_path)], {}) == 0
+    run = json.loads((tmp_path / "4x3090-team-llamayard-1.json").read_text(encoding="utf-8"))["run"]
+    if fault.startswith("hang-up"):
+        assert "hung up" in {request["outcome"] for request in run["requests"]}
+    else:
+        ((at, words),) = run["notes"]
+        assert fault.startswith(f"{words.rpartition(' ')[0].replace(' ', '-')}@{at:.0f}")
+
+
+def test_a_fault_changes_the_run(tmp_path: Path) -> None:
+    texts: list[str] = []
+    for number, faults in enumerate(([], ["--fault", "hot@0=3"])):
+        folder = tmp_path / str(number)
+        main(["simulate", "--seconds", "40", "--policy", "stock-0.24", *faults, "--out", str(folder)], {})
+        texts.append((folder / "4x3090-team-stock-0.24-1.json").read_text(encoding="utf-8"))
+    assert texts[0] != texts[1]

@@ -1,0 +1,65 @@
+"""A Modelfile's own options of the runner: the copy that is loaded has them, and no request of the model reloads it."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.core.entities import InstanceName, ModelFacts, Policy, RunnerOptions
+from router.core.events import LoadedModel, ResidencyRead
+from router.core.options import runner_options, spelled_out, with_context
+from tests.core.builders import key
+from tests.core.play import Play, sized
+
+OWN = (("num_ctx", "4096"), ("num_thread", "1"), ("use_mmap", "false"))
+WRITTEN = sized("written", 10, parameters=OWN)
+KEPT: RunnerOptions = (("num_thread", 1), ("use_mmap", False))
+"""Of those, what the router has no opinion on."""
+
+
+def _served_as(of: ModelFacts, load: RunnerOptions, request: dict[str, object]) -> RunnerOptions:
+    """The runner that a server with 8,192 tokens takes: the request's options over the Modelfile's."""
+    return runner_options(of, {**request, **dict(load)}, 8192)
+
+
+def test_what_the_modelfile_says_stays_but_for_the_context() -> None:
+    assert with_context(WRITTEN, 8192, 8192) == KEPT
+    assert with_context(WRITTEN, 16384, 8192) == (("num_ctx", 16384), *KEPT)
+    assert with_context(sized("plain", 10), 8192, 8192) == ()
+
+
+@pytest.mark.parametrize("options", [(), KEPT, (("num_ctx", 2048),), (("num_batch", 64), ("num_thread", 3))])
+def test_a_load_that_spells_its_options_out_gets_a_runner_that_is_so(options: RunnerOptions) -> None:
+    load = spelled_out(WRITTEN, options, 8192)
+    wanted = dict(options)
+    found = dict(_served_as(WRITTEN, load, {}))
+    assert found.pop("use_mmap") is False  # it has no default that could be named
+    wanted.pop("use_mmap", None)
+    assert found == wanted
+    assert spelled_out(sized("plain", 10), options, 8192) == options
+
+
+@pytest.fixture
+def one() -> Play:
+    return Play(1, Policy(vram_margin_bytes=0, context_length=8192)).begin()
+
+
+def test_a_model_is_loaded_with_what_its_modelfile_says_and_the_context_that_serves_all(one: Play) -> None:
+    ticket = one.arrive(WRITTEN, options=runner_options(WRITTEN, {}, 8192), is_flexible=True)
+    (load,) = one.loads.values()
+    assert load.options == (("num_ctx", 8192), *KEPT)
+    one.work_through()
+    assert ticket in one.leases
+    loaded = one.residency("gpu0", WRITTEN)
+    assert loaded is not None
+    assert (loaded.options, loaded.context_length) == (KEPT, 8192)
+
+
+def test_what_somebody_else_loaded_is_taken_to_be_as_its_modelfile_says(one: Play) -> None:
+    row = LoadedModel(WRITTEN.name, "", 10, 10, 4096, WRITTEN)
+    one.post(ResidencyRead(InstanceName("gpu0"), (row,), one.now))
+    found = one.residency("gpu0", WRITTEN)
+    assert found is not None
+    assert found.options == runner_options(WRITTEN, {}, 8192)
+    one.held[key("gpu0", WRITTEN)] = {}
+    assert one.arrive(WRITTEN, options=runner_options(WRITTEN, {}, 8192), is_flexible=False) in one.leases
+    assert one.loads_sent == 0
