@@ -24,7 +24,7 @@ import structlog
 from aiohttp import web
 
 from router.core.dispatcher import Dispatcher
-from router.core.entities import InstanceSpec, Snapshot
+from router.core.entities import Gpu, InstanceSpec, Snapshot
 from router.core.events import FootprintsKnown, InstanceChanged
 from router.core.names import canonical
 from router.core.sizing import estimate_bytes
@@ -38,8 +38,8 @@ from router.fleet.gpus import GpuPoller
 from router.fleet.instance import SupervisorConfig
 from router.fleet.listing import stores_of
 from router.fleet.ollama import OllamaClient
-from router.fleet.plan import InstancePlan, on_demand_instance, on_demand_like, plan_instances, ports_needed
-from router.fleet.ports import free_ports
+from router.fleet.plan import InstancePlan, PlanError, on_demand_instance, on_demand_like, plan_instances, ports_needed
+from router.fleet.ports import NoFreePort, free_ports
 from router.fleet.supervisor import Supervisor
 from router.fleet.watcher import Pace, Watcher
 from router.gateway.abilities import Abilities
@@ -255,7 +255,7 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
             try:
                 engine.post(FootprintsKnown(footprints.read()))
                 await watcher.read_gpus()
-                for spec in plan_instances(cards, plan, free_ports(ports_needed(cards, plan))):
+                for spec in _instances(cards, plan):
                     supervisor.add(spec)
                 access = AccessLog(metrics, engine.now, *([lines] if lines is not None else []))
                 origins = _origins(settings)
@@ -269,6 +269,13 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
                     lines.flush()
                 await catalog.close()
                 await poller.close()
+
+
+def _instances(cards: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:
+    try:
+        return plan_instances(cards, plan, free_ports(ports_needed(cards, plan)))
+    except (PlanError, NoFreePort) as error:
+        raise ConfigError([str(error)]) from error
 
 
 def _carrier(

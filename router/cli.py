@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         try:
             return _run(arguments, environment)
         finally:
-            sys.stdout.flush()
+            print(end="", flush=True)
     except BrokenPipeError:  # `llamayard status | head`
         _write_no_more(sys.stdout)
         return EXIT_UNREAD

@@ -46,7 +46,7 @@ class NoGpuReader:
 
 
 def look_around(settings: Settings) -> Surroundings:
-    """Blocking. ConfigError where the rig's text or the binary is wrong."""
+    """Blocking. ConfigError where the rig's text, its folder or the binary is wrong."""
     environment = process_environment()
     if settings.rig is not None:
         return _rig(settings, settings.rig, environment)
@@ -73,6 +73,8 @@ def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Surro
         rig = prepare_rig(text, settings.state_directory / "rig", environment)
     except SpecError as error:
         raise ConfigError([str(error)]) from error
+    except OSError as error:
+        raise ConfigError([f"state_directory: the emulated rig cannot be written there: {error}"]) from error
     structlog.get_logger("router").warning(
         "emulated", rig=rig.title, effect="cards, servers and answers are made up; nothing here is real"
     )

@@ -99,7 +99,7 @@ def test_a_wrong_command_ends_in_its_usage_and_code_2(arguments: list[str], caps
 
 def test_the_module_ends_with_the_commands_code(root: Path) -> None:
     command = [sys.executable, "-m", "router", "check-config", "--port", "x"]
-    ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=300, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
@@ -118,7 +118,7 @@ def test_output_that_nobody_reads_is_ended_quietly(root: Path, arguments: list[s
     with _pipe_that_nobody_reads() as nowhere:
         ended = subprocess.run(
             [sys.executable, "-m", "router", *arguments], cwd=root, env=HOME, stdout=nowhere, stderr=subprocess.PIPE,
-            timeout=60, check=False,
+            timeout=300, check=False,
         )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (141, b"")
 
@@ -140,10 +140,29 @@ print("goes on")
 def test_log_lines_that_nobody_takes_are_dropped_and_the_program_goes_on(root: Path) -> None:
     with _pipe_that_nobody_reads() as nowhere:
         ended = subprocess.run(
-            [sys.executable, "-c", _LOGS], cwd=root, env=HOME, stdout=subprocess.PIPE, stderr=nowhere, timeout=60,
+            [sys.executable, "-c", _LOGS], cwd=root, env=HOME, stdout=subprocess.PIPE, stderr=nowhere, timeout=300,
             check=False,
         )  # fmt: skip
     assert ended.stdout == b"goes on\n"
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("state_directory=/dev/null/x", "state_directory: the emulated rig cannot be written there"),
+        ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no card of this machine; there are: 0: GPU-"),
+        ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no card of this machine; there are: 0: GPU-"),
+    ],
+)
+def test_what_shows_only_when_it_is_tried_ends_in_a_sentence_too(
+    root: Path, tmp_path: Path, pair: str, told: str
+) -> None:
+    command = [sys.executable, "-m", "router", "serve", "--port", "0", "--rig", "h100", "--set", pair]
+    environment = {**HOME, "LLAMAYARD_STATE_DIRECTORY": str(tmp_path)}
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith(f"llamayard: {told}")
+    assert "Traceback" not in ended.stderr
 
 
 def test_auto_serves_a_real_ollama_where_there_is_one(tmp_path: Path, capsys: Captured) -> None:

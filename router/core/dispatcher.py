@@ -23,7 +23,7 @@ Each ticket ends in exactly one of Grant, Reject or `Cancelled`. No clock, no ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import assert_never
 
@@ -32,8 +32,6 @@ from router.core import residency as rules
 from router.core.balance import can_serve, pick, suits
 from router.core.entities import (
     BlobDigest,
-    InstanceSpec,
-    ModelFacts,
     Policy,
     Residency,
     ResidencyKey,
@@ -60,14 +58,15 @@ from router.core.events import (
     ResidencyRead,
     ShutdownBegan,
     Ticked,
+    Unload,
     UnloadAsked,
     UnloadFinished,
 )
 from router.core.ids import LoadIds
-from router.core.learned import key_of
-from router.core.looks import AGAIN_SECONDS, Looks, concerned
+from router.core.looks import AGAIN_SECONDS, Looks, concerned, next_look
 from router.core.outlook import Line, Outlook, outlooks
 from router.core.placement import Estimate, MustWait, NoFit, Placed
+from router.core.predicting import Prediction
 from router.core.seeking import coming, seek, seek_replica
 from router.core.state import FleetState
 from router.core.sums import copies_of
@@ -82,6 +81,7 @@ class Dispatcher:
         self._policy = policy
         self._estimate_unseen = estimate
         self._fleet = FleetState(policy)
+        self._estimate = Prediction(policy, self._fleet.footprints, estimate)
         self._queue = WaitQueue()
         self._loads = LoadIds()
         self._closing = False
@@ -126,25 +126,23 @@ class Dispatcher:
             if at_once is not None:
                 return at_once
         is_calm = not (self._replacing or self._closing) and self._looks.is_calm(self._fleet, self._queue, now)
-        version, blob = self._fleet.version, concerned(self._fleet, event) if is_calm else None
+        version, blobs = self._fleet.version, concerned(self._fleet, event) if is_calm else None
         self._fleet.wake = None
         self._wake_hint = now + AGAIN_SECONDS
         self._fleet.forget_failures(now)
         actions = self._apply(event, now)
-        if blob is not None and version == self._fleet.version:
-            actions += self._serve_those(blob, now)
+        if blobs is not None and version == self._fleet.version:
+            actions += self._serve_those(blobs, now)
         else:
             actions += self._expire(now)
             actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead | ModelKnown))
-        self._looks.all_looked(self._queue, self._fleet.version)
+            self._looks.all_looked(self._queue.unsorted(), self._fleet.version)
         return actions
 
     def _apply(self, event: Event, now: float) -> list[Action]:
         match event:
             case GpusRead():
-                self._fleet.gpus = {gpu.uuid: gpu for gpu in event.gpus}
-                self._fleet.gpus_read_at = event.read_at
-                self._fleet.version += 1
+                self._fleet.read(event.gpus, event.read_at)
                 return [Remember(key, sizes) for key, sizes in self._fleet.settle()]
             case FootprintsKnown():
                 for key, sizes in event.footprints:
@@ -179,20 +177,10 @@ class Dispatcher:
             case Released():
                 return self._released(event, now)
 
-    def _estimate(
-        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
-    ) -> tuple[int, ...]:
-        """What such a load has shown before, else the estimate."""
-        known = self._fleet.footprints.known.get(key_of(model, spec, context_length, self._policy))
-        if known is not None:
-            return known
-        ratio = 1.0 + self._policy.unseen_margin_ratio
-        return tuple(int(size * ratio) for size in self._estimate_unseen(model, spec, context_length, snapshot))
-
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
             return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
-        if len(self._queue):
+        if len(self._queue) and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
             self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
         self._fleet.asked(ticket, now)
         pin = self._policy.pins.get(ticket.model.name)
@@ -213,13 +201,11 @@ class Dispatcher:
         return max(1, min(60, len(self._queue) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
-        found = self._fleet.give_back(event.ticket_id, event.output_tokens, now)
-        if found is None:
-            return []
-        lease, residency = found
-        if event.runner_lost and residency is not None and residency.state is ResidencyState.READY:
+        copy = self._fleet.give_back(event.ticket_id, event.output_tokens, now)
+        self._fleet.version += bool(self._replacing)
+        if event.runner_lost and copy is not None and copy.state is ResidencyState.READY:
             # The server still lists it, and would load it again inside the next request: unload it properly.
-            return [rules.unload(self._fleet, lease.key, "its runner died")]
+            return [rules.unload(self._fleet, (copy.instance, copy.blob), "its runner died")]
         return []
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -248,34 +234,46 @@ class Dispatcher:
                 plans.drop(self._fleet, residency)
         actions = plans.advance(self._fleet, now)
         self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
-        actions += self._serve_groups(now)
+        actions += self._serve_groups(self._queue.groups(), now)
         if is_turn:
             actions += self._keep(now)
         return actions + plans.advance(self._fleet, now)
 
-    def _serve_groups(self, now: float, blob: BlobDigest | None = None) -> list[Action]:
-        """Each group in its turn, or those that wait for these weights. Those between two changes are served from one
-        snapshot, and what was worked out from it for one is there for the next."""
+    def _serve_groups(self, keys: Iterable[GroupKey], now: float) -> list[Action]:
+        """Each of these groups in its turn, from one snapshot and what it was found to mean until anything changes."""
         actions: list[Action] = []
-        facts = self._fleet.snapshot(now)
-        for key in self._queue.groups(blob):
+        facts: Snapshot | None = None
+        for key in keys:
+            facts = facts or self._fleet.snapshot(now)
             version, draining = self._fleet.version, self._fleet.draining
-            granted = self._grant_group(facts, key, now)
-            if granted:
-                facts = self._fleet.snapshot(now)
-            placed = self._make_place(facts, key, now) if self._queue.has_group(key) else []
-            if placed or version != self._fleet.version or draining is not self._fleet.draining:
-                facts = self._fleet.snapshot(now)
-            actions += granted + placed
+            done = self._grant_group(facts, key, now)
+            if done:
+                facts = None
+            if self._queue.has_group(key) and self._looks.is_due(key, version, now):
+                facts = facts or self._fleet.snapshot(now)
+                done += self._make_place(facts, key, now)
+            if done or version != self._fleet.version or draining is not self._fleet.draining:
+                facts = None
+            actions += done
         return actions
 
-    def _serve_those(self, blob: BlobDigest, now: float) -> list[Action]:
+    def _serve_those(self, blobs: Collection[BlobDigest], now: float) -> list[Action]:
         """What `_expire` and `_pump` come to while the queue is calm."""
-        self._fleet.wanted = self._queue.wanted()
+        keys = self._queue.groups(blobs)
         version = self._fleet.version
-        actions = self._serve_groups(now, blob)
+        actions: list[Action] = []
+        if keys:
+            self._fleet.wanted = self._queue.wanted()
+            actions += self._serve_groups(keys, now)
+            self._looks.these_looked(filter(self._queue.has_group, keys), self._fleet.version)
         if version != self._fleet.version:
-            actions += plans.advance(self._fleet, now)
+            return actions + plans.advance(self._fleet, now)
+        if self._fleet.has_drained(blobs):
+            # Its room was promised: that it leaves changes nothing for all others.
+            leaves = plans.advance(self._fleet, now)
+            if self._fleet.version == version + len(leaves) and all(isinstance(each, Unload) for each in leaves):
+                self._looks.still(version, self._fleet.version)
+            actions += leaves
         return actions
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:
@@ -290,15 +288,18 @@ class Dispatcher:
         actions: list[Action] = []
         while free := [r for r in copies_of(facts, key.blob) if r.in_flight < r.slots]:
             waiting = self._queue.group(key)
-            able = [t for t in waiting if any(can_serve(facts, r, t) for r in free)]
+            alike = key.options is not None  # what serves one of them serves all
+            able = [t for t in waiting[: 1 if alike else None] if any(can_serve(facts, r, t) for r in free)]
             if not able:
                 break
-            ticket = self._fleet.counters.next_of(able, now)
+            ticket = self._fleet.counters.next_of(waiting if alike else able, now)
             grant = self._grant(facts, ticket, now)
             assert grant is not None
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
             actions.append(grant)
+            if len(waiting) == 1 or not any(r.in_flight + (r.instance == grant.instance) < r.slots for r in free):
+                break
             facts = self._fleet.snapshot(now)
         return actions
 
@@ -315,8 +316,6 @@ class Dispatcher:
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""
-        if not self._looks.is_due(key, self._fleet.version, now):
-            return []
         waiting, there = self._queue.group(key), coming(snapshot, key.blob)
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
@@ -328,7 +327,7 @@ class Dispatcher:
         self._explain(waiting, rules.describe_wait(copies))
         placed = seek_replica(snapshot, self._estimate, waiting, copies)
         if placed is None:
-            self._looks.in_vain(key, self._fleet.version, now)
+            self._looks.in_vain(key, self._fleet.version, next_look(self._policy, waiting, now))
             return []
         return plans.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
 
@@ -349,7 +348,7 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._looks.in_vain(key, self._fleet.version, now, decision)
+                self._looks.in_vain(key, self._fleet.version, next_look(self._policy, tickets, now), decision)
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
@@ -366,9 +365,8 @@ class Dispatcher:
 
     def _relieve(self, now: float) -> list[Action]:
         """Moves models off cards whose memory others have come to use."""
-        actions: list[Action] = []
-        for key, why in list(moving.superfluous(self._fleet.snapshot(now))):
-            actions.append(rules.unload(self._fleet, key, why))
+        leaving = list(moving.superfluous(self._fleet.snapshot(now)))
+        actions: list[Action] = [rules.unload(self._fleet, key, why) for key, why in leaving]
         found = moving.relieve(self._fleet.snapshot(now), self._estimate)
         if found is not None:
             residency, placed = found

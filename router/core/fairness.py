@@ -51,7 +51,11 @@ class TokenCounters:
         counters decide, or whoever sends most would come first for having the oldest requests.
         """
         waiting = list(tickets)
-        top = max(ticket.priority for ticket in waiting)
+        priorities = {ticket.priority for ticket in waiting}
+        if len(priorities) == 1:  # all are the highest, whatever their age
+            given = self._given
+            return min(waiting, key=lambda t: (given.get(t.client, 0.0), t.id))
+        top = max(priorities)
         return min(waiting, key=lambda t: (-min(top, _urgency(t, now)), self.given(t.client), t.id))
 
     def order_of(self, tickets: Iterable[Ticket], now: float) -> list[Ticket]:

@@ -7,7 +7,7 @@ the number of cards, the context, the slots and the type of the cache. It reads 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,8 +44,17 @@ class Footprints:
     """What was measured, and what is being measured."""
 
     known: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
+    latest: dict[tuple[BlobDigest, int], FootprintKey] = field(
+        default_factory=dict[tuple[BlobDigest, int], FootprintKey]
+    )
+    """What was measured last, by weights and number of cards."""
     changes: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
     """Counts loads and unloads on each card, so that a measurement knows whether it was alone."""
+
+    def nearest(self, key: FootprintKey) -> FootprintKey | None:
+        """The load of these weights on as many cards that was measured last, whatever its context, slots and cache."""
+        found = self.latest.get((key.blob, key.cards))
+        return found if found in self.known else None
 
     def touched(self, gpus: tuple[GpuUuid, ...]) -> None:
         """A load or unload begins or ends there."""
@@ -71,7 +80,7 @@ class Footprints:
         if sum(sizes) < _TOLD_SHARE * told_bytes:
             return None
         expected = [size for _, size in reservation.per_gpu_bytes]
-        if any(not _LEAST_SHARE * e <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True)):
+        if not is_plausible(sizes, expected):
             return None
         self.remember(before.key, sizes)
         return sizes
@@ -79,8 +88,14 @@ class Footprints:
     def remember(self, key: FootprintKey, sizes: tuple[int, ...]) -> None:
         self.known.pop(key, None)
         self.known[key] = sizes
+        self.latest[key.blob, key.cards] = key
         if len(self.known) > _KEPT_MAX:
             del self.known[next(iter(self.known))]
+
+
+def is_plausible(sizes: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether they are near enough to the estimate to have no other cause."""
+    return all(_LEAST_SHARE * e <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True))
 
 
 def key_of(model: ModelFacts, spec: InstanceSpec, context_length: int, policy: Policy) -> FootprintKey:

@@ -7,8 +7,10 @@ the queue is calm, and an event that changes nothing but slots concerns none but
 
 from __future__ import annotations
 
-from router.core.entities import BlobDigest
-from router.core.events import Arrived, Event, Released
+from collections.abc import Collection, Iterable, Sequence
+
+from router.core.entities import BlobDigest, Policy, Ticket
+from router.core.events import Arrived, Event, Released, ResidencyRead
 from router.core.placement import MustWait
 from router.core.state import FleetState
 from router.core.waitqueue import GroupKey, WaitQueue
@@ -24,14 +26,14 @@ class Looks:
 
     def __init__(self) -> None:
         self._seen: dict[GroupKey, tuple[int, float]] = {}
-        """State's version and time of the last look in vain."""
+        """State's version of the last look in vain, and when the next is due whatever happens."""
         self._held: dict[GroupKey, MustWait] = {}
         """What the last look in vain found, for groups that no copy serves."""
         self._calm = _NEVER
         """State's version at which all had looked, and when the first is due again."""
 
-    def in_vain(self, key: GroupKey, version: int, now: float, found: MustWait | None = None) -> None:
-        self._seen[key] = (version, now)
+    def in_vain(self, key: GroupKey, version: int, until: float, found: MustWait | None = None) -> None:
+        self._seen[key] = (version, until)
         if found is not None:
             self._held[key] = found
 
@@ -40,31 +42,55 @@ class Looks:
         return self._held.get(key)
 
     def is_due(self, key: GroupKey, version: int, now: float) -> bool:
-        seen, at = self._seen.get(key, _NEVER)
-        return seen != version or now - at >= AGAIN_SECONDS
+        seen, until = self._seen.get(key, _NEVER)
+        return seen != version or until <= now
 
     def forget_others(self, queue: WaitQueue) -> None:
         self._seen = {key: seen for key, seen in self._seen.items() if queue.has_group(key)}
         self._held = {key: held for key, held in self._held.items() if queue.has_group(key)}
 
-    def all_looked(self, queue: WaitQueue, version: int) -> None:
-        """The queue was gone through: it is calm from now on if all of it has looked at this version."""
-        seen = [self._seen.get(key, _NEVER) for key in queue.unsorted()]
-        is_calm = all(found[0] == version for found in seen)
-        self._calm = (version, min((at for _, at in seen), default=float("inf"))) if is_calm else _NEVER
+    def all_looked(self, keys: Iterable[GroupKey], version: int) -> None:
+        """The whole queue was gone through: it is calm from now on if all of it has looked at this version."""
+        self._calm = (version, float("inf"))
+        self.these_looked(keys, version)
+
+    def these_looked(self, keys: Iterable[GroupKey], version: int) -> None:
+        """These of a calm queue were gone through."""
+        seen = [self._seen.get(key, _NEVER) for key in keys]
+        is_calm = self._calm[0] == version and all(found[0] == version for found in seen)
+        self._calm = (version, min([self._calm[1], *(until for _, until in seen)])) if is_calm else _NEVER
+
+    def still(self, before: int, version: int) -> None:
+        """What changed in between concerns nobody who waits."""
+        self._seen = {key: (version if seen == before else seen, until) for key, (seen, until) in self._seen.items()}
+        self._calm = (version, self._calm[1]) if self._calm[0] == before else self._calm
 
     def is_calm(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
         """Whether the queue was gone through since anything changed, and time alone brings nothing yet."""
-        if self._calm[0] != fleet.version or now - self._calm[1] >= AGAIN_SECONDS:
+        if self._calm[0] != fleet.version or self._calm[1] <= now:
             return False
         if fleet.wake is None or (fleet.wake[0] is not None and fleet.wake[0] <= now):
             return False
         return all(queue.waits_for(plan.blob) for plan in fleet.reservations.values() if plan.sent_at is None)
 
 
-def concerned(fleet: FleetState, event: Event) -> BlobDigest | None:
-    """The only weights whose tickets an event lets go on that changes nothing but slots; None for any other event."""
-    if isinstance(event, Arrived):
-        return event.ticket.model.blob
-    lease = fleet.leases.get(event.ticket_id) if isinstance(event, Released) else None
-    return None if lease is None else lease.key[1]
+def next_look(policy: Policy, tickets: Sequence[Ticket], now: float) -> float:
+    """When those who have just looked in vain look again though nothing has changed: soon, and as soon as they have
+    waited so long that more is allowed for their sake."""
+    since = min(ticket.arrived_at for ticket in tickets)
+    steps = (policy.drain_after_seconds, policy.patience_seconds, policy.starving_after_seconds)
+    return min([now + AGAIN_SECONDS, *(since + step for step in steps if since + step > now)])
+
+
+def concerned(fleet: FleetState, event: Event) -> Collection[BlobDigest] | None:
+    """The only weights whose tickets an event lets go on where it changes nothing but slots; None: perhaps any."""
+    match event:
+        case Arrived():
+            return (event.ticket.model.blob,)
+        case Released():
+            lease = fleet.leases.get(event.ticket_id)
+            return () if lease is None else (lease.key[1],)
+        case ResidencyRead():
+            return ()
+        case _:
+            return None

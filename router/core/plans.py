@@ -52,8 +52,8 @@ def advance(fleet: FleetState, now: float) -> list[Action]:
     for reservation in list(fleet.reservations.values()):
         if reservation.sent_at is not None:
             continue
-        residency = fleet.by_load(reservation.load_id)
-        if residency is None:
+        residency = fleet.residencies.get((reservation.instance, reservation.blob))
+        if residency is None or residency.load_id != reservation.load_id:
             del fleet.reservations[reservation.load_id]
             fleet.version += 1
             continue

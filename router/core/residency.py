@@ -128,8 +128,12 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
         known = fleet.residencies.get((event.instance, blob))
         if known is None and event.read_at > fleet.changed_at:
             _adopt(fleet, view, row, estimate, now)
-        elif known is not None and known.state is ResidencyState.READY:
+        elif known is not None and known.state is ResidencyState.READY and _is_news(known, row):
             fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
+
+
+def _is_news(known: Residency, row: LoadedModel) -> bool:
+    return (known.size_bytes, known.size_vram_bytes) != (row.size_bytes, row.size_vram_bytes)
 
 
 def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> bool:
@@ -146,6 +150,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
         return
     options = _options_of(row, model, view)
     context = context_of(options, model, view.spec)
+    fleet.version += 1
     fleet.residencies[(view.spec.name, model.blob)] = Residency(
         instance=view.spec.name,
         blob=model.blob,

@@ -10,6 +10,7 @@ that a request does. Nobody outside sees the difference.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -60,6 +61,10 @@ class LeaseRecord(NamedTuple):
     """Of the copy: one that came to the same place after it has nothing to do with this slot."""
     client: str
     granted_at: float
+
+
+def _memory(card: Gpu) -> tuple[int, int, str | None]:
+    return card.memory_free_bytes, card.memory_used_bytes, card.error
 
 
 @dataclass(slots=True)
@@ -163,6 +168,15 @@ class FleetState:
         horizon = 4 * self.policy.demand_half_life_seconds
         return any(now - self.demand[blob].at < horizon for blob in self.large_blobs if blob in self.demand)
 
+    def read(self, gpus: tuple[Gpu, ...], read_at: float) -> None:
+        """The cards as they are now."""
+        before, self.gpus = self.gpus, {gpu.uuid: gpu for gpu in gpus}
+        self.gpus_read_at = read_at
+        if before.keys() != self.gpus.keys() or any(
+            _memory(before[uuid]) != _memory(self.gpus[uuid]) for uuid in before
+        ):
+            self.version += 1
+
     # --- residencies ---------------------------------------------------------------------------------------
 
     def update(self, key: ResidencyKey, **changes: Any) -> Residency:
@@ -189,6 +203,14 @@ class FleetState:
         """Whether that copy is there, and no other that came to its place after it."""
         now = self.residencies.get((copy.instance, copy.blob))
         return now is not None and now.loaded_at == copy.loaded_at
+
+    def has_drained(self, blobs: Collection[BlobDigest]) -> bool:
+        """Whether a copy of these weights that takes no more requests is idle."""
+        for key in self.draining:
+            copy = self.copies.get(key) if key[1] in blobs else None
+            if copy is not None and copy.state is ResidencyState.READY and not (self.uses.get(key) or copy).in_flight:
+                return True
+        return False
 
     def by_load(self, load_id: LoadId) -> Residency | None:
         return next((r for r in self.residencies.values() if r.load_id == load_id), None)
@@ -217,6 +239,7 @@ class FleetState:
         for load_id, reservation in list(self.reservations.items()):
             if is_settled(reservation, self.gpus_read_at):
                 del self.reservations[load_id]
+                self.version += 1
                 shown += self._measured(reservation)
         for key, residency in list(self.residencies.items()):
             ended = residency.unloaded_at
@@ -309,17 +332,17 @@ class FleetState:
             self.demand[blob] = demand.served(self.demand[blob], now - lease.granted_at)
         return lease
 
-    def give_back(
-        self, ticket_id: TicketId, output_tokens: int, now: float
-    ) -> tuple[LeaseRecord, Residency | None] | None:
-        """Ends a lease; returns it with the residency it was on where that still stands."""
+    def give_back(self, ticket_id: TicketId, output_tokens: int, now: float) -> Residency | None:
+        """Ends a lease; returns the copy that it was on where that still stands, its use left out."""
         lease = self.end_lease(ticket_id, output_tokens, now)
-        if lease is None:
+        copy = self.copies.get(lease.key) if lease is not None else None
+        if lease is None or copy is None or copy.loaded_at != lease.loaded_at:
             return None
-        residency = self.residencies.get(lease.key)
-        if residency is None or residency.loaded_at != lease.loaded_at:
-            return lease, None
-        changes: dict[str, Any] = {"in_flight": residency.in_flight - 1, "used_at": now}
-        if residency.in_flight == 1 and residency.state is ResidencyState.READY:
-            changes["expires_at"] = expiry(residency.keep_alive_seconds, now)
-        return lease, self.update(lease.key, **changes)
+        use = self.use_of(lease.key)
+        use.in_flight, use.used_at = use.in_flight - 1, now
+        is_ready = copy.state is ResidencyState.READY
+        if not use.in_flight and is_ready:
+            use.expires_at = expiry(use.keep_alive_seconds, now)
+        if not is_ready or (not use.in_flight and lease.key not in self.draining):
+            self.version += 1  # else only those who wait for this copy can go on, or for its leaving
+        return copy

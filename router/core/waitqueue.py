@@ -7,7 +7,8 @@ is `core/fairness.py`'s choice. The queue is bounded by whoever fills it; it onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import heapq
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from router.core.entities import BlobDigest, Layout, RunnerOptions, Ticket, TicketId
@@ -29,15 +30,15 @@ def group_of(ticket: Ticket) -> GroupKey:
 class WaitQueue:
     """Waiting tickets by group; insertion order is arrival order."""
 
-    __slots__ = ("_clients", "_deadline", "_groups", "_tickets", "_wanted")
+    __slots__ = ("_clients", "_deadlines", "_groups", "_tickets", "_wanted")
 
     def __init__(self) -> None:
         self._tickets: dict[TicketId, Ticket] = {}
         self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
         self._clients: dict[str, int] = {}
         self._wanted: dict[BlobDigest, int] = {}
-        self._deadline: float | None = None
-        """The first of all, where it is known."""
+        self._deadlines: list[tuple[float, TicketId]] = []
+        """A heap; those of tickets that have left go when they come to its top."""
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -49,8 +50,7 @@ class WaitQueue:
         return iter(self._tickets.values())
 
     def add(self, ticket: Ticket) -> None:
-        if self._deadline is not None or not self._tickets:
-            self._deadline = ticket.deadline if self._deadline is None else min(self._deadline, ticket.deadline)
+        heapq.heappush(self._deadlines, (ticket.deadline, ticket.id))
         self._tickets[ticket.id] = ticket
         self._groups.setdefault(group_of(ticket), {})[ticket.id] = ticket
         _count(self._clients, ticket.client, 1)
@@ -66,14 +66,12 @@ class WaitQueue:
                 del self._groups[group_of(ticket)]
             _count(self._clients, ticket.client, -1)
             _count(self._wanted, ticket.model.blob, -1)
-            if ticket.deadline == self._deadline:
-                self._deadline = None
         return ticket
 
-    def groups(self, blob: BlobDigest | None = None) -> list[GroupKey]:
+    def groups(self, blobs: Collection[BlobDigest] | None = None) -> list[GroupKey]:
         """The groups in the order in which they are served: by the priority, then the age of their first ticket. With
-        `blob` only those that wait for these weights."""
-        chosen = self._groups.items() if blob is None else [g for g in self._groups.items() if g[0].blob == blob]
+        `blobs` only those that wait for these weights."""
+        chosen = self._groups.items() if blobs is None else [g for g in self._groups.items() if g[0].blob in blobs]
         firsts = [(next(iter(group.values())), key) for key, group in chosen]
         return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
 
@@ -98,6 +96,9 @@ class WaitQueue:
         """Models that are waited for, and by how many."""
         return self._wanted.copy()
 
+    def has_client(self, client: str) -> bool:
+        return client in self._clients
+
     def clients(self) -> frozenset[str]:
         """Who waits."""
         return frozenset(self._clients)
@@ -106,9 +107,13 @@ class WaitQueue:
         return [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
 
     def next_deadline(self) -> float | None:
-        if self._deadline is None:
-            self._deadline = min((ticket.deadline for ticket in self._tickets.values()), default=None)
-        return self._deadline
+        while self._deadlines:
+            deadline, ticket_id = self._deadlines[0]
+            ticket = self._tickets.get(ticket_id)
+            if ticket is not None and ticket.deadline == deadline:
+                return deadline
+            heapq.heappop(self._deadlines)
+        return None
 
 
 def _count(counts: dict[_Counted, int], what: _Counted, more: int) -> None:

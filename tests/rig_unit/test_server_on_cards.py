@@ -203,7 +203,7 @@ def test_answers_say_that_they_are_emulated_and_end_by_themselves(box: Box) -> N
 
 def test_a_prompt_that_begins_as_the_last_one_is_read_faster(box: Box) -> None:
     prompt = "word " * 8000
-    with box.start(0, OLLAMA_CONTEXT_LENGTH="16384", LLAMAYARD_RIG_SPEED="10") as server:
+    with box.start(0, OLLAMA_CONTEXT_LENGTH="16384", LLAMAYARD_RIG_SPEED="2") as server:
         ask(server, _8B)
         first = ask(server, _8B, prompt=prompt)[1]
         second = ask(server, _8B, prompt=prompt + "more")[1]

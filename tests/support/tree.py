@@ -74,7 +74,7 @@ def tracked_texts() -> Iterator[tuple[str, str]]:
     """Every text file that is or would be committed, with its content."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60).stdout.decode()
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300).stdout.decode()
         names = [name for name in listed.split("\0") if name]
     except (OSError, subprocess.CalledProcessError):  # an unpacked archive, or no git
         hidden = (".venv", ".cache", ".git", ".hypothesis", ".pytest_cache", ".ruff_cache")
