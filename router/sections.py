@@ -274,7 +274,9 @@ class PlacementSettings(_Section):
         default=10.0, description="A first token that takes longer counts as too late; swaps are weighed by it."
     )
     starving_after_seconds: Seconds = Field(
-        default=60.0, description="A request that has waited so long gets its place whatever that costs others."
+        default=60.0,
+        description="A request that has waited so long gets its place whatever that costs others; three quarters of it "
+        "for a model that no single card holds.",
     )
     loads_at_once: int = Field(
         default=4, ge=1, le=64, description="Loads under way at the same time; more would only share disk and PCIe."

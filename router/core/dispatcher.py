@@ -75,9 +75,12 @@ from router.core.waking import can_expire, next_wake
 
 
 class Dispatcher:
-    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls."""
+    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls.
 
-    def __init__(self, policy: Policy, estimate: Estimate) -> None:
+    `looks`: with others that are never calm the whole queue is gone through at each event; the same is decided.
+    """
+
+    def __init__(self, policy: Policy, estimate: Estimate, looks: Looks | None = None) -> None:
         self._policy = policy
         self._estimate_unseen = estimate
         self._fleet = FleetState(policy)
@@ -86,7 +89,7 @@ class Dispatcher:
         self._loads = LoadIds()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
-        self._looks = Looks()
+        self._looks = looks or Looks()
         self._replacing: dict[GroupKey, Residency] = {}
         """Copies that have to end their work, because the same weights are wanted there with other options."""
         self._wake_hint = float("inf")
@@ -213,8 +216,7 @@ class Dispatcher:
     def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for ticket in self._queue.expired(now) if len(self._queue) else ():
-            waited = now - ticket.arrived_at
-            why = self._reasons.get(ticket.id, "its turn")
+            waited, why = now - ticket.arrived_at, self._reasons.get(ticket.id, "its turn")
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))
         for key, residency in list(self._fleet.residencies.items()):
@@ -327,7 +329,7 @@ class Dispatcher:
         self._explain(waiting, rules.describe_wait(copies))
         placed = seek_replica(snapshot, self._estimate, waiting, copies)
         if placed is None:
-            self._looks.in_vain(key, self._fleet.version, next_look(self._policy, waiting, now))
+            self._looks.in_vain(key, self._fleet.version, next_look(snapshot, waiting))
             return []
         return plans.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
 
@@ -348,7 +350,7 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._looks.in_vain(key, self._fleet.version, next_look(self._policy, tickets, now), decision)
+                self._looks.in_vain(key, self._fleet.version, next_look(self._fleet.snapshot(now), tickets), decision)
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]

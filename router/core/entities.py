@@ -303,6 +303,8 @@ class Policy:
     """A ticket that has waited so long for room may stop busy models from taking new requests."""
     starving_after_seconds: float = 60.0
     """A ticket that has waited so long gets its place whatever that costs others."""
+    large_wait_share: float = 0.75
+    """A ticket for a model that no single card holds waits such a share of both: its load is long as well."""
     instances_on_demand: bool = False
     """Whether instances over any set of cards may be started, each for one model."""
     on_demand_like: InstanceSpec | None = None
@@ -316,8 +318,8 @@ class Policy:
     """Assumed until loads have been seen."""
     loads_at_once: int = 4
     demand_half_life_seconds: float = 300.0
-    swap_budget_bytes_per_second: float = 4.5e8
-    """Bytes loaded a second and card below which loads count as few."""
+    swap_budget_bytes_per_second: float = 9e8
+    """Bytes loaded a second by the whole machine below which loads count as few: one host reads for all cards."""
     swap_window_seconds: float = 60.0
     """Half-life of the memory of loads."""
     swap_ease_max: float = 4.0
@@ -326,11 +328,11 @@ class Policy:
     late_share: float = 1.0
     """What a ticket that can no longer be served in time is worth at once, as a share of one that can, while loads are
     few."""
-    away_seconds: float = 25.0
+    away_seconds: float = 15.0
     """How long a model that was evicted is assumed to stay away, beside its load: more means fewer swaps."""
     hold_seconds: float = 0.0
     """A ticket that cannot be served in time any more waits so long before its waiting counts."""
-    wait_weight: float = 0.2
+    wait_weight: float = 0.05
     """What a second of waiting counts for against what an eviction costs: more means shorter waits and more swaps."""
     residency_seconds_min: float = 0.0
     """A model that was loaded is not unloaded for another one's sake sooner, unless that one has waited for long."""

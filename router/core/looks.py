@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from router.core.entities import BlobDigest, Policy, Ticket
+from router.core.entities import BlobDigest, Snapshot, Ticket
 from router.core.events import Arrived, Event, Released, ResidencyRead
 from router.core.placement import MustWait
+from router.core.pricing import wait_share
 from router.core.state import FleetState
 from router.core.waitqueue import GroupKey, WaitQueue
 
@@ -74,11 +75,13 @@ class Looks:
         return all(queue.waits_for(plan.blob) for plan in fleet.reservations.values() if plan.sent_at is None)
 
 
-def next_look(policy: Policy, tickets: Sequence[Ticket], now: float) -> float:
+def next_look(snapshot: Snapshot, tickets: Sequence[Ticket]) -> float:
     """When those who have just looked in vain look again though nothing has changed: soon, and as soon as they have
     waited so long that more is allowed for their sake."""
+    now, policy = snapshot.now, snapshot.policy
     since = min(ticket.arrived_at for ticket in tickets)
-    steps = (policy.drain_after_seconds, policy.patience_seconds, policy.starving_after_seconds)
+    share = wait_share(snapshot, tickets[0].model)
+    steps = (policy.drain_after_seconds * share, policy.patience_seconds, policy.starving_after_seconds * share)
     return min([now + AGAIN_SECONDS, *(since + step for step in steps if since + step > now)])
 
 

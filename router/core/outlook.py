@@ -35,7 +35,7 @@ from router.core.entities import (
 )
 from router.core.ledger import slots_of
 from router.core.placement import MustWait
-from router.core.pricing import reload_seconds, worth_of_load
+from router.core.pricing import reload_seconds, wait_share, worth_of_load
 from router.core.residency import describe_wait
 from router.core.seeking import coming
 
@@ -177,11 +177,12 @@ def _place_in(snapshot: Snapshot, tickets: Sequence[Ticket], held: MustWait) -> 
     """Seconds until there is a place for these and what stands in it has left."""
     policy = snapshot.policy
     waited = snapshot.now - min(ticket.arrived_at for ticket in tickets)
-    starving = policy.starving_after_seconds - waited
+    share = wait_share(snapshot, tickets[0].model)
+    starving = policy.starving_after_seconds * share - waited
     if held.drain:
         leaving = _leaving_seconds(snapshot, held.drain)
-        begins = 0.0 if snapshot.draining.intersection(held.drain) else max(0.0, policy.drain_after_seconds - waited)
-        return None if leaving is None else begins + leaving
+        begins = 0.0 if snapshot.draining.intersection(held.drain) else policy.drain_after_seconds * share - waited
+        return None if leaving is None else max(0.0, begins) + leaving
     if starving <= 0.0:
         return None  # what it costs others counts no more, and still there is none: something else is in the way
     if held.price is None:

@@ -65,6 +65,12 @@ def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticke
     return worth
 
 
+def wait_share(snapshot: Snapshot, model: ModelFacts) -> float:
+    """Of the bounds on waiting: less than all of it for a model whose weights alone are more than the largest card."""
+    largest = max((card.memory_total_bytes for card in snapshot.gpus.values()), default=0)
+    return snapshot.policy.large_wait_share if 0 < largest < model.weights_bytes else 1.0
+
+
 def swap_ease(snapshot: Snapshot) -> float:
     """How far the loads of late stay below the budget of swaps: 1 where it is used up, more while few are made.
 
@@ -72,8 +78,8 @@ def swap_ease(snapshot: Snapshot) -> float:
     spend their time on loading.
     """
     policy = snapshot.policy
-    budget = policy.swap_budget_bytes_per_second * max(1, len(snapshot.gpus))
-    return max(1.0, min(policy.swap_ease_max, budget / max(1.0, snapshot.loaded_bytes_per_second)))
+    ease = policy.swap_budget_bytes_per_second / max(1.0, snapshot.loaded_bytes_per_second)
+    return max(1.0, min(policy.swap_ease_max, ease))
 
 
 def service_seconds(snapshot: Snapshot, residency: Residency) -> float:

@@ -87,9 +87,11 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self.send = self._transport.write
+        if transport.get_extra_info("sslcontext") is None:  # bytes leave at once, not when the books are closed as well
+            self._transport.set_write_buffer_limits(0)
         self._pauses = Pauses(self._transport)
-        peer: tuple[object, ...] | str | None = transport.get_extra_info("peername")
-        self._peer = str(peer[0]) if isinstance(peer, tuple) else ""
+        peer: object = transport.get_extra_info("peername")
+        self._peer = str(cast("tuple[object, ...]", peer)[0]) if isinstance(peer, tuple) else ""
         self._due = self._desk.engine.now() + self._desk.patience.idle_seconds
         self._listener.opened(self)
 
@@ -225,8 +227,7 @@ class ClientConnection(asyncio.Protocol):
     def _take(self, head: RequestHead, notes: HeadNotes, rest: bytes) -> None:
         desk, path = self._desk, notes.path
         info = desk.info(notes, self._peer)
-        self._state = BODY
-        self._then = intake = None
+        self._state, self._then, intake = BODY, None, None
         length = head.length or 0
         if length < LONG_BYTES:
             exchange = LeasedExchange(desk, self, head, path, info)
@@ -395,6 +396,5 @@ class ClientConnection(asyncio.Protocol):
         self._transport.abort()
 
 
-def _nowhere(data: bytes, /) -> None:
+def _nowhere(_: bytes, /) -> None:
     """Where bytes for a connection that is gone go."""
-    del data

@@ -1,6 +1,7 @@
 """A small world around a dispatcher: cards with true memory, servers that load and unload, requests that come and go.
 
-Whoever plays chooses what happens next. Each event goes to two dispatchers, which must answer alike; each action is
+Whoever plays chooses what happens next. Each event goes to two dispatchers, which must answer alike though one of them
+never takes the queue for calm; each action is
 carried out on the world, which refuses what must never be asked for. One unit of memory is one byte.
 """
 
@@ -52,7 +53,10 @@ from router.core.events import (
     UnloadFinished,
 )
 from router.core.learned import FootprintKey
+from router.core.looks import Looks
 from router.core.outlook import Outlook
+from router.core.state import FleetState
+from router.core.waitqueue import WaitQueue
 from tests.core.builders import by_weight, gpu_id, instance, model
 from tests.core.builders import ticket as ticket_of
 
@@ -62,6 +66,13 @@ CARD_BYTES = 24
 def sized(name: str, size: int, **changes: object) -> ModelFacts:
     """A model of so many bytes."""
     return model(name, weights_bytes=size, **changes)
+
+
+class Restless(Looks):
+    """With these the queue is gone through at each event, whatever it changed."""
+
+    def is_calm(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
+        return False
 
 
 @dataclass(slots=True)
@@ -98,7 +109,7 @@ class Play:
     _tickets: int = 0
 
     def __post_init__(self) -> None:
-        self._twins = (Dispatcher(self.policy, by_weight), Dispatcher(self.policy, by_weight))
+        self._twins = (Dispatcher(self.policy, by_weight), Dispatcher(self.policy, by_weight, Restless()))
         self.foreign = {gpu_id(number): 0 for number in range(self.cards)}
         single = [instance(f"gpu{number}", number, slots=self.slots) for number in range(self.cards)]
         several = [instance("spread", *range(self.cards), slots=self.slots)] if self.cards > 1 else []
@@ -117,7 +128,7 @@ class Play:
     def post(self, event: Event) -> list[Action]:
         before = self.snapshot()
         self.last, again = (twin.handle(event, self.now) for twin in self._twins)
-        assert self.last == again, "the same events must give the same actions"
+        assert self.last == again, "the same events must give the same actions, however much of the queue was looked at"
         for action in self.last:
             self._carry_out(action, before)
         return self.last

@@ -166,10 +166,11 @@ def test_a_stream_of_small_requests_cannot_starve_a_large_model(two: Play) -> No
         if following not in two.leases:
             break
         running, served = following, served + 1
-    assert served == PLAIN.starving_after_seconds / 0.5 - 1  # the drain begins as the last of them arrives
+    # the drain begins as the last of them arrives
+    assert served == PLAIN.starving_after_seconds * PLAIN.large_wait_share / 0.5 - 1
     two.work_through()
     assert (large in two.leases, following in two.waiting) == (True, True)
-    assert two.now < began + PLAIN.starving_after_seconds + 1
+    assert two.now < began + PLAIN.starving_after_seconds * PLAIN.large_wait_share + 1
     two.release(large)
     two.work_through()
     assert following in two.leases
@@ -179,7 +180,7 @@ def test_before_a_large_model_has_waited_for_long_small_requests_go_on(two: Play
     two.arrive(SMALL)
     two.work_through()
     two.arrive(PAIR)
-    two.advance(PLAIN.drain_after_seconds - 0.5)
+    two.advance(PLAIN.drain_after_seconds * PLAIN.large_wait_share - 0.5)
     assert two.arrive(SMALL) in two.leases
 
 

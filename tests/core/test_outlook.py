@@ -24,7 +24,7 @@ from router.core.entities import (
 from router.core.outlook import Line, Outlook, outlooks
 from router.core.placement import MustWait
 from router.core.pricing import reload_seconds, worth_of_load
-from tests.core.builders import MIB, key, model, reservation, residency, snapshot, ticket, view
+from tests.core.builders import MIB, card, key, model, reservation, residency, snapshot, ticket, view
 from tests.core.play import Play, sized
 
 A, B = model("a", 3000), model("b", 1000)
@@ -143,6 +143,14 @@ def test_busy_models_in_the_way_stop_after_a_while_and_end_what_they_do() -> Non
     assert _without_place(held) == [first, first, first + 10.0]
     assert _without_place(held, waited=20.0)[0] == first - 20.0
     assert _without_place(held, draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
+
+
+def test_a_model_that_no_single_card_holds_waits_less_for_its_room() -> None:
+    cards = {each.uuid: each for each in (card(number, 2000, 2000) for number in range(2))}
+    share = POLICY.large_wait_share
+    assert _without_place(MustWait(""), gpus=cards)[0] == share * POLICY.starving_after_seconds + LOADS_IN
+    busy = MustWait("", (key("gpu1", B),))
+    assert _without_place(busy, gpus=cards)[0] == share * POLICY.drain_after_seconds + 10.0 + LOADS_IN
 
 
 def test_idle_models_in_the_way_leave_when_the_wait_is_worth_their_price() -> None:

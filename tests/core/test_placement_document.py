@@ -17,8 +17,8 @@ from tests.core.builders import residency, snapshot, ticket, view
 
 TEXT = (Path(__file__).parents[2] / "docs/placement.md").read_text(encoding="utf-8")
 LARGE = model_facts("llama3.3:70b")
-ROWS = {"llama3.1:8b": (0.0442, "12.1"), "qwen2.5:14b": (0.0162, "4.67"), "mistral:7b": (0.00928, "2.53"),
-        "llama3.2:3b": (0.00912, "2.41")}  # fmt: skip
+ROWS = {"llama3.1:8b": (0.0442, "7.71"), "qwen2.5:14b": (0.0162, "3.04"), "mistral:7b": (0.00928, "1.60"),
+        "llama3.2:3b": (0.00912, "1.50")}  # fmt: skip
 """Requests a second and the price of an eviction, as the document's table has them."""
 
 
@@ -49,20 +49,26 @@ def test_the_prices_of_the_document_are_the_code_s(name: str) -> None:
     assert f"| {price} |" in TEXT
 
 
-def test_the_swap_of_the_document_comes_at_once_or_after_24_7_seconds() -> None:
+def test_the_swap_of_the_document_comes_at_once_or_when_it_starves() -> None:
     cheapest = sum(
         pricing.eviction_price(*_asked_for(model_facts(n), ROWS[n][0])) for n in ("mistral:7b", "llama3.2:3b")
     )
     calm = snapshot(now=1000.0)
-    pressed = replace(calm, loaded_bytes_per_second=calm.policy.swap_budget_bytes_per_second)
+    policy = calm.policy
+    pressed = replace(calm, loaded_bytes_per_second=policy.swap_budget_bytes_per_second)
 
-    def worth(facts: Snapshot, waited_seconds: float) -> float:
-        return pricing.worth_of_load(facts, LARGE, [ticket(1, LARGE, arrived_at=1000.0 - waited_seconds)])
+    def worth(facts: Snapshot, waited_seconds: float, tickets: int = 1) -> float:
+        waiting = [ticket(number, LARGE, arrived_at=1000.0 - waited_seconds) for number in range(tickets)]
+        return pricing.worth_of_load(facts, LARGE, waiting)
 
     assert worth(calm, 0.0) == 30.0
     assert worth(pressed, 0.0) == 0.0
-    assert worth(pressed, 24.6) < cheapest < worth(pressed, 24.8)
-    assert "after 24.7 s" in TEXT
+    assert round(cheapest, 2) == 3.10
+    assert worth(pressed, 45.0) == pytest.approx(2.25)
+    assert worth(pressed, 30.9, 2) < cheapest < worth(pressed, 31.1, 2)
+    assert policy.starving_after_seconds * policy.large_wait_share == 45.0
+    assert "after 45 s, since 0.05 × 45 = 2.25 < 3.10" in TEXT
+    assert "two requests go ahead after 31 s" in TEXT
 
 
 def _asked_for(model: ModelFacts, rate: float) -> tuple[Snapshot, Residency]:

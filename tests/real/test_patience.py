@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.product import Product, prepare, running
 from tests.support.rawhttp import call, connect, request_bytes
+from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.ollama
 
@@ -23,17 +24,33 @@ _HI = [{"role": "user", "content": "hi"}]
 _OPTIONS = {"num_predict": 2, "seed": 1}
 
 
-@pytest.fixture(scope="module")
-def hasty(binary: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
-    """One server with one slot a model; heartbeats begin at once, and nobody waits for longer than 3 s."""
+@contextmanager
+def _with_one_slot(binary: Path, store: Path, folder: Path, queue_seconds: float) -> Generator[Product]:
+    """One server with one slot a model, `big` loaded; heartbeats begin at once."""
     config = {
         "ollama": {"binary": str(binary), "models": str(store), "num_parallel": 1},
         "instances": [{"name": "a", "gpus": []}],
         "stream": {"heartbeat_seconds": 0.2},
-        "queue": {"timeout_seconds": 3},
+        "queue": {"timeout_seconds": queue_seconds},
         "log": {"format": "json"},
     }
-    with running(prepare(tmp_path_factory.mktemp("hasty"), config)) as product:
+    with running(prepare(folder, config)) as product:
+        loading = {"model": "big", "stream": False}
+        eventually_sync(lambda: product.call("POST", "/api/generate", loading)[0] == 200, what="the model")
+        yield product
+
+
+@pytest.fixture(scope="module")
+def patient(binary: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
+    """Whoever waits is served in the end, however slow the machine is."""
+    with _with_one_slot(binary, store, tmp_path_factory.mktemp("patient"), 300.0) as product:
+        yield product
+
+
+@pytest.fixture(scope="module")
+def hasty(binary: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
+    """Nobody waits for longer than 3 s."""
+    with _with_one_slot(binary, store, tmp_path_factory.mktemp("hasty"), 3.0) as product:
         yield product
 
 
@@ -60,18 +77,18 @@ async def _first_beat(product: Product, path: str, body: dict[str, Any], busy: A
         return first, reply.body, head.header("Content-Type") or ""
 
 
-async def test_ndjson_is_kept_with_blanks_before_its_first_line(hasty: Product) -> None:
-    async with _busy(hasty) as busy:
+async def test_ndjson_is_kept_with_blanks_before_its_first_line(patient: Product) -> None:
+    async with _busy(patient) as busy:
         body = {"model": "big", "messages": _HI, "options": _OPTIONS}
-        first, whole, kind = await _first_beat(hasty, "/api/chat", body, busy)
+        first, whole, kind = await _first_beat(patient, "/api/chat", body, busy)
     assert (first, kind) == (b" ", "application/x-ndjson")
     assert [json.loads(line)["done"] for line in whole.splitlines()] == [False, False, True]
 
 
-async def test_events_are_kept_with_comments(hasty: Product) -> None:
-    async with _busy(hasty) as busy:
+async def test_events_are_kept_with_comments(patient: Product) -> None:
+    async with _busy(patient) as busy:
         body = {"model": "big", "messages": _HI, "max_tokens": 2, "stream": True}
-        first, whole, kind = await _first_beat(hasty, "/v1/chat/completions", body, busy)
+        first, whole, kind = await _first_beat(patient, "/v1/chat/completions", body, busy)
     assert (first, kind) == (b": waiting\n\n", "text/event-stream")
     assert whole.endswith(b"data: [DONE]\n\n")
 
@@ -102,15 +119,15 @@ async def test_an_error_after_the_first_beat_stands_in_the_stream(hasty: Product
         assert "waited" in events.events()[-1]["error"]["message"]
 
 
-async def test_the_packages_wait_through_it(hasty: Product) -> None:
-    chat: Any = ollama.AsyncClient(host=hasty.address.url)
-    talk: Any = openai.AsyncOpenAI(base_url=hasty.address.url + "/v1", api_key="x", max_retries=0)
-    async with chat as one, talk as other, _busy(hasty) as busy:
+async def test_the_packages_wait_through_it(patient: Product) -> None:
+    chat: Any = ollama.AsyncClient(host=patient.address.url)
+    talk: Any = openai.AsyncOpenAI(base_url=patient.address.url + "/v1", api_key="x", max_retries=0)
+    async with chat as one, talk as other, _busy(patient) as busy:
         stream = asyncio.ensure_future(one.chat("big", _HI, stream=True, options=_OPTIONS))
         parts = await stream  # its head came with the first beat
         busy.abort()
         assert [part.done async for part in parts] == [False, False, True]
-        async with _busy(hasty) as again:
+        async with _busy(patient) as again:
             events = await other.chat.completions.create(model="big", messages=_HI, max_tokens=2, stream=True)
             again.abort()
             words = [event.choices[0].delta.content async for event in events if event.choices]
