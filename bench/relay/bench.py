@@ -32,11 +32,12 @@ _PHASES: Mapping[str, tuple[str, ...]] = {
     "streams200": ("streams", "200", "{fast}", "50", "1"),
     "streams1000": ("streams", "1000", "{fast}", "50", "1"),
     "streams4000": ("streams", "4000", "{slow}", "10", "1"),
+    "streams5000": ("streams", "5000", "{slow}", "10", "1"),
     "bodies": ("bodies", "4", "{seconds}", "8000000"),
     "bursts": ("streams", "10", "{burst}", "0", "100"),
 }
 _SLOW_CONTESTANTS_SKIP = frozenset(
-    ("streams200", "streams1000", "streams4000", "bursts", "bodies", "small256", "first")
+    ("streams200", "streams1000", "streams4000", "streams5000", "bursts", "bodies", "small256", "first")
 )
 
 
@@ -80,7 +81,7 @@ def _added(which: str, quantile: str) -> Callable[[Sample, Sample | None], float
 FIGURES = (
     Figure("small requests/s, 64 connections", "small64", lambda s, _: s.load["per_second"], bar=0.65),
     Figure("small requests/s, 256 connections", "small256", lambda s, _: s.load["per_second"], bar=0.65),
-    Figure("CPU us a small request, 64", "small64", lambda s, _: 1e6 * s.cpu_seconds / s.load["done"], "{:.1f}"),
+    Figure("CPU us a small request, 64", "small64", lambda s, _: 1e6 * s.cpu_seconds / max(1, s.load["done"]), "{:.1f}"),
     Figure("added p50 at 50 requests/s, us", "paced", _added("latency_us", "p50"), bar=1.8, at_least=False),
     Figure("added p99 at 50 requests/s, us", "paced", _added("latency_us", "p99")),
     Figure("added time to first token p50, us", "first", _added("first_us", "p50"), bar=2.0, at_least=False),
@@ -89,8 +90,15 @@ FIGURES = (
     Figure("CPU s a million tokens, 4,000 streams", "streams4000", _per_million, "{:.1f}", bar=1.25, at_least=False),
     Figure("tokens/s served, 1,000 x 50", "streams1000", lambda s, _: s.load["tokens_per_second"]),
     Figure("tokens/s served, 4,000 x 10", "streams4000", lambda s, _: s.load["tokens_per_second"]),
+    Figure("streams not served, 1,000 x 50", "streams1000", lambda s, _: float(s.load["failed"]), bar=0.0,
+           at_least=False, absolute=True),
     Figure("streams not served, 4,000 x 10", "streams4000", lambda s, _: float(s.load["failed"]), bar=0.0,
            at_least=False, absolute=True),
+    Figure("CPU s a million tokens, 5,000 streams", "streams5000", _per_million, "{:.1f}"),
+    Figure("tokens/s served, 5,000 x 10", "streams5000", lambda s, _: s.load["tokens_per_second"]),
+    Figure("streams not served, 5,000 x 10", "streams5000", lambda s, _: float(s.load["failed"]), bar=0.0,
+           at_least=False, absolute=True),
+    Figure("relay lag p99 at 5,000 streams, us", "streams5000", lambda s, _: s.load["lag_us"]["p99"]),
     Figure("relay lag p99 at 200 streams, us", "streams200", lambda s, _: s.load["lag_us"]["p99"], bar=5000.0,
            at_least=False, absolute=True),
     Figure("8 MB bodies, MB/s", "bodies", lambda s, _: s.load["body_mb_per_second"], bar=0.5),
@@ -164,6 +172,17 @@ def _play(contestants: list[Contestant], place: Place, rounds: int, seconds: flo
     return run
 
 
+def _read(files: list[Path]) -> Run:
+    """Rounds that earlier runs wrote with `--json`."""
+    run = Run()
+    for file in files:
+        for phases in json.loads(file.read_text("utf-8")):
+            run.rounds.append(
+                {phase: {name: Sample(**sample) for name, sample in by.items()} for phase, by in phases.items()}
+            )
+    return run
+
+
 def report(run: Run, names: list[str], phases: list[str]) -> str:
     """The table in Markdown: per figure, each contestant's median and its ratio to nginx with its spread."""
     lines = [f"| figure | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
@@ -204,8 +223,12 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, by comma")
     parser.add_argument("--phases", default=",".join(_PHASES), help="phases, by comma")
     parser.add_argument("--json", type=Path, help="write all samples there")
+    parser.add_argument("--read", type=Path, nargs="+", help="measure nothing: print what such files hold, as one run")
     given = parser.parse_args()
     phases = [name for name in given.phases.split(",") if name in _PHASES]
+    if given.read:
+        print(report(_read(given.read), [name for name in given.only.split(",") if name in CONTESTANTS], phases))
+        return 0
     place = build(Path(".cache/bench-relay"))
     names = [name for name in given.only.split(",") if name in CONTESTANTS]
     missing = [f"{name} ({why})" for name in names if (why := available(name, place)) is not None]

@@ -137,6 +137,10 @@ class Direct(Contestant):
 
 
 class Nginx(Contestant):
+    def is_ready(self) -> bool:
+        """Its worker is there, whose time is what counts."""
+        return self.process is not None and bool(psutil.Process(self.process.pid).children())
+
     def command(self) -> list[str]:
         folder = self.place.folder / "nginx"
         folder.mkdir(exist_ok=True)
@@ -189,6 +193,13 @@ backend servers
             "utf-8",
         )
         return ["haproxy", "-db", "-f", str(config)]
+
+
+class Floor(Contestant):
+    """Python passing bytes from socket to socket: what no relay in Python can be below."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "bench.relay.floor", str(self.port), str(UPSTREAM_PORT)]
 
 
 class Llamayard(Contestant):
@@ -259,5 +270,6 @@ CONTESTANTS: Mapping[str, Callable[[Place], Contestant]] = {
     "nginx": lambda place: Nginx(place, "nginx", UPSTREAM_PORT + 100),
     "haproxy": lambda place: Haproxy(place, "haproxy", UPSTREAM_PORT + 101),
     "litellm": lambda place: Litellm(place, "litellm", UPSTREAM_PORT + 102, True, "/v1/chat/completions"),
+    "floor": lambda place: Floor(place, "floor", UPSTREAM_PORT + 104),
     "llamayard": lambda place: Llamayard(place, "llamayard", UPSTREAM_PORT + 103),
 }

@@ -16,7 +16,9 @@ from router.core.ledger import slots_of
 
 _LEAST_SHARE, _MOST_SHARE = 0.5, 1.5
 """Of the estimate: what lies outside has another cause."""
-_TOLD_SHARE = 0.97
+_TOLD_SHARE, _MOST_TOTAL_SHARE = 0.97, 1.1
+_UNTOLD_BYTES = 1024**3
+"""Beyond that on each card: the CUDA context and what the driver rounds up."""
 _KEPT_MAX = 4096
 
 
@@ -71,15 +73,16 @@ class Footprints:
         """The measured footprint, which is then known; None where something else changed or it is implausible.
 
         `told_bytes`: what the server says that it holds on the cards, its CUDA contexts left out: a measurement below
-        that has another program's leaving in it.
+        that has another program's leaving in it, and one far above it and the estimate another's coming.
         """
         gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
         if before.changes != tuple(self.changes.get(gpu, 0) for gpu in gpus):
             return None
         sizes = tuple(used.get(gpu, 0) - was for gpu, was in zip(gpus, before.used_bytes, strict=True))
-        if sum(sizes) < _TOLD_SHARE * told_bytes:
-            return None
         expected = [size for _, size in reservation.per_gpu_bytes]
+        most = _MOST_TOTAL_SHARE * max(told_bytes, sum(expected)) + _UNTOLD_BYTES * len(sizes)
+        if not _TOLD_SHARE * told_bytes <= sum(sizes) <= most:
+            return None
         if not is_plausible(sizes, expected):
             return None
         self.remember(before.key, sizes)

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,21 @@ def _open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def _resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _told(stage: Stage, objects: int) -> str:
+    """What is there at rest, for the long run's reader."""
+    return (
+        f"slots held {len(stage.engine.held)}, waiting {len(stage.engine.waiting)}, running {stage.books.running}, "
+        f"clients' connections {stage.relay.connection_count}, servers' {stage.upstream.open} (idle in the pool "
+        f"{stage.pool.idle_count}), files {_open_files()}, objects {objects}, resident {_resident_mb():.1f} MB"
+    )
+
+
 @pytest.mark.asyncio(loop_factories=["uvloop"])
-async def test_nothing_is_left_over_after_thousands_of_broken_requests() -> None:
+async def test_nothing_is_left_over_after_thousands_of_broken_requests(capsys: pytest.CaptureFixture[str]) -> None:
     dice = random.Random(1)
     async with staged() as stage:
         stage.upstream.script = _moody(dice)
@@ -120,13 +134,20 @@ async def test_nothing_is_left_over_after_thousands_of_broken_requests() -> None
         gc.collect()
         objects, idle = len(gc.get_objects()), stage.pool.idle_count
         files = _open_files() - 2 * idle
+        lines = [f"after {_REQUESTS // 10} requests: {_told(stage, objects)}"]
         await _play(stage, dice, _REQUESTS)
         assert len(stage.books.entries) > _REQUESTS // 3
         assert {200, 499, 502} <= set(stage.books.statuses)
+        statuses = sorted(Counter(stage.books.statuses).items())
         _forget(stage)
         await eventually(lambda: stage.upstream.open == stage.pool.idle_count, what="the servers' connections")
         gc.collect()
         await eventually(lambda: _open_files() - 2 * stage.pool.idle_count <= files, what="the files to be closed")
         kept_objects_each = 40  # an idle connection's own
         allowed = objects + kept_objects_each * max(0, stage.pool.idle_count - idle) + 500
-        assert len(gc.get_objects()) < allowed
+        left = len(gc.get_objects())
+        lines.append(f"after {_REQUESTS} more: {_told(stage, left)}; answers by status {statuses}")
+        if "ABORTS" in os.environ:
+            with capsys.disabled():
+                print("", *lines, sep="\n")
+        assert left < allowed

@@ -75,8 +75,11 @@ class Server:
         return GpusRead(tuple(Gpu(uuid, n, "large", size, size - u, u) for n, (uuid, u) in enumerate(cards)), at)
 
 
-def load(server: Server, model: ModelFacts, known: Footprints = ()) -> tuple[tuple[int, ...], Footprints]:
-    """What the router reserves for a load there, and what it remembers once it has seen what it took."""
+def load(
+    server: Server, model: ModelFacts, known: Footprints = (), foreign_bytes: int = 0
+) -> tuple[tuple[int, ...], Footprints]:
+    """What the router reserves for a load there, and what it remembers once it has seen what it took. `foreign_bytes`
+    are taken by another program on each card in the meantime."""
     policy = Policy(unseen_margin_ratio=0.02, context_length=server.config.context_length)
     dispatcher = Dispatcher(policy, estimate_bytes)
     version = ".".join(map(str, server.config.version))
@@ -88,7 +91,7 @@ def load(server: Server, model: ModelFacts, known: Footprints = ()) -> tuple[tup
     reserved = tuple(size for _, size in dispatcher.snapshot(1.0).reservations[sent.load_id].per_gpu_bytes)
     taken = server.takes(model)
     dispatcher.handle(LoadFinished(sent.load_id, sum(taken), sum(taken)), 9.0)
-    told = dispatcher.handle(server.reading(10.0, taken), 10.1)
+    told = dispatcher.handle(server.reading(10.0, tuple(size + foreign_bytes for size in taken)), 10.1)
     return reserved, tuple((one.key, one.per_gpu_bytes) for one in told if isinstance(one, Remember))
 
 
@@ -146,3 +149,9 @@ def test_a_load_that_was_measured_elsewhere_does_not_spoil_the_estimate_for_more
         model = model_facts(name)
         _, learned = load(one, model)
         assert load(two, model, learned)[0] == load(two, model)[0]
+
+
+def test_what_another_program_takes_while_a_model_loads_is_not_believed_to_be_the_models() -> None:
+    server, model = ordinary(1), model_facts("qwen2.5-coder:32b")
+    assert load(server, model, foreign_bytes=GIB // 2)[1]
+    assert load(server, model, foreign_bytes=6 * GIB)[1] == ()

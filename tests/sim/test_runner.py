@@ -13,7 +13,7 @@ from router.sim.metrics import service_jain
 from router.sim.record import record
 from router.sim.requests import HUNG_UP, SERVED
 from router.sim.runner import Simulation
-from router.sim.workload import THINKING_SECONDS
+from router.sim.workload import THINKING_SECONDS, Session, Turn
 from router.simulate_cli import play
 
 QUICK = Wanted(seconds=60.0)
@@ -26,6 +26,13 @@ def test_every_contestant_ends_every_request_and_does_the_same_again(policy: str
     assert record(first) == record(second)
     assert len(first.requests) == first.planned
     assert {request.outcome for request in first.requests} == {SERVED}
+
+
+def test_a_request_of_the_first_moment_finds_cards_that_are_known() -> None:
+    scene = scenario(Wanted("2x3090", "wide", 1, 60.0))
+    first = Session(0, "anna", "llama3.3:70b", (Turn(0.0, 100, 0, 10),))
+    outcome = Simulation(replace(scene, sessions=(first,)), contestant("llamayard", scene)).run()
+    assert [request.outcome for request in outcome.requests] == [SERVED]
 
 
 def test_a_turn_waits_for_the_answer_before_it() -> None:

@@ -110,7 +110,8 @@ class Llamayard:
     # --- what the simulation asks --------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._read_cards()
+        """As the product does, which reads its cards before it takes a request."""
+        self._post(GpusRead(self._host.book.read(), self._now))
         for unit in list(self._units.values()):
             self._start(unit)
         self._poll()
