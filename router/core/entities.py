@@ -217,6 +217,8 @@ class Ticket:
     is_flexible: bool = False
     """A copy with other runner options will do if its context is large enough: the gateway adapts the request."""
     layout: Layout | None = None
+    request_id: str = ""
+    """What the client calls its request, to be shown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,9 @@ class Wanted:
     body: bytes
     default_context_length: int
 
-    def ticket(self, number: TicketId, asker: Asker, now: float, timeout_seconds: float) -> Ticket:
+    def ticket(
+        self, number: TicketId, asker: Asker, now: float, timeout_seconds: float, request_id: str = ""
+    ) -> Ticket:
         return Ticket(
             id=number,
             model=self.facts,
@@ -61,6 +63,7 @@ class Wanted:
             output_tokens_max=self.output_tokens_max,
             is_flexible=self.is_flexible,
             layout=asker.layout,
+            request_id=request_id,
         )
 
     def again(self, body: bytes, seen: Peek) -> Wanted:

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from router.core.entities import Gpu, GpuUuid, InstanceView, ModelFacts, Ticket, TicketId
 from router.core.events import Event, Grant, Reject
+from router.core.outlook import Outlook
 from router.gateway.asked import Rules
 from router.gateway.askers import Asker
 from router.gateway.context import Limits
@@ -46,6 +47,8 @@ class Leases(Protocol):
     def cancel(self, ticket_id: TicketId) -> None: ...
 
     def release(self, ticket_id: TicketId, *, runner_lost: bool = False, output_tokens: int = 0) -> None: ...
+
+    def outlook(self, ticket_id: TicketId) -> Outlook | None: ...
 
     def post(self, event: Event) -> None: ...
 
