@@ -10,7 +10,7 @@ It decides nothing itself, and knows neither HTTP nor processes: an `InstanceDri
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Protocol, Self, assert_never
 
@@ -39,12 +39,15 @@ from router.core.events import (
     UnloadFinished,
 )
 from router.core.learned import FootprintKey
+from router.core.outlook import Outlook
 from router.errors import RouterError, error_for
 
 Clock = Callable[[], float]
 Decided = Callable[[Grant | Reject], None]
 
 _EARLIEST_WAKE_SECONDS = 0.01
+_OUTLOOK_SECONDS = 0.5
+"""So long what was worked out of all waiting tickets is told to whoever asks about one."""
 
 
 class InstanceDriver(Protocol):
@@ -94,6 +97,8 @@ class Engine:
         self._due: float | None = None
         """What the timer is set for."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._outlooks: tuple[float, Mapping[TicketId, Outlook]] = (float("-inf"), {})
+        """When they were last worked out, and what came of it."""
         self._log = structlog.get_logger("router.engine")
 
     async def __aenter__(self) -> Self:
@@ -148,6 +153,21 @@ class Engine:
 
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         return self._dispatcher.waiting
+
+    def outlooks(self) -> Mapping[TicketId, Outlook]:
+        """Where each waiting ticket stands now, in the order in which they are served."""
+        now = self._clock()
+        self._outlooks = now, self._dispatcher.outlooks(now)
+        return self._outlooks[1]
+
+    def outlook(self, ticket_id: TicketId) -> Outlook | None:
+        """Where one ticket stands, or stood half a second ago: many may ask. None for one that waits no more."""
+        if ticket_id not in self._waiters:
+            return None
+        at, known = self._outlooks
+        if ticket_id not in known or self._clock() - at >= _OUTLOOK_SECONDS:
+            known = self.outlooks()
+        return known.get(ticket_id)
 
     @property
     def is_closing(self) -> bool:

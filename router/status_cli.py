@@ -60,7 +60,7 @@ def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[
 
 
 def render_status(status: Mapping[str, Any]) -> str:
-    """The document as text: cards, instances, models, queue."""
+    """The document as text: cards, instances, models, queue, and who waits in it."""
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
         _table("CARDS", _CARDS, _rows(status, "cards")),
@@ -68,6 +68,7 @@ def render_status(status: Mapping[str, Any]) -> str:
         _table("MODELS", _MODELS, _rows(status, "models")),
         _table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
         f"QUEUE\n  {_queue(status.get('queue'))}",
+        *([_table("WAITING", _WAITING, _rows(status, "waiting"))] if status.get("waiting") else []),
     ]
     return "\n\n".join(parts)
 
@@ -122,6 +123,10 @@ def _slots(row: Row) -> str:
     return f"{row.get('in_flight', '-')}/{row.get('slots', '-')}"
 
 
+def _seconds(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.0f} s" if isinstance(row.get(key), int | float) else "-"
+
+
 def _queue(queue: object) -> str:
     if not isinstance(queue, Mapping):
         return "-"
@@ -159,4 +164,12 @@ _RESERVATIONS: Mapping[str, Callable[[Row], str]] = {
     "LOAD": _text("load_id"),
     "INSTANCE": _text("instance"),
     "PER CARD": _gib_per_card,
+}
+_WAITING: Mapping[str, Callable[[Row], str]] = {
+    "MODEL": _text("model"),
+    "POSITION": _text("position"),
+    "WAITED": _seconds("waited_seconds"),
+    "STILL ABOUT": _seconds("expected_wait_seconds"),
+    "REQUEST": _text("request_id"),
+    "REASON": _text("reason"),
 }

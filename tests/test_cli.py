@@ -214,11 +214,23 @@ STATUS: dict[str, Any] = {
     ],
     "reservations": [],
     "queue": {"waiting": 3, "limit": 512},
+    "waiting": [
+        {"position": 1, "expected_wait_seconds": 11.6, "request_id": "r1", "model": "a:latest", "waited_seconds": 2.4},
+        {"position": 2, "expected_wait_seconds": None, "request_id": "r2", "model": "a:latest", "reason": "its turn"},
+    ],
 }
 
 
+def test_status_shows_who_waits_and_for_how_long_still() -> None:
+    rows = [line.split() for line in render_status(STATUS).splitlines()[-3:]]
+    assert rows[0] == ["MODEL", "POSITION", "WAITED", "STILL", "ABOUT", "REQUEST", "REASON"]
+    assert rows[1] == ["a:latest", "1", "2", "s", "12", "s", "r1", "-"]
+    assert rows[2] == ["a:latest", "2", "-", "-", "r2", "its", "turn"]
+    assert "WAITING" not in render_status({**STATUS, "waiting": []})
+
+
 def test_status_is_shown_as_tables_with_what_is_unknown_as_a_dash() -> None:
-    lines = render_status(STATUS).splitlines()
+    lines = render_status({**STATUS, "waiting": []}).splitlines()
     assert lines[0] == "EMULATED rig 2x3090"
     assert lines[2:5] == [
         "CARDS",

@@ -81,7 +81,9 @@ def _added(which: str, quantile: str) -> Callable[[Sample, Sample | None], float
 FIGURES = (
     Figure("small requests/s, 64 connections", "small64", lambda s, _: s.load["per_second"], bar=0.65),
     Figure("small requests/s, 256 connections", "small256", lambda s, _: s.load["per_second"], bar=0.65),
-    Figure("CPU us a small request, 64", "small64", lambda s, _: 1e6 * s.cpu_seconds / s.load["done"], "{:.1f}"),
+    Figure(
+        "CPU us a small request, 64", "small64", lambda s, _: 1e6 * s.cpu_seconds / max(1, s.load["done"]), "{:.1f}"
+    ),
     Figure("added p50 at 50 requests/s, us", "paced", _added("latency_us", "p50"), bar=1.8, at_least=False),
     Figure("added p99 at 50 requests/s, us", "paced", _added("latency_us", "p99")),
     Figure("added time to first token p50, us", "first", _added("first_us", "p50"), bar=2.0, at_least=False),

@@ -65,6 +65,7 @@ from router.core.events import (
 )
 from router.core.ids import LoadIds
 from router.core.looks import AGAIN_SECONDS, Looks, concerned, next_look
+from router.core.outlook import Line, Outlook, outlooks
 from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.predicting import Prediction
 from router.core.seeking import coming, seek, seek_replica
@@ -103,6 +104,12 @@ class Dispatcher:
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         """Waiting tickets, oldest first, each with what it waits for."""
         return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue)
+
+    def outlooks(self, now: float) -> dict[TicketId, Outlook]:
+        """Where each waiting ticket stands, in the order in which groups, and tickets within them, are served."""
+        queue, order_of, held = self._queue, self._fleet.counters.order_of, self._looks.held
+        lines = [Line(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
+        return outlooks(self._fleet.snapshot(now), lines, self._reasons)
 
     @property
     def is_closing(self) -> bool:
@@ -186,14 +193,11 @@ class Dispatcher:
         if len(self._queue) < self._policy.queue_limit:
             self._queue.add(ticket)
             return []
-        granted = self._grant(self._fleet.snapshot(now), ticket, now) if not self._overtakes(ticket) else None
-        if granted is not None:
+        overtakes = self._queue.has_group(group_of(ticket))
+        if not overtakes and (granted := self._grant(self._fleet.snapshot(now), ticket, now)) is not None:
             return [granted]
         message = f"server busy: {len(self._queue)} requests wait already (queue.limit)"
         return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
-
-    def _overtakes(self, ticket: Ticket) -> bool:
-        return self._queue.has_group(group_of(ticket))
 
     def _retry_after(self) -> int:
         """Seconds: one for each round of the slots there are, within a minute."""
@@ -213,8 +217,7 @@ class Dispatcher:
     def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for ticket in self._queue.expired(now) if len(self._queue) else ():
-            waited = now - ticket.arrived_at
-            why = self._reasons.get(ticket.id, "its turn")
+            waited, why = now - ticket.arrived_at, self._reasons.get(ticket.id, "its turn")
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))
         for key, residency in list(self._fleet.residencies.items()):
@@ -278,14 +281,11 @@ class Dispatcher:
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:
         """Busy copies whose place the same weights shall take with other options, while somebody waits for that."""
+        queue, fleet = self._queue, self._fleet
         self._replacing = {
-            key: copy for key, copy in self._replacing.items() if self._queue.has_group(key) and self._is_still(copy)
+            k: copy for k, copy in self._replacing.items() if queue.has_group(k) and fleet.has_still(copy)
         }
         return frozenset((copy.instance, copy.blob) for copy in self._replacing.values())
-
-    def _is_still(self, copy: Residency) -> bool:
-        now = self._fleet.residencies.get((copy.instance, copy.blob))
-        return now is not None and now.loaded_at == copy.loaded_at
 
     def _grant_group(self, facts: Snapshot, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -345,7 +345,7 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._looks.in_vain(key, self._fleet.version, next_look(self._fleet.snapshot(now), tickets))
+                self._looks.in_vain(key, self._fleet.version, next_look(self._fleet.snapshot(now), tickets), decision)
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]

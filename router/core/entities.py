@@ -219,6 +219,8 @@ class Ticket:
     layout: Layout | None = None
     fingerprints: Callable[[], tuple[int, ...]] | None = field(default=None, compare=False, repr=False)
     """Works out those of its prompt where they are wanted (`core/affinity.py`); None for a prompt without."""
+    request_id: str = ""
+    """What the client calls its request, to be shown."""
 
 
 @dataclass(frozen=True, slots=True)

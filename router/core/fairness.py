@@ -8,7 +8,9 @@ has waited, up to the highest that waits, so that nobody starves.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable
+from heapq import heapify, heappop, heappush
 
 from router.core.entities import Ticket
 
@@ -16,6 +18,8 @@ OUTPUT_WEIGHT = 2.0
 _AGING_SECONDS = 60.0
 """Of waiting count as one step of priority against tickets of a higher one; between equals the counters decide."""
 _CLIENTS_MAX = 10_000
+_GUESSED_OUTPUT_TOKENS = 256
+"""Of a request that has not been served yet, where it does not ask for less."""
 
 
 class TokenCounters:
@@ -54,6 +58,18 @@ class TokenCounters:
         top = max(priorities)
         return min(waiting, key=lambda t: (-min(top, _urgency(t, now)), self.given(t.client), t.id))
 
+    def order_of(self, tickets: Iterable[Ticket], now: float) -> list[Ticket]:
+        """All of them in the order in which `next_of` would choose them, if each were served before the next is chosen
+        and took the tokens of its prompt and a guess of those that it generates."""
+        left, order = {ticket.id: ticket for ticket in tickets}, list[Ticket]()
+        given = {ticket.client: self.given(ticket.client) for ticket in left.values()}
+        while left:
+            chosen = _until_top_falls(list(left.values()), given, now)
+            for ticket in chosen:
+                del left[ticket.id]
+            order += chosen
+        return order
+
     def _add(self, client: str, tokens: float) -> None:
         self._given[client] = self.given(client) + tokens
         if len(self._given) > _CLIENTS_MAX:
@@ -62,3 +78,34 @@ class TokenCounters:
 
 def _urgency(ticket: Ticket, now: float) -> int:
     return ticket.priority + int(max(0.0, now - ticket.arrived_at) / _AGING_SECONDS)
+
+
+def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float) -> list[Ticket]:
+    """The first of these in their order, until the last of the highest priority is among them: the others are weighed
+    anew after that. `given` grows."""
+    top = max(ticket.priority for ticket in tickets)
+    highest = sum(ticket.priority == top for ticket in tickets)
+    lines: dict[str, deque[tuple[int, Ticket]]] = {}
+    for level, ticket in sorted(
+        ((-min(top, _urgency(t, now)), t) for t in tickets), key=lambda one: (one[0], one[1].id)
+    ):
+        lines.setdefault(ticket.client, deque()).append((level, ticket))
+    heads = [(line[0][0], given[client], line[0][1].id, client) for client, line in lines.items()]
+    heapify(heads)
+    chosen: list[Ticket] = []
+    while highest:
+        client = heappop(heads)[3]
+        line = lines[client]
+        ticket = line.popleft()[1]
+        chosen.append(ticket)
+        highest -= ticket.priority == top
+        given[client] += _expected_tokens(ticket)
+        if line:
+            heappush(heads, (line[0][0], given[client], line[0][1].id, client))
+    return chosen
+
+
+def _expected_tokens(ticket: Ticket) -> float:
+    most = ticket.output_tokens_max
+    output = _GUESSED_OUTPUT_TOKENS if most is None or most < 0 else min(most, _GUESSED_OUTPUT_TOKENS)
+    return ticket.prompt_tokens + OUTPUT_WEIGHT * output

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from router.core.entities import BlobDigest, Snapshot, Ticket
 from router.core.events import Arrived, Event, Released, ResidencyRead
+from router.core.placement import MustWait
 from router.core.pricing import wait_share
 from router.core.state import FleetState
 from router.core.waitqueue import GroupKey, WaitQueue
@@ -22,16 +23,24 @@ _NEVER = (-1, float("-inf"))
 class Looks:
     """Mutable, the dispatcher's."""
 
-    __slots__ = ("_calm", "_seen")
+    __slots__ = ("_calm", "_held", "_seen")
 
     def __init__(self) -> None:
         self._seen: dict[GroupKey, tuple[int, float]] = {}
         """State's version of the last look in vain, and when the next is due whatever happens."""
+        self._held: dict[GroupKey, MustWait] = {}
+        """What the last look in vain found, for groups that no copy serves."""
         self._calm = _NEVER
         """State's version at which all had looked, and when the first is due again."""
 
-    def in_vain(self, key: GroupKey, version: int, until: float) -> None:
+    def in_vain(self, key: GroupKey, version: int, until: float, found: MustWait | None = None) -> None:
         self._seen[key] = (version, until)
+        if found is not None:
+            self._held[key] = found
+
+    def held(self, key: GroupKey) -> MustWait | None:
+        """Why the group had no place when one was last sought; means nothing where a copy serves it by now."""
+        return self._held.get(key)
 
     def is_due(self, key: GroupKey, version: int, now: float) -> bool:
         seen, until = self._seen.get(key, _NEVER)
@@ -39,6 +48,7 @@ class Looks:
 
     def forget_others(self, queue: WaitQueue) -> None:
         self._seen = {key: seen for key, seen in self._seen.items() if queue.has_group(key)}
+        self._held = {key: held for key, held in self._held.items() if queue.has_group(key)}
 
     def all_looked(self, keys: Iterable[GroupKey], version: int) -> None:
         """The whole queue was gone through: it is calm from now on if all of it has looked at this version."""

@@ -72,10 +72,12 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class MustWait:
-    """It fits, but not yet. `drain`: busy models that would have to take no new requests to make room."""
+    """It fits, but not yet. `drain`: busy models that would have to take no new requests to make room. `price`: seconds
+    that others would lose if idle models made room now, where that is what is too much."""
 
     reason: str
     drain: tuple[ResidencyKey, ...] = ()
+    price: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +308,7 @@ def _too_dear(snapshot: Snapshot, offer: _Offer, want: Want) -> MustWait:
     """Idle models could leave, but that would cost others more than the wait is worth so far."""
     names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
     words = f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {want.price_max:.0f} s yet"
-    return MustWait(f"{offer.candidate.name}: {words}")
+    return MustWait(f"{offer.candidate.name}: {words}", price=offer.price)
 
 
 def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:

@@ -206,6 +206,11 @@ class FleetState:
         for key in [k for k in self.residencies if k[0] == name]:
             self.forget(key)
 
+    def has_still(self, copy: Residency) -> bool:
+        """Whether that copy is there, and no other that came to its place after it."""
+        now = self.residencies.get((copy.instance, copy.blob))
+        return now is not None and now.loaded_at == copy.loaded_at
+
     def has_drained(self, blobs: Collection[BlobDigest]) -> bool:
         """Whether a copy of these weights that takes no more requests is idle."""
         for key in self.draining:

@@ -16,8 +16,10 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from router import __version__
 from router.core.entities import Gpu, InstanceView, Reservation, Residency, Snapshot, Ticket
 from router.core.ledger import available_bytes, drift_bytes, foreign_bytes, reserved_bytes, resident_bytes
+from router.core.outlook import Outlook
 from router.gateway.answers import json_answer, text_answer
 from router.gateway.context import GatewayContext
+from router.gateway.headers import request_id
 from router.gateway.requests import RequestInfo
 from router.observe import Metrics
 
@@ -33,7 +35,6 @@ class AdminHandler:
         self._emulated = emulated
 
     async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
-        del request
         extra = info.reply_headers(None)
         match info.route:
             case "/health":
@@ -44,7 +45,8 @@ class AdminHandler:
                 headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_PLAIN_0_0_4, **extra}
                 return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
             case _:
-                return json_answer(self._status(), extra)
+                asked = request_id(request.query.get("request_id"), str)
+                return json_answer(self._waiting(asked) if asked else self._status(), extra)
 
     def _ready(self, extra: Mapping[str, str]) -> web.StreamResponse:
         """200 once any instance serves; 503 before, while stopping, and when all are down."""
@@ -54,9 +56,7 @@ class AdminHandler:
         return text_answer("not ready: no instance serves; see /llamayard/status\n", extra, status=503)
 
     def _status(self) -> dict[str, Any]:
-        engine = self._context.engine
-        snapshot = engine.snapshot()
-        waiting = engine.waiting()
+        snapshot = self._context.engine.snapshot()
         return {
             "version": __version__,
             "emulated": self._emulated,
@@ -64,11 +64,18 @@ class AdminHandler:
             "instances": [_instance(view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
-            "queue": {"waiting": len(waiting), "limit": snapshot.policy.queue_limit},
-            "waiting": [
-                _ticket(snapshot, position, ticket, reason)
-                for position, (ticket, reason) in enumerate(waiting[:_QUEUE_SHOWN_MAX], 1)
-            ],
+            **self._waiting(),
+        }
+
+    def _waiting(self, request_id: str = "") -> dict[str, Any]:
+        """The queue, in the order in which it is served; with `request_id` only the requests of that name."""
+        engine = self._context.engine
+        snapshot, tickets = engine.snapshot(), {ticket.id: ticket for ticket, _ in engine.waiting()}
+        rows = [(tickets[number], outlook) for number, outlook in engine.outlooks().items()]
+        shown = [row for row in rows if row[0].request_id == request_id] if request_id else rows
+        return {
+            "queue": {"waiting": len(rows), "limit": snapshot.policy.queue_limit},
+            "waiting": [_ticket(snapshot, *row) for row in shown[:_QUEUE_SHOWN_MAX]],
         }
 
 
@@ -132,11 +139,14 @@ def _reservation(snapshot: Snapshot, reservation: Reservation) -> dict[str, Any]
     }
 
 
-def _ticket(snapshot: Snapshot, position: int, ticket: Ticket, reason: str) -> dict[str, Any]:
+def _ticket(snapshot: Snapshot, ticket: Ticket, outlook: Outlook) -> dict[str, Any]:
+    wait = outlook.expected_wait_seconds
     return {
-        "position": position,
+        "position": outlook.position,
+        "expected_wait_seconds": None if wait is None else round(wait, 1),
+        "request_id": ticket.request_id,
         "model": ticket.model.name,
         "waited_seconds": round(snapshot.now - ticket.arrived_at, 1),
         "deadline_in_seconds": round(ticket.deadline - snapshot.now, 1),
-        "reason": reason,
+        "reason": outlook.reason,
     }

@@ -4,27 +4,36 @@ Many clients give up after 15 to 60 s of silence, and a model loads for longer. 
 themselves (docs/clients.md): spaces *without* a line's end before the first line of NDJSON (ollama-python, ollama-js
 and the Go client all fail or complain about an empty line), comments in an event stream, `ping` events for Anthropic's.
 
+A client that asks for it (`X-Llamayard-Progress`) is told meanwhile where it stands, in comments of its event stream. A
+stream of NDJSON has no place for that: spaces are all that every client of it ignores.
+
 Whoever sends the first of these has answered 200: the reply's head is out, and what goes wrong later has to be told
 within the stream (`late_error`). So only streams get them, never a request for one JSON object.
 
 How to use it: `heartbeat_of` once a request is read; after `seconds` without a byte to the client send a head with
-`headers` and then `piece`, and `piece` again each `seconds`, until the server's reply begins. A reply with status 200
-is then relayed without its head; of any other the body is read whole and `late_error(refusal(status, body))` ends the
-stream. Pure: it measures no time and sends nothing.
+`headers` and then `piece`, and `piece` again each `seconds`, until the server's reply begins. Where it `tells`, begin
+as soon as the request waits, and send `telling(outlook)` instead. A reply with status 200 is then relayed without its
+head; of any other the body is read whole and `late_error(refusal(status, body))` ends the stream. Pure: it measures no
+time and sends nothing.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
 
+from router.core.outlook import Outlook
 from router.errors import RouterError, ServerRefused
 from router.gateway.askers import Header
 from router.gateway.peek import Peek
 from router.gateway.shapes import NDJSON, SSE, Api, api_of, error_reply, stream_error
 
 HEARTBEAT_HEADER = "X-Llamayard-Heartbeat"
+PROGRESS_HEADER = "X-Llamayard-Progress"
+PROGRESS_SECONDS = 2.0
+"""So often a client that asks for it is told where it stands."""
 REFUSAL_BYTES_MAX = 65536
 """So much of a late refusal is read; a server's errors are a line."""
 
@@ -50,6 +59,17 @@ class Heartbeat:
     seconds: float
     headers: tuple[tuple[str, str], ...]
     """Of the head that has to be sent before the first piece."""
+    tells: bool = False
+    """Whether the client wants to know where it stands."""
+
+    def telling(self, outlook: Outlook) -> bytes:
+        """The piece with where the request stands in a comment, before what else is in it."""
+        words = f": llamayard position={outlook.position}"
+        if outlook.expected_wait_seconds is not None:
+            words += f" expected_wait_seconds={math.ceil(outlook.expected_wait_seconds)}"
+        if outlook.reason:
+            words += f" reason={' '.join(outlook.reason.split())}"
+        return words.encode(errors="replace") + b"\n" + (b"\n" if self.piece == _COMMENT else self.piece)
 
     def late_error(self, error: RouterError) -> bytes:
         """What ends the stream visibly, now that its status is out."""
@@ -76,7 +96,9 @@ def heartbeat_of(path: str, seen: Peek, header: Header, seconds: float | None) -
     headers = [("Content-Type", content_type)]
     if path in _UNCACHED:
         headers.append(("Cache-Control", "no-cache"))
-    return Heartbeat(api_of(path), content_type, piece, seconds, tuple(headers))
+    tells = content_type == SSE and (header(PROGRESS_HEADER.lower()) or "off").strip().lower() not in _OFF
+    seconds = min(seconds, PROGRESS_SECONDS) if tells else seconds
+    return Heartbeat(api_of(path), content_type, piece, seconds, tuple(headers), tells)
 
 
 class _Words(msgspec.Struct):

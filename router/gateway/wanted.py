@@ -44,7 +44,9 @@ class Wanted:
     body: bytes
     default_context_length: int
 
-    def ticket(self, number: TicketId, asker: Asker, now: float, timeout_seconds: float) -> Ticket:
+    def ticket(
+        self, number: TicketId, asker: Asker, now: float, timeout_seconds: float, request_id: str = ""
+    ) -> Ticket:
         return Ticket(
             id=number,
             model=self.facts,
@@ -61,6 +63,7 @@ class Wanted:
             is_flexible=self.is_flexible,
             layout=asker.layout,
             fingerprints=self.fingerprints if self.prompt_tokens >= TOKENS_MIN else None,
+            request_id=request_id,
         )
 
     def fingerprints(self) -> tuple[int, ...]:

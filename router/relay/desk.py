@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from router.core.entities import Gpu, GpuUuid, InstanceView, ModelFacts, Ticket, TicketId
 from router.core.events import Event, Grant, Reject
+from router.core.outlook import Outlook
 from router.gateway.asked import Rules
 from router.gateway.askers import Asker
 from router.gateway.context import Limits
@@ -53,6 +54,8 @@ class Leases(Protocol):
         output_tokens: int = 0,
         first_byte_at: float | None = None,
     ) -> None: ...
+
+    def outlook(self, ticket_id: TicketId) -> Outlook | None: ...
 
     def post(self, event: Event) -> None: ...
 

@@ -210,11 +210,13 @@ class LeasedExchange:
     # --- to the server ---------------------------------------------------------------------------------------
 
     def _submit(self, want: Wanted) -> None:
-        engine = self._desk.engine
+        engine, seconds = self._desk.engine, self._desk.limits.queue_timeout_seconds
         self._phase = WAITING
         self._lease = number = engine.new_ticket_id()
-        ticket = want.ticket(number, self._asker, engine.now(), self._desk.limits.queue_timeout_seconds)
+        ticket = want.ticket(number, self._asker, engine.now(), seconds, self._info.request_id)
         engine.submit(ticket, self._decided)
+        if self._phase == WAITING and self._heart is not None and self._heart.waits(ticket.arrived_at):
+            self.check(ticket.arrived_at)
 
     def _decided(self, decision: Grant | Reject) -> None:
         if isinstance(decision, Reject):
@@ -361,10 +363,9 @@ class LeasedExchange:
 
     def _give_back(self, *, runner_lost: bool) -> None:
         """The slot, where one is held."""
-        lease, self._lease = self._lease, None
-        self._grant = None
+        lease, reply = self._lease, self._reply
+        self._lease = self._grant = None
         if lease is not None:
-            reply = self._reply
             tokens, first = (reply.chunks, reply.first_byte_at) if reply is not None else (0, None)  # a chunk a token
             self._desk.engine.release(lease, runner_lost=runner_lost, output_tokens=tokens, first_byte_at=first)
 
@@ -391,9 +392,8 @@ class LeasedExchange:
 
     def check(self, now: float) -> None:
         """Looks at the deadlines; to be called now and then."""
-        heart = self._heart
-        if heart is not None and heart.is_due(now):
-            heart.beat(now, self._info.reply_headers(None))
+        if (heart := self._heart) is not None and heart.is_due(now):
+            heart.beat(now, self._info.reply_headers(None), self._desk.engine, self._lease, self._grant)
             if self._reply is not None:
                 self._reply.begun = True
         if self._phase == ASKED and self._reply is not None:

@@ -1,5 +1,7 @@
 """Keeps one client waiting: after a silence a head and bytes that its protocol ignores, until the reply begins.
 
+A client that wants to know where it stands is told as soon as it waits.
+
 What is sent, and to whom, stands in `gateway/waiting.py`. It has no timer: whoever looks at deadlines asks it.
 """
 
@@ -8,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from router.core.entities import TicketId
+from router.core.events import Grant
+from router.core.outlook import Outlook
 from router.errors import RouterError
 from router.gateway.waiting import Heartbeat
 from router.relay.heads import RequestHead
@@ -20,6 +25,10 @@ class Client(Protocol):
     write_paused: bool
 
     def may_keep(self) -> bool: ...
+
+
+class Queue(Protocol):
+    def outlook(self, ticket_id: TicketId) -> Outlook | None: ...
 
 
 class Heart:
@@ -39,12 +48,21 @@ class Heart:
     def is_due(self, now: float) -> bool:
         return now >= self._due
 
-    def beat(self, now: float, own_headers: Mapping[str, str]) -> None:
+    def waits(self, now: float) -> bool:
+        """The request has begun to wait for a slot; whether its client is to be told at once."""
+        if self._beat.tells:
+            self._due = now
+        return self._beat.tells
+
+    def beat(
+        self, now: float, own_headers: Mapping[str, str], queue: Queue, lease: TicketId | None, grant: Grant | None
+    ) -> None:
         """Sends what keeps the client waiting; a client that takes nothing is sent nothing."""
         self._due = now + self._beat.seconds
         if self._client.write_paused:
             return
-        piece = self._framed(self._beat.piece)
+        outlook = _outlook(queue, lease, grant) if self._beat.tells else None
+        piece = self._framed(self._beat.piece if outlook is None else self._beat.telling(outlook))
         if not self.begun:
             self.begun = True
             self._keep = bool(self._head.minor) and self._client.may_keep()
@@ -58,3 +76,9 @@ class Heart:
 
     def _framed(self, piece: bytes) -> bytes:
         return chunk(piece) if self._head.minor and piece else piece
+
+
+def _outlook(queue: Queue, lease: TicketId | None, grant: Grant | None) -> Outlook | None:
+    if grant is not None:
+        return Outlook(0, 0.0, grant.reason)
+    return None if lease is None else queue.outlook(lease)

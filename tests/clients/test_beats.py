@@ -1,6 +1,7 @@
 """What keeps a waiting client is ignored by the clients themselves, and an error that follows it is raised by them.
 
-A server that only beats stands in for a router whose model is loading; the bytes are the router's own.
+A server that only beats stands in for a router whose model is loading; the bytes are the router's own, those that tell
+a stream where it stands among them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from router.core.outlook import Outlook
 from router.errors import LoadFailed
 from router.gateway.peek import peek
+from router.gateway.shapes import SSE
 from router.gateway.waiting import heartbeat_of
 from tests.clients.commands import command
 from tests.support.ollama_server import real_binary
@@ -32,8 +35,10 @@ async def _answer(request: web.Request) -> web.StreamResponse:
     assert beat is not None
     response = web.StreamResponse(headers=dict(beat.headers))
     await response.prepare(request)
-    for _ in range(3):
+    for position in (3, 2, 1):
         await response.write(beat.piece)
+        if beat.content_type == SSE:
+            await response.write(beat.telling(Outlook(position, 4.5 * position, "it is being loaded on gpu0")))
     if json.loads(body)["model"] == "fails":
         await response.write(beat.late_error(_ERROR))
     else:

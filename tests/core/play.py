@@ -54,6 +54,7 @@ from router.core.events import (
 )
 from router.core.learned import FootprintKey
 from router.core.looks import Looks
+from router.core.outlook import Outlook
 from router.core.state import FleetState
 from router.core.waitqueue import WaitQueue
 from tests.core.builders import by_weight, gpu_id, instance, model
@@ -160,12 +161,14 @@ class Play:
         *,
         is_flexible: bool = False,
         layout: Layout | None = None,
+        client: str = "",
     ) -> TicketId:
         self._tickets += 1
         made = ticket_of(
             self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
             deadline=self.now + patience_seconds, is_flexible=is_flexible, layout=layout,
         )  # fmt: skip
+        made = replace(made, client=client)
         self.waiting[made.id] = made
         self.post(Arrived(made))
         return made.id
@@ -248,6 +251,12 @@ class Play:
     def reason(self, ticket: TicketId) -> str:
         """What a waiting ticket waits for."""
         return next((words for waiting, words in self._twins[0].waiting if waiting.id == ticket), "")
+
+    def outlook(self, ticket: TicketId) -> Outlook:
+        """How a waiting ticket stands."""
+        found, again = (twin.outlooks(self.now) for twin in self._twins)
+        assert found == again
+        return found[ticket]
 
     def queued(self) -> list[TicketId]:
         return [ticket.id for ticket, _ in self._twins[0].waiting]

@@ -61,3 +61,31 @@ def test_between_clients_that_always_wait_no_two_drift_apart_by_more_than_one_re
         counters.granted(_of(100 + number, chosen.client, tokens=tokens))
     given_to = [counters.given(client) for client in "abc"]
     assert max(given_to) - min(given_to) <= largest
+
+
+_WAITING = st.builds(
+    lambda client, priority, waited, prompt, most: (client, priority, waited, prompt, most),
+    st.sampled_from("abcd"), st.integers(-1, 2), st.floats(0.0, 300.0), st.integers(0, 600),
+    st.one_of(st.none(), st.integers(-1, 400)),
+)  # fmt: skip
+
+
+@given(st.lists(_WAITING, max_size=25), st.dictionaries(st.sampled_from("abcd"), st.integers(0, 900)))
+def test_the_order_told_beforehand_is_that_in_which_one_after_another_is_chosen(
+    waiting: list[tuple[str, int, float, int, int | None]], given_before: dict[str, int]
+) -> None:
+    counters = TokenCounters()
+    for client, tokens in given_before.items():
+        counters.granted(_of(0, client, tokens=tokens))
+    tickets = [
+        replace(_of(number, client, prompt, 1000.0 - waited, priority), output_tokens_max=most)
+        for number, (client, priority, waited, prompt, most) in enumerate(waiting, 1)
+    ]
+    told, left, chosen = counters.order_of(tickets, 1000.0), list(tickets), []
+    while left:
+        chosen.append(counters.next_of(left, 1000.0))
+        left.remove(chosen[-1])
+        counters.granted(chosen[-1])
+        most = chosen[-1].output_tokens_max
+        counters.released(chosen[-1].client, 256 if most is None or most < 0 else min(most, 256))
+    assert told == chosen

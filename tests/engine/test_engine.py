@@ -164,3 +164,26 @@ async def test_who_no_longer_waits_for_a_state_is_no_longer_asked() -> None:
         before = len(asked)
         on.engine.post(InstanceChanged(instance("gpu0", 0), InstanceState.DRAINING))
         assert len(asked) == before
+
+
+async def test_each_waiting_ticket_can_be_asked_for_where_it_stands() -> None:
+    async with stage(slots=1) as on:
+        await on.load()
+        held, first, second = (on.ticket() for _ in range(3))
+        for ticket in (held, first, second):
+            on.engine.submit(ticket, lambda _: None)
+        assert on.engine.outlook(held.id) is None
+        assert [each.position for each in on.engine.outlooks().values()] == [1, 2]
+        last = on.ticket()
+        on.engine.submit(last, lambda _: None)
+        found = on.engine.outlook(last.id)
+        assert found is not None
+        assert (found.position, found.reason) == (3, "1 of 1 slots are in use on gpu0")
+        on.engine.cancel(first.id)
+        assert on.engine.outlook(first.id) is None
+        assert [(number, each.position) for number, each in on.engine.outlooks().items()] == [
+            (second.id, 1),
+            (last.id, 2),
+        ]
+        on.engine.release(held.id)
+        assert on.engine.outlook(second.id) is None

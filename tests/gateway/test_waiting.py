@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from router.core.outlook import Outlook
 from router.errors import LoadFailed
 from router.gateway.peek import Peek
 from router.gateway.waiting import Heartbeat, heartbeat_of, refusal
@@ -14,8 +15,15 @@ _STREAM, _ONCE = Peek(model="m", stream=True), Peek(model="m", stream=False)
 _ERROR = LoadFailed("it <failed>")
 
 
-def beat(path: str, seen: Peek = _STREAM, header: str | None = None, seconds: float | None = 10.0) -> Heartbeat | None:
-    return heartbeat_of(path, seen, {"x-llamayard-heartbeat": header}.get, seconds)
+def beat(
+    path: str,
+    seen: Peek = _STREAM,
+    header: str | None = None,
+    seconds: float | None = 10.0,
+    progress: str | None = None,
+) -> Heartbeat | None:
+    headers = {"x-llamayard-heartbeat": header, "x-llamayard-progress": progress}
+    return heartbeat_of(path, seen, headers.get, seconds)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,36 @@ def test_a_late_error_is_an_event_of_its_own(path: str) -> None:
     last = events[-2].decode().split("\n")
     assert json.loads(last[-1].removeprefix("data: "))["error"]["message"] == "it <failed>"
     assert (last[0] == "event: error") is (path == "/v1/messages")
+
+
+@pytest.mark.parametrize(
+    ("path", "seconds", "told"),
+    [
+        ("/v1/chat/completions", 11.2, b": llamayard position=2 expected_wait_seconds=12 reason=a b c\n\n"),
+        ("/v1/responses", None, b": llamayard position=2 reason=a b c\n\n"),
+        (
+            "/v1/messages",
+            0.0,
+            b': llamayard position=2 expected_wait_seconds=0 reason=a b c\nevent: ping\ndata: {"type": "ping"}\n\n',
+        ),
+    ],
+)
+def test_an_event_stream_that_asks_is_told_in_a_comment(path: str, seconds: float | None, told: bytes) -> None:
+    kept = beat(path, progress="1")
+    assert kept is not None
+    assert (kept.tells, kept.seconds) == (True, 2.0)
+    assert kept.telling(Outlook(2, seconds, "a\r\nb\n\nc")) == told
+
+
+def test_nobody_is_told_who_does_not_ask_or_has_no_place_for_it() -> None:
+    for kept in (beat("/v1/messages"), beat("/v1/messages", progress=" Off"), beat("/api/chat", progress="1")):
+        assert kept is not None
+        assert (kept.tells, kept.seconds) == (False, 10.0)
+    assert beat("/v1/messages", header="off", progress="1") is None
+    assert beat("/v1/messages", seconds=None, progress="1") is None
+    often = beat("/v1/messages", seconds=0.5, progress="1")
+    assert often is not None
+    assert often.seconds == 0.5
 
 
 @pytest.mark.parametrize(

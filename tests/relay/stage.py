@@ -24,6 +24,7 @@ from router.core.entities import (
     TicketId,
 )
 from router.core.events import Event, Grant, Reject
+from router.core.outlook import Outlook
 from router.errors import NoInstance
 from router.gateway.asked import Rules
 from router.gateway.context import Limits
@@ -172,6 +173,8 @@ class ScriptedEngine:
     lost: list[TicketId] = field(default_factory=list[TicketId])
     cancelled: int = 0
     posted: list[Event] = field(default_factory=list[Event])
+    standing: Outlook | None = None
+    """Where every waiting ticket stands."""
     clock: Callable[[], float] = field(default_factory=lambda: asyncio.get_running_loop().time)
     _last: int = 0
 
@@ -211,6 +214,9 @@ class ScriptedEngine:
         self.held.remove(ticket_id)  # KeyError where a slot is given back twice
         if runner_lost:
             self.lost.append(ticket_id)
+
+    def outlook(self, ticket_id: TicketId) -> Outlook | None:
+        return self.standing if ticket_id in self.waiting else None
 
     def post(self, event: Event) -> None:
         self.posted.append(event)

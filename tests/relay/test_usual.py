@@ -35,7 +35,7 @@ def _asked(bench: Bench, request: bytes) -> tuple[Ticket | None, bytes]:
     if got:
         bench.answer([_ANSWER])
     tickets = bench.engine.tickets[before:]
-    return (replace(tickets[0], id=TicketId(0), arrived_at=0.0, deadline=0.0) if tickets else None), got
+    return (replace(tickets[0], id=TicketId(0), arrived_at=0.0, deadline=0.0, request_id="") if tickets else None), got
 
 
 _MESSAGES = ([{"role": "user", "content": "hi"}], [{"role": "user", "content": "x" * 99}], [])
