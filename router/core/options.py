@@ -39,6 +39,11 @@ def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_conte
     return tuple(sorted((name, value) for name, value in merged.items() if value != defaults[name]))
 
 
+def own_context(facts: ModelFacts, default_context_length: int) -> int:
+    """Tokens of context that a request gets which says nothing of it: the Modelfile's, else the server's default."""
+    return int(dict(runner_options(facts, {}, default_context_length)).get("num_ctx", default_context_length))
+
+
 def with_context(facts: ModelFacts, context_length: int, default_context_length: int) -> RunnerOptions:
     """What the Modelfile says of a runner, with this context instead of its own."""
     own = (pair for pair in runner_options(facts, {}, default_context_length) if pair[0] != "num_ctx")

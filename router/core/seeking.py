@@ -19,7 +19,7 @@ from router.core.entities import (
     Ticket,
 )
 from router.core.eviction import pin_of
-from router.core.options import with_context
+from router.core.options import own_context, with_context
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
 from router.core.pricing import reload_seconds, service_seconds, wait_share, worth_of_load
 from router.core.sums import copies_of
@@ -60,8 +60,9 @@ def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> 
 def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:
     """Runner options for the load, the best first.
 
-    Requests that cannot be adapted get exactly theirs. Others get the default context where it is enough, so that the
-    next client does not cause a reload, or else the next step up; what was asked for where that does not fit.
+    Requests that cannot be adapted get exactly theirs. Others get the context of requests that say nothing of it where
+    that is enough, so that the next client does not cause a reload, or else the next step up; what was asked for where
+    that does not fit.
     """
     head = tickets[0]
     pin = pin_of(snapshot, head.model.name)
@@ -71,7 +72,8 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
         return [head.options]
     most = max(_wanted_context(policy, t) for t in tickets)
     trained = head.model.context_length
-    step = policy.context_length if most <= policy.context_length else _step(policy, most)
+    ordinary = own_context(head.model, policy.context_length)
+    step = ordinary if most <= ordinary else _step(policy, most)
     tried = [min(step, trained) if trained else step, most]
     return list(dict.fromkeys(with_context(head.model, context, policy.context_length) for context in tried))
 

@@ -43,15 +43,25 @@ def one() -> Play:
     return Play(1, Policy(vram_margin_bytes=0, context_length=8192)).begin()
 
 
-def test_a_model_is_loaded_with_what_its_modelfile_says_and_the_context_that_serves_all(one: Play) -> None:
-    ticket = one.arrive(WRITTEN, options=runner_options(WRITTEN, {}, 8192), is_flexible=True)
+@pytest.mark.parametrize("is_flexible", [True, False])
+def test_a_model_is_loaded_as_its_modelfile_says_and_every_api_is_served_by_that(one: Play, is_flexible: bool) -> None:
+    ordinary = runner_options(WRITTEN, {}, 8192)
+    ticket = one.arrive(WRITTEN, options=ordinary, is_flexible=is_flexible)
     (load,) = one.loads.values()
-    assert load.options == (("num_ctx", 8192), *KEPT)
+    assert load.options == (("num_ctx", 4096), *KEPT)
     one.work_through()
     assert ticket in one.leases
     loaded = one.residency("gpu0", WRITTEN)
     assert loaded is not None
-    assert (loaded.options, loaded.context_length) == (KEPT, 8192)
+    assert (loaded.options, loaded.context_length) == ((("num_ctx", 4096), *KEPT), 4096)
+    assert one.arrive(WRITTEN, options=ordinary, is_flexible=not is_flexible) in one.leases
+    assert one.loads_sent == 1
+
+
+def test_who_asks_for_more_context_than_the_modelfile_says_gets_the_next_step(one: Play) -> None:
+    one.arrive(WRITTEN, options=runner_options(WRITTEN, {"num_ctx": 5000}, 8192), is_flexible=True)
+    (load,) = one.loads.values()
+    assert load.options == (("num_ctx", 8192), *KEPT)
 
 
 def test_what_somebody_else_loaded_is_taken_to_be_as_its_modelfile_says(one: Play) -> None:
