@@ -29,7 +29,7 @@ from typing import assert_never
 
 from router.core import loads, moving, plans, shortway, standing
 from router.core import residency as rules
-from router.core.balance import can_serve, pick, suits
+from router.core.balance import suits
 from router.core.entities import (
     BlobDigest,
     Policy,
@@ -47,7 +47,6 @@ from router.core.events import (
     Event,
     FootprintsKnown,
     GpusRead,
-    Grant,
     InstanceChanged,
     LoadFailed,
     LoadFinished,
@@ -69,7 +68,6 @@ from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.predicting import Prediction
 from router.core.seeking import coming, seek, seek_replica
 from router.core.state import FleetState
-from router.core.sums import copies_of
 from router.core.waitqueue import GroupKey, WaitQueue, group_of
 from router.core.waking import can_expire, next_wake
 
@@ -193,8 +191,10 @@ class Dispatcher:
             self._queue.add(ticket)
             return []
         overtakes = self._queue.has_group(group_of(ticket))
-        if not overtakes and (granted := self._grant(self._fleet.snapshot(now), ticket, now)) is not None:
-            return [granted]
+        free = [] if overtakes else shortway.free_copies(self._fleet, ticket.model.blob)
+        copy = shortway.serving(self._fleet, free, ticket)
+        if copy is not None:
+            return [shortway.grant(self._fleet, ticket, copy, now)]
         message = f"server busy: {len(self._queue)} requests wait already (queue.limit)"
         return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
 
@@ -246,9 +246,8 @@ class Dispatcher:
         actions: list[Action] = []
         facts: Snapshot | None = None
         for key in keys:
-            facts = facts or self._fleet.snapshot(now)
             version, draining = self._fleet.version, self._fleet.draining
-            done = self._grant_group(facts, key, now)
+            done = self._grant_group(key, now)
             if done:
                 facts = None
             if self._queue.has_group(key) and self._looks.is_due(key, version, now):
@@ -286,35 +285,20 @@ class Dispatcher:
         }
         return frozenset((copy.instance, copy.blob) for copy in self._replacing.values())
 
-    def _grant_group(self, facts: Snapshot, key: GroupKey, now: float) -> list[Action]:
+    def _grant_group(self, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
-        while free := [r for r in copies_of(facts, key.blob) if r.in_flight < r.slots]:
-            waiting = self._queue.group(key)
-            alike = key.options is not None  # what serves one of them serves all
-            able = [t for t in waiting[: 1 if alike else None] if any(can_serve(facts, r, t) for r in free)]
+        alike = key.options is not None  # what serves one of them serves all
+        while (waiting := self._queue.group(key)) and (free := shortway.free_copies(self._fleet, key.blob)):
+            able = [t for t in waiting[: 1 if alike else None] if shortway.serving(self._fleet, free, t) is not None]
             if not able:
                 break
             ticket = self._fleet.counters.next_of(waiting if alike else able, now)
-            grant = self._grant(facts, ticket, now)
-            assert grant is not None
+            copy = shortway.serving(self._fleet, free, ticket)
+            assert copy is not None
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
-            actions.append(grant)
-            if len(waiting) == 1 or not any(r.in_flight + (r.instance == grant.instance) < r.slots for r in free):
-                break
-            facts = self._fleet.snapshot(now)
+            actions.append(shortway.grant(self._fleet, ticket, copy, now))
         return actions
-
-    def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
-        able = [r for r in copies_of(snapshot, ticket.model.blob) if can_serve(snapshot, r, ticket)]
-        chosen = pick(able, self._fleet.home_of(ticket))
-        if chosen is None:
-            return None
-        key = (chosen.instance, chosen.blob)
-        self._fleet.take_slot(ticket, key, now)
-        reason = f"{chosen.reason}; {chosen.in_flight} of {chosen.slots} slots were in use"
-        url = snapshot.instances[chosen.instance].spec.url
-        return Grant(ticket.id, chosen.instance, url, reason, chosen.options, chosen.context_length)
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""

@@ -8,11 +8,13 @@ None. It reads the copies without writing their use into them first, which is wh
 from __future__ import annotations
 
 from router.core.balance import can_take, rank
-from router.core.entities import Residency, ResidencyKey, ResidencyState, Ticket
+from router.core.entities import BlobDigest, Residency, ResidencyKey, ResidencyState, Ticket
 from router.core.events import Action, Arrived, Event, Grant, Released
 from router.core.state import FleetState, expiry
 
 _NEVER = float("inf")
+FreeCopy = tuple[ResidencyKey, Residency, int, float]
+"""A copy with how many of its slots are in use, and when it was used last."""
 
 
 def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
@@ -51,11 +53,33 @@ def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | Non
             order = rank(use.in_flight, use.used_at, copy.instance, home)
             if (best is None or order < best) and can_take(fleet, copy, ticket):
                 best, key = order, each
-    return None if key is None else [_grant(fleet, ticket, key, fleet.copies[key], now)]
-
-
-def _grant(fleet: FleetState, ticket: Ticket, key: ResidencyKey, copy: Residency, now: float) -> Grant:
+    if key is None:
+        return None
     fleet.asked(ticket, now)
+    return [grant(fleet, ticket, key, now)]
+
+
+def free_copies(fleet: FleetState, blob: BlobDigest) -> list[FreeCopy]:
+    """Copies of these weights that have a slot left."""
+    found: list[FreeCopy] = []
+    for key, copy in fleet.copies.items():
+        if copy.blob == blob:
+            use = fleet.uses.get(key) or copy
+            if use.in_flight < copy.slots:
+                found.append((key, copy, use.in_flight, use.used_at))
+    return found
+
+
+def serving(fleet: FleetState, free: list[FreeCopy], ticket: Ticket) -> ResidencyKey | None:
+    """The one of these that serves the ticket; None where none can."""
+    home = fleet.home_of(ticket)
+    able = [(rank(used, at, copy.instance, home), key) for key, copy, used, at in free if can_take(fleet, copy, ticket)]
+    return min(able)[1] if able else None
+
+
+def grant(fleet: FleetState, ticket: Ticket, key: ResidencyKey, now: float) -> Grant:
+    """Leases a slot of that copy to the ticket."""
+    copy = fleet.copies[key]
     used = fleet.take_slot(ticket, key, now).in_flight - 1
     reason = f"{copy.reason}; {used} of {copy.slots} slots were in use"
     url = fleet.instances[copy.instance].spec.url
