@@ -7,7 +7,7 @@ answer. A conversation never waits for its home: evaluating its prompt again cos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Protocol
 
 from router.core.entities import (
@@ -44,11 +44,6 @@ def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
 
 
-def can_serve(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """True where the ticket's request starts at once, with no reload and no waiting inside Ollama."""
-    return residency.in_flight < residency.slots and can_take(snapshot, residency, ticket)
-
-
 def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     """True where only a free slot may be lacking."""
     view = snapshot.instances.get(residency.instance)
@@ -59,11 +54,6 @@ def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
         and suits(snapshot, residency, ticket)
         and (residency.instance, residency.blob) not in snapshot.draining
     )
-
-
-def pick(candidates: Iterable[Residency], home: InstanceName | None = None) -> Residency | None:
-    """The best of copies that can serve now, None for none. `home`: where the conversation was served before."""
-    return min(candidates, key=lambda r: rank(r.in_flight, r.used_at, r.instance, home), default=None)
 
 
 def rank(

@@ -41,18 +41,7 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
 
 def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | None:
     """Grants the ticket at once; None where no copy can take it."""
-    blob, home = ticket.model.blob, fleet.home_of(ticket)
-    best: tuple[bool, int, float, str] | None = None
-    key: ResidencyKey | None = None
-    uses = fleet.uses
-    for each, copy in fleet.copies.items():
-        if copy.blob != blob:
-            continue
-        use = uses.get(each) or copy
-        if use.in_flight < copy.slots:
-            order = rank(use.in_flight, use.used_at, copy.instance, home)
-            if (best is None or order < best) and can_take(fleet, copy, ticket):
-                best, key = order, each
+    key = serving(fleet, free_copies(fleet, ticket.model.blob), ticket)
     if key is None:
         return None
     fleet.asked(ticket, now)
@@ -73,8 +62,13 @@ def free_copies(fleet: FleetState, blob: BlobDigest) -> list[FreeCopy]:
 def serving(fleet: FleetState, free: list[FreeCopy], ticket: Ticket) -> ResidencyKey | None:
     """The one of these that serves the ticket; None where none can."""
     home = fleet.home_of(ticket)
-    able = [(rank(used, at, copy.instance, home), key) for key, copy, used, at in free if can_take(fleet, copy, ticket)]
-    return min(able)[1] if able else None
+    best: tuple[bool, int, float, str] | None = None
+    chosen: ResidencyKey | None = None
+    for key, copy, in_flight, used_at in free:
+        order = rank(in_flight, used_at, copy.instance, home)
+        if (best is None or order < best) and can_take(fleet, copy, ticket):
+            best, chosen = order, key
+    return chosen
 
 
 def grant(fleet: FleetState, ticket: Ticket, key: ResidencyKey, now: float) -> Grant:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.balance import can_serve, pick
-from router.core.entities import InstanceState, Layout, LayoutKind, Residency, ResidencyState, RunnerOptions
-from tests.core.builders import card, gpu_id, key, model, residency, snapshot, ticket, view
+from router.core.entities import (
+    InstanceState,
+    InstanceView,
+    Layout,
+    LayoutKind,
+    Policy,
+    Residency,
+    ResidencyKey,
+    ResidencyState,
+    RunnerOptions,
+    Ticket,
+)
+from router.core.shortway import free_copies, serving
+from router.core.state import FleetState
+from tests.core.builders import gpu_id, key, model, residency, ticket, view
 
 M = model("m")
 T = ticket(1, M)
@@ -18,10 +31,23 @@ READY = residency("gpu0", M, 1000)
 VIEWS = (view("gpu0", 0), view("gpu1", 1))
 
 
+def _serving(
+    copies: Iterable[Residency],
+    of: Ticket = T,
+    views: Iterable[InstanceView] = VIEWS,
+    draining: Iterable[ResidencyKey] = (),
+) -> Residency | None:
+    """The one of the copies that serves the ticket."""
+    fleet = FleetState(Policy(), draining=frozenset(draining))
+    fleet.instances.update((each.spec.name, each) for each in views)
+    fleet.copies.update(((copy.instance, copy.blob), copy) for copy in copies)
+    found = serving(fleet, free_copies(fleet, of.model.blob), of)
+    return None if found is None else fleet.copies[found]
+
+
 def test_a_ready_copy_with_a_free_slot_serves() -> None:
-    facts = snapshot([card(0, 100)], VIEWS, [READY])
-    assert can_serve(facts, READY, T)
-    assert can_serve(facts, replace(READY, in_flight=1), T)
+    for copy in (READY, replace(READY, in_flight=1)):
+        assert _serving([copy]) is copy
 
 
 @pytest.mark.parametrize(
@@ -37,17 +63,16 @@ def test_a_ready_copy_with_a_free_slot_serves() -> None:
     ],
 )
 def test_a_copy_that_is_full_or_other_or_not_there_does_not(copy: Residency) -> None:
-    assert not can_serve(snapshot([card(0, 100)], VIEWS, [copy]), copy, T)
+    assert _serving([copy]) is None
 
 
 @pytest.mark.parametrize("state", [state for state in InstanceState if state is not InstanceState.READY])
 def test_only_a_ready_instance_serves(state: InstanceState) -> None:
-    assert not can_serve(snapshot([card(0, 100)], [view("gpu0", 0, state=state)], [READY]), READY, T)
+    assert _serving([READY], views=[view("gpu0", 0, state=state)]) is None
 
 
 def test_a_copy_whose_room_is_wanted_takes_no_new_request() -> None:
-    facts = snapshot([card(0, 100)], VIEWS, [READY], draining=[key("gpu0", M)])
-    assert not can_serve(facts, READY, T)
+    assert _serving([READY], draining=[key("gpu0", M)]) is None
 
 
 LARGER: RunnerOptions = (("num_ctx", 16_384),)
@@ -73,8 +98,8 @@ def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
 ) -> None:
     context = dict(loaded).get("num_ctx", 8192)
     copy = replace(residency("gpu0", LONG, 1000, options=loaded), context_length=int(context))
-    facts = snapshot([card(0, 100)], VIEWS, [copy])
-    assert can_serve(facts, copy, ticket(1, LONG, options=asked, is_flexible=flexible)) is serves
+    found = _serving([copy], ticket(1, LONG, options=asked, is_flexible=flexible))
+    assert found is (copy if serves else None)
 
 
 @pytest.mark.parametrize(
@@ -93,23 +118,22 @@ def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
 def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout | None, serves: bool) -> None:
     views = (*VIEWS, view("spread", 0, 1), view("cpu"))
     copy = residency(on, M, *(1000 for _ in next(v for v in views if v.spec.name == on).spec.gpus))
-    facts = snapshot([card(0, 100), card(1, 100)], views, [copy])
-    assert can_serve(facts, copy, ticket(1, M, layout=layout)) is serves
+    assert _serving([copy], ticket(1, M, layout=layout), views) is (copy if serves else None)
 
 
 def test_the_copy_with_the_fewest_requests_serves_and_equal_ones_take_turns() -> None:
     one, other = residency("gpu0", M, 1000, in_flight=1), residency("gpu1", M, 1000)
-    assert pick([one, other]) is other
-    assert pick([residency("gpu0", M, 1, used_at=5.0), residency("gpu1", M, 1, used_at=4.0)]) == residency(
+    assert _serving([one, other]) is other
+    assert _serving([residency("gpu0", M, 1, used_at=5.0), residency("gpu1", M, 1, used_at=4.0)]) == residency(
         "gpu1", M, 1, used_at=4.0
     )
-    assert pick([residency("gpu1", M, 1), residency("gpu0", M, 1)]) == residency("gpu0", M, 1)
-    assert pick([]) is None
+    assert _serving([residency("gpu1", M, 1), residency("gpu0", M, 1)]) == residency("gpu0", M, 1)
+    assert _serving([]) is None
 
 
 COPIES = st.lists(
     st.builds(
-        lambda number, busy, used: residency(f"gpu{number}", M, 1000, in_flight=busy, used_at=float(used)),
+        lambda number, busy, used: residency(f"gpu{number}", M, 1000, in_flight=busy, used_at=float(used), slots=5),
         st.integers(0, 9), st.integers(0, 4), st.integers(0, 3),
     ),
     min_size=1, unique_by=lambda copy: copy.instance,
@@ -118,9 +142,10 @@ COPIES = st.lists(
 
 @given(COPIES, st.randoms(use_true_random=False))
 def test_the_same_copies_in_any_order_give_the_same_answer(copies: list[Residency], random: object) -> None:
-    chosen = pick(copies)
+    views = [view(f"gpu{number}", number) for number in range(10)]
+    chosen = _serving(copies, views=views)
     assert chosen is not None
     assert chosen.in_flight == min(copy.in_flight for copy in copies)
     shuffled = list(copies)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert pick(shuffled) == chosen
+    assert _serving(shuffled, views=views) == chosen
