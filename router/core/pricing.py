@@ -44,7 +44,7 @@ def _eviction_price(snapshot: Snapshot, residency: Residency) -> float:
     price = rate_of(snapshot, model) * away * policy.patience_seconds
     waiting = snapshot.wanted.get(residency.blob, 0)
     price += waiting * policy.patience_seconds
-    if _has_other_copy(snapshot, residency):
+    if other_copies(snapshot, residency):
         price *= _SPARE_COPY
     return price
 
@@ -89,8 +89,10 @@ def service_seconds(snapshot: Snapshot, residency: Residency) -> float:
     return _GUESSED_SERVICE_SECONDS if known is None else known
 
 
-def _has_other_copy(snapshot: Snapshot, residency: Residency) -> bool:
-    return any(
-        r.instance != residency.instance and r.state is ResidencyState.READY
+def other_copies(snapshot: Snapshot, residency: Residency) -> list[Residency]:
+    """Loaded copies of the same weights on other instances."""
+    return [
+        r
         for r in copies_of(snapshot, residency.blob)
-    )
+        if r.instance != residency.instance and r.state is ResidencyState.READY
+    ]
