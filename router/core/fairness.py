@@ -57,7 +57,7 @@ class TokenCounters:
         priorities = {ticket.priority for ticket in waiting}
         if len(priorities) == 1:  # all are the highest, whatever their age
             given = self._given
-            return min(waiting, key=lambda t: (-1.0 if _is_ending(t, now) else given.get(t.client, 0.0), t.id))
+            return min(waiting, key=lambda t: (_weight(t, given.get(t.client, 0.0), now), t.id))
         top = max(priorities)
         return min(waiting, key=lambda t: (_level(t, top, now), _weight(t, self.given(t.client), now), t.id))
 
@@ -103,7 +103,7 @@ def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float)
     highest = sum(ticket.priority == top for ticket in tickets)
     lines: dict[str, deque[tuple[int, Ticket]]] = {}
     ranked = ((_level(t, top, now), t) for t in tickets)
-    for level, ticket in sorted(ranked, key=lambda one: (one[0], not _is_ending(one[1], now), one[1].id)):
+    for level, ticket in sorted(ranked, key=lambda one: (one[0], _weight(one[1], 0.0, now), one[1].id)):
         lines.setdefault(ticket.client, deque()).append((level, ticket))
 
     def head(client: str) -> tuple[int, float, int, str]:

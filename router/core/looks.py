@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from router.core.entities import BlobDigest, Reservation, Snapshot, Ticket
 from router.core.events import Arrived, Event, Released, ResidencyRead
 from router.core.placement import MustWait
-from router.core.pricing import wait_share
+from router.core.pricing import wait_bounds
 from router.core.standing import is_wanted_warm
 from router.core.state import FleetState
 from router.core.waitqueue import GroupKey, WaitQueue
@@ -87,10 +87,9 @@ def _stand(fleet: FleetState, plans: Iterable[Reservation], now: float) -> bool:
 def next_look(snapshot: Snapshot, tickets: Sequence[Ticket]) -> float:
     """When those who have just looked in vain look again though nothing has changed: soon, and as soon as they have
     waited so long that more is allowed for their sake."""
-    now, policy = snapshot.now, snapshot.policy
+    now = snapshot.now
     since = min(ticket.arrived_at for ticket in tickets)
-    share = wait_share(snapshot, tickets[0].model)
-    steps = (policy.drain_after_seconds * share, policy.patience_seconds, policy.starving_after_seconds * share)
+    steps = (*wait_bounds(snapshot, tickets[0].model), snapshot.policy.patience_seconds)
     return min([now + AGAIN_SECONDS, *(since + step for step in steps if since + step > now)])
 
 

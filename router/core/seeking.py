@@ -21,7 +21,7 @@ from router.core.entities import (
 from router.core.eviction import pin_of
 from router.core.options import own_context, with_context
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
-from router.core.pricing import reload_seconds, service_seconds, wait_share, worth_of_load
+from router.core.pricing import reload_seconds, service_seconds, wait_bounds, worth_of_load
 from router.core.sums import copies_of
 
 _REPLICA_PRICE_SHARE = 0.25
@@ -35,7 +35,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     want = Want(
         head.model,
         layout=head.layout,
-        may_drain=waited >= policy.drain_after_seconds * wait_share(snapshot, head.model),
+        may_drain=waited >= wait_bounds(snapshot, head.model).drain_after_seconds,
         may_evict_young=waited >= policy.patience_seconds,
         price_max=_price_max(snapshot, tickets, waited),
         supersedes=frozenset((r.instance, r.blob) for r in copies_of(snapshot, head.model.blob) if head.is_flexible),
@@ -52,7 +52,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
 
 def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> float:
     """What may be lost by others for these tickets: what they gain, and without limit for those that starve."""
-    if waited >= snapshot.policy.starving_after_seconds * wait_share(snapshot, tickets[0].model):
+    if waited >= wait_bounds(snapshot, tickets[0].model).starving_after_seconds:
         return float("inf")
     return worth_of_load(snapshot, tickets[0].model, tickets)
 
