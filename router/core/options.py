@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from router.core.entities import ModelFacts, RunnerOptions
+from router.core.entities import ModelFacts, Pin, RunnerOptions
 
 RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
     "num_ctx": None,
@@ -49,6 +49,13 @@ def with_context(facts: ModelFacts, context_length: int, default_context_length:
     own = (pair for pair in runner_options(facts, {}, default_context_length) if pair[0] != "num_ctx")
     context = (("num_ctx", context_length),) if context_length != default_context_length else ()
     return tuple(sorted((*own, *context)))
+
+
+def ordinary_options(facts: ModelFacts, pin: Pin | None, default_context_length: int) -> RunnerOptions:
+    """Of a load for nobody in particular: as the Modelfile says, with the context that the model is pinned to."""
+    pinned = None if pin is None else pin.context_length
+    context = own_context(facts, default_context_length) if pinned is None else pinned
+    return with_context(facts, context, default_context_length)
 
 
 def spelled_out(facts: ModelFacts, options: RunnerOptions, default_context_length: int) -> RunnerOptions:

@@ -19,7 +19,7 @@ from router.core.entities import (
     Ticket,
 )
 from router.core.eviction import pin_of
-from router.core.options import own_context, with_context
+from router.core.options import ordinary_options, own_context, with_context
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
 from router.core.pricing import reload_seconds, service_seconds, wait_bounds, worth_of_load
 from router.core.sums import copies_of
@@ -67,7 +67,7 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     head = tickets[0]
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
-        return [with_context(head.model, pin.context_length, policy.context_length)]
+        return [ordinary_options(head.model, pin, policy.context_length)]
     if not head.is_flexible:
         return [head.options]
     most = max(_wanted_context(policy, t) for t in tickets)

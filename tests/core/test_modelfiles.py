@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from router.core.entities import InstanceName, ModelFacts, Policy, RunnerOptions
+from router.core.entities import InstanceName, ModelFacts, Pin, Policy, RunnerOptions
 from router.core.events import LoadedModel, ResidencyRead
-from router.core.options import runner_options, spelled_out, with_context
+from router.core.options import ordinary_options, runner_options, spelled_out, with_context
 from tests.core.builders import key
 from tests.core.play import Play, sized
 
@@ -25,6 +25,14 @@ def test_what_the_modelfile_says_stays_but_for_the_context() -> None:
     assert with_context(WRITTEN, 8192, 8192) == KEPT
     assert with_context(WRITTEN, 16384, 8192) == (("num_ctx", 16384), *KEPT)
     assert with_context(sized("plain", 10), 8192, 8192) == ()
+
+
+def test_a_load_for_nobody_in_particular_has_the_pinned_context_or_else_the_modelfile_s() -> None:
+    plain = sized("plain", 10)
+    assert ordinary_options(WRITTEN, None, 8192) == ordinary_options(WRITTEN, Pin(), 8192) == (("num_ctx", 4096), *KEPT)
+    assert ordinary_options(WRITTEN, Pin(context_length=8192), 8192) == KEPT
+    assert ordinary_options(plain, None, 8192) == ()
+    assert ordinary_options(plain, Pin(context_length=16_384), 8192) == (("num_ctx", 16_384),)
 
 
 @pytest.mark.parametrize("options", [(), KEPT, (("num_ctx", 2048),), (("num_batch", 64), ("num_thread", 3))])
