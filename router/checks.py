@@ -20,12 +20,11 @@ from router.core.entities import (
     InstanceState,
     InstanceView,
     ModelFacts,
-    Pin,
-    Policy,
     Snapshot,
 )
 from router.core.ledger import capacity_bytes
 from router.core.names import parse_name
+from router.core.options import ordinary_options
 from router.core.placement import NoFit, Placed, Want, context_of, place
 from router.core.sizing import estimate_bytes
 from router.core.words import short_words
@@ -145,17 +144,14 @@ def _with_models(snapshot: Snapshot, stores: Sequence[Store], names: Sequence[st
         if facts is None:
             unseen.append(f"whether models.{name} fits: it is not among the models in {stores[0].folder}")
             continue
-        found = place(snapshot, estimate_bytes, Want(facts, _options(snapshot.policy, pin)))
+        found = place(
+            snapshot, estimate_bytes, Want(facts, ordinary_options(facts, pin, snapshot.policy.context_length))
+        )
         if isinstance(found, NoFit):
             problems.append(f"models.{name}: {found.message}")
         elif isinstance(found, Placed) and pin.keep_warm and pin.gpus:
             warm.append(_Warm(name, facts.blob, _least(snapshot, facts, found)))
     return Checked((*problems, *_crowded(snapshot, warm)), tuple(unseen))
-
-
-def _options(policy: Policy, pin: Pin) -> tuple[tuple[str, int], ...]:
-    context = pin.context_length
-    return () if context is None or context == policy.context_length else (("num_ctx", context),)
 
 
 def _facts(stores: Sequence[Store], name: str) -> ModelFacts | None:

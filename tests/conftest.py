@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.product import Product
 
 _CALM = [HealthCheck.too_slow]
 """A busy machine is no fault of a test: nothing generated is timed."""
@@ -20,3 +24,26 @@ settings.load_profile("repeatable")
 def root() -> Path:
     """The project's folder."""
     return Path(__file__).parents[1]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Beside a failed test's words stands what the router said meanwhile, its requests aside: it may not fail again."""
+    report = yield
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            if isinstance(value, Product) and value.log.is_file():
+                report.sections.append(("log of the router", _told(value.log_text())))
+    return report
+
+
+def _told(log: str) -> str:
+    """Its last lines without the access log."""
+    return "\n".join([line for line in log.splitlines() if not _is_access(line)][-60:])
+
+
+def _is_access(line: str) -> bool:
+    try:
+        return json.loads(line).get("event") == "request"
+    except (ValueError, AttributeError):
+        return False

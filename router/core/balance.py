@@ -56,11 +56,6 @@ def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
 
 
-def can_serve(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """True where the ticket's request starts at once, with no reload and no waiting inside Ollama."""
-    return residency.in_flight < residency.slots and can_take(snapshot, residency, ticket)
-
-
 def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     """True where only a free slot may be lacking."""
     view = snapshot.instances.get(residency.instance)

@@ -29,7 +29,7 @@ from typing import assert_never
 
 from router.core import loads, moving, plans, shortway, standing
 from router.core import residency as rules
-from router.core.balance import can_serve, suits
+from router.core.balance import suits
 from router.core.choosing import grant
 from router.core.entities import (
     BlobDigest,
@@ -48,7 +48,6 @@ from router.core.events import (
     Event,
     FootprintsKnown,
     GpusRead,
-    Grant,
     InstanceChanged,
     LoadFailed,
     LoadFinished,
@@ -70,7 +69,6 @@ from router.core.placement import Estimate, MustWait, NoFit, Placed
 from router.core.predicting import Prediction
 from router.core.seeking import coming, seek, seek_replica
 from router.core.state import FleetState
-from router.core.sums import copies_of
 from router.core.waitqueue import GroupKey, WaitQueue, group_of
 from router.core.waking import can_expire, next_wake
 
@@ -193,9 +191,10 @@ class Dispatcher:
         if len(self._queue) < self._policy.queue_limit:
             self._queue.add(ticket)
             return []
-        overtakes = self._queue.has_group(group_of(ticket))
-        if not overtakes and (granted := self._grant(self._fleet.snapshot(now), ticket, now)) is not None:
-            return [granted]
+        if not self._queue.has_group(group_of(ticket)):  # nobody is overtaken
+            free, copies = shortway.free_copies(self._fleet, ticket.model.blob)
+            if able := shortway.serving(self._fleet, free, ticket):
+                return [grant(self._fleet, able, copies, ticket, now)]
         message = f"server busy: {len(self._queue)} requests wait already (queue.limit)"
         return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
 
@@ -247,9 +246,8 @@ class Dispatcher:
         actions: list[Action] = []
         facts: Snapshot | None = None
         for key in keys:
-            facts = facts or self._fleet.snapshot(now)
             version, draining = self._fleet.version, self._fleet.draining
-            done = self._grant_group(facts, key, now)
+            done = self._grant_group(key, now)
             if done:
                 facts = None
             if self._queue.has_group(key) and self._looks.is_due(key, version, now):
@@ -287,29 +285,20 @@ class Dispatcher:
         }
         return frozenset((copy.instance, copy.blob) for copy in self._replacing.values())
 
-    def _grant_group(self, facts: Snapshot, key: GroupKey, now: float) -> list[Action]:
+    def _grant_group(self, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
-        while free := [r for r in copies_of(facts, key.blob) if r.in_flight < r.slots]:
-            waiting = self._queue.group(key)
-            alike = key.options is not None  # what serves one of them serves all
-            able = [t for t in waiting[: 1 if alike else None] if any(can_serve(facts, r, t) for r in free)]
-            if not able:
+        alike = key.options is not None  # what serves one of them serves all
+        while waiting := self._queue.group(key):
+            free, copies = shortway.free_copies(self._fleet, key.blob)
+            served = [t for t in waiting[: 1 if alike else None] if shortway.serving(self._fleet, free, t)]
+            if not served:
                 break
-            ticket = self._fleet.counters.next_of(waiting if alike else able, now)
-            granted = self._grant(facts, ticket, now)
-            assert granted is not None
+            ticket = self._fleet.counters.next_of(waiting if alike else served, now)
+            able = shortway.serving(self._fleet, free, ticket)
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
-            actions.append(granted)
-            if len(waiting) == 1 or not any(r.in_flight + (r.instance == granted.instance) < r.slots for r in free):
-                break
-            facts = self._fleet.snapshot(now)
+            actions.append(grant(self._fleet, able, copies, ticket, now))
         return actions
-
-    def _grant(self, snapshot: Snapshot, ticket: Ticket, now: float) -> Grant | None:
-        copies = copies_of(snapshot, ticket.model.blob)
-        able = [(r.instance, r.blob) for r in copies if can_serve(snapshot, r, ticket)]
-        return grant(self._fleet, able, len(copies), ticket, now) if able else None
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from router.core.entities import GpuUuid, Pin, Residency, ResidencyKey, ResidencyState, Snapshot
-from router.core.ledger import bytes_by_gpu
 from router.core.pricing import eviction_price
-from router.core.sums import once, promised, residencies_on
+from router.core.sums import bytes_by_gpu, once, promised, residencies_on
 
 
 def pin_of(snapshot: Snapshot, name: str) -> Pin | None:

@@ -3,7 +3,7 @@
 A virtual token counter for each client (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588):
 prompt tokens weigh one, generated ones two; whoever comes back from being idle is lifted to the least of those that
 wait, so that nobody saves up. Priority goes before fairness, and a ticket gains one step of it for every minute that it
-has waited, up to the highest that waits, so that nobody starves.
+has waited, up to the highest that waits, and goes first before it would be given up, so that nobody starves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from router.core.entities import Ticket
 OUTPUT_WEIGHT = 2.0
 _AGING_SECONDS = 60.0
 """Of waiting count as one step of priority against tickets of a higher one; between equals the counters decide."""
+_ENDING_SHARE = 0.2
+"""Of the time that a ticket may wait: with less than that left it goes first."""
 _CLIENTS_MAX = 10_000
 _GUESSED_OUTPUT_TOKENS = 256
 """Of a request that has not been served yet, where it does not ask for less."""
@@ -48,15 +50,16 @@ class TokenCounters:
         """By priority with aging, then by what the client was given, then by arrival.
 
         Aging lifts a ticket to the highest priority that waits and not above it: among those of the highest the
-        counters decide, or whoever sends most would come first for having the oldest requests.
+        counters decide, or whoever sends most would come first for having the oldest requests. Only who has waited
+        for nearly as long as he may goes before all others, or he would have waited in vain.
         """
         waiting = list(tickets)
         priorities = {ticket.priority for ticket in waiting}
         if len(priorities) == 1:  # all are the highest, whatever their age
             given = self._given
-            return min(waiting, key=lambda t: (given.get(t.client, 0.0), t.id))
+            return min(waiting, key=lambda t: (_weight(t, given.get(t.client, 0.0), now), t.id))
         top = max(priorities)
-        return min(waiting, key=lambda t: (-min(top, _urgency(t, now)), self.given(t.client), t.id))
+        return min(waiting, key=lambda t: (_level(t, top, now), _weight(t, self.given(t.client), now), t.id))
 
     def order_of(self, tickets: Iterable[Ticket], now: float) -> list[Ticket]:
         """All of them in the order in which `next_of` would choose them, if each were served before the next is chosen
@@ -80,17 +83,34 @@ def _urgency(ticket: Ticket, now: float) -> int:
     return ticket.priority + int(max(0.0, now - ticket.arrived_at) / _AGING_SECONDS)
 
 
+def _is_ending(ticket: Ticket, now: float) -> bool:
+    """Whether most of the time that it may wait is over."""
+    return ticket.deadline - now <= _ENDING_SHARE * (ticket.deadline - ticket.arrived_at)
+
+
+def _level(ticket: Ticket, top: int, now: float) -> int:
+    return -top if _is_ending(ticket, now) else -min(top, _urgency(ticket, now))
+
+
+def _weight(ticket: Ticket, given: float, now: float) -> float:
+    return -1.0 if _is_ending(ticket, now) else given
+
+
 def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float) -> list[Ticket]:
     """The first of these in their order, until the last of the highest priority is among them: the others are weighed
     anew after that. `given` grows."""
     top = max(ticket.priority for ticket in tickets)
     highest = sum(ticket.priority == top for ticket in tickets)
     lines: dict[str, deque[tuple[int, Ticket]]] = {}
-    for level, ticket in sorted(
-        ((-min(top, _urgency(t, now)), t) for t in tickets), key=lambda one: (one[0], one[1].id)
-    ):
+    ranked = ((_level(t, top, now), t) for t in tickets)
+    for level, ticket in sorted(ranked, key=lambda one: (one[0], _weight(one[1], 0.0, now), one[1].id)):
         lines.setdefault(ticket.client, deque()).append((level, ticket))
-    heads = [(line[0][0], given[client], line[0][1].id, client) for client, line in lines.items()]
+
+    def head(client: str) -> tuple[int, float, int, str]:
+        level, ticket = lines[client][0]
+        return (level, _weight(ticket, given[client], now), ticket.id, client)
+
+    heads = [head(client) for client in lines]
     heapify(heads)
     chosen: list[Ticket] = []
     while highest:
@@ -101,7 +121,7 @@ def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float)
         highest -= ticket.priority == top
         given[client] += _expected_tokens(ticket)
         if line:
-            heappush(heads, (line[0][0], given[client], line[0][1].id, client))
+            heappush(heads, head(client))
     return chosen
 
 

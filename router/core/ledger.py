@@ -9,8 +9,6 @@ It only answers questions; state is changed by the dispatcher.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from router.core.entities import (
     GpuUuid,
     InstanceSpec,
@@ -18,7 +16,6 @@ from router.core.entities import (
     ModelFacts,
     Policy,
     Reservation,
-    Residency,
     Snapshot,
 )
 from router.core.sums import card_sums
@@ -117,13 +114,6 @@ def capacity_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     ours = int((sums.resident + sums.loading) * _DRIFT)
     usable = card.memory_free_bytes + min(card.memory_used_bytes, ours) - sums.kept
     return max(0, usable - snapshot.policy.vram_margin_bytes)
-
-
-def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:
-    view = snapshot.instances.get(residency.instance)
-    if view is None:
-        return ()
-    return zip(view.spec.gpus, residency.per_gpu_bytes, strict=False)
 
 
 def is_settled(reservation: Reservation, gpus_read_at: float) -> bool:

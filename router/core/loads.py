@@ -59,7 +59,10 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
     rules.finish_reservation(fleet, event.load_id, now)
     sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
     until = expiry(residency.keep_alive_seconds, now)
-    fleet.update(key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, **sizes)
+    held = rules.at_least(residency.per_gpu_bytes, event.size_vram_bytes)
+    fleet.update(
+        key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, per_gpu_bytes=held, **sizes
+    )
     is_spilled = residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes
     if is_spilled and not has_own_layers(residency.model):
         share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)

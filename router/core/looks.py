@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from router.core.entities import BlobDigest, Snapshot, Ticket
+from router.core.entities import BlobDigest, Reservation, Snapshot, Ticket
 from router.core.events import Arrived, Event, Released, ResidencyRead
 from router.core.placement import MustWait
-from router.core.pricing import wait_share
+from router.core.pricing import wait_bounds
+from router.core.standing import is_wanted_warm
 from router.core.state import FleetState
 from router.core.waitqueue import GroupKey, WaitQueue
 
@@ -72,16 +73,23 @@ class Looks:
             return False
         if fleet.wake is None or (fleet.wake[0] is not None and fleet.wake[0] <= now):
             return False
-        return all(queue.waits_for(plan.blob) for plan in fleet.reservations.values() if plan.sent_at is None)
+        unwanted = [p for p in fleet.reservations.values() if p.sent_at is None and not queue.waits_for(p.blob)]
+        return not unwanted or _stand(fleet, unwanted, now)
+
+
+def _stand(fleet: FleetState, plans: Iterable[Reservation], now: float) -> bool:
+    """Whether these are kept although nobody waits for them."""
+    facts = fleet.snapshot(now)
+    found = [facts.residencies.get((plan.instance, plan.blob)) for plan in plans]
+    return all(one is not None and is_wanted_warm(facts, one.model) for one in found)
 
 
 def next_look(snapshot: Snapshot, tickets: Sequence[Ticket]) -> float:
     """When those who have just looked in vain look again though nothing has changed: soon, and as soon as they have
     waited so long that more is allowed for their sake."""
-    now, policy = snapshot.now, snapshot.policy
+    now = snapshot.now
     since = min(ticket.arrived_at for ticket in tickets)
-    share = wait_share(snapshot, tickets[0].model)
-    steps = (policy.drain_after_seconds * share, policy.patience_seconds, policy.starving_after_seconds * share)
+    steps = (*wait_bounds(snapshot, tickets[0].model), snapshot.policy.patience_seconds)
     return min([now + AGAIN_SECONDS, *(since + step for step in steps if since + step > now)])
 
 

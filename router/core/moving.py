@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from router.core.entities import GpuUuid, Residency, ResidencyKey, ResidencyState, Snapshot
+from router.core.entities import GpuUuid, Residency, ResidencyKey, Snapshot
 from router.core.eviction import evictable, is_pinned
-from router.core.ledger import available_bytes, bytes_by_gpu, foreign_bytes
+from router.core.ledger import available_bytes, foreign_bytes
 from router.core.placement import Estimate, Placed, Want, place
+from router.core.pricing import other_copies
 from router.core.standing import is_wanted_warm
+from router.core.sums import bytes_by_gpu, copies_of
 
 _FOREIGN_LEAST_MARGINS = 2
 """Foreign use of less than so many margins is what drivers and desktops take anyway."""
@@ -68,8 +70,7 @@ def short_cards(snapshot: Snapshot) -> list[GpuUuid]:
 
 
 def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) -> Placed | None:
-    copies = sum(other.blob == residency.blob for other in snapshot.residencies.values())
-    if copies > 1 or is_pinned(snapshot, residency):
+    if len(copies_of(snapshot, residency.blob)) > 1 or is_pinned(snapshot, residency):
         return None
     want = Want(residency.model, residency.options, price_max=0.0, not_on=frozenset({residency.instance}))
     found = place(snapshot, estimate, want)
@@ -77,10 +78,4 @@ def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) ->
 
 
 def _serves_elsewhere(snapshot: Snapshot, residency: Residency, gpu: GpuUuid) -> bool:
-    return any(
-        other.blob == residency.blob
-        and other.instance != residency.instance
-        and other.state is ResidencyState.READY
-        and gpu not in dict(bytes_by_gpu(snapshot, other))
-        for other in snapshot.residencies.values()
-    )
+    return any(gpu not in dict(bytes_by_gpu(snapshot, other)) for other in other_copies(snapshot, residency))

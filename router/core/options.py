@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from router.core.entities import ModelFacts, RunnerOptions
+from router.core.entities import ModelFacts, Pin, RunnerOptions
 
 RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
     "num_ctx": None,
@@ -39,11 +39,23 @@ def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_conte
     return tuple(sorted((name, value) for name, value in merged.items() if value != defaults[name]))
 
 
+def own_context(facts: ModelFacts, default_context_length: int) -> int:
+    """Tokens of context that a request gets which says nothing of it: the Modelfile's, else the server's default."""
+    return int(dict(runner_options(facts, {}, default_context_length)).get("num_ctx", default_context_length))
+
+
 def with_context(facts: ModelFacts, context_length: int, default_context_length: int) -> RunnerOptions:
     """What the Modelfile says of a runner, with this context instead of its own."""
     own = (pair for pair in runner_options(facts, {}, default_context_length) if pair[0] != "num_ctx")
     context = (("num_ctx", context_length),) if context_length != default_context_length else ()
     return tuple(sorted((*own, *context)))
+
+
+def ordinary_options(facts: ModelFacts, pin: Pin | None, default_context_length: int) -> RunnerOptions:
+    """Of a load for nobody in particular: as the Modelfile says, with the context that the model is pinned to."""
+    pinned = None if pin is None else pin.context_length
+    context = own_context(facts, default_context_length) if pinned is None else pinned
+    return with_context(facts, context, default_context_length)
 
 
 def spelled_out(facts: ModelFacts, options: RunnerOptions, default_context_length: int) -> RunnerOptions:

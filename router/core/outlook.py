@@ -35,7 +35,7 @@ from router.core.entities import (
 )
 from router.core.ledger import slots_of
 from router.core.placement import MustWait
-from router.core.pricing import reload_seconds, wait_share, worth_of_load
+from router.core.pricing import reload_seconds, shown_service_seconds, wait_bounds, worth_of_load
 from router.core.residency import describe_wait
 from router.core.seeking import coming
 
@@ -122,7 +122,7 @@ def _usable(
 def _pool(snapshot: Snapshot, copy: Residency, pools: dict[ResidencyKey, _Pool]) -> _Pool:
     key = (copy.instance, copy.blob)
     if key not in pools:
-        pools[key] = _Pool(_slot_times(snapshot, copy), _service_seconds(snapshot, copy.blob))
+        pools[key] = _Pool(_slot_times(snapshot, copy), shown_service_seconds(snapshot, copy.blob))
     return pools[key]
 
 
@@ -131,7 +131,7 @@ def _slot_times(snapshot: Snapshot, copy: Residency) -> list[float]:
     if copy.state is not ResidencyState.READY:
         at = _loaded_in(snapshot, copy)
         return [] if at is None else [at] * copy.slots
-    held, busy = _service_seconds(snapshot, copy.blob), copy.in_flight
+    held, busy = shown_service_seconds(snapshot, copy.blob), copy.in_flight
     left = [] if held is None else [held * number / (busy + 1) for number in range(1, busy + 1)]
     return [0.0] * max(0, copy.slots - busy) + left
 
@@ -156,7 +156,7 @@ def _leaving_seconds(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float 
         copy = snapshot.residencies.get(key)
         if copy is None or copy.state is not ResidencyState.READY or not copy.in_flight:
             continue
-        held = _service_seconds(snapshot, copy.blob)
+        held = shown_service_seconds(snapshot, copy.blob)
         if held is None:
             return None
         seconds = max(seconds, held / 2)
@@ -170,29 +170,22 @@ def _later(snapshot: Snapshot, tickets: Sequence[Ticket], held: MustWait | None)
     slots = min((slots_of(model, spec, snapshot.policy) for spec in specs if model.is_on(spec)), default=0)
     at = _place_in(snapshot, tickets, held) if slots and held is not None else None
     times = [] if at is None else [at + reload_seconds(snapshot, model)] * slots
-    return _Pool(times, _service_seconds(snapshot, model.blob))
+    return _Pool(times, shown_service_seconds(snapshot, model.blob))
 
 
 def _place_in(snapshot: Snapshot, tickets: Sequence[Ticket], held: MustWait) -> float | None:
     """Seconds until there is a place for these and what stands in it has left."""
-    policy = snapshot.policy
     waited = snapshot.now - min(ticket.arrived_at for ticket in tickets)
-    share = wait_share(snapshot, tickets[0].model)
-    starving = policy.starving_after_seconds * share - waited
+    bounds = wait_bounds(snapshot, tickets[0].model)
+    starving = bounds.starving_after_seconds - waited
     if held.drain:
         leaving = _leaving_seconds(snapshot, held.drain)
-        begins = 0.0 if snapshot.draining.intersection(held.drain) else policy.drain_after_seconds * share - waited
+        begins = 0.0 if snapshot.draining.intersection(held.drain) else bounds.drain_after_seconds - waited
         return None if leaving is None else max(0.0, begins) + leaving
     if starving <= 0.0:
         return None  # what it costs others counts no more, and still there is none: something else is in the way
     if held.price is None:
         return starving
-    gained = policy.wait_weight * len(tickets)
+    gained = snapshot.policy.wait_weight * len(tickets)
     lacking = held.price - worth_of_load(snapshot, tickets[0].model, tickets)
     return max(0.0, min(starving, lacking / gained)) if gained > 0.0 else starving
-
-
-def _service_seconds(snapshot: Snapshot, blob: BlobDigest) -> float | None:
-    """How long a request holds a slot of the model, as far as any has shown."""
-    demand = snapshot.demand.get(blob)
-    return None if demand is None else demand.service_seconds

@@ -30,7 +30,7 @@ from router.core.eviction import choose_evictions, evictable, pin_of, price_of
 from router.core.ledger import available_bytes, capacity_bytes, leaving_bytes
 from router.core.pricing import service_seconds
 from router.core.sites import ALIVE, Bounds, Site, has_cards, sites_of_size, sizes
-from router.core.sums import promised, residencies_of, residencies_on
+from router.core.sums import cards_of, promised, residencies_of, residencies_on
 from router.core.words import fit_words, short_words, states_words
 
 Estimate = Callable[[ModelFacts, InstanceSpec, int, Snapshot], tuple[int, ...]]
@@ -262,11 +262,6 @@ def _packing(snapshot: Snapshot, candidate: _Candidate) -> int:
     return max(1, available_bytes(snapshot, gpu) - size)
 
 
-def _cards_of(snapshot: Snapshot, name: InstanceName) -> set[GpuUuid]:
-    view = snapshot.instances.get(name)
-    return set(view.spec.gpus) if view is not None else set()
-
-
 def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool) -> _Offer | None:
     """Who has to leave for the candidate at least price; None where even that does not suffice."""
     own = (candidate.name, want.model.blob)
@@ -300,7 +295,7 @@ def _relied_on(snapshot: Snapshot, candidate: _Candidate) -> list[ResidencyKey]:
         for key in promised(snapshot)
         if key in snapshot.residencies
         and snapshot.residencies[key].state is ResidencyState.READY
-        and short & _cards_of(snapshot, key[0])
+        and short.intersection(cards_of(snapshot, key[0]))
     )
 
 

@@ -10,9 +10,10 @@ the time, but several, or one for long, do.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from router.core.demand import rate_per_second
-from router.core.entities import ModelFacts, Residency, ResidencyState, Snapshot, Ticket
+from router.core.entities import BlobDigest, ModelFacts, Residency, ResidencyState, Snapshot, Ticket
 from router.core.sums import copies_of, once
 
 _SPARE_COPY = 0.1
@@ -44,7 +45,7 @@ def _eviction_price(snapshot: Snapshot, residency: Residency) -> float:
     price = rate_of(snapshot, model) * away * policy.patience_seconds
     waiting = snapshot.wanted.get(residency.blob, 0)
     price += waiting * policy.patience_seconds
-    if _has_other_copy(snapshot, residency):
+    if other_copies(snapshot, residency):
         price *= _SPARE_COPY
     return price
 
@@ -65,10 +66,21 @@ def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticke
     return worth
 
 
-def wait_share(snapshot: Snapshot, model: ModelFacts) -> float:
-    """Of the bounds on waiting: less than all of it for a model whose weights alone are more than the largest card."""
+class WaitBounds(NamedTuple):
+    """How long a ticket waits at most until more is done for its sake."""
+
+    drain_after_seconds: float
+    """Busy models may be stopped from taking new requests."""
+    starving_after_seconds: float
+    """It gets its place whatever that costs others."""
+
+
+def wait_bounds(snapshot: Snapshot, model: ModelFacts) -> WaitBounds:
+    """The policy's, and less than that for a model whose weights alone are more than the largest card."""
+    policy = snapshot.policy
     largest = max((card.memory_total_bytes for card in snapshot.gpus.values()), default=0)
-    return snapshot.policy.large_wait_share if 0 < largest < model.weights_bytes else 1.0
+    share = policy.large_wait_share if 0 < largest < model.weights_bytes else 1.0
+    return WaitBounds(policy.drain_after_seconds * share, policy.starving_after_seconds * share)
 
 
 def swap_ease(snapshot: Snapshot) -> float:
@@ -82,15 +94,22 @@ def swap_ease(snapshot: Snapshot) -> float:
     return max(1.0, min(policy.swap_ease_max, ease))
 
 
+def shown_service_seconds(snapshot: Snapshot, blob: BlobDigest) -> float | None:
+    """How long a request holds a slot of the model, as far as any has shown."""
+    demand = snapshot.demand.get(blob)
+    return None if demand is None else demand.service_seconds
+
+
 def service_seconds(snapshot: Snapshot, residency: Residency) -> float:
     """How long a request holds a slot of the model; a guess where none has ended yet."""
-    demand = snapshot.demand.get(residency.blob)
-    known = demand.service_seconds if demand is not None else None
+    known = shown_service_seconds(snapshot, residency.blob)
     return _GUESSED_SERVICE_SECONDS if known is None else known
 
 
-def _has_other_copy(snapshot: Snapshot, residency: Residency) -> bool:
-    return any(
-        r.instance != residency.instance and r.state is ResidencyState.READY
+def other_copies(snapshot: Snapshot, residency: Residency) -> list[Residency]:
+    """Loaded copies of the same weights on other instances."""
+    return [
+        r
         for r in copies_of(snapshot, residency.blob)
-    )
+        if r.instance != residency.instance and r.state is ResidencyState.READY
+    ]

@@ -136,6 +136,15 @@ def _is_news(known: Residency, row: LoadedModel) -> bool:
     return (known.size_bytes, known.size_vram_bytes) != (row.size_bytes, row.size_vram_bytes)
 
 
+def at_least(per_gpu_bytes: tuple[int, ...], told_bytes: int) -> tuple[int, ...]:
+    """What a model holds on each card, where its server says that it holds so much in all: the books said less where
+    the estimate is low, and would never find the room that its leaving makes."""
+    total = sum(per_gpu_bytes)
+    if not 0 < total < told_bytes:
+        return per_gpu_bytes
+    return tuple(size * told_bytes // total for size in per_gpu_bytes)
+
+
 def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> bool:
     """Whether a listing without it says that it left: not one from before its load, nor while its unload is out."""
     if residency.state is ResidencyState.UNLOADING:

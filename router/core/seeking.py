@@ -19,9 +19,9 @@ from router.core.entities import (
     Ticket,
 )
 from router.core.eviction import pin_of
-from router.core.options import with_context
+from router.core.options import ordinary_options, own_context, with_context
 from router.core.placement import Decision, Estimate, NoFit, Placed, Want, place
-from router.core.pricing import reload_seconds, service_seconds, wait_share, worth_of_load
+from router.core.pricing import reload_seconds, service_seconds, wait_bounds, worth_of_load
 from router.core.sums import copies_of
 
 _REPLICA_PRICE_SHARE = 0.25
@@ -35,7 +35,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     want = Want(
         head.model,
         layout=head.layout,
-        may_drain=waited >= policy.drain_after_seconds * wait_share(snapshot, head.model),
+        may_drain=waited >= wait_bounds(snapshot, head.model).drain_after_seconds,
         may_evict_young=waited >= policy.patience_seconds,
         price_max=_price_max(snapshot, tickets, waited),
         supersedes=frozenset((r.instance, r.blob) for r in copies_of(snapshot, head.model.blob) if head.is_flexible),
@@ -52,7 +52,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
 
 def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> float:
     """What may be lost by others for these tickets: what they gain, and without limit for those that starve."""
-    if waited >= snapshot.policy.starving_after_seconds * wait_share(snapshot, tickets[0].model):
+    if waited >= wait_bounds(snapshot, tickets[0].model).starving_after_seconds:
         return float("inf")
     return worth_of_load(snapshot, tickets[0].model, tickets)
 
@@ -60,18 +60,20 @@ def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> 
 def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:
     """Runner options for the load, the best first.
 
-    Requests that cannot be adapted get exactly theirs. Others get the default context where it is enough, so that the
-    next client does not cause a reload, or else the next step up; what was asked for where that does not fit.
+    Requests that cannot be adapted get exactly theirs. Others get the context of requests that say nothing of it where
+    that is enough, so that the next client does not cause a reload, or else the next step up; what was asked for where
+    that does not fit.
     """
     head = tickets[0]
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
-        return [with_context(head.model, pin.context_length, policy.context_length)]
+        return [ordinary_options(head.model, pin, policy.context_length)]
     if not head.is_flexible:
         return [head.options]
     most = max(_wanted_context(policy, t) for t in tickets)
     trained = head.model.context_length
-    step = policy.context_length if most <= policy.context_length else _step(policy, most)
+    ordinary = own_context(head.model, policy.context_length)
+    step = ordinary if most <= ordinary else _step(policy, most)
     tried = [min(step, trained) if trained else step, most]
     return list(dict.fromkeys(with_context(head.model, context, policy.context_length) for context in tried))
 

@@ -7,9 +7,11 @@ None. It reads the copies without writing their use into them first, which is wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from router.core.balance import can_take
 from router.core.choosing import grant
-from router.core.entities import ResidencyKey, ResidencyState, Ticket
+from router.core.entities import BlobDigest, Residency, ResidencyKey, ResidencyState, Ticket
 from router.core.events import Action, Arrived, Event, Released
 from router.core.state import FleetState, expiry
 
@@ -40,19 +42,29 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
 
 def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | None:
     """Grants the ticket at once; None where no copy can take it."""
-    blob, copies = ticket.model.blob, 0
-    uses = fleet.uses
-    able: list[ResidencyKey] = []
-    for key, copy in fleet.copies.items():
-        if copy.blob != blob:
-            continue
-        copies += 1
-        if (uses.get(key) or copy).in_flight < copy.slots and can_take(fleet, copy, ticket):
-            able.append(key)
+    free, copies = free_copies(fleet, ticket.model.blob)
+    able = serving(fleet, free, ticket)
     if not able:
         return None
     fleet.asked(ticket, now)
     return [grant(fleet, able, copies, ticket, now)]
+
+
+def free_copies(fleet: FleetState, blob: BlobDigest) -> tuple[list[Residency], int]:
+    """Copies of these weights that have a slot left, and how many there are in all."""
+    found: list[Residency] = []
+    copies = 0
+    for key, copy in fleet.copies.items():
+        if copy.blob == blob:
+            copies += 1
+            if (fleet.uses.get(key) or copy).in_flight < copy.slots:
+                found.append(copy)
+    return found, copies
+
+
+def serving(fleet: FleetState, free: Sequence[Residency], ticket: Ticket) -> list[ResidencyKey]:
+    """Those of these that can serve the ticket now."""
+    return [(copy.instance, copy.blob) for copy in free if can_take(fleet, copy, ticket)]
 
 
 def _release(fleet: FleetState, event: Released, now: float) -> float | None:

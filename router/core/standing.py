@@ -15,7 +15,7 @@ from router.core.entities import (
     Snapshot,
 )
 from router.core.events import StopInstance
-from router.core.options import with_context
+from router.core.options import ordinary_options
 from router.core.placement import Estimate, Placed, Want, place
 from router.core.pricing import rate_of
 from router.core.sites import is_empty
@@ -75,10 +75,8 @@ def _is_pinned_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
 def _want(snapshot: Snapshot, model: ModelFacts) -> Want:
     """In the context it is pinned to; others leave for it only where it is pinned."""
     pin = snapshot.policy.pins.get(model.name)
-    ordinary = snapshot.policy.context_length
-    context = ordinary if pin is None or pin.context_length is None else pin.context_length
     price = float("inf") if _is_pinned_warm(snapshot, model) else 0.0
-    return Want(model, with_context(model, context, ordinary), price_max=price)
+    return Want(model, ordinary_options(model, pin, snapshot.policy.context_length), price_max=price)
 
 
 def anticipate(

@@ -6,7 +6,7 @@ count again is counted here once. A snapshot holds still, so what was worked out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +22,8 @@ from router.core.entities import (
 )
 
 Worked = TypeVar("Worked")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(slots=True)
@@ -52,10 +54,19 @@ def once(snapshot: Snapshot, what: object, work_out: Callable[[], Worked]) -> Wo
 
 
 def card_sums(snapshot: Snapshot, gpu: GpuUuid) -> CardSums:
-    sums: Mapping[GpuUuid, CardSums] | None = snapshot.worked_out.get(card_sums)
-    if sums is None:
-        sums = snapshot.worked_out[card_sums] = _all_sums(snapshot)
+    sums: Mapping[GpuUuid, CardSums] = once(snapshot, card_sums, lambda: _all_sums(snapshot))
     return sums.get(gpu, NOTHING)
+
+
+def cards_of(snapshot: Snapshot, name: InstanceName) -> Sequence[GpuUuid]:
+    """Of the instance, in its order; none of one that is gone."""
+    view = snapshot.instances.get(name)
+    return view.spec.gpus if view is not None else ()
+
+
+def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:
+    """What the model holds of each card of its instance."""
+    return zip(cards_of(snapshot, residency.instance), residency.per_gpu_bytes, strict=False)
 
 
 def promised(snapshot: Snapshot) -> frozenset[ResidencyKey]:
@@ -65,26 +76,36 @@ def promised(snapshot: Snapshot) -> frozenset[ResidencyKey]:
 
 def copies_of(snapshot: Snapshot, blob: BlobDigest) -> Sequence[Residency]:
     """Residencies of these weights, in whatever state."""
-    by_blob: Mapping[BlobDigest, list[Residency]] = once(snapshot, copies_of, lambda: _by_blob(snapshot))
+    by_blob: Mapping[BlobDigest, list[Residency]] = once(
+        snapshot, copies_of, lambda: _grouped((r.blob, r) for r in snapshot.residencies.values())
+    )
     return by_blob.get(blob, ())
 
 
 def residencies_of(snapshot: Snapshot, name: InstanceName) -> Sequence[ResidencyKey]:
     """What is loaded on that instance, or on its way in or out."""
-    by_name: Mapping[InstanceName, list[ResidencyKey]] = once(snapshot, residencies_of, lambda: _by_name(snapshot))
+    by_name: Mapping[InstanceName, list[ResidencyKey]] = once(
+        snapshot, residencies_of, lambda: _grouped((key[0], key) for key in snapshot.residencies)
+    )
     return by_name.get(name, ())
 
 
 def residencies_on(snapshot: Snapshot, gpu: GpuUuid) -> Sequence[ResidencyKey]:
     """The same for all instances that have this card."""
-    by_card: Mapping[GpuUuid, list[ResidencyKey]] = once(snapshot, residencies_on, lambda: _by_card(snapshot))
+    by_card: Mapping[GpuUuid, list[ResidencyKey]] = once(
+        snapshot,
+        residencies_on,
+        lambda: _grouped((gpu, key) for key in snapshot.residencies for gpu in cards_of(snapshot, key[0])),
+    )
     return by_card.get(gpu, ())
 
 
 def instances_over(snapshot: Snapshot, gpus: frozenset[GpuUuid]) -> Sequence[InstanceView]:
     """Instances on exactly these cards, in the order of the snapshot."""
     by_cards: Mapping[frozenset[GpuUuid], list[InstanceView]] = once(
-        snapshot, instances_over, lambda: _by_cards(snapshot)
+        snapshot,
+        instances_over,
+        lambda: _grouped((frozenset(view.spec.gpus), view) for view in snapshot.instances.values()),
     )
     return by_cards.get(gpus, ())
 
@@ -99,12 +120,10 @@ def _all_sums(snapshot: Snapshot) -> dict[GpuUuid, CardSums]:
                 found.loading += size
     room = promised(snapshot)
     for key, residency in snapshot.residencies.items():
-        view = snapshot.instances.get(residency.instance)
-        if view is not None:
-            pin = snapshot.policy.pins.get(residency.name)
-            is_kept = pin is not None and pin.keep_warm
-            for gpu, size in zip(view.spec.gpus, residency.per_gpu_bytes, strict=False):
-                _add(sums.setdefault(gpu, CardSums()), residency.state, size, key in room, is_kept)
+        pin = snapshot.policy.pins.get(residency.name)
+        is_kept = pin is not None and pin.keep_warm
+        for gpu, size in bytes_by_gpu(snapshot, residency):
+            _add(sums.setdefault(gpu, CardSums()), residency.state, size, key in room, is_kept)
     return sums
 
 
@@ -119,31 +138,8 @@ def _add(sums: CardSums, state: ResidencyState, size: int, is_promised: bool, is
         sums.kept += size
 
 
-def _by_blob(snapshot: Snapshot) -> dict[BlobDigest, list[Residency]]:
-    found: dict[BlobDigest, list[Residency]] = {}
-    for residency in snapshot.residencies.values():
-        found.setdefault(residency.blob, []).append(residency)
-    return found
-
-
-def _by_name(snapshot: Snapshot) -> dict[InstanceName, list[ResidencyKey]]:
-    found: dict[InstanceName, list[ResidencyKey]] = {}
-    for key in snapshot.residencies:
-        found.setdefault(key[0], []).append(key)
-    return found
-
-
-def _by_card(snapshot: Snapshot) -> dict[GpuUuid, list[ResidencyKey]]:
-    found: dict[GpuUuid, list[ResidencyKey]] = {}
-    for key in snapshot.residencies:
-        view = snapshot.instances.get(key[0])
-        for gpu in view.spec.gpus if view is not None else ():
-            found.setdefault(gpu, []).append(key)
-    return found
-
-
-def _by_cards(snapshot: Snapshot) -> dict[frozenset[GpuUuid], list[InstanceView]]:
-    found: dict[frozenset[GpuUuid], list[InstanceView]] = {}
-    for view in snapshot.instances.values():
-        found.setdefault(frozenset(view.spec.gpus), []).append(view)
+def _grouped(pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, list[_Value]]:
+    found: dict[_Key, list[_Value]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
     return found

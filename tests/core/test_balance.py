@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.balance import (
-    NEAR,
-    SIDE_WEIGHT,
-    Prospect,
-    best,
-    can_serve,
-    waiting_seconds,
-    words_for,
-)
+from router.core.balance import NEAR, SIDE_WEIGHT, Prospect, best, waiting_seconds, words_for
+from router.core.choosing import choose
 from router.core.entities import (
     InstanceName,
     InstanceState,
+    InstanceView,
     Layout,
     LayoutKind,
+    Policy,
     Residency,
+    ResidencyKey,
     ResidencyState,
     RunnerOptions,
+    Ticket,
 )
+from router.core.shortway import free_copies, serving
 from router.core.speeds import Pace
+from router.core.state import FleetState
 from router.core.work import Work
-from tests.core.builders import card, gpu_id, key, model, residency, snapshot, ticket, view
+from tests.core.builders import gpu_id, key, model, residency, ticket, view
 
 M = model("m")
 T = ticket(1, M)
@@ -36,10 +36,23 @@ READY = residency("gpu0", M, 1000)
 VIEWS = (view("gpu0", 0), view("gpu1", 1))
 
 
+def _serving(
+    copies: Iterable[Residency],
+    of: Ticket = T,
+    views: Iterable[InstanceView] = VIEWS,
+    draining: Iterable[ResidencyKey] = (),
+) -> Residency | None:
+    """The one of the copies that serves the ticket."""
+    fleet = FleetState(Policy(), draining=frozenset(draining))
+    fleet.instances.update((each.spec.name, each) for each in views)
+    fleet.copies.update(((copy.instance, copy.blob), copy) for copy in copies)
+    able = serving(fleet, free_copies(fleet, of.model.blob)[0], of)
+    return fleet.copies[choose(fleet, able, of, 0.0)[0]] if able else None
+
+
 def test_a_ready_copy_with_a_free_slot_serves() -> None:
-    facts = snapshot([card(0, 100)], VIEWS, [READY])
-    assert can_serve(facts, READY, T)
-    assert can_serve(facts, replace(READY, in_flight=1), T)
+    for copy in (READY, replace(READY, in_flight=1)):
+        assert _serving([copy]) is copy
 
 
 @pytest.mark.parametrize(
@@ -55,17 +68,16 @@ def test_a_ready_copy_with_a_free_slot_serves() -> None:
     ],
 )
 def test_a_copy_that_is_full_or_other_or_not_there_does_not(copy: Residency) -> None:
-    assert not can_serve(snapshot([card(0, 100)], VIEWS, [copy]), copy, T)
+    assert _serving([copy]) is None
 
 
 @pytest.mark.parametrize("state", [state for state in InstanceState if state is not InstanceState.READY])
 def test_only_a_ready_instance_serves(state: InstanceState) -> None:
-    assert not can_serve(snapshot([card(0, 100)], [view("gpu0", 0, state=state)], [READY]), READY, T)
+    assert _serving([READY], views=[view("gpu0", 0, state=state)]) is None
 
 
 def test_a_copy_whose_room_is_wanted_takes_no_new_request() -> None:
-    facts = snapshot([card(0, 100)], VIEWS, [READY], draining=[key("gpu0", M)])
-    assert not can_serve(facts, READY, T)
+    assert _serving([READY], draining=[key("gpu0", M)]) is None
 
 
 LARGER: RunnerOptions = (("num_ctx", 16_384),)
@@ -91,8 +103,8 @@ def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
 ) -> None:
     context = dict(loaded).get("num_ctx", 8192)
     copy = replace(residency("gpu0", LONG, 1000, options=loaded), context_length=int(context))
-    facts = snapshot([card(0, 100)], VIEWS, [copy])
-    assert can_serve(facts, copy, ticket(1, LONG, options=asked, is_flexible=flexible)) is serves
+    found = _serving([copy], ticket(1, LONG, options=asked, is_flexible=flexible))
+    assert found is (copy if serves else None)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +123,7 @@ def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
 def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout | None, serves: bool) -> None:
     views = (*VIEWS, view("spread", 0, 1), view("cpu"))
     copy = residency(on, M, *(1000 for _ in next(v for v in views if v.spec.name == on).spec.gpus))
-    facts = snapshot([card(0, 100), card(1, 100)], views, [copy])
-    assert can_serve(facts, copy, ticket(1, M, layout=layout)) is serves
+    assert _serving([copy], ticket(1, M, layout=layout), views) is (copy if serves else None)
 
 
 PACE = Pace(prompt_seconds=0.001, step_seconds=0.01)

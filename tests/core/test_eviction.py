@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from router.core.entities import GpuUuid, Residency, ResidencyKey, ResidencyState, Snapshot
 from router.core.eviction import choose_evictions, evictable
-from router.core.ledger import bytes_by_gpu
+from router.core.sums import bytes_by_gpu
 from tests.core.builders import MIB, card, gpu_id, key, model, residency, snapshot, view
 
 A, B, C, D = (model(name) for name in "abcd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,16 @@ def test_priority_goes_before_fairness_and_a_minute_of_waiting_is_a_step_of_it()
     high, low = _of(2, "a", priority=1), _of(3, "b")
     assert counters.next_of([low, high], 0.0) is high
     assert counters.next_of([low, replace(high, arrived_at=60.0)], 60.0) is low
+
+
+@pytest.mark.parametrize("priority", [0, 3])
+def test_who_has_waited_for_nearly_as_long_as_he_may_goes_before_all_others(priority: int) -> None:
+    counters = TokenCounters()
+    counters.granted(_of(1, "a", tokens=1_000_000))
+    greedy = replace(_of(2, "a", arrived_at=0.0), deadline=300.0)
+    modest = replace(_of(3, "b", arrived_at=200.0, priority=priority), deadline=500.0)
+    assert counters.next_of([modest, greedy], 239.0) is modest
+    assert counters.next_of([modest, greedy], 240.0) is greedy
 
 
 def test_who_was_idle_is_lifted_to_the_least_of_the_active_and_saves_nothing_up() -> None:
@@ -78,7 +89,9 @@ def test_the_order_told_beforehand_is_that_in_which_one_after_another_is_chosen(
     for client, tokens in given_before.items():
         counters.granted(_of(0, client, tokens=tokens))
     tickets = [
-        replace(_of(number, client, prompt, 1000.0 - waited, priority), output_tokens_max=most)
+        replace(
+            _of(number, client, prompt, 1000.0 - waited, priority), output_tokens_max=most, deadline=1300.0 - waited
+        )
         for number, (client, priority, waited, prompt, most) in enumerate(waiting, 1)
     ]
     told, left, chosen = counters.order_of(tickets, 1000.0), list(tickets), []

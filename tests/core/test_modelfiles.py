@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from router.core.entities import InstanceName, ModelFacts, Policy, RunnerOptions
+from router.core.entities import InstanceName, ModelFacts, Pin, Policy, RunnerOptions
 from router.core.events import LoadedModel, ResidencyRead
-from router.core.options import runner_options, spelled_out, with_context
+from router.core.options import ordinary_options, runner_options, spelled_out, with_context
 from tests.core.builders import key
 from tests.core.play import Play, sized
 
@@ -27,6 +27,14 @@ def test_what_the_modelfile_says_stays_but_for_the_context() -> None:
     assert with_context(sized("plain", 10), 8192, 8192) == ()
 
 
+def test_a_load_for_nobody_in_particular_has_the_pinned_context_or_else_the_modelfile_s() -> None:
+    plain = sized("plain", 10)
+    assert ordinary_options(WRITTEN, None, 8192) == ordinary_options(WRITTEN, Pin(), 8192) == (("num_ctx", 4096), *KEPT)
+    assert ordinary_options(WRITTEN, Pin(context_length=8192), 8192) == KEPT
+    assert ordinary_options(plain, None, 8192) == ()
+    assert ordinary_options(plain, Pin(context_length=16_384), 8192) == (("num_ctx", 16_384),)
+
+
 @pytest.mark.parametrize("options", [(), KEPT, (("num_ctx", 2048),), (("num_batch", 64), ("num_thread", 3))])
 def test_a_load_that_spells_its_options_out_gets_a_runner_that_is_so(options: RunnerOptions) -> None:
     load = spelled_out(WRITTEN, options, 8192)
@@ -43,15 +51,25 @@ def one() -> Play:
     return Play(1, Policy(vram_margin_bytes=0, context_length=8192)).begin()
 
 
-def test_a_model_is_loaded_with_what_its_modelfile_says_and_the_context_that_serves_all(one: Play) -> None:
-    ticket = one.arrive(WRITTEN, options=runner_options(WRITTEN, {}, 8192), is_flexible=True)
+@pytest.mark.parametrize("is_flexible", [True, False])
+def test_a_model_is_loaded_as_its_modelfile_says_and_every_api_is_served_by_that(one: Play, is_flexible: bool) -> None:
+    ordinary = runner_options(WRITTEN, {}, 8192)
+    ticket = one.arrive(WRITTEN, options=ordinary, is_flexible=is_flexible)
     (load,) = one.loads.values()
-    assert load.options == (("num_ctx", 8192), *KEPT)
+    assert load.options == (("num_ctx", 4096), *KEPT)
     one.work_through()
     assert ticket in one.leases
     loaded = one.residency("gpu0", WRITTEN)
     assert loaded is not None
-    assert (loaded.options, loaded.context_length) == (KEPT, 8192)
+    assert (loaded.options, loaded.context_length) == ((("num_ctx", 4096), *KEPT), 4096)
+    assert one.arrive(WRITTEN, options=ordinary, is_flexible=not is_flexible) in one.leases
+    assert one.loads_sent == 1
+
+
+def test_who_asks_for_more_context_than_the_modelfile_says_gets_the_next_step(one: Play) -> None:
+    one.arrive(WRITTEN, options=runner_options(WRITTEN, {"num_ctx": 5000}, 8192), is_flexible=True)
+    (load,) = one.loads.values()
+    assert load.options == (("num_ctx", 8192), *KEPT)
 
 
 def test_what_somebody_else_loaded_is_taken_to_be_as_its_modelfile_says(one: Play) -> None:

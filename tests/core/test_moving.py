@@ -26,6 +26,15 @@ def _ask(play: Play, model: object, times: int) -> None:
         _served(play, play.arrive(model))  # type: ignore[arg-type]
 
 
+def _go_on(play: Play, times: int) -> None:
+    """The cards are read every five seconds, and what is asked for comes true."""
+    for _ in range(times):
+        play.now += 5.0
+        play.read_cards()
+        play.bring_up()
+        play.work_through()
+
+
 def _homes(play: Play, model: object) -> set[object]:
     facts = play.snapshot()
     found = [r for r in facts.residencies.values() if r.model == model and r.state is ResidencyState.READY]
@@ -89,16 +98,10 @@ def test_a_busy_model_moves_when_its_request_has_ended() -> None:
     running = two.arrive(MUCH)
     (home,) = _homes(two, MUCH)
     two.foreign[home] = 14
-    for _ in range(4):
-        two.now += 5.0
-        two.read_cards()
-        two.bring_up()
-        two.work_through()
+    _go_on(two, 4)
     assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)}
     two.release(running)
-    two.now += 5.0
-    two.read_cards()
-    two.work_through()
+    _go_on(two, 1)
     assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)} - {home}
 
 
@@ -121,11 +124,7 @@ def test_a_model_that_is_pinned_stays_where_it_is() -> None:
     _ask(two, MUCH, 1)
     before = _homes(two, MUCH)
     two.foreign[next(iter(before))] = 14  # type: ignore[index]
-    for _ in range(3):
-        two.now += 5.0
-        two.read_cards()
-        two.bring_up()
-        two.work_through()
+    _go_on(two, 3)
     assert _homes(two, MUCH) == before
 
 

@@ -10,25 +10,36 @@ import pytest
 from tests.support.ollama_server import ModelFile, blocking_call
 from tests.support.product import Product
 from tests.support.rawhttp import Address, call, connect, request_bytes
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.ollama
 
 
-def _on_each_server(product: Product, name: str) -> list[bool]:
-    """Whether each server lists the model."""
-    lists = [blocking_call(Address("127.0.0.1", port), "GET", "/api/tags")[1] for port in product.servers()]
+async def _on_each_server(product: Product, name: str) -> list[bool]:
+    """Whether each of the two servers lists the model; one that is being restarted is waited for."""
+    both = {view["url"] for view in product.call("GET", "/llamayard/status")[1]["instances"]}
+    addresses = [Address("127.0.0.1", int(url.rpartition(":")[2])) for url in sorted(both)]
+    await eventually(lambda: all(_answers(address) for address in addresses), what="an answer of each server")
+    lists = [blocking_call(address, "GET", "/api/tags")[1] for address in addresses]
     return [any(model["name"] == name for model in listed["models"]) for listed in lists]
+
+
+def _answers(address: Address) -> bool:
+    try:
+        return blocking_call(address, "GET", "/api/version")[0] == 200
+    except OSError:
+        return False
 
 
 async def test_what_is_created_is_seen_by_both_and_runs(product: Product) -> None:
     body = {"model": "derived", "from": "tiny", "system": "be brief", "parameters": {"num_predict": 3}}
     reply = await call(product.address, "POST", "/api/create", body)
     assert (reply.status, reply.lines()[-1]) == (200, {"status": "success"})
-    assert _on_each_server(product, "derived:latest") == [True, True]
+    assert await _on_each_server(product, "derived:latest") == [True, True]
     answer = await call(product.address, "POST", "/api/generate", {"model": "derived", "prompt": "x", "stream": False})
     assert answer.json()["eval_count"] == 3
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "derived"})).status == 200
-    assert _on_each_server(product, "derived:latest") == [False, False]
+    assert await _on_each_server(product, "derived:latest") == [False, False]
     answer = await call(product.address, "POST", "/api/generate", {"model": "derived", "prompt": "x"})
     assert answer.status == 404
 
@@ -36,10 +47,10 @@ async def test_what_is_created_is_seen_by_both_and_runs(product: Product) -> Non
 async def test_a_copy_is_seen_by_both_until_it_is_deleted(product: Product) -> None:
     reply = await call(product.address, "POST", "/api/copy", {"source": "tiny", "destination": "twin"})
     assert (reply.status, reply.body) == (200, b"")
-    assert _on_each_server(product, "twin:latest") == [True, True]
+    assert await _on_each_server(product, "twin:latest") == [True, True]
     reply = await call(product.address, "DELETE", "/api/delete", {"model": "twin"})
     assert (reply.status, reply.body) == (200, b"")
-    assert _on_each_server(product, "twin:latest") == [False, False]
+    assert await _on_each_server(product, "twin:latest") == [False, False]
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "twin"})).status == 404
 
 
