@@ -22,21 +22,13 @@ from router.relay.framing import MORE, Body, Chunked, FramingError, NoBody, Unti
 from router.relay.heads import HeadError, ReplyHead, RequestHead
 from router.relay.parties import Asker, Client
 from router.relay.replies import LAST_CHUNK, chunk, interim_head, reply_head
-from router.relay.upstream import UpstreamConnection
+from router.relay.upstream import ONE_CHUNK, TOKEN_ENDS, UpstreamConnection
 
 HELD_BYTES_MAX: Final = 65536
 HELD_SECONDS: Final = 10.0
 """So much of a reply with status 500, and for so long, is read before it is passed on: it may tell of a dead runner."""
 
 _AWAITED, _HELD, _RELAYED, _OVER = range(4)
-_TOKEN_ENDS = (b'"done":false}\n\r\n', b'"finish_reason":null}]}\n\n\r\n', b'"}}\n\n\r\n')
-"""How a token ends in each API, and no last line: what is looked for at the end of an answer is not in such a piece."""
-
-_STEPS = {b"%x\r\n" % size: len(b"%x\r\n" % size) + size + 2 for size in range(16, 2048)}
-"""The size line of a chunk, and how long the whole chunk is: for such as tokens come in."""
-
-_ONE_CHUNK = 1 << 40
-
 _CHUNK_HEADER = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}\r\n")
 _NOTHING: Final = NoBody()
 _UNREAD: Final = ReplyHead()
@@ -53,10 +45,8 @@ class ReplyRelay:
     """Whether any byte of the reply has come."""
     begun = False
     """Whether an answer's head with status 200 is out already, and the client gets chunks (HTTP/1.0: bytes)."""
-    _quick = False
-    """Whether a piece that is one whole token needs no closer look: the last one was, and nothing is open."""
     _passed = 0
-    """Bytes that went so, and in the upper bits how many chunks: one number, because each token changes it."""
+    """What the connection has passed on by itself, as it counts it, without what it has passed since."""
     _bytes = 0
     """Bytes that went otherwise."""
     _tail = b""
@@ -89,7 +79,6 @@ class ReplyRelay:
         self._path = path
         self._limits = limits
         self._now = now
-        self._send = client.send
         self._held: list[bytes] = []
         self._due = now() + limits.first_byte_timeout_seconds
         self.connection = connection
@@ -101,11 +90,15 @@ class ReplyRelay:
 
     @property
     def chunks(self) -> int:
-        return self._body.chunks + self._passed // _ONE_CHUNK
+        return self._body.chunks + self._passed_by_itself() // ONE_CHUNK
 
     @property
     def bytes_out(self) -> int:
-        return self._bytes + self._passed % _ONE_CHUNK
+        return self._bytes + self._passed_by_itself() % ONE_CHUNK
+
+    def _passed_by_itself(self) -> int:
+        connection = self.connection
+        return self._passed + connection.passed if connection.receiver is self else self._passed
 
     def tail(self) -> bytes:
         """The end of the reply's data, without its framing."""
@@ -117,11 +110,7 @@ class ReplyRelay:
     # --- what comes from the server --------------------------------------------------------------------------
 
     def reply_bytes(self, data: bytes) -> None:
-        if self._quick and _STEPS.get(data[: data.find(b"\n", 3, 5) + 1]) == len(data) and data.endswith(_TOKEN_ENDS):
-            # The way of every token. Little is looked at, and nothing kept: memory that stays is memory that is cold.
-            self._passed += _ONE_CHUNK + len(data)
-            self._send(data)
-        elif self._phase == _RELAYED:
+        if self._phase == _RELAYED:
             self._relay(data)
         elif self._phase == _AWAITED:
             self._read_head(data)
@@ -276,7 +265,7 @@ class ReplyRelay:
         self._client.send(head + self._for_client(piece))
 
     def _relay(self, data: bytes) -> None:
-        self._quick = False
+        self._passed += self.connection.taken_back()
         try:
             end = self._body.feed(data)
         except FramingError:
@@ -285,9 +274,10 @@ class ReplyRelay:
         self._pass(data if end == MORE else data[:end])
         if end != MORE:
             self._complete(reusable=end == len(data))
-        elif data.endswith(_TOKEN_ENDS) and self._payload is None and not self._wraps:
+        elif data.endswith(TOKEN_ENDS) and self._payload is None and not self._wraps:
             self._tail = b""
-            self._quick = isinstance(self._body, Chunked) and self._body.at_boundary
+            if isinstance(self._body, Chunked) and self._body.at_boundary:
+                self.connection.pass_tokens(self._client.send)
 
     def _cut_malformed(self) -> None:
         self._drop()
@@ -355,6 +345,7 @@ class ReplyRelay:
     def _over(self) -> None:
         self._phase = _OVER
         self.last_byte_at = self._now()
+        self._passed += self.connection.taken_back()
         self.connection.receiver = None
 
     def _drop(self) -> None:

@@ -21,7 +21,8 @@ from router.relay.memory import trimmer
 from router.relay.upstream import Pool
 
 TRIM_SECONDS = 5.0
-"""So often memory is given back while long bodies come."""
+"""So often memory is given back while long bodies come, or many connections go."""
+_MANY_CONNECTIONS = 500
 
 
 class Relay:
@@ -44,9 +45,10 @@ class Relay:
         self._period_seconds = min(1.0, shortest / 4)
         self.closing = False
         self.long_bodies = 0
+        self._gone = 0
         self._trim = trimmer()
         self._trimmed: tuple[int, float] = (-1, 0.0)
-        """After how many long bodies, and when, memory was last given back."""
+        """After how much that took memory, and when, it was last given back."""
 
     def __call__(self) -> ClientConnection:
         return ClientConnection(self.desk, self)
@@ -62,6 +64,7 @@ class Relay:
 
     def lost(self, connection: asyncio.Protocol) -> None:
         self._connections.discard(cast("ClientConnection", connection))
+        self._gone += 1
 
     async def run(self) -> None:
         """Looks at deadlines until it is cancelled."""
@@ -70,9 +73,10 @@ class Relay:
             now = self.desk.engine.now()
             for connection in tuple(self._connections):
                 connection.check(now)
-            self.desk.pool.sweep(now)
-            if self.long_bodies != self._trimmed[0] and now - self._trimmed[1] > TRIM_SECONDS:
-                self._trimmed = self.long_bodies, now
+            self._gone += self.desk.pool.sweep(now)
+            spent = self.long_bodies + self._gone // _MANY_CONNECTIONS
+            if spent != self._trimmed[0] and now - self._trimmed[1] > TRIM_SECONDS:
+                self._trimmed = spent, now
                 await asyncio.to_thread(self._trim)
 
     def drain(self) -> None:
