@@ -27,7 +27,7 @@ IDLE_MAX = 1024
 """Idle connections kept for one instance."""
 
 IDLE_SECONDS = 15.0
-"""An idle connection is closed after that: a thousand of them hold some five megabytes, and a new one costs little here."""
+"""An idle connection is closed after that: a thousand of them hold some five megabytes, and a new one costs little."""
 
 
 _REMEMBERED_MAX = 256
