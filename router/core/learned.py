@@ -39,6 +39,8 @@ class Before:
     key: FootprintKey
     used_bytes: tuple[int, ...]
     changes: tuple[int, ...]
+    is_certain: bool = True
+    """Whether it was known how the server shares the model out: else more is expected than it takes in all."""
 
 
 @dataclass(slots=True)
@@ -63,14 +65,18 @@ class Footprints:
         for gpu in gpus:
             self.changes[gpu] = self.changes.get(gpu, 0) + 1
 
-    def before(self, key: FootprintKey, gpus: tuple[GpuUuid, ...], used: Mapping[GpuUuid, int]) -> Before:
+    def before(
+        self, key: FootprintKey, gpus: tuple[GpuUuid, ...], used: Mapping[GpuUuid, int], *, is_certain: bool = True
+    ) -> Before:
         """To be kept while the load is under way, after `touched` for the load itself."""
-        return Before(key, tuple(used.get(g, 0) for g in gpus), tuple(self.changes.get(g, 0) for g in gpus))
+        changes = tuple(self.changes.get(g, 0) for g in gpus)
+        return Before(key, tuple(used.get(g, 0) for g in gpus), changes, is_certain)
 
     def after(
         self, before: Before, reservation: Reservation, used: Mapping[GpuUuid, int], told_bytes: int
     ) -> tuple[int, ...] | None:
-        """The measured footprint, which is then known; None where something else changed or it is implausible.
+        """What the load holds on each card; None where something else changed or it is implausible. It is then known
+        as its footprint, unless the server could have shared it out in more than one way.
 
         `told_bytes`: what the server says that it holds on the cards, its CUDA contexts left out: a measurement below
         that has another program's leaving in it, and one far above it and the estimate another's coming.
@@ -80,9 +86,12 @@ class Footprints:
             return None
         sizes = tuple(used.get(gpu, 0) - was for gpu, was in zip(gpus, before.used_bytes, strict=True))
         expected = [size for _, size in reservation.per_gpu_bytes]
-        most = _MOST_TOTAL_SHARE * max(told_bytes, sum(expected)) + _UNTOLD_BYTES * len(sizes)
+        total = max(told_bytes, sum(expected)) if before.is_certain else told_bytes
+        most = _MOST_TOTAL_SHARE * total + _UNTOLD_BYTES * len(sizes)
         if not _TOLD_SHARE * told_bytes <= sum(sizes) <= most:
             return None
+        if not before.is_certain:
+            return tuple(max(0, size) for size in sizes) if _is_covered(sizes, expected) else None
         if not is_plausible(sizes, expected):
             return None
         self.remember(before.key, sizes)
@@ -99,6 +108,11 @@ class Footprints:
 def is_plausible(sizes: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether they are near enough to the estimate to have no other cause."""
     return all(_LEAST_SHARE * e <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True))
+
+
+def _is_covered(sizes: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether no card shows more than was expected; less, or nothing, is there where the model is elsewhere."""
+    return all(-_UNTOLD_BYTES <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True))
 
 
 def key_of(model: ModelFacts, spec: InstanceSpec, context_length: int, policy: Policy) -> FootprintKey:

@@ -44,8 +44,11 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         fleet.troubled_at[frozenset(event.spec.gpus)] = now
     if event.state in (InstanceState.READY, InstanceState.DRAINING):
         return
-    if not (event.spec.on_demand and event.state is InstanceState.STARTING):
-        fleet.forget_instance(name)  # a plan waits for an instance that was started for it
+    if event.spec.on_demand and event.state is InstanceState.STARTING:
+        return  # a plan waits for an instance that was started for it
+    if any(key[0] == name for key in fleet.copies):
+        fleet.changed_at = now  # the last reading of the cards still shows what it held
+    fleet.forget_instance(name)
 
 
 def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[Action]:

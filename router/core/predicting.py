@@ -14,6 +14,7 @@ from router.core.entities import InstanceSpec, ModelFacts, Policy, Snapshot
 from router.core.learned import FootprintKey, Footprints, is_plausible, key_of
 from router.core.options import has_own_layers
 from router.core.placement import Estimate
+from router.core.sizing import either_way
 
 
 class Prediction:
@@ -29,6 +30,9 @@ class Prediction:
     def __call__(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
+        return either_way(self._split, model, spec, context_length, snapshot)
+
+    def _split(self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
         key = key_of(model, spec, context_length, self._policy)
         known = self._footprints.known.get(key)
         if known is not None:

@@ -28,6 +28,7 @@ from router.core.learned import key_of
 from router.core.ledger import room_bytes, slots_of
 from router.core.options import spelled_out, with_context
 from router.core.placement import Estimate, Placed, context_of
+from router.core.sizing import cards_taken_alone
 from router.core.state import FleetState, expiry
 
 
@@ -70,7 +71,9 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     fleet.update(key, state=ResidencyState.LOADING)
     fleet.sent(residency.model.weights_bytes, now)
     spec = fleet.instances[residency.instance].spec
-    fleet.begin_measuring(reservation, key_of(residency.model, spec, residency.context_length, fleet.policy))
+    context = residency.context_length
+    is_certain = not cards_taken_alone(residency.model, spec, context, fleet.snapshot(now))
+    fleet.begin_measuring(reservation, key_of(residency.model, spec, context, fleet.policy), is_certain=is_certain)
     return Load(
         load_id=reservation.load_id,
         instance=residency.instance,

@@ -228,13 +228,14 @@ class FleetState:
         if view is not None:
             self.footprints.touched(view.spec.gpus)
 
-    def begin_measuring(self, reservation: Reservation, key: FootprintKey) -> None:
-        """The load is sent: what its cards show as used from here to its end is its footprint, if it is alone."""
+    def begin_measuring(self, reservation: Reservation, key: FootprintKey, *, is_certain: bool) -> None:
+        """The load is sent: what its cards show as used from here to its end is its footprint, if it is alone.
+        `is_certain`: it is known how the server shares it out."""
         self.touched(reservation.instance)
         gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
         others = (r for r in self.reservations.values() if r.sent_at is not None and r.load_id != reservation.load_id)
         if gpus and not any(gpu in gpus for other in others for gpu, _ in other.per_gpu_bytes):
-            self.measuring[reservation.load_id] = self.footprints.before(key, gpus, self._used())
+            self.measuring[reservation.load_id] = self.footprints.before(key, gpus, self._used(), is_certain=is_certain)
 
     def _used(self) -> dict[GpuUuid, int]:
         return {gpu: card.memory_used_bytes for gpu, card in self.gpus.items()}
@@ -262,7 +263,7 @@ class FleetState:
         if sizes is None:
             return []
         self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
-        return [(before.key, sizes)]
+        return [(before.key, sizes)] if before.is_certain else []
 
     # --- memory of what happened ---------------------------------------------------------------------------
 

@@ -101,8 +101,10 @@ ON_DEMAND = "on-demand"
 
 
 def on_demand_like(plan: InstancePlan) -> InstanceSpec:
-    """How instances are tuned that are started on demand; cards, name, address and environment come later."""
-    return _spec(InstanceName(""), (), "", plan.tuning_for(ON_DEMAND), {}, attached=False)
+    """How instances are tuned that are started on demand; cards, name, address and all other variables come later."""
+    tuning = plan.tuning_for(ON_DEMAND)
+    spread = {"OLLAMA_SCHED_SPREAD": tuning.environment.get("OLLAMA_SCHED_SPREAD", "1")}
+    return _spec(InstanceName(""), (), "", tuning, spread, attached=False)
 
 
 def on_demand_instance(spec: InstanceSpec, plan: InstancePlan, port: int) -> InstanceSpec:

@@ -280,6 +280,17 @@ def test_what_a_lost_instance_held_is_forgotten_and_placed_anew(two: Play) -> No
     assert two.grant(after).instance == "gpu1"
 
 
+def test_a_model_is_not_called_too_large_while_the_cards_still_show_what_a_lost_instance_held(one: Play) -> None:
+    one.arrive(sized("large", 20))
+    one.work_through()
+    waiting = one.arrive(sized("other", 20))
+    one.change_instance("gpu0", InstanceState.BACKOFF)
+    assert waiting in one.waiting
+    one.change_instance("gpu0", InstanceState.READY)
+    one.work_through()
+    assert one.grant(waiting).instance == "gpu0"
+
+
 def test_a_slot_of_a_lost_copy_is_no_slot_of_the_copy_that_came_after_it(one: Play) -> None:
     old = one.arrive(SMALL)
     one.work_through()

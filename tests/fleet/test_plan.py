@@ -11,11 +11,14 @@ import pytest
 
 from router.core.entities import Gpu, GpuUuid, InstanceSpec
 from router.fleet.plan import (
+    ON_DEMAND,
     DeclaredInstance,
     InstancePlan,
     PlanError,
     are_equal,
     fill_order,
+    on_demand_instance,
+    on_demand_like,
     plan_instances,
     ports_needed,
 )
@@ -139,6 +142,16 @@ def test_how_to_spread_can_be_overridden() -> None:
     assert "spread" not in planned(*equal, spread="off")
     by_variable = Values(environment={"OLLAMA_SCHED_SPREAD": "0"})
     assert planned(*equal, tunings={"spread": by_variable})["spread"].environment["OLLAMA_SCHED_SPREAD"] == "0"
+
+
+@pytest.mark.parametrize("environment", [{}, {"OLLAMA_SCHED_SPREAD": "0"}, {"OLLAMA_SCHED_SPREAD": "1"}])
+def test_an_instance_on_demand_is_known_to_spread_before_it_runs_as_it_does_then(environment: dict[str, str]) -> None:
+    values = Values(environment=environment)
+    plan = InstancePlan("/store", lambda name: {ON_DEMAND: values}[name])
+    like = on_demand_like(plan)
+    spec = on_demand_instance(replace(like, gpus=(GpuUuid("GPU-0aaa"), GpuUuid("GPU-1aaa"))), plan, 20001)
+    assert like.environment["OLLAMA_SCHED_SPREAD"] == environment.get("OLLAMA_SCHED_SPREAD", "1")
+    assert spec.environment["OLLAMA_SCHED_SPREAD"] == like.environment["OLLAMA_SCHED_SPREAD"]
 
 
 def test_cards_are_equal_by_name_and_memory() -> None:
