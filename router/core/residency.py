@@ -29,6 +29,7 @@ from router.core.ledger import room_bytes, slots_of
 from router.core.options import spelled_out, with_context
 from router.core.placement import Estimate, Placed, context_of
 from router.core.state import FleetState, expiry
+from router.core.veto import overruled
 
 
 def planned(
@@ -67,9 +68,10 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     """Moves PLANNED to LOADING and returns the load to send."""
     key = (residency.instance, residency.blob)
     fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
-    fleet.update(key, state=ResidencyState.LOADING)
     fleet.sent(residency.model.weights_bytes, now)
     spec = fleet.instances[residency.instance].spec
+    reason = residency.reason + overruled(residency.model, spec, residency.context_length, fleet.snapshot(now))
+    fleet.update(key, state=ResidencyState.LOADING, reason=reason)
     fleet.begin_measuring(reservation, key_of(residency.model, spec, residency.context_length, fleet.policy))
     return Load(
         load_id=reservation.load_id,
@@ -79,7 +81,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
         options=spelled_out(residency.model, residency.options, spec.context_length),
         expects_gpu=bool(spec.gpus),
         timeout_seconds=fleet.policy.load_timeout_seconds,
-        reason=residency.reason,
+        reason=reason,
     )
 
 
