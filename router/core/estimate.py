@@ -270,24 +270,11 @@ def effective_kv_cache_type(facts: ModelFacts, kv_cache_type: str, flash_attenti
 def batch_tokens(version: str | None, context_length: int, slots: int) -> int:
     """`num_batch` where nothing sets it: 512 up to v0.24; from v0.30 by the tokens of all slots, 512 up to 4,096, 1,024
     up to 32,768, else 2,048 (llm/server.go, v0.33). An unknown version counts as an old one."""
-    if not is_from_0_30(version):
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    if match is None or (int(match[1]), int(match[2])) < (0, 30):
         return DEFAULT_BATCH_TOKENS
     tokens = context_length * slots
     return 512 if tokens <= 4096 else 1024 if tokens <= 32768 else 2048
-
-
-def is_from_0_30(version: str | None) -> bool:
-    """Whether it is one of the servers whose engine is llama-server. An unknown version counts as an old one."""
-    match = re.match(r"(\d+)\.(\d+)", version or "")
-    return match is not None and (int(match[1]), int(match[2])) >= (0, 30)
-
-
-def foretold_bytes(facts: ModelFacts, context_length: int, slots: int) -> int:
-    """What a server from 0.30 foretells that a model takes, by which it chooses between one card and all: the file, and
-    an f16 cache of width over heads for each KV head of the layer with fewest (server/sched.go, v0.33)."""
-    heads = min((count for count in facts.head_count_kv if count), default=0)
-    length = facts.embedding_length // max(1, facts.head_count)
-    return facts.weights_bytes + 4 * facts.layers * heads * length * context_length * slots
 
 
 # --- putting them together --------------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ from router.core.learned import key_of
 from router.core.ledger import room_bytes, slots_of
 from router.core.options import spelled_out, with_context
 from router.core.placement import Estimate, Placed, context_of
-from router.core.sizing import cards_taken_alone
+from router.core.sizing import may_be_alone
 from router.core.state import FleetState, expiry
+from router.core.veto import overruled
 
 
 def planned(
@@ -68,12 +69,13 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     """Moves PLANNED to LOADING and returns the load to send."""
     key = (residency.instance, residency.blob)
     fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
-    fleet.update(key, state=ResidencyState.LOADING)
     fleet.sent(residency.model.weights_bytes, now)
     spec = fleet.instances[residency.instance].spec
-    context = residency.context_length
-    is_certain = not cards_taken_alone(residency.model, spec, context, fleet.snapshot(now))
-    fleet.begin_measuring(reservation, key_of(residency.model, spec, context, fleet.policy), is_certain=is_certain)
+    model, context, facts = residency.model, residency.context_length, fleet.snapshot(now)
+    reason = residency.reason + overruled(model, spec, context, facts)
+    fleet.update(key, state=ResidencyState.LOADING, reason=reason)
+    is_certain = not any(may_be_alone(model, spec, context, facts))
+    fleet.begin_measuring(reservation, key_of(model, spec, context, fleet.policy), is_certain=is_certain)
     return Load(
         load_id=reservation.load_id,
         instance=residency.instance,
@@ -82,7 +84,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
         options=spelled_out(residency.model, residency.options, spec.context_length),
         expects_gpu=bool(spec.gpus),
         timeout_seconds=fleet.policy.load_timeout_seconds,
-        reason=residency.reason,
+        reason=reason,
     )
 
 

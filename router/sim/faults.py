@@ -22,7 +22,7 @@ class FaultKind(StrEnum):
     HOT = "hot"
     """The `target`-th card computes `amount` times slower for `seconds`."""
     FOREIGN = "foreign"
-    """Another program takes `amount` of the `target`-th card's memory, as a share, for `seconds`."""
+    """Another program takes `amount` of the `target`-th card's memory, as a share, or what is free, for `seconds`."""
     SLOW_DISK = "slow disk"
     """The disk gives `amount` of its rate for `seconds`."""
 
@@ -78,8 +78,7 @@ def _steps(host: Host, contestant: Breakable, fault: Fault) -> tuple[Callable[[]
         case FaultKind.HOT:
             return (lambda: book.slow.update({card.uuid: fault.amount})), (lambda: _cool(host, card.uuid))
         case FaultKind.FOREIGN:
-            size = int(card.usable_bytes * fault.amount)
-            return (lambda: _take(host, card.uuid, size)), (lambda: _take(host, card.uuid, -size))
+            return _taking(host, card.uuid, int(card.usable_bytes * fault.amount))
         case FaultKind.SLOW_DISK:
             return (lambda: host.lines.set_disk_factor(fault.amount)), (lambda: host.lines.set_disk_factor(1.0))
         case _:
@@ -99,5 +98,16 @@ def _cool(host: Host, uuid: GpuUuid) -> None:
     host.book.slow.pop(uuid, None)
 
 
-def _take(host: Host, uuid: GpuUuid, size: int) -> None:
-    host.book.foreign_bytes[uuid] += size
+def _taking(host: Host, uuid: GpuUuid, size_bytes: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Another program takes so much of a card, but no more than is free there: its allocation would fail."""
+    taken_bytes = 0
+
+    def begin() -> None:
+        nonlocal taken_bytes
+        taken_bytes = min(size_bytes, host.book.free_bytes(uuid))
+        host.book.foreign_bytes[uuid] += taken_bytes
+
+    def end() -> None:
+        host.book.foreign_bytes[uuid] -= taken_bytes
+
+    return begin, end

@@ -283,6 +283,7 @@ def test_what_a_lost_instance_held_is_forgotten_and_placed_anew(two: Play) -> No
 def test_a_model_is_not_called_too_large_while_the_cards_still_show_what_a_lost_instance_held(one: Play) -> None:
     one.arrive(sized("large", 20))
     one.work_through()
+    one.now += 10.0
     waiting = one.arrive(sized("other", 20))
     one.change_instance("gpu0", InstanceState.BACKOFF)
     assert waiting in one.waiting

@@ -11,9 +11,12 @@ import pytest
 from router.core import pricing
 from router.core.entities import Demand, ModelFacts, Residency, Snapshot
 from router.core.estimate import CUDA_CONTEXT_BYTES, compute_buffer_bytes, footprint, layer_kv_cache_bytes
+from router.core.veto import own_answer
 from router.pinning import UNSEEN_MARGIN_RATIO
 from router.scenarios import model_facts
-from tests.core.builders import residency, snapshot, ticket, view
+from router.sim.serverplan import graph_bytes
+from router.sim.world import LoadShape
+from tests.core.builders import instance, residency, snapshot, ticket, view
 
 TEXT = (Path(__file__).parents[2] / "docs/placement.md").read_text(encoding="utf-8")
 LARGE = model_facts("llama3.3:70b")
@@ -36,6 +39,16 @@ def test_the_footprint_of_the_document_is_the_code_s() -> None:
         footprint(LARGE, 2, 8192, 3, "q8_0", flash_attention=True).per_gpu_bytes[0],
     ]
     assert [part for part in parts if f"{part:,}" not in TEXT] == []
+
+
+def test_what_a_server_would_do_by_itself_is_what_the_document_says() -> None:
+    spec = replace(instance("gpu0+gpu1", 0, 1), kv_cache_type="q8_0", flash_attention=True)
+    free = [25_769_803_776 - 339_738_624] * 2
+    assert "25,769,803,776 − 339,738,624" in TEXT
+    assert own_answer(LARGE, spec, "0.24.0", 8192, 2, free) == (80, 81)
+    assert own_answer(LARGE, replace(spec, kv_cache_type="f16"), "0.24.0", 8192, 2, free) == (76, 81)
+    assert "room for 80 of the 81 units, and one would go to the CPU; with the default f16 cache five would" in TEXT
+    assert f"{graph_bytes(LARGE, LoadShape(8192, 2)):,}" in TEXT
 
 
 @pytest.mark.parametrize("name", ROWS)

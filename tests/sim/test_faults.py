@@ -70,6 +70,17 @@ def test_what_others_take_is_gone_for_the_time_they_take_it() -> None:
     assert seen == {9.0: 0, 11.0: book.cards[0].usable_bytes // 2, 31.0: 0}
 
 
+def test_others_take_no_more_than_is_free() -> None:
+    scene = replace(scenario(WANTED), faults=(Fault(60.0, FaultKind.FOREIGN, amount=1.0, seconds=10.0),))
+    simulation = Simulation(scene, contestant("stock-0.24", scene))
+    book, used = simulation.host.book, dict[float, int]()
+    uuid: GpuUuid = book.cards[0].uuid
+    for at in (59.0, 61.0, 71.0):
+        simulation.host.timeline.at(at, lambda at=at: used.update({at: book.used_bytes(uuid)}))
+    simulation.run()
+    assert 0 < used[59.0] == used[71.0] < used[61.0] == book.cards[0].usable_bytes
+
+
 def test_a_slow_disk_makes_a_cold_load_longer() -> None:
     cold = replace(WANTED, cold_start=True)
     calm = played(None, wanted=cold).tally.stays[0]
