@@ -37,15 +37,18 @@ def either_way(
     estimate: Estimate, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
 ) -> tuple[int, ...]:
     """What `estimate` says of each card's share, or of the whole model on that card alone where the server may put it
-    there and that is more."""
+    there and that is more; but no more than a card that is empty can give, which leaves room for nothing beside it."""
     alone = may_be_alone(model, spec, context_length, snapshot)
     if not any(alone):
         return estimate(model, spec, context_length, snapshot)
     told = spec if has_own_layers(model) else replace(spec, environment={**spec.environment, **SPREADING})
     found = list(estimate(model, told, context_length, snapshot))
-    for card, gpu in enumerate(spec.gpus):
-        if alone[card]:
-            found[card] = max(found[card], *estimate(model, replace(spec, gpus=(gpu,)), context_length, snapshot))
+    for index, gpu in enumerate(spec.gpus):
+        if alone[index]:
+            (whole,) = estimate(model, replace(spec, gpus=(gpu,)), context_length, snapshot)
+            card = snapshot.gpus[gpu]
+            most = card.memory_free_bytes + card.memory_used_bytes - snapshot.policy.vram_margin_bytes
+            found[index] = max(found[index], min(whole, most))
     return tuple(found)
 
 

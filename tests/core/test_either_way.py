@@ -56,6 +56,13 @@ def test_a_model_that_the_server_finds_too_large_for_one_card_is_split(version: 
     assert bytes_of(FILLED, of, version) == bytes_of(EVEN, of, version)
 
 
+def test_a_card_is_reserved_as_a_whole_at_most() -> None:
+    """So that a model which just does not fit one card is not refused where its server splits it after all."""
+    of = model("m", 21_450)
+    assert whole(of, OLD) > 24_000 * MIB
+    assert bytes_of(FILLED, of, OLD) == (24_000 * MIB, bytes_of(EVEN, of, OLD)[1])
+
+
 def test_what_is_on_a_card_may_be_gone_when_the_server_looks() -> None:
     """The last reading may be older than the end of a server that held memory there."""
     assert bytes_of(FILLED, MODEL, NEW, SMALL, card(1, 6_000)) == bytes_of(FILLED, MODEL)
