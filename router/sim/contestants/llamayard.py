@@ -364,7 +364,8 @@ class _Remembered:
         if spec.is_spread and spec.environment.get("OLLAMA_SCHED_SPREAD") != "1":
             return estimate_bytes(model, spec, context_length, snapshot)
         view = snapshot.instances.get(spec.name)
-        key = (model.blob, spec.name, len(spec.gpus), context_length, view.version if view is not None else None)
+        version = view.version if view is not None else None
+        key = (model.blob, spec.name, len(spec.gpus), spec.num_parallel, context_length, version)
         if key not in self._sizes:
             self._sizes[key] = estimate_bytes(model, spec, context_length, snapshot)
         return self._sizes[key]
