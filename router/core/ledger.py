@@ -89,6 +89,11 @@ def foreign_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     return max(0, card.memory_used_bytes - resident_bytes(snapshot, gpu))
 
 
+def unbooked_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
+    """Bytes in use on `gpu` that are in no book and yet, being few, are taken for our models': they go with them."""
+    return min(foreign_bytes(snapshot, gpu), int(resident_bytes(snapshot, gpu) * (_DRIFT - 1)))
+
+
 def drift_bytes(snapshot: Snapshot, gpu: GpuUuid) -> int:
     """By how much the books have `gpu` hold more than the driver shows as used: 0 where they agree.
 

@@ -27,7 +27,7 @@ from router.core.entities import (
     Snapshot,
 )
 from router.core.eviction import choose_evictions, evictable, pin_of, price_of
-from router.core.ledger import available_bytes, capacity_bytes, leaving_bytes
+from router.core.ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
 from router.core.pricing import service_seconds
 from router.core.sites import ALIVE, Bounds, Site, has_cards, sites_of_size, sizes
 from router.core.sums import cards_of, promised, residencies_of, residencies_on
@@ -276,6 +276,10 @@ def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool)
     others = [r for r in others if (r.instance, r.blob) != own]
     others.sort(key=lambda r: (r.instance, r.blob) not in want.supersedes)
     evict = choose_evictions(snapshot, shortfall, others)
+    if evict is None:
+        # The books may have less than the models hold, so that what the card could give would never suffice.
+        less = {gpu: size - unbooked_bytes(snapshot, gpu) for gpu, size in shortfall.items()}
+        evict = choose_evictions(snapshot, less, others)
     if evict is None:
         return None
     price = price_of(snapshot, (key for key in evict if key not in want.supersedes))

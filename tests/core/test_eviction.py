@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.entities import GpuUuid, Residency, ResidencyKey, ResidencyState, Snapshot
 from router.core.eviction import choose_evictions, evictable
+from router.core.placement import Placed, Want, place
 from router.core.sums import bytes_by_gpu
-from tests.core.builders import MIB, card, gpu_id, key, model, residency, snapshot, view
+from tests.core.builders import MIB, by_weight, card, gpu_id, key, model, residency, snapshot, view
 
 A, B, C, D = (model(name) for name in "abcd")
 VIEWS = (view("gpu0", 0), view("gpu1", 1), view("spread", 0, 1))
@@ -99,3 +101,15 @@ def test_those_who_leave_are_enough_and_none_of_them_leaves_for_nothing(
     for one in chosen:
         without = _freed(facts, tuple(other for other in chosen if other != one))
         assert any(without[gpu] < size for gpu, size in missing.items())
+
+
+@pytest.mark.parametrize(("used_mib", "is_placed"), [(19_700, True), (18_000, False)])
+def test_what_the_books_have_a_little_too_low_leaves_with_its_models(used_mib: int, is_placed: bool) -> None:
+    """Else a model that the card can hold once all others have left would wait for ever: nothing is booked that leaves
+    as much. What is far from the books is another program's."""
+    old, large = model("old", used_mib), model("large", 23_900)
+    facts = snapshot([card(0, 4000)], [view("gpu0", 0)], [residency("gpu0", old, used_mib)])
+    decision = place(facts, by_weight, Want(large))
+    assert isinstance(decision, Placed) == is_placed
+    if isinstance(decision, Placed):
+        assert decision.evict == (key("gpu0", old),)
