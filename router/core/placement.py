@@ -279,7 +279,7 @@ def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool)
     if evict is None:
         # The books may have less than the models hold, so that what the card could give would never suffice.
         less = {gpu: size - unbooked_bytes(snapshot, gpu) for gpu, size in shortfall.items()}
-        evict = choose_evictions(snapshot, less, others)
+        evict = choose_evictions(snapshot, less, others) if less != shortfall else None
     if evict is None:
         return None
     price = price_of(snapshot, (key for key in evict if key not in want.supersedes))

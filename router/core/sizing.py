@@ -21,7 +21,7 @@ from router.core.estimate import (
 from router.core.ledger import capacity_bytes, slots_of
 from router.core.options import has_own_layers
 from router.core.placement import Estimate
-from router.core.veto import SPREADING, may_take_one_card
+from router.core.veto import SPREADING, may_take_one_card, spreads
 
 
 def estimate_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
@@ -53,7 +53,10 @@ def either_way(
 
 
 def may_be_alone(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[bool, ...]:
-    """For each card of the instance: whether its server could put the whole model there, others being left empty."""
+    """For each card of the instance: whether its server could put the whole model there, others being left empty; ()
+    where it surely does not."""
+    if len(spec.gpus) < 2 or spreads(spec):
+        return ()
     cards = [snapshot.gpus[gpu].memory_total_bytes if gpu in snapshot.gpus else 0 for gpu in spec.gpus]
     slots = slots_of(model, spec, snapshot.policy)
     return may_take_one_card(model, spec, _version(spec, snapshot), context_length, slots, cards)

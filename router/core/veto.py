@@ -96,7 +96,7 @@ def may_take_one_card(
     Up to 0.24 cards are added one by one until they hold all layers asked for (llm/server.go, `assignLayers`). What
     such a server keeps free beside the layers differs by engine: only the context is counted, so that none is missed.
     """
-    if len(total_bytes) < 2 or _spreads(spec):
+    if len(total_bytes) < 2 or spreads(spec):
         return (False,) * len(total_bytes)
     number = _number(version)
     if number is not None and number >= (0, 30):
@@ -119,7 +119,7 @@ def _answer_0_30(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
 ) -> OwnAnswer:
     best = max(free)
-    alone = predicted_bytes(model, context_length, slots) <= ONE_CARD_SHARE * best and not _spreads(spec)
+    alone = predicted_bytes(model, context_length, slots) <= ONE_CARD_SHARE * best and not spreads(spec)
     batch = batch_tokens(version, context_length, slots)
     flash = uses_flash_attention(model, spec.flash_attention)
     fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + _FIT_TARGET_BYTES
@@ -162,7 +162,8 @@ def _overhead_bytes(spec: InstanceSpec) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _spreads(spec: InstanceSpec) -> bool:
+def spreads(spec: InstanceSpec) -> bool:
+    """Whether the server is told not to take one card of several."""
     return spec.environment.get("OLLAMA_SCHED_SPREAD", "").lower() in ("1", "true", "t")
 
 
