@@ -26,6 +26,14 @@ def root() -> Path:
     return Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of real processes are played once more where they fail: a machine that others use, and a server that is not
+    ours, have failures of their own. What fails twice has failed; what passes then is told as RERUN, with its words."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("ollama", "rig")):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Beside a failed test's words stands what the router said meanwhile, its requests aside: it may not fail again."""
