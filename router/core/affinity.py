@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
+from router.core.bounded import renew
 from router.core.entities import BlobDigest, InstanceName, Residency, Ticket
 
 LENGTHS: Final = (*(128 * 2**power * part for power in range(8) for part in (2, 3)), 65_536)
@@ -78,30 +79,18 @@ class Homes:
             return None
         key = (ticket.session, copy.blob)
         turn = Turn(copy.instance, copy.loaded_at, ticket.prompt_tokens)
-        _renew(self._sessions, key, turn, _SESSIONS_MAX)
+        renew(self._sessions, key, turn, _SESSIONS_MAX)
         return turn
 
     def chosen(self, ticket: Ticket, copy: Residency, prints: tuple[int, ...]) -> None:
         """The copy serves the ticket, and was one of several."""
         blob, instance = copy.blob, copy.instance
         if ticket.client:
-            _renew(self._clients, (ticket.client, blob), instance, _CLIENTS_MAX)
+            renew(self._clients, (ticket.client, blob), instance, _CLIENTS_MAX)
         for fingerprint in prints:
             key = (fingerprint, blob)
             holders = self._beginnings.get(key)
             if holders is None:
                 holders = {}
             holders[instance] = copy.loaded_at
-            _renew(self._beginnings, key, holders, _BEGINNINGS_MAX)
-
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-
-def _renew(known: dict[_Key, _Value], key: _Key, value: _Value, most: int) -> None:
-    """Makes it the newest, and forgets the oldest of too many."""
-    known.pop(key, None)
-    known[key] = value
-    if len(known) > most:
-        del known[next(iter(known))]
+            renew(self._beginnings, key, holders, _BEGINNINGS_MAX)

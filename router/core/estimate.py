@@ -267,11 +267,17 @@ def effective_kv_cache_type(facts: ModelFacts, kv_cache_type: str, flash_attenti
     return kv_cache_type if quantised_ok else "f16"
 
 
+def version_number(version: str | None) -> tuple[int, int] | None:
+    """Of a server, as far as rules differ by it: (0, 33) for 0.33.0-rc2; None where it cannot be told."""
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(match[1]), int(match[2])) if match is not None else None
+
+
 def batch_tokens(version: str | None, context_length: int, slots: int) -> int:
     """`num_batch` where nothing sets it: 512 up to v0.24; from v0.30 by the tokens of all slots, 512 up to 4,096, 1,024
     up to 32,768, else 2,048 (llm/server.go, v0.33). An unknown version counts as an old one."""
-    match = re.match(r"(\d+)\.(\d+)", version or "")
-    if match is None or (int(match[1]), int(match[2])) < (0, 30):
+    number = version_number(version)
+    if number is None or number < (0, 30):
         return DEFAULT_BATCH_TOKENS
     tokens = context_length * slots
     return 512 if tokens <= 4096 else 1024 if tokens <= 32768 else 2048

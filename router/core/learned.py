@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from router.core.bounded import renew
 from router.core.entities import BlobDigest, GpuUuid, InstanceSpec, ModelFacts, Policy, Reservation
 from router.core.ledger import slots_of
 
@@ -98,11 +99,8 @@ class Footprints:
         return sizes
 
     def remember(self, key: FootprintKey, sizes: tuple[int, ...]) -> None:
-        self.known.pop(key, None)
-        self.known[key] = sizes
+        renew(self.known, key, sizes, _KEPT_MAX)
         self.latest[key.blob, key.cards] = key
-        if len(self.known) > _KEPT_MAX:
-            del self.known[next(iter(self.known))]
 
 
 def is_plausible(sizes: Sequence[int], expected: Sequence[int]) -> bool:

@@ -17,6 +17,7 @@ from router.core.estimate import (
     even_split,
     fill_first_split,
     footprint_of_split,
+    version_number,
 )
 from router.core.ledger import capacity_bytes, slots_of
 from router.core.options import has_own_layers
@@ -87,9 +88,10 @@ def _version(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
 
 
 def _is_before_0_12(version: str | None) -> bool:
-    return version is not None and version.split(".")[:2] in (["0", str(minor)] for minor in range(12))
+    number = version_number(version)
+    return number is not None and number < (0, 12)
 
 
 def _fills_first(spec: InstanceSpec) -> bool:
     """Whether the server fills a card before it begins the next: over several cards, without `OLLAMA_SCHED_SPREAD`."""
-    return len(spec.gpus) > 1 and not spec.attached and spec.environment.get("OLLAMA_SCHED_SPREAD") != "1"
+    return len(spec.gpus) > 1 and not spec.attached and not spreads(spec)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+from router.core.bounded import renew
 from router.core.entities import BlobDigest, Gpu, GpuUuid, InstanceSpec, ModelFacts, ResidencyKey
 
 STREAM_SHARE = 0.08
@@ -81,7 +81,7 @@ class Speeds:
             pace.prompt_seconds *= factor.prompt_seconds
             pace.step_seconds *= factor.step_seconds
         if None not in cards:
-            _keep(self.known, (spec.name, model.blob), pace)
+            renew(self.known, (spec.name, model.blob), pace, _KNOWN_MAX)
         return pace
 
     def correct(self, key: ResidencyKey, prompt: float, step: float) -> None:
@@ -89,7 +89,7 @@ class Speeds:
         own, model = self.known.get(key), self._models.get(key[1])
         if model is None:
             model = Pace(1.0, 1.0)
-            _keep(self._models, key[1], model)
+            renew(self._models, key[1], model, _KNOWN_MAX)
         _multiply(model, prompt, step)
         if own is not None:
             _multiply(own, prompt, step)
@@ -102,12 +102,3 @@ def _multiply(pace: Pace, prompt: float, step: float) -> None:
         pace.prompt_seconds = prompt
     if _LEAST < step < _MOST:
         pace.step_seconds = step
-
-
-_Key = TypeVar("_Key")
-
-
-def _keep(known: dict[_Key, Pace], key: _Key, pace: Pace) -> None:
-    known[key] = pace
-    if len(known) > _KNOWN_MAX:
-        del known[next(iter(known))]

@@ -302,7 +302,7 @@ class FleetState:
     def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float, share: Share | None = None) -> Use:
         """Leases one slot of the copy to the ticket. `share`: where the model has several copies."""
         copy = self.copies[key]
-        turn = self.homes.served(ticket, copy) if ticket.session else None
+        turn = self.homes.served(ticket, copy)
         self.leases[ticket.id] = LeaseRecord(key, copy.loaded_at, ticket.client, now, turn, share)
         if share is not None:
             own = self.works.get(key)

@@ -12,13 +12,13 @@ llama.cpp, `--fit-target`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from router.core.entities import InstanceSpec, ModelFacts, Snapshot
 from router.core.estimate import (
     CUDA_CONTEXT_BYTES,
+    DEFAULT_BATCH_TOKENS,
     MIB,
     batch_tokens,
     compute_buffer_bytes,
@@ -28,6 +28,7 @@ from router.core.estimate import (
     layer_weights_bytes,
     output_on_cards_bytes,
     uses_flash_attention,
+    version_number,
     weights_on_cards_bytes,
 )
 from router.core.ledger import slots_of
@@ -37,10 +38,9 @@ SPREADING = {"OLLAMA_SCHED_SPREAD": "1"}
 """What keeps a server from taking one card of several."""
 ONE_CARD_SHARE = 0.8
 """Of a card's free memory: what from 0.30 a model may be predicted to take for it to go to that card alone."""
-_FIT_TARGET_BYTES = 1024 * MIB
-"""What llama.cpp's fit leaves free on each card."""
-_BATCH_TOKENS = 512
-_MEASURED = frozenset(
+FIT_TARGET_BYTES = 1024 * MIB
+"""llama.cpp's `--fit-target`: what its fit leaves free on each card."""
+OWN_ENGINE = frozenset(
     ("bert", "deepseek2", "gemma3", "gemma3n", "gemma4", "gptoss", "gpt-oss", "lfm2", "llama4", "mistral3", "mllama",
      "nomic-bert", "qwen25vl", "qwen3", "qwen3moe", "qwen3next", "qwen3vl", "qwen35")
 )  # fmt: skip
@@ -63,12 +63,12 @@ def own_answer(
     None where it is not known: an unknown version, an instance without cards, a model whose layers are unknown, or one
     that a server up to 0.24 measures by allocating.
     """
-    number = _number(version)
+    number = version_number(version)
     if number is None or not free_bytes or not model.layers:
         return None
     if number >= (0, 30):
         return _answer_0_30(model, spec, version, context_length, slots, free_bytes)
-    return None if model.architecture in _MEASURED else _answer_0_24(model, spec, context_length, slots, free_bytes)
+    return None if model.architecture in OWN_ENGINE else _answer_0_24(model, spec, context_length, slots, free_bytes)
 
 
 def overruled(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
@@ -98,7 +98,7 @@ def may_take_one_card(
     """
     if len(total_bytes) < 2 or spreads(spec):
         return (False,) * len(total_bytes)
-    number = _number(version)
+    number = version_number(version)
     if number is not None and number >= (0, 30):
         least = predicted_bytes(model, context_length, slots) / ONE_CARD_SHARE
     else:
@@ -122,7 +122,7 @@ def _answer_0_30(
     alone = predicted_bytes(model, context_length, slots) <= ONE_CARD_SHARE * best and not spreads(spec)
     batch = batch_tokens(version, context_length, slots)
     flash = uses_flash_attention(model, spec.flash_attention)
-    fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + _FIT_TARGET_BYTES
+    fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + FIT_TARGET_BYTES
     unit = _unit_bytes(model, spec, context_length, slots, batch)
     room = sum(max(0, card - fixed) // unit for card in ([best] if alone else free))
     return OwnAnswer(min(model.layers + 1, room), model.layers + 1)
@@ -131,8 +131,8 @@ def _answer_0_30(
 def _answer_0_24(
     model: ModelFacts, spec: InstanceSpec, context_length: int, slots: int, free: Sequence[int]
 ) -> OwnAnswer:
-    unit = _unit_bytes(model, spec, context_length, slots, _BATCH_TOKENS)
-    kept = _graph_bytes(model, context_length * slots) + unit + CUDA_CONTEXT_BYTES + _overhead_bytes(spec)
+    unit = _unit_bytes(model, spec, context_length, slots, DEFAULT_BATCH_TOKENS)
+    kept = graph_bytes(model, context_length * slots) + unit + CUDA_CONTEXT_BYTES + _overhead_bytes(spec)
     room = sum(max(0, card - kept) // unit for card in free)
     whole = model.layers + 1
     surplus = max(0, -(-output_on_cards_bytes(model) // unit) - 1)  # the output takes the room of so many layers more
@@ -148,9 +148,10 @@ def _unit_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, slot
     return max(1, *(w + c for w, c in zip(layer_weights_bytes(model), caches, strict=True)))
 
 
-def _graph_bytes(model: ModelFacts, context_tokens: int) -> int:
-    """The compute graph as 0.24 estimates it for llama.cpp's engine; flash attention does not lower it."""
-    unit, width, heads = 4 * _BATCH_TOKENS, model.embedding_length, model.head_count
+def graph_bytes(model: ModelFacts, context_tokens: int, batch: int = DEFAULT_BATCH_TOKENS) -> int:
+    """The compute graph as 0.24 estimates it for llama.cpp's engine; flash attention does not lower it.
+    `context_tokens`: of all slots."""
+    unit, width, heads = 4 * batch, model.embedding_length, model.head_count
     whole = unit * (width + model.vocabulary_size)
     if model.architecture == "qwen2":
         return max(whole, unit * (1 + 2 * width + context_tokens * (1 + heads)))
@@ -165,8 +166,3 @@ def _overhead_bytes(spec: InstanceSpec) -> int:
 def spreads(spec: InstanceSpec) -> bool:
     """Whether the server is told not to take one card of several."""
     return spec.environment.get("OLLAMA_SCHED_SPREAD", "").lower() in ("1", "true", "t")
-
-
-def _number(version: str | None) -> tuple[int, int] | None:
-    match = re.match(r"(\d+)\.(\d+)", version or "")
-    return (int(match[1]), int(match[2])) if match is not None else None

@@ -39,7 +39,7 @@ from router.relay.framing import FramingError
 from router.relay.handover import HandOver
 from router.relay.heads import KNOWN_BYTES_MAX, HeadError, RequestHead
 from router.relay.intake import LONG_BYTES, UNREAD_BYTES_MAX, Intake, is_worth_reading
-from router.relay.parties import Send
+from router.relay.parties import Send, nowhere
 from router.relay.pauses import Pauses, Reason
 from router.relay.replies import CONTINUE, whole_answer
 
@@ -62,7 +62,7 @@ class ClientConnection(asyncio.Protocol):
         self._listener = listener
         self._state = HEAD
         self._transport = cast("asyncio.Transport", None)
-        self.send: Send = _nowhere
+        self.send: Send = nowhere
         self._peer = ""
         self._head: RequestHead | None = None
         """The one being read, or that of the request being answered."""
@@ -118,7 +118,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.lost(self)
-        self.send = _nowhere
+        self.send = nowhere
         if self._exchange is not None:
             self._exchange.client_gone()
         if self._handed is not None:
@@ -394,7 +394,3 @@ class ClientConnection(asyncio.Protocol):
     def _crashed(self) -> None:
         structlog.get_logger("router.relay").exception("connection_crashed", client=self._peer)
         self._transport.abort()
-
-
-def _nowhere(_: bytes, /) -> None:
-    """Where bytes for a connection that is gone go."""

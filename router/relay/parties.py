@@ -15,6 +15,10 @@ class Send(Protocol):
     def __call__(self, data: bytes, /) -> None: ...
 
 
+def nowhere(_: bytes, /) -> None:
+    """Where bytes go that nobody takes: the connection is gone, or has not been asked for them."""
+
+
 class Client(Protocol):
     """The connection that the answer goes to."""
 

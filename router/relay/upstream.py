@@ -15,6 +15,7 @@ from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
 from router.relay.heads import ReplyHead
+from router.relay.parties import Send, nowhere
 
 TOKEN_ENDS: Final = (b'"done":false}\n\r\n', b'"finish_reason":null}]}\n\n\r\n', b'"}}\n\n\r\n')
 """How a token ends in each API, and no last line: what is looked for at the end of an answer is not in such a piece."""
@@ -66,7 +67,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether a piece that is one whole token goes to `send` and needs no closer look: the receiver's to say."""
         self.passed = 0
         """Bytes that went so, and in the upper bits how many chunks: one number, because each token changes it."""
-        self.send: Callable[[bytes], None] = _nowhere
+        self.send: Send = nowhere
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -98,7 +99,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self.receiver is not None:
             self.receiver.upstream_drained()
 
-    def pass_tokens(self, send: Callable[[bytes], None]) -> None:
+    def pass_tokens(self, send: Send) -> None:
         """From here on, until `taken_back`."""
         self.send = send
         self.quick = True
@@ -107,7 +108,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Every piece is the receiver's again; returns what was `passed`, which is forgotten here."""
         passed, self.passed = self.passed, 0
         self.quick = False
-        self.send = _nowhere
+        self.send = nowhere
         return passed
 
     def abort(self) -> None:
@@ -256,7 +257,3 @@ class Pool:
                 ssl.create_default_context() if secure else None,
             )
         return address
-
-
-def _nowhere(_: bytes, /) -> None:
-    """Where tokens go that nobody has asked for: none come, because `quick` is not set."""

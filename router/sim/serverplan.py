@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from router.core import veto
 from router.core.entities import ModelFacts
+from router.core.estimate import CUDA_CONTEXT_BYTES
+from router.core.veto import FIT_TARGET_BYTES, ONE_CARD_SHARE, OWN_ENGINE
 from router.sim.world import (
     MIB,
     LoadShape,
@@ -22,15 +25,8 @@ from router.sim.world import (
     true_bytes,
 )
 
-KEPT_FREE_BYTES = 457 * MIB
+KEPT_FREE_BYTES = CUDA_CONTEXT_BYTES
 """`minimumMemory` of a CUDA card (discover, v0.24)."""
-FIT_TARGET_BYTES = 1024 * MIB
-"""llama.cpp's `--fit-target`: what its fit leaves free on each card."""
-OWN_ENGINE = frozenset(
-    ("bert", "deepseek2", "gemma3", "gemma3n", "gemma4", "gptoss", "gpt-oss", "lfm2", "llama4", "mistral3", "mllama",
-     "nomic-bert", "qwen25vl", "qwen3", "qwen3moe", "qwen3next", "qwen3vl", "qwen35")
-)  # fmt: skip
-"""Architectures that v0.24 runs on its own engine, which measures by allocating instead of estimating."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +96,7 @@ def plan(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
 
 def graph_bytes(model: ModelFacts, shape: LoadShape) -> int:
     """The compute graph as v0.24 estimates it for the llama.cpp engine; flash attention does not lower it."""
-    unit, width, heads = 4 * shape.batch_tokens, model.embedding_length, model.head_count
-    context = shape.context_length * shape.slots
-    whole = unit * (width + model.vocabulary_size)
-    if model.architecture == "qwen2":
-        return max(whole, unit * (1 + 2 * width + context + context * heads))
-    return max(unit * (1 + 4 * width + context * (1 + heads)), whole)
+    return veto.graph_bytes(model, shape.context_length * shape.slots, shape.batch_tokens)
 
 
 def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
@@ -166,18 +157,16 @@ def _capacities(world: World, ask: Ask, cards: Sequence[Room]) -> list[int]:
 
 def predicted_bytes(model: ModelFacts, shape: LoadShape) -> int:
     """The prediction of v0.30 to v0.33: the file and an f16 cache, by width over heads and the fewest KV heads."""
-    heads = min((count for count in model.head_count_kv if count), default=0)
-    length = model.embedding_length // max(1, model.head_count)
-    return model.weights_bytes + 2 * model.layers * heads * length * shape.context_length * shape.slots * 2
+    return veto.predicted_bytes(model, shape.context_length, shape.slots)
 
 
 def _plan_0_30(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
     """server/sched.go, v0.33: one card within 80 % of its free memory, else all; then llama.cpp's fit."""
     predicted = predicted_bytes(ask.model, ask.shape)
     best = max(range(len(cards)), key=lambda i: (cards[i].free_bytes, -i))
-    fits_one = predicted <= 0.8 * cards[best].free_bytes and not ask.spread
+    fits_one = predicted <= ONE_CARD_SHARE * cards[best].free_bytes and not ask.spread
     chosen = [ask.main_gpu] if 0 < ask.main_gpu < len(cards) else [best] if fits_one else list(range(len(cards)))
-    fits_all = predicted <= 0.8 * sum(card.free_bytes for card in cards)
+    fits_all = predicted <= ONE_CARD_SHARE * sum(card.free_bytes for card in cards)
     if ask.has_others and not fits_one and not fits_all:
         return Plan((0,) * len(cards), must_evict=True)
     total = ask.model.layers + 1

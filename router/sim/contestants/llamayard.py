@@ -48,6 +48,7 @@ from router.core.events import (
     UnloadFinished,
 )
 from router.core.sizing import estimate_bytes
+from router.core.veto import spreads
 from router.sim.batching import Done
 from router.sim.contestants.units import Unit, on_demand_policy, unit_on_demand, units_over
 from router.sim.host import Host
@@ -361,7 +362,7 @@ class _Remembered:
     def __call__(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
-        if spec.is_spread and spec.environment.get("OLLAMA_SCHED_SPREAD") != "1":
+        if spec.is_spread and not spreads(spec):
             return estimate_bytes(model, spec, context_length, snapshot)
         view = snapshot.instances.get(spec.name)
         version = view.version if view is not None else None
