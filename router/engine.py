@@ -88,7 +88,8 @@ class Engine:
     ) -> None:
         self._dispatcher = dispatcher
         self._driver = driver
-        self._clock = clock
+        self.now = clock
+        """Seconds on the clock that all of its times are of."""
         self._observers = observers
         self._waiters: dict[TicketId, Decided] = {}
         self._next_ticket = 0
@@ -115,9 +116,6 @@ class Engine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # --- for the gateway -----------------------------------------------------------------------------------
-
-    def now(self) -> float:
-        return self._clock()
 
     def new_ticket_id(self) -> TicketId:
         self._next_ticket += 1
@@ -149,14 +147,14 @@ class Engine:
         return Lease(self, ticket)
 
     def snapshot(self) -> Snapshot:
-        return self._dispatcher.snapshot(self._clock())
+        return self._dispatcher.snapshot(self.now())
 
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         return self._dispatcher.waiting
 
     def outlooks(self) -> Mapping[TicketId, Outlook]:
         """Where each waiting ticket stands now, in the order in which they are served."""
-        now = self._clock()
+        now = self.now()
         self._outlooks = now, self._dispatcher.outlooks(now)
         return self._outlooks[1]
 
@@ -165,7 +163,7 @@ class Engine:
         if ticket_id not in self._waiters:
             return None
         at, known = self._outlooks
-        if ticket_id not in known or self._clock() - at >= _OUTLOOK_SECONDS:
+        if ticket_id not in known or self.now() - at >= _OUTLOOK_SECONDS:
             known = self.outlooks()
         return known.get(ticket_id)
 
@@ -192,7 +190,7 @@ class Engine:
 
     def post(self, event: Event) -> None:
         """Applies one event and starts what it asks for. Synchronous and not reentrant but for `decided` callbacks."""
-        now = self._clock()
+        now = self.now()
         actions = self._dispatcher.handle(event, now)
         for observer in self._observers:
             observer.observe(event, actions, now)

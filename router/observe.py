@@ -6,9 +6,11 @@ in `_total`. Labels are bounded: after so many names of models further ones coun
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from operator import attrgetter
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -85,7 +87,7 @@ class Metrics:
         ProcessCollector(registry=registry)
 
 
-class _Times:
+class _Histogram:
     """Counts by bucket, and their sum."""
 
     __slots__ = ("counts", "sum_seconds")
@@ -104,6 +106,17 @@ class _Times:
         return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
 
 
+class _Times:
+    """Of one model's requests."""
+
+    __slots__ = ("durations", "firsts", "waits")
+
+    def __init__(self) -> None:
+        self.waits = _Histogram()
+        self.firsts = _Histogram()
+        self.durations = _Histogram()
+
+
 class RequestTally(Collector):
     """What is counted for every request: plain numbers, which become metrics only when somebody asks for them.
 
@@ -114,9 +127,8 @@ class RequestTally(Collector):
         self.running = 0
         self._answered: dict[tuple[str, str, str], int] = {}
         self._tokens: dict[tuple[str, str], int] = {}
-        self._waits: dict[str, _Times] = {}
-        self._firsts: dict[str, _Times] = {}
-        self._durations: dict[str, _Times] = {}
+        self._times: dict[str, _Times] = {}
+        """By model."""
 
     def answered(self, route: str, model: str, status: int) -> None:
         key = (route, model, str(status))
@@ -124,15 +136,20 @@ class RequestTally(Collector):
 
     def served(self, model: str, waited_seconds: float, duration_seconds: float) -> None:
         """A request that had a slot."""
-        _times(self._waits, model).add(waited_seconds)
-        _times(self._durations, model).add(duration_seconds)
+        times = self._times.get(model) or self._times.setdefault(model, _Times())
+        times.waits.add(waited_seconds)
+        times.durations.add(duration_seconds)
 
     def streamed(self, model: str, first_seconds: float, prompt: int | None, output: int | None) -> None:
-        """Its answer had a first byte, and perhaps told of tokens."""
-        _times(self._firsts, model).add(first_seconds)
-        for kind, count in (("prompt", prompt), ("generation", output)):
-            if count is not None:
-                self._tokens[model, kind] = self._tokens.get((model, kind), 0) + count
+        """Its answer had a first byte, and perhaps told of tokens. It is `served` already."""
+        self._times[model].firsts.add(first_seconds)
+        if prompt is not None:
+            self._count(model, "prompt", prompt)
+        if output is not None:
+            self._count(model, "generation", output)
+
+    def _count(self, model: str, kind: str, tokens: int) -> None:
+        self._tokens[model, kind] = self._tokens.get((model, kind), 0) + tokens
 
     def collect(self) -> Iterable[Metric]:
         answered = CounterMetricFamily("llamayard_requests", "Requests answered.", labels=("route", "model", "status"))
@@ -144,22 +161,16 @@ class RequestTally(Collector):
         for labels, count in self._tokens.items():
             tokens.add_metric(labels, float(count))
         yield tokens
-        for name, words, series in (
-            ("time_to_first_token_seconds", "Arrival to the first byte.", self._firsts),
-            ("request_duration_seconds", "Arrival to the last byte.", self._durations),
-            ("request_queue_time_seconds", "Arrival to the granted slot.", self._waits),
+        for name, words, of in (
+            ("time_to_first_token_seconds", "Arrival to the first byte.", attrgetter("firsts")),
+            ("request_duration_seconds", "Arrival to the last byte.", attrgetter("durations")),
+            ("request_queue_time_seconds", "Arrival to the granted slot.", attrgetter("waits")),
         ):
             family = HistogramMetricFamily(f"llamayard_{name}", words, labels=("model",))
-            for model, times in series.items():
-                family.add_metric((model,), times.buckets(), times.sum_seconds)
+            for model, times in self._times.items():
+                histogram: _Histogram = of(times)
+                family.add_metric((model,), histogram.buckets(), histogram.sum_seconds)
             yield family
-
-
-def _times(series: dict[str, _Times], model: str) -> _Times:
-    times = series.get(model)
-    if times is None:
-        times = series[model] = _Times()
-    return times
 
 
 class FleetCollector(Collector):
@@ -230,12 +241,14 @@ class EngineObserver:
         self._card_errors: dict[GpuUuid, str] = {}
         self._under_way: dict[LoadId, tuple[Load, float]] = {}
         self._log = structlog.get_logger("router.decisions")
+        self._tells_grants: bool = self._log.is_enabled_for(logging.DEBUG)
 
     def observe(self, event: Event, actions: list[Action], now: float) -> None:
         if not isinstance(event, Arrived | Released):
             self._tell(event, now)
         for action in actions:
-            self._action(action, now)
+            if self._tells_grants or not isinstance(action, Grant):
+                self._action(action, now)
 
     def _tell(self, event: Event, now: float) -> None:
         match event:
@@ -250,6 +263,8 @@ class EngineObserver:
 
     def _action(self, action: Action, now: float) -> None:
         match action:
+            case Grant():
+                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
             case StartInstance():
                 self._log.info("start_instance", instance=action.spec.name, reason=action.reason)
             case StopInstance():
@@ -258,8 +273,6 @@ class EngineObserver:
                 self._log.info("footprint_measured", blob=action.key.blob, per_gpu_bytes=action.per_gpu_bytes)
             case ReadGpus():
                 pass
-            case Grant():
-                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
             case Load():
                 self._under_way[action.load_id] = (action, now)
                 self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)

@@ -47,8 +47,22 @@ class Fleet(Protocol):
 def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
     view = snapshot.instances.get(residency.instance)
-    if view is None or residency.blob != ticket.model.blob:
-        return False
+    return view is not None and residency.blob == ticket.model.blob and _is_as_asked(view, residency, ticket)
+
+
+def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
+    """True where only a free slot may be lacking. The copy is one of the ticket's weights."""
+    view = snapshot.instances.get(residency.instance)
+    return (
+        view is not None
+        and view.state is InstanceState.READY
+        and residency.state is ResidencyState.READY
+        and _is_as_asked(view, residency, ticket)
+        and (not snapshot.draining or (residency.instance, residency.blob) not in snapshot.draining)
+    )
+
+
+def _is_as_asked(view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
     if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
         return False
     if residency.options == ticket.options:
@@ -56,30 +70,38 @@ def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
 
 
-def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """True where only a free slot may be lacking."""
-    view = snapshot.instances.get(residency.instance)
-    return (
-        view is not None
-        and view.state is InstanceState.READY
-        and residency.state is ResidencyState.READY
-        and suits(snapshot, residency, ticket)
-        and (residency.instance, residency.blob) not in snapshot.draining
-    )
-
-
 class Prospect(NamedTuple):
-    """What one copy is to one request."""
+    """How one copy ranks for one request among those with as much to wait for: the least is best."""
 
-    seconds: float
-    """Of waiting, expected: `waiting_seconds`."""
-    held_tokens: int
-    """Of its prompt, in the copy's cache as far as is known."""
+    missing_tokens: int
+    """Of its prompt, which the copy does not hold in its cache as far as is known."""
     in_flight: int
     is_other: bool
     """Not the one that served this client last."""
     used_at: float
     instance: InstanceName
+
+
+class Choice(NamedTuple):
+    """One copy among others, and what is to be told of it; made into words only where somebody reads them."""
+
+    chosen: int
+    """Which of them."""
+    prospects: tuple[Prospect, ...]
+    seconds: tuple[float, ...]
+    """Of waiting, expected of each: `waiting_seconds`."""
+    prompt_tokens: int
+
+    def words(self) -> str:
+        """Why that one, as the end of a grant's reason; "" where there was no choice."""
+        if len(self.prospects) == 1:
+            return ""
+        held = self.prompt_tokens - self.prospects[self.chosen].missing_tokens
+        kept = f", {held} tokens of the prompt in its cache" if held else ""
+        both = zip(self.seconds, self.prospects, strict=True)
+        least, other = min(each for index, each in enumerate(both) if index != self.chosen)
+        expected = f"about {self.seconds[self.chosen]:.2f} s of waiting{kept}"
+        return f"; {expected}, and {least:.2f} s on {other.instance}"
 
 
 def first_token_seconds(pace: Pace, work: Work, prompt_tokens: int, beside: int, now: float) -> float:
@@ -108,25 +130,11 @@ def waiting_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: i
     return first + SIDE_WEIGHT * side_seconds(pace, work, prompt_tokens, output_tokens, beside) if beside else first
 
 
-def best(prospects: Sequence[Prospect]) -> Prospect:
-    """The one with the least waiting; of those that differ by no more than `NEAR`, by `_in_turn`."""
-    limit = min(prospects)[0] * (1.0 + NEAR)
-    near = [prospect for prospect in prospects if prospect[0] <= limit]
-    return near[0] if len(near) == 1 else min(near, key=_in_turn)
-
-
-def _in_turn(prospect: Prospect) -> tuple[int, int, bool, float, str]:
-    """Which holds most of the prompt, has the fewest requests, served this client last, was used longest ago, has the
-    first name."""
-    return -prospect[1], prospect[2], prospect[3], prospect[4], prospect[5]
-
-
-def words_for(prospects: Sequence[Prospect], chosen: Prospect) -> str:
-    """Why that one, as the end of a grant's reason; "" where there was no choice."""
-    if len(prospects) == 1:
-        return ""
-    other = min(prospects)
-    if other is chosen:
-        other = sorted(prospects)[1]
-    held = f", {chosen.held_tokens} tokens of the prompt in its cache" if chosen.held_tokens else ""
-    return f"; about {chosen.seconds:.2f} s of waiting{held}, and {other.seconds:.2f} s on {other.instance}"
+def best(seconds: Sequence[float], prospects: Sequence[Prospect]) -> int:
+    """Which of the copies: the one with the least waiting; of those that differ by no more than `NEAR`, the one that
+    lacks the least of the prompt, has the fewest requests, served this client last, was used longest ago, has the first
+    name."""
+    limit = min(seconds) * (1.0 + NEAR)
+    if max(seconds) <= limit:
+        return prospects.index(min(prospects))
+    return min((prospects[index], index) for index, waiting in enumerate(seconds) if waiting <= limit)[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from router.core.affinity import Held
-from router.core.balance import Prospect, best, waiting_seconds, words_for
+from router.core.balance import Choice, Prospect, best, waiting_seconds
 from router.core.entities import ResidencyKey, Ticket
 from router.core.events import Grant
 from router.core.speeds import Pace
@@ -23,20 +23,19 @@ def grant(fleet: FleetState, able: Sequence[ResidencyKey], copies: int, ticket: 
 
     `copies`: how many there are in all, loaded or on their way. Where it is the only one nothing is weighed or noted.
     """
-    key, share, words = choose(fleet, able, ticket, now) if copies > 1 else (able[0], None, "")
+    if copies > 1:
+        share, choice = choose(fleet, able, ticket, now)
+        key = able[choice.chosen]
+    else:
+        key, share, choice = able[0], None, None
     copy = fleet.copies[key]
     used = fleet.take_slot(ticket, key, now, share).in_flight - 1
-    reason = f"{copy.reason}; {used} of {copy.slots} slots were in use{words}"
-    return Grant(ticket.id, key[0], fleet.instances[key[0]].spec.url, reason, copy.options, copy.context_length)
+    url = fleet.instances[key[0]].spec.url
+    return Grant(ticket.id, key[0], url, copy.reason, used, copy.slots, choice, copy.options, copy.context_length)
 
 
-def choose(
-    fleet: FleetState, able: Sequence[ResidencyKey], ticket: Ticket, now: float
-) -> tuple[ResidencyKey, Share, str]:
-    """One of `able`, at least one. Changes nothing.
-
-    With the request's part in its work, and why that copy, to go on with a grant's reason; "" where there was no other.
-    """
+def choose(fleet: FleetState, able: Sequence[ResidencyKey], ticket: Ticket, now: float) -> tuple[Share, Choice]:
+    """One of `able`, at least one, with the request's part in its work. Changes nothing."""
     tokens, output = ticket.prompt_tokens, expected_output(ticket)
     copies, uses, works, speeds = fleet.copies, fleet.uses, fleet.works, fleet.speeds
     homes, blob = fleet.homes, ticket.model.blob
@@ -44,22 +43,26 @@ def choose(
     prints = ticket.fingerprints() if ticket.fingerprints is not None else ()
     held_by = homes.holders(blob, prints) if prints else _NOWHERE
     prospects: list[Prospect] = []
+    seconds: list[float] = []
     paces: list[Pace] = []
     for key in able:
-        copy = copies[key]
+        copy, instance = copies[key], key[0]
         use = uses.get(key) or copy
-        held = turn.held_by(copy) if turn is not None else 0
-        served = held_by.get(key[0])
-        if served is not None and served[0] == copy.loaded_at and served[1] > held:
-            held = served[1]
-        held = min(held, tokens)
-        pace = speeds.known.get(key) or speeds.pace(fleet.instances[key[0]].spec, ticket.model, fleet.gpus)
-        seconds = waiting_seconds(pace, works.get(key, IDLE), tokens - held, output, use.in_flight, now)
+        fresh = tokens
+        if turn is not None or held_by:
+            held = turn.held_by(copy) if turn is not None else 0
+            served = held_by.get(instance)
+            if served is not None and served[0] == copy.loaded_at and served[1] > held:
+                held = served[1]
+            fresh = tokens - held if held < tokens else 0
+        pace = speeds.known.get(key) or speeds.pace(fleet.instances[instance].spec, ticket.model, fleet.gpus)
+        beside = use.in_flight
+        seconds.append(waiting_seconds(pace, works.get(key, IDLE), fresh, output, beside, now))
+        prospects.append(Prospect(fresh, beside, instance != last, use.used_at, instance))
         paces.append(pace)
-        prospects.append(Prospect(seconds, held, use.in_flight, key[0] != last, use.used_at, key[0]))
-    chosen = best(prospects)
-    index = prospects.index(chosen)
-    key, pace, held = able[index], paces[index], chosen.held_tokens
-    fresh = tokens - held
-    told = telling(fresh, held, works.get(key, IDLE).prompts_until - now)
-    return key, Share(fresh * pace.prompt_seconds, output, told, chosen.in_flight, prints), words_for(prospects, chosen)
+    index = best(seconds, prospects)
+    key, pace, chosen = able[index], paces[index], prospects[index]
+    fresh = chosen.missing_tokens
+    told = telling(fresh, tokens - fresh, works.get(key, IDLE).prompts_until - now)
+    share = Share(fresh * pace.prompt_seconds, output, told, chosen.in_flight, prints)
+    return share, Choice(index, tuple(prospects), tuple(seconds), tokens)

@@ -7,7 +7,9 @@ between the two.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from router.core.balance import Choice
 from router.core.entities import (
     BlobDigest,
     Gpu,
@@ -162,18 +164,29 @@ Event = (
 # --- actions ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """The ticket has a slot of its model on this instance, until it is released."""
 
     ticket_id: TicketId
     instance: InstanceName
     url: str
-    reason: str
+    copy_reason: str
+    """Why its model is loaded there."""
+    used: int
+    """Slots that were in use already."""
+    slots: int
+    choice: Choice | None = None
+    """Where there were several copies."""
     options: RunnerOptions = ()
     """The loaded copy's, to which a flexible request is adapted."""
     context_length: int = 0
     """The loaded copy's, in tokens of one slot."""
+
+    @property
+    def reason(self) -> str:
+        """Put into words when it is read, which few are."""
+        words = self.choice.words() if self.choice is not None else ""
+        return f"{self.copy_reason}; {self.used} of {self.slots} slots were in use{words}"
 
 
 @dataclass(frozen=True, slots=True)

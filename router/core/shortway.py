@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from router.core.balance import can_take
 from router.core.choosing import grant
-from router.core.entities import BlobDigest, Residency, ResidencyKey, ResidencyState, Ticket
+from router.core.entities import BlobDigest, ResidencyKey, ResidencyState, Ticket
 from router.core.events import Action, Arrived, Event, Released
 from router.core.state import FleetState, expiry
 
@@ -50,21 +50,22 @@ def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | Non
     return [grant(fleet, able, copies, ticket, now)]
 
 
-def free_copies(fleet: FleetState, blob: BlobDigest) -> tuple[list[Residency], int]:
+def free_copies(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKey], int]:
     """Copies of these weights that have a slot left, and how many there are in all."""
-    found: list[Residency] = []
-    copies = 0
+    found: list[ResidencyKey] = []
+    uses, copies = fleet.uses, 0
     for key, copy in fleet.copies.items():
-        if copy.blob == blob:
+        if key[1] == blob:
             copies += 1
-            if (fleet.uses.get(key) or copy).in_flight < copy.slots:
-                found.append(copy)
+            if (uses.get(key) or copy).in_flight < copy.slots:
+                found.append(key)
     return found, copies
 
 
-def serving(fleet: FleetState, free: Sequence[Residency], ticket: Ticket) -> list[ResidencyKey]:
-    """Those of these that can serve the ticket now."""
-    return [(copy.instance, copy.blob) for copy in free if can_take(fleet, copy, ticket)]
+def serving(fleet: FleetState, free: Sequence[ResidencyKey], ticket: Ticket) -> list[ResidencyKey]:
+    """Those of these, copies of its weights, that can serve the ticket now."""
+    copies = fleet.copies
+    return [key for key in free if can_take(fleet, copies[key], ticket)]
 
 
 def _release(fleet: FleetState, event: Released, now: float) -> float | None:

@@ -302,7 +302,7 @@ class FleetState:
     def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float, share: Share | None = None) -> Use:
         """Leases one slot of the copy to the ticket. `share`: where the model has several copies."""
         copy = self.copies[key]
-        turn = self.homes.served(ticket, copy)
+        turn = self.homes.served(ticket, copy) if ticket.session else None
         self.leases[ticket.id] = LeaseRecord(key, copy.loaded_at, ticket.client, now, turn, share)
         if share is not None:
             own = self.works.get(key)
@@ -313,10 +313,11 @@ class FleetState:
         self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
         self.counters.granted(ticket)
         use = self.use_of(key)
-        use.keep_alive_seconds = merged_keep_alive(
-            use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
-        )
-        pin = self.policy.pins.get(copy.name)
+        if ticket.keep_alive_seconds is not None:
+            use.keep_alive_seconds = merged_keep_alive(
+                use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
+            )
+        pin = self.policy.pins.get(copy.name) if self.policy.pins else None
         if pin is not None and pin.keep_warm:
             use.keep_alive_seconds = FOR_EVER
         use.in_flight, use.used_at, use.expires_at = use.in_flight + 1, now, None

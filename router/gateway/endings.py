@@ -10,7 +10,7 @@ Sources: seen on 0.24.0 and 0.32.15 (`runner-killed-*` and `repeat-limit-*` in t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 TAIL_BYTES = 4096
 """So much of an answer's end is kept; the last line of `/api/generate` may be longer, its counts stand at its end."""
@@ -24,8 +24,7 @@ _PROMPT = re.compile(rb'"(?:prompt_eval_count|prompt_tokens|input_tokens)":(\d+)
 _OUTPUT = re.compile(rb'"(?:eval_count|completion_tokens|output_tokens)":(\d+)')
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Tokens as the server counts them; None where the answer does not tell."""
 
     prompt: int | None = None

@@ -24,7 +24,6 @@ class RequestInfo:
     wants_reason: bool = False
     model: str = ""
     instance: InstanceName | None = None
-    reason: str = ""
     granted_at: float | None = None
     error_code: str = ""
     cors: tuple[tuple[str, str], ...] = ()
@@ -35,7 +34,6 @@ class RequestInfo:
 
     def granted(self, grant: Grant, now: float) -> None:
         self.instance = grant.instance
-        self.reason = grant.reason
         self.granted_at = now
 
     def reply_headers(self, grant: Grant | None) -> dict[str, str]:

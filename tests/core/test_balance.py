@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.balance import NEAR, SIDE_WEIGHT, Prospect, best, waiting_seconds, words_for
+from router.core.balance import NEAR, SIDE_WEIGHT, Choice, Prospect, best, waiting_seconds
 from router.core.choosing import choose
 from router.core.entities import (
     InstanceName,
@@ -47,7 +47,7 @@ def _serving(
     fleet.instances.update((each.spec.name, each) for each in views)
     fleet.copies.update(((copy.instance, copy.blob), copy) for copy in copies)
     able = serving(fleet, free_copies(fleet, of.model.blob)[0], of)
-    return fleet.copies[choose(fleet, able, of, 0.0)[0]] if able else None
+    return fleet.copies[able[choose(fleet, able, of, 0.0)[1].chosen]] if able else None
 
 
 def test_a_ready_copy_with_a_free_slot_serves() -> None:
@@ -129,61 +129,67 @@ def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout
 PACE = Pace(prompt_seconds=0.001, step_seconds=0.01)
 
 
+PROMPT_TOKENS = 1000
+
+
 def prospect(
-    on: str,
-    seconds: float = 1.0,
-    *,
-    held: int = 0,
-    in_flight: int = 0,
-    served_last: bool = False,
-    used_at: float = 0.0,
+    on: str, *, held: int = 0, in_flight: int = 0, served_last: bool = False, used_at: float = 0.0
 ) -> Prospect:
-    return Prospect(seconds, held, in_flight, not served_last, used_at, InstanceName(on))
+    return Prospect(PROMPT_TOKENS - held, in_flight, not served_last, used_at, InstanceName(on))
 
 
 def test_the_copy_with_the_least_waiting_serves() -> None:
-    assert best([prospect("gpu0", 3.0, held=500), prospect("gpu1", 1.0, in_flight=1)]).instance == "gpu1"
+    assert best([3.0, 1.0], [prospect("gpu0", held=500), prospect("gpu1", in_flight=1)]) == 1
 
 
 def test_equal_copies_go_by_what_they_hold_requests_the_client_their_turn_and_their_name() -> None:
     five = [
-        prospect("gpu4", 1.1, held=9, in_flight=1, used_at=5.0),
-        prospect("gpu3", 1.0, used_at=1.0, in_flight=1),
-        prospect("gpu2", served_last=True, used_at=4.0),
-        prospect("gpu1", used_at=3.0),
-        prospect("gpu0", used_at=3.0),
+        (1.1, prospect("gpu4", held=9, in_flight=1, used_at=5.0)),
+        (1.0, prospect("gpu3", used_at=1.0, in_flight=1)),
+        (1.0, prospect("gpu2", served_last=True, used_at=4.0)),
+        (1.0, prospect("gpu1", used_at=3.0)),
+        (1.0, prospect("gpu0", used_at=3.0)),
     ]
     order: list[str] = []
     while five:
-        chosen = best(five)
-        order.append(chosen.instance)
-        five.remove(chosen)
+        chosen = five.pop(best([seconds for seconds, _ in five], [each for _, each in five]))
+        order.append(chosen[1].instance)
     assert order == ["gpu4", "gpu2", "gpu0", "gpu1", "gpu3"]
 
 
-PROSPECTS = st.lists(
+Ranked = tuple[float, Prospect]
+
+RANKED = st.lists(
     st.builds(
-        lambda number, seconds, held, busy, used: prospect(
-            f"gpu{number}", seconds, held=held, in_flight=busy, used_at=float(used)
+        lambda number, seconds, held, busy, used: (
+            seconds, prospect(f"gpu{number}", held=held, in_flight=busy, used_at=float(used))
         ),
         st.integers(0, 9), st.floats(0.001, 100.0), st.sampled_from((0, 0, 64, 1000)), st.integers(0, 4),
         st.integers(0, 3),
     ),
-    min_size=1, unique_by=lambda found: found.instance,
+    min_size=1, unique_by=lambda found: found[1].instance,
 )  # fmt: skip
 
 
-@given(PROSPECTS, st.randoms(use_true_random=False))
+@given(RANKED, st.randoms(use_true_random=False))
 def test_the_same_copies_in_any_order_give_the_same_answer_and_never_a_much_slower_one(
-    prospects: list[Prospect], random: object
+    ranked: list[Ranked], random: object
 ) -> None:
-    chosen = best(prospects)
-    assert chosen.seconds <= min(one.seconds for one in prospects) * (1 + NEAR)
-    shuffled = list(prospects)
+    def chosen_of(copies: list[Ranked]) -> Ranked:
+        return copies[best([seconds for seconds, _ in copies], [each for _, each in copies])]
+
+    chosen = chosen_of(ranked)
+    assert chosen[0] <= min(seconds for seconds, _ in ranked) * (1 + NEAR)
+    shuffled = list(ranked)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert best(shuffled) == chosen
-    words = words_for(prospects, chosen)
-    assert (words == "") == (len(prospects) == 1)
+    assert chosen_of(shuffled) == chosen
+
+
+def test_a_choice_tells_what_was_to_be_expected_here_and_of_the_best_other() -> None:
+    three = (prospect("gpu0"), prospect("gpu1", held=600), prospect("gpu2"))
+    choice = Choice(1, three, (2.0, 0.5, 1.25), PROMPT_TOKENS)
+    assert choice.words() == ("; about 0.50 s of waiting, 600 tokens of the prompt in its cache, and 1.25 s on gpu2")
+    assert Choice(0, three[:1], (2.0,), PROMPT_TOKENS).words() == ""
 
 
 TOKENS = st.integers(0, 8000)

@@ -105,7 +105,7 @@ def _served(rules: Rules) -> dict[str, Any]:
     """The body that a copy with 8192 tokens gets from a request for 2048 that also places layers."""
     body = {"model": "tiny", "messages": [], "options": {"num_ctx": 2048, "num_gpu": 1, "seed": 1}}
     want = asked(body, rules=rules).wanted(facts("tiny:latest"))
-    grant = Grant(TicketId(1), InstanceName("a"), "http://a", "", (), 8192)
+    grant = Grant(TicketId(1), InstanceName("a"), "http://a", "", 0, 1, None, (), 8192)
     return json.loads(want.body_for(grant))["options"]
 
 

@@ -194,7 +194,7 @@ class ScriptedEngine:
     def grant(self, ticket: TicketId, url: str) -> None:
         decided = self.waiting.pop(ticket)
         self.held.add(ticket)
-        decided(Grant(ticket, InstanceName("gpu0"), url, "because"))
+        decided(Grant(ticket, InstanceName("gpu0"), url, "because", 0, 1))
 
     def reject(self, ticket: TicketId, code: str) -> None:
         self.waiting.pop(ticket)(Reject(ticket, code, "no room here", retry_after_seconds=7))

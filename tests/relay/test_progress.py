@@ -52,7 +52,7 @@ async def test_it_is_told_again_and_again_until_its_answer_begins() -> None:
             assert await _first_other(connection, b": llamayard position=2\n\n") == expected
             stage.upstream.script = then_waiting()
             stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
-            has_it = b": llamayard position=0 expected_wait_seconds=0 reason=because\n\n"
+            has_it = b": llamayard position=0 expected_wait_seconds=0 reason=because; 0 of 1 slots were in use\n\n"
             assert await _first_other(connection, expected) == has_it
             await eventually(lambda: bool(stage.upstream.turns), what="the request at its server")
             stage.upstream.turns[0].transport.write(b"".join(_STREAM))
