@@ -290,11 +290,14 @@ class Dispatcher:
         alike = key.options is not None  # what serves one of them serves all
         while waiting := self._queue.group(key):
             free, copies = shortway.free_copies(self._fleet, key.blob)
-            served = [t for t in waiting[: 1 if alike else None] if shortway.serving(self._fleet, free, t)]
+            if not free:
+                break
+            tried = ((t, shortway.serving(self._fleet, free, t)) for t in waiting[: 1 if alike else None])
+            served = {ticket.id: able for ticket, able in tried if able}
             if not served:
                 break
-            ticket = self._fleet.counters.next_of(waiting if alike else served, now)
-            able = shortway.serving(self._fleet, free, ticket)
+            ticket = self._fleet.counters.next_of(waiting if alike else [t for t in waiting if t.id in served], now)
+            able = next(iter(served.values())) if alike else served[ticket.id]
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
             actions.append(grant(self._fleet, able, copies, ticket, now))

@@ -57,7 +57,7 @@ class TokenCounters:
         priorities = {ticket.priority for ticket in waiting}
         if len(priorities) == 1:  # all are the highest, whatever their age
             given = self._given
-            return min(waiting, key=lambda t: (_weight(t, given.get(t.client, 0.0), now), t.id))
+            return min((_weight(t, given.get(t.client, 0.0), now), t.id, t) for t in waiting)[2]
         top = max(priorities)
         return min(waiting, key=lambda t: (_level(t, top, now), _weight(t, self.given(t.client), now), t.id))
 
@@ -93,7 +93,9 @@ def _level(ticket: Ticket, top: int, now: float) -> int:
 
 
 def _weight(ticket: Ticket, given: float, now: float) -> float:
-    return -1.0 if _is_ending(ticket, now) else given
+    """By what the client was given; before all others where `_is_ending`."""
+    deadline = ticket.deadline
+    return -1.0 if deadline - now <= _ENDING_SHARE * (deadline - ticket.arrived_at) else given
 
 
 def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float) -> list[Ticket]:
