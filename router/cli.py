@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any, TextIO, cast
 import uvloop
 from pydantic import BaseModel
 
-from router import __version__, simulate_cli
+from router import __version__
 from router.app import serve
 from router.checks import Checked, check_pins
 from router.config_tree import dotted_keys, origin_of
@@ -62,9 +63,12 @@ def _write_no_more(stream: TextIO) -> None:
 
 
 def _run(arguments: Sequence[str] | None, environment: Mapping[str, str] | None) -> int:
-    given = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    given = None if words[:1] == ["simulate"] else _parser().parse_args(words)
     known = process_environment() if environment is None else environment
     try:
+        if given is None:
+            return _simulate(words[1:])
         return cast("int", given.run(given, known))
     except ConfigError as error:
         _complain(error.problems)
@@ -74,6 +78,12 @@ def _run(arguments: Sequence[str] | None, environment: Mapping[str, str] | None)
         return EXIT_FAILED
     except KeyboardInterrupt:  # before or after the time in which the running router handles the signal itself
         return EXIT_INTERRUPTED
+
+
+def _simulate(words: Sequence[str]) -> int:
+    """Loads the simulator, which a router that runs for months would only hold in memory."""
+    simulator: Any = importlib.import_module("router.simulate_cli")
+    return cast("int", simulator.main(words))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,9 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check-config", help="show every key's effective value and where it comes from")
     _add_configuration(check)
     check.set_defaults(run=_check_config)
-    simulate = commands.add_parser("simulate", help="play the router and stock servers over SIMULATED cards")
-    simulate_cli.add_arguments(simulate)
-    simulate.set_defaults(run=simulate_cli.run)
+    commands.add_parser("simulate", help="play the router and stock servers over SIMULATED cards")
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Played:
     report: Report
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     add = parser.add_argument
     add("--rig", default="4x3090", metavar="SPEC", help="cards: 4x3090, 4090+3090, 2xa6000, h100 or a file")
@@ -67,9 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON instead of the table")
 
 
-def run(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Plays what is asked for and prints it; 2 for a mistake in the asking."""
-    del environment
+def _run(given: argparse.Namespace) -> int:
     try:
         runs = [
             play(policy, _wanted(given, seed), check=given.check, faults=given.fault)
@@ -161,11 +159,8 @@ def _write(runs: list[Played], folder: Path) -> None:
         sys.stderr.write("llamayard: no pictures without matplotlib: pip install 'llamayard[sim]'\n")
 
 
-def main() -> int:
+def main(words: Sequence[str]) -> int:
+    """Plays what the command's arguments ask for and prints it; 2 for a mistake in the asking."""
     parser = argparse.ArgumentParser(prog="llamayard simulate")
-    add_arguments(parser)
-    return run(parser.parse_args(), {})
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    _add_arguments(parser)
+    return _run(parser.parse_args(words))

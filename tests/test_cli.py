@@ -103,6 +103,22 @@ def test_the_module_ends_with_the_commands_code(root: Path) -> None:
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
+def test_simulate_plays_and_refuses_with_code_2_what_it_does_not_know(capsys: Captured) -> None:
+    asked = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "floor", "--json", "--out", "-"]
+    assert main(asked, HOME) == 0
+    assert json.loads(capsys.readouterr().out)["simulated"] is True
+    assert main(["simulate", "--rig", "2x9999"], HOME) == 2
+    assert "no card '9999'" in capsys.readouterr().err
+
+
+def test_whoever_serves_does_not_hold_the_simulator_in_memory(root: Path) -> None:
+    program = "import sys, router.cli\nprint([name for name in sys.modules if name.startswith('router.sim')])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "[]\n"
+
+
 @contextlib.contextmanager
 def _pipe_that_nobody_reads() -> Generator[int]:
     reader, writer = os.pipe()

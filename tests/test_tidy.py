@@ -73,6 +73,7 @@ ENTRY_POINTS = frozenset(
         "router.rig.runner",
         "router.rig.server",
         "router.sim.chaos",
+        "router.simulate_cli",
         "router.simulate_picture",
     }
 )
