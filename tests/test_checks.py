@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from router.cli import main
 from router.core.entities import Gpu
 from router.fleet.gpus import GpuReader
 from router.fleet.nvml import NoCards
+from router.rig.store import PARAMETERS, Store
 from router.settings import load_settings
 from tests.core.builders import card
 from tests.support.sparse_model import LLAMA_8B, LLAMA_70B, put_into_store
@@ -46,6 +48,19 @@ def test_a_model_that_its_card_cannot_hold_is_refused_with_the_bytes(tmp_path: P
     assert problem.startswith("models.Seventy: model 'seventy:latest' fits nowhere: gpu1: card 1 needs ")
     assert problem.count(" bytes (") == 2
     assert found.unseen == ()
+
+
+def test_a_context_that_the_modelfile_asks_for_counts(tmp_path: Path) -> None:
+    put_into_store(tmp_path / "models", "eight", LLAMA_8B)
+    entry = tmp_path / "models" / "manifests" / "registry.ollama.ai" / "library" / "eight" / "latest"
+    manifest = json.loads(entry.read_text())
+    params = Store(tmp_path / "models").put_blob(b'{"num_ctx":131072,"stop":["x"],"temperature":0.5}')
+    manifest["layers"].append({"mediaType": PARAMETERS, "digest": params.digest, "size": params.size})
+    pinned = {"eight": {"gpus": [1], "num_parallel": 2}}
+    assert _check(tmp_path, TwoCards(), models=pinned) == Checked()
+    entry.write_text(json.dumps(manifest))
+    (problem,) = _check(tmp_path, TwoCards(), models=pinned).problems
+    assert problem.startswith("models.eight: model 'eight:latest' fits nowhere: gpu1: card 1 needs ")
 
 
 def test_what_runs_on_the_cards_now_does_not_count(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ runner of one that does not. `num_gpu` and `main_gpu` are placement, which is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from router.core.entities import ModelFacts, Pin, RunnerOptions
 
@@ -22,6 +22,21 @@ RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
 _BOOLEANS = frozenset({"use_mmap"})
 
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
+
+
+def own_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Of a Modelfile's parameters those that matter to a runner, as `ModelFacts` has them: the last of each name, and
+    whole numbers as such, which Go prints as floats (`1.048576e+06`)."""
+    known = ((name, text.strip()) for name, text in written if name in RUNNER_OPTIONS or name in PLACEMENT_OPTIONS)
+    return tuple(sorted({name: _plain_number(text) for name, text in known}.items()))
+
+
+def _plain_number(text: str) -> str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else text
 
 
 def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_context_length: int) -> RunnerOptions:

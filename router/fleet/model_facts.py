@@ -15,7 +15,7 @@ import msgspec
 
 from router.core.entities import BlobDigest, ModelFacts
 from router.core.ggml import tensor_bytes
-from router.core.options import PLACEMENT_OPTIONS, RUNNER_OPTIONS
+from router.core.options import own_parameters
 from router.fleet.ollama import ShowReply, TagRow, TensorRow
 
 _T = TypeVar("_T")
@@ -23,7 +23,6 @@ _Info = Mapping[str, msgspec.Raw]
 
 _WEIGHTS_LINE = re.compile(r"^FROM .*sha256[-:]([0-9a-f]{64})\"?\s*$", re.MULTILINE)
 _LAYER = re.compile(r"blk\.(\d+)\.")
-_PARAMETERS = frozenset(RUNNER_OPTIONS) | frozenset(PLACEMENT_OPTIONS)
 
 _INPUT_PARTS = frozenset({"token_embd", "position_embd", "token_types", "token_norm_embd"})
 """Tensors that stay in host memory (Ollama's ml/backend/ggml/ggml.go, `input.bts`; llama.cpp's input layer)."""
@@ -173,18 +172,6 @@ def _is_embedding(reply: ShowReply, info: _Info, kind: str) -> bool:
 
 
 def _parameters(text: str) -> tuple[tuple[str, str], ...]:
-    """The lines that matter to a runner. Whole numbers come as Go prints floats: `1.048576e+06` becomes `1048576`."""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(" ")
-        if name in _PARAMETERS:
-            found[name] = _plain_number(value.strip())
-    return tuple(sorted(found.items()))
-
-
-def _plain_number(text: str) -> str:
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return str(int(number)) if number.is_integer() else text
+    """The lines that matter to a runner."""
+    lines = (line.partition(" ") for line in text.splitlines())
+    return own_parameters((name, value) for name, _, value in lines)

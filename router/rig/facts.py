@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 from router.core.entities import BlobDigest, ModelFacts
 from router.core.ggml import tensor_bytes
+from router.core.options import own_parameters
 from router.rig.store import Header, Stored
 
 ONE_SLOT = frozenset(
@@ -58,6 +60,7 @@ def facts_of(stored: Stored, header: Header) -> ModelFacts:
         is_embedding=is_embedding(header),
         input_bytes=0 if is_tied else table,
         output_bytes=(output + (table or 0) if is_tied else output) if ends else None,
+        parameters=own_parameters((name, json.dumps(value)) for name, value in stored.parameters.items()),
     )
 
 
