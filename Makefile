@@ -12,7 +12,7 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim bench-sched bench-decide clients docs clean real-ollama \
+.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim bench-sched bench-decide bench-waits clients docs clean real-ollama \
 	client-packages leaks bench-relay bench-litellm profile nginx real-nginx
 
 help:  ## this list
@@ -56,6 +56,9 @@ bench-sched: setup real-nginx  ## the same as real processes over EMULATED serve
 
 bench-decide: setup  ## what one decision costs at 8 to 1,000 cards, with 64 models and 200 waiting (ARGS="--cards 8")
 	$(VENV)/bin/python -m bench.sched.bench_decide $(ARGS)
+
+bench-waits: setup  ## how true the waits are that waiting clients are told, SIMULATED
+	$(VENV)/bin/python -m bench.sched.bench_waits $(ARGS)
 
 clients: setup real-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
 	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)

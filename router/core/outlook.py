@@ -9,10 +9,12 @@ the slots one after another, in the order in which they are served:
 - A copy that is being loaded gives its slots when the load should end; one that is planned, a load after what stands in
   its room has left (busy ones: half the time that they hold a slot).
 - Where no place is found yet, one is taken when the wait is worth its price, and at the latest when the tickets starve;
-  where busy models are in the way, once these take no new requests and have ended the running ones.
+  where busy models are in the way, once these fall idle by themselves, and at the latest when they take no new requests
+  any more and have ended the running ones.
 
-It is an estimate: who comes later with a higher priority, who hangs up and further copies are not foreseen. Nothing is
-said (None) where nothing is known: no request of the model has ended yet, a load takes longer than it should, no server
+It is an estimate: who comes later with a higher priority, who hangs up and further copies are not foreseen. That
+clients who are served before this one now will be so again with their next requests is reckoned with. Nothing is said
+(None) where nothing is known: no request of the model has ended yet, a load takes longer than it should, no server
 runs. It decides nothing, and nothing is decided by it.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from math import exp
 
 from router.core.balance import suits
 from router.core.entities import (
@@ -35,7 +38,7 @@ from router.core.entities import (
 )
 from router.core.ledger import slots_of
 from router.core.placement import MustWait
-from router.core.pricing import reload_seconds, shown_service_seconds, wait_bounds, worth_of_load
+from router.core.pricing import rate_of, reload_seconds, shown_service_seconds, wait_bounds, worth_of_load
 from router.core.residency import describe_wait
 from router.core.seeking import coming
 
@@ -59,6 +62,12 @@ class Line:
     tickets: Sequence[Ticket]
     held: MustWait | None = None
     """Why those that no copy serves had no place when one was last sought."""
+
+
+_OVERTAKEN_MAX = 0.75
+"""Nobody is told more than four times what the tickets before it take: overtaking ends before a ticket is given up."""
+_BUSY_MAX = 5.0
+"""More requests at once than that are as good as always."""
 
 
 class _Pool:
@@ -88,12 +97,18 @@ def outlooks(snapshot: Snapshot, lines: Iterable[Line], reasons: Mapping[TicketI
     passed: dict[BlobDigest, dict[tuple[_Pool, ...], int]] = {}
     found: dict[TicketId, Outlook] = {}
     for line in lines:
+        clients = {ticket.client for ticket in line.tickets}
+        before_it: set[str] = set()
         for ticket, usable, words in _usable(snapshot, line, pools):
             before = passed.setdefault(ticket.model.blob, {})
             position = 1 + sum(count for others, count in before.items() if not set(usable).isdisjoint(others))
             before[usable] = before.get(usable, 0) + 1
             open_ones = [pool for pool in usable if pool.times]
             wait = min(open_ones, key=lambda pool: pool.times[0]).take() if open_ones else None
+            if wait is not None:
+                slots = sum(len(pool.times) for pool in open_ones)
+                wait *= _longer_by_overtaking(snapshot, ticket, len(before_it - {ticket.client}) / len(clients), slots)
+            before_it.add(ticket.client)
             found[ticket.id] = Outlook(position, wait, reasons.get(ticket.id) or words)
     return found
 
@@ -163,6 +178,30 @@ def _leaving_seconds(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float 
     return seconds
 
 
+def _longer_by_overtaking(snapshot: Snapshot, ticket: Ticket, share: float, slots: int) -> float:
+    """By how much longer a ticket waits because others come later and are served before it. `share`: of the clients
+    those that go before it now, and will again with their next requests; `slots`: that it waits for.
+
+    While it waits w, the slots are taken for w x share x load by those, and w is longer by that.
+    """
+    held = shown_service_seconds(snapshot, ticket.model.blob)
+    if held is None or not share or not slots:
+        return 1.0
+    load = rate_of(snapshot, ticket.model) * held / slots
+    return 1.0 / (1.0 - min(_OVERTAKEN_MAX, share * load))
+
+
+def _longer_by_others(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float:
+    """By how much later copies that still take requests fall idle: each that comes meanwhile holds a slot as well. As
+    the busy time of a queue with enough slots, which is exp(arrivals x time held) times longer (M/G/infinity)."""
+    shares = [
+        rate_of(snapshot, copy.model) * (shown_service_seconds(snapshot, copy.blob) or 0.0)
+        for copy in (snapshot.residencies.get(key) for key in keys)
+        if copy is not None and copy.in_flight
+    ]
+    return exp(min(_BUSY_MAX, max(shares, default=0.0)))
+
+
 def _later(snapshot: Snapshot, tickets: Sequence[Ticket], held: MustWait | None) -> _Pool:
     """The copy that tickets without one will get; without slots where it cannot be said when."""
     model = tickets[0].model
@@ -180,8 +219,10 @@ def _place_in(snapshot: Snapshot, tickets: Sequence[Ticket], held: MustWait) -> 
     starving = bounds.starving_after_seconds - waited
     if held.drain:
         leaving = _leaving_seconds(snapshot, held.drain)
-        begins = 0.0 if snapshot.draining.intersection(held.drain) else bounds.drain_after_seconds - waited
-        return None if leaving is None else max(0.0, begins) + leaving
+        if leaving is None or snapshot.draining.intersection(held.drain):
+            return leaving
+        begins = max(0.0, bounds.drain_after_seconds - waited)
+        return min(begins + leaving, leaving * _longer_by_others(snapshot, held.drain))
     if starving <= 0.0:
         return None  # what it costs others counts no more, and still there is none: something else is in the way
     if held.price is None:

@@ -49,6 +49,8 @@ _NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
 _MODELS_MAX = 1_000
 _NEW_SHARE = 0.3
 """Of the newest load in the mean rate of loads."""
+_PRIOR_BYTES = 8e9
+"""The rate that is assumed counts as one load of so many bytes: a first small one tells little."""
 
 
 def expiry(keep_alive_seconds: float, now: float) -> float | None:
@@ -112,6 +114,8 @@ class FleetState:
     large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that no single card holds."""
     load_rate_bytes_per_second: float | None = None
+    _load_means: tuple[float, float] | None = None
+    """Bytes and seconds of a load."""
     sent_bytes: Demand = field(default_factory=Demand)
     """Weights sent for loading, as a count that decays."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
@@ -292,10 +296,12 @@ class FleetState:
         self.sent_bytes = demand.asked(self.sent_bytes, now, self.policy.swap_window_seconds, float(weights_bytes))
 
     def loaded(self, weights_bytes: int, seconds: float) -> None:
-        """A load of so many bytes took so long: the mean rate follows."""
-        rate = weights_bytes / max(0.1, seconds - self.policy.load_fixed_seconds / 2)
-        before = self.load_rate_bytes_per_second
-        self.load_rate_bytes_per_second = rate if before is None else before + _NEW_SHARE * (rate - before)
+        """A load of so many bytes took so long: the mean rate follows, of bytes and not of loads."""
+        reading = max(0.1, seconds - self.policy.load_fixed_seconds / 2)
+        size, took = self._load_means or (_PRIOR_BYTES, _PRIOR_BYTES / self.policy.load_bytes_per_second)
+        size, took = size + _NEW_SHARE * (weights_bytes - size), took + _NEW_SHARE * (reading - took)
+        self._load_means = (size, took)
+        self.load_rate_bytes_per_second = size / took
 
     # --- slots ---------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.entities import (
+    BlobDigest,
     Demand,
     InstanceState,
     Layout,
@@ -38,7 +40,7 @@ def _facts(*copies: Residency, held_seconds: Mapping[str, float] | None = None, 
     views = [view(f"gpu{number}", number) for number in range(3)]
     seconds = {A.name: 10.0, B.name: 20.0} if held_seconds is None else held_seconds
     demand = {of.blob: Demand(1.0, 0.0, seconds.get(of.name)) for of in (A, B)}
-    return replace(snapshot([], views, copies, policy=POLICY), demand=demand, **changes)
+    return replace(snapshot([], views, copies, policy=POLICY), **{"demand": demand, **changes})
 
 
 def _line(count: int, of: ModelFacts = A, first: int = 1, held: MustWait | None = None, **how: object) -> Line:
@@ -137,20 +139,39 @@ def _without_place(held: MustWait | None, waited: float = 0.0, **changes: object
     return _waits(facts, _line(3, held=held))
 
 
-def test_busy_models_in_the_way_stop_after_a_while_and_end_what_they_do() -> None:
+def _asked_for(requests_at_once: float) -> dict[BlobDigest, Demand]:
+    """So many requests of `b` at a time, of late, each for twenty seconds."""
+    rate = requests_at_once / 20.0
+    weight = rate * POLICY.demand_half_life_seconds / math.log(2.0)
+    return {A.blob: Demand(1.0, 0.0, 10.0), B.blob: Demand(weight, 1000.0, 20.0)}
+
+
+def test_busy_models_in_the_way_fall_idle_the_later_the_more_they_are_asked_for_and_stop_after_a_while() -> None:
     held = MustWait("", (key("gpu1", B),))
-    first = POLICY.drain_after_seconds + 10.0 + LOADS_IN
-    assert _without_place(held) == [first, first, first + 10.0]
-    assert _without_place(held, waited=20.0)[0] == first - 20.0
-    assert _without_place(held, draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
+    assert _without_place(held, demand=_asked_for(0.0)) == [10.0 + LOADS_IN, 10.0 + LOADS_IN, 20.0 + LOADS_IN]
+    once = _without_place(held, demand=_asked_for(1.0))[0]
+    assert once == pytest.approx(10.0 * math.e + LOADS_IN)
+    stops = POLICY.drain_after_seconds + 10.0 + LOADS_IN
+    assert _without_place(held, demand=_asked_for(9.0))[0] == stops
+    assert _without_place(held, demand=_asked_for(9.0), waited=20.0)[0] == stops - 20.0
+    assert _without_place(held, demand=_asked_for(9.0), draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
 
 
 def test_a_model_that_no_single_card_holds_waits_less_for_its_room() -> None:
     cards = {each.uuid: each for each in (card(number, 2000, 2000) for number in range(2))}
     share = POLICY.large_wait_share
     assert _without_place(MustWait(""), gpus=cards)[0] == share * POLICY.starving_after_seconds + LOADS_IN
-    busy = MustWait("", (key("gpu1", B),))
-    assert _without_place(busy, gpus=cards)[0] == share * POLICY.drain_after_seconds + 10.0 + LOADS_IN
+    busy, always = MustWait("", (key("gpu1", B),)), _asked_for(9.0)
+    assert _without_place(busy, gpus=cards, demand=always)[0] == share * POLICY.drain_after_seconds + 10.0 + LOADS_IN
+
+
+def test_who_is_behind_other_clients_waits_for_their_next_requests_as_well() -> None:
+    facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
+    weight = 0.05 * POLICY.demand_half_life_seconds / math.log(2.0)  # half of what one slot of ten seconds can do
+    facts = replace(facts, demand={A.blob: Demand(weight, 1000.0, 10.0)}, now=1000.0)
+    line = Line([ticket(number, A, arrived_at=1000.0, client=client) for number, client in enumerate("xyx", 1)])
+    assert _waits(facts, line) == pytest.approx([5.0, 15.0 / (1 - 0.5 / 2), 25.0 / (1 - 0.5 / 2)])
+    assert _waits(facts, Line(line.tickets[::2])) == [5.0, 15.0]
 
 
 def test_idle_models_in_the_way_leave_when_the_wait_is_worth_their_price() -> None:
@@ -278,11 +299,11 @@ def test_what_is_expected_before_a_load_comes_true_once_busy_models_have_left() 
     play = _with_one_served(Play(1).begin(), small)
     running = play.arrive(small)
     waiting = play.arrive(large)
-    drains_in, loads_in = play.policy.drain_after_seconds, reload_seconds(play.snapshot(), large)
+    loads_in = reload_seconds(play.snapshot(), large)
     said = play.outlook(waiting)
-    assert said.expected_wait_seconds == pytest.approx(drains_in + HOLDS_SECONDS / 2 + loads_in, abs=0.5)
+    assert said.expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + loads_in, rel=0.05)
     assert (said.position, said.reason) == (1, play.reason(waiting))
-    play.advance(drains_in)
+    play.advance(play.policy.drain_after_seconds)
     assert play.outlook(waiting).expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + loads_in, abs=0.5)
     play.release(running)
     assert play.outlook(waiting).expected_wait_seconds == pytest.approx(loads_in, abs=0.1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from router.core.entities import Demand, Policy, Snapshot
 from router.core.pricing import eviction_price, reload_seconds, swap_ease, worth_of_load
+from router.core.state import FleetState
 from tests.core.builders import model, residency, snapshot, ticket, view
 
 M = model("m", 2000)
@@ -54,3 +55,18 @@ def test_while_loads_are_few_late_tickets_are_worth_a_load_at_once() -> None:
     late = [ticket(1, M, arrived_at=calm.now - 20.0)]
     assert (swap_ease(calm), swap_ease(pressed)) == (POLICY.swap_ease_max, 1.0)
     assert worth_of_load(calm, M, late) > worth_of_load(pressed, M, late)
+
+
+def test_the_rate_of_loads_is_one_of_bytes_so_that_small_models_tell_little_of_it() -> None:
+    policy = Policy(load_fixed_seconds=0.8, load_bytes_per_second=3e9)
+    fleet = FleetState(policy)
+    fleet.loaded(300_000_000, 0.9)  # an embedder: mostly the start of its runner
+    first = fleet.load_rate_bytes_per_second
+    assert first is not None
+    assert 2e9 < first < 3e9
+    for _ in range(10):
+        fleet.loaded(42_500_000_000, 9.5)
+        fleet.loaded(300_000_000, 0.9)
+    rate = fleet.load_rate_bytes_per_second
+    assert rate is not None
+    assert math.isclose(rate, 42.5e9 / 9.1, rel_tol=0.1)
