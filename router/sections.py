@@ -274,7 +274,7 @@ class PlacementSettings(_Section):
         default=10.0, description="A first token that takes longer counts as too late; swaps are weighed by it."
     )
     starving_after_seconds: Seconds = Field(
-        default=60.0,
+        default=75.0,
         description="A request that has waited so long gets its place whatever that costs others; three quarters of it "
         "for a model that no single card holds.",
     )

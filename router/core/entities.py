@@ -301,9 +301,9 @@ class Policy:
     """How long freed VRAM may take to show before the load is planned anew."""
     settle_seconds: float = 3.0
     """After a load or unload no model is called too large for so long: the driver may still show old figures."""
-    drain_after_seconds: float = 60.0
+    drain_after_seconds: float = 75.0
     """A ticket that has waited so long for room may stop busy models from taking new requests."""
-    starving_after_seconds: float = 60.0
+    starving_after_seconds: float = 75.0
     """A ticket that has waited so long gets its place whatever that costs others."""
     large_wait_share: float = 0.75
     """A ticket for a model that no single card holds waits such a share of both: its load is long as well."""
@@ -330,6 +330,8 @@ class Policy:
     late_share: float = 1.0
     """What a ticket that can no longer be served in time is worth at once, as a share of one that can, while loads are
     few."""
+    late_share_idle: float = 0.7
+    """The same, at least, where nothing runs and nobody else waits, however many loads there were of late."""
     away_seconds: float = 15.0
     """How long a model that was evicted is assumed to stay away, beside its load: more means fewer swaps."""
     hold_seconds: float = 0.0

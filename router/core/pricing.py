@@ -54,9 +54,13 @@ def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticke
     """Seconds of waiting in vain that a load for these tickets saves."""
     policy = snapshot.policy
     lead = reload_seconds(snapshot, model)
-    late = policy.late_share * policy.patience_seconds * (swap_ease(snapshot) - 1.0)
+    asking = tuple(tickets)
+    share = policy.late_share * (swap_ease(snapshot) - 1.0)
+    if share < policy.late_share_idle and _is_idle_beside(snapshot, len(asking)):
+        share = policy.late_share_idle
+    late = share * policy.patience_seconds
     worth = 0.0
-    for ticket in tickets:
+    for ticket in asking:
         waited = snapshot.now - ticket.arrived_at
         worth += policy.wait_weight * max(0.0, waited - policy.hold_seconds)
         if waited + lead <= policy.patience_seconds:
@@ -64,6 +68,13 @@ def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticke
         else:
             worth += late
     return worth
+
+
+def _is_idle_beside(snapshot: Snapshot, tickets: int) -> bool:
+    """Whether nothing runs, and nobody waits beside so many: to hold these back would serve nobody now."""
+    if sum(snapshot.wanted.values()) > tickets:
+        return False
+    return once(snapshot, _is_idle_beside, lambda: not any(r.in_flight for r in snapshot.residencies.values()))
 
 
 class WaitBounds(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from router.core.entities import GpuUuid, InstanceName, Policy, ResidencyState, TicketId
@@ -167,7 +169,7 @@ def test_a_stream_of_small_requests_cannot_starve_a_large_model(two: Play) -> No
             break
         running, served = following, served + 1
     # the drain begins as the last of them arrives
-    assert served == PLAIN.starving_after_seconds * PLAIN.large_wait_share / 0.5 - 1
+    assert served == math.ceil(PLAIN.starving_after_seconds * PLAIN.large_wait_share / 0.5) - 1
     two.work_through()
     assert (large in two.leases, following in two.waiting) == (True, True)
     assert two.now < began + PLAIN.starving_after_seconds * PLAIN.large_wait_share + 1

@@ -20,6 +20,7 @@ from tests.core.builders import instance, residency, snapshot, ticket, view
 
 TEXT = (Path(__file__).parents[2] / "docs/placement.md").read_text(encoding="utf-8")
 LARGE = model_facts("llama3.3:70b")
+SMALL = model_facts("qwen2.5:14b")
 ROWS = {"llama3.1:8b": (0.0442, "7.71"), "qwen2.5:14b": (0.0162, "3.04"), "mistral:7b": (0.00928, "1.60"),
         "llama3.2:3b": (0.00912, "1.50")}  # fmt: skip
 """Requests a second and the price of an eviction, as the document's table has them."""
@@ -70,17 +71,20 @@ def test_the_swap_of_the_document_comes_at_once_or_when_it_starves() -> None:
     policy = calm.policy
     pressed = replace(calm, loaded_bytes_per_second=policy.swap_budget_bytes_per_second)
 
+    served = replace(pressed, residencies={("gpu1", SMALL.blob): residency("gpu1", SMALL, 1, in_flight=1)})
+
     def worth(facts: Snapshot, waited_seconds: float, tickets: int = 1) -> float:
         waiting = [ticket(number, LARGE, arrived_at=1000.0 - waited_seconds) for number in range(tickets)]
         return pricing.worth_of_load(facts, LARGE, waiting)
 
     assert worth(calm, 0.0) == 30.0
-    assert worth(pressed, 0.0) == 0.0
+    assert worth(pressed, 0.0) == pytest.approx(7.0)
+    assert worth(served, 0.0) == 0.0
     assert round(cheapest, 2) == 3.10
-    assert worth(pressed, 45.0) == pytest.approx(2.25)
-    assert worth(pressed, 30.9, 2) < cheapest < worth(pressed, 31.1, 2)
-    assert policy.starving_after_seconds * policy.large_wait_share == 45.0
-    assert "after 45 s, since 0.05 × 45 = 2.25 < 3.10" in TEXT
+    assert worth(served, 56.0) == pytest.approx(2.80)
+    assert worth(served, 30.9, 2) < cheapest < worth(served, 31.1, 2)
+    assert policy.starving_after_seconds * policy.large_wait_share == 56.25
+    assert "after 56 s, since 0.05 × 56 = 2.80 < 3.10" in TEXT
     assert "two requests go ahead after 31 s" in TEXT
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from router.core.entities import Demand, Policy, Snapshot
+from router.core.entities import BlobDigest, Demand, Policy, Snapshot
 from router.core.pricing import eviction_price, reload_seconds, swap_ease, worth_of_load
 from router.core.state import FleetState
 from tests.core.builders import model, residency, snapshot, ticket, view
 
 M = model("m", 2000)
 COPY = residency("gpu0", M, 2000)
+BUSY = replace(COPY, in_flight=1)
+_BUSY_ONES = {(BUSY.instance, BUSY.blob): BUSY}
 POLICY = Policy(vram_margin_bytes=0)
 
 
@@ -43,7 +45,7 @@ def test_demand_fades() -> None:
 
 
 def test_a_load_is_worth_a_token_in_time_for_each_ticket_that_it_can_still_serve_so() -> None:
-    facts = _facts(loaded_bytes_per_second=1e12)
+    facts = _facts(0.1, BUSY, loaded_bytes_per_second=1e12)
     fresh = [ticket(number, M, arrived_at=facts.now) for number in range(3)]
     assert worth_of_load(facts, M, fresh) == 3 * POLICY.patience_seconds
     late = [ticket(1, M, arrived_at=facts.now - 50.0)]
@@ -51,10 +53,19 @@ def test_a_load_is_worth_a_token_in_time_for_each_ticket_that_it_can_still_serve
 
 
 def test_while_loads_are_few_late_tickets_are_worth_a_load_at_once() -> None:
-    calm, pressed = _facts(), _facts(loaded_bytes_per_second=1e12)
+    calm, pressed = _facts(), _facts(0.1, BUSY, loaded_bytes_per_second=1e12)
     late = [ticket(1, M, arrived_at=calm.now - 20.0)]
     assert (swap_ease(calm), swap_ease(pressed)) == (POLICY.swap_ease_max, 1.0)
     assert worth_of_load(calm, M, late) > worth_of_load(pressed, M, late)
+
+
+def test_where_nothing_runs_and_nobody_else_waits_a_late_ticket_is_not_held_back_for_the_loads_of_late() -> None:
+    pressed = _facts(loaded_bytes_per_second=1e12)
+    late = [ticket(1, M, arrived_at=pressed.now)]
+    slow = replace(pressed, load_rate_bytes_per_second=1e6, wanted={M.blob: 1})
+    assert worth_of_load(slow, M, late) == POLICY.late_share_idle * POLICY.patience_seconds
+    for busier in (replace(slow, wanted={M.blob: 1, BlobDigest("other"): 1}), replace(slow, residencies=_BUSY_ONES)):
+        assert worth_of_load(busier, M, late) == 0.0
 
 
 def test_the_rate_of_loads_is_one_of_bytes_so_that_small_models_tell_little_of_it() -> None:
