@@ -14,9 +14,12 @@ Sources: Ollama v0.11.4 to v0.24, `fs/ggml/ggml.go` (GraphSize, FlashAttention, 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from router.core.entities import Footprint, ModelFacts
 from router.core.ggml import cache_bytes
@@ -126,20 +129,33 @@ def footprint_of_split(
     )
 
 
-@lru_cache(maxsize=1024)
 def even_split(layers: int, cards: int) -> LayerSplit:
-    """Layers over equal cards, as llama.cpp puts them: of `layers` + 1 units, the last of them the output, unit i goes
-    to the first card k with i / (layers + 1) < (k + 1) / cards (`load_tensors`, `get_layer_buft_list`).
+    """Layers over equal cards: as `split_by` with equal shares.
 
     Raises:
         ValueError: a negative number.
     """
-    if layers < 0 or cards < 0:
-        raise ValueError(f"layers and cards must not be negative: {layers}, {cards}")
-    counts = [0] * cards
-    for layer in range(layers if cards else 0):
-        counts[layer * cards // (layers + 1)] += 1
-    return LayerSplit(tuple(counts), layers * cards // (layers + 1))
+    if cards < 0:
+        raise ValueError(f"cards must not be negative: {cards}")
+    return split_by(layers, (1.0,) * cards)
+
+
+@lru_cache(maxsize=4096)
+def split_by(layers: int, shares: tuple[float, ...]) -> LayerSplit:
+    """Layers over cards in these shares, as llama.cpp puts them: of `layers` + 1 units, the last of them the output,
+    unit i goes to the first card up to which the shares are more than i / (layers + 1) of all (`load_tensors`,
+    `get_layer_buft_list`).
+
+    Raises:
+        ValueError: a negative number, or shares that are all nothing.
+    """
+    whole, units = sum(shares), layers + 1
+    if layers < 0 or any(share < 0 for share in shares) or (shares and not whole):
+        raise ValueError(f"no layers and shares to split by: {layers}, {shares}")
+    bounds = [upto * units for upto in accumulate(shares)]
+    cards = [bisect_right(bounds, unit * whole) for unit in range(units if shares else 0)]
+    counts = Counter(cards[:-1])
+    return LayerSplit(tuple(counts[card] for card in range(len(shares))), cards[-1] if cards else 0)
 
 
 def fill_first_split(

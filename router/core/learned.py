@@ -2,7 +2,8 @@
 
 A footprint is measured where nothing else changed on the cards between the last reading before a load was sent and the
 first one after it had ended; whatever is implausible against the estimate is not believed. It belongs to the weights,
-the number of cards, the context, the slots and the type of the cache. It reads no card: readings are passed in.
+the number of cards and their shares, the context, the slots and the type of the cache. It reads no card: readings are
+passed in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from router.core.bounded import renew
 from router.core.entities import BlobDigest, GpuUuid, InstanceSpec, ModelFacts, Policy, Reservation
 from router.core.ledger import slots_of
+from router.core.splitting import unequal_text
 
 _LEAST_SHARE, _MOST_SHARE = 0.5, 1.5
 """Of the estimate: what lies outside has another cause."""
@@ -31,6 +33,8 @@ class FootprintKey(NamedTuple):
     context_length: int
     slots: int
     kv_cache_type: str
+    split: str = ""
+    """Shares of the cards where they are not even, as `LLAMA_ARG_TENSOR_SPLIT` has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +53,17 @@ class Footprints:
     """What was measured, and what is being measured."""
 
     known: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
-    latest: dict[tuple[BlobDigest, int], FootprintKey] = field(
-        default_factory=dict[tuple[BlobDigest, int], FootprintKey]
+    latest: dict[tuple[BlobDigest, int, str], FootprintKey] = field(
+        default_factory=dict[tuple[BlobDigest, int, str], FootprintKey]
     )
-    """What was measured last, by weights and number of cards."""
+    """What was measured last, by weights, number of cards and their shares."""
     changes: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
     """Counts loads and unloads on each card, so that a measurement knows whether it was alone."""
 
     def nearest(self, key: FootprintKey) -> FootprintKey | None:
-        """The load of these weights on as many cards that was measured last, whatever its context, slots and cache."""
-        found = self.latest.get((key.blob, key.cards))
+        """The load of these weights on as many cards, in the same shares, that was measured last, whatever its context,
+        slots and cache."""
+        found = self.latest.get((key.blob, key.cards, key.split))
         return found if found in self.known else None
 
     def touched(self, gpus: tuple[GpuUuid, ...]) -> None:
@@ -100,7 +105,7 @@ class Footprints:
 
     def remember(self, key: FootprintKey, sizes: tuple[int, ...]) -> None:
         renew(self.known, key, sizes, _KEPT_MAX)
-        self.latest[key.blob, key.cards] = key
+        self.latest[key.blob, key.cards, key.split] = key
 
 
 def is_plausible(sizes: Sequence[int], expected: Sequence[int]) -> bool:
@@ -114,6 +119,5 @@ def _is_covered(sizes: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def key_of(model: ModelFacts, spec: InstanceSpec, context_length: int, policy: Policy) -> FootprintKey:
-    return FootprintKey(
-        model.blob, len(spec.gpus), context_length, slots_of(model, spec, policy), spec.kv_cache_type or "f16"
-    )
+    slots, cache = slots_of(model, spec, policy), spec.kv_cache_type or "f16"
+    return FootprintKey(model.blob, len(spec.gpus), context_length, slots, cache, unequal_text(spec))

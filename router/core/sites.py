@@ -21,6 +21,7 @@ from router.core.entities import (
     Pin,
     Snapshot,
 )
+from router.core.splitting import TENSOR_SPLIT, memory_shares, split_text
 from router.core.sums import instances_over, once, residencies_of
 
 ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
@@ -142,7 +143,12 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[S
         return []
     if like is None or len(snapshot.instances) >= snapshot.policy.instances_max or frozenset(gpus) in snapshot.troubled:
         return []
-    tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
+    environment = like.environment
+    if TENSOR_SPLIT not in environment:
+        shares = memory_shares(tuple(snapshot.gpus[gpu].memory_total_bytes for gpu in gpus))
+        if len(set(shares)) > 1:
+            environment = {**environment, TENSOR_SPLIT: split_text(shares)}
+    tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", environment=environment, on_demand=True)
     if pin is not None and pin.num_parallel is not None:
         tuned = replace(tuned, num_parallel=pin.num_parallel)
     if pin is not None and pin.kv_cache_type is not None:

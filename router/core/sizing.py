@@ -1,10 +1,10 @@
 """Bytes a load would take on each card of an instance: what placement asks for every candidate.
 
 Puts the instance's tuning (slots, cache type, flash attention, version) and the way it splits layers together with the
-figures of `core/estimate.py`. The router loads with all layers asked for, which splits them evenly over the cards: by
-itself up to 0.24, and from 0.30 because such instances are given an even `LLAMA_ARG_TENSOR_SPLIT`. Only a model whose
-own file says how many layers go to the cards is split as its server likes. And a server over several cards that is not
-told to spread puts a model that one of them holds wholly there, all the same: each card it may choose is to hold all.
+figures of `core/estimate.py`. The router loads with all layers asked for, which are shared out by the cards' memory
+(`core/splitting.py`): evenly on equal cards, and before 0.30 on all. Only a model whose own file says how many layers go to the cards is split
+as its server likes. And a server over several cards that is not told to spread puts a model that one of them holds
+wholly there, all the same: each card it may choose is to hold all.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import replace
 from router.core.entities import Footprint, InstanceSpec, ModelFacts, Snapshot
 from router.core.estimate import (
     batch_tokens,
-    even_split,
     fill_first_split,
     footprint_of_split,
+    split_by,
     version_number,
 )
 from router.core.ledger import capacity_bytes, slots_of
 from router.core.options import has_own_layers
 from router.core.placement import Estimate
+from router.core.splitting import shares_of
 from router.core.veto import SPREADING, may_take_one_card, spreads
 
 
@@ -72,7 +73,7 @@ def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: i
     cache, flash = spec.kv_cache_type, spec.flash_attention
     if flash is None and _is_before_0_12(version):
         flash = False  # such a server uses it only where it is told to
-    split = even_split(model.layers, len(spec.gpus))
+    split = split_by(model.layers, shares_of(spec, version))
     if has_own_layers(model) and _fills_first(spec):
         free = [capacity_bytes(snapshot, gpu) for gpu in spec.gpus]
         split = fill_first_split(model, free, context_length, slots, cache, flash, batch) or split

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from router.core.entities import Gpu, GpuUuid, InstanceName, InstanceSpec
+from router.core.splitting import TENSOR_SPLIT, Shares, memory_shares, parsed_split, split_text
 
 SPREAD = InstanceName("spread")
 CPU = InstanceName("cpu")
@@ -103,8 +104,10 @@ ON_DEMAND = "on-demand"
 def on_demand_like(plan: InstancePlan) -> InstanceSpec:
     """How instances are tuned that are started on demand; cards, name, address and all other variables come later."""
     tuning = plan.tuning_for(ON_DEMAND)
-    spread = {"OLLAMA_SCHED_SPREAD": tuning.environment.get("OLLAMA_SCHED_SPREAD", "1")}
-    return _spec(InstanceName(""), (), "", tuning, spread, attached=False)
+    known = {"OLLAMA_SCHED_SPREAD": tuning.environment.get("OLLAMA_SCHED_SPREAD", "1")}
+    if TENSOR_SPLIT in tuning.environment:
+        known[TENSOR_SPLIT] = tuning.environment[TENSOR_SPLIT]
+    return _spec(InstanceName(""), (), "", tuning, known, attached=False)
 
 
 def on_demand_instance(spec: InstanceSpec, plan: InstancePlan, port: int) -> InstanceSpec:
@@ -116,7 +119,8 @@ def on_demand_instance(spec: InstanceSpec, plan: InstancePlan, port: int) -> Ins
         spec.flash_attention,
         plan.tuning_for(ON_DEMAND).environment,
     )
-    whole = _spawned(spec.name, spec.gpus, tuning, plan, iter((port,)), even=len(spec.gpus) > 1)
+    shares = parsed_split(spec.environment.get(TENSOR_SPLIT, ""))
+    whole = _spawned(spec.name, spec.gpus, tuning, plan, iter((port,)), even=len(spec.gpus) > 1, shares=shares)
     return replace(whole, on_demand=True)
 
 
@@ -160,7 +164,8 @@ def _discovered(cards: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) 
     even = are_equal(whole) if plan.spread == "auto" else plan.spread == "even"
     ordered = tuple(whole) if even else fill_order(whole)
     uuids = tuple(card.uuid for card in ordered)
-    return [*specs, _spawned(SPREAD, uuids, plan.tuning_for(SPREAD), plan, ports, even=even)]
+    shares = memory_shares(tuple(card.memory_total_bytes for card in ordered))
+    return [*specs, _spawned(SPREAD, uuids, plan.tuning_for(SPREAD), plan, ports, even=even, shares=shares)]
 
 
 def _single(card: Gpu, plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
@@ -172,14 +177,15 @@ def _declared(one: DeclaredInstance, cards: Sequence[Gpu], plan: InstancePlan, p
     name = InstanceName(one.name or (one.url or "").partition("://")[2].rstrip("/"))
     if not name:
         raise PlanError("a declared instance has neither a name nor a url: give it one of them")
-    gpus = tuple(_card(wanted, name, cards).uuid for wanted in one.gpus)
+    chosen = [_card(wanted, name, cards) for wanted in one.gpus]
+    gpus = tuple(card.uuid for card in chosen)
     if len(set(gpus)) != len(gpus):
         raise PlanError(f"instance {name}: gpus names one card twice")
     if one.url is not None:
         return _spec(name, gpus, one.url.rstrip("/"), one.tuning, {}, attached=True)
-    chosen = [card for card in cards if card.uuid in gpus]
     even = len(gpus) > 1 and (are_equal(chosen) if plan.spread == "auto" else plan.spread == "even")
-    return _spawned(name, gpus, one.tuning, plan, ports, even=even)
+    shares = memory_shares(tuple(card.memory_total_bytes for card in chosen))
+    return _spawned(name, gpus, one.tuning, plan, ports, even=even, shares=shares)
 
 
 def _card(wanted: str, name: str, cards: Sequence[Gpu]) -> Gpu:
@@ -202,13 +208,15 @@ def _spawned(
     ports: Iterator[int],
     *,
     even: bool = False,
+    shares: Shares = (),
 ) -> InstanceSpec:
+    """`shares`: of the cards; even ones where there are not as many."""
     port = next(ports, None)
     if port is None:
         raise PlanError(f"instance {name}: no free port is left for it")
     address = f"127.0.0.1:{port}"
     environment = {
-        **_defaults(even, len(gpus)),
+        **_defaults(even, shares if len(shares) == len(gpus) else (1.0,) * len(gpus)),
         **tuning.environment,
         **_values(tuning),
         **_books(gpus, plan),
@@ -239,10 +247,10 @@ def _spec(
     )
 
 
-def _defaults(even: bool, cards: int) -> dict[str, str]:
+def _defaults(even: bool, shares: Shares) -> dict[str, str]:
     """What configuration may override."""
     # From 0.30 a load with all layers asked for is split by free memory, which a sibling's use would skew.
-    split = {"LLAMA_ARG_TENSOR_SPLIT": ",".join("1" * cards)} if cards > 1 else {}
+    split = {TENSOR_SPLIT: split_text(shares)} if len(shares) > 1 else {}
     return {
         **HIDDEN_DEVICES,
         **split,

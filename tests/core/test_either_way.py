@@ -16,8 +16,9 @@ from tests.core.builders import GB, MIB, card, gpu_id, instance, model, snapshot
 
 CONTEXT = 8192
 SMALL, LARGE = card(0, 8_000, total_mib=8_000), card(1, 24_000)
-FILLED = instance("both", 1, 0)
-EVEN = replace(FILLED, environment={"OLLAMA_SCHED_SPREAD": "1"})
+SPLIT_EVENLY = {"LLAMA_ARG_TENSOR_SPLIT": "1,1"}
+FILLED = replace(instance("both", 1, 0), environment=SPLIT_EVENLY)
+EVEN = replace(FILLED, environment={**SPLIT_EVENLY, "OLLAMA_SCHED_SPREAD": "1"})
 ATTACHED = replace(FILLED, attached=True)
 MODEL = model("m", 12_000)
 NEW, OLD = "0.33.0", "0.24.0"

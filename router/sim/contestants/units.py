@@ -10,6 +10,7 @@ from itertools import combinations
 
 from router.core.entities import GpuUuid, InstanceName, InstanceSpec, InstanceState, Policy
 from router.core.events import LoadedModel
+from router.core.splitting import TENSOR_SPLIT, Shares, memory_shares, parsed_split, split_text
 from router.sim.host import Host
 from router.sim.loaded import ServerConfig
 from router.sim.server import SimServer
@@ -44,7 +45,9 @@ def units_over(host: Host, config: ServerConfig, *, pairs: bool) -> list[Unit]:
 
 
 def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
-    own = _own(config, len(cards), even=even)
+    totals = {card.uuid: card.memory_total_bytes for card in host.book.cards}
+    shares = memory_shares(tuple(totals[uuid] for uuid in cards))
+    own = _own(config, shares, even=even)
     spec = InstanceSpec(
         name=InstanceName(name),
         gpus=cards,
@@ -53,7 +56,7 @@ def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfi
         context_length=config.context_length,
         kv_cache_type=config.kv_cache_type,
         flash_attention=config.flash_attention,
-        environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"},
+        environment=_variables(shares, even=even),
     )
     return Unit(spec, SimServer(host, name, cards, own))
 
@@ -61,14 +64,20 @@ def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfi
 def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit:
     """One that the dispatcher asked for."""
     even = len(spec.gpus) > 1
-    named = replace(spec, url=f"sim://{spec.name}", environment={"OLLAMA_SCHED_SPREAD": "1" if even else "0"})
+    shares = parsed_split(spec.environment.get(TENSOR_SPLIT, "")) or (1.0,) * len(spec.gpus)
+    named = replace(spec, url=f"sim://{spec.name}", environment=_variables(shares, even=even))
     tuned = replace(config, slots=spec.num_parallel, kv_cache_type=spec.kv_cache_type)
-    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(tuned, len(spec.gpus), even=even)))
+    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(tuned, shares, even=even)))
 
 
-def _own(config: ServerConfig, cards: int, *, even: bool) -> ServerConfig:
-    """As `router/fleet/plan.py` has it: an instance over several cards shares layers evenly."""
-    return replace(config, spread=even, tensor_split=(1.0,) * cards if cards > 1 else ())
+def _variables(shares: Shares, *, even: bool) -> dict[str, str]:
+    spread = {"OLLAMA_SCHED_SPREAD": "1" if even else "0"}
+    return {**spread, TENSOR_SPLIT: split_text(shares)} if len(shares) > 1 else spread
+
+
+def _own(config: ServerConfig, shares: Shares, *, even: bool) -> ServerConfig:
+    """As `router/fleet/plan.py` has it: an instance over several cards shares layers by their memory."""
+    return replace(config, spread=even, tensor_split=shares if len(shares) > 1 else ())
 
 
 def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
