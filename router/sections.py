@@ -135,8 +135,9 @@ class OllamaSettings(_Section):
     )
     spread: Literal["auto", "even", "fill_first", "off"] = Field(
         default="auto",
-        description="How the instance over all cards splits a model: auto is even on equal cards, "
-        "fill_first (fastest card first) on unequal ones; off runs none.",
+        description="Whether the instance over all cards spreads each model over all of them (even: by their memory) "
+        "or takes the fewest, fastest first (fill_first); auto is even on equal cards, fill_first on unequal ones; off "
+        "runs none.",
     )
     cloud: bool = Field(
         default=False, description="Lets instances reach ollama.com for cloud models; off, nothing leaves the machine."

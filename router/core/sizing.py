@@ -1,10 +1,10 @@
 """Bytes a load would take on each card of an instance: what placement asks for every candidate.
 
 Puts the instance's tuning (slots, cache type, flash attention, version) and the way it splits layers together with the
-figures of `core/estimate.py`. The router loads with all layers asked for, which are shared out by the cards' memory
-(`core/splitting.py`): evenly on equal cards, and before 0.30 on all. Only a model whose own file says how many layers go to the cards is split
-as its server likes. And a server over several cards that is not told to spread puts a model that one of them holds
-wholly there, all the same: each card it may choose is to hold all.
+figures of `core/estimate.py`. The router loads with all layers asked for, which are shared out by the cards' memory:
+evenly on equal cards, and before 0.30 on all (`core/splitting.py`). Only a model whose own file says how many layers go
+to the cards is split as its server likes. And a server over several cards that is not told to spread puts a model that
+one of them holds wholly there, all the same: each card it may choose is to hold all.
 """
 
 from __future__ import annotations

@@ -210,13 +210,13 @@ def _spawned(
     even: bool = False,
     shares: Shares = (),
 ) -> InstanceSpec:
-    """`shares`: of the cards; even ones where there are not as many."""
+    """`shares`: of the cards; even ones where there are none."""
     port = next(ports, None)
     if port is None:
         raise PlanError(f"instance {name}: no free port is left for it")
     address = f"127.0.0.1:{port}"
     environment = {
-        **_defaults(even, shares if len(shares) == len(gpus) else (1.0,) * len(gpus)),
+        **_defaults(even, shares or (1.0,) * len(gpus)),
         **tuning.environment,
         **_values(tuning),
         **_books(gpus, plan),

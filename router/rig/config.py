@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from router.core.keepalive import parse_keep_alive
+from router.core.splitting import TENSOR_SPLIT, parsed_split
 from router.rig import vram
 from router.rig.spec import VERSIONS
 from router.sim.serverplan import gib
@@ -104,7 +105,7 @@ def read_config(environment: Mapping[str, str]) -> Config:
         max_queue=max(1, _number(environment, "OLLAMA_MAX_QUEUE", 512)),
         max_loaded=_number(environment, "OLLAMA_MAX_LOADED_MODELS", 0),
         spread=_flag(environment, "OLLAMA_SCHED_SPREAD"),
-        tensor_split=_shares(environment.get("LLAMA_ARG_TENSOR_SPLIT", "")),
+        tensor_split=parsed_split(environment.get(TENSOR_SPLIT, "")),
         flash_attention=_is_true(flash) if flash else None,
         kv_cache_type=_text(environment, "OLLAMA_KV_CACHE_TYPE").lower() or "f16",
         overhead_bytes=_number(environment, "OLLAMA_GPU_OVERHEAD", 0),
@@ -141,14 +142,6 @@ def _speed(environment: Mapping[str, str], default: float) -> float:
 
 def _is_true(text: str) -> bool:
     return text.lower() not in ("0", "f", "false")
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    """`1,1` or `3,2`; empty where it is no such list."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        return ()
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:

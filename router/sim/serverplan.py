@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from router.core import veto
 from router.core.entities import ModelFacts
 from router.core.estimate import CUDA_CONTEXT_BYTES, split_by
+from router.core.splitting import shares_for
 from router.core.veto import FIT_TARGET_BYTES, ONE_CARD_SHARE, OWN_ENGINE
 from router.sim.world import (
     MIB,
@@ -172,16 +173,16 @@ def _plan_0_30(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
     total = ask.model.layers + 1
     if ask.num_gpu >= 0:
         wanted = min(ask.num_gpu, total)
-        if wanted == total and len(ask.tensor_split) == len(cards) == len(chosen):
-            return Plan(_as_told(ask))
+        if wanted == total and ask.tensor_split and len(chosen) == len(cards):
+            return Plan(_as_told(ask, len(cards)))
         return Plan(_placed(chosen, _by_room(wanted, _shares(ask, cards, chosen)), len(cards)))
     units = _fitting(world, ask, [cards[i] for i in chosen])
     return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(cards)))
 
 
-def _as_told(ask: Ask) -> tuple[int, ...]:
+def _as_told(ask: Ask, cards: int) -> tuple[int, ...]:
     """All units in the shares that the server was told, as llama.cpp puts them."""
-    split = split_by(ask.model.layers, ask.tensor_split)
+    split = split_by(ask.model.layers, shares_for(ask.tensor_split, cards))
     return tuple(count + (card == split.output_card) for card, count in enumerate(split.layers))
 
 

@@ -36,3 +36,10 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) ->
     file = FootprintFile(blocked / "footprints.json")
     file.remember(KEY, (1, 2))
     assert file.read() == ()
+
+
+def test_what_was_kept_before_shares_were_noted_is_of_even_ones(tmp_path: Path) -> None:
+    path = tmp_path / "footprints.json"
+    path.write_text('[[["sha256:a",2,8192,2,"q8_0"],[10,20]]]', encoding="utf-8")
+    assert FootprintFile(path).read() == ((KEY, (10, 20)),)
+    assert KEY.split == ""

@@ -134,6 +134,33 @@ def test_unequal_cards_are_filled_fastest_first() -> None:
     assert specs["gpu0"].environment["OLLAMA_SCHED_SPREAD"] == "0"
 
 
+def test_unequal_cards_are_told_their_shares_in_the_order_of_the_instance() -> None:
+    cards = (card(0), card(1, gib=12))
+    assert planned(*cards)["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
+    assert planned(card(0, gib=12), card(1))["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
+    assert planned(card(0), card(1))["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "1,1"
+    assert "LLAMA_ARG_TENSOR_SPLIT" not in planned(*cards)["gpu0"].environment
+    declared = DeclaredInstance(Values(), "mine", gpus=("1", "0"))
+    mine = planned(*cards, discover=False, declared=(declared,))["mine"]
+    assert mine.environment["LLAMA_ARG_TENSOR_SPLIT"] == "10,22"
+    own = Values(environment={"LLAMA_ARG_TENSOR_SPLIT": "3,1"})
+    assert planned(*cards, tunings={"spread": own})["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "3,1"
+
+
+@pytest.mark.parametrize(
+    ("own", "told", "then"), [({}, "22,10", "22,10"), ({"LLAMA_ARG_TENSOR_SPLIT": "3,1"}, None, "3,1")]
+)
+def test_an_instance_on_demand_is_told_the_shares_that_were_reckoned_with(
+    own: dict[str, str], told: str | None, then: str
+) -> None:
+    plan = InstancePlan("/store", lambda _: Values(environment=own))
+    like = on_demand_like(plan)
+    known = {**like.environment, "LLAMA_ARG_TENSOR_SPLIT": told} if told else like.environment
+    wanted = replace(like, gpus=(GpuUuid("GPU-0aaa"), GpuUuid("GPU-1aaa")), environment=known)
+    assert on_demand_instance(wanted, plan, 20001).environment["LLAMA_ARG_TENSOR_SPLIT"] == then
+    assert wanted.environment["LLAMA_ARG_TENSOR_SPLIT"] == then
+
+
 def test_how_to_spread_can_be_overridden() -> None:
     unequal, equal = (card(0), card(1, **RTX4090)), (card(0), card(1))
     assert planned(*unequal, spread="even")["spread"].environment["OLLAMA_SCHED_SPREAD"] == "1"

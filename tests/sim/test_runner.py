@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from router.scenarios import CONTESTANTS, ScenarioError, Wanted, contestant, flood, scenario
-from router.sim.metrics import service_jain
+from router.sim.metrics import report, service_jain
 from router.sim.record import record
 from router.sim.requests import HUNG_UP, SERVED
 from router.sim.runner import Simulation
@@ -33,6 +33,15 @@ def test_a_request_of_the_first_moment_finds_cards_that_are_known() -> None:
     first = Session(0, "anna", "llama3.3:70b", (Turn(0.0, 100, 0, 10),))
     outcome = Simulation(replace(scene, sessions=(first,)), contestant("llamayard", scene)).run()
     assert [request.outcome for request in outcome.requests] == [SERVED]
+
+
+@pytest.mark.parametrize("rig", ["5090+4080", "4080+5090", "3090+3060+3060"])
+def test_unequal_cards_hold_together_what_even_parts_of_would_be_too_large(rig: str) -> None:
+    scene = scenario(Wanted(rig, "llama3.3:70b", 1, 60.0, 0.05))
+    outcome = Simulation(scene, contestant("llamayard-0.33", scene)).run()
+    assert {request.outcome for request in outcome.requests} == {SERVED}
+    found = report(outcome, frozenset(scene.models))
+    assert (found.loads, found.spills, found.out_of_memory) == (1, 0, 0)
 
 
 def test_a_turn_waits_for_the_answer_before_it() -> None:

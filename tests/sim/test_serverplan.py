@@ -86,6 +86,13 @@ def test_all_layers_asked_for_go_to_the_cards_whatever_the_estimate() -> None:
         assert (chosen.on_cards, min(chosen.layers)) == (81, 40)
 
 
+def test_0_33_shares_all_layers_as_it_is_told() -> None:
+    ask = _ask(LLAMA_70B, version=_NEW, num_gpu=81, spread=True, tensor_split=(32.0, 16.0))
+    assert plan(WORLD, ask, [_room(31), _room(15)]).layers == (54, 27)
+    assert plan(WORLD, replace(ask, tensor_split=()), [_room(30), _room(15)]).layers == (54, 27)
+    assert plan(WORLD, replace(ask, tensor_split=(1.0, 1.0)), [_room(31), _room(15)]).layers == (41, 40)
+
+
 def test_beside_other_models_the_ordinary_rule_evicts_first() -> None:
     for version in ((0, 24, 0), _NEW):
         chosen = plan(WORLD, _ask(LLAMA_70B, slots=2, has_others=True, version=version), [_room(23), _room(10)])
