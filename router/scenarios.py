@@ -90,7 +90,7 @@ CONTESTANTS = (
 
 
 class ScenarioError(ValueError):
-    """A name that nothing has; says which there are."""
+    """A name that nothing has, or a number that means nothing; says what there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,11 @@ def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenar
     rig = parse_spec(wanted.rig)
     mix = mix_named(wanted.mix, rig)
     models = {name: model_facts(name) for name in mix.names}
-    rate = wanted.requests_per_second or rate_of(wanted.rig, wanted.mix)
-    seconds = wanted.seconds or max(_LEAST_SECONDS, _LEAST_REQUESTS / rate)
+    given = wanted.requests_per_second
+    rate = rate_of(wanted.rig, wanted.mix) if given is None else _above_nothing("rate", given)
+    least = max(_LEAST_SECONDS, _LEAST_REQUESTS / rate)
+    seconds = least if wanted.seconds is None else _above_nothing("seconds", wanted.seconds)
+    _above_nothing("users", wanted.users)
     demand = Demand(seconds, rate, wanted.users)
     sessions = make_sessions(rows or read_trace(wanted.trace), mix, models, demand, wanted.seed)
     return Scenario(
@@ -131,6 +134,12 @@ def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenar
         cold_start=wanted.cold_start,
         page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
     )
+
+
+def _above_nothing(what: str, number: float) -> float:
+    if not 0.0 < number < float("inf"):
+        raise ScenarioError(f"{what}: {number:g} must be more than 0")
+    return number
 
 
 def flood(seconds: float = 300.0) -> Scenario:
@@ -160,12 +169,16 @@ def mix_named(name: str, rig: RigSpec) -> Mix:
         return Mix(name, tuple((model, 1.0) for model in named[name]))
     models: list[tuple[str, float]] = []
     for part in name.split(","):
-        model, _, weight = part.partition("=")
+        model, equals, weight = part.partition("=")
         if model not in catalogue():
             raise ScenarioError(
                 f"mix: no mix or model {model!r}; mixes: {', '.join(MIXES)}; models: {', '.join(catalogue())}"
             )
-        models.append((model, float(weight or 1.0)))
+        try:
+            models.append((model, _above_nothing(f"mix: the weight of {model}", float(weight) if equals else 1.0)))
+        except ValueError as error:
+            words = str(error) if isinstance(error, ScenarioError) else f"mix: {part!r} wants a number after ="
+            raise ScenarioError(words) from error
     return Mix(name, tuple(models))
 
 

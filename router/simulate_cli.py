@@ -81,8 +81,13 @@ def _run(given: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps({"simulated": True, "runs": [_summary(one) for one in runs]}, indent=2) + "\n")
     else:
         sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}\n{table(runs)}")
-    if given.out != _NO_FILES:
+    if given.out == _NO_FILES:
+        return 0
+    try:
         _write(runs, Path(given.out))
+    except OSError as error:
+        sys.stderr.write(f"llamayard: out: {given.out}: {error.strerror}; --out {_NO_FILES} writes no files\n")
+        return 2
     return 0
 
 
