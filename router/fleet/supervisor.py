@@ -38,7 +38,8 @@ class Supervisor:
         self._around = Surroundings(config, clock or SystemClock(), self._ask_version, on_change)
         self._probe: Probe | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._running: list[asyncio.Task[None]] = []
+        self._running: dict[Instance, asyncio.Task[None]] = {}
+        self._retiring: set[Instance] = set()
         self._closing = asyncio.Event()
         self._log = structlog.get_logger("router.fleet")
 
@@ -53,12 +54,16 @@ class Supervisor:
                 for instance in self._instances.values():
                     self._begin(instance, tasks)
                 await self._closing.wait()
-                for task in self._running:
+                for task in self._running.values():
                     task.cancel()
 
     def add(self, spec: InstanceSpec) -> None:
-        """Wants one more instance to run. ValueError if there is one of that name."""
-        if spec.name in self._instances:
+        """Wants one more instance to run. ValueError if there is one of that name.
+
+        One that is retired and has stopped is there no more: whoever is told of its end may ask for the next at once.
+        """
+        before = self._instances.get(spec.name)
+        if before is not None and not (before in self._retiring and before.view.state is InstanceState.STOPPED):
             raise ValueError(f"there is an instance {spec.name!r} already")
         instance = Instance(spec, self._around)
         self._instances[spec.name] = instance
@@ -66,7 +71,7 @@ class Supervisor:
             self._begin(instance, self._tasks)
 
     def _begin(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
-        self._running.append(tasks.create_task(instance.run(), name=f"instance {instance.name}"))
+        self._running[instance] = tasks.create_task(instance.run(), name=f"instance {instance.name}")
 
     async def _ask_version(self, url: str, timeout_seconds: float) -> str:
         if self._probe is None:
@@ -93,17 +98,18 @@ class Supervisor:
 
     def retire(self, name: InstanceName) -> None:
         """Stops an instance for good and forgets it, without waiting for that. KeyError for an unknown name."""
-        if self._tasks is not None:
-            self._tasks.create_task(self._retire(name), name=f"end of instance {name}")
-
-    async def _retire(self, name: InstanceName) -> None:
         instance = self._instances[name]
+        if self._tasks is not None:
+            self._retiring.add(instance)
+            self._tasks.create_task(self._retire(instance), name=f"end of instance {name}")
+
+    async def _retire(self, instance: Instance) -> None:
         instance.stop()
         await self._stopped(instance)
-        del self._instances[name]
-        for task in [task for task in self._running if task.get_name() == f"instance {name}"]:
-            self._running.remove(task)
-            task.cancel()
+        if self._instances.get(instance.name) is instance:
+            del self._instances[instance.name]
+        self._retiring.discard(instance)
+        self._running.pop(instance).cancel()
 
     def drain_all(self) -> None:
         """No instance takes new requests."""

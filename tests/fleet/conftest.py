@@ -171,10 +171,15 @@ MakeFleet = Callable[..., "contextlib.AbstractAsyncContextManager[Fleet]"]
 
 @pytest.fixture
 def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
-    """`async with make_fleet() as fleet`: a supervisor runs inside the block and is stopped at its end."""
+    """`async with make_fleet() as fleet`: a supervisor runs inside the block and is stopped at its end. `also` is told
+    of changes as the engine is."""
 
     @contextlib.asynccontextmanager
-    async def running(environment: Mapping[str, str] | None = None, **fields: Any) -> AsyncGenerator[Fleet]:
+    async def running(
+        environment: Mapping[str, str] | None = None,
+        also: Callable[[InstanceChanged], None] | None = None,
+        **fields: Any,
+    ) -> AsyncGenerator[Fleet]:
         defaults: dict[str, Any] = {"command": FAKE_SERVER, "stop_timeout_seconds": 5.0, "start_timeout_seconds": 60.0}
         config = SupervisorConfig(
             state_directory=str(tmp_path / "state"),
@@ -184,7 +189,13 @@ def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
         )
         changes: list[InstanceChanged] = []
         clock = ManualClock()
-        supervisor = Supervisor(config, changes.append, clock)
+
+        def told(change: InstanceChanged) -> None:
+            changes.append(change)
+            if also is not None:
+                also(change)
+
+        supervisor = Supervisor(config, told, clock)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(supervisor.run())
             try:

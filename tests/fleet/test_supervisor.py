@@ -9,8 +9,9 @@ import signal
 import pytest
 
 from router.core.entities import InstanceName, InstanceState
+from router.core.events import InstanceChanged
 from router.core.lifecycle import RestartPolicy
-from tests.fleet.conftest import MakeFleet, is_alive
+from tests.fleet.conftest import Fleet, MakeFleet, is_alive
 from tests.support.waiting import eventually
 
 S = InstanceState
@@ -327,3 +328,29 @@ async def test_an_attached_server_that_goes_and_comes_back_is_used_again_and_nev
         await fleet.reaches(S.READY, "theirs")
         await fleet.beat(5.0, lambda: fleet.states("ours")[-1] is S.READY)
         assert fleet.states("ours") == [S.STARTING, S.READY, S.BACKOFF, S.READY]
+
+
+async def test_a_retired_server_may_be_asked_for_again_by_whoever_is_told_of_its_end(make_fleet: MakeFleet) -> None:
+    """As the engine does, which may need the very same cards again in the moment in which it hears of it."""
+    fleets: list[Fleet] = []
+    wanted = 1
+
+    def again(change: InstanceChanged) -> None:
+        nonlocal wanted
+        if change.state is S.STOPPED and wanted:
+            wanted -= 1
+            fleets[0].supervisor.add(change.spec)
+
+    async with make_fleet(also=again) as fleet:
+        fleets.append(fleet)
+        spec = fleet.add()
+        await fleet.reaches(S.READY)
+        first = fleet.pid()
+        with pytest.raises(ValueError, match="there is an instance 'a' already"):
+            fleet.supervisor.add(spec)
+        fleet.supervisor.retire(A)
+        await eventually(lambda: fleet.states().count(S.READY) == 2)
+        assert fleet.states() == [S.STARTING, S.READY, S.STOPPING, S.STOPPED, S.STARTING, S.READY]
+        assert fleet.pid() != first
+        fleet.supervisor.retire(A)
+        await eventually(lambda: not fleet.supervisor.views)
