@@ -287,7 +287,12 @@ def _carrier(
 ) -> FleetCarrier:
     def start(spec: InstanceSpec) -> None:
         given = [urlsplit(view.spec.url).port or 0 for view in supervisor.views]
-        supervisor.add(on_demand_instance(spec, plan, free_ports(1, avoid=given)[0]))
+        try:
+            (port,) = free_ports(1, avoid=given)
+        except OSError as error:  # no port, or no file to look for one with
+            supervisor.refuse(spec, f"no port for it: {error}")
+            return
+        supervisor.add(on_demand_instance(spec, plan, port))
 
     return FleetCarrier(loader, start, supervisor.retire, look_at_gpus, footprints.remember)
 

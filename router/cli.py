@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         description="One endpoint over one Ollama server per GPU, and one spread over all.",
         epilog="Every configuration key can also be set as LLAMAYARD_SECTION__KEY in the environment.",
     )
+    parser.add_argument("--version", action="version", version=f"llamayard {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serving = commands.add_parser("serve", help="run the servers and the endpoint")
     _add_configuration(serving)

@@ -26,6 +26,9 @@ Captured = pytest.CaptureFixture[str]
 
 
 def test_version_is_printed(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"], HOME)
+    assert capsys.readouterr().out == f"llamayard {__version__}\n"
     assert main(["version"], HOME) == 0
     assert capsys.readouterr().out == f"llamayard {__version__}\n"
 

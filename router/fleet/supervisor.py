@@ -40,6 +40,8 @@ class Supervisor:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[Instance, asyncio.Task[None]] = {}
         self._retiring: set[Instance] = set()
+        self._refused: dict[InstanceName, InstanceSpec] = {}
+        self._on_change = on_change
         self._closing = asyncio.Event()
         self._log = structlog.get_logger("router.fleet")
 
@@ -70,6 +72,15 @@ class Supervisor:
         if self._tasks is not None:
             self._begin(instance, self._tasks)
 
+    def refuse(self, spec: InstanceSpec, reason: str) -> None:
+        """What cannot even be tried is told as FATAL, in a moment, and is there until it is retired."""
+        self._refused[spec.name] = spec
+        self._tell_soon(InstanceChanged(spec, InstanceState.FATAL, reason))
+
+    def _tell_soon(self, change: InstanceChanged) -> None:
+        """Not within the call of somebody who may be told of it himself."""
+        asyncio.get_running_loop().call_soon(self._on_change, change)
+
     def _begin(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
         self._running[instance] = tasks.create_task(instance.run(), name=f"instance {instance.name}")
 
@@ -98,6 +109,10 @@ class Supervisor:
 
     def retire(self, name: InstanceName) -> None:
         """Stops an instance for good and forgets it, without waiting for that. KeyError for an unknown name."""
+        refused = self._refused.pop(name, None)
+        if refused is not None:
+            self._tell_soon(InstanceChanged(refused, InstanceState.STOPPED))
+            return
         instance = self._instances[name]
         if self._tasks is not None:
             self._retiring.add(instance)

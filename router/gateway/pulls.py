@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 import msgspec
+import structlog
 from aiohttp import web
 
 from router.errors import InstanceLost, RouterError, WaitTimeout
@@ -115,6 +116,9 @@ class _Pull:
             self.failure = error
         except (aiohttp.ClientError, OSError) as error:
             self.failure = InstanceLost(f"the instance died while it pulled: {error}")
+        except Exception:  # the outermost edge of a task: whoever follows must not take the end for a success
+            structlog.get_logger("router.gateway").exception("pull_crashed")
+            self.failure = RouterError("the router met an error of its own; its log tells")
         finally:
             for follower in self._followers:
                 follower.end()
@@ -137,6 +141,8 @@ class _Pull:
                 return await content.readuntil(b"\n")
         except asyncio.IncompleteReadError as error:
             return error.partial
+        except ValueError as error:  # a line longer than the reader takes
+            raise InstanceLost(f"the instance's answer cannot be read: {error}") from error
         except TimeoutError as error:
             raise WaitTimeout(f"the pull was silent for {seconds:.0f} s (stream.idle_timeout_seconds)") from error
 

@@ -354,3 +354,17 @@ async def test_a_retired_server_may_be_asked_for_again_by_whoever_is_told_of_its
         assert fleet.pid() != first
         fleet.supervisor.retire(A)
         await eventually(lambda: not fleet.supervisor.views)
+
+
+async def test_what_cannot_be_tried_is_told_as_fatal_until_it_is_retired(make_fleet: MakeFleet) -> None:
+    async with make_fleet() as fleet:
+        spec = fleet.spec()
+        fleet.supervisor.refuse(spec, "no port for it")
+        assert fleet.changes == []
+        await eventually(lambda: bool(fleet.changes))
+        assert fleet.changes == [InstanceChanged(spec, S.FATAL, "no port for it")]
+        fleet.supervisor.retire(A)
+        await eventually(lambda: len(fleet.changes) == 2)
+        assert fleet.states() == [S.FATAL, S.STOPPED]
+        fleet.supervisor.add(spec)
+        await fleet.reaches(S.READY)
