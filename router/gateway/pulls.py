@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from router.errors import InstanceLost, RouterError, WaitTimeout
 from router.fleet.listing import key_of
@@ -141,7 +142,7 @@ class _Pull:
                 return await content.readuntil(b"\n")
         except asyncio.IncompleteReadError as error:
             return error.partial
-        except ValueError as error:  # a line longer than the reader takes
+        except (ValueError, HttpProcessingError) as error:  # a line longer than the reader takes
             raise InstanceLost(f"the instance's answer cannot be read: {error}") from error
         except TimeoutError as error:
             raise WaitTimeout(f"the pull was silent for {seconds:.0f} s (stream.idle_timeout_seconds)") from error
