@@ -7,13 +7,15 @@ store's one writer, and the models that are being deleted.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import aiohttp
 
 from router.core.entities import InstanceState, InstanceView, ModelFacts
 from router.engine import Engine
-from router.errors import NoInstance
+from router.errors import NoInstance, WaitTimeout
 from router.fleet.catalog import Catalog
 from router.gateway.abilities import Abilities
 from router.gateway.asked import Rules
@@ -26,6 +28,26 @@ class Limits:
     first_byte_timeout_seconds: float
     idle_timeout_seconds: float
     connect_timeout_seconds: float = 5.0
+
+
+@asynccontextmanager
+async def store_turn(writing: asyncio.Lock, limits: Limits) -> AsyncGenerator[None]:
+    """Inside, nobody else changes the shared store. For changes that tell nothing while they wait.
+
+    Raises:
+        WaitTimeout: others have been at it for as long as a request may wait: a pull may take hours.
+    """
+    seconds = limits.queue_timeout_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            await writing.acquire()
+    except TimeoutError as error:
+        words = f"another change of the store, such as a pull, has gone on for {seconds:g} s (queue.timeout_seconds)"
+        raise WaitTimeout(f"{words}; nothing was changed, ask again when it has ended") from error
+    try:
+        yield
+    finally:
+        writing.release()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from router.errors import Forbidden, InstanceLost, NoInstance, WaitTimeout
 from router.fleet.driver import stand_in_for
 from router.fleet.ollama import OllamaClient, OllamaError
 from router.gateway.asked import refuse_cloud
-from router.gateway.context import GatewayContext
+from router.gateway.context import GatewayContext, store_turn
 from router.gateway.passed import pass_on
 from router.gateway.peek import peek
 from router.gateway.pulls import Pulls
@@ -63,7 +63,7 @@ class ManagedHandler:
         try:
             if path == "/api/pull" and info.model:
                 return await self._pulls.serve(request, body, seen, info)
-            async with context.writing:
+            async with store_turn(context.writing, context.limits):
                 return await pass_on(context, request, body, info)
         finally:
             context.catalog.forget_all()
@@ -94,7 +94,7 @@ class ManagedHandler:
             if (request.content_length or _WORTH_READING_BYTES) >= _WORTH_READING_BYTES:
                 present.force_close()
             return present
-        async with self._context.writing:
+        async with store_turn(self._context.writing, self._context.limits):
             return await pass_on(self._context, request, request.content.iter_any(), info)
 
     async def _has_blob(self, request: web.BaseRequest) -> bool:
@@ -128,7 +128,7 @@ class ManagedHandler:
             context.removing.discard(facts.name)
 
     async def _deleted(self, request: web.BaseRequest, body: bytes, info: RequestInfo) -> web.StreamResponse:
-        async with self._context.writing:
+        async with store_turn(self._context.writing, self._context.limits):
             try:
                 return await pass_on(self._context, request, body, info)
             finally:
