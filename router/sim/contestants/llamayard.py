@@ -269,7 +269,9 @@ class Llamayard:
         if self._held.pop(held.ticket, None) is None:
             return
         del self._tickets[held.request]
-        self._post(Released(held.ticket, error == LOST, first_byte_at=held.request.first_token_at))
+        request = held.request
+        tokens = 0 if error else request.generated_tokens
+        self._post(Released(held.ticket, error == LOST, tokens, request.first_token_at))
         if error and held.request.first_token_at is None and held.attempts < _ATTEMPTS:
             held.attempts += 1
             self._arrive(held)
