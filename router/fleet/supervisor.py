@@ -114,7 +114,7 @@ class Supervisor:
             self._tell_soon(InstanceChanged(refused, InstanceState.STOPPED))
             return
         instance = self._instances[name]
-        if self._tasks is not None:
+        if self._tasks is not None and instance not in self._retiring:
             self._retiring.add(instance)
             self._tasks.create_task(self._retire(instance), name=f"end of instance {name}")
 

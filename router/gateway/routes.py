@@ -34,8 +34,8 @@ KIND_WORDS: Mapping[Kind, str] = {
     Kind.LEASED: "takes a slot of the model that its body names; that instance's answer is streamed through",
     Kind.SHOW: "asked of an instance that has the model",
     Kind.MERGED: "answered for the whole fleet",
-    Kind.MANAGED: "changes the shared store: through one instance, one write at a time, for which a pull waits and says "
-    "so, and others at most `queue.timeout_seconds`",
+    Kind.MANAGED: "changes the shared store: through one instance, one write at a time, for which a pull waits and "
+    "says so, and others at most `queue.timeout_seconds`",
     Kind.PASSED: "passed to one instance as it is",
     Kind.REFUSED: "acts on the server's own ollama.com account: 403, unless `ollama.cloud` is on",
     Kind.ADMIN: "the router's own",

@@ -349,6 +349,7 @@ async def test_a_retired_server_may_be_asked_for_again_by_whoever_is_told_of_its
         with pytest.raises(ValueError, match="there is an instance 'a' already"):
             fleet.supervisor.add(spec)
         fleet.supervisor.retire(A)
+        fleet.supervisor.retire(A)
         await eventually(lambda: fleet.states().count(S.READY) == 2)
         assert fleet.states() == [S.STARTING, S.READY, S.STOPPING, S.STOPPED, S.STARTING, S.READY]
         assert fleet.pid() != first
