@@ -279,6 +279,7 @@ class LeasedExchange:
         self._asked = None
         self._body = b""
         self._wanted = None
+        self._grant = None  # what a thousand streams need no more is a megabyte
 
     def request_blocked(self, *, blocked: bool) -> None:
         pass  # the whole request is written already
