@@ -30,11 +30,13 @@ def group_of(ticket: Ticket) -> GroupKey:
 class WaitQueue:
     """Waiting tickets by group; insertion order is arrival order."""
 
-    __slots__ = ("_clients", "_deadlines", "_groups", "_tickets", "_wanted")
+    __slots__ = ("_by_blob", "_clients", "_deadlines", "_groups", "_tickets", "_wanted")
 
     def __init__(self) -> None:
         self._tickets: dict[TicketId, Ticket] = {}
         self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
+        self._by_blob: dict[BlobDigest, dict[GroupKey, dict[TicketId, Ticket]]] = {}
+        """The same groups by the weights that they wait for."""
         self._clients: dict[str, int] = {}
         self._wanted: dict[BlobDigest, int] = {}
         self._deadlines: list[tuple[float, TicketId]] = []
@@ -52,7 +54,12 @@ class WaitQueue:
     def add(self, ticket: Ticket) -> None:
         heapq.heappush(self._deadlines, (ticket.deadline, ticket.id))
         self._tickets[ticket.id] = ticket
-        self._groups.setdefault(group_of(ticket), {})[ticket.id] = ticket
+        key = group_of(ticket)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = {}
+            self._by_blob.setdefault(key.blob, {})[key] = group
+        group[ticket.id] = ticket
         _count(self._clients, ticket.client, 1)
         _count(self._wanted, ticket.model.blob, 1)
 
@@ -60,10 +67,15 @@ class WaitQueue:
         """Takes a ticket out wherever it stands; None where it does not wait."""
         ticket = self._tickets.pop(ticket_id, None)
         if ticket is not None:
-            group = self._groups[group_of(ticket)]
+            key = group_of(ticket)
+            group = self._groups[key]
             del group[ticket_id]
             if not group:
-                del self._groups[group_of(ticket)]
+                del self._groups[key]
+                alike = self._by_blob[key.blob]
+                del alike[key]
+                if not alike:
+                    del self._by_blob[key.blob]
             _count(self._clients, ticket.client, -1)
             _count(self._wanted, ticket.model.blob, -1)
         return ticket
@@ -71,7 +83,12 @@ class WaitQueue:
     def groups(self, blobs: Collection[BlobDigest] | None = None) -> list[GroupKey]:
         """The groups in the order in which they are served: by the priority, then the age of their first ticket. With
         `blobs` only those that wait for these weights."""
-        chosen = self._groups.items() if blobs is None else [g for g in self._groups.items() if g[0].blob in blobs]
+        if blobs is None:
+            chosen = list(self._groups.items())
+        else:
+            chosen = [found for blob in blobs for found in self._by_blob.get(blob, {}).items()]
+        if len(chosen) < 2:
+            return [key for key, _ in chosen]
         firsts = [(next(iter(group.values())), key) for key, group in chosen]
         return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
 
