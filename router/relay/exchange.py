@@ -278,8 +278,7 @@ class LeasedExchange:
         self._heart = None
         self._asked = None
         self._body = b""
-        self._wanted = None
-        self._grant = None  # what a thousand streams need no more is a megabyte
+        self._wanted = self._grant = None  # what a thousand streams need no more is a megabyte
 
     def request_blocked(self, *, blocked: bool) -> None:
         pass  # the whole request is written already
