@@ -174,12 +174,16 @@ def mix_named(name: str, rig: RigSpec) -> Mix:
             raise ScenarioError(
                 f"mix: no mix or model {model!r}; mixes: {', '.join(MIXES)}; models: {', '.join(catalogue())}"
             )
-        try:
-            models.append((model, _above_nothing(f"mix: the weight of {model}", float(weight) if equals else 1.0)))
-        except ValueError as error:
-            words = str(error) if isinstance(error, ScenarioError) else f"mix: {part!r} wants a number after ="
-            raise ScenarioError(words) from error
+        models.append((model, _weight(part, weight) if equals else 1.0))
     return Mix(name, tuple(models))
+
+
+def _weight(part: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise ScenarioError(f"mix: {part!r} wants a number after =") from error
+    return _above_nothing(f"mix: the weight of {part.partition('=')[0]}", number)
 
 
 def sim_cards(rig: RigSpec) -> tuple[SimCard, ...]:

@@ -81,7 +81,7 @@ def _one_run(wanted: Wanted) -> Told:
         return router
 
     make = contestant("llamayard", scene, seen=seen)
-    Simulation(scene, watched).run(lambda *_: None)
+    Simulation(scene, watched).run()
     return told
 
 

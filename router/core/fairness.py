@@ -74,7 +74,7 @@ class TokenCounters:
         return order
 
     def _add(self, client: str, tokens: float) -> None:
-        self._given[client] = self._given.get(client, 0.0) + tokens
+        self._given[client] = self.given(client) + tokens
         if len(self._given) > _CLIENTS_MAX:
             del self._given[min(self._given, key=lambda name: (self._given[name], name))]
 
@@ -93,9 +93,7 @@ def _level(ticket: Ticket, top: int, now: float) -> int:
 
 
 def _weight(ticket: Ticket, given: float, now: float) -> float:
-    """By what the client was given; before all others where `_is_ending`."""
-    deadline = ticket.deadline
-    return -1.0 if deadline - now <= _ENDING_SHARE * (deadline - ticket.arrived_at) else given
+    return -1.0 if _is_ending(ticket, now) else given
 
 
 def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float) -> list[Ticket]:

@@ -113,9 +113,8 @@ class FleetState:
     wanted: dict[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
     large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that no single card holds."""
-    load_rate_bytes_per_second: float | None = None
     _load_means: tuple[float, float] | None = None
-    """Bytes and seconds of a load."""
+    """Bytes and seconds of a load, as loads have shown; None before the first."""
     sent_bytes: Demand = field(default_factory=Demand)
     """Weights sent for loading, as a count that decays."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
@@ -301,7 +300,11 @@ class FleetState:
         size, took = self._load_means or (_PRIOR_BYTES, _PRIOR_BYTES / self.policy.load_bytes_per_second)
         size, took = size + _NEW_SHARE * (weights_bytes - size), took + _NEW_SHARE * (reading - took)
         self._load_means = (size, took)
-        self.load_rate_bytes_per_second = size / took
+
+    @property
+    def load_rate_bytes_per_second(self) -> float | None:
+        """As loads have shown; None before the first."""
+        return None if self._load_means is None else self._load_means[0] / self._load_means[1]
 
     # --- slots ---------------------------------------------------------------------------------------------
 

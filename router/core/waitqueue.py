@@ -83,12 +83,8 @@ class WaitQueue:
     def groups(self, blobs: Collection[BlobDigest] | None = None) -> list[GroupKey]:
         """The groups in the order in which they are served: by the priority, then the age of their first ticket. With
         `blobs` only those that wait for these weights."""
-        if blobs is None:
-            chosen = list(self._groups.items())
-        else:
-            chosen = [found for blob in blobs for found in self._by_blob.get(blob, {}).items()]
-        if len(chosen) < 2:
-            return [key for key, _ in chosen]
+        tables = [self._groups] if blobs is None else [self._by_blob.get(blob, {}) for blob in blobs]
+        chosen = [found for table in tables for found in table.items()]
         firsts = [(next(iter(group.values())), key) for key, group in chosen]
         return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
 

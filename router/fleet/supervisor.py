@@ -41,7 +41,6 @@ class Supervisor:
         self._running: dict[Instance, asyncio.Task[None]] = {}
         self._retiring: set[Instance] = set()
         self._refused: dict[InstanceName, InstanceSpec] = {}
-        self._on_change = on_change
         self._closing = asyncio.Event()
         self._log = structlog.get_logger("router.fleet")
 
@@ -79,7 +78,7 @@ class Supervisor:
 
     def _tell_soon(self, change: InstanceChanged) -> None:
         """Not within the call of somebody who may be told of it himself."""
-        asyncio.get_running_loop().call_soon(self._on_change, change)
+        asyncio.get_running_loop().call_soon(self._around.on_change, change)
 
     def _begin(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
         self._running[instance] = tasks.create_task(instance.run(), name=f"instance {instance.name}")
