@@ -1,6 +1,7 @@
-"""The `llamayard` command: serve, status, check-config, simulate, version. Only this picks uvloop, and prints.
+"""The `llamayard` command: serve, status, check-config, simulate, version. Only this picks uvloop.
 
-A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback.
+A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. What commands other than
+`serve` need is loaded by name when they are given: a router that runs for months would only hold it in memory.
 """
 
 from __future__ import annotations
@@ -17,22 +18,11 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import uvloop
-from pydantic import BaseModel
 
 from router import __version__
 from router.app import serve
-from router.checks import Checked, check_pins
-from router.config_tree import dotted_keys, origin_of
-from router.settings import (
-    ConfigError,
-    Settings,
-    find_config,
-    load_layers,
-    load_settings,
-    process_environment,
-)
-from router.status_cli import StatusError, fetch_status, render_status
-from router.tuning import tuning
+from router.settings import ConfigError, Settings, find_config, load_settings, process_environment
+from router.tuning import tuning_problems
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -73,15 +63,11 @@ def _run(arguments: Sequence[str] | None, environment: Mapping[str, str] | None)
     except ConfigError as error:
         _complain(error.problems)
         return EXIT_MISUSED
-    except StatusError as error:
-        _complain([str(error)])
-        return EXIT_FAILED
     except KeyboardInterrupt:  # before or after the time in which the running router handles the signal itself
         return EXIT_INTERRUPTED
 
 
 def _simulate(words: Sequence[str]) -> int:
-    """Loads the simulator, which a router that runs for months would only hold in memory."""
     simulator: Any = importlib.import_module("router.simulate_cli")
     return cast("int", simulator.main(words))
 
@@ -170,63 +156,27 @@ def with_what_is_there(settings: Settings, environment: Mapping[str, str]) -> Se
     return settings.model_copy(update={"rig": AUTO_RIG})
 
 
-def tuning_problems(settings: Settings) -> list[str]:
-    """What is wrong with the variables of any instance that the configuration names."""
-    declared = {instance.name: instance for instance in settings.instances if instance.name is not None}
-    names = {**dict.fromkeys(settings.ollama.instance_env), **declared}
-    problems: list[str] = []
-    for name in names or {"gpu0": None}:
-        try:
-            tuning(settings, name, declared.get(name))
-        except ConfigError as error:
-            problems.extend(error.problems)
-    return problems
-
-
 def _status(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    status: Any = importlib.import_module("router.status_cli")
     server = _settings(given, environment).server
-    status = fetch_status(server.host, server.port, server.tls_certificate)
-    print(json.dumps(status, indent=2) if given.json else render_status(status))
+    try:
+        document = status.fetch_status(server.host, server.port, server.tls_certificate)
+    except status.StatusError as error:
+        _complain([str(error)])
+        return EXIT_FAILED
+    print(json.dumps(document, indent=2) if given.json else status.render_status(document))
     return EXIT_OK
 
 
 def _check_config(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    path = find_config(given.config, Path.cwd())
+    check: Any = importlib.import_module("router.check_cli")
     try:
-        settings = load_settings(path, environment, _flags(given))
-        problems = tuning_problems(settings)
-        checked = Checked() if problems else check_pins(settings, environment)
-        if problems or checked.problems:
-            raise ConfigError([*problems, *checked.problems])
+        lines = cast("list[str]", check.effective(find_config(given.config, Path.cwd()), environment, _flags(given)))
     except ConfigError as error:
         _complain(error.problems)
         return EXIT_FAILED
-    origins = load_layers(path, environment, _flags(given)).origins
-    print(f"# file: {path or 'none'}")
-    for key in dotted_keys(Settings):
-        value = json.dumps(_plain(settings, key), ensure_ascii=False)
-        print(f"{key} = {value}  # {origin_of(key, origins) or 'default'}")
-    for words in checked.unseen:
-        print(f"# not checked: {words}")
+    print("\n".join(lines))
     return EXIT_OK
-
-
-def _plain(settings: Settings, dotted: str) -> Any:
-    """The JSON-ready value of a key."""
-    value: object = settings
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return _dumped(value)
-
-
-def _dumped(value: object) -> object:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(value, Mapping):
-        return {str(key): _dumped(item) for key, item in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, tuple | list | set | frozenset):
-        return [_dumped(item) for item in cast("Sequence[object]", value)]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _version(given: argparse.Namespace, environment: Mapping[str, str]) -> int:

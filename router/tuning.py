@@ -86,3 +86,16 @@ class _Variables:
 
     def _error(self, variable: str, text: str, words: str) -> ConfigError:
         return ConfigError([f"instance {self.instance}: {variable}={text!r} {words}"])
+
+
+def tuning_problems(settings: Settings) -> list[str]:
+    """What is wrong with the variables of any instance that the configuration names."""
+    declared = {instance.name: instance for instance in settings.instances if instance.name is not None}
+    names = {**dict.fromkeys(settings.ollama.instance_env), **declared}
+    problems: list[str] = []
+    for name in names or {"gpu0": None}:
+        try:
+            tuning(settings, name, declared.get(name))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    return problems

@@ -114,8 +114,9 @@ def test_simulate_plays_and_refuses_with_code_2_what_it_does_not_know(capsys: Ca
     assert "no card '9999'" in capsys.readouterr().err
 
 
-def test_whoever_serves_does_not_hold_the_simulator_in_memory(root: Path) -> None:
-    program = "import sys, router.cli\nprint([name for name in sys.modules if name.startswith('router.sim')])"
+def test_whoever_serves_does_not_hold_the_other_commands_in_memory(root: Path) -> None:
+    others = ("router.sim", "router.check", "router.status")
+    program = f"import sys, router.cli\nprint([name for name in sys.modules if name.startswith({others})])"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=60
     )

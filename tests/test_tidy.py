@@ -44,6 +44,7 @@ COMPOSITION = {
     "pinning": frozenset({"app", "cli", "docs", "engine", "gateway", "relay", "fleet", "rig", "sim"}),
     "surroundings": frozenset({"app", "cli", "docs", "engine", "gateway"}),
     "checks": frozenset({"app", "cli", "docs", "engine", "gateway", "relay"}),
+    "check_cli": frozenset({"app", "cli", "docs", "engine", "gateway", "relay"}),
     "cli": frozenset({"docs"}),
     "__main__": frozenset[str](),
     "": frozenset({"cli"}),
@@ -68,6 +69,7 @@ CORE_LIBRARIES = frozenset(
 ENTRY_POINTS = frozenset(
     {
         "router.__main__",
+        "router.check_cli",
         "router.cli",
         "router.docs",
         "router.rig.runner",
@@ -75,6 +77,7 @@ ENTRY_POINTS = frozenset(
         "router.sim.chaos",
         "router.simulate_cli",
         "router.simulate_picture",
+        "router.status_cli",
     }
 )
 """Modules that are started by name, so that no other module need import them."""
