@@ -282,7 +282,7 @@ class FleetState:
         blob = ticket.model.blob
         self.models[blob] = ticket.model
         self.dismissed.discard(blob)
-        before = self.demand.get(blob, Demand(at=now))
+        before = self.demand.get(blob) or Demand(at=now)
         self.demand[blob] = demand.asked(before, now, self.policy.demand_half_life_seconds)
         if len(self.demand) > _MODELS_MAX:
             coldest = min(self.demand, key=lambda known: (self.demand[known].at, known))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 
 import aiohttp
+import msgspec
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 from yarl import URL
@@ -26,8 +26,7 @@ Raw = list[tuple[bytes, bytes]]
 Body = bytes | AsyncIterator[bytes]
 
 
-@dataclass(slots=True)
-class Exchange:
+class Exchange(msgspec.Struct):
     """What became of one forwarded request; filled in as it goes."""
 
     started: Callable[[], float]
@@ -39,7 +38,7 @@ class Exchange:
     """HTTP chunks with data in them, where the reply came in chunks: of a stream, about its tokens."""
     tail: bytes = b""
     """The end of the reply, enough to read the final line's token counts from."""
-    extra_headers: dict[str, str] = field(default_factory=dict[str, str])
+    extra_headers: dict[str, str] = msgspec.field(default_factory=dict[str, str])
 
 
 async def open_upstream(

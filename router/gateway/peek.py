@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 from router.errors import BadRequest, UnsupportedEncoding
 from router.gateway.fold import fold
@@ -32,8 +33,7 @@ _EMPTY_LIST = re.compile(rb"\[[ \t\n\r]*+\]")
 _INTEGER = re.compile(rb"-?[0-9]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Peek:
+class Peek(msgspec.Struct, frozen=True):
     """What a body says. Absent and null are None; a member that the route does not read is absent."""
 
     model: str | None = None
@@ -41,7 +41,7 @@ class Peek:
     stream: bool | None = None
     keep_alive: object = None
     """As given: int, float, str, bool; a list or object as its JSON bytes. The server takes numbers and strings."""
-    options: Mapping[str, object] = field(default_factory=dict[str, object])
+    options: Mapping[str, object] = msgspec.field(default_factory=dict[str, object])
     """Those of `RUNNER_OPTION_NAMES` that are given, not null; values as for `keep_alive`."""
     output_tokens_max: int | None = None
     """`num_predict`, `max_tokens` and the like, where it is a number; negative has the server's meanings."""

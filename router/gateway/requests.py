@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+import msgspec
 from aiohttp import web
 
 from router.core.entities import InstanceName
@@ -13,8 +13,7 @@ from router.errors import BodyTooLarge
 from router.gateway.forward import Exchange
 
 
-@dataclass(slots=True)
-class RequestInfo:
+class RequestInfo(msgspec.Struct):
     """Grows as the request goes; ends in one access-log line and one round of metrics."""
 
     request_id: str
@@ -28,9 +27,9 @@ class RequestInfo:
     error_code: str = ""
     cors: tuple[tuple[str, str], ...] = ()
     """Headers that let a browser's page read the answer."""
-    notes: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
     """Headers that tell what of the request was not passed on."""
-    exchange: Exchange | None = field(default=None)
+    exchange: Exchange | None = None
 
     def granted(self, grant: Grant, now: float) -> None:
         self.instance = grant.instance
@@ -38,7 +37,9 @@ class RequestInfo:
 
     def reply_headers(self, grant: Grant | None) -> dict[str, str]:
         """Who answered, and on request why there."""
-        headers = {"Server": "llamayard", "X-Request-ID": self.request_id, **dict(self.cors), **self.notes}
+        headers = {"Server": "llamayard", "X-Request-ID": self.request_id}
+        if self.cors or self.notes:
+            headers |= {**dict(self.cors), **self.notes}
         if grant is not None:
             headers["X-Llamayard-Instance"] = grant.instance
             if self.wants_reason:

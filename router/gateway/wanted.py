@@ -9,8 +9,9 @@ relay and aiohttp) builds its requests here. Pure: it asks nobody and decides no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
+
+import msgspec
 
 from router.core.affinity import BYTES_PER_TOKEN
 from router.core.entities import ModelFacts, RunnerOptions, Ticket, TicketId
@@ -24,8 +25,7 @@ from router.gateway.peek import Peek
 from router.gateway.splice import remove_nested, set_member, set_nested
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """A request as far as routing is concerned."""
 
     path: str

@@ -237,7 +237,7 @@ class ClientConnection(asyncio.Protocol):
             self._listener.long_bodies += 1
         self._exchange = exchange
         try:
-            answer = desk.judge(head, notes, info)
+            answer = None if notes.is_good else desk.judge(head, notes, info)
         except RouterError as error:
             self._refuse(head, rest, partial(exchange.fail, error))
             return

@@ -17,9 +17,11 @@ from urllib.parse import unquote
 from router.core.entities import Gpu, GpuUuid, InstanceView, ModelFacts, Ticket, TicketId
 from router.core.events import Event, Grant, Reject
 from router.core.outlook import Outlook
+from router.gateway.abilities import is_young
 from router.gateway.asked import Rules
 from router.gateway.askers import Asker
 from router.gateway.context import Limits
+from router.gateway.forms import is_form
 from router.gateway.headers import request_id
 from router.gateway.origin import Answer, OriginPolicy
 from router.gateway.peek import refuse_encoded
@@ -150,12 +152,17 @@ class Ids:
 class HeadNotes:
     """What has been made of one head of a request to the relay's own routes."""
 
-    __slots__ = ("asker", "begun", "is_good", "path", "request_id", "route", "usual", "wants_reason")
+    __slots__ = (
+        "asker", "begun", "is_form", "is_good", "is_young", "path", "request_id", "route", "usual", "wants_reason",
+    )  # fmt: skip
 
-    def __init__(self, route: Route, path: str) -> None:
+    def __init__(self, route: Route, path: str, *, is_form: bool) -> None:
         self.route = route
         self.path = path
         """Decoded, without the query."""
+        self.is_young = is_young(path)
+        self.is_form = is_form
+        """Whether the body is said to be one."""
         self.request_id: str | None = None
         self.wants_reason = False
         self.is_good = False
@@ -201,7 +208,7 @@ class Desk:
         known = self.leased.get(head.target) or self._find(head)
         if known is None:
             return None
-        head.notes = notes = HeadNotes(*known)
+        head.notes = notes = HeadNotes(*known, is_form=is_form(head.text("content-type")))
         notes.wants_reason = self.debug_headers or (head.text("x-llamayard-debug") or "") not in ("", "0", "false")
         notes.request_id = head.text("x-request-id")
         return notes
@@ -219,13 +226,11 @@ class Desk:
         return route, path
 
     def judge(self, head: RequestHead, notes: HeadNotes, info: RequestInfo) -> Answer | None:
-        """What ends the request before its body is read, None where nothing does.
+        """What ends the request before its body is read, None where nothing does. Where `notes.is_good` nothing will.
 
         Raises:
             RouterError: it is refused in the form of its API.
         """
-        if notes.is_good:
-            return None
         host, origin = head.text("host") or "", head.text("origin")
         if origin is not None or host not in self.good_hosts:
             verdict = self.origins.judge("POST", host, origin, notes.route.methods)

@@ -26,10 +26,9 @@ from router.core.events import Grant, Reject, UnloadAsked
 from router.engine import rejection
 from router.errors import InstanceLost, RouterError
 from router.fleet.ollama import OllamaError
-from router.gateway.abilities import is_young, refuse_missing
+from router.gateway.abilities import refuse_missing
 from router.gateway.asked import Asked
 from router.gateway.askers import Asker
-from router.gateway.forms import is_form
 from router.gateway.forward import Exchange as Record
 from router.gateway.headers import begun_request
 from router.gateway.origin import Answer
@@ -89,8 +88,9 @@ class LeasedExchange:
     def begin(self, body: bytes) -> None:
         """The whole body has come."""
         self._body = body
+        notes: HeadNotes = self._head.notes
         try:
-            view = self._desk.primary() if is_young(self._path) else None
+            view = self._desk.primary() if notes.is_young else None
             if view is None or self._desk.abilities.known(view, self._path):
                 self._look()
             else:
@@ -110,8 +110,8 @@ class LeasedExchange:
 
     def _look(self) -> None:
         desk, head, info = self._desk, self._head, self._info
-        seen = self._seen or (None if is_form(head.text("content-type")) else glance(self._body, self._path))
         notes: HeadNotes = head.notes
+        seen = self._seen or (None if notes.is_form else glance(self._body, self._path))
         if seen is not None and self._is_usual(seen, notes):
             return
         self._asked = asked = Asked(

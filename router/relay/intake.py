@@ -6,8 +6,9 @@ what is left of it without its long strings (`router/relay/reduced.py`). It wait
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
+
+from msgspec import structs
 
 from router.errors import BodyTooLarge
 from router.gateway.peek import Peek, peek
@@ -107,7 +108,7 @@ class Intake:
         if text is None or self._reduced is None:
             return peek(self.joined(), path)
         seen = glance(text, path) or peek(text, path)
-        return replace(seen, prompt_bytes=seen.prompt_bytes + self._reduced.text_bytes)
+        return structs.replace(seen, prompt_bytes=seen.prompt_bytes + self._reduced.text_bytes)
 
 
 def is_worth_reading(head: RequestHead) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from router.gateway.peek import peek
 from router.relay.reduced import LONG_BYTES, QUOTES_MAX, Reduced
@@ -52,7 +52,7 @@ def test_what_is_left_is_read_as_the_whole_is(
     text = reduced.text()
     assert text is not None
     assert len(text) <= len(raw)
-    assert replace(peek(text, path), prompt_bytes=0) == replace(peek(raw, path), prompt_bytes=0)
+    assert structs.replace(peek(text, path), prompt_bytes=0) == structs.replace(peek(raw, path), prompt_bytes=0)
 
 
 def test_long_strings_are_taken_out_and_text_is_counted() -> None:
