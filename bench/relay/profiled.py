@@ -1,8 +1,8 @@
 """Shows where the router's own time goes, without sockets: `make profile`.
 
 The real connection, exchange, engine, dispatcher, metrics and access log run over transports that only count bytes, so
-that what is left is the time of our own code. Prints microseconds a small request and a token, then the functions that
-cost most.
+that what is left is the time of our own code. Prints microseconds a small request (one after the other, and after
+idling) and a token, then the functions that cost most.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import cProfile
 import io
 import pstats
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,8 @@ _TOKEN = b"%x\r\n%s\r\n" % (len(_LINE), _LINE)
 _END = b'22\r\n{"done":true,"eval_count":1000000}\r\n0\r\n\r\n'
 
 
+_IDLE_SECONDS = (0.001, 0.005, 0.02)
+_IDLE_TIMES = 50
 _BATCH = 200
 
 
@@ -192,6 +195,9 @@ async def _measure(
         note(f"{_best(lambda: one(_REPLY), small):.1f} us a small request, {instances} instances")
         if profile is not None:
             profile.disable()
+        else:
+            for idle in _IDLE_SECONDS:
+                note(f"{_after(idle, lambda: one(_REPLY)):.0f} us after {1e3 * idle:g} ms of idling")
         pieces = _BATCH * 10
         stream = [_TOKEN] * pieces
         cost = _best(lambda: one(_STREAM_HEAD, *stream, _END), tokens // pieces, 1) / pieces
@@ -210,6 +216,17 @@ def _best(work: Callable[[], None], times: int, batch: int = _BATCH) -> float:
             work()
         best = min(best, (time.process_time() - began) / batch)
     return 1e6 * best
+
+
+def _after(idle_seconds: float, work: Callable[[], None]) -> float:
+    """Microseconds of CPU of one, each after so long a sleep, the median: others have used the caches meanwhile."""
+    taken: list[float] = []
+    for _ in range(_IDLE_TIMES):
+        time.sleep(idle_seconds)
+        began = time.process_time()
+        work()
+        taken.append(time.process_time() - began)
+    return 1e6 * statistics.median(taken)
 
 
 _PARTS = {
