@@ -37,7 +37,7 @@ from router.relay.early import LongExchange
 from router.relay.exchange import LeasedExchange
 from router.relay.framing import FramingError
 from router.relay.handover import HandOver
-from router.relay.heads import KNOWN_BYTES_MAX, HeadError, RequestHead
+from router.relay.heads import HeadError, RequestHead
 from router.relay.intake import LONG_BYTES, UNREAD_BYTES_MAX, Intake, is_worth_reading
 from router.relay.parties import Send, nowhere
 from router.relay.pauses import Pauses, Reason
@@ -67,7 +67,7 @@ class ClientConnection(asyncio.Protocol):
         self._head: RequestHead | None = None
         """The one being read, or that of the request being answered."""
         self._known: RequestHead | None = None
-        """The last that came whole: a client's heads are often all the same."""
+        """The last that was known already: a client's heads are often all the same."""
         self._raw: list[bytes] = []  # the pieces of a head that did not come whole
         self._intake: Intake | None = None
         self._then: Callable[[], None] | None = None
@@ -169,7 +169,9 @@ class ClientConnection(asyncio.Protocol):
                 if not data:
                     return
             known = self._known
-            if known is not None and data.startswith(known.raw):
+            if known is None or not data.startswith(known.raw):
+                self._known = known = self._desk.heads.find(self._peer, data)
+            if known is not None:
                 self._begin(known, data, len(known.raw), known.notes)
                 return
             self._head = head = RequestHead()
@@ -183,9 +185,8 @@ class ClientConnection(asyncio.Protocol):
             self._raw.append(data)
             return
         notes = self._desk.leased_route(head)
-        if not self._raw and notes is not None and end <= KNOWN_BYTES_MAX:
-            head.raw = data[:end]
-            self._known = head
+        if not self._raw and notes is not None:
+            self._desk.heads.remember(self._peer, head, data[:end])
         self._begin(head, data, end, notes)
 
     def _begin(self, head: RequestHead, data: bytes, end: int, notes: HeadNotes | None) -> None:
@@ -237,7 +238,8 @@ class ClientConnection(asyncio.Protocol):
             self._listener.long_bodies += 1
         self._exchange = exchange
         try:
-            answer = None if notes.is_good else desk.judge(head, notes, info)
+            is_good = notes.is_good and length <= desk.limits.max_body_bytes
+            answer = None if is_good else desk.judge(head, notes, info)
         except RouterError as error:
             self._refuse(head, rest, partial(exchange.fail, error))
             return

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote
 
+from router.core.bounded import renew
 from router.core.entities import Gpu, GpuUuid, InstanceView, ModelFacts, Ticket, TicketId
 from router.core.events import Event, Grant, Reject
 from router.core.outlook import Outlook
@@ -22,16 +23,18 @@ from router.gateway.asked import Rules
 from router.gateway.askers import Asker
 from router.gateway.context import Limits
 from router.gateway.forms import is_form
-from router.gateway.headers import request_id
+from router.gateway.headers import begun_request, request_id
 from router.gateway.origin import Answer, OriginPolicy
 from router.gateway.peek import refuse_encoded
 from router.gateway.requests import RequestInfo
 from router.gateway.routes import Kind, Route, RouteTable
 from router.relay.heads import RequestHead
 from router.relay.intake import too_large
+from router.relay.known import KnownHeads
 from router.relay.upstream import Pool
 from router.relay.usual import Key, Usual
 
+_SERVERS_MAX = 64
 _REMEMBERED_MAX = 256
 _REMEMBERED_BYTES_MAX = 256
 _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
@@ -166,12 +169,18 @@ class HeadNotes:
         self.request_id: str | None = None
         self.wants_reason = False
         self.is_good = False
-        """Whether nothing in it can end the request any more."""
+        """Whether nothing in it but its length can end the request any more."""
         self.asker: Asker | None = None
         self.begun: dict[str, bytes] = {}
         """The head as it goes on, but for its framing, by the server's URL."""
         self.usual: dict[Key, Usual] = {}
         """What came of requests with it, by what their bodies said."""
+
+    def begin(self, head: RequestHead, url: str, pool: Pool) -> bytes:
+        """The head as it goes on to that server, but for its framing; remembered for the next."""
+        begun = begun_request(head.method, head.target, head.headers, pool.authority(url))
+        renew(self.begun, url, begun, _SERVERS_MAX)
+        return begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +207,7 @@ class Desk:
     new_id: Callable[[], str] = field(default_factory=Ids)
     good_hosts: set[str] = field(default_factory=set[str])
     """Host headers that were found good, to be judged no more."""
+    heads: KnownHeads = field(default_factory=KnownHeads)
     leased: dict[bytes, tuple[Route, str]] = field(default_factory=dict[bytes, tuple[Route, str]])
     """Targets that were found to be the relay's own."""
 
@@ -226,7 +236,7 @@ class Desk:
         return route, path
 
     def judge(self, head: RequestHead, notes: HeadNotes, info: RequestInfo) -> Answer | None:
-        """What ends the request before its body is read, None where nothing does. Where `notes.is_good` nothing will.
+        """What ends the request before its body is read, if anything does. Where `notes.is_good`, only its length can.
 
         Raises:
             RouterError: it is refused in the form of its API.

@@ -30,7 +30,6 @@ from router.gateway.abilities import refuse_missing
 from router.gateway.asked import Asked
 from router.gateway.askers import Asker
 from router.gateway.forward import Exchange as Record
-from router.gateway.headers import begun_request
 from router.gateway.origin import Answer
 from router.gateway.peek import Peek
 from router.gateway.requests import RequestInfo
@@ -255,10 +254,7 @@ class LeasedExchange:
             reply.begun = self._heart.begun
         reply.last = self._attempt == ATTEMPTS
         notes: HeadNotes = head.notes
-        begun = notes.begun.get(connection.url)
-        if begun is None:
-            host = desk.pool.authority(connection.url)
-            begun = notes.begun[connection.url] = begun_request(head.method, head.target, head.headers, host)
+        begun = notes.begun.get(connection.url) or notes.begin(head, connection.url, desk.pool)
         first = b"%sContent-Length: %d\r\n\r\n" % (begun, len(body))
         if len(body) <= ONE_WRITE_BYTES_MAX:
             connection.transport.write(first + body)

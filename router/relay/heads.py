@@ -19,9 +19,6 @@ from router.relay.framing import Body, Chunked, NoBody, Sized, UntilClose
 HEAD_BYTES_MAX = 65536
 """A longer head of a request is answered 431, one of a reply ends the exchange."""
 
-KNOWN_BYTES_MAX = 2048
-"""A longer head is not remembered for the next request."""
-
 NAME_BYTES_MAX = 256
 """A longer name of a header is answered 431."""
 
@@ -139,9 +136,9 @@ class RequestHead(_Head):
     target = b""
     hosts = 0
     raw = b""
-    """All of its bytes, where it came in one piece."""
+    """All of its bytes, where it is remembered (`router/relay/known.py`)."""
     notes: Any = None
-    """What others have made of it, for the next request with the very same head."""
+    """What others have made of it, for the next request with a head like it."""
     upgrade = False
     """Whether another protocol is asked for."""
     _long_name = False
@@ -159,6 +156,13 @@ class RequestHead(_Head):
     def awaits_word(self) -> bool:
         """Whether its body will only come after `100 Continue`."""
         return self.minor == 1 and "expect" in self._values and self.has_body
+
+    def resized(self, length: int | None, raw: bytes) -> RequestHead:
+        """The same head with another length of the body. Its `headers` go on saying the first."""
+        other = RequestHead.__new__(RequestHead)
+        other.__dict__.update(self.__dict__)
+        other.length, other.raw = length, raw
+        return other
 
     def body(self, payload: list[bytes] | None = None) -> Body:
         """What finds the end of the request; `payload` as for `Chunked`."""

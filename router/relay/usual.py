@@ -7,6 +7,7 @@ the operator may change meanwhile is looked at each time as well: the model's fa
 
 from __future__ import annotations
 
+from router.core.bounded import renew
 from router.core.entities import ModelFacts
 from router.gateway.asked import Asked, Rules
 from router.gateway.askers import Asker
@@ -15,7 +16,7 @@ from router.gateway.waiting import Heartbeat
 from router.gateway.wanted import Wanted
 
 KNOWN_MAX = 16
-"""So many are remembered for one head."""
+"""So many are remembered for one head, the newest."""
 
 Key = tuple[str | None, bool | None]
 
@@ -35,13 +36,9 @@ def remember(known: dict[Key, Usual], asked: Asked, want: Wanted, rules: Rules) 
     """Keeps what came of a request, where the next one like it needs no more."""
     plain = want.body is asked.original and not asked.notes and not want.dropped and asked.asker.layout is None
     substitutes = rules.substitutes
-    if (
-        plain
-        and _is_plain(asked.seen)
-        and not (substitutes.aliases or substitutes.fallbacks)
-        and len(known) < KNOWN_MAX
-    ):
-        known[asked.seen.model, asked.seen.stream] = Usual(asked.asker, asked.heartbeat, want)
+    if plain and _is_plain(asked.seen) and not (substitutes.aliases or substitutes.fallbacks):
+        usual = Usual(asked.asker, asked.heartbeat, want.again(b"", asked.seen))  # whatever was asked is not kept
+        renew(known, (asked.seen.model, asked.seen.stream), usual, KNOWN_MAX)
 
 
 def recall(known: dict[Key, Usual], seen: Peek) -> Usual | None:
