@@ -39,8 +39,11 @@ typedef struct {
 } conn;
 
 static int mode, port, epoll_fd, connections;
-static char *request;
-static long request_len;
+/* Bodies differ in length from one request to the next, as those of real clients do. */
+#define VARIANTS 16
+static char *requests[VARIANTS];
+static long request_len[VARIANTS];
+static int variants = VARIANTS, variant;
 static long done_count, failed, tokens, expected_tokens;
 static uint64_t bytes_in;
 static conn *conns;
@@ -110,8 +113,9 @@ static void ask(conn *c) {
     c->ended = 0;
     c->sent_ns = now_ns();
     c->first_ns = 0;
-    c->out = request;
-    c->out_left = request_len;
+    c->out = requests[variant];
+    c->out_left = request_len[variant];
+    variant = (variant + 1) % variants;
     push(c);
 }
 
@@ -200,6 +204,18 @@ static void finished(conn *c, uint64_t now) {
     c->busy = 0;
 }
 
+/* A whole request whose prompt is so many bytes longer. */
+static char *written(const char *target, const char *front, const char *back, long more, long *length) {
+    long body = (long)(strlen(front) + strlen(back)) + more;
+    char *text = malloc((size_t)body + 1024), *at = text;
+    at += sprintf(at, "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
+        "Content-Type: application/json\r\nContent-Length: %ld\r\n\r\n%s", target, port, body, front);
+    memset(at, 'x', (size_t)more);
+    at = stpcpy(at + more, back);
+    *length = (long)(at - text);
+    return text;
+}
+
 int main(int argc, char **argv) {
     if (argc < 5) { fprintf(stderr, "see the head of load.c\n"); return 2; }
     signal(SIGPIPE, SIG_IGN);
@@ -224,14 +240,8 @@ int main(int argc, char **argv) {
     if (mode == BODIES) body_bytes = atol(argv[5]);
     const char *front = "{\"model\":\"bench\",\"messages\":[{\"role\":\"user\",\"content\":\"Why is the sky blue?", *back = "\"}],\"stream\":true}";
     if (mode == SMALL || mode == PACED || mode == BODIES) back = "\"}],\"stream\":false}";
-    long body = (long)(strlen(front) + strlen(back)) + body_bytes;
-    request = malloc((size_t)body + 1024);
-    request_len = sprintf(request, "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
-        "Content-Type: application/json\r\nContent-Length: %ld\r\n\r\n%s", target, port, body, front);
-    memset(request + request_len, 'x', (size_t)body_bytes);
-    request_len += body_bytes;
-    memcpy(request + request_len, back, strlen(back));
-    request_len += (long)strlen(back);
+    if (mode == BODIES) variants = 1;
+    for (int v = 0; v < variants; v++) requests[v] = written(target, front, back, body_bytes + 7 * v, &request_len[v]);
 
     epoll_fd = epoll_create1(0);
     conns = calloc((size_t)connections, sizeof *conns);

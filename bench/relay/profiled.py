@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import cProfile
 import io
+import itertools
 import pstats
 import statistics
 import sys
@@ -52,11 +53,14 @@ _FACTS = ModelFacts(
         "blob": BlobDigest("b"),
     }
 )
-_BODY = b'{"model":"bench","messages":[{"role":"user","content":"Why is the sky blue?"}],"stream":true}'
-_REQUEST = (
+_BODY = b'{"model":"bench","messages":[{"role":"user","content":"Why is the sky blue%s?"}],"stream":true}'
+_HEAD = (
     b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:11434\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
-    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(_BODY) + _BODY
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 )
+_BODIES = tuple(_BODY % (b"x" * 7 * number) for number in range(16))
+_REQUESTS = tuple(_HEAD % len(body) + body for body in _BODIES)
+"""Of as many lengths, as those of real clients are."""
 _SMALL = b'{"model":"bench:latest","message":{"role":"assistant","content":"Hi."},"done":true,"eval_count":4}'
 _REPLY = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
@@ -182,8 +186,10 @@ async def _measure(
         client = ClientConnection(desk, Relay(desk))
         client.connection_made(_Transport())
 
+        requests = itertools.cycle(_REQUESTS)
+
         def one(*pieces: bytes) -> None:
-            client.data_received(_REQUEST)
+            client.data_received(next(requests))
             asked = next(c for c in behind.values() if c.receiver is not None)
             for piece in pieces:
                 asked.data_received(piece)
