@@ -20,7 +20,7 @@ from yarl import URL
 
 from router.core.entities import ModelFacts
 from router.core.events import UnloadAsked
-from router.errors import Forbidden, InstanceLost, NoInstance, WaitTimeout
+from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
 from router.fleet.driver import stand_in_for
 from router.fleet.ollama import OllamaClient, OllamaError
 from router.gateway.asked import refuse_cloud
@@ -169,5 +169,5 @@ class ManagedHandler:
             async with context.writing:
                 await client.create(stand_in_for(before.blob), before.blob, _STORE_SECONDS)
                 await client.delete(stand_in_for(before.blob))
-        except (OllamaError, NoInstance) as error:
+        except (OllamaError, NoInstance, ShuttingDown) as error:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)

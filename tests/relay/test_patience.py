@@ -151,6 +151,19 @@ async def test_a_client_that_sends_far_ahead_is_not_read_without_end() -> None:
                 assert (await connection.reply()).status == 200
 
 
+async def test_who_comes_while_it_drains_is_answered_once() -> None:
+    async with staged() as stage:
+        stage.engine.urls = []
+        stage.relay.drain()
+        async with connect(stage.address) as late:
+            await late.send(request_bytes("POST", "/api/generate", _ASK))
+            await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket")
+            stage.engine.reject(stage.engine.tickets[-1].id, "shutting_down")
+            reply = await late.reply()
+            assert (reply.status, reply.header("Retry-After"), reply.header("Connection")) == (503, "7", "close")
+            assert await late.at_eof()
+
+
 async def test_draining_lets_answers_end_and_closes_what_is_idle() -> None:
     async with staged() as stage, connect(stage.address) as idle, connect(stage.address) as busy:
         assert (await idle.call("POST", "/api/generate", _ASK)).status == 200
