@@ -20,9 +20,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from router.errors import InstanceLost, RouterError, WaitTimeout
 from router.fleet.listing import key_of
 from router.gateway.context import GatewayContext
-from router.gateway.fold import fold
-from router.gateway.jsonspan import scan
-from router.gateway.peek import Peek
+from router.gateway.peek import Peek, last_value
 from router.gateway.requests import RequestInfo
 from router.gateway.shapes import NDJSON
 from router.gateway.splice import set_member
@@ -236,5 +234,4 @@ def _decoded(line: bytes) -> _Line:
 
 def _is_insecure(body: bytes) -> bool:
     """Whether a registry without TLS will do: such a pull is not shared with one that insists on it."""
-    given = [body[one.value_start : one.value_end] for one in scan(body).members if fold(one.key) == "insecure"]
-    return [value for value in given if value != b"null"][-1:] == [b"true"]
+    return last_value(body, "insecure") == b"true"
