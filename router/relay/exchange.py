@@ -305,11 +305,11 @@ class LeasedExchange:
         self._give_back(runner_lost=False)
         self._refused(error)
 
-    def reply_broken(self, error: RouterError, *, died: bool) -> None:
+    def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
         self._info.error_code = error.code
         self._give_back(runner_lost=died)
         self._close_books(self._reply.status if self._reply else 0)
-        self._client.answered(keep=False)
+        self._client.answered(keep=keep)
 
     def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:
         reply = self._reply

@@ -71,8 +71,8 @@ class Asker(Protocol):
         """No byte is out, and asking again would not help."""
         ...
 
-    def reply_broken(self, error: RouterError, *, died: bool) -> None:
-        """Bytes are out, and the answer was ended with an error or cut: the connection must be closed."""
+    def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
+        """Bytes are out, and the answer was ended with an error or cut. `keep`: it ended as whole as any other."""
         ...
 
     def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:

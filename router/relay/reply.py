@@ -282,7 +282,7 @@ class ReplyRelay:
     def _cut_malformed(self) -> None:
         self._drop()
         self._client.abort()
-        self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), died=False)
+        self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), keep=False, died=False)
 
     def _pass(self, piece: bytes) -> None:
         self._note(piece)
@@ -324,12 +324,14 @@ class ReplyRelay:
             possible = body.at_boundary
         else:
             possible = isinstance(body, UntilClose | Chunked)
+        in_chunks = self._wraps or (self._reply.chunked and self._payload is None)
         if not words or not possible:
+            in_chunks = False
             self._client.abort()
         else:
-            in_chunks = self._wraps or (self._reply.chunked and self._payload is None)
             self._client.send(chunk(words) + LAST_CHUNK if in_chunks else words)
-        self._asker.reply_broken(error, died=self._died())
+        # Its end in chunks is as whole as any: the client may be about to send its next request.
+        self._asker.reply_broken(error, keep=in_chunks and self._keep, died=self._died())
 
     def _died(self) -> bool:
         reply = self._reply
