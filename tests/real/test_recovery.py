@@ -134,13 +134,14 @@ _REFUSED: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-async def test_sigterm_lets_a_running_stream_finish(make_product: MakeProduct) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_a_running_stream_finish(make_product: MakeProduct, number: signal.Signals) -> None:
     product = make_product(server={"drain_timeout_seconds": 600.0})
     product.start()
     body = {**_LONG, "options": {"num_predict": 100, "seed": 1}}
     async with connect(product.address) as connection:
         await _begin(connection, body)
-        product.signal(signal.SIGTERM)
+        product.signal(number)
         await eventually(lambda: _refuses(product), what="a refusal of new requests")
         for method, path, body in _REFUSED:
             refused = await call(product.address, method, path, body)
@@ -159,6 +160,20 @@ async def test_sigterm_lets_a_running_stream_finish(make_product: MakeProduct) -
 
 async def _refuses(product: Product) -> bool:
     return (await call(product.address, "POST", "/api/generate", _SHORT)).status == 503
+
+
+async def test_under_nohup_a_closed_terminal_is_not_heard(make_product: MakeProduct) -> None:
+    product = make_product(server={"drain_timeout_seconds": 600.0})
+    product.program = ("sh", "-c", """trap "" HUP; exec "$0" "$@" """, *product.program)
+    product.start()
+    async with connect(product.address) as connection:
+        await _begin(connection, {**_LONG, "options": {"num_predict": 100, "seed": 1}})
+        product.signal(signal.SIGHUP)
+        assert (await call(product.address, "GET", "/ready")).status == 200
+        product.signal(signal.SIGTERM)  # the first that counts: were it the second, the stream would be cut
+        reply = await connection.rest_after_head()
+    assert reply.lines()[-1]["done_reason"] == "length"
+    assert product.wait() == 0
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
