@@ -301,8 +301,8 @@ class LeasedExchange:
         self._attempt += 1
         self._submit(want)
 
-    def reply_failed(self, error: RouterError) -> None:
-        self._give_back(runner_lost=False)
+    def reply_failed(self, error: RouterError, *, hangs: bool = False) -> None:
+        self._give_back(runner_lost=hangs)
         self._refused(error)
 
     def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
