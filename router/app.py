@@ -1,7 +1,7 @@
 """The composition root: builds everything from the settings, wires it, and owns start and stop.
 
-`serve` returns the process's exit code. SIGTERM or Ctrl-C drains: new requests are refused, running ones may end until
-`server.drain_timeout_seconds`, then the servers are stopped. A second signal stops at once.
+`serve` returns the process's exit code. SIGTERM, Ctrl-C or a closed terminal drains: new requests are refused, running
+ones may end until `server.drain_timeout_seconds`, then the servers are stopped. A second signal stops at once.
 """
 
 from __future__ import annotations
@@ -128,6 +128,9 @@ class _Router:
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, _signalled, stopping, at_once)
+        hears_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as it is under nohup
+        if hears_hangup:  # more than one may come of a terminal that is closed
+            loop.add_signal_handler(signal.SIGHUP, stopping.set)
         try:
             async with asyncio.TaskGroup() as tasks:
                 supervising = tasks.create_task(self.supervisor.run(), name="supervisor")
@@ -140,7 +143,7 @@ class _Router:
                 relaying.cancel()
                 await supervising
         finally:
-            for number in _STOP_SIGNALS:
+            for number in (*_STOP_SIGNALS, *((signal.SIGHUP,) if hears_hangup else ())):
                 loop.remove_signal_handler(number)
         return EXIT_OK
 

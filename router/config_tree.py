@@ -131,6 +131,19 @@ def unknown_keys(tree: Mapping[str, Any], model: type[BaseModel], prefix: str = 
                     yield from unknown_keys(cast("Mapping[str, Any]", item), section, f"{prefix}{name}.{at}.")
 
 
+def without_unset(tree: Mapping[str, Any], model: type[BaseModel]) -> Tree:
+    """The tree without nulls that stand for no value, such as a section whose keys are all commented out."""
+    result: Tree = {}
+    for key, value in tree.items():
+        annotation = model.model_fields[key].annotation if key in model.model_fields else None
+        if value is None and type(None) not in get_args(annotation):
+            continue
+        section, in_list = section_of(annotation)
+        nested = section is not None and not in_list and isinstance(value, Mapping)
+        result[key] = without_unset(cast("Tree", value), section) if nested and section is not None else value
+    return result
+
+
 def section_of(annotation: object) -> tuple[type[BaseModel] | None, bool]:
     """The model that a field holds, if it holds one, and whether it holds a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -86,6 +86,10 @@ def problem_text(dotted: str, detail: ErrorDetails, origin: str | None) -> str:
         words = _PATTERN_WORDS.get(str(context.get("pattern")), words)
     if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
         words = "must be a mapping of keys"
+    if detail["type"] == "tuple_type":
+        words = "must be a list, such as [a, b]"
+    if detail["type"] == "too_short":
+        words = f"must have {context['min_length']} or more entries"
     source = f" ({origin})" if origin else ""
     value: object = detail["input"]
     if not dotted or (isinstance(value, Mapping) and detail["type"] == "value_error"):

@@ -288,7 +288,11 @@ class QueueSettings(_Section):
     """Requests that wait for a slot or a load."""
 
     limit: int = Field(
-        default=512, ge=0, le=1_000_000, description="Most requests that may wait; the next is told 503 to come back."
+        default=512,
+        ge=0,
+        le=1_000_000,
+        description="Most requests that may wait; the next is told 503 to come back. With 0 none waits for a load "
+        "either, so that only warm models are served.",
     )
     timeout_seconds: Seconds = Field(
         default=300.0, description="Longest wait for a slot or a load; then 504, because nothing waits for ever."

@@ -7,7 +7,7 @@ Nothing else in the package reads the environment, and nothing here decides what
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -24,6 +24,7 @@ from router.config_tree import (
     merge,
     origin_of,
     unknown_keys,
+    without_unset,
 )
 from router.config_values import problem_text
 from router.core.names import canonical
@@ -121,11 +122,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _names_lead_to_models(self) -> Self:
-        keys = [*self.models, *self.fallbacks, *self.aliases, *self.aliases.values()]
-        keys += [name for fallback in self.fallbacks.values() for name in fallback.to]
-        for name in keys:
-            if name != "*":
-                canonical(name)  # ValueError names what is no name
+        behind = [name for fallback in self.fallbacks.values() for name in fallback.to]
+        _check_names("models", self.models)
+        _check_names("fallbacks", [*self.fallbacks, *behind])
+        _check_names("aliases", [*self.aliases, *self.aliases.values()])
         known = {canonical(name) for name in self.aliases if name != "*"}
         twice = next((name for name, target in self.aliases.items() if canonical(target) in known), None)
         if twice is not None:
@@ -144,6 +144,16 @@ class Settings(BaseSettings):
         """Only what `load_settings` merged: the library's own sources ignore unknown variables and name no origin."""
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)
+
+
+def _check_names(key: str, names: Iterable[str]) -> None:
+    """ValueError for the first that Ollama takes for no model's name."""
+    for name in names:
+        try:
+            if name != "*":
+                canonical(name)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}: write it as it stands in `ollama list`") from error
 
 
 def find_config(given: Path | None, directory: Path) -> Path | None:
@@ -177,7 +187,7 @@ def load_settings(
     merged = load_layers(config, environment, overrides)
     problems = list(unknown_keys(merged.tree, Settings))
     try:
-        settings = Settings(**_with_home_paths(merged.tree, environment))
+        settings = Settings(**_with_home_paths(without_unset(merged.tree, Settings), environment))
     except ValidationError as error:
         for detail in error.errors():
             if detail["type"] != "extra_forbidden":

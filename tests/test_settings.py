@@ -120,15 +120,38 @@ def test_what_the_router_gives_its_children_is_no_setting() -> None:
         ({"instances": [{"url": "http://h:1", "env": {"A": "b"}}]}, ["instances.0", "env", "attached"]),
         ({"ollama.kv_cache_type": "q8_0"}, ["kv_cache_type", "flash_attention: true"]),
         ({"models": {"a": {"options": "keep"}}}, ["models.a.options", "'keep'", "pass"]),
-        ({"models": {"a b": {}}}, ["invalid model name", "a b"]),
+        ({"models": {"a": {"gpus": 0}}}, ["models.a.gpus", "0", "a list"]),
+        ({"models": {"a b": {}}}, ["models: invalid model name", "a b", "ollama list"]),
+        ({"aliases": {"a": "b c"}}, ["aliases: invalid model name", "b c"]),
+        ({"fallbacks": {"a": {"to": ["b c"]}}}, ["fallbacks: invalid model name", "b c"]),
         ({"aliases": {"gpt-4o": "big", "GPT-4": "gpt-4o:latest"}}, ["aliases", "GPT-4", "another alias"]),
-        ({"fallbacks": {"a": {"to": []}}}, ["fallbacks.a.to", "1 item"]),
+        ({"fallbacks": {"a": {"to": []}}}, ["fallbacks.a.to", "1 or more entries"]),
         ({"fallbacks": {"a": {"to": ["b"], "reasons": ["slow"]}}}, ["fallbacks.a.reasons", "queue_full"]),
     ],
 )
 def test_a_wrong_value_is_told_with_its_key_and_what_would_do(overrides: dict[str, Any], told: list[str]) -> None:
     (problem,) = problems_of(overrides=overrides)
     assert not [word for word in told if word not in problem], problem
+
+
+@pytest.mark.parametrize("key", ["server", "server.port", "queue.limit", "models", "instances", "ollama.env", "rig"])
+def test_null_unsets_a_key_or_a_section(key: str, tmp_path: Path) -> None:
+    tree = {"server": {"port": 5}, "queue": {"limit": 5}, "models": {"a": {}}, "instances": [{"name": "a"}]}
+    config = written(tmp_path, {**tree, "ollama": {"env": {"A": "b"}}, "rig": "h100"})
+    before, unset = load_settings(config, HOME), load_settings(config, HOME, {key: "null"})
+    section, _, own = key.partition(".")
+
+    def value_in(settings: Settings) -> object:
+        return getattr(getattr(settings, section), own) if own else getattr(settings, section)
+
+    assert value_in(unset) == value_in(load_settings(None, HOME)) != value_in(before)
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_as_none(tmp_path: Path) -> None:
+    config = written(tmp_path, "server:\n  # port: 1\nmodels:\nstream: {heartbeat_seconds: null}\n")
+    settings = load_settings(config, HOME)
+    assert (settings.server, settings.models) == (load_settings(None, HOME).server, {})
+    assert settings.stream.heartbeat_seconds is None  # where null says something, it is said
 
 
 def test_every_problem_is_told_at_once() -> None:

@@ -208,7 +208,7 @@ class Dispatcher:
         self._fleet.version += bool(self._replacing)
         if event.runner_lost and copy is not None and copy.state is ResidencyState.READY:
             # The server still lists it, and would load it again inside the next request: unload it properly.
-            return [rules.unload(self._fleet, (copy.instance, copy.blob), "its runner died")]
+            return [rules.unload(self._fleet, (copy.instance, copy.blob), "its runner died or hangs")]
         return []
 
     # --- time ----------------------------------------------------------------------------------------------

@@ -120,9 +120,9 @@ def _escaped(character: str) -> str:
 
 
 def _go_type(value: object) -> str:
-    """The name that Go gives to the type of a decoded JSON value."""
+    """The name that Go gives to the type of a decoded JSON value; lists and objects may be as they were written."""
     if isinstance(value, bool):
         return "bool"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) or (isinstance(value, bytes) and value.startswith(b"{")):
         return "map[string]interface {}"
-    return "[]interface {}" if isinstance(value, list) else "unknown"
+    return "[]interface {}" if isinstance(value, list | bytes) else "unknown"

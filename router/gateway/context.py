@@ -15,10 +15,12 @@ import aiohttp
 
 from router.core.entities import InstanceState, InstanceView, ModelFacts
 from router.engine import Engine
-from router.errors import NoInstance, WaitTimeout
+from router.errors import NoInstance, ShuttingDown, WaitTimeout
 from router.fleet.catalog import Catalog
 from router.gateway.abilities import Abilities
 from router.gateway.asked import Rules
+
+_COME_BACK_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,10 @@ class GatewayContext:
 
         Raises:
             NoInstance: none is ready.
+            ShuttingDown: nothing may begin any more.
         """
+        if self.engine.is_closing:
+            raise ShuttingDown("the router is shutting down", retry_after_seconds=_COME_BACK_SECONDS)
         spawns = any(not view.spec.attached for view in self.instances())
         ready = [view for view in self.ready_instances() if not (spawns and view.spec.attached)]
         if not ready:
@@ -93,7 +98,7 @@ class GatewayContext:
         """An instance that can be asked about the model: the primary, if that has it or nobody is known to.
 
         Raises:
-            NoInstance: none is ready.
+            NoInstance, ShuttingDown: as `primary`.
         """
         primary = self.primary()
         if facts is None or facts.is_on(primary.spec):

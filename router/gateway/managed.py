@@ -20,13 +20,14 @@ from yarl import URL
 
 from router.core.entities import ModelFacts
 from router.core.events import UnloadAsked
-from router.errors import Forbidden, InstanceLost, NoInstance, WaitTimeout
+from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
 from router.fleet.driver import stand_in_for
 from router.fleet.ollama import OllamaClient, OllamaError
 from router.gateway.asked import refuse_cloud
 from router.gateway.context import GatewayContext, store_turn
+from router.gateway.jsonspan import text_of
 from router.gateway.passed import pass_on
-from router.gateway.peek import peek
+from router.gateway.peek import last_value, peek
 from router.gateway.pulls import Pulls
 from router.gateway.requests import RequestInfo, read_body
 
@@ -57,7 +58,8 @@ class ManagedHandler:
             refuse_cloud(info.model, cloud=context.rules.cloud)
         if path == "/api/push":
             return await pass_on(context, request, body, info)  # it reads the store
-        before = await context.catalog.facts(info.model) if info.model else None
+        changed = _destination(body) if path == "/api/copy" and info.model else info.model
+        before = await context.catalog.facts(changed) if changed else None
         if path == "/api/delete":
             return await self._delete(request, body, before, info)
         try:
@@ -68,7 +70,7 @@ class ManagedHandler:
         finally:
             context.catalog.forget_all()
             if before is not None and before.is_shared:
-                self._start(self._clear_away(before, seen.model or ""))
+                self._start(self._clear_away(before, changed))
 
     async def close(self) -> None:
         """Ends what goes on behind the answers."""
@@ -169,5 +171,11 @@ class ManagedHandler:
             async with context.writing:
                 await client.create(stand_in_for(before.blob), before.blob, _STORE_SECONDS)
                 await client.delete(stand_in_for(before.blob))
-        except (OllamaError, NoInstance) as error:
+        except (OllamaError, NoInstance, ShuttingDown) as error:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)
+
+
+def _destination(body: bytes) -> str:
+    """The name that a copy gives; "" where the server will refuse it."""
+    value = last_value(body, "destination")
+    return text_of(value) if value.startswith(b'"') else ""

@@ -70,6 +70,17 @@ def peek(body: bytes, path: str) -> Peek:
         raise BadRequest(f"the body cannot be read: {error}") from error
 
 
+def last_value(body: bytes, name: str) -> bytes:
+    """The JSON of a member that no `Reading` has, as Go reads it: the last that is not null; b"" where there is none.
+
+    Raises:
+        Malformed: Go refuses the body.
+        TooComplex: it has too many parts to be looked at within bounds.
+    """
+    given = (body[one.value_start : one.value_end] for one in _members(body) if fold(one.key) == name)
+    return next(reversed([value for value in given if value != _NULL]), b"")
+
+
 def refuse_encoded(path: str, content_encoding: str | None) -> None:
     """Refuses a body that the server would unpack after the router has looked at it packed.
 

@@ -20,7 +20,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from router.errors import InstanceLost, RouterError, WaitTimeout
 from router.fleet.listing import key_of
 from router.gateway.context import GatewayContext
-from router.gateway.peek import Peek
+from router.gateway.peek import Peek, last_value
 from router.gateway.requests import RequestInfo
 from router.gateway.shapes import NDJSON
 from router.gateway.splice import set_member
@@ -36,10 +36,6 @@ class _Line(msgspec.Struct):
     status: str = ""
     digest: str = ""
     error: str = ""
-
-
-class _Flags(msgspec.Struct):
-    insecure: bool = False
 
 
 class Pulls:
@@ -238,7 +234,4 @@ def _decoded(line: bytes) -> _Line:
 
 def _is_insecure(body: bytes) -> bool:
     """Whether a registry without TLS will do: such a pull is not shared with one that insists on it."""
-    try:
-        return msgspec.json.decode(body, type=_Flags).insecure
-    except msgspec.MsgspecError:
-        return False
+    return last_value(body, "insecure") == b"true"

@@ -142,7 +142,7 @@ def keep_alive_of(seen: Peek) -> float | None:
         BadRequest: the server would refuse it; in its words.
     """
     try:
-        return parse_keep_alive(seen.keep_alive)
+        return parse_keep_alive(seen.keep_alive, plain_seconds=False)
     except ValueError as error:
         raise BadRequest(str(error)) from error
 
@@ -158,10 +158,14 @@ def reply_notes(want: Wanted) -> Mapping[str, str]:
 
 
 def unloaded(path: str, model: str, now: datetime) -> dict[str, object]:
-    """What a server says at once to a request that unloads, whether the model is loaded, busy or neither.
+    """What a server says to a request that unloads, whether the model is loaded, busy or neither.
 
     Said here, because a server that was asked would unload by itself, behind the books.
     """
+    if path == "/api/embed":
+        return {"model": model, "embeddings": []}
+    if path == "/api/embeddings":
+        return {"embedding": []}
     created_at = now.isoformat().replace("+00:00", "Z")
     said = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
     return {"model": model, "created_at": created_at, **said, "done": True, "done_reason": "unload"}

@@ -194,7 +194,7 @@ class Desk:
     rules: Rules
     abilities: Abilities
     primary: Callable[[], InstanceView]
-    """The one instance for requests that cannot be routed. NoInstance where none is ready."""
+    """The one instance for requests that cannot be routed. NoInstance, ShuttingDown: none may be used."""
     cards: Callable[[], Mapping[GpuUuid, Gpu]]
     has_free_slot: Callable[[ModelFacts], bool]
     """Whether a copy of the model, with no options of its own, could serve a request now. Informs, gates nothing."""

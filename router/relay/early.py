@@ -172,9 +172,9 @@ class LongExchange(LeasedExchange):
         if self._whole:
             self.begin(b"")
 
-    def reply_failed(self, error: RouterError) -> None:
+    def reply_failed(self, error: RouterError, *, hangs: bool = False) -> None:
         self._asked = None if self._early else self._asked
-        super().reply_failed(error)
+        super().reply_failed(error, hangs=hangs)
 
     def check(self, now: float) -> None:
         if now >= self._gives_up_at:

@@ -297,15 +297,15 @@ class LeasedExchange:
         self._attempt += 1
         self._submit(want)
 
-    def reply_failed(self, error: RouterError) -> None:
-        self._give_back(runner_lost=False)
+    def reply_failed(self, error: RouterError, *, hangs: bool = False) -> None:
+        self._give_back(runner_lost=hangs)
         self._refused(error)
 
-    def reply_broken(self, error: RouterError, *, died: bool) -> None:
+    def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
         self._info.error_code = error.code
         self._give_back(runner_lost=died)
         self._close_books(self._reply.status if self._reply else 0)
-        self._client.answered(keep=False)
+        self._client.answered(keep=keep)
 
     def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:
         reply = self._reply

@@ -67,12 +67,12 @@ class Asker(Protocol):
         """No byte is out. `stale`: a connection that was used before had been closed already."""
         ...
 
-    def reply_failed(self, error: RouterError) -> None:
-        """No byte is out, and asking again would not help."""
+    def reply_failed(self, error: RouterError, *, hangs: bool = False) -> None:
+        """No byte is out, and asking again would not help. `hangs`: the copy may not answer others either."""
         ...
 
-    def reply_broken(self, error: RouterError, *, died: bool) -> None:
-        """Bytes are out, and the answer was ended with an error or cut: the connection must be closed."""
+    def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
+        """Bytes are out, and the answer was ended with an error or cut. `keep`: it ended as whole as any other."""
         ...
 
     def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:

@@ -282,7 +282,7 @@ class ReplyRelay:
     def _cut_malformed(self) -> None:
         self._drop()
         self._client.abort()
-        self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), died=False)
+        self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), keep=False, died=False)
 
     def _pass(self, piece: bytes) -> None:
         self._note(piece)
@@ -313,8 +313,8 @@ class ReplyRelay:
         reusable = reusable and self._reply.keep_alive and self.request_sent
         self._asker.reply_done(reusable=reusable, keep=self._keep, died=self._died())
 
-    def _break(self, error: RouterError) -> None:
-        """Bytes are out, and there will be no more of them."""
+    def _break(self, error: RouterError, *, hangs: bool = False) -> None:
+        """Bytes are out, and there will be no more of them. `hangs`: the silence is the server's own."""
         words = stream_error(api_of(self._path), self._content_type(), error, sent=self.tail() or b"\n\n")
         body = self._body
         self._drop()
@@ -324,12 +324,14 @@ class ReplyRelay:
             possible = body.at_boundary
         else:
             possible = isinstance(body, UntilClose | Chunked)
+        in_chunks = self._wraps or (self._reply.chunked and self._payload is None)
         if not words or not possible:
+            in_chunks = False
             self._client.abort()
         else:
-            in_chunks = self._wraps or (self._reply.chunked and self._payload is None)
             self._client.send(chunk(words) + LAST_CHUNK if in_chunks else words)
-        self._asker.reply_broken(error, died=self._died())
+        # Its end in chunks is as whole as any: the client may be about to send its next request.
+        self._asker.reply_broken(error, keep=in_chunks and self._keep, died=hangs or self._died())
 
     def _died(self) -> bool:
         reply = self._reply
@@ -375,11 +377,11 @@ class ReplyRelay:
         if self._phase == _AWAITED:
             seconds = self._limits.first_byte_timeout_seconds
             self._drop()
-            self._asker.reply_failed(
-                WaitTimeout(f"no answer within {seconds:.0f} s (stream.first_byte_timeout_seconds)")
-            )
+            late = WaitTimeout(f"no answer within {seconds:.0f} s (stream.first_byte_timeout_seconds)")
+            self._asker.reply_failed(late, hangs=True)
         elif self._phase == _HELD:
             self._judge_held(MORE, 0)
         elif self._phase == _RELAYED:
             seconds = self._limits.idle_timeout_seconds
-            self._break(WaitTimeout(f"the stream was silent for {seconds:.0f} s (stream.idle_timeout_seconds)"))
+            late = WaitTimeout(f"the stream was silent for {seconds:.0f} s (stream.idle_timeout_seconds)")
+            self._break(late, hangs=not self._client.write_paused)

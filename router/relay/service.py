@@ -59,8 +59,6 @@ class Relay:
 
     def opened(self, connection: asyncio.Protocol) -> None:
         self._connections.add(cast("ClientConnection", connection))
-        if self.closing:
-            cast("ClientConnection", connection).drain()
 
     def lost(self, connection: asyncio.Protocol) -> None:
         self._connections.discard(cast("ClientConnection", connection))
@@ -80,7 +78,7 @@ class Relay:
                 await asyncio.to_thread(self._trim)
 
     def drain(self) -> None:
-        """From now on connections end with the answer that they are giving, and those that give none end at once."""
+        """From now on connections end with an answer: those that give none at once, new ones with their first."""
         self.closing = True
         for connection in tuple(self._connections):
             connection.drain()

@@ -81,7 +81,7 @@ async def test_a_runner_that_died_under_a_request_is_reported_with_the_slot() ->
         async with lease:
             lease.report_runner_lost()
         await turns()
-        assert [unload.reason for unload in on.driver.unloads] == ["its runner died"]
+        assert [unload.reason for unload in on.driver.unloads] == ["its runner died or hangs"]
 
 
 async def test_a_client_that_leaves_while_it_waits_leaves_the_queue_and_not_the_load() -> None:

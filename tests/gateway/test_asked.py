@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from router.core.entities import BlobDigest, InstanceName, ModelFacts, TicketId
 from router.core.events import Grant
-from router.errors import Forbidden, ModelNotFound, QueueFull, RouterError
+from router.errors import BadRequest, Forbidden, ModelNotFound, QueueFull, RouterError
 from router.gateway.aliases import substitutes
 from router.gateway.asked import Asked, Rules
+from router.gateway.wanted import unloaded
 
 _FALLBACKS = {"big": (("small", "tiny"), ("unknown_model", "queue_full")), "cloudy": (("x:cloud",), ("queue_full",))}
 _NAMES = substitutes({"gpt-4o": "big"}, _FALLBACKS)
@@ -99,6 +101,35 @@ def test_an_unload_is_told_from_a_load_and_is_not_kept_waiting() -> None:
     load = asked({"model": "tiny", "keep_alive": "5m"}, "/api/generate")
     assert (load.unloads(), load.heartbeat is not None) == (False, True)
     assert not asked({"model": "tiny", "keep_alive": 0, "prompt": "x"}, "/api/generate").unloads()
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "words"),
+    [
+        ("300", 'time: missing unit in duration "300"'),
+        ("-1", 'time: missing unit in duration "-1"'),
+        (True, "Unsupported type: 'bool'"),
+        ([1], r"Unsupported type: '\[\]interface \{\}'"),
+        ({"a": 1}, r"Unsupported type: 'map\[string\]interface \{\}'"),
+    ],
+)
+def test_a_keep_alive_that_a_server_refuses_is_refused_in_its_words(keep_alive: object, words: str) -> None:
+    with pytest.raises(BadRequest, match=f"^{words}$"):
+        asked({"model": "tiny", "messages": [], "keep_alive": keep_alive}).wanted(facts("tiny:latest"))
+
+
+@pytest.mark.parametrize(
+    ("path", "members"),
+    [
+        ("/api/generate", {"model", "created_at", "response", "done", "done_reason"}),
+        ("/api/chat", {"model", "created_at", "message", "done", "done_reason"}),
+        ("/api/embed", {"model", "embeddings"}),
+        ("/api/embeddings", {"embedding"}),
+    ],
+)
+def test_an_unload_is_answered_in_the_form_of_its_path(path: str, members: set[str]) -> None:
+    assert asked({"model": "tiny", "keep_alive": 0}, path).unloads()
+    assert unloaded(path, "tiny", datetime(2026, 1, 2, tzinfo=UTC)).keys() == members
 
 
 def _served(rules: Rules) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -122,14 +123,53 @@ async def test_a_name_that_a_killed_router_made_to_unload_with_is_never_listed_a
         assert (reply.status, reply.json()["eval_count"]) == (200, 2)
 
 
-async def test_sigterm_lets_a_running_stream_finish(make_product: MakeProduct) -> None:
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_a_runner_that_hangs_is_given_up_and_another_serves_who_comes_next(
+    make_product: MakeProduct, has_begun: bool
+) -> None:
+    product = make_product(stream={"first_byte_timeout_seconds": 5.0, "idle_timeout_seconds": 5.0})
+    product.start()
+    assert await _served(product)
+    (hung,) = product.runners()
+    async with connect(product.address) as connection:
+        if has_begun:
+            await _begin(connection)
+        hung.suspend()
+        if not has_begun:
+            await connection.send(request_bytes("POST", "/api/generate", _LONG))
+            await connection.head()
+        reply = await connection.rest_after_head()
+    assert b"timeout_seconds" in reply.lines()[-1]["error"].encode()
+    await eventually(lambda: _served(product), what="a served request")
+    await eventually(lambda: not hung.is_running(), what="the end of the hung runner")
+
+
+_REFUSED: tuple[tuple[str, str, Any], ...] = (
+    ("POST", "/api/generate", {"model": "tiny"}),
+    ("POST", "/api/chat", {"model": "nobody", "messages": []}),
+    ("POST", "/api/pull", {"model": "127.0.0.1:1/library/none", "insecure": True}),
+    ("POST", "/api/copy", {"source": "tiny", "destination": "tiny2"}),
+    ("DELETE", "/api/delete", {"model": "nobody"}),
+    ("GET", "/api/tags", None),
+    ("POST", "/api/show", {"model": "tiny"}),
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_a_running_stream_finish(make_product: MakeProduct, number: signal.Signals) -> None:
     product = make_product(server={"drain_timeout_seconds": 600.0})
     product.start()
     body = {**_LONG, "options": {"num_predict": 100, "seed": 1}}
     async with connect(product.address) as connection:
         await _begin(connection, body)
-        product.signal(signal.SIGTERM)
+        product.signal(number)
         await eventually(lambda: _refuses(product), what="a refusal of new requests")
+        for method, path, body in _REFUSED:
+            refused = await call(product.address, method, path, body)
+            assert (refused.status, refused.header("Retry-After")) == (503, "5"), path
+            assert refused.header("X-Llamayard-Error") == "shutting_down"
+        assert (await call(product.address, "GET", "/ready")).status == 503
+        assert (await call(product.address, "GET", "/health")).status == 200
         assert product.process is not None
         assert product.process.poll() is None
         reply = await connection.rest_after_head()
@@ -140,11 +180,21 @@ async def test_sigterm_lets_a_running_stream_finish(make_product: MakeProduct) -
 
 
 async def _refuses(product: Product) -> bool:
-    """New requests meet 503 or a closed door."""
-    try:
-        return (await call(product.address, "POST", "/api/generate", _SHORT)).status == 503
-    except (OSError, EOFError):
-        return True
+    return (await call(product.address, "POST", "/api/generate", _SHORT)).status == 503
+
+
+async def test_under_nohup_a_closed_terminal_is_not_heard(make_product: MakeProduct) -> None:
+    product = make_product(server={"drain_timeout_seconds": 600.0})
+    product.program = ("sh", "-c", """trap "" HUP; exec "$0" "$@" """, *product.program)
+    product.start()
+    async with connect(product.address) as connection:
+        await _begin(connection, {**_LONG, "options": {"num_predict": 100, "seed": 1}})
+        product.signal(signal.SIGHUP)
+        assert (await call(product.address, "GET", "/ready")).status == 200
+        product.signal(signal.SIGTERM)  # the first that counts: were it the second, the stream would be cut
+        reply = await connection.rest_after_head()
+    assert reply.lines()[-1]["done_reason"] == "length"
+    assert product.wait() == 0
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -110,6 +110,22 @@ async def test_what_a_name_meant_before_it_was_created_anew_leaves_the_servers_a
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "again"})).status == 200
 
 
+async def test_what_a_name_meant_before_another_was_copied_over_it_leaves_the_servers_and_the_store(
+    product: Product, store: Path, weights: Mapping[str, ModelFile]
+) -> None:
+    await _create(product, "in-use", weights["weights3"])
+    await _create(product, "next", weights["weights4"])
+    assert (await _generate(product, "in-use"))[0] == 200
+    copy = {"source": "next", "destination": "in-use"}
+    assert (await call(product.address, "POST", "/api/copy", copy)).status == 200
+    await eventually(lambda: not _blob(store, weights["weights3"]).exists(), what="the end of the old weights")
+    await eventually(lambda: "in-use:latest" not in _loaded(product), what="the end of the old runner")
+    assert (await _generate(product, "in-use"))[0] == 200
+    assert _blob(store, weights["weights4"]).is_file()
+    for name in ("in-use", "next"):
+        assert (await call(product.address, "DELETE", "/api/delete", {"model": name})).status == 200
+
+
 async def test_stopping_a_busy_model_lets_its_stream_end(product: Product) -> None:
     async with connect(product.address) as busy:
         await busy.send(request_bytes("POST", "/api/generate", {"model": "big", **_LONG}))

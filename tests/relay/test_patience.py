@@ -63,10 +63,24 @@ async def test_a_silent_server_is_given_up_before_its_first_byte_and_after_it() 
         stage.upstream.script = then_waiting()
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert (reply.status, reply.header("X-Llamayard-Error")) == (504, "wait_timeout")
+        assert (
+            len(stage.engine.lost) == 1
+        )  # a runner that hangs, or a slot that is lost, does so for whoever comes next
         stage.upstream.script = then_waiting(_HEAD + _LINE)
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert [sorted(line) for line in reply.lines()] == [["response"], ["error"]]
+        assert len(stage.engine.lost) == 2
         await eventually(lambda: stage.upstream.open == 0, what="the server to be told")
+        await rests(stage)
+
+
+async def test_a_stream_that_nobody_reads_is_no_fault_of_its_server() -> None:
+    limits = replace(LIMITS, idle_timeout_seconds=0.2)
+    async with staged(limits=limits) as stage, connect(stage.address) as connection:
+        stage.upstream.script = replying(_HEAD, *[b"10000\r\n" + b"x" * 0x10000 + b"\r\n"] * 1000)
+        await connection.send(request_bytes("POST", "/api/generate", _ASK))
+        await eventually(lambda: len(stage.books.entries) == 1, what="the end of the patience with it")
+        assert stage.engine.lost == []
         await rests(stage)
 
 
@@ -149,6 +163,19 @@ async def test_a_client_that_sends_far_ahead_is_not_read_without_end() -> None:
             stage.engine.grant(stage.engine.tickets[0].id, stage.upstream.url)
             for _ in range(50):
                 assert (await connection.reply()).status == 200
+
+
+async def test_who_comes_while_it_drains_is_answered_once() -> None:
+    async with staged() as stage:
+        stage.engine.urls = []
+        stage.relay.drain()
+        async with connect(stage.address) as late:
+            await late.send(request_bytes("POST", "/api/generate", _ASK))
+            await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket")
+            stage.engine.reject(stage.engine.tickets[-1].id, "shutting_down")
+            reply = await late.reply()
+            assert (reply.status, reply.header("Retry-After"), reply.header("Connection")) == (503, "7", "close")
+            assert await late.at_eof()
 
 
 async def test_draining_lets_answers_end_and_closes_what_is_idle() -> None:
