@@ -18,6 +18,7 @@ from router.sim.cards import OutOfMemoryError
 from router.sim.host import Host
 from router.sim.loaded import Loaded, Phase, ServerConfig, shape_of
 from router.sim.requests import Request
+from router.sim.world import LoadShape
 
 LOST = "runner lost"
 
@@ -188,13 +189,15 @@ class SimServer:
         if job.gone:
             self._done_placing()
             return
-        plan = serverplan.plan(self._host.world, self._ask(job), self._rooms())
+        rooms = self._rooms()
+        ask = serverplan.settled(self._ask(job), rooms)
+        plan = serverplan.plan(self._host.world, ask, rooms)
         if plan.error is not None:
             self._fail(job, plan.error)
         elif plan.must_evict:
             self._make_room(job)
         else:
-            self._start(job, plan.layers)
+            self._start(job, plan.layers, ask.shape)
 
     def _make_room(self, job: _Job) -> None:
         """Unloads the idle model with the shortest keep-alive, ties by blob; none idle: waits for the first of all."""
@@ -207,8 +210,8 @@ class SimServer:
         victim.when_gone.append(lambda: self._try(job))
         self._expire(victim)
 
-    def _start(self, job: _Job, layers: tuple[int, ...]) -> None:
-        found = Loaded.plan(self._host, self.name, job.model, self.config, self.cards, layers)
+    def _start(self, job: _Job, layers: tuple[int, ...], shape: LoadShape) -> None:
+        found = Loaded.plan(self._host, self.name, job.model, self.config, self.cards, layers, shape)
         for uuid in found.uuids:
             if not any(uuid in other.uuids for other in self._loaded.values()):
                 self._first_free[uuid] = self._host.book.free_bytes(uuid)
