@@ -26,7 +26,7 @@ from router.rig.process import RunnerProcess
 from router.rig.store import Header, Store, Stored
 from router.sim import world as worlds
 from router.sim.serverplan import OWN_ENGINE, Ask, Plan, Room, default_context, plan, settled, sizes
-from router.sim.shapes import Asked, shape_for
+from router.sim.shapes import Asked, kept_tokens, shape_for
 from router.sim.world import CardFacts, World
 
 RECORD = "loads.jsonl"
@@ -172,6 +172,7 @@ class Loader:
             host_bytes=host,
             session_seconds=session_seconds,
             slot_count=ask.shape.slots,
+            kept_tokens=kept_tokens(facts, ask.shape, self._config.version),
         )
 
     # --- the load itself ---

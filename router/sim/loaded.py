@@ -12,12 +12,10 @@ from router.sim.batching import Batcher, BatchFacts, Done
 from router.sim.host import Host, Stay
 from router.sim.loading import Transfer
 from router.sim.requests import Request
-from router.sim.shapes import Asked, shape_for
+from router.sim.shapes import Asked, kept_tokens, shape_for
 from router.sim.timeline import Timer
 from router.sim.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
 
-KEPT_PROMPT_BYTES = 8 * 1024**3
-"""From 0.30 a runner keeps so much of evicted prompts in host memory."""
 _FIVE_MINUTES = 300.0
 
 
@@ -100,8 +98,6 @@ class Loaded:
         facts = [host.book.by_uuid[uuid].facts for uuid in cards]
         share = host.active_shares.get(model.name, 1.0)
         pace = speed(host.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
-        token = kv_layer_bytes(model, shape) * model.layers // max(1, shape.context_length * shape.slots)
-        kept = KEPT_PROMPT_BYTES // max(1, token) if config.is_0_30 else 0
         missing = max(0, model.layers + 1 - sum(layers))
         return cls(
             host=host,
@@ -113,7 +109,7 @@ class Loaded:
             host_bytes=missing * (layer_bytes(model) + kv_layer_bytes(model, shape)),
             batcher=Batcher(
                 host.timeline,
-                BatchFacts(pace, shape.slots, kept),
+                BatchFacts(pace, shape.slots, kept_tokens(model, shape, config.version)),
                 lambda works: _mark(host, used, works),
                 lambda: host.book.slowness(used),
             ),

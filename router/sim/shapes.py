@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from router.core.entities import ModelFacts
 from router.core.estimate import batch_tokens, effective_kv_cache_type, uses_flash_attention
 from router.core.veto import OWN_ENGINE
-from router.sim.world import LoadShape
+from router.sim.world import LoadShape, kv_layer_bytes
 
 ONE_SLOT = frozenset(
     ("mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "nemotron_h")
 )
 """Families that a real server gives one slot, whatever is asked (server/sched.go, v0.24)."""
+_KEPT_PROMPT_BYTES = 8 * 1024**3
 _FLASH_UNASKED = (0, 12)
 """Before it, flash attention was used only where it was asked for."""
 
@@ -52,6 +53,15 @@ def shape_for(model: ModelFacts, asked: Asked) -> LoadShape:
         flash_attention=_has_flash(model, asked),
         batch_tokens=batch_tokens(version, context, slots) if given is None else max(1, given),
     )
+
+
+def kept_tokens(model: ModelFacts, shape: LoadShape, version: tuple[int, ...]) -> int:
+    """How many tokens of evicted prompts a runner keeps in host memory: 8 GiB of their cache, from 0.30 (llama-server's
+    `--cache-ram`)."""
+    if version < (0, 30):
+        return 0
+    token = kv_layer_bytes(model, shape) * model.layers // max(1, shape.context_length * shape.slots)
+    return _KEPT_PROMPT_BYTES // max(1, token)
 
 
 def _is_passed_on(model: ModelFacts, asked: Asked) -> bool:
