@@ -42,6 +42,8 @@ class Loaded:
     layers: tuple[int, ...]
     """Units on each visible card, the output layer being one; the rest is on the CPU."""
     bytes_by_card: Mapping[str, int]
+    believed_by_card: Mapping[str, int]
+    """What its server up to 0.24 takes off what it believes to be free."""
     host_bytes: int
     session_seconds: float
     slot_count: int

@@ -25,7 +25,7 @@ from router.rig.options import Options
 from router.rig.process import RunnerProcess
 from router.rig.store import Header, Store, Stored
 from router.sim import world as worlds
-from router.sim.serverplan import OWN_ENGINE, Ask, Plan, Room, default_context, plan, settled, sizes
+from router.sim.serverplan import OWN_ENGINE, Ask, Plan, Room, believed_bytes, default_context, plan, settled, sizes
 from router.sim.shapes import Asked, kept_tokens, shape_for
 from router.sim.world import CardFacts, World
 
@@ -154,7 +154,7 @@ class Loader:
         session_seconds: float,
     ) -> Loaded:
         host, on_cards = sizes(self._world, ask, chosen.layers)
-        cards = {card.uuid: size for card, size in zip(self._config.cards, on_cards, strict=True) if size > 0}
+        cards = self._by_card(on_cards)
         runner = options.runner
         if not options.is_batch_given:
             runner = replace(runner, num_batch=ask.shape.batch_tokens)
@@ -169,11 +169,15 @@ class Loader:
             size_bytes=host + sum(cards.values()),
             layers=chosen.layers,
             bytes_by_card=cards,
+            believed_by_card=self._by_card(believed_bytes(self._world, facts, ask.shape, chosen.layers)),
             host_bytes=host,
             session_seconds=session_seconds,
             slot_count=ask.shape.slots,
             kept_tokens=kept_tokens(facts, ask.shape, self._config.version),
         )
+
+    def _by_card(self, sizes_in_order: Sequence[int]) -> dict[str, int]:
+        return {card.uuid: size for card, size in zip(self._config.cards, sizes_in_order, strict=True) if size > 0}
 
     # --- the load itself ---
 
@@ -253,9 +257,7 @@ class Loader:
         ask = self._ask(loaded.facts, options, others)
         loaded.layers = self._planned(ask, rooms).layers
         host, on_cards = sizes(self._world, ask, loaded.layers)
-        loaded.bytes_by_card = {
-            card.uuid: size for card, size in zip(self._config.cards, on_cards, strict=True) if size > 0
-        }
+        loaded.bytes_by_card = loaded.believed_by_card = self._by_card(on_cards)  # its own engine measures
         loaded.host_bytes, loaded.size_bytes = host, host + sum(on_cards)
 
     def _pace(self, loaded: Loaded, options: Options) -> dict[str, float | int]:

@@ -77,7 +77,8 @@ def test_each_model_alone_takes_the_same_bytes(tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize(
     "names",
     [("gemma2:27b", "llama3.1:8b", "qwen2.5:14b", "mistral:7b"), ("qwen2.5:14b", "qwen2.5:7b", "deepseek-r1:32b"),
-     ("llama3.1:8b", "qwen2.5-coder:32b", "mistral:7b", "llama3.2:3b")],
+     ("llama3.1:8b", "qwen2.5-coder:32b", "mistral:7b", "llama3.2:3b"),
+     ("phi4:14b", "llama3.1:8b", "qwen2.5-coder:32b", "qwen2.5:7b")],
 )  # fmt: skip
 def test_models_side_by_side_take_the_same_cards_and_leave_for_the_same_others(
     tmp_path_factory: pytest.TempPathFactory, version: str, names: tuple[str, ...]
