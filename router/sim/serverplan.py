@@ -185,9 +185,9 @@ def _plan_0_30(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
     total = ask.model.layers + 1
     if ask.num_gpu >= 0:
         wanted = min(ask.num_gpu, total)
-        if wanted == total and ask.tensor_split and len(chosen) == len(cards):
-            return Plan(_as_told(ask, len(cards)))
-        return Plan(_placed(chosen, _by_room(wanted, _shares(ask, cards, chosen)), len(cards)))
+        if len(chosen) > 1 and any(ask.tensor_split[: len(cards)]):
+            return Plan(_as_told(ask, wanted, len(cards)))
+        return Plan(_placed(chosen, _by_room(wanted, [cards[index].free_bytes for index in chosen]), len(cards)))
     units = _fitting(world, ask, [cards[i] for i in chosen])
     return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(cards)))
 
@@ -216,17 +216,11 @@ def _fitting_batch(ask: Ask, cards: Sequence[Room]) -> int:
     return _LEAST_BATCH
 
 
-def _as_told(ask: Ask, cards: int) -> tuple[int, ...]:
-    """All units in the shares that the server was told, as llama.cpp puts them."""
-    split = split_by(ask.model.layers, shares_for(ask.tensor_split, cards))
+def _as_told(ask: Ask, units: int, cards: int) -> tuple[int, ...]:
+    """So many units, the last ones, in the shares that the server was told, as llama.cpp puts them: a card beyond the
+    last share gets nothing, however few layers go to the cards (`load_tensors`)."""
+    split = split_by(units - 1, shares_for(ask.tensor_split, cards))
     return tuple(count + (card == split.output_card) for card, count in enumerate(split.layers))
-
-
-def _shares(ask: Ask, cards: Sequence[Room], chosen: Sequence[int]) -> list[int]:
-    """In what proportion all layers are shared: as told, else by free memory."""
-    if len(ask.tensor_split) == len(cards):
-        return [int(ask.tensor_split[i] * 1_000_000) for i in chosen]
-    return [cards[i].free_bytes for i in chosen]
 
 
 def _fitting(world: World, ask: Ask, cards: Sequence[Room]) -> list[int]:

@@ -94,6 +94,18 @@ def test_0_33_shares_all_layers_as_it_is_told() -> None:
     assert plan(WORLD, replace(ask, tensor_split=(1.0, 1.0)), [_room(31), _room(15)]).layers == (41, 40)
 
 
+@pytest.mark.parametrize(
+    ("told", "wanted", "layers"),
+    [((2.0, 1.0), 81, (54, 27)), ((2.0, 1.0), 40, (27, 13)), ((1.0,), 81, (81, 0)), ((1.0,), 40, (40, 0)),
+     ((0.0, 0.0, 1.0), 40, (26, 14)), ((), 40, (26, 14)), ((1.0, 1.0, 5.0), 40, (20, 20))],
+)  # fmt: skip
+def test_0_33_shares_as_many_layers_as_are_asked_for_in_the_shares_of_the_cards_that_it_has(
+    told: tuple[float, ...], wanted: int, layers: tuple[int, ...]
+) -> None:
+    ask = _ask(LLAMA_70B, version=_NEW, num_gpu=wanted, spread=True, tensor_split=told)
+    assert plan(WORLD, ask, [_room(20), _room(11)]).layers == layers
+
+
 def test_beside_other_models_the_ordinary_rule_evicts_first() -> None:
     for version in ((0, 24, 0), _NEW):
         chosen = plan(WORLD, _ask(LLAMA_70B, slots=2, has_others=True, version=version), [_room(23), _room(10)])
