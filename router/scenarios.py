@@ -118,22 +118,27 @@ def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenar
     rig = parse_spec(wanted.rig)
     mix = mix_named(wanted.mix, rig)
     models = {name: model_facts(name) for name in mix.names}
-    given = wanted.requests_per_second
-    rate = rate_of(wanted.rig, wanted.mix) if given is None else _above_nothing("rate", given)
-    least = max(_LEAST_SECONDS, _LEAST_REQUESTS / rate)
-    seconds = least if wanted.seconds is None else _above_nothing("seconds", wanted.seconds)
-    _above_nothing("users", wanted.users)
-    demand = Demand(seconds, rate, wanted.users)
+    demand = demand_of(wanted)
     sessions = make_sessions(rows or read_trace(wanted.trace), mix, models, demand, wanted.seed)
     return Scenario(
         cards=sim_cards(rig),
         models=models,
         sessions=sessions,
-        seconds=seconds,
+        seconds=demand.seconds,
         active_shares={name: _active_share(catalogue()[name]) for name in mix.names},
         cold_start=wanted.cold_start,
         page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
     )
+
+
+def demand_of(wanted: Wanted) -> Demand:
+    """How much is asked for. Raises ScenarioError."""
+    given = wanted.requests_per_second
+    rate = rate_of(wanted.rig, wanted.mix) if given is None else _above_nothing("rate", given)
+    least = max(_LEAST_SECONDS, _LEAST_REQUESTS / rate)
+    seconds = least if wanted.seconds is None else _above_nothing("seconds", wanted.seconds)
+    _above_nothing("users", wanted.users)
+    return Demand(seconds, rate, wanted.users)
 
 
 def _above_nothing(what: str, number: float) -> float:

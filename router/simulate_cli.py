@@ -22,6 +22,7 @@ from router.scenarios import (
     ScenarioError,
     Wanted,
     contestant,
+    demand_of,
     large_models,
     scenario,
 )
@@ -78,9 +79,11 @@ def _run(given: argparse.Namespace) -> int:
         sys.stderr.write(f"llamayard: {error}\n")
         return 2
     if given.json:
-        sys.stdout.write(json.dumps({"simulated": True, "runs": [_summary(one) for one in runs]}, indent=2) + "\n")
+        told = {"simulated": True, "notes": notes(runs), "runs": [_summary(one) for one in runs]}
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
     else:
-        sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}\n{table(runs)}")
+        lines = "".join(f"{note}\n" for note in notes(runs))
+        sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}\n{table(runs)}{lines}")
     if given.out == _NO_FILES:
         return 0
     try:
@@ -134,6 +137,20 @@ def _line(policy: str, seed: int, result: Report) -> str:
         f"{_waits(result.small):<22}{_waits(result.large):<22}{result.tokens_per_second:>6.0f}"
         f"{result.loaded_gb:>6.0f}{result.spills:>7}{result.out_of_memory:>4}{result.jain:>6.2f}  {busy}"
     )
+
+
+def notes(runs: Iterable[Played]) -> list[str]:
+    """A sentence for each seed for which the trace has too few requests."""
+    found: dict[int, str] = {}
+    for one in runs:
+        demand, there = demand_of(one.wanted), one.outcome.planned
+        if there < demand.requests:
+            found[one.wanted.seed] = (
+                f"seed {one.wanted.seed}: the trace has {there} requests for {demand.seconds:g} s "
+                f"({there / demand.seconds:.2f} a second), fewer than the {demand.requests} "
+                f"({demand.requests_per_second:g} a second) that were asked for"
+            )
+    return list(found.values())
 
 
 def _waits(waits: Waits) -> str:

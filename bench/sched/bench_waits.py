@@ -18,7 +18,8 @@ from router.core.events import Action, Event, Grant
 from router.scenarios import Wanted, contestant, scenario
 from router.sim.contestants.llamayard import Llamayard
 from router.sim.host import Host
-from router.sim.runner import Contestant, Simulation
+from router.sim.runner import Contestant, Scenario, Simulation
+from router.sim.workload import TraceRow, read_trace
 
 CELLS = ("2x3090/team", "2x3090/wide", "4x3090/team", "4x3090/wide", "2xa6000/wide")
 _NEAR_SECONDS = 3.0
@@ -55,19 +56,19 @@ class Told:
         return mean(abs(a - b) <= _NEAR_SECONDS or a / 2 <= b <= 2 * a for a, b in self.pairs)
 
 
-def tell(cell: str, seeds: Sequence[int]) -> Told:
-    """All that was told in one cell, such as `4x3090/wide`."""
+def tell(cell: str, seeds: Sequence[int], rows: tuple[TraceRow, ...]) -> Told:
+    """All that was told in one cell, such as `4x3090/wide`, with this trace."""
     told = Told()
     rig, _, mix = cell.partition("/")
     for seed in seeds:
-        one = _one_run(Wanted(rig, mix, seed))
+        one = _one_run(scenario(Wanted(rig, mix, seed), rows))
         told.pairs += one.pairs
         told.untold += one.untold
     return told
 
 
-def _one_run(wanted: Wanted) -> Told:
-    scene, told = scenario(wanted), Told()
+def _one_run(scene: Scenario) -> Told:
+    told = Told()
     made: list[Llamayard] = []
 
     def seen(event: Event, actions: list[Action], now: float) -> None:
@@ -89,10 +90,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
+    rows = read_trace()
     sys.stdout.write("SIMULATED\n| cell | times told | told, mean | came, mean | wrong by, median, p90 | told well |\n")
     sys.stdout.write("|---|---|---|---|---|---|\n")
     for cell in CELLS:
-        told = tell(cell, range(1, given.seeds + 1))
+        told = tell(cell, range(1, given.seeds + 1), rows)
         wrong = [abs(a - b) for a, b in told.pairs]
         sys.stdout.write(
             f"| {cell} | {len(wrong)} of {len(wrong) + told.untold} | {mean(a for a, _ in told.pairs):.1f} s "

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from router.core.entities import ModelFacts
+from router.fleet.ports import free_ports
 from router.rig.fleet import PreparedRig, prepare_rig
 from router.rig.loader import RECORD
 from router.rig.process import PACKAGE_ROOT
@@ -128,9 +128,8 @@ def nginx() -> str | None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that clients' connections take, so that none of them takes it before a server does."""
+    return free_ports(1)[0]
 
 
 # --- parts ---

@@ -12,11 +12,6 @@ from router.core.ggml import tensor_bytes
 from router.core.options import own_parameters
 from router.rig.store import Header, Stored
 
-ONE_SLOT = frozenset(
-    ("mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "nemotron_h")
-)
-"""Families that a real server gives one slot, whatever is asked (server/sched.go, v0.24)."""
-
 _OUTPUT = frozenset(("output.weight", "output_norm.weight"))
 
 

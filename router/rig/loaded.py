@@ -16,18 +16,12 @@ from pathlib import Path
 from router.core.entities import ModelFacts
 from router.rig.options import RunnerOptions
 from router.rig.process import RunnerProcess, Sequence
+from router.rig.prompt_cache import PromptCache, Slot, common_length
 from router.rig.store import Header, Stored
+from router.rig.talk import prompt_tokens
 
 FOR_EVER = timedelta(seconds=2**63 / 1e9)
 """Go's longest duration, 292 years."""
-
-
-@dataclass(slots=True)
-class Slot:
-    """One parallel place; `text` is the prompt and answer whose evaluation it still holds."""
-
-    text: str = ""
-    is_taken: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -48,9 +42,13 @@ class Loaded:
     layers: tuple[int, ...]
     """Units on each visible card, the output layer being one; the rest is on the CPU."""
     bytes_by_card: Mapping[str, int]
+    believed_by_card: Mapping[str, int]
+    """What its server up to 0.24 takes off what it believes to be free."""
     host_bytes: int
     session_seconds: float
     slot_count: int
+    kept_tokens: int
+    """How many tokens of evicted prompts its runner keeps."""
     users: int = 1
     expires_at: datetime | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,7 +58,7 @@ class Loaded:
     """Held from the check whether the runner will do until it counts as used, so that nobody evicts it in between."""
     is_leaving: bool = False
     timer: asyncio.TimerHandle | None = None
-    slots: list[Slot] = field(default_factory=list[Slot])
+    _prompts: PromptCache | None = None
     _free: asyncio.Semaphore | None = None
 
     @property
@@ -74,7 +72,8 @@ class Loaded:
 
     def begin(self) -> None:
         """The load has succeeded."""
-        self.slots = [Slot() for _ in range(self.slot_count)]
+        slots = [Slot() for _ in range(self.slot_count)]
+        self._prompts = PromptCache(slots, self.kept_tokens, lambda text: prompt_tokens(self.header, text))
         self._free = asyncio.Semaphore(self.slot_count)
 
     def expiry(self) -> datetime:
@@ -93,9 +92,9 @@ class Loaded:
         `loses` is asked at the end whether the slot is lost for good (a fault).
         """
         assert self._free is not None
+        assert self._prompts is not None
         await self._free.acquire()
-        slot = max((one for one in self.slots if not one.is_taken), key=lambda one: common_length(one.text, prompt))
-        slot.is_taken = True
+        slot = self._prompts.take(prompt)
         use = SlotUse(common_length(slot.text, prompt))
         try:
             yield use
@@ -106,8 +105,9 @@ class Loaded:
 
     def _release(self, slot: Slot, sequence: Sequence | None) -> None:
         def free(_: object = None) -> None:
-            slot.is_taken = False
             assert self._free is not None
+            assert self._prompts is not None
+            self._prompts.let_go(slot)
             self._free.release()
 
         if sequence is None or sequence.over.done():
@@ -125,18 +125,6 @@ class SlotUse:
     """So much of the prompt is evaluated already."""
     sequence: Sequence | None = None
     said: str = ""
-
-
-def common_length(one: str, other: str) -> int:
-    """How many characters two texts begin alike."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def expiry_after(seconds: float) -> datetime:

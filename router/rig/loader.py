@@ -11,12 +11,12 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.core.entities import ModelFacts
 from router.core.ggml import GGML_BLOCKS
 from router.rig.config import Config, log
-from router.rig.facts import ONE_SLOT, active_share, facts_of
+from router.rig.facts import active_share, facts_of
 from router.rig.faults import Behaviour
 from router.rig.http import ClientLeftError, Request
 from router.rig.loaded import Loaded
@@ -25,8 +25,9 @@ from router.rig.options import Options
 from router.rig.process import RunnerProcess
 from router.rig.store import Header, Store, Stored
 from router.sim import world as worlds
-from router.sim.serverplan import OWN_ENGINE, Ask, Plan, Room, default_context, plan, sizes
-from router.sim.world import CardFacts, LoadShape, World
+from router.sim.serverplan import OWN_ENGINE, Ask, Plan, Room, believed_bytes, default_context, plan, settled, sizes
+from router.sim.shapes import Asked, kept_tokens, shape_for
+from router.sim.world import CardFacts, World
 
 RECORD = "loads.jsonl"
 """In the rig's directory: a line for each load that ended, for whoever compares servers."""
@@ -93,8 +94,9 @@ class Loader:
             await asyncio.sleep(self.seconds(read))
         header = self._around.store.header(stored.weights.digest)
         facts = facts_of(stored, header)
-        ask = self._ask(facts, options, others)
-        chosen = self._planned(ask, self._around.memory.rooms(others))
+        rooms = self._around.memory.rooms(others)
+        ask = settled(self._ask(facts, options, others), rooms)
+        chosen = self._planned(ask, rooms)
         blob = self._around.store.blob(stored.weights.digest)
         self._next_port += 1
         process = await RunnerProcess.start(blob, self._next_port, self._config.rig_dir, self._around.environment)
@@ -111,17 +113,21 @@ class Loader:
 
     def _ask(self, facts: ModelFacts, options: Options, others: list[Loaded]) -> Ask:
         config = self._config
-        context = min(options.runner.num_ctx, facts.context_length or options.runner.num_ctx)
-        shape = LoadShape(
-            context_length=context,
-            slots=1 if facts.is_embedding or facts.architecture in ONE_SLOT else config.num_parallel,
-            kv_cache_type=self._cache_type(facts),
-            flash_attention=config.flash_attention is not False,
-            batch_tokens=options.runner.num_batch,
+        asked = Asked(
+            version=config.version,
+            context_length=options.runner.num_ctx,
+            slots=config.num_parallel,
+            kv_cache_type=self._known_type(),
+            flash_attention=config.flash_attention,
+            batch_tokens=options.runner.num_batch if options.is_batch_given else None,
         )
+        shape = shape_for(facts, asked)
+        if shape.kv_cache_type != config.kv_cache_type:
+            log("WARN", "quantized kv cache requested but flash attention is not enabled", type=config.kv_cache_type)
         return Ask(
             model=facts,
             shape=shape,
+            is_batch_given=options.is_batch_given,
             version=config.version,
             num_gpu=options.runner.num_gpu,
             main_gpu=options.runner.main_gpu,
@@ -132,14 +138,9 @@ class Loader:
             host_free_bytes=self._around.memory.host_free_bytes(others),
         )
 
-    def _cache_type(self, facts: ModelFacts) -> str:
-        """Up to 0.24 llama.cpp's engine ignores a quantised type unless flash attention was asked for."""
+    def _known_type(self) -> str:
         kind = self._config.kv_cache_type
-        is_ignored = not self._config.is_0_30 and self._config.flash_attention is not True
-        if kind.upper() not in GGML_BLOCKS or (is_ignored and facts.architecture not in OWN_ENGINE and kind != "f16"):
-            log("WARN", "quantized kv cache requested but flash attention is not enabled", type=kind)
-            return "f16"
-        return kind
+        return kind if kind.upper() in GGML_BLOCKS else "f16"
 
     def _loaded(
         self,
@@ -153,22 +154,30 @@ class Loader:
         session_seconds: float,
     ) -> Loaded:
         host, on_cards = sizes(self._world, ask, chosen.layers)
-        cards = {card.uuid: size for card, size in zip(self._config.cards, on_cards, strict=True) if size > 0}
+        cards = self._by_card(on_cards)
+        runner = options.runner
+        if not options.is_batch_given:
+            runner = replace(runner, num_batch=ask.shape.batch_tokens)
         return Loaded(
             stored=stored,
             blob=self._around.store.blob(stored.weights.digest),
             header=header,
             facts=facts,
-            options=options.runner,
+            options=runner,
             context_length=ask.shape.context_length,
             process=process,
             size_bytes=host + sum(cards.values()),
             layers=chosen.layers,
             bytes_by_card=cards,
+            believed_by_card=self._by_card(believed_bytes(self._world, facts, ask.shape, chosen.layers)),
             host_bytes=host,
             session_seconds=session_seconds,
             slot_count=ask.shape.slots,
+            kept_tokens=kept_tokens(facts, ask.shape, self._config.version),
         )
+
+    def _by_card(self, sizes_in_order: Sequence[int]) -> dict[str, int]:
+        return {card.uuid: size for card, size in zip(self._config.cards, sizes_in_order, strict=True) if size > 0}
 
     # --- the load itself ---
 
@@ -248,21 +257,19 @@ class Loader:
         ask = self._ask(loaded.facts, options, others)
         loaded.layers = self._planned(ask, rooms).layers
         host, on_cards = sizes(self._world, ask, loaded.layers)
-        loaded.bytes_by_card = {
-            card.uuid: size for card, size in zip(self._config.cards, on_cards, strict=True) if size > 0
-        }
+        loaded.bytes_by_card = loaded.believed_by_card = self._by_card(on_cards)  # its own engine measures
         loaded.host_bytes, loaded.size_bytes = host, host + sum(on_cards)
 
     def _pace(self, loaded: Loaded, options: Options) -> dict[str, float | int]:
         cards = [CardFacts(card.bandwidth_bytes_per_second, card.fp32_teraflops) for card in self._config.cards]
-        speed = worlds.speed(
-            self._world, loaded.facts, cards, loaded.layers, options.runner.num_thread, active_share(loaded.header)
-        )
+        share, batch = active_share(loaded.header), max(1, loaded.options.num_batch)
+        threads = options.runner.num_thread
+        speed = worlds.speed(self._world, loaded.facts, cards, loaded.layers, threads, share, batch)
         return {
             "step_seconds": self.seconds(speed.step_seconds),
             "stream_share": speed.stream_share,
             "prefill_seconds_per_token": self.seconds(speed.prefill_seconds_per_token),
-            "batch_tokens": max(1, options.runner.num_batch),
+            "batch_tokens": speed.batch_tokens,
             "work_share": self._world.cpu_fraction_work if speed.is_cpu else 0.0,
         }
 

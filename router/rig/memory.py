@@ -32,7 +32,8 @@ class Memory:
         """Each visible card, in order."""
         own: dict[str, int] = {}
         for one in loaded:
-            for uuid, amount in one.bytes_by_card.items():
+            books = one.bytes_by_card if self._config.is_0_30 else one.believed_by_card
+            for uuid, amount in books.items():
                 own[uuid] = own.get(uuid, 0) + amount
         directory = self._config.rig_dir
         actual = vram.free_bytes(directory) if directory is not None else {}

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 from router.core.entities import BlobDigest, GpuUuid, ModelFacts
-from router.core.estimate import batch_tokens, effective_kv_cache_type, uses_flash_attention
 from router.sim import serverplan
 from router.sim.batching import Batcher, BatchFacts, Done
 from router.sim.host import Host, Stay
 from router.sim.loading import Transfer
 from router.sim.requests import Request
+from router.sim.shapes import Asked, kept_tokens, shape_for
 from router.sim.timeline import Timer
 from router.sim.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
 
-KEPT_PROMPT_BYTES = 8 * 1024**3
-"""From 0.30 a runner keeps so much of evicted prompts in host memory."""
 _FIVE_MINUTES = 300.0
 
 
@@ -37,7 +35,6 @@ class ServerConfig:
     max_loaded: int = 0
     """0: three models a card."""
     host_memory_bytes: int = 120 * 1024**3
-    single_slot_architectures: frozenset[str] = frozenset()
 
     @property
     def is_0_30(self) -> bool:
@@ -48,18 +45,9 @@ class ServerConfig:
 
 
 def shape_of(model: ModelFacts, config: ServerConfig) -> LoadShape:
-    """How this server loads this model."""
-    single = model.is_embedding or model.architecture in config.single_slot_architectures
-    slots = 1 if single else config.slots
-    context = min(config.context_length, model.context_length or config.context_length)
-    version = ".".join(map(str, config.version))
-    return LoadShape(
-        context_length=context,
-        slots=slots,
-        kv_cache_type=effective_kv_cache_type(model, config.kv_cache_type, config.flash_attention),
-        flash_attention=uses_flash_attention(model, config.flash_attention),
-        batch_tokens=batch_tokens(version, context, slots),
-    )
+    """How this server loads this model where memory is no matter."""
+    asked = Asked(config.version, config.context_length, config.slots, config.kv_cache_type, config.flash_attention)
+    return shape_for(model, asked)
 
 
 class Phase(Enum):
@@ -102,17 +90,14 @@ class Loaded:
         config: ServerConfig,
         cards: tuple[GpuUuid, ...],
         layers: tuple[int, ...],
+        shape: LoadShape,
     ) -> Loaded:
         """The runner for this layout, without its memory yet."""
-        shape = shape_of(model, config)
         sizes = true_bytes(host.world, model, shape, layers)
         used = tuple(uuid for uuid, count in zip(cards, layers, strict=True) if count > 0)
         facts = [host.book.by_uuid[uuid].facts for uuid in cards]
         share = host.active_shares.get(model.name, 1.0)
-        pace = speed(host.world, model, facts, layers, active_share=share)
-        pace = replace(pace, batch_tokens=shape.batch_tokens)
-        token = kv_layer_bytes(model, shape) * model.layers // max(1, shape.context_length * shape.slots)
-        kept = KEPT_PROMPT_BYTES // max(1, token) if config.is_0_30 else 0
+        pace = speed(host.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
         missing = max(0, model.layers + 1 - sum(layers))
         return cls(
             host=host,
@@ -124,7 +109,7 @@ class Loaded:
             host_bytes=missing * (layer_bytes(model) + kv_layer_bytes(model, shape)),
             batcher=Batcher(
                 host.timeline,
-                BatchFacts(pace, shape.slots, kept),
+                BatchFacts(pace, shape.slots, kept_tokens(model, shape, config.version)),
                 lambda works: _mark(host, used, works),
                 lambda: host.book.slowness(used),
             ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from router.core.entities import BlobDigest, GpuUuid, ModelFacts
 from router.sim import serverplan
@@ -18,6 +19,7 @@ from router.sim.cards import OutOfMemoryError
 from router.sim.host import Host
 from router.sim.loaded import Loaded, Phase, ServerConfig, shape_of
 from router.sim.requests import Request
+from router.sim.world import LoadShape
 
 LOST = "runner lost"
 
@@ -55,7 +57,6 @@ class SimServer:
         self._loaded: dict[BlobDigest, Loaded] = {}
         self._pending: deque[_Job] = deque()
         self._placing: _Job | None = None
-        self._waits_for: Loaded | None = None
         self._afterwards: list[Callable[[], None]] | None = None
         """While the queue is gone through: what is to be called then, the last first."""
         self._first_free: dict[GpuUuid, int] = {}
@@ -112,7 +113,7 @@ class SimServer:
         for job in jobs:
             job.gone = True
         self._pending.clear()
-        self._placing, self._waits_for = None, None
+        self._placing = None
         self._life += 1
         lost = [entry for found in self._loaded.values() for entry in found.drop()]
         for found in list(self._loaded.values()):
@@ -146,7 +147,6 @@ class SimServer:
     def _done_placing(self, afterwards: Callable[[], None] | None = None) -> None:
         """The next is placed, and `afterwards` called once that and all after it have been looked at."""
         self._placing = None
-        self._waits_for = None
         if self._afterwards is None:
             self._next()
             if afterwards is not None:
@@ -188,13 +188,15 @@ class SimServer:
         if job.gone:
             self._done_placing()
             return
-        plan = serverplan.plan(self._host.world, self._ask(job), self._rooms())
+        rooms = self._rooms()
+        ask = serverplan.settled(self._ask(job), rooms)
+        plan = serverplan.plan(self._host.world, ask, rooms)
         if plan.error is not None:
             self._fail(job, plan.error)
         elif plan.must_evict:
             self._make_room(job)
         else:
-            self._start(job, plan.layers)
+            self._start(job, plan.layers, ask.shape)
 
     def _make_room(self, job: _Job) -> None:
         """Unloads the idle model with the shortest keep-alive, ties by blob; none idle: waits for the first of all."""
@@ -203,12 +205,11 @@ class SimServer:
         if victim is None:
             self._fail(job, "out of memory: nothing is left to evict")
             return
-        self._waits_for = victim
         victim.when_gone.append(lambda: self._try(job))
         self._expire(victim)
 
-    def _start(self, job: _Job, layers: tuple[int, ...]) -> None:
-        found = Loaded.plan(self._host, self.name, job.model, self.config, self.cards, layers)
+    def _start(self, job: _Job, layers: tuple[int, ...], shape: LoadShape) -> None:
+        found = Loaded.plan(self._host, self.name, job.model, self.config, self.cards, layers, shape)
         for uuid in found.uuids:
             if not any(uuid in other.uuids for other in self._loaded.values()):
                 self._first_free[uuid] = self._host.book.free_bytes(uuid)
@@ -221,17 +222,23 @@ class SimServer:
         found.begin(lambda: self._ready(job, found))
 
     def _out_of_memory(self, job: _Job, message: str) -> None:
-        """0.24 fails; from 0.30 all others are evicted and the load is tried once more."""
-        idle = [one for one in self._loaded.values() if one.users == 0]
-        if not self.config.is_0_30 or job.retried or not idle:
+        """0.24 fails; from 0.30 all others are evicted, busy ones once idle, and the load is tried once more."""
+        others = list(self._loaded.values())
+        if not self.config.is_0_30 or job.retried or not others:
             self._host.tally.failed_loads += 1
             self._fail(job, f"out of memory: {message}")
             return
         job.retried = True
-        for one in idle[:-1]:
+        staying = set(others)
+
+        def gone(one: Loaded) -> None:
+            staying.discard(one)
+            if not staying:
+                self._try(job)
+
+        for one in others:
+            one.when_gone.append(partial(gone, one))
             self._expire(one)
-        idle[-1].when_gone.append(lambda: self._try(job))
-        self._expire(idle[-1])
 
     def _ready(self, job: _Job, found: Loaded) -> None:
         found.ready()

@@ -28,6 +28,10 @@ from router.sim.world import (
 
 KEPT_FREE_BYTES = CUDA_CONTEXT_BYTES
 """`minimumMemory` of a CUDA card (discover, v0.24)."""
+_LEAST_BATCH, _SMALL_CARD_BATCH = 512, 256
+_SMALL_CARD_BYTES = 8 * 1024**3
+_LARGE_BATCHES = {2048: (0.6, 2048 * MIB), 1024: (0.75, 768 * MIB)}
+"""Batch -> of the free memory, what the prediction may be for it, and what it takes beside that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class Ask:
     overhead_bytes: int = 0
     has_others: bool = False
     """Other models are loaded in the same server."""
+    is_batch_given: bool = False
+    """The request names its batch."""
     host_free_bytes: int = 1 << 62
 
 
@@ -81,6 +87,15 @@ def default_context(total_vram_bytes: int, version: tuple[int, ...], overhead_by
     if seen < 23 * 1024 * MIB:
         return 4096
     return 32_768 if seen < 47 * 1024 * MIB else 262_144
+
+
+def settled(ask: Ask, cards: Sequence[Room]) -> Ask:
+    """The same with the batch that the server takes; `plan` wants it so. From 0.30 a batch that the context would allow
+    is lowered where memory is short (server/sched.go, v0.33, `automaticGenerationBatch`)."""
+    if ask.version < (0, 30) or ask.is_batch_given or ask.model.is_embedding or not cards:
+        return ask
+    batch = _fitting_batch(ask, [cards[index] for index in _chosen_0_30(ask, cards)])
+    return replace(ask, shape=replace(ask.shape, batch_tokens=batch))
 
 
 def plan(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
@@ -163,34 +178,49 @@ def predicted_bytes(model: ModelFacts, shape: LoadShape) -> int:
 
 def _plan_0_30(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
     """server/sched.go, v0.33: one card within 80 % of its free memory, else all; then llama.cpp's fit."""
-    predicted = predicted_bytes(ask.model, ask.shape)
-    best = max(range(len(cards)), key=lambda i: (cards[i].free_bytes, -i))
-    fits_one = predicted <= ONE_CARD_SHARE * cards[best].free_bytes and not ask.spread
-    chosen = [ask.main_gpu] if 0 < ask.main_gpu < len(cards) else [best] if fits_one else list(range(len(cards)))
-    fits_all = predicted <= ONE_CARD_SHARE * sum(card.free_bytes for card in cards)
-    if ask.has_others and not fits_one and not fits_all:
+    chosen = _chosen_0_30(ask, cards)
+    free = sum(cards[index].free_bytes for index in chosen)
+    if ask.has_others and predicted_bytes(ask.model, ask.shape) > ONE_CARD_SHARE * free:
         return Plan((0,) * len(cards), must_evict=True)
     total = ask.model.layers + 1
     if ask.num_gpu >= 0:
         wanted = min(ask.num_gpu, total)
-        if wanted == total and ask.tensor_split and len(chosen) == len(cards):
-            return Plan(_as_told(ask, len(cards)))
-        return Plan(_placed(chosen, _by_room(wanted, _shares(ask, cards, chosen)), len(cards)))
+        if len(chosen) > 1 and any(ask.tensor_split[: len(cards)]):
+            return Plan(_as_told(ask, wanted, len(cards)))
+        return Plan(_placed(chosen, _by_room(wanted, [cards[index].free_bytes for index in chosen]), len(cards)))
     units = _fitting(world, ask, [cards[i] for i in chosen])
     return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(cards)))
 
 
-def _as_told(ask: Ask, cards: int) -> tuple[int, ...]:
-    """All units in the shares that the server was told, as llama.cpp puts them."""
-    split = split_by(ask.model.layers, shares_for(ask.tensor_split, cards))
+def _chosen_0_30(ask: Ask, cards: Sequence[Room]) -> list[int]:
+    """The card that was asked for, the one with most room where that is enough by far, or all."""
+    if 0 < ask.main_gpu < len(cards):
+        return [ask.main_gpu]
+    best = max(range(len(cards)), key=lambda i: (cards[i].free_bytes, -i))
+    is_enough = predicted_bytes(ask.model, ask.shape) <= ONE_CARD_SHARE * cards[best].free_bytes
+    return [best] if is_enough and not ask.spread else list(range(len(cards)))
+
+
+def _fitting_batch(ask: Ask, cards: Sequence[Room]) -> int:
+    """The largest up to that of the shape which the prediction leaves room for; without flash attention never a large
+    one (`automaticGenerationBatch`, `generationBatchFits`)."""
+    shape = ask.shape
+    if not shape.flash_attention:
+        is_small = any(min(card.total_bytes, card.free_bytes) <= _SMALL_CARD_BYTES for card in cards)
+        return _SMALL_CARD_BATCH if is_small and shape.context_length * shape.slots > 4096 else _LEAST_BATCH
+    free = sum(card.free_bytes for card in cards)
+    predicted = predicted_bytes(ask.model, shape)
+    for batch, (share, extra) in _LARGE_BATCHES.items():
+        if batch <= shape.batch_tokens and predicted <= share * free and predicted + extra <= ONE_CARD_SHARE * free:
+            return batch
+    return _LEAST_BATCH
+
+
+def _as_told(ask: Ask, units: int, cards: int) -> tuple[int, ...]:
+    """So many units, the last ones, in the shares that the server was told, as llama.cpp puts them: a card beyond the
+    last share gets nothing, however few layers go to the cards (`load_tensors`)."""
+    split = split_by(units - 1, shares_for(ask.tensor_split, cards))
     return tuple(count + (card == split.output_card) for card, count in enumerate(split.layers))
-
-
-def _shares(ask: Ask, cards: Sequence[Room], chosen: Sequence[int]) -> list[int]:
-    """In what proportion all layers are shared: as told, else by free memory."""
-    if len(ask.tensor_split) == len(cards):
-        return [int(ask.tensor_split[i] * 1_000_000) for i in chosen]
-    return [cards[i].free_bytes for i in chosen]
 
 
 def _fitting(world: World, ask: Ask, cards: Sequence[Room]) -> list[int]:

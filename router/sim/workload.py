@@ -78,6 +78,11 @@ class Demand:
     """Mean length of a session."""
     context_length: int = 8192
 
+    @property
+    def requests(self) -> int:
+        """In all; a trace with fewer rows gives those that it has."""
+        return round(self.requests_per_second * self.seconds)
+
 
 def read_trace(path: Path = TRACE) -> tuple[TraceRow, ...]:
     """Rows of a CSV file with TIMESTAMP, ContextTokens, GeneratedTokens, plain or gzipped; times from its first row.
@@ -135,7 +140,7 @@ def _thinned(rows: tuple[TraceRow, ...], demand: Demand, chance: random.Random) 
     span = min(length, demand.seconds)
     start = chance.uniform(0.0, length - span)
     inside = [row for row in rows if start <= row.at_seconds < start + span] or [rows[0]]
-    wanted = min(len(inside), round(demand.requests_per_second * demand.seconds))
+    wanted = min(len(inside), demand.requests)
     kept = sorted(chance.sample(range(len(inside)), wanted))
     stretch = demand.seconds / span if span else 1.0
     return [((inside[index].at_seconds - start) * stretch, inside[index]) for index in kept]

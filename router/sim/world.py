@@ -59,7 +59,6 @@ class World:
     data sheet: 4,030 tokens/s with an 8B on a 3090 (35.6 TFLOPS). Above 1 because the tensor cores do it."""
     prefill_split_share: float = 0.82
     """What is left of that where layers lie on several cards: 375 tokens/s with a 70B on two 3090."""
-    batch_tokens: int = 512
 
     cpu_thread_bytes_per_second: float = 2.06e9
     cpu_thread_prefill_flops: float = 4.1e9
@@ -206,9 +205,10 @@ def speed(
     layers: Sequence[int],
     threads: int = 0,
     active_share: float = 1.0,
+    batch: int = 512,
 ) -> Speed:
     """Tokens by card and model. `layers` as for `true_bytes`; `threads` 0: all; `active_share`: of the weights, what
-    a token uses (below 1 for mixtures of experts)."""
+    a token uses (below 1 for mixtures of experts); `batch`: prompt tokens that are evaluated at once."""
     total = model.layers + 1
     read = max(1, model.weights_bytes - input_bytes(model)) * active_share
     parameters = _parameters(model) * active_share
@@ -228,10 +228,10 @@ def speed(
     if cards and on_cpu:
         card = (placed[0][0] if placed else cards[0]).fp32_teraflops * 1e12
         prefill += 2 * parameters * on_cpu / (card * world.prefill_efficiency)
-        prefill += read * on_cpu / (world.offload_bytes_per_second * world.batch_tokens)
+        prefill += read * on_cpu / (world.offload_bytes_per_second * batch)
     else:
         prefill += 2 * parameters * on_cpu / (used * world.cpu_thread_prefill_flops)
-    return Speed(step, world.stream_share, prefill, world.batch_tokens, is_cpu=not placed)
+    return Speed(step, world.stream_share, prefill, batch, is_cpu=not placed)
 
 
 def _parameters(model: ModelFacts) -> float:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from router.rig.config import read_config
 from router.rig.gguf_header import single
-from router.rig.loaded import common_length
 from router.rig.options import OptionError, RunnerOptions, needs_reload, read_options
+from router.rig.prompt_cache import common_length
 from router.rig.store import Header
 from router.rig.talk import Wish, example_of, prompt_tokens, say, vector
 

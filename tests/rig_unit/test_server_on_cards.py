@@ -211,6 +211,18 @@ def test_a_prompt_that_begins_as_the_last_one_is_read_faster(box: Box) -> None:
     assert second["prompt_eval_duration"] < first["prompt_eval_duration"] / 3
 
 
+@pytest.mark.parametrize(("version", "comes_back"), [("0.24.0", False), ("0.33.0", True)])
+def test_a_prompt_that_another_drove_from_the_only_slot_comes_back_from_0_30(
+    tmp_path: Path, version: str, comes_back: bool
+) -> None:
+    box = make_box(tmp_path, "3090", version)
+    prompt = "word " * 8000
+    with box.start(0, OLLAMA_CONTEXT_LENGTH="16384", LLAMAYARD_RIG_SPEED="1") as server:
+        ask(server, _8B)
+        first, _, again = (ask(server, _8B, prompt=one)[1] for one in (prompt, "other", prompt + "more"))
+    assert (again["prompt_eval_duration"] < first["prompt_eval_duration"] / 3) == comes_back
+
+
 def test_a_thinking_model_thinks_first_unless_told_not_to(box: Box) -> None:
     with box.start(0) as server:
         body = {"model": "deepseek-r1:32b", "messages": [{"role": "user", "content": "hi"}], "stream": False}

@@ -12,7 +12,7 @@ from router.sim.loaded import ServerConfig
 from router.sim.requests import Request
 from router.sim.server import LOST, LoadResult, SimServer
 from router.sim.world import WORLD, load_seconds
-from tests.sim.machines import card, host, model, play, request
+from tests.sim.machines import GIB, card, host, model, play, request
 
 SMALL = model("small", 5.0)
 MIDDLE = model("middle", 9.0)
@@ -207,3 +207,25 @@ def test_from_0_30_memory_that_a_sibling_took_is_not_seen() -> None:
     served.ask(10.0, 2, model("other", 8.5))
     play(served.machine, 30.0)
     assert served.machine.book.out_of_memory == 1
+
+
+def test_from_0_30_a_load_that_runs_out_of_memory_waits_for_all_others_to_leave_busy_ones_too() -> None:
+    served = server(version=NEW)
+    busy = served.ask(0.0, 1, SMALL, words=2000)
+    idle = served.ask(0.1, 2, model("idle", 2.0))
+    served.machine.timeline.at(5.0, lambda: _take(served, 14))
+    asked = served.ask(6.0, 3, model("other", 5.0))
+    play(served.machine, 120.0)
+    assert served.machine.book.out_of_memory == 1
+    assert served.ended == {1: "", 2: "", 3: ""}
+    assert names(served) == ["other"]
+    assert idle.ended_at is not None
+    assert idle.ended_at < 6.0
+    assert busy.ended_at is not None
+    assert asked.first_token_at is not None
+    assert asked.first_token_at > busy.ended_at > 10.0
+
+
+def _take(served: Served, gib: int) -> None:
+    """Another program takes so much of the first card."""
+    served.machine.book.foreign_bytes[served.server.cards[0]] = gib * GIB

@@ -17,6 +17,7 @@ from router.sim.serverplan import (
     graph_bytes,
     plan,
     predicted_bytes,
+    settled,
     sizes,
 )
 from router.sim.world import WORLD, LoadShape
@@ -93,6 +94,18 @@ def test_0_33_shares_all_layers_as_it_is_told() -> None:
     assert plan(WORLD, replace(ask, tensor_split=(1.0, 1.0)), [_room(31), _room(15)]).layers == (41, 40)
 
 
+@pytest.mark.parametrize(
+    ("told", "wanted", "layers"),
+    [((2.0, 1.0), 81, (54, 27)), ((2.0, 1.0), 40, (27, 13)), ((1.0,), 81, (81, 0)), ((1.0,), 40, (40, 0)),
+     ((0.0, 0.0, 1.0), 40, (26, 14)), ((), 40, (26, 14)), ((1.0, 1.0, 5.0), 40, (20, 20))],
+)  # fmt: skip
+def test_0_33_shares_as_many_layers_as_are_asked_for_in_the_shares_of_the_cards_that_it_has(
+    told: tuple[float, ...], wanted: int, layers: tuple[int, ...]
+) -> None:
+    ask = _ask(LLAMA_70B, version=_NEW, num_gpu=wanted, spread=True, tensor_split=told)
+    assert plan(WORLD, ask, [_room(20), _room(11)]).layers == layers
+
+
 def test_beside_other_models_the_ordinary_rule_evicts_first() -> None:
     for version in ((0, 24, 0), _NEW):
         chosen = plan(WORLD, _ask(LLAMA_70B, slots=2, has_others=True, version=version), [_room(23), _room(10)])
@@ -119,6 +132,45 @@ def test_0_33_leaves_one_per_cent_of_a_70b_on_the_cpu_of_two_cards() -> None:
 def test_the_prediction_of_0_33_ignores_the_cache_type() -> None:
     assert predicted_bytes(LLAMA_8B, LoadShape(8192, 2, "q4_0")) == predicted_bytes(LLAMA_8B, LoadShape(8192, 2, "f16"))
     assert predicted_bytes(LLAMA_8B, LoadShape(8192, 2)) == LLAMA_8B.weights_bytes + 2 * 32 * 8 * 128 * 8192 * 2 * 2
+
+
+def _batch(model: ModelFacts, rooms: list[Room], batch: int = 1024, flash: bool = True, **fields: object) -> int:
+    shape = LoadShape(8192, 2, "q8_0", flash, batch)
+    return settled(Ask(model, shape, **{"version": _NEW, **fields}), rooms).shape.batch_tokens  # type: ignore[arg-type]
+
+
+def test_0_33_takes_the_batch_of_its_context_where_the_prediction_leaves_room_for_it() -> None:
+    assert _batch(LLAMA_8B, [_room()] * 4) == 1024
+    assert _batch(LLAMA_8B, [_room(200, 200)], batch=2048) == 2048
+
+
+@pytest.mark.parametrize(("share", "batch"), [(0.74, 1024), (0.76, 512)])
+def test_0_33_lowers_its_batch_above_three_quarters_of_the_free_memory(share: float, batch: int) -> None:
+    needs = predicted_bytes(LLAMA_70B, LoadShape(8192, 2)) / GIB
+    assert _batch(LLAMA_70B, [_room(needs / share / 2, 48)] * 2) == batch
+
+
+def test_0_33_lowers_its_batch_where_what_it_takes_beside_the_prediction_is_over_eighty_per_cent() -> None:
+    needs = predicted_bytes(LLAMA_8B, LoadShape(8192, 2)) / GIB
+    free = needs / 0.74
+    assert needs + 0.75 > 0.8 * free
+    assert _batch(LLAMA_8B, [_room(free)]) == 512
+
+
+def test_0_33_lowers_a_batch_of_2048_step_by_step() -> None:
+    needs = predicted_bytes(LLAMA_70B, LoadShape(8192, 2)) / GIB
+    assert [_batch(LLAMA_70B, [_room(needs / share, 200)], batch=2048) for share in (0.59, 0.61, 0.76)] == [
+        2048, 1024, 512]  # fmt: skip
+
+
+def test_0_33_without_flash_attention_takes_512_and_on_a_small_card_256() -> None:
+    assert _batch(LLAMA_8B, [_room()], flash=False) == 512
+    assert _batch(LLAMA_8B, [_room(7, 8)], flash=False) == 256
+
+
+def test_a_batch_that_is_asked_for_and_one_of_0_24_are_never_lowered() -> None:
+    assert _batch(LLAMA_70B, [_room(4)], is_batch_given=True) == 1024
+    assert _batch(LLAMA_70B, [_room(4)], batch=512, version=(0, 24, 0)) == 512
 
 
 def test_the_graph_of_a_70b_with_two_slots_is_about_two_gib() -> None:
@@ -188,6 +240,14 @@ def test_without_a_wish_0_24_never_plans_more_than_it_believes_to_fit(ask: Ask, 
     chosen = plan(WORLD, replace(ask, num_gpu=-1, version=(0, 24, 0)), rooms)
     unit = ask.model.weights_bytes // (2 * (ask.model.layers + 1))  # half of a layer at the least
     assert all(units * unit <= room.free_bytes for units, room in zip(chosen.layers, rooms, strict=True))
+
+
+@given(_ASKS, _ROOMS, st.sampled_from([512, 1024, 2048]))
+def test_a_batch_is_never_raised_and_settled_only_once(ask: Ask, rooms: list[Room], batch: int) -> None:
+    wanted = replace(ask, shape=replace(ask.shape, batch_tokens=batch))
+    once = settled(wanted, rooms)
+    assert once.shape.batch_tokens <= batch
+    assert settled(once, rooms) == once
 
 
 @given(_ASKS, _ROOMS)

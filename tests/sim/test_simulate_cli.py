@@ -45,6 +45,30 @@ def test_json_and_no_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["simulated"] is True
 
 
+def test_a_rate_that_the_trace_does_not_have_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--mix", "small", "--seconds", "30", "--rate", "100", "--policy", "floor", "--out", "-"]
+    assert main(arguments, {}) == 0
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert main([*arguments, "--json", "--policy", "stock-0.24"], {}) == 0
+    data = json.loads(capsys.readouterr().out)
+    there = data["runs"][0]["requests"]
+    assert there < 3000
+    assert note == (
+        f"seed 1: the trace has {there} requests for 30 s ({there / 30:.2f} a second), fewer than the 3000 "
+        "(100 a second) that were asked for"
+    )
+    assert data["notes"] == [note]
+
+
+def test_a_rate_that_the_trace_has_needs_no_word(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--mix", "small", "--seconds", "30", "--rate", "1", "--policy", "floor", "--out", "-"]
+    assert main(arguments, {}) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("floor")
+    assert main([*arguments, "--json"], {}) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["notes"], data["runs"][0]["requests"]) == ([], 30)
+
+
 def test_models_by_name_with_weights(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["simulate", "--rig", "3090", "--mix", "llama3.1:8b=3,llama3.2:3b", "--seconds", "30"]
     assert main([*arguments, "--policy", "llamayard", "--out", "-"], {}) == 0

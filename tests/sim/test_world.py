@@ -19,6 +19,7 @@ from router.sim.world import (
     CardFacts,
     LoadShape,
     compute_buffer_bytes,
+    input_bytes,
     kv_layer_bytes,
     layer_bytes,
     load_seconds,
@@ -135,6 +136,16 @@ def test_layers_on_the_cpu_slow_every_token(models: Models) -> None:
     steps = [speed(WORLD, model, _cards("3090"), (layers,)).step(1) for layers in (81, 60, 40, 20)]
     assert steps == sorted(steps)
     assert steps[-1] > 5 * steps[0]
+
+
+def test_weights_on_the_cpu_are_streamed_once_a_batch_of_a_prompt(models: Models) -> None:
+    """What a larger batch saves is half of what the streaming of the layers takes a token."""
+    model, _ = models["llama3.3:70b"]
+    whole, half = (speed(WORLD, model, _cards("3090"), (40,), batch=size) for size in (512, 1024))
+    streamed = (model.weights_bytes - input_bytes(model)) * 41 / 81 / WORLD.offload_bytes_per_second
+    saved = whole.prefill_seconds_per_token - half.prefill_seconds_per_token
+    assert saved == pytest.approx(streamed / 1024)
+    assert (whole.batch_tokens, half.batch_tokens) == (512, 1024)
 
 
 def test_the_tests_own_model_takes_fifty_milliseconds_a_token_on_one_thread() -> None:

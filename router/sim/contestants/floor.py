@@ -24,7 +24,7 @@ class Floor:
         self._loaded: dict[BlobDigest, Loaded] = {}
         for model in models.values():
             cards, layers = _best_layout(host, model, config)
-            loaded = Loaded.plan(host, "floor", model, config, cards, layers)
+            loaded = Loaded.plan(host, "floor", model, config, cards, layers, shape_of(model, config))
             loaded.phase = Phase.READY
             self._loaded[model.blob] = loaded
 

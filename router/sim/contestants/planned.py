@@ -101,7 +101,7 @@ class Planned:
         if layout is None:
             return
         cards, layers = layout
-        found = Loaded.plan(self._host, "plan", model, self._config, cards, layers)
+        found = Loaded.plan(self._host, "plan", model, self._config, cards, layers, shape_of(model, self._config))
         found.allocate()
         self._loaded[name] = found
         found.begin(lambda: self._ready(name, found))
