@@ -22,7 +22,7 @@ from router.errors import BadRequest
 from router.gateway.askers import Asker
 from router.gateway.beginning import TOKENS_MIN, fingerprints_of
 from router.gateway.peek import Peek
-from router.gateway.splice import remove_nested, set_member, set_nested
+from router.gateway.splice import remove_nested, set_member, set_nested, set_only
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -119,7 +119,8 @@ def wanted(
         body = remove_nested(body, "options", name)
     if keep_alive is not None:
         # The server must never unload by itself what the router counts on: its timers are the router's.
-        body = set_member(body, "keep_alive", b"-1")
+        put = set_member if seen.ambiguous else set_only
+        body = put(body, "keep_alive", b"-1")
     return Wanted(
         path=path,
         facts=facts,

@@ -31,7 +31,7 @@ from router.gateway.asked import Asked
 from router.gateway.askers import Asker
 from router.gateway.forward import Exchange as Record
 from router.gateway.origin import Answer
-from router.gateway.peek import Peek
+from router.gateway.peek import Peek, peek
 from router.gateway.requests import RequestInfo
 from router.gateway.shapes import api_of, error_reply
 from router.gateway.waiting import Heartbeat
@@ -110,12 +110,11 @@ class LeasedExchange:
     def _look(self) -> None:
         desk, head, info = self._desk, self._head, self._info
         notes: HeadNotes = head.notes
-        seen = self._seen or (None if notes.is_form else glance(self._body, self._path))
+        body, path = self._body, self._path
+        seen = self._seen or (None if notes.is_form else glance(body, path) or peek(body, path))
         if seen is not None and self._is_usual(seen, notes):
             return
-        self._asked = asked = Asked(
-            desk.rules, self._path, self._body, head.text, info.client, desk.cards, seen, notes.asker
-        )
+        self._asked = asked = Asked(desk.rules, path, body, head.text, info.client, desk.cards, seen, notes.asker)
         self._asker = asked.asker
         if asked.asker.layout is None:  # cards come and go
             notes.asker = asked.asker

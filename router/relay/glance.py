@@ -21,7 +21,6 @@ from router.gateway.readings import READINGS, Emptiness, Reading
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _OPTION_NAMES = frozenset((*RUNNER_OPTION_NAMES, "num_predict"))
 _MEMBERS_MAX = 100
-_BODY_BYTES_MAX = 262_144
 _INTEGER = re.compile(rb"-?[1-9][0-9]{0,14}|0")
 _DECIMAL = re.compile(rb"-?[0-9]{1,9}\.[0-9]{1,9}")
 _EMPTY_LIST = re.compile(rb"\[[ \t\n\r]*+\]")
@@ -33,7 +32,7 @@ _ORDINARY_KEYS = frozenset(("format", "think", "raw", "images", "temperature", "
 def glance(body: bytes, path: str) -> Peek | None:
     """What `peek(body, path)` gives, or None where only that can tell."""
     reading = READINGS.get(path)
-    if reading is None or len(body) > _BODY_BYTES_MAX:
+    if reading is None or len(body) > EXACT_BYTES:  # what the model shall read is most of it, and too long below
         return None
     try:
         return _read(body, reading, _DECODER.decode(body))
