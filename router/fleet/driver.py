@@ -34,7 +34,7 @@ STAND_IN = "llamayard-unload:"
 class Names(Protocol):
     """What the driver asks of the catalog."""
 
-    def seen(self, digest: str) -> ModelFacts | None: ...
+    async def facts_of(self, name: str, digest: str) -> ModelFacts | None: ...
 
     async def facts(self, name: str) -> ModelFacts | None: ...
 
@@ -70,7 +70,7 @@ class OllamaDriver:
                 timeout_seconds=load.timeout_seconds,
                 num_gpu=_layers(load),
             )
-            row = self._row_of(load.model, await _listed(client))
+            row = await self._row_of(load.model, await _listed(client))
         except OllamaError as error:
             return LoadFailed(load.load_id, error.status, error.message)
         if row is None:
@@ -82,7 +82,7 @@ class OllamaDriver:
         try:
             async with asyncio.timeout(self._unload_timeout_seconds), self._named(unload, client) as name:
                 await client.unload(name)
-                while self._row_of(unload.model, await _listed(client)) is not None:  # noqa: ASYNC110 - another program
+                while await self._row_of(unload.model, await _listed(client)) is not None:  # noqa: ASYNC110 - another program
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             words = f"still listed {self._unload_timeout_seconds:g} s after it was to be unloaded"
@@ -141,13 +141,16 @@ class OllamaDriver:
         """Whether another instance has the weights, which will need the stand-in as well."""
         return any(blob == unload.blob and name != unload.instance for name, blob in self._snapshot().residencies)
 
-    def _row_of(self, model: ModelFacts, rows: tuple[LoadedModel, ...]) -> LoadedModel | None:
+    async def _row_of(self, model: ModelFacts, rows: tuple[LoadedModel, ...]) -> LoadedModel | None:
         """The model's row; a runner that another name of the same weights started is listed under that name."""
-        named = [row for row in rows if row.name == model.name and row.digest == model.digest]
-        shared = [
-            row for row in rows if (facts := self._names.seen(row.digest)) is not None and facts.blob == model.blob
-        ]
-        return next(iter(named or shared), None)
+        for row in rows:
+            if row.name == model.name and row.digest == model.digest:
+                return row
+        for row in rows:
+            facts = await self._names.facts_of(row.name, row.digest)
+            if facts is not None and facts.blob == model.blob:
+                return row
+        return None
 
 
 def stand_in_for(blob: BlobDigest) -> str:

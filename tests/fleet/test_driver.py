@@ -39,8 +39,9 @@ class Names:
     by_name: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
     by_digest: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
 
-    def seen(self, digest: str) -> ModelFacts | None:
-        return self.by_digest.get(digest)
+    async def facts_of(self, name: str, digest: str) -> ModelFacts | None:
+        named = self.by_name.get(name)
+        return self.by_digest.get(digest) or (named if named is not None and named.digest == digest else None)
 
     async def facts(self, name: str) -> ModelFacts | None:
         return self.by_name.get(name)
@@ -123,10 +124,12 @@ async def test_layers_are_left_alone_without_cards_and_where_the_model_says_how_
         assert asked["options"] == {"num_ctx": 2048}
 
 
-async def test_a_load_that_another_name_of_the_same_weights_began_counts() -> None:
+@pytest.mark.parametrize("was_seen", [True, False])
+async def test_a_load_that_another_name_of_the_same_weights_began_counts(was_seen: bool) -> None:
+    """Also where nobody has asked for that name yet, as it is when a server is attached that has loaded it before."""
     async with bench() as on:
         alias = replace(TINY, name="alias:latest", digest="d2")
-        on.names.by_digest["d2"] = alias
+        (on.names.by_digest if was_seen else on.names.by_name)["d2" if was_seen else "alias:latest"] = alias
         on.list("alias:latest", "d2", 50, 50)
         assert await on.driver.load(load(TINY)) == LoadFinished(LoadId(7), 50, 50)
 

@@ -123,27 +123,6 @@ async def test_a_name_that_a_killed_router_made_to_unload_with_is_never_listed_a
         assert (reply.status, reply.json()["eval_count"]) == (200, 2)
 
 
-@pytest.mark.parametrize("has_begun", [False, True])
-async def test_a_runner_that_hangs_is_given_up_and_another_serves_who_comes_next(
-    make_product: MakeProduct, has_begun: bool
-) -> None:
-    product = make_product(stream={"first_byte_timeout_seconds": 5.0, "idle_timeout_seconds": 5.0})
-    product.start()
-    assert await _served(product)
-    (hung,) = product.runners()
-    async with connect(product.address) as connection:
-        if has_begun:
-            await _begin(connection)
-        hung.suspend()
-        if not has_begun:
-            await connection.send(request_bytes("POST", "/api/generate", _LONG))
-            await connection.head()
-        reply = await connection.rest_after_head()
-    assert b"timeout_seconds" in reply.lines()[-1]["error"].encode()
-    await eventually(lambda: _served(product), what="a served request")
-    await eventually(lambda: not hung.is_running(), what="the end of the hung runner")
-
-
 _REFUSED: tuple[tuple[str, str, Any], ...] = (
     ("POST", "/api/generate", {"model": "tiny"}),
     ("POST", "/api/chat", {"model": "nobody", "messages": []}),

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from router.rig.faults import write_faults
 from tests.support.product import Product, prepare, running
-from tests.support.rawhttp import Reply, call
+from tests.support.rawhttp import Reply, call, connect, request_bytes
 from tests.support.sparse_model import LLAMA_8B, LLAMA_70B, LLAMA_405B, put_into_store
 from tests.support.waiting import eventually, eventually_sync
 
@@ -124,6 +125,29 @@ async def test_status_shows_the_cards(product: Product) -> None:
     names = {instance["name"] for instance in status["instances"]}
     assert names >= {"gpu0", "gpu1", "spread"}
     assert all(name.startswith("gpu") for name in names - {"spread"})
+
+
+async def test_a_copy_that_has_lost_its_slot_is_loaded_anew(tmp_path: Path) -> None:
+    config = {"stream": {"first_byte_timeout_seconds": 2.0}, "ollama": {"num_parallel": 1}}
+    product = prepare(tmp_path, config, _FAST, ("--rig", "h100"))
+    with running(product):
+        _furnish(product)
+        write_faults(tmp_path / "state" / "rig", [{"lose_slot": True}])
+        text = " ".join(map(str, range(20_000)))  # longer than any test, and without repetitions that would end it
+        async with connect(product.address) as leaving:
+            long = {"model": "small-a", "prompt": "x", "format": {"const": text}}
+            await leaving.send(request_bytes("POST", "/api/generate", long))
+            await leaving.head()
+            assert await leaving.chunk()
+            leaving.abort()
+        late = await _ask(product, "small-a", stream=False)
+        assert (late.status, late.header("X-Llamayard-Error")) == (504, "wait_timeout")
+        write_faults(tmp_path / "state" / "rig", [])
+
+        async def is_served() -> bool:
+            return (await _ask(product, "small-a", stream=False)).status == 200
+
+        await eventually(is_served, what="a served request")
 
 
 def test_nothing_is_left_after_sigterm(tmp_path: Path) -> None:
