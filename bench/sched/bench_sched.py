@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.sched.bench_sim import FLOOR, OURS, Cell, Task, bars, show
+from bench.sched.bench_sim import FLOOR, OURS, Cell, Task, bars, mean, share, show
 from bench.sched.client import Answered, Player
 from bench.sched.servers import NGINX, VERSIONS, Place, contestant, nginx
 from router.core.entities import ModelFacts
@@ -31,6 +32,8 @@ from router.sim.workload import Session
 CELLS = ("4x3090/team", "4x3090/wide", "4090+3090/team")
 ALL = (*VERSIONS, *NGINX, OURS)
 _SECONDS = 480.0
+_TWINS = 20
+"""How often each run is simulated with its own answers."""
 _MEANT = "EMULATED servers, real processes"
 
 
@@ -130,11 +133,28 @@ def as_answered(scene: Scenario, answers: Sequence[Answered]) -> tuple[Session, 
     return tuple(sessions)
 
 
-def in_simulator(policy: str, run: Run, answers: Sequence[Answered]) -> Report:
-    """The same requests with the same answers, simulated."""
+def in_simulator(policy: str, run: Run, answers: Sequence[Answered], times: int = 1) -> dict[int, Report]:
+    """The same requests with the same answers, simulated: once as they came, then with arrivals up to a second later.
+
+    Where models thrash, one load the other way changes all that follows, and real processes are never as punctual as
+    simulated ones: what both do on average can be compared, what they do once cannot.
+    """
     scene = run.scene
-    played = replace(scene, sessions=as_answered(scene, answers))
-    return report(Simulation(played, simulated(policy, played)).run(), large_models(scene))
+    sessions, large = as_answered(scene, answers), large_models(scene)
+    found: dict[int, Report] = {}
+    for number in range(times):
+        played = replace(scene, sessions=later(sessions, number) if number else sessions)
+        found[number] = report(Simulation(played, simulated(policy, played)).run(), large)
+    return found
+
+
+def later(sessions: Iterable[Session], number: int) -> tuple[Session, ...]:
+    """With each turn up to a second later, as chance has it; the same number is the same chance."""
+    chance = random.Random(number)
+    return tuple(
+        replace(one, turns=tuple(replace(turn, at_seconds=turn.at_seconds + chance.random()) for turn in one.turns))
+        for one in sessions
+    )
 
 
 def runs(given: argparse.Namespace) -> Iterable[Run]:
@@ -148,11 +168,11 @@ def runs(given: argparse.Namespace) -> Iterable[Run]:
                     yield Run(policy, rig, mix, seed, given.speed, given.seconds)
 
 
-def line(run: Run, outcome: Outcome, twin: Report) -> str:
-    """`twin`: the same in the simulator."""
-    made = outcome.report
+def line(run: Run, outcome: Outcome, twins: dict[int, Report]) -> str:
+    """`twins`: the same in the simulator."""
+    made, shares = outcome.report, [one.in_time_share for one in twins.values()]
     words = f"{run.cell:<16}seed {run.seed}  {run.policy:<18}in time {made.in_time_share:6.1%} of {made.requests}"
-    words += f" (simulated {twin.in_time_share:.1%}, {twin.loaded_gb:.0f} GB)"
+    words += f" (simulated {share(twins):.1%}, {min(shares):.0%}-{max(shares):.0%}, {mean(twins, 'loaded_gb'):.0f} GB)"
     words += f"  {made.loads} loads, {made.loaded_gb:.0f} GB, {made.spills} spilled, {made.out_of_memory} OOM, "
     words += f"{made.errors} errors  ({made.seconds:.0f} emulated s, {outcome.took_seconds:.0f} s)"
     errors = sorted({one.error for one in outcome.answers if one.error})
@@ -182,15 +202,15 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     for run in runs(given):
         outcome = play(run)
-        twin = in_simulator(run.policy, run, outcome.answers)
-        sys.stdout.write(line(run, outcome, twin))
+        twins = in_simulator(run.policy, run, outcome.answers, _TWINS)
+        sys.stdout.write(line(run, outcome, twins))
         sys.stdout.flush()
         cells.setdefault(run.cell, {}).setdefault(run.policy, {})[run.seed] = outcome.report
         if run.policy == OURS:
-            floor = in_simulator(FLOOR, run, outcome.answers)
+            (floor,) = in_simulator(FLOOR, run, outcome.answers).values()
             cells[run.cell].setdefault(FLOOR, {})[run.seed] = floor
         rows.append({"cell": run.cell, "policy": run.policy, "seed": run.seed, **outcome.report.as_dict(),
-                     "simulated": twin.as_dict()})  # fmt: skip
+                     "simulated": [twin.as_dict() for twin in twins.values()]})  # fmt: skip
         if given.out is not None:
             given.out.write_text(json.dumps({"emulated": True, "speed": run.speed, "runs": rows}, indent=1) + "\n")
     broken = sum(finish(cell, found) for cell, found in cells.items())

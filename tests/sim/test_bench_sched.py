@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from bench.sched.bench_sched import as_answered, report_of, runs
+from bench.sched.bench_sched import as_answered, later, report_of, runs
 from bench.sched.client import Answered
 from bench.sched.fast_clock import scaled
 from router.scenarios import Wanted, scenario
@@ -66,3 +66,12 @@ def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> Non
         (2, "llamayard"),
         (2, "stock-0.24"),
     ]
+
+
+def test_arrivals_are_up_to_a_second_later_and_the_same_number_is_the_same_chance() -> None:
+    sessions = scenario(Wanted("4x3090", "team", seconds=60.0)).sessions
+    moved = later(sessions, 3)
+    turns = list(zip(*([t for one in which for t in one.turns] for which in (sessions, moved)), strict=True))
+    assert all(0.0 <= new.at_seconds - old.at_seconds < 1.0 for old, new in turns)
+    assert max(new.at_seconds - old.at_seconds for old, new in turns) > 0.5
+    assert moved == later(sessions, 3) != later(sessions, 4)
