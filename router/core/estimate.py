@@ -58,6 +58,8 @@ _FLASH_ONLY_IF_ASKED = frozenset({"deepseek2", "gemma3n", "gemma4", "llama4", "m
 """Architectures of Ollama's own engine that its FlashAttention list lacks."""
 
 _NEVER_FLASH = frozenset({"gemma2"})
+_FLASH_UNASKED, _FLASH_AS_ASKED = (0, 12), (0, 30)
+"""Before the one, flash attention was used only where it was asked for; from the other it is, whatever the model."""
 _FLASH_WITH_UNEQUAL_HEADS = frozenset({"qwen35", "qwen35moe", "qwen3next"})
 
 
@@ -77,18 +79,20 @@ def footprint(
     kv_cache_type: str,
     flash_attention: bool | None,
     batch: int = DEFAULT_BATCH_TOKENS,
+    version: str | None = None,
 ) -> Footprint:
     """Bytes on each of `cards` cards with all layers spread evenly over them.
 
     `context_length`: tokens of one slot, already cut to the trained context. `kv_cache_type`: f16, q8_0 or q4_0; ""
-    is f16. `flash_attention`: None is the server's own choice. The parts are sums over the cards. With no cards
-    `per_gpu_bytes` is empty, and the parts say what host memory a load takes.
+    is f16. `flash_attention`: None is the server's own choice. `version`: the server's; one that is not known counts as
+    0.24. The parts are sums over the cards. With no cards `per_gpu_bytes` is empty, and the parts say what host memory
+    a load takes.
 
     Raises:
         ValueError: an unknown `kv_cache_type`, or a number out of range; the text names it.
     """
     split = even_split(facts.layers, cards)
-    return footprint_of_split(facts, split, context_length, slots, kv_cache_type, flash_attention, batch)
+    return footprint_of_split(facts, split, context_length, slots, kv_cache_type, flash_attention, batch, version)
 
 
 @lru_cache(maxsize=4096)
@@ -100,12 +104,13 @@ def footprint_of_split(
     kv_cache_type: str,
     flash_attention: bool | None,
     batch: int = DEFAULT_BATCH_TOKENS,
+    version: str | None = None,
 ) -> Footprint:
     """Bytes on each card with the layers put as `split` says; a card that holds none takes nothing.
 
     Everything else as in `footprint`.
     """
-    plan = _plan(facts, context_length, slots, kv_cache_type, flash_attention, batch)
+    plan = _plan(facts, context_length, slots, kv_cache_type, flash_attention, batch, version)
     if not split.layers:
         return Footprint((), facts.weights_bytes, sum(plan.layer_cache_bytes), plan.compute_buffer_bytes, 0)
     weights: list[int] = []
@@ -166,13 +171,14 @@ def fill_first_split(
     kv_cache_type: str,
     flash_attention: bool | None,
     batch: int = DEFAULT_BATCH_TOKENS,
+    version: str | None = None,
 ) -> LayerSplit | None:
     """Layers over unequal cards in the order given: each is filled with whole layers before the next is begun, and the
     output layer goes to the last card with layers or, where it has no room for it, to a later one.
 
     `free_bytes`: what each card may be given. None where not all layers and the output fit. Errors as `footprint`.
     """
-    plan = _plan(facts, context_length, slots, kv_cache_type, flash_attention, batch)
+    plan = _plan(facts, context_length, slots, kv_cache_type, flash_attention, batch, version)
     counts = [0] * len(free_bytes)
     left = [free - plan.fixed_bytes for free in free_bytes]
     card = 0
@@ -262,27 +268,36 @@ def compute_buffer_bytes(
     return max(logits, 4 * b * (1 + width + c * (1 + h)))
 
 
-def uses_flash_attention(facts: ModelFacts, asked: bool | None) -> bool:
+def uses_flash_attention(facts: ModelFacts, asked: bool | None, version: str | None = None) -> bool:
     """Whether a load uses flash attention. `asked`: None leaves it to the server, which on cards of compute capability
-    7.0 and later chooses it for most architectures (FlashAttention; "auto" in llama.cpp's engine).
+    7.0 and later chooses it for most architectures (FlashAttention; "auto" in llama.cpp's engine), before v0.12 for
+    none.
 
-    Never for embedding models, for gemma2, and where key and value lengths differ (SupportsFlashAttention).
-    v0.11.4 uses it only where `OLLAMA_FLASH_ATTENTION=1`: for such a server None is to be passed as False.
+    Never for embedding models. Up to v0.24 neither for gemma2, nor where key and value lengths differ
+    (SupportsFlashAttention); later the wish is passed on to llama-server (llm/llama_server.go, v0.33).
     """
-    if asked is False or facts.is_embedding or facts.architecture in _NEVER_FLASH:
+    number = version_number(version) or (0, 24)
+    if asked is False or facts.is_embedding or (asked is None and number < _FLASH_UNASKED):
+        return False
+    if number >= _FLASH_AS_ASKED:
+        return True
+    if facts.architecture in _NEVER_FLASH:
         return False
     if facts.key_length != facts.value_length and facts.architecture not in _FLASH_WITH_UNEQUAL_HEADS:
         return False
     return asked is True or facts.architecture not in _FLASH_ONLY_IF_ASKED
 
 
-def effective_kv_cache_type(facts: ModelFacts, kv_cache_type: str, flash_attention: bool | None) -> str:
+def effective_kv_cache_type(
+    facts: ModelFacts, kv_cache_type: str, flash_attention: bool | None, version: str | None = None
+) -> str:
     """The type that a server really uses: a quantised cache needs flash attention, asked for in so many words
     (llm/server.go, v0.24: else it is ignored with a warning); f16 otherwise, which is never less."""
-    quantised_ok = flash_attention is True and uses_flash_attention(facts, True)
+    quantised_ok = flash_attention is True and uses_flash_attention(facts, True, version)
     return kv_cache_type if quantised_ok else "f16"
 
 
+@lru_cache(maxsize=64)
 def version_number(version: str | None) -> tuple[int, int] | None:
     """Of a server, as far as rules differ by it: (0, 33) for 0.33.0-rc2; None where it cannot be told."""
     match = re.match(r"(\d+)\.(\d+)", version or "")
@@ -321,14 +336,20 @@ class _Plan:
 
 
 def _plan(
-    facts: ModelFacts, context_length: int, slots: int, kv_cache_type: str, flash_attention: bool | None, batch: int
+    facts: ModelFacts,
+    context_length: int,
+    slots: int,
+    kv_cache_type: str,
+    flash_attention: bool | None,
+    batch: int,
+    version: str | None,
 ) -> _Plan:
     for name, value in (("context_length", context_length), ("slots", slots), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")
     cache_bytes(kv_cache_type, 0)  # an unknown type is an error even where f16 would be used instead of it
-    flash = uses_flash_attention(facts, flash_attention)
-    cache_type = effective_kv_cache_type(facts, kv_cache_type, flash_attention)
+    flash = uses_flash_attention(facts, flash_attention, version)
+    cache_type = effective_kv_cache_type(facts, kv_cache_type, flash_attention, version)
     return _Plan(
         layer_weights_bytes=layer_weights_bytes(facts),
         layer_cache_bytes=layer_kv_cache_bytes(facts, context_length, slots, cache_type, batch),

@@ -17,7 +17,6 @@ from router.core.estimate import (
     fill_first_split,
     footprint_of_split,
     split_by,
-    version_number,
 )
 from router.core.ledger import capacity_bytes, slots_of
 from router.core.options import has_own_layers
@@ -71,13 +70,11 @@ def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: i
     version = _version(spec, snapshot)
     batch = batch_tokens(version, context_length, slots)
     cache, flash = spec.kv_cache_type, spec.flash_attention
-    if flash is None and _is_before_0_12(version):
-        flash = False  # such a server uses it only where it is told to
     split = split_by(model.layers, shares_of(spec, version))
     if has_own_layers(model) and _fills_first(spec):
         free = [capacity_bytes(snapshot, gpu) for gpu in spec.gpus]
-        split = fill_first_split(model, free, context_length, slots, cache, flash, batch) or split
-    return footprint_of_split(model, split, context_length, slots, cache, flash, batch)
+        split = fill_first_split(model, free, context_length, slots, cache, flash, batch, version) or split
+    return footprint_of_split(model, split, context_length, slots, cache, flash, batch, version)
 
 
 def _version(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
@@ -86,11 +83,6 @@ def _version(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
     if view is not None and view.version is not None:
         return view.version
     return next((v.version for v in snapshot.instances.values() if v.version is not None), None)
-
-
-def _is_before_0_12(version: str | None) -> bool:
-    number = version_number(version)
-    return number is not None and number < (0, 12)
 
 
 def _fills_first(spec: InstanceSpec) -> bool:

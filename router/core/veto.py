@@ -68,7 +68,11 @@ def own_answer(
         return None
     if number >= (0, 30):
         return _answer_0_30(model, spec, version, context_length, slots, free_bytes)
-    return None if model.architecture in OWN_ENGINE else _answer_0_24(model, spec, context_length, slots, free_bytes)
+    return (
+        None
+        if model.architecture in OWN_ENGINE
+        else _answer_0_24(model, spec, version, context_length, slots, free_bytes)
+    )
 
 
 def overruled(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
@@ -103,7 +107,7 @@ def may_take_one_card(
         least = predicted_bytes(model, context_length, slots) / ONE_CARD_SHARE
     else:
         least = weights_on_cards_bytes(model) + CUDA_CONTEXT_BYTES
-        cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention)
+        cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
         least += kv_cache_bytes(model, context_length, slots, cache)
     return tuple(least <= total for total in total_bytes)
 
@@ -121,17 +125,17 @@ def _answer_0_30(
     best = max(free)
     alone = predicted_bytes(model, context_length, slots) <= ONE_CARD_SHARE * best and not spreads(spec)
     batch = batch_tokens(version, context_length, slots)
-    flash = uses_flash_attention(model, spec.flash_attention)
+    flash = uses_flash_attention(model, spec.flash_attention, version)
     fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + FIT_TARGET_BYTES
-    unit = _unit_bytes(model, spec, context_length, slots, batch)
+    unit = _unit_bytes(model, spec, version, context_length, slots, batch)
     room = sum(max(0, card - fixed) // unit for card in ([best] if alone else free))
     return OwnAnswer(min(model.layers + 1, room), model.layers + 1)
 
 
 def _answer_0_24(
-    model: ModelFacts, spec: InstanceSpec, context_length: int, slots: int, free: Sequence[int]
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
 ) -> OwnAnswer:
-    unit = _unit_bytes(model, spec, context_length, slots, DEFAULT_BATCH_TOKENS)
+    unit = _unit_bytes(model, spec, version, context_length, slots, DEFAULT_BATCH_TOKENS)
     kept = graph_bytes(model, context_length * slots) + unit + CUDA_CONTEXT_BYTES + _overhead_bytes(spec)
     room = sum(max(0, card - kept) // unit for card in free)
     whole = model.layers + 1
@@ -141,9 +145,11 @@ def _answer_0_24(
     return OwnAnswer(min(room, model.layers), whole)
 
 
-def _unit_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, slots: int, batch: int) -> int:
+def _unit_bytes(
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, batch: int
+) -> int:
     """The largest layer with its part of the cache."""
-    cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention)
+    cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
     caches = layer_kv_cache_bytes(model, context_length, slots, cache, batch)
     return max(1, *(w + c for w, c in zip(layer_weights_bytes(model), caches, strict=True)))
 

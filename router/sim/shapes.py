@@ -22,8 +22,6 @@ ONE_SLOT = frozenset(
 )
 """Families that a real server gives one slot, whatever is asked (server/sched.go, v0.24)."""
 _KEPT_PROMPT_BYTES = 8 * 1024**3
-_FLASH_UNASKED = (0, 12)
-"""Before it, flash attention was used only where it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +44,12 @@ def shape_for(model: ModelFacts, asked: Asked) -> LoadShape:
     context = min(asked.context_length, model.context_length or asked.context_length)
     version = ".".join(map(str, asked.version))
     given = asked.batch_tokens
+    has_flash = uses_flash_attention(model, asked.flash_attention, version)
     return LoadShape(
         context_length=context,
         slots=slots,
-        kv_cache_type=_cache_type(model, asked),
-        flash_attention=_has_flash(model, asked),
+        kv_cache_type=_cache_type(model, asked, version, has_flash=has_flash),
+        flash_attention=has_flash,
         batch_tokens=batch_tokens(version, context, slots) if given is None else max(1, given),
     )
 
@@ -64,22 +63,8 @@ def kept_tokens(model: ModelFacts, shape: LoadShape, version: tuple[int, ...]) -
     return _KEPT_PROMPT_BYTES // max(1, token)
 
 
-def _is_passed_on(model: ModelFacts, asked: Asked) -> bool:
-    """Whether the server leaves it to llama-server. Encoders keep no cache: theirs is reckoned as it always was."""
-    return asked.version >= (0, 30) and not model.is_embedding
-
-
-def _has_flash(model: ModelFacts, asked: Asked) -> bool:
-    if _is_passed_on(model, asked):
-        return asked.flash_attention is not False
-    wish = asked.flash_attention
-    return uses_flash_attention(model, wish if asked.version >= _FLASH_UNASKED else bool(wish))
-
-
-def _cache_type(model: ModelFacts, asked: Asked) -> str:
-    """Ollama's own engine takes a quantised type wherever it uses flash attention, llama.cpp's only where that was
-    asked for."""
-    if _is_passed_on(model, asked):
-        return asked.kv_cache_type
-    is_own = model.architecture in OWN_ENGINE and _has_flash(model, asked)
-    return effective_kv_cache_type(model, asked.kv_cache_type, True if is_own else asked.flash_attention)
+def _cache_type(model: ModelFacts, asked: Asked, version: str, *, has_flash: bool) -> str:
+    """Ollama's own engine, and from 0.30 llama-server, takes a quantised type wherever it uses flash attention,
+    llama.cpp's before that only where it was asked for."""
+    is_taken = has_flash and (model.architecture in OWN_ENGINE or asked.version >= (0, 30))
+    return effective_kv_cache_type(model, asked.kv_cache_type, is_taken or asked.flash_attention, version)

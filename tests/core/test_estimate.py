@@ -117,6 +117,28 @@ def test_flash_attention_is_used_where_the_server_would(
     changes: dict[str, Any], asked: bool | None, used: bool
 ) -> None:
     assert uses_flash_attention(model("m", **changes), asked) is used
+    assert uses_flash_attention(model("m", **changes), asked, "0.24.0") is used
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "version", "used"),
+    [
+        ({}, None, "0.11.4", False),
+        ({}, True, "0.11.4", True),
+        ({"architecture": "gemma2"}, True, "0.30.0", True),
+        ({"architecture": "gemma2"}, None, "0.33.0-rc2", True),
+        ({"architecture": "gemma2"}, False, "0.33.0", False),
+        ({"value_length": 64}, True, "0.33.0", True),
+        ({"is_embedding": True}, True, "0.33.0", False),
+        ({"architecture": "gemma2"}, True, "of my own", False),
+    ],
+)
+def test_whether_the_model_decides_on_flash_attention_differs_by_version(
+    changes: dict[str, Any], asked: bool | None, version: str, used: bool
+) -> None:
+    facts = model("m", **changes)
+    assert uses_flash_attention(facts, asked, version) is used
+    assert effective_kv_cache_type(facts, "q8_0", asked, version) == ("q8_0" if used and asked else "f16")
 
 
 @pytest.mark.parametrize(

@@ -124,11 +124,6 @@ FAR: tuple[dict[str, object], ...] = ({"context_length": 2048}, {"context_length
 is then up to 11 % off."""
 
 
-UNKNOWN_FROM_0_30 = "gemma2:27b"
-"""Servers before 0.30 refuse it flash attention, and with that a quantised cache; later ones do not. The router reckons
-with the older rule for all of them, so that there the first load shows what it takes, and nothing else does."""
-
-
 @pytest.mark.parametrize("cards", [1, 2])
 @pytest.mark.parametrize(
     ("version", "change"), [*((OLD, one) for one in (*CHANGES, *FAR)), *((NEW, one) for one in CHANGES)], ids=str
@@ -140,8 +135,6 @@ def test_another_context_slots_or_cache_is_predicted_to_3_percent_of_each_card(
     other = Server(cards, replace(server.config, **change))  # type: ignore[arg-type]
     off: dict[str, float] = {}
     for name in MODELS:
-        if version == NEW and name == UNKNOWN_FROM_0_30:
-            continue
         model = model_facts(name)
         _, learned = load(server, model)
         predicted, _ = load(other, model, learned)
