@@ -39,6 +39,8 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         fleet.instances.pop(name, None)
         fleet.forget_instance(name)
         return
+    if version is not None and not any(view.version for view in fleet.instances.values()):
+        _plan_anew(fleet)
     fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
     if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
         fleet.troubled_at[frozenset(event.spec.gpus)] = now
@@ -49,6 +51,13 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     if any(key[0] == name for key in fleet.copies):
         fleet.changed_at = now  # the last reading of the cards still shows what it held
     fleet.forget_instance(name)
+
+
+def _plan_anew(fleet: FleetState) -> None:
+    """Drops all plans: until the first server told its version, what loads take and how they are shared was guessed."""
+    for reservation in list(fleet.reservations.values()):
+        if reservation.sent_at is None:
+            fleet.forget((reservation.instance, reservation.blob))
 
 
 def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[Action]:

@@ -60,14 +60,14 @@ def may_be_alone(model: ModelFacts, spec: InstanceSpec, context_length: int, sna
         return ()
     cards = [snapshot.gpus[gpu].memory_total_bytes if gpu in snapshot.gpus else 0 for gpu in spec.gpus]
     slots = slots_of(model, spec, snapshot.policy)
-    return may_take_one_card(model, spec, _version(spec, snapshot), context_length, slots, cards)
+    return may_take_one_card(model, spec, version_of(spec, snapshot), context_length, slots, cards)
 
 
 def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> Footprint:
     """The whole footprint with its parts, shared out over all cards. `context_length`: tokens of one slot, cut to the
     trained context."""
     slots = slots_of(model, spec, snapshot.policy)
-    version = _version(spec, snapshot)
+    version = version_of(spec, snapshot)
     batch = batch_tokens(version, context_length, slots)
     cache, flash = spec.kv_cache_type, spec.flash_attention
     split = split_by(model.layers, shares_of(spec, version))
@@ -77,7 +77,7 @@ def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: i
     return footprint_of_split(model, split, context_length, slots, cache, flash, batch, version)
 
 
-def _version(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
+def version_of(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
     """Of the instance; one that is to be started will be of the version that its siblings are."""
     view = snapshot.instances.get(spec.name)
     if view is not None and view.version is not None:

@@ -8,7 +8,16 @@ import pytest
 
 from router.core.dispatcher import Dispatcher
 from router.core.entities import Gpu, InstanceSpec, InstanceState, InstanceView, ModelFacts, Policy, Snapshot
-from router.core.events import Action, Arrived, GpusRead, InstanceChanged, Load, LoadFinished, Remember
+from router.core.events import (
+    Action,
+    Arrived,
+    GpusRead,
+    InstanceChanged,
+    Load,
+    LoadFinished,
+    Remember,
+    StartInstance,
+)
 from router.core.learned import Footprints, key_of
 from router.core.predicting import Prediction
 from router.core.sizing import estimate_bytes
@@ -113,3 +122,27 @@ def test_what_another_program_took_meanwhile_is_not_taken_for_the_models_share()
     (copy,) = dispatcher.snapshot(5.0).residencies.values()
     assert copy.per_gpu_bytes == bytes_of(FILLED, MODEL)
     assert not [action for action in told if isinstance(action, Remember)]
+
+
+def test_what_was_planned_before_any_server_told_its_version_is_planned_anew() -> None:
+    """A server from 0.30 shares by memory, as it is told; one before that evenly."""
+    policy = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance("", slots=1))
+    dispatcher = Dispatcher(policy, estimate_bytes)
+
+    def reserved() -> tuple[int, ...]:
+        (one,) = dispatcher.snapshot(9.0).reservations.values()
+        return tuple(size for _, size in one.per_gpu_bytes)
+
+    dispatcher.handle(GpusRead((card(0, 24_000), card(1, 14_000, total_mib=14_000)), 1.0), 1.0)
+    for number in (0, 1):
+        dispatcher.handle(InstanceChanged(instance(f"gpu{number}", number), InstanceState.STARTING), 1.0)
+    (start,) = dispatcher.handle(Arrived(ticket(1, model("m", 22_000))), 2.0)
+    assert isinstance(start, StartInstance)
+    by_memory = reserved()
+    dispatcher.handle(InstanceChanged(instance("gpu0", 0), InstanceState.READY, version=OLD), 3.0)
+    evenly = reserved()
+    assert by_memory[0] > 1.5 * by_memory[1]
+    assert evenly[0] < 1.2 * evenly[1]
+    (load,) = dispatcher.handle(InstanceChanged(start.spec, InstanceState.READY, version=OLD), 4.0)
+    assert isinstance(load, Load)
+    assert reserved() == evenly

@@ -47,7 +47,7 @@ from router.core.events import (
     Unload,
     UnloadFinished,
 )
-from router.core.sizing import estimate_bytes
+from router.core.sizing import estimate_bytes, version_of
 from router.core.veto import spreads
 from router.sim.batching import Done
 from router.sim.contestants.units import Unit, on_demand_policy, unit_on_demand, units_over
@@ -366,8 +366,7 @@ class _Remembered:
     ) -> tuple[int, ...]:
         if spec.is_spread and not spreads(spec):
             return estimate_bytes(model, spec, context_length, snapshot)
-        view = snapshot.instances.get(spec.name)
-        version = view.version if view is not None else None
+        version = version_of(spec, snapshot)
         key = (model.blob, spec.name, len(spec.gpus), spec.num_parallel, context_length, version)
         if key not in self._sizes:
             self._sizes[key] = estimate_bytes(model, spec, context_length, snapshot)
