@@ -2,8 +2,8 @@
 
 A footprint is measured where nothing else changed on the cards between the last reading before a load was sent and the
 first one after it had ended; whatever is implausible against the estimate is not believed. It belongs to the weights,
-the number of cards and their shares, the context, the slots and the type of the cache. It reads no card: readings are
-passed in.
+the number of cards and their shares, the context, the slots, the type of the cache, flash attention and the server's
+version. It reads no card: readings are passed in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from router.core.bounded import renew
 from router.core.entities import BlobDigest, GpuUuid, InstanceSpec, ModelFacts, Policy, Reservation
+from router.core.estimate import version_number
 from router.core.ledger import slots_of
 from router.core.splitting import unequal_text
 
@@ -23,6 +24,9 @@ _TOLD_SHARE, _MOST_TOTAL_SHARE = 0.97, 1.1
 _UNTOLD_BYTES = 1024**3
 """Beyond that on each card: the CUDA context and what the driver rounds up."""
 _KEPT_MAX = 4096
+
+
+_Kind = tuple[BlobDigest, int, str, bool | None, str]
 
 
 class FootprintKey(NamedTuple):
@@ -35,6 +39,13 @@ class FootprintKey(NamedTuple):
     kv_cache_type: str
     split: str = ""
     """Shares of the cards where they are not even, as `LLAMA_ARG_TENSOR_SPLIT` has them."""
+    flash_attention: bool | None = None
+    version: str = ""
+    """Of the server, as far as what it takes may differ by it: `0.33`; "" where it has not told."""
+
+    @property
+    def kind(self) -> _Kind:
+        return self.blob, self.cards, self.split, self.flash_attention, self.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +64,15 @@ class Footprints:
     """What was measured, and what is being measured."""
 
     known: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
-    latest: dict[tuple[BlobDigest, int, str], FootprintKey] = field(
-        default_factory=dict[tuple[BlobDigest, int, str], FootprintKey]
-    )
-    """What was measured last, by weights, number of cards and their shares."""
+    latest: dict[_Kind, FootprintKey] = field(default_factory=dict["_Kind", FootprintKey])
+    """What was measured last, by all but context, slots and cache."""
     changes: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
     """Counts loads and unloads on each card, so that a measurement knows whether it was alone."""
 
     def nearest(self, key: FootprintKey) -> FootprintKey | None:
-        """The load of these weights on as many cards, in the same shares, that was measured last, whatever its context,
-        slots and cache."""
-        found = self.latest.get((key.blob, key.cards, key.split))
+        """The load of these weights on as many cards, in the same shares and by such a server, that was measured last,
+        whatever its context, slots and cache."""
+        found = self.latest.get(key.kind)
         return found if found in self.known else None
 
     def touched(self, gpus: tuple[GpuUuid, ...]) -> None:
@@ -105,7 +114,7 @@ class Footprints:
 
     def remember(self, key: FootprintKey, sizes: tuple[int, ...]) -> None:
         renew(self.known, key, sizes, _KEPT_MAX)
-        self.latest[key.blob, key.cards, key.split] = key
+        self.latest[key.kind] = key
 
 
 def is_plausible(sizes: Sequence[int], expected: Sequence[int]) -> bool:
@@ -118,6 +127,10 @@ def _is_covered(sizes: Sequence[int], expected: Sequence[int]) -> bool:
     return all(-_UNTOLD_BYTES <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True))
 
 
-def key_of(model: ModelFacts, spec: InstanceSpec, context_length: int, policy: Policy) -> FootprintKey:
-    slots, cache = slots_of(model, spec, policy), spec.kv_cache_type or "f16"
-    return FootprintKey(model.blob, len(spec.gpus), context_length, slots, cache, unequal_text(spec))
+def key_of(
+    model: ModelFacts, spec: InstanceSpec, context_length: int, policy: Policy, version: str | None = None
+) -> FootprintKey:
+    slots, cache, number = slots_of(model, spec, policy), spec.kv_cache_type or "f16", version_number(version)
+    of = "" if number is None else f"{number[0]}.{number[1]}"
+    cards, split = len(spec.gpus), unequal_text(spec)
+    return FootprintKey(model.blob, cards, context_length, slots, cache, split, spec.flash_attention, of)

@@ -14,7 +14,7 @@ from router.core.entities import InstanceSpec, ModelFacts, Policy, Snapshot
 from router.core.learned import FootprintKey, Footprints, is_plausible, key_of
 from router.core.options import has_own_layers
 from router.core.placement import Estimate
-from router.core.sizing import either_way
+from router.core.sizing import either_way, version_of
 
 
 class Prediction:
@@ -33,7 +33,7 @@ class Prediction:
         return either_way(self._split, model, spec, context_length, snapshot)
 
     def _split(self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
-        key = key_of(model, spec, context_length, self._policy)
+        key = key_of(model, spec, context_length, self._policy, version_of(spec, snapshot))
         known = self._footprints.known.get(key)
         if known is not None:
             return known

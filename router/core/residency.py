@@ -28,7 +28,7 @@ from router.core.learned import key_of
 from router.core.ledger import room_bytes, slots_of
 from router.core.options import spelled_out, with_context
 from router.core.placement import Estimate, Placed, context_of
-from router.core.sizing import may_be_alone
+from router.core.sizing import may_be_alone, version_of
 from router.core.state import FleetState, expiry
 from router.core.veto import overruled
 
@@ -75,7 +75,8 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     reason = residency.reason + overruled(model, spec, context, facts)
     fleet.update(key, state=ResidencyState.LOADING, reason=reason)
     is_certain = not any(may_be_alone(model, spec, context, facts))
-    fleet.begin_measuring(reservation, key_of(model, spec, context, fleet.policy), is_certain=is_certain)
+    measured = key_of(model, spec, context, fleet.policy, version_of(spec, facts))
+    fleet.begin_measuring(reservation, measured, is_certain=is_certain)
     return Load(
         load_id=reservation.load_id,
         instance=residency.instance,

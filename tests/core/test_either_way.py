@@ -80,7 +80,7 @@ def test_what_is_on_a_card_may_be_gone_when_the_server_looks() -> None:
 
 def test_a_split_that_was_seen_once_does_not_say_that_the_next_load_is_split() -> None:
     seen, policy = Footprints(), Policy()
-    seen.remember(key_of(MODEL, FILLED, CONTEXT, policy), (7 * GB, 7 * GB))
+    seen.remember(key_of(MODEL, FILLED, CONTEXT, policy, NEW), (7 * GB, 7 * GB))
     predict = Prediction(policy, seen, estimate_bytes)
     assert predict(MODEL, FILLED, CONTEXT, facts()) == (whole(MODEL), 7 * GB)
     assert predict(MODEL, EVEN, CONTEXT, facts()) == (7 * GB, 7 * GB)

@@ -125,3 +125,20 @@ def test_a_footprint_of_other_shares_is_another() -> None:
     assert seen.known.get(key_of(M, TWO, 8192, policy)) is None
     assert seen.nearest(key_of(M, TWO, 4096, policy)) is None
     assert seen.nearest(key_of(M, TOLD, 4096, policy)) == key_of(M, TOLD, 8192, policy)
+
+
+def test_a_footprint_of_a_server_that_is_run_otherwise_or_is_of_another_version_is_another() -> None:
+    """Its batch, and what it keeps of attention, may be larger."""
+    seen, policy = Footprints(), Policy()
+    flash = replace(TWO, flash_attention=True)
+    seen.remember(key_of(M, flash, 8192, policy, "0.24.1"), (14 * GB, 14 * GB))
+    known, near = seen.known, seen.nearest
+    assert known.get(key_of(M, flash, 8192, policy, "0.24.0")) == (14 * GB, 14 * GB)
+    for spec, version in (
+        (flash, "0.33.0"),
+        (flash, None),
+        (TWO, "0.24.1"),
+        (replace(TWO, flash_attention=False), "0.24.1"),
+    ):
+        assert known.get(key_of(M, spec, 8192, policy, version)) is None
+        assert near(key_of(M, spec, 4096, policy, version)) is None
