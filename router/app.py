@@ -155,8 +155,8 @@ class _Router:
         await asyncio.get_running_loop().create_server(self.relay, sock=listener, ssl=self.tls)
         host, port = listener.getsockname()[:2]
         log = structlog.get_logger("router")
-        scheme = "http" if self.tls is None else "https"
-        log.info("listening", url=f"{scheme}://{host}:{port}", **({"emulated": self.title} if self.title else {}))
+        url = endpoint_url("http" if self.tls is None else "https", host, port)
+        log.info("listening", url=url, **({"emulated": self.title} if self.title else {}))
 
     async def _close(self, at_once: asyncio.Event) -> None:
         """Drains, then stops the servers, then closes what connections are left."""
@@ -183,6 +183,11 @@ class _Router:
     async def _kill_when(self, at_once: asyncio.Event) -> None:
         await at_once.wait()
         self.supervisor.kill_all()
+
+
+def endpoint_url(scheme: str, host: str, port: int) -> str:
+    """As a client takes it: an address of IPv6 stands in brackets."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _signalled(stopping: asyncio.Event, at_once: asyncio.Event) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from router import __version__
+from router.app import endpoint_url
 from router.cli import AUTO_RIG, main, with_what_is_there
 from router.config_tree import dotted_keys
 from router.settings import Settings, load_settings
@@ -301,6 +302,14 @@ def test_status_asks_the_running_router(router: HTTPServer, capsys: Captured) ->
     assert capsys.readouterr().out == render_status(STATUS) + "\n"
     assert _status(router, 200, json.dumps(STATUS).encode(), "--json") == 0
     assert json.loads(capsys.readouterr().out) == STATUS
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:11434"), ("::1", "http://[::1]:11434"), ("::", "http://[::]:11434")],
+)
+def test_the_address_that_is_told_is_one_that_clients_take(host: str, url: str) -> None:
+    assert endpoint_url("http", host, 11434) == url
 
 
 @pytest.mark.parametrize(
