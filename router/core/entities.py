@@ -14,34 +14,11 @@ from typing import Any, NewType
 from router.core.cards import Gpu, GpuProcess, GpuUuid, InstanceName, InstanceSpec, InstanceState, InstanceView
 
 __all__ = [
-    "NO_MODEL",
-    "BlobDigest",
-    "Demand",
-    "Failure",
-    "Footprint",
-    "Gpu",
-    "GpuProcess",
-    "GpuUuid",
-    "InstanceName",
-    "InstanceSpec",
-    "InstanceState",
-    "InstanceView",
-    "Layout",
-    "LayoutKind",
-    "LoadId",
-    "ModelFacts",
-    "Pin",
-    "Policy",
-    "Reservation",
-    "Residency",
-    "ResidencyKey",
-    "ResidencyState",
-    "RunnerOptions",
-    "Snapshot",
-    "TensorFacts",
-    "Ticket",
+    "NO_MODEL", "BlobDigest", "Demand", "Failure", "Footprint", "Gpu", "GpuProcess", "GpuUuid", "InstanceName",
+    "InstanceSpec", "InstanceState", "InstanceView", "Layout", "LayoutKind", "LoadId", "ModelFacts", "Pin", "Policy",
+    "Reservation", "Residency", "ResidencyKey", "ResidencyState", "RunnerOptions", "Snapshot", "TensorFacts", "Ticket",
     "TicketId",
-]
+]  # fmt: skip
 
 BlobDigest = NewType("BlobDigest", str)
 """`sha256:…` of a weights file. Residency and slots belong to it, not to a model's name."""
@@ -363,6 +340,8 @@ class Failure:
     status: int
     message: str
     at: float
+    is_lost: bool = False
+    """Whether the server ended or could not be asked, instead of refusing: such a load is sent there once more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,8 @@ class LoadFailed:
     load_id: LoadId
     status: int
     message: str
+    is_lost: bool = False
+    """Whether the server ended or could not be asked, instead of refusing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,13 +90,15 @@ def _load_failed(fleet: FleetState, event: LoadFailed, now: float) -> None:
         return
     key = (residency.instance, residency.blob)
     fleet.changed_at = now
-    _remember_failure(fleet, key, event.status, event.message, now)
+    _remember_failure(fleet, key, event.status, event.message, now, is_lost=event.is_lost)
     fleet.forget(key)
 
 
-def _remember_failure(fleet: FleetState, key: ResidencyKey, status: int, message: str, now: float) -> None:
+def _remember_failure(
+    fleet: FleetState, key: ResidencyKey, status: int, message: str, now: float, *, is_lost: bool = False
+) -> None:
     options = fleet.residencies[key].options
-    fleet.failures.append(Failure(key[0], key[1], options, status, message, now))
+    fleet.failures.append(Failure(key[0], key[1], options, status, message, now, is_lost))
 
 
 def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> None:

@@ -38,6 +38,9 @@ Estimate = Callable[[ModelFacts, InstanceSpec, int, Snapshot], tuple[int, ...]]
 
 Need = tuple[tuple[GpuUuid, int], ...]
 
+_LOST_SECONDS = 1.0
+"""So long after a server was lost with a load it may still be taken for ready."""
+
 
 @dataclass(frozen=True, slots=True)
 class Want:
@@ -189,9 +192,9 @@ def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decis
     failures = [f for f in (_failure(snapshot, c, want) for c in group) if f is not None]
     if len(failures) == len(group):
         return NoFit("load_failed", failures[-1].message, failures[-1].status)
-    failed = {f.instance for f in failures}
-    usable = [c for c in group if c.name not in failed and c.name not in want.not_on and _is_up(snapshot, c)]
-    usable = [c for c in usable if not _in_transit(snapshot, c, want)]
+    out = want.not_on | {f.instance for f in failures} | _just_lost(snapshot, want)
+    there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
+    usable = [c for c in there if not _in_transit(snapshot, c, want)]
     now = _fits_now(snapshot, usable, want)
     if now is not None:
         return now
@@ -204,7 +207,7 @@ def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decis
         )
     if dear:
         return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.candidate.name)), want)
-    return _wait(snapshot, [c for c in group if c.name not in failed | want.not_on and _is_up(snapshot, c)], want)
+    return _wait(snapshot, there, want)
 
 
 def _is_up(snapshot: Snapshot, candidate: _Candidate) -> bool:
@@ -342,10 +345,16 @@ def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
 
 
 def _failure(snapshot: Snapshot, candidate: _Candidate, want: Want) -> Failure | None:
-    for failure in snapshot.failures:
-        if (failure.instance, failure.blob, failure.options) == (candidate.name, want.model.blob, want.options):
-            return failure
-    return None
+    """Why this load is not tried there again."""
+    load = (candidate.name, want.model.blob, want.options)
+    found = [f for f in snapshot.failures if (f.instance, f.blob, f.options) == load]
+    return None if not found or (len(found) == 1 and found[0].is_lost) else found[-1]
+
+
+def _just_lost(snapshot: Snapshot, want: Want) -> set[InstanceName]:
+    """Instances whose server was lost with a load of these weights so lately that nothing is known of it yet."""
+    since, blob = snapshot.now - _LOST_SECONDS, want.model.blob
+    return {f.instance for f in snapshot.failures if f.is_lost and f.blob == blob and f.at > since}
 
 
 def _nowhere(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Decision:

@@ -19,7 +19,7 @@ from typing import Protocol
 from router.core.entities import BlobDigest, InstanceName, InstanceState, ModelFacts, Snapshot
 from router.core.events import Load, LoadedModel, LoadFailed, LoadFinished, Unload, UnloadFinished
 from router.core.options import has_own_layers
-from router.fleet.ollama import TIMED_OUT, OllamaClient, OllamaError
+from router.fleet.ollama import TIMED_OUT, UNREACHABLE, OllamaClient, OllamaError
 
 ClientFor = Callable[[str], OllamaClient]
 """URL of an instance -> a client of it."""
@@ -72,7 +72,7 @@ class OllamaDriver:
             )
             row = await self._row_of(load.model, await _listed(client))
         except OllamaError as error:
-            return LoadFailed(load.load_id, error.status, error.message)
+            return LoadFailed(load.load_id, error.status, error.message, is_lost=error.status == UNREACHABLE)
         if row is None:
             return LoadFailed(load.load_id, 502, f"{load.instance} loaded '{load.model.name}' but does not list it")
         return LoadFinished(load.load_id, row.size_bytes, row.size_vram_bytes)

@@ -188,10 +188,12 @@ class Play:
         size = max(1, sent.model.weights_bytes)
         return self.post(LoadFinished(load, size, size - on_cpu if sent.expects_gpu else 0))
 
-    def fail_load(self, load: LoadId, status: int = 500, message: str = "it will not") -> list[Action]:
+    def fail_load(
+        self, load: LoadId, status: int = 500, message: str = "it will not", *, is_lost: bool = False
+    ) -> list[Action]:
         sent = self.loads.pop(load)
         self.held.pop((sent.instance, sent.model.blob), None)
-        return self.post(LoadFailed(load, status, message))
+        return self.post(LoadFailed(load, status, message, is_lost))
 
     def finish_unload(self, key: ResidencyKey, error: str | None = None) -> list[Action]:
         del self.unloads[key]

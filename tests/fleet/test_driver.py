@@ -148,6 +148,15 @@ async def test_a_refused_load_passes_the_servers_status_and_words_on() -> None:
         assert await on.driver.load(load(TINY)) == LoadFailed(LoadId(7), 500, "cudaMalloc failed")
 
 
+async def test_a_load_whose_server_cannot_be_asked_is_lost_and_not_refused() -> None:
+    async with bench() as on, aiohttp.ClientSession() as session:
+        nobody = OllamaClient(session, "http://127.0.0.1:1", 5.0)
+        driver = OllamaDriver(lambda _: nobody, on.names, lambda: on.facts, on.writing)
+        failed = await driver.load(load(TINY))
+        assert isinstance(failed, LoadFailed)
+        assert (failed.status, failed.is_lost) == (502, True)
+
+
 async def test_a_load_ends_at_its_deadline() -> None:
     async with bench() as on:
         on.server.answers["/api/generate"] = lambda _: hanging()

@@ -281,12 +281,13 @@ class Llamayard:
     def _load(self, load: Load) -> None:
         unit = self._units[load.instance]
         if unit.state is not InstanceState.READY:
-            self._soon(lambda: self._post(LoadFailed(load.load_id, 502, "cannot connect")))
+            self._soon(lambda: self._post(LoadFailed(load.load_id, 502, "cannot connect", is_lost=True)))
             return
 
         def ended(result: LoadResult) -> None:
             if result.error:
-                self._post(LoadFailed(load.load_id, 502 if result.error == LOST else 500, result.error))
+                is_lost = result.error == LOST
+                self._post(LoadFailed(load.load_id, 502 if is_lost else 500, result.error, is_lost=is_lost))
             else:
                 self._post(LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes))
 
