@@ -1,9 +1,10 @@
 """Model management: pull, create, copy, delete, push and blobs, through one instance, one write at a time.
 
 All spawned instances share one store, so what one of them writes the others see at once. Two servers that write at the
-same time do not know of each other's unfinished files, therefore writes queue here; pulls of one model are one pull
-(`gateway/pulls.py`). After each the catalog forgets what it knew, and weights that a name no longer means leave the
-cards and the store: the servers are told to prune nothing, because they would prune each other's downloads.
+same time do not know of each other's unfinished files, therefore one writes, and changes queue here but for uploads of
+what is not there yet; pulls of one model are one pull (`gateway/pulls.py`). After each the catalog forgets what it
+knew, and weights that a name no longer means leave the cards and the store: the servers are told to prune nothing,
+because they would prune each other's downloads.
 
 A delete first lets running requests end, lets none begin, and unloads. What only an attached server has is not managed.
 """
@@ -96,8 +97,8 @@ class ManagedHandler:
             if (request.content_length or _WORTH_READING_BYTES) >= _WORTH_READING_BYTES:
                 present.force_close()
             return present
-        async with store_turn(self._context.writing, self._context.limits):
-            return await pass_on(self._context, request, request.content.iter_any(), info)
+        # It takes no turn: nothing that is there changes, and a slow client would hold all others up.
+        return await pass_on(self._context, request, request.content.iter_any(), info)
 
     async def _has_blob(self, request: web.BaseRequest) -> bool:
         url = URL(self._context.primary().spec.url + request.raw_path, encoded=True)

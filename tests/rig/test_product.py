@@ -5,6 +5,7 @@ Models are sparse files put into the store that its servers share; what is loade
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -170,3 +171,15 @@ async def test_nothing_is_left_of_a_killed_router_once_it_runs_again(tmp_path: P
         eventually_sync(lambda: not any(process.is_running() for process in before), what="the end of the old ones")
         assert len(router.servers()) == 3
         assert (await _ask(router, "small-a")).status == 200
+
+
+async def test_an_upload_that_stalls_holds_up_no_other_change_of_the_store(product: Product) -> None:
+    async with connect(product.address) as connection:
+        head = f"POST /api/blobs/sha256:{'0' * 64} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+        await connection.send(head.encode() + b"half")
+        assert (await call(product.address, "GET", "/api/tags")).status == 200  # meanwhile it has begun
+        async with asyncio.timeout(30):  # half of what the upload may be silent for
+            for name in ("copied", "copied-again"):
+                copied = {"source": "small-a", "destination": name}
+                assert (await call(product.address, "POST", "/api/copy", copied)).status == 200
+                assert (await call(product.address, "DELETE", "/api/delete", {"model": name})).status == 200
