@@ -128,8 +128,8 @@ class _Router:
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, _signalled, stopping, at_once)
-        hears_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as it is under nohup
-        if hears_hangup:  # more than one may come of a terminal that is closed
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+            # More than one may come of a terminal that is closed.
             loop.add_signal_handler(signal.SIGHUP, stopping.set)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -143,7 +143,7 @@ class _Router:
                 relaying.cancel()
                 await supervising
         finally:
-            for number in (*_STOP_SIGNALS, *((signal.SIGHUP,) if hears_hangup else ())):
+            for number in (*_STOP_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
         return EXIT_OK
 

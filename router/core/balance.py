@@ -57,7 +57,7 @@ def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
         view is not None
         and view.state is InstanceState.READY
         and residency.state is ResidencyState.READY
-        and ((ticket.layout is None and residency.options == ticket.options) or _is_as_asked(view, residency, ticket))
+        and _is_as_asked(view, residency, ticket)
         and (not snapshot.draining or (residency.instance, residency.blob) not in snapshot.draining)
     )
 

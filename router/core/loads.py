@@ -6,6 +6,7 @@ partly on the CPU is undone and remembered, never used.
 
 from __future__ import annotations
 
+from router.core import plans
 from router.core import residency as rules
 from router.core.entities import Failure, InstanceState, InstanceView, ResidencyKey, ResidencyState
 from router.core.events import Action, InstanceChanged, LoadFailed, LoadFinished, ReadGpus, UnloadAsked, UnloadFinished
@@ -40,7 +41,7 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         fleet.forget_instance(name)
         return
     if version is not None and not any(view.version for view in fleet.instances.values()):
-        _plan_anew(fleet)
+        plans.drop_all(fleet)  # what loads take and how they are shared was guessed until now
     fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
     if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
         fleet.troubled_at[frozenset(event.spec.gpus)] = now
@@ -51,13 +52,6 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     if any(key[0] == name for key in fleet.copies):
         fleet.changed_at = now  # the last reading of the cards still shows what it held
     fleet.forget_instance(name)
-
-
-def _plan_anew(fleet: FleetState) -> None:
-    """Drops all plans: until the first server told its version, what loads take and how they are shared was guessed."""
-    for reservation in list(fleet.reservations.values()):
-        if reservation.sent_at is None:
-            fleet.forget((reservation.instance, reservation.blob))
 
 
 def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[Action]:

@@ -18,7 +18,6 @@ from router.core.entities import (
     Reservation,
     Residency,
     ResidencyState,
-    Snapshot,
 )
 from router.core.events import Action, StartInstance
 from router.core.placement import Placed
@@ -97,9 +96,11 @@ def drop(fleet: FleetState, residency: Residency) -> None:
     fleet.forget((residency.instance, residency.blob))
 
 
-def pending(snapshot: Snapshot) -> list[Reservation]:
-    """Plans whose load was not sent yet."""
-    return [r for r in snapshot.reservations.values() if r.sent_at is None]
+def drop_all(fleet: FleetState) -> None:
+    """Gives back what was promised to every load that was not sent yet: they are planned anew."""
+    for reservation in list(fleet.reservations.values()):
+        if reservation.sent_at is None:
+            fleet.forget((reservation.instance, reservation.blob))
 
 
 def next_timeout(fleet: FleetState) -> float | None:

@@ -68,11 +68,9 @@ def own_answer(
         return None
     if number >= (0, 30):
         return _answer_0_30(model, spec, version, context_length, slots, free_bytes)
-    return (
-        None
-        if model.architecture in OWN_ENGINE
-        else _answer_0_24(model, spec, version, context_length, slots, free_bytes)
-    )
+    if model.architecture in OWN_ENGINE:
+        return None
+    return _answer_0_24(model, spec, version, context_length, slots, free_bytes)
 
 
 def overruled(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:

@@ -77,8 +77,11 @@ def last_value(body: bytes, name: str) -> bytes:
         Malformed: Go refuses the body.
         TooComplex: it has too many parts to be looked at within bounds.
     """
-    given = (body[one.value_start : one.value_end] for one in _members(body) if fold(one.key) == name)
-    return next(reversed([value for value in given if value != _NULL]), b"")
+    found = b""
+    for one in _members(body):
+        if fold(one.key) == name and not body.startswith(_NULL, one.value_start):
+            found = body[one.value_start : one.value_end]
+    return found
 
 
 def refuse_encoded(path: str, content_encoding: str | None) -> None:

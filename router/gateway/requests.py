@@ -38,8 +38,8 @@ class RequestInfo(msgspec.Struct):
     def reply_headers(self, grant: Grant | None) -> dict[str, str]:
         """Who answered, and on request why there."""
         headers = {"Server": "llamayard", "X-Request-ID": self.request_id}
-        if self.cors or self.notes:
-            headers |= {**dict(self.cors), **self.notes}
+        headers.update(self.cors)
+        headers.update(self.notes)
         if grant is not None:
             headers["X-Llamayard-Instance"] = grant.instance
             if self.wants_reason:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from router.core.events import Grant, Reject
 from router.errors import InstanceLost, RouterError
-from router.gateway.abilities import is_young
 from router.gateway.asked import Asked
 from router.gateway.headers import request_head
 from router.gateway.peek import Peek
@@ -59,7 +58,7 @@ class LongExchange(LeasedExchange):
         """Takes a slot if there is one at once; whatever is not plain is left for when the body is there."""
         desk, head, info = self._desk, self._head, self._info
         facts = desk.catalog.known(model)
-        if facts is None or is_young(self._path) or not desk.has_free_slot(facts):
+        if facts is None or head.notes.is_young or not desk.has_free_slot(facts):
             return
         try:
             asked = Asked(desk.rules, self._path, b"{}", head.text, info.client, desk.cards, Peek(model=model))

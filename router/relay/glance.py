@@ -32,7 +32,7 @@ _ORDINARY_KEYS = frozenset(("format", "think", "raw", "images", "temperature", "
 def glance(body: bytes, path: str) -> Peek | None:
     """What `peek(body, path)` gives, or None where only that can tell."""
     reading = READINGS.get(path)
-    if reading is None or len(body) > EXACT_BYTES:  # what the model shall read is most of it, and too long below
+    if reading is None or len(body) > EXACT_BYTES:  # images may be in it, which are not read as text
         return None
     try:
         return _read(body, reading, _DECODER.decode(body))
@@ -58,8 +58,6 @@ def _read(body: bytes, reading: Reading, members: Mapping[str, msgspec.Raw]) -> 
                 raise _Unsure
             if key in texts:
                 prompt_bytes += len(value)
-                if len(value) >= EXACT_BYTES:
-                    raise _Unsure
         elif key not in _ORDINARY_KEYS and fold(key) in names:
             raise _Unsure
     model = _value(given.get("model", b""))
@@ -93,8 +91,6 @@ def _quoted(key: str) -> bytes:
 
 
 def _options(value: bytes) -> dict[str, object]:
-    if len(value) >= EXACT_BYTES:
-        raise _Unsure
     members = _DECODER.decode(value)
     named = {name: bytes(raw) for name, raw in members.items() if name in _OPTION_NAMES}
     return {name: _value(raw) for name, raw in named.items() if raw != b"null"}
