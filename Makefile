@@ -46,7 +46,7 @@ pytest: setup
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 sim: setup  ## ten thousand small worlds in which everything goes wrong, every rule checked; minutes (ARGS="--count 1000")
-	$(VENV)/bin/python -m router.sim.chaos --first 1 --count 10000 --jobs 2 $(ARGS)
+	$(VENV)/bin/python -m router.lab.simulator.chaos --first 1 --count 10000 --jobs 2 $(ARGS)
 
 bench-sim: setup  ## the router against stock servers and nginx, all rigs and mixes SIMULATED (ARGS="--seeds 3 --cells 4x3090/team")
 	$(VENV)/bin/python -m bench.sched.bench_sim $(ARGS)
@@ -64,7 +64,7 @@ clients: setup real-ollama client-packages  ## further clients: anthropic, LangC
 	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
 
 leaks: setup  ## a hundred thousand requests that are broken off at random: nothing may be left over; minutes
-	ABORTS=100000 $(VENV)/bin/python -m pytest -q tests/relay/test_leaks.py $(ARGS)
+	ABORTS=100000 $(VENV)/bin/python -m pytest -q tests/proxy/test_leaks.py $(ARGS)
 
 bench-relay: setup  ## the relay beside nginx, HAProxy and LiteLLM, as far as they are here (ARGS="--rounds 3 --only nginx,llamayard")
 	$(VENV)/bin/python -m bench.relay.bench $(ARGS)
@@ -80,7 +80,7 @@ nginx:  ## nginx and HAProxy, for tests and benchmarks, by apt-get
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && $$sudo apt-get install -y -qq nginx haproxy
 
 docs: setup  ## write the documents that are drawn from code
-	$(VENV)/bin/python -m router.docs
+	$(VENV)/bin/python -m router.tools.generate_docs
 
 clean:  ## remove what these targets made
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info

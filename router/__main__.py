@@ -1,6 +1,6 @@
 """Lets `python -m router` do what the `llamayard` command does."""
 
-from router.cli import main
+from router.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -19,7 +19,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "core": frozenset(),
     "errors": frozenset(),
     "config_tree": frozenset(),
-    "config_values": frozenset({"core"}),  # the one reader of Ollama's durations is core/keepalive.py
+    "config_values": frozenset({"core"}),  # the one reader of Ollama's durations is domain/keep_alive.py
     "sections": frozenset({"config_values"}),
     "settings": frozenset({"config_tree", "config_values", "sections", "core"}),
     "tuning": frozenset({"settings"}),
@@ -52,9 +52,9 @@ COMPOSITION = {
 """Layers that wire the others together, with what even they may not import."""
 
 ONLY_IN: Mapping[str, frozenset[str]] = {
-    "pynvml": frozenset({"router/fleet/nvml.py"}),
-    "uvloop": frozenset({"router/cli.py"}),
-    "prometheus_client": frozenset({"router/observe.py", "router/gateway/admin.py"}),
+    "pynvml": frozenset({"router/gpu/nvml.py"}),
+    "uvloop": frozenset({"router/cli/main.py"}),
+    "prometheus_client": frozenset({"router/observability/metrics.py", "router/api/admin.py"}),
     "random": frozenset[str](),
     "pickle": frozenset[str](),
 }
@@ -69,15 +69,15 @@ CORE_LIBRARIES = frozenset(
 ENTRY_POINTS = frozenset(
     {
         "router.__main__",
-        "router.check_cli",
-        "router.cli",
-        "router.docs",
-        "router.rig.runner",
-        "router.rig.server",
-        "router.sim.chaos",
-        "router.simulate_cli",
-        "router.simulate_picture",
-        "router.status_cli",
+        "router.cli.check_config",
+        "router.cli.main",
+        "router.tools.generate_docs",
+        "router.lab.emulator.runner",
+        "router.lab.emulator.server",
+        "router.lab.simulator.chaos",
+        "router.cli.simulate",
+        "router.lab.plot",
+        "router.cli.status",
     }
 )
 """Modules that are started by name, so that no other module need import them."""
@@ -177,12 +177,12 @@ def test_no_module_is_named_for_nothing() -> None:
 BANNED_CALLS: Mapping[str, str] = {
     "time.time": "wall time jumps: use a monotonic clock that is passed in",
     "time.sleep": "nothing sleeps: wait for what you wait for",
-    "os.environ": "only router/settings.py reads the environment",
-    "os.getenv": "only router/settings.py reads the environment",
+    "os.environ": "only router/config/settings.py reads the environment",
+    "os.getenv": "only router/config/settings.py reads the environment",
     "asyncio.create_task": "a task needs an owner: use a TaskGroup",
     "asyncio.ensure_future": "a task needs an owner: use a TaskGroup",
 }
-ENVIRONMENT_READERS = frozenset({"router/settings.py", "router/rig/server.py"})
+ENVIRONMENT_READERS = frozenset({"router/config/settings.py", "router/lab/emulator/server.py"})
 """One for each program: the router and the emulated server."""
 
 

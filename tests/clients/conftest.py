@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import pytest
 
 from tests.contract.stage import Stage, furnish
-from tests.support.ollama_server import ModelFile, OllamaServer, emulated_server, real_server, write_model_files
+from tests.support.ollama_server import (
+    ModelFile,
+    OllamaServer,
+    emulated_server,
+    real_server,
+    write_model_files,
+)
 from tests.support.product import Product, prepare, running
 from tests.support.tiny_model import BIG, EMBED, TINY
 

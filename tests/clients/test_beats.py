@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from router.core.outlook import Outlook
 from router.errors import LoadFailed
-from router.gateway.peek import peek
-from router.gateway.shapes import SSE
-from router.gateway.waiting import heartbeat_of
+from router.llm_api.body_reader import peek
+from router.llm_api.errors import SSE
+from router.llm_api.heartbeat_format import heartbeat_of
+from router.scheduler.queue.wait_estimate import Outlook
 from tests.clients.commands import command
 from tests.support.ollama_server import real_binary
 

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.contract.stage import Stage, furnish
-from tests.support.ollama_server import ModelFile, OllamaServer, emulated_server, real_server, write_model_files
+from tests.support.ollama_server import (
+    ModelFile,
+    OllamaServer,
+    emulated_server,
+    real_server,
+    write_model_files,
+)
 from tests.support.rawhttp import Address
 from tests.support.tiny_model import BIG, EMBED, TINY
 

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.ollama_server import ModelFile, OllamaServer, create_from_file, real_server, write_model_files
+from tests.support.ollama_server import (
+    ModelFile,
+    OllamaServer,
+    create_from_file,
+    real_server,
+    write_model_files,
+)
 from tests.support.product import Product, prepare, running
 from tests.support.rawhttp import call
 from tests.support.tiny_model import TINY

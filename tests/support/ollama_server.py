@@ -214,7 +214,7 @@ def emulated_server(folder: Path, **environment: str) -> Generator[OllamaServer]
     base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
     (folder / "rig").mkdir(exist_ok=True)
     rig = {"LLAMAYARD_RIG_DIR": str(folder / "rig"), "LLAMAYARD_RIG_VERSION": "0.24.0", "CUDA_VISIBLE_DEVICES": "-1"}
-    command = [sys.executable, "-m", "router.rig.server", "serve"]
+    command = [sys.executable, "-m", "router.lab.emulator.server", "serve"]
     full = {**base, **rig, **environment}
     server = start_server("emulated", full["LLAMAYARD_RIG_VERSION"], command, full, folder)
     try:

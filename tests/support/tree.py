@@ -41,7 +41,7 @@ class Module:
 
     @cached_property
     def imports(self) -> tuple[tuple[str, int], ...]:
-        """Imported modules with their lines; `from router.core import ids` counts as `router.core.ids`."""
+        """Imported modules with their lines; `from router.scheduler import ids` counts as `router.domain.ids`."""
         return tuple(_imports(self.tree))
 
 

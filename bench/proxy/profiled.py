@@ -1,0 +1,281 @@
+"""Shows where the router's own time goes, without sockets: `make profile`.
+
+The real connection, exchange, engine, dispatcher, metrics and access log run over transports that only count bytes, so
+that what is left is the time of our own code. Prints microseconds a small request (one after the other, and after
+idling) and a token, then the functions that cost most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import io
+import itertools
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import uvloop
+
+from router.admission.origin_check import OriginPolicy, Origins
+from router.api.context import Limits
+from router.control.controller import Engine
+from router.domain.events import InstanceChanged, LoadedModel, ResidencyRead
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
+from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
+from router.domain.policy import Policy
+from router.llm_api.inference_request import Rules
+from router.llm_api.routes import RouteTable
+from router.observability.access_log import AccessLog
+from router.observability.logging import RequestLines, configure_logs
+from router.observability.metrics import EngineObserver, Metrics
+from router.proxy.client_connection import ClientConnection
+from router.proxy.context import Desk, Patience, Tasks
+from router.proxy.server import Relay
+from router.proxy.upstream_pool import Pool, UpstreamConnection
+from router.scheduler.dispatcher import Dispatcher
+
+_FACTS = ModelFacts(
+    **{
+        **{field: getattr(NO_MODEL, field) for field in NO_MODEL.__slots__},
+        "name": "bench:latest",
+        "blob": BlobDigest("b"),
+    }
+)
+_BODY = b'{"model":"bench","messages":[{"role":"user","content":"Why is the sky blue%s?"}],"stream":true}'
+_HEAD = (
+    b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:11434\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
+_BODIES = tuple(_BODY % (b"x" * 7 * number) for number in range(16))
+_REQUESTS = tuple(_HEAD % len(body) + body for body in _BODIES)
+"""Of as many lengths, as those of real clients are."""
+_SMALL = b'{"model":"bench:latest","message":{"role":"assistant","content":"Hi."},"done":true,"eval_count":4}'
+_REPLY = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
+    b"Content-Length: %d\r\n\r\n" % len(_SMALL) + _SMALL
+)
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+_LINE = b'{"model":"bench:latest","message":{"role":"assistant","content":"some"},"done":false}\n'
+_TOKEN = b"%x\r\n%s\r\n" % (len(_LINE), _LINE)
+_END = b'22\r\n{"done":true,"eval_count":1000000}\r\n0\r\n\r\n'
+
+
+_IDLE_SECONDS = (0.001, 0.005, 0.02)
+_IDLE_TIMES = 50
+_BATCH = 200
+
+
+class _Transport(asyncio.Transport):
+    """Takes everything and keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.write = self._count  # type: ignore[method-assign]
+
+    def _count(self, data: Any) -> None:
+        self.bytes += len(data)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 1) if name == "peername" else default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def writelines(self, list_of_data: Any) -> None:
+        for data in list_of_data:
+            self._count(data)
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Catalog:
+    def known(self, name: str) -> ModelFacts | None:
+        return _FACTS
+
+    async def facts(self, name: str) -> ModelFacts | None:
+        return _FACTS
+
+
+class _Abilities:
+    def known(self, view: InstanceView, path: str) -> bool | None:
+        return True
+
+    async def has(self, view: InstanceView, path: str) -> bool:
+        return True
+
+
+class _NoDriver:
+    async def load(self, load: Any) -> Any: ...
+
+    async def unload(self, unload: Any) -> Any: ...
+
+
+def _desk(engine: Engine, metrics: Metrics, pool: Pool) -> Desk:
+    def no_instance() -> InstanceView:
+        raise AssertionError("every request of this profile can be routed")
+
+    return Desk(
+        engine=engine,
+        catalog=_Catalog(),
+        pool=pool,
+        books=AccessLog(metrics, engine.now, RequestLines("info", len)),  # written, and thrown away
+        origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
+        limits=Limits(2**28, 300.0, 600.0, 300.0),
+        rules=Rules(8192, heartbeat_seconds=15.0),
+        abilities=_Abilities(),
+        primary=no_instance,
+        cards=dict,
+        has_free_slot=lambda _: True,
+        debug_headers=False,
+        make_handler=asyncio.Protocol,
+        patience=Patience(),
+        table=RouteTable(),
+        tasks=Tasks(),
+    )
+
+
+def _fleet(dispatcher: Dispatcher, instances: int) -> list[str]:
+    urls: list[str] = []
+    for number in range(instances):
+        name, url = InstanceName(f"u{number}"), f"http://127.0.0.1:{20000 + number}"
+        dispatcher.handle(InstanceChanged(InstanceSpec(name, (), url, num_parallel=1024), InstanceState.READY), 0.0)
+        row = LoadedModel("bench:latest", "d", 1, 1, 8192, _FACTS)
+        dispatcher.handle(ResidencyRead(name, (row,), 0.0), 0.0)
+        urls.append(url)
+    return urls
+
+
+async def _measure(
+    small: int, tokens: int, instances: int, note: Callable[[str], None], profile: cProfile.Profile | None
+) -> None:
+    metrics = Metrics()
+    dispatcher = Dispatcher(Policy(), lambda *_: ())
+    async with Engine(dispatcher, cast("Any", _NoDriver()), time.monotonic, (EngineObserver(metrics),)) as engine:
+        urls = _fleet(dispatcher, instances)
+        pool = Pool(5.0, engine.now)
+        desk = _desk(engine, metrics, pool)
+        behind: dict[str, UpstreamConnection] = {}
+        for url in urls:
+            connection = behind[url] = UpstreamConnection(pool, url)
+            connection.connection_made(_Transport())
+            pool.give_back(connection)
+        client = ClientConnection(desk, Relay(desk))
+        client.connection_made(_Transport())
+
+        requests = itertools.cycle(_REQUESTS)
+
+        def one(*pieces: bytes) -> None:
+            client.data_received(next(requests))
+            asked = next(c for c in behind.values() if c.receiver is not None)
+            for piece in pieces:
+                asked.data_received(piece)
+
+        for _ in range(200):
+            one(_REPLY)
+        if profile is not None:
+            profile.enable()
+        note(f"{_best(lambda: one(_REPLY), small):.1f} us a small request, {instances} instances")
+        if profile is not None:
+            profile.disable()
+        else:
+            for idle in _IDLE_SECONDS:
+                note(f"{_after(idle, lambda: one(_REPLY)):.0f} us after {1e3 * idle:g} ms of idling")
+        pieces = _BATCH * 10
+        stream = [_TOKEN] * pieces
+        cost = _best(lambda: one(_STREAM_HEAD, *stream, _END), tokens // pieces, 1) / pieces
+        note(f"{cost:.3f} us a token, a chunk a piece")
+        bursts = [_TOKEN * 100] * (pieces // 100)
+        cost = _best(lambda: one(_STREAM_HEAD, *bursts, _END), tokens // pieces, 1) / pieces
+        note(f"{cost:.3f} us a token, a hundred chunks a piece")
+
+
+def _best(work: Callable[[], None], times: int, batch: int = _BATCH) -> float:
+    """Microseconds of CPU of one, in the best batch: what others do on the machine only adds."""
+    best = float("inf")
+    for _ in range(max(1, times // batch)):
+        began = time.process_time()
+        for _ in range(batch):
+            work()
+        best = min(best, (time.process_time() - began) / batch)
+    return 1e6 * best
+
+
+def _after(idle_seconds: float, work: Callable[[], None]) -> float:
+    """Microseconds of CPU of one, each after so long a sleep, the median: others have used the caches meanwhile."""
+    taken: list[float] = []
+    for _ in range(_IDLE_TIMES):
+        time.sleep(idle_seconds)
+        began = time.process_time()
+        work()
+        taken.append(time.process_time() - began)
+    return 1e6 * statistics.median(taken)
+
+
+_PARTS = {
+    "deciding (core, engine)": ("router/core/", "router/control/controller.py"),
+    "reading what is asked (gateway)": ("router/gateway/peek", "router/gateway/asked", "router/gateway/wanted",
+                                        "router/gateway/askers", "router/gateway/waiting", "router/relay/glance"),
+    "counting and logging": ("router/gateway/access", "router/gateway/endings", "router/observe", "router/logs"),
+    "relaying (relay, headers)": ("router/relay/", "router/gateway/"),
+}  # fmt: skip
+
+
+def _shares(stats: pstats.Stats) -> list[str]:
+    """How the time of a small request is shared out; what a part calls outside the router counts to it."""
+    times = dict.fromkeys(_PARTS, 0.0)
+    rows = cast("Any", stats).stats
+    for (file, _, name), (_, _, own, _, callers) in rows.items():
+        for (caller, _, _), (_, _, caller_own, _) in callers.items() or {(file, 0, name): (0, 0, own, 0)}.items():
+            part = _part_of(file) or _part_of(caller)
+            if part is not None:
+                times[part] += caller_own
+    whole = sum(times.values()) or 1.0
+    return [f"  {100 * seconds / whole:3.0f} %  {part}" for part, seconds in times.items()]
+
+
+def _part_of(file: str) -> str | None:
+    return next((part for part, paths in _PARTS.items() if any(path in file for path in paths)), None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--instances", type=int, default=2)
+    parser.add_argument(
+        "--functions", type=int, default=40, help="how many of the dearest functions are shown; 0: none"
+    )
+    given = parser.parse_args()
+    configure_logs("json", "info")
+    lines: list[str] = []
+    uvloop.run(_measure(given.requests, given.tokens, given.instances, lines.append, None))
+    print("\n".join(lines))
+    if given.functions:
+        profile = cProfile.Profile()
+        uvloop.run(_measure(given.requests, 1000, given.instances, lambda _: None, profile))
+        print("of a small request:", *_shares(pstats.Stats(profile)), sep="\n")
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(given.functions)
+        print(text.getvalue())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The router's own endpoints: alive, ready, metrics, and the whole state as JSON.
+
+Read-only: nothing here changes what the router does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from aiohttp import hdrs, web
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from router import __version__
+from router.api.context import GatewayContext
+from router.api.responses import json_answer, text_answer
+from router.domain.gpu import Gpu
+from router.domain.instance import InstanceView
+from router.domain.request import Ticket
+from router.domain.reservation import Reservation
+from router.domain.residency import Residency
+from router.domain.snapshot import Snapshot
+from router.domain.vram_ledger import (
+    available_bytes,
+    drift_bytes,
+    foreign_bytes,
+    reserved_bytes,
+    resident_bytes,
+)
+from router.http1.headers import request_id
+from router.observability.metrics import Metrics
+from router.observability.request_record import RequestInfo
+from router.scheduler.queue.wait_estimate import Outlook
+
+_QUEUE_SHOWN_MAX = 1000
+
+
+class AdminHandler:
+    """`emulated`: the title of an emulated rig, "" over real cards."""
+
+    def __init__(self, context: GatewayContext, metrics: Metrics, emulated: str) -> None:
+        self._context = context
+        self._metrics = metrics
+        self._emulated = emulated
+
+    async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+        extra = info.reply_headers(None)
+        match info.route:
+            case "/health":
+                return text_answer("ok\n", extra)
+            case "/ready":
+                return self._ready(extra)
+            case "/metrics":
+                headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_PLAIN_0_0_4, **extra}
+                return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
+            case _:
+                asked = request_id(request.query.get("request_id"), str)
+                return json_answer(self._waiting(asked) if asked else self._status(), extra)
+
+    def _ready(self, extra: Mapping[str, str]) -> web.StreamResponse:
+        """200 once any instance serves; 503 before, while stopping, and when all are down."""
+        names = [view.spec.name for view in self._context.ready_instances()]
+        if names and not self._context.engine.is_closing:
+            return text_answer(f"ready: {', '.join(names)}\n", extra)
+        return text_answer("not ready: no instance serves; see /llamayard/status\n", extra, status=503)
+
+    def _status(self) -> dict[str, Any]:
+        snapshot = self._context.engine.snapshot()
+        return {
+            "version": __version__,
+            "emulated": self._emulated,
+            "cards": [_card(snapshot, gpu) for gpu in sorted(snapshot.gpus.values(), key=lambda g: g.index)],
+            "instances": [_instance(view) for view in snapshot.instances.values()],
+            "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
+            "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
+            **self._waiting(),
+        }
+
+    def _waiting(self, request_id: str = "") -> dict[str, Any]:
+        """The queue, in the order in which it is served; with `request_id` only the requests of that name."""
+        engine = self._context.engine
+        snapshot, tickets = engine.snapshot(), {ticket.id: ticket for ticket, _ in engine.waiting()}
+        rows = [(tickets[number], outlook) for number, outlook in engine.outlooks().items()]
+        shown = [row for row in rows if row[0].request_id == request_id] if request_id else rows
+        return {
+            "queue": {"waiting": len(rows), "limit": snapshot.policy.queue_limit},
+            "waiting": [_ticket(snapshot, *row) for row in shown[:_QUEUE_SHOWN_MAX]],
+        }
+
+
+def _card(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
+    """All that was read of the card, and the ledger's view of it."""
+    return {
+        **asdict(gpu),
+        "memory_bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,
+        "resident_bytes": resident_bytes(snapshot, gpu.uuid),
+        "reserved_bytes": reserved_bytes(snapshot, gpu.uuid),
+        "foreign_bytes": foreign_bytes(snapshot, gpu.uuid),
+        "drift_bytes": drift_bytes(snapshot, gpu.uuid),
+        "available_bytes": max(0, available_bytes(snapshot, gpu.uuid)),
+    }
+
+
+def _instance(view: InstanceView) -> dict[str, Any]:
+    spec = view.spec
+    return {
+        "name": spec.name,
+        "state": view.state.value,
+        "version": view.version,
+        "url": spec.url,
+        "gpus": list(spec.gpus),
+        "attached": spec.attached,
+        "num_parallel": spec.num_parallel,
+        "context_length": spec.context_length,
+        "kv_cache_type": spec.kv_cache_type,
+        "flash_attention": spec.flash_attention,
+        "reason": view.reason,
+    }
+
+
+def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
+    return {
+        "name": residency.name,
+        "instance": residency.instance,
+        "state": residency.state.value,
+        "blob": residency.blob,
+        "slots": residency.slots,
+        "in_flight": residency.in_flight,
+        "per_gpu_bytes": list(residency.per_gpu_bytes),
+        "context_length": residency.context_length,
+        "options": dict(residency.options),
+        "size_bytes": residency.size_bytes,
+        "size_vram_bytes": residency.size_vram_bytes,
+        "idle_seconds": round(snapshot.now - residency.used_at, 1) if residency.is_idle else 0.0,
+        "expires_in_seconds": None if residency.expires_at is None else round(residency.expires_at - snapshot.now, 1),
+        "reason": residency.reason,
+    }
+
+
+def _reservation(snapshot: Snapshot, reservation: Reservation) -> dict[str, Any]:
+    return {
+        "load_id": reservation.load_id,
+        "instance": reservation.instance,
+        "blob": reservation.blob,
+        "per_gpu_bytes": [size for _, size in reservation.per_gpu_bytes],
+        "age_seconds": round(snapshot.now - reservation.made_at, 1),
+        "state": "planned" if reservation.sent_at is None else "loading",
+    }
+
+
+def _ticket(snapshot: Snapshot, ticket: Ticket, outlook: Outlook) -> dict[str, Any]:
+    wait = outlook.expected_wait_seconds
+    return {
+        "position": outlook.position,
+        "expected_wait_seconds": None if wait is None else round(wait, 1),
+        "request_id": ticket.request_id,
+        "model": ticket.model.name,
+        "waited_seconds": round(snapshot.now - ticket.arrived_at, 1),
+        "deadline_in_seconds": round(ticket.deadline - snapshot.now, 1),
+        "reason": outlook.reason,
+    }

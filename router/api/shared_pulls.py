@@ -1,0 +1,237 @@
+"""Downloads that several clients share: whoever asks for a model that is being pulled joins, and sees its progress.
+
+One request goes to the server for all of them, under the lock of the store's writer. A client that joins late is shown
+the last line of each step so far; one that reads slowly misses lines of progress, never a step. When the last client
+has left, the download is given up, as a server does; what was fetched stays in the store for the next try.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import msgspec
+import structlog
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from router.api.context import GatewayContext
+from router.engines.ollama.model_listing import key_of
+from router.errors import InstanceLost, RouterError, WaitTimeout
+from router.llm_api.body_reader import Peek, last_value
+from router.llm_api.errors import NDJSON
+from router.llm_api.json_edit import set_member
+from router.observability.request_record import RequestInfo
+
+_PATH = "/api/pull"
+_WAITING = b'{"status":"waiting for another change of the store to end"}\n'
+_LINE_BYTES_MAX = 1 << 20
+
+_Step = tuple[str, str]
+
+
+class _Line(msgspec.Struct):
+    status: str = ""
+    digest: str = ""
+    error: str = ""
+
+
+class Pulls:
+    """All downloads under way."""
+
+    def __init__(self, context: GatewayContext) -> None:
+        self._context = context
+        self._running: dict[tuple[str, bool], _Pull] = {}
+
+    async def serve(self, request: web.BaseRequest, body: bytes, seen: Peek, info: RequestInfo) -> web.StreamResponse:
+        """Answers one client of a pull, new or under way."""
+        name = seen.model or ""
+        key = (key_of(name) or name, _is_insecure(body))
+        pull = self._running.get(key)
+        if pull is None or pull.is_over:
+            pull = self._running[key] = _Pull(self._context, set_member(body, "stream", b"true"))
+        async with pull.joined() as pieces:
+            try:
+                return await (
+                    _once(pieces, pull, info) if seen.stream is False else _streamed(request, pieces, pull, info)
+                )
+            finally:
+                if pull.clients == 1 and self._running.get(key) is pull:
+                    del self._running[key]
+
+
+class _Pull:
+    """One download: a task of its own, and the clients that follow it."""
+
+    def __init__(self, context: GatewayContext, body: bytes) -> None:
+        self._context = context
+        self._body = body
+        self._steps: dict[_Step, bytes] = {}
+        self._followers: set[_Follower] = set()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self.status = web.HTTPOk.status_code
+        self.refusal: tuple[str, bytes] = ("", b"")
+        """Content type and body of an answer with another status."""
+        self.last = b""
+        """Its last line."""
+        self.failure: RouterError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._task.done()
+
+    @property
+    def clients(self) -> int:
+        return len(self._followers)
+
+    @asynccontextmanager
+    async def joined(self) -> AsyncGenerator[_Follower]:
+        follower = _Follower(self._steps)
+        self._followers.add(follower)
+        if self.is_over:
+            follower.end()
+        try:
+            yield follower
+        finally:
+            self._followers.discard(follower)
+            if not self._followers and not self._task.done():
+                self._task.cancel()
+                await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            if self._context.writing.locked():
+                self._publish(_WAITING)
+            async with self._context.writing:
+                try:
+                    await self._download()
+                finally:
+                    self._context.catalog.forget_all()
+        except RouterError as error:
+            self.failure = error
+        except (aiohttp.ClientError, OSError) as error:
+            self.failure = InstanceLost(f"the instance died while it pulled: {error}")
+        except Exception:  # the outermost edge of a task: whoever follows must not take the end for a success
+            structlog.get_logger("router.gateway").exception("pull_crashed")
+            self.failure = RouterError("the router met an error of its own; its log tells")
+        finally:
+            for follower in self._followers:
+                follower.end()
+
+    async def _download(self) -> None:
+        url = self._context.primary().spec.url + _PATH
+        headers = {"Content-Type": "application/json"}
+        async with self._context.session.post(url, data=self._body, headers=headers) as reply:
+            self.status = reply.status
+            if reply.status != web.HTTPOk.status_code:
+                self.refusal = (reply.headers.get("Content-Type", ""), await reply.read())
+                return
+            while line := await self._next(reply.content):
+                self._publish(line)
+
+    async def _next(self, content: aiohttp.StreamReader) -> bytes:
+        seconds = self._context.limits.idle_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await content.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            return error.partial
+        except (ValueError, HttpProcessingError) as error:  # a line longer than the reader takes
+            raise InstanceLost(f"the instance's answer cannot be read: {error}") from error
+        except TimeoutError as error:
+            raise WaitTimeout(f"the pull was silent for {seconds:.0f} s (stream.idle_timeout_seconds)") from error
+
+    def _publish(self, line: bytes) -> None:
+        self.last = line
+        step = _step(line)
+        self._steps.pop(step, None)  # the newest stands last
+        self._steps[step] = line
+        for follower in self._followers:
+            follower.put(step, line)
+
+
+class _Follower:
+    """What one client has not been sent yet: of each step only its newest line."""
+
+    def __init__(self, steps: dict[_Step, bytes]) -> None:
+        self._pending = dict(steps)
+        self._news = asyncio.Event()
+        self._ended = False
+        if steps:
+            self._news.set()
+
+    def put(self, step: _Step, line: bytes) -> None:
+        self._pending.pop(step, None)
+        self._pending[step] = line
+        self._news.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    async def next(self) -> list[bytes]:
+        """Lines to send now; none once the download is over."""
+        await self._news.wait()
+        lines = list(self._pending.values())
+        self._pending.clear()
+        if not self._ended:
+            self._news.clear()
+        return lines
+
+
+async def _streamed(request: web.BaseRequest, pieces: _Follower, pull: _Pull, info: RequestInfo) -> web.StreamResponse:
+    lines = await pieces.next()
+    if not lines:
+        return _refused(pull, info)
+    response = web.StreamResponse(headers={"Content-Type": NDJSON, **info.reply_headers(None)})
+    await response.prepare(request)
+    while lines:
+        for line in lines:
+            await response.write(line)
+        lines = await pieces.next()
+    if pull.failure is not None:
+        info.error_code = pull.failure.code
+        await response.write(msgspec.json.encode({"error": pull.failure.message}) + b"\n")
+    await response.write_eof()
+    return response
+
+
+async def _once(pieces: _Follower, pull: _Pull, info: RequestInfo) -> web.StreamResponse:
+    """As a server waits for its own stream: the last line is the answer, an error has status 500."""
+    while await pieces.next():
+        continue
+    if pull.failure is not None or pull.status != web.HTTPOk.status_code:
+        return _refused(pull, info)
+    body = pull.last.rstrip(b"\n")
+    status = 500 if _decoded(body).error else 200
+    return web.Response(
+        status=status, body=body, headers={"Content-Type": "application/json", **info.reply_headers(None)}
+    )
+
+
+def _refused(pull: _Pull, info: RequestInfo) -> web.StreamResponse:
+    """The server's own answer where it was no stream, or the error that came before any."""
+    if pull.failure is not None:
+        raise pull.failure
+    content_type, body = pull.refusal
+    headers = {**info.reply_headers(None), "Content-Type": content_type}
+    return web.Response(status=pull.status, body=body, headers=headers)
+
+
+def _step(line: bytes) -> _Step:
+    told = _decoded(line)
+    return told.error or told.status, told.digest
+
+
+def _decoded(line: bytes) -> _Line:
+    try:
+        return msgspec.json.decode(line, type=_Line)
+    except msgspec.MsgspecError:
+        return _Line(status=line.decode(errors="replace"))
+
+
+def _is_insecure(body: bytes) -> bool:
+    """Whether a registry without TLS will do: such a pull is not shared with one that insists on it."""
+    return last_value(body, "insecure") == b"true"

@@ -1,0 +1,319 @@
+"""The single writer: turns what happens into events, asks the core, and carries its actions out.
+
+Everything that changes routing state passes through `post`, which is synchronous, so that nothing interleaves and no
+lock is needed. Loads and unloads run as tasks that the engine owns, on connections of their own, and end in events
+again: a client that leaves never takes a load with it.
+
+It decides nothing itself, and knows neither HTTP nor processes: an `InstanceDriver` does the loading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from types import TracebackType
+from typing import Protocol, Self, assert_never
+
+import structlog
+
+from router.domain.actions import (
+    Action,
+    Grant,
+    Load,
+    ReadGpus,
+    Reject,
+    Remember,
+    StartInstance,
+    StopInstance,
+    Unload,
+)
+from router.domain.events import (
+    Arrived,
+    Cancelled,
+    Event,
+    LoadFailed,
+    LoadFinished,
+    Released,
+    ShutdownBegan,
+    Ticked,
+    UnloadFinished,
+)
+from router.domain.footprint import FootprintKey
+from router.domain.instance import InstanceName, InstanceSpec
+from router.domain.request import Ticket, TicketId
+from router.domain.snapshot import Snapshot
+from router.errors import RouterError, error_for
+from router.scheduler.dispatcher import Dispatcher
+from router.scheduler.queue.wait_estimate import Outlook
+
+Clock = Callable[[], float]
+Decided = Callable[[Grant | Reject], None]
+
+_EARLIEST_WAKE_SECONDS = 0.01
+_OUTLOOK_SECONDS = 0.5
+"""So long what was worked out of all waiting tickets is told to whoever asks about one."""
+
+
+class InstanceDriver(Protocol):
+    """Carries loads and unloads out. Both end by themselves within the deadline that they were given."""
+
+    async def load(self, load: Load) -> LoadFinished | LoadFailed: ...
+
+    async def unload(self, unload: Unload) -> UnloadFinished: ...
+
+    def start_instance(self, spec: InstanceSpec) -> None:
+        """Asks for one more instance on the cards of `spec`; what becomes of it comes as `InstanceChanged`."""
+        ...
+
+    def stop_instance(self, name: InstanceName) -> None:
+        """Asks for the end of an instance that was started on demand."""
+        ...
+
+    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
+        """Keeps a measured footprint for later runs."""
+        ...
+
+    def read_gpus(self) -> None:
+        """Asks for a reading of the cards now; it comes as `GpusRead`."""
+        ...
+
+
+class Observer(Protocol):
+    """Sees every event and action in order; must not raise and must not call back."""
+
+    def observe(self, event: Event, actions: list[Action], now: float) -> None: ...
+
+
+class Engine:
+    """Owns the dispatcher. Use inside `async with`: leaving it ends its tasks."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, driver: InstanceDriver, clock: Clock, observers: tuple[Observer, ...] = ()
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._driver = driver
+        self.now = clock
+        """Seconds on the clock that all of its times are of."""
+        self._observers = observers
+        self._waiters: dict[TicketId, Decided] = {}
+        self._next_ticket = 0
+        self._until: list[tuple[Callable[[Snapshot], bool], asyncio.Future[None]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
+        """What the timer is set for."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._outlooks: tuple[float, Mapping[TicketId, Outlook]] = (float("-inf"), {})
+        """When they were last worked out, and what came of it."""
+        self._log = structlog.get_logger("router.control.controller")
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- for the gateway -----------------------------------------------------------------------------------
+
+    def new_ticket_id(self) -> TicketId:
+        self._next_ticket += 1
+        return TicketId(self._next_ticket)
+
+    def submit(self, ticket: Ticket, decided: Decided) -> None:
+        """Asks for a slot. `decided` is called once, perhaps before this returns, unless `cancel` comes first."""
+        self._waiters[ticket.id] = decided
+        self.post(Arrived(ticket))
+
+    def cancel(self, ticket_id: TicketId) -> None:
+        """The client of a ticket that still waits went away."""
+        if self._waiters.pop(ticket_id, None) is not None:
+            self.post(Cancelled(ticket_id))
+
+    def release(
+        self,
+        ticket_id: TicketId,
+        *,
+        runner_lost: bool = False,
+        output_tokens: int = 0,
+        first_byte_at: float | None = None,
+    ) -> None:
+        """Gives a granted slot back; each grant must end in exactly one of these."""
+        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at))
+
+    def lease(self, ticket: Ticket) -> Lease:
+        """`async with engine.lease(ticket) as lease`: waits for a slot, holds it, gives it back."""
+        return Lease(self, ticket)
+
+    def snapshot(self) -> Snapshot:
+        return self._dispatcher.snapshot(self.now())
+
+    def waiting(self) -> tuple[tuple[Ticket, str], ...]:
+        return self._dispatcher.waiting
+
+    def outlooks(self) -> Mapping[TicketId, Outlook]:
+        """Where each waiting ticket stands now, in the order in which they are served."""
+        now = self.now()
+        self._outlooks = now, self._dispatcher.outlooks(now)
+        return self._outlooks[1]
+
+    def outlook(self, ticket_id: TicketId) -> Outlook | None:
+        """Where one ticket stands, or stood half a second ago: many may ask. None for one that waits no more."""
+        if ticket_id not in self._waiters:
+            return None
+        at, known = self._outlooks
+        if ticket_id not in known or self.now() - at >= _OUTLOOK_SECONDS:
+            known = self.outlooks()
+        return known.get(ticket_id)
+
+    @property
+    def is_closing(self) -> bool:
+        return self._dispatcher.is_closing
+
+    def begin_shutdown(self) -> None:
+        self.post(ShutdownBegan())
+
+    async def until(self, is_so: Callable[[Snapshot], bool], deadline_seconds: float) -> bool:
+        """Waits until the state is so, which is looked at after each event; False where it is not by the deadline."""
+        if is_so(self.snapshot()):
+            return True
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._until.append((is_so, future))
+        try:
+            done, _ = await asyncio.wait({future}, timeout=deadline_seconds)
+        finally:
+            self._until = [each for each in self._until if each[1] is not future]
+        return bool(done)
+
+    # --- the one way in ------------------------------------------------------------------------------------
+
+    def post(self, event: Event) -> None:
+        """Applies one event and starts what it asks for. Synchronous and not reentrant but for `decided` callbacks."""
+        now = self.now()
+        actions = self._dispatcher.handle(event, now)
+        for observer in self._observers:
+            observer.observe(event, actions, now)
+        for action in actions:
+            self._carry_out(action)
+        for is_so, future in self._until:
+            if not future.done() and is_so(self.snapshot()):
+                future.set_result(None)
+        self._set_timer(now)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grant() | Reject():
+                decided = self._waiters.pop(action.ticket_id, None)
+                if decided is not None:
+                    decided(action)
+            case Load():
+                self._start(self._load(action))
+            case Unload():
+                self._start(self._unload(action))
+            case StartInstance():
+                self._driver.start_instance(action.spec)
+            case StopInstance():
+                self._driver.stop_instance(action.instance)
+            case Remember():
+                self._driver.remember(action.key, action.per_gpu_bytes)
+            case ReadGpus():
+                self._driver.read_gpus()
+            case _:
+                assert_never(action)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, load: Load) -> None:
+        try:
+            outcome = await self._driver.load(load)
+        except Exception as error:
+            self._log.exception("load failed unexpectedly", instance=load.instance, model=load.model.name)
+            outcome = LoadFailed(load.load_id, 502, f"{type(error).__name__}: {error}")
+        self.post(outcome)
+
+    async def _unload(self, unload: Unload) -> None:
+        try:
+            outcome = await self._driver.unload(unload)
+        except Exception as error:
+            self._log.exception("unload failed unexpectedly", instance=unload.instance, model=unload.model.name)
+            outcome = UnloadFinished(unload.instance, unload.blob, f"{type(error).__name__}: {error}")
+        self.post(outcome)
+
+    def _set_timer(self, now: float) -> None:
+        due = self._dispatcher.next_wake()
+        if due == self._due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._due = due
+        if due is not None and due != float("inf"):
+            delay = max(_EARLIEST_WAKE_SECONDS, due - now)
+            self._timer = self._loop.call_later(delay, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = self._due = None
+        self.post(Ticked())
+
+
+class Lease:
+    """The right to use one slot of a loaded model, held by exactly one request."""
+
+    def __init__(self, engine: Engine, ticket: Ticket) -> None:
+        self._engine = engine
+        self._ticket = ticket
+        self._runner_lost = False
+        self._decision: Grant | Reject | None = None
+        self._decided = asyncio.Event()
+        self.grant: Grant | None = None
+
+    async def __aenter__(self) -> Grant:
+        """Waits for the slot.
+
+        Raises:
+            RouterError: the request was rejected (queue full, waited out, too large, …).
+        """
+        self._engine.submit(self._ticket, self._decide)
+        try:
+            await self._decided.wait()
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
+        assert self._decision is not None
+        if isinstance(self._decision, Reject):
+            raise rejection(self._decision)
+        self.grant = self._decision
+        return self._decision
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.release(self._ticket.id, runner_lost=self._runner_lost)
+
+    def report_runner_lost(self) -> None:
+        """The runner died under this request: the model has to be loaded anew before the slot is used again."""
+        self._runner_lost = True
+
+    def _decide(self, decision: Grant | Reject) -> None:
+        self._decision = decision
+        self._decided.set()
+
+    def _abandon(self) -> None:
+        """A grant may have come in the very moment in which the client left, before or after it was told to leave."""
+        if isinstance(self._decision, Grant):
+            self._engine.release(self._ticket.id)
+        else:
+            self._engine.cancel(self._ticket.id)
+
+
+def rejection(reject: Reject) -> RouterError:
+    """The error a client meets for a rejected ticket."""
+    return error_for(reject.code, reject.message, reject.status, reject.retry_after_seconds)

@@ -1,0 +1,58 @@
+"""One GPU as last read. Sizes are integer bytes; a value that the device or driver does not support is None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+GpuUuid = NewType("GpuUuid", str)
+"""A card's NVML UUID, e.g. `GPU-8a0c…`; stable over reboots and re-cabling, unlike its index."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """One process that holds memory on a card, as NVML tells it."""
+
+    pid: int
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One card as last read. A value that the card or driver does not support is None, never zero."""
+
+    uuid: GpuUuid
+    index: int
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    memory_used_bytes: int
+    memory_reserved_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
+    pcie_generation: int | None = None
+    pcie_generation_max: int | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    temperature_celsius: int | None = None
+    power_draw_watts: float | None = None
+    power_limit_watts: float | None = None
+    utilization_ratio: float | None = None
+    memory_bus_width_bits: int | None = None
+    memory_clock_hertz: int | None = None
+    processes: tuple[GpuProcess, ...] = ()
+    error: str | None = None
+    """Why the card could not be read ("GPU is lost"); memory figures are then the last known ones."""
+
+    @property
+    def bandwidth_bytes_per_second(self) -> float | None:
+        """Theoretical memory bandwidth: two transfers a clock (DDR) over the bus's whole width."""
+        if self.memory_bus_width_bits is None or self.memory_clock_hertz is None:
+            return None
+        return 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
+
+    @property
+    def link_bytes_per_second(self) -> float | None:
+        """What the PCIe link gives at most: 250 MB/s a lane in the first generation, about twice that in each next."""
+        if self.pcie_generation_max is None or self.pcie_width_max is None:
+            return None
+        return 0.25e9 * 2.0 ** (self.pcie_generation_max - 1) * self.pcie_width_max

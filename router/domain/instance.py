@@ -1,0 +1,61 @@
+"""One inference server and its state, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+from router.domain.gpu import GpuUuid
+
+InstanceName = NewType("InstanceName", str)
+"""`gpu0`, `gpu1`, …, `spread`, `cpu`, or the name given by hand."""
+
+
+class InstanceState(StrEnum):
+    """Where a supervised server is in its life; moved only by the table in `domain/instance_lifecycle.py`."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    FATAL = "fatal"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One `ollama serve` as it shall be: what it sees, where it listens, what it may do at once."""
+
+    name: InstanceName
+    gpus: tuple[GpuUuid, ...]
+    """Cards in the order of preference given to the server; empty for one that runs on the CPU."""
+    url: str
+    """`http://127.0.0.1:PORT`, no path."""
+    num_parallel: int = 2
+    context_length: int = 8192
+    kv_cache_type: str = "f16"
+    flash_attention: bool | None = None
+    """None: the server's own choice ("auto")."""
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Whole extra environment of a spawned server; empty for an attached one."""
+    attached: bool = False
+    """True where somebody else runs the server; the router then only uses it."""
+    on_demand: bool = False
+    """True where the dispatcher asked for it; it is stopped when it has been empty for a while."""
+
+    @property
+    def is_spread(self) -> bool:
+        return len(self.gpus) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """What the deciding functions may know of an instance."""
+
+    spec: InstanceSpec
+    state: InstanceState
+    version: str | None = None
+    reason: str = ""

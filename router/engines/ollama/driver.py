@@ -1,0 +1,184 @@
+"""Carries the engine's loads and unloads out on the servers, and tells what came of them.
+
+A load is asked for with all layers on the cards, so that it comes out whole where it was planned or fails visibly; what
+the server then lists is the proof. An unload is done when the server no longer lists the model. It plans nothing and
+retries nothing but the listing, which a server now and then fails to give.
+
+A server unloads by name, and a name may mean other weights than those that were loaded under it: it was pulled or
+created again, or deleted. Then another name of the same weights serves, or one that is made for the purpose and removed
+with the weights that nothing else names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
+
+from router.domain.actions import Load, Unload
+from router.domain.events import LoadedModel, LoadFailed, LoadFinished, UnloadFinished
+from router.domain.instance import InstanceName, InstanceState
+from router.domain.model import BlobDigest, ModelFacts
+from router.domain.snapshot import Snapshot
+from router.engines.ollama.client import TIMED_OUT, UNREACHABLE, OllamaClient, OllamaError
+from router.engines.ollama.runner_options import has_own_layers
+
+ClientFor = Callable[[str], OllamaClient]
+"""URL of an instance -> a client of it."""
+
+_POLL_SECONDS = 0.1
+_LISTING_TRIES = 3
+_STORE_SECONDS = 60.0
+STAND_IN = "llamayard-unload:"
+"""Beginning of the names that are made to unload what has none."""
+
+
+class Names(Protocol):
+    """What the driver asks of the catalog."""
+
+    async def facts_of(self, name: str, digest: str) -> ModelFacts | None: ...
+
+    async def facts(self, name: str) -> ModelFacts | None: ...
+
+    async def names_of(self, blob: BlobDigest) -> tuple[str, ...]: ...
+
+
+class OllamaDriver:
+    """Satisfies the engine's `InstanceDriver`."""
+
+    def __init__(
+        self,
+        client_for: ClientFor,
+        names: Names,
+        snapshot: Callable[[], Snapshot],
+        writing: asyncio.Lock,
+        unload_timeout_seconds: float = 60.0,
+    ) -> None:
+        """`writing` is held by whoever changes the shared store. `unload_timeout_seconds`: how long a model may stay
+        listed."""
+        self._client_for = client_for
+        self._names = names
+        self._snapshot = snapshot
+        self._writing = writing
+        self._unload_timeout_seconds = unload_timeout_seconds
+
+    async def load(self, load: Load) -> LoadFinished | LoadFailed:
+        client = self._client_for(load.url)
+        try:
+            await client.load(
+                load.model.name,
+                dict(load.options),
+                embedding=load.model.is_embedding,
+                timeout_seconds=load.timeout_seconds,
+                num_gpu=_layers(load),
+            )
+            row = await self._row_of(load.model, await _listed(client))
+        except OllamaError as error:
+            return LoadFailed(load.load_id, error.status, error.message, is_lost=error.status == UNREACHABLE)
+        if row is None:
+            return LoadFailed(load.load_id, 502, f"{load.instance} loaded '{load.model.name}' but does not list it")
+        return LoadFinished(load.load_id, row.size_bytes, row.size_vram_bytes)
+
+    async def unload(self, unload: Unload) -> UnloadFinished:
+        client = self._client_for(unload.url)
+        try:
+            async with asyncio.timeout(self._unload_timeout_seconds), self._named(unload, client) as name:
+                await client.unload(name)
+                while await self._row_of(unload.model, await _listed(client)) is not None:  # noqa: ASYNC110 - another program
+                    await asyncio.sleep(_POLL_SECONDS)
+        except TimeoutError:
+            words = f"still listed {self._unload_timeout_seconds:g} s after it was to be unloaded"
+            return UnloadFinished(unload.instance, unload.blob, words)
+        except OllamaError as error:
+            return UnloadFinished(unload.instance, unload.blob, error.message)
+        return UnloadFinished(unload.instance, unload.blob)
+
+    async def clear_leftovers(self) -> bool:
+        """Removes the names that a router left which was killed while it unloaded, and their weights with them. False
+        where no server is ready that could, or the store is being changed; for the start, when nothing needs them yet.
+
+        Raises:
+            OllamaError: the server could not be asked, or did not do it.
+        """
+        facts = self._snapshot()
+        ready = (v for v in facts.instances.values() if v.state is InstanceState.READY and not v.spec.attached)
+        view = next(ready, None)
+        if view is None or self._writing.locked():
+            return False
+        client = self._client_for(view.spec.url)
+        async with self._writing:
+            needed = {stand_in_for(blob) for _, blob in self._snapshot().residencies}
+            for row in await client.tags():
+                if is_stand_in(row.name) and row.name not in needed:
+                    await client.delete(row.name)
+        return True
+
+    @contextlib.asynccontextmanager
+    async def _named(self, unload: Unload, client: OllamaClient) -> AsyncGenerator[str]:
+        """A name that stands for the loaded weights as long as the block lasts."""
+        model = unload.model
+        today = await self._names.facts(model.name)
+        if (today is not None and today.blob == model.blob) or self._is_attached(unload.instance):
+            yield model.name
+            return
+        stand_in, names = stand_in_for(model.blob), await self._names.names_of(model.blob)
+        real = next((name for name in names if name != stand_in), None)
+        if real is not None:
+            yield real
+            return
+        async with self._writing:
+            if not names:
+                await client.create(stand_in, model.blob, _STORE_SECONDS)
+            try:
+                yield stand_in
+            finally:
+                if not self._held_elsewhere(unload):
+                    await client.delete(stand_in)
+
+    def _is_attached(self, name: InstanceName) -> bool:
+        view = self._snapshot().instances.get(name)
+        return view is not None and view.spec.attached
+
+    def _held_elsewhere(self, unload: Unload) -> bool:
+        """Whether another instance has the weights, which will need the stand-in as well."""
+        return any(blob == unload.blob and name != unload.instance for name, blob in self._snapshot().residencies)
+
+    async def _row_of(self, model: ModelFacts, rows: tuple[LoadedModel, ...]) -> LoadedModel | None:
+        """The model's row; a runner that another name of the same weights started is listed under that name."""
+        for row in rows:
+            if row.name == model.name and row.digest == model.digest:
+                return row
+        for row in rows:
+            facts = await self._names.facts_of(row.name, row.digest)
+            if facts is not None and facts.blob == model.blob:
+                return row
+        return None
+
+
+def stand_in_for(blob: BlobDigest) -> str:
+    """The name that is made for weights that have none any more."""
+    return STAND_IN + blob.removeprefix("sha256:")[:12]
+
+
+def is_stand_in(name: str) -> bool:
+    """Whether a name was made to unload with; such names are nobody's models."""
+    return name.startswith(STAND_IN)
+
+
+def _layers(load: Load) -> int | None:
+    """All layers and the output, unless the model's own file says how many."""
+    if not load.expects_gpu or has_own_layers(load.model):
+        return None
+    return load.model.layers + 1
+
+
+async def _listed(client: OllamaClient) -> tuple[LoadedModel, ...]:
+    for _ in range(_LISTING_TRIES - 1):
+        try:
+            return await client.ps()
+        except OllamaError as error:
+            if error.status == TIMED_OUT:
+                raise
+            await asyncio.sleep(_POLL_SECONDS)
+    return await client.ps()

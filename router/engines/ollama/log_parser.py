@@ -1,0 +1,63 @@
+"""Which cards a server says that it computes on, read from its `inference compute` log lines. Pure text work.
+
+A server that was given a card it cannot see falls back to the CPU without a word of complaint; these lines are the
+only place where that shows before the first model is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.domain.gpu import GpuUuid
+
+_LINE = re.compile(r'msg="inference compute" (?P<fields>.*)')
+_FIELD = re.compile(r'(?P<key>\w+)=(?P<value>"(?:[^"\\]|\\.)*"|\S*)')
+_UUID_PREFIXES = ("GPU-", "MIG-")
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeDevice:
+    """One device as a server reports it."""
+
+    id: str
+    """A UUID up to 0.24; from 0.30, which asks `llama-server` for its devices, a bare number."""
+    library: str
+    """`cpu`, `CUDA` (`cuda` in older versions), `ROCm`, `Vulkan`."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.library.lower() == "cpu"
+
+
+def parse_compute_line(line: str) -> ComputeDevice | None:
+    """The device of an `inference compute` line; None for any other line."""
+    match = _LINE.search(line)
+    if match is None:
+        return None
+    fields = {found["key"]: found["value"].strip('"') for found in _FIELD.finditer(match["fields"])}
+    return ComputeDevice(fields.get("id", ""), fields.get("library", ""))
+
+
+def missing_cards(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> tuple[GpuUuid, ...]:
+    """The expected cards that were not reported. Where a server only numbers its devices, they are counted."""
+    cards = [device for device in reported if not device.is_cpu]
+    ids = {device.id.lower() for device in cards}
+    if any(uuid.startswith("MIG-") for uuid in expected) or not any(d.id.startswith(_UUID_PREFIXES) for d in cards):
+        return tuple(expected[len(cards) :])  # CUDA reports a MIG device under its card's UUID on some drivers
+    return tuple(uuid for uuid in expected if uuid.lower() not in ids)
+
+
+def unexpected_devices(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> tuple[ComputeDevice, ...]:
+    """Cards that a server reports beyond those that it was given: memory that the books do not know of."""
+    return tuple(device for device in reported if not device.is_cpu)[len(expected) :]
+
+
+def cards_problem(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> str | None:
+    """Why a server cannot be trusted with its cards, in words; None where it reports all of them."""
+    missing = missing_cards(expected, reported)
+    if not missing:
+        return None
+    seen = ", ".join(f"{device.id} ({device.library})" for device in reported) or "no device yet"
+    return f"does not see its cards {', '.join(missing)}: it reports {seen}"

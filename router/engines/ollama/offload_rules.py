@@ -1,0 +1,174 @@
+"""What a server would do with a load by its own rules: how many layers it would leave on the CPU, and whether it would
+take one card of several, unless it is told to spread.
+
+The router asks for all layers with each load, which overrules the first; the second it has to reckon with. A server of
+up to 0.24 estimates widely and takes the fewest cards that hold all layers; one of 0.30 and later takes one card where
+its rough prediction is within 80 % of what is free there, else all, and lets llama.cpp fit what it can. Nothing is
+decided here.
+
+Sources: Ollama v0.24, `llm/server.go`, `discover/gpu.go`, `fs/ggml/ggml.go` (GraphSize); v0.33, `server/sched.go`;
+llama.cpp, `--fit-target`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from router.domain.instance import InstanceSpec
+from router.domain.model import ModelFacts
+from router.domain.snapshot import Snapshot
+from router.domain.vram_ledger import slots_of
+from router.engines.ollama.memory_estimate import (
+    CUDA_CONTEXT_BYTES,
+    DEFAULT_BATCH_TOKENS,
+    MIB,
+    batch_tokens,
+    compute_buffer_bytes,
+    effective_kv_cache_type,
+    kv_cache_bytes,
+    layer_kv_cache_bytes,
+    layer_weights_bytes,
+    output_on_cards_bytes,
+    uses_flash_attention,
+    version_number,
+    weights_on_cards_bytes,
+)
+from router.engines.ollama.runner_options import has_own_layers
+
+SPREADING = {"OLLAMA_SCHED_SPREAD": "1"}
+"""What keeps a server from taking one card of several."""
+ONE_CARD_SHARE = 0.8
+"""Of a card's free memory: what from 0.30 a model may be predicted to take for it to go to that card alone."""
+FIT_TARGET_BYTES = 1024 * MIB
+"""llama.cpp's `--fit-target`: what its fit leaves free on each card."""
+OWN_ENGINE = frozenset(
+    ("bert", "deepseek2", "gemma3", "gemma3n", "gemma4", "gptoss", "gpt-oss", "lfm2", "llama4", "mistral3", "mllama",
+     "nomic-bert", "qwen25vl", "qwen3", "qwen3moe", "qwen3next", "qwen3vl", "qwen35")
+)  # fmt: skip
+"""Architectures that servers up to 0.24 run on their own engine, which measures by allocating: no wide estimate."""
+
+
+class OwnAnswer(NamedTuple):
+    """Layers, the output counted as one, that a server left to itself would put on cards, of how many."""
+
+    on_cards: int
+    layers: int
+
+
+def own_answer(
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int,
+    free_bytes: Sequence[int],
+) -> OwnAnswer | None:  # fmt: skip
+    """With so much free on each card of `spec`, no other model in that server, and no `num_gpu` in the request.
+
+    None where it is not known: an unknown version, an instance without cards, a model whose layers are unknown, or one
+    that a server up to 0.24 measures by allocating.
+    """
+    number = version_number(version)
+    if number is None or not free_bytes or not model.layers:
+        return None
+    if number >= (0, 30):
+        return _answer_0_30(model, spec, version, context_length, slots, free_bytes)
+    if model.architecture in OWN_ENGINE:
+        return None
+    return _answer_0_24(model, spec, version, context_length, slots, free_bytes)
+
+
+def overruled(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
+    """Words for a load that the server would spill: what it would do, to go on with a load's reason; else ""."""
+    view = snapshot.instances.get(spec.name)
+    version = view.version if view is not None else None
+    cards = [snapshot.gpus.get(gpu) for gpu in spec.gpus]
+    if has_own_layers(model) or None in cards:
+        return ""
+    free = [card.memory_free_bytes for card in cards if card is not None]
+    answer = own_answer(model, spec, version, context_length, slots_of(model, spec, snapshot.policy), free)
+    if answer is None or answer.on_cards == answer.layers:
+        return ""
+    left = answer.layers - answer.on_cards
+    return f"; {version} by itself would leave {left} of {answer.layers} layers on the CPU: all are asked for"
+
+
+def may_take_one_card(
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int,
+    total_bytes: Sequence[int],
+) -> tuple[bool, ...]:  # fmt: skip
+    """For each card of an instance over several: whether the server could put the whole model there, whatever the
+    request asks for, if the card were empty. Which one it takes depends on what is free when it loads.
+
+    Up to 0.24 cards are added one by one until they hold all layers asked for (llm/server.go, `assignLayers`). What
+    such a server keeps free beside the layers differs by engine: only the context is counted, so that none is missed.
+    """
+    if len(total_bytes) < 2 or spreads(spec):
+        return (False,) * len(total_bytes)
+    number = version_number(version)
+    if number is not None and number >= (0, 30):
+        least = predicted_bytes(model, context_length, slots) / ONE_CARD_SHARE
+    else:
+        least = weights_on_cards_bytes(model) + CUDA_CONTEXT_BYTES
+        cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
+        least += kv_cache_bytes(model, context_length, slots, cache)
+    return tuple(least <= total for total in total_bytes)
+
+
+def predicted_bytes(model: ModelFacts, context_length: int, slots: int) -> int:
+    """The prediction of 0.30 and later: the file, and an f16 cache by width over heads and the fewest KV heads."""
+    heads = min((count for count in model.head_count_kv if count), default=0)
+    length = model.embedding_length // max(1, model.head_count)
+    return model.weights_bytes + 4 * model.layers * heads * length * context_length * slots
+
+
+def _answer_0_30(
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
+) -> OwnAnswer:
+    best = max(free)
+    alone = predicted_bytes(model, context_length, slots) <= ONE_CARD_SHARE * best and not spreads(spec)
+    batch = batch_tokens(version, context_length, slots)
+    flash = uses_flash_attention(model, spec.flash_attention, version)
+    fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + FIT_TARGET_BYTES
+    unit = _unit_bytes(model, spec, version, context_length, slots, batch)
+    room = sum(max(0, card - fixed) // unit for card in ([best] if alone else free))
+    return OwnAnswer(min(model.layers + 1, room), model.layers + 1)
+
+
+def _answer_0_24(
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
+) -> OwnAnswer:
+    unit = _unit_bytes(model, spec, version, context_length, slots, DEFAULT_BATCH_TOKENS)
+    kept = graph_bytes(model, context_length * slots) + unit + CUDA_CONTEXT_BYTES + _overhead_bytes(spec)
+    room = sum(max(0, card - kept) // unit for card in free)
+    whole = model.layers + 1
+    surplus = max(0, -(-output_on_cards_bytes(model) // unit) - 1)  # the output takes the room of so many layers more
+    if room >= whole + surplus:
+        return OwnAnswer(whole, whole)
+    return OwnAnswer(min(room, model.layers), whole)
+
+
+def _unit_bytes(
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, batch: int
+) -> int:
+    """The largest layer with its part of the cache."""
+    cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
+    caches = layer_kv_cache_bytes(model, context_length, slots, cache, batch)
+    return max(1, *(w + c for w, c in zip(layer_weights_bytes(model), caches, strict=True)))
+
+
+def graph_bytes(model: ModelFacts, context_tokens: int, batch: int = DEFAULT_BATCH_TOKENS) -> int:
+    """The compute graph as 0.24 estimates it for llama.cpp's engine; flash attention does not lower it.
+    `context_tokens`: of all slots."""
+    unit, width, heads = 4 * batch, model.embedding_length, model.head_count
+    whole = unit * (width + model.vocabulary_size)
+    if model.architecture == "qwen2":
+        return max(whole, unit * (1 + 2 * width + context_tokens * (1 + heads)))
+    return max(unit * (1 + 4 * width + context_tokens * (1 + heads)), whole)
+
+
+def _overhead_bytes(spec: InstanceSpec) -> int:
+    text = spec.environment.get("OLLAMA_GPU_OVERHEAD", "")
+    return int(text) if text.isdecimal() else 0
+
+
+def spreads(spec: InstanceSpec) -> bool:
+    """Whether the server is told not to take one card of several."""
+    return spec.environment.get("OLLAMA_SCHED_SPREAD", "").lower() in ("1", "true", "t")

@@ -1,0 +1,272 @@
+"""Reads the heads of requests and replies with llhttp, strictly, and says how the body after each is framed.
+
+llhttp refuses what two readers could read differently: bare line feeds, folded lines, blanks before a colon, two
+lengths, a length beside chunks. The checks it leaves to its user are made here (RFC 9112, 3.2 and 6): one Host,
+versions 1.0 and 1.1, `chunked` and nothing else. A parser is fed with one head and never with what follows it, so that
+a body's end is found in one place only, `router/http1/body_framing.py`. Nothing is decided here about where a request
+goes.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import httptools
+
+from router.http1.body_framing import Body, Chunked, NoBody, Sized, UntilClose
+
+HEAD_BYTES_MAX = 65536
+"""A longer head of a request is answered 431, one of a reply ends the exchange."""
+
+NAME_BYTES_MAX = 256
+"""A longer name of a header is answered 431."""
+
+_BLANK = b"\r\n\r\n"
+_TOKEN = re.compile(rb"[A-Za-z]+ /")
+
+
+class HeadError(Exception):
+    """A head that cannot be taken. `status` is what its sender is told where it is a client."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+        self.words = words
+
+
+class _Head:
+    """What both kinds have: feeding until the blank line, headers in order, framing.
+
+    What is usual stands in the class and not in each head.
+    """
+
+    minor = 1
+    """The version's second figure: HTTP/1.0 or HTTP/1.1."""
+    length: int | None = None
+    chunked = False
+    keep_alive = True
+    """Whether the connection may go on after this message, as far as its head says."""
+    _odd = ""
+    _complete = False
+    _size = 0
+    _tail = b""
+    _parser: Any
+
+    def __init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] = []
+        """As they came, in order."""
+
+    def feed(self, data: bytes, start: int = 0) -> int:
+        """Takes the bytes from `start` on; the index after the head's last byte, or -1 while it goes on.
+
+        Not to be called again after that.
+
+        Raises:
+            HeadError: not a head that can be taken.
+        """
+        end = self._end(data, start)
+        if end >= 0:
+            piece = data if not start and end == len(data) else data[start:end]
+        else:
+            piece = data[start:] if start else data
+            self._tail = (self._tail + piece)[-3:]
+        self._size += len(piece)
+        if self._size > HEAD_BYTES_MAX:
+            raise HeadError(431, "Request Header Fields Too Large")
+        try:
+            self._parser.feed_data(piece)
+        except httptools.HttpParserUpgrade:
+            self._upgrades()
+        except httptools.HttpParserInvalidMethodError as error:
+            known = _TOKEN.match(piece) is not None
+            raise HeadError(501 if known else 400, "Not Implemented" if known else "Bad Request") from error
+        except httptools.HttpParserError as error:
+            raise HeadError(400, "Bad Request") from error
+        if end < 0:
+            return end
+        if not self._complete:
+            raise HeadError(400, "Bad Request")
+        parser, self._parser = self._parser, None  # the parser refers back to this object
+        self._judge(parser)
+        return end
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a part of it has been read, but not all."""
+        return self._size > 0
+
+    def _end(self, data: bytes, start: int) -> int:
+        """Where the blank line ends that may have begun in an earlier piece; -1 where it is not there yet."""
+        tail = self._tail
+        if tail:
+            across = (tail + data[start : start + 3]).find(_BLANK)
+            if across >= 0:
+                return start + across + 4 - len(tail)
+        end = data.find(_BLANK, start)
+        return end + 4 if end >= 0 else end
+
+    def _judge(self, parser: Any) -> None:
+        raise NotImplementedError
+
+    def _upgrades(self) -> None:
+        pass
+
+    def _heed(self, lower: str, value: bytes) -> None:
+        """A header that says how the body is framed."""
+        if lower == "content-length":
+            self.length = int(value)
+        elif lower == "transfer-encoding":
+            self.chunked = True
+            if value.strip().lower() != b"chunked":
+                self._odd = "unsupported transfer encoding"
+
+    # --- called by the parser --------------------------------------------------------------------------------
+
+    def on_headers_complete(self) -> None:
+        self._complete = True
+        # Asked here, because a message without a body is over after this, and the parser has forgotten its headers.
+        self.keep_alive = self._parser.should_keep_alive()
+
+
+class RequestHead(_Head):
+    """One request's head; filled in by the parser's callbacks."""
+
+    method = b""
+    target = b""
+    hosts = 0
+    raw = b""
+    """All of its bytes, where it is remembered (`router/proxy/header_cache.py`)."""
+    notes: Any = None
+    """What others have made of it, for the next request with a head like it."""
+    upgrade = False
+    """Whether another protocol is asked for."""
+    _long_name = False
+
+    def __init__(self) -> None:
+        self.headers = []
+        self._values: dict[str, bytes] = {}
+        self._parser = httptools.HttpRequestParser(self)
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or bool(self.length)
+
+    @property
+    def awaits_word(self) -> bool:
+        """Whether its body will only come after `100 Continue`."""
+        return self.minor == 1 and "expect" in self._values and self.has_body
+
+    def resized(self, length: int | None, raw: bytes) -> RequestHead:
+        """The same head with another length of the body. Its `headers` go on saying the first."""
+        other = RequestHead.__new__(RequestHead)
+        other.__dict__.update(self.__dict__)
+        other.length, other.raw = length, raw
+        return other
+
+    def body(self, payload: list[bytes] | None = None) -> Body:
+        """What finds the end of the request; `payload` as for `Chunked`."""
+        if self.chunked:
+            return Chunked(payload)
+        return Sized(self.length) if self.length else NoBody()
+
+    def text(self, name: str) -> str | None:
+        """The first value of a header as Go's Header.Get gives it; `name` in lower case."""
+        value = self._values.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def _judge(self, parser: Any) -> None:
+        version = parser.get_http_version()
+        if version != "1.1":
+            if version != "1.0":
+                raise HeadError(505, "HTTP Version Not Supported")
+            self.minor = 0
+        self.method = parser.get_method()
+        if self._long_name:
+            raise HeadError(431, "Request Header Fields Too Large")
+        if self._odd:
+            raise HeadError(501, f"Not Implemented: {self._odd}")
+        if self.hosts != 1 and (self.hosts or self.minor):
+            raise HeadError(400, "Bad Request: exactly one Host header is needed")
+        if self.chunked and not self.minor:
+            raise HeadError(400, "Bad Request: HTTP/1.0 has no chunks")
+        if self.minor and "expect" in self._values and self._values["expect"].strip().lower() != b"100-continue":
+            raise HeadError(417, "Expectation Failed")
+
+    def _upgrades(self) -> None:
+        self.upgrade = True
+
+    # --- called by the parser --------------------------------------------------------------------------------
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(name) > NAME_BYTES_MAX:
+            self._long_name = True
+            return
+        self.headers.append((name, value))
+        lower = _lower(name)
+        if lower not in self._values:
+            self._values[lower] = value
+        if lower in _HEEDED:
+            if lower == "host":
+                self.hosts += 1
+            else:
+                self._heed(lower, value)
+
+
+class ReplyHead(_Head):
+    """One reply's head, as an upstream server sent it to a request whose method is not HEAD."""
+
+    status = 0
+    reason = b""
+    is_stream: bool | None = None
+    """Whether its content type is a stream's, where that has been looked at."""
+    lines: bytes | None = None
+    """How it is written for clients, where that has been worked out: see `router/http1/response_writer.py`."""
+
+    def __init__(self) -> None:
+        self.headers = []
+        self._parser = httptools.HttpResponseParser(self)
+
+    def body(self, *, without: bool = False, payload: list[bytes] | None = None) -> Body:
+        """What finds the end of the reply; `without`: it answers HEAD and has none, whatever its headers say."""
+        if without or self.status < 200 or self.status in (204, 304):
+            return NoBody()
+        if self.chunked:
+            return Chunked(payload)
+        return UntilClose() if self.length is None else Sized(self.length)
+
+    def _judge(self, parser: Any) -> None:
+        version = parser.get_http_version()
+        if version != "1.1":
+            if version != "1.0":
+                raise HeadError(502, f"the reply's version is {version}")
+            self.minor = 0
+        self.status = parser.get_status_code()
+        if self._odd:
+            raise HeadError(502, f"the reply has an {self._odd}")
+
+    # --- called by the parser --------------------------------------------------------------------------------
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+        if len(name) > NAME_BYTES_MAX:
+            self._odd = "overlong name of a header"
+        if len(name) in _FRAMING_LENGTHS:
+            self._heed(name.lower().decode("latin-1"), value)
+
+
+@lru_cache(maxsize=1024)
+def _lower(name: bytes) -> str:
+    """The same few names come with every message."""
+    return name.lower().decode("latin-1")
+
+
+_HEEDED = frozenset(("content-length", "transfer-encoding", "host"))
+_FRAMING_LENGTHS = frozenset((len("content-length"), len("transfer-encoding")))

@@ -1,0 +1,202 @@
+"""`/v1/messages` of the EMULATED server: Anthropic's shapes over the native chat, as the real middleware makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from router.lab.emulator import ollama_api
+from router.lab.emulator.context import Service
+from router.lab.emulator.go_json import BodyError, dump, read_struct
+from router.lab.emulator.http_server import Request, Response
+from router.lab.emulator.openai_api import handled
+from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink
+
+_FIELDS = {"model": "string", "max_tokens": "number", "messages": "slice", "system": "any", "stream": "bool",
+           "temperature": "number", "top_p": "number", "top_k": "number", "stop_sequences": "slice", "tools": "slice",
+           "tool_choice": "any", "thinking": "map", "metadata": "any"}  # fmt: skip
+_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+_REASONS: Mapping[str, str] = {"stop": "end_turn", "length": "max_tokens"}
+_CHARACTERS_A_TOKEN = 4
+
+
+def _hex(service: Service) -> str:
+    return f"{service.chance.getrandbits(96):024x}"
+
+
+def _error(service: Service, status: int, message: str) -> bytes:
+    error = {"type": _TYPES.get(status, "api_error"), "message": message}
+    return dump({"type": "error", "error": error, "request_id": "req_" + _hex(service)})
+
+
+class _MessagesSink(Sink):
+    def __init__(self, response: Response, service: Service, guess: int) -> None:
+        super().__init__(response)
+        self._service = service
+        self._guess = guess
+        self._index = 0
+        self._open = ""
+        self._has_called = False
+
+    async def fail(self, status: int, message: str, streams: bool = False) -> None:
+        """Once events have come, they just stop."""
+        if self.response.begun:
+            return
+        data = _error(self._service, status, message) + b"\n"
+        if streams:
+            await self.response.chunk(data, PLAIN_JSON, status)
+        else:
+            self.response.whole(status, data, PLAIN_JSON)
+
+    async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
+        del content_type
+        message = cast("dict[str, Any]", value.get("message", {}))
+        content: list[Any] = []
+        if message.get("thinking"):
+            content.append({"type": "thinking", "thinking": message["thinking"]})
+        if message.get("content") or not message.get("tool_calls"):
+            content.append({"type": "text", "text": message.get("content", "")})
+        content += [{**self._tool(call), "input": call["function"]["arguments"]} for call in _calls(message)]
+        self._has_called = bool(_calls(message))
+        answer = {"id": "msg_" + _hex(self._service), "type": "message", "role": "assistant",
+                  "model": value.get("model", ""), "content": content, "stop_reason": self._reason(value),
+                  "usage": _usage(value)}  # fmt: skip
+        self.response.whole(status, dump(answer) + b"\n", PLAIN_JSON)
+
+    async def line(self, value: Any) -> None:
+        message = cast("dict[str, Any]", value.get("message", {}))
+        if not self.response.begun:
+            await self._start(value.get("model", ""))
+        if message.get("thinking"):
+            await self._delta("thinking", {"type": "thinking", "thinking": ""}, "thinking", message["thinking"])
+        if message.get("content"):
+            await self._delta("text", {"type": "text", "text": ""}, "text", message["content"])
+        for call in _calls(message):
+            await self._call(call)
+        if value.get("done"):
+            await self._close()
+            delta = {"stop_reason": self._reason(value)}
+            await self._event("message_delta", delta=delta, usage=_usage(value))
+            await self._event("message_stop")
+
+    async def _start(self, model: str) -> None:
+        usage = {"input_tokens": self._guess, "output_tokens": 0}
+        content: list[Any] = []
+        message = {"id": "msg_" + _hex(self._service), "type": "message", "role": "assistant", "model": model,
+                   "content": content, "usage": usage}  # fmt: skip
+        await self._event("message_start", message=message)
+
+    async def _delta(self, kind: str, block: Mapping[str, Any], key: str, text: str) -> None:
+        if self._open != kind:
+            await self._close()
+            self._open = kind
+            await self._event("content_block_start", index=self._index, content_block=block)
+        delta = {"type": f"{kind}_delta", key: text}
+        await self._event("content_block_delta", index=self._index, delta=delta)
+
+    async def _call(self, call: Mapping[str, Any]) -> None:
+        await self._close()
+        self._open, self._has_called = "tool_use", True
+        await self._event("content_block_start", index=self._index, content_block={**self._tool(call), "input": {}})
+        text = json.dumps(call["function"]["arguments"], separators=(",", ":"))
+        delta = {"type": "input_json_delta", "partial_json": text}
+        await self._event("content_block_delta", index=self._index, delta=delta)
+
+    async def _close(self) -> None:
+        if self._open:
+            await self._event("content_block_stop", index=self._index)
+            self._index += 1
+            self._open = ""
+
+    async def _event(self, kind: str, **fields: Any) -> None:
+        data = dump({"type": kind, **fields})
+        await self.response.chunk(b"event: %s\ndata: %s\n\n" % (kind.encode(), data), EVENTS)
+
+    def _tool(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        return {"type": "tool_use", "id": call.get("id", ""), "name": call["function"]["name"]}
+
+    def _reason(self, value: Mapping[str, Any]) -> str | None:
+        if self._has_called:
+            return "tool_use"
+        return _REASONS.get(value.get("done_reason") or "")
+
+
+def _calls(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return message.get("tool_calls") or ()
+
+
+def _usage(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input_tokens": value.get("prompt_eval_count", 0), "output_tokens": value.get("eval_count", 0)}
+
+
+async def messages(service: Service, request: Request, response: Response) -> None:
+    """`/v1/messages`."""
+    try:
+        body = read_struct(await request.body(), "anthropic.MessagesRequest", _FIELDS)
+    except BodyError as error:
+        response.whole(400, _error(service, 400, str(error)), JSON)
+        return
+    problem = _problem(body)
+    if problem:
+        response.whole(400, _error(service, 400, problem), JSON)
+        return
+    given = _native_messages(body)
+    if body.get("stream"):
+        response.headers.update({"Cache-Control": "no-cache", "Connection": "keep-alive"})
+    asked: dict[str, Any] = {
+        "model": body["model"],
+        "messages": given,
+        "options": _options(body),
+        "stream": body.get("stream", False),
+        "tools": [_native_tool(tool) for tool in body.get("tools", [])],
+    }
+    kind = body.get("thinking", {}).get("type")
+    asked |= {"think": kind != "disabled"} if kind else {}
+    guess = sum(len(one["content"]) for one in given) // _CHARACTERS_A_TOKEN
+    await handled(ollama_api.chat, service, request, _MessagesSink(response, service, max(1, guess)), asked)
+
+
+def _problem(body: Mapping[str, Any]) -> str | None:
+    if not body.get("model"):
+        return "model is required"
+    if body.get("max_tokens", 0) <= 0:
+        return "max_tokens is required and must be positive"
+    return None if body.get("messages") else "messages is required"
+
+
+def _options(body: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"max_tokens": "num_predict", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
+             "stop_sequences": "stop"}  # fmt: skip
+    return {native_name: body[name] for name, native_name in names.items() if name in body}
+
+
+def _native_tool(tool: Any) -> dict[str, Any]:
+    given = cast("dict[str, Any]", tool) if isinstance(tool, dict) else {}
+    return {"type": "function", "function": {"name": given.get("name"), "parameters": given.get("input_schema")}}
+
+
+def _native_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = [{"role": "system", "content": _text(body["system"])}] if body.get("system") else []
+    for one in body["messages"]:
+        message = cast("dict[str, Any]", one) if isinstance(one, dict) else {}
+        found.append({"role": str(message.get("role", "")), "content": _text(message.get("content"))})
+    return found
+
+
+def _text(content: Any) -> str:
+    """The text of a content, whatever its parts are."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    parts = [cast("dict[str, Any]", part) for part in cast("list[Any]", content) if isinstance(part, dict)]
+    return "".join(str(part.get("text") or _text(part.get("content"))) for part in parts)

@@ -1,0 +1,245 @@
+"""The emulated server's settings, read from the variables that a real one honours, and its log lines.
+
+Bad numbers take the default and bad booleans count as true, as there. It reads no environment itself: a mapping is
+passed in at the process's edge.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from router.domain.keep_alive import parse_keep_alive
+from router.engines.ollama.tensor_split import TENSOR_SPLIT, parsed_split
+from router.lab.emulator import vram
+from router.lab.emulator.spec import VERSIONS
+from router.lab.simulator.server_placement import gib
+
+DEFAULT_KEEP_ALIVE_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class VisibleCard:
+    """One card that this server may use."""
+
+    uuid: str
+    name: str
+    memory_total_bytes: int
+    bandwidth_bytes_per_second: float
+    fp32_teraflops: float
+    compute_capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One server."""
+
+    host: str
+    port: int
+    models: Path
+    version_text: str = "0.24.0"
+    speed: float = 1.0
+    rig_dir: Path | None = None
+    cards: tuple[VisibleCard, ...] = ()
+    ram_bytes: int | None = None
+    """Host memory of the rig; None: what the machine has free."""
+    context_length: int = 0
+    num_parallel: int = 1
+    keep_alive_seconds: float = DEFAULT_KEEP_ALIVE_SECONDS
+    max_queue: int = 512
+    max_loaded: int = 0
+    spread: bool = False
+    tensor_split: tuple[float, ...] = ()
+    flash_attention: bool | None = None
+    kv_cache_type: str = "f16"
+    overhead_bytes: int = 0
+    noprune: bool = False
+    no_cloud: bool = False
+    origins: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in self.version_text.split("."))
+
+    @property
+    def is_0_30(self) -> bool:
+        return self.version >= (0, 30)
+
+    @property
+    def is_old(self) -> bool:
+        """Before /v1/messages, the queue's by-pass and true statuses of stream errors."""
+        return self.version < (0, 12)
+
+    @property
+    def most_loaded(self) -> int:
+        return self.max_loaded or 3 * max(1, len(self.cards))
+
+
+def read_config(environment: Mapping[str, str]) -> Config:
+    """The settings of a server started with these variables. Raises ValueError for a version that is not emulated."""
+    host, port = _address(_text(environment, "OLLAMA_HOST"))
+    rig_text = _text(environment, "LLAMAYARD_RIG_DIR")
+    rig_dir = Path(rig_text) if rig_text else None
+    rig = vram.read_json(rig_dir / "rig.json") if rig_dir else {}
+    version = _text(environment, "LLAMAYARD_RIG_VERSION") or rig.get("version", "0.24.0")
+    if version not in VERSIONS:
+        raise ValueError(f"LLAMAYARD_RIG_VERSION: {version!r} is not emulated; one of {', '.join(VERSIONS)}")
+    models = _text(environment, "OLLAMA_MODELS")
+    home = Path(environment.get("HOME") or "/")
+    flash = _text(environment, "OLLAMA_FLASH_ATTENTION")
+    return Config(
+        host=host,
+        port=port,
+        models=Path(models) if models else home / ".ollama" / "models",
+        version_text=version,
+        speed=_speed(environment, rig.get("speed", 1.0)),
+        rig_dir=rig_dir,
+        cards=_visible(rig, environment.get("CUDA_VISIBLE_DEVICES"), rig_dir),
+        ram_bytes=rig.get("ram_bytes"),
+        context_length=_number(environment, "OLLAMA_CONTEXT_LENGTH", 0),
+        num_parallel=max(1, _number(environment, "OLLAMA_NUM_PARALLEL", 1)),
+        keep_alive_seconds=_keep_alive(_text(environment, "OLLAMA_KEEP_ALIVE")),
+        max_queue=max(1, _number(environment, "OLLAMA_MAX_QUEUE", 512)),
+        max_loaded=_number(environment, "OLLAMA_MAX_LOADED_MODELS", 0),
+        spread=_flag(environment, "OLLAMA_SCHED_SPREAD"),
+        tensor_split=parsed_split(environment.get(TENSOR_SPLIT, "")),
+        flash_attention=_is_true(flash) if flash else None,
+        kv_cache_type=_text(environment, "OLLAMA_KV_CACHE_TYPE").lower() or "f16",
+        overhead_bytes=_number(environment, "OLLAMA_GPU_OVERHEAD", 0),
+        noprune=_flag(environment, "OLLAMA_NOPRUNE"),
+        no_cloud=_flag(environment, "OLLAMA_NO_CLOUD"),
+        origins=tuple(one for one in _text(environment, "OLLAMA_ORIGINS").split(",") if one),
+    )
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    return environment.get(name, "").strip().strip("\"'").strip()
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = _text(environment, name)
+    if not text:
+        return default
+    if not text.isdigit():
+        log("WARN", "invalid environment variable, using default", key=name, value=text, default=default)
+        return default
+    return int(text)
+
+
+def _speed(environment: Mapping[str, str], default: float) -> float:
+    text = _text(environment, "LLAMAYARD_RIG_SPEED")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError(f"LLAMAYARD_RIG_SPEED: a number above 0 is wanted, not {text!r}")
+    return value
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() not in ("0", "f", "false")
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    text = _text(environment, name)
+    return bool(text) and _is_true(text)
+
+
+def _keep_alive(text: str) -> float:
+    try:
+        value = parse_keep_alive(text or None)
+    except ValueError:
+        return DEFAULT_KEEP_ALIVE_SECONDS
+    return DEFAULT_KEEP_ALIVE_SECONDS if value is None else value
+
+
+def _address(text: str) -> tuple[str, int]:
+    rest = text.partition("://")[2] if "://" in text else text
+    rest = rest.partition("/")[0]
+    host, colon, port = rest.rpartition(":")
+    if not colon or "]" in port:
+        host, port = rest, ""
+    return host.strip("[]") or "127.0.0.1", int(port) if port.isdigit() and int(port) < 65536 else 11434
+
+
+def _visible(rig: Mapping[str, object], wanted: str | None, rig_dir: Path | None) -> tuple[VisibleCard, ...]:
+    """The cards that CUDA would show: all of them, or those named; none at all where one name is unknown."""
+    if rig_dir is None or not rig:
+        return ()
+    lost = vram.read_json(rig_dir / "lost.json")
+    present = [card for card in vram.read_json(rig_dir / "rig.json")["cards"] if card["uuid"] not in lost]
+    cards = [
+        VisibleCard(
+            card["uuid"],
+            card["name"],
+            card["memory_total_bytes"] - card["memory_reserved_bytes"],
+            2.0 * card["memory_clock_hertz"] * card["memory_bus_width_bits"] / 8,
+            card["fp32_teraflops"],
+            (card["compute_capability"][0], card["compute_capability"][1]),
+        )
+        for card in present
+    ]
+    if wanted is None:
+        return tuple(cards)
+    found: list[VisibleCard] = []
+    for name in (part.strip() for part in wanted.split(",")):
+        if name.isdigit() and int(name) < len(cards):
+            found.append(cards[int(name)])
+            continue
+        matching = [card for card in cards if name.startswith("GPU-") and card.uuid.startswith(name)]
+        if len(matching) != 1:
+            return ()
+        found += matching
+    return tuple(dict.fromkeys(found))
+
+
+# --- log lines --------------------------------------------------------------------------------------------
+
+
+def log(level: str, message: str, **values: object) -> None:
+    """One line in the form of Go's slog, on stderr; each says that it is emulated."""
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    pairs = "".join(f" {key}={_quoted(value)}" for key, value in values.items())
+    line = f"time={now} level={level} source=rig msg={_quoted(message, always=True)}{pairs} emulated=true\n"
+    sys.stderr.write(line)
+    sys.stderr.flush()
+
+
+def _quoted(value: object, always: bool = False) -> str:
+    text = str(value)
+    plain = text and not always and not any(character in ' "=' for character in text)
+    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def log_devices(config: Config, host_free_bytes: int, host_total_bytes: int) -> None:
+    """What a real server says of its devices once it has discovered them."""
+    for index, card in enumerate(config.cards):
+        free = vram.free_bytes(config.rig_dir).get(card.uuid, 0) if config.rig_dir else 0
+        log(
+            "INFO",
+            "inference compute",
+            id=card.uuid,
+            library="CUDA",
+            compute=".".join(map(str, card.compute_capability)),
+            name=f"CUDA{index}",
+            description=card.name,
+            libdirs="ollama,cuda_v12",
+            driver="12.8",
+            pci_id=f"0000:{index + 1:02x}:00.0",
+            type="discrete",
+            total=gib(card.memory_total_bytes),
+            available=gib(free),
+        )
+    if not config.cards:
+        sizes = {"total": gib(host_total_bytes), "available": gib(host_free_bytes)}
+        names = {"name": "cpu", "description": "cpu", "libdirs": "ollama", "driver": "", "pci_id": "", "type": ""}
+        log("INFO", "inference compute", id="cpu", library="cpu", compute="", **names, **sizes)
+
+
+def now_text(moment: datetime | None = None) -> str:
+    """RFC 3339 in UTC, as Go prints times."""
+    return (moment or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "Z"

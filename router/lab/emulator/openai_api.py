@@ -1,0 +1,317 @@
+"""`/v1/chat/completions`, `/v1/completions`, `/v1/embeddings` and `/v1/models` of the EMULATED server.
+
+Middlewares as in the real one: the body becomes a native request, the native answers become OpenAI's. So a runner that
+dies within a stream shows as one more empty event, and no `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from router.lab.emulator import ollama_api
+from router.lab.emulator.context import Service
+from router.lab.emulator.go_json import BodyError, Fields, dump, read_struct
+from router.lab.emulator.http_server import Request, Response
+from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, ApiError, Sink
+
+_CHAT = {"model": "string", "messages": "slice", "stream": "bool", "stream_options": "map", "max_tokens": "number",
+         "seed": "number", "stop": "any", "temperature": "number", "frequency_penalty": "number",
+         "presence_penalty": "number", "top_p": "number", "response_format": "map", "tools": "slice",
+         "reasoning": "map", "reasoning_effort": "string", "logprobs": "bool", "top_logprobs": "number"}  # fmt: skip
+_COMPLETION = {"model": "string", "prompt": "string", "stream": "bool", "stream_options": "map", "max_tokens": "number",
+               "seed": "number", "stop": "any", "temperature": "number", "frequency_penalty": "number",
+               "presence_penalty": "number", "top_p": "number", "suffix": "string"}  # fmt: skip
+_EMBEDDINGS = {"model": "string", "input": "any", "dimensions": "number", "encoding_format": "string"}
+NativeHandler = Callable[[Service, Request, Sink, Mapping[str, Any]], Awaitable[None]]
+_TYPES: Mapping[int, str] = {400: "invalid_request_error", 404: "not_found_error"}
+
+
+def error_body(status: int, message: str, is_old: bool = False) -> dict[str, Any]:
+    """OpenAI's shape of an error. Before 0.12 the status did not decide the type of a handler's error."""
+    kind = "api_error" if is_old else _TYPES.get(status, "api_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+async def read(request: Request, response: Response, type_name: str, fields: Fields) -> dict[str, Any] | None:
+    """The body; None where it was refused, which is answered already."""
+    try:
+        return read_struct(await request.body(), f"openai.{type_name}", fields)
+    except BodyError as error:
+        response.whole(400, dump(error_body(400, str(error))), JSON)
+        return None
+
+
+class _OpenAiSink(Sink):
+    """What both kinds of completion share."""
+
+    prefix = ""
+
+    def __init__(self, response: Response, service: Service, usage: bool) -> None:
+        super().__init__(response, service.config.is_old)
+        self._service = service
+        self._key = f"{self.prefix}-{service.chance.randrange(1000)}"
+        self._wants_usage = usage
+        self._created = int(datetime.now(UTC).timestamp())
+        self._is_0_30 = service.config.is_0_30
+        self._has_called = False
+        self._has_begun = False
+
+    async def fail(self, status: int, message: str, streams: bool = False) -> None:
+        data = dump(error_body(status, message, self._is_old)) + b"\n"
+        if self.response.begun or (streams and self._is_old):
+            await self.line({"error": message})
+        elif streams:
+            await self.response.chunk(data, PLAIN_JSON, status)
+        else:
+            self.response.whole(status, data, PLAIN_JSON)
+
+    async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
+        del content_type
+        self.response.whole(status, dump(self._whole(value)) + b"\n", PLAIN_JSON)
+
+    async def line(self, value: Any) -> None:
+        events = [self._chunk(value)]
+        if value.get("done"):
+            events += [self._usage_chunk(value)] if self._wants_usage else []
+        data = b"".join(b"data: " + dump(event) + b"\n\n" for event in events)
+        await self.response.chunk(data + (b"data: [DONE]\n\n" if value.get("done") else b""), EVENTS)
+
+    def _time(self) -> int:
+        return self._created if self._is_0_30 else int(datetime.now(UTC).timestamp())
+
+    def _reason(self, value: Mapping[str, Any]) -> str | None:
+        reason = value.get("done_reason")
+        return "tool_calls" if self._has_called and reason else reason
+
+    def _whole(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _usage_chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class _ChatSink(_OpenAiSink):
+    prefix = "chatcmpl"
+
+    def _head(self, kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        model = value.get("model", "")
+        fingerprint = {"system_fingerprint": "fp_ollama"}
+        return {"id": self._key, "object": kind, "created": self._time(), "model": model, **fingerprint}
+
+    def _words(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Content, reasoning and calls of a message; an error's line has none of them."""
+        message = cast("dict[str, Any]", value.get("message") or {})
+        found: dict[str, Any] = {"content": message.get("content", "")}
+        if message.get("thinking"):
+            found["reasoning"] = message["thinking"]
+        if message.get("tool_calls"):
+            self._has_called = True
+            found["tool_calls"] = [_tool_call(one, self._service.call_id) for one in message["tool_calls"]]
+        return found
+
+    def _whole(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        message = {"role": "assistant", **self._words(value)}
+        choice = {"index": 0, "message": message, "finish_reason": self._reason(value), **_logprobs(value)}
+        return {**self._head("chat.completion", value), "choices": [choice], "usage": usage_of(value)}
+
+    def _chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        role = {} if self._is_0_30 and self._has_begun else {"role": "assistant"}
+        self._has_begun = True
+        delta = {**role, **self._words(value)}
+        choice = {"index": 0, "delta": delta, "finish_reason": self._reason(value), **_logprobs(value)}
+        return {**self._head("chat.completion.chunk", value), "choices": [choice]}
+
+    def _usage_chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk", value), "choices": [], "usage": usage_of(value)}
+
+
+class _CompletionSink(_OpenAiSink):
+    prefix = "cmpl"
+
+    def _event(self, value: Mapping[str, Any], choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
+        head = {"id": self._key, "object": "text_completion", "created": self._time(), "choices": choices}
+        tail = {"model": value.get("model", ""), "system_fingerprint": "fp_ollama"}
+        return {**head, **tail, **({} if usage is None else {"usage": usage})}
+
+    def _choices(self, value: Mapping[str, Any]) -> list[Any]:
+        return [{"text": value.get("response", ""), "index": 0, "finish_reason": self._reason(value)}]
+
+    def _whole(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        choices = self._choices(value)
+        return {"id": self._key, "object": "text_completion", "created": self._time(),
+                "model": value.get("model", ""), "system_fingerprint": "fp_ollama", "choices": choices,
+                "usage": usage_of(value)}  # fmt: skip
+
+    def _chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return self._event(value, self._choices(value), usage_of({}) if self._wants_usage else None)
+
+    def _usage_chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        return self._event(value, [], usage_of(value))
+
+
+def usage_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Counted tokens of a last line."""
+    prompt, said = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
+    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+
+
+def _tool_call(call: Mapping[str, Any], new_id: Callable[[], str]) -> dict[str, Any]:
+    function = call["function"]
+    text = json.dumps(function["arguments"], separators=(",", ":"))
+    place = {"index": function.get("index", 0), "type": "function"}
+    return {"id": call.get("id") or new_id(), **place, "function": {"name": function["name"], "arguments": text}}
+
+
+def _logprobs(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {"logprobs": {"content": value["logprobs"]}} if value.get("logprobs") else {}
+
+
+# --- requests ---------------------------------------------------------------------------------------------
+
+
+async def chat(service: Service, request: Request, response: Response) -> None:
+    """`/v1/chat/completions`."""
+    body = await read(request, response, "ChatCompletionRequest", _CHAT)
+    if body is None:
+        return
+    if not body.get("messages"):
+        response.whole(400, dump(error_body(400, "[] is too short - 'messages'")), JSON)
+        return
+    format_: dict[str, Any] = body.get("response_format", {})
+    described: dict[str, Any] = format_.get("json_schema") or {}
+    wanted: dict[str, Any] = {"json_object": "json", "json_schema": described.get("schema")}
+    effort = body.get("reasoning_effort") or body.get("reasoning", {}).get("effort")
+    asked: dict[str, Any] = {
+        "model": body.get("model", ""),
+        "messages": chat_messages(body["messages"]),
+        "options": sampling(body, "max_tokens"),
+        "stream": body.get("stream", False),
+        "tools": body.get("tools", []),
+        "format": wanted.get(str(format_.get("type"))),
+        "logprobs": body.get("logprobs", False),
+        "top_logprobs": body.get("top_logprobs", 0),
+        **({} if effort is None else {"think": False if effort == "none" else effort}),
+    }
+    sink = _ChatSink(response, service, _wants_usage(body))
+    await handled(ollama_api.chat, service, request, sink, asked)
+
+
+async def completions(service: Service, request: Request, response: Response) -> None:
+    """`/v1/completions`."""
+    body = await read(request, response, "CompletionRequest", _COMPLETION)
+    if body is None:
+        return
+    asked: dict[str, Any] = {
+        "model": body.get("model", ""),
+        "prompt": body.get("prompt", ""),
+        "suffix": body.get("suffix", ""),
+        "options": sampling(body, "max_tokens"),
+        "stream": body.get("stream", False),
+    }
+    sink = _CompletionSink(response, service, _wants_usage(body))
+    await handled(ollama_api.generate, service, request, sink, asked)
+
+
+class _EmbeddingSink(Sink):
+    def __init__(self, response: Response, as_text: bool, is_old: bool) -> None:
+        super().__init__(response, is_old)
+        self._as_text = as_text
+
+    async def fail(self, status: int, message: str, streams: bool = False) -> None:
+        del streams
+        self.response.whole(status, dump(error_body(status, message, self._is_old)) + b"\n", PLAIN_JSON)
+
+    async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
+        del content_type
+        data = [
+            {"object": "embedding", "embedding": self._coded(one), "index": index}
+            for index, one in enumerate(value["embeddings"])
+        ]
+        count = value.get("prompt_eval_count", 0)
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        answer = {"object": "list", "data": data, "model": value["model"], "usage": usage}
+        self.response.whole(status, dump(answer) + b"\n", PLAIN_JSON)
+
+    def _coded(self, vector: Sequence[float]) -> Any:
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if self._as_text else vector
+
+
+async def embeddings(service: Service, request: Request, response: Response) -> None:
+    """`/v1/embeddings`."""
+    body = await read(request, response, "EmbedRequest", _EMBEDDINGS)
+    if body is None:
+        return
+    if not body.get("input"):
+        response.whole(400, dump(error_body(400, "invalid input")), JSON)
+        return
+    as_text = body.get("encoding_format") == "base64" and not service.config.is_old
+    await handled(ollama_api.embed, service, request, _EmbeddingSink(response, as_text, service.config.is_old), body)
+
+
+async def handled(
+    handler: NativeHandler, service: Service, request: Request, sink: Sink, asked: Mapping[str, Any]
+) -> None:
+    """Runs a native handler; its errors go to the sink. A cloud model is refused before the middleware, natively."""
+    service.name(asked.get("model", ""))
+    try:
+        await handler(service, request, sink, asked)
+    except ApiError as error:
+        await sink.fail(error.status, error.message, error.is_late and asked.get("stream", False))
+
+
+def sampling(body: Mapping[str, Any], limit: str) -> dict[str, Any]:
+    """Native options of a request."""
+    stop = body.get("stop")
+    options: dict[str, Any] = {"stop": [stop] if isinstance(stop, str) else stop} if stop else {}
+    names = {limit: "num_predict", "seed": "seed", "temperature": "temperature", "top_p": "top_p"}
+    return options | {native_name: body[name] for name, native_name in names.items() if name in body}
+
+
+def _wants_usage(body: Mapping[str, Any]) -> bool:
+    return bool(body.get("stream_options", {}).get("include_usage"))
+
+
+def chat_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Native messages: parts of a content become messages of their own."""
+    found: list[dict[str, Any]] = []
+    for one in messages:
+        message = cast("dict[str, Any]", one) if isinstance(one, dict) else {}
+        role, content = message.get("role", ""), message.get("content")
+        parts = cast("list[Any]", content) if isinstance(content, list) else [content]
+        for part in parts:
+            text = cast("dict[str, Any]", part).get("text", "") if isinstance(part, dict) else part
+            found.append({"role": role, "content": text or "", "tool_calls": message.get("tool_calls")})
+    return found
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+def _entry(key: str, modified: datetime) -> dict[str, Any]:
+    return {"id": key, "object": "model", "created": int(modified.timestamp()), "owned_by": "library"}
+
+
+async def models(service: Service, request: Request, response: Response) -> None:
+    """`/v1/models`."""
+    del request
+    data = [_entry(one.name.shortest, one.modified) for one in service.store.all()]
+    response.whole(200, dump({"object": "list", "data": data}) + b"\n", PLAIN_JSON)
+
+
+async def model(service: Service, request: Request, response: Response, name: str) -> None:
+    """`/v1/models/NAME`, which echoes the name as asked."""
+    del request
+    stored = service.find(name)
+    if stored is None:
+        answer = error_body(404, f"model '{name}' not found", service.config.is_old)
+        response.whole(404, dump(answer) + b"\n", PLAIN_JSON)
+        return
+    response.whole(200, dump(_entry(name, stored.modified)) + b"\n", PLAIN_JSON)

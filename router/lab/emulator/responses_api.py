@@ -1,0 +1,215 @@
+"""`/v1/responses` of the EMULATED server: OpenAI's newer shapes over the native chat.
+
+Kinder than the truth: earlier responses cannot be continued (`previous_response_id` is ignored), as in the real one,
+but tools that the server would run itself are left out without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from router.lab.emulator import ollama_api
+from router.lab.emulator.context import Service
+from router.lab.emulator.go_json import dump
+from router.lab.emulator.http_server import Request, Response
+from router.lab.emulator.openai_api import error_body, handled, read, sampling
+from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink
+
+_FIELDS = {"model": "string", "input": "any", "instructions": "string", "max_output_tokens": "number",
+           "stream": "bool", "temperature": "number", "top_p": "number", "tools": "slice", "text": "map",
+           "reasoning": "map", "previous_response_id": "string"}  # fmt: skip
+
+
+class _ResponsesSink(Sink):
+    def __init__(self, response: Response, service: Service, body: Mapping[str, Any]) -> None:
+        super().__init__(response)
+        self._body = body
+        self._chance = service.chance
+        self._key = f"resp_{service.chance.randrange(10**6)}"
+        self._item = ""
+        self._created = _now()
+        self._count = 0
+        self._said = ""
+        self._output: list[dict[str, Any]] = []
+
+    async def fail(self, status: int, message: str, streams: bool = False) -> None:
+        """Once events have come, they just stop."""
+        if self.response.begun:
+            return
+        data = dump(error_body(status, message)) + b"\n"
+        if streams:
+            await self.response.chunk(data, PLAIN_JSON, status)
+        else:
+            self.response.whole(status, data, PLAIN_JSON)
+
+    async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
+        del content_type
+        message = cast("dict[str, Any]", value.get("message", {}))
+        output = [self._call_item(call) for call in message.get("tool_calls") or ()]
+        if message.get("content") or not output:
+            part: dict[str, Any] = {
+                "type": "output_text",
+                "text": message.get("content", ""),
+                "annotations": [],
+                "logprobs": [],
+            }
+            output.insert(0, {"id": self._new_item("msg"), "type": "message", "status": "completed",
+                              "role": "assistant", "content": [part]})  # fmt: skip
+        answer = self._response("completed", value.get("model", ""), output, _usage(value))
+        self.response.whole(status, dump(answer) + b"\n", PLAIN_JSON)
+
+    async def line(self, value: Any) -> None:
+        message, model = cast("dict[str, Any]", value.get("message", {})), value.get("model", "")
+        if not self.response.begun:
+            for kind in ("created", "in_progress"):
+                await self._event(f"response.{kind}", response=self._response("in_progress", model, [], None))
+        if message.get("content"):
+            await self._delta(message["content"])
+        for call in message.get("tool_calls") or ():
+            await self._finish_text()
+            item, place = self._call_item(call), {"output_index": len(self._output)}
+            begun = {**item, "arguments": "", "status": "in_progress"}
+            await self._event("response.output_item.added", item=begun, **place)
+            text = {"item_id": item["id"], "arguments": item["arguments"]}
+            await self._event("response.function_call_arguments.done", **text, **place)
+            await self._event("response.output_item.done", item=item, **place)
+            self._output.append(item)
+        if value.get("done"):
+            await self._finish_text()
+            answer = self._response("completed", model, self._output, _usage(value))
+            await self._event("response.completed", response=answer)
+
+    async def _delta(self, text: str) -> None:
+        place = {"output_index": len(self._output)}
+        if not self._item:
+            self._item = self._new_item("msg")
+            item: dict[str, Any] = {"content": [], "id": self._item, "role": "assistant", "status": "in_progress"}
+            item["type"] = "message"
+            await self._event("response.output_item.added", item=item, **place)
+            await self._part("response.content_part.added", part=_part(""))
+        self._said += text
+        await self._part("response.output_text.delta", delta=text, logprobs=[])
+
+    async def _finish_text(self) -> None:
+        if not self._item:
+            return
+        await self._part("response.output_text.done", text=self._said, logprobs=[])
+        await self._part("response.content_part.done", part=_part(self._said))
+        item = {"content": [_part(self._said)], "id": self._item, "role": "assistant", "status": "completed",
+                "type": "message"}  # fmt: skip
+        await self._event("response.output_item.done", item=item, output_index=len(self._output))
+        self._output.append(item)
+        self._item = self._said = ""
+
+    async def _part(self, kind: str, **fields: Any) -> None:
+        place = {"content_index": 0, "item_id": self._item, "output_index": len(self._output)}
+        await self._event(kind, **place, **fields)
+
+    async def _event(self, kind: str, **fields: Any) -> None:
+        value = {**fields, "sequence_number": self._count, "type": kind}
+        self._count += 1
+        data = dump(dict(sorted(value.items())))
+        await self.response.chunk(b"event: %s\ndata: %s\n\n" % (kind.encode(), data), EVENTS)
+
+    def _new_item(self, kind: str) -> str:
+        return f"{kind}_{self._chance.randrange(10**6)}"
+
+    def _call_item(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], separators=(",", ":"))
+        return {"id": self._new_item("fc"), "type": "function_call", "status": "completed",
+                "call_id": call.get("id", ""), "name": function["name"], "arguments": text}  # fmt: skip
+
+    def _response(self, status: str, model: str, output: list[Any], usage: Any) -> dict[str, Any]:
+        is_done = status == "completed"
+        return {
+            "id": self._key,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": _now() if is_done else None,
+            "status": status,
+            "incomplete_details": None,
+            "model": model,
+            "previous_response_id": None,
+            "instructions": self._body.get("instructions"),
+            "output": output,
+            "error": None,
+            "tools": self._body.get("tools", []),
+            "tool_choice": "auto",
+            "truncation": "disabled",
+            "parallel_tool_calls": True,
+            "text": {"format": {"type": "text"}},
+            "top_p": self._body.get("top_p", 1),
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "top_logprobs": 0,
+            "temperature": self._body.get("temperature", 1),
+            "reasoning": None,
+            "usage": usage,
+            "max_output_tokens": self._body.get("max_output_tokens"),
+            "max_tool_calls": None,
+            "store": False,
+            "background": False,
+            "service_tier": "default",
+            "metadata": {},
+            "safety_identifier": None,
+            "prompt_cache_key": None,
+        }
+
+
+def _now() -> int:
+    return int(datetime.now(UTC).timestamp())
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"annotations": [], "logprobs": [], "text": text, "type": "output_text"}
+
+
+def _usage(value: Mapping[str, Any]) -> dict[str, Any]:
+    read_tokens, said = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
+    return {"input_tokens": read_tokens, "output_tokens": said, "total_tokens": read_tokens + said,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
+
+
+async def responses(service: Service, request: Request, response: Response) -> None:
+    """`/v1/responses`."""
+    body = await read(request, response, "ResponsesRequest", _FIELDS)
+    if body is None:
+        return
+    if body.get("stream"):
+        response.headers.update({"Cache-Control": "no-cache", "Connection": "keep-alive"})
+    effort = body.get("reasoning", {}).get("effort")
+    format_: dict[str, Any] = body.get("text", {}).get("format") or {}
+    asked: dict[str, Any] = {
+        "model": body.get("model", ""),
+        "messages": _messages(body),
+        "options": sampling(body, "max_output_tokens"),
+        "stream": body.get("stream", False),
+        "tools": [_tool(tool) for tool in body.get("tools", []) if tool.get("type") == "function"],
+        "format": format_.get("schema"),
+        **({} if effort is None else {"think": False if effort == "none" else effort}),
+    }
+    await handled(ollama_api.chat, service, request, _ResponsesSink(response, service, body), asked)
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.get("name"), "parameters": tool.get("parameters")}}
+
+
+def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    given = body.get("input", "")
+    found = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
+    if isinstance(given, str):
+        return [*found, {"role": "user", "content": given}]
+    for one in cast("list[Any]", given if isinstance(given, list) else []):
+        item = cast("dict[str, Any]", one) if isinstance(one, dict) else {}
+        content = item.get("content", item.get("output", ""))
+        parts = cast("list[Any]", content) if isinstance(content, list) else [{"text": content}]
+        text = "".join(str(cast("dict[str, Any]", part).get("text", "")) for part in parts if isinstance(part, dict))
+        role = "tool" if item.get("type") == "function_call_output" else str(item.get("role", "user"))
+        found.append({"role": role, "content": text})
+    return found

@@ -1,0 +1,104 @@
+"""The instances that the simulated router has: which servers over which cards, and how far each has come.
+
+It mirrors what `router/engines/ollama/instance_plan.py` plans from discovery. It starts nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+from router.domain.events import LoadedModel
+from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.policy import Policy
+from router.engines.ollama.tensor_split import TENSOR_SPLIT, Shares, memory_shares, parsed_split, split_text
+from router.lab.simulator.loaded_model import ServerConfig
+from router.lab.simulator.machine import Host
+from router.lab.simulator.server import SimServer
+
+
+@dataclass(slots=True)
+class Unit:
+    """One instance."""
+
+    spec: InstanceSpec
+    server: SimServer
+    state: InstanceState = InstanceState.STOPPED
+    lives: int = 0
+    deaths: list[float] = field(default_factory=list[float])
+    listed: tuple[LoadedModel, ...] = ()
+    """As last told, and when."""
+    listed_at: float = 0.0
+
+
+def units_over(host: Host, config: ServerConfig, *, pairs: bool) -> list[Unit]:
+    """One instance a card and one over all: even on equal cards, else filled first, the fastest card first."""
+    cards = host.book.cards
+    units = [_unit(host, f"gpu{card.index}", (card.uuid,), config, even=False) for card in cards]
+    if len(cards) > 1:
+        even = len({(card.name, card.memory_total_bytes) for card in cards}) == 1
+        order = sorted(cards, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
+        uuids = tuple(card.uuid for card in (cards if even else order))
+        units.append(_unit(host, "spread", uuids, config, even=even))
+    for one, other in combinations(cards, 2) if pairs and len(cards) > 2 else ():
+        units.append(_unit(host, f"pair{one.index}{other.index}", (one.uuid, other.uuid), config, even=True))
+    return units
+
+
+def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
+    totals = {card.uuid: card.memory_total_bytes for card in host.book.cards}
+    shares = memory_shares(tuple(totals[uuid] for uuid in cards))
+    own = _own(config, shares, even=even)
+    spec = InstanceSpec(
+        name=InstanceName(name),
+        gpus=cards,
+        url=f"sim://{name}",
+        num_parallel=config.slots,
+        context_length=config.context_length,
+        kv_cache_type=config.kv_cache_type,
+        flash_attention=config.flash_attention,
+        environment=_variables(shares, even=even),
+    )
+    return Unit(spec, SimServer(host, name, cards, own))
+
+
+def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit:
+    """One that the dispatcher asked for."""
+    even = len(spec.gpus) > 1
+    shares = parsed_split(spec.environment.get(TENSOR_SPLIT, "")) or (1.0,) * len(spec.gpus)
+    named = replace(spec, url=f"sim://{spec.name}", environment=_variables(shares, even=even))
+    tuned = replace(config, slots=spec.num_parallel, kv_cache_type=spec.kv_cache_type)
+    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(tuned, shares, even=even)))
+
+
+def _variables(shares: Shares, *, even: bool) -> dict[str, str]:
+    spread = {"OLLAMA_SCHED_SPREAD": "1" if even else "0"}
+    return {**spread, TENSOR_SPLIT: split_text(shares)} if len(shares) > 1 else spread
+
+
+def _own(config: ServerConfig, shares: Shares, *, even: bool) -> ServerConfig:
+    """As `router/engines/ollama/instance_plan.py` has it: an instance over several cards shares layers by their
+    memory."""
+    return replace(config, spread=even, tensor_split=shares if len(shares) > 1 else ())
+
+
+def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
+    """The policy with instances on demand, tuned like the others, as the product has it over cards."""
+    like = InstanceSpec(
+        name=InstanceName(""),
+        gpus=(),
+        url="",
+        num_parallel=config.slots,
+        context_length=config.context_length,
+        kv_cache_type=config.kv_cache_type,
+        flash_attention=config.flash_attention,
+        environment={"OLLAMA_SCHED_SPREAD": "1"},
+    )
+    return replace(
+        policy,
+        unseen_margin_ratio=0.02,
+        instances_on_demand=True,
+        on_demand_like=like,
+        context_length=config.context_length,
+    )

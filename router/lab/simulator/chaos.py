@@ -1,0 +1,196 @@
+"""Small worlds made at random, in which everything goes wrong that can, and every rule is checked all the time.
+
+`check(seed)` plays one; the same seed plays the same. `python -m router.lab.simulator.chaos --first 1 --count 1000`
+plays many and prints for each that breaks a rule the command that replays it. Its models and cards are made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from router.domain.actions import Action
+from router.domain.events import Event
+from router.domain.gpu import GpuUuid
+from router.domain.model import BlobDigest, ModelFacts
+from router.domain.policy import Policy
+from router.lab.simulator.baselines.llamayard import Llamayard
+from router.lab.simulator.faults import Fault, FaultKind
+from router.lab.simulator.gpus import SimCard
+from router.lab.simulator.invariants import InvariantError, Invariants
+from router.lab.simulator.loaded_model import ServerConfig
+from router.lab.simulator.machine import Host
+from router.lab.simulator.runner import UNFINISHED, Contestant, Scenario, Simulation
+from router.lab.simulator.workload import Session, Turn
+
+GIB = 1024**3
+_SECONDS = 40.0
+
+
+@dataclass(frozen=True, slots=True)
+class SmallWorld:
+    """One scenario with what the router and its servers are told."""
+
+    scenario: Scenario
+    config: ServerConfig
+    policy: Policy
+
+
+def small_world(seed: int) -> SmallWorld:
+    """The world of that seed."""
+    chance = random.Random(seed)
+    cards = _cards(chance)
+    models = _models(chance, cards)
+    scenario = Scenario(
+        cards=cards,
+        models=models,
+        sessions=_sessions(chance, models),
+        seconds=_SECONDS,
+        cold_start=chance.random() < 0.5,
+        page_cache_bytes=chance.choice((16, 64)) * GIB,
+        faults=_faults(chance, len(cards)),
+    )
+    config = ServerConfig(version=chance.choice(((0, 24, 0), (0, 33, 0))), slots=chance.choice((1, 2, 2, 4)))
+    policy = Policy(queue_timeout_seconds=60.0, queue_limit=chance.choice((4, 64, 512)),
+                    keep_alive_seconds=chance.choice((-1.0, -1.0, 5.0)))  # fmt: skip
+    return SmallWorld(scenario, config, policy)
+
+
+def check(seed: int) -> str:
+    """Plays that world; a digest of all that the router saw and did. Raises InvariantError."""
+    world = small_world(seed)
+    rules = Invariants()
+    digest = hashlib.sha256()
+
+    def seen(event: Event, actions: list[Action], now: float) -> None:
+        digest.update(f"{now!r} {event!r} {actions!r}".encode())
+        rules.seen(event, actions, now)
+
+    def make(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
+        del models
+        router = Llamayard(host, world.config, world.policy, seen)
+        rules.watch(router, host)
+        return router
+
+    outcome = Simulation(world.scenario, make).run(rules.after_each)
+    unfinished = [request.id for request in outcome.requests if request.outcome == UNFINISHED]
+    if unfinished:
+        raise InvariantError(f"requests {unfinished} never ended")
+    crowded = any(fault.kind is FaultKind.FOREIGN for fault in world.scenario.faults)
+    if outcome.book.out_of_memory and not crowded:
+        raise InvariantError(f"{outcome.book.out_of_memory} loads ran out of memory though nobody else took any")
+    return digest.hexdigest()
+
+
+def _cards(chance: random.Random) -> tuple[SimCard, ...]:
+    sizes = chance.choice(((24,), (24, 24), (24, 24, 24, 24), (8, 24), (12, 12), (24, 12, 8)))
+    return tuple(
+        SimCard(
+            uuid=GpuUuid(f"GPU-{index}"),
+            index=index,
+            name=f"made up with {size} GiB",
+            memory_total_bytes=size * GIB,
+            memory_reserved_bytes=GIB // 4,
+            memory_bus_width_bits=384,
+            memory_clock_hertz=9_751_000_000,
+            fp32_teraflops=35.6,
+        )
+        for index, size in enumerate(sizes)
+    )
+
+
+def _models(chance: random.Random, cards: Sequence[SimCard]) -> dict[str, ModelFacts]:
+    largest = max(card.memory_total_bytes for card in cards)
+    total = sum(card.memory_total_bytes for card in cards)
+    shares = [chance.uniform(0.03, 0.9) * largest for _ in range(chance.randint(2, 4))]
+    shares.append(chance.uniform(0.5, 0.85) * total)
+    if chance.random() < 0.2:
+        shares.append(1.5 * total)
+    return {f"model{index}": _model(chance, index, int(size)) for index, size in enumerate(shares)}
+
+
+def _model(chance: random.Random, index: int, weights_bytes: int) -> ModelFacts:
+    layers = chance.choice((16, 32, 64))
+    return ModelFacts(
+        name=f"model{index}",
+        digest=f"{index:064x}",
+        blob=BlobDigest(f"sha256:{chance.getrandbits(64):064x}"),
+        weights_bytes=weights_bytes,
+        architecture=chance.choice(("llama", "llama", "qwen2", "qwen3")),
+        layers=layers,
+        embedding_length=2048,
+        head_count=16,
+        head_count_kv=(chance.choice((2, 4, 8)),) * layers,
+        key_length=128,
+        value_length=128,
+        vocabulary_size=64_000,
+        context_length=32_768,
+        is_embedding=chance.random() < 0.1,
+    )
+
+
+def _sessions(chance: random.Random, models: Mapping[str, ModelFacts]) -> tuple[Session, ...]:
+    names = list(models)
+    sessions: list[Session] = []
+    for number in range(chance.randint(4, 16)):
+        at = chance.uniform(0.0, _SECONDS)
+        turns = tuple(_turn(chance, at + step) for step in range(chance.randint(1, 3)))
+        model = chance.choice(names)
+        if models[model].is_embedding:
+            turns = tuple(replace(turn, generated_tokens=0, shared_tokens=0) for turn in turns)
+        sessions.append(Session(number, f"user{chance.randrange(4)}", model, turns))
+    return tuple(sessions)
+
+
+def _turn(chance: random.Random, at: float) -> Turn:
+    prompt = chance.randint(1, 4000)
+    patience = chance.uniform(0.0, 20.0) if chance.random() < 0.2 else None
+    return Turn(at, prompt, chance.randint(0, prompt - 1), chance.randint(1, 400), patience)
+
+
+def _faults(chance: random.Random, cards: int) -> tuple[Fault, ...]:
+    faults: list[Fault] = []
+    for _ in range(chance.choice((0, 0, 1, 2, 3))):
+        kind = chance.choice(list(FaultKind))
+        amount = {FaultKind.HOT: 3.0, FaultKind.FOREIGN: chance.uniform(0.1, 0.9), FaultKind.SLOW_DISK: 0.2}
+        at, seconds = chance.uniform(0.0, _SECONDS), chance.uniform(1.0, 30.0)
+        faults.append(Fault(at, kind, chance.randrange(cards + 1), amount.get(kind, 1.0), seconds))
+    return tuple(faults)
+
+
+def replay_command(seed: int) -> str:
+    return f"python -m router.lab.simulator.chaos --first {seed} --count 1"
+
+
+def failure(seed: int) -> str | None:
+    """What is broken in that world, with the command that replays it; None where all rules hold."""
+    try:
+        check(seed)
+    except AssertionError as error:
+        return f"seed {seed}: {type(error).__name__}: {error}\n  replay: {replay_command(seed)}"
+    return None
+
+
+def main() -> int:
+    """1 where any seed broke a rule."""
+    parser = argparse.ArgumentParser(prog="python -m router.lab.simulator.chaos", description=__doc__)
+    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    seeds = range(given.first, given.first + given.count)
+    with multiprocessing.Pool(given.jobs) as pool:
+        broken = [words for words in pool.imap(failure, seeds, chunksize=20) if words is not None]
+    for words in broken:
+        sys.stdout.write(words + "\n")
+    sys.stdout.write(f"{len(broken)} of {given.count} small worlds broke a rule\n")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

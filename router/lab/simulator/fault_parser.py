@@ -1,0 +1,77 @@
+"""What shall go wrong in a run, in the words of a command line: `lost@60+30:1`, `hot@60+120=3`, `hang-up@0+600=8`.
+
+`KIND@SECONDS`, then in any order `+SECONDS` (how long), `:NUMBER` (which card or server) and `=AMOUNT`. Clients that
+hang up are part of the workload, so they change the sessions; everything else is a `Fault`. It carries nothing out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from router.lab.simulator.faults import Fault, FaultKind
+from router.lab.simulator.runner import Scenario
+from router.lab.simulator.workload import Session, Turn
+
+HANG_UP = "hang-up"
+_AMOUNTS = {FaultKind.HOT: 3.0, FaultKind.FOREIGN: 0.5, FaultKind.SLOW_DISK: 0.2}
+"""What AMOUNT is where it is left out; other kinds have none."""
+_PATIENCE_SECONDS = 10.0
+_NAMES = {kind.value.replace(" ", "-"): kind for kind in FaultKind}
+WORDS = (*_NAMES, HANG_UP)
+_FORM = re.compile(r"(?P<kind>[a-z-]+)@(?P<at>[0-9.]+)(?P<rest>(?:[+:=][0-9.]+)*)")
+_UNTIL_THE_END_SECONDS = 1e9
+
+
+class FaultError(ValueError):
+    """What is asked for is no fault; says what is."""
+
+
+@dataclass(frozen=True, slots=True)
+class HangUps:
+    """Clients whose request falls due in this time leave when their answer takes longer than their patience."""
+
+    from_seconds: float
+    to_seconds: float
+    patience_seconds: float
+
+    def of(self, session: Session) -> Session:
+        return replace(session, turns=tuple(self._of(turn) for turn in session.turns))
+
+    def _of(self, turn: Turn) -> Turn:
+        is_due = self.from_seconds <= turn.at_seconds < self.to_seconds
+        return replace(turn, patience_seconds=self.patience_seconds) if is_due else turn
+
+
+def with_faults(scene: Scenario, words: Iterable[str]) -> Scenario:
+    """The scenario in which that goes wrong too.
+
+    Raises:
+        FaultError: words that are no fault.
+    """
+    for each in words:
+        found = parse(each)
+        if isinstance(found, Fault):
+            scene = replace(scene, faults=(*scene.faults, found))
+        else:
+            scene = replace(scene, sessions=tuple(map(found.of, scene.sessions)))
+    return scene
+
+
+def parse(words: str) -> Fault | HangUps:
+    """Raises FaultError."""
+    match = _FORM.fullmatch(words)
+    kind = match["kind"] if match is not None else ""
+    if match is None or kind not in WORDS:
+        raise FaultError(f"fault: {words!r} is none: KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(WORDS)}")
+    parts = {part[0]: part[1:] for part in re.findall(r"[+:=][0-9.]+", match["rest"])}
+    try:
+        at, lasts = float(match["at"]), float(parts.get("+", _UNTIL_THE_END_SECONDS))
+        if kind == HANG_UP:
+            return HangUps(at, at + lasts, float(parts.get("=", _PATIENCE_SECONDS)))
+        which = _NAMES[kind]
+        amount = float(parts.get("=", _AMOUNTS.get(which, 1.0)))
+        return Fault(at, which, int(parts.get(":", 0)), amount, 0.0 if which is FaultKind.DIES else lasts)
+    except ValueError as error:
+        raise FaultError(f"fault: {words!r}: {error}") from error

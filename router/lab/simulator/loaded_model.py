@@ -1,0 +1,199 @@
+"""One model loaded in a simulated server: what it holds, what its server believes that it holds, and who uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from router.domain.gpu import GpuUuid
+from router.domain.model import BlobDigest, ModelFacts
+from router.lab.simulator import server_placement
+from router.lab.simulator.batching import Batcher, BatchFacts, Done
+from router.lab.simulator.load_shape import Asked, kept_tokens, shape_for
+from router.lab.simulator.machine import Host, Stay
+from router.lab.simulator.requests import Request
+from router.lab.simulator.timeline import Timer
+from router.lab.simulator.weight_transfer import Transfer
+from router.lab.simulator.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
+
+_FIVE_MINUTES = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """How one server is run. The defaults are the two lines of a good admin: flash attention and a q8_0 cache, two
+    slots of 8,192 tokens."""
+
+    version: tuple[int, ...] = (0, 24, 0)
+    slots: int = 2
+    context_length: int = 8192
+    kv_cache_type: str = "q8_0"
+    flash_attention: bool = True
+    spread: bool = False
+    tensor_split: tuple[float, ...] = ()
+    keep_alive_seconds: float = _FIVE_MINUTES
+    max_loaded: int = 0
+    """0: three models a card."""
+    host_memory_bytes: int = 120 * 1024**3
+
+    @property
+    def is_0_30(self) -> bool:
+        return self.version >= (0, 30)
+
+    def most_loaded(self, cards: int) -> int:
+        return self.max_loaded or 3 * max(1, cards)
+
+
+def shape_of(model: ModelFacts, config: ServerConfig) -> LoadShape:
+    """How this server loads this model where memory is no matter."""
+    asked = Asked(config.version, config.context_length, config.slots, config.kv_cache_type, config.flash_attention)
+    return shape_for(model, asked)
+
+
+class Phase(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+    GONE = "gone"
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """A runner. `users` counts requests that hold it back from leaving, waiting ones too."""
+
+    host: Host
+    server: str
+    model: ModelFacts
+    uuids: tuple[GpuUuid, ...]
+    bytes_by_card: dict[GpuUuid, int]
+    believed_bytes: dict[GpuUuid, int]
+    host_bytes: int
+    batcher: Batcher
+    keep_alive_seconds: float
+    owner: int
+    phase: Phase = Phase.LOADING
+    users: int = 0
+    expiry: Timer | None = None
+    transfer: Transfer | None = None
+    stay: Stay | None = None
+    early: list[tuple[Request, Done]] = field(default_factory=list[tuple[Request, Done]])
+    when_delisted: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    when_gone: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """Somewhat later: its server goes on only when it has seen the memory free."""
+
+    @classmethod
+    def plan(
+        cls,
+        host: Host,
+        server: str,
+        model: ModelFacts,
+        config: ServerConfig,
+        cards: tuple[GpuUuid, ...],
+        layers: tuple[int, ...],
+        shape: LoadShape,
+    ) -> Loaded:
+        """The runner for this layout, without its memory yet."""
+        sizes = true_bytes(host.world, model, shape, layers)
+        used = tuple(uuid for uuid, count in zip(cards, layers, strict=True) if count > 0)
+        facts = [host.book.by_uuid[uuid].facts for uuid in cards]
+        share = host.active_shares.get(model.name, 1.0)
+        pace = speed(host.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
+        missing = max(0, model.layers + 1 - sum(layers))
+        return cls(
+            host=host,
+            server=server,
+            model=model,
+            uuids=used,
+            bytes_by_card={uuid: size for uuid, size in zip(cards, sizes, strict=True) if size},
+            believed_bytes=dict(
+                zip(cards, server_placement.believed_bytes(host.world, model, shape, layers), strict=True)
+            ),
+            host_bytes=missing * (layer_bytes(model) + kv_layer_bytes(model, shape)),
+            batcher=Batcher(
+                host.timeline,
+                BatchFacts(pace, shape.slots, kept_tokens(model, shape, config.version)),
+                lambda works: _mark(host, used, works),
+                lambda: host.book.slowness(used),
+            ),
+            keep_alive_seconds=config.keep_alive_seconds,
+            owner=host.new_owner(),
+        )
+
+    @property
+    def blob(self) -> BlobDigest:
+        return self.model.blob
+
+    @property
+    def size_vram_bytes(self) -> int:
+        return sum(self.bytes_by_card.values())
+
+    @property
+    def size_bytes(self) -> int:
+        return self.size_vram_bytes + self.host_bytes
+
+    def allocate(self) -> None:
+        """Takes its memory. Raises OutOfMemoryError, having taken none."""
+        self.host.book.allocate(self.owner, self.bytes_by_card)
+
+    def begin(self, done: Callable[[], None]) -> None:
+        """Reads its weights; its memory is taken."""
+        tally = self.host.tally
+        tally.loads += 1
+        tally.loaded_bytes += self.model.weights_bytes
+        tally.spilled_loads += bool(self.uuids) and self.host_bytes > 0
+        self.stay = Stay(self.server, self.model.name, self.bytes_by_card, self.host_bytes, self.host.timeline.now)
+        tally.stays.append(self.stay)
+        self.transfer = self.host.lines.start(self.blob, self.model.weights_bytes, bool(self.uuids), done)
+
+    def ready(self) -> None:
+        """Its weights are read: who came early is served."""
+        self.phase = Phase.READY
+        self.transfer = None
+        if self.stay is not None:
+            self.stay.ready_at = self.host.timeline.now
+        early, self.early = self.early, []
+        for request, done in early:
+            self.batcher.submit(request, done)
+
+    def serve(self, request: Request, done: Done) -> None:
+        self.users += 1
+        if self.expiry is not None:
+            self.expiry.cancel()
+            self.expiry = None
+        if self.phase is Phase.LOADING:
+            self.early.append((request, done))
+        else:
+            self.batcher.submit(request, done)
+
+    def cancel(self, request: Request) -> bool:
+        """True where the request was here; it no longer counts as a user."""
+        for entry in self.early:
+            if entry[0] is request:
+                self.early.remove(entry)
+                return True
+        return self.batcher.cancel(request)
+
+    def drop(self) -> list[tuple[Request, Done]]:
+        """The runner dies: what it had. Their ends do not count as users leaving."""
+        if self.transfer is not None:
+            self.host.lines.abort(self.transfer)
+        lost = self.batcher.stop() + self.early
+        self.early = []
+        return lost
+
+    def end(self) -> None:
+        """Its memory is free again."""
+        self.phase = Phase.GONE
+        self.host.book.release(self.owner)
+        if self.expiry is not None:
+            self.expiry.cancel()
+        if self.stay is not None:
+            self.stay.ended_at = self.host.timeline.now
+
+
+def _mark(host: Host, uuids: tuple[GpuUuid, ...], works: bool) -> None:
+    if works:
+        host.book.work_began(uuids, host.timeline.now)
+    else:
+        host.book.work_ended(uuids, host.timeline.now)

@@ -1,0 +1,123 @@
+"""What a run means: shares in time, waits by class of model, bytes loaded, fairness, busy cards. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from router.lab.simulator.requests import HUNG_UP, SERVED, Request
+from router.lab.simulator.runner import Outcome
+
+FIRST_TOKEN_SECONDS = 10.0
+TOKENS_PER_SECOND = 6.7
+_WAITED_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Time to the first token of a class of requests, in seconds; failed ones count as the longest."""
+
+    count: int
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run in figures."""
+
+    requests: int
+    in_time: int
+    errors: int
+    hung_up: int
+    small: Waits
+    large: Waits
+    tokens_per_second: float
+    loads: int
+    loaded_gb: float
+    spills: int
+    out_of_memory: int
+    jain: float
+    busy_shares: tuple[float, ...]
+    seconds: float
+
+    @property
+    def in_time_share(self) -> float:
+        counted = self.requests - self.hung_up
+        return self.in_time / counted if counted else 1.0
+
+    def as_dict(self) -> dict[str, object]:
+        return {**asdict(self), "in_time_share": self.in_time_share}
+
+
+def is_in_time(request: Request) -> bool:
+    """First token within 10 s, then at least 6.7 tokens/s, and an answer at all."""
+    ttft, rate = request.ttft_seconds, request.tokens_per_second
+    if request.outcome != SERVED or ttft is None:
+        return False
+    return ttft <= FIRST_TOKEN_SECONDS and (rate is None or rate >= TOKENS_PER_SECOND)
+
+
+def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
+    """`large_models`: names of those that no single card of the rig holds."""
+    counted = [r for r in outcome.requests if r.outcome != HUNG_UP]
+    made = sum(r.generated_tokens for r in counted if r.outcome == SERVED)
+    book, tally = outcome.book, outcome.tally
+    span = max(1e-9, outcome.ended_at)
+    return Report(
+        requests=outcome.planned,
+        in_time=sum(is_in_time(r) for r in counted),
+        errors=sum(r.outcome != SERVED for r in counted) + outcome.planned - len(outcome.requests),
+        hung_up=len(outcome.requests) - len(counted),
+        small=waits([r for r in counted if r.model.name not in large_models], outcome.ended_at),
+        large=waits([r for r in counted if r.model.name in large_models], outcome.ended_at),
+        tokens_per_second=made / span,
+        loads=tally.loads,
+        loaded_gb=tally.loaded_bytes / 1e9,
+        spills=tally.spilled_loads,
+        out_of_memory=book.out_of_memory,
+        jain=jain(counted),
+        busy_shares=tuple(book.busy_seconds(card.uuid, outcome.ended_at) / span for card in book.cards),
+        seconds=outcome.ended_at,
+    )
+
+
+def waits(requests: Sequence[Request], ended_at: float) -> Waits:
+    values = sorted(r.ttft_seconds if r.outcome == SERVED and r.ttft_seconds is not None else ended_at - r.arrived_at
+                    for r in requests)  # fmt: skip
+    return Waits(len(values), quantile(values, 0.50), quantile(values, 0.95), quantile(values, 0.99))
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Of sorted values, the nearest rank; 0 of none."""
+    if not values:
+        return 0.0
+    return values[min(len(values) - 1, max(0, -(-int(share * 1000) * len(values) // 1000) - 1))]
+
+
+def jain(requests: Sequence[Request]) -> float:
+    """Jain's index of the shares of requests in time, over the users of whom any request had to wait; 1 is equal."""
+    by_user: dict[str, list[Request]] = {}
+    for request in requests:
+        by_user.setdefault(request.user, []).append(request)
+    waited = [
+        own for own in by_user.values() if any((r.ttft_seconds or _WAITED_SECONDS) >= _WAITED_SECONDS for r in own)
+    ]
+    return jain_index([sum(is_in_time(r) for r in own) / len(own) for own in waited])
+
+
+def service_jain(requests: Sequence[Request], begin: float, end: float) -> float:
+    """Jain's index of the service that each user got in a time in which all were backlogged: of the answers that ended
+    in it, the tokens, those of the prompt counting once and the others twice (virtual token counters, 2401.00588)."""
+    service = dict.fromkeys(sorted({request.user for request in requests}), 0.0)
+    for request in requests:
+        if request.outcome == SERVED and request.ended_at is not None and begin <= request.ended_at < end:
+            service[request.user] += request.prompt_tokens + 2 * request.generated_tokens
+    return jain_index(list(service.values()))
+
+
+def jain_index(values: Sequence[float]) -> float:
+    """(sum x)^2 / (n * sum x^2); 1 where there is nothing to share."""
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else 1.0

@@ -1,0 +1,53 @@
+"""A run as JSON-ready values: requests, stays on cards, marks; what the picture is drawn from and others may read."""
+
+from __future__ import annotations
+
+from router.lab.simulator.requests import Request
+from router.lab.simulator.runner import Outcome
+
+
+def record(outcome: Outcome) -> dict[str, object]:
+    """Times in seconds of the run, sizes in bytes; rounded to milliseconds."""
+    return {
+        "cards": [
+            {"uuid": card.uuid, "index": card.index, "name": card.name, "usable_bytes": card.usable_bytes}
+            for card in outcome.book.cards
+        ],
+        "seconds": _ms(outcome.ended_at),
+        "requests": [_request(request) for request in outcome.requests],
+        "stays": [
+            {
+                "server": stay.server,
+                "model": stay.model,
+                "bytes": dict(stay.bytes_by_card),
+                "host_bytes": stay.host_bytes,
+                "began": _ms(stay.began_at),
+                "ready": _ms(stay.ready_at),
+                "ended": _ms(stay.ended_at),
+            }
+            for stay in outcome.tally.stays
+        ],
+        "notes": [[_ms(at), words] for at, words in outcome.tally.notes],
+    }
+
+
+def _request(request: Request) -> dict[str, object]:
+    return {
+        "id": request.id,
+        "user": request.user,
+        "session": request.session,
+        "turn": request.turn,
+        "model": request.model.name,
+        "where": request.where,
+        "prompt_tokens": request.prompt_tokens,
+        "shared_tokens": request.shared_tokens,
+        "generated_tokens": request.generated_tokens,
+        "arrived": _ms(request.arrived_at),
+        "first_token": _ms(request.first_token_at),
+        "ended": _ms(request.ended_at),
+        "outcome": request.outcome,
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

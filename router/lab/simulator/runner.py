@@ -1,0 +1,149 @@
+"""One run: a machine, a workload, a contestant and what goes wrong, played in virtual time.
+
+It opens no socket and reads no clock; with the same scenario and contestant it does the same, to the byte. What a run
+means is `router.lab.simulator.metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from router.domain.model import ModelFacts
+from router.lab.simulator.batching import Done
+from router.lab.simulator.faults import Breakable, Fault, plan_faults
+from router.lab.simulator.gpus import CardBook, SimCard
+from router.lab.simulator.machine import Host, Tally
+from router.lab.simulator.requests import HUNG_UP, SERVED, Request
+from router.lab.simulator.timeline import Timeline
+from router.lab.simulator.weight_transfer import LoadLines, PageCache
+from router.lab.simulator.workload import THINKING_SECONDS, Session
+from router.lab.simulator.world import WORLD, World
+
+GIB = 1024**3
+_GRACE_SECONDS = 900.0
+"""So long after the last arrival a run may go on until all requests have ended."""
+UNFINISHED = "unfinished"
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """All that decides a run, but for the contestant."""
+
+    cards: tuple[SimCard, ...]
+    models: Mapping[str, ModelFacts]
+    sessions: tuple[Session, ...]
+    seconds: float
+    active_shares: Mapping[str, float] = field(default_factory=dict[str, float])
+    faults: tuple[Fault, ...] = ()
+    world: World = WORLD
+    page_cache_bytes: int = 112 * GIB
+    cold_start: bool = False
+    """True: no model's file is in the page cache at the start."""
+
+
+class Contestant(Breakable, Protocol):
+    """Whatever takes requests and serves them on a host."""
+
+    def start(self) -> None:
+        """Called once, at the beginning."""
+        ...
+
+    def submit(self, request: Request, done: Done) -> None:
+        """`done` is called once, unless the request is cancelled before."""
+        ...
+
+    def cancel(self, request: Request) -> None:
+        """The client went away."""
+        ...
+
+
+MakeContestant = Callable[[Host, Mapping[str, ModelFacts]], Contestant]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run left behind."""
+
+    requests: tuple[Request, ...]
+    tally: Tally
+    book: CardBook
+    ended_at: float
+    planned: int
+    """How many requests the sessions have; those after one that never ended did not arrive."""
+
+
+class Simulation:
+    """Plays one scenario. `run` may be called once."""
+
+    def __init__(self, scenario: Scenario, make_contestant: MakeContestant) -> None:
+        timeline = Timeline()
+        cache = PageCache(scenario.page_cache_bytes)
+        book = CardBook(scenario.cards)
+        lines = LoadLines(timeline, scenario.world, cache)
+        if not scenario.cold_start:
+            for model in scenario.models.values():
+                cache.read(model.blob, model.weights_bytes)
+        self.host = Host(timeline, scenario.world, book, lines, Tally(), scenario.active_shares)
+        self.contestant = make_contestant(self.host, scenario.models)
+        self._scenario = scenario
+        self._requests: list[Request] = []
+        self._open = 0
+
+    def run(self, after_each: Callable[[], None] | None = None) -> Outcome:
+        """Plays to the end. `after_each` is called after each thing that happens."""
+        timeline, scenario = self.host.timeline, self._scenario
+        self.contestant.start()
+        plan_faults(self.host, self.contestant, scenario.faults)
+        for session in scenario.sessions:
+            self._plan_turn(session, 0, 0.0)
+        limit = scenario.seconds + _GRACE_SECONDS
+        while self._open and timeline.step():
+            if after_each is not None:
+                after_each()
+            if timeline.now > limit:
+                break
+        for request in self._requests:
+            if not request.outcome:
+                request.outcome = UNFINISHED
+        planned = sum(len(session.turns) for session in scenario.sessions)
+        return Outcome(tuple(self._requests), self.host.tally, self.host.book, timeline.now, planned)
+
+    def _plan_turn(self, session: Session, index: int, not_before: float) -> None:
+        if index < len(session.turns):
+            self._open += 1
+            due = max(session.turns[index].at_seconds, not_before)
+            self.host.timeline.at(due, lambda: self._arrive(session, index))
+
+    def _arrive(self, session: Session, index: int) -> None:
+        turn = session.turns[index]
+        request = Request(
+            id=len(self._requests) + 1,
+            user=session.user,
+            session=session.id,
+            turn=index,
+            model=self._scenario.models[session.model],
+            prompt_tokens=turn.prompt_tokens,
+            shared_tokens=turn.shared_tokens,
+            generated_tokens=turn.generated_tokens,
+            patience_seconds=turn.patience_seconds,
+            arrived_at=self.host.timeline.now,
+        )
+        self._requests.append(request)
+        if request.patience_seconds is not None:
+            self.host.timeline.after(request.patience_seconds, lambda: self._hang_up(request, session, index))
+        self.contestant.submit(request, lambda r, error: self._ended(r, error or SERVED, session, index))
+
+    def _hang_up(self, request: Request, session: Session, index: int) -> None:
+        if not request.outcome:
+            self.contestant.cancel(request)
+            self._ended(request, HUNG_UP, session, index)
+
+    def _ended(self, request: Request, outcome: str, session: Session, index: int) -> None:
+        if request.outcome:
+            raise AssertionError(f"request {request.id} ended twice: {request.outcome}, then {outcome}")
+        request.outcome = outcome
+        request.ended_at = self.host.timeline.now
+        self._open -= 1
+        self._plan_turn(session, index + 1, self.host.timeline.now + THINKING_SECONDS)

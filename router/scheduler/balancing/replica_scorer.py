@@ -1,0 +1,116 @@
+"""Which loaded copy of a model serves the next request.
+
+Filter (it can serve now), then the least expected waiting: the prompts before it there, its own as far as the copy does
+not hold it in its cache, and what the streams beside it cost and lose, in seconds by how fast that copy is. So a
+conversation finds the copy that served it before, unless more is ahead of it there than a cold prompt takes elsewhere.
+Copies that differ by little are equal: they go by what they hold of the prompt, the fewest requests, who served this
+client last, who was used longest ago, and the name, so that they take turns and the same facts always give the same
+answer. A request never waits for a slot of its home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple, Protocol
+
+from router.domain.instance import InstanceName, InstanceState, InstanceView
+from router.domain.request import Ticket
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.scheduler.balancing.pending_work import OUTPUT_TOKENS, Work
+from router.scheduler.balancing.throughput import STREAM_SHARE, Pace
+from router.scheduler.placement.placement import context_of
+
+BATCH_TOKENS = 512
+"""So much of each waiting prompt is in a batch."""
+
+
+NEAR = 0.2
+"""By so much more waiting a copy is as good as the best: speeds and prompts are not known better."""
+
+
+SIDE_WEIGHT = 0.5
+"""Of a second for which somebody's stream stalls or an answer gets longer, against one of waiting for a first token."""
+
+
+class Fleet(Protocol):
+    """What is looked at beside the copies: a snapshot has it."""
+
+    @property
+    def instances(self) -> Mapping[InstanceName, InstanceView]: ...
+
+    @property
+    def draining(self) -> Set[ResidencyKey]: ...
+
+
+def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
+    """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
+    view = snapshot.instances.get(residency.instance)
+    return view is not None and residency.blob == ticket.model.blob and _is_as_asked(view, residency, ticket)
+
+
+def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
+    """True where only a free slot may be lacking. The copy is one of the ticket's weights."""
+    view = snapshot.instances.get(residency.instance)
+    return (
+        view is not None
+        and view.state is InstanceState.READY
+        and residency.state is ResidencyState.READY
+        and _is_as_asked(view, residency, ticket)
+        and (not snapshot.draining or (residency.instance, residency.blob) not in snapshot.draining)
+    )
+
+
+def _is_as_asked(view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
+    if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
+        return False
+    if residency.options == ticket.options:
+        return True
+    return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
+
+
+class Prospect(NamedTuple):
+    """How one copy ranks for one request among those with as much to wait for: the least is best."""
+
+    missing_tokens: int
+    """Of its prompt, which the copy does not hold in its cache as far as is known."""
+    in_flight: int
+    is_other: bool
+    """Not the one that served this client last."""
+    used_at: float
+    instance: InstanceName
+
+
+def first_token_seconds(pace: Pace, work: Work, prompt_tokens: int, beside: int, now: float) -> float:
+    """Until the first token of a request with so many tokens to evaluate, which runs beside so many others there: the
+    prompts before it, as far as they are in its batches, its own, and a step."""
+    prompt = prompt_tokens * pace.prompt_seconds
+    ahead = work.prompts_until - now
+    if ahead <= 0.0:
+        return prompt + pace.step_seconds
+    if beside:
+        ahead = min(ahead, beside * max(prompt, BATCH_TOKENS * pace.prompt_seconds))
+    return ahead + prompt + pace.step_seconds
+
+
+def side_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int) -> float:
+    """What it costs to share a copy: each stream there stalls while the prompt is evaluated, and every step that two
+    are in is a little longer."""
+    theirs = work.output_tokens + OUTPUT_TOKENS * (beside - work.requests)
+    longer = STREAM_SHARE * pace.step_seconds * min(output_tokens * beside, theirs)
+    return beside * prompt_tokens * pace.prompt_seconds + longer
+
+
+def waiting_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int, now: float) -> float:
+    """What a request with so many tokens to evaluate and to write costs there, beside so many others."""
+    first = first_token_seconds(pace, work, prompt_tokens, beside, now)
+    return first + SIDE_WEIGHT * side_seconds(pace, work, prompt_tokens, output_tokens, beside) if beside else first
+
+
+def best(seconds: Sequence[float], prospects: Sequence[Prospect]) -> int:
+    """Which of the copies: the one with the least waiting; of those that differ by no more than `NEAR`, the one that
+    lacks the least of the prompt, has the fewest requests, served this client last, was used longest ago, has the first
+    name."""
+    limit = min(seconds) * (1.0 + NEAR)
+    if max(seconds) <= limit:
+        return prospects.index(min(prospects))
+    return min((prospects[index], index) for index, waiting in enumerate(seconds) if waiting <= limit)[1]

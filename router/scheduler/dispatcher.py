@@ -1,0 +1,383 @@
+"""The state machine that ties the deciding functions together: `handle(event, now) -> actions`.
+
+Theory of operation
+-------------------
+State changes in two steps. First the event is *applied*: facts are replaced (a reading of the cards, an instance's
+state, a load's end), a ticket joins the queue or a slot comes back. Then the queue is *pumped*:
+
+1. Plans under way go on (`core/reservations.py`): what has to leave and is idle is unloaded, loads whose room is there
+are
+   sent.
+2. For each group of waiting tickets (one weights blob that one copy could serve), tickets are granted while a loaded
+   copy has a free slot, the fairest next (`scheduler/queue/fair_share.py`) on the best copy
+   (`scheduler/balancing/replica_scorer.py`). 3. For tickets that no copy serves, loaded or on its way, a place is
+   chosen (`scheduler/placement/placement.py`) and a plan begins. For
+   tickets that have a copy but would wait longer for a slot than a load takes, a further copy may be planned.
+4. Models that shall be warm are planned again where they are missing; instances that were started on demand and have
+   been empty for long are stopped.
+
+A reservation is dropped only when a reading of the cards newer than the end of the load shows the memory as used, and
+an unloaded model is forgotten only when a newer reading shows it gone: no byte is counted twice or not at all.
+Whatever a server lists that the router did not load is adopted, and what it no longer lists is forgotten.
+
+Each ticket ends in exactly one of Grant, Reject or `Cancelled`. No clock, no randomness: same events, same actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import assert_never
+
+from router.domain.actions import Action, Reject, Remember, Unload
+from router.domain.events import (
+    Arrived,
+    Cancelled,
+    Event,
+    FootprintsKnown,
+    GpusRead,
+    InstanceChanged,
+    LoadFailed,
+    LoadFinished,
+    ModelKnown,
+    Released,
+    ResidencyRead,
+    ShutdownBegan,
+    Ticked,
+    UnloadAsked,
+    UnloadFinished,
+)
+from router.domain.ids import LoadIds
+from router.domain.model import BlobDigest
+from router.domain.policy import Policy
+from router.domain.request import Ticket, TicketId
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.snapshot import Snapshot
+from router.scheduler import fast_path
+from router.scheduler.balancing.replica_choice import grant
+from router.scheduler.balancing.replica_scorer import suits
+from router.scheduler.placement import migration
+from router.scheduler.placement.footprint_prediction import Prediction
+from router.scheduler.placement.placement import Estimate, MustWait, NoFit, Placed
+from router.scheduler.placement.search import coming, seek, seek_replica
+from router.scheduler.queue.retry_gate import AGAIN_SECONDS, Looks, concerned, next_look
+from router.scheduler.queue.timers import can_expire, next_wake
+from router.scheduler.queue.wait_estimate import Line, Outlook, outlooks
+from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
+from router.scheduler.reconcile import housekeeping, load_outcomes, reservations
+from router.scheduler.reconcile import residency as rules
+from router.scheduler.state import FleetState
+
+
+class Dispatcher:
+    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls.
+
+    `looks`: with others that are never calm the whole queue is gone through at each event; the same is decided.
+    """
+
+    def __init__(self, policy: Policy, estimate: Estimate, looks: Looks | None = None) -> None:
+        self._policy = policy
+        self._estimate_unseen = estimate
+        self._fleet = FleetState(policy)
+        self._estimate = Prediction(policy, self._fleet.footprints, estimate)
+        self._queue = WaitQueue()
+        self._loads = LoadIds()
+        self._closing = False
+        self._reasons: dict[TicketId, str] = {}
+        self._looks = looks or Looks()
+        self._replacing: dict[GroupKey, Residency] = {}
+        """Copies that have to end their work, because the same weights are wanted there with other options."""
+        self._wake_hint = float("inf")
+
+    # --- what others may read ------------------------------------------------------------------------------
+
+    def snapshot(self, now: float) -> Snapshot:
+        return self._fleet.snapshot(now)
+
+    @property
+    def waiting(self) -> tuple[tuple[Ticket, str], ...]:
+        """Waiting tickets, oldest first, each with what it waits for."""
+        return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue)
+
+    def outlooks(self, now: float) -> dict[TicketId, Outlook]:
+        """Where each waiting ticket stands, in the order in which groups, and tickets within them, are served."""
+        queue, order_of, held = self._queue, self._fleet.counters.order_of, self._looks.held
+        lines = [Line(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
+        return outlooks(self._fleet.snapshot(now), lines, self._reasons)
+
+    @property
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def next_wake(self) -> float | None:
+        """When `Ticked` is next due, or None while only events can change anything."""
+        if self._fleet.wake is None:
+            self._fleet.wake = (next_wake(self._fleet, self._queue, self._wake_hint),)
+        return self._fleet.wake[0]
+
+    # --- events --------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Applies one event and returns what is to be done, in order."""
+        if not (len(self._queue) or self._closing):
+            at_once = fast_path.handle(self._fleet, event, now)
+            if at_once is not None:
+                return at_once
+        is_calm = not (self._replacing or self._closing) and self._looks.is_calm(self._fleet, self._queue, now)
+        version, blobs = self._fleet.version, concerned(self._fleet, event) if is_calm else None
+        self._fleet.wake = None
+        self._wake_hint = now + AGAIN_SECONDS
+        self._fleet.forget_failures(now)
+        actions = self._apply(event, now)
+        if blobs is not None and version == self._fleet.version:
+            actions += self._serve_those(blobs, now)
+        else:
+            actions += self._expire(now)
+            actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead | ModelKnown))
+            self._looks.all_looked(self._queue.unsorted(), self._fleet.version)
+        return actions
+
+    def _apply(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case GpusRead():
+                self._fleet.read(event.gpus, event.read_at)
+                return [Remember(key, sizes) for key, sizes in self._fleet.settle()]
+            case FootprintsKnown():
+                for key, sizes in event.footprints:
+                    self._fleet.footprints.remember(key, sizes)
+            case InstanceChanged():
+                load_outcomes.instance_changed(self._fleet, event, now)
+            case ResidencyRead():
+                rules.reconcile(self._fleet, event, self._estimate, now)
+            case ModelKnown():
+                self._fleet.models[event.model.blob] = event.model
+            case Ticked():
+                pass
+            case ShutdownBegan():
+                self._closing = True
+                return [self._reject(t, "shutting_down", "the router is shutting down") for t in list(self._queue)]
+            case Arrived() | Cancelled() | Released():
+                return self._apply_to_requests(event, now)
+            case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadAsked():
+                return load_outcomes.apply_to_loads(self._fleet, event, now)
+            case _:
+                assert_never(event)
+        return []
+
+    def _apply_to_requests(self, event: Arrived | Cancelled | Released, now: float) -> list[Action]:
+        match event:
+            case Arrived():
+                return self._arrived(event.ticket, now)
+            case Cancelled():
+                self._queue.remove(event.ticket_id)
+                self._reasons.pop(event.ticket_id, None)
+                return []
+            case Released():
+                return self._released(event, now)
+
+    def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
+        if self._closing:
+            return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
+        if len(self._queue) and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
+            self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
+        self._fleet.asked(ticket, now)
+        pin = self._policy.pins.get(ticket.model.name)
+        if pin is not None and pin.priority:
+            ticket = replace(ticket, priority=ticket.priority + pin.priority)
+        if len(self._queue) < self._policy.queue_limit:
+            self._queue.add(ticket)
+            return []
+        if not self._queue.has_group(group_of(ticket)):  # nobody is overtaken
+            free, copies = fast_path.free_copies(self._fleet, ticket.model.blob)
+            if able := fast_path.serving(self._fleet, free, ticket):
+                return [grant(self._fleet, able, copies, ticket, now)]
+        message = f"server busy: {len(self._queue)} requests wait already (queue.limit)"
+        return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
+
+    def _retry_after(self) -> int:
+        """Seconds: one for each round of the slots there are, within a minute."""
+        slots = sum(r.slots for r in self._fleet.residencies.values()) or 1
+        return max(1, min(60, len(self._queue) // slots))
+
+    def _released(self, event: Released, now: float) -> list[Action]:
+        copy = self._fleet.give_back(event, now)
+        self._fleet.version += bool(self._replacing)
+        if event.runner_lost and copy is not None and copy.state is ResidencyState.READY:
+            # The server still lists it, and would load it again inside the next request: unload it properly.
+            return [rules.unload(self._fleet, (copy.instance, copy.blob), "its runner died or hangs")]
+        return []
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for ticket in self._queue.expired(now) if len(self._queue) else ():
+            waited, why = now - ticket.arrived_at, self._reasons.get(ticket.id, "its turn")
+            message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
+            actions.append(self._reject(ticket, "wait_timeout", message))
+        for key, residency in list(self._fleet.residencies.items()):
+            if residency.expires_at is not None and residency.expires_at <= now and can_expire(residency, self._queue):
+                again = residency.state is ResidencyState.UNLOADING
+                why = "an unload before this one failed" if again else "its keep_alive ended"
+                self._fleet.dismissed.add(residency.blob)
+                actions.append(rules.unload(self._fleet, key, why))
+        return actions
+
+    # --- the queue -----------------------------------------------------------------------------------------
+
+    def _pump(self, now: float, is_turn: bool) -> list[Action]:
+        self._fleet.wanted = self._queue.wanted()
+        if self._fleet.reservations:
+            for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
+                reservations.drop(self._fleet, residency)
+        actions = reservations.advance(self._fleet, now)
+        self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
+        actions += self._serve_groups(self._queue.groups(), now)
+        if is_turn:
+            actions += self._keep(now)
+        return actions + reservations.advance(self._fleet, now)
+
+    def _serve_groups(self, keys: Iterable[GroupKey], now: float) -> list[Action]:
+        """Each of these groups in its turn, from one snapshot and what it was found to mean until anything changes."""
+        actions: list[Action] = []
+        facts: Snapshot | None = None
+        for key in keys:
+            version, draining = self._fleet.version, self._fleet.draining
+            done = self._grant_group(key, now)
+            if done:
+                facts = None
+            if self._queue.has_group(key) and self._looks.is_due(key, version, now):
+                facts = facts or self._fleet.snapshot(now)
+                done += self._make_place(facts, key, now)
+            if done or version != self._fleet.version or draining is not self._fleet.draining:
+                facts = None
+            actions += done
+        return actions
+
+    def _serve_those(self, blobs: Collection[BlobDigest], now: float) -> list[Action]:
+        """What `_expire` and `_pump` come to while the queue is calm."""
+        keys = self._queue.groups(blobs)
+        version = self._fleet.version
+        actions: list[Action] = []
+        if keys:
+            self._fleet.wanted = self._queue.wanted()
+            actions += self._serve_groups(keys, now)
+            self._looks.these_looked(filter(self._queue.has_group, keys), self._fleet.version)
+        if version != self._fleet.version:
+            return actions + reservations.advance(self._fleet, now)
+        if self._fleet.has_drained(blobs):
+            # Its room was promised: that it leaves changes nothing for all others.
+            leaves = reservations.advance(self._fleet, now)
+            if self._fleet.version == version + len(leaves) and all(isinstance(each, Unload) for each in leaves):
+                self._looks.still(version, self._fleet.version)
+            actions += leaves
+        return actions
+
+    def _being_replaced(self) -> frozenset[ResidencyKey]:
+        """Busy copies whose place the same weights shall take with other options, while somebody waits for that."""
+        queue, fleet = self._queue, self._fleet
+        self._replacing = {
+            k: copy for k, copy in self._replacing.items() if queue.has_group(k) and fleet.has_still(copy)
+        }
+        return frozenset((copy.instance, copy.blob) for copy in self._replacing.values())
+
+    def _grant_group(self, key: GroupKey, now: float) -> list[Action]:
+        actions: list[Action] = []
+        alike = key.options is not None  # what serves one of them serves all
+        while waiting := self._queue.group(key):
+            free, copies = fast_path.free_copies(self._fleet, key.blob)
+            if not free:
+                break
+            tried = ((t, fast_path.serving(self._fleet, free, t)) for t in waiting[: 1 if alike else None])
+            served = {ticket.id: able for ticket, able in tried if able}
+            if not served:
+                break
+            ticket = self._fleet.counters.next_of(waiting if alike else [t for t in waiting if t.id in served], now)
+            able = next(iter(served.values())) if alike else served[ticket.id]
+            self._queue.remove(ticket.id)
+            self._reasons.pop(ticket.id, None)
+            actions.append(grant(self._fleet, able, copies, ticket, now))
+        return actions
+
+    def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
+        """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""
+        waiting, there = self._queue.group(key), coming(snapshot, key.blob)
+        unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
+        if unserved:
+            decision = seek(snapshot, self._estimate, unserved)
+            if isinstance(decision, NoFit) and decision.code == "model_too_large" and self._policy.unseen_margin_ratio:
+                decision = seek(snapshot, self._estimate_unseen, unserved)  # rather a load that fails than a refusal
+            return self._act_on(key, unserved, decision, now)
+        copies = [r for r in there if suits(snapshot, r, waiting[0])]
+        self._explain(waiting, rules.describe_wait(copies))
+        placed = seek_replica(snapshot, self._estimate, waiting, copies)
+        if placed is None:
+            self._looks.in_vain(key, self._fleet.version, next_look(snapshot, waiting))
+            return []
+        return reservations.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
+
+    def _act_on(
+        self, key: GroupKey, tickets: list[Ticket], decision: Placed | MustWait | NoFit, now: float
+    ) -> list[Action]:
+        match decision:
+            case Placed():
+                self._explain(tickets, decision.reason)
+                if len(decision.per_gpu_bytes) > 1:
+                    self._fleet.large_blobs.add(key.blob)
+                own = self._fleet.residencies.get((decision.instance, key.blob))
+                if own is not None and own.in_flight and own.state is ResidencyState.READY:
+                    self._replacing[key] = own
+                actions = reservations.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
+                actions += self._move(decision.evict, now)
+                self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
+                return actions
+            case MustWait():
+                self._explain(tickets, decision.reason)
+                self._looks.in_vain(key, self._fleet.version, next_look(self._fleet.snapshot(now), tickets), decision)
+                return []
+            case NoFit():
+                return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
+
+    def _move(self, leaving: Iterable[ResidencyKey], now: float) -> list[Action]:
+        """Copies on other cards, where there is room, of models that a plan drives out while they are asked for."""
+        actions: list[Action] = []
+        for key in leaving:
+            placed = migration.elsewhere(self._fleet.snapshot(now), self._estimate, key)
+            if placed is not None:
+                model = self._fleet.residencies[key].model
+                actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)
+        return actions
+
+    def _relieve(self, now: float) -> list[Action]:
+        """Moves models off cards whose memory others have come to use."""
+        leaving = list(migration.superfluous(self._fleet.snapshot(now)))
+        actions: list[Action] = [rules.unload(self._fleet, key, why) for key, why in leaving]
+        found = migration.relieve(self._fleet.snapshot(now), self._estimate)
+        if found is not None:
+            residency, placed = found
+            actions += reservations.begin(self._fleet, residency.model, placed, self._loads.next(), now)
+        return actions
+
+    def _keep(self, now: float) -> list[Action]:
+        """What stands whether or not anybody waits: warm models, and instances that are no longer needed."""
+        if self._closing:
+            return []
+        self._looks.forget_others(self._queue)
+        actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._relieve(now)]
+        for model, placed in housekeeping.anticipate(
+            self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
+        ):
+            actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)
+        return actions
+
+    # --- endings -------------------------------------------------------------------------------------------
+
+    def _explain(self, tickets: Iterable[Ticket], reason: str) -> None:
+        for ticket in tickets:
+            self._reasons[ticket.id] = reason
+
+    def _reject(self, ticket: Ticket, code: str, message: str, status: int | None = None) -> Reject:
+        self._queue.remove(ticket.id)
+        self._reasons.pop(ticket.id, None)
+        retry = self._retry_after() if code in ("queue_full", "shutting_down", "no_instance", "wait_timeout") else None
+        return Reject(ticket.id, code, message, retry, status)

@@ -1,0 +1,175 @@
+"""Where a model could be loaded at all: sets of cards, each with a running instance or one that would be started.
+
+A set is one card, or several; those of several are considered only in the size that is asked for. Instances that exist
+are used where they are free: a server that holds a model of its own would judge the next one by its own estimate and
+evict by its own rule, so where instances may be started on demand each holds one model at most. It prices nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from router.domain.gpu import Gpu, GpuUuid
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.policy import Pin
+from router.domain.request import Layout
+from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import instances_over, once, residencies_of
+from router.engines.ollama.tensor_split import TENSOR_SPLIT, memory_shares, split_text
+
+ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
+
+_WIDE_CARDS_MAX = 10
+"""Sets of several cards are tried among so many cards, the ones with most room: 252 sets at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One set of cards and the instance that would load there."""
+
+    spec: InstanceSpec
+    is_new: bool = False
+    """Whether the instance would have to be started first."""
+
+    @property
+    def gpus(self) -> tuple[GpuUuid, ...]:
+        return self.spec.gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What limits the cards a model may use."""
+
+    name: str
+    pin: Pin | None = None
+    layout: Layout | None = None
+    only_new: bool = False
+    """Only instances that are or would be started on demand: those can be tuned otherwise."""
+
+    def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
+        if self.layout is not None and not self.layout.allows(gpus):
+            return False
+        if any(self.name not in snapshot.policy.exclusive_gpus.get(gpu, (self.name,)) for gpu in gpus):
+            return False
+        pin = self.pin
+        if pin is None:
+            return True
+        if pin.cpu:
+            return not gpus
+        if pin.gpus and set(gpus) != set(pin.gpus):
+            return False
+        return not pin.spread or len(gpus) > 1
+
+
+def has_cards(snapshot: Snapshot) -> bool:
+    """Whether anything here runs on cards: then nothing lands on the CPU unless it is pinned there."""
+    return any(view.spec.gpus for view in snapshot.instances.values() if view.state in ALIVE) or (
+        snapshot.policy.instances_on_demand and bool(snapshot.gpus)
+    )
+
+
+def sizes(snapshot: Snapshot) -> list[int]:
+    """Numbers of cards that a set may have, smallest first; 0 where there are no cards at all."""
+    return once(snapshot, sizes, lambda: _sizes(snapshot))
+
+
+def _sizes(snapshot: Snapshot) -> list[int]:
+    found = {len(view.spec.gpus) for view in snapshot.instances.values() if view.state in ALIVE}
+    if snapshot.policy.instances_on_demand:
+        found |= set(range(1, len(_usable(snapshot)) + 1))
+    return sorted(size for size in found if size or not has_cards(snapshot))
+
+
+def sites_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
+    """One site for each set of so many cards that the bounds allow."""
+    if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
+        return once(snapshot, (sites_of_size, size, bounds.only_new), lambda: _sites(snapshot, size, bounds))
+    return _sites(snapshot, size, bounds)
+
+
+def _sites(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
+    sets = once(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
+    return [site for gpus in sets if bounds.allows(snapshot, gpus) for site in _on(snapshot, gpus, bounds)]
+
+
+def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
+    """The first of those with the same cards."""
+    found: dict[frozenset[GpuUuid], tuple[GpuUuid, ...]] = {}
+    for gpus in sets:
+        found.setdefault(frozenset(gpus), gpus)
+    return list(found.values())
+
+
+def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
+    """Sets of the instances that there are, then all further ones where instances may be started."""
+    for view in snapshot.instances.values():
+        if len(view.spec.gpus) == size and view.state in ALIVE:
+            yield view.spec.gpus
+    if snapshot.policy.instances_on_demand and size:
+        cards = _usable(snapshot)
+        if size > 1 and len(cards) > _WIDE_CARDS_MAX:
+            cards = sorted(sorted(cards, key=lambda c: -c.memory_free_bytes)[:_WIDE_CARDS_MAX], key=lambda c: c.index)
+        for chosen in combinations(cards, size):
+            yield tuple(card.uuid for card in chosen)
+
+
+def _usable(snapshot: Snapshot) -> list[Gpu]:
+    return sorted((card for card in snapshot.gpus.values() if card.error is None), key=lambda card: card.index)
+
+
+def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Site]:
+    """The instances on exactly these cards, or with on-demand ones the one that is free, else one to be started."""
+    there = [view for view in instances_over(snapshot, frozenset(gpus)) if view.state in ALIVE]
+    pin = bounds.pin
+    if not (snapshot.policy.instances_on_demand and gpus):
+        return [] if bounds.only_new else [Site(view.spec) for view in there]
+    there = [view for view in there if view.spec.attached or _is_tuned(view.spec, pin)]
+    there = [view for view in there if not (view.spec.on_demand and view.state is InstanceState.BACKOFF)]
+    free = [view for view in there if view.spec.attached or is_empty(snapshot, view.spec.name)]
+    if bounds.only_new:
+        free = [view for view in free if view.spec.on_demand]
+    if free:
+        best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
+        return [Site(best.spec)]
+    like = snapshot.policy.on_demand_like
+    if any(gpu not in snapshot.gpus for gpu in gpus):
+        return []
+    if like is None or len(snapshot.instances) >= snapshot.policy.instances_max or frozenset(gpus) in snapshot.troubled:
+        return []
+    environment = like.environment
+    if TENSOR_SPLIT not in environment:
+        shares = memory_shares(tuple(snapshot.gpus[gpu].memory_total_bytes for gpu in gpus))
+        if len(set(shares)) > 1:
+            environment = {**environment, TENSOR_SPLIT: split_text(shares)}
+    tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", environment=environment, on_demand=True)
+    if pin is not None and pin.num_parallel is not None:
+        tuned = replace(tuned, num_parallel=pin.num_parallel)
+    if pin is not None and pin.kv_cache_type is not None:
+        tuned = replace(tuned, kv_cache_type=pin.kv_cache_type)
+    return [Site(tuned, is_new=True)]
+
+
+def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
+    """Whether the instance has the slots and the cache that the model is pinned to."""
+    if pin is None:
+        return True
+    slots = pin.num_parallel in (None, spec.num_parallel)
+    return slots and pin.kv_cache_type in (None, spec.kv_cache_type)
+
+
+def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
+    """Whether nothing is loaded there, nor on its way in or out."""
+    return not residencies_of(snapshot, name)
+
+
+def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:
+    """`gpu0.2`, `gpu1+gpu3`: the cards, and a number from the second instance on the same cards on."""
+    base = "+".join(f"gpu{snapshot.gpus[gpu].index}" for gpu in gpus)
+    if base not in snapshot.instances:
+        return InstanceName(base)
+    number = 2
+    while f"{base}.{number}" in snapshot.instances:
+        number += 1
+    return InstanceName(f"{base}.{number}")

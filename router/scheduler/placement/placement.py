@@ -1,0 +1,381 @@
+"""Where a model that is not loaded goes: the smallest set of cards that holds it, on which of those, and who leaves.
+
+Sizes of sets are tried from one card on; the first size that could hold the model even when empty is the one, and of
+its sets the one is taken that costs clients least: free room before room that idle models leave, and that before room
+that busy ones will leave. A model never lands on the CPU by accident. Every answer says why.
+
+It decides; it changes nothing. Sizes in bytes come from the `Estimate` it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
+from router.domain.model import ModelFacts
+from router.domain.request import Layout, RunnerOptions
+from router.domain.residency import ResidencyKey, ResidencyState
+from router.domain.snapshot import Failure, Snapshot
+from router.domain.snapshot_index import cards_of, promised, residencies_of, residencies_on
+from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
+from router.scheduler.placement.candidates import ALIVE, Bounds, Site, has_cards, sites_of_size, sizes
+from router.scheduler.placement.cost import service_seconds
+from router.scheduler.placement.eviction import choose_evictions, evictable, pin_of, price_of
+from router.scheduler.placement.explain import fit_words, short_words, states_words
+
+Estimate = Callable[[ModelFacts, InstanceSpec, int, Snapshot], tuple[int, ...]]
+"""(model, instance, context in tokens, facts) -> bytes on each card of the instance, in its card order."""
+
+Need = tuple[tuple[GpuUuid, int], ...]
+
+_LOST_SECONDS = 1.0
+"""So long after a server was lost with a load it may still be taken for ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A model that shall be loaded, for whom and how."""
+
+    model: ModelFacts
+    options: RunnerOptions = ()
+    layout: Layout | None = None
+    may_drain: bool = False
+    """Whether busy models may be stopped from taking new requests for its sake."""
+    may_evict_young: bool = False
+    price_max: float = float("inf")
+    """Nothing is unloaded that costs more seconds than this."""
+    not_on: frozenset[InstanceName] = frozenset()
+    """Instances that have a copy already."""
+    supersedes: frozenset[ResidencyKey] = frozenset()
+    """Copies that the new one makes useless: they cost nothing to unload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Load it there, once `evict` has left and its room shows. Busy ones among `evict` take no new requests."""
+
+    instance: InstanceName
+    per_gpu_bytes: Need
+    evict: tuple[ResidencyKey, ...]
+    reason: str
+    options: RunnerOptions = ()
+    start: InstanceSpec | None = None
+    """The instance where it has to be started first."""
+
+
+@dataclass(frozen=True, slots=True)
+class MustWait:
+    """It fits, but not yet. `drain`: busy models that would have to take no new requests to make room. `price`: seconds
+    that others would lose if idle models made room now, where that is what is too much."""
+
+    reason: str
+    drain: tuple[ResidencyKey, ...] = ()
+    price: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NoFit:
+    """It fits nowhere, now or later."""
+
+    code: str
+    message: str
+    status: int | None = None
+
+
+Decision = Placed | MustWait | NoFit
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    site: Site
+    need: Need
+
+    @property
+    def name(self) -> InstanceName:
+        return self.site.spec.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A candidate with who has to leave for it, and what that costs."""
+
+    candidate: _Candidate
+    evict: tuple[ResidencyKey, ...]
+    running: int
+    """Requests of those that are busy."""
+    price: float
+    lost_bytes: int
+
+
+def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) -> int:
+    """Tokens of context a slot gets: the asked one or the instance's default, cut to the trained one."""
+    asked = dict(options).get("num_ctx")
+    context = int(asked) if asked is not None else spec.context_length
+    return max(4, min(context, model.context_length) if model.context_length > 0 else context)
+
+
+def place(snapshot: Snapshot, estimate: Estimate, want: Want) -> Decision:
+    """Chooses where to load the wanted model. Same facts, same answer."""
+    bounds = Bounds(want.model.name, pin_of(snapshot, want.model.name), want.layout)
+    if bounds.pin is not None and bounds.pin.cpu:
+        return _on_cpu(snapshot, want, bounds)
+    if not _any_alive(snapshot):
+        return NoFit("no_instance", "no Ollama instance is running: " + states_words(snapshot))
+    if not any(want.model.is_on(view.spec) for view in snapshot.instances.values() if view.state in ALIVE):
+        words = f"no instance that has model '{want.model.name}' is running: "
+        return NoFit("no_instance", words + states_words(snapshot))
+    tried: list[_Candidate] = []
+    for fewer_slots in (False, True):
+        for size in sizes(snapshot):
+            sites = [site for site in sites_of_size(snapshot, size, bounds) if want.model.is_on(site.spec)]
+            candidates = [_candidate(snapshot, estimate, site, want, fewer_slots) for site in sites]
+            group = [c for c in candidates if not c.need or _could_fit(snapshot, c)]
+            if group:
+                return _among(snapshot, group, want)
+            tried += [] if fewer_slots else candidates
+        bounds = replace(bounds, only_new=True)
+    return _nowhere(snapshot, tried, want)
+
+
+def _on_cpu(snapshot: Snapshot, want: Want, bounds: Bounds) -> Decision:
+    sites = [site for site in sites_of_size(snapshot, 0, bounds) if want.model.is_on(site.spec)]
+    if not sites:
+        return NoFit("model_too_large", f"model '{want.model.name}' is pinned to the CPU and no instance runs there")
+    return _among(snapshot, [_Candidate(site, ()) for site in sites], want)
+
+
+def _any_alive(snapshot: Snapshot) -> bool:
+    return any(view.state in ALIVE for view in snapshot.instances.values())
+
+
+def _candidate(snapshot: Snapshot, estimate: Estimate, site: Site, want: Want, fewer_slots: bool) -> _Candidate:
+    candidate = _Candidate(site, ())
+    for spec in _tunings(snapshot, site, want, fewer_slots):
+        needed = estimate(want.model, spec, context_of(want.options, want.model, spec), snapshot)
+        tuned = site if spec is site.spec else replace(site, spec=spec)
+        candidate = _Candidate(tuned, tuple(zip(site.gpus, needed, strict=True)))
+        if _could_fit(snapshot, candidate):
+            break
+    return candidate
+
+
+def _tunings(snapshot: Snapshot, site: Site, want: Want, fewer_slots: bool) -> list[InstanceSpec]:
+    """The site's tuning, and before it those with more slots that an instance to be started over several cards may get:
+    what a large model leaves free on its cards is of little use to others, and slots are what it is waited for. With
+    `fewer_slots` down to one, which is better than to refuse a model."""
+    pin = pin_of(snapshot, want.model.name)
+    chosen = pin is not None and pin.num_parallel is not None
+    bonus = snapshot.policy.slots_bonus_max if site.is_new and len(site.gpus) > 1 and not chosen else 0
+    own = site.spec
+    least = 1 if fewer_slots and site.is_new and not chosen else own.num_parallel
+    if not bonus and least == own.num_parallel:
+        return [own]
+    return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
+
+
+def _could_fit(snapshot: Snapshot, candidate: _Candidate) -> bool:
+    return all(capacity_bytes(snapshot, gpu) >= size for gpu, size in candidate.need)
+
+
+def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decision:
+    """One of the candidates that could hold it, or what is waited for."""
+    failures = [f for f in (_failure(snapshot, c, want) for c in group) if f is not None]
+    if len(failures) == len(group):
+        return NoFit("load_failed", failures[-1].message, failures[-1].status)
+    out = want.not_on | {f.instance for f in failures} | _just_lost(snapshot, want)
+    there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
+    usable = [c for c in there if not _in_transit(snapshot, c, want)]
+    now = _fits_now(snapshot, usable, want)
+    if now is not None:
+        return now
+    at_any_price = replace(want, price_max=float("inf"))
+    dear = [o for c in usable if (o := _offer(snapshot, c, at_any_price, busy=False)) is not None]
+    offers = [o for o in dear if o.price <= want.price_max]
+    if offers:
+        return _taken(
+            snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.candidate))), want
+        )
+    if dear:
+        return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.candidate.name)), want)
+    return _wait(snapshot, there, want)
+
+
+def _is_up(snapshot: Snapshot, candidate: _Candidate) -> bool:
+    """An instance that would be started for it counts; one that is coming is waited for."""
+    view = snapshot.instances.get(candidate.name)
+    return candidate.site.is_new or (view is not None and (view.state is InstanceState.READY or view.spec.on_demand))
+
+
+def _in_transit(snapshot: Snapshot, candidate: _Candidate, want: Want) -> bool:
+    """True where this very model is on its way in or out of the instance, or busy there with other options."""
+    here = snapshot.residencies.get((candidate.name, want.model.blob))
+    return here is not None and not here.is_idle
+
+
+def _fits_now(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Placed | None:
+    free = [
+        c
+        for c in candidates
+        if all(available_bytes(snapshot, gpu) >= size for gpu, size in c.need)
+        and (c.name, want.model.blob) not in snapshot.residencies
+    ]
+    if not free:
+        return None
+    best = min(free, key=lambda c: _preference(snapshot, c))
+    return _placed(best, (), f"{best.name}: {fit_words(snapshot, best.need)}", want)
+
+
+def _placed(candidate: _Candidate, evict: tuple[ResidencyKey, ...], reason: str, want: Want) -> Placed:
+    site = candidate.site
+    return Placed(site.spec.name, candidate.need, evict, reason, want.options, site.spec if site.is_new else None)
+
+
+def _preference(snapshot: Snapshot, candidate: _Candidate) -> tuple[int, int, int, float, float, int, int, str]:
+    """Where there is a choice: not where others wait to be put, least busy cards, least filled, the faster, those with
+    the faster links, the roomier, and an instance that runs already; then by name."""
+    cards = set(candidate.site.gpus)
+    keys = dict.fromkeys(residencies_of(snapshot, candidate.name))
+    for gpu in cards:
+        keys.update(dict.fromkeys(residencies_on(snapshot, gpu)))
+    mates = [snapshot.residencies[key] for key in keys]
+    speed = sum((snapshot.gpus[g].bandwidth_bytes_per_second or 0.0) for g in cards if g in snapshot.gpus)
+    link = min((snapshot.gpus[g].link_bytes_per_second or 0.0 for g in cards if g in snapshot.gpus), default=0.0)
+    room = sum(available_bytes(snapshot, g) for g in cards)
+    packed = _packing(snapshot, candidate)
+    busy = 0 if packed else sum(r.in_flight for r in mates)
+    return (packed, busy, len(mates), -speed, -link, -room, int(candidate.site.is_new), candidate.name)
+
+
+def _packing(snapshot: Snapshot, candidate: _Candidate) -> int:
+    """Where a model over several cards is asked for of late, small ones fill cards up and leave others empty for it:
+    bytes that stay free on the card, the fewest first. 0 where there is no such model."""
+    if len(candidate.site.gpus) != 1 or not snapshot.large_asked:
+        return 0
+    gpu, size = candidate.need[0]
+    return max(1, available_bytes(snapshot, gpu) - size)
+
+
+def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool) -> _Offer | None:
+    """Who has to leave for the candidate at least price; None where even that does not suffice."""
+    own = (candidate.name, want.model.blob)
+    own_copy = snapshot.residencies.get(own)
+    own_bytes = dict(zip(candidate.site.gpus, own_copy.per_gpu_bytes, strict=False)) if own_copy is not None else {}
+    shortfall = {
+        gpu: size - available_bytes(snapshot, gpu) - leaving_bytes(snapshot, gpu) - own_bytes.get(gpu, 0)
+        for gpu, size in candidate.need
+    }
+    cards = [gpu for gpu, size in shortfall.items() if size > 0]
+    others = evictable(snapshot, cards, busy=busy, young=want.may_evict_young) if cards else []
+    others = [r for r in others if (r.instance, r.blob) != own]
+    others.sort(key=lambda r: (r.instance, r.blob) not in want.supersedes)
+    evict = choose_evictions(snapshot, shortfall, others)
+    if evict is None:
+        # The books may have less than the models hold, so that what the card could give would never suffice.
+        less = {gpu: size - unbooked_bytes(snapshot, gpu) for gpu, size in shortfall.items()}
+        evict = choose_evictions(snapshot, less, others) if less != shortfall else None
+    if evict is None:
+        return None
+    price = price_of(snapshot, (key for key in evict if key not in want.supersedes))
+    evict = (own, *evict) if own_copy is not None else evict
+    evict = (*evict, *(key for key in _relied_on(snapshot, candidate) if key not in evict))
+    running = sum(snapshot.residencies[key].in_flight for key in evict)
+    lost = sum(sum(snapshot.residencies[key].per_gpu_bytes) for key in evict)
+    return _Offer(candidate, evict, running, price, lost) if price <= want.price_max else None
+
+
+def _relied_on(snapshot: Snapshot, candidate: _Candidate) -> list[ResidencyKey]:
+    """Models whose leaving another plan has asked for and this one counts on: it asks for it as well, lest the room
+    stays taken if that plan is dropped."""
+    short = {gpu for gpu, size in candidate.need if available_bytes(snapshot, gpu) < size}
+    return sorted(
+        key
+        for key in promised(snapshot)
+        if key in snapshot.residencies
+        and snapshot.residencies[key].state is ResidencyState.READY
+        and short.intersection(cards_of(snapshot, key[0]))
+    )
+
+
+def _too_dear(snapshot: Snapshot, offer: _Offer, want: Want) -> MustWait:
+    """Idle models could leave, but that would cost others more than the wait is worth so far."""
+    names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
+    words = f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {want.price_max:.0f} s yet"
+    return MustWait(f"{offer.candidate.name}: {words}", price=offer.price)
+
+
+def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:
+    names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
+    how = f"after unloading {names}" if offer.evict else "once freed memory shows"
+    return _placed(offer.candidate, offer.evict, f"{offer.candidate.name}: fits {how}", want)
+
+
+def _wait(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Placed | MustWait:
+    """Busy models stand in the way: the offer with the least to wait for and to lose, taken or only named."""
+    at_rest = [c for c in candidates if _own_state(snapshot, c, want) in (None, ResidencyState.READY)]
+    offers = [o for c in at_rest if (o := _offer(snapshot, c, want, busy=True)) is not None]
+    if not offers:
+        return MustWait("waits until an instance is ready or loads under way have ended")
+    best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.candidate.name))
+    words = f"waits for {best.running} running requests of {len(best.evict)} models to make room"
+    if not want.may_drain:
+        return MustWait(f"{best.candidate.name}: {words}", best.evict)
+    return _placed(best.candidate, best.evict, f"{best.candidate.name}: {words}", want)
+
+
+def _own_state(snapshot: Snapshot, candidate: _Candidate, want: Want) -> ResidencyState | None:
+    """Of the same weights there: a copy that comes for others serves them first, and one that leaves is waited for."""
+    here = snapshot.residencies.get((candidate.name, want.model.blob))
+    return None if here is None else here.state
+
+
+def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
+    """Until the last of the busy ones is idle, if each request has half its time to go."""
+    busy = [r for key in offer.evict if (r := snapshot.residencies[key]).in_flight]
+    return max((service_seconds(snapshot, r) / 2 for r in busy), default=0.0)
+
+
+def _failure(snapshot: Snapshot, candidate: _Candidate, want: Want) -> Failure | None:
+    """Why this load is not tried there again."""
+    load = (candidate.name, want.model.blob, want.options)
+    found = [f for f in snapshot.failures if (f.instance, f.blob, f.options) == load]
+    return None if not found or (len(found) == 1 and found[0].is_lost) else found[-1]
+
+
+def _just_lost(snapshot: Snapshot, want: Want) -> set[InstanceName]:
+    """Instances whose server was lost with a load of these weights so lately that nothing is known of it yet."""
+    since, blob = snapshot.now - _LOST_SECONDS, want.model.blob
+    return {f.instance for f in snapshot.failures if f.is_lost and f.blob == blob and f.at > since}
+
+
+def _nowhere(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Decision:
+    """409 or 422, unless memory is still settling."""
+    if candidates and snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
+        return MustWait("waits until the cards show what the last load or unload changed")
+    lines = [f"{c.name}: {short_words(snapshot, c.need)}" for c in _fewest_lines(candidates)]
+    if want.layout is not None and lines:
+        words = f"model '{want.model.name}' does not fit as asked ({_layout_words(want.layout)}): " + "; ".join(lines)
+        return NoFit("layout_unavailable", words)
+    if not lines:
+        if want.layout is not None:
+            words = f"no running instance is laid out as asked ({_layout_words(want.layout)})"
+            return NoFit("layout_unavailable", words)
+        words = f"no running instance may load model '{want.model.name}': "
+        return NoFit("no_instance", words + states_words(snapshot))
+    return NoFit("model_too_large", f"model '{want.model.name}' fits nowhere: " + "; ".join(lines))
+
+
+def _layout_words(layout: Layout) -> str:
+    return layout.kind.value if layout.gpu is None else f"{layout.kind.value}:{layout.gpu}"
+
+
+def _fewest_lines(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Enough to see why: of many sets of one size only those of running instances, or else the first."""
+    running = [c for c in candidates if not c.site.is_new]
+    return running or list(candidates[:8])
+
+
+__all__ = [
+    "Decision", "Estimate", "InstanceView", "MustWait", "NoFit", "Placed", "Want", "context_of", "has_cards", "place",
+]  # fmt: skip

@@ -1,0 +1,42 @@
+"""When time alone changes something: what expires, what is late, who has waited long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from router.domain.residency import Residency, ResidencyState
+from router.scheduler.queue.wait_queue import WaitQueue
+from router.scheduler.reconcile.reservations import next_timeout
+from router.scheduler.state import FleetState
+
+
+def next_wake(fleet: FleetState, queue: WaitQueue, look_again_at: float) -> float | None:
+    """When the dispatcher must look again although nothing happens; None for never."""
+    times = list(_expiries(fleet, queue))
+    timeout = next_timeout(fleet)
+    if timeout is not None:
+        times.append(timeout)
+    if len(queue):
+        # Waiting tickets look again now and then: drains begin and failures are forgotten by time alone.
+        times += [queue.next_deadline() or float("inf"), look_again_at]
+    return min(times, default=None)
+
+
+def _expiries(fleet: FleetState, queue: WaitQueue) -> Iterator[float]:
+    """When copies that may go by time alone go. Reads the copies without writing their use into them."""
+    for key, copy in fleet.copies.items():
+        use = fleet.uses.get(key)
+        at, in_flight = (copy.expires_at, copy.in_flight) if use is None else (use.expires_at, use.in_flight)
+        if at is not None and _can_expire(copy, in_flight, queue):
+            yield at
+
+
+def can_expire(residency: Residency, queue: WaitQueue) -> bool:
+    """True where time alone has it unloaded: idle and not waited for, or an unload to be sent again."""
+    return _can_expire(residency, residency.in_flight, queue)
+
+
+def _can_expire(residency: Residency, in_flight: int, queue: WaitQueue) -> bool:
+    if residency.state is ResidencyState.UNLOADING:
+        return True
+    return residency.state is ResidencyState.READY and not in_flight and not queue.waits_for(residency.blob)

@@ -1,0 +1,139 @@
+"""The tickets that wait, grouped by what they wait for: those of a group can share one loaded copy.
+
+A group is one weights blob with one set of runner options, or with any where its tickets can be adapted, and one
+layout. Groups are served in the order of their oldest ticket, those of a higher priority first; within a group the next
+is `scheduler/queue/fair_share.py`'s choice. The queue is bounded by whoever fills it; it only keeps order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+from router.domain.model import BlobDigest
+from router.domain.request import Layout, RunnerOptions, Ticket, TicketId
+
+_Counted = TypeVar("_Counted")
+
+
+class GroupKey(NamedTuple):
+    blob: BlobDigest
+    options: RunnerOptions | None
+    """None: any, because the requests are adapted to the copy."""
+    layout: Layout | None
+
+
+def group_of(ticket: Ticket) -> GroupKey:
+    return GroupKey(ticket.model.blob, None if ticket.is_flexible else ticket.options, ticket.layout)
+
+
+class WaitQueue:
+    """Waiting tickets by group; insertion order is arrival order."""
+
+    __slots__ = ("_by_blob", "_clients", "_deadlines", "_groups", "_tickets", "_wanted")
+
+    def __init__(self) -> None:
+        self._tickets: dict[TicketId, Ticket] = {}
+        self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
+        self._by_blob: dict[BlobDigest, dict[GroupKey, dict[TicketId, Ticket]]] = {}
+        """The same groups by the weights that they wait for."""
+        self._clients: dict[str, int] = {}
+        self._wanted: dict[BlobDigest, int] = {}
+        self._deadlines: list[tuple[float, TicketId]] = []
+        """A heap; those of tickets that have left go when they come to its top."""
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __contains__(self, ticket_id: TicketId) -> bool:
+        return ticket_id in self._tickets
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(self._tickets.values())
+
+    def add(self, ticket: Ticket) -> None:
+        heapq.heappush(self._deadlines, (ticket.deadline, ticket.id))
+        self._tickets[ticket.id] = ticket
+        key = group_of(ticket)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = {}
+            self._by_blob.setdefault(key.blob, {})[key] = group
+        group[ticket.id] = ticket
+        _count(self._clients, ticket.client, 1)
+        _count(self._wanted, ticket.model.blob, 1)
+
+    def remove(self, ticket_id: TicketId) -> Ticket | None:
+        """Takes a ticket out wherever it stands; None where it does not wait."""
+        ticket = self._tickets.pop(ticket_id, None)
+        if ticket is not None:
+            key = group_of(ticket)
+            group = self._groups[key]
+            del group[ticket_id]
+            if not group:
+                del self._groups[key]
+                alike = self._by_blob[key.blob]
+                del alike[key]
+                if not alike:
+                    del self._by_blob[key.blob]
+            _count(self._clients, ticket.client, -1)
+            _count(self._wanted, ticket.model.blob, -1)
+        return ticket
+
+    def groups(self, blobs: Collection[BlobDigest] | None = None) -> list[GroupKey]:
+        """The groups in the order in which they are served: by the priority, then the age of their first ticket. With
+        `blobs` only those that wait for these weights."""
+        tables = [self._groups] if blobs is None else [self._by_blob.get(blob, {}) for blob in blobs]
+        chosen = [found for table in tables for found in table.items()]
+        firsts = [(next(iter(group.values())), key) for key, group in chosen]
+        return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
+
+    def unsorted(self) -> Iterable[GroupKey]:
+        """The groups in any order."""
+        return self._groups.keys()
+
+    def heads(self) -> list[Ticket]:
+        """The oldest ticket of each group, in the order in which groups are served."""
+        return [next(iter(self._groups[key].values())) for key in self.groups()]
+
+    def group(self, key: GroupKey) -> list[Ticket]:
+        return list(self._groups.get(key, {}).values())
+
+    def has_group(self, key: GroupKey) -> bool:
+        return key in self._groups
+
+    def waits_for(self, blob: BlobDigest) -> bool:
+        return blob in self._wanted
+
+    def wanted(self) -> dict[BlobDigest, int]:
+        """Models that are waited for, and by how many."""
+        return self._wanted.copy()
+
+    def has_client(self, client: str) -> bool:
+        return client in self._clients
+
+    def clients(self) -> frozenset[str]:
+        """Who waits."""
+        return frozenset(self._clients)
+
+    def expired(self, now: float) -> list[Ticket]:
+        return [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
+
+    def next_deadline(self) -> float | None:
+        while self._deadlines:
+            deadline, ticket_id = self._deadlines[0]
+            ticket = self._tickets.get(ticket_id)
+            if ticket is not None and ticket.deadline == deadline:
+                return deadline
+            heapq.heappop(self._deadlines)
+        return None
+
+
+def _count(counts: dict[_Counted, int], what: _Counted, more: int) -> None:
+    """Adds to a count, which goes when it is nothing."""
+    left = counts.get(what, 0) + more
+    if left:
+        counts[what] = left
+    else:
+        del counts[what]

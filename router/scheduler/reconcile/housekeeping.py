@@ -1,0 +1,99 @@
+"""What stands whether or not anybody waits: models kept warm, plans nobody wants any more, instances left empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
+
+from router.domain.actions import StopInstance
+from router.domain.instance import InstanceState, InstanceView
+from router.domain.model import BlobDigest, ModelFacts
+from router.domain.residency import Residency, ResidencyState
+from router.domain.snapshot import Snapshot
+from router.engines.ollama.runner_options import ordinary_options
+from router.scheduler.placement.candidates import is_empty
+from router.scheduler.placement.cost import rate_of
+from router.scheduler.placement.placement import Estimate, Placed, Want, place
+from router.scheduler.state import FleetState
+
+_WORTH_A_LOAD_PER_SECOND = 1 / 240
+"""Requests a second from which on a model is loaded where room is free."""
+
+
+def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
+    """Instances that were started on demand and have been empty for long."""
+    snapshot = fleet.snapshot(now)
+    for name, view in list(fleet.instances.items()):
+        if not view.spec.on_demand:
+            continue
+        if view.state in (InstanceState.BACKOFF, InstanceState.FATAL):
+            yield _stop(fleet, view, f"does not run: {view.reason}")
+            continue
+        if view.state is not InstanceState.READY:
+            continue
+        if not is_empty(snapshot, name):
+            fleet.emptied_at.pop(name, None)
+            continue
+        since = fleet.emptied_at.setdefault(name, now)
+        if now - since >= fleet.policy.instance_idle_seconds:
+            del fleet.emptied_at[name]
+            yield _stop(fleet, view, f"empty for {now - since:.0f} s")
+
+
+def _stop(fleet: FleetState, view: InstanceView, reason: str) -> StopInstance:
+    """From now on nothing is placed there, and it is not stopped twice."""
+    name = view.spec.name
+    fleet.instances[name] = replace(view, state=InstanceState.STOPPING)
+    fleet.version += 1
+    return StopInstance(name, reason)
+
+
+def abandoned(snapshot: Snapshot) -> list[Residency]:
+    """Plans whose tickets have all gone, and that nothing else wants: their room is given back."""
+    return [
+        r
+        for r in snapshot.residencies.values()
+        if r.state is ResidencyState.PLANNED and r.blob not in snapshot.wanted and not is_wanted_warm(snapshot, r.model)
+    ]
+
+
+def is_wanted_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
+    """Pinned to stay, or asked for so much that it is worth a load into free room."""
+    return _is_pinned_warm(snapshot, model) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
+
+
+def _is_pinned_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
+    pin = snapshot.policy.pins.get(model.name)
+    return pin is not None and pin.keep_warm
+
+
+def _want(snapshot: Snapshot, model: ModelFacts) -> Want:
+    """In the context it is pinned to; others leave for it only where it is pinned."""
+    pin = snapshot.policy.pins.get(model.name)
+    price = float("inf") if _is_pinned_warm(snapshot, model) else 0.0
+    return Want(model, ordinary_options(model, pin, snapshot.policy.context_length), price_max=price)
+
+
+def anticipate(
+    snapshot: Snapshot,
+    models: Mapping[BlobDigest, ModelFacts],
+    dismissed: Set[BlobDigest],
+    estimate: Estimate,
+) -> Iterator[tuple[ModelFacts, Placed]]:
+    """One load that nobody waits for: a model that shall be warm or is much asked for, where room is free.
+
+    One at a time, and none while another load is planned or under way: whoever waits goes first. Models that clients
+    have let go (`dismissed`) stay away until somebody asks for them again, unless they are pinned.
+    """
+    if snapshot.wanted or snapshot.reservations:
+        return
+    loaded = {r.blob for r in snapshot.residencies.values()}
+    for blob, model in models.items():
+        if blob in loaded or not is_wanted_warm(snapshot, model):
+            continue
+        if blob in dismissed and not _is_pinned_warm(snapshot, model):
+            continue
+        found = place(snapshot, estimate, _want(snapshot, model))
+        if isinstance(found, Placed) and (not found.evict or _is_pinned_warm(snapshot, model)):
+            yield model, found
+            return

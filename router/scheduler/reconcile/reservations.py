@@ -1,0 +1,108 @@
+"""Loads that are planned: room is promised on all cards at once, what stands in it leaves, then the one load is sent.
+
+A plan is a reservation that was not sent yet, and its residency in PLANNED. Idle models that have to leave are
+unloaded at once, busy ones take no new request and are unloaded when they are idle. While a plan stands nothing else
+is given that room. It is dropped where nobody waits for it any more, or where its room does not show in time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from router.domain.actions import Action, StartInstance
+from router.domain.ids import LoadId
+from router.domain.instance import InstanceState, InstanceView
+from router.domain.model import ModelFacts
+from router.domain.reservation import Reservation
+from router.domain.residency import Residency, ResidencyState
+from router.scheduler.placement.placement import Placed
+from router.scheduler.reconcile import residency as rules
+from router.scheduler.state import FleetState
+
+
+def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId, now: float) -> list[Action]:
+    """Takes the plan into the books; returns the start of an instance where it needs one, and first unloads."""
+    actions: list[Action] = []
+    if placed.start is not None:
+        spec = placed.start
+        fleet.instances[spec.name] = InstanceView(spec, InstanceState.STARTING)
+        actions.append(StartInstance(spec, placed.reason))
+    own = (placed.instance, model.blob)
+    if own in placed.evict:
+        # The same weights with other options: planned again once that copy is gone.
+        unloads = [key for key in placed.evict if fleet.residencies[key].is_idle]
+        return [*actions, *(rules.unload(fleet, key, f"makes room for {model.name}") for key in unloads)]
+    spec = fleet.instances[placed.instance].spec
+    fleet.reservations[load_id] = Reservation(
+        load_id, placed.instance, model.blob, placed.per_gpu_bytes, now, evict=placed.evict
+    )
+    fleet.residencies[own] = rules.planned(model, placed, spec, fleet.policy, load_id, now)
+    fleet.version += 1
+    return actions
+
+
+def advance(fleet: FleetState, now: float) -> list[Action]:
+    """Unloads what has become idle for a plan, sends the loads whose room is there, and drops what cannot come true."""
+    actions: list[Action] = []
+    for reservation in list(fleet.reservations.values()):
+        if reservation.sent_at is not None:
+            continue
+        residency = fleet.residencies.get((reservation.instance, reservation.blob))
+        if residency is None or residency.load_id != reservation.load_id:
+            del fleet.reservations[reservation.load_id]
+            fleet.version += 1
+            continue
+        actions += _advance(fleet, reservation, residency, now)
+    return actions
+
+
+def _advance(fleet: FleetState, reservation: Reservation, residency: Residency, now: float) -> list[Action]:
+    actions: list[Action] = []
+    for key in reservation.evict:
+        found = fleet.residencies.get(key)
+        if found is not None and found.is_idle:
+            actions.append(rules.unload(fleet, key, f"makes room for {residency.name}"))
+    staying = [fleet.residencies[key] for key in reservation.evict if key in fleet.residencies]
+    if any(found.state is ResidencyState.READY for found in staying):
+        return actions
+    if reservation.cleared_at is None:
+        reservation = replace(reservation, cleared_at=now)
+        fleet.reservations[reservation.load_id] = reservation
+    if not staying and rules.has_room(fleet.snapshot(now), reservation) and _may_send(fleet):
+        actions.append(rules.send(fleet, residency, reservation, now))
+    elif now - (reservation.cleared_at or now) >= fleet.policy.room_timeout_seconds and not _is_coming(
+        fleet, reservation
+    ):
+        drop(fleet, residency)
+    return actions
+
+
+def _may_send(fleet: FleetState) -> bool:
+    under_way = sum(r.state is ResidencyState.LOADING for r in fleet.residencies.values())
+    return under_way < fleet.policy.loads_at_once
+
+
+def _is_coming(fleet: FleetState, reservation: Reservation) -> bool:
+    view = fleet.instances.get(reservation.instance)
+    return view is not None and view.state is InstanceState.STARTING
+
+
+def drop(fleet: FleetState, residency: Residency) -> None:
+    """Gives the promised room back."""
+    fleet.forget((residency.instance, residency.blob))
+
+
+def drop_all(fleet: FleetState) -> None:
+    """Gives back what was promised to every load that was not sent yet: they are planned anew."""
+    for reservation in list(fleet.reservations.values()):
+        if reservation.sent_at is None:
+            fleet.forget((reservation.instance, reservation.blob))
+
+
+def next_timeout(fleet: FleetState) -> float | None:
+    """When a plan is dropped if its room has not shown by then."""
+    policy = fleet.policy
+    return min(
+        (r.cleared_at + policy.room_timeout_seconds for r in fleet.reservations.values()
+         if r.sent_at is None and r.cleared_at is not None), default=None,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""The steps in a residency's life, as functions the dispatcher applies to its state.
+
+PLANNED (room reserved) -> LOADING (sent) -> READY -> UNLOADING -> forgotten. What a server lists that the router did
+not load enters at READY; what a server no longer lists is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from router.domain.actions import Load, Unload
+from router.domain.events import LoadedModel, ResidencyRead
+from router.domain.ids import LoadId
+from router.domain.instance import InstanceSpec, InstanceState, InstanceView
+from router.domain.model import ModelFacts
+from router.domain.policy import Policy
+from router.domain.request import RunnerOptions
+from router.domain.reservation import Reservation
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.snapshot import Snapshot
+from router.domain.vram_ledger import room_bytes, slots_of
+from router.engines.ollama.footprint_estimator import may_be_alone, version_of
+from router.engines.ollama.offload_rules import overruled
+from router.engines.ollama.runner_options import spelled_out, with_context
+from router.scheduler.placement.measured_footprints import key_of
+from router.scheduler.placement.placement import Estimate, Placed, context_of
+from router.scheduler.state import FleetState, expiry
+
+
+def planned(
+    model: ModelFacts, placed: Placed, spec: InstanceSpec, policy: Policy, load_id: LoadId, now: float
+) -> Residency:
+    """The residency of a load whose room is reserved."""
+    return Residency(
+        instance=placed.instance,
+        blob=model.blob,
+        name=model.name,
+        options=placed.options,
+        state=ResidencyState.PLANNED,
+        slots=slots_of(model, spec, policy),
+        in_flight=0,
+        per_gpu_bytes=tuple(size for _, size in placed.per_gpu_bytes),
+        context_length=context_of(placed.options, model, spec),
+        loaded_at=now,
+        used_at=now,
+        expires_at=None,
+        keep_alive_seconds=policy.keep_alive_seconds,
+        load_id=load_id,
+        reason=placed.reason,
+        model=model,
+    )
+
+
+def has_room(snapshot: Snapshot, reservation: Reservation) -> bool:
+    """True when the instance is up and every card's live free memory covers the load's share."""
+    view = snapshot.instances.get(reservation.instance)
+    if view is None or view.state is not InstanceState.READY:
+        return False
+    return all(room_bytes(snapshot, gpu, reservation) >= size for gpu, size in reservation.per_gpu_bytes)
+
+
+def send(fleet: FleetState, residency: Residency, reservation: Reservation, now: float) -> Load:
+    """Moves PLANNED to LOADING and returns the load to send."""
+    key = (residency.instance, residency.blob)
+    fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
+    fleet.sent(residency.model.weights_bytes, now)
+    spec = fleet.instances[residency.instance].spec
+    model, context, facts = residency.model, residency.context_length, fleet.snapshot(now)
+    reason = residency.reason + overruled(model, spec, context, facts)
+    fleet.update(key, state=ResidencyState.LOADING, reason=reason)
+    is_certain = not any(may_be_alone(model, spec, context, facts))
+    measured = key_of(model, spec, context, fleet.policy, version_of(spec, facts))
+    fleet.begin_measuring(reservation, measured, is_certain=is_certain)
+    return Load(
+        load_id=reservation.load_id,
+        instance=residency.instance,
+        url=spec.url,
+        model=residency.model,
+        options=spelled_out(residency.model, residency.options, spec.context_length),
+        expects_gpu=bool(spec.gpus),
+        timeout_seconds=fleet.policy.load_timeout_seconds,
+        reason=reason,
+    )
+
+
+def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
+    """The load ended well: its reservation stands until the cards are read again."""
+    reservation = fleet.reservations.get(load_id)
+    if reservation is not None:
+        if reservation.per_gpu_bytes:
+            fleet.reservations[load_id] = replace(reservation, finished_at=now)
+        else:
+            del fleet.reservations[load_id]
+
+
+def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
+    """Moves READY to UNLOADING and returns the unload to send; the same once more for one that failed."""
+    residency = fleet.update(key, state=ResidencyState.UNLOADING, expires_at=None)
+    fleet.touched(residency.instance)
+    url = fleet.instances[residency.instance].spec.url
+    return Unload(residency.instance, url, residency.model, residency.blob, reason)
+
+
+def describe_wait(copies: Iterable[Residency]) -> str:
+    """What a ticket waits for whose model is loaded or on its way."""
+    words = {
+        ResidencyState.PLANNED: "room is being made on {r.instance}",
+        ResidencyState.LOADING: "it is being loaded on {r.instance}",
+        ResidencyState.READY: "{r.in_flight} of {r.slots} slots are in use on {r.instance}",
+        ResidencyState.UNLOADING: "it is being unloaded from {r.instance}",
+    }
+    return "; ".join(words[r.state].format(r=r) for r in copies)
+
+
+def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: float) -> None:
+    """Brings the books in line with what a server lists: adopts, forgets, and takes over true sizes."""
+    view = fleet.instances.get(event.instance)
+    if view is None or view.state is not InstanceState.READY:
+        return
+    listed = {row.model.blob: row for row in event.models if row.model is not None}
+    digests = {row.digest for row in event.models}
+    for key, residency in list(fleet.residencies.items()):
+        # A model whose name was given to another since is still listed, by the digest that it was loaded with.
+        absent = key[1] not in listed and residency.model.digest not in digests
+        if key[0] == event.instance and absent and _is_gone(residency, event, fleet):
+            fleet.forget(key)
+    for blob, row in listed.items():
+        known = fleet.residencies.get((event.instance, blob))
+        if known is None and event.read_at > fleet.changed_at:
+            _adopt(fleet, view, row, estimate, now)
+        elif known is not None and known.state is ResidencyState.READY and _is_news(known, row):
+            fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
+
+
+def _is_news(known: Residency, row: LoadedModel) -> bool:
+    return (known.size_bytes, known.size_vram_bytes) != (row.size_bytes, row.size_vram_bytes)
+
+
+def at_least(per_gpu_bytes: tuple[int, ...], told_bytes: int) -> tuple[int, ...]:
+    """What a model holds on each card, where its server says that it holds so much in all: the books said less where
+    the estimate is low, and would never find the room that its leaving makes."""
+    total = sum(per_gpu_bytes)
+    if not 0 < total < told_bytes:
+        return per_gpu_bytes
+    return tuple(size * told_bytes // total for size in per_gpu_bytes)
+
+
+def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> bool:
+    """Whether a listing without it says that it left: not one from before its load, nor while its unload is out."""
+    if residency.state is ResidencyState.UNLOADING:
+        return residency.expires_at is not None and event.read_at > fleet.changed_at
+    return residency.state is ResidencyState.READY and event.read_at > residency.loaded_at
+
+
+def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Estimate, now: float) -> None:
+    """A model somebody else loaded there: used like our own, with the options its context length tells."""
+    model = row.model
+    if model is None:
+        return
+    options = _options_of(row, model, view)
+    context = context_of(options, model, view.spec)
+    fleet.version += 1
+    fleet.residencies[(view.spec.name, model.blob)] = Residency(
+        instance=view.spec.name,
+        blob=model.blob,
+        name=row.name,
+        options=options,
+        state=ResidencyState.READY,
+        slots=slots_of(model, view.spec, fleet.policy),
+        in_flight=0,
+        per_gpu_bytes=_measured(row, estimate(model, view.spec, context, fleet.snapshot(now))),
+        context_length=context,
+        loaded_at=now,
+        used_at=now,
+        expires_at=expiry(fleet.policy.keep_alive_seconds, now),
+        keep_alive_seconds=fleet.policy.keep_alive_seconds,
+        size_bytes=row.size_bytes,
+        size_vram_bytes=row.size_vram_bytes,
+        reason=f"found loaded on {view.spec.name}",
+        model=model,
+    )
+
+
+def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
+    """The estimate's proportions with the server's total, where it tells one."""
+    total = sum(estimated)
+    if not total or not row.size_vram_bytes:
+        return estimated
+    return tuple(size * row.size_vram_bytes // total for size in estimated)
+
+
+def _options_of(row: LoadedModel, model: ModelFacts, view: InstanceView) -> RunnerOptions:
+    """As if it had been loaded by its own name: with what the Modelfile says, and the context that is listed."""
+    ordinary = context_of((), model, view.spec)
+    context = ordinary if row.context_length is None else row.context_length
+    return with_context(model, context, ordinary)

@@ -1,0 +1,367 @@
+"""What the dispatcher remembers: cards, instances, residencies, reservations, leases, demand, failures.
+
+Frozen values in dictionaries, replaced whole. Only the dispatcher changes them; deciding functions get a `Snapshot`
+of read-only views.
+
+What every request changes, the use of a copy's slots, is noted beside (`Use`) and written into the residencies when
+they are next looked at: a frozen value of twenty fields for each request and each answer would be the dearest thing
+that a request does. Nobody outside sees the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from router.domain.events import Released
+from router.domain.footprint import FootprintKey
+from router.domain.gpu import Gpu, GpuUuid
+from router.domain.ids import LoadId
+from router.domain.instance import InstanceName, InstanceView
+from router.domain.keep_alive import FOR_EVER, merged_keep_alive
+from router.domain.model import BlobDigest, ModelFacts
+from router.domain.policy import Policy
+from router.domain.request import Ticket, TicketId
+from router.domain.reservation import Reservation
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.snapshot import Demand, Failure, Snapshot
+from router.domain.vram_ledger import is_settled
+from router.scheduler.balancing import pending_work
+from router.scheduler.balancing.pending_work import Share, Work
+from router.scheduler.balancing.prefix_affinity import Homes, Turn
+from router.scheduler.balancing.throughput import Speeds
+from router.scheduler.placement import demand
+from router.scheduler.placement.demand import rate_per_second
+from router.scheduler.placement.measured_footprints import Before, Footprints
+from router.scheduler.queue.fair_share import TokenCounters
+
+_NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
+_MODELS_MAX = 1_000
+_NEW_SHARE = 0.3
+"""Of the newest load in the mean rate of loads."""
+_PRIOR_BYTES = 8e9
+"""The rate that is assumed counts as one load of so many bytes: a first small one tells little."""
+
+
+def expiry(keep_alive_seconds: float, now: float) -> float | None:
+    """When a model that is idle from now on is to leave; None for never."""
+    return None if keep_alive_seconds < 0 else now + keep_alive_seconds
+
+
+class LeaseRecord(NamedTuple):
+    """One slot that is held."""
+
+    key: ResidencyKey
+    loaded_at: float
+    """Of the copy: one that came to the same place after it has nothing to do with this slot."""
+    client: str
+    granted_at: float
+    turn: Turn | None = None
+    share: Share | None = None
+    """Where its model had several copies."""
+
+
+def _memory(card: Gpu) -> tuple[int, int, str | None]:
+    return card.memory_free_bytes, card.memory_used_bytes, card.error
+
+
+@dataclass(slots=True)
+class Use:
+    """How a copy is used, where that is newer than its residency."""
+
+    in_flight: int
+    used_at: float
+    expires_at: float | None
+    keep_alive_seconds: float
+
+
+@dataclass(slots=True)
+class FleetState:
+    """Mutable, single owner. `version` grows with every change that could let a waiting ticket go on."""
+
+    policy: Policy
+    gpus: dict[GpuUuid, Gpu] = field(default_factory=dict[GpuUuid, Gpu])
+    gpus_read_at: float = float("-inf")
+    changed_at: float = float("-inf")
+    instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
+    copies: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
+    """The residencies, but for what `uses` says of them: for who knows that, else see `residencies`."""
+    uses: dict[ResidencyKey, Use] = field(default_factory=dict[ResidencyKey, Use])
+    reservations: dict[LoadId, Reservation] = field(default_factory=dict[LoadId, Reservation])
+    leases: dict[TicketId, LeaseRecord] = field(default_factory=dict[TicketId, LeaseRecord])
+    draining: frozenset[ResidencyKey] = frozenset()
+    failures: list[Failure] = field(default_factory=list[Failure])
+    demand: dict[BlobDigest, Demand] = field(default_factory=dict[BlobDigest, Demand])
+    models: dict[BlobDigest, ModelFacts] = field(default_factory=dict[BlobDigest, ModelFacts])
+    """Facts of models that were asked for, by the name last used."""
+    dismissed: set[BlobDigest] = field(default_factory=set[BlobDigest])
+    """Models that clients have let go since they were last asked for: nobody loads them again unasked."""
+    homes: Homes = field(default_factory=Homes)
+    speeds: Speeds = field(default_factory=Speeds)
+    works: dict[ResidencyKey, Work] = field(default_factory=dict[ResidencyKey, Work])
+    """Of copies that were chosen among several."""
+    wanted: dict[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
+    large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
+    """Models that no single card holds."""
+    _load_means: tuple[float, float] | None = None
+    """Bytes and seconds of a load, as loads have shown; None before the first."""
+    sent_bytes: Demand = field(default_factory=Demand)
+    """Weights sent for loading, as a count that decays."""
+    troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
+    """When an instance on these cards last could not be started or died."""
+    emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
+    """When an instance started on demand was first seen empty."""
+    footprints: Footprints = field(default_factory=Footprints)
+    measuring: dict[LoadId, Before] = field(default_factory=dict[LoadId, Before])
+    clients: dict[str, int] = field(default_factory=dict[str, int])
+    """Who holds slots, and how many."""
+    counters: TokenCounters = field(default_factory=TokenCounters)
+    wake: tuple[float | None] | None = None
+    """When time alone changes something next, if ever; None while that has to be worked out."""
+    version: int = 0
+
+    @property
+    def residencies(self) -> dict[ResidencyKey, Residency]:
+        """As they are now; may be changed."""
+        if self.uses:
+            for key, use in self.uses.items():
+                self.copies[key] = replace(
+                    self.copies[key],
+                    in_flight=use.in_flight,
+                    used_at=use.used_at,
+                    expires_at=use.expires_at,
+                    keep_alive_seconds=use.keep_alive_seconds,
+                )
+            self.uses.clear()
+        return self.copies
+
+    def use_of(self, key: ResidencyKey) -> Use:
+        """How the copy is used, to be changed."""
+        use = self.uses.get(key)
+        if use is None:
+            copy = self.copies[key]
+            use = self.uses[key] = Use(copy.in_flight, copy.used_at, copy.expires_at, copy.keep_alive_seconds)
+        return use
+
+    def snapshot(self, now: float) -> Snapshot:
+        return Snapshot(
+            now=now,
+            policy=self.policy,
+            gpus=MappingProxyType(self.gpus),
+            gpus_read_at=self.gpus_read_at,
+            instances=MappingProxyType(self.instances),
+            residencies=MappingProxyType(self.residencies),
+            reservations=MappingProxyType(self.reservations),
+            changed_at=self.changed_at,
+            failures=tuple(self.failures),
+            draining=self.draining,
+            demand=MappingProxyType(self.demand),
+            wanted=MappingProxyType(self.wanted),
+            large_asked=self._large_asked(now),
+            load_rate_bytes_per_second=self.load_rate_bytes_per_second,
+            loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.swap_window_seconds),
+            troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
+        )
+
+    def _large_asked(self, now: float) -> bool:
+        horizon = 4 * self.policy.demand_half_life_seconds
+        return any(now - self.demand[blob].at < horizon for blob in self.large_blobs if blob in self.demand)
+
+    def read(self, gpus: tuple[Gpu, ...], read_at: float) -> None:
+        """The cards as they are now."""
+        before, self.gpus = self.gpus, {gpu.uuid: gpu for gpu in gpus}
+        self.gpus_read_at = read_at
+        if before.keys() != self.gpus.keys() or any(
+            _memory(before[uuid]) != _memory(self.gpus[uuid]) for uuid in before
+        ):
+            self.version += 1
+
+    # --- residencies ---------------------------------------------------------------------------------------
+
+    def update(self, key: ResidencyKey, **changes: Any) -> Residency:
+        residency = replace(self.residencies[key], **changes)
+        self.residencies[key] = residency
+        self.version += 1
+        return residency
+
+    def forget(self, key: ResidencyKey) -> None:
+        """Drops a residency and what hangs on it. Leases stay: their requests end in their own time."""
+        residency = self.residencies.pop(key, None)
+        self.works.pop(key, None)
+        self.version += 1
+        if residency is not None and residency.load_id is not None:
+            self.reservations.pop(residency.load_id, None)
+            self.measuring.pop(residency.load_id, None)
+        if residency is not None:
+            self.touched(residency.instance)
+
+    def forget_instance(self, name: InstanceName) -> None:
+        for key in [k for k in self.residencies if k[0] == name]:
+            self.forget(key)
+
+    def has_still(self, copy: Residency) -> bool:
+        """Whether that copy is there, and no other that came to its place after it."""
+        now = self.residencies.get((copy.instance, copy.blob))
+        return now is not None and now.loaded_at == copy.loaded_at
+
+    def has_drained(self, blobs: Collection[BlobDigest]) -> bool:
+        """Whether a copy of these weights that takes no more requests is idle."""
+        for key in self.draining:
+            copy = self.copies.get(key) if key[1] in blobs else None
+            if copy is not None and copy.state is ResidencyState.READY and not (self.uses.get(key) or copy).in_flight:
+                return True
+        return False
+
+    def by_load(self, load_id: LoadId) -> Residency | None:
+        return next((r for r in self.residencies.values() if r.load_id == load_id), None)
+
+    def touched(self, name: InstanceName) -> None:
+        """Memory changes on the cards of that instance by our own doing."""
+        view = self.instances.get(name)
+        if view is not None:
+            self.footprints.touched(view.spec.gpus)
+
+    def begin_measuring(self, reservation: Reservation, key: FootprintKey, *, is_certain: bool) -> None:
+        """The load is sent: what its cards show as used from here to its end is its footprint, if it is alone.
+        `is_certain`: it is known how the server shares it out."""
+        self.touched(reservation.instance)
+        gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
+        others = (r for r in self.reservations.values() if r.sent_at is not None and r.load_id != reservation.load_id)
+        if gpus and not any(gpu in gpus for other in others for gpu, _ in other.per_gpu_bytes):
+            self.measuring[reservation.load_id] = self.footprints.before(key, gpus, self._used(), is_certain=is_certain)
+
+    def _used(self) -> dict[GpuUuid, int]:
+        return {gpu: card.memory_used_bytes for gpu, card in self.gpus.items()}
+
+    def settle(self) -> list[tuple[FootprintKey, tuple[int, ...]]]:
+        """Lets go of reservations and unloaded models that the newest reading of the cards already reflects; returns
+        the footprints that it has shown."""
+        shown: list[tuple[FootprintKey, tuple[int, ...]]] = []
+        for load_id, reservation in list(self.reservations.items()):
+            if is_settled(reservation, self.gpus_read_at):
+                del self.reservations[load_id]
+                self.version += 1
+                shown += self._measured(reservation)
+        for key, residency in list(self.residencies.items()):
+            ended = residency.unloaded_at
+            if ended is not None and (self.gpus_read_at > ended or not residency.per_gpu_bytes):
+                self.forget(key)
+        return shown
+
+    def _measured(self, reservation: Reservation) -> list[tuple[FootprintKey, tuple[int, ...]]]:
+        before, residency = self.measuring.pop(reservation.load_id, None), self.by_load(reservation.load_id)
+        if before is None or residency is None:
+            return []
+        sizes = self.footprints.after(before, reservation, self._used(), residency.size_vram_bytes)
+        if sizes is None:
+            return []
+        self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
+        return [(before.key, sizes)] if before.is_certain else []
+
+    # --- memory of what happened ---------------------------------------------------------------------------
+
+    def forget_failures(self, now: float) -> None:
+        horizon = now - self.policy.failure_memory_seconds
+        if self.failures:
+            self.failures = [f for f in self.failures if f.at > horizon]
+        if self.troubled_at:
+            self.troubled_at = {gpus: at for gpus, at in self.troubled_at.items() if at > horizon}
+
+    def asked(self, ticket: Ticket, now: float) -> None:
+        """Counts a request for its model."""
+        blob = ticket.model.blob
+        self.models[blob] = ticket.model
+        self.dismissed.discard(blob)
+        before = self.demand.get(blob) or Demand(at=now)
+        self.demand[blob] = demand.asked(before, now, self.policy.demand_half_life_seconds)
+        if len(self.demand) > _MODELS_MAX:
+            coldest = min(self.demand, key=lambda known: (self.demand[known].at, known))
+            del self.demand[coldest]
+            self.models.pop(coldest, None)
+            self.dismissed.discard(coldest)
+
+    def sent(self, weights_bytes: int, now: float) -> None:
+        """A load of so many bytes was sent."""
+        self.sent_bytes = demand.asked(self.sent_bytes, now, self.policy.swap_window_seconds, float(weights_bytes))
+
+    def loaded(self, weights_bytes: int, seconds: float) -> None:
+        """A load of so many bytes took so long: the mean rate follows, of bytes and not of loads."""
+        reading = max(0.1, seconds - self.policy.load_fixed_seconds / 2)
+        size, took = self._load_means or (_PRIOR_BYTES, _PRIOR_BYTES / self.policy.load_bytes_per_second)
+        size, took = size + _NEW_SHARE * (weights_bytes - size), took + _NEW_SHARE * (reading - took)
+        self._load_means = (size, took)
+
+    @property
+    def load_rate_bytes_per_second(self) -> float | None:
+        """As loads have shown; None before the first."""
+        return None if self._load_means is None else self._load_means[0] / self._load_means[1]
+
+    # --- slots ---------------------------------------------------------------------------------------------
+
+    def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float, share: Share | None = None) -> Use:
+        """Leases one slot of the copy to the ticket. `share`: where the model has several copies."""
+        copy = self.copies[key]
+        turn = self.homes.served(ticket, copy) if ticket.session else None
+        self.leases[ticket.id] = LeaseRecord(key, copy.loaded_at, ticket.client, now, turn, share)
+        if share is not None:
+            own = self.works.get(key)
+            if own is None:
+                own = self.works[key] = Work()
+            pending_work.begin(own, share, now)
+            self.homes.chosen(ticket, copy, share.fingerprints)
+        self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
+        self.counters.granted(ticket)
+        use = self.use_of(key)
+        if ticket.keep_alive_seconds is not None:
+            use.keep_alive_seconds = merged_keep_alive(
+                use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
+            )
+        pin = self.policy.pins.get(copy.name) if self.policy.pins else None
+        if pin is not None and pin.keep_warm:
+            use.keep_alive_seconds = FOR_EVER
+        use.in_flight, use.used_at, use.expires_at = use.in_flight + 1, now, None
+        return use
+
+    def end_lease(self, event: Released, now: float) -> LeaseRecord | None:
+        """Takes the lease out of the books and counts what it was given."""
+        lease = self.leases.pop(event.ticket_id, None)
+        if lease is None:
+            return None
+        self.clients[lease.client] -= 1
+        if not self.clients[lease.client]:
+            del self.clients[lease.client]
+        self.counters.released(lease.client, event.output_tokens)
+        blob = lease.key[1]
+        if blob in self.demand:
+            self.demand[blob] = demand.served(self.demand[blob], now - lease.granted_at)
+        if lease.turn is not None:
+            lease.turn.tokens += event.output_tokens
+        if lease.share is not None:
+            self._end_share(lease, lease.share, event, now)
+        return lease
+
+    def _end_share(self, lease: LeaseRecord, share: Share, event: Released, now: float) -> None:
+        key, first_at = lease.key, event.first_byte_at
+        copy = self.copies.get(key)
+        if copy is None or copy.loaded_at != lease.loaded_at:
+            return
+        pending_work.end(self.works[key], share, first_at is not None, now)
+        if first_at is not None and not event.runner_lost:
+            pending_work.learn(self.speeds, key, share, (lease.granted_at, first_at, now), event.output_tokens)
+
+    def give_back(self, event: Released, now: float) -> Residency | None:
+        """Ends a lease; returns the copy that it was on where that still stands, its use left out."""
+        lease = self.end_lease(event, now)
+        copy = self.copies.get(lease.key) if lease is not None else None
+        if lease is None or copy is None or copy.loaded_at != lease.loaded_at:
+            return None
+        use = self.use_of(lease.key)
+        use.in_flight, use.used_at = use.in_flight - 1, now
+        is_ready = copy.state is ResidencyState.READY
+        if not use.in_flight and is_ready:
+            use.expires_at = expiry(use.keep_alive_seconds, now)
+        if not is_ready or (not use.in_flight and lease.key not in self.draining):
+            self.version += 1  # else only those who wait for this copy can go on, or for its leaving
+        return copy

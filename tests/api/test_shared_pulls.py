@@ -1,0 +1,109 @@
+"""A pull whose answer goes wrong ends visibly for all who follow it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import ClientResponse, web
+from aiohttp.test_utils import TestServer
+
+from router.api.context import GatewayContext
+from router.api.shared_pulls import Pulls
+from router.errors import RouterError
+from router.llm_api.body_reader import peek
+from router.observability.request_record import RequestInfo
+
+_PATH = "/api/pull"
+_STATUS = b'{"status":"pulling manifest"}\n'
+
+
+def _server(handler: Any) -> TestServer:
+    app = web.Application()
+    app.router.add_post(_PATH, handler)
+    return TestServer(app)
+
+
+async def _overlong(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(_STATUS)
+    await response.write(b"x" * (8 << 20) + b"\n")
+    return response
+
+
+@asynccontextmanager
+async def _front(handler: Any) -> AsyncGenerator[Callable[[bytes], AbstractAsyncContextManager[ClientResponse]]]:
+    """What asks for a pull of a server that is `handler`."""
+    async with _server(handler) as behind, aiohttp.ClientSession() as session:
+        url = str(behind.make_url("")).rstrip("/")
+        context = SimpleNamespace(
+            writing=asyncio.Lock(), catalog=SimpleNamespace(forget_all=lambda: None), session=session,
+            primary=lambda: SimpleNamespace(spec=SimpleNamespace(url=url)),
+            limits=SimpleNamespace(idle_timeout_seconds=60.0, first_byte_timeout_seconds=60.0),
+        )  # fmt: skip
+        pulls = Pulls(cast("GatewayContext", context))
+
+        async def pull(request: web.Request) -> web.StreamResponse:
+            told = await request.read()
+            try:
+                return await pulls.serve(request, told, peek(told, _PATH), RequestInfo("id", "someone", _PATH, 0.0))
+            except RouterError as error:  # which the gateway answers in the form of the API
+                return web.Response(status=500, body=msgspec.json.encode({"error": error.message}))
+
+        async with _server(pull) as front:
+            yield lambda body: session.post(front.make_url(_PATH), data=body)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_line_that_nobody_can_read_is_an_error_and_no_success(stream: bool) -> None:
+    body = b'{"model":"m","stream":%s}' % (b"true" if stream else b"false")
+    async with _front(_overlong) as ask, ask(body) as reply:
+        text = await reply.read()
+    assert reply.status == (200 if stream else 500)
+    last = text.splitlines()[-1]
+    assert last.startswith(b'{"error":"the instance\'s answer cannot be read: ')
+    assert text.startswith(_STATUS) == stream
+
+
+async def test_a_body_that_is_nested_as_deeply_as_go_reads_is_a_pull_like_any_other() -> None:
+    async def pulled(request: web.Request) -> web.Response:
+        return web.Response(body=_STATUS, content_type="application/x-ndjson")
+
+    async with _front(pulled) as ask, ask(b'{"x":%s%s,"model":"m"}' % (b"[" * 9000, b"]" * 9000)) as reply:
+        assert (reply.status, await reply.read()) == (200, _STATUS)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b'{"model":"m","insecure":true}',
+        b'{"model":"m","INSECURE":true} and more',
+        b'{"model":"m","insecure":true,"insecure":null}',
+        b'{"model":"m","insecure":true,"x":"\\ud83d"}',
+    ],
+)
+async def test_a_pull_that_does_without_tls_is_not_shared_with_one_that_insists_however_it_is_written(
+    other: bytes,
+) -> None:
+    gate = asyncio.Event()
+
+    async def pulled(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        await response.write(_STATUS)
+        await gate.wait()
+        return response
+
+    async with _front(pulled) as ask, ask(b'{"model":"m"}') as first:
+        assert await first.content.readline() == _STATUS
+        async with ask(other) as second:
+            assert b"waiting for another change" in await second.content.readline()
+            gate.set()
+            assert _STATUS in await second.read()

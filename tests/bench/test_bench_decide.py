@@ -1,0 +1,48 @@
+"""The machine that decisions are timed on is as busy as it says, and what is printed is what was timed."""
+
+from __future__ import annotations
+
+from bench.scheduling.bench_decide import KINDS, rows_of
+from bench.scheduling.busy_machine import BusyMachine, some_models
+from router.domain.actions import Action, Grant, Load
+from router.domain.events import Event
+from router.domain.residency import ResidencyState
+from router.lab.scenarios import model_facts
+from router.scheduler.dispatcher import Dispatcher
+
+WAITING = 40
+
+
+def play(seed: int, seconds: float) -> tuple[BusyMachine, list[str]]:
+    told: list[str] = []
+
+    def post(dispatcher: Dispatcher, event: Event, now: float) -> list[Action]:
+        actions = dispatcher.handle(event, now)
+        told.extend(f"{now} {action}" for action in actions if isinstance(action, Grant | Load))
+        return actions
+
+    machine = BusyMachine(2, some_models([model_facts(name) for name in KINDS], 16), WAITING, seed, post)
+    machine.play(seconds)
+    return machine, told
+
+
+def test_so_many_always_wait_while_models_come_and_requests_are_served() -> None:
+    machine, told = play(1, 30.0)
+    assert len(machine.dispatcher.waiting) == WAITING
+    assert machine.rejected == 0
+    assert sum("Grant" in line for line in told) > 20
+    copies = machine.snapshot().residencies.values()
+    assert {r.blob for r in copies if r.state is ResidencyState.READY}
+
+
+def test_the_same_seed_is_the_same_machine() -> None:
+    assert play(2, 10.0)[1] == play(2, 10.0)[1]
+    assert play(2, 10.0)[1] != play(3, 10.0)[1]
+
+
+def test_requests_and_releases_are_counted_together_and_apart() -> None:
+    taken = {"request, waits for a slot": [1000, 3000], "release, nobody can go on": [5000], "time": [91_000]}
+    rows = {row.kind: (row.events, row.median, row.share) for row in rows_of(taken)}
+    assert rows["requests and releases"] == (3, 3.0, 0.09)
+    assert rows["all events, as they come"] == (4, 4.0, 1.0)
+    assert rows["time"] == (1, 91.0, 0.91)

@@ -1,0 +1,335 @@
+"""The command line as a user meets it: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router import __version__
+from router.app.wiring import endpoint_url
+from router.cli.main import AUTO_RIG, main, with_what_is_there
+from router.cli.status import render_status
+from router.config.settings import Settings, load_settings
+from router.config.sources import dotted_keys
+
+HOME = {"HOME": "/home/someone", "PATH": "/nonexistent"}
+Captured = pytest.CaptureFixture[str]
+
+
+def test_version_is_printed(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"], HOME)
+    assert capsys.readouterr().out == f"llamayard {__version__}\n"
+    assert main(["version"], HOME) == 0
+    assert capsys.readouterr().out == f"llamayard {__version__}\n"
+
+
+def test_check_config_shows_every_key_with_its_value_and_source(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("queue: {limit: 7}\nollama: {env: {A: b}}\n", encoding="utf-8")
+    environment = {**HOME, "LLAMAYARD_LOG__LEVEL": "debug", "LLAMAYARD_OLLAMA__ENV__C": "d"}
+    assert main(["check-config", "--config", str(config), "--port", "0"], environment) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    shown = {line.partition(" = ")[0]: line.partition(" = ")[2] for line in lines}
+    assert head == f"# file: {config}"
+    assert list(shown) == list(dotted_keys(Settings))
+    assert shown["queue.limit"] == f"7  # {config}"
+    assert shown["log.level"] == '"debug"  # environment LLAMAYARD_LOG__LEVEL'
+    assert shown["server.port"] == "0  # flag"
+    assert shown["ollama.env"] == f'{{"A": "b", "C": "d"}}  # {config}, environment LLAMAYARD_OLLAMA__ENV__C'
+    assert shown["queue.timeout_seconds"] == "300.0  # default"
+
+
+def test_check_config_fails_with_every_problem(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("server: {prot: 1}\n", encoding="utf-8")
+    assert main(["check-config", "--config", str(config), "--set", "queue.limit=x"], HOME) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, second = captured.err.splitlines()
+    assert first == "llamayard: server.prot: unknown key; did you mean `server.port`?"
+    assert second.startswith("llamayard: queue.limit: 'x' (flag)")
+
+
+def test_check_config_reads_the_variables_of_each_instance(capsys: Captured) -> None:
+    assert main(["check-config", "--set", "ollama.instance_env={spread: {OLLAMA_NUM_PARALLEL: many}}"], HOME) == 1
+    assert "instance spread: OLLAMA_NUM_PARALLEL='many'" in capsys.readouterr().err
+    assert main(["check-config", "--set", "ollama.env={OLLAMA_CONTEXT_LENGTH: 8k}"], HOME) == 1
+    assert "OLLAMA_CONTEXT_LENGTH='8k'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["serve", "--set", "queue.limit"], "write KEY=VALUE"),
+        (["serve", "--port", "x"], "server.port: 'x' (flag)"),
+        (["serve", "--config", "/nonexistent/c.yaml"], "/nonexistent/c.yaml: cannot be read"),
+        (["serve", "--rig", "h100", "--set", "ollama.env={OLLAMA_NUM_PARALLEL: many}"], "OLLAMA_NUM_PARALLEL='many'"),
+        (["status", "--set", "ollama.env=["], "flag ollama.env: is not a YAML list or mapping"),
+    ],
+)
+def test_a_mistake_ends_in_a_sentence_and_code_2(arguments: list[str], told: str, capsys: Captured) -> None:
+    assert main(arguments, HOME) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_serve_without_an_ollama_to_start_says_what_to_do(capsys: Captured) -> None:
+    assert main(["serve"], HOME) == 2
+    told = capsys.readouterr().err
+    assert "no program `ollama` on PATH" in told
+    assert "--rig" in told
+
+
+@pytest.mark.parametrize("arguments", [[], ["sevre"], ["serve", "--prot", "1"]])
+def test_a_wrong_command_ends_in_its_usage_and_code_2(arguments: list[str], capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments, HOME)
+    assert ended.value.code == 2
+    assert "usage: llamayard" in capsys.readouterr().err
+
+
+def test_the_module_ends_with_the_commands_code(root: Path) -> None:
+    command = [sys.executable, "-m", "router", "check-config", "--port", "x"]
+    ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+
+
+def test_simulate_plays_and_refuses_with_code_2_what_it_does_not_know(capsys: Captured) -> None:
+    asked = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "floor", "--json", "--out", "-"]
+    assert main(asked, HOME) == 0
+    assert json.loads(capsys.readouterr().out)["simulated"] is True
+    assert main(["simulate", "--rig", "2x9999"], HOME) == 2
+    assert "no card '9999'" in capsys.readouterr().err
+
+
+def test_whoever_serves_does_not_hold_the_other_commands_in_memory(root: Path) -> None:
+    others = ("router.lab.simulator", "router.check", "router.status")
+    program = f"import sys, router.cli.main\nprint([name for name in sys.modules if name.startswith({others})])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "[]\n"
+
+
+@contextlib.contextmanager
+def _pipe_that_nobody_reads() -> Generator[int]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("arguments", [["check-config"], ["version"]])
+def test_output_that_nobody_reads_is_ended_quietly(root: Path, arguments: list[str]) -> None:
+    with _pipe_that_nobody_reads() as nowhere:
+        ended = subprocess.run(
+            [sys.executable, "-m", "router", *arguments], cwd=root, env=HOME, stdout=nowhere, stderr=subprocess.PIPE,
+            timeout=300, check=False,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+_LOGS = """
+import asyncio, structlog
+from router.logs import RequestLines, configure_logs
+configure_logs("json", "info")
+async def main():
+    structlog.get_logger("x").info("something")
+    lines = RequestLines("info")
+    lines("info", {})
+    lines.flush()
+asyncio.run(main())
+print("goes on")
+"""
+
+
+def test_log_lines_that_nobody_takes_are_dropped_and_the_program_goes_on(root: Path) -> None:
+    with _pipe_that_nobody_reads() as nowhere:
+        ended = subprocess.run(
+            [sys.executable, "-c", _LOGS], cwd=root, env=HOME, stdout=subprocess.PIPE, stderr=nowhere, timeout=300,
+            check=False,
+        )  # fmt: skip
+    assert ended.stdout == b"goes on\n"
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("state_directory=/dev/null/x", "state_directory: the emulated rig cannot be written there"),
+        ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no card of this machine; there are: 0: GPU-"),
+        ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no card of this machine; there are: 0: GPU-"),
+    ],
+)
+def test_what_shows_only_when_it_is_tried_ends_in_a_sentence_too(
+    root: Path, tmp_path: Path, pair: str, told: str
+) -> None:
+    command = [sys.executable, "-m", "router", "serve", "--port", "0", "--rig", "h100", "--set", pair]
+    environment = {**HOME, "LLAMAYARD_STATE_DIRECTORY": str(tmp_path)}
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].startswith(f"llamayard: {told}")
+    assert "Traceback" not in ended.stderr
+
+
+def test_auto_serves_a_real_ollama_where_there_is_one(tmp_path: Path, capsys: Captured) -> None:
+    binary = tmp_path / "ollama"
+    binary.write_text("#!/bin/sh\n", encoding="utf-8")
+    settings = load_settings(None, HOME)
+    binary.chmod(0o600)
+    assert with_what_is_there(settings, {"PATH": str(tmp_path)}).rig == AUTO_RIG
+    assert "EMULATED" in capsys.readouterr().err
+    binary.chmod(0o700)
+    assert with_what_is_there(settings, {"PATH": str(tmp_path)}) == settings
+    assert capsys.readouterr().err == ""
+
+
+def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
+    rig = load_settings(None, HOME, {"rig": "h100"})
+    attached = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}]})
+    assert with_what_is_there(rig, HOME).rig == "h100"
+    assert with_what_is_there(attached, HOME).rig is None
+    both = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}], "discover": "true"})
+    assert with_what_is_there(both, HOME).rig == AUTO_RIG
+
+
+STATUS: dict[str, Any] = {
+    "emulated": "EMULATED rig 2x3090",
+    "cards": [
+        {
+            "uuid": "GPU-1",
+            "index": 0,
+            "name": "RTX 3090",
+            "memory_total_bytes": 24 * 1024**3,
+            "memory_used_bytes": 1024**3,
+            "memory_free_bytes": 23 * 1024**3,
+            "temperature_celsius": None,
+        }
+    ],
+    "instances": [
+        {"name": "gpu0", "state": "ready", "gpus": ["GPU-1"], "url": "http://127.0.0.1:1", "version": "0.24.0"}
+    ],
+    "models": [
+        {
+            "name": "tiny:latest",
+            "instance": "gpu0",
+            "state": "ready",
+            "slots": 2,
+            "in_flight": 1,
+            "per_gpu_bytes": [2**30],
+        }
+    ],
+    "reservations": [],
+    "queue": {"waiting": 3, "limit": 512},
+    "waiting": [
+        {"position": 1, "expected_wait_seconds": 11.6, "request_id": "r1", "model": "a:latest", "waited_seconds": 2.4},
+        {"position": 2, "expected_wait_seconds": None, "request_id": "r2", "model": "a:latest", "reason": "its turn"},
+    ],
+}
+
+
+def test_status_shows_who_waits_and_for_how_long_still() -> None:
+    rows = [line.split() for line in render_status(STATUS).splitlines()[-3:]]
+    assert rows[0] == ["MODEL", "POSITION", "WAITED", "STILL", "ABOUT", "REQUEST", "REASON"]
+    assert rows[1] == ["a:latest", "1", "2", "s", "12", "s", "r1", "-"]
+    assert rows[2] == ["a:latest", "2", "-", "-", "r2", "its", "turn"]
+    assert "WAITING" not in render_status({**STATUS, "waiting": []})
+
+
+def test_status_is_shown_as_tables_with_what_is_unknown_as_a_dash() -> None:
+    lines = render_status({**STATUS, "waiting": []}).splitlines()
+    assert lines[0] == "EMULATED rig 2x3090"
+    assert lines[2:5] == [
+        "CARDS",
+        "  INDEX  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
+        "  0      RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
+    ]
+    assert "  gpu0  ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
+    assert "  tiny:latest  gpu0      ready  1/2   1.0 GiB   -        -" in lines
+    assert lines[-5:] == ["RESERVATIONS", "  none", "", "QUEUE", "  waiting 3, limit 512"]
+
+
+def test_status_of_a_router_that_says_nothing_is_still_shown() -> None:
+    assert render_status({}).count("none") == 4
+
+
+class _Answer(BaseHTTPRequestHandler):
+    """Says what a router at this port would; `answers` belongs to the server."""
+
+    def do_GET(self) -> None:
+        status, body = self.server.answers[self.path]  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Tests' output is their own."""
+
+
+@pytest.fixture
+def router() -> Generator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", 0), _Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _status(router: HTTPServer, status: int, body: bytes, *flags: str) -> int:
+    router.answers = {"/llamayard/status": (status, body)}  # type: ignore[attr-defined]
+    return main(["status", "--host", "0.0.0.0", "--port", str(router.server_port), *flags], HOME)
+
+
+def test_status_asks_the_running_router(router: HTTPServer, capsys: Captured) -> None:
+    assert _status(router, 200, json.dumps(STATUS).encode()) == 0
+    assert capsys.readouterr().out == render_status(STATUS) + "\n"
+    assert _status(router, 200, json.dumps(STATUS).encode(), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == STATUS
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:11434"), ("::1", "http://[::1]:11434"), ("::", "http://[::]:11434")],
+)
+def test_the_address_that_is_told_is_one_that_clients_take(host: str, url: str) -> None:
+    assert endpoint_url("http", host, 11434) == url
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (404, b"404 page not found", "perhaps a stock Ollama"),
+        (200, b"hello", "not JSON"),
+        (200, b"[]", "not a JSON object"),
+    ],
+)
+def test_status_says_when_something_else_listens(
+    router: HTTPServer, status: int, body: bytes, told: str, capsys: Captured
+) -> None:
+    assert _status(router, status, body) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_status_says_when_nothing_listens(router: HTTPServer, capsys: Captured) -> None:
+    port = router.server_port
+    router.shutdown()
+    router.server_close()
+    assert main(["status", "--port", str(port)], HOME) == 1
+    assert f"nothing answers at 127.0.0.1:{port}" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""The configuration's pins in the deciding core's terms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from router.config.policy import policy_of, warm_models
+from router.config.settings import ConfigError, load_settings
+from router.domain.policy import Policy
+from tests.scheduler.builders import card, gpu_id, instance
+
+CARDS = (card(0, 24_000), card(1, 24_000))
+
+
+def _policy(folder: Path, **tree: object) -> Policy:
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return policy_of(load_settings(path, {}), CARDS, instance("like"))
+
+
+def test_pins_are_found_by_every_form_of_a_name_and_name_cards_by_index_or_uuid(tmp_path: Path) -> None:
+    models = {"Library/Small": {"gpus": [1]}, "large:70b": {"gpus": ["GPU-0", "GPU-1"], "keep_warm": True}}
+    policy = _policy(tmp_path, models=models, placement={"exclusive_gpus": {1: ["small"]}})
+    assert policy.pins["small:latest"].gpus == (gpu_id(1),)
+    assert policy.pins["large:70b"].gpus == (gpu_id(0), gpu_id(1))
+    assert warm_models(policy) == ("large:70b",)
+    assert policy.exclusive_gpus == {gpu_id(1): frozenset({"small:latest"})}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"gpus": [7]}, "models.m.gpus: '7' is no card of this machine; there are: 0: GPU-0"),
+        ({"gpus": ["GPU"]}, "fits several cards"),
+        ({"gpus": [0], "layout": "cpu"}, "exclude each other"),
+        ({"gpus": [0], "layout": "spread"}, "needs several gpus"),
+    ],
+)
+def test_a_pin_that_cannot_hold_is_refused_by_its_key(tmp_path: Path, model: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("(", r"\\(")) as error:
+        _policy(tmp_path, models={"m": model})
+    assert words in str(error.value)
+
+
+def test_without_cards_nothing_is_started_on_demand(tmp_path: Path) -> None:
+    assert _policy(tmp_path).instances_on_demand
+    assert not policy_of(load_settings(None, {}), (), instance("like")).instances_on_demand
+    assert not _policy(tmp_path, placement={"on_demand": False}).instances_on_demand

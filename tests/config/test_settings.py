@@ -1,0 +1,293 @@
+"""Where values come from, which win, and how a wrong one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.config.instance_options import tuning
+from router.config.parsing import bytes_text, parse_bytes
+from router.config.settings import RESERVED_VARIABLES, ConfigError, Settings, find_config, load_settings
+from router.config.sources import dotted_keys
+
+HOME = {"HOME": "/home/someone"}
+
+
+def problems_of(
+    config: Path | None = None, environment: dict[str, str] | None = None, overrides: dict[str, Any] | None = None
+) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(config, environment or {}, overrides)
+    return caught.value.problems
+
+
+def written(folder: Path, tree: object) -> Path:
+    path = folder / "llamayard.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def test_the_fixed_keys_have_their_fixed_defaults() -> None:
+    settings = load_settings(None, HOME)
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 11434)
+    assert (settings.ollama.binary, str(settings.ollama.models)) == ("ollama", "/home/someone/.ollama/models")
+    assert (settings.ollama.num_parallel, settings.ollama.context_length) == (2, 8192)
+    assert (settings.ollama.env, settings.instances, settings.discover) == ({}, (), None)
+    assert settings.ollama.keep_alive == -1
+    assert settings.placement.vram_margin_bytes == 512 * 1024**2
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    config = written(tmp_path, {"server": {"host": "file", "port": 1}, "queue": {"limit": 1, "timeout_seconds": 1}})
+    environment = {"LLAMAYARD_SERVER__PORT": "2", "LLAMAYARD_QUEUE__LIMIT": "2"}
+    settings = load_settings(config, environment, {"queue.limit": "3", "server.host": None})
+    assert (settings.server.host, settings.server.port) == ("file", 2)
+    assert (settings.queue.limit, settings.queue.timeout_seconds) == (3, 1)
+
+
+def test_one_variable_of_a_mapping_joins_those_of_the_file_and_keeps_its_case(tmp_path: Path) -> None:
+    config = written(tmp_path, {"ollama": {"env": {"OLLAMA_DEBUG": 1, "A": "x"}}})
+    settings = load_settings(config, {"LLAMAYARD_OLLAMA__ENV__OLLAMA_NEW_ENGINE": "1", "LLAMAYARD_OLLAMA__ENV__A": "y"})
+    assert settings.ollama.env == {"OLLAMA_DEBUG": "1", "A": "y", "OLLAMA_NEW_ENGINE": "1"}
+
+
+def test_instances_can_be_given_in_the_environment() -> None:
+    settings = load_settings(None, {"LLAMAYARD_INSTANCES": "[{name: a, gpus: [0, GPU-1]}, {url: 'http://h:1'}]"})
+    first, second = settings.instances
+    assert (first.name, first.gpus, first.url) == ("a", ("0", "GPU-1"), None)
+    assert (second.name, second.gpus, second.url) == (None, (), "http://h:1")
+
+
+@pytest.mark.parametrize(
+    ("discover", "instances", "expected"),
+    [(None, [], True), (None, [{"name": "a"}], False), (True, [{"name": "a"}], True), (True, [], True)],
+)
+def test_instances_by_hand_end_discovery_unless_it_is_asked_for(
+    discover: bool | None, instances: list[Any], expected: bool
+) -> None:
+    assert Settings(discover=discover, instances=instances).discovers is expected  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"server.prot": "1"}, "server.prot: unknown key; did you mean `server.port`?"),
+        ({"port": "1"}, "port: unknown key; did you mean `server.port`?"),
+        ({"ollama.OLLAMA_HOST": "x"}, "ollama.OLLAMA_HOST: unknown key;"),
+        ({"instances": [{"name": "a", "gpu": []}]}, "instances.0.gpu: unknown key; did you mean `instances.0.gpus`?"),
+        (
+            {"models": {"a:1b": {"option": "pass"}}},
+            "models.a:1b.option: unknown key; did you mean `models.a:1b.options`?",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_right_one(overrides: dict[str, Any], told: str) -> None:
+    (problem,) = problems_of(overrides=overrides)
+    assert problem.startswith(told)
+
+
+def test_an_unknown_variable_is_refused_too() -> None:
+    (problem,) = problems_of(environment={"LLAMAYARD_OLAMA__BINARY": "x", "PATH": "/bin"})
+    assert problem == "olama: unknown key; did you mean `ollama`?"
+
+
+def test_what_the_router_gives_its_children_is_no_setting() -> None:
+    assert load_settings(None, {**HOME, "LLAMAYARD_INSTANCE": "gpu0"}) == load_settings(None, HOME)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"server.port": "99999"}, ["server.port", "'99999'", "flag", "65535"]),
+        ({"queue.limit": -1}, ["queue.limit", "-1", "0"]),
+        ({"poll.gpu_seconds": ".nan"}, ["poll.gpu_seconds", "number"]),
+        ({"stream.idle_timeout_seconds": float("inf")}, ["stream.idle_timeout_seconds", "inf", "number"]),
+        ({"placement.vram_margin_bytes": "many"}, ["placement.vram_margin_bytes", "'many'", "512MiB"]),
+        ({"ollama.kv_cache_type": "q5"}, ["ollama.kv_cache_type", "'q5'", "q8_0"]),
+        ({"ollama.keep_alive": "soon"}, ["ollama.keep_alive", "'soon'", "5m"]),
+        ({"ollama.spread": "wide"}, ["ollama.spread", "'wide'", "fill_first"]),
+        ({"server": "x"}, ["server", "'x'", "mapping"]),
+        ({"discover": "false"}, ["instances", "discover"]),
+        ({"instances": [{"url": "http://h/api"}]}, ["instances.0.url", "http://h/api", "without a path"]),
+        ({"instances": [{"gpus": []}]}, ["instances.0", "name", "url"]),
+        ({"instances": [{"name": "a", "gpus": ["0", "0"]}]}, ["instances.0", "twice"]),
+        ({"instances": [{"name": "a"}, {"name": "a"}]}, ["two instances", "'a'"]),
+        ({"instances": [{"url": "http://h:1", "env": {"A": "b"}}]}, ["instances.0", "env", "attached"]),
+        ({"ollama.kv_cache_type": "q8_0"}, ["kv_cache_type", "flash_attention: true"]),
+        ({"models": {"a": {"options": "keep"}}}, ["models.a.options", "'keep'", "pass"]),
+        ({"models": {"a": {"gpus": 0}}}, ["models.a.gpus", "0", "a list"]),
+        ({"models": {"a b": {}}}, ["models: invalid model name", "a b", "ollama list"]),
+        ({"aliases": {"a": "b c"}}, ["aliases: invalid model name", "b c"]),
+        ({"fallbacks": {"a": {"to": ["b c"]}}}, ["fallbacks: invalid model name", "b c"]),
+        ({"aliases": {"gpt-4o": "big", "GPT-4": "gpt-4o:latest"}}, ["aliases", "GPT-4", "another alias"]),
+        ({"fallbacks": {"a": {"to": []}}}, ["fallbacks.a.to", "1 or more entries"]),
+        ({"fallbacks": {"a": {"to": ["b"], "reasons": ["slow"]}}}, ["fallbacks.a.reasons", "queue_full"]),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_key_and_what_would_do(overrides: dict[str, Any], told: list[str]) -> None:
+    (problem,) = problems_of(overrides=overrides)
+    assert not [word for word in told if word not in problem], problem
+
+
+@pytest.mark.parametrize("key", ["server", "server.port", "queue.limit", "models", "instances", "ollama.env", "rig"])
+def test_null_unsets_a_key_or_a_section(key: str, tmp_path: Path) -> None:
+    tree = {"server": {"port": 5}, "queue": {"limit": 5}, "models": {"a": {}}, "instances": [{"name": "a"}]}
+    config = written(tmp_path, {**tree, "ollama": {"env": {"A": "b"}}, "rig": "h100"})
+    before, unset = load_settings(config, HOME), load_settings(config, HOME, {key: "null"})
+    section, _, own = key.partition(".")
+
+    def value_in(settings: Settings) -> object:
+        return getattr(getattr(settings, section), own) if own else getattr(settings, section)
+
+    assert value_in(unset) == value_in(load_settings(None, HOME)) != value_in(before)
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_as_none(tmp_path: Path) -> None:
+    config = written(tmp_path, "server:\n  # port: 1\nmodels:\nstream: {heartbeat_seconds: null}\n")
+    settings = load_settings(config, HOME)
+    assert (settings.server, settings.models) == (load_settings(None, HOME).server, {})
+    assert settings.stream.heartbeat_seconds is None  # where null says something, it is said
+
+
+def test_every_problem_is_told_at_once() -> None:
+    environment = {"LLAMAYARD_SERVER__PORT": "x", "LLAMAYARD_QUEU__LIMIT": "1"}
+    told = problems_of(environment=environment, overrides={"log.level": "loud"})
+    assert [problem.partition(":")[0] for problem in told] == ["queu", "server.port", "log.level"]
+    assert "environment LLAMAYARD_SERVER__PORT" in told[1]
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED_VARIABLES))
+@pytest.mark.parametrize("key", ["ollama.env", "ollama.instance_env"])
+def test_a_variable_that_the_router_sets_itself_is_refused(name: str, key: str) -> None:
+    value: dict[str, Any] = {name: "x"} if key == "ollama.env" else {"gpu0": {name: "x"}}
+    (problem,) = problems_of(overrides={key: value})
+    assert f"{name} cannot be set here" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("server: {port: 1", "not valid YAML"),
+        ("- a\n", "must be a mapping"),
+        ("queue: {limit: 1, limit: 2}", "'limit' is given twice"),
+        ("a: &a [*a]\nb: !!python/name:os.system", "not valid YAML"),
+    ],
+)
+def test_an_unusable_file_is_told_with_its_path(tmp_path: Path, text: str, told: str) -> None:
+    config = written(tmp_path, text)
+    (problem,) = problems_of(config)
+    assert problem.startswith(str(config))
+    assert told in problem
+
+
+def test_a_missing_file_and_one_that_is_not_text_are_told(tmp_path: Path) -> None:
+    assert "No such file" in problems_of(tmp_path / "none.yaml")[0]
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in problems_of(tmp_path / "bytes.yaml")[0]
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_settings(written(tmp_path, ""), HOME) == load_settings(None, HOME)
+
+
+def test_the_state_stands_under_the_users_state_folder() -> None:
+    assert str(load_settings(None, HOME).state_directory) == "/home/someone/.local/state/llamayard"
+    assert str(load_settings(None, {**HOME, "XDG_STATE_HOME": "/s"}).state_directory) == "/s/llamayard"
+    assert str(load_settings(None, {**HOME, "XDG_STATE_HOME": "/s"}, {"state_directory": "~/x"}).state_directory) == (
+        "/home/someone/x"
+    )
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = Settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.server.port = 1
+    with pytest.raises(ValueError, match="frozen"):
+        settings.rig = "h100"
+
+
+def test_the_file_given_wins_over_the_usual_ones(tmp_path: Path) -> None:
+    usual = written(tmp_path, "")
+    assert find_config(None, tmp_path) == usual
+    assert find_config(tmp_path / "other.yaml", tmp_path) == tmp_path / "other.yaml"
+    assert find_config(None, tmp_path / "nowhere") in (None, Path("/etc/llamayard/config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("512MiB", 512 * 1024**2), ("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("100", 100), ("7k", 7000), (12, 12)],
+)
+def test_bytes_may_carry_a_unit(text: object, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@given(st.integers(min_value=0, max_value=2**50))
+def test_bytes_that_are_written_out_read_the_same(value: int) -> None:
+    assert parse_bytes(bytes_text(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("5m", 300), ("-1", -1), ("-5m", -1), (0, 0), (90, 90), ("1h30m", 5400)]
+)
+def test_keep_alive_is_read_as_ollama_reads_it(text: object, expected: float) -> None:
+    assert load_settings(None, HOME, {"ollama.keep_alive": text}).ollama.keep_alive == expected
+
+
+@pytest.mark.parametrize("key", list(dotted_keys(Settings)))
+def test_every_key_can_be_set_in_the_environment_to_its_default(key: str) -> None:
+    defaults = load_settings(None, HOME)
+    value: Any = defaults
+    for part in key.split("."):
+        value = getattr(value, part)
+    if isinstance(value, tuple):
+        value = list(value)
+    flow = yaml.safe_dump(value, default_flow_style=True) if isinstance(value, list | dict) else str(value)
+    text = "null" if value is None else flow
+    variable = "LLAMAYARD_" + key.upper().replace(".", "__")
+    assert load_settings(None, {**HOME, variable: text}) == defaults
+
+
+def test_an_instances_own_values_win_over_its_variables_and_those_over_the_keys_for_all() -> None:
+    settings = load_settings(
+        None,
+        HOME,
+        {
+            "ollama.num_parallel": 1,
+            "ollama.context_length": 1000,
+            "ollama.env": {"OLLAMA_CONTEXT_LENGTH": "2000", "OLLAMA_FLASH_ATTENTION": "1"},
+            "ollama.instance_env": {"gpu0": {"OLLAMA_CONTEXT_LENGTH": "3000", "OLLAMA_KV_CACHE_TYPE": "q8_0"}},
+            "instances": [{"name": "a", "num_parallel": 7}, {"url": "http://h:1"}],
+        },
+    )
+    first = tuning(settings, "gpu0")
+    assert (first.num_parallel, first.context_length, first.kv_cache_type, first.flash_attention) == (
+        1, 3000, "q8_0", True,
+    )  # fmt: skip
+    by_hand = tuning(settings, "a", settings.instances[0])
+    assert (by_hand.num_parallel, by_hand.context_length, by_hand.kv_cache_type) == (7, 2000, "f16")
+    assert by_hand.environment == {"OLLAMA_CONTEXT_LENGTH": "2000", "OLLAMA_FLASH_ATTENTION": "1"}
+    attached = tuning(settings, "b", settings.instances[1])
+    assert (attached.num_parallel, attached.context_length, attached.flash_attention) == (1, 1000, None)
+    assert attached.environment == {}
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"OLLAMA_NUM_PARALLEL": "0"}, "at least 1"),
+        ({"OLLAMA_CONTEXT_LENGTH": "8k"}, "whole number"),
+        ({"OLLAMA_KV_CACHE_TYPE": "q5"}, "one of f16, q8_0, q4_0"),
+        ({"OLLAMA_KV_CACHE_TYPE": "q8_0"}, "flash_attention: true"),
+        ({"OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_FLASH_ATTENTION": "0"}, "flash_attention: true"),
+    ],
+)
+def test_a_variable_that_ollama_would_ignore_is_refused(variables: dict[str, str], told: str) -> None:
+    settings = load_settings(None, HOME, {"ollama.instance_env": {"gpu1": variables}})
+    with pytest.raises(ConfigError, match=told):
+        tuning(settings, "gpu1")
+    assert tuning(settings, "gpu0").kv_cache_type == "f16"

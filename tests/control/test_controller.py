@@ -1,0 +1,182 @@
+"""The single writer: what it starts, what it reports back, what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from router.domain.actions import Grant, Load, ReadGpus, Reject
+from router.domain.events import Arrived, InstanceChanged, LoadFinished, Released, UnloadFinished
+from router.domain.instance import InstanceName, InstanceState
+from router.domain.policy import Policy
+from router.domain.residency import ResidencyState
+from tests.control.stage import OTHER, SMALL, stage, turns
+from tests.scheduler.builders import instance
+
+
+async def test_a_load_is_sent_once_however_many_wait_for_it() -> None:
+    async with stage() as on:
+        tasks = [asyncio.ensure_future(on.use()) for _ in range(5)]
+        await turns()
+        assert [load.model for load in on.driver.loads] == [SMALL]
+        on.driver.end_load()
+        assert await asyncio.gather(*tasks) == ["gpu0"] * 5
+        assert len(on.driver.loads) == 1
+
+
+async def test_loads_of_different_models_run_at_the_same_time() -> None:
+    async with stage() as on:
+        tasks = [asyncio.ensure_future(on.use(of)) for of in (SMALL, OTHER)]
+        await turns()
+        assert len(on.driver.loads) == 2
+        on.driver.end_load(at=1)
+        assert await tasks[1] == "gpu0"
+        assert not tasks[0].done()
+        on.driver.end_load(at=0)
+        assert await tasks[0] == "gpu0"
+
+
+async def test_a_driver_that_raises_ends_the_load_and_not_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    async with stage(Policy(vram_margin_bytes=0, failure_memory_seconds=0.0)) as on:
+        tickets: list[Grant | Reject] = []
+        on.engine.submit(on.ticket(), tickets.append)
+        await turns()
+        on.driver.end_load(RuntimeError("a mistake in the driver"))
+        await turns()
+        (refused,) = tickets
+        assert isinstance(refused, Reject)
+        assert (refused.code, refused.message) == ("load_failed", "RuntimeError: a mistake in the driver")
+        assert "load failed unexpectedly" in capsys.readouterr().out
+        task = asyncio.ensure_future(on.use())
+        await turns()
+        on.driver.end_load()
+        assert await task == "gpu0"
+
+
+async def test_a_driver_that_raises_ends_the_unload_with_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+    async with stage(Policy(vram_margin_bytes=0, keep_alive_seconds=0.0)) as on:
+        task = asyncio.ensure_future(on.use())
+        await turns()
+        on.driver.end_load()
+        await task
+        await turns()
+        on.driver.end_unload(RuntimeError("no"))
+        await turns()
+        events = [event for event, _ in on.observer.seen if isinstance(event, UnloadFinished)]
+        assert [event.error for event in events] == ["RuntimeError: no"]
+        assert on.state(SMALL) is ResidencyState.UNLOADING
+        capsys.readouterr()
+
+
+async def test_an_observer_sees_every_event_with_what_came_of_it_in_order() -> None:
+    async with stage() as on:
+        await on.load()
+        kinds = [(type(event), [type(action) for action in actions]) for event, actions in on.observer.seen]
+        assert kinds == [(Arrived, [Load]), (LoadFinished, [ReadGpus, Grant]), (Released, [])]
+
+
+async def test_a_decision_is_told_once_and_not_after_a_cancel() -> None:
+    async with stage() as on:
+        told: list[Grant | Reject] = []
+        kept, cancelled = on.ticket(), on.ticket()
+        on.engine.submit(kept, told.append)
+        on.engine.submit(cancelled, told.append)
+        on.engine.cancel(cancelled.id)
+        on.engine.cancel(cancelled.id)
+        await turns()
+        on.driver.end_load()
+        await turns()
+        assert [decision.ticket_id for decision in told] == [kept.id]
+        on.engine.cancel(kept.id)
+        assert on.taken() == 1
+        on.engine.release(kept.id)
+        assert on.taken() == 0
+
+
+async def test_a_decision_may_come_before_submit_returns() -> None:
+    async with stage() as on:
+        await on.load()
+        told: list[Grant | Reject] = []
+        ticket = on.ticket()
+        on.engine.submit(ticket, told.append)
+        assert isinstance(told[0], Grant)
+        on.engine.release(ticket.id)
+
+
+async def test_ticket_numbers_are_never_given_twice() -> None:
+    async with stage() as on:
+        numbers = [on.engine.new_ticket_id() for _ in range(100)]
+        assert numbers == sorted(set(numbers))
+
+
+async def test_leaving_the_engine_ends_its_loads_and_unloads() -> None:
+    async with stage(Policy(vram_margin_bytes=0, keep_alive_seconds=0.0)) as on:
+        await_first = asyncio.ensure_future(on.use())
+        await turns()
+        on.driver.end_load()
+        await await_first
+        await turns()
+        on.engine.submit(on.ticket(OTHER), lambda _: None)
+        await turns()
+    assert {type(work).__name__ for work in on.driver.cancelled} == {"Load", "Unload"}
+
+
+async def test_time_alone_unloads_what_is_idle() -> None:
+    async with stage(Policy(vram_margin_bytes=0, keep_alive_seconds=0.02)) as on:
+        await on.load()
+        assert on.driver.unloads == []
+        assert await on.engine.until(lambda _: on.state(SMALL) is ResidencyState.UNLOADING, 10.0)
+        await turns()
+        on.driver.end_unload()
+        await turns()
+        assert on.driver.unloads[0].reason == "its keep_alive ended"
+
+
+async def test_waiting_for_a_state_ends_with_it_or_with_the_deadline() -> None:
+    async with stage() as on:
+        assert await on.engine.until(lambda _: True, 0.0)
+        assert not await on.engine.until(lambda _: False, 0.01)
+        name = InstanceName("gpu0")
+        waiting = asyncio.ensure_future(
+            on.engine.until(lambda facts: facts.instances[name].state is InstanceState.DRAINING, 10.0)
+        )
+        await turns()
+        on.engine.post(InstanceChanged(instance("gpu0", 0), InstanceState.DRAINING))
+        assert await waiting
+
+
+async def test_who_no_longer_waits_for_a_state_is_no_longer_asked() -> None:
+    async with stage() as on:
+        asked: list[float] = []
+        waiting = asyncio.ensure_future(on.engine.until(lambda facts: bool(asked.append(facts.now)), 10.0))
+        await turns()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        before = len(asked)
+        on.engine.post(InstanceChanged(instance("gpu0", 0), InstanceState.DRAINING))
+        assert len(asked) == before
+
+
+async def test_each_waiting_ticket_can_be_asked_for_where_it_stands() -> None:
+    async with stage(slots=1) as on:
+        await on.load()
+        held, first, second = (on.ticket() for _ in range(3))
+        for ticket in (held, first, second):
+            on.engine.submit(ticket, lambda _: None)
+        assert on.engine.outlook(held.id) is None
+        assert [each.position for each in on.engine.outlooks().values()] == [1, 2]
+        last = on.ticket()
+        on.engine.submit(last, lambda _: None)
+        found = on.engine.outlook(last.id)
+        assert found is not None
+        assert (found.position, found.reason) == (3, "1 of 1 slots are in use on gpu0")
+        on.engine.cancel(first.id)
+        assert on.engine.outlook(first.id) is None
+        assert [(number, each.position) for number, each in on.engine.outlooks().items()] == [
+            (second.id, 1),
+            (last.id, 2),
+        ]
+        on.engine.release(held.id)
+        assert on.engine.outlook(second.id) is None

@@ -1,0 +1,179 @@
+"""A lease is given back exactly once, whenever and however its request ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from router.domain.events import LoadFailed
+from router.domain.policy import Policy
+from router.errors import InstanceLost, ModelTooLarge, QueueFull, WaitTimeout
+from router.errors import LoadFailed as LoadFailedError
+from tests.control.stage import OTHER, SMALL, Stage, stage, turns
+from tests.scheduler.builders import model
+
+
+async def _hold(on: Stage, until: asyncio.Event) -> None:
+    async with on.lease():
+        await until.wait()
+
+
+async def test_a_slot_is_held_inside_the_block_and_given_back_after_it() -> None:
+    async with stage() as on:
+        await on.load()
+        async with on.lease() as grant:
+            assert (grant.instance, grant.url, on.taken()) == ("gpu0", "http://127.0.0.1/gpu0", 1)
+        assert on.taken() == 0
+
+
+async def test_an_error_inside_the_block_gives_the_slot_back_and_goes_on() -> None:
+    async with stage() as on:
+        await on.load()
+        with pytest.raises(InstanceLost, match="gone"):
+            async with on.lease():
+                raise InstanceLost("gone")
+        assert on.taken() == 0
+
+
+async def test_a_rejection_is_the_error_that_the_client_meets() -> None:
+    async with stage(Policy(vram_margin_bytes=0, settle_seconds=0.0)) as on:
+        with pytest.raises(ModelTooLarge, match="fits nowhere") as refusal:
+            await on.use(model("huge", 100_000))
+        assert refusal.value.status == 422
+        assert on.engine.waiting() == ()
+
+
+async def test_a_failed_load_is_told_with_the_servers_status() -> None:
+    async with stage() as on:
+        task = asyncio.ensure_future(on.use())
+        await turns()
+        on.driver.end_load(LoadFailed(on.driver.loads[0].load_id, 500, "cudaMalloc failed"))
+        with pytest.raises(LoadFailedError, match="cudaMalloc failed") as refusal:
+            await task
+        assert refusal.value.status == 500
+
+
+async def test_a_full_queue_is_told_with_when_to_come_again() -> None:
+    async with stage(Policy(vram_margin_bytes=0, queue_limit=1)) as on:
+        waiting = asyncio.ensure_future(on.use())
+        await turns()
+        with pytest.raises(QueueFull) as refusal:
+            await on.use()
+        assert refusal.value.retry_after_seconds == 1
+        on.driver.end_load()
+        assert await waiting == "gpu0"
+
+
+async def test_a_deadline_ends_the_wait_by_itself() -> None:
+    async with stage() as on:
+        with pytest.raises(WaitTimeout, match="for model 'small': gpu0"):
+            async with on.lease(patience_seconds=0.02):
+                raise AssertionError("it was granted")
+        assert on.engine.waiting() == ()
+
+
+async def test_a_runner_that_died_under_a_request_is_reported_with_the_slot() -> None:
+    async with stage() as on:
+        await on.load()
+        lease = on.lease()
+        async with lease:
+            lease.report_runner_lost()
+        await turns()
+        assert [unload.reason for unload in on.driver.unloads] == ["its runner died or hangs"]
+
+
+async def test_a_client_that_leaves_while_it_waits_leaves_the_queue_and_not_the_load() -> None:
+    async with stage() as on:
+        task = asyncio.ensure_future(on.use())
+        await turns()
+        assert len(on.engine.waiting()) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert on.engine.waiting() == ()
+        assert on.driver.cancelled == []
+        on.driver.end_load()
+        await turns()
+        assert await on.use() == "gpu0"
+        assert len(on.driver.loads) == 1
+
+
+async def test_a_grant_that_comes_after_the_hang_up_in_the_same_turn_is_given_back() -> None:
+    async with stage(slots=1) as on:
+        await on.load()
+        done = asyncio.Event()
+        first = asyncio.ensure_future(_hold(on, done))
+        await turns()
+        second = asyncio.ensure_future(_hold(on, done))
+        await turns()
+        assert (on.taken(), len(on.engine.waiting())) == (1, 1)
+        second.cancel()
+        first.cancel()
+        # Nothing has run since: both learn of it in the next turn, the first of them gives its slot to the second.
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert (on.taken(), on.engine.waiting()) == (0, ())
+        assert await on.use() == "gpu0"
+
+
+async def test_a_grant_that_came_before_the_hang_up_in_the_same_turn_is_given_back() -> None:
+    async with stage(slots=1) as on:
+        await on.load()
+        ticket = on.ticket()
+        on.engine.submit(ticket, lambda _: None)
+        second = asyncio.ensure_future(on.use())
+        await turns()
+        assert len(on.engine.waiting()) == 1
+        on.engine.release(ticket.id)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert (on.taken(), on.engine.waiting()) == (0, ())
+
+
+async def test_a_grant_between_the_hang_up_and_its_being_noticed_is_given_back() -> None:
+    async with stage(slots=1) as on:
+        await on.load()
+        ticket = on.ticket()
+        on.engine.submit(ticket, lambda _: None)
+        second = asyncio.ensure_future(on.use())
+        await turns()
+        second.cancel()
+        on.engine.release(ticket.id)
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert (on.taken(), on.engine.waiting()) == (0, ())
+        assert await on.use() == "gpu0"
+
+
+async def test_a_rejection_between_the_hang_up_and_its_being_noticed_is_no_trouble() -> None:
+    async with stage() as on:
+        task = asyncio.ensure_future(on.use())
+        await turns()
+        task.cancel()
+        on.engine.begin_shutdown()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert on.engine.waiting() == ()
+
+
+@pytest.mark.parametrize("loaded_after", range(9))
+@pytest.mark.parametrize("cancelled_after", range(12))
+async def test_cancelled_at_any_moment_nothing_stays_taken(cancelled_after: int, loaded_after: int) -> None:
+    """The load ends in one turn of the event loop, the client leaves in another, before or after."""
+    async with stage(slots=1) as on:
+        tasks = [asyncio.ensure_future(on.use()), asyncio.ensure_future(on.use(OTHER)), asyncio.ensure_future(on.use())]
+        for turn in range(14):
+            if turn == loaded_after + 2:
+                on.driver.end_load(at=0)
+            if turn == cancelled_after:
+                for task in tasks[:2]:
+                    task.cancel()
+            await asyncio.sleep(0)
+        for task in tasks[:2]:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        assert await tasks[2] == "gpu0"
+        assert (on.taken(), on.engine.waiting()) == (0, ())
+        assert len([load for load in on.driver.loads if load.model == SMALL]) == 1

@@ -1,0 +1,181 @@
+"""The steady look at the outside: posted with the time before it began, and silent where nothing could be seen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from router.control.poller import Pace, Watcher
+from router.domain.events import Event, GpusRead, ResidencyRead
+from router.domain.gpu import Gpu
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
+from router.domain.snapshot import Snapshot
+from router.engines.ollama.catalog import Catalog
+from router.engines.ollama.client import OllamaClient, OllamaError
+from router.engines.ollama.model_listing import Store
+from router.gpu.poller import GpuPoller
+from tests.scheduler.builders import card, snapshot
+from tests.support.scripted_server import Scripted, failing, scripted
+from tests.support.waiting import eventually
+
+NEVER = 3600.0
+SOON = 0.01
+BLOB = "b" * 64
+Clear = Callable[[], Awaitable[bool]]
+
+
+@dataclass
+class Reader:
+    """Cards whose reading can be made to fail."""
+
+    error: Exception | None = None
+    reads: int = 0
+
+    def read(self) -> tuple[Gpu, ...]:
+        self.reads += 1
+        if self.error is not None:
+            raise self.error
+        return (card(0, self.reads),)
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Watch:
+    server: Scripted
+    reader: Reader
+    watcher: Watcher
+    facts: Snapshot
+    now: float = 10.0
+    posted: list[Event] = field(default_factory=list[Event])
+
+    def readings(self) -> list[ResidencyRead]:
+        return [event for event in self.posted if isinstance(event, ResidencyRead)]
+
+
+@asynccontextmanager
+async def watch(
+    gpus: float = NEVER, models: float = NEVER, store: float = NEVER, clear: Clear | None = None
+) -> AsyncGenerator[Watch]:
+    answers = {"/api/tags": {"models": [{"name": "tiny:latest", "digest": "d1"}]},
+               "/api/show": {"modelfile": f"FROM /m/sha256-{BLOB}"}, "/api/ps": {"models": []}}  # fmt: skip
+    async with aiohttp.ClientSession() as session, scripted(answers) as server:
+        client, reader = OllamaClient(session, server.url), Reader()
+        poller, catalog = GpuPoller(reader), Catalog(lambda: [Store(None, client)], lambda: 0.0)
+        spec = InstanceSpec(InstanceName("gpu0"), (), server.url)
+        held: Watch
+        posted: list[Event] = []
+        watcher = Watcher(
+            poller, catalog, lambda _: client, lambda: held.facts, posted.append,
+            lambda: held.now, Pace(gpus, models, store), (), clear,
+        )  # fmt: skip
+        held = Watch(server, reader, watcher, snapshot([], [InstanceView(spec, InstanceState.READY)]), posted=posted)
+        running = asyncio.ensure_future(watcher.run())
+        try:
+            yield held
+        finally:
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            await catalog.close()
+            await poller.close()
+
+
+async def test_cards_are_posted_with_the_time_before_the_reading() -> None:
+    async with watch() as on:
+        await on.watcher.read_gpus()
+        assert on.posted == [GpusRead((card(0, 1),), 10.0)]
+
+
+async def test_cards_are_read_again_and_again_and_a_failure_is_no_end(capsys: pytest.CaptureFixture[str]) -> None:
+    async with watch(gpus=SOON) as on:
+        await eventually(lambda: len(on.posted) >= 2)
+        on.reader.error = OSError("no such device")
+        failed = on.reader.reads
+        await eventually(lambda: on.reader.reads > failed + 3)
+        on.reader.error = None
+        before = len(on.posted)
+        await eventually(lambda: len(on.posted) > before)
+    told = capsys.readouterr().out
+    assert told.count("cannot_read") == 1
+    assert told.count("can_read_again") == 1
+    assert "no such device" in told
+
+
+async def test_loaded_models_are_posted_with_their_facts_and_the_time_before_the_question() -> None:
+    async with watch(models=SOON) as on:
+
+        async def ps(_: Any) -> web.Response:
+            on.now = 20.0
+            rows = [{"name": name, "digest": digest, "size": 5, "size_vram": 5}
+                    for name, digest in (("tiny:latest", "d1"), ("gone:latest", "d9"))]  # fmt: skip
+            return web.json_response({"models": rows})
+
+        on.server.answers["/api/ps"] = ps
+        await eventually(lambda: any(reading.models for reading in on.readings()))
+        found = next(reading for reading in on.readings() if reading.models)
+        assert (found.instance, found.read_at) == ("gpu0", 10.0)
+        known, unknown = found.models
+        assert known.model is not None
+        assert (known.model.blob, unknown.model) == (f"sha256:{BLOB}", None)
+
+
+@pytest.mark.parametrize("path", ["/api/ps", "/api/tags"])
+async def test_a_server_that_cannot_say_is_not_taken_for_an_empty_one(path: str) -> None:
+    async with watch(models=SOON) as on:
+        row = {"name": "tiny:latest", "digest": "d1", "size": 5, "size_vram": 5}
+        on.server.answers["/api/ps"] = {"models": [row]}
+        on.server.answers[path] = failing(500)
+        before, asked = len(on.readings()), len(on.server.asked)
+        await eventually(lambda: len(on.server.asked) > asked + 6)
+        assert len(on.readings()) <= before + 1
+
+
+async def test_only_servers_that_are_ready_are_asked() -> None:
+    async with watch(models=SOON) as on:
+        await eventually(on.readings)
+        spec = next(iter(on.facts.instances.values())).spec
+        on.facts = snapshot([], [InstanceView(spec, InstanceState.BACKOFF)])
+        asked: list[int] = []
+
+        async def settled() -> bool:
+            asked.append(len(on.server.asked))
+            return len(asked) > 5 and len(set(asked[-5:])) == 1
+
+        await eventually(settled)
+
+
+@pytest.mark.parametrize("answers", [[False, True], [OllamaError(500, "no")]])
+async def test_the_store_is_tidied_up_until_that_is_done_or_fails(
+    answers: list[bool | OllamaError], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[None] = []
+
+    async def clear() -> bool:
+        asked.append(None)
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, OllamaError):
+            raise answer
+        return answer
+
+    async with watch(store=SOON, clear=clear) as on:
+        await eventually(lambda: len(asked) == len(answers))
+        seen = on.server.paths().count("/api/tags")
+        await eventually(lambda: on.server.paths().count("/api/tags") > seen + 2)
+    assert len(asked) == len(answers)
+    assert capsys.readouterr().out.count("leftovers_stay") == (answers[-1] is not True)
+
+
+async def test_the_list_of_models_is_looked_at_by_itself() -> None:
+    async with watch(store=SOON) as on:
+        await eventually(lambda: on.server.paths().count("/api/tags") >= 2)
+        on.server.answers["/api/tags"] = failing(500)
+        failed = on.server.paths().count("/api/tags")
+        await eventually(lambda: on.server.paths().count("/api/tags") > failed + 2)

@@ -1,0 +1,70 @@
+"""What servers say of their cards, in the words of several versions."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.domain.gpu import GpuUuid
+from router.engines.ollama.log_parser import (
+    ComputeDevice,
+    cards_problem,
+    parse_compute_line,
+    unexpected_devices,
+)
+
+A, B = GpuUuid("GPU-8a0c1111-aaaa-bbbb-cccc-000000000001"), GpuUuid("GPU-8a0c1111-aaaa-bbbb-cccc-000000000002")
+PREFIX = 'time=2026-01-01T00:00:00.000Z level=INFO source=types.go:42 msg="inference compute" '
+CPU_0_24 = (
+    'id=cpu library=cpu compute="" name=cpu description=cpu libdirs=ollama driver="" pci_id="" type="" '
+    'total="23.5 GiB" available="21.4 GiB"'
+)
+CPU_0_11 = 'id=0 library=cpu variant="" compute="" driver=0.0 name="" total="23.5 GiB" available="22.8 GiB"'
+GPU_0_11 = f'id={A} library=cuda variant=v12 compute=8.6 driver=12.4 name="NVIDIA GeForce RTX 3090" total="23.7 GiB"'
+GPU_0_24 = f'id={A} library=CUDA compute=8.6 name=CUDA0 description="NVIDIA GeForce RTX 3090" libdirs=ollama,cuda_v13'
+GPU_0_30 = 'id=0 filter_id="" library=CUDA compute=8.6 name=CUDA0 description="a \\"quoted\\" id=9" type=discrete'
+
+
+@pytest.mark.parametrize(
+    ("fields", "device"),
+    [
+        (CPU_0_24, ComputeDevice("cpu", "cpu")),
+        (CPU_0_11, ComputeDevice("0", "cpu")),
+        (GPU_0_11, ComputeDevice(A, "cuda")),
+        (GPU_0_24, ComputeDevice(A, "CUDA")),
+        (GPU_0_30, ComputeDevice("0", "CUDA")),
+    ],
+)
+def test_every_versions_line_is_read(fields: str, device: ComputeDevice) -> None:
+    assert parse_compute_line(PREFIX + fields) == device
+
+
+def test_other_lines_are_not_taken_for_it() -> None:
+    assert parse_compute_line('level=INFO msg="discovering available GPUs..." id=GPU-1 library=CUDA') is None
+
+
+def test_cards_that_are_named_must_be_the_right_ones() -> None:
+    assert cards_problem((A, B), [ComputeDevice(B.upper(), "CUDA"), ComputeDevice(A, "CUDA")]) is None
+    problem = cards_problem((A, B), [ComputeDevice(A, "CUDA"), ComputeDevice("GPU-other", "CUDA")])
+    assert problem == f"does not see its cards {B}: it reports {A} (CUDA), GPU-other (CUDA)"
+
+
+def test_cards_that_are_only_numbered_are_counted() -> None:
+    two = [ComputeDevice("0", "CUDA"), ComputeDevice("1", "CUDA")]
+    assert cards_problem((A, B), two) is None
+    assert cards_problem((A, B), two[:1]) == f"does not see its cards {B}: it reports 0 (CUDA)"
+
+
+def test_the_cpu_is_no_card() -> None:
+    assert cards_problem((A,), [ComputeDevice("cpu", "cpu")]) == f"does not see its cards {A}: it reports cpu (cpu)"
+    assert cards_problem((A,), [ComputeDevice("0", "cpu")]) is not None
+    assert cards_problem((), [ComputeDevice("cpu", "cpu")]) is None
+
+
+def test_a_part_of_a_card_may_be_reported_under_the_cards_uuid() -> None:
+    assert cards_problem((GpuUuid("MIG-1"),), [ComputeDevice(A, "CUDA")]) is None
+
+
+def test_cards_beyond_those_given_are_noticed() -> None:
+    foreign = ComputeDevice("0", "Vulkan")
+    assert unexpected_devices((A,), [ComputeDevice(A, "CUDA"), foreign]) == (foreign,)
+    assert unexpected_devices((), [ComputeDevice("cpu", "cpu")]) == ()

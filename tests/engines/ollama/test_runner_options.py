@@ -1,0 +1,70 @@
+"""Which options of a request ask for a runner of their own, and which do not."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.engines.ollama.runner_options import RUNNER_OPTIONS, has_own_layers, runner_options
+from tests.scheduler.builders import model
+
+PLAIN = model("m")
+LONG = model("m", parameters=(("num_ctx", "4096"), ("use_mmap", "false")))
+
+
+def test_a_request_that_asks_for_nothing_shares_the_ordinary_runner() -> None:
+    assert runner_options(PLAIN, {}, 8192) == ()
+
+
+@pytest.mark.parametrize("asked", [{"num_ctx": 8192}, {"num_batch": 512}, {"num_thread": 0}, {"num_ctx": 8192.0}])
+def test_a_default_that_is_spelt_out_asks_for_nothing(asked: dict[str, object]) -> None:
+    assert runner_options(PLAIN, asked, 8192) == ()
+
+
+def test_what_differs_from_the_default_decides_the_runner_in_a_stated_order() -> None:
+    asked = {"use_mmap": True, "num_ctx": 2048.9, "num_batch": 128}
+    assert runner_options(PLAIN, asked, 8192) == (("num_batch", 128), ("num_ctx", 2048), ("use_mmap", True))
+
+
+def test_the_modelfile_counts_under_the_request() -> None:
+    assert runner_options(LONG, {}, 8192) == (("num_ctx", 4096), ("use_mmap", False))
+    assert runner_options(LONG, {"num_ctx": 8192}, 8192) == (("use_mmap", False),)
+
+
+@pytest.mark.parametrize("asked", [{"num_gpu": 0}, {"main_gpu": 1}, {"seed": 7}, {"temperature": 0.5}, {"NUM_CTX": 1}])
+def test_placement_and_sampling_never_decide_the_runner(asked: dict[str, object]) -> None:
+    assert runner_options(PLAIN, asked, 8192) == ()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_ctx": "4096"},
+        {"num_ctx": True},
+        {"num_ctx": None},
+        {"num_ctx": b"[1]"},
+        {"use_mmap": 1},
+        {"use_mmap": "no"},
+    ],
+)
+def test_a_value_of_a_type_that_the_server_refuses_is_left_to_it(asked: dict[str, object]) -> None:
+    assert runner_options(PLAIN, asked, 8192) == ()
+
+
+def test_a_modelfile_may_say_itself_how_many_layers_go_to_the_cards() -> None:
+    assert has_own_layers(model("m", parameters=(("num_gpu", "10"),)))
+    assert not has_own_layers(LONG)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from((*RUNNER_OPTIONS, "seed", "num_gpu")),
+        st.none() | st.booleans() | st.integers() | st.floats(-1e15, 1e15) | st.text(max_size=3),
+    )
+)
+def test_asking_again_for_the_options_one_has_changes_nothing(asked: dict[str, object]) -> None:
+    options = runner_options(PLAIN, asked, 8192)
+    assert list(options) == sorted(options)
+    assert runner_options(PLAIN, dict(options), 8192) == options
+    assert {name for name, _ in options} <= asked.keys() & RUNNER_OPTIONS.keys()

@@ -1,0 +1,145 @@
+"""In what shares layers go to unequal cards, who is told so, and who heeds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.domain.instance import InstanceState, InstanceView
+from router.domain.policy import Policy
+from router.engines.ollama.footprint_estimator import estimated_footprint
+from router.engines.ollama.memory_estimate import LayerSplit, even_split, split_by
+from router.engines.ollama.tensor_split import (
+    TENSOR_SPLIT,
+    memory_shares,
+    parsed_split,
+    shares_of,
+    split_text,
+    unequal_text,
+)
+from router.scheduler.placement.candidates import Bounds, sites_of_size
+from router.scheduler.placement.measured_footprints import Footprints, key_of
+from tests.scheduler.builders import GB, MIB, card, instance, model, snapshot
+
+TWO = instance("both", 0, 1)
+TOLD = replace(TWO, environment={TENSOR_SPLIT: "24,12"})
+M = model("m", 20_000)
+
+
+def test_cards_share_by_their_memory_in_whole_gib_and_equal_ones_evenly() -> None:
+    assert memory_shares((24 * 1024 * MIB, 12 * 1024 * MIB)) == (22.0, 10.0)
+    assert memory_shares((24_564 * MIB, 24_576 * MIB)) == (1.0, 1.0)  # a 4090 and a 3090
+    assert memory_shares(()) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [("24,12", (24.0, 12.0)), ("3/1", (3.0, 1.0)), ("0.7,0.3", (0.7, 0.3)), ("1,0", (1.0, 0.0)), ("", ()), (" ", ()),
+     ("0,0", ()), ("-1,2", ()), ("a,b", ()), ("1,", ()), ("nan,1", ()), ("inf,1", ())],
+)  # fmt: skip
+def test_shares_are_read_as_llama_cpp_reads_them(text: str, shares: tuple[float, ...]) -> None:
+    assert parsed_split(text) == shares
+
+
+def test_what_is_written_is_read_again() -> None:
+    assert split_text((24.0, 12.0)) == "24,12"
+    assert parsed_split(split_text((0.7, 0.3))) == (0.7, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("version", "shares"),
+    [("0.33.0", (24.0, 12.0)), ("0.30.1", (24.0, 12.0)), (None, (24.0, 12.0)), ("0.24.0", (1.0, 1.0))],
+)
+def test_servers_from_0_30_heed_what_they_are_told(version: str | None, shares: tuple[float, ...]) -> None:
+    assert shares_of(TOLD, version) == shares
+    assert shares_of(TWO, version) == (1.0, 1.0)
+
+
+def test_cards_beyond_the_shares_get_nothing_and_shares_beyond_the_cards_go_to_nobody() -> None:
+    three = replace(instance("all", 0, 1, 2), environment={TENSOR_SPLIT: "1,1"})
+    assert shares_of(three, "0.33.0") == (1.0, 1.0, 0.0)
+    assert unequal_text(three) == "1,1,0"
+    assert shares_of(replace(TWO, environment={TENSOR_SPLIT: "3,2,1"}), "0.33.0") == (3.0, 2.0)
+    assert shares_of(replace(TWO, environment={TENSOR_SPLIT: "0,0,1"}), "0.33.0") == (1.0, 1.0)
+
+
+SHARES = st.lists(st.integers(0, 96), min_size=1, max_size=8).filter(any)
+
+
+@given(st.integers(0, 200), SHARES)
+def test_each_card_has_its_share_of_the_layers_to_within_one(layers: int, shares: list[int]) -> None:
+    split = split_by(layers, tuple(map(float, shares)))
+    units = [count + (index == split.output_card) for index, count in enumerate(split.layers)]
+    assert sum(units) == layers + 1
+    exact = [share * (layers + 1) / sum(shares) for share in shares]
+    assert all(abs(count - wanted) < 1 for count, wanted in zip(units, exact, strict=True))
+    assert all(count == 0 for count, share in zip(units, shares, strict=True) if not share)
+
+
+@given(st.integers(0, 200), st.integers(1, 8), st.integers(1, 96))
+def test_equal_shares_are_an_even_split(layers: int, cards: int, share: int) -> None:
+    assert split_by(layers, (float(share),) * cards) == even_split(layers, cards)
+
+
+def test_a_70b_over_24_and_12_gb() -> None:
+    assert split_by(80, (24.0, 12.0)) == LayerSplit((54, 26), 1)
+    with pytest.raises(ValueError, match="no layers and shares"):
+        split_by(80, (0.0, 0.0))
+
+
+def test_what_a_load_takes_follows_the_shares_where_the_server_heeds_them() -> None:
+    def bytes_with(version: str) -> tuple[int, ...]:
+        facts = snapshot(
+            [card(0, 24_000), card(1, 12_000, total_mib=12_000)], [InstanceView(TOLD, InstanceState.READY, version)]
+        )
+        return estimated_footprint(M, TOLD, 8192, facts).per_gpu_bytes
+
+    (large, small), even = bytes_with("0.33.0"), bytes_with("0.24.0")
+    assert large / small == pytest.approx(2.0, rel=0.1)
+    assert even[0] / even[1] == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_server_to_be_started_over_unequal_cards_is_told_their_shares() -> None:
+    policy = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance(""))
+    unequal = snapshot([card(0, 12_000, total_mib=12_288), card(1, 24_000, total_mib=24_576)], policy=policy)
+    (site,) = sites_of_size(unequal, 2, Bounds("m"))
+    assert site.spec.environment[TENSOR_SPLIT] == "10,22"
+    (alone, _) = sites_of_size(unequal, 1, Bounds("m"))
+    assert TENSOR_SPLIT not in alone.spec.environment
+    equal = snapshot([card(0, 24_000, total_mib=24_576), card(1, 24_000, total_mib=24_576)], policy=policy)
+    (site,) = sites_of_size(equal, 2, Bounds("m"))
+    assert TENSOR_SPLIT not in site.spec.environment
+    like = replace(instance(""), environment={TENSOR_SPLIT: "1,3"})
+    told = replace(unequal, policy=replace(policy, on_demand_like=like))
+    (site,) = sites_of_size(told, 2, Bounds("m"))
+    assert site.spec.environment[TENSOR_SPLIT] == "1,3"
+
+
+def test_a_footprint_of_other_shares_is_another() -> None:
+    seen, policy = Footprints(), Policy()
+    assert (unequal_text(TOLD), unequal_text(TWO)) == ("24,12", "")
+    assert unequal_text(replace(TWO, environment={TENSOR_SPLIT: "1,1"})) == ""
+    seen.remember(key_of(M, TOLD, 8192, policy), (14 * GB, 7 * GB))
+    assert seen.known.get(key_of(M, TWO, 8192, policy)) is None
+    assert seen.nearest(key_of(M, TWO, 4096, policy)) is None
+    assert seen.nearest(key_of(M, TOLD, 4096, policy)) == key_of(M, TOLD, 8192, policy)
+
+
+def test_a_footprint_of_a_server_that_is_run_otherwise_or_is_of_another_version_is_another() -> None:
+    """Its batch, and what it keeps of attention, may be larger."""
+    seen, policy = Footprints(), Policy()
+    flash = replace(TWO, flash_attention=True)
+    seen.remember(key_of(M, flash, 8192, policy, "0.24.1"), (14 * GB, 14 * GB))
+    known, near = seen.known, seen.nearest
+    assert known.get(key_of(M, flash, 8192, policy, "0.24.0")) == (14 * GB, 14 * GB)
+    for spec, version in (
+        (flash, "0.33.0"),
+        (flash, None),
+        (TWO, "0.24.1"),
+        (replace(TWO, flash_attention=False), "0.24.1"),
+    ):
+        assert known.get(key_of(M, spec, 8192, policy, version)) is None
+        assert near(key_of(M, spec, 4096, policy, version)) is None

@@ -1,0 +1,88 @@
+"""An emulated server puts models where the simulated one of its version does, to the megabyte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+from router.domain.gpu import GpuUuid
+from router.lab.emulator import vram
+from router.lab.emulator.spec import parse_spec
+from router.lab.scenarios import model_facts, sim_cards
+from router.lab.simulator.loaded_model import ServerConfig
+from router.lab.simulator.server import LoadResult, SimServer
+from tests.lab.emulator.conftest import Box, make_box
+from tests.lab.simulator.machines import host, play
+from tests.support.ollama_server import OllamaServer
+from tests.support.waiting import eventually_sync
+
+RIG = "2x3090"
+TUNED = {"OLLAMA_FLASH_ATTENTION": "1", "OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_NUM_PARALLEL": "2"}
+"""As the simulated servers are."""
+MODELS = ("llama3.1:8b", "qwen2.5:14b", "gemma2:27b", "qwen2.5-coder:32b", "llama3.3:70b")
+Held = Mapping[str, Mapping[str, int]]
+"""Model -> card -> megabytes: a file's size is told with its small parts in one place and without them in another."""
+
+
+def simulated(version: str, names: Iterable[str]) -> list[Held]:
+    """What the server holds after each of these loads."""
+    cards = sim_cards(parse_spec(RIG))
+    models = {name: model_facts(name) for name in names}
+    machine = host(*cards, warm=tuple(models.values()))
+    config = ServerConfig(version=tuple(int(part) for part in version.split(".")))
+    server = SimServer(machine, "ollama", tuple(card.uuid for card in cards), config)
+    found: list[Held] = []
+    for model in models.values():
+        ended: list[LoadResult] = []
+        server.load(model, -1, ended.append)
+        play(machine, machine.timeline.now + 60.0)
+        assert [result.error for result in ended] == [""]
+        found.append({one.model.name: _megabytes(one.bytes_by_card) for one in server.loaded})
+    return found
+
+
+def emulated(box: Box, server: OllamaServer, names: Iterable[str]) -> list[Held]:
+    """The same; the log tells which process holds a model."""
+    return [_after(box, server, name) for name in names]
+
+
+def _after(box: Box, server: OllamaServer, name: str) -> Held:
+    assert server.call("POST", "/api/generate", {"model": name})[0] == 200
+    listed = {one["name"]: one["size_vram"] for one in server.call("GET", "/api/ps")[1]["models"]}
+    held = [dict(use.bytes_by_card) for use in vram.uses(box.directory)]
+    return {
+        model: _megabytes(next(cards for cards in held if sum(cards.values()) == size))
+        for model, size in listed.items()
+    }
+
+
+def _megabytes(bytes_by_card: Mapping[GpuUuid, int] | Mapping[str, int]) -> dict[str, int]:
+    return {str(card): round(size / 1e6) for card, size in bytes_by_card.items()}
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
+def test_each_model_alone_takes_the_same_bytes(tmp_path_factory: pytest.TempPathFactory, version: str) -> None:
+    box = make_box(tmp_path_factory.mktemp("box"), RIG, version)
+    found: list[Held] = []
+    with box.start(0, 1, **TUNED) as server:
+        for name in MODELS:
+            found += emulated(box, server, [name])
+            assert server.call("POST", "/api/generate", {"model": name, "keep_alive": 0})[0] == 200
+            eventually_sync(lambda: not any(box.used_gb()))
+    assert found == [simulated(version, [name])[0] for name in MODELS]
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
+@pytest.mark.parametrize(
+    "names",
+    [("gemma2:27b", "llama3.1:8b", "qwen2.5:14b", "mistral:7b"), ("qwen2.5:14b", "qwen2.5:7b", "deepseek-r1:32b"),
+     ("llama3.1:8b", "qwen2.5-coder:32b", "mistral:7b", "llama3.2:3b"),
+     ("phi4:14b", "llama3.1:8b", "qwen2.5-coder:32b", "qwen2.5:7b")],
+)  # fmt: skip
+def test_models_side_by_side_take_the_same_cards_and_leave_for_the_same_others(
+    tmp_path_factory: pytest.TempPathFactory, version: str, names: tuple[str, ...]
+) -> None:
+    box = make_box(tmp_path_factory.mktemp("box"), RIG, version)
+    with box.start(0, 1, **TUNED) as server:
+        assert emulated(box, server, names) == simulated(version, names)

@@ -1,0 +1,74 @@
+"""Emulated cards as the router's watcher reads them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from router.lab.emulator import vram
+from router.lab.emulator.gpu_reader import RigGpuReader, write_rig
+from router.lab.emulator.spec import parse_spec
+
+_SPEC = parse_spec("2x3090")
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    write_rig(_SPEC, tmp_path)
+    return tmp_path
+
+
+def test_total_is_free_and_used_and_reserved(directory: Path) -> None:
+    vram.allocate(directory, {_SPEC.uuids[1]: 5_000_000_000})
+    vram.set_foreign(directory, _SPEC.uuids[1], 1_000_000_000)
+    for card in RigGpuReader(directory).read():
+        assert card.memory_reserved_bytes is not None
+        assert card.memory_total_bytes == card.memory_free_bytes + card.memory_used_bytes + card.memory_reserved_bytes
+    first, second = RigGpuReader(directory).read()
+    assert (first.memory_used_bytes, first.processes) == (0, ())
+    assert second.memory_used_bytes == 6_000_000_000
+    assert [(one.pid, one.used_bytes) for one in second.processes] == [(os.getpid(), 5_000_000_000)]
+
+
+def test_a_lost_card_keeps_its_place_with_an_error(directory: Path) -> None:
+    vram.set_lost(directory, _SPEC.uuids[0])
+    first, second = RigGpuReader(directory).read()
+    assert (first.uuid, first.error, second.error) == (_SPEC.uuids[0], "GPU is lost", None)
+
+
+def test_a_card_on_which_something_computes_is_busy_and_warms_up(directory: Path) -> None:
+    clock, ages = _Clock(), {"age": 0.1}
+    reader = RigGpuReader(directory, clock, lambda _: ages["age"])
+    vram.allocate(directory, {_SPEC.uuids[0]: 1})
+    cold, idle = reader.read()
+    clock.now = 15.0
+    warm, still_idle = reader.read()
+    clock.now = 600.0
+    hot, _ = reader.read()
+    assert (cold.utilization_ratio, idle.utilization_ratio) == (0.95, 0.0)
+    assert cold.temperature_celsius == idle.temperature_celsius == still_idle.temperature_celsius
+    assert cold.temperature_celsius is not None
+    assert warm.temperature_celsius is not None
+    assert hot.temperature_celsius is not None
+    assert cold.temperature_celsius < warm.temperature_celsius < hot.temperature_celsius
+    assert cold.power_draw_watts is not None
+    assert idle.power_draw_watts is not None
+    assert cold.power_draw_watts > 5 * idle.power_draw_watts
+    assert (cold.pcie_generation, idle.pcie_generation, idle.pcie_generation_max) == (4, 1, 4)
+    ages["age"] = 30.0
+    clock.now = 601.0
+    assert reader.read()[0].utilization_ratio == 0.0
+
+
+def test_no_directory_is_no_card(tmp_path: Path) -> None:
+    assert RigGpuReader(tmp_path / "nothing").read() == ()

@@ -1,0 +1,94 @@
+"""What the router gets for `--rig`: cards, a furnished store and a way to start servers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from router.domain.model_names import parse_name
+from router.lab.emulator import vram
+from router.lab.emulator.catalogue import catalogue
+from router.lab.emulator.prepare import prepare_rig
+from router.lab.emulator.spec import SpecError
+from router.lab.emulator.store import Store
+
+
+def test_a_rig_has_its_cards_and_all_models_of_the_catalogue(tmp_path: Path) -> None:
+    rig = prepare_rig("2x3090+4090", tmp_path / "new" / "rig", {})
+    assert [card.name.split()[3] for card in rig.reader.read()] == ["3090", "3090", "4090"]
+    assert {one.name.shortest for one in Store(rig.models_directory).all()} == set(catalogue())
+    assert rig.title == "EMULATED rig 2x3090+4090"
+    assert rig.command[:2] == (sys.executable, "-m")
+    assert rig.environment["LLAMAYARD_RIG_DIR"] == str(tmp_path / "new" / "rig")
+
+
+def test_variables_overrule_speed_and_version(tmp_path: Path) -> None:
+    path = tmp_path / "rig.yaml"
+    path.write_text("{cards: 3090, speed: 3, version: 0.11.4}", encoding="utf-8")
+    plain = prepare_rig(str(path), tmp_path / "a", {}).environment
+    assert (plain["LLAMAYARD_RIG_SPEED"], plain["LLAMAYARD_RIG_VERSION"]) == ("3.0", "0.11.4")
+    variables = {"LLAMAYARD_RIG_SPEED": "20", "LLAMAYARD_RIG_VERSION": "0.33.0", "PYTHONPATH": "/elsewhere"}
+    overruled = prepare_rig(str(path), tmp_path / "b", variables).environment
+    assert (overruled["LLAMAYARD_RIG_SPEED"], overruled["LLAMAYARD_RIG_VERSION"]) == ("20.0", "0.33.0")
+    assert overruled["PYTHONPATH"].endswith(":/elsewhere")
+    assert vram.read_json(tmp_path / "b" / "rig.json")["version"] == "0.33.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "words"),
+    [
+        ("2x309o", {}, "did you mean '3090'"),
+        ("3090", {"LLAMAYARD_RIG_SPEED": "fast"}, "LLAMAYARD_RIG_SPEED.*above 0"),
+        ("3090", {"LLAMAYARD_RIG_VERSION": "0.24"}, "LLAMAYARD_RIG_VERSION.*did you mean '0.24.0'"),
+    ],
+)
+def test_what_describes_no_rig_is_refused(tmp_path: Path, text: str, environment: dict[str, str], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        prepare_rig(text, tmp_path, environment)
+
+
+def test_a_model_that_the_catalogue_lacks_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "rig.yaml"
+    path.write_text("{cards: 3090, models: [llama3.1:9b]}", encoding="utf-8")
+    with pytest.raises(SpecError, match=r"did you mean 'llama3.1:8b'"):
+        prepare_rig(str(path), tmp_path / "rig", {})
+
+
+def test_a_second_preparation_keeps_what_lives_and_clears_what_does_not(tmp_path: Path) -> None:
+    rig = prepare_rig("2x3090", tmp_path, {})
+    uuids = [card.uuid for card in rig.reader.read()]
+    dead = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
+    vram.allocate(tmp_path, {uuids[0]: 5}, dead.pid)
+    dead.wait()
+    (tmp_path / "vram" / f"{dead.pid}.busy").write_text("0.0")
+    vram.allocate(tmp_path, {uuids[1]: 7})
+    again = prepare_rig("2x3090", tmp_path, {})
+    assert [card.memory_used_bytes for card in again.reader.read()] == [0, 7]
+    assert [path.name for path in (tmp_path / "vram").iterdir()] == [f"{os.getpid()}.json"]
+
+
+def test_models_that_users_made_stay_and_those_of_the_catalogue_come_back(tmp_path: Path) -> None:
+    store = Store(prepare_rig("3090", tmp_path, {}).models_directory)
+    stored = store.get(parse_name("llama3.2:3b"))
+    assert stored is not None
+    store.copy(stored, parse_name("mine"))
+    store.delete(stored)
+    prepare_rig("3090", tmp_path, {})
+    assert store.get(parse_name("mine")) is not None
+    assert store.get(parse_name("llama3.2:3b")) is not None
+
+
+def test_the_program_says_its_version_and_refuses_other_commands() -> None:
+    run = [sys.executable, "-m", "router.lab.emulator.server"]
+    said = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True, timeout=30)
+    assert said.stdout == "ollama version is 0.24.0 (emulated)\n"
+    assert subprocess.run([*run, "pull"], capture_output=True, check=False, timeout=30).returncode == 2
+    bad = subprocess.run(
+        [*run, "serve"], capture_output=True, text=True, check=False, timeout=30,
+        env={**os.environ, "LLAMAYARD_RIG_VERSION": "0.24"},
+    )  # fmt: skip
+    assert (bad.returncode, "0.24.0" in bad.stderr) == (1, True)

@@ -1,0 +1,276 @@
+"""The emulated server over emulated cards: what loads where, what leaves, what clients and siblings see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from router.lab.emulator import vram
+from router.lab.emulator.faults import write_faults
+from tests.lab.emulator.conftest import Box, ask, loaded, make_box
+from tests.support.rawhttp import call, connect, request_bytes
+from tests.support.waiting import eventually, eventually_sync
+
+_8B, _70B, _3B = "llama3.1:8b", "llama3.3:70b", "llama3.2:3b"
+_WHOLE = {"num_gpu": 999}
+
+
+def test_a_model_takes_memory_on_the_card_that_its_server_sees(box: Box) -> None:
+    with box.start(1) as server:
+        assert ask(server, _8B)[0] == 200
+        entry = loaded(server)[_8B]
+        assert entry["size_vram"] == entry["size"]
+        assert box.used_gb() == [0.0, round(entry["size"] / 1e9, 1)]
+        assert server.call("POST", "/api/generate", {"model": _8B, "keep_alive": 0})[0] == 200
+        eventually_sync(lambda: box.used_gb() == [0.0, 0.0])
+        assert loaded(server) == {}
+
+
+def test_a_70b_is_spread_over_both_cards_as_was_measured(box: Box) -> None:
+    with box.start(0, 1, OLLAMA_SCHED_SPREAD="1") as server:
+        assert ask(server, _70B)[0] == 200
+        assert box.used_gb() == pytest.approx([23.8, 22.4], rel=0.05)
+        entry = loaded(server)[_70B]
+        assert entry["size_vram"] == entry["size"]
+
+
+def test_a_model_too_large_for_its_card_spills_without_a_word(box: Box) -> None:
+    with box.start(0) as server:
+        status, answer = ask(server, _70B)
+        assert (status, answer["done"]) == (200, True)
+        entry = loaded(server)[_70B]
+        assert 0.3 < entry["size_vram"] / entry["size"] < 0.6
+
+
+def test_an_unknown_card_means_the_cpu_and_the_log_says_so(box: Box) -> None:
+    with box.start(CUDA_VISIBLE_DEVICES="GPU-00000000-nowhere") as server:
+        text = eventually_sync(lambda: _line(server.log, "inference compute"))
+        assert "library=cpu" in text
+        assert ask(server, _3B)[0] == 200
+        assert loaded(server)[_3B]["size_vram"] == 0
+
+
+def _line(path: Path, words: str) -> str:
+    return next((line for line in path.read_text(errors="replace").splitlines() if words in line), "")
+
+
+def test_every_line_of_the_log_says_that_it_is_emulated(box: Box) -> None:
+    with box.start(0) as server:
+        ask(server, _3B)
+        eventually_sync(lambda: _line(server.log, "inference compute"))
+        lines = server.log.read_text(errors="replace").splitlines()
+    assert lines
+    assert [line for line in lines if "emulated" not in line] == []
+
+
+def test_an_idle_model_leaves_for_one_that_does_not_fit_beside_it(box: Box) -> None:
+    with box.start(0) as server:
+        ask(server, "qwen2.5-coder:32b")
+        ask(server, _8B)
+        assert list(loaded(server)) == [_8B]
+
+
+def test_models_that_fit_together_stay_together(box: Box) -> None:
+    with box.start(0) as server:
+        ask(server, _8B)
+        ask(server, _3B)
+        assert set(loaded(server)) == {_8B, _3B}
+
+
+def test_siblings_do_not_see_each_others_models_but_their_memory(box: Box) -> None:
+    with box.start(0) as first, box.start(0) as second:
+        ask(first, "qwen2.5-coder:32b")
+        ask(second, _8B)
+        entry = loaded(second)[_8B]
+        assert entry["size_vram"] < entry["size"]
+        assert list(loaded(first)) == ["qwen2.5-coder:32b"]
+
+
+def test_all_layers_asked_for_and_no_room_is_an_error_that_leaves_nothing(box: Box) -> None:
+    vram.set_foreign(box.directory, box.uuids[0], 10 * 1024**3)
+    with box.start(0, 1) as server:
+        status, answer = ask(server, _70B, options=_WHOLE)
+        assert status == 500
+        assert "out of memory" in answer["error"]
+        assert loaded(server) == {}
+        assert not server.runners()
+        assert ask(server, _8B)[0] == 200
+
+
+def test_0_33_does_not_see_what_a_sibling_took_on_a_card_where_it_has_a_runner(tmp_path: Path) -> None:
+    box = make_box(tmp_path, "3090", "0.33.0")
+    with box.start(0) as server:
+        ask(server, _3B)
+        vram.set_foreign(box.directory, box.uuids[0], 18 * 1024**3)
+        assert ask(server, _8B)[0] == 200  # planned beside the other, failed, and loaded once that had left
+        assert list(loaded(server)) == [_8B]
+        assert "out of memory" in server.log.read_text(errors="replace")
+
+
+def test_0_33_tells_more_of_its_models_and_names_its_engine(tmp_path: Path) -> None:
+    box = make_box(tmp_path, "3090", "0.33.0")
+    with box.start(0) as server:
+        (entry,) = [one for one in server.call("GET", "/api/tags")[1]["models"] if one["name"] == _8B]
+        assert entry["capabilities"] == ["completion", "tools"]
+        assert entry["details"]["context_length"] == 131_072
+
+
+async def test_0_33_gives_the_role_once_and_never_reloads_for_what_is_left_open(tmp_path: Path) -> None:
+    box = make_box(tmp_path, "3090", "0.33.0")
+    body = {"model": _8B, "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 3}
+    with box.start(0) as server:
+        ask(server, _8B, options={"num_ctx": 4096})
+        runners = set(server.runners())
+        reply = await call(server.address, "POST", "/v1/chat/completions", body)
+        assert set(server.runners()) == runners
+    deltas = [event["choices"][0]["delta"] for event in reply.events() if event != "[DONE]"]
+    assert ["role" in delta for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+
+
+def test_an_orphaned_runner_keeps_its_memory_until_it_is_killed(box: Box) -> None:
+    with box.start(0) as server:
+        ask(server, _8B)
+        (runner,) = server.runners()
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+        assert box.used_gb()[0] > 5
+        os.kill(runner, signal.SIGKILL)
+        eventually_sync(lambda: box.used_gb() == [0.0, 0.0])
+
+
+async def test_a_client_that_leaves_during_its_load_aborts_it(box: Box) -> None:
+    with box.start(0, LLAMAYARD_RIG_SPEED="1") as server:
+        async with connect(server.address) as leaving:
+            await leaving.send(request_bytes("POST", "/api/generate", {"model": _8B}))
+            await eventually(lambda: box.used_gb()[0] > 5)
+            leaving.abort()
+        await eventually(lambda: not loaded(server) and not server.runners() and box.used_gb() == [0.0, 0.0])
+
+
+async def test_a_client_that_leaves_the_queue_is_never_answered_and_never_loaded(box: Box) -> None:
+    with box.start(0, LLAMAYARD_RIG_SPEED="2") as server:
+        async with asyncio.TaskGroup() as tasks, connect(server.address) as leaving:
+            first = tasks.create_task(call(server.address, "POST", "/api/generate", {"model": _8B}))
+            await eventually(lambda: box.used_gb()[0] > 5)
+            await leaving.send(request_bytes("POST", "/api/generate", {"model": _3B}))
+            assert (await call(server.address, "GET", "/api/version")).status == 200  # sent after it, so it waits now
+            leaving.half_close()
+            assert (await first).status == 200
+            reply = await call(server.address, "POST", "/api/generate", {"model": _8B, "prompt": "x", "stream": False})
+            assert reply.status == 200
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await leaving.at_eof()
+        assert list(loaded(server)) == [_8B]
+
+
+async def test_a_request_that_waits_for_a_busy_model_blocks_others_that_would_fit(box: Box) -> None:
+    write_faults(box.directory, [{"model": _8B, "hang": True}])
+    requests = [
+        {"model": _8B, "prompt": "x"},  # hangs
+        {"model": _8B, "options": {"num_ctx": 4096}},  # wants it loaded anew
+        {"model": _3B},  # would fit beside it
+    ]
+    with box.start(0) as server:
+        assert server.call("POST", "/api/generate", {"model": _8B})[0] == 200
+        async with contextlib.AsyncExitStack() as stack:
+            hung, reload, small = [await stack.enter_async_context(connect(server.address)) for _ in requests]
+            await hung.send(request_bytes("POST", "/api/generate", requests[0]))
+            assert (await call(server.address, "GET", "/api/version")).status == 200  # so the other has arrived
+            await reload.send(request_bytes("POST", "/api/generate", requests[1]))
+            await eventually(lambda: _line(server.log, "waiting for pending requests"))
+            await small.send(request_bytes("POST", "/api/generate", requests[2]))
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await small.head()
+            hung.abort()
+            assert [(await client.reply()).status for client in (reload, small)] == [200, 200]
+
+
+def test_answers_say_that_they_are_emulated_and_end_by_themselves(box: Box) -> None:
+    with box.start(0) as server:
+        status, answer = ask(server, _8B, options={"num_predict": -1, "seed": 3})
+        assert (status, answer["done_reason"]) == (200, "stop")
+        assert "emulated" in answer["response"]
+        again = ask(server, _8B, options={"num_predict": -1, "seed": 3})[1]
+        assert again["response"] == answer["response"]
+
+
+def test_a_prompt_that_begins_as_the_last_one_is_read_faster(box: Box) -> None:
+    prompt = "word " * 8000
+    with box.start(0, OLLAMA_CONTEXT_LENGTH="16384", LLAMAYARD_RIG_SPEED="2") as server:
+        ask(server, _8B)
+        first = ask(server, _8B, prompt=prompt)[1]
+        second = ask(server, _8B, prompt=prompt + "more")[1]
+    assert second["prompt_eval_count"] == first["prompt_eval_count"] + 1
+    assert second["prompt_eval_duration"] < first["prompt_eval_duration"] / 3
+
+
+@pytest.mark.parametrize(("version", "comes_back"), [("0.24.0", False), ("0.33.0", True)])
+def test_a_prompt_that_another_drove_from_the_only_slot_comes_back_from_0_30(
+    tmp_path: Path, version: str, comes_back: bool
+) -> None:
+    box = make_box(tmp_path, "3090", version)
+    prompt = "word " * 8000
+    with box.start(0, OLLAMA_CONTEXT_LENGTH="16384", LLAMAYARD_RIG_SPEED="1") as server:
+        ask(server, _8B)
+        first, _, again = (ask(server, _8B, prompt=one)[1] for one in (prompt, "other", prompt + "more"))
+    assert (again["prompt_eval_duration"] < first["prompt_eval_duration"] / 3) == comes_back
+
+
+def test_a_thinking_model_thinks_first_unless_told_not_to(box: Box) -> None:
+    with box.start(0) as server:
+        body = {"model": "deepseek-r1:32b", "messages": [{"role": "user", "content": "hi"}], "stream": False}
+        message = server.call("POST", "/api/chat", body)[1]["message"]
+        assert message["thinking"]
+        assert message["content"]
+        assert "thinking" not in server.call("POST", "/api/chat", {**body, "think": False})[1]["message"]
+
+
+def test_a_tool_is_called_when_the_question_names_it(box: Box) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    with box.start(0) as server:
+        body = {"model": _8B, "tools": [tool], "stream": False}
+        asks = [{"role": "user", "content": "use get_weather for me"}], [{"role": "user", "content": "hello"}]
+        called, plain = (server.call("POST", "/api/chat", {**body, "messages": one})[1]["message"] for one in asks)
+    (call_,) = called["tool_calls"]
+    assert call_["function"] == {"index": 0, "name": "get_weather", "arguments": {"city": "emulated", "days": 7}}
+    assert "tool_calls" not in plain
+
+
+async def test_a_catalogue_model_is_pulled_with_progress(tmp_path: Path) -> None:
+    rig = tmp_path / "rig.yaml"
+    rig.write_text("{cards: 3090, models: []}", encoding="utf-8")
+    box = make_box(tmp_path, str(rig))
+    with box.start(0) as server:
+        assert server.call("GET", "/api/tags")[1] == {"models": []}
+        reply = await call(server.address, "POST", "/api/pull", {"model": _3B})
+        lines = reply.lines()
+        assert (lines[0], lines[-1]) == ({"status": "pulling manifest"}, {"status": "success"})
+        steps = [line["completed"] for line in lines if "completed" in line]
+        assert steps == sorted(steps)
+        assert steps[-1] == lines[1]["total"]
+        assert ask(server, _3B)[0] == 200
+
+
+async def test_a_sibling_that_prunes_breaks_a_pull_of_the_old_version_only(tmp_path: Path) -> None:
+    rig = tmp_path / "rig.yaml"
+    rig.write_text("{cards: 3090, models: []}", encoding="utf-8")
+    for version, breaks in (("0.11.4", True), ("0.24.0", False)):
+        (tmp_path / version).mkdir()
+        box = make_box(tmp_path / version, str(rig), version)
+        with box.start(0, LLAMAYARD_RIG_SPEED="10") as server:
+            async with connect(server.address) as pulling:
+                await pulling.send(request_bytes("POST", "/api/pull", {"model": _3B}))
+                head = await pulling.head()
+                begun = [await pulling.chunk(), await pulling.chunk()]
+                with box.start(0, OLLAMA_NOPRUNE="0"):
+                    pass
+                reply = await pulling.rest(head, *(chunk for chunk in begun if chunk))
+        assert ("error" in reply.lines()[-1]) == breaks

@@ -1,0 +1,75 @@
+"""Small machines, models and requests for the simulator's tests."""
+
+from __future__ import annotations
+
+from router.domain.gpu import GpuUuid
+from router.domain.model import BlobDigest, ModelFacts
+from router.lab.simulator.gpus import CardBook, SimCard
+from router.lab.simulator.machine import Host, Tally
+from router.lab.simulator.requests import Request
+from router.lab.simulator.timeline import Timeline
+from router.lab.simulator.weight_transfer import LoadLines, PageCache
+from router.lab.simulator.world import WORLD
+
+GIB = 1024**3
+
+
+def card(index: int, gib: int = 24) -> SimCard:
+    return SimCard(GpuUuid(f"GPU-{index}"), index, "a card", gib * GIB, 0, 384, 9_751_000_000, 35.6)
+
+
+def model(name: str, gigabytes: float, *, blob: str | None = None, is_embedding: bool = False) -> ModelFacts:
+    """A llama of that size with 32 layers."""
+    return ModelFacts(
+        name=name,
+        digest=name,
+        blob=BlobDigest(blob or f"sha256:{name}"),
+        weights_bytes=int(gigabytes * 1e9),
+        architecture="llama",
+        layers=32,
+        embedding_length=4096,
+        head_count=32,
+        head_count_kv=(8,) * 32,
+        key_length=128,
+        value_length=128,
+        vocabulary_size=128_256,
+        context_length=131_072,
+        is_embedding=is_embedding,
+    )
+
+
+def host(*cards: SimCard, warm: tuple[ModelFacts, ...] = ()) -> Host:
+    timeline = Timeline()
+    cache = PageCache(100 * GIB)
+    for one in warm:
+        cache.read(one.blob, one.weights_bytes)
+    return Host(timeline, WORLD, CardBook(cards), LoadLines(timeline, WORLD, cache), Tally())
+
+
+def request(
+    number: int, wanted: ModelFacts, *, prompt: int = 100, words: int = 10, session: int | None = None, shared: int = 0
+) -> Request:
+    return Request(
+        id=number,
+        user="user",
+        session=number if session is None else session,
+        turn=0,
+        model=wanted,
+        prompt_tokens=prompt,
+        shared_tokens=shared,
+        generated_tokens=words,
+    )
+
+
+def play(machine: Host, until: float | None = None) -> None:
+    """Lets time pass, to the end or until then."""
+    ended = False
+    if until is not None:
+
+        def stop() -> None:
+            nonlocal ended
+            ended = True
+
+        machine.timeline.at(until, stop)
+    while not ended and machine.timeline.step():
+        pass

@@ -1,0 +1,92 @@
+"""How long loads take, alone and side by side."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.domain.model import BlobDigest
+from router.lab.simulator.timeline import Timeline
+from router.lab.simulator.weight_transfer import LoadLines, PageCache
+from router.lab.simulator.world import WORLD, load_seconds
+
+GB = 10**9
+
+
+class Loads:
+    """Loads that note when they ended."""
+
+    def __init__(self, warm: tuple[str, ...] = (), cache_bytes: int = 1000 * GB) -> None:
+        self.timeline = Timeline()
+        self.cache = PageCache(cache_bytes)
+        for name in warm:
+            self.cache.read(BlobDigest(name), GB)
+        self.lines = LoadLines(self.timeline, WORLD, self.cache)
+        self.ended: dict[str, float] = {}
+
+    def start(self, name: str, size: int = 10 * GB) -> None:
+        def done() -> None:
+            self.ended[name] = self.timeline.now
+
+        self.lines.start(BlobDigest(name), size, True, done)
+
+    def play(self) -> dict[str, float]:
+        while self.timeline.step():
+            pass
+        return self.ended
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_one_load_takes_what_the_world_says(warm: bool) -> None:
+    loads = Loads(warm=("a",) if warm else ())
+    loads.start("a")
+    assert loads.play() == {"a": pytest.approx(load_seconds(WORLD, 10 * GB, warm))}
+
+
+def test_what_was_read_once_is_warm_afterwards() -> None:
+    loads = Loads()
+    loads.start("a")
+    loads.play()
+    before = loads.timeline.now
+    loads.start("a")
+    assert loads.play()["a"] - before == pytest.approx(load_seconds(WORLD, 10 * GB, True))
+
+
+def test_two_cold_loads_share_the_disk() -> None:
+    loads = Loads()
+    loads.start("a")
+    loads.start("b")
+    both = 0.4 + 20 * GB / WORLD.cold_bytes_per_second
+    assert loads.play() == {"a": pytest.approx(both), "b": pytest.approx(both)}
+
+
+def test_two_warm_loads_do_not_hinder_each_other_and_four_do() -> None:
+    two, four = Loads(warm=("a", "b")), Loads(warm=("a", "b", "c", "d"))
+    for name in "ab":
+        two.start(name)
+    for name in "abcd":
+        four.start(name)
+    assert two.play()["a"] == pytest.approx(load_seconds(WORLD, 10 * GB, True))
+    assert four.play()["d"] == pytest.approx(0.4 + 40 * GB / WORLD.host_bytes_per_second)
+
+
+def test_the_cache_forgets_what_was_read_longest_ago() -> None:
+    loads = Loads(cache_bytes=25 * GB)
+    for name in "abc":
+        loads.start(name)
+        loads.play()
+    assert [loads.cache.holds(BlobDigest(name)) for name in "abc"] == [False, True, True]
+
+
+def test_a_slow_disk_slows_the_load_under_way() -> None:
+    loads = Loads()
+    loads.start("a", 4 * GB)
+    loads.timeline.at(1.4, lambda: loads.lines.set_disk_factor(0.5))
+    assert loads.play() == {"a": pytest.approx(1.4 + 2.0)}
+
+
+def test_an_aborted_load_ends_nothing_and_frees_its_share() -> None:
+    loads = Loads()
+    loads.start("a", 4 * GB)
+    other = loads.lines.start(BlobDigest("b"), 100 * GB, True, lambda: loads.ended.update(b=0.0))
+    loads.timeline.at(1.4, lambda: loads.lines.abort(other))
+    assert loads.play() == {"a": pytest.approx(1.4 + 1.5)}

@@ -1,0 +1,86 @@
+"""A body without its long strings says the same of everything that routing reads."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from router.llm_api.body_reader import peek
+from router.llm_api.json_skimmer import LONG_BYTES, QUOTES_MAX, Reduced
+
+_ODD = ('say "hi"', "back\\slash", 'both \\" of "\\\\', "\\" * 7, "", "ä\u2028")
+_TEXTS = st.text(max_size=20) | st.sampled_from(_ODD)
+_UNITS = st.sampled_from(("x", '\\"' + "y" * 50, "ab\\"))
+_STRINGS = _TEXTS | st.builds(lambda unit, tail: unit * (LONG_BYTES // len(unit) + 2) + tail, _UNITS, _TEXTS)
+_MESSAGE = {"role": st.just("user"), "content": _STRINGS, "images": st.lists(_STRINGS, max_size=2)}
+_MESSAGES = st.lists(st.fixed_dictionaries(_MESSAGE), max_size=2)
+_BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.sampled_from(("tiny", "a b", "x\\y")),
+        "messages": _MESSAGES,
+        "prompt": _STRINGS,
+        "stream": st.booleans(),
+        "keep_alive": st.sampled_from((0, "5m", -1)),
+        "options": st.fixed_dictionaries({}, optional={"num_ctx": st.integers(1, 9), "stop": _STRINGS}),
+        "other": _STRINGS,
+    },
+)
+
+
+def _pieces(data: st.DataObject, raw: bytes) -> list[bytes]:
+    places = st.integers(1, len(raw) - 1) | st.sampled_from([i for i, b in enumerate(raw) if b in b'"\\'] or [1])
+    cuts = sorted(data.draw(st.sets(places.filter(lambda at: 0 < at < len(raw)), max_size=8)))
+    return [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+
+
+_PATHS = st.sampled_from(("/api/chat", "/api/generate", "/v1/chat/completions"))
+
+
+@given(_BODIES, st.booleans(), _PATHS, st.data())
+@settings(max_examples=300, deadline=None)
+def test_what_is_left_is_read_as_the_whole_is(
+    body: dict[str, object], ascii_only: bool, path: str, data: st.DataObject
+) -> None:
+    raw = json.dumps(body, ensure_ascii=ascii_only).encode()
+    reduced = Reduced()
+    for piece in _pieces(data, raw):
+        reduced.feed(piece)
+    text = reduced.text()
+    assert text is not None
+    assert len(text) <= len(raw)
+    assert structs.replace(peek(text, path), prompt_bytes=0) == structs.replace(peek(raw, path), prompt_bytes=0)
+
+
+def test_long_strings_are_taken_out_and_text_is_counted() -> None:
+    image, words = "i" * 100_000, "w" * 50_000
+    body = {"model": "tiny", "messages": [{"role": "user", "content": words, "images": [image]}], "stream": True}
+    reduced = Reduced()
+    reduced.feed(json.dumps(body).encode())
+    expected = {**body, "messages": [{"role": "user", "content": "~", "images": ["~"]}]}
+    assert reduced.text() == json.dumps(expected).encode()
+    assert (reduced.text_bytes, reduced.model()) == (50_000, "tiny")
+
+
+def test_the_model_is_known_before_the_body_has_come_only_where_it_stands_first() -> None:
+    for raw, model in (
+        (b'{"model":"a","messages":[', "a"),
+        (b' {\n "model" : "a" , ', "a"),
+        (b'{"model":"a"', None),
+        (b'{"stream":true,"model":"a",', None),
+        (b'{"model":"a\\u0062",', None),
+        (b'{"Model":"a",', None),
+        (b'{"model":null,', None),
+    ):
+        reduced = Reduced()
+        reduced.feed(raw)
+        assert reduced.model() == model, raw
+
+
+def test_bodies_with_too_many_quotes_are_given_up() -> None:
+    reduced = Reduced()
+    reduced.feed(b'{"a":[' + b'"x",' * QUOTES_MAX)
+    assert (reduced.text(), reduced.model()) == (None, None)

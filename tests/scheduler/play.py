@@ -1,0 +1,353 @@
+"""A small world around a dispatcher: cards with true memory, servers that load and unload, requests that come and go.
+
+Whoever plays chooses what happens next. Each event goes to two dispatchers, which must answer alike though one of them
+never takes the queue for calm; each action is
+carried out on the world, which refuses what must never be asked for. One unit of memory is one byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from router.domain.actions import (
+    Action,
+    Grant,
+    Load,
+    ReadGpus,
+    Reject,
+    Remember,
+    StartInstance,
+    StopInstance,
+    Unload,
+)
+from router.domain.events import (
+    Arrived,
+    Cancelled,
+    Event,
+    GpusRead,
+    InstanceChanged,
+    LoadedModel,
+    LoadFailed,
+    LoadFinished,
+    Released,
+    ResidencyRead,
+    Ticked,
+    UnloadAsked,
+    UnloadFinished,
+)
+from router.domain.footprint import FootprintKey
+from router.domain.gpu import Gpu, GpuUuid
+from router.domain.ids import LoadId
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.model import ModelFacts
+from router.domain.policy import Policy
+from router.domain.request import Layout, RunnerOptions, Ticket, TicketId
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.snapshot import Snapshot
+from router.scheduler.dispatcher import Dispatcher
+from router.scheduler.queue.retry_gate import Looks
+from router.scheduler.queue.wait_estimate import Outlook
+from router.scheduler.queue.wait_queue import WaitQueue
+from router.scheduler.state import FleetState
+from tests.scheduler.builders import by_weight, gpu_id, instance, model
+from tests.scheduler.builders import ticket as ticket_of
+
+CARD_BYTES = 24
+
+
+def sized(name: str, size: int, **changes: object) -> ModelFacts:
+    """A model of so many bytes."""
+    return model(name, weights_bytes=size, **changes)
+
+
+class Restless(Looks):
+    """With these the queue is gone through at each event, whatever it changed."""
+
+    def is_calm(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
+        return False
+
+
+@dataclass(slots=True)
+class Play:
+    """`cards`: how many; with two or more there is a spread instance too."""
+
+    cards: int = 1
+    policy: Policy = field(default_factory=lambda: Policy(vram_margin_bytes=0))
+    slots: int = 2
+    now: float = 1000.0
+    foreign: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
+    specs: dict[InstanceName, InstanceSpec] = field(default_factory=dict[InstanceName, InstanceSpec])
+    held: dict[ResidencyKey, dict[GpuUuid, int]] = field(default_factory=dict[ResidencyKey, dict[GpuUuid, int]])
+    """What truly takes memory, from the moment a load is sent until its unload ended."""
+    loads: dict[LoadId, Load] = field(default_factory=dict[LoadId, Load])
+    """Sent and not ended."""
+    unloads: dict[ResidencyKey, Unload] = field(default_factory=dict[ResidencyKey, Unload])
+    waiting: dict[TicketId, Ticket] = field(default_factory=dict[TicketId, Ticket])
+    leases: dict[TicketId, tuple[ResidencyKey, LoadId | None]] = field(
+        default_factory=dict[TicketId, tuple[ResidencyKey, LoadId | None]]
+    )
+    """Granted and not given back: of which residency, and which load brought that in."""
+    endings: dict[TicketId, Grant | Reject | None] = field(default_factory=dict[TicketId, Grant | Reject | None])
+    """How each ticket ended; None for one that was cancelled."""
+    dead: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
+    """Runners that died, of which the dispatcher may not know yet."""
+    loads_sent: int = 0
+    starting: list[InstanceName] = field(default_factory=list[InstanceName])
+    """Asked for and not there yet."""
+    stopped: list[InstanceName] = field(default_factory=list[InstanceName])
+    remembered: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
+    last: list[Action] = field(default_factory=list[Action])
+    _twins: tuple[Dispatcher, Dispatcher] = field(init=False)
+    _tickets: int = 0
+
+    def __post_init__(self) -> None:
+        self._twins = (Dispatcher(self.policy, by_weight), Dispatcher(self.policy, by_weight, Restless()))
+        self.foreign = {gpu_id(number): 0 for number in range(self.cards)}
+        single = [instance(f"gpu{number}", number, slots=self.slots) for number in range(self.cards)]
+        several = [instance("spread", *range(self.cards), slots=self.slots)] if self.cards > 1 else []
+        none = [] if self.cards else [instance("cpu", slots=self.slots)]
+        self.specs = {spec.name: spec for spec in (*single, *several, *none)}
+        self.read_cards()
+
+    def begin(self) -> Play:
+        """All instances answer."""
+        for name in self.specs:
+            self.change_instance(name, InstanceState.READY)
+        return self
+
+    # --- what happens ------------------------------------------------------------------------------------------
+
+    def post(self, event: Event) -> list[Action]:
+        before = self.snapshot()
+        self.last, again = (twin.handle(event, self.now) for twin in self._twins)
+        assert self.last == again, "the same events must give the same actions, however much of the queue was looked at"
+        for action in self.last:
+            self._carry_out(action, before)
+        return self.last
+
+    def bring_up(self) -> None:
+        """Instances that were asked for answer."""
+        while self.starting:
+            self.change_instance(self.starting.pop(0), InstanceState.READY)
+
+    def advance(self, seconds: float) -> list[Action]:
+        self.now += seconds
+        return self.post(Ticked())
+
+    def read_cards(self, progress: float = 1.0) -> list[Action]:
+        """A reading of the cards; loads under way show this part of their memory."""
+        return self.post(GpusRead(tuple(self._card(number, progress) for number in range(self.cards)), self.now))
+
+    def change_instance(self, name: str, state: InstanceState, reason: str = "") -> list[Action]:
+        spec = self.specs[InstanceName(name)]
+        if state not in (InstanceState.READY, InstanceState.DRAINING):
+            self._lose(InstanceName(name))
+        return self.post(InstanceChanged(spec, state, reason))
+
+    def arrive(
+        self,
+        of: ModelFacts,
+        options: RunnerOptions = (),
+        keep_alive_seconds: float | None = None,
+        patience_seconds: float = 300.0,
+        *,
+        is_flexible: bool = False,
+        layout: Layout | None = None,
+        client: str = "",
+    ) -> TicketId:
+        self._tickets += 1
+        made = ticket_of(
+            self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
+            deadline=self.now + patience_seconds, is_flexible=is_flexible, layout=layout,
+        )  # fmt: skip
+        made = replace(made, client=client)
+        self.waiting[made.id] = made
+        self.post(Arrived(made))
+        return made.id
+
+    def cancel(self, ticket: TicketId) -> list[Action]:
+        del self.waiting[ticket]
+        self.endings[ticket] = None
+        return self.post(Cancelled(ticket))
+
+    def release(self, ticket: TicketId, *, runner_lost: bool = False) -> list[Action]:
+        del self.leases[ticket]
+        return self.post(Released(ticket, runner_lost))
+
+    def finish_load(self, load: LoadId, on_cpu: int = 0) -> list[Action]:
+        """It ended well, `on_cpu` of its bytes on the CPU."""
+        sent = self.loads.pop(load)
+        size = max(1, sent.model.weights_bytes)
+        return self.post(LoadFinished(load, size, size - on_cpu if sent.expects_gpu else 0))
+
+    def fail_load(
+        self, load: LoadId, status: int = 500, message: str = "it will not", *, is_lost: bool = False
+    ) -> list[Action]:
+        sent = self.loads.pop(load)
+        self.held.pop((sent.instance, sent.model.blob), None)
+        return self.post(LoadFailed(load, status, message, is_lost))
+
+    def finish_unload(self, key: ResidencyKey, error: str | None = None) -> list[Action]:
+        del self.unloads[key]
+        if error is None:
+            self.held.pop(key, None)
+        return self.post(UnloadFinished(key[0], key[1], error))
+
+    def ask_unload(self, of: ModelFacts) -> list[Action]:
+        return self.post(UnloadAsked(of.blob))
+
+    def list_models(self, name: str) -> list[Action]:
+        """The server's `/api/ps`, which lists what is loaded there in full."""
+        loading = {(load.instance, load.model.blob) for load in self.loads.values()}
+        known = self.snapshot().residencies
+        rows = [
+            LoadedModel(known[key].name, "", sum(sizes.values()), sum(sizes.values()), None, known[key].model)
+            for key, sizes in self.held.items()
+            if key[0] == name and key not in loading and key in known
+        ]
+        return self.post(ResidencyRead(InstanceName(name), tuple(rows), self.now))
+
+    def lose_runner(self, key: ResidencyKey) -> list[Action]:
+        """A loaded model's process dies, and its server notices: it is no longer listed."""
+        self.now += 0.01
+        if self.held.pop(key, None) is not None:
+            self.dead.add(key)
+        return self.list_models(key[0])
+
+    # --- in one go ---------------------------------------------------------------------------------------------
+
+    def work_through(self, rounds: int = 30) -> None:
+        """Lets all that is under way end well, and the cards be read, until nothing more is asked for."""
+        for _ in range(rounds):
+            self.now += 0.1
+            self.read_cards()
+            for key in list(self.unloads):
+                self.finish_unload(key)
+            for load in list(self.loads):
+                self.finish_load(load)
+            self.now += 0.1
+            self.read_cards()
+            if not self.loads and not self.unloads:
+                return
+
+    # --- what is ------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        return self._twins[0].snapshot(self.now)
+
+    def residency(self, on: str, of: ModelFacts) -> Residency | None:
+        return self.snapshot().residencies.get((InstanceName(on), of.blob))
+
+    def state(self, on: str, of: ModelFacts) -> ResidencyState | None:
+        found = self.residency(on, of)
+        return None if found is None else found.state
+
+    def reason(self, ticket: TicketId) -> str:
+        """What a waiting ticket waits for."""
+        return next((words for waiting, words in self._twins[0].waiting if waiting.id == ticket), "")
+
+    def outlook(self, ticket: TicketId) -> Outlook:
+        """How a waiting ticket stands."""
+        found, again = (twin.outlooks(self.now) for twin in self._twins)
+        assert found == again
+        return found[ticket]
+
+    def queued(self) -> list[TicketId]:
+        return [ticket.id for ticket, _ in self._twins[0].waiting]
+
+    @property
+    def next_wake(self) -> float | None:
+        return self._twins[0].next_wake()
+
+    def free_bytes(self, gpu: GpuUuid) -> int:
+        """True room: loads under way count whole."""
+        return CARD_BYTES - self.foreign[gpu] - sum(sizes.get(gpu, 0) for sizes in self.held.values())
+
+    def grant(self, ticket: TicketId) -> Grant:
+        found = self.endings[ticket]
+        assert isinstance(found, Grant), found
+        return found
+
+    def rejection(self, ticket: TicketId) -> Reject:
+        found = self.endings[ticket]
+        assert isinstance(found, Reject), found
+        return found
+
+    # --- carrying out --------------------------------------------------------------------------------------------
+
+    def _carry_out(self, action: Action, before: Snapshot) -> None:
+        match action:
+            case Grant():
+                self._granted(action)
+            case Reject():
+                self._ended(action.ticket_id, action)
+            case Load():
+                self._load(action)
+            case Unload():
+                self._unload(action, before)
+            case StartInstance():
+                self.specs[action.spec.name] = replace(action.spec, url=f"http://127.0.0.1/{action.spec.name}")
+                self.starting.append(action.spec.name)
+            case StopInstance():
+                assert all(key[0] != action.instance for key in self.held), "an instance is stopped that holds memory"
+                self.stopped.append(action.instance)
+            case Remember():
+                self.remembered[action.key] = action.per_gpu_bytes
+            case ReadGpus():
+                pass
+
+    def _ended(self, ticket: TicketId, how: Grant | Reject) -> Ticket:
+        assert ticket not in self.endings, f"ticket {ticket} ended twice"
+        self.endings[ticket] = how
+        return self.waiting.pop(ticket)
+
+    def _granted(self, grant: Grant) -> None:
+        ticket = self._ended(grant.ticket_id, grant)
+        facts, key = self.snapshot(), (grant.instance, ticket.model.blob)
+        assert facts.instances[grant.instance].state is InstanceState.READY
+        assert key in self.held or key in self.dead
+        found = facts.residencies[key]
+        assert found.options == ticket.options or ticket.is_flexible
+        assert ticket.layout is None or ticket.layout.allows(facts.instances[grant.instance].spec.gpus)
+        assert (grant.options, grant.context_length) == (found.options, found.context_length)
+        self.leases[ticket.id] = (key, found.load_id)
+
+    def _load(self, load: Load) -> None:
+        key, spec = (load.instance, load.model.blob), self.specs[load.instance]
+        assert key not in self.held, f"{key} is loaded or being loaded there already"
+        shares = by_weight(load.model, spec, 0, self.snapshot())
+        for gpu, size in zip(spec.gpus, shares, strict=True):
+            room = self.free_bytes(gpu)
+            assert size <= room, f"{load.model.name} is sent to {load.instance}: {size} on {gpu}, which has {room}"
+        self.dead.discard(key)
+        self.held[key] = dict(zip(spec.gpus, shares, strict=True))
+        self.loads[load.load_id] = load
+        self.loads_sent += 1
+
+    def _unload(self, unload: Unload, before: Snapshot) -> None:
+        key = (unload.instance, unload.blob)
+        assert key not in self.unloads, f"{key} is being unloaded already"
+        stood = before.residencies.get(key)
+        again = stood is not None and stood.state is ResidencyState.UNLOADING
+        own_fault = again or unload.reason.startswith(("its runner died", "came out"))
+        busy = sum(1 for lease in self.leases.values() if stood and lease == (key, stood.load_id))
+        assert own_fault or not busy, f"{key} was unloaded with {busy} requests: {unload.reason}"
+        self.unloads[key] = unload
+
+    def _lose(self, name: InstanceName) -> None:
+        """Its processes are gone, and with them its memory, its loads and its unloads."""
+        self.held = {key: sizes for key, sizes in self.held.items() if key[0] != name}
+        self.loads = {load_id: load for load_id, load in self.loads.items() if load.instance != name}
+        self.unloads = {key: unload for key, unload in self.unloads.items() if key[0] != name}
+
+    def _card(self, number: int, progress: float) -> Gpu:
+        gpu = gpu_id(number)
+        loading = {(load.instance, load.model.blob) for load in self.loads.values()}
+        ours = sum(int(sizes.get(gpu, 0) * (progress if key in loading else 1.0)) for key, sizes in self.held.items())
+        used = self.foreign[gpu] + ours
+        return Gpu(gpu, number, "card", CARD_BYTES, CARD_BYTES - used, used)
+
+
+def patient(policy: Policy, **changes: object) -> Policy:
+    """The policy with other numbers."""
+    return replace(policy, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,85 @@
+"""What evictions cost and loads are worth, in seconds that clients wait in vain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from router.domain.model import BlobDigest
+from router.domain.policy import Policy
+from router.domain.snapshot import Demand, Snapshot
+from router.scheduler.placement.cost import eviction_price, reload_seconds, swap_ease, worth_of_load
+from router.scheduler.state import FleetState
+from tests.scheduler.builders import model, residency, snapshot, ticket, view
+
+M = model("m", 2000)
+COPY = residency("gpu0", M, 2000)
+BUSY = replace(COPY, in_flight=1)
+_BUSY_ONES = {(BUSY.instance, BUSY.blob): BUSY}
+POLICY = Policy(vram_margin_bytes=0)
+
+
+def _facts(rate: float = 0.1, *copies: object, **changes: object) -> Snapshot:
+    weight = rate * POLICY.demand_half_life_seconds / math.log(2.0)
+    facts = snapshot([], [view("gpu0", 0), view("gpu1", 1)], copies or [COPY])  # type: ignore[arg-type]
+    return replace(facts, policy=POLICY, demand={M.blob: Demand(weight, facts.now)}, **changes)
+
+
+def test_an_eviction_costs_a_late_token_for_each_request_expected_while_the_model_is_away() -> None:
+    away = POLICY.away_seconds + reload_seconds(_facts(), M)
+    assert math.isclose(eviction_price(_facts(), COPY), 0.1 * away * POLICY.patience_seconds)
+
+
+def test_a_model_that_nobody_asks_for_costs_nothing_and_one_that_is_waited_for_more() -> None:
+    assert eviction_price(_facts(0.0), COPY) == 0.0
+    waited_for = eviction_price(_facts(wanted={M.blob: 2}), COPY)
+    assert math.isclose(waited_for - eviction_price(_facts(), COPY), 2 * POLICY.patience_seconds)
+
+
+def test_a_spare_copy_is_nearly_free() -> None:
+    alone, spare = eviction_price(_facts(), COPY), eviction_price(_facts(0.1, COPY, residency("gpu1", M, 2000)), COPY)
+    assert math.isclose(spare, alone / 10)
+
+
+def test_demand_fades() -> None:
+    later = replace(_facts(), now=1000.0 + POLICY.demand_half_life_seconds)
+    assert math.isclose(eviction_price(later, COPY), eviction_price(_facts(), COPY) / 2)
+
+
+def test_a_load_is_worth_a_token_in_time_for_each_ticket_that_it_can_still_serve_so() -> None:
+    facts = _facts(0.1, BUSY, loaded_bytes_per_second=1e12)
+    fresh = [ticket(number, M, arrived_at=facts.now) for number in range(3)]
+    assert worth_of_load(facts, M, fresh) == 3 * POLICY.patience_seconds
+    late = [ticket(1, M, arrived_at=facts.now - 50.0)]
+    assert math.isclose(worth_of_load(facts, M, late), 50.0 * POLICY.wait_weight)
+
+
+def test_while_loads_are_few_late_tickets_are_worth_a_load_at_once() -> None:
+    calm, pressed = _facts(), _facts(0.1, BUSY, loaded_bytes_per_second=1e12)
+    late = [ticket(1, M, arrived_at=calm.now - 20.0)]
+    assert (swap_ease(calm), swap_ease(pressed)) == (POLICY.swap_ease_max, 1.0)
+    assert worth_of_load(calm, M, late) > worth_of_load(pressed, M, late)
+
+
+def test_where_nothing_runs_and_nobody_else_waits_a_late_ticket_is_not_held_back_for_the_loads_of_late() -> None:
+    pressed = _facts(loaded_bytes_per_second=1e12)
+    late = [ticket(1, M, arrived_at=pressed.now)]
+    slow = replace(pressed, load_rate_bytes_per_second=1e6, wanted={M.blob: 1})
+    assert worth_of_load(slow, M, late) == POLICY.late_share_idle * POLICY.patience_seconds
+    for busier in (replace(slow, wanted={M.blob: 1, BlobDigest("other"): 1}), replace(slow, residencies=_BUSY_ONES)):
+        assert worth_of_load(busier, M, late) == 0.0
+
+
+def test_the_rate_of_loads_is_one_of_bytes_so_that_small_models_tell_little_of_it() -> None:
+    policy = Policy(load_fixed_seconds=0.8, load_bytes_per_second=3e9)
+    fleet = FleetState(policy)
+    fleet.loaded(300_000_000, 0.9)  # an embedder: mostly the start of its runner
+    first = fleet.load_rate_bytes_per_second
+    assert first is not None
+    assert 2e9 < first < 3e9
+    for _ in range(10):
+        fleet.loaded(42_500_000_000, 9.5)
+        fleet.loaded(300_000_000, 0.9)
+    rate = fleet.load_rate_bytes_per_second
+    assert rate is not None
+    assert math.isclose(rate, 42.5e9 / 9.1, rel_tol=0.1)

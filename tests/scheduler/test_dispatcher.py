@@ -1,0 +1,344 @@
+"""What becomes of requests: loads shared, slots bounded, failures passed on, room made, nobody starved."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.domain.events import ShutdownBegan
+from router.domain.gpu import GpuUuid
+from router.domain.ids import LoadId
+from router.domain.instance import InstanceState
+from router.domain.policy import Policy
+from router.domain.request import RunnerOptions
+from router.domain.residency import ResidencyState
+from tests.scheduler.builders import key
+from tests.scheduler.play import CARD_BYTES, Play, patient, sized
+
+SMALL, OTHER, WHOLE, PAIR = sized("small", 10), sized("other", 10), sized("whole", 20), sized("pair", 40)
+NEVER = sized("never", 100)
+LONG: RunnerOptions = (("num_ctx", 2048),)
+PLAIN = Policy(vram_margin_bytes=0)
+
+
+@pytest.fixture
+def one() -> Play:
+    """One card of 24 bytes, two slots."""
+    return Play(1).begin()
+
+
+@pytest.fixture
+def two() -> Play:
+    return Play(2).begin()
+
+
+def _only_load(play: Play) -> LoadId:
+    (load,) = play.loads
+    return load
+
+
+# --- loads and slots --------------------------------------------------------------------------------------------
+
+
+def test_two_requests_for_a_cold_model_cause_one_load_and_both_are_served(one: Play) -> None:
+    first, second = one.arrive(SMALL), one.arrive(SMALL)
+    assert one.loads_sent == 1
+    assert one.endings == {}
+    one.finish_load(_only_load(one))
+    assert [one.grant(ticket).instance for ticket in (first, second)] == ["gpu0", "gpu0"]
+    assert one.loads_sent == 1
+
+
+def test_names_of_the_same_weights_share_one_load(one: Play) -> None:
+    one.arrive(SMALL)
+    one.arrive(sized("alias", 10, blob=SMALL.blob))
+    one.work_through()
+    assert one.loads_sent == 1
+    assert len(one.leases) == 2
+
+
+def test_what_is_loaded_is_used_at_once_and_says_why_there(one: Play) -> None:
+    one.arrive(SMALL)
+    one.work_through()
+    again = one.arrive(SMALL)
+    assert one.grant(again).url == "http://127.0.0.1/gpu0"
+    assert "1 of 2 slots were in use" in one.grant(again).reason
+    assert "card 0 needs" in one.grant(again).reason
+
+
+def test_who_finds_all_slots_taken_waits_for_the_first_that_comes_back(one: Play) -> None:
+    first = one.arrive(SMALL)
+    one.work_through()
+    one.arrive(SMALL)
+    third, fourth = one.arrive(SMALL), one.arrive(SMALL)
+    assert one.queued() == [third, fourth]
+    assert one.reason(third) == "2 of 2 slots are in use on gpu0"
+    one.release(first)
+    assert third in one.leases
+    assert one.queued() == [fourth]
+
+
+def test_an_embedding_model_is_given_one_request_at_a_time(one: Play) -> None:
+    embed = sized("embed", 2, is_embedding=True)
+    one.arrive(embed)
+    one.arrive(embed)
+    one.work_through()
+    assert len(one.leases) == 1
+    assert len(one.queued()) == 1
+
+
+def test_models_that_fit_beside_each_other_are_loaded_at_the_same_time(two: Play) -> None:
+    two.arrive(SMALL)
+    two.arrive(OTHER)
+    assert {(load.instance, load.model.name) for load in two.loads.values()} == {("gpu0", "small"), ("gpu1", "other")}
+
+
+def test_a_request_with_other_runner_options_gets_a_runner_of_its_own(two: Play) -> None:
+    two.arrive(SMALL)
+    two.work_through()
+    two.arrive(SMALL, LONG)
+    two.work_through()
+    assert [two.grant(ticket).instance for ticket in sorted(two.leases)] == ["gpu0", "gpu1"]
+
+
+def test_a_runner_with_other_options_is_replaced_once_its_requests_have_ended(one: Play) -> None:
+    first = one.arrive(SMALL)
+    one.work_through()
+    one.arrive(SMALL, LONG)
+    assert not one.unloads
+    one.release(first)
+    assert list(one.unloads) == [key("gpu0", SMALL)]
+    one.work_through()
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert (found.options, found.in_flight, one.loads_sent) == (LONG, 1, 2)
+
+
+# --- endings ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_ticket_frees_its_place() -> None:
+    play = Play(1, patient(PLAIN, queue_limit=1)).begin()
+    first = play.arrive(SMALL)
+    assert play.rejection(play.arrive(SMALL)).code == "queue_full"
+    play.cancel(first)
+    assert play.queued() == []
+    second = play.arrive(SMALL)
+    play.work_through()
+    assert second in play.leases
+    assert first not in play.leases
+    assert play.loads_sent == 1
+
+
+def test_a_full_queue_answers_503_and_when_to_come_again() -> None:
+    play = Play(1, patient(PLAIN, queue_limit=3), slots=1).begin()
+    for _ in range(3):
+        play.arrive(SMALL)
+    refused = play.rejection(play.arrive(OTHER))
+    assert (refused.code, refused.status) == ("queue_full", None)
+    assert "3 requests wait already" in refused.message
+    assert refused.retry_after_seconds == 3
+
+
+def test_a_full_queue_turns_nobody_away_who_could_be_served_at_once() -> None:
+    play = Play(2, patient(PLAIN, queue_limit=1)).begin()
+    play.arrive(SMALL)
+    play.work_through()
+    play.arrive(OTHER)
+    assert play.arrive(SMALL) in play.leases
+
+
+def test_with_a_full_queue_nobody_overtakes_his_own_group() -> None:
+    play = Play(1, patient(PLAIN, queue_limit=1), slots=1).begin()
+    served = play.arrive(SMALL)
+    play.work_through()
+    waits = play.arrive(SMALL)
+    assert play.rejection(play.arrive(SMALL)).code == "queue_full"
+    play.release(served)
+    assert waits in play.leases
+
+
+def test_who_has_waited_his_whole_deadline_is_told_for_what(one: Play) -> None:
+    late = one.arrive(SMALL, patience_seconds=30.0)
+    one.advance(29.9)
+    assert one.queued() == [late]
+    one.advance(0.1)
+    refused = one.rejection(late)
+    assert refused.code == "wait_timeout"
+    assert "waited 30 s (queue.timeout_seconds) for model 'small': it is being loaded on gpu0" in refused.message
+    assert refused.retry_after_seconds is not None
+
+
+def test_the_next_deadline_is_woken_for(one: Play) -> None:
+    one.arrive(SMALL, patience_seconds=0.5)
+    assert one.next_wake == one.now + 0.5
+
+
+def test_with_nobody_waiting_and_nothing_to_expire_nothing_is_woken_for(one: Play) -> None:
+    assert one.next_wake is None
+    one.arrive(SMALL)
+    one.work_through()
+    assert one.next_wake is None
+
+
+def test_a_model_that_fits_nowhere_ends_all_its_requests_at_once(two: Play) -> None:
+    tickets = [two.arrive(NEVER) for _ in range(2)]
+    assert {two.rejection(ticket).code for ticket in tickets} == {"model_too_large"}
+    assert two.queued() == []
+
+
+def test_after_shutdown_began_nobody_new_is_served_and_who_runs_may_end(one: Play) -> None:
+    running = one.arrive(SMALL)
+    one.work_through()
+    waiting = one.arrive(OTHER)
+    one.post(ShutdownBegan())
+    assert one.rejection(waiting).code == "shutting_down"
+    assert one.rejection(one.arrive(SMALL)).code == "shutting_down"
+    one.release(running)
+    assert one.leases == {}
+
+
+# --- loads that go wrong ----------------------------------------------------------------------------------------
+
+
+def test_a_failed_load_reaches_all_who_waited_for_it_in_the_servers_words(one: Play) -> None:
+    tickets = [one.arrive(SMALL), one.arrive(SMALL), one.arrive(SMALL, LONG)]
+    one.fail_load(_only_load(one), 500, "cudaMalloc failed: out of memory")
+    for ticket in tickets[:2]:
+        refused = one.rejection(ticket)
+        assert (refused.code, refused.status, refused.message) == (
+            "load_failed", 500, "cudaMalloc failed: out of memory",
+        )  # fmt: skip
+    assert one.queued() == [tickets[2]]
+    assert not one.snapshot().reservations or one.loads
+
+
+def test_a_failed_load_is_tried_on_the_other_card_and_not_again_on_the_same(two: Play) -> None:
+    ticket = two.arrive(SMALL)
+    two.fail_load(_only_load(two))
+    (load,) = two.loads.values()
+    assert load.instance == "gpu1"
+    two.work_through()
+    assert two.grant(ticket).instance == "gpu1"
+
+
+def test_a_failure_is_remembered_for_a_while_and_then_forgotten(one: Play) -> None:
+    one.arrive(SMALL)
+    one.fail_load(_only_load(one))
+    assert one.rejection(one.arrive(SMALL)).code == "load_failed"
+    assert one.loads == {}
+    one.advance(PLAIN.failure_memory_seconds)
+    one.arrive(SMALL)
+    assert len(one.loads) == 1
+
+
+def test_a_load_that_came_out_partly_on_the_cpu_is_undone_and_never_used(one: Play) -> None:
+    ticket = one.arrive(SMALL)
+    (unload,) = [action for action in one.finish_load(_only_load(one), on_cpu=1) if action in one.unloads.values()]
+    assert unload.reason == "came out 10 % on the CPU on gpu0"
+    refused = one.rejection(ticket)
+    assert (refused.code, refused.status) == ("load_failed", 502)
+    assert refused.message == "model 'small' came out 10 % on the CPU on gpu0"
+    assert one.leases == {}
+    one.work_through()
+    assert one.residency("gpu0", SMALL) is None
+
+
+def test_a_load_that_spilled_on_one_card_is_made_whole_on_the_other(two: Play) -> None:
+    ticket = two.arrive(SMALL)
+    two.finish_load(_only_load(two), on_cpu=1)
+    two.work_through()
+    assert two.grant(ticket).instance == "gpu1"
+
+
+def test_a_load_without_cards_is_meant_to_be_on_the_cpu() -> None:
+    play = Play(0).begin()
+    ticket = play.arrive(SMALL)
+    play.finish_load(_only_load(play))
+    assert play.grant(ticket).instance == "cpu"
+
+
+def test_a_load_that_ends_after_its_instance_was_lost_changes_nothing(two: Play) -> None:
+    ticket = two.arrive(SMALL)
+    lost = dict(two.loads)
+    two.change_instance("gpu0", InstanceState.BACKOFF, "died by signal 9")
+    (load,) = two.loads.values()
+    assert load.instance == "gpu1"
+    two.loads.update(lost)
+    two.finish_load(next(iter(lost)))
+    assert ticket in two.waiting
+    assert two.residency("gpu0", SMALL) is None
+    two.work_through()
+    assert two.grant(ticket).instance == "gpu1"
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_lost_instance_held_is_forgotten_and_placed_anew(two: Play) -> None:
+    running = two.arrive(SMALL)
+    two.work_through()
+    assert two.grant(running).instance == "gpu0"
+    two.change_instance("gpu0", InstanceState.BACKOFF)
+    assert two.residency("gpu0", SMALL) is None
+    after = two.arrive(SMALL)
+    two.work_through()
+    assert two.grant(after).instance == "gpu1"
+
+
+def test_a_model_is_not_called_too_large_while_the_cards_still_show_what_a_lost_instance_held(one: Play) -> None:
+    one.arrive(sized("large", 20))
+    one.work_through()
+    one.now += 10.0
+    waiting = one.arrive(sized("other", 20))
+    one.change_instance("gpu0", InstanceState.BACKOFF)
+    assert waiting in one.waiting
+    one.change_instance("gpu0", InstanceState.READY)
+    one.work_through()
+    assert one.grant(waiting).instance == "gpu0"
+
+
+def test_a_slot_of_a_lost_copy_is_no_slot_of_the_copy_that_came_after_it(one: Play) -> None:
+    old = one.arrive(SMALL)
+    one.work_through()
+    one.change_instance("gpu0", InstanceState.BACKOFF)
+    one.change_instance("gpu0", InstanceState.READY)
+    new = one.arrive(SMALL)
+    one.work_through()
+    assert new in one.leases
+    one.release(old, runner_lost=True)
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert (found.state, found.in_flight) == (ResidencyState.READY, 1)
+
+
+def test_a_draining_instance_finishes_and_takes_nothing_new(two: Play) -> None:
+    running = two.arrive(SMALL)
+    two.work_through()
+    two.change_instance("gpu0", InstanceState.DRAINING)
+    after = two.arrive(SMALL)
+    two.work_through()
+    assert two.grant(after).instance == "gpu1"
+    two.release(running)
+    assert running not in two.leases
+
+
+def test_a_runner_that_died_under_a_request_is_unloaded_before_its_model_is_used_again(one: Play) -> None:
+    lost = one.arrive(SMALL)
+    one.work_through()
+    (unload,) = one.release(lost, runner_lost=True)
+    assert unload in one.unloads.values()
+    again = one.arrive(SMALL)
+    assert again in one.waiting
+    one.work_through()
+    assert again in one.leases
+    assert one.loads_sent == 2
+
+
+def test_cards_are_never_given_more_than_they_have() -> None:
+    """What the world of these tests checks at each load, once as an example."""
+    play = Play(1).begin()
+    play.arrive(WHOLE)
+    play.arrive(SMALL)
+    (load,) = play.loads.values()
+    assert load.model == WHOLE
+    assert play.free_bytes(GpuUuid("GPU-0")) == CARD_BYTES - 20

@@ -1,0 +1,103 @@
+"""Requests that are content with a copy loaded otherwise, and requests that insist on certain cards."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.domain.policy import Policy
+from router.domain.request import Layout, LayoutKind, RunnerOptions, TicketId
+from tests.scheduler.builders import gpu_id
+from tests.scheduler.play import Play, sized
+
+SMALL = sized("small", 10, context_length=131_072)
+SHORT: RunnerOptions = (("num_ctx", 2048),)
+LONG: RunnerOptions = (("num_ctx", 32_768),)
+SINGLE, SPREAD, CARD_1 = Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), Layout(LayoutKind.GPU, gpu_id(1))
+
+
+@pytest.fixture
+def two() -> Play:
+    return Play(2, Policy(vram_margin_bytes=0, replicas_max=1), slots=1).begin()
+
+
+def test_a_smaller_context_is_served_by_the_copy_that_is_there(two: Play) -> None:
+    two.release(_served(two))
+    second = two.arrive(SMALL, SHORT, is_flexible=True)
+    assert two.grant(second).options == ()
+    assert two.grant(second).context_length == 8192
+    assert two.loads_sent == 1
+
+
+def test_a_smaller_context_waits_for_the_copy_that_is_there_and_loads_no_other(two: Play) -> None:
+    first = _served(two)
+    second = two.arrive(SMALL, SHORT, is_flexible=True)
+    assert two.reason(second) == "1 of 1 slots are in use on gpu0"
+    two.advance(30.0)
+    assert (two.loads, two.unloads) == ({}, {})
+    two.release(first)
+    assert second in two.leases
+
+
+def test_a_larger_context_has_the_copy_loaded_again_upward_and_the_next_small_one_leaves_it(two: Play) -> None:
+    two.release(_served(two))
+    larger = two.arrive(SMALL, LONG, is_flexible=True)
+    two.work_through()
+    assert two.grant(larger).context_length == 32_768
+    two.release(larger)
+    for options in ((), SHORT):
+        again = two.arrive(SMALL, options, is_flexible=True)
+        assert two.grant(again).context_length >= 8192
+        two.release(again)
+    assert two.loads_sent == 2
+
+
+def test_the_ordinary_context_is_not_served_by_a_copy_with_less(two: Play) -> None:
+    short = two.arrive(SMALL, SHORT)
+    two.work_through()
+    ordinary = two.arrive(SMALL, is_flexible=True)
+    two.work_through()
+    assert (two.grant(short).context_length, two.grant(ordinary).context_length) == (2048, 8192)
+
+
+def test_a_request_that_insists_on_all_cards_gets_them_though_one_would_do(two: Play) -> None:
+    _served(two)
+    spread = two.arrive(SMALL, layout=SPREAD)
+    two.work_through()
+    assert two.grant(spread).instance == "spread"
+    here = two.arrive(SMALL, layout=CARD_1)
+    two.work_through()
+    assert two.grant(here).instance == "gpu1"
+    assert two.loads_sent == 3
+
+
+def test_cards_that_cannot_be_had_are_refused_at_once() -> None:
+    one = Play(1).begin()
+    refused = one.rejection(one.arrive(SMALL, layout=SPREAD))
+    assert refused.code == "layout_unavailable"
+
+
+def test_who_insists_on_cards_does_not_hold_up_who_does_not(two: Play) -> None:
+    first = _served(two)
+    insists = two.arrive(SMALL, layout=SPREAD)
+    plain = two.arrive(SMALL)
+    assert [load.instance for load in two.loads.values()] == ["spread"]
+    two.release(first)
+    assert (plain in two.leases, insists in two.waiting) == (True, True)
+    two.work_through()
+    assert two.grant(insists).instance == "spread"
+
+
+def test_with_layouts_and_without_one_load_is_shared(two: Play) -> None:
+    tickets = [two.arrive(SMALL), two.arrive(SMALL, layout=SINGLE), two.arrive(SMALL, is_flexible=True)]
+    two.work_through()
+    assert two.loads_sent == 1
+    for ticket in tickets:
+        assert two.grant(ticket).instance == "gpu0"
+        two.release(ticket)
+
+
+def _served(play: Play) -> TicketId:
+    ticket = play.arrive(SMALL)
+    play.work_through()
+    assert play.grant(ticket).instance == "gpu0"
+    return ticket

@@ -1,0 +1,103 @@
+"""What servers list changes what is believed to be loaded, unless the listing is older than what is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from router.domain.events import LoadedModel, ResidencyRead
+from router.domain.gpu import GpuUuid
+from router.domain.ids import LoadId
+from router.domain.instance import InstanceName
+from router.domain.request import RunnerOptions
+from router.domain.residency import ResidencyState
+from tests.scheduler.builders import key
+from tests.scheduler.play import Play, sized
+
+SMALL = sized("small", 10)
+LONG: RunnerOptions = (("num_ctx", 2048),)
+
+
+@pytest.fixture
+def one() -> Play:
+    return Play(1).begin()
+
+
+def _only_load(play: Play) -> LoadId:
+    (load,) = play.loads
+    return load
+
+
+def test_a_model_that_a_server_no_longer_lists_is_loaded_again(one: Play) -> None:
+    one.arrive(SMALL)
+    one.work_through()
+    one.lose_runner(key("gpu0", SMALL))
+    assert one.residency("gpu0", SMALL) is None
+    again = one.arrive(SMALL)
+    one.work_through()
+    assert again in one.leases
+    assert one.loads_sent == 2
+
+
+def _listed(of: object, size: int, context: int | None = None, vram: int | None = None) -> LoadedModel:
+    facts = of if not isinstance(of, str) else None
+    name = getattr(of, "name", of)
+    return LoadedModel(str(name), "", size, size if vram is None else vram, context, facts)  # type: ignore[arg-type]
+
+
+def test_a_model_that_somebody_else_loaded_is_adopted_and_used(one: Play) -> None:
+    one.foreign[GpuUuid("GPU-0")] = 12
+    one.read_cards()
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 12), _listed("unknown", 1)), one.now))
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert (found.per_gpu_bytes, found.options, found.reason) == ((12,), (), "found loaded on gpu0")
+    one.held[key("gpu0", SMALL)] = {}
+    assert one.arrive(SMALL) in one.leases
+    assert one.loads_sent == 0
+
+
+def test_an_adopted_model_with_another_context_serves_only_those_who_ask_for_that(one: Play) -> None:
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10, context=2048),), one.now))
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert found.options == LONG
+
+
+def test_a_listing_that_was_asked_for_before_an_unload_ended_brings_nothing_back(one: Play) -> None:
+    ticket = one.arrive(SMALL, keep_alive_seconds=0.0)
+    one.work_through()
+    asked_at = one.now
+    one.now += 1.0
+    one.release(ticket)
+    one.work_through()
+    assert one.residency("gpu0", SMALL) is None
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10),), asked_at))
+    assert one.residency("gpu0", SMALL) is None
+
+
+def test_a_listing_that_was_asked_for_before_a_load_ended_forgets_nothing(one: Play) -> None:
+    one.arrive(SMALL)
+    one.finish_load(_only_load(one))
+    one.post(ResidencyRead(InstanceName("gpu0"), (), one.now - 0.1))
+    assert one.state("gpu0", SMALL) is ResidencyState.READY
+
+
+def test_a_model_whose_name_means_another_by_now_is_still_listed(one: Play) -> None:
+    one.arrive(SMALL)
+    one.work_through()
+    row = LoadedModel(SMALL.name, SMALL.digest, 10, 10, None, model=None)
+    one.post(ResidencyRead(InstanceName("gpu0"), (row,), one.now))
+    assert one.state("gpu0", SMALL) is ResidencyState.READY
+    one.post(ResidencyRead(InstanceName("gpu0"), (replace(row, digest="another"),), one.now))
+    assert one.residency("gpu0", SMALL) is None
+
+
+def test_a_listing_tells_the_true_size(one: Play) -> None:
+    one.arrive(SMALL)
+    one.work_through()
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 13, vram=12),), one.now))
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert (found.size_bytes, found.size_vram_bytes) == (13, 12)

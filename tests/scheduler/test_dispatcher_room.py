@@ -1,0 +1,305 @@
+"""How room is made and given back: reservations, evictions, drains, keep_alive."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from router.domain.events import LoadedModel, ResidencyRead
+from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceName
+from router.domain.policy import Policy
+from router.domain.request import TicketId
+from router.domain.residency import ResidencyState
+from tests.scheduler.builders import key
+from tests.scheduler.play import Play, patient, sized
+
+SMALL, OTHER, WHOLE, PAIR = sized("small", 10), sized("other", 10), sized("whole", 20), sized("pair", 40)
+PLAIN = Policy(vram_margin_bytes=0)
+GPU0 = GpuUuid("GPU-0")
+
+
+@pytest.fixture
+def one() -> Play:
+    return Play(1).begin()
+
+
+@pytest.fixture
+def two() -> Play:
+    return Play(2).begin()
+
+
+def _idle(play: Play, of: object, **how: float) -> TicketId:
+    """Loads a model, and lets its request end."""
+    ticket = play.arrive(of, **how)  # type: ignore[arg-type]
+    play.work_through()
+    play.release(ticket)
+    return ticket
+
+
+# --- reservations -----------------------------------------------------------------------------------------------
+
+
+def test_a_reservation_covers_all_cards_of_its_placement(two: Play) -> None:
+    two.arrive(PAIR)
+    (booked,) = two.snapshot().reservations.values()
+    assert booked.per_gpu_bytes == (("GPU-0", 20), ("GPU-1", 20))
+    two.arrive(SMALL)
+    assert two.loads_sent == 1
+
+
+def test_a_reservation_stands_until_the_cards_were_read_after_the_load(one: Play) -> None:
+    one.arrive(SMALL)
+    (load,) = one.loads
+    one.read_cards(progress=0.5)
+    assert list(one.snapshot().reservations) == [load]
+    one.finish_load(load)
+    one.read_cards()  # began in the very moment in which the load ended: it may have looked before
+    assert list(one.snapshot().reservations) == [load]
+    one.now += 0.1
+    one.read_cards()
+    assert one.snapshot().reservations == {}
+
+
+def test_a_failed_loads_reservation_is_gone_at_once(one: Play) -> None:
+    one.arrive(SMALL)
+    one.fail_load(next(iter(one.loads)))
+    assert one.snapshot().reservations == {}
+
+
+def test_a_waiting_model_is_not_sent_before_the_cards_show_its_room(one: Play) -> None:
+    _idle(one, WHOLE)
+    one.arrive(SMALL)
+    assert (list(one.unloads), one.loads) == ([key("gpu0", WHOLE)], {})
+    assert one.state("gpu0", SMALL) is ResidencyState.PLANNED
+    one.now += 1.0
+    one.finish_unload(key("gpu0", WHOLE))
+    assert one.loads == {}
+    assert one.state("gpu0", WHOLE) is ResidencyState.UNLOADING
+    one.now += 0.1
+    one.read_cards()
+    assert [load.model for load in one.loads.values()] == [SMALL]
+    assert one.residency("gpu0", WHOLE) is None
+
+
+def test_room_that_does_not_come_is_planned_anew(one: Play) -> None:
+    _idle(one, WHOLE)
+    one.arrive(SMALL)
+    (first,) = one.snapshot().reservations
+    assert one.next_wake is not None
+    one.advance(PLAIN.room_timeout_seconds)
+    (second,) = one.snapshot().reservations
+    assert second != first
+    assert one.state("gpu0", SMALL) is ResidencyState.PLANNED
+    one.work_through()
+    assert len(one.leases) == 1
+
+
+def test_a_program_that_takes_the_room_meanwhile_makes_the_load_wait(one: Play) -> None:
+    _idle(one, WHOLE)
+    ticket = one.arrive(SMALL)
+    one.foreign[GPU0] = 4
+    one.now += 0.1
+    one.finish_unload(key("gpu0", WHOLE))
+    one.foreign[GPU0] = 20
+    one.now += 0.1
+    one.read_cards()
+    assert one.loads == {}
+    one.foreign[GPU0] = 0
+    one.work_through()
+    assert ticket in one.leases
+
+
+# --- evictions and drains ---------------------------------------------------------------------------------------
+
+
+def test_a_busy_model_is_not_evicted_and_leaves_when_it_is_idle(one: Play) -> None:
+    running = one.arrive(WHOLE)
+    one.work_through()
+    waiting = one.arrive(SMALL)
+    assert one.unloads == {}
+    assert one.reason(waiting) == "gpu0: waits for 1 running requests of 1 models to make room"
+    one.release(running)
+    assert list(one.unloads) == [key("gpu0", WHOLE)]
+    one.work_through()
+    assert waiting in one.leases
+
+
+def test_an_unload_that_fails_is_sent_again_after_a_while_and_not_at_once(one: Play) -> None:
+    _idle(one, WHOLE, keep_alive_seconds=0.0)
+    one.finish_unload(key("gpu0", WHOLE), "connection refused")
+    assert one.unloads == {}
+    waiting = one.arrive(WHOLE)
+    assert one.next_wake is not None
+    one.advance(PLAIN.room_timeout_seconds - 0.1)
+    assert (one.unloads, waiting in one.waiting) == ({}, True)
+    one.advance(0.1)
+    assert one.unloads[key("gpu0", WHOLE)].reason == "an unload before this one failed"
+    one.work_through()
+    assert waiting in one.leases
+
+
+def test_a_model_whose_unload_failed_is_forgotten_once_it_is_no_longer_listed(one: Play) -> None:
+    _idle(one, SMALL, keep_alive_seconds=0.0)
+    one.finish_unload(key("gpu0", SMALL), "404: model not found")
+    one.post(ResidencyRead(InstanceName("gpu0"), (), one.now))
+    assert one.state("gpu0", SMALL) is ResidencyState.UNLOADING
+    one.lose_runner(key("gpu0", SMALL))
+    assert one.residency("gpu0", SMALL) is None
+
+
+def test_a_load_that_spilled_is_not_used_even_if_it_cannot_be_undone(one: Play) -> None:
+    one.arrive(SMALL)
+    one.finish_load(next(iter(one.loads)), on_cpu=1)
+    one.finish_unload(key("gpu0", SMALL), "connection refused")
+    one.advance(PLAIN.failure_memory_seconds + 1.0)
+    late = one.arrive(SMALL)
+    assert late in one.waiting
+    one.work_through()
+    assert (late in one.leases, one.loads_sent) == (True, 2)
+
+
+def test_a_stream_of_small_requests_cannot_starve_a_large_model(two: Play) -> None:
+    """Before the drain the small model takes every request; after it they wait until the large one was served."""
+    running = two.arrive(SMALL)
+    two.work_through()
+    large, began, served = two.arrive(PAIR), two.now, 0
+    while large in two.waiting:
+        two.now += 0.5
+        following = two.arrive(SMALL)
+        two.release(running)
+        if following not in two.leases:
+            break
+        running, served = following, served + 1
+    # the drain begins as the last of them arrives
+    assert served == math.ceil(PLAIN.starving_after_seconds * PLAIN.large_wait_share / 0.5) - 1
+    two.work_through()
+    assert (large in two.leases, following in two.waiting) == (True, True)
+    assert two.now < began + PLAIN.starving_after_seconds * PLAIN.large_wait_share + 1
+    two.release(large)
+    two.work_through()
+    assert following in two.leases
+
+
+def test_before_a_large_model_has_waited_for_long_small_requests_go_on(two: Play) -> None:
+    two.arrive(SMALL)
+    two.work_through()
+    two.arrive(PAIR)
+    two.advance(PLAIN.drain_after_seconds * PLAIN.large_wait_share - 0.5)
+    assert two.arrive(SMALL) in two.leases
+
+
+def test_a_large_model_that_gives_up_lets_the_small_ones_go_on(two: Play) -> None:
+    two.arrive(SMALL)
+    two.work_through()
+    large = two.arrive(PAIR)
+    two.advance(PLAIN.starving_after_seconds + 0.1)
+    waits = two.arrive(SMALL)
+    assert waits in two.waiting
+    two.cancel(large)
+    assert waits in two.leases
+
+
+# --- keep_alive -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_unloaded_when_its_keep_alive_after_the_last_request_has_passed(one: Play) -> None:
+    _idle(one, SMALL, keep_alive_seconds=60.0)
+    ended = one.now
+    assert one.next_wake == ended + 60.0
+    one.advance(59.9)
+    assert one.unloads == {}
+    again = one.arrive(SMALL)
+    one.advance(10.0)
+    one.release(again)
+    assert one.next_wake == one.now + 60.0
+    one.advance(59.9)
+    assert one.unloads == {}
+    one.advance(0.2)
+    assert one.unloads[key("gpu0", SMALL)].reason == "its keep_alive ended"
+
+
+def test_keep_alive_0_unloads_once_the_last_request_has_ended(one: Play) -> None:
+    first = one.arrive(SMALL, keep_alive_seconds=0.0)
+    second = one.arrive(SMALL, keep_alive_seconds=0.0)
+    one.work_through()
+    one.release(first)
+    assert one.unloads == {}
+    one.release(second)
+    assert list(one.unloads) == [key("gpu0", SMALL)]
+
+
+def test_a_model_that_somebody_waits_for_is_not_unloaded_by_time() -> None:
+    play = Play(1, PLAIN, slots=1).begin()
+    first = play.arrive(SMALL, keep_alive_seconds=0.0)
+    second = play.arrive(SMALL, keep_alive_seconds=0.0)
+    play.work_through()
+    play.release(first)
+    assert play.unloads == {}
+    assert second in play.leases
+
+
+def test_the_last_request_that_says_something_decides_how_long(one: Play) -> None:
+    _idle(one, SMALL, keep_alive_seconds=60.0)
+    one.release(one.arrive(SMALL))
+    assert one.next_wake == one.now + 60.0
+    one.release(one.arrive(SMALL, keep_alive_seconds=-1.0))
+    assert one.next_wake is None
+    one.release(one.arrive(SMALL))
+    assert one.next_wake is None
+    one.release(one.arrive(SMALL, keep_alive_seconds=5.0))
+    assert one.next_wake == one.now + 5.0
+
+
+def test_where_no_request_says_anything_the_setting_counts() -> None:
+    play = Play(1, patient(PLAIN, keep_alive_seconds=300.0)).begin()
+    _idle(play, SMALL)
+    assert play.next_wake == play.now + 300.0
+
+
+def test_a_model_whose_clients_all_left_while_it_was_loaded_does_not_stay_for_ever() -> None:
+    play = Play(1, patient(PLAIN, keep_alive_seconds=300.0)).begin()
+    play.cancel(play.arrive(SMALL))
+    play.finish_load(next(iter(play.loads)))
+    assert play.next_wake == play.now + 300.0
+    play.advance(300.0)
+    assert list(play.unloads) == [key("gpu0", SMALL)]
+
+
+def test_an_adopted_model_is_kept_as_long_as_one_of_our_own() -> None:
+    play = Play(1, patient(PLAIN, keep_alive_seconds=300.0)).begin()
+    play.post(ResidencyRead(InstanceName("gpu0"), (LoadedModel("small", "", 10, 10, None, SMALL),), play.now))
+    assert play.next_wake == play.now + 300.0
+
+
+def test_while_others_hold_a_model_the_longest_wish_counts(one: Play) -> None:
+    patient_one = one.arrive(SMALL, keep_alive_seconds=600.0)
+    one.work_through()
+    hasty = one.arrive(SMALL, keep_alive_seconds=0.0)
+    one.release(patient_one)
+    one.release(hasty)
+    assert one.unloads == {}
+    assert one.next_wake == one.now + 600.0
+
+
+# --- unloads that a client asks for -----------------------------------------------------------------------------
+
+
+def test_an_idle_model_is_unloaded_at_once_when_a_client_asks(two: Play) -> None:
+    _idle(two, SMALL)
+    two.ask_unload(SMALL)
+    assert two.unloads[key("gpu0", SMALL)].reason == "a client asked for it"
+
+
+def test_a_busy_model_that_a_client_wants_gone_leaves_when_it_is_idle(one: Play) -> None:
+    running = one.arrive(SMALL, keep_alive_seconds=600.0)
+    one.work_through()
+    one.ask_unload(SMALL)
+    assert one.unloads == {}
+    one.release(running)
+    assert list(one.unloads) == [key("gpu0", SMALL)]
+
+
+def test_an_unload_of_what_is_not_loaded_does_nothing(one: Play) -> None:
+    assert one.ask_unload(OTHER) == []

@@ -1,0 +1,141 @@
+"""Models move to other cards where they would else only go: for a large model's plan, and for others' memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from router.domain.policy import Pin, Policy
+from router.domain.request import TicketId
+from router.domain.residency import ResidencyState
+from tests.scheduler.builders import gpu_id, instance
+from tests.scheduler.play import Play, sized
+
+PAIR, MUCH, LITTLE, SMALL = sized("pair", 40), sized("much", 10), sized("little", 10), sized("small", 6)
+POLICY = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance("", slots=2))
+CAREFUL = replace(POLICY, vram_margin_bytes=2)
+
+
+def _served(play: Play, ticket: TicketId) -> TicketId:
+    for _ in range(3):
+        play.bring_up()
+        play.work_through()
+    play.release(ticket)
+    return ticket
+
+
+def _ask(play: Play, model: object, times: int) -> None:
+    for _ in range(times):
+        _served(play, play.arrive(model))  # type: ignore[arg-type]
+
+
+def _go_on(play: Play, times: int) -> None:
+    """The cards are read every five seconds, and what is asked for comes true."""
+    for _ in range(times):
+        play.now += 5.0
+        play.read_cards()
+        play.bring_up()
+        play.work_through()
+
+
+def _homes(play: Play, model: object) -> set[object]:
+    facts = play.snapshot()
+    found = [r for r in facts.residencies.values() if r.model == model and r.state is ResidencyState.READY]
+    return {gpu for r in found for gpu in facts.instances[r.instance].spec.gpus}
+
+
+def test_a_model_that_a_large_one_drives_out_moves_to_a_card_that_has_room() -> None:
+    three = Play(3, POLICY).begin()
+    for model in (MUCH, LITTLE, SMALL):
+        _ask(three, model, 3)
+    before = _homes(three, SMALL) | _homes(three, LITTLE) | _homes(three, MUCH)
+    assert before == {gpu_id(0), gpu_id(1), gpu_id(2)}
+    three.advance(1.0)
+    ticket = three.arrive(PAIR)
+    three.advance(61.0)
+    for _ in range(4):
+        three.bring_up()
+        three.work_through()
+    pair = set(three.snapshot().instances[three.grant(ticket).instance].spec.gpus)
+    (left,) = {gpu_id(0), gpu_id(1), gpu_id(2)} - pair
+    moved = [model for model in (MUCH, LITTLE, SMALL) if _homes(three, model) == {left}]
+    assert len(moved) >= 2
+
+
+def test_a_model_that_nobody_asks_for_goes_without_a_copy() -> None:
+    three = Play(3, replace(POLICY, demand_half_life_seconds=1.0)).begin()
+    for model in (MUCH, LITTLE, SMALL):
+        _ask(three, model, 1)
+    three.advance(600.0)
+    sent = three.loads_sent
+    ticket = three.arrive(PAIR)
+    for _ in range(4):
+        three.bring_up()
+        three.work_through()
+    three.grant(ticket)
+    assert three.loads_sent == sent + 1
+
+
+def test_where_others_take_a_cards_memory_its_model_moves_and_is_served_all_the_time() -> None:
+    two = Play(2, CAREFUL).begin()
+    _ask(two, MUCH, 3)
+    (home,) = _homes(two, MUCH)
+    two.foreign[home] = 14
+    two.advance(5.0)
+    for _ in range(4):
+        two.read_cards()
+        two.bring_up()
+        for load in list(two.loads):
+            two.finish_load(load)
+        assert _homes(two, MUCH)
+        two.now += 2.0
+    two.now += 5.0
+    two.read_cards()
+    two.work_through()
+    assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)} - {home}
+
+
+def test_a_busy_model_moves_when_its_request_has_ended() -> None:
+    two = Play(2, CAREFUL).begin()
+    _ask(two, MUCH, 3)
+    running = two.arrive(MUCH)
+    (home,) = _homes(two, MUCH)
+    two.foreign[home] = 14
+    _go_on(two, 4)
+    assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)}
+    two.release(running)
+    _go_on(two, 1)
+    assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)} - {home}
+
+
+def test_with_room_nowhere_a_model_that_is_asked_for_stays_and_one_that_is_not_goes() -> None:
+    one = Play(1, CAREFUL).begin()
+    _ask(one, MUCH, 3)
+    one.foreign[gpu_id(0)] = 14
+    one.now += 5.0
+    one.read_cards()
+    assert _homes(one, MUCH) == {gpu_id(0)}
+    one.now += 100_000.0
+    one.read_cards()
+    one.work_through()
+    assert not _homes(one, MUCH)
+
+
+def test_a_model_that_is_pinned_stays_where_it_is() -> None:
+    pins = {MUCH.name: Pin(keep_warm=True)}
+    two = Play(2, replace(CAREFUL, pins=pins)).begin()
+    _ask(two, MUCH, 1)
+    before = _homes(two, MUCH)
+    two.foreign[next(iter(before))] = 14  # type: ignore[index]
+    _go_on(two, 3)
+    assert _homes(two, MUCH) == before
+
+
+def test_what_drivers_and_desktops_take_moves_nothing() -> None:
+    two = Play(2, CAREFUL).begin()
+    _ask(two, sized("brim", 21), 3)
+    sent = two.loads_sent
+    two.foreign = dict.fromkeys(two.foreign, 3)
+    two.now += 5.0
+    two.read_cards()
+    assert two.loads_sent == sent
+    assert two.starting == []

@@ -1,0 +1,104 @@
+"""What copies have been given to do, from grants to releases."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.domain.request import TicketId
+from router.scheduler.balancing.pending_work import Share, Work, begin, end, expected_output, learn, telling
+from router.scheduler.balancing.throughput import STREAM_SHARE, Speeds
+from tests.scheduler.builders import card, gpu_id, instance, key, model, ticket
+
+M = model("m", 8000)
+
+
+def share(prompt_seconds: float = 1.0, output: int = 100, told: int = 0, beside: int = 0) -> Share:
+    return Share(prompt_seconds, output, told, beside)
+
+
+def test_prompts_queue_up_and_are_worked_off_by_time() -> None:
+    work = Work()
+    begin(work, share(2.0), 10.0)
+    begin(work, share(1.0), 10.5)
+    assert work.ahead_seconds(10.5) == 2.5
+    assert work.ahead_seconds(12.0) == 1.0
+    assert work.ahead_seconds(20.0) == 0.0
+    assert (work.output_tokens, work.requests) == (200, 2)
+
+
+def test_who_leaves_before_his_first_byte_takes_his_prompt_with_him() -> None:
+    work = Work()
+    first, second = share(2.0), share(4.0)
+    begin(work, first, 10.0)
+    begin(work, second, 10.0)
+    end(work, second, has_begun=False, now=11.0)
+    assert work.ahead_seconds(11.0) == 1.0
+    end(work, first, has_begun=True, now=11.5)
+    assert (work.ahead_seconds(11.5), work.output_tokens, work.requests) == (0.0, 0, 0)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 9.0), st.booleans(), st.floats(0.0, 5.0)), max_size=20),
+    st.randoms(use_true_random=False),
+)
+def test_when_all_have_left_nothing_is_left_to_do(requests: list[tuple[float, bool, float]], random: object) -> None:
+    work, now = Work(), 0.0
+    running: list[tuple[Share, bool]] = []
+    for prompt, begun, wait in requests:
+        now += wait
+        running.append((share(prompt), begun))
+        begin(work, running[-1][0], now)
+        assert work.requests == len(running)
+        assert work.ahead_seconds(now) <= sum(one.prompt_seconds for one, _ in running) + 1e-6
+    random.shuffle(running)  # type: ignore[attr-defined]
+    for one, begun in running:
+        end(work, one, begun, now)
+    assert (work.ahead_seconds(now), work.output_tokens, work.requests) == (0.0, 0, 0)
+
+
+def test_an_answer_is_expected_to_be_no_longer_than_it_may_be() -> None:
+    assert expected_output(ticket(1, M)) == 256
+    asked = {most: expected_output(ticket(1, M, output_tokens_max=most)) for most in (-2, -1, 0, 8, 100_000)}
+    assert asked == {-2: 256, -1: 256, 0: 0, 8: 8, 100_000: 256}
+    assert ticket(7, M).id == TicketId(7)
+
+
+CARDS = {gpu_id(0): card(0, 1, clock_hertz=9_751_000_000)}
+GRANTED = 1000.0
+
+
+def _learned(one: Share, first_after: float, ends_after: float, output_tokens: int) -> tuple[float, float]:
+    """By how much the copy is taken to be slower, at prompts and at steps, after the request than before."""
+    speeds, spec = Speeds(), instance("gpu0", 0)
+    pace = speeds.pace(spec, M, CARDS)
+    prompt, step = pace.prompt_seconds, pace.step_seconds
+    times = (GRANTED, GRANTED + first_after, GRANTED + first_after + ends_after)
+    learn(speeds, key("gpu0", M), one, times, output_tokens)
+    return pace.prompt_seconds / prompt, pace.step_seconds / step
+
+
+def test_a_stream_shows_how_fast_prompts_and_steps_are() -> None:
+    assert _learned(share(told=4000), 60.0, 600.0, 100) == pytest.approx((1.6, 1.6))
+    assert _learned(share(told=4000), 0.0, 0.0, 100) == pytest.approx((0.8, 0.8))
+
+
+def test_what_was_expected_changes_nothing() -> None:
+    pace = Speeds().pace(instance("gpu0", 0), M, CARDS)
+    first, steps = 4000 * pace.prompt_seconds + pace.step_seconds, 99 * pace.step_seconds
+    assert _learned(share(told=4000), first, steps, 100) == pytest.approx((1.0, 1.0))
+    beside = share(told=4000, beside=2)
+    assert _learned(beside, first, steps * (1 + 2 * STREAM_SHARE), 100) == pytest.approx((1.0, 1.0))
+
+
+def test_what_shows_nothing_teaches_nothing() -> None:
+    assert _learned(share(told=4000), 60.0, 600.0, 1) == (1.0, 1.0)  # it did not stream
+    assert _learned(share(told=4000), -60.0, 600.0, 100) == (1.0, 1.0)  # the times of another life
+    assert _learned(share(told=0), 60.0, 600.0, 100)[0] == 1.0
+
+
+def test_a_prompt_tells_if_it_is_long_and_new_and_the_first() -> None:
+    assert telling(4000, 0, -1.0) == 4000
+    assert telling(4000, 3000, 0.0) == 4000
+    assert telling(100, 0, -1.0) == telling(4000, 5000, -1.0) == telling(4000, 0, 0.5) == 0

@@ -1,0 +1,220 @@
+"""Which loaded copy serves, and which cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.domain.actions import Choice
+from router.domain.instance import InstanceName, InstanceState, InstanceView
+from router.domain.policy import Policy
+from router.domain.request import Layout, LayoutKind, RunnerOptions, Ticket
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.scheduler.balancing.pending_work import Work
+from router.scheduler.balancing.replica_choice import choose
+from router.scheduler.balancing.replica_scorer import NEAR, SIDE_WEIGHT, Prospect, best, waiting_seconds
+from router.scheduler.balancing.throughput import Pace
+from router.scheduler.fast_path import free_copies, serving
+from router.scheduler.state import FleetState
+from tests.scheduler.builders import gpu_id, key, model, residency, ticket, view
+
+M = model("m")
+T = ticket(1, M)
+READY = residency("gpu0", M, 1000)
+VIEWS = (view("gpu0", 0), view("gpu1", 1))
+
+
+def _serving(
+    copies: Iterable[Residency],
+    of: Ticket = T,
+    views: Iterable[InstanceView] = VIEWS,
+    draining: Iterable[ResidencyKey] = (),
+) -> Residency | None:
+    """The one of the copies that serves the ticket."""
+    fleet = FleetState(Policy(), draining=frozenset(draining))
+    fleet.instances.update((each.spec.name, each) for each in views)
+    fleet.copies.update(((copy.instance, copy.blob), copy) for copy in copies)
+    able = serving(fleet, free_copies(fleet, of.model.blob)[0], of)
+    return fleet.copies[able[choose(fleet, able, of, 0.0)[1].chosen]] if able else None
+
+
+def test_a_ready_copy_with_a_free_slot_serves() -> None:
+    for copy in (READY, replace(READY, in_flight=1)):
+        assert _serving([copy]) is copy
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        replace(READY, in_flight=2),
+        replace(READY, in_flight=3),
+        replace(READY, options=(("num_ctx", 2048),)),
+        replace(READY, state=ResidencyState.PLANNED),
+        replace(READY, state=ResidencyState.LOADING),
+        replace(READY, state=ResidencyState.UNLOADING),
+        residency("gone", M, 1000),
+    ],
+)
+def test_a_copy_that_is_full_or_other_or_not_there_does_not(copy: Residency) -> None:
+    assert _serving([copy]) is None
+
+
+@pytest.mark.parametrize("state", [state for state in InstanceState if state is not InstanceState.READY])
+def test_only_a_ready_instance_serves(state: InstanceState) -> None:
+    assert _serving([READY], views=[view("gpu0", 0, state=state)]) is None
+
+
+def test_a_copy_whose_room_is_wanted_takes_no_new_request() -> None:
+    assert _serving([READY], draining=[key("gpu0", M)]) is None
+
+
+LARGER: RunnerOptions = (("num_ctx", 16_384),)
+SMALLER: RunnerOptions = (("num_ctx", 2048),)
+LONG = model("long", context_length=131_072)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "asked", "flexible", "serves"),
+    [
+        ((), SMALLER, True, True),
+        ((), SMALLER, False, False),
+        ((), LARGER, True, False),
+        (LARGER, (), True, True),
+        (LARGER, (), False, False),
+        (SMALLER, (), True, False),
+        (SMALLER, SMALLER, False, True),
+        ((), (("num_batch", 64),), True, True),
+    ],
+)
+def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
+    loaded: RunnerOptions, asked: RunnerOptions, flexible: bool, serves: bool
+) -> None:
+    context = dict(loaded).get("num_ctx", 8192)
+    copy = replace(residency("gpu0", LONG, 1000, options=loaded), context_length=int(context))
+    found = _serving([copy], ticket(1, LONG, options=asked, is_flexible=flexible))
+    assert found is (copy if serves else None)
+
+
+@pytest.mark.parametrize(
+    ("on", "layout", "serves"),
+    [
+        ("gpu0", Layout(LayoutKind.SINGLE), True),
+        ("spread", Layout(LayoutKind.SINGLE), False),
+        ("spread", Layout(LayoutKind.SPREAD), True),
+        ("gpu0", Layout(LayoutKind.SPREAD), False),
+        ("gpu0", Layout(LayoutKind.GPU, gpu_id(0)), True),
+        ("gpu1", Layout(LayoutKind.GPU, gpu_id(0)), False),
+        ("cpu", Layout(LayoutKind.SINGLE), False),
+        ("cpu", None, True),
+    ],
+)
+def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout | None, serves: bool) -> None:
+    views = (*VIEWS, view("spread", 0, 1), view("cpu"))
+    copy = residency(on, M, *(1000 for _ in next(v for v in views if v.spec.name == on).spec.gpus))
+    assert _serving([copy], ticket(1, M, layout=layout), views) is (copy if serves else None)
+
+
+PACE = Pace(prompt_seconds=0.001, step_seconds=0.01)
+
+
+PROMPT_TOKENS = 1000
+
+
+def prospect(
+    on: str, *, held: int = 0, in_flight: int = 0, served_last: bool = False, used_at: float = 0.0
+) -> Prospect:
+    return Prospect(PROMPT_TOKENS - held, in_flight, not served_last, used_at, InstanceName(on))
+
+
+def test_the_copy_with_the_least_waiting_serves() -> None:
+    assert best([3.0, 1.0], [prospect("gpu0", held=500), prospect("gpu1", in_flight=1)]) == 1
+
+
+def test_equal_copies_go_by_what_they_hold_requests_the_client_their_turn_and_their_name() -> None:
+    five = [
+        (1.1, prospect("gpu4", held=9, in_flight=1, used_at=5.0)),
+        (1.0, prospect("gpu3", used_at=1.0, in_flight=1)),
+        (1.0, prospect("gpu2", served_last=True, used_at=4.0)),
+        (1.0, prospect("gpu1", used_at=3.0)),
+        (1.0, prospect("gpu0", used_at=3.0)),
+    ]
+    order: list[str] = []
+    while five:
+        chosen = five.pop(best([seconds for seconds, _ in five], [each for _, each in five]))
+        order.append(chosen[1].instance)
+    assert order == ["gpu4", "gpu2", "gpu0", "gpu1", "gpu3"]
+
+
+Ranked = tuple[float, Prospect]
+
+RANKED = st.lists(
+    st.builds(
+        lambda number, seconds, held, busy, used: (
+            seconds, prospect(f"gpu{number}", held=held, in_flight=busy, used_at=float(used))
+        ),
+        st.integers(0, 9), st.floats(0.001, 100.0), st.sampled_from((0, 0, 64, 1000)), st.integers(0, 4),
+        st.integers(0, 3),
+    ),
+    min_size=1, unique_by=lambda found: found[1].instance,
+)  # fmt: skip
+
+
+@given(RANKED, st.randoms(use_true_random=False))
+def test_the_same_copies_in_any_order_give_the_same_answer_and_never_a_much_slower_one(
+    ranked: list[Ranked], random: object
+) -> None:
+    def chosen_of(copies: list[Ranked]) -> Ranked:
+        return copies[best([seconds for seconds, _ in copies], [each for _, each in copies])]
+
+    chosen = chosen_of(ranked)
+    assert chosen[0] <= min(seconds for seconds, _ in ranked) * (1 + NEAR)
+    shuffled = list(ranked)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert chosen_of(shuffled) == chosen
+
+
+def test_a_choice_tells_what_was_to_be_expected_here_and_of_the_best_other() -> None:
+    three = (prospect("gpu0"), prospect("gpu1", held=600), prospect("gpu2"))
+    choice = Choice(1, three, (2.0, 0.5, 1.25), PROMPT_TOKENS)
+    assert choice.words() == ("; about 0.50 s of waiting, 600 tokens of the prompt in its cache, and 1.25 s on gpu2")
+    assert Choice(0, three[:1], (2.0,), PROMPT_TOKENS).words() == ""
+
+
+TOKENS = st.integers(0, 8000)
+
+
+@given(TOKENS, TOKENS, st.integers(0, 8), st.floats(0.0, 100.0), TOKENS)
+def test_more_of_anything_never_makes_the_waiting_shorter(
+    prompt: int, output: int, beside: int, ahead: float, more: int
+) -> None:
+    def waiting(**changes: float) -> float:
+        facts: dict[str, float] = {"prompt": prompt, "output": output, "beside": beside, "ahead": ahead, **changes}
+        count = int(facts["beside"])
+        work = Work(prompts_until=1000.0 + facts["ahead"], output_tokens=count * 100, requests=count)
+        return waiting_seconds(PACE, work, int(facts["prompt"]), int(facts["output"]), count, 1000.0)
+
+    at_least = waiting()
+    assert at_least >= prompt * PACE.prompt_seconds + PACE.step_seconds
+    assert waiting(prompt=prompt + more) >= at_least
+    assert waiting(output=output + more) >= at_least
+    assert waiting(ahead=ahead + more) >= at_least
+    assert waiting(beside=beside + 1) + 1e-9 >= (at_least if beside else at_least - ahead)
+
+
+def test_requests_are_weighed_by_their_tokens() -> None:
+    """One long prompt is more work than two short ones."""
+    long = Work(prompts_until=1008.0, output_tokens=100, requests=1)
+    two_short = Work(prompts_until=1000.1, output_tokens=200, requests=2)
+    args = (1000, 100)
+    assert waiting_seconds(PACE, two_short, *args, 2, 1000.0) < waiting_seconds(PACE, long, *args, 1, 1000.0) + 1.0
+    assert waiting_seconds(PACE, two_short, 10, 100, 2, 1000.0) < waiting_seconds(PACE, long, 10, 100, 1, 1000.0)
+
+
+def test_a_long_prompt_costs_the_streams_beside_it() -> None:
+    work = Work(output_tokens=200, requests=2)
+    alone, beside = (waiting_seconds(PACE, w, 4000, 0, n, 1000.0) for w, n in ((Work(), 0), (work, 2)))
+    assert beside - alone == pytest.approx(SIDE_WEIGHT * 2 * 4.0)

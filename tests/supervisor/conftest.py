@@ -1,0 +1,208 @@
+"""Real small child processes, a clock that tests move by hand, and a check that no process is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import os
+import sys
+import uuid
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from router.domain.events import InstanceChanged
+from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.supervisor.orphan_reaper import run_id
+from router.supervisor.ports import free_ports
+from router.supervisor.process import inheritable
+from router.supervisor.supervisor import Supervisor, SupervisorConfig
+from tests.support.waiting import eventually, eventually_sync
+
+FAKE_SERVER = (sys.executable, str(Path(__file__).parent / "fake_server.py"))
+_MARK = "FLEET_TEST_MARK"
+DEADLINE_SECONDS = 60.0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass
+class Marked:
+    """Processes of one test, known by a variable that all of them inherit."""
+
+    value: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**inheritable(os.environ), _MARK: self.value}
+
+    def alive(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(_MARK) == self.value and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def marked() -> Generator[Marked]:
+    """The environment for a test's children; the test fails if one of them outlives it, and the leftover is killed."""
+    mark = Marked()
+    yield mark
+    left = mark.alive()
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    assert not left, "processes were left behind"
+
+
+class ManualClock:
+    """Time stands still until a test moves it; who sleeps is known."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        self._order = itertools.count()
+        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+
+    def now(self) -> float:
+        return self._now
+
+    async def sleep(self, seconds: float) -> None:
+        future = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._sleepers, (self._now + seconds, next(self._order), future))
+        await future
+
+    @property
+    def waits(self) -> list[float]:
+        """Seconds that the sleepers still have to sleep, shortest first."""
+        return sorted(until - self._now for until, _, future in self._sleepers if not future.done())
+
+    def advance(self, seconds: float) -> None:
+        self._now += seconds
+        while self._sleepers and self._sleepers[0][0] <= self._now:
+            _, _, future = heapq.heappop(self._sleepers)
+            if not future.done():
+                future.set_result(None)
+
+
+@dataclass
+class Fleet:
+    """A running supervisor over fake servers, and what it reported."""
+
+    supervisor: Supervisor
+    folder: Path
+    changes: list[InstanceChanged]
+    clock: ManualClock
+
+    def states(self, name: str = "a") -> list[InstanceState]:
+        return [change.state for change in self.changes if change.spec.name == name]
+
+    async def reaches(self, state: InstanceState, name: str = "a") -> InstanceChanged:
+        """Waits for the state and returns the change that led to it."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await self.supervisor.wait_for(InstanceName(name), state)
+        return next(change for change in reversed(self.changes) if change.spec.name == name and change.state is state)
+
+    def pid(self, name: str = "a") -> int:
+        pid = self.supervisor.pid(InstanceName(name))
+        assert pid is not None
+        return pid
+
+    def runner(self, name: str = "a") -> int:
+        path = self.folder / name / "runner"
+        eventually_sync(path.exists, what="the runner")
+        return int(path.read_text())
+
+    def starts(self, name: str = "a") -> int:
+        path = self.folder / name / "starts"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def spec(self, name: str = "a", play: str = "", gpus: tuple[str, ...] = (), **environment: str) -> InstanceSpec:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        (port,) = free_ports(1, seed=next(_seeds))
+        own = {
+            "OLLAMA_HOST": f"127.0.0.1:{port}",
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus) or "-1",
+            "FAKE_DIR": str(folder),
+            "FAKE_PLAY": play,
+        }
+        cards = tuple(GpuUuid(gpu) for gpu in gpus)
+        return InstanceSpec(InstanceName(name), cards, f"http://127.0.0.1:{port}", environment={**own, **environment})
+
+    def add(self, name: str = "a", play: str = "", gpus: tuple[str, ...] = (), **environment: str) -> InstanceSpec:
+        spec = self.spec(name, play, gpus, **environment)
+        self.supervisor.add(spec)
+        return spec
+
+    def attach(self, name: str, url: str) -> InstanceSpec:
+        """Follows a server that something else runs."""
+        spec = InstanceSpec(InstanceName(name), (), url, attached=True)
+        self.supervisor.add(spec)
+        return spec
+
+    async def beat(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Moves the clock on by so much whenever somebody waits for it, until the condition has come true."""
+
+        def step() -> bool:
+            if not until() and self.clock.waits:
+                self.clock.advance(seconds)
+            return until()
+
+        await eventually(step)
+
+
+_seeds = itertools.count(os.getpid(), 7)
+
+MakeFleet = Callable[..., "contextlib.AbstractAsyncContextManager[Fleet]"]
+
+
+@pytest.fixture
+def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
+    """`async with make_fleet() as fleet`: a supervisor runs inside the block and is stopped at its end. `also` is told
+    of changes as the engine is."""
+
+    @contextlib.asynccontextmanager
+    async def running(
+        environment: Mapping[str, str] | None = None,
+        also: Callable[[InstanceChanged], None] | None = None,
+        **fields: Any,
+    ) -> AsyncGenerator[Fleet]:
+        defaults: dict[str, Any] = {"command": FAKE_SERVER, "stop_timeout_seconds": 5.0, "start_timeout_seconds": 60.0}
+        config = SupervisorConfig(
+            state_directory=str(tmp_path / "state"),
+            run_id=run_id(),
+            environment={**marked.environment, **(environment or {})},
+            **{**defaults, **fields},
+        )
+        changes: list[InstanceChanged] = []
+        clock = ManualClock()
+
+        def told(change: InstanceChanged) -> None:
+            changes.append(change)
+            if also is not None:
+                also(change)
+
+        supervisor = Supervisor(config, told, clock)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(supervisor.run())
+            try:
+                yield Fleet(supervisor, tmp_path, changes, clock)
+            finally:
+                async with asyncio.timeout(60):
+                    await supervisor.stop_all()
+
+    return running
