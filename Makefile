@@ -49,16 +49,16 @@ sim: setup  ## ten thousand small worlds in which everything goes wrong, every r
 	$(VENV)/bin/python -m router.lab.simulator.chaos --first 1 --count 10000 --jobs 2 $(ARGS)
 
 bench-sim: setup  ## the router against stock servers and nginx, all rigs and mixes SIMULATED (ARGS="--seeds 3 --cells 4x3090/team")
-	$(VENV)/bin/python -m bench.sched.bench_sim $(ARGS)
+	$(VENV)/bin/python -m bench.scheduling.bench_sim $(ARGS)
 
 bench-sched: setup real-nginx  ## the same as real processes over EMULATED servers; under an hour (ARGS="--seeds 1 --cells 4x3090/wide")
-	$(VENV)/bin/python -m bench.sched.bench_sched $(ARGS)
+	$(VENV)/bin/python -m bench.scheduling.bench_sched $(ARGS)
 
-bench-decide: setup  ## what one decision costs at 8 to 1,000 cards, with 64 models and 200 waiting (ARGS="--cards 8")
-	$(VENV)/bin/python -m bench.sched.bench_decide $(ARGS)
+bench-decide: setup  ## what one decision costs at 8 to 1,000 GPUs, with 64 models and 200 waiting (ARGS="--GPUs 8")
+	$(VENV)/bin/python -m bench.scheduling.bench_decide $(ARGS)
 
 bench-waits: setup  ## how true the waits are that waiting clients are told, SIMULATED
-	$(VENV)/bin/python -m bench.sched.bench_waits $(ARGS)
+	$(VENV)/bin/python -m bench.scheduling.bench_waits $(ARGS)
 
 clients: setup real-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
 	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
@@ -67,14 +67,14 @@ leaks: setup  ## a hundred thousand requests that are broken off at random: noth
 	ABORTS=100000 $(VENV)/bin/python -m pytest -q tests/proxy/test_leaks.py $(ARGS)
 
 bench-relay: setup  ## the relay beside nginx, HAProxy and LiteLLM, as far as they are here (ARGS="--rounds 3 --only nginx,llamayard")
-	$(VENV)/bin/python -m bench.relay.bench $(ARGS)
+	$(VENV)/bin/python -m bench.proxy.bench $(ARGS)
 
 bench-litellm:  ## LiteLLM for bench-relay, from PyPI, in an environment of its own
 	$(PYTHON) -m venv .cache/bench-litellm
 	.cache/bench-litellm/bin/python -m pip install $(PIP_OPTIONS) 'litellm[proxy]'
 
 profile: setup  ## where the router's own time goes, for a small request and a token
-	$(VENV)/bin/python -m bench.relay.profiled $(ARGS)
+	$(VENV)/bin/python -m bench.proxy.profiled $(ARGS)
 
 nginx:  ## nginx and HAProxy, for tests and benchmarks, by apt-get
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && $$sudo apt-get install -y -qq nginx haproxy

@@ -36,7 +36,7 @@ class NotSupported(RouterError):
 
 
 class LayoutUnavailable(RouterError):
-    """The cards that the request insists on cannot serve it; the message says why."""
+    """The GPUs that the request insists on cannot serve it; the message says why."""
 
     status, code = 409, "layout_unavailable"
 
@@ -52,7 +52,7 @@ class UnsupportedEncoding(RouterError):
 
 
 class ModelTooLarge(RouterError):
-    """Fits nowhere, not even over all cards; the message says bytes needed and bytes there are."""
+    """Fits nowhere, not even over all GPUs; the message says bytes needed and bytes there are."""
 
     status, code = 422, "model_too_large"
 

@@ -79,7 +79,7 @@ def _await_port(port: int) -> None:
 
 
 @dataclass(slots=True)
-class Contestant:
+class Baseline:
     """One proxy on its port."""
 
     place: Place
@@ -129,14 +129,14 @@ class Contestant:
         return sum(process.memory_info().rss for process in self.children)
 
 
-class Direct(Contestant):
+class Direct(Baseline):
     """The server itself: what the machine gives without a proxy."""
 
     def start(self) -> None:
         pass
 
 
-class Nginx(Contestant):
+class Nginx(Baseline):
     def is_ready(self) -> bool:
         """Its worker is there, whose time is what counts."""
         return self.process is not None and bool(psutil.Process(self.process.pid).children())
@@ -169,7 +169,7 @@ http {{
         return [_nginx() or "nginx", "-c", str(config), "-p", str(folder)]
 
 
-class Haproxy(Contestant):
+class Haproxy(Baseline):
     def command(self) -> list[str]:
         servers = "\n".join(f"  server s{n} 127.0.0.1:{UPSTREAM_PORT + n}" for n in range(UPSTREAM_PORTS))
         config = self.place.folder / "haproxy.cfg"
@@ -195,14 +195,14 @@ backend servers
         return ["haproxy", "-db", "-f", str(config)]
 
 
-class Floor(Contestant):
+class Floor(Baseline):
     """Python passing bytes from socket to socket: what no relay in Python can be below."""
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "bench.relay.floor", str(self.port), str(UPSTREAM_PORT)]
+        return [sys.executable, "-m", "bench.proxy.floor", str(self.port), str(UPSTREAM_PORT)]
 
 
-class Llamayard(Contestant):
+class Llamayard(Baseline):
     """As it ships; its log goes to a file."""
 
     def command(self) -> list[str]:
@@ -228,7 +228,7 @@ class Llamayard(Contestant):
         return text.count("llamayard_model_slots_used{") == UPSTREAM_PORTS
 
 
-class Litellm(Contestant):
+class Litellm(Baseline):
     """From PyPI, in an environment of its own: `make bench-litellm` makes it. It asks nobody but the server."""
 
     def environment(self) -> Mapping[str, str]:
@@ -265,7 +265,7 @@ def available(name: str, place: Place) -> str | None:
     return None
 
 
-CONTESTANTS: Mapping[str, Callable[[Place], Contestant]] = {
+BASELINES: Mapping[str, Callable[[Place], Baseline]] = {
     "direct": lambda place: Direct(place, "direct", UPSTREAM_PORT),
     "nginx": lambda place: Nginx(place, "nginx", UPSTREAM_PORT + 100),
     "haproxy": lambda place: Haproxy(place, "haproxy", UPSTREAM_PORT + 101),

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.proxy.baselines import CONTESTANTS, Contestant, Place, available, build, start_upstream
+from bench.proxy.baselines import BASELINES, Baseline, Place, available, build, start_upstream
 
 _ANSWER_TOKENS = "200"
 """Of a stream: each pays for its beginning and its end too. The mean answer of the conversations in the Azure LLM
@@ -136,19 +136,19 @@ class Run:
         return [a / b for a, b in zip(ours, theirs, strict=False) if b]
 
 
-def _measure(contestant: Contestant, place: Place, phase: str, seconds: float) -> Sample:
+def _measure(baseline: Baseline, place: Place, phase: str, seconds: float) -> Sample:
     numbers = {"seconds": f"{seconds:g}", "burst": str(int(60_000 * seconds))}
     arguments = [part.format(**numbers) for part in _PHASES[phase]]
     if phase in ("small64", "paced"):
-        arguments.append(contestant.target)
-    cpu, before = contestant.cpu_seconds(), contestant.rss_bytes()
+        arguments.append(baseline.target)
+    cpu, before = baseline.cpu_seconds(), baseline.rss_bytes()
     process = subprocess.Popen(
-        [str(place.load), str(contestant.port), *arguments], stdout=subprocess.PIPE, text=True,
+        [str(place.load), str(baseline.port), *arguments], stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, place.other_cores),  # noqa: PLW1509
     )  # fmt: skip
     peak = before
     while process.poll() is None:
-        peak = max(peak, contestant.rss_bytes())
+        peak = max(peak, baseline.rss_bytes())
         try:
             process.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
@@ -156,11 +156,11 @@ def _measure(contestant: Contestant, place: Place, phase: str, seconds: float) -
     assert process.stdout is not None
     text = process.stdout.read()
     if not text.strip():
-        raise RuntimeError(f"{contestant.name}, {phase}: the load generator ended with {process.returncode}")
-    return Sample(json.loads(text), contestant.cpu_seconds() - cpu, before, peak)
+        raise RuntimeError(f"{baseline.name}, {phase}: the load generator ended with {process.returncode}")
+    return Sample(json.loads(text), baseline.cpu_seconds() - cpu, before, peak)
 
 
-def _play(contestants: list[Contestant], place: Place, rounds: int, seconds: float, phases: list[str]) -> Run:
+def _play(contestants: list[Baseline], place: Place, rounds: int, seconds: float, phases: list[str]) -> Run:
     run = Run()
     for number in range(rounds):
         if number:
@@ -169,21 +169,21 @@ def _play(contestants: list[Contestant], place: Place, rounds: int, seconds: flo
         for phase in phases:
             samples = run.rounds[-1].setdefault(phase, {})
             order = contestants[number % len(contestants) :] + contestants[: number % len(contestants)]
-            for contestant in order:
-                if contestant.is_slow and phase in _SLOW_CONTESTANTS_SKIP:
+            for baseline in order:
+                if baseline.is_slow and phase in _SLOW_CONTESTANTS_SKIP:
                     continue
-                samples[contestant.name] = _measure(contestant, place, phase, seconds)
+                samples[baseline.name] = _measure(baseline, place, phase, seconds)
                 print(".", end="", flush=True)
         print(f" round {number + 1} of {rounds}, load average {os.getloadavg()[0]:.1f}", flush=True)
     return run
 
 
-def _renew(contestants: list[Contestant]) -> None:
+def _renew(contestants: list[Baseline]) -> None:
     """A round shows nothing of what the one before has left: memory most of all."""
-    for contestant in contestants:
-        if contestant.process is not None and not contestant.is_slow:
-            contestant.stop()
-            contestant.start()
+    for baseline in contestants:
+        if baseline.process is not None and not baseline.is_slow:
+            baseline.stop()
+            baseline.start()
     time.sleep(1.0)
 
 
@@ -235,17 +235,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each phase")
-    parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, by comma")
+    parser.add_argument("--only", default=",".join(BASELINES), help="contestants, by comma")
     parser.add_argument("--phases", default=",".join(_PHASES), help="phases, by comma")
     parser.add_argument("--json", type=Path, help="write all samples there")
     parser.add_argument("--read", type=Path, nargs="+", help="measure nothing: print what such files hold, as one run")
     given = parser.parse_args()
     phases = [name for name in given.phases.split(",") if name in _PHASES]
     if given.read:
-        print(report(_read(given.read), [name for name in given.only.split(",") if name in CONTESTANTS], phases))
+        print(report(_read(given.read), [name for name in given.only.split(",") if name in BASELINES], phases))
         return 0
     place = build(Path(".cache/bench-relay"))
-    names = [name for name in given.only.split(",") if name in CONTESTANTS]
+    names = [name for name in given.only.split(",") if name in BASELINES]
     missing = [f"{name} ({why})" for name in names if (why := available(name, place)) is not None]
     names = [name for name in names if available(name, place) is None]
     print(
@@ -254,16 +254,16 @@ def main() -> int:
     if missing:
         print("left out:", "; ".join(missing))
     upstream = start_upstream(place)
-    contestants: list[Contestant] = []
+    contestants: list[Baseline] = []
     try:
         for name in names:
-            contestants.append(CONTESTANTS[name](place))
+            contestants.append(BASELINES[name](place))
             contestants[-1].start()
         time.sleep(1.0)
         run = _play(contestants, place, given.rounds, given.seconds, phases)
     finally:
-        for contestant in contestants:
-            contestant.stop()
+        for baseline in contestants:
+            baseline.stop()
         upstream.kill()
     if given.json is not None:
         dumped = [

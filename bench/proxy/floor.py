@@ -1,7 +1,7 @@
 """The floor of any relay in Python: bytes go through uvloop from one socket to another, and nothing is read of them.
 
 A connection of its own to the server for each of a client's; no HTTP, no deciding, no log. What it costs is the system
-calls, the event loop, and four calls of Python a request. `python -m bench.relay.floor PORT SERVER_PORT`.
+calls, the event loop, and four calls of Python a request. `python -m bench.proxy.floor PORT SERVER_PORT`.
 """
 
 from __future__ import annotations

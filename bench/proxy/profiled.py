@@ -23,19 +23,19 @@ import uvloop
 
 from router.admission.origin_check import OriginPolicy, Origins
 from router.api.context import Limits
-from router.control.controller import Engine
+from router.control.controller import Controller
 from router.domain.events import InstanceChanged, LoadedModel, ResidencyRead
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.policy import Policy
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.logging import RequestLines, configure_logs
-from router.observability.metrics import EngineObserver, Metrics
+from router.observability.metrics import DecisionLog, Metrics
 from router.proxy.client_connection import ClientConnection
-from router.proxy.context import Desk, Patience, Tasks
-from router.proxy.server import Relay
+from router.proxy.context import ClientTimeouts, ProxyContext, Tasks
+from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool, UpstreamConnection
 from router.scheduler.dispatcher import Dispatcher
 
@@ -127,25 +127,25 @@ class _NoDriver:
     async def unload(self, unload: Any) -> Any: ...
 
 
-def _desk(engine: Engine, metrics: Metrics, pool: Pool) -> Desk:
+def _desk(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyContext:
     def no_instance() -> InstanceView:
         raise AssertionError("every request of this profile can be routed")
 
-    return Desk(
-        engine=engine,
+    return ProxyContext(
+        controller=controller,
         catalog=_Catalog(),
         pool=pool,
-        books=AccessLog(metrics, engine.now, RequestLines("info", len)),  # written, and thrown away
+        request_log=AccessLog(metrics, controller.now, RequestLines("info", len)),  # written, and thrown away
         origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
         limits=Limits(2**28, 300.0, 600.0, 300.0),
-        rules=Rules(8192, heartbeat_seconds=15.0),
-        abilities=_Abilities(),
+        rules=ModelRules(8192, heartbeat_seconds=15.0),
+        endpoint_support=_Abilities(),
         primary=no_instance,
-        cards=dict,
+        gpus=dict,
         has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
-        patience=Patience(),
+        timeouts=ClientTimeouts(),
         table=RouteTable(),
         tasks=Tasks(),
     )
@@ -167,16 +167,16 @@ async def _measure(
 ) -> None:
     metrics = Metrics()
     dispatcher = Dispatcher(Policy(), lambda *_: ())
-    async with Engine(dispatcher, cast("Any", _NoDriver()), time.monotonic, (EngineObserver(metrics),)) as engine:
+    async with Controller(dispatcher, cast("Any", _NoDriver()), time.monotonic, (DecisionLog(metrics),)) as controller:
         urls = _fleet(dispatcher, instances)
-        pool = Pool(5.0, engine.now)
-        desk = _desk(engine, metrics, pool)
+        pool = Pool(5.0, controller.now)
+        desk = _desk(controller, metrics, pool)
         behind: dict[str, UpstreamConnection] = {}
         for url in urls:
             connection = behind[url] = UpstreamConnection(pool, url)
             connection.connection_made(_Transport())
-            pool.give_back(connection)
-        client = ClientConnection(desk, Relay(desk))
+            pool.release(connection)
+        client = ClientConnection(desk, ProxyServer(desk))
         client.connection_made(_Transport())
 
         requests = itertools.cycle(_REQUESTS)
@@ -229,11 +229,10 @@ def _after(idle_seconds: float, work: Callable[[], None]) -> float:
 
 
 _PARTS = {
-    "deciding (core, engine)": ("router/core/", "router/control/controller.py"),
-    "reading what is asked (gateway)": ("router/gateway/peek", "router/gateway/asked", "router/gateway/wanted",
-                                        "router/gateway/askers", "router/gateway/waiting", "router/relay/glance"),
-    "counting and logging": ("router/gateway/access", "router/gateway/endings", "router/observe", "router/logs"),
-    "relaying (relay, headers)": ("router/relay/", "router/gateway/"),
+    "deciding (scheduler, controller)": ("router/scheduler/", "router/domain/", "router/control/"),
+    "reading the request (llm_api, admission)": ("router/llm_api/", "router/admission/"),
+    "counting and logging": ("router/observability/",),
+    "relaying (proxy, http1)": ("router/proxy/", "router/http1/", "router/api/"),
 }  # fmt: skip
 
 

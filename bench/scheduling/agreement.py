@@ -17,8 +17,8 @@ from pathlib import Path
 from bench.scheduling.bench_sched import as_answered
 from bench.scheduling.client import Answered, Player
 from bench.scheduling.servers import PRODUCT, VERSIONS, Place
-from bench.scheduling.servers import contestant as started
-from router.lab.scenarios import Wanted, contestant, scenario
+from bench.scheduling.servers import baseline as started
+from router.lab.scenarios import ScenarioSpec, baseline, scenario
 from router.lab.simulator.metrics import FIRST_TOKEN_SECONDS, TOKENS_PER_SECOND, is_in_time
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Simulation
@@ -54,7 +54,7 @@ def answered_in_time(one: Answered) -> bool:
     return one.words < 2 or (one.words - 1) / max(1e-9, one.ended_at - first) >= TOKENS_PER_SECOND
 
 
-def compare(policy: str, wanted: Wanted, speed: float) -> Compared:
+def compare(policy: str, wanted: ScenarioSpec, speed: float) -> Compared:
     """Plays it on both."""
     scene = replace(scenario(wanted), cold_start=True)
     embeds = frozenset(name for name, model in scene.models.items() if model.is_embedding)
@@ -64,7 +64,7 @@ def compare(policy: str, wanted: Wanted, speed: float) -> Compared:
             answers = asyncio.run(Player(url, speed, embeds).play(scene.sessions))
         loads = [str(load["model"]).removesuffix(":latest") for load in place.loads() if load["problem"] is None]
     played = replace(scene, sessions=as_answered(scene, answers))
-    outcome = Simulation(played, contestant(policy, played)).run()
+    outcome = Simulation(played, baseline(policy, played)).run()
     stays = [stay.model.removesuffix(":latest") for stay in outcome.tally.stays]
     return Compared(answers, sorted(outcome.requests, key=lambda one: one.arrived_at), (loads, stays))
 
@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--speed", type=float, default=5.0)
     parser.add_argument("--each", action="store_true", help="every request")
     given = parser.parse_args()
-    wanted = Wanted(given.rig, given.mix, given.seed, given.seconds, given.rate)
+    wanted = ScenarioSpec(given.rig, given.mix, given.seed, given.seconds, given.rate)
     found = compare(given.policy, wanted, given.speed)
     shares, medians = found.in_time(), found.median_ttft()
     out = sys.stdout

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from bench.scheduling.bench_sim import FLOOR, OURS, Cell, Task, bars, mean, share, show
 from bench.scheduling.client import Answered, Player
-from bench.scheduling.servers import NGINX, VERSIONS, Place, contestant, nginx
+from bench.scheduling.servers import NGINX, VERSIONS, Place, baseline, nginx
 from router.domain.model import ModelFacts
-from router.lab.scenarios import Wanted, large_models, rate_of, scenario
-from router.lab.scenarios import contestant as simulated
+from router.lab.scenarios import ScenarioSpec, large_models, rate_of, scenario
+from router.lab.scenarios import baseline as simulated
 from router.lab.simulator.metrics import Report, is_in_time, jain, report, waits
 from router.lab.simulator.requests import SERVED, Request
 from router.lab.simulator.runner import Scenario, Simulation
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def scene(self) -> Scenario:
-        return scenario(Wanted(self.rig, self.mix, self.seed, self.seconds))
+        return scenario(ScenarioSpec(self.rig, self.mix, self.seed, self.seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def play(run: Run) -> Outcome:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-sched-") as name:
         place = Place(run.rig, run.speed, Path(name), tuple(scene.models.values()))
-        with contestant(run.policy, place) as url:
+        with baseline(run.policy, place) as url:
             answers = asyncio.run(Player(url, run.speed, embeds).play(scene.sessions))
         made = report_of(scene, answers, place.loads())
     return Outcome(made, answers, time.monotonic() - began)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.cli.simulate import play
-from router.lab.scenarios import MIXES, Wanted, contestant, flood, rate_of
+from router.lab.scenarios import MIXES, ScenarioSpec, baseline, flood, rate_of
 from router.lab.simulator.metrics import Report, service_jain
 from router.lab.simulator.runner import Simulation
 
@@ -50,7 +50,7 @@ class Task:
 
 def one(task: Task) -> tuple[Task, Report]:
     rate = rate_of(task.rig, task.mix) * task.factor
-    wanted = Wanted(task.rig, task.mix, task.seed, requests_per_second=rate)
+    wanted = ScenarioSpec(task.rig, task.mix, task.seed, requests_per_second=rate)
     return task, play(task.policy, wanted, check=False).report
 
 
@@ -87,8 +87,8 @@ def show(name: str, cell: Cell, kind: str = "SIMULATED") -> list[str]:
     """`kind`: what the figures are of, since they are not of real servers."""
     lines = [f"\n{name}  ({kind}, {max(map(len, cell.values()))} seeds)"]
     lines.append(
-        f"  {'policy':<18}{'in time, mean (min-max)':<26}{'one card p50/p95/p99':<24}{'several cards':<24}"
-        f"{'tok/s':>6}{'GB':>7}{'spills':>7}{'OOM':>5}{'errors':>7}{'Jain':>6}  cards busy"
+        f"  {'policy':<18}{'in time, mean (min-max)':<26}{'one GPU p50/p95/p99':<24}{'several GPUs':<24}"
+        f"{'tok/s':>6}{'GB':>7}{'spills':>7}{'OOM':>5}{'errors':>7}{'Jain':>6}  GPUs busy"
     )
     for policy, reports in cell.items():
         shares = [report.in_time_share for report in reports.values()]
@@ -128,9 +128,9 @@ def bars(task: Task, cell: Cell) -> list[tuple[str, bool]]:
     found.append((f"worst seed {worst:+.1%} behind the best other <= 1.0%", worst <= 0.01 + 1e-9))
     if task.mix in ("team", "wide"):
         small, theirs = mean(ours, "small.p95"), mean(stock, "small.p95")
-        found.append((f"one card: p95 {small:.1f} s <= a third of {theirs:.1f} s", small <= theirs / 3))
+        found.append((f"one GPU: p95 {small:.1f} s <= a third of {theirs:.1f} s", small <= theirs / 3))
     large, theirs = mean(ours, "large.p95"), mean(stock, "large.p95")
-    found.append((f"several cards: p95 {large:.1f} s <= {theirs:.1f} s", large <= theirs + 1e-9))
+    found.append((f"several GPUs: p95 {large:.1f} s <= {theirs:.1f} s", large <= theirs + 1e-9))
     if task.mix == "wide":
         loaded, theirs = mean(ours, "loaded_gb"), mean(stock, "loaded_gb")
         found.append((f"{loaded:.0f} GB loaded <= 2/3 of {theirs:.0f}", loaded <= theirs * 2 / 3))
@@ -166,7 +166,7 @@ def flooded() -> int:
 
 def _flood_jain(policy: str) -> float:
     scene = flood(_FLOOD_TO)
-    outcome = Simulation(scene, contestant(policy, scene)).run()
+    outcome = Simulation(scene, baseline(policy, scene)).run()
     return service_jain(outcome.requests, _FLOOD_FROM, _FLOOD_TO)
 
 

@@ -16,10 +16,10 @@ from router.domain.actions import Action, Grant
 from router.domain.events import Event
 from router.domain.model import ModelFacts
 from router.domain.request import TicketId
-from router.lab.scenarios import Wanted, contestant, scenario
+from router.lab.scenarios import ScenarioSpec, baseline, scenario
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.machine import Host
-from router.lab.simulator.runner import Contestant, Scenario, Simulation
+from router.lab.simulator.runner import Baseline, Scenario, Simulation
 from router.lab.simulator.workload import TraceRow, read_trace
 from router.scheduler.dispatcher import Dispatcher
 
@@ -46,11 +46,11 @@ class Told:
         if now < self._next:
             return
         self._next = now + _EVERY_SECONDS
-        for ticket, outlook in dispatcher.outlooks(now).items():
-            if outlook.expected_wait_seconds is None:
+        for ticket, wait_estimate in dispatcher.wait_estimates(now).items():
+            if wait_estimate.expected_wait_seconds is None:
                 self.untold += 1
             else:
-                self._open.setdefault(ticket, []).append((now, outlook.expected_wait_seconds))
+                self._open.setdefault(ticket, []).append((now, wait_estimate.expected_wait_seconds))
 
     @property
     def well_told(self) -> float:
@@ -63,7 +63,7 @@ def tell(cell: str, seeds: Sequence[int], rows: tuple[TraceRow, ...]) -> Told:
     told = Told()
     rig, _, mix = cell.partition("/")
     for seed in seeds:
-        one = _one_run(scenario(Wanted(rig, mix, seed), rows))
+        one = _one_run(scenario(ScenarioSpec(rig, mix, seed), rows))
         told.pairs += one.pairs
         told.untold += one.untold
     return told
@@ -77,13 +77,13 @@ def _one_run(scene: Scenario) -> Told:
         del event
         told.look(made[0].dispatcher, actions, now)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
+    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
         router = make(host, models)
         assert isinstance(router, Llamayard)
         made.append(router)
         return router
 
-    make = contestant("llamayard", scene, seen=seen)
+    make = baseline("llamayard", scene, seen=seen)
     Simulation(scene, watched).run()
     return told
 

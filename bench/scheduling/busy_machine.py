@@ -1,6 +1,6 @@
 """A machine in memory that is always asked for more than it can serve: what the deciding core is timed on.
 
-Cards, instances, loads and requests under a clock of its own; whatever the dispatcher asks for comes true after as
+GPUs, instances, loads and requests under a clock of its own; whatever the dispatcher asks for comes true after as
 long as it would take. So many tickets always wait: one that is granted is followed by the next. The same seed plays the
 same.
 It measures nothing and judges nothing; sizes are exactly what the core estimates.
@@ -36,7 +36,7 @@ from router.domain.snapshot import Snapshot
 from router.engines.ollama.footprint_estimator import estimate_bytes
 from router.scheduler.dispatcher import Dispatcher
 
-CARD_BYTES = 24 * 1024**3
+GPU_BYTES = 24 * 1024**3
 VERSION = "0.24.0"
 _LOAD_BYTES_PER_SECOND = 3e9
 _POLL_SECONDS = 1.0
@@ -57,9 +57,9 @@ def some_models(kinds: list[ModelFacts], count: int) -> list[ModelFacts]:
 
 
 class BusyMachine:
-    """One instance a card and one over all; models are asked for by Zipf's law."""
+    """One instance a GPU and one over all; models are asked for by Zipf's law."""
 
-    def __init__(self, cards: int, models: list[ModelFacts], waiting: int, seed: int, post: Post) -> None:
+    def __init__(self, gpus: int, models: list[ModelFacts], waiting: int, seed: int, post: Post) -> None:
         self.policy = Policy(unseen_margin_ratio=0.02, instances_on_demand=True, on_demand_like=_spec("", ()),
                              queue_limit=max(512, 2 * waiting))  # fmt: skip
         self.dispatcher = Dispatcher(self.policy, estimate_bytes)
@@ -68,9 +68,9 @@ class BusyMachine:
         self._chance = random.Random(seed)
         self._models = models
         self._shares = [1.0 / rank for rank in range(1, len(models) + 1)]
-        self._cards = [GpuUuid(f"GPU-{number}") for number in range(cards)]
+        self._gpus = [GpuUuid(f"GPU-{number}") for number in range(gpus)]
         self._held: dict[ResidencyKey, tuple[int, ...]] = {}
-        self._specs = {spec.name: spec for spec in _instances(self._cards)}
+        self._specs = {spec.name: spec for spec in _instances(self._gpus)}
         self._queue: list[tuple[float, int, Callable[[], Event | None]]] = []
         self._posted = 0
         self._last = 0
@@ -131,15 +131,15 @@ class BusyMachine:
         return self._reading()
 
     def _reading(self) -> GpusRead:
-        used = dict.fromkeys(self._cards, 0)
+        used = dict.fromkeys(self._gpus, 0)
         for key, sizes in self._held.items():
             for gpu, size in zip(self._specs[key[0]].gpus, sizes, strict=True):
                 used[gpu] += size
-        cards = (
-            Gpu(gpu, index, "a card", CARD_BYTES, CARD_BYTES - used[gpu], used[gpu])
-            for index, gpu in enumerate(self._cards)
+        gpus = (
+            Gpu(gpu, index, "a GPU", GPU_BYTES, GPU_BYTES - used[gpu], used[gpu])
+            for index, gpu in enumerate(self._gpus)
         )
-        return GpusRead(tuple(cards), self.now)
+        return GpusRead(tuple(gpus), self.now)
 
     def _listing(self, name: InstanceName) -> Event | None:
         if name not in self._specs:
@@ -202,13 +202,13 @@ class BusyMachine:
         return UnloadFinished(key[0], key[1])
 
 
-def _instances(cards: list[GpuUuid]) -> Iterator[InstanceSpec]:
-    for number, gpu in enumerate(cards):
+def _instances(gpus: list[GpuUuid]) -> Iterator[InstanceSpec]:
+    for number, gpu in enumerate(gpus):
         yield _spec(f"gpu{number}", (gpu,))
-    if len(cards) > 1:
-        yield _spec("spread", tuple(cards))
+    if len(gpus) > 1:
+        yield _spec("spread", tuple(gpus))
 
 
-def _spec(name: str, cards: tuple[GpuUuid, ...]) -> InstanceSpec:
-    return InstanceSpec(InstanceName(name), cards, f"http://127.0.0.1/{name}", kv_cache_type="q8_0",
+def _spec(name: str, gpus: tuple[GpuUuid, ...]) -> InstanceSpec:
+    return InstanceSpec(InstanceName(name), gpus, f"http://127.0.0.1/{name}", kv_cache_type="q8_0",
                         flash_attention=True, environment={"OLLAMA_SCHED_SPREAD": "1"})  # fmt: skip

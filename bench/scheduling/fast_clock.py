@@ -1,4 +1,4 @@
-"""The router itself, unchanged, in a clock that runs fast: `python -m bench.sched.fast_clock 8 rig=4x3090`.
+"""The router itself, unchanged, in a clock that runs fast: `python -m bench.scheduling.fast_clock 8 rig=4x3090`.
 
 All that it waits for and measures, its polls, patience, half-lives and deadlines, is in seconds; over emulated servers
 that run eight times as fast they must be emulated seconds, or another router would be measured. So this process's
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from router.app.wiring import serve
 from router.config.settings import load_settings
 
-_USAGE = "usage: python -m bench.sched.fast_clock SPEED [KEY=VALUE …]"
+_USAGE = "usage: python -m bench.scheduling.fast_clock SPEED [KEY=VALUE …]"
 
 
 class FastSelector(selectors.DefaultSelector):

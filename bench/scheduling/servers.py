@@ -1,4 +1,4 @@
-"""The contestants as real processes over EMULATED cards: a stock server, one a card behind nginx, the router itself.
+"""The contestants as real processes over EMULATED GPUs: a stock server, one a GPU behind nginx, the router itself.
 
 Each is started in a folder of its own, with the machine's page cache as warm as it gets, and is ended with all that it
 started. Whatever was loaded is read from the emulated rig's record afterwards. It plays nothing and judges nothing.
@@ -41,7 +41,7 @@ VERSIONS = {"stock-0.24": "0.24.0", "stock-0.33": "0.33.0"}
 NGINX = {"nginx-round-robin": "", "nginx-least-conn": "least_conn;"}
 _START_SECONDS = 60.0
 _SETTLING_SECONDS = 1.0
-"""Real seconds until a server that answers has found its cards as well."""
+"""Real seconds until a server that answers has found its GPUs as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Place:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def contestant(policy: str, place: Place) -> contextlib.AbstractContextManager[str]:
+def baseline(policy: str, place: Place) -> contextlib.AbstractContextManager[str]:
     """Runs it as long as the block; its URL."""
     makers: Mapping[str, Callable[[Place], contextlib.AbstractContextManager[str]]] = {
         **{name: lambda where, n=name: stock_server(where, VERSIONS[n]) for name in VERSIONS},
@@ -80,7 +80,7 @@ def contestant(policy: str, place: Place) -> contextlib.AbstractContextManager[s
 
 @contextlib.contextmanager
 def stock_server(place: Place, version: str) -> Generator[str]:
-    """One over all cards of the rig, tuned as a good admin does."""
+    """One over all GPUs of the rig, tuned as a good admin does."""
     prepared = _prepared(place, version)
     with _server(place, prepared, {}) as url:
         time.sleep(_SETTLING_SECONDS)
@@ -89,7 +89,7 @@ def stock_server(place: Place, version: str) -> Generator[str]:
 
 @contextlib.contextmanager
 def behind_nginx(place: Place, method: str) -> Generator[str]:
-    """A server of 0.24 a card, and a real nginx before them."""
+    """A server of 0.24 a GPU, and a real nginx before them."""
     prepared = _prepared(place, VERSIONS["stock-0.24"])
     with contextlib.ExitStack() as running:
         uuids = parse_spec(place.rig).uuids
@@ -116,7 +116,7 @@ def product(place: Place) -> Generator[str]:
         "ollama.flash_attention": "true",
         "ollama.kv_cache_type": "q8_0",
     }
-    command = [sys.executable, "-m", "bench.sched.fast_clock", f"{place.speed:g}"]
+    command = [sys.executable, "-m", "bench.scheduling.fast_clock", f"{place.speed:g}"]
     with _running([*command, *(f"{key}={value}" for key, value in keys.items())], environment, place, port) as url:
         _wait_until(lambda: _is_ready(url))
         yield url

@@ -31,11 +31,11 @@ _SCHEMES = frozenset({"bearer", "basic"})
 _NAME_CHARACTERS = 64
 _DIGEST_CHARACTERS = 12
 _ODD = re.compile(r"[^\w.@:+-]", re.ASCII)
-_LAYOUT_WORDS = "single, spread, or gpu: with a card's UUID or index"
+_LAYOUT_WORDS = "single, spread, or gpu: with a GPU's UUID or index"
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class ClientIdentity:
     """Who asks, and on what terms."""
 
     client: str = ""
@@ -46,19 +46,19 @@ class Asker:
     layout: Layout | None = None
 
 
-def asker_of(header: Header, address: str, cards: Callable[[], Mapping[GpuUuid, Gpu]]) -> Asker:
+def identify_client(header: Header, address: str, gpus: Callable[[], Mapping[GpuUuid, Gpu]]) -> ClientIdentity:
     """The asker by its headers, else by its address.
 
     Raises:
         BadRequest: a header of the router's own that cannot be read.
-        LayoutUnavailable: the layout names a card that is not there.
+        LayoutUnavailable: the layout names a GPU that is not there.
     """
     layout = header(LAYOUT_HEADER.lower())
-    return Asker(
+    return ClientIdentity(
         client=client_of(header, address),
         session=_plain(header("x-session-id")) or _plain(header("x-openwebui-chat-id")),
         priority=_priority(header(PRIORITY_HEADER.lower())),
-        layout=parse_layout(layout, cards()) if layout else None,
+        layout=parse_layout(layout, gpus()) if layout else None,
     )
 
 
@@ -70,23 +70,23 @@ def client_of(header: Header, address: str) -> str:
     return "/".join(known) or address
 
 
-def parse_layout(text: str, cards: Mapping[GpuUuid, Gpu]) -> Layout:
+def parse_layout(text: str, gpus: Mapping[GpuUuid, Gpu]) -> Layout:
     """`single`, `spread`, `gpu:0`, `gpu:GPU-8a0c…`.
 
     Raises:
         BadRequest: none of these.
-        LayoutUnavailable: there is no such card.
+        LayoutUnavailable: there is no such GPU.
     """
-    kind, _, card = text.strip().partition(":")
-    kind, card = kind.strip().lower(), card.strip()
-    if kind in ("single", "spread") and not card:
+    kind, _, gpu = text.strip().partition(":")
+    kind, gpu = kind.strip().lower(), gpu.strip()
+    if kind in ("single", "spread") and not gpu:
         return Layout(LayoutKind(kind))
-    if kind != "gpu" or not card:
+    if kind != "gpu" or not gpu:
         raise BadRequest(f"{LAYOUT_HEADER}: {text.strip()!r} is no layout: write {_LAYOUT_WORDS}")
-    found = next((g for g in cards.values() if card in (str(g.index), g.uuid) or card.lower() == g.uuid.lower()), None)
+    found = next((g for g in gpus.values() if gpu in (str(g.index), g.uuid) or gpu.lower() == g.uuid.lower()), None)
     if found is None:
-        there = ", ".join(f"{g.index} ({g.uuid})" for g in sorted(cards.values(), key=lambda g: g.index)) or "none"
-        raise LayoutUnavailable(f"{LAYOUT_HEADER}: there is no card {card!r}; cards here: {there}")
+        there = ", ".join(f"{g.index} ({g.uuid})" for g in sorted(gpus.values(), key=lambda g: g.index)) or "none"
+        raise LayoutUnavailable(f"{LAYOUT_HEADER}: there is no GPU {gpu!r}; GPUs here: {there}")
     return Layout(LayoutKind.GPU, found.uuid)
 
 

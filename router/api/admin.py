@@ -14,7 +14,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
-from router.api.context import GatewayContext
+from router.api.context import ApiContext
 from router.api.responses import json_answer, text_answer
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceView
@@ -24,28 +24,28 @@ from router.domain.residency import Residency
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import (
     available_bytes,
-    drift_bytes,
-    foreign_bytes,
+    external_bytes,
     reserved_bytes,
     resident_bytes,
+    unaccounted_bytes,
 )
 from router.http1.headers import request_id
 from router.observability.metrics import Metrics
-from router.observability.request_record import RequestInfo
-from router.scheduler.queue.wait_estimate import Outlook
+from router.observability.request_record import RequestRecord
+from router.scheduler.queue.wait_estimate import WaitEstimate
 
 _QUEUE_SHOWN_MAX = 1000
 
 
 class AdminHandler:
-    """`emulated`: the title of an emulated rig, "" over real cards."""
+    """`emulated`: the title of an emulated rig, "" over real GPUs."""
 
-    def __init__(self, context: GatewayContext, metrics: Metrics, emulated: str) -> None:
+    def __init__(self, context: ApiContext, metrics: Metrics, emulated: str) -> None:
         self._context = context
         self._metrics = metrics
         self._emulated = emulated
 
-    async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+    async def __call__(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
         extra = info.reply_headers(None)
         match info.route:
             case "/health":
@@ -62,16 +62,16 @@ class AdminHandler:
     def _ready(self, extra: Mapping[str, str]) -> web.StreamResponse:
         """200 once any instance serves; 503 before, while stopping, and when all are down."""
         names = [view.spec.name for view in self._context.ready_instances()]
-        if names and not self._context.engine.is_closing:
+        if names and not self._context.controller.is_closing:
             return text_answer(f"ready: {', '.join(names)}\n", extra)
         return text_answer("not ready: no instance serves; see /llamayard/status\n", extra, status=503)
 
     def _status(self) -> dict[str, Any]:
-        snapshot = self._context.engine.snapshot()
+        snapshot = self._context.controller.snapshot()
         return {
             "version": __version__,
             "emulated": self._emulated,
-            "cards": [_card(snapshot, gpu) for gpu in sorted(snapshot.gpus.values(), key=lambda g: g.index)],
+            "gpus": [_gpu(snapshot, gpu) for gpu in sorted(snapshot.gpus.values(), key=lambda g: g.index)],
             "instances": [_instance(view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
@@ -80,9 +80,9 @@ class AdminHandler:
 
     def _waiting(self, request_id: str = "") -> dict[str, Any]:
         """The queue, in the order in which it is served; with `request_id` only the requests of that name."""
-        engine = self._context.engine
-        snapshot, tickets = engine.snapshot(), {ticket.id: ticket for ticket, _ in engine.waiting()}
-        rows = [(tickets[number], outlook) for number, outlook in engine.outlooks().items()]
+        controller = self._context.controller
+        snapshot, tickets = controller.snapshot(), {ticket.id: ticket for ticket, _ in controller.waiting()}
+        rows = [(tickets[number], wait_estimate) for number, wait_estimate in controller.wait_estimates().items()]
         shown = [row for row in rows if row[0].request_id == request_id] if request_id else rows
         return {
             "queue": {"waiting": len(rows), "limit": snapshot.policy.queue_limit},
@@ -90,15 +90,15 @@ class AdminHandler:
         }
 
 
-def _card(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
-    """All that was read of the card, and the ledger's view of it."""
+def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
+    """All that was read of the GPU, and the ledger's view of it."""
     return {
         **asdict(gpu),
         "memory_bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,
         "resident_bytes": resident_bytes(snapshot, gpu.uuid),
         "reserved_bytes": reserved_bytes(snapshot, gpu.uuid),
-        "foreign_bytes": foreign_bytes(snapshot, gpu.uuid),
-        "drift_bytes": drift_bytes(snapshot, gpu.uuid),
+        "foreign_bytes": external_bytes(snapshot, gpu.uuid),
+        "drift_bytes": unaccounted_bytes(snapshot, gpu.uuid),
         "available_bytes": max(0, available_bytes(snapshot, gpu.uuid)),
     }
 
@@ -150,14 +150,14 @@ def _reservation(snapshot: Snapshot, reservation: Reservation) -> dict[str, Any]
     }
 
 
-def _ticket(snapshot: Snapshot, ticket: Ticket, outlook: Outlook) -> dict[str, Any]:
-    wait = outlook.expected_wait_seconds
+def _ticket(snapshot: Snapshot, ticket: Ticket, wait_estimate: WaitEstimate) -> dict[str, Any]:
+    wait = wait_estimate.expected_wait_seconds
     return {
-        "position": outlook.position,
+        "position": wait_estimate.position,
         "expected_wait_seconds": None if wait is None else round(wait, 1),
         "request_id": ticket.request_id,
         "model": ticket.model.name,
         "waited_seconds": round(snapshot.now - ticket.arrived_at, 1),
         "deadline_in_seconds": round(ticket.deadline - snapshot.now, 1),
-        "reason": outlook.reason,
+        "reason": wait_estimate.reason,
     }

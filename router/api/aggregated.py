@@ -17,16 +17,16 @@ import aiohttp
 import msgspec
 from aiohttp import hdrs, web
 
-from router.api.context import GatewayContext
+from router.api.context import ApiContext
 from router.api.passthrough import pass_on
 from router.api.responses import JSON, json_answer, text_answer
 from router.domain.instance import InstanceView
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.driver import STAND_IN, is_stand_in
+from router.engines.ollama.driver import TEMPORARY_TAG, is_temporary_tag
 from router.engines.ollama.model_listing import key_of
 from router.errors import InstanceLost
-from router.observability.request_record import RequestInfo
+from router.observability.request_record import RequestRecord
 
 _ASK_SECONDS = 10.0
 _LOOKS = 2
@@ -37,13 +37,13 @@ _FOR_EVER_YEARS = 292
 _Row = dict[str, Any]
 
 
-class MergedHandler:
+class AggregatedHandler:
     """Answers `/`, `/api/version`, `/api/tags`, `/api/ps` and `/v1/models`."""
 
-    def __init__(self, context: GatewayContext) -> None:
+    def __init__(self, context: ApiContext) -> None:
         self._context = context
 
-    async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+    async def __call__(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
         extra = info.reply_headers(None)
         match info.route:
             case "/":
@@ -55,7 +55,7 @@ class MergedHandler:
             case _:
                 return await self._models(request, info)
 
-    async def _models(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+    async def _models(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
         """The shared store's models once, then those that only an attached server has, then aliases."""
         primary = self._context.primary()
         others = [view for view in self._context.ready_instances() if view.spec.attached and view is not primary]
@@ -66,7 +66,7 @@ class MergedHandler:
             if request.method == hdrs.METH_HEAD:
                 return await pass_on(self._context, request, b"", info, primary)
             raw, kind = await self._raw(primary, path)
-            if STAND_IN.encode() not in raw:
+            if TEMPORARY_TAG.encode() not in raw:
                 return web.Response(body=raw, headers={hdrs.CONTENT_TYPE: kind, **info.reply_headers(None)})
         first = await self._rows(primary, path, field)
         rows = {key_of(str(row.get(keys[0]))): row for row in first}
@@ -93,7 +93,7 @@ class MergedHandler:
         views = self._context.ready_instances()
         looks = (self._rows(view, "/api/ps", "models", _LOOKS) for view in views)
         answers = await asyncio.gather(*looks, return_exceptions=True)
-        snapshot = self._context.engine.snapshot()
+        snapshot = self._context.controller.snapshot()
         rows = [
             self._merged(snapshot, view, row)
             for view, found in zip(views, answers, strict=True)
@@ -131,7 +131,7 @@ class MergedHandler:
             rows: list[_Row] = msgspec.json.decode(raw, type=dict[str, Any]).get(field) or []
         except msgspec.MsgspecError as error:
             raise InstanceLost(f"{view.spec.name} cannot tell {path}: {error}") from error
-        return [row for row in rows if not is_stand_in(str(row.get("name") or row.get("id")))]
+        return [row for row in rows if not is_temporary_tag(str(row.get("name") or row.get("id")))]
 
     async def _raw(self, view: InstanceView, path: str) -> tuple[bytes, str]:
         """The server's answer and its content type."""

@@ -17,10 +17,10 @@ from aiohttp import hdrs, web
 
 from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
 from router.api.admin import AdminHandler
-from router.api.aggregated import MergedHandler
-from router.api.context import GatewayContext
-from router.api.model_management import ManagedHandler
-from router.api.passthrough import PassedHandler, ShowHandler
+from router.api.aggregated import AggregatedHandler
+from router.api.context import ApiContext
+from router.api.model_management import ModelManagementHandler
+from router.api.passthrough import PassthroughHandler, ShowHandler
 from router.api.responses import error_answer, judged_answer, redirect_answer
 from router.engines.ollama.client import OllamaError
 from router.errors import Forbidden, InstanceLost, RouterError
@@ -30,20 +30,20 @@ from router.llm_api.errors import api_of
 from router.llm_api.routes import Kind, Route, RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.metrics import Metrics
-from router.observability.request_record import RequestInfo
+from router.observability.request_record import RequestRecord
 
-Handler = Callable[[web.BaseRequest, RequestInfo], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.BaseRequest, RequestRecord], Awaitable[web.StreamResponse]]
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs and metrics see it."""
 
 
-class Gateway:
+class ApiServer:
     """`handle` is the low-level aiohttp handler. `emulated`: the title of an emulated rig, or ""."""
 
     def __init__(
         self,
-        context: GatewayContext,
+        context: ApiContext,
         origins: OriginPolicy,
         metrics: Metrics,
         access: AccessLog,
@@ -55,12 +55,12 @@ class Gateway:
         self._access = access
         self._debug_headers = debug_headers
         self._table = RouteTable()
-        passed = PassedHandler(context)
-        self._managed = ManagedHandler(context)
+        passed = PassthroughHandler(context)
+        self._managed = ModelManagementHandler(context)
         self._handlers: Mapping[Kind, Handler] = {
             Kind.SHOW: ShowHandler(context),
             Kind.PASSED: passed,
-            Kind.MERGED: MergedHandler(context),
+            Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._managed,
             Kind.REFUSED: self._refused(passed),
             Kind.ADMIN: AdminHandler(context, metrics, emulated),
@@ -92,18 +92,18 @@ class Gateway:
         finally:
             self._access.ended(info, request.method, path, status)
 
-    def _info(self, request: web.BaseRequest, route: Route | None) -> RequestInfo:
+    def _info(self, request: web.BaseRequest, route: Route | None) -> RequestRecord:
         headers = request.headers
-        return RequestInfo(
+        return RequestRecord(
             request_id=request_id(headers.get("X-Request-ID")),
             client=request.remote or "",
             route=route.path if route is not None else "other",
-            arrived_at=self._context.engine.now(),
+            arrived_at=self._context.controller.now(),
             wants_reason=self._debug_headers or headers.get("X-Llamayard-Debug", "") not in ("", "0", "false"),
         )
 
     async def _answer(
-        self, request: web.BaseRequest, info: RequestInfo, path: str, route: Route | None
+        self, request: web.BaseRequest, info: RequestRecord, path: str, route: Route | None
     ) -> web.StreamResponse:
         allow = route.methods if route is not None else ()
         verdict = self._origins.judge(
@@ -118,7 +118,7 @@ class Gateway:
             return judged_answer(method_not_allowed(allow), info.reply_headers(None))
         return await self._guarded(request, info, path, route)
 
-    def _unknown(self, request: web.BaseRequest, info: RequestInfo, path: str) -> web.StreamResponse:
+    def _unknown(self, request: web.BaseRequest, info: RequestRecord, path: str) -> web.StreamResponse:
         """404, or a redirect where only slashes are wrong, as the server's own router does."""
         clean = self._table.clean(path)
         if clean is None:
@@ -127,7 +127,7 @@ class Gateway:
         return redirect_answer(request.method, clean, 301 if only_last_slash else 307, info.reply_headers(None))
 
     async def _guarded(
-        self, request: web.BaseRequest, info: RequestInfo, path: str, route: Route
+        self, request: web.BaseRequest, info: RequestRecord, path: str, route: Route
     ) -> web.StreamResponse:
         """The route's handler, with every error turned into an answer of the API that was called."""
         try:
@@ -144,14 +144,14 @@ class Gateway:
             self._log.exception("request_crashed", request_id=info.request_id, path=path)
             return self._error(info, path, RouterError("the router met an error of its own; its log tells"))
 
-    def _error(self, info: RequestInfo, path: str, error: RouterError) -> web.StreamResponse:
+    def _error(self, info: RequestRecord, path: str, error: RouterError) -> web.StreamResponse:
         info.error_code = error.code
         return error_answer(api_of(path), error, info.request_id, info.reply_headers(None))
 
     def _refused(self, passed: Handler) -> Handler:
         """What acts on the server's own cloud account, unless cloud models are switched on."""
 
-        async def refused(request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+        async def refused(request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
             if self._context.rules.cloud:
                 return await passed(request, info)
             raise Forbidden(

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from router.control.controller import Engine
+from router.control.controller import Controller
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.engines.ollama.catalog import Catalog
-from router.engines.ollama.endpoint_support import Abilities
+from router.engines.ollama.endpoint_support import EndpointSupport
 from router.errors import NoInstance, ShuttingDown, WaitTimeout
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 
 _COME_BACK_SECONDS = 5
 
@@ -54,13 +54,13 @@ async def store_turn(writing: asyncio.Lock, limits: Limits) -> AsyncGenerator[No
 
 
 @dataclass(frozen=True, slots=True)
-class GatewayContext:
-    engine: Engine
+class ApiContext:
+    controller: Controller
     catalog: Catalog
     session: aiohttp.ClientSession
     limits: Limits
-    rules: Rules
-    abilities: Abilities
+    rules: ModelRules
+    endpoint_support: EndpointSupport
     writing: asyncio.Lock
     """Held by whoever changes the shared store."""
     removing: set[str]
@@ -72,7 +72,7 @@ class GatewayContext:
 
     def instances(self) -> list[InstanceView]:
         """All of them in a stated order: spawned before attached, then by name."""
-        return sorted(self.engine.snapshot().instances.values(), key=lambda v: (v.spec.attached, v.spec.name))
+        return sorted(self.controller.snapshot().instances.values(), key=lambda v: (v.spec.attached, v.spec.name))
 
     def ready_instances(self) -> list[InstanceView]:
         """Those that answer, in the same order."""
@@ -87,7 +87,7 @@ class GatewayContext:
             NoInstance: none is ready.
             ShuttingDown: nothing may begin any more.
         """
-        if self.engine.is_closing:
+        if self.controller.is_closing:
             raise ShuttingDown("the router is shutting down", retry_after_seconds=_COME_BACK_SECONDS)
         spawns = any(not view.spec.attached for view in self.instances())
         ready = [view for view in self.ready_instances() if not (spawns and view.spec.attached)]

@@ -3,7 +3,7 @@
 All spawned instances share one store, so what one of them writes the others see at once. Two servers that write at the
 same time do not know of each other's unfinished files, therefore one writes, and changes queue here but for uploads of
 what is not there yet; pulls of one model are one pull (`api/shared_pulls.py`). After each the catalog forgets what it
-knew, and weights that a name no longer means leave the cards and the store: the servers are told to prune nothing,
+knew, and weights that a name no longer means leave the GPUs and the store: the servers are told to prune nothing,
 because they would prune each other's downloads.
 
 A delete first lets running requests end, lets none begin, and unloads. What only an attached server has is not managed.
@@ -19,18 +19,18 @@ import structlog
 from aiohttp import hdrs, web
 from yarl import URL
 
-from router.api.context import GatewayContext, store_turn
+from router.api.context import ApiContext, store_turn
 from router.api.passthrough import pass_on
 from router.api.shared_pulls import Pulls
-from router.domain.events import UnloadAsked
+from router.domain.events import UnloadRequested
 from router.domain.model import ModelFacts
 from router.engines.ollama.client import OllamaClient, OllamaError
-from router.engines.ollama.driver import stand_in_for
+from router.engines.ollama.driver import temporary_tag_for
 from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
-from router.llm_api.body_reader import last_value, peek
+from router.llm_api.body_reader import last_value, parse_body
 from router.llm_api.inference_request import refuse_cloud
 from router.llm_api.json_members import text_of
-from router.observability.request_record import RequestInfo, read_body
+from router.observability.request_record import RequestRecord, read_body
 
 _ASK_SECONDS = 10.0
 _STORE_SECONDS = 60.0
@@ -39,21 +39,21 @@ _WORTH_READING_BYTES = 262144
 """What is left unread of a request is read to its end up to that, as Go does; after more the connection is closed."""
 
 
-class ManagedHandler:
+class ModelManagementHandler:
     """Answers every route that changes the store."""
 
-    def __init__(self, context: GatewayContext) -> None:
+    def __init__(self, context: ApiContext) -> None:
         self._context = context
         self._pulls = Pulls(context)
         self._clearing: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("router.store")
 
-    async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+    async def __call__(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
         if request.path.startswith("/api/blobs/"):
             return await self._blob(request, info)
         context, path = self._context, request.path
         body = await read_body(request, context.limits.max_body_bytes)
-        seen = peek(body, path)
+        seen = parse_body(body, path)
         info.model = seen.model or ""
         if path != "/api/delete":  # what stands for a cloud model here may go
             refuse_cloud(info.model, cloud=context.rules.cloud)
@@ -87,7 +87,7 @@ class ManagedHandler:
 
     # --- blobs ---------------------------------------------------------------------------------------------
 
-    async def _blob(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+    async def _blob(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
         """Uploads stream through unread: weights are far larger than any limit on a request that is kept."""
         if request.method == hdrs.METH_HEAD:
             return await pass_on(self._context, request, b"", info)
@@ -111,7 +111,7 @@ class ManagedHandler:
     # --- deleting ------------------------------------------------------------------------------------------
 
     async def _delete(
-        self, request: web.BaseRequest, body: bytes, facts: ModelFacts | None, info: RequestInfo
+        self, request: web.BaseRequest, body: bytes, facts: ModelFacts | None, info: RequestRecord
     ) -> web.StreamResponse:
         context = self._context
         if facts is None:
@@ -130,7 +130,7 @@ class ManagedHandler:
         finally:
             context.removing.discard(facts.name)
 
-    async def _deleted(self, request: web.BaseRequest, body: bytes, info: RequestInfo) -> web.StreamResponse:
+    async def _deleted(self, request: web.BaseRequest, body: bytes, info: RequestRecord) -> web.StreamResponse:
         async with store_turn(self._context.writing, self._context.limits):
             try:
                 return await pass_on(self._context, request, body, info)
@@ -143,19 +143,21 @@ class ManagedHandler:
         Raises:
             WaitTimeout: some instance still holds it; then nothing is deleted.
         """
-        engine, blob, seconds = self._context.engine, facts.blob, self._context.limits.queue_timeout_seconds
-        until = engine.now() + seconds
-        while engine.now() < until:
+        controller, blob, seconds = self._context.controller, facts.blob, self._context.limits.queue_timeout_seconds
+        until = controller.now() + seconds
+        while controller.now() < until:
             # Asked again and again: a request that was let in before may ask for another keep_alive.
-            engine.post(UnloadAsked(blob, even_pinned=True))
-            if await engine.until(lambda snapshot: all(key[1] != blob for key in snapshot.residencies), _AGAIN_SECONDS):
+            controller.post(UnloadRequested(blob, even_pinned=True))
+            if await controller.until(
+                lambda snapshot: all(key[1] != blob for key in snapshot.residencies), _AGAIN_SECONDS
+            ):
                 return
         raise WaitTimeout(f"model '{facts.name}' is still in use after {seconds:.0f} s and was not deleted")
 
     # --- weights that no name means any more -----------------------------------------------------------------
 
     async def _clear_away(self, before: ModelFacts, name: str) -> None:
-        """After a name was given other weights: the old ones leave the cards, and the store where nothing names them.
+        """After a name was given other weights: the old ones leave the GPUs, and the store where nothing names them.
 
         Never fails: what the client asked for is done. What is loaded is unloaded by the driver, which removes the
         files as well; what is not loaded is removed here.
@@ -165,13 +167,13 @@ class ManagedHandler:
             today = await context.catalog.facts(name)
             if (today is not None and today.blob == before.blob) or await context.catalog.names_of(before.blob):
                 return
-            context.engine.post(UnloadAsked(before.blob, even_pinned=True))
-            if any(key[1] == before.blob for key in context.engine.snapshot().residencies):
+            context.controller.post(UnloadRequested(before.blob, even_pinned=True))
+            if any(key[1] == before.blob for key in context.controller.snapshot().residencies):
                 return
             client = OllamaClient(context.session, context.primary().spec.url)
             async with context.writing:
-                await client.create(stand_in_for(before.blob), before.blob, _STORE_SECONDS)
-                await client.delete(stand_in_for(before.blob))
+                await client.create(temporary_tag_for(before.blob), before.blob, _STORE_SECONDS)
+                await client.delete(temporary_tag_for(before.blob))
         except (OllamaError, NoInstance, ShuttingDown) as error:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)
 

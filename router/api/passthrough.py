@@ -10,25 +10,25 @@ from urllib.parse import quote, unquote
 
 from aiohttp import web
 
-from router.api.context import GatewayContext
+from router.api.context import ApiContext
 from router.api.forwarding import Body, Exchange, open_upstream, relay
 from router.domain.instance import InstanceView
-from router.llm_api.body_reader import peek
+from router.llm_api.body_reader import parse_body
 from router.llm_api.errors import api_of
 from router.llm_api.inference_request import MODEL_HEADER, refuse_cloud
 from router.llm_api.json_edit import set_member
-from router.observability.request_record import RequestInfo, read_body
+from router.observability.request_record import RequestRecord, read_body
 
 _MODELS = "/v1/models/"
 
 
-class PassedHandler:
+class PassthroughHandler:
     """Answers by asking the primary instance."""
 
-    def __init__(self, context: GatewayContext) -> None:
+    def __init__(self, context: ApiContext) -> None:
         self._context = context
 
-    async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+    async def __call__(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
         body = await read_body(request, self._context.limits.max_body_bytes) if request.body_exists else b""
         return await pass_on(self._context, request, body, info)
 
@@ -36,14 +36,14 @@ class PassedHandler:
 class ShowHandler:
     """Answers what is asked about one model: `/api/show` and `/v1/models/NAME`."""
 
-    def __init__(self, context: GatewayContext) -> None:
+    def __init__(self, context: ApiContext) -> None:
         self._context = context
 
-    async def __call__(self, request: web.BaseRequest, info: RequestInfo) -> web.StreamResponse:
+    async def __call__(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
         body = await read_body(request, self._context.limits.max_body_bytes) if request.body_exists else b""
         in_path = request.path.startswith(_MODELS)
         raw_name, mark, query = request.raw_path.removeprefix(_MODELS).partition("?")
-        name = unquote(raw_name) if in_path else peek(body, request.path).model
+        name = unquote(raw_name) if in_path else parse_body(body, request.path).model
         if not name:
             return await pass_on(self._context, request, body, info)
         target = self._context.rules.substitutes.target(name)
@@ -61,10 +61,10 @@ class ShowHandler:
 
 
 async def pass_on(
-    context: GatewayContext,
+    context: ApiContext,
     request: web.BaseRequest,
     body: Body,
-    info: RequestInfo,
+    info: RequestRecord,
     view: InstanceView | None = None,
     raw_path: str | None = None,
 ) -> web.StreamResponse:
@@ -75,6 +75,6 @@ async def pass_on(
     url = (view or context.primary()).spec.url
     upstream = await open_upstream(context.session, request, url, body, context.limits, raw_path)
     async with upstream:
-        exchange = Exchange(started=context.engine.now, extra_headers=info.reply_headers(None))
+        exchange = Exchange(started=context.controller.now, extra_headers=info.reply_headers(None))
         info.exchange = exchange
         return await relay(request, upstream, context.limits, api_of(request.path), exchange)

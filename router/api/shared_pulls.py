@@ -17,13 +17,13 @@ import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from router.api.context import GatewayContext
+from router.api.context import ApiContext
 from router.engines.ollama.model_listing import key_of
 from router.errors import InstanceLost, RouterError, WaitTimeout
-from router.llm_api.body_reader import Peek, last_value
+from router.llm_api.body_reader import ParsedBody, last_value
 from router.llm_api.errors import NDJSON
 from router.llm_api.json_edit import set_member
-from router.observability.request_record import RequestInfo
+from router.observability.request_record import RequestRecord
 
 _PATH = "/api/pull"
 _WAITING = b'{"status":"waiting for another change of the store to end"}\n'
@@ -41,11 +41,13 @@ class _Line(msgspec.Struct):
 class Pulls:
     """All downloads under way."""
 
-    def __init__(self, context: GatewayContext) -> None:
+    def __init__(self, context: ApiContext) -> None:
         self._context = context
         self._running: dict[tuple[str, bool], _Pull] = {}
 
-    async def serve(self, request: web.BaseRequest, body: bytes, seen: Peek, info: RequestInfo) -> web.StreamResponse:
+    async def serve(
+        self, request: web.BaseRequest, body: bytes, seen: ParsedBody, info: RequestRecord
+    ) -> web.StreamResponse:
         """Answers one client of a pull, new or under way."""
         name = seen.model or ""
         key = (key_of(name) or name, _is_insecure(body))
@@ -65,7 +67,7 @@ class Pulls:
 class _Pull:
     """One download: a task of its own, and the clients that follow it."""
 
-    def __init__(self, context: GatewayContext, body: bytes) -> None:
+    def __init__(self, context: ApiContext, body: bytes) -> None:
         self._context = context
         self._body = body
         self._steps: dict[_Step, bytes] = {}
@@ -181,7 +183,9 @@ class _Follower:
         return lines
 
 
-async def _streamed(request: web.BaseRequest, pieces: _Follower, pull: _Pull, info: RequestInfo) -> web.StreamResponse:
+async def _streamed(
+    request: web.BaseRequest, pieces: _Follower, pull: _Pull, info: RequestRecord
+) -> web.StreamResponse:
     lines = await pieces.next()
     if not lines:
         return _refused(pull, info)
@@ -198,7 +202,7 @@ async def _streamed(request: web.BaseRequest, pieces: _Follower, pull: _Pull, in
     return response
 
 
-async def _once(pieces: _Follower, pull: _Pull, info: RequestInfo) -> web.StreamResponse:
+async def _once(pieces: _Follower, pull: _Pull, info: RequestRecord) -> web.StreamResponse:
     """As a server waits for its own stream: the last line is the answer, an error has status 500."""
     while await pieces.next():
         continue
@@ -211,7 +215,7 @@ async def _once(pieces: _Follower, pull: _Pull, info: RequestInfo) -> web.Stream
     )
 
 
-def _refused(pull: _Pull, info: RequestInfo) -> web.StreamResponse:
+def _refused(pull: _Pull, info: RequestRecord) -> web.StreamResponse:
     """The server's own answer where it was no stream, or the error that came before any."""
     if pull.failure is not None:
         raise pull.failure

@@ -1,4 +1,4 @@
-"""What there is to run on: real cards and a real Ollama, or an emulated rig that stands in for both.
+"""What there is to run on: real GPUs and a real Ollama, or an emulated rig that stands in for both.
 
 Looks once, before anything is started; blocking, because a driver and a file system are asked. Starts nothing.
 """
@@ -14,7 +14,7 @@ from router.config.instance_options import Tuning, tuning
 from router.config.settings import ConfigError, Settings, process_environment
 from router.domain.gpu import Gpu
 from router.engines.ollama.instance_plan import DeclaredInstance, InstancePlan
-from router.gpu.nvml import NoCards, open_nvml
+from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
 from router.lab.emulator.prepare import prepare_rig
 from router.lab.emulator.spec import SpecError
@@ -22,7 +22,7 @@ from router.supervisor.process import BinaryNotFound, find_binary, inheritable
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class Hardware:
     """Where the router finds itself."""
 
     reader: GpuReader
@@ -32,11 +32,11 @@ class Surroundings:
     """What each server is given beside its own variables."""
     models_directory: str
     title: str
-    """`EMULATED rig 2x3090`, or "" for real cards."""
+    """`EMULATED rig 2x3090`, or "" for real GPUs."""
 
 
 class NoGpuReader:
-    """Reads no card, on a machine that has none."""
+    """Reads no GPU, on a machine that has none."""
 
     def read(self) -> tuple[Gpu, ...]:
         return ()
@@ -45,18 +45,18 @@ class NoGpuReader:
         """Nothing is held open."""
 
 
-def look_around(settings: Settings) -> Surroundings:
+def detect_hardware(settings: Settings) -> Hardware:
     """Blocking. ConfigError where the rig's text, its folder or the binary is wrong."""
     environment = process_environment()
     if settings.rig is not None:
         return _rig(settings, settings.rig, environment)
     log = structlog.get_logger("router")
     nvml = open_nvml()
-    if isinstance(nvml, NoCards):
-        log.warning("cpu_mode", reason=nvml.reason, effect="no card is used: models run on the CPU")
-    reader = NoGpuReader() if isinstance(nvml, NoCards) else nvml
+    if isinstance(nvml, NoGpus):
+        log.warning("cpu_mode", reason=nvml.reason, effect="no GPU is used: models run on the CPU")
+    reader = NoGpuReader() if isinstance(nvml, NoGpus) else nvml
     command = (_binary(settings, environment), "serve")
-    return Surroundings(reader, command, inheritable(environment), str(settings.ollama.models), "")
+    return Hardware(reader, command, inheritable(environment), str(settings.ollama.models), "")
 
 
 def _binary(settings: Settings, environment: Mapping[str, str]) -> str:
@@ -68,7 +68,7 @@ def _binary(settings: Settings, environment: Mapping[str, str]) -> str:
         return settings.ollama.binary
 
 
-def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Surroundings:
+def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Hardware:
     try:
         rig = prepare_rig(text, settings.state_directory / "rig", environment)
     except SpecError as error:
@@ -76,10 +76,10 @@ def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Surro
     except OSError as error:
         raise ConfigError([f"state_directory: the emulated rig cannot be written there: {error}"]) from error
     structlog.get_logger("router").warning(
-        "emulated", rig=rig.title, effect="cards, servers and answers are made up; nothing here is real"
+        "emulated", rig=rig.title, effect="GPUs, servers and answers are made up; nothing here is real"
     )
     inherited = {**inheritable(environment), **rig.environment}
-    return Surroundings(rig.reader, rig.command, inherited, str(rig.models_directory), rig.title)
+    return Hardware(rig.reader, rig.command, inherited, str(rig.models_directory), rig.title)
 
 
 def instance_plan(settings: Settings, models_directory: str) -> InstancePlan:

@@ -24,15 +24,15 @@ import structlog
 from aiohttp import web
 
 from router.admission.origin_check import OriginPolicy, Origins, is_loopback, machine_names
-from router.api.app import Gateway
-from router.api.context import GatewayContext, Limits
-from router.app.hardware import Surroundings, instance_plan, look_around
+from router.api.app import ApiServer
+from router.api.context import ApiContext, Limits
+from router.app.hardware import Hardware, detect_hardware, instance_plan
 from router.config.policy import policy_of, warm_models
 from router.config.settings import ConfigError, Settings
-from router.control.controller import Engine
-from router.control.effects import FleetCarrier
-from router.control.poller import Pace, Watcher
-from router.domain.events import FootprintsKnown, InstanceChanged
+from router.control.controller import Controller
+from router.control.effects import Effects
+from router.control.poller import PollIntervals, StatePoller
+from router.domain.events import FootprintsLoaded, InstanceChanged
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
 from router.domain.model_names import canonical
@@ -40,7 +40,7 @@ from router.domain.snapshot import Snapshot
 from router.engines.ollama.catalog import Catalog
 from router.engines.ollama.client import OllamaClient
 from router.engines.ollama.driver import OllamaDriver
-from router.engines.ollama.endpoint_support import Abilities
+from router.engines.ollama.endpoint_support import EndpointSupport
 from router.engines.ollama.footprint_estimator import estimate_bytes
 from router.engines.ollama.instance_plan import (
     InstancePlan,
@@ -53,15 +53,15 @@ from router.engines.ollama.instance_plan import (
 from router.engines.ollama.model_listing import stores_of
 from router.gpu.poller import GpuPoller
 from router.http1.parser import HEAD_BYTES_MAX
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 from router.llm_api.model_aliases import ANY, substitutes
 from router.observability.access_log import AccessLog
 from router.observability.logging import RequestLines, configure_logs, writes_json
-from router.observability.metrics import EngineObserver, FleetCollector, Metrics
-from router.proxy.context import Patience
-from router.proxy.server import Relay, relay_over
+from router.observability.metrics import DecisionLog, FleetCollector, Metrics
+from router.proxy.context import ClientTimeouts
+from router.proxy.server import ProxyServer, proxy_factory
 from router.scheduler.dispatcher import Dispatcher
-from router.storage.footprint_store import FootprintFile
+from router.storage.footprint_store import FootprintStore
 from router.supervisor import orphan_reaper
 from router.supervisor.instance import SupervisorConfig
 from router.supervisor.ports import NoFreePort, free_ports
@@ -84,7 +84,7 @@ async def serve(settings: Settings) -> int:
     except OSError as error:
         raise ConfigError([_port_words(settings, error)]) from error
     with contextlib.closing(listener):
-        around = await asyncio.to_thread(look_around, settings)
+        around = await asyncio.to_thread(detect_hardware, settings)
         for swept in await asyncio.to_thread(orphan_reaper.sweep, str(settings.state_directory)):
             log.warning("swept", pid=swept.pid, instance=swept.instance, command=swept.command)
         async with _built(settings, around, tls) as router:
@@ -122,11 +122,11 @@ class _Router:
     """Everything that runs."""
 
     settings: Settings
-    engine: Engine
+    controller: Controller
     supervisor: Supervisor
-    watcher: Watcher
-    gateway: Gateway
-    relay: Relay
+    state_poller: StatePoller
+    api_server: ApiServer
+    proxy: ProxyServer
     library: web.Server
     tls: ssl.SSLContext | None
     title: str
@@ -143,8 +143,8 @@ class _Router:
         try:
             async with asyncio.TaskGroup() as tasks:
                 supervising = tasks.create_task(self.supervisor.run(), name="supervisor")
-                watching = tasks.create_task(self.watcher.run(), name="watcher")
-                relaying = tasks.create_task(self.relay.run(), name="relay")
+                watching = tasks.create_task(self.state_poller.run(), name="watcher")
+                relaying = tasks.create_task(self.proxy.run(), name="relay")
                 await self._open(listener)
                 await stopping.wait()
                 await self._close(at_once)
@@ -161,7 +161,7 @@ class _Router:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 20, 20)
-        await asyncio.get_running_loop().create_server(self.relay, sock=listener, ssl=self.tls)
+        await asyncio.get_running_loop().create_server(self.proxy, sock=listener, ssl=self.tls)
         host, port = listener.getsockname()[:2]
         log = structlog.get_logger("router")
         url = endpoint_url("http" if self.tls is None else "https", host, port)
@@ -172,10 +172,10 @@ class _Router:
         log = structlog.get_logger("router")
         seconds = self.settings.server.drain_timeout_seconds
         log.info("draining", drain_timeout_seconds=seconds)
-        self.engine.begin_shutdown()
+        self.controller.begin_shutdown()
         self.supervisor.drain_all()
-        self.relay.drain()
-        if not await _first(self.gateway.drained(), at_once, seconds):
+        self.proxy.drain()
+        if not await _first(self.api_server.drained(), at_once, seconds):
             log.warning("requests_cut")
         if at_once.is_set():
             self.supervisor.kill_all()
@@ -185,8 +185,8 @@ class _Router:
             await stopping
             hurrying.cancel()
         await self.library.shutdown(timeout=1.0)
-        await self.relay.close()
-        await self.gateway.close()
+        await self.proxy.close()
+        await self.api_server.close()
         log.info("stopped")
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:
@@ -222,7 +222,7 @@ async def _awaited(work: object) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext | None) -> AsyncGenerator[_Router]:
+async def _built(settings: Settings, around: Hardware, tls: ssl.SSLContext | None) -> AsyncGenerator[_Router]:
     """Wires everything; leaving ends what was started."""
     metrics = Metrics()
     lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
@@ -239,11 +239,11 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
             return clients[url]
 
         poller = GpuPoller(around.reader)
-        cards = await poller.read()
+        gpus = await poller.read()
         plan = instance_plan(settings, around.models_directory)
-        policy = policy_of(settings, cards, on_demand_like(plan))
+        policy = policy_of(settings, gpus, on_demand_like(plan))
         dispatcher = Dispatcher(policy, estimate_bytes)
-        observer = EngineObserver(metrics)
+        observer = DecisionLog(metrics)
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
@@ -252,35 +252,41 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
         catalog = Catalog(lambda: stores_of(snapshot().instances.values(), client_for), time.monotonic)
 
         def changed(event: InstanceChanged) -> None:
-            engine.post(event)
+            controller.post(event)
 
-        def look_at_gpus() -> None:
-            watcher.look_at_gpus()
+        def poll_gpus() -> None:
+            state_poller.poll_gpus()
 
         supervisor = Supervisor(_supervisor_config(settings, around), changed)
         loader = OllamaDriver(client_for, catalog, snapshot, writing)
-        footprints = FootprintFile(settings.state_directory / "footprints.json")
-        driver = _carrier(loader, supervisor, plan, look_at_gpus, footprints)
-        async with Engine(dispatcher, driver, time.monotonic, (observer,)) as engine:
-            metrics.registry.register(FleetCollector(engine.snapshot, lambda: len(engine.waiting())))
-            context = _context(settings, engine, catalog, session, writing)
-            pace = Pace(settings.poll.gpu_seconds, settings.poll.residency_seconds, settings.poll.catalog_seconds)
-            watcher = Watcher(
-                poller, catalog, client_for, engine.snapshot, engine.post, engine.now, pace, warm_models(policy),
-                loader.clear_leftovers,
+        footprints = FootprintStore(settings.state_directory / "footprints.json")
+        driver = _carrier(loader, supervisor, plan, poll_gpus, footprints)
+        async with Controller(dispatcher, driver, time.monotonic, (observer,)) as controller:
+            metrics.registry.register(FleetCollector(controller.snapshot, lambda: len(controller.waiting())))
+            context = _context(settings, controller, catalog, session, writing)
+            intervals = PollIntervals(
+                settings.poll.gpu_seconds, settings.poll.residency_seconds, settings.poll.catalog_seconds
+            )
+            state_poller = StatePoller(
+                poller, catalog, client_for, controller.snapshot, controller.post, controller.now, intervals,
+                warm_models(policy), loader.clear_leftovers,
             )  # fmt: skip
             try:
-                engine.post(FootprintsKnown(footprints.read()))
-                await watcher.read_gpus()
-                for spec in _instances(cards, plan):
+                controller.post(FootprintsLoaded(footprints.read()))
+                await state_poller.read_gpus()
+                for spec in _instances(gpus, plan):
                     supervisor.add(spec)
-                access = AccessLog(metrics, engine.now, *([lines] if lines is not None else []))
+                access = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
                 origins = _origins(settings)
                 debug = settings.server.debug_headers
-                gateway = Gateway(context, origins, metrics, access, around.title, debug)
-                library = _library(gateway)
-                relay = relay_over(context, origins, access, library, _patience(settings), debug_headers=debug)
-                yield _Router(settings, engine, supervisor, watcher, gateway, relay, library, tls, around.title)
+                api_server = ApiServer(context, origins, metrics, access, around.title, debug)
+                library = _library(api_server)
+                proxy = proxy_factory(
+                    context, origins, access, library, _client_timeouts(settings), debug_headers=debug
+                )
+                yield _Router(
+                    settings, controller, supervisor, state_poller, api_server, proxy, library, tls, around.title
+                )
             finally:
                 if lines is not None:
                     lines.flush()
@@ -288,9 +294,9 @@ async def _built(settings: Settings, around: Surroundings, tls: ssl.SSLContext |
                 await poller.close()
 
 
-def _instances(cards: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:
+def _instances(gpus: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:
     try:
-        return plan_instances(cards, plan, free_ports(ports_needed(cards, plan)))
+        return plan_instances(gpus, plan, free_ports(ports_needed(gpus, plan)))
     except (PlanError, NoFreePort) as error:
         raise ConfigError([str(error)]) from error
 
@@ -299,9 +305,9 @@ def _carrier(
     loader: OllamaDriver,
     supervisor: Supervisor,
     plan: InstancePlan,
-    look_at_gpus: Callable[[], None],
-    footprints: FootprintFile,
-) -> FleetCarrier:
+    poll_gpus: Callable[[], None],
+    footprints: FootprintStore,
+) -> Effects:
     def start(spec: InstanceSpec) -> None:
         given = [urlsplit(view.spec.url).port or 0 for view in supervisor.views]
         try:
@@ -311,16 +317,16 @@ def _carrier(
             return
         supervisor.add(on_demand_instance(spec, plan, port))
 
-    return FleetCarrier(loader, start, supervisor.retire, look_at_gpus, footprints.remember)
+    return Effects(loader, start, supervisor.retire, poll_gpus, footprints.remember)
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 
 
-def _library(gateway: Gateway) -> web.Server:
+def _library(api_server: ApiServer) -> web.Server:
     """aiohttp, for all that the relay hands over; limits on heads and idle connections are the relay's."""
     return web.Server(
-        gateway.handle,
+        api_server.handle,
         handler_cancellation=True,
         auto_decompress=False,
         access_log=None,
@@ -343,9 +349,9 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def _patience(settings: Settings) -> Patience:
+def _client_timeouts(settings: Settings) -> ClientTimeouts:
     server = settings.server
-    return Patience(
+    return ClientTimeouts(
         head_seconds=server.head_timeout_seconds,
         body_seconds=server.body_timeout_seconds,
         idle_seconds=server.connection_timeout_seconds,
@@ -353,8 +359,8 @@ def _patience(settings: Settings) -> Patience:
 
 
 def _context(
-    settings: Settings, engine: Engine, catalog: Catalog, session: aiohttp.ClientSession, writing: asyncio.Lock
-) -> GatewayContext:
+    settings: Settings, controller: Controller, catalog: Catalog, session: aiohttp.ClientSession, writing: asyncio.Lock
+) -> ApiContext:
     limits = Limits(
         max_body_bytes=settings.server.max_body_bytes,
         queue_timeout_seconds=settings.queue.timeout_seconds,
@@ -362,22 +368,22 @@ def _context(
         idle_timeout_seconds=settings.stream.idle_timeout_seconds,
     )
     removing = set[str]()
-    return GatewayContext(
-        engine=engine,
+    return ApiContext(
+        controller=controller,
         catalog=catalog,
         session=session,
         limits=limits,
         rules=_rules(settings, removing),
-        abilities=Abilities(session),
+        endpoint_support=EndpointSupport(session),
         writing=writing,
         removing=removing,
     )
 
 
-def _rules(settings: Settings, removing: set[str]) -> Rules:
+def _rules(settings: Settings, removing: set[str]) -> ModelRules:
     named = {name if name == ANY else canonical(name): one for name, one in settings.models.items()}
     fallbacks = {name: (one.to, one.reasons) for name, one in settings.fallbacks.items()}
-    return Rules(
+    return ModelRules(
         default_context_length=settings.ollama.context_length,
         substitutes=substitutes(settings.aliases, fallbacks, listed=settings.server.list_aliases),
         passes={name: one.options == "pass" for name, one in named.items()},
@@ -392,7 +398,7 @@ def _origins(settings: Settings) -> OriginPolicy:
     return OriginPolicy(Origins(settings.server.cors_origins), is_loopback(settings.server.host), names)
 
 
-def _supervisor_config(settings: Settings, around: Surroundings) -> SupervisorConfig:
+def _supervisor_config(settings: Settings, around: Hardware) -> SupervisorConfig:
     return SupervisorConfig(
         command=around.command,
         state_directory=str(Path(settings.state_directory)),

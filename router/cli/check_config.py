@@ -1,6 +1,6 @@
 """`llamayard check-config`: every key's effective value with where it comes from, or everything that is wrong with it.
 
-It reads the configuration and, for pins, the models and cards that are there. It starts and changes nothing.
+It reads the configuration and, for pins, the models and GPUs that are there. It starts and changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from router.app.preflight import Checked, check_pins
+from router.app.preflight import PreflightResult, check_pins
 from router.config.instance_options import tuning_problems
 from router.config.settings import ConfigError, Settings, load_layers, load_settings
 from router.config.sources import dotted_keys, origin_of
@@ -26,7 +26,7 @@ def effective(path: Path | None, environment: Mapping[str, str], flags: Mapping[
     """
     settings = load_settings(path, environment, flags)
     problems = tuning_problems(settings)
-    checked = Checked() if problems else check_pins(settings, environment)
+    checked = PreflightResult() if problems else check_pins(settings, environment)
     if problems or checked.problems:
         raise ConfigError([*problems, *checked.problems])
     origins = load_layers(path, environment, flags).origins

@@ -85,17 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument(
         "--auto",
         action="store_true",
-        help=f"with no Ollama installed, run EMULATED cards and servers ({AUTO_RIG}) instead of failing",
+        help=f"with no Ollama installed, run EMULATED GPUs and servers ({AUTO_RIG}) instead of failing",
     )
     serving.set_defaults(run=_serve)
-    status = commands.add_parser("status", help="show cards, instances, models and queue of the running router")
+    status = commands.add_parser("status", help="show GPUs, instances, models and queue of the running router")
     _add_configuration(status)
     status.add_argument("--json", action="store_true", help="print the answer as it is")
     status.set_defaults(run=_status)
     check = commands.add_parser("check-config", help="show every key's effective value and where it comes from")
     _add_configuration(check)
     check.set_defaults(run=_check_config)
-    commands.add_parser("simulate", help="play the router and stock servers over SIMULATED cards")
+    commands.add_parser("simulate", help="play the router and stock servers over SIMULATED GPUs")
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
@@ -105,7 +105,7 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (else ./llamayard.yaml, then /etc)")
     parser.add_argument("--host", help="address to listen on (server.host)")
     parser.add_argument("--port", help="port to listen on (server.port)")
-    parser.add_argument("--rig", metavar="SPEC", help="EMULATED cards and servers: 2x3090, 4090+3090, h100 or a file")
+    parser.add_argument("--rig", metavar="SPEC", help="EMULATED GPUs and servers: 2x3090, 4090+3090, h100 or a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. queue.limit=64")
 
 
@@ -148,7 +148,7 @@ def lacks_ollama(settings: Settings, environment: Mapping[str, str]) -> bool:
 
 
 def with_what_is_there(settings: Settings, environment: Mapping[str, str]) -> Settings:
-    """The settings as they are where an Ollama can be run (on its cards or the CPU), else with an emulated rig."""
+    """The settings as they are where an Ollama can be run (on its GPUs or the CPU), else with an emulated rig."""
     if not lacks_ollama(settings, environment):
         return settings
     words = f"no `{settings.ollama.binary}` on PATH: serving an EMULATED rig ({AUTO_RIG}); its answers are made up."

@@ -1,6 +1,6 @@
-"""`llamayard simulate`: the router and its rivals over simulated cards, in virtual time, as a table, a JSON, a picture.
+"""`llamayard simulate`: the router and its rivals over simulated GPUs, in virtual time, as a table, a JSON, a picture.
 
-No card, no server and no socket is needed. Everything it prints is simulated, and says so.
+No GPU, no server and no socket is needed. Everything it prints is simulated, and says so.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from router.domain.model import ModelFacts
 from router.lab.emulator.spec import SpecError
 from router.lab.scenarios import (
-    CONTESTANTS,
+    BASELINES,
     MIXES,
     ScenarioError,
-    Wanted,
-    contestant,
+    ScenarioSpec,
+    baseline,
     demand_of,
     large_models,
     scenario,
@@ -32,7 +32,7 @@ from router.lab.simulator.invariants import Invariants
 from router.lab.simulator.machine import Host
 from router.lab.simulator.metrics import Report, Waits, report
 from router.lab.simulator.record import record
-from router.lab.simulator.runner import Contestant, Outcome, Simulation
+from router.lab.simulator.runner import Baseline, Outcome, Simulation
 from router.lab.simulator.workload import TRACE, TraceError, TraceRow
 
 _DEFAULT = ("floor", "stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard")
@@ -44,7 +44,7 @@ class Played:
     """One run with its figures."""
 
     policy: str
-    wanted: Wanted
+    wanted: ScenarioSpec
     outcome: Outcome
     report: Report
 
@@ -52,10 +52,10 @@ class Played:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     add = parser.add_argument
-    add("--rig", default="4x3090", metavar="SPEC", help="cards: 4x3090, 4090+3090, 2xa6000, h100 or a file")
+    add("--rig", default="4x3090", metavar="SPEC", help="gpus: 4x3090, 4090+3090, 2xa6000, h100 or a file")
     add("--mix", default="team", help=f"{', '.join(MIXES)}, or models of the catalogue: llama3.1:8b,llama3.3:70b=2")
     add("--trace", type=Path, default=TRACE, metavar="FILE", help="CSV of arrivals and tokens (else a built-in one)")
-    add("--policy", action="append", metavar="NAME", help=f"of: {', '.join(CONTESTANTS)}; repeatable")
+    add("--policy", action="append", metavar="NAME", help=f"of: {', '.join(BASELINES)}; repeatable")
     add("--seed", type=int, action="append", help="repeatable (default 1)")
     add("--seconds", type=float, help="how long requests arrive (default: 480, or until there are 120)")
     add("--rate", type=float, default=None, help="requests a second (default: by rig and mix)")
@@ -94,13 +94,13 @@ def _run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(given: argparse.Namespace, seed: int) -> Wanted:
-    return Wanted(given.rig, given.mix, seed, given.seconds, given.rate, given.users, given.trace, given.cold)
+def _wanted(given: argparse.Namespace, seed: int) -> ScenarioSpec:
+    return ScenarioSpec(given.rig, given.mix, seed, given.seconds, given.rate, given.users, given.trace, given.cold)
 
 
 def play(
     policy: str,
-    wanted: Wanted,
+    wanted: ScenarioSpec,
     rows: tuple[TraceRow, ...] | None = None,
     *,
     check: bool = False,
@@ -109,9 +109,9 @@ def play(
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
     scene = with_faults(scenario(wanted, rows), faults)
     rules = Invariants()
-    make = contestant(policy, scene, seen=rules.seen if check else None)
+    make = baseline(policy, scene, seen=rules.seen if check else None)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
+    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
         made = make(host, models)
         if check and isinstance(made, Llamayard):
             rules.watch(made, host)
@@ -124,8 +124,8 @@ def play(
 def table(runs: list[Played]) -> str:
     """One line a run, in-time share first."""
     head = (
-        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one card':<22}"
-        f"{'several cards':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  cards busy"
+        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one GPU':<22}"
+        f"{'several GPUs':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  GPUs busy"
     )
     return "\n".join([head, *(_line(one.policy, one.wanted.seed, one.report) for one in runs)]) + "\n"
 

@@ -60,10 +60,10 @@ def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[
 
 
 def render_status(status: Mapping[str, Any]) -> str:
-    """The document as text: cards, instances, models, queue, and who waits in it."""
+    """The document as text: GPUs, instances, models, queue, and who waits in it."""
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
-        _table("CARDS", _CARDS, _rows(status, "cards")),
+        _table("GPUS", _GPUS, _rows(status, "gpus")),
         _table("INSTANCES", _INSTANCES, _rows(status, "instances")),
         _table("MODELS", _MODELS, _rows(status, "models")),
         _table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
@@ -111,7 +111,7 @@ def _many(key: str) -> Callable[[Row], str]:
     return lambda row: ", ".join(map(str, row[key])) if row.get(key) else "-"
 
 
-def _gib_per_card(row: Row) -> str:
+def _gib_per_gpu(row: Row) -> str:
     given: object = row.get("per_gpu_bytes")
     sizes = list(cast("Mapping[str, int]", given).values()) if isinstance(given, Mapping) else given
     if not isinstance(sizes, list) or not sizes:
@@ -133,7 +133,7 @@ def _queue(queue: object) -> str:
     return ", ".join(f"{key} {value}" for key, value in cast("Mapping[str, Any]", queue).items()) or "empty"
 
 
-_CARDS: Mapping[str, Callable[[Row], str]] = {
+_GPUS: Mapping[str, Callable[[Row], str]] = {
     "INDEX": _text("index"),
     "NAME": _text("name"),
     "TOTAL": _gib("memory_total_bytes"),
@@ -148,7 +148,7 @@ _INSTANCES: Mapping[str, Callable[[Row], str]] = {
     "STATE": _text("state"),
     "VERSION": _text("version"),
     "URL": _text("url"),
-    "CARDS": _many("gpus"),
+    "GPUS": _many("gpus"),
     "REASON": _text("reason"),
 }
 _MODELS: Mapping[str, Callable[[Row], str]] = {
@@ -156,14 +156,14 @@ _MODELS: Mapping[str, Callable[[Row], str]] = {
     "INSTANCE": _text("instance"),
     "STATE": _text("state"),
     "BUSY": _slots,
-    "PER CARD": _gib_per_card,
+    "PER GPU": _gib_per_gpu,
     "CONTEXT": _text("context_length"),
     "REASON": _text("reason"),
 }
 _RESERVATIONS: Mapping[str, Callable[[Row], str]] = {
     "LOAD": _text("load_id"),
     "INSTANCE": _text("instance"),
-    "PER CARD": _gib_per_card,
+    "PER GPU": _gib_per_gpu,
 }
 _WAITING: Mapping[str, Callable[[Row], str]] = {
     "MODEL": _text("model"),

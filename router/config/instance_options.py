@@ -1,7 +1,7 @@
 """What one instance is run with: its own values, else its variables, else those for all, else the keys of `ollama`.
 
 A variable that a server obeys (`OLLAMA_NUM_PARALLEL` in `env`) changes what a model takes there, so the router's
-books must follow it. Decides nothing else about an instance: neither its cards nor its port.
+books must follow it. Decides nothing else about an instance: neither its GPUs nor its port.
 """
 
 from __future__ import annotations

@@ -48,14 +48,14 @@ def keep_alive_seconds(value: object) -> object:
 
 
 def named_by_text(value: object) -> object:
-    """A mapping whose keys YAML has read as numbers, as cards by index are, with text for keys."""
+    """A mapping whose keys YAML has read as numbers, as GPUs by index are, with text for keys."""
     if not isinstance(value, Mapping):
         return value
     return {str(key): inner for key, inner in cast("Mapping[object, object]", value).items()}
 
 
 def listed(value: object) -> object:
-    """`a, b` -> `("a", "b")`, as OLLAMA_ORIGINS is written; numbers in a list (card indices) become text."""
+    """`a, b` -> `("a", "b")`, as OLLAMA_ORIGINS is written; numbers in a list (GPU indices) become text."""
     if isinstance(value, str):
         return tuple(word.strip() for word in value.split(",") if word.strip())
     if isinstance(value, list | tuple):

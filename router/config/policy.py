@@ -1,6 +1,6 @@
-"""The configuration's rules of placement in the deciding core's terms: pins of models, cards for some models only.
+"""The configuration's rules of placement in the deciding core's terms: pins of models, GPUs for some models only.
 
-Cards are named by UUID, its beginning or index, and must be there; names of models are brought into their one form.
+GPUs are named by UUID, its beginning or index, and must be there; names of models are brought into their one form.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ UNSEEN_MARGIN_RATIO = 0.02
 """Estimates came within 2 % of what a 70B was measured to take (tests/engines/ollama/test_memory_estimate.py)."""
 
 
-def policy_of(settings: Settings, cards: Sequence[Gpu], like: InstanceSpec) -> Policy:
+def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Policy:
     """Everything that decisions use. `like`: the tuning of instances that are started on demand.
 
     Raises:
-        ConfigError: a pin names a card that is not there, a model by no name, or asks for what excludes itself.
+        ConfigError: a pin names a GPU that is not there, a model by no name, or asks for what excludes itself.
     """
     placement = settings.placement
     return Policy(
@@ -33,16 +33,16 @@ def policy_of(settings: Settings, cards: Sequence[Gpu], like: InstanceSpec) -> P
         queue_timeout_seconds=settings.queue.timeout_seconds,
         load_timeout_seconds=settings.ollama.load_timeout_seconds,
         keep_alive_seconds=settings.ollama.keep_alive,
-        instances_on_demand=placement.on_demand and settings.discovers and bool(cards),
+        instances_on_demand=placement.on_demand and settings.discovers and bool(gpus),
         on_demand_like=like,
         instance_idle_seconds=placement.instance_idle_seconds,
-        patience_seconds=placement.patience_seconds,
+        ttft_target_seconds=placement.ttft_target_seconds,
         starving_after_seconds=placement.starving_after_seconds,
-        loads_at_once=placement.loads_at_once,
+        concurrent_loads_max=placement.concurrent_loads_max,
         context_length=settings.ollama.context_length,
-        pins={_name(name): _pin(name, one, cards) for name, one in settings.models.items() if name != ANY_MODEL},
+        pins={_name(name): _pin(name, one, gpus) for name, one in settings.models.items() if name != ANY_MODEL},
         exclusive_gpus={
-            _card(wanted, "placement.exclusive_gpus", cards): frozenset(_name(name) for name in names)
+            _gpu(wanted, "placement.exclusive_gpus", gpus): frozenset(_name(name) for name in names)
             for wanted, names in settings.placement.exclusive_gpus.items()
         },
     )
@@ -60,15 +60,15 @@ def _name(name: str) -> str:
         raise ConfigError([f"models: {error}"]) from error
 
 
-def _pin(name: str, one: ModelSettings, cards: Sequence[Gpu]) -> Pin:
+def _pin(name: str, one: ModelSettings, gpus: Sequence[Gpu]) -> Pin:
     where = f"models.{name}"
-    gpus = tuple(_card(wanted, f"{where}.gpus", cards) for wanted in one.gpus)
-    if gpus and one.layout == "cpu":
+    pinned = tuple(_gpu(wanted, f"{where}.gpus", gpus) for wanted in one.gpus)
+    if pinned and one.layout == "cpu":
         raise ConfigError([f"{where}: gpus and layout: cpu exclude each other"])
-    if len(gpus) == 1 and one.layout == "spread":
+    if len(pinned) == 1 and one.layout == "spread":
         raise ConfigError([f"{where}: layout: spread needs several gpus, or none to let the router choose them"])
     return Pin(
-        gpus=gpus,
+        gpus=pinned,
         spread=one.layout == "spread",
         cpu=one.layout == "cpu",
         context_length=one.context_length,
@@ -80,13 +80,13 @@ def _pin(name: str, one: ModelSettings, cards: Sequence[Gpu]) -> Pin:
     )
 
 
-def _card(wanted: str, where: str, cards: Sequence[Gpu]) -> GpuUuid:
+def _gpu(wanted: str, where: str, gpus: Sequence[Gpu]) -> GpuUuid:
     if wanted.isdecimal():
-        found = [card for card in cards if card.index == int(wanted)]
+        found = [gpu for gpu in gpus if gpu.index == int(wanted)]
     else:
-        found = [card for card in cards if card.uuid.lower().startswith(wanted.lower())]
+        found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(wanted.lower())]
     if len(found) == 1:
         return found[0].uuid
-    there = ", ".join(f"{card.index}: {card.uuid} ({card.name})" for card in cards) or "none"
-    problem = "is no card" if not found else "fits several cards"
+    there = ", ".join(f"{gpu.index}: {gpu.uuid} ({gpu.name})" for gpu in gpus) or "none"
+    problem = "is no GPU" if not found else "fits several GPUs"
     raise ConfigError([f"{where}: {wanted!r} {problem} of this machine; there are: {there}"])

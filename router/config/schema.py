@@ -21,7 +21,7 @@ RESERVED_VARIABLES = {
     "OLLAMA_NO_CLOUD": "use ollama.cloud",
     "OLLAMA_NOPRUNE": "pruning by one instance would break a download by another",
     "CUDA_VISIBLE_DEVICES": "use instances with gpus",
-    "CUDA_DEVICE_ORDER": "cards are named by UUID, which needs no order",
+    "CUDA_DEVICE_ORDER": "GPUs are named by UUID, which needs no order",
 }
 """Variables of a server on which the router's own books stand."""
 
@@ -120,10 +120,10 @@ class OllamaSettings(_Section):
         default=8192,
         ge=4,
         le=2**24,
-        description="Tokens of context a request; set, because a server over several cards would else take 131,072.",
+        description="Tokens of context a request; set, because a server over several GPUs would else take 131,072.",
     )
     flash_attention: bool | None = Field(
-        default=None, description="Flash attention on or off; unset, the server chooses by model and card."
+        default=None, description="Flash attention on or off; unset, the server chooses by model and GPU."
     )
     kv_cache_type: KvCacheType = Field(
         default="f16",
@@ -136,8 +136,8 @@ class OllamaSettings(_Section):
     )
     spread: Literal["auto", "even", "fill_first", "off"] = Field(
         default="auto",
-        description="Whether the instance over all cards spreads each model over all of them (even: by their memory) "
-        "or takes the fewest, fastest first (fill_first); auto is even on equal cards, fill_first on unequal ones; off "
+        description="Whether the instance over all GPUs spreads each model over all of them (even: by their memory) "
+        "or takes the fewest, fastest first (fill_first); auto is even on equal GPUs, fill_first on unequal ones; off "
         "runs none.",
     )
     cloud: bool = Field(
@@ -147,7 +147,7 @@ class OllamaSettings(_Section):
         default=600.0, description="Longest time that one load may take; a 70B from a slow disk needs minutes."
     )
     start_timeout_seconds: Seconds = Field(
-        default=60.0, description="Longest time until an instance answers and reports its cards, which can take 30 s."
+        default=60.0, description="Longest time until an instance answers and reports its GPUs, which can take 30 s."
     )
     env: Variables = Field(
         default_factory=dict, description="Variables that every instance is given as they are, such as OLLAMA_DEBUG."
@@ -187,7 +187,7 @@ class InstanceSettings(_Section):
         description="A server that something else runs, without a path; it is used, never started or stopped.",
     )
     gpus: Words = Field(
-        default=(), description="Its cards by UUID or index, in order of preference; none: it runs on the CPU."
+        default=(), description="Its GPUs by UUID or index, in order of preference; none: it runs on the CPU."
     )
     num_parallel: int | None = Field(
         default=None, ge=1, le=1024, description="Its slots a model; of an attached server, what it was started with."
@@ -204,7 +204,7 @@ class InstanceSettings(_Section):
         if self.url is not None and self.env:
             raise ValueError("env has no effect on an attached server: set it where that server is started")
         if len(set(self.gpus)) != len(self.gpus):
-            raise ValueError("gpus names a card twice")
+            raise ValueError("gpus names a GPU twice")
         refuse_reserved(self.env, "env")
         return self
 
@@ -218,11 +218,11 @@ class ModelSettings(_Section):
         "context is large enough; pass forwards all of them, and each other value reloads the model.",
     )
     gpus: Words = Field(
-        default=(), description="Its cards by UUID or index: exactly these, one or several; none: the router chooses."
+        default=(), description="Its GPUs by UUID or index: exactly these, one or several; none: the router chooses."
     )
     layout: Literal["auto", "spread", "cpu"] = Field(
         default="auto",
-        description="auto is the smallest set of cards that holds it; spread is several even where one would do.",
+        description="auto is the smallest set of GPUs that holds it; spread is several even where one would do.",
     )
     context_length: int | None = Field(
         default=None,
@@ -259,28 +259,28 @@ class PlacementSettings(_Section):
 
     vram_margin_bytes: Bytes = Field(
         default=512 * 1024**2,
-        description="Kept free on each card beside what models are estimated to take, for what no estimate sees.",
+        description="Kept free on each GPU beside what models are estimated to take, for what no estimate sees.",
     )
     on_demand: bool = Field(
         default=True,
-        description="Starts further instances over any set of cards, each for one model, and stops them when they have "
+        description="Starts further instances over any set of GPUs, each for one model, and stops them when they have "
         "been empty; off, only the instances that are there from the start are used.",
     )
     instance_idle_seconds: Seconds = Field(
         default=120.0, description="How long an instance that was started on demand may be empty."
     )
     exclusive_gpus: Annotated[dict[str, Words], BeforeValidator(named_by_text)] = Field(
-        default_factory=dict, description="Cards (by UUID or index) that only the models listed for them may use."
+        default_factory=dict, description="GPUs (by UUID or index) that only the models listed for them may use."
     )
-    patience_seconds: Seconds = Field(
+    ttft_target_seconds: Seconds = Field(
         default=10.0, description="A first token that takes longer counts as too late; swaps are weighed by it."
     )
     starving_after_seconds: Seconds = Field(
         default=75.0,
         description="A request that has waited so long gets its place whatever that costs others; three quarters of it "
-        "for a model that no single card holds.",
+        "for a model that no single GPU holds.",
     )
-    loads_at_once: int = Field(
+    concurrent_loads_max: int = Field(
         default=4, ge=1, le=64, description="Loads under way at the same time; more would only share disk and PCIe."
     )
 
@@ -320,7 +320,7 @@ class PollSettings(_Section):
     """How often the outside is looked at."""
 
     gpu_seconds: PollSeconds = Field(
-        default=1.0, description="Between two readings of the cards; a stale one misplaces a model."
+        default=1.0, description="Between two readings of the GPUs; a stale one misplaces a model."
     )
     residency_seconds: PollSeconds = Field(
         default=1.0, description="Between two readings of each instance's loaded models."

@@ -71,10 +71,10 @@ class Settings(BaseSettings):
     server: ServerSettings = Field(default_factory=ServerSettings)
     ollama: OllamaSettings = Field(default_factory=OllamaSettings)
     instances: tuple[InstanceSettings, ...] = Field(
-        default=(), description="Instances by hand, for two or more servers without cards or ones that run already."
+        default=(), description="Instances by hand, for two or more servers without GPUs or ones that run already."
     )
     discover: bool | None = Field(
-        default=None, description="Makes one instance a card and a spread one; unset: only if none is declared by hand."
+        default=None, description="Makes one instance a GPU and a spread one; unset: only if none is declared by hand."
     )
     models: dict[str, ModelSettings] = Field(
         default_factory=dict, description="Rules of single models by name, `*` for all that have none of their own."
@@ -101,12 +101,12 @@ class Settings(BaseSettings):
     rig: str | None = Field(
         default=None,
         min_length=1,
-        description="EMULATED cards and servers instead of real ones (2x3090, 4090+3090, h100, a file).",
+        description="EMULATED GPUs and servers instead of real ones (2x3090, 4090+3090, h100, a file).",
     )
 
     @property
     def discovers(self) -> bool:
-        """Whether instances are made from the cards that are found."""
+        """Whether instances are made from the GPUs that are found."""
         return self.discover if self.discover is not None else not self.instances
 
     @model_validator(mode="after")

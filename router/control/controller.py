@@ -44,13 +44,13 @@ from router.domain.request import Ticket, TicketId
 from router.domain.snapshot import Snapshot
 from router.errors import RouterError, error_for
 from router.scheduler.dispatcher import Dispatcher
-from router.scheduler.queue.wait_estimate import Outlook
+from router.scheduler.queue.wait_estimate import WaitEstimate
 
 Clock = Callable[[], float]
 Decided = Callable[[Grant | Reject], None]
 
 _EARLIEST_WAKE_SECONDS = 0.01
-_OUTLOOK_SECONDS = 0.5
+_WAIT_ESTIMATE_SECONDS = 0.5
 """So long what was worked out of all waiting tickets is told to whoever asks about one."""
 
 
@@ -62,7 +62,7 @@ class InstanceDriver(Protocol):
     async def unload(self, unload: Unload) -> UnloadFinished: ...
 
     def start_instance(self, spec: InstanceSpec) -> None:
-        """Asks for one more instance on the cards of `spec`; what becomes of it comes as `InstanceChanged`."""
+        """Asks for one more instance on the GPUs of `spec`; what becomes of it comes as `InstanceChanged`."""
         ...
 
     def stop_instance(self, name: InstanceName) -> None:
@@ -74,7 +74,7 @@ class InstanceDriver(Protocol):
         ...
 
     def read_gpus(self) -> None:
-        """Asks for a reading of the cards now; it comes as `GpusRead`."""
+        """Asks for a reading of the GPUs now; it comes as `GpusRead`."""
         ...
 
 
@@ -84,7 +84,7 @@ class Observer(Protocol):
     def observe(self, event: Event, actions: list[Action], now: float) -> None: ...
 
 
-class Engine:
+class Controller:
     """Owns the dispatcher. Use inside `async with`: leaving it ends its tasks."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Engine:
         self._due: float | None = None
         """What the timer is set for."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._outlooks: tuple[float, Mapping[TicketId, Outlook]] = (float("-inf"), {})
+        self._wait_estimates: tuple[float, Mapping[TicketId, WaitEstimate]] = (float("-inf"), {})
         """When they were last worked out, and what came of it."""
         self._log = structlog.get_logger("router.control.controller")
 
@@ -156,19 +156,19 @@ class Engine:
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         return self._dispatcher.waiting
 
-    def outlooks(self) -> Mapping[TicketId, Outlook]:
+    def wait_estimates(self) -> Mapping[TicketId, WaitEstimate]:
         """Where each waiting ticket stands now, in the order in which they are served."""
         now = self.now()
-        self._outlooks = now, self._dispatcher.outlooks(now)
-        return self._outlooks[1]
+        self._wait_estimates = now, self._dispatcher.wait_estimates(now)
+        return self._wait_estimates[1]
 
-    def outlook(self, ticket_id: TicketId) -> Outlook | None:
+    def wait_estimate(self, ticket_id: TicketId) -> WaitEstimate | None:
         """Where one ticket stands, or stood half a second ago: many may ask. None for one that waits no more."""
         if ticket_id not in self._waiters:
             return None
-        at, known = self._outlooks
-        if ticket_id not in known or self.now() - at >= _OUTLOOK_SECONDS:
-            known = self.outlooks()
+        at, known = self._wait_estimates
+        if ticket_id not in known or self.now() - at >= _WAIT_ESTIMATE_SECONDS:
+            known = self.wait_estimates()
         return known.get(ticket_id)
 
     @property
@@ -267,8 +267,8 @@ class Engine:
 class Lease:
     """The right to use one slot of a loaded model, held by exactly one request."""
 
-    def __init__(self, engine: Engine, ticket: Ticket) -> None:
-        self._engine = engine
+    def __init__(self, controller: Controller, ticket: Ticket) -> None:
+        self._controller = controller
         self._ticket = ticket
         self._runner_lost = False
         self._decision: Grant | Reject | None = None
@@ -281,7 +281,7 @@ class Lease:
         Raises:
             RouterError: the request was rejected (queue full, waited out, too large, …).
         """
-        self._engine.submit(self._ticket, self._decide)
+        self._controller.submit(self._ticket, self._decide)
         try:
             await self._decided.wait()
         except asyncio.CancelledError:
@@ -296,7 +296,7 @@ class Lease:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._engine.release(self._ticket.id, runner_lost=self._runner_lost)
+        self._controller.release(self._ticket.id, runner_lost=self._runner_lost)
 
     def report_runner_lost(self) -> None:
         """The runner died under this request: the model has to be loaded anew before the slot is used again."""
@@ -309,9 +309,9 @@ class Lease:
     def _abandon(self) -> None:
         """A grant may have come in the very moment in which the client left, before or after it was told to leave."""
         if isinstance(self._decision, Grant):
-            self._engine.release(self._ticket.id)
+            self._controller.release(self._ticket.id)
         else:
-            self._engine.cancel(self._ticket.id)
+            self._controller.cancel(self._ticket.id)
 
 
 def rejection(reject: Reject) -> RouterError:

@@ -1,4 +1,4 @@
-"""Carries out all that the engine asks of the fleet: loads and unloads, instances on demand, readings of the cards.
+"""Carries out all that the engine asks of the fleet: loads and unloads, instances on demand, readings of the GPUs.
 
 It only joins the parts that do these things, so that the engine knows one of them.
 """
@@ -20,7 +20,7 @@ class Loader(Protocol):
     async def unload(self, unload: Unload) -> UnloadFinished: ...
 
 
-class FleetCarrier:
+class Effects:
     """Satisfies the engine's `InstanceDriver`. What it is given returns at once, but for the loader."""
 
     def __init__(

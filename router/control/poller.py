@@ -1,4 +1,4 @@
-"""Looks at the outside at a steady pace and posts what it sees: cards, each server's loaded models, the store's list.
+"""Looks at the outside at a steady pace and posts what it sees: GPUs, each server's loaded models, the store's list.
 
 A look that fails posts nothing and is logged once until it succeeds again: unknown is not empty. Decides nothing.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from router.domain.events import Event, GpusRead, LoadedModel, ModelKnown, ResidencyRead
+from router.domain.events import Event, GpusRead, LoadedModel, ModelDiscovered, ResidencyRead
 from router.domain.instance import InstanceState
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
@@ -26,7 +26,7 @@ Post = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class PollIntervals:
     """Seconds between two looks."""
 
     gpu_seconds: float
@@ -34,7 +34,7 @@ class Pace:
     catalog_seconds: float
 
 
-class Watcher:
+class StatePoller:
     """`run` looks until cancelled."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Watcher:
         snapshot: Callable[[], Snapshot],
         post: Post,
         now: Callable[[], float],
-        pace: Pace,
+        intervals: PollIntervals,
         warm: tuple[str, ...] = (),
         clear: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
@@ -57,7 +57,7 @@ class Watcher:
         self._snapshot = snapshot
         self._post = post
         self._now = now
-        self._pace = pace
+        self._intervals = intervals
         self._warm = warm
         self._clear = clear
         self._told: dict[str, ModelFacts] = {}
@@ -68,17 +68,19 @@ class Watcher:
     async def run(self) -> None:
         """Three steady looks side by side."""
         async with asyncio.TaskGroup() as looks:
-            looks.create_task(self._steadily(self._pace.gpu_seconds, "the cards", self.read_gpus, self._look_now))
-            looks.create_task(self._steadily(self._pace.residency_seconds, "loaded models", self._read_residencies))
-            looks.create_task(self._steadily(self._pace.catalog_seconds, "the store", self._read_catalog))
+            looks.create_task(self._steadily(self._intervals.gpu_seconds, "the GPUs", self.read_gpus, self._look_now))
+            looks.create_task(
+                self._steadily(self._intervals.residency_seconds, "loaded models", self._read_residencies)
+            )
+            looks.create_task(self._steadily(self._intervals.catalog_seconds, "the store", self._read_catalog))
 
     async def read_gpus(self) -> None:
-        """One reading of the cards, posted with the time before it began."""
+        """One reading of the GPUs, posted with the time before it began."""
         read_at = self._now()
         self._post(GpusRead(await self._poller.read(), read_at))
 
-    def look_at_gpus(self) -> None:
-        """Has the cards read at once, not at the next turn."""
+    def poll_gpus(self) -> None:
+        """Has the GPUs read at once, not at the next turn."""
         self._look_now.set()
 
     async def _steadily(
@@ -127,7 +129,7 @@ class Watcher:
             facts = await self._catalog.facts(name)
             if facts is not None and facts != self._told.get(name):
                 self._told[name] = facts
-                self._post(ModelKnown(facts))
+                self._post(ModelDiscovered(facts))
         if self._clear is not None:
             await self._cleared(self._clear)
 

@@ -9,8 +9,8 @@ from router.domain.footprint import FootprintKey
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.model import BlobDigest, ModelFacts
+from router.domain.replica_choice import Choice
 from router.domain.request import RunnerOptions, TicketId
-from router.scheduler.balancing.replica_scorer import Prospect
 
 
 class Grant(NamedTuple):
@@ -19,7 +19,7 @@ class Grant(NamedTuple):
     ticket_id: TicketId
     instance: InstanceName
     url: str
-    copy_reason: str
+    replica_reason: str
     """Why its model is loaded there."""
     used: int
     """Slots that were in use already."""
@@ -35,7 +35,7 @@ class Grant(NamedTuple):
     def reason(self) -> str:
         """Put into words when it is read, which few are."""
         words = self.choice.words() if self.choice is not None else ""
-        return f"{self.copy_reason}; {self.used} of {self.slots} slots were in use{words}"
+        return f"{self.replica_reason}; {self.used} of {self.slots} slots were in use{words}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class StartInstance:
-    """One more server, over the cards of `spec`; its port and the rest of its environment are the starter's."""
+    """One more server, over the GPUs of `spec`; its port and the rest of its environment are the starter's."""
 
     spec: InstanceSpec
     reason: str
@@ -97,29 +97,7 @@ class Remember:
 
 @dataclass(frozen=True, slots=True)
 class ReadGpus:
-    """Memory has changed by our own doing: read the cards now, not at the next turn."""
+    """Memory has changed by our own doing: read the GPUs now, not at the next turn."""
 
 
 Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | Remember | ReadGpus
-
-
-class Choice(NamedTuple):
-    """One copy among others, and what is to be told of it; made into words only where somebody reads them."""
-
-    chosen: int
-    """Which of them."""
-    prospects: tuple[Prospect, ...]
-    seconds: tuple[float, ...]
-    """Of waiting, expected of each: `waiting_seconds`."""
-    prompt_tokens: int
-
-    def words(self) -> str:
-        """Why that one, as the end of a grant's reason; "" where there was no choice."""
-        if len(self.prospects) == 1:
-            return ""
-        held = self.prompt_tokens - self.prospects[self.chosen].missing_tokens
-        kept = f", {held} tokens of the prompt in its cache" if held else ""
-        both = zip(self.seconds, self.prospects, strict=True)
-        least, other = min(each for index, each in enumerate(both) if index != self.chosen)
-        expected = f"about {self.seconds[self.chosen]:.2f} s of waiting{kept}"
-        return f"; {expected}, and {least:.2f} s on {other.instance}"

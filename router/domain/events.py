@@ -31,7 +31,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class GpusRead:
-    """The cards, read at `read_at` (the time *before* the reading began)."""
+    """The GPUs, read at `read_at` (the time *before* the reading began)."""
 
     gpus: tuple[Gpu, ...]
     read_at: float
@@ -103,14 +103,14 @@ class UnloadFinished:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelKnown:
+class ModelDiscovered:
     """The facts of a model that shall be warm, whether or not anybody has asked for it yet."""
 
     model: ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadAsked:
+class UnloadRequested:
     """A client wants a model gone from every instance once its running requests end."""
 
     blob: BlobDigest
@@ -119,7 +119,7 @@ class UnloadAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class FootprintsKnown:
+class FootprintsLoaded:
     """Footprints that earlier runs have measured."""
 
     footprints: tuple[tuple[FootprintKey, tuple[int, ...]], ...]
@@ -145,9 +145,9 @@ Event = (
     | LoadFinished
     | LoadFailed
     | UnloadFinished
-    | UnloadAsked
-    | ModelKnown
-    | FootprintsKnown
+    | UnloadRequested
+    | ModelDiscovered
+    | FootprintsLoaded
     | Ticked
     | ShutdownBegan
 )

@@ -10,7 +10,7 @@ from router.domain.model import BlobDigest
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a loaded model takes: bytes on each card of a placement, in the placement's card order."""
+    """What a loaded model takes: bytes on each GPU of a placement, in the placement's GPU order."""
 
     per_gpu_bytes: tuple[int, ...]
     weights_bytes: int
@@ -31,16 +31,16 @@ class FootprintKey(NamedTuple):
     """What a load's size depends on."""
 
     blob: BlobDigest
-    cards: int
+    gpus: int
     context_length: int
     slots: int
     kv_cache_type: str
     split: str = ""
-    """Shares of the cards where they are not even, as `LLAMA_ARG_TENSOR_SPLIT` has them."""
+    """Shares of the GPUs where they are not even, as `LLAMA_ARG_TENSOR_SPLIT` has them."""
     flash_attention: bool | None = None
     version: str = ""
     """Of the server, as far as what it takes may differ by it: `0.33`; "" where it has not told."""
 
     @property
     def kind(self) -> FootprintKind:
-        return self.blob, self.cards, self.split, self.flash_attention, self.version
+        return self.blob, self.gpus, self.split, self.flash_attention, self.version

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import NewType
 
 GpuUuid = NewType("GpuUuid", str)
-"""A card's NVML UUID, e.g. `GPU-8a0c…`; stable over reboots and re-cabling, unlike its index."""
+"""A GPU's NVML UUID, e.g. `GPU-8a0c…`; stable over reboots and re-cabling, unlike its index."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """One process that holds memory on a card, as NVML tells it."""
+    """One process that holds memory on a GPU, as NVML tells it."""
 
     pid: int
     used_bytes: int | None
@@ -19,7 +19,7 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One card as last read. A value that the card or driver does not support is None, never zero."""
+    """One GPU as last read. A value that the GPU or driver does not support is None, never zero."""
 
     uuid: GpuUuid
     index: int
@@ -41,7 +41,7 @@ class Gpu:
     memory_clock_hertz: int | None = None
     processes: tuple[GpuProcess, ...] = ()
     error: str | None = None
-    """Why the card could not be read ("GPU is lost"); memory figures are then the last known ones."""
+    """Why the GPU could not be read ("GPU is lost"); memory figures are then the last known ones."""
 
     @property
     def bandwidth_bytes_per_second(self) -> float | None:

@@ -31,7 +31,7 @@ class InstanceSpec:
 
     name: InstanceName
     gpus: tuple[GpuUuid, ...]
-    """Cards in the order of preference given to the server; empty for one that runs on the CPU."""
+    """GPUs in the order of preference given to the server; empty for one that runs on the CPU."""
     url: str
     """`http://127.0.0.1:PORT`, no path."""
     num_parallel: int = 2

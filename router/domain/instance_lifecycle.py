@@ -20,7 +20,7 @@ class Trigger(StrEnum):
     START = "start"
     """Asked for, or the wait after a failure is over."""
     ANSWERED = "answered"
-    """Answers `/api/version` and reported the cards that it was given."""
+    """Answers `/api/version` and reported the GPUs that it was given."""
     FAILED = "failed"
     """Died, could not start, or stopped answering; to be tried again."""
     GAVE_UP = "gave up"

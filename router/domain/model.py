@@ -48,7 +48,7 @@ class ModelFacts:
     input_bytes: int | None = None
     """Token embedding table, which stays in host memory, where the tensor table told its size."""
     output_bytes: int | None = None
-    """Output layer, which goes to the last card."""
+    """Output layer, which goes to the last GPU."""
     is_shared: bool = True
     """Whether the store that all spawned instances share holds it."""
     attached_on: frozenset[InstanceName] | None = None

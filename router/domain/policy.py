@@ -14,9 +14,9 @@ class Pin:
     """Where a model has to be, and how it is treated; None and empty: the router's choice."""
 
     gpus: tuple[GpuUuid, ...] = ()
-    """One card, or several to spread over: exactly these."""
+    """One GPU, or several to spread over: exactly these."""
     spread: bool = False
-    """Over several cards even where one would do."""
+    """Over several GPUs even where one would do."""
     cpu: bool = False
     context_length: int | None = None
     num_parallel: int | None = None
@@ -63,9 +63,9 @@ class Policy:
     starving_after_seconds: float = 75.0
     """A ticket that has waited so long gets its place whatever that costs others."""
     large_wait_share: float = 0.75
-    """A ticket for a model that no single card holds waits such a share of both: its load is long as well."""
+    """A ticket for a model that no single GPU holds waits such a share of both: its load is long as well."""
     instances_on_demand: bool = False
-    """Whether instances over any set of cards may be started, each for one model."""
+    """Whether instances over any set of GPUs may be started, each for one model."""
     on_demand_like: InstanceSpec | None = None
     """Slots, context and cache of an instance started on demand."""
     instance_idle_seconds: float = 60.0
@@ -75,15 +75,15 @@ class Policy:
     """Unloading what stands in the way and starting a runner; part of the price of every load."""
     load_bytes_per_second: float = 3e9
     """Assumed until loads have been seen."""
-    loads_at_once: int = 4
+    concurrent_loads_max: int = 4
     demand_half_life_seconds: float = 300.0
     swap_budget_bytes_per_second: float = 9e8
-    """Bytes loaded a second by the whole machine below which loads count as few: one host reads for all cards."""
+    """Bytes loaded a second by the whole machine below which loads count as few: one host reads for all GPUs."""
     swap_window_seconds: float = 60.0
     """Half-life of the memory of loads."""
     swap_ease_max: float = 4.0
     slots_bonus_max: int = 1
-    """So many slots more than the tuning says does a model over several cards get, where they fit beside it."""
+    """So many slots more than the tuning says does a model over several GPUs get, where they fit beside it."""
     late_share: float = 1.0
     """What a ticket that can no longer be served in time is worth at once, as a share of one that can, while loads are
     few."""
@@ -97,7 +97,7 @@ class Policy:
     """What a second of waiting counts for against what an eviction costs: more means shorter waits and more swaps."""
     residency_seconds_min: float = 0.0
     """A model that was loaded is not unloaded for another one's sake sooner, unless that one has waited for long."""
-    patience_seconds: float = 10.0
+    ttft_target_seconds: float = 10.0
     """A first token should not take longer: who would miss that by waiting goes before what is merely cheap."""
     context_length: int = 8192
     """Tokens of context that an instance gives where nothing is asked for."""
@@ -107,4 +107,4 @@ class Policy:
     pins: Mapping[str, Pin] = field(default_factory=dict[str, "Pin"])
     """By the shortest form of a model's name, with its tag."""
     exclusive_gpus: Mapping[GpuUuid, frozenset[str]] = field(default_factory=dict[GpuUuid, frozenset[str]])
-    """Cards that only these models may use."""
+    """GPUs that only these models may use."""

@@ -19,11 +19,11 @@ RunnerOptions = tuple[tuple[str, int | bool], ...]
 
 class LayoutKind(StrEnum):
     SINGLE = "single"
-    """One card, whichever."""
+    """One GPU, whichever."""
     SPREAD = "spread"
-    """Several cards."""
+    """Several GPUs."""
     GPU = "gpu"
-    """One card, that one."""
+    """One GPU, that one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Layout:
     gpu: GpuUuid | None = None
 
     def allows(self, gpus: tuple[GpuUuid, ...]) -> bool:
-        """Whether an instance over these cards will do."""
+        """Whether an instance over these GPUs will do."""
         if self.kind is LayoutKind.SPREAD:
             return len(gpus) > 1
         return len(gpus) == 1 and (self.gpu is None or gpus[0] == self.gpu)

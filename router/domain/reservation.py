@@ -13,7 +13,7 @@ from router.domain.residency import ResidencyKey
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Bytes set aside on all cards of a placement for a load under way; all of them or none."""
+    """Bytes set aside on all GPUs of a placement for a load under way; all of them or none."""
 
     load_id: LoadId
     instance: InstanceName
@@ -23,7 +23,7 @@ class Reservation:
     sent_at: float | None = None
     """When the load was sent to the server; None while room is being made."""
     finished_at: float | None = None
-    """When the load ended well; kept until a reading of the cards newer than that shows the bytes used."""
+    """When the load ended well; kept until a reading of the GPUs newer than that shows the bytes used."""
     evict: tuple[ResidencyKey, ...] = ()
     """What has to leave first; busy models among them take no new request and leave when they are idle."""
     cleared_at: float | None = None

@@ -32,7 +32,7 @@ class Residency:
     slots: int
     in_flight: int
     per_gpu_bytes: tuple[int, ...]
-    """In the instance's card order; the estimate until a measurement replaces it."""
+    """In the instance's GPU order; the estimate until a measurement replaces it."""
     context_length: int
     loaded_at: float
     used_at: float
@@ -40,7 +40,7 @@ class Residency:
     """When the router unloads it if idle; None: never by time. While UNLOADING: when a failed unload is sent again."""
     keep_alive_seconds: float = -1.0
     unloaded_at: float | None = None
-    """When its unload ended; it is forgotten once the cards were read after that."""
+    """When its unload ended; it is forgotten once the GPUs were read after that."""
     load_id: LoadId | None = None
     size_bytes: int = 0
     size_vram_bytes: int = 0

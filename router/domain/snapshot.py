@@ -67,15 +67,15 @@ class Snapshot:
     demand: Mapping[BlobDigest, Demand] = field(default_factory=dict[BlobDigest, Demand])
     wanted: Mapping[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
     """Models that tickets wait for, and how many."""
-    large_asked: bool = False
-    """Whether a model that no single card holds was asked for of late."""
+    large_model_requested: bool = False
+    """Whether a model that no single GPU holds was asked for of late."""
     load_rate_bytes_per_second: float | None = None
     """What loads have shown of late."""
     loaded_bytes_per_second: float = 0.0
     """Weights sent for loading of late."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
-    """Sets of cards on which an instance could not be started lately: no other is started there for now."""
-    worked_out: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
+    """Sets of GPUs on which an instance could not be started lately: no other is started there for now."""
+    memo: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
     """What was worked out from it already (`domain/snapshot_index.py`)."""
 
     def promised(self) -> frozenset[ResidencyKey]:

@@ -1,6 +1,6 @@
 """Sums and indices over one snapshot, worked out in one pass and kept with it.
 
-A place is sought for many models at once, on many sets of cards each, from the same facts: what every candidate would
+A place is sought for many models at once, on many sets of GPUs each, from the same facts: what every candidate would
 count again is counted here once. A snapshot holds still, so what was worked out from it stays true. It decides nothing.
 """
 
@@ -22,11 +22,11 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(slots=True)
-class CardSums:
-    """Bytes on one card, by whose they are."""
+class GpuTotals:
+    """Bytes on one GPU, by whose they are."""
 
     reserved: int = 0
-    """For loads that the last reading of the cards cannot show yet."""
+    """For loads that the last reading of the GPUs cannot show yet."""
     loading: int = 0
     """The part of it whose load was sent."""
     resident: int = 0
@@ -37,79 +37,79 @@ class CardSums:
     """Of models that are pinned to stay."""
 
 
-NOTHING = CardSums()
+NOTHING = GpuTotals()
 
 
-def once(snapshot: Snapshot, what: object, work_out: Callable[[], Worked]) -> Worked:
+def memoise(snapshot: Snapshot, what: object, work_out: Callable[[], Worked]) -> Worked:
     """The value that was worked out for this snapshot before, else what `work_out` gives now."""
-    found = snapshot.worked_out.get(what)
+    found = snapshot.memo.get(what)
     if found is None:
-        found = snapshot.worked_out[what] = work_out()
+        found = snapshot.memo[what] = work_out()
     return found
 
 
-def card_sums(snapshot: Snapshot, gpu: GpuUuid) -> CardSums:
-    sums: Mapping[GpuUuid, CardSums] = once(snapshot, card_sums, lambda: _all_sums(snapshot))
+def gpu_index(snapshot: Snapshot, gpu: GpuUuid) -> GpuTotals:
+    sums: Mapping[GpuUuid, GpuTotals] = memoise(snapshot, gpu_index, lambda: _all_sums(snapshot))
     return sums.get(gpu, NOTHING)
 
 
-def cards_of(snapshot: Snapshot, name: InstanceName) -> Sequence[GpuUuid]:
+def gpus_of(snapshot: Snapshot, name: InstanceName) -> Sequence[GpuUuid]:
     """Of the instance, in its order; none of one that is gone."""
     view = snapshot.instances.get(name)
     return view.spec.gpus if view is not None else ()
 
 
 def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:
-    """What the model holds of each card of its instance."""
-    return zip(cards_of(snapshot, residency.instance), residency.per_gpu_bytes, strict=False)
+    """What the model holds of each GPU of its instance."""
+    return zip(gpus_of(snapshot, residency.instance), residency.per_gpu_bytes, strict=False)
 
 
 def promised(snapshot: Snapshot) -> frozenset[ResidencyKey]:
     """Loaded models whose room is promised to a load that is planned."""
-    return once(snapshot, promised, snapshot.promised)
+    return memoise(snapshot, promised, snapshot.promised)
 
 
-def copies_of(snapshot: Snapshot, blob: BlobDigest) -> Sequence[Residency]:
+def replicas_of(snapshot: Snapshot, blob: BlobDigest) -> Sequence[Residency]:
     """Residencies of these weights, in whatever state."""
-    by_blob: Mapping[BlobDigest, list[Residency]] = once(
-        snapshot, copies_of, lambda: _grouped((r.blob, r) for r in snapshot.residencies.values())
+    by_blob: Mapping[BlobDigest, list[Residency]] = memoise(
+        snapshot, replicas_of, lambda: _grouped((r.blob, r) for r in snapshot.residencies.values())
     )
     return by_blob.get(blob, ())
 
 
 def residencies_of(snapshot: Snapshot, name: InstanceName) -> Sequence[ResidencyKey]:
     """What is loaded on that instance, or on its way in or out."""
-    by_name: Mapping[InstanceName, list[ResidencyKey]] = once(
+    by_name: Mapping[InstanceName, list[ResidencyKey]] = memoise(
         snapshot, residencies_of, lambda: _grouped((key[0], key) for key in snapshot.residencies)
     )
     return by_name.get(name, ())
 
 
 def residencies_on(snapshot: Snapshot, gpu: GpuUuid) -> Sequence[ResidencyKey]:
-    """The same for all instances that have this card."""
-    by_card: Mapping[GpuUuid, list[ResidencyKey]] = once(
+    """The same for all instances that have this GPU."""
+    by_gpu: Mapping[GpuUuid, list[ResidencyKey]] = memoise(
         snapshot,
         residencies_on,
-        lambda: _grouped((gpu, key) for key in snapshot.residencies for gpu in cards_of(snapshot, key[0])),
+        lambda: _grouped((gpu, key) for key in snapshot.residencies for gpu in gpus_of(snapshot, key[0])),
     )
-    return by_card.get(gpu, ())
+    return by_gpu.get(gpu, ())
 
 
 def instances_over(snapshot: Snapshot, gpus: frozenset[GpuUuid]) -> Sequence[InstanceView]:
-    """Instances on exactly these cards, in the order of the snapshot."""
-    by_cards: Mapping[frozenset[GpuUuid], list[InstanceView]] = once(
+    """Instances on exactly these GPUs, in the order of the snapshot."""
+    by_gpus: Mapping[frozenset[GpuUuid], list[InstanceView]] = memoise(
         snapshot,
         instances_over,
         lambda: _grouped((frozenset(view.spec.gpus), view) for view in snapshot.instances.values()),
     )
-    return by_cards.get(gpus, ())
+    return by_gpus.get(gpus, ())
 
 
-def _all_sums(snapshot: Snapshot) -> dict[GpuUuid, CardSums]:
-    sums: dict[GpuUuid, CardSums] = {}
+def _all_sums(snapshot: Snapshot) -> dict[GpuUuid, GpuTotals]:
+    sums: dict[GpuUuid, GpuTotals] = {}
     for reservation in snapshot.reservations.values():
         for gpu, size in reservation.per_gpu_bytes:
-            found = sums.setdefault(gpu, CardSums())
+            found = sums.setdefault(gpu, GpuTotals())
             found.reserved += size
             if reservation.sent_at is not None:
                 found.loading += size
@@ -118,11 +118,11 @@ def _all_sums(snapshot: Snapshot) -> dict[GpuUuid, CardSums]:
         pin = snapshot.policy.pins.get(residency.name)
         is_kept = pin is not None and pin.keep_warm
         for gpu, size in bytes_by_gpu(snapshot, residency):
-            _add(sums.setdefault(gpu, CardSums()), residency.state, size, key in room, is_kept)
+            _add(sums.setdefault(gpu, GpuTotals()), residency.state, size, key in room, is_kept)
     return sums
 
 
-def _add(sums: CardSums, state: ResidencyState, size: int, is_promised: bool, is_kept: bool) -> None:
+def _add(sums: GpuTotals, state: ResidencyState, size: int, is_promised: bool, is_kept: bool) -> None:
     if state in (ResidencyState.READY, ResidencyState.UNLOADING):
         sums.resident += size
     if state is ResidencyState.UNLOADING or is_promised:

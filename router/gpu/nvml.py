@@ -1,6 +1,6 @@
-"""Reads NVIDIA cards through NVML: the one file that imports `pynvml` (distribution `nvidia-ml-py`).
+"""Reads NVIDIA GPUs through NVML: the one file that imports `pynvml` (distribution `nvidia-ml-py`).
 
-Blocking, for one thread at a time; `gpus.GpuPoller` keeps it off the event loop. Changes no setting of a card. Sources:
+Blocking, for one thread at a time; `gpus.GpuPoller` keeps it off the event loop. Changes no setting of a GPU. Sources:
 NVML API reference (device queries, multi-instance GPU management); field names are `core.entities.Gpu`'s.
 """
 
@@ -18,20 +18,20 @@ from router.domain.gpu import Gpu, GpuProcess, GpuUuid
 
 _nvml: Any = pynvml
 
-_FATAL_TO_A_CARD: tuple[type[Exception], ...] = (
+_FATAL_TO_A_GPU: tuple[type[Exception], ...] = (
     _nvml.NVMLError_GpuIsLost,
     _nvml.NVMLError_ResetRequired,
     _nvml.NVMLError_DriverNotLoaded,
     _nvml.NVMLError_Uninitialized,
 )
-"""What makes all values of a card worthless; any other error makes one value absent."""
+"""What makes all values of a GPU worthless; any other error makes one value absent."""
 
 _ERRORS: tuple[type[Exception], ...] = (_nvml.NVMLError, _nvml.NVMLLibraryMismatchError)
 _HERTZ_PER_MEGAHERTZ = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class NoCards:
+class NoGpus:
     """Why there is nothing to read."""
 
     reason: str
@@ -42,32 +42,32 @@ class _Device:
     """A handle with what never changes about it, and its last reading."""
 
     handle: Any | None
-    """None while the driver does not give one, as for a card that was lost before the start."""
+    """None while the driver does not give one, as for a GPU that was lost before the start."""
     index: int
     parent: Any | None = None
-    """The whole card's handle, where this is a MIG device."""
+    """The whole GPU's handle, where this is a MIG device."""
     fixed: Gpu | None = None
     """Everything that cannot change; memory figures in it are of no use."""
     last: Gpu | None = None
     error: str | None = None
 
 
-def open_nvml() -> NvmlReader | NoCards:
-    """A reader of all cards, or why there is none: no driver, a driver that does not answer, no card."""
+def open_nvml() -> NvmlReader | NoGpus:
+    """A reader of all GPUs, or why there is none: no driver, a driver that does not answer, no GPU."""
     try:
         _nvml.nvmlInit()
     except _nvml.NVMLError_LibraryNotFound:
-        return NoCards("no NVIDIA driver is installed (libnvidia-ml.so.1 is not there)")
+        return NoGpus("no NVIDIA driver is installed (libnvidia-ml.so.1 is not there)")
     except _ERRORS as error:
-        return NoCards(f"the NVIDIA driver does not answer: {error}")
+        return NoGpus(f"the NVIDIA driver does not answer: {error}")
     try:
         reader = NvmlReader(list(_devices()))
     except _ERRORS as error:
         _nvml.nvmlShutdown()
-        return NoCards(f"the NVIDIA driver does not list its cards: {error}")
+        return NoGpus(f"the NVIDIA driver does not list its gpus: {error}")
     if not reader.device_count:
         reader.close()
-        return NoCards("the NVIDIA driver is there, but no card is")
+        return NoGpus("the NVIDIA driver is there, but no GPU is")
     return reader
 
 
@@ -80,11 +80,11 @@ class NvmlReader:
 
     @property
     def device_count(self) -> int:
-        """Cards and MIG devices that the driver listed, readable or not."""
+        """GPUs and MIG devices that the driver listed, readable or not."""
         return len(self._devices)
 
     def read(self) -> tuple[Gpu, ...]:
-        """All cards. One that cannot be read is given as last read, with `error` set, or not at all if it never was."""
+        """All GPUs. One that cannot be read is given as last read, with `error` set, or not at all if it never was."""
         return tuple(gpu for device in self._devices if (gpu := self._read(device)) is not None)
 
     def close(self) -> None:
@@ -110,10 +110,10 @@ class NvmlReader:
 
 
 def _devices() -> Iterator[_Device]:
-    """All cards; a card in MIG mode as its MIG devices, which are all that CUDA then offers of it.
+    """All GPUs; a GPU in MIG mode as its MIG devices, which are all that CUDA then offers of it.
 
-    A whole card keeps its NVML index, which with CUDA_DEVICE_ORDER=PCI_BUS_ID is CUDA's; MIG devices are counted on
-    from the number of cards.
+    A whole GPU keeps its NVML index, which with CUDA_DEVICE_ORDER=PCI_BUS_ID is CUDA's; MIG devices are counted on
+    from the number of GPUs.
     """
     count = _nvml.nvmlDeviceGetCount()
     next_index = count
@@ -121,7 +121,7 @@ def _devices() -> Iterator[_Device]:
         try:
             handle = _nvml.nvmlDeviceGetHandleByIndex(index)
             parts = _mig_handles(handle) if _is_partitioned(handle) else None
-        except _ERRORS:  # one card must not hide the others; reading it will tell what is wrong
+        except _ERRORS:  # one GPU must not hide the others; reading it will tell what is wrong
             handle, parts = None, None
         if parts is None:
             yield _Device(handle, index)
@@ -146,10 +146,10 @@ def _mig_handles(handle: Any) -> list[Any]:
 
 
 def _optional(query: Callable[..., Any], *arguments: Any) -> Any:
-    """The value, or None where this card, driver or user cannot have it. Raises where the card is lost."""
+    """The value, or None where this GPU, driver or user cannot have it. Raises where the GPU is lost."""
     try:
         return query(*arguments)
-    except _FATAL_TO_A_CARD:
+    except _FATAL_TO_A_GPU:
         raise
     except _ERRORS:
         return None
@@ -207,7 +207,7 @@ def _memory(handle: Any) -> tuple[int, int, int, int | None]:
     try:
         info = _nvml.nvmlDeviceGetMemoryInfo(handle, version=_nvml.nvmlMemory_v2)
         return info.total, info.free, info.used, info.reserved
-    except _FATAL_TO_A_CARD:
+    except _FATAL_TO_A_GPU:
         raise
     except _ERRORS:
         info = _nvml.nvmlDeviceGetMemoryInfo(handle)

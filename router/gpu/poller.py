@@ -1,4 +1,4 @@
-"""Reading cards without blocking the event loop: the reader's protocol, and the one thread that readings run in.
+"""Reading GPUs without blocking the event loop: the reader's protocol, and the one thread that readings run in.
 
 Knows neither NVML nor the emulated rig; decides nothing about what was read.
 """
@@ -15,7 +15,7 @@ from router.domain.gpu import Gpu
 
 
 class GpuReader(Protocol):
-    """Reads all cards, blocking. Used from one thread at a time; not used after `close`."""
+    """Reads all GPUs, blocking. Used from one thread at a time; not used after `close`."""
 
     def read(self) -> tuple[Gpu, ...]: ...
 
@@ -46,7 +46,7 @@ class GpuPoller:
         self._thread: threading.Thread | None = None
 
     async def read(self) -> tuple[Gpu, ...]:
-        """The cards as they are now. Raises GpuReadTimeout after `timeout_seconds`, and whatever the reader raises."""
+        """The GPUs as they are now. Raises GpuReadTimeout after `timeout_seconds`, and whatever the reader raises."""
         if self._closed:
             raise RuntimeError("the GPU poller is closed")
         if self._reading is not None and self._is_late:

@@ -1,4 +1,4 @@
-"""Draws a simulated run: each card's memory by model over time, and who waited and ran. `python -m … RUN.json OUT.svg`.
+"""Draws a simulated run: each GPU's memory by model over time, and who waited and ran. `python -m … RUN.json OUT.svg`.
 
 It reads the JSON that `llamayard simulate --out` writes and nothing else, in a process of its own, so that nobody else
 needs matplotlib (the extra `sim`).
@@ -34,15 +34,15 @@ def main(arguments: list[str]) -> int:
 def draw(title: str, run: dict[str, Any], target: Path) -> None:
     """Writes the picture; its kind follows from the file's name (svg, png, pdf)."""
     mpl.rcParams["svg.hashsalt"] = "llamayard"  # the same run gives the same file
-    cards: list[dict[str, Any]] = run["cards"]
-    heights = [1.0] * len(cards) + [1.2]
+    gpus: list[dict[str, Any]] = run["gpus"]
+    heights = [1.0] * len(gpus) + [1.2]
     figure, axes = pyplot.subplots(
         len(heights), 1, sharex=True, figsize=(_WIDTH_INCHES, 1.6 * len(heights)), height_ratios=heights, squeeze=False
     )
     rows: list[Axes] = [row[0] for row in axes]
     colours = _colours(run)
-    for card, axis in zip(cards, rows, strict=False):
-        _draw_card(axis, card, run, colours)
+    for gpu, axis in zip(gpus, rows, strict=False):
+        _draw_gpu(axis, gpu, run, colours)
     _draw_queue(rows[-1], run)
     for at, _ in run["notes"]:
         for axis in rows:
@@ -63,11 +63,11 @@ def _colours(run: dict[str, Any]) -> dict[str, Any]:
     return {name: palette(index % 20) for index, name in enumerate(names)}
 
 
-def _draw_card(axis: Axes, card: dict[str, Any], run: dict[str, Any], colours: dict[str, Any]) -> None:
+def _draw_gpu(axis: Axes, gpu: dict[str, Any], run: dict[str, Any], colours: dict[str, Any]) -> None:
     """A block a stay, on top of what was there before; pale while it loads, hatched where partly on the CPU."""
     shown: list[tuple[float, float, float, float]] = []
     for stay in run["stays"]:
-        size = stay["bytes"].get(card["uuid"], 0) / GB
+        size = stay["bytes"].get(gpu["uuid"], 0) / GB
         if not size:
             continue
         began = stay["began"]
@@ -79,8 +79,8 @@ def _draw_card(axis: Axes, card: dict[str, Any], run: dict[str, Any], colours: d
         colour = colours[stay["model"]]
         axis.broken_barh([(began, ready - began)], (bottom, size), facecolor=colour, alpha=_LOADING_ALPHA, hatch=hatch)
         axis.broken_barh([(ready, ended - ready)], (bottom, size), facecolor=colour, edgecolor="white", hatch=hatch)
-    axis.set_ylim(0, card["usable_bytes"] / GB)
-    axis.set_ylabel(f"card {card['index']}\nGB", fontsize=8)
+    axis.set_ylim(0, gpu["usable_bytes"] / GB)
+    axis.set_ylabel(f"GPU {gpu['index']}\nGB", fontsize=8)
     axis.tick_params(labelsize=7)
 
 

@@ -1,4 +1,4 @@
-"""Rigs, mixes and contestants by name: puts the catalogue's models and the rig's cards into what the simulator plays.
+"""Rigs, mixes and contestants by name: puts the catalogue's models and the rig's GPUs into what the simulator plays.
 
 It is the one place where the emulated rig and the simulator meet. It runs nothing.
 """
@@ -26,9 +26,9 @@ from router.lab.simulator.baselines.llamayard import Llamayard, Seen
 from router.lab.simulator.baselines.planned import Planned
 from router.lab.simulator.baselines.stock import NginxOverServers, StockServer
 from router.lab.simulator.clairvoyant import search
-from router.lab.simulator.gpus import SimCard
+from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
-from router.lab.simulator.runner import MakeContestant, Scenario
+from router.lab.simulator.runner import MakeBaseline, Scenario
 from router.lab.simulator.workload import (
     TRACE,
     Demand,
@@ -84,7 +84,7 @@ _LARGE = ("llama3.3:70b", "qwen2.5-coder:32b", "deepseek-r1:32b", "gemma2:27b")
 MIXES = ("small", "team", "wide", "large")
 _LARGE_RIG_BYTES = 80 * 1000**3
 
-CONTESTANTS = (
+BASELINES = (
     "stock-0.24",
     "stock-0.33",
     "spread-0.24",
@@ -104,7 +104,7 @@ class ScenarioError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ScenarioSpec:
     """A scenario by its names."""
 
     rig: str = "4x3090"
@@ -119,7 +119,7 @@ class Wanted:
     cold_start: bool = False
 
 
-def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
+def scenario(wanted: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
     """The machine and the sessions. `rows`: the trace where it was read already.
 
     Raises:
@@ -131,7 +131,7 @@ def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenar
     demand = demand_of(wanted)
     sessions = make_sessions(rows or read_trace(wanted.trace), mix, models, demand, wanted.seed)
     return Scenario(
-        cards=sim_cards(rig),
+        gpus=sim_gpus(rig),
         models=models,
         sessions=sessions,
         seconds=demand.seconds,
@@ -141,7 +141,7 @@ def scenario(wanted: Wanted, rows: tuple[TraceRow, ...] | None = None) -> Scenar
     )
 
 
-def demand_of(wanted: Wanted) -> Demand:
+def demand_of(wanted: ScenarioSpec) -> Demand:
     """How much is asked for. Raises ScenarioError."""
     given = wanted.requests_per_second
     rate = rate_of(wanted.rig, wanted.mix) if given is None else _above_nothing("rate", given)
@@ -158,16 +158,16 @@ def _above_nothing(what: str, number: float) -> float:
 
 
 def flood(seconds: float = 300.0) -> Scenario:
-    """Four users who never stop asking one model on one card, the first with ten times the sessions of each other.
+    """Four users who never stop asking one model on one GPU, the first with ten times the sessions of each other.
 
-    The others have ten each, so that all of them always wait, though the router fills the card with copies.
+    The others have ten each, so that all of them always wait, though the router fills the GPU with copies.
     """
     rig = parse_spec("3090")
     model = model_facts("llama3.1:8b")
     turns = tuple(Turn(0.0, 500, 0 if turn == 0 else 400, 200) for turn in range(200))
     owners = ["greedy"] * 100 + [f"modest{number}" for number in range(3) for _ in range(10)]
     sessions = tuple(Session(index, user, model.name, turns) for index, user in enumerate(owners))
-    return Scenario(cards=sim_cards(rig), models={model.name: model}, sessions=sessions, seconds=seconds)
+    return Scenario(gpus=sim_gpus(rig), models={model.name: model}, sessions=sessions, seconds=seconds)
 
 
 def rate_of(rig: str, mix: str) -> float:
@@ -177,7 +177,7 @@ def rate_of(rig: str, mix: str) -> float:
 
 def mix_named(name: str, rig: RigSpec) -> Mix:
     """A mix by name for the size of the rig, or models by name, separated by commas, each perhaps with `=WEIGHT`."""
-    total = sum(card.memory_total_bytes for card in rig.cards)
+    total = sum(gpu.memory_total_bytes for gpu in rig.gpus)
     named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total > _LARGE_RIG_BYTES else _WIDE_48,
              "large": _LARGE}  # fmt: skip
     if name in named:
@@ -201,22 +201,22 @@ def _weight(part: str, text: str) -> float:
     return _above_nothing(f"mix: the weight of {part.partition('=')[0]}", number)
 
 
-def sim_cards(rig: RigSpec) -> tuple[SimCard, ...]:
+def sim_gpus(rig: RigSpec) -> tuple[SimGpu, ...]:
     return tuple(
-        SimCard(
+        SimGpu(
             uuid=uuid,
             index=index,
-            name=card.name,
-            memory_total_bytes=card.memory_total_bytes,
-            memory_reserved_bytes=card.memory_reserved_bytes,
-            memory_bus_width_bits=card.memory_bus_width_bits,
-            memory_clock_hertz=card.memory_clock_hertz,
-            fp32_teraflops=card.fp32_teraflops,
-            compute_capability=card.compute_capability,
-            pcie_generation=card.pcie_generation,
-            pcie_width=card.pcie_width,
+            name=gpu.name,
+            memory_total_bytes=gpu.memory_total_bytes,
+            memory_reserved_bytes=gpu.memory_reserved_bytes,
+            memory_bus_width_bits=gpu.memory_bus_width_bits,
+            memory_clock_hertz=gpu.memory_clock_hertz,
+            fp32_teraflops=gpu.fp32_teraflops,
+            compute_capability=gpu.compute_capability,
+            pcie_generation=gpu.pcie_generation,
+            pcie_width=gpu.pcie_width,
         )
-        for index, (uuid, card) in enumerate(zip(rig.uuids, rig.cards, strict=True))
+        for index, (uuid, gpu) in enumerate(zip(rig.uuids, rig.gpus, strict=True))
     )
 
 
@@ -239,8 +239,8 @@ def _active_share(entry: Entry) -> float:
 
 
 def large_models(scene: Scenario) -> frozenset[str]:
-    """Names of the models that no single card of the rig holds whole."""
-    room = max(card.usable_bytes for card in scene.cards)
+    """Names of the models that no single GPU of the rig holds whole."""
+    room = max(gpu.usable_bytes for gpu in scene.gpus)
     config = ServerConfig()
     return frozenset(
         name
@@ -249,7 +249,7 @@ def large_models(scene: Scenario) -> frozenset[str]:
     )
 
 
-def contestant(name: str, scene: Scenario, policy: Policy | None = None, seen: Seen | None = None) -> MakeContestant:
+def baseline(name: str, scene: Scenario, policy: Policy | None = None, seen: Seen | None = None) -> MakeBaseline:
     """Makes one by name. `policy` and `seen` are llamayard's; the best plan is searched for in `scene` first.
 
     Raises:
@@ -260,7 +260,7 @@ def contestant(name: str, scene: Scenario, policy: Policy | None = None, seen: S
         plan = search(scene, config)
         return lambda host, models: Planned(host, models, config, plan)
     newer = replace(config, version=(0, 33, 0))
-    makers: Mapping[str, MakeContestant] = {
+    makers: Mapping[str, MakeBaseline] = {
         "stock-0.24": lambda host, _: StockServer(host, config),
         "stock-0.33": lambda host, _: StockServer(host, newer),
         "spread-0.24": lambda host, _: StockServer(host, replace(config, spread=True)),
@@ -273,5 +273,5 @@ def contestant(name: str, scene: Scenario, policy: Policy | None = None, seen: S
         "floor": lambda host, models: Floor(host, models, config),
     }
     if name not in makers:
-        raise ScenarioError(f"policy: no {name!r}; there are: {', '.join(CONTESTANTS)}")
+        raise ScenarioError(f"policy: no {name!r}; there are: {', '.join(BASELINES)}")
     return makers[name]

@@ -33,7 +33,7 @@ _EMPTY_LIST = re.compile(rb"\[[ \t\n\r]*+\]")
 _INTEGER = re.compile(rb"-?[0-9]+")
 
 
-class Peek(msgspec.Struct, frozen=True):
+class ParsedBody(msgspec.Struct, frozen=True):
     """What a body says. Absent and null are None; a member that the route does not read is absent."""
 
     model: str | None = None
@@ -55,7 +55,7 @@ class Peek(msgspec.Struct, frozen=True):
     """Go refuses the body: only a server can say why in its own words. All other fields are then empty."""
 
 
-def peek(body: bytes, path: str) -> Peek:
+def parse_body(body: bytes, path: str) -> ParsedBody:
     """What `body` says to the server's handler of `path` (decoded, without query).
 
     Raises:
@@ -63,9 +63,9 @@ def peek(body: bytes, path: str) -> Peek:
     """
     reading = READINGS.get(path, Reading())
     try:
-        return _Peeker(body, reading, _members(body)).peek()
+        return _Peeker(body, reading, _members(body)).parse_body()
     except Malformed:
-        return Peek(unreadable=True)
+        return ParsedBody(unreadable=True)
     except TooComplex as error:
         raise BadRequest(f"the body cannot be read: {error}") from error
 
@@ -120,11 +120,11 @@ class _Peeker:
             self._spans.setdefault(name, []).append((member.value_start, member.value_end))
         self._ambiguous = tuple(ambiguous)
 
-    def peek(self) -> Peek:
+    def parse_body(self) -> ParsedBody:
         reading = self._reading
         options = self._options() if reading.is_ollama else {}
         limit = options.get("num_predict") if reading.is_ollama else self._limit()
-        return Peek(
+        return ParsedBody(
             model=self._model(),
             stream=self._stream(),
             keep_alive=self._any("keep_alive") if reading.is_ollama else None,

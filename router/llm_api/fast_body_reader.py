@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import msgspec
 
-from router.llm_api.body_reader import RUNNER_OPTION_NAMES, Peek
+from router.llm_api.body_reader import RUNNER_OPTION_NAMES, ParsedBody
 from router.llm_api.body_schema import READINGS, Emptiness, Reading
 from router.llm_api.key_folding import fold
 from router.llm_api.prompt_size import EXACT_BYTES
@@ -29,7 +29,7 @@ _ORDINARY_KEYS = frozenset(("format", "think", "raw", "images", "temperature", "
 """Keys that fold to no name that routing reads, known so that they need not be folded each time."""
 
 
-def glance(body: bytes, path: str) -> Peek | None:
+def parse_body_fast(body: bytes, path: str) -> ParsedBody | None:
     """What `peek(body, path)` gives, or None where only that can tell."""
     reading = READINGS.get(path)
     if reading is None or len(body) > EXACT_BYTES:  # images may be in it, which are not read as text
@@ -44,7 +44,7 @@ class _Unsure(ValueError):
     """Only `peek` can tell."""
 
 
-def _read(body: bytes, reading: Reading, members: Mapping[str, msgspec.Raw]) -> Peek:
+def _read(body: bytes, reading: Reading, members: Mapping[str, msgspec.Raw]) -> ParsedBody:
     """Left to `peek`: a key that only folds to a name, null, and a name that is, or might be, written twice."""
     if len(members) > _MEMBERS_MAX or b"\\u00" in body or len(reading.models) != 1:
         raise _Unsure
@@ -74,7 +74,7 @@ def _read(body: bytes, reading: Reading, members: Mapping[str, msgspec.Raw]) -> 
             keep_alive = _value(given["keep_alive"])
     elif reading.limits:
         limit = next((_value(given[name]) for name in reading.limits if name in given), None)
-    return Peek(
+    return ParsedBody(
         model=model,
         stream=stream,
         keep_alive=keep_alive,

@@ -10,7 +10,7 @@ stream of NDJSON has no place for that: spaces are all that every client of it i
 Whoever sends the first of these has answered 200: the reply's head is out, and what goes wrong later has to be told
 within the stream (`late_error`). So only streams get them, never a request for one JSON object.
 
-How to use it: `heartbeat_of` once a request is read; after `seconds` without a byte to the client send a head with
+How to use it: `heartbeat_for` once a request is read; after `seconds` without a byte to the client send a head with
 `headers` and then `piece`, and `piece` again each `seconds`, until the server's reply begins. Where it `tells`, begin
 as soon as the request waits, and send `telling(outlook)` instead. A reply with status 200 is then relayed without its
 head; of any other the body is read whole and `late_error(refusal(status, body))` ends the stream. Pure: it measures no
@@ -26,9 +26,9 @@ import msgspec
 
 from router.admission.client_identity import Header
 from router.errors import RouterError, ServerRefused
-from router.llm_api.body_reader import Peek
+from router.llm_api.body_reader import ParsedBody
 from router.llm_api.errors import NDJSON, SSE, Api, api_of, error_reply, stream_error
-from router.scheduler.queue.wait_estimate import Outlook
+from router.scheduler.queue.wait_estimate import WaitEstimate
 
 HEARTBEAT_HEADER = "X-Llamayard-Heartbeat"
 PROGRESS_HEADER = "X-Llamayard-Progress"
@@ -62,13 +62,13 @@ class Heartbeat:
     tells: bool = False
     """Whether the client wants to know where it stands."""
 
-    def telling(self, outlook: Outlook) -> bytes:
+    def telling(self, wait_estimate: WaitEstimate) -> bytes:
         """The piece with where the request stands in a comment, before what else is in it."""
-        words = f": llamayard position={outlook.position}"
-        if outlook.expected_wait_seconds is not None:
-            words += f" expected_wait_seconds={math.ceil(outlook.expected_wait_seconds)}"
-        if outlook.reason:
-            words += f" reason={' '.join(outlook.reason.split())}"
+        words = f": llamayard position={wait_estimate.position}"
+        if wait_estimate.expected_wait_seconds is not None:
+            words += f" expected_wait_seconds={math.ceil(wait_estimate.expected_wait_seconds)}"
+        if wait_estimate.reason:
+            words += f" reason={' '.join(wait_estimate.reason.split())}"
         return words.encode(errors="replace") + b"\n" + (b"\n" if self.piece == _COMMENT else self.piece)
 
     def late_error(self, error: RouterError) -> bytes:
@@ -79,7 +79,7 @@ class Heartbeat:
         return stream_error(self.api, self.content_type, error, sent=sent)
 
 
-def heartbeat_of(path: str, seen: Peek, header: Header, seconds: float | None) -> Heartbeat | None:
+def heartbeat_for(path: str, seen: ParsedBody, header: Header, seconds: float | None) -> Heartbeat | None:
     """How the request is kept waiting; None where it must not be, or does not want it.
 
     `seconds`: `stream.heartbeat_seconds`, None where they are off for all.

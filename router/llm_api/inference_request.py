@@ -2,12 +2,12 @@
 
 Whoever answers leased requests does this with it, in this order:
 
-    asked = Asked(rules, path, body, header, address, cards)      # RouterError: answer it
+    asked = Asked(rules, path, body, header, address, GPUs)      # RouterError: answer it
     not asked.model            -> send `asked.original` to the primary as it is: it answers in its own words
     facts = the catalog's for `asked.model`
     none of it                 -> `asked.instead("model_not_found")`: true: look the new `asked.model` up; else as above
     asked.unloads()            -> post `UnloadAsked(facts.blob)` and answer `wanted.unloaded(path, asked.named, …)`
-    want = asked.wanted(facts) # RouterError: answer it
+    want = asked.routing(facts) # RouterError: answer it
     submit `want.ticket(number, asked.asker, …)`
     Reject                     -> `asked.instead(code, error)`: true: again from the facts; else answer `asked.error`
     Grant                      -> send `want.body_for(grant)`; put `asked.notes` and `reply_notes(want)` on the reply
@@ -22,17 +22,17 @@ import json
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
-from router.admission.client_identity import Asker, Header, asker_of
+from router.admission.client_identity import ClientIdentity, Header, identify_client
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.model import ModelFacts
 from router.domain.model_names import canonical, is_cloud
 from router.errors import BadRequest, Forbidden, ModelNotFound, RouterError
-from router.llm_api.body_reader import Peek, peek
+from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.form_data import find_field, is_form, replaced
-from router.llm_api.heartbeat_format import Heartbeat, heartbeat_of
+from router.llm_api.heartbeat_format import Heartbeat, heartbeat_for
 from router.llm_api.json_edit import set_member
 from router.llm_api.model_aliases import ANY, REASONS, Substitutes
-from router.llm_api.routing_request import Wanted, keep_alive_of, wanted
+from router.llm_api.routing_request import RoutingRequest, build_routing_request, keep_alive_of
 
 MODEL_HEADER = "X-Llamayard-Model"
 """Names the model that answers where it is not the one that was asked for."""
@@ -41,7 +41,7 @@ FALLBACK_HEADER = "X-Llamayard-Fallback"
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class ModelRules:
     """What the operator has said of models and their names."""
 
     default_context_length: int
@@ -59,24 +59,25 @@ class Rules:
         return not self.passes.get(canonical(facts.name), self.passes.get(ANY, False))
 
 
-class Asked:
+class InferenceRequest:
     """Grows by `instead`; all else is as the client wrote it."""
 
     __slots__ = (
-        "_content_type", "_path", "_reason", "_rules", "_tried", "asker", "body", "error", "heartbeat", "model",
+        "_content_type", "_path", "_reason", "_rules", "_tried", "body", "client_identity", "error", "heartbeat",
+        "model",
         "named", "notes", "original", "seen",
     )  # fmt: skip
 
     def __init__(
         self,
-        rules: Rules,
+        rules: ModelRules,
         path: str,
         body: bytes,
         header: Header,
         address: str,
-        cards: Callable[[], Mapping[GpuUuid, Gpu]],
-        seen: Peek | None = None,
-        asker: Asker | None = None,
+        gpus: Callable[[], Mapping[GpuUuid, Gpu]],
+        seen: ParsedBody | None = None,
+        client_identity: ClientIdentity | None = None,
     ) -> None:
         """`seen`, `asker`: what is known already of the body and the head. `header` takes names in lower case.
 
@@ -88,7 +89,7 @@ class Asked:
         self._content_type = header("content-type") or ""
         self.original = self.body = body
         self.seen = seen or read(path, self._content_type, body)
-        self.asker: Asker = asker or asker_of(header, address, cards)
+        self.client_identity: ClientIdentity = client_identity or identify_client(header, address, gpus)
         self.named = (self.seen.model or "") if not self.seen.unreadable else ""
         """The model as the client wrote it; "" where none can be read."""
         self.model = self.named
@@ -101,7 +102,7 @@ class Asked:
         if not self.model:
             return
         if not self._only_unloads():  # that is answered at once
-            self.heartbeat = heartbeat_of(path, self.seen, header, rules.heartbeat_seconds)
+            self.heartbeat = heartbeat_for(path, self.seen, header, rules.heartbeat_seconds)
         target = rules.substitutes.target(self.model)
         if target is not None:
             self._become(target)
@@ -121,7 +122,7 @@ class Asked:
         """
         return self.seen.is_load_only and keep_alive_of(self.seen) == 0
 
-    def wanted(self, facts: ModelFacts) -> Wanted:
+    def routing(self, facts: ModelFacts) -> RoutingRequest:
         """What it wants of the fleet.
 
         Raises:
@@ -131,7 +132,7 @@ class Asked:
         rules = self._rules
         if facts.name in rules.removing:
             raise ModelNotFound(f"model '{self.named}' not found: it is being deleted")
-        return wanted(
+        return build_routing_request(
             self._path, self.seen, facts, self.body, rules.default_context_length, protect=rules.protects(facts)
         )
 
@@ -160,17 +161,17 @@ class Asked:
             self.body = set_member(self.original, "model", json.dumps(model).encode())
 
 
-def read(path: str, content_type: str, body: bytes) -> Peek:
+def read(path: str, content_type: str, body: bytes) -> ParsedBody:
     """What a body says; of a form only its model is read.
 
     Raises:
         BadRequest: it has too many parts to be looked at within bounds.
     """
     if not is_form(content_type):
-        return peek(body, path)
+        return parse_body(body, path)
     place = find_field(body, content_type, "model")
     model = "" if place is None else body[place.start : place.end].decode(errors="replace")
-    return Peek(model=model, unreadable=place is None)
+    return ParsedBody(model=model, unreadable=place is None)
 
 
 def refuse_cloud(model: str, *, cloud: bool) -> None:

@@ -24,7 +24,7 @@ _TEXTS: Final = tuple(
 )
 
 
-class Reduced:
+class JsonSkimmer:
     """Feed it every piece in order; then see `text`."""
 
     __slots__ = ("_held", "_held_bytes", "_in_string", "_left", "_odd", "_parts", "text_bytes")

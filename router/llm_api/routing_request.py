@@ -13,20 +13,20 @@ from datetime import datetime
 
 import msgspec
 
-from router.admission.client_identity import Asker
+from router.admission.client_identity import ClientIdentity
 from router.domain.actions import Grant
 from router.domain.keep_alive import parse_keep_alive
 from router.domain.model import ModelFacts
 from router.domain.request import RunnerOptions, Ticket, TicketId
 from router.engines.ollama.runner_options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options
 from router.errors import BadRequest
-from router.llm_api.body_reader import Peek
+from router.llm_api.body_reader import ParsedBody
 from router.llm_api.json_edit import remove_nested, set_member, set_nested, set_only
 from router.llm_api.prompt_fingerprint import TOKENS_MIN, fingerprints_of
 from router.scheduler.balancing.prefix_affinity import BYTES_PER_TOKEN
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class RoutingRequest(msgspec.Struct, frozen=True):
     """A request as far as routing is concerned."""
 
     path: str
@@ -46,7 +46,12 @@ class Wanted(msgspec.Struct, frozen=True):
     default_context_length: int
 
     def ticket(
-        self, number: TicketId, asker: Asker, now: float, timeout_seconds: float, request_id: str = ""
+        self,
+        number: TicketId,
+        client_identity: ClientIdentity,
+        now: float,
+        timeout_seconds: float,
+        request_id: str = "",
     ) -> Ticket:
         return Ticket(
             id=number,
@@ -56,13 +61,13 @@ class Wanted(msgspec.Struct, frozen=True):
             keep_alive_seconds=self.keep_alive_seconds,
             arrived_at=now,
             deadline=now + timeout_seconds,
-            client=asker.client,
-            session=asker.session,
-            priority=asker.priority,
+            client=client_identity.client,
+            session=client_identity.session,
+            priority=client_identity.priority,
             prompt_tokens=self.prompt_tokens,
             output_tokens_max=self.output_tokens_max,
             is_flexible=self.is_flexible,
-            layout=asker.layout,
+            layout=client_identity.layout,
             fingerprints=self.fingerprints if self.prompt_tokens >= TOKENS_MIN else None,
             request_id=request_id,
         )
@@ -71,9 +76,9 @@ class Wanted(msgspec.Struct, frozen=True):
         """Of the beginning of its prompt."""
         return fingerprints_of(self.path, self.body)
 
-    def again(self, body: bytes, seen: Peek) -> Wanted:
+    def again(self, body: bytes, seen: ParsedBody) -> RoutingRequest:
         """The same for another body that gives no options either."""
-        return Wanted(
+        return RoutingRequest(
             self.path,
             self.facts,
             self.options,
@@ -105,9 +110,9 @@ class Wanted(msgspec.Struct, frozen=True):
         return self.default_context_length if name == "num_ctx" else RUNNER_OPTIONS[name]
 
 
-def wanted(
-    path: str, seen: Peek, facts: ModelFacts, body: bytes, default_context_length: int, protect: bool = True
-) -> Wanted:
+def build_routing_request(
+    path: str, seen: ParsedBody, facts: ModelFacts, body: bytes, default_context_length: int, protect: bool = True
+) -> RoutingRequest:
     """What the request wants. `protect`: whether its model is kept from reloads that only options ask for.
 
     Raises:
@@ -122,7 +127,7 @@ def wanted(
         # The server must never unload by itself what the router counts on: its timers are the router's.
         put = set_member if seen.ambiguous else set_only
         body = put(body, "keep_alive", b"-1")
-    return Wanted(
+    return RoutingRequest(
         path=path,
         facts=facts,
         options=options,
@@ -137,7 +142,7 @@ def wanted(
     )
 
 
-def keep_alive_of(seen: Peek) -> float | None:
+def keep_alive_of(seen: ParsedBody) -> float | None:
     """Seconds, negative for ever, None where the request says nothing.
 
     Raises:
@@ -154,9 +159,9 @@ def _context(options: RunnerOptions) -> int:
     return int(asked) if asked is not None else 0
 
 
-def reply_notes(want: Wanted) -> Mapping[str, str]:
+def reply_notes(routing: RoutingRequest) -> Mapping[str, str]:
     """Headers that tell the client what of its request was not passed on."""
-    return {"X-Llamayard-Dropped-Options": ", ".join(want.dropped)} if want.dropped else {}
+    return {"X-Llamayard-Dropped-Options": ", ".join(routing.dropped)} if routing.dropped else {}
 
 
 def unloaded(path: str, model: str, now: datetime) -> dict[str, object]:

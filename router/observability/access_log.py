@@ -9,7 +9,7 @@ import structlog
 
 from router.llm_api.stream_end import tokens_of
 from router.observability.metrics import Metrics
-from router.observability.request_record import RequestInfo
+from router.observability.request_record import RequestRecord
 
 Write = Callable[[str, dict[str, object]], None]
 """Takes a level and the values of one line, of which `event` is its name."""
@@ -35,7 +35,7 @@ class AccessLog:
             self.idle.clear()
         self._tally.running += 1
 
-    def ended(self, info: RequestInfo, method: str, path: str, status: int) -> None:
+    def ended(self, info: RequestRecord, method: str, path: str, status: int) -> None:
         self._tally.running -= 1
         if not self._tally.running:
             self.idle.set()
@@ -50,7 +50,7 @@ class AccessLog:
         self._measure(info, status, values)
         self._write("info" if status < 500 else "warning", values)
 
-    def _measure(self, info: RequestInfo, status: int, values: dict[str, object]) -> None:
+    def _measure(self, info: RequestRecord, status: int, values: dict[str, object]) -> None:
         """Counts the request and adds what its log line tells beside the request itself."""
         exchange, tally = info.exchange, self._tally
         model = self._model_label(info.model) if info.instance is not None else ""

@@ -35,7 +35,7 @@ from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceState
 from router.domain.snapshot import Snapshot
-from router.domain.vram_ledger import drift_bytes, foreign_bytes, reserved_bytes, resident_bytes
+from router.domain.vram_ledger import external_bytes, reserved_bytes, resident_bytes, unaccounted_bytes
 
 BUCKETS_SECONDS = (
     0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -171,7 +171,7 @@ class RequestTally(Collector):
 
 
 class FleetCollector(Collector):
-    """Cards, instances and queue, read from a snapshot when they are asked for."""
+    """GPUs, instances and queue, read from a snapshot when they are asked for."""
 
     def __init__(self, snapshot: Callable[[], Snapshot], waiting: Callable[[], int]) -> None:
         self._snapshot = snapshot
@@ -180,7 +180,7 @@ class FleetCollector(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         snapshot = self._snapshot()
         yield GaugeMetricFamily("llamayard_requests_waiting", "Requests that wait for a slot.", self._waiting())
-        yield from _card_families(snapshot)
+        yield from _gpu_families(snapshot)
         states = GaugeMetricFamily(
             "llamayard_instance_state", "1 for the state that the instance is in.", labels=("instance", "state")
         )
@@ -196,21 +196,21 @@ class FleetCollector(Collector):
         yield loaded
 
 
-_CARD_FIGURES: dict[str, tuple[str, Callable[[Gpu], float | None]]] = {
-    "memory_total_bytes": ("Memory of the card.", lambda gpu: gpu.memory_total_bytes),
+_GPU_FIGURES: dict[str, tuple[str, Callable[[Gpu], float | None]]] = {
+    "memory_total_bytes": ("Memory of the GPU.", lambda gpu: gpu.memory_total_bytes),
     "memory_used_bytes": ("Memory in use, by anybody.", lambda gpu: gpu.memory_used_bytes),
     "memory_free_bytes": ("Memory free, as the driver says.", lambda gpu: gpu.memory_free_bytes),
-    "utilization_ratio": ("Share of the last period in which the card computed.", lambda gpu: gpu.utilization_ratio),
+    "utilization_ratio": ("Share of the last period in which the GPU computed.", lambda gpu: gpu.utilization_ratio),
     "temperature_celsius": ("Temperature.", lambda gpu: gpu.temperature_celsius),
     "power_draw_watts": ("Power drawn.", lambda gpu: gpu.power_draw_watts),
     "power_limit_watts": ("Power limit.", lambda gpu: gpu.power_limit_watts),
 }
 
 
-def _card_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
+def _gpu_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
     labels = ("gpu", "index", "name")
     gpus = [(gpu, (gpu.uuid, str(gpu.index), gpu.name)) for gpu in snapshot.gpus.values()]
-    for key, (words, figure) in _CARD_FIGURES.items():
+    for key, (words, figure) in _GPU_FIGURES.items():
         family = GaugeMetricFamily(f"llamayard_gpu_{key}", words, labels=labels)
         for gpu, values in gpus:
             value = figure(gpu)
@@ -220,8 +220,8 @@ def _card_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
     ledger = {
         "resident": ("Held by loaded models, by the router's books.", resident_bytes),
         "reserved": ("Set aside for loads under way.", reserved_bytes),
-        "foreign": ("In use by others.", foreign_bytes),
-        "drift": ("In the router's books and not in use, as the driver says.", drift_bytes),
+        "foreign": ("In use by others.", external_bytes),
+        "drift": ("In the router's books and not in use, as the driver says.", unaccounted_bytes),
     }
     for key, (words, count) in ledger.items():
         family = GaugeMetricFamily(f"llamayard_gpu_memory_{key}_bytes", words, labels=labels)
@@ -230,12 +230,12 @@ def _card_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
         yield family
 
 
-class EngineObserver:
+class DecisionLog:
     """Counts and logs what the engine does."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._card_errors: dict[GpuUuid, str] = {}
+        self._gpu_errors: dict[GpuUuid, str] = {}
         self._under_way: dict[LoadId, tuple[Load, float]] = {}
         self._log = structlog.get_logger("router.decisions")
         self._tells_grants: bool = self._log.is_enabled_for(logging.DEBUG)
@@ -302,8 +302,8 @@ class EngineObserver:
     def _tell_lost(self, event: GpusRead) -> None:
         errors = {gpu.uuid: gpu.error for gpu in event.gpus if gpu.error is not None}
         for gpu in event.gpus:
-            if gpu.error is not None and self._card_errors.get(gpu.uuid) != gpu.error:
-                self._log.warning("card_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
-            if gpu.error is None and gpu.uuid in self._card_errors:
-                self._log.info("card_back", gpu=gpu.uuid, index=gpu.index)
-        self._card_errors = errors
+            if gpu.error is not None and self._gpu_errors.get(gpu.uuid) != gpu.error:
+                self._log.warning("gpu_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
+            if gpu.error is None and gpu.uuid in self._gpu_errors:
+                self._log.info("gpu_back", gpu=gpu.uuid, index=gpu.index)
+        self._gpu_errors = errors

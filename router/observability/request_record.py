@@ -13,7 +13,7 @@ from router.domain.instance import InstanceName
 from router.errors import BodyTooLarge
 
 
-class RequestInfo(msgspec.Struct):
+class RequestRecord(msgspec.Struct):
     """Grows as the request goes; ends in one access-log line and one round of metrics."""
 
     request_id: str

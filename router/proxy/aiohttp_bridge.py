@@ -37,7 +37,7 @@ class Host(Protocol):
         ...
 
 
-class HandOver:
+class AiohttpBridge:
     """One connection's side of the library, kept for all requests that are handed over on it."""
 
     def __init__(self, host: Host, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
@@ -165,10 +165,10 @@ class HandOver:
 class _Front(asyncio.Transport):
     """The real transport as the library sees it."""
 
-    def __init__(self, real: asyncio.Transport, watcher: HandOver) -> None:
+    def __init__(self, real: asyncio.Transport, state_poller: AiohttpBridge) -> None:
         super().__init__()
         self._real = real
-        self._watcher = watcher
+        self._watcher = state_poller
         self._protocol: asyncio.BaseProtocol | None = None
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:

@@ -6,7 +6,7 @@ The connection is at any time in one place:
 
     HEAD      between two requests, or inside a head
     BODY      inside the body of a request that the relay answers itself
-    BUSY      that request is whole; its `LeasedExchange` works on the answer
+    BUSY      that request is whole; its `ProxyExchange` works on the answer
     HANDED    a request of any other kind is with the HTTP library (`router/proxy/aiohttp_bridge.py`)
     LINGER    the answer was sent before the request had come whole; what comes is thrown away, then it is closed
 
@@ -35,13 +35,13 @@ from router.errors import RouterError, WaitTimeout
 from router.http1.body_framing import FramingError
 from router.http1.parser import HeadError, RequestHead
 from router.http1.response_writer import CONTINUE, whole_answer
-from router.proxy.aiohttp_bridge import HandOver
-from router.proxy.context import Desk, HeadNotes, Listener
-from router.proxy.exchange import LeasedExchange
-from router.proxy.flow_control import Pauses, Reason
+from router.proxy.aiohttp_bridge import AiohttpBridge
+from router.proxy.context import HeadInfo, Listener, ProxyContext
+from router.proxy.exchange import ProxyExchange
+from router.proxy.flow_control import FlowControl, Reason
 from router.proxy.interfaces import Send, nowhere
-from router.proxy.request_body import LONG_BYTES, UNREAD_BYTES_MAX, Intake, is_worth_reading
-from router.proxy.streaming_upload import LongExchange
+from router.proxy.request_body import LONG_BYTES, UNREAD_BYTES_MAX, RequestBodyReader, is_worth_reading
+from router.proxy.streaming_upload import StreamingUpload
 
 AHEAD_BYTES_MAX: Final = 65536
 """So much that belongs to later requests is kept."""
@@ -52,13 +52,13 @@ _NEVER: Final = float("inf")
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_ahead", "_desk", "_due", "_exchange", "_half_closed", "_handed", "_head", "_intake", "_keep", "_known",
+        "_ahead", "_context", "_due", "_exchange", "_half_closed", "_handed", "_head", "_intake", "_keep", "_known",
         "_listener", "_pauses", "_peer", "_raw", "_running", "_state", "_then", "_transport", "send",
         "write_paused",
     )  # fmt: skip
 
-    def __init__(self, desk: Desk, listener: Listener) -> None:
-        self._desk = desk
+    def __init__(self, context: ProxyContext, listener: Listener) -> None:
+        self._context = context
         self._listener = listener
         self._state = HEAD
         self._transport = cast("asyncio.Transport", None)
@@ -69,17 +69,17 @@ class ClientConnection(asyncio.Protocol):
         self._known: RequestHead | None = None
         """The last that was known already: a client's heads are often all the same."""
         self._raw: list[bytes] = []  # the pieces of a head that did not come whole
-        self._intake: Intake | None = None
+        self._intake: RequestBodyReader | None = None
         self._then: Callable[[], None] | None = None
         """What answers a refused request once the rest of it has been read."""
         self._ahead = b""
         self._running = False
-        self._exchange: LeasedExchange | None = None
-        self._handed: HandOver | None = None
+        self._exchange: ProxyExchange | None = None
+        self._handed: AiohttpBridge | None = None
         self._keep = True
         self._half_closed = False
         self.write_paused = False
-        self._pauses = cast("Pauses", None)
+        self._pauses = cast("FlowControl", None)
         self._due = _NEVER
 
     # --- the transport's calls -------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ class ClientConnection(asyncio.Protocol):
         self.send = self._transport.write
         if transport.get_extra_info("sslcontext") is None:  # bytes leave at once, not when the books are closed as well
             self._transport.set_write_buffer_limits(0)
-        self._pauses = Pauses(self._transport)
+        self._pauses = FlowControl(self._transport)
         peer: object = transport.get_extra_info("peername")
         self._peer = str(cast("tuple[object, ...]", peer)[0]) if isinstance(peer, tuple) else ""
-        self._due = self._desk.engine.now() + self._desk.patience.idle_seconds
+        self._due = self._context.controller.now() + self._context.timeouts.idle_seconds
         self._listener.opened(self)
 
     def data_received(self, data: bytes) -> None:
@@ -112,7 +112,7 @@ class ClientConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         if self._state == HANDED and self._transport.can_write_eof():
             self._half_closed = True
-            self._due = self._desk.engine.now() + self._desk.patience.half_closed_seconds
+            self._due = self._context.controller.now() + self._context.timeouts.half_closed_seconds
             return True
         return False
 
@@ -170,12 +170,12 @@ class ClientConnection(asyncio.Protocol):
                     return
             known = self._known
             if known is None or not data.startswith(known.raw):
-                self._known = known = self._desk.heads.find(self._peer, data)
+                self._known = known = self._context.heads.find(self._peer, data)
             if known is not None:
                 self._begin(known, data, len(known.raw), known.notes)
                 return
             self._head = head = RequestHead()
-            self._due = self._desk.engine.now() + self._desk.patience.head_seconds
+            self._due = self._context.controller.now() + self._context.timeouts.head_seconds
         try:
             end = head.feed(data)
         except HeadError as error:
@@ -184,12 +184,12 @@ class ClientConnection(asyncio.Protocol):
         if end < 0:
             self._raw.append(data)
             return
-        notes = self._desk.leased_route(head)
+        notes = self._context.leased_route(head)
         if not self._raw and notes is not None:
-            self._desk.heads.remember(self._peer, head, data[:end])
+            self._context.heads.remember(self._peer, head, data[:end])
         self._begin(head, data, end, notes)
 
-    def _begin(self, head: RequestHead, data: bytes, end: int, notes: HeadNotes | None) -> None:
+    def _begin(self, head: RequestHead, data: bytes, end: int, notes: HeadInfo | None) -> None:
         """The head is whole and ends there in `data`."""
         self._head = head
         self._due = _NEVER
@@ -217,7 +217,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
             return
         self._state = HEAD
-        self._due = self._desk.engine.now() + self._desk.patience.idle_seconds
+        self._due = self._context.controller.now() + self._context.timeouts.idle_seconds
         if self._ahead:
             self._pauses.set(Reason.AHEAD, on=False)
             if not self._running:
@@ -225,36 +225,36 @@ class ClientConnection(asyncio.Protocol):
 
     # --- requests of our own ---------------------------------------------------------------------------------
 
-    def _take(self, head: RequestHead, notes: HeadNotes, rest: bytes) -> None:
-        desk, path = self._desk, notes.path
-        info = desk.info(notes, self._peer)
+    def _take(self, head: RequestHead, notes: HeadInfo, rest: bytes) -> None:
+        context, path = self._context, notes.path
+        info = context.info(notes, self._peer)
         self._state, self._then, intake = BODY, None, None
         length = head.length or 0
         if length < LONG_BYTES:
-            exchange = LeasedExchange(desk, self, head, path, info)
+            exchange = ProxyExchange(context, self, head, path, info)
         else:
-            intake = Intake(head, desk.limits.max_body_bytes)
-            exchange = LongExchange(desk, self, head, path, info, intake)
+            intake = RequestBodyReader(head, context.limits.max_body_bytes)
+            exchange = StreamingUpload(context, self, head, path, info, intake)
             self._listener.long_bodies += 1
         self._exchange = exchange
         try:
-            is_good = notes.is_good and length <= desk.limits.max_body_bytes
-            answer = None if is_good else desk.judge(head, notes, info)
+            is_good = notes.is_good and length <= context.limits.max_body_bytes
+            answer = None if is_good else context.judge(head, notes, info)
         except RouterError as error:
             self._refuse(head, rest, partial(exchange.fail, error))
             return
         if answer is not None:
             self._refuse(head, rest, partial(exchange.answer, answer))
         elif head.chunked or len(rest) < length:
-            self._take_in(head, rest, intake or Intake(head, desk.limits.max_body_bytes))
+            self._take_in(head, rest, intake or RequestBodyReader(head, context.limits.max_body_bytes))
         else:
             self._state = BUSY
             self._ahead = rest[length:]
             exchange.begin(rest[:length])
 
-    def _take_in(self, head: RequestHead, rest: bytes, intake: Intake) -> None:
+    def _take_in(self, head: RequestHead, rest: bytes, intake: RequestBodyReader) -> None:
         self._intake = intake
-        self._due = self._desk.engine.now() + self._desk.patience.body_seconds
+        self._due = self._context.controller.now() + self._context.timeouts.body_seconds
         if head.awaits_word and not rest:
             self.send(CONTINUE)
         if rest:
@@ -274,7 +274,7 @@ class ClientConnection(asyncio.Protocol):
             exchange.fail(error)
             return
         if ahead is None:
-            self._due = self._desk.engine.now() + self._desk.patience.body_seconds
+            self._due = self._context.controller.now() + self._context.timeouts.body_seconds
             if self._then is None:
                 exchange.more()
             return
@@ -295,7 +295,7 @@ class ClientConnection(asyncio.Protocol):
             then()
         elif is_worth_reading(head):
             self._then = then
-            self._take_in(head, rest, Intake(head, UNREAD_BYTES_MAX, throw_away=True))
+            self._take_in(head, rest, RequestBodyReader(head, UNREAD_BYTES_MAX, throw_away=True))
         else:
             self._keep = False
             then()
@@ -312,7 +312,7 @@ class ClientConnection(asyncio.Protocol):
         """Closes so that the answer is seen: a close with unread bytes would reset it away."""
         self._exchange = None
         self._state = LINGER
-        self._due = self._desk.engine.now() + self._desk.patience.linger_seconds
+        self._due = self._context.controller.now() + self._context.timeouts.linger_seconds
         if self._transport.can_write_eof():
             self._transport.write_eof()
 
@@ -339,7 +339,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _hand_over(self, head: RequestHead, raw: bytes, rest: bytes) -> None:
         if self._handed is None:
-            self._handed = HandOver(self, self._transport, self._desk.make_handler())
+            self._handed = AiohttpBridge(self, self._transport, self._context.make_handler())
         self._state = HANDED
         if self.write_paused:
             self._handed.pause_writing()
@@ -356,7 +356,9 @@ class ClientConnection(asyncio.Protocol):
             return
         if ahead:
             self._keep_ahead(ahead)
-        self._due = self._desk.engine.now() + self._desk.patience.body_seconds if handed.wants_body else _NEVER
+        self._due = (
+            self._context.controller.now() + self._context.timeouts.body_seconds if handed.wants_body else _NEVER
+        )
 
     def handed_back(self, *, keep: bool) -> None:
         if self._state == HANDED and not self._transport.is_closing():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from router.admission.client_identity import Asker
+from router.admission.client_identity import ClientIdentity
 from router.admission.origin_check import Answer, OriginPolicy
 from router.api.context import Limits
 from router.domain.actions import Grant, Reject
@@ -28,15 +28,15 @@ from router.http1.headers import begun_request, request_id
 from router.http1.parser import RequestHead
 from router.llm_api.body_reader import refuse_encoded
 from router.llm_api.form_data import is_form
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 from router.llm_api.routes import Kind, Route, RouteTable
-from router.observability.request_record import RequestInfo
-from router.proxy.header_cache import KnownHeads
-from router.proxy.plan_cache import Key, Usual
+from router.observability.request_record import RequestRecord
+from router.proxy.header_cache import HeaderCache
+from router.proxy.plan_cache import CachedPlan, Key
 from router.proxy.request_body import too_large
 from router.proxy.upstream_pool import Pool
-from router.scheduler.lru import renew
-from router.scheduler.queue.wait_estimate import Outlook
+from router.scheduler.lru import put
+from router.scheduler.queue.wait_estimate import WaitEstimate
 
 _SERVERS_MAX = 64
 _REMEMBERED_MAX = 256
@@ -44,7 +44,7 @@ _REMEMBERED_BYTES_MAX = 256
 _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
-class Leases(Protocol):
+class SlotQueue(Protocol):
     """The engine, as far as the relay uses it. All of it is synchronous."""
 
     def now(self) -> float: ...
@@ -64,12 +64,12 @@ class Leases(Protocol):
         first_byte_at: float | None = None,
     ) -> None: ...
 
-    def outlook(self, ticket_id: TicketId) -> Outlook | None: ...
+    def wait_estimate(self, ticket_id: TicketId) -> WaitEstimate | None: ...
 
     def post(self, event: Event) -> None: ...
 
 
-class Names(Protocol):
+class ModelCatalog(Protocol):
     """The catalog, as far as the relay uses it."""
 
     def known(self, name: str) -> ModelFacts | None: ...
@@ -77,7 +77,7 @@ class Names(Protocol):
     async def facts(self, name: str) -> ModelFacts | None: ...
 
 
-class Abilities(Protocol):
+class EndpointSupport(Protocol):
     """What the servers can, as far as it differs between versions."""
 
     def known(self, view: InstanceView, path: str) -> bool | None: ...
@@ -85,12 +85,12 @@ class Abilities(Protocol):
     async def has(self, view: InstanceView, path: str) -> bool: ...
 
 
-class Books(Protocol):
+class RequestLog(Protocol):
     """The access log: each request begins and ends in it exactly once."""
 
     def began(self) -> None: ...
 
-    def ended(self, info: RequestInfo, method: str, path: str, status: int) -> None: ...
+    def ended(self, info: RequestRecord, method: str, path: str, status: int) -> None: ...
 
 
 class Listener(Protocol):
@@ -107,7 +107,7 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class ClientTimeouts:
     """How long a client's side of a connection may take, in seconds."""
 
     head_seconds: float = 30.0
@@ -156,11 +156,12 @@ class Ids:
         return f"{self._prefix}{self._last:012x}"
 
 
-class HeadNotes:
+class HeadInfo:
     """What has been made of one head of a request to the relay's own routes."""
 
     __slots__ = (
-        "asker", "begun", "is_form", "is_good", "is_young", "path", "request_id", "route", "usual", "wants_reason",
+        "begun", "client_identity", "is_form", "is_good", "is_young", "path", "request_id", "route", "usual",
+        "wants_reason",
     )  # fmt: skip
 
     def __init__(self, route: Route, path: str, *, is_form: bool) -> None:
@@ -174,55 +175,55 @@ class HeadNotes:
         self.wants_reason = False
         self.is_good = False
         """Whether nothing in it but its length can end the request any more."""
-        self.asker: Asker | None = None
+        self.client_identity: ClientIdentity | None = None
         self.begun: dict[str, bytes] = {}
         """The head as it goes on, but for its framing, by the server's URL."""
-        self.usual: dict[Key, Usual] = {}
+        self.usual: dict[Key, CachedPlan] = {}
         """What came of requests with it, by what their bodies said."""
 
     def begin(self, head: RequestHead, url: str, pool: Pool) -> bytes:
         """The head as it goes on to that server, but for its framing; remembered for the next."""
         begun = begun_request(head.method, head.target, head.headers, pool.authority(url))
-        renew(self.begun, url, begun, _SERVERS_MAX)
+        put(self.begun, url, begun, _SERVERS_MAX)
         return begun
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
-    engine: Leases
-    catalog: Names
+class ProxyContext:
+    controller: SlotQueue
+    catalog: ModelCatalog
     pool: Pool
-    books: Books
+    request_log: RequestLog
     origins: OriginPolicy
     limits: Limits
-    rules: Rules
-    abilities: Abilities
+    rules: ModelRules
+    endpoint_support: EndpointSupport
     primary: Callable[[], InstanceView]
     """The one instance for requests that cannot be routed. NoInstance, ShuttingDown: none may be used."""
-    cards: Callable[[], Mapping[GpuUuid, Gpu]]
+    gpus: Callable[[], Mapping[GpuUuid, Gpu]]
     has_free_slot: Callable[[ModelFacts], bool]
     """Whether a copy of the model, with no options of its own, could serve a request now. Informs, gates nothing."""
     debug_headers: bool
     make_handler: Callable[[], asyncio.Protocol]
     """A new protocol of the HTTP library, for requests that the relay hands over."""
-    patience: Patience
+    timeouts: ClientTimeouts
     table: RouteTable
     tasks: Tasks
     new_id: Callable[[], str] = field(default_factory=Ids)
     good_hosts: set[str] = field(default_factory=set[str])
     """Host headers that were found good, to be judged no more."""
-    heads: KnownHeads = field(default_factory=KnownHeads)
+    heads: HeaderCache = field(default_factory=HeaderCache)
     leased: dict[bytes, tuple[Route, str]] = field(default_factory=dict[bytes, tuple[Route, str]])
     """Targets that were found to be the relay's own."""
 
-    def leased_route(self, head: RequestHead) -> HeadNotes | None:
+    def leased_route(self, head: RequestHead) -> HeadInfo | None:
         """The route, with the decoded path, of a request that the relay answers itself."""
         if head.method != b"POST":
             return None
         known = self.leased.get(head.target) or self._find(head)
         if known is None:
             return None
-        head.notes = notes = HeadNotes(*known, is_form=is_form(head.text("content-type")))
+        head.notes = notes = HeadInfo(*known, is_form=is_form(head.text("content-type")))
         notes.wants_reason = self.debug_headers or (head.text("x-llamayard-debug") or "") not in ("", "0", "false")
         notes.request_id = head.text("x-request-id")
         return notes
@@ -239,7 +240,7 @@ class Desk:
             self.leased[target] = (route, path)
         return route, path
 
-    def judge(self, head: RequestHead, notes: HeadNotes, info: RequestInfo) -> Answer | None:
+    def judge(self, head: RequestHead, notes: HeadInfo, info: RequestRecord) -> Answer | None:
         """What ends the request before its body is read, if anything does. Where `notes.is_good`, only its length can.
 
         Raises:
@@ -259,7 +260,7 @@ class Desk:
         notes.is_good = origin is None
         return None
 
-    def info(self, notes: HeadNotes, client: str) -> RequestInfo:
+    def info(self, notes: HeadInfo, client: str) -> RequestRecord:
         given = notes.request_id
         number = self.new_id() if given is None else request_id(given, self.new_id)
-        return RequestInfo(number, client, notes.route.path, self.engine.now(), notes.wants_reason)
+        return RequestRecord(number, client, notes.route.path, self.controller.now(), notes.wants_reason)

@@ -17,7 +17,7 @@ class Reason(IntFlag):
     """The server takes no more of the request's body for now."""
 
 
-class Pauses:
+class FlowControl:
     """`set` reasons on and off."""
 
     __slots__ = ("_reasons", "_transport")

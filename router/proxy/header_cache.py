@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from router.http1.parser import RequestHead
-from router.scheduler.lru import renew
+from router.scheduler.lru import put
 
 KNOWN_BYTES_MAX = 2048
 """A longer head is not remembered."""
@@ -23,7 +23,7 @@ _Key = tuple[str, bytes, bytes]
 """The client's address, and what stands before and after the length's digits."""
 
 
-class KnownHeads:
+class HeaderCache:
     """Mutable, one owner: all connections of a listener."""
 
     __slots__ = ("_heads",)
@@ -41,14 +41,14 @@ class KnownHeads:
         known = self._heads.get(key)
         if known is None:
             return None
-        renew(self._heads, key, known, KNOWN_MAX)
+        put(self._heads, key, known, KNOWN_MAX)
         return known if known.raw == raw else known.resized(length, raw)
 
     def remember(self, peer: str, head: RequestHead, raw: bytes) -> None:
         """`head` came whole in `raw`."""
         head.raw = raw
         if len(raw) <= KNOWN_BYTES_MAX:
-            renew(self._heads, _split(peer, raw)[0], head, KNOWN_MAX)
+            put(self._heads, _split(peer, raw)[0], head, KNOWN_MAX)
 
 
 def _split(peer: str, raw: bytes) -> tuple[_Key, int | None]:

@@ -17,7 +17,7 @@ from router.http1.parser import RequestHead
 from router.http1.response_writer import LAST_CHUNK, begun_head, chunk
 from router.llm_api.heartbeat_format import Heartbeat
 from router.proxy.interfaces import Send
-from router.scheduler.queue.wait_estimate import Outlook
+from router.scheduler.queue.wait_estimate import WaitEstimate
 
 
 class Client(Protocol):
@@ -28,10 +28,10 @@ class Client(Protocol):
 
 
 class Queue(Protocol):
-    def outlook(self, ticket_id: TicketId) -> Outlook | None: ...
+    def wait_estimate(self, ticket_id: TicketId) -> WaitEstimate | None: ...
 
 
-class Heart:
+class HeartbeatSender:
     """Beats for one request."""
 
     __slots__ = ("_beat", "_client", "_due", "_head", "_keep", "begun")
@@ -61,8 +61,8 @@ class Heart:
         self._due = now + self._beat.seconds
         if self._client.write_paused:
             return
-        outlook = _outlook(queue, lease, grant) if self._beat.tells else None
-        piece = self._framed(self._beat.piece if outlook is None else self._beat.telling(outlook))
+        wait_estimate = _wait_estimate(queue, lease, grant) if self._beat.tells else None
+        piece = self._framed(self._beat.piece if wait_estimate is None else self._beat.telling(wait_estimate))
         if not self.begun:
             self.begun = True
             self._keep = bool(self._head.minor) and self._client.may_keep()
@@ -78,7 +78,7 @@ class Heart:
         return chunk(piece) if self._head.minor and piece else piece
 
 
-def _outlook(queue: Queue, lease: TicketId | None, grant: Grant | None) -> Outlook | None:
+def _wait_estimate(queue: Queue, lease: TicketId | None, grant: Grant | None) -> WaitEstimate | None:
     if grant is not None:
-        return Outlook(0, 0.0, grant.reason)
-    return None if lease is None else queue.outlook(lease)
+        return WaitEstimate(0, 0.0, grant.reason)
+    return None if lease is None else queue.wait_estimate(lease)

@@ -51,7 +51,7 @@ class Requester(Client, Protocol):
         ...
 
 
-class Asker(Protocol):
+class ClientIdentity(Protocol):
     """Whoever the reply is for. Exactly one of the last four is called, once."""
 
     def own_headers(self) -> Mapping[str, str]: ...

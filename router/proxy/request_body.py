@@ -13,9 +13,9 @@ from msgspec import structs
 from router.errors import BodyTooLarge
 from router.http1.body_framing import MORE
 from router.http1.parser import RequestHead
-from router.llm_api.body_reader import Peek, peek
-from router.llm_api.fast_body_reader import glance
-from router.llm_api.json_skimmer import Reduced
+from router.llm_api.body_reader import ParsedBody, parse_body
+from router.llm_api.fast_body_reader import parse_body_fast
+from router.llm_api.json_skimmer import JsonSkimmer
 
 UNREAD_BYTES_MAX: Final = 65536
 """A refused request whose body is no longer than that is read to its end, and its connection kept."""
@@ -26,7 +26,7 @@ LONG_BYTES: Final = 262_144
 """A body of that length is long."""
 
 
-class Intake:
+class RequestBodyReader:
     """`feed` it until it gives something; then the body is whole: `joined`, or `pieces` in order."""
 
     __slots__ = (
@@ -53,7 +53,7 @@ class Intake:
         self._thrown_away = throw_away or head.chunked
         self._size = 0
         self._compacted = 0
-        self._reduced = Reduced() if self.length >= LONG_BYTES and not throw_away else None
+        self._reduced = JsonSkimmer() if self.length >= LONG_BYTES and not throw_away else None
 
     @property
     def is_long(self) -> bool:
@@ -98,7 +98,7 @@ class Intake:
         """The model that the body begins with, if it does."""
         return None if self._reduced is None else self._reduced.model()
 
-    def seen(self, path: str) -> Peek:
+    def seen(self, path: str) -> ParsedBody:
         """What the whole body says; its members are looked for in what is left without long strings.
 
         Raises:
@@ -106,8 +106,8 @@ class Intake:
         """
         text = None if self._reduced is None else self._reduced.text()
         if text is None or self._reduced is None:
-            return peek(self.joined(), path)
-        seen = glance(text, path) or peek(text, path)
+            return parse_body(self.joined(), path)
+        seen = parse_body_fast(text, path) or parse_body(text, path)
         return structs.replace(seen, prompt_bytes=seen.prompt_bytes + self._reduced.text_bytes)
 
 

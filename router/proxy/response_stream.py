@@ -21,7 +21,7 @@ from router.http1.response_writer import LAST_CHUNK, chunk, interim_head, reply_
 from router.llm_api.errors import NDJSON, SSE, api_of, stream_error
 from router.llm_api.heartbeat_format import refusal
 from router.llm_api.stream_end import RUNNER_DIED, TAIL_BYTES, runner_died
-from router.proxy.interfaces import Asker, Client
+from router.proxy.interfaces import Client, ClientIdentity
 from router.proxy.upstream_pool import ONE_CHUNK, TOKEN_ENDS, UpstreamConnection
 
 HELD_BYTES_MAX: Final = 65536
@@ -34,7 +34,7 @@ _NOTHING: Final = NoBody()
 _UNREAD: Final = ReplyHead()
 
 
-class ReplyRelay:
+class ResponseStream:
     """The receiver on `connection` for one request."""
 
     request_sent = True
@@ -65,7 +65,7 @@ class ReplyRelay:
 
     def __init__(
         self,
-        asker: Asker,
+        client_identity: ClientIdentity,
         client: Client,
         request: RequestHead,
         path: str,
@@ -73,7 +73,7 @@ class ReplyRelay:
         limits: Limits,
         now: Callable[[], float],
     ) -> None:
-        self._asker = asker
+        self._client_identity = client_identity
         self._client = client
         self._request = request
         self._path = path
@@ -111,7 +111,7 @@ class ReplyRelay:
 
     def reply_bytes(self, data: bytes) -> None:
         if self._phase == _RELAYED:
-            self._relay(data)
+            self._proxy(data)
         elif self._phase == _AWAITED:
             self._read_head(data)
         elif self._phase == _HELD:
@@ -122,14 +122,14 @@ class ReplyRelay:
             words = "ended the connection before its answer" if error is None else f"was lost: {error}"
             stale = self.connection.reused and not self.touched
             self._over()
-            self._asker.reply_lost(InstanceLost(f"the instance {words}"), stale=stale)
+            self._client_identity.reply_lost(InstanceLost(f"the instance {words}"), stale=stale)
         elif self._phase == _HELD and error is None and self._body.closed():
             self._judge_held(MORE, 0)
             if self._phase == _RELAYED:
                 self._complete(reusable=False)
         elif self._phase == _HELD:
             self._over()
-            self._asker.reply_lost(InstanceLost("the instance died while it answered"), stale=False)
+            self._client_identity.reply_lost(InstanceLost("the instance died while it answered"), stale=False)
         elif self._phase == _RELAYED:
             if error is None and self._body.closed():
                 self._complete(reusable=False)
@@ -137,10 +137,10 @@ class ReplyRelay:
                 self._break(InstanceLost("the instance died while it answered"))
 
     def upstream_full(self) -> None:
-        self._asker.request_blocked(blocked=True)
+        self._client_identity.request_blocked(blocked=True)
 
     def upstream_drained(self) -> None:
-        self._asker.request_blocked(blocked=False)
+        self._client_identity.request_blocked(blocked=False)
 
     def sent(self) -> None:
         """The last of the request is written: from here on the first byte is waited for."""
@@ -203,7 +203,7 @@ class ReplyRelay:
 
     def _malformed(self, words: str) -> None:
         self._drop()
-        self._asker.reply_failed(InstanceLost(f"the instance's answer cannot be read: {words}"))
+        self._client_identity.reply_failed(InstanceLost(f"the instance's answer cannot be read: {words}"))
 
     def _hold(self, data: bytes) -> None:
         """Keeps a reply that may tell of a dead runner until it is clear whether it does."""
@@ -221,13 +221,13 @@ class ReplyRelay:
         self._held = []
         if not self.last and any(words in held for words in RUNNER_DIED):
             self._drop()
-            self._asker.reply_lost(InstanceLost(held.decode(errors="replace")), stale=False)
+            self._client_identity.reply_lost(InstanceLost(held.decode(errors="replace")), stale=False)
             return
         extra = 0 if end == MORE else last_bytes - end
         if self.begun and self._reply.status != 200:
             body = held if self._payload is None else b"".join(self._payload)
             self._drop()
-            self._asker.reply_failed(refusal(self._reply.status, body))
+            self._client_identity.reply_failed(refusal(self._reply.status, body))
             return
         self._open(held[: len(held) - extra])
         if end != MORE:
@@ -249,8 +249,8 @@ class ReplyRelay:
         """Sends the answer's head with what there is of its body: from here on bytes are out."""
         self._phase = _RELAYED
         self._due = self._now() + self._limits.idle_timeout_seconds
-        own_headers = self._asker.own_headers()
-        self._asker.reply_begins()
+        own_headers = self._client_identity.own_headers()
+        self._client_identity.reply_begins()
         if self._client.write_paused:
             self.pause()
         reply, request = self._reply, self._request
@@ -264,7 +264,7 @@ class ReplyRelay:
             self._note(piece)
         self._client.send(head + self._for_client(piece))
 
-    def _relay(self, data: bytes) -> None:
+    def _proxy(self, data: bytes) -> None:
         self._passed += self.connection.taken_back()
         try:
             end = self._body.feed(data)
@@ -282,7 +282,7 @@ class ReplyRelay:
     def _cut_malformed(self) -> None:
         self._drop()
         self._client.abort()
-        self._asker.reply_broken(InstanceLost("the instance sent a malformed answer"), keep=False, died=False)
+        self._client_identity.reply_broken(InstanceLost("the instance sent a malformed answer"), keep=False, died=False)
 
     def _pass(self, piece: bytes) -> None:
         self._note(piece)
@@ -311,7 +311,7 @@ class ReplyRelay:
         if self._wraps:
             self._client.send(LAST_CHUNK)
         reusable = reusable and self._reply.keep_alive and self.request_sent
-        self._asker.reply_done(reusable=reusable, keep=self._keep, died=self._died())
+        self._client_identity.reply_done(reusable=reusable, keep=self._keep, died=self._died())
 
     def _break(self, error: RouterError, *, hangs: bool = False) -> None:
         """Bytes are out, and there will be no more of them. `hangs`: the silence is the server's own."""
@@ -331,7 +331,7 @@ class ReplyRelay:
         else:
             self._client.send(chunk(words) + LAST_CHUNK if in_chunks else words)
         # Its end in chunks is as whole as any: the client may be about to send its next request.
-        self._asker.reply_broken(error, keep=in_chunks and self._keep, died=hangs or self._died())
+        self._client_identity.reply_broken(error, keep=in_chunks and self._keep, died=hangs or self._died())
 
     def _died(self) -> bool:
         reply = self._reply
@@ -378,7 +378,7 @@ class ReplyRelay:
             seconds = self._limits.first_byte_timeout_seconds
             self._drop()
             late = WaitTimeout(f"no answer within {seconds:.0f} s (stream.first_byte_timeout_seconds)")
-            self._asker.reply_failed(late, hangs=True)
+            self._client_identity.reply_failed(late, hangs=True)
         elif self._phase == _HELD:
             self._judge_held(MORE, 0)
         elif self._phase == _RELAYED:

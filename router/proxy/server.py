@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import cast
 
 from router.admission.origin_check import OriginPolicy
-from router.api.context import GatewayContext
+from router.api.context import ApiContext
 from router.domain.model import ModelFacts
 from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
 from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
 from router.proxy.client_connection import ClientConnection
-from router.proxy.context import Desk, Patience, Tasks
+from router.proxy.context import ClientTimeouts, ProxyContext, Tasks
 from router.proxy.memory_trim import trimmer
 from router.proxy.upstream_pool import Pool
 
@@ -27,22 +27,22 @@ TRIM_SECONDS = 5.0
 _MANY_CONNECTIONS = 500
 
 
-class Relay:
+class ProxyServer:
     """Call it for the protocol of a new connection, as a server's protocol factory. `run` must run beside it."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, context: ProxyContext) -> None:
+        self.context = context
         self._connections: set[ClientConnection] = set()
-        limits, patience = desk.limits, desk.patience
+        limits, timeouts = context.limits, context.timeouts
         shortest = min(
-            desk.rules.heartbeat_seconds or float("inf"),
+            context.rules.heartbeat_seconds or float("inf"),
             limits.first_byte_timeout_seconds,
             limits.idle_timeout_seconds,
-            patience.head_seconds,
-            patience.body_seconds,
-            patience.idle_seconds,
-            patience.linger_seconds,
-            patience.slot_seconds,
+            timeouts.head_seconds,
+            timeouts.body_seconds,
+            timeouts.idle_seconds,
+            timeouts.linger_seconds,
+            timeouts.slot_seconds,
         )
         self._period_seconds = min(1.0, shortest / 4)
         self.closing = False
@@ -53,7 +53,7 @@ class Relay:
         """After how much that took memory, and when, it was last given back."""
 
     def __call__(self) -> ClientConnection:
-        return ClientConnection(self.desk, self)
+        return ClientConnection(self.context, self)
 
     @property
     def connection_count(self) -> int:
@@ -70,10 +70,10 @@ class Relay:
         """Looks at deadlines until it is cancelled."""
         while True:
             await asyncio.sleep(self._period_seconds)
-            now = self.desk.engine.now()
+            now = self.context.controller.now()
             for connection in tuple(self._connections):
                 connection.check(now)
-            self._gone += self.desk.pool.sweep(now)
+            self._gone += self.context.pool.sweep(now)
             spent = self.long_bodies + self._gone // _MANY_CONNECTIONS
             if spent != self._trimmed[0] and now - self._trimmed[1] > TRIM_SECONDS:
                 self._trimmed = spent, now
@@ -90,37 +90,37 @@ class Relay:
         self.closing = True
         for connection in tuple(self._connections):
             connection.abort()
-        await self.desk.tasks.close()
-        await self.desk.pool.close()
+        await self.context.tasks.close()
+        await self.context.pool.close()
 
 
-def relay_over(
-    context: GatewayContext,
+def proxy_factory(
+    context: ApiContext,
     origins: OriginPolicy,
     access: AccessLog,
     make_handler: Callable[[], asyncio.Protocol],
-    patience: Patience,
+    timeouts: ClientTimeouts,
     *,
     debug_headers: bool,
-) -> Relay:
+) -> ProxyServer:
     """The relay of a router: what is not its business goes to `make_handler`'s protocols."""
-    engine = context.engine
-    return Relay(
-        Desk(
-            engine=engine,
+    controller = context.controller
+    return ProxyServer(
+        ProxyContext(
+            controller=controller,
             catalog=context.catalog,
-            pool=Pool(context.limits.connect_timeout_seconds, engine.now),
-            books=access,
+            pool=Pool(context.limits.connect_timeout_seconds, controller.now),
+            request_log=access,
             origins=origins,
             limits=context.limits,
             rules=context.rules,
-            abilities=context.abilities,
+            endpoint_support=context.endpoint_support,
             primary=context.primary,
-            cards=lambda: engine.snapshot().gpus,
-            has_free_slot=lambda facts: _has_free_slot(engine.snapshot(), facts),
+            gpus=lambda: controller.snapshot().gpus,
+            has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
             debug_headers=debug_headers,
             make_handler=make_handler,
-            patience=patience,
+            timeouts=timeouts,
             table=RouteTable(),
             tasks=Tasks(),
         )
@@ -129,9 +129,9 @@ def relay_over(
 
 def _has_free_slot(snapshot: Snapshot, facts: ModelFacts) -> bool:
     return any(
-        copy.blob == facts.blob
-        and not copy.options
-        and copy.state is ResidencyState.READY
-        and copy.in_flight < copy.slots
-        for copy in snapshot.residencies.values()
+        replica.blob == facts.blob
+        and not replica.options
+        and replica.state is ResidencyState.READY
+        and replica.in_flight < replica.slots
+        for replica in snapshot.residencies.values()
     )

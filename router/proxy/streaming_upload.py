@@ -15,24 +15,30 @@ from router.domain.actions import Grant, Reject
 from router.errors import InstanceLost, RouterError
 from router.http1.headers import request_head
 from router.http1.parser import RequestHead
-from router.llm_api.body_reader import Peek
-from router.llm_api.inference_request import Asked
-from router.observability.request_record import RequestInfo
-from router.proxy.context import Desk
-from router.proxy.exchange import ASKED, ASKING, WAITING, LeasedExchange
+from router.llm_api.body_reader import ParsedBody
+from router.llm_api.inference_request import InferenceRequest
+from router.observability.request_record import RequestRecord
+from router.proxy.context import ProxyContext
+from router.proxy.exchange import ASKED, ASKING, WAITING, ProxyExchange
 from router.proxy.interfaces import Requester
-from router.proxy.request_body import Intake
-from router.proxy.response_stream import ReplyRelay
+from router.proxy.request_body import RequestBodyReader
+from router.proxy.response_stream import ResponseStream
 from router.proxy.upstream_pool import UpstreamConnection
 
 
-class LongExchange(LeasedExchange):
+class StreamingUpload(ProxyExchange):
     """As the ordinary exchange, but told of the pieces of its body as they come."""
 
     def __init__(
-        self, desk: Desk, client: Requester, head: RequestHead, path: str, info: RequestInfo, intake: Intake
+        self,
+        context: ProxyContext,
+        client: Requester,
+        head: RequestHead,
+        path: str,
+        info: RequestRecord,
+        intake: RequestBodyReader,
     ) -> None:
-        super().__init__(desk, client, head, path, info)
+        super().__init__(context, client, head, path, info)
         self._intake = intake
         self._tried = False
         self._early = False
@@ -56,26 +62,28 @@ class LongExchange(LeasedExchange):
 
     def _begin_early(self, model: str) -> None:
         """Takes a slot if there is one at once; whatever is not plain is left for when the body is there."""
-        desk, head, info = self._desk, self._head, self._info
-        facts = desk.catalog.known(model)
-        if facts is None or head.notes.is_young or not desk.has_free_slot(facts):
+        context, head, info = self._context, self._head, self._info
+        facts = context.catalog.known(model)
+        if facts is None or head.notes.is_young or not context.has_free_slot(facts):
             return
         try:
-            asked = Asked(desk.rules, self._path, b"{}", head.text, info.client, desk.cards, Peek(model=model))
-            want = asked.wanted(facts)
+            request = InferenceRequest(
+                context.rules, self._path, b"{}", head.text, info.client, context.gpus, ParsedBody(model=model)
+            )
+            routing = request.routing(facts)
         except RouterError:
             return
-        if asked.notes or want.options:
+        if request.notes or routing.options:
             return
         self._early = self._intake.holds_still = True
-        self._asked = asked
-        self._asker = asked.asker
+        self._asked = request
+        self._client_identity = request.client_identity
         info.model = facts.name
-        self._gives_up_at = desk.engine.now() + desk.patience.slot_seconds
-        self._submit(want)
+        self._gives_up_at = context.controller.now() + context.timeouts.slot_seconds
+        self._submit(routing)
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
-            desk.engine.cancel(lease)
+            context.controller.cancel(lease)
             self._undo(runner_lost=False)
 
     def _decided(self, decision: Grant | Reject) -> None:
@@ -93,15 +101,17 @@ class LongExchange(LeasedExchange):
             return
         self._opening = None
         self._phase = ASKED
-        desk, head, intake = self._desk, self._head, self._intake
-        self._reply = reply = ReplyRelay(self, self._client, head, self._path, connection, desk.limits, desk.engine.now)
+        context, head, intake = self._context, self._head, self._intake
+        self._reply = reply = ResponseStream(
+            self, self._client, head, self._path, connection, context.limits, context.controller.now
+        )
         reply.request_sent = False
-        host = desk.pool.authority(connection.url)
+        host = context.pool.authority(connection.url)
         connection.transport.write(request_head(head.method, head.target, head.headers, host, intake.length))
         self._written = 0
         self._write(reply, len(intake.pieces) - (not self._whole))
 
-    def _write(self, reply: ReplyRelay, until: int) -> None:
+    def _write(self, reply: ResponseStream, until: int) -> None:
         pieces = self._intake.pieces
         for piece in pieces[self._written : until]:
             reply.connection.transport.write(piece)

@@ -183,7 +183,7 @@ class Pool:
         task.add_done_callback(self._tasks.discard)
         return opening
 
-    def give_back(self, connection: UpstreamConnection) -> None:
+    def release(self, connection: UpstreamConnection) -> None:
         """For the next request. The whole reply must have come, and the whole request must have gone."""
         connection.receiver = None
         idle = self._idle.setdefault(connection.url, [])
@@ -242,7 +242,7 @@ class Pool:
         if opening.wanted:
             opening.opened(connection)
         else:
-            self.give_back(connection)
+            self.release(connection)
             connection.reused = False
 
     def _address(self, url: str) -> _Address:

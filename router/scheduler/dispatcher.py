@@ -2,7 +2,7 @@
 
 Theory of operation
 -------------------
-State changes in two steps. First the event is *applied*: facts are replaced (a reading of the cards, an instance's
+State changes in two steps. First the event is *applied*: facts are replaced (a reading of the GPUs, an instance's
 state, a load's end), a ticket joins the queue or a slot comes back. Then the queue is *pumped*:
 
 1. Plans under way go on (`core/reservations.py`): what has to leave and is idle is unloaded, loads whose room is there
@@ -16,7 +16,7 @@ are
 4. Models that shall be warm are planned again where they are missing; instances that were started on demand and have
    been empty for long are stopped.
 
-A reservation is dropped only when a reading of the cards newer than the end of the load shows the memory as used, and
+A reservation is dropped only when a reading of the GPUs newer than the end of the load shows the memory as used, and
 an unloaded model is forgotten only when a newer reading shows it gone: no byte is counted twice or not at all.
 Whatever a server lists that the router did not load is adopted, and what it no longer lists is forgotten.
 
@@ -34,18 +34,18 @@ from router.domain.events import (
     Arrived,
     Cancelled,
     Event,
-    FootprintsKnown,
+    FootprintsLoaded,
     GpusRead,
     InstanceChanged,
     LoadFailed,
     LoadFinished,
-    ModelKnown,
+    ModelDiscovered,
     Released,
     ResidencyRead,
     ShutdownBegan,
     Ticked,
-    UnloadAsked,
     UnloadFinished,
+    UnloadRequested,
 )
 from router.domain.ids import LoadIds
 from router.domain.model import BlobDigest
@@ -57,12 +57,12 @@ from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import grant
 from router.scheduler.balancing.replica_scorer import suits
 from router.scheduler.placement import migration
-from router.scheduler.placement.footprint_prediction import Prediction
+from router.scheduler.placement.footprint_prediction import FootprintPredictor
 from router.scheduler.placement.placement import Estimate, MustWait, NoFit, Placed
 from router.scheduler.placement.search import coming, seek, seek_replica
-from router.scheduler.queue.retry_gate import AGAIN_SECONDS, Looks, concerned, next_look
+from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerned, next_attempt
 from router.scheduler.queue.timers import can_expire, next_wake
-from router.scheduler.queue.wait_estimate import Line, Outlook, outlooks
+from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
 from router.scheduler.reconcile import housekeeping, load_outcomes, reservations
 from router.scheduler.reconcile import residency as rules
@@ -75,16 +75,16 @@ class Dispatcher:
     `looks`: with others that are never calm the whole queue is gone through at each event; the same is decided.
     """
 
-    def __init__(self, policy: Policy, estimate: Estimate, looks: Looks | None = None) -> None:
+    def __init__(self, policy: Policy, estimate: Estimate, attempts: RetryGate | None = None) -> None:
         self._policy = policy
         self._estimate_unseen = estimate
         self._fleet = FleetState(policy)
-        self._estimate = Prediction(policy, self._fleet.footprints, estimate)
+        self._estimate = FootprintPredictor(policy, self._fleet.footprints, estimate)
         self._queue = WaitQueue()
         self._loads = LoadIds()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
-        self._looks = looks or Looks()
+        self._retry_gate = attempts or RetryGate()
         self._replacing: dict[GroupKey, Residency] = {}
         """Copies that have to end their work, because the same weights are wanted there with other options."""
         self._wake_hint = float("inf")
@@ -99,11 +99,11 @@ class Dispatcher:
         """Waiting tickets, oldest first, each with what it waits for."""
         return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue)
 
-    def outlooks(self, now: float) -> dict[TicketId, Outlook]:
+    def wait_estimates(self, now: float) -> dict[TicketId, WaitEstimate]:
         """Where each waiting ticket stands, in the order in which groups, and tickets within them, are served."""
-        queue, order_of, held = self._queue, self._fleet.counters.order_of, self._looks.held
-        lines = [Line(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
-        return outlooks(self._fleet.snapshot(now), lines, self._reasons)
+        queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
+        lines = [QueueLine(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
+        return wait_estimates(self._fleet.snapshot(now), lines, self._reasons)
 
     @property
     def is_closing(self) -> bool:
@@ -123,18 +123,20 @@ class Dispatcher:
             at_once = fast_path.handle(self._fleet, event, now)
             if at_once is not None:
                 return at_once
-        is_calm = not (self._replacing or self._closing) and self._looks.is_calm(self._fleet, self._queue, now)
-        version, blobs = self._fleet.version, concerned(self._fleet, event) if is_calm else None
+        is_quiescent = not (self._replacing or self._closing) and self._retry_gate.is_quiescent(
+            self._fleet, self._queue, now
+        )
+        version, blobs = self._fleet.version, concerned(self._fleet, event) if is_quiescent else None
         self._fleet.wake = None
-        self._wake_hint = now + AGAIN_SECONDS
+        self._wake_hint = now + RETRY_SECONDS
         self._fleet.forget_failures(now)
         actions = self._apply(event, now)
         if blobs is not None and version == self._fleet.version:
             actions += self._serve_those(blobs, now)
         else:
             actions += self._expire(now)
-            actions += self._pump(now, is_turn=isinstance(event, Ticked | GpusRead | ModelKnown))
-            self._looks.all_looked(self._queue.unsorted(), self._fleet.version)
+            actions += self._pump(now, may_retry=isinstance(event, Ticked | GpusRead | ModelDiscovered))
+            self._retry_gate.all_attempted(self._queue.unsorted(), self._fleet.version)
         return actions
 
     def _apply(self, event: Event, now: float) -> list[Action]:
@@ -142,14 +144,14 @@ class Dispatcher:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
                 return [Remember(key, sizes) for key, sizes in self._fleet.settle()]
-            case FootprintsKnown():
+            case FootprintsLoaded():
                 for key, sizes in event.footprints:
                     self._fleet.footprints.remember(key, sizes)
             case InstanceChanged():
                 load_outcomes.instance_changed(self._fleet, event, now)
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
-            case ModelKnown():
+            case ModelDiscovered():
                 self._fleet.models[event.model.blob] = event.model
             case Ticked():
                 pass
@@ -158,7 +160,7 @@ class Dispatcher:
                 return [self._reject(t, "shutting_down", "the router is shutting down") for t in list(self._queue)]
             case Arrived() | Cancelled() | Released():
                 return self._apply_to_requests(event, now)
-            case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadAsked():
+            case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadRequested():
                 return load_outcomes.apply_to_loads(self._fleet, event, now)
             case _:
                 assert_never(event)
@@ -180,7 +182,7 @@ class Dispatcher:
             return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
         if len(self._queue) and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
             self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
-        self._fleet.asked(ticket, now)
+        self._fleet.record_request(ticket, now)
         pin = self._policy.pins.get(ticket.model.name)
         if pin is not None and pin.priority:
             ticket = replace(ticket, priority=ticket.priority + pin.priority)
@@ -188,9 +190,9 @@ class Dispatcher:
             self._queue.add(ticket)
             return []
         if not self._queue.has_group(group_of(ticket)):  # nobody is overtaken
-            free, copies = fast_path.free_copies(self._fleet, ticket.model.blob)
+            free, replicas = fast_path.free_replicas(self._fleet, ticket.model.blob)
             if able := fast_path.serving(self._fleet, free, ticket):
-                return [grant(self._fleet, able, copies, ticket, now)]
+                return [grant(self._fleet, able, replicas, ticket, now)]
         message = f"server busy: {len(self._queue)} requests wait already (queue.limit)"
         return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
 
@@ -200,11 +202,11 @@ class Dispatcher:
         return max(1, min(60, len(self._queue) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
-        copy = self._fleet.give_back(event, now)
+        replica = self._fleet.release(event, now)
         self._fleet.version += bool(self._replacing)
-        if event.runner_lost and copy is not None and copy.state is ResidencyState.READY:
+        if event.runner_lost and replica is not None and replica.state is ResidencyState.READY:
             # The server still lists it, and would load it again inside the next request: unload it properly.
-            return [rules.unload(self._fleet, (copy.instance, copy.blob), "its runner died or hangs")]
+            return [rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs")]
         return []
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ class Dispatcher:
 
     # --- the queue -----------------------------------------------------------------------------------------
 
-    def _pump(self, now: float, is_turn: bool) -> list[Action]:
+    def _pump(self, now: float, may_retry: bool) -> list[Action]:
         self._fleet.wanted = self._queue.wanted()
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
@@ -233,7 +235,7 @@ class Dispatcher:
         actions = reservations.advance(self._fleet, now)
         self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
         actions += self._serve_groups(self._queue.groups(), now)
-        if is_turn:
+        if may_retry:
             actions += self._keep(now)
         return actions + reservations.advance(self._fleet, now)
 
@@ -246,7 +248,7 @@ class Dispatcher:
             done = self._grant_group(key, now)
             if done:
                 facts = None
-            if self._queue.has_group(key) and self._looks.is_due(key, version, now):
+            if self._queue.has_group(key) and self._retry_gate.is_due(key, version, now):
                 facts = facts or self._fleet.snapshot(now)
                 done += self._make_place(facts, key, now)
             if done or version != self._fleet.version or draining is not self._fleet.draining:
@@ -262,14 +264,14 @@ class Dispatcher:
         if keys:
             self._fleet.wanted = self._queue.wanted()
             actions += self._serve_groups(keys, now)
-            self._looks.these_looked(filter(self._queue.has_group, keys), self._fleet.version)
+            self._retry_gate.attempted(filter(self._queue.has_group, keys), self._fleet.version)
         if version != self._fleet.version:
             return actions + reservations.advance(self._fleet, now)
         if self._fleet.has_drained(blobs):
             # Its room was promised: that it leaves changes nothing for all others.
             leaves = reservations.advance(self._fleet, now)
             if self._fleet.version == version + len(leaves) and all(isinstance(each, Unload) for each in leaves):
-                self._looks.still(version, self._fleet.version)
+                self._retry_gate.still(version, self._fleet.version)
             actions += leaves
         return actions
 
@@ -277,15 +279,15 @@ class Dispatcher:
         """Busy copies whose place the same weights shall take with other options, while somebody waits for that."""
         queue, fleet = self._queue, self._fleet
         self._replacing = {
-            k: copy for k, copy in self._replacing.items() if queue.has_group(k) and fleet.has_still(copy)
+            k: replica for k, replica in self._replacing.items() if queue.has_group(k) and fleet.has_still(replica)
         }
-        return frozenset((copy.instance, copy.blob) for copy in self._replacing.values())
+        return frozenset((replica.instance, replica.blob) for replica in self._replacing.values())
 
     def _grant_group(self, key: GroupKey, now: float) -> list[Action]:
         actions: list[Action] = []
         alike = key.options is not None  # what serves one of them serves all
         while waiting := self._queue.group(key):
-            free, copies = fast_path.free_copies(self._fleet, key.blob)
+            free, replicas = fast_path.free_replicas(self._fleet, key.blob)
             if not free:
                 break
             tried = ((t, fast_path.serving(self._fleet, free, t)) for t in waiting[: 1 if alike else None])
@@ -296,7 +298,7 @@ class Dispatcher:
             able = next(iter(served.values())) if alike else served[ticket.id]
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
-            actions.append(grant(self._fleet, able, copies, ticket, now))
+            actions.append(grant(self._fleet, able, replicas, ticket, now))
         return actions
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
@@ -308,11 +310,11 @@ class Dispatcher:
             if isinstance(decision, NoFit) and decision.code == "model_too_large" and self._policy.unseen_margin_ratio:
                 decision = seek(snapshot, self._estimate_unseen, unserved)  # rather a load that fails than a refusal
             return self._act_on(key, unserved, decision, now)
-        copies = [r for r in there if suits(snapshot, r, waiting[0])]
-        self._explain(waiting, rules.describe_wait(copies))
-        placed = seek_replica(snapshot, self._estimate, waiting, copies)
+        replicas = [r for r in there if suits(snapshot, r, waiting[0])]
+        self._explain(waiting, rules.describe_wait(replicas))
+        placed = seek_replica(snapshot, self._estimate, waiting, replicas)
         if placed is None:
-            self._looks.in_vain(key, self._fleet.version, next_look(snapshot, waiting))
+            self._retry_gate.failed(key, self._fleet.version, next_attempt(snapshot, waiting))
             return []
         return reservations.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
 
@@ -333,13 +335,15 @@ class Dispatcher:
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)
-                self._looks.in_vain(key, self._fleet.version, next_look(self._fleet.snapshot(now), tickets), decision)
+                self._retry_gate.failed(
+                    key, self._fleet.version, next_attempt(self._fleet.snapshot(now), tickets), decision
+                )
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
 
     def _move(self, leaving: Iterable[ResidencyKey], now: float) -> list[Action]:
-        """Copies on other cards, where there is room, of models that a plan drives out while they are asked for."""
+        """Copies on other GPUs, where there is room, of models that a plan drives out while they are asked for."""
         actions: list[Action] = []
         for key in leaving:
             placed = migration.elsewhere(self._fleet.snapshot(now), self._estimate, key)
@@ -349,7 +353,7 @@ class Dispatcher:
         return actions
 
     def _relieve(self, now: float) -> list[Action]:
-        """Moves models off cards whose memory others have come to use."""
+        """Moves models off GPUs whose memory others have come to use."""
         leaving = list(migration.superfluous(self._fleet.snapshot(now)))
         actions: list[Action] = [rules.unload(self._fleet, key, why) for key, why in leaving]
         found = migration.relieve(self._fleet.snapshot(now), self._estimate)
@@ -362,7 +366,7 @@ class Dispatcher:
         """What stands whether or not anybody waits: warm models, and instances that are no longer needed."""
         if self._closing:
             return []
-        self._looks.forget_others(self._queue)
+        self._retry_gate.forget_others(self._queue)
         actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._relieve(now)]
         for model, placed in housekeeping.anticipate(
             self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate

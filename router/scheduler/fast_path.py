@@ -46,30 +46,30 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
 
 def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | None:
     """Grants the ticket at once; None where no copy can take it."""
-    free, copies = free_copies(fleet, ticket.model.blob)
+    free, replicas = free_replicas(fleet, ticket.model.blob)
     able = serving(fleet, free, ticket)
     if not able:
         return None
-    fleet.asked(ticket, now)
-    return [grant(fleet, able, copies, ticket, now)]
+    fleet.record_request(ticket, now)
+    return [grant(fleet, able, replicas, ticket, now)]
 
 
-def free_copies(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKey], int]:
+def free_replicas(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKey], int]:
     """Copies of these weights that have a slot left, and how many there are in all."""
     found: list[ResidencyKey] = []
-    uses, copies = fleet.uses, 0
-    for key, copy in fleet.copies.items():
+    uses, replicas = fleet.uses, 0
+    for key, replica in fleet.replicas.items():
         if key[1] == blob:
-            copies += 1
-            if (uses.get(key) or copy).in_flight < copy.slots:
+            replicas += 1
+            if (uses.get(key) or replica).in_flight < replica.slots:
                 found.append(key)
-    return found, copies
+    return found, replicas
 
 
 def serving(fleet: FleetState, free: Sequence[ResidencyKey], ticket: Ticket) -> list[ResidencyKey]:
     """Those of these, copies of its weights, that can serve the ticket now."""
-    copies = fleet.copies
-    return [key for key in free if can_take(fleet, copies[key], ticket)]
+    replicas = fleet.replicas
+    return [key for key in free if can_take(fleet, replicas[key], ticket)]
 
 
 def _release(fleet: FleetState, event: Released, now: float) -> float | None:
@@ -77,13 +77,13 @@ def _release(fleet: FleetState, event: Released, now: float) -> float | None:
     where the copy is to leave at once, and nothing was done.
     """
     lease = fleet.leases.get(event.ticket_id)
-    copy = fleet.copies.get(lease.key) if lease is not None else None
-    if lease is None or copy is None or copy.loaded_at != lease.loaded_at:
+    replica = fleet.replicas.get(lease.key) if lease is not None else None
+    if lease is None or replica is None or replica.loaded_at != lease.loaded_at:
         fleet.end_lease(event, now)
         return _NEVER
     use = fleet.use_of(lease.key)
     leaves = use.expires_at
-    if use.in_flight == 1 and copy.state is ResidencyState.READY:
+    if use.in_flight == 1 and replica.state is ResidencyState.READY:
         leaves = expiry(use.keep_alive_seconds, now)
     if leaves is not None and leaves <= now:
         return None

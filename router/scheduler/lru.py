@@ -8,7 +8,7 @@ _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
-def renew(known: dict[_Key, _Value], key: _Key, value: _Value, most: int) -> None:
+def put(known: dict[_Key, _Value], key: _Key, value: _Value, most: int) -> None:
     """Makes it the newest, and forgets the oldest of more than `most`."""
     known.pop(key, None)
     known[key] = value

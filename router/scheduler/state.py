@@ -1,4 +1,4 @@
-"""What the dispatcher remembers: cards, instances, residencies, reservations, leases, demand, failures.
+"""What the dispatcher remembers: GPUs, instances, residencies, reservations, leases, demand, failures.
 
 Frozen values in dictionaries, replaced whole. Only the dispatcher changes them; deciding functions get a `Snapshot`
 of read-only views.
@@ -29,12 +29,12 @@ from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Demand, Failure, Snapshot
 from router.domain.vram_ledger import is_settled
 from router.scheduler.balancing import pending_work
-from router.scheduler.balancing.pending_work import Share, Work
-from router.scheduler.balancing.prefix_affinity import Homes, Turn
-from router.scheduler.balancing.throughput import Speeds
+from router.scheduler.balancing.pending_work import PendingWork, WorkShare
+from router.scheduler.balancing.prefix_affinity import PrefixAffinity, Turn
+from router.scheduler.balancing.throughput import ThroughputModel
 from router.scheduler.placement import demand
 from router.scheduler.placement.demand import rate_per_second
-from router.scheduler.placement.measured_footprints import Before, Footprints
+from router.scheduler.placement.measured_footprints import Footprints, MeasurementStart
 from router.scheduler.queue.fair_share import TokenCounters
 
 _NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
@@ -59,16 +59,16 @@ class LeaseRecord(NamedTuple):
     client: str
     granted_at: float
     turn: Turn | None = None
-    share: Share | None = None
+    share: WorkShare | None = None
     """Where its model had several copies."""
 
 
-def _memory(card: Gpu) -> tuple[int, int, str | None]:
-    return card.memory_free_bytes, card.memory_used_bytes, card.error
+def _memory(gpu: Gpu) -> tuple[int, int, str | None]:
+    return gpu.memory_free_bytes, gpu.memory_used_bytes, gpu.error
 
 
 @dataclass(slots=True)
-class Use:
+class ReplicaUse:
     """How a copy is used, where that is newer than its residency."""
 
     in_flight: int
@@ -86,9 +86,9 @@ class FleetState:
     gpus_read_at: float = float("-inf")
     changed_at: float = float("-inf")
     instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
-    copies: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
+    replicas: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
     """The residencies, but for what `uses` says of them: for who knows that, else see `residencies`."""
-    uses: dict[ResidencyKey, Use] = field(default_factory=dict[ResidencyKey, Use])
+    uses: dict[ResidencyKey, ReplicaUse] = field(default_factory=dict[ResidencyKey, ReplicaUse])
     reservations: dict[LoadId, Reservation] = field(default_factory=dict[LoadId, Reservation])
     leases: dict[TicketId, LeaseRecord] = field(default_factory=dict[TicketId, LeaseRecord])
     draining: frozenset[ResidencyKey] = frozenset()
@@ -98,23 +98,23 @@ class FleetState:
     """Facts of models that were asked for, by the name last used."""
     dismissed: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that clients have let go since they were last asked for: nobody loads them again unasked."""
-    homes: Homes = field(default_factory=Homes)
-    speeds: Speeds = field(default_factory=Speeds)
-    works: dict[ResidencyKey, Work] = field(default_factory=dict[ResidencyKey, Work])
+    prefix_affinity: PrefixAffinity = field(default_factory=PrefixAffinity)
+    speeds: ThroughputModel = field(default_factory=ThroughputModel)
+    works: dict[ResidencyKey, PendingWork] = field(default_factory=dict[ResidencyKey, PendingWork])
     """Of copies that were chosen among several."""
     wanted: dict[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
     large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
-    """Models that no single card holds."""
+    """Models that no single GPU holds."""
     _load_means: tuple[float, float] | None = None
     """Bytes and seconds of a load, as loads have shown; None before the first."""
     sent_bytes: Demand = field(default_factory=Demand)
     """Weights sent for loading, as a count that decays."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
-    """When an instance on these cards last could not be started or died."""
+    """When an instance on these GPUs last could not be started or died."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """When an instance started on demand was first seen empty."""
     footprints: Footprints = field(default_factory=Footprints)
-    measuring: dict[LoadId, Before] = field(default_factory=dict[LoadId, Before])
+    measuring: dict[LoadId, MeasurementStart] = field(default_factory=dict[LoadId, MeasurementStart])
     clients: dict[str, int] = field(default_factory=dict[str, int])
     """Who holds slots, and how many."""
     counters: TokenCounters = field(default_factory=TokenCounters)
@@ -127,22 +127,24 @@ class FleetState:
         """As they are now; may be changed."""
         if self.uses:
             for key, use in self.uses.items():
-                self.copies[key] = replace(
-                    self.copies[key],
+                self.replicas[key] = replace(
+                    self.replicas[key],
                     in_flight=use.in_flight,
                     used_at=use.used_at,
                     expires_at=use.expires_at,
                     keep_alive_seconds=use.keep_alive_seconds,
                 )
             self.uses.clear()
-        return self.copies
+        return self.replicas
 
-    def use_of(self, key: ResidencyKey) -> Use:
+    def use_of(self, key: ResidencyKey) -> ReplicaUse:
         """How the copy is used, to be changed."""
         use = self.uses.get(key)
         if use is None:
-            copy = self.copies[key]
-            use = self.uses[key] = Use(copy.in_flight, copy.used_at, copy.expires_at, copy.keep_alive_seconds)
+            replica = self.replicas[key]
+            use = self.uses[key] = ReplicaUse(
+                replica.in_flight, replica.used_at, replica.expires_at, replica.keep_alive_seconds
+            )
         return use
 
     def snapshot(self, now: float) -> Snapshot:
@@ -159,18 +161,18 @@ class FleetState:
             draining=self.draining,
             demand=MappingProxyType(self.demand),
             wanted=MappingProxyType(self.wanted),
-            large_asked=self._large_asked(now),
+            large_model_requested=self._large_model_requested(now),
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.swap_window_seconds),
             troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
         )
 
-    def _large_asked(self, now: float) -> bool:
+    def _large_model_requested(self, now: float) -> bool:
         horizon = 4 * self.policy.demand_half_life_seconds
         return any(now - self.demand[blob].at < horizon for blob in self.large_blobs if blob in self.demand)
 
     def read(self, gpus: tuple[Gpu, ...], read_at: float) -> None:
-        """The cards as they are now."""
+        """The GPUs as they are now."""
         before, self.gpus = self.gpus, {gpu.uuid: gpu for gpu in gpus}
         self.gpus_read_at = read_at
         if before.keys() != self.gpus.keys() or any(
@@ -201,16 +203,20 @@ class FleetState:
         for key in [k for k in self.residencies if k[0] == name]:
             self.forget(key)
 
-    def has_still(self, copy: Residency) -> bool:
+    def has_still(self, replica: Residency) -> bool:
         """Whether that copy is there, and no other that came to its place after it."""
-        now = self.residencies.get((copy.instance, copy.blob))
-        return now is not None and now.loaded_at == copy.loaded_at
+        now = self.residencies.get((replica.instance, replica.blob))
+        return now is not None and now.loaded_at == replica.loaded_at
 
     def has_drained(self, blobs: Collection[BlobDigest]) -> bool:
         """Whether a copy of these weights that takes no more requests is idle."""
         for key in self.draining:
-            copy = self.copies.get(key) if key[1] in blobs else None
-            if copy is not None and copy.state is ResidencyState.READY and not (self.uses.get(key) or copy).in_flight:
+            replica = self.replicas.get(key) if key[1] in blobs else None
+            if (
+                replica is not None
+                and replica.state is ResidencyState.READY
+                and not (self.uses.get(key) or replica).in_flight
+            ):
                 return True
         return False
 
@@ -218,13 +224,13 @@ class FleetState:
         return next((r for r in self.residencies.values() if r.load_id == load_id), None)
 
     def touched(self, name: InstanceName) -> None:
-        """Memory changes on the cards of that instance by our own doing."""
+        """Memory changes on the GPUs of that instance by our own doing."""
         view = self.instances.get(name)
         if view is not None:
             self.footprints.touched(view.spec.gpus)
 
     def begin_measuring(self, reservation: Reservation, key: FootprintKey, *, is_certain: bool) -> None:
-        """The load is sent: what its cards show as used from here to its end is its footprint, if it is alone.
+        """The load is sent: what its GPUs show as used from here to its end is its footprint, if it is alone.
         `is_certain`: it is known how the server shares it out."""
         self.touched(reservation.instance)
         gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
@@ -233,10 +239,10 @@ class FleetState:
             self.measuring[reservation.load_id] = self.footprints.before(key, gpus, self._used(), is_certain=is_certain)
 
     def _used(self) -> dict[GpuUuid, int]:
-        return {gpu: card.memory_used_bytes for gpu, card in self.gpus.items()}
+        return {uuid: gpu.memory_used_bytes for uuid, gpu in self.gpus.items()}
 
     def settle(self) -> list[tuple[FootprintKey, tuple[int, ...]]]:
-        """Lets go of reservations and unloaded models that the newest reading of the cards already reflects; returns
+        """Lets go of reservations and unloaded models that the newest reading of the GPUs already reflects; returns
         the footprints that it has shown."""
         shown: list[tuple[FootprintKey, tuple[int, ...]]] = []
         for load_id, reservation in list(self.reservations.items()):
@@ -269,13 +275,13 @@ class FleetState:
         if self.troubled_at:
             self.troubled_at = {gpus: at for gpus, at in self.troubled_at.items() if at > horizon}
 
-    def asked(self, ticket: Ticket, now: float) -> None:
+    def record_request(self, ticket: Ticket, now: float) -> None:
         """Counts a request for its model."""
         blob = ticket.model.blob
         self.models[blob] = ticket.model
         self.dismissed.discard(blob)
         before = self.demand.get(blob) or Demand(at=now)
-        self.demand[blob] = demand.asked(before, now, self.policy.demand_half_life_seconds)
+        self.demand[blob] = demand.record_request(before, now, self.policy.demand_half_life_seconds)
         if len(self.demand) > _MODELS_MAX:
             coldest = min(self.demand, key=lambda known: (self.demand[known].at, known))
             del self.demand[coldest]
@@ -284,7 +290,9 @@ class FleetState:
 
     def sent(self, weights_bytes: int, now: float) -> None:
         """A load of so many bytes was sent."""
-        self.sent_bytes = demand.asked(self.sent_bytes, now, self.policy.swap_window_seconds, float(weights_bytes))
+        self.sent_bytes = demand.record_request(
+            self.sent_bytes, now, self.policy.swap_window_seconds, float(weights_bytes)
+        )
 
     def loaded(self, weights_bytes: int, seconds: float) -> None:
         """A load of so many bytes took so long: the mean rate follows, of bytes and not of loads."""
@@ -300,17 +308,17 @@ class FleetState:
 
     # --- slots ---------------------------------------------------------------------------------------------
 
-    def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float, share: Share | None = None) -> Use:
+    def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float, share: WorkShare | None = None) -> ReplicaUse:
         """Leases one slot of the copy to the ticket. `share`: where the model has several copies."""
-        copy = self.copies[key]
-        turn = self.homes.served(ticket, copy) if ticket.session else None
-        self.leases[ticket.id] = LeaseRecord(key, copy.loaded_at, ticket.client, now, turn, share)
+        replica = self.replicas[key]
+        turn = self.prefix_affinity.served(ticket, replica) if ticket.session else None
+        self.leases[ticket.id] = LeaseRecord(key, replica.loaded_at, ticket.client, now, turn, share)
         if share is not None:
             own = self.works.get(key)
             if own is None:
-                own = self.works[key] = Work()
+                own = self.works[key] = PendingWork()
             pending_work.begin(own, share, now)
-            self.homes.chosen(ticket, copy, share.fingerprints)
+            self.prefix_affinity.chosen(ticket, replica, share.fingerprints)
         self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
         self.counters.granted(ticket)
         use = self.use_of(key)
@@ -318,7 +326,7 @@ class FleetState:
             use.keep_alive_seconds = merged_keep_alive(
                 use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
             )
-        pin = self.policy.pins.get(copy.name) if self.policy.pins else None
+        pin = self.policy.pins.get(replica.name) if self.policy.pins else None
         if pin is not None and pin.keep_warm:
             use.keep_alive_seconds = FOR_EVER
         use.in_flight, use.used_at, use.expires_at = use.in_flight + 1, now, None
@@ -342,26 +350,26 @@ class FleetState:
             self._end_share(lease, lease.share, event, now)
         return lease
 
-    def _end_share(self, lease: LeaseRecord, share: Share, event: Released, now: float) -> None:
+    def _end_share(self, lease: LeaseRecord, share: WorkShare, event: Released, now: float) -> None:
         key, first_at = lease.key, event.first_byte_at
-        copy = self.copies.get(key)
-        if copy is None or copy.loaded_at != lease.loaded_at:
+        replica = self.replicas.get(key)
+        if replica is None or replica.loaded_at != lease.loaded_at:
             return
         pending_work.end(self.works[key], share, first_at is not None, now)
         if first_at is not None and not event.runner_lost:
             pending_work.learn(self.speeds, key, share, (lease.granted_at, first_at, now), event.output_tokens)
 
-    def give_back(self, event: Released, now: float) -> Residency | None:
+    def release(self, event: Released, now: float) -> Residency | None:
         """Ends a lease; returns the copy that it was on where that still stands, its use left out."""
         lease = self.end_lease(event, now)
-        copy = self.copies.get(lease.key) if lease is not None else None
-        if lease is None or copy is None or copy.loaded_at != lease.loaded_at:
+        replica = self.replicas.get(lease.key) if lease is not None else None
+        if lease is None or replica is None or replica.loaded_at != lease.loaded_at:
             return None
         use = self.use_of(lease.key)
         use.in_flight, use.used_at = use.in_flight - 1, now
-        is_ready = copy.state is ResidencyState.READY
+        is_ready = replica.state is ResidencyState.READY
         if not use.in_flight and is_ready:
             use.expires_at = expiry(use.keep_alive_seconds, now)
         if not is_ready or (not use.in_flight and lease.key not in self.draining):
             self.version += 1  # else only those who wait for this copy can go on, or for its leaving
-        return copy
+        return replica

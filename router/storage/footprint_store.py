@@ -16,7 +16,7 @@ from router.domain.footprint import FootprintKey
 Entry = tuple[FootprintKey, tuple[int, ...]]
 
 
-class FootprintFile:
+class FootprintStore:
     """`remember` writes; blocking, but a few kilobytes and once a measured load."""
 
     def __init__(self, path: Path) -> None:

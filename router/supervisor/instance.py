@@ -28,7 +28,7 @@ from router.domain.instance_lifecycle import (
 from router.engines.ollama.health_probe import Probe, ProbeFailed
 from router.engines.ollama.log_parser import (
     ComputeDevice,
-    cards_problem,
+    gpus_problem,
     parse_compute_line,
     unexpected_devices,
 )
@@ -53,7 +53,7 @@ class SupervisorConfig:
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     """What children are given beside their spec's environment; see `process.inheritable`."""
     start_timeout_seconds: float = 60.0
-    """Until `/api/version` answers and the cards are reported; Ollama allows its own discovery 30 s."""
+    """Until `/api/version` answers and the GPUs are reported; Ollama allows its own discovery 30 s."""
     health_interval_seconds: float = 5.0
     health_timeout_seconds: float = 5.0
     health_misses_max: int = 3
@@ -68,7 +68,7 @@ class SupervisorConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class InstanceContext:
     """What all instances of a supervisor share."""
 
     config: SupervisorConfig
@@ -80,7 +80,7 @@ class Surroundings:
 class Instance:
     """The actor. `run` owns its life; the other methods only ask, and return at once."""
 
-    def __init__(self, spec: InstanceSpec, around: Surroundings) -> None:
+    def __init__(self, spec: InstanceSpec, around: InstanceContext) -> None:
         self.spec = spec
         self._around = around
         self._config = around.config
@@ -245,7 +245,7 @@ class Instance:
         try:
             async with asyncio.timeout(self._config.start_timeout_seconds):
                 version = await self._first_answer()
-                problem = await self._cards_reported()
+                problem = await self._gpus_reported()
         except TimeoutError:
             return self._why_not_ready()
         if problem is not None:
@@ -261,9 +261,9 @@ class Instance:
             except ProbeFailed:
                 await asyncio.sleep(_START_POLL_SECONDS)
 
-    async def _cards_reported(self) -> str | None:
-        """None once all expected cards were reported; a problem as soon as the server says that it has only the CPU."""
-        while (problem := cards_problem(self.spec.gpus, self._devices)) is not None:
+    async def _gpus_reported(self) -> str | None:
+        """None once all expected GPUs were reported; a problem as soon as the server says that it has only the CPU."""
+        while (problem := gpus_problem(self.spec.gpus, self._devices)) is not None:
             if any(device.is_cpu for device in self._devices):
                 return problem
             self._reported.clear()
@@ -272,7 +272,7 @@ class Instance:
 
     def _why_not_ready(self) -> str:
         within = f"within {self._config.start_timeout_seconds:g} s"
-        problem = cards_problem(self.spec.gpus, self._devices)
+        problem = gpus_problem(self.spec.gpus, self._devices)
         return f"{problem} {within}" if problem and self._devices else f"was not ready {within}"
 
     def _enter_ready(self, version: str) -> None:
@@ -370,7 +370,7 @@ class Instance:
         extra = unexpected_devices(self.spec.gpus, self._devices)
         if extra:
             names = ", ".join(f"{device.id} ({device.library})" for device in extra)
-            self._log.warning("instance_sees_foreign_cards", cards=names)
+            self._log.warning("instance_sees_foreign_gpus", gpus=names)
 
     def _death(self, child: ChildProcess) -> str:
         code = child.returncode or 0

@@ -16,7 +16,7 @@ from router.domain.events import InstanceChanged
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.engines.ollama.health_probe import Probe, ProbeFailed, version_probe
 from router.supervisor.clock import Clock, SystemClock
-from router.supervisor.instance import Instance, SupervisorConfig, Surroundings
+from router.supervisor.instance import Instance, InstanceContext, SupervisorConfig
 
 __all__ = ["Supervisor", "SupervisorConfig"]
 
@@ -35,7 +35,7 @@ class Supervisor:
     ) -> None:
         self._config = config
         self._instances: dict[InstanceName, Instance] = {}
-        self._around = Surroundings(config, clock or SystemClock(), self._ask_version, on_change)
+        self._around = InstanceContext(config, clock or SystemClock(), self._ask_version, on_change)
         self._probe: Probe | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[Instance, asyncio.Task[None]] = {}

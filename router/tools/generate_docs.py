@@ -45,10 +45,10 @@ _NAMED_SAMPLES = {
 
 _INSTANCE_SAMPLES = """\
 # instances:
-#   - name: a                         # spawned, on two cards
+#   - name: a                         # spawned, on two GPUs
 #     gpus: [GPU-0a0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0a, GPU-1b1b1b1b-1b1b-1b1b-1b1b-1b1b1b1b1b1b]
 #     num_parallel: 4
-#   - name: b                         # spawned, without a card
+#   - name: b                         # spawned, without a GPU
 #     gpus: []
 #   - url: http://127.0.0.1:11500     # attached: something else runs it
 #     gpus: ["1"]
@@ -121,7 +121,7 @@ def instances_document() -> str:
         "# The life of an instance\n\n"
         "<!-- Written by `make docs` from the table in router/domain/instance_lifecycle.py; change it there. -->\n\n"
         "Each `ollama serve` that the router runs is in one of these states, and moves only as drawn. A server is\n"
-        "READY once `/api/version` answers and, where cards are expected, it has reported them; after repeated quick\n"
+        "READY once `/api/version` answers and, where GPUs are expected, it has reported them; after repeated quick\n"
         "deaths it is FATAL and its last log lines stand in the reason that `llamayard status` shows.\n\n"
         f"```mermaid\n{state_diagram().strip()}\n```\n"
     )

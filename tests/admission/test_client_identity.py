@@ -6,21 +6,21 @@ from collections.abc import Mapping
 
 import pytest
 
-from router.admission.client_identity import Asker, asker_of
+from router.admission.client_identity import ClientIdentity, identify_client
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.request import Layout, LayoutKind
 from router.errors import BadRequest, LayoutUnavailable
 
 _ADDRESS = "192.0.2.7"
-_CARDS = {
+_GPUS = {
     GpuUuid("GPU-aa"): Gpu(GpuUuid("GPU-aa"), 0, "first", 10, 10, 0),
     GpuUuid("GPU-bb"): Gpu(GpuUuid("GPU-bb"), 1, "second", 10, 10, 0),
 }
 
 
-def asked_with(**headers: str) -> Asker:
+def asked_with(**headers: str) -> ClientIdentity:
     named: Mapping[str, str] = {name.replace("_", "-"): value for name, value in headers.items()}
-    return asker_of(named.get, _ADDRESS, lambda: _CARDS)
+    return identify_client(named.get, _ADDRESS, lambda: _GPUS)
 
 
 def test_one_key_is_one_client_and_never_shown() -> None:
@@ -50,8 +50,8 @@ def test_a_session_is_named_by_its_own_header_before_open_webuis() -> None:
 
 
 def test_what_goes_to_logs_is_plain_and_short() -> None:
-    asker = asked_with(x_openwebui_user_id="a\tb\x1b[31m é" + "c" * 200)
-    assert asker.client == "user:ab31m" + "c" * 59
+    client_identity = asked_with(x_openwebui_user_id="a\tb\x1b[31m é" + "c" * 200)
+    assert client_identity.client == "user:ab31m" + "c" * 59
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,17 @@ def test_what_is_no_layout_is_refused_with_what_would_be(text: str) -> None:
         asked_with(x_llamayard_layout=text)
 
 
-def test_a_card_that_is_not_there_is_told_with_those_that_are() -> None:
+def test_a_gpu_that_is_not_there_is_told_with_those_that_are() -> None:
     with pytest.raises(LayoutUnavailable, match=r"0 \(GPU-aa\), 1 \(GPU-bb\)") as caught:
         asked_with(x_llamayard_layout="gpu:2")
     assert (caught.value.status, caught.value.code) == (409, "layout_unavailable")
 
 
-def test_the_cards_are_looked_at_only_where_a_layout_is_asked_for() -> None:
+def test_the_gpus_are_looked_at_only_where_a_layout_is_asked_for() -> None:
     def never() -> dict[GpuUuid, Gpu]:
-        raise AssertionError("the cards were looked at")
+        raise AssertionError("the GPUs were looked at")
 
-    assert asker_of(dict[str, str]().get, _ADDRESS, never) == Asker(_ADDRESS)
+    assert identify_client(dict[str, str]().get, _ADDRESS, never) == ClientIdentity(_ADDRESS)
 
 
 def test_a_priority_has_three_words() -> None:

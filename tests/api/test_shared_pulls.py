@@ -14,11 +14,11 @@ import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestServer
 
-from router.api.context import GatewayContext
+from router.api.context import ApiContext
 from router.api.shared_pulls import Pulls
 from router.errors import RouterError
-from router.llm_api.body_reader import peek
-from router.observability.request_record import RequestInfo
+from router.llm_api.body_reader import parse_body
+from router.observability.request_record import RequestRecord
 
 _PATH = "/api/pull"
 _STATUS = b'{"status":"pulling manifest"}\n'
@@ -48,12 +48,14 @@ async def _front(handler: Any) -> AsyncGenerator[Callable[[bytes], AbstractAsync
             primary=lambda: SimpleNamespace(spec=SimpleNamespace(url=url)),
             limits=SimpleNamespace(idle_timeout_seconds=60.0, first_byte_timeout_seconds=60.0),
         )  # fmt: skip
-        pulls = Pulls(cast("GatewayContext", context))
+        pulls = Pulls(cast("ApiContext", context))
 
         async def pull(request: web.Request) -> web.StreamResponse:
             told = await request.read()
             try:
-                return await pulls.serve(request, told, peek(told, _PATH), RequestInfo("id", "someone", _PATH, 0.0))
+                return await pulls.serve(
+                    request, told, parse_body(told, _PATH), RequestRecord("id", "someone", _PATH, 0.0)
+                )
             except RouterError as error:  # which the gateway answers in the form of the API
                 return web.Response(status=500, body=msgspec.json.encode({"error": error.message}))
 

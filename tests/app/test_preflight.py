@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from router.app.preflight import Checked, check_pins
+from router.app.preflight import PreflightResult, check_pins
 from router.cli.main import main
 from router.config.settings import load_settings
 from router.domain.gpu import Gpu
-from router.gpu.nvml import NoCards
+from router.gpu.nvml import NoGpus
 from router.gpu.poller import GpuReader
 from router.lab.emulator.store import PARAMETERS, Store
-from tests.scheduler.builders import card
+from tests.scheduler.builders import gpu
 from tests.support.sparse_model import LLAMA_8B, LLAMA_70B, put_into_store
 
-NO_DRIVER = NoCards("no driver is installed")
+NO_DRIVER = NoGpus("no driver is installed")
 Captured = pytest.CaptureFixture[str]
 
 
@@ -28,24 +28,24 @@ class TwoCards:
     """Two of 24 GB, one of them full."""
 
     def read(self) -> tuple[Gpu, ...]:
-        return (card(0, 24_000), card(1, 100))
+        return (gpu(0, 24_000), gpu(1, 100))
 
     def close(self) -> None:
         """Nothing is held open."""
 
 
-def _check(folder: Path, reader: GpuReader | NoCards = NO_DRIVER, **tree: object) -> Checked:
+def _check(folder: Path, reader: GpuReader | NoGpus = NO_DRIVER, **tree: object) -> PreflightResult:
     path = folder / "c.yaml"
     own = {"state_directory": str(folder / "state"), "ollama": {"models": str(folder / "models")}}
     path.write_text(yaml.safe_dump({**own, **tree}), encoding="utf-8")
     return check_pins(load_settings(path, {}), {}, lambda: reader)
 
 
-def test_a_model_that_its_card_cannot_hold_is_refused_with_the_bytes(tmp_path: Path) -> None:
+def test_a_model_that_its_gpu_cannot_hold_is_refused_with_the_bytes(tmp_path: Path) -> None:
     put_into_store(tmp_path / "models", "seventy", LLAMA_70B)
     found = _check(tmp_path, TwoCards(), models={"Seventy": {"gpus": [1]}})
     (problem,) = found.problems
-    assert problem.startswith("models.Seventy: model 'seventy:latest' fits nowhere: gpu1: card 1 needs ")
+    assert problem.startswith("models.Seventy: model 'seventy:latest' fits nowhere: gpu1: GPU 1 needs ")
     assert problem.count(" bytes (") == 2
     assert found.unseen == ()
 
@@ -57,44 +57,44 @@ def test_a_context_that_the_modelfile_asks_for_counts(tmp_path: Path) -> None:
     params = Store(tmp_path / "models").put_blob(b'{"num_ctx":131072,"stop":["x"],"temperature":0.5}')
     manifest["layers"].append({"mediaType": PARAMETERS, "digest": params.digest, "size": params.size})
     pinned = {"eight": {"gpus": [1], "num_parallel": 2}}
-    assert _check(tmp_path, TwoCards(), models=pinned) == Checked()
+    assert _check(tmp_path, TwoCards(), models=pinned) == PreflightResult()
     entry.write_text(json.dumps(manifest))
     (problem,) = _check(tmp_path, TwoCards(), models=pinned).problems
-    assert problem.startswith("models.eight: model 'eight:latest' fits nowhere: gpu1: card 1 needs ")
+    assert problem.startswith("models.eight: model 'eight:latest' fits nowhere: gpu1: GPU 1 needs ")
 
 
-def test_what_runs_on_the_cards_now_does_not_count(tmp_path: Path) -> None:
+def test_what_runs_on_the_gpus_now_does_not_count(tmp_path: Path) -> None:
     put_into_store(tmp_path / "models", "eight", LLAMA_8B)
-    assert _check(tmp_path, TwoCards(), models={"eight": {"gpus": [1], "keep_warm": True}}) == Checked()
+    assert _check(tmp_path, TwoCards(), models={"eight": {"gpus": [1], "keep_warm": True}}) == PreflightResult()
 
 
-def test_models_that_are_kept_warm_on_one_card_must_fit_together(tmp_path: Path) -> None:
+def test_models_that_are_kept_warm_on_one_gpu_must_fit_together(tmp_path: Path) -> None:
     names = [f"eight{number}" for number in range(5)]
     for number, name in enumerate(names):
         put_into_store(tmp_path / "models", name, replace(LLAMA_8B, layers=32 - number))
     warm = {name: {"gpus": [0], "keep_warm": True} for name in names}
-    assert _check(tmp_path, TwoCards(), models=dict(list(warm.items())[:3])) == Checked()
+    assert _check(tmp_path, TwoCards(), models=dict(list(warm.items())[:3])) == PreflightResult()
     (problem,) = _check(tmp_path, TwoCards(), models=warm).problems
     assert "models.eight0 and models.eight1" in problem
-    assert "cannot be kept warm together: card 0 needs " in problem
+    assert "cannot be kept warm together: GPU 0 needs " in problem
 
 
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({"models": {"m": {"gpus": [7]}}}, "models.m.gpus: '7' is no card of this machine"),
-        ({"placement": {"exclusive_gpus": {"5": ["m"]}}}, "placement.exclusive_gpus: '5' is no card of this machine"),
-        ({"instances": [{"name": "a", "gpus": [9]}]}, "instance a: gpus: '9' is no card of this machine"),
+        ({"models": {"m": {"gpus": [7]}}}, "models.m.gpus: '7' is no GPU of this machine"),
+        ({"placement": {"exclusive_gpus": {"5": ["m"]}}}, "placement.exclusive_gpus: '5' is no GPU of this machine"),
+        ({"instances": [{"name": "a", "gpus": [9]}]}, "instance a: gpus: '9' is no GPU of this machine"),
     ],
 )
-def test_cards_that_are_not_there_are_refused(tmp_path: Path, tree: dict[str, object], words: str) -> None:
+def test_gpus_that_are_not_there_are_refused(tmp_path: Path, tree: dict[str, object], words: str) -> None:
     (problem,) = _check(tmp_path, TwoCards(), **tree).problems
     assert words in problem
 
 
 def test_what_cannot_be_seen_is_told_and_not_guessed(tmp_path: Path) -> None:
     pins = {"m": {"gpus": [7]}}
-    assert _check(tmp_path, models=pins).unseen == ("whether pins to cards hold: no driver is installed",)
+    assert _check(tmp_path, models=pins).unseen == ("whether pins to GPUs hold: no driver is installed",)
     (told,) = _check(tmp_path, TwoCards(), models={"m": {"gpus": [1]}}).unseen
     assert told == f"whether models.m fits: it is not among the models in {tmp_path / 'models'}"
 
@@ -114,13 +114,13 @@ def test_looking_makes_no_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
-def test_nobody_asks_for_cards_where_nothing_is_said_of_them(tmp_path: Path) -> None:
-    def never() -> NoCards:
+def test_nobody_asks_for_gpus_where_nothing_is_said_of_them(tmp_path: Path) -> None:
+    def never() -> NoGpus:
         raise AssertionError("the driver was asked")
 
     path = tmp_path / "c.yaml"
     path.write_text("models: {m: {priority: 1}}", encoding="utf-8")
-    assert check_pins(load_settings(path, {}), {}, never) == Checked()
+    assert check_pins(load_settings(path, {}), {}, never) == PreflightResult()
 
 
 def test_names_of_the_same_weights_are_kept_warm_once(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_names_of_the_same_weights_are_kept_warm_once(tmp_path: Path) -> None:
     library = tmp_path / "models" / "manifests" / "registry.ollama.ai" / "library"
     for name in list(warm)[1:]:
         shutil.copytree(library / "eight0", library / name)
-    assert _check(tmp_path, TwoCards(), models=warm) == Checked()
+    assert _check(tmp_path, TwoCards(), models=warm) == PreflightResult()
 
 
 def _command(tmp_path: Path, text: str) -> int:
@@ -144,7 +144,7 @@ def test_the_command_refuses_over_an_emulated_rig_with_its_catalogue(tmp_path: P
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(
-        "llamayard: models.llama3.3:70b: model 'llama3.3:70b' fits nowhere: gpu0: card 0 needs"
+        "llamayard: models.llama3.3:70b: model 'llama3.3:70b' fits nowhere: gpu0: GPU 0 needs"
     )
 
 

@@ -31,8 +31,8 @@ def test_so_many_always_wait_while_models_come_and_requests_are_served() -> None
     assert len(machine.dispatcher.waiting) == WAITING
     assert machine.rejected == 0
     assert sum("Grant" in line for line in told) > 20
-    copies = machine.snapshot().residencies.values()
-    assert {r.blob for r in copies if r.state is ResidencyState.READY}
+    replicas = machine.snapshot().residencies.values()
+    assert {r.blob for r in replicas if r.state is ResidencyState.READY}
 
 
 def test_the_same_seed_is_the_same_machine() -> None:

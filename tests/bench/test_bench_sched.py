@@ -9,7 +9,7 @@ import pytest
 from bench.scheduling.bench_sched import as_answered, later, report_of, runs
 from bench.scheduling.client import Answered
 from bench.scheduling.fast_clock import scaled
-from router.lab.scenarios import Wanted, scenario
+from router.lab.scenarios import ScenarioSpec, scenario
 
 
 def test_a_scaled_clock_starts_where_the_true_one_is_and_runs_faster() -> None:
@@ -23,7 +23,7 @@ def answered(turn: int, model: str, first: float | None, ended: float, error: st
 
 
 def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
-    scene = scenario(Wanted("4x3090", "team"))
+    scene = scenario(ScenarioSpec("4x3090", "team"))
     answers = [
         answered(0, "llama3.1:8b", 11.0, 13.0),
         answered(1, "llama3.1:8b", 21.0, 23.0),
@@ -40,7 +40,7 @@ def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
 
 
 def test_the_simulator_is_given_the_answers_that_were_said() -> None:
-    scene = scenario(Wanted("4x3090", "team", seconds=20.0))
+    scene = scenario(ScenarioSpec("4x3090", "team", seconds=20.0))
     answers = [
         Answered(session.id, turn, session.user, session.model, 100, 5, 0.0, words=7)
         for session in scene.sessions
@@ -69,7 +69,7 @@ def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> Non
 
 
 def test_arrivals_are_up_to_a_second_later_and_the_same_number_is_the_same_chance() -> None:
-    sessions = scenario(Wanted("4x3090", "team", seconds=60.0)).sessions
+    sessions = scenario(ScenarioSpec("4x3090", "team", seconds=60.0)).sessions
     moved = later(sessions, 3)
     turns = list(zip(*([t for one in which for t in one.turns] for which in (sessions, moved)), strict=True))
     assert all(0.0 <= new.at_seconds - old.at_seconds < 1.0 for old, new in turns)

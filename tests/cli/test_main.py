@@ -112,11 +112,11 @@ def test_simulate_plays_and_refuses_with_code_2_what_it_does_not_know(capsys: Ca
     assert main(asked, HOME) == 0
     assert json.loads(capsys.readouterr().out)["simulated"] is True
     assert main(["simulate", "--rig", "2x9999"], HOME) == 2
-    assert "no card '9999'" in capsys.readouterr().err
+    assert "no GPU '9999'" in capsys.readouterr().err
 
 
 def test_whoever_serves_does_not_hold_the_other_commands_in_memory(root: Path) -> None:
-    others = ("router.lab.simulator", "router.check", "router.status")
+    others = ("router.lab.simulator", "router.cli.check_config", "router.cli.status", "router.cli.simulate")
     program = f"import sys, router.cli.main\nprint([name for name in sys.modules if name.startswith({others})])"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=60
@@ -146,7 +146,7 @@ def test_output_that_nobody_reads_is_ended_quietly(root: Path, arguments: list[s
 
 _LOGS = """
 import asyncio, structlog
-from router.logs import RequestLines, configure_logs
+from router.observability.logging import RequestLines, configure_logs
 configure_logs("json", "info")
 async def main():
     structlog.get_logger("x").info("something")
@@ -171,8 +171,8 @@ def test_log_lines_that_nobody_takes_are_dropped_and_the_program_goes_on(root: P
     ("pair", "told"),
     [
         ("state_directory=/dev/null/x", "state_directory: the emulated rig cannot be written there"),
-        ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no card of this machine; there are: 0: GPU-"),
-        ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no card of this machine; there are: 0: GPU-"),
+        ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
+        ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
     ],
 )
 def test_what_shows_only_when_it_is_tried_ends_in_a_sentence_too(
@@ -209,7 +209,7 @@ def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
 
 STATUS: dict[str, Any] = {
     "emulated": "EMULATED rig 2x3090",
-    "cards": [
+    "gpus": [
         {
             "uuid": "GPU-1",
             "index": 0,
@@ -254,12 +254,12 @@ def test_status_is_shown_as_tables_with_what_is_unknown_as_a_dash() -> None:
     lines = render_status({**STATUS, "waiting": []}).splitlines()
     assert lines[0] == "EMULATED rig 2x3090"
     assert lines[2:5] == [
-        "CARDS",
+        "GPUS",
         "  INDEX  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
         "  0      RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
     ]
     assert "  gpu0  ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
-    assert "  tiny:latest  gpu0      ready  1/2   1.0 GiB   -        -" in lines
+    assert "  tiny:latest  gpu0      ready  1/2   1.0 GiB  -        -" in lines
     assert lines[-5:] == ["RESERVATIONS", "  none", "", "QUEUE", "  waiting 3, limit 512"]
 
 

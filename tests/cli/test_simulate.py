@@ -19,7 +19,7 @@ def test_it_prints_a_table_and_writes_json_and_picture(tmp_path: Path, capsys: p
     assert "llamayard" in printed
     run = json.loads((out / "4x3090-team-llamayard-1.json").read_text(encoding="utf-8"))
     assert run["simulated"] is True
-    assert len(run["run"]["cards"]) == 4
+    assert len(run["run"]["gpus"]) == 4
     assert run["run"]["stays"]
     assert run["summary"]["requests"] == len(run["run"]["requests"])
     picture = (out / "4x3090-team-llamayard-1.svg").read_text(encoding="utf-8")

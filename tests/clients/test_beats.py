@@ -17,10 +17,10 @@ import pytest
 from aiohttp import web
 
 from router.errors import LoadFailed
-from router.llm_api.body_reader import peek
+from router.llm_api.body_reader import parse_body
 from router.llm_api.errors import SSE
-from router.llm_api.heartbeat_format import heartbeat_of
-from router.scheduler.queue.wait_estimate import Outlook
+from router.llm_api.heartbeat_format import heartbeat_for
+from router.scheduler.queue.wait_estimate import WaitEstimate
 from tests.clients.commands import command
 from tests.support.ollama_server import real_binary
 
@@ -31,14 +31,14 @@ _SECONDS = 300
 
 async def _answer(request: web.Request) -> web.StreamResponse:
     body = await request.read()
-    beat = heartbeat_of(request.path, peek(body, request.path), request.headers.get, 10.0)
+    beat = heartbeat_for(request.path, parse_body(body, request.path), request.headers.get, 10.0)
     assert beat is not None
     response = web.StreamResponse(headers=dict(beat.headers))
     await response.prepare(request)
     for position in (3, 2, 1):
         await response.write(beat.piece)
         if beat.content_type == SSE:
-            await response.write(beat.telling(Outlook(position, 4.5 * position, "it is being loaded on gpu0")))
+            await response.write(beat.telling(WaitEstimate(position, 4.5 * position, "it is being loaded on gpu0")))
     if json.loads(body)["model"] == "fails":
         await response.write(beat.late_error(_ERROR))
     else:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from router.control.controller import Engine, Lease
+from router.control.controller import Controller, Lease
 from router.domain.actions import Action, Load, Unload
 from router.domain.events import Event, GpusRead, InstanceChanged, LoadFailed, LoadFinished, UnloadFinished
 from router.domain.footprint import FootprintKey
@@ -17,7 +17,7 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket
 from router.domain.residency import ResidencyState
 from router.scheduler.dispatcher import Dispatcher
-from tests.scheduler.builders import by_weight, card, instance, model
+from tests.scheduler.builders import by_weight, gpu, instance, model
 
 SMALL = model("small", 1000)
 OTHER = model("other", 1000)
@@ -92,22 +92,22 @@ class RecordingObserver:
 
 @dataclass
 class Stage:
-    """A running engine over one card and one instance that is ready."""
+    """A running engine over one GPU and one instance that is ready."""
 
-    engine: Engine
+    controller: Controller
     driver: RecordingDriver
     observer: RecordingObserver
 
-    def ticket(self, of: ModelFacts = SMALL, patience_seconds: float = 60.0) -> Ticket:
-        now = self.engine.now()
-        return Ticket(self.engine.new_ticket_id(), of, (), 0, None, now, now + patience_seconds)
+    def ticket(self, of: ModelFacts = SMALL, ttft_target_seconds: float = 60.0) -> Ticket:
+        now = self.controller.now()
+        return Ticket(self.controller.new_ticket_id(), of, (), 0, None, now, now + ttft_target_seconds)
 
-    def lease(self, of: ModelFacts = SMALL, patience_seconds: float = 60.0) -> Lease:
-        return self.engine.lease(self.ticket(of, patience_seconds))
+    def lease(self, of: ModelFacts = SMALL, ttft_target_seconds: float = 60.0) -> Lease:
+        return self.controller.lease(self.ticket(of, ttft_target_seconds))
 
     def taken(self) -> int:
         """Slots in use, of all models."""
-        return sum(found.in_flight for found in self.engine.snapshot().residencies.values())
+        return sum(found.in_flight for found in self.controller.snapshot().residencies.values())
 
     async def load(self, of: ModelFacts = SMALL) -> None:
         """Has a model loaded and idle."""
@@ -123,7 +123,7 @@ class Stage:
             return grant.instance
 
     def state(self, of: ModelFacts) -> ResidencyState | None:
-        found = [r for r in self.engine.snapshot().residencies.values() if r.blob == of.blob]
+        found = [r for r in self.controller.snapshot().residencies.values() if r.blob == of.blob]
         return found[0].state if found else None
 
 
@@ -138,8 +138,8 @@ async def stage(policy: Policy | None = None, slots: int = 2) -> AsyncGenerator[
     driver, observer = RecordingDriver(), RecordingObserver()
     clock: Callable[[], float] = asyncio.get_running_loop().time
     dispatcher = Dispatcher(policy or Policy(vram_margin_bytes=0), by_weight)
-    async with Engine(dispatcher, driver, clock, (observer,)) as engine:
-        engine.post(GpusRead((card(0, 24_000),), engine.now()))
-        engine.post(InstanceChanged(instance("gpu0", 0, slots=slots), InstanceState.READY))
+    async with Controller(dispatcher, driver, clock, (observer,)) as controller:
+        controller.post(GpusRead((gpu(0, 24_000),), controller.now()))
+        controller.post(InstanceChanged(instance("gpu0", 0, slots=slots), InstanceState.READY))
         observer.seen.clear()
-        yield Stage(engine, driver, observer)
+        yield Stage(controller, driver, observer)

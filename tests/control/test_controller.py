@@ -40,7 +40,7 @@ async def test_loads_of_different_models_run_at_the_same_time() -> None:
 async def test_a_driver_that_raises_ends_the_load_and_not_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
     async with stage(Policy(vram_margin_bytes=0, failure_memory_seconds=0.0)) as on:
         tickets: list[Grant | Reject] = []
-        on.engine.submit(on.ticket(), tickets.append)
+        on.controller.submit(on.ticket(), tickets.append)
         await turns()
         on.driver.end_load(RuntimeError("a mistake in the driver"))
         await turns()
@@ -80,17 +80,17 @@ async def test_a_decision_is_told_once_and_not_after_a_cancel() -> None:
     async with stage() as on:
         told: list[Grant | Reject] = []
         kept, cancelled = on.ticket(), on.ticket()
-        on.engine.submit(kept, told.append)
-        on.engine.submit(cancelled, told.append)
-        on.engine.cancel(cancelled.id)
-        on.engine.cancel(cancelled.id)
+        on.controller.submit(kept, told.append)
+        on.controller.submit(cancelled, told.append)
+        on.controller.cancel(cancelled.id)
+        on.controller.cancel(cancelled.id)
         await turns()
         on.driver.end_load()
         await turns()
         assert [decision.ticket_id for decision in told] == [kept.id]
-        on.engine.cancel(kept.id)
+        on.controller.cancel(kept.id)
         assert on.taken() == 1
-        on.engine.release(kept.id)
+        on.controller.release(kept.id)
         assert on.taken() == 0
 
 
@@ -99,14 +99,14 @@ async def test_a_decision_may_come_before_submit_returns() -> None:
         await on.load()
         told: list[Grant | Reject] = []
         ticket = on.ticket()
-        on.engine.submit(ticket, told.append)
+        on.controller.submit(ticket, told.append)
         assert isinstance(told[0], Grant)
-        on.engine.release(ticket.id)
+        on.controller.release(ticket.id)
 
 
 async def test_ticket_numbers_are_never_given_twice() -> None:
     async with stage() as on:
-        numbers = [on.engine.new_ticket_id() for _ in range(100)]
+        numbers = [on.controller.new_ticket_id() for _ in range(100)]
         assert numbers == sorted(set(numbers))
 
 
@@ -117,7 +117,7 @@ async def test_leaving_the_engine_ends_its_loads_and_unloads() -> None:
         on.driver.end_load()
         await await_first
         await turns()
-        on.engine.submit(on.ticket(OTHER), lambda _: None)
+        on.controller.submit(on.ticket(OTHER), lambda _: None)
         await turns()
     assert {type(work).__name__ for work in on.driver.cancelled} == {"Load", "Unload"}
 
@@ -126,7 +126,7 @@ async def test_time_alone_unloads_what_is_idle() -> None:
     async with stage(Policy(vram_margin_bytes=0, keep_alive_seconds=0.02)) as on:
         await on.load()
         assert on.driver.unloads == []
-        assert await on.engine.until(lambda _: on.state(SMALL) is ResidencyState.UNLOADING, 10.0)
+        assert await on.controller.until(lambda _: on.state(SMALL) is ResidencyState.UNLOADING, 10.0)
         await turns()
         on.driver.end_unload()
         await turns()
@@ -135,27 +135,27 @@ async def test_time_alone_unloads_what_is_idle() -> None:
 
 async def test_waiting_for_a_state_ends_with_it_or_with_the_deadline() -> None:
     async with stage() as on:
-        assert await on.engine.until(lambda _: True, 0.0)
-        assert not await on.engine.until(lambda _: False, 0.01)
+        assert await on.controller.until(lambda _: True, 0.0)
+        assert not await on.controller.until(lambda _: False, 0.01)
         name = InstanceName("gpu0")
         waiting = asyncio.ensure_future(
-            on.engine.until(lambda facts: facts.instances[name].state is InstanceState.DRAINING, 10.0)
+            on.controller.until(lambda facts: facts.instances[name].state is InstanceState.DRAINING, 10.0)
         )
         await turns()
-        on.engine.post(InstanceChanged(instance("gpu0", 0), InstanceState.DRAINING))
+        on.controller.post(InstanceChanged(instance("gpu0", 0), InstanceState.DRAINING))
         assert await waiting
 
 
 async def test_who_no_longer_waits_for_a_state_is_no_longer_asked() -> None:
     async with stage() as on:
         asked: list[float] = []
-        waiting = asyncio.ensure_future(on.engine.until(lambda facts: bool(asked.append(facts.now)), 10.0))
+        waiting = asyncio.ensure_future(on.controller.until(lambda facts: bool(asked.append(facts.now)), 10.0))
         await turns()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         before = len(asked)
-        on.engine.post(InstanceChanged(instance("gpu0", 0), InstanceState.DRAINING))
+        on.controller.post(InstanceChanged(instance("gpu0", 0), InstanceState.DRAINING))
         assert len(asked) == before
 
 
@@ -164,19 +164,19 @@ async def test_each_waiting_ticket_can_be_asked_for_where_it_stands() -> None:
         await on.load()
         held, first, second = (on.ticket() for _ in range(3))
         for ticket in (held, first, second):
-            on.engine.submit(ticket, lambda _: None)
-        assert on.engine.outlook(held.id) is None
-        assert [each.position for each in on.engine.outlooks().values()] == [1, 2]
+            on.controller.submit(ticket, lambda _: None)
+        assert on.controller.wait_estimate(held.id) is None
+        assert [each.position for each in on.controller.wait_estimates().values()] == [1, 2]
         last = on.ticket()
-        on.engine.submit(last, lambda _: None)
-        found = on.engine.outlook(last.id)
+        on.controller.submit(last, lambda _: None)
+        found = on.controller.wait_estimate(last.id)
         assert found is not None
         assert (found.position, found.reason) == (3, "1 of 1 slots are in use on gpu0")
-        on.engine.cancel(first.id)
-        assert on.engine.outlook(first.id) is None
-        assert [(number, each.position) for number, each in on.engine.outlooks().items()] == [
+        on.controller.cancel(first.id)
+        assert on.controller.wait_estimate(first.id) is None
+        assert [(number, each.position) for number, each in on.controller.wait_estimates().items()] == [
             (second.id, 1),
             (last.id, 2),
         ]
-        on.engine.release(held.id)
-        assert on.engine.outlook(second.id) is None
+        on.controller.release(held.id)
+        assert on.controller.wait_estimate(second.id) is None

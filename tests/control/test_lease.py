@@ -42,7 +42,7 @@ async def test_a_rejection_is_the_error_that_the_client_meets() -> None:
         with pytest.raises(ModelTooLarge, match="fits nowhere") as refusal:
             await on.use(model("huge", 100_000))
         assert refusal.value.status == 422
-        assert on.engine.waiting() == ()
+        assert on.controller.waiting() == ()
 
 
 async def test_a_failed_load_is_told_with_the_servers_status() -> None:
@@ -69,9 +69,9 @@ async def test_a_full_queue_is_told_with_when_to_come_again() -> None:
 async def test_a_deadline_ends_the_wait_by_itself() -> None:
     async with stage() as on:
         with pytest.raises(WaitTimeout, match="for model 'small': gpu0"):
-            async with on.lease(patience_seconds=0.02):
+            async with on.lease(ttft_target_seconds=0.02):
                 raise AssertionError("it was granted")
-        assert on.engine.waiting() == ()
+        assert on.controller.waiting() == ()
 
 
 async def test_a_runner_that_died_under_a_request_is_reported_with_the_slot() -> None:
@@ -88,11 +88,11 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_queue_and_not_the_
     async with stage() as on:
         task = asyncio.ensure_future(on.use())
         await turns()
-        assert len(on.engine.waiting()) == 1
+        assert len(on.controller.waiting()) == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert on.engine.waiting() == ()
+        assert on.controller.waiting() == ()
         assert on.driver.cancelled == []
         on.driver.end_load()
         await turns()
@@ -108,12 +108,12 @@ async def test_a_grant_that_comes_after_the_hang_up_in_the_same_turn_is_given_ba
         await turns()
         second = asyncio.ensure_future(_hold(on, done))
         await turns()
-        assert (on.taken(), len(on.engine.waiting())) == (1, 1)
+        assert (on.taken(), len(on.controller.waiting())) == (1, 1)
         second.cancel()
         first.cancel()
         # Nothing has run since: both learn of it in the next turn, the first of them gives its slot to the second.
         await asyncio.gather(first, second, return_exceptions=True)
-        assert (on.taken(), on.engine.waiting()) == (0, ())
+        assert (on.taken(), on.controller.waiting()) == (0, ())
         assert await on.use() == "gpu0"
 
 
@@ -121,29 +121,29 @@ async def test_a_grant_that_came_before_the_hang_up_in_the_same_turn_is_given_ba
     async with stage(slots=1) as on:
         await on.load()
         ticket = on.ticket()
-        on.engine.submit(ticket, lambda _: None)
+        on.controller.submit(ticket, lambda _: None)
         second = asyncio.ensure_future(on.use())
         await turns()
-        assert len(on.engine.waiting()) == 1
-        on.engine.release(ticket.id)
+        assert len(on.controller.waiting()) == 1
+        on.controller.release(ticket.id)
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
             await second
-        assert (on.taken(), on.engine.waiting()) == (0, ())
+        assert (on.taken(), on.controller.waiting()) == (0, ())
 
 
 async def test_a_grant_between_the_hang_up_and_its_being_noticed_is_given_back() -> None:
     async with stage(slots=1) as on:
         await on.load()
         ticket = on.ticket()
-        on.engine.submit(ticket, lambda _: None)
+        on.controller.submit(ticket, lambda _: None)
         second = asyncio.ensure_future(on.use())
         await turns()
         second.cancel()
-        on.engine.release(ticket.id)
+        on.controller.release(ticket.id)
         with pytest.raises(asyncio.CancelledError):
             await second
-        assert (on.taken(), on.engine.waiting()) == (0, ())
+        assert (on.taken(), on.controller.waiting()) == (0, ())
         assert await on.use() == "gpu0"
 
 
@@ -152,10 +152,10 @@ async def test_a_rejection_between_the_hang_up_and_its_being_noticed_is_no_troub
         task = asyncio.ensure_future(on.use())
         await turns()
         task.cancel()
-        on.engine.begin_shutdown()
+        on.controller.begin_shutdown()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert on.engine.waiting() == ()
+        assert on.controller.waiting() == ()
 
 
 @pytest.mark.parametrize("loaded_after", range(9))
@@ -175,5 +175,5 @@ async def test_cancelled_at_any_moment_nothing_stays_taken(cancelled_after: int,
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         assert await tasks[2] == "gpu0"
-        assert (on.taken(), on.engine.waiting()) == (0, ())
+        assert (on.taken(), on.controller.waiting()) == (0, ())
         assert len([load for load in on.driver.loads if load.model == SMALL]) == 1

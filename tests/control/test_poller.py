@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from router.control.poller import Pace, Watcher
+from router.control.poller import PollIntervals, StatePoller
 from router.domain.events import Event, GpusRead, ResidencyRead
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
@@ -21,7 +21,7 @@ from router.engines.ollama.catalog import Catalog
 from router.engines.ollama.client import OllamaClient, OllamaError
 from router.engines.ollama.model_listing import Store
 from router.gpu.poller import GpuPoller
-from tests.scheduler.builders import card, snapshot
+from tests.scheduler.builders import gpu, snapshot
 from tests.support.scripted_server import Scripted, failing, scripted
 from tests.support.waiting import eventually
 
@@ -33,7 +33,7 @@ Clear = Callable[[], Awaitable[bool]]
 
 @dataclass
 class Reader:
-    """Cards whose reading can be made to fail."""
+    """GPUs whose reading can be made to fail."""
 
     error: Exception | None = None
     reads: int = 0
@@ -42,7 +42,7 @@ class Reader:
         self.reads += 1
         if self.error is not None:
             raise self.error
-        return (card(0, self.reads),)
+        return (gpu(0, self.reads),)
 
     def close(self) -> None: ...
 
@@ -51,7 +51,7 @@ class Reader:
 class Watch:
     server: Scripted
     reader: Reader
-    watcher: Watcher
+    state_poller: StatePoller
     facts: Snapshot
     now: float = 10.0
     posted: list[Event] = field(default_factory=list[Event])
@@ -72,12 +72,14 @@ async def watch(
         spec = InstanceSpec(InstanceName("gpu0"), (), server.url)
         held: Watch
         posted: list[Event] = []
-        watcher = Watcher(
+        state_poller = StatePoller(
             poller, catalog, lambda _: client, lambda: held.facts, posted.append,
-            lambda: held.now, Pace(gpus, models, store), (), clear,
+            lambda: held.now, PollIntervals(gpus, models, store), (), clear,
         )  # fmt: skip
-        held = Watch(server, reader, watcher, snapshot([], [InstanceView(spec, InstanceState.READY)]), posted=posted)
-        running = asyncio.ensure_future(watcher.run())
+        held = Watch(
+            server, reader, state_poller, snapshot([], [InstanceView(spec, InstanceState.READY)]), posted=posted
+        )
+        running = asyncio.ensure_future(state_poller.run())
         try:
             yield held
         finally:
@@ -88,13 +90,13 @@ async def watch(
             await poller.close()
 
 
-async def test_cards_are_posted_with_the_time_before_the_reading() -> None:
+async def test_gpus_are_posted_with_the_time_before_the_reading() -> None:
     async with watch() as on:
-        await on.watcher.read_gpus()
-        assert on.posted == [GpusRead((card(0, 1),), 10.0)]
+        await on.state_poller.read_gpus()
+        assert on.posted == [GpusRead((gpu(0, 1),), 10.0)]
 
 
-async def test_cards_are_read_again_and_again_and_a_failure_is_no_end(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_gpus_are_read_again_and_again_and_a_failure_is_no_end(capsys: pytest.CaptureFixture[str]) -> None:
     async with watch(gpus=SOON) as on:
         await eventually(lambda: len(on.posted) >= 2)
         on.reader.error = OSError("no such device")

@@ -1,4 +1,4 @@
-"""Who holds which bytes of a card: sources that never overlap, so that no byte counts twice or not at all."""
+"""Who holds which bytes of a GPU: sources that never overlap, so that no byte counts twice or not at all."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from router.domain.residency import ResidencyState
 from router.domain.vram_ledger import (
     available_bytes,
     capacity_bytes,
-    drift_bytes,
-    foreign_bytes,
+    external_bytes,
     is_settled,
     reserved_bytes,
     resident_bytes,
     slots_of,
+    unaccounted_bytes,
 )
 from tests.scheduler.builders import (
     MIB,
-    card,
+    gpu,
     gpu_id,
     instance,
     model,
@@ -41,7 +41,7 @@ VIEWS = (view("gpu0", 0), view("gpu1", 1), view("spread", 0, 1))
 
 def test_what_a_load_may_take_is_what_is_free_less_margin_and_reservations() -> None:
     booked = [reservation(1, "gpu0", A, [(0, 3000)]), reservation(2, "spread", B, [(0, 500), (1, 700)])]
-    facts = snapshot([card(0, 10_000), card(1, 10_000)], VIEWS, [], booked, policy=Policy(vram_margin_bytes=512 * MIB))
+    facts = snapshot([gpu(0, 10_000), gpu(1, 10_000)], VIEWS, [], booked, policy=Policy(vram_margin_bytes=512 * MIB))
     assert reserved_bytes(facts, G0) == 3500 * MIB
     assert available_bytes(facts, G0) == (10_000 - 512 - 3500) * MIB
     assert available_bytes(facts, G0, besides=LoadId(1)) == (10_000 - 512 - 500) * MIB
@@ -49,44 +49,44 @@ def test_what_a_load_may_take_is_what_is_free_less_margin_and_reservations() -> 
 
 
 def test_more_may_be_reserved_than_is_free_and_that_shows_as_less_than_nothing() -> None:
-    facts = snapshot([card(0, 1000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 3000)])])
+    facts = snapshot([gpu(0, 1000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 3000)])])
     assert available_bytes(facts, G0) == -2000 * MIB
 
 
-def test_a_card_that_is_lost_or_unknown_gives_nothing() -> None:
-    lost = replace(card(0, 10_000), error="GPU is lost")
+def test_a_gpu_that_is_lost_or_unknown_gives_nothing() -> None:
+    lost = replace(gpu(0, 10_000), error="GPU is lost")
     facts = snapshot([lost], VIEWS)
     assert available_bytes(facts, G0) == capacity_bytes(facts, G0) == 0
-    assert available_bytes(facts, G1) == capacity_bytes(facts, G1) == foreign_bytes(facts, G1) == 0
+    assert available_bytes(facts, G1) == capacity_bytes(facts, G1) == external_bytes(facts, G1) == 0
 
 
 def test_what_is_used_beyond_our_models_is_foreign_and_no_capacity() -> None:
     ours = [residency("gpu0", A, 4000), residency("spread", B, 2000, 2000)]
-    facts = snapshot([card(0, 15_000), card(1, 22_000)], VIEWS, ours)
+    facts = snapshot([gpu(0, 15_000), gpu(1, 22_000)], VIEWS, ours)
     assert resident_bytes(facts, G0) == 6000 * MIB
-    assert foreign_bytes(facts, G0) == 3000 * MIB
+    assert external_bytes(facts, G0) == 3000 * MIB
     assert capacity_bytes(facts, G0) == (15_000 + 6300) * MIB  # 5 % more than the books say is taken for ours
-    assert foreign_bytes(facts, G1) == 0
+    assert external_bytes(facts, G1) == 0
     assert capacity_bytes(facts, G1) == 24_000 * MIB
 
 
 def test_what_the_books_have_and_the_driver_does_not_show_is_drift() -> None:
     ours = [residency("gpu0", A, 4000), residency("spread", B, 2000, 2000)]
-    facts = snapshot([card(0, 18_500), card(1, 10_000)], VIEWS, ours)
-    assert drift_bytes(facts, G0) == 500 * MIB
-    assert drift_bytes(facts, G1) == 0
-    assert foreign_bytes(facts, G0) == 0
+    facts = snapshot([gpu(0, 18_500), gpu(1, 10_000)], VIEWS, ours)
+    assert unaccounted_bytes(facts, G0) == 500 * MIB
+    assert unaccounted_bytes(facts, G1) == 0
+    assert external_bytes(facts, G0) == 0
 
 
 def test_a_model_on_its_way_out_still_holds_its_memory_and_one_on_its_way_in_does_not_yet() -> None:
     states = {state: residency("gpu0", A, 1000, state=state) for state in ResidencyState}
-    held = {state for state, found in states.items() if resident_bytes(snapshot([card(0, 0)], VIEWS, [found]), G0)}
+    held = {state for state, found in states.items() if resident_bytes(snapshot([gpu(0, 0)], VIEWS, [found]), G0)}
     assert held == {ResidencyState.READY, ResidencyState.UNLOADING}
 
 
 def test_a_load_half_done_is_not_taken_for_foreign_use() -> None:
     """Of 8,000 reserved MiB the driver shows 5,000 as used already."""
-    facts = snapshot([card(0, 19_000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 8000)], sent_at=1.0)])
+    facts = snapshot([gpu(0, 19_000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 8000)], sent_at=1.0)])
     assert capacity_bytes(facts, G0) == 24_000 * MIB
 
 
@@ -114,12 +114,12 @@ SIZES = st.integers(0, 30_000)
 
 
 @given(SIZES, SIZES, st.lists(SIZES, max_size=4), st.lists(SIZES, max_size=3), SIZES)
-def test_capacity_is_never_below_what_is_available_nor_above_the_card(
+def test_capacity_is_never_below_what_is_available_nor_above_the_gpu(
     free: int, used: int, reserved: list[int], resident: list[int], margin: int
 ) -> None:
     models = [model(f"m{number}") for number in range(len(resident))]
     facts = snapshot(
-        [card(0, free, free + used)],
+        [gpu(0, free, free + used)],
         [view(f"i{number}", 0) for number in range(len(resident) + 1)],
         [residency(f"i{number}", of, size) for number, (of, size) in enumerate(zip(models, resident, strict=True))],
         [reservation(number, "i0", A, [(0, size)]) for number, size in enumerate(reserved)],
@@ -127,6 +127,6 @@ def test_capacity_is_never_below_what_is_available_nor_above_the_card(
     )
     capacity, available = capacity_bytes(facts, G0), available_bytes(facts, G0)
     assert max(0, available) <= capacity <= max(0, (free + used - margin) * MIB)
-    assert foreign_bytes(facts, G0) <= used * MIB
+    assert external_bytes(facts, G0) <= used * MIB
     assert available == (free - margin - sum(reserved)) * MIB
     assert reserved_bytes(facts, G1) == 0

@@ -1,6 +1,6 @@
 """With two copies of a model, the second turn of a conversation finds the copy that served the first, on every API.
 
-Its clients name neither themselves nor their conversation: only the beginning of the prompt tells. Emulated cards and
+Its clients name neither themselves nor their conversation: only the beginning of the prompt tells. Emulated GPUs and
 servers.
 """
 
@@ -68,11 +68,11 @@ async def _ask(product: Product, path: str, body: dict[str, Any], user: str, *mo
 async def test_a_second_turn_finds_the_copy_that_served_the_first(
     product: Product, path: str, shape: Callable[[list[str]], dict[str, Any]]
 ) -> None:
-    for card in ("gpu:0", "gpu:1"):
-        await _ask(product, "/api/generate", _generate(["hi"]), "nobody", ("X-Llamayard-Layout", card))
+    for gpu in ("gpu:0", "gpu:1"):
+        await _ask(product, "/api/generate", _generate(["hi"]), "nobody", ("X-Llamayard-Layout", gpu))
     said = {name: f"{path} {name} has this to say. ".ljust(100, ".") * (_LONG // 100) for name in ("ann", "ben")}
-    homes = {name: await _ask(product, path, shape([text]), f"{path}{name} 1") for name, text in said.items()}
-    assert sorted(homes.values()) == ["gpu0", "gpu1"]
+    prefix_affinity = {name: await _ask(product, path, shape([text]), f"{path}{name} 1") for name, text in said.items()}
+    assert sorted(prefix_affinity.values()) == ["gpu0", "gpu1"]
     for number, name in enumerate(("ben", "ann", "ann", "ben")):
         turn = shape([said[name], "Is that so?", f"It is, for the {number}. time."])
-        assert await _ask(product, path, turn, f"{path}{name} again {number}") == homes[name]
+        assert await _ask(product, path, turn, f"{path}{name} again {number}") == prefix_affinity[name]

@@ -1,4 +1,4 @@
-"""The whole program over emulated cards and emulated servers: `serve --rig 2x3090`.
+"""The whole program over emulated GPUs and emulated servers: `serve --rig 2x3090`.
 
 Models are sparse files put into the store that its servers share; what is loaded where is asked of the servers.
 """
@@ -50,8 +50,8 @@ async def _ask(product: Product, model: str, **fields: Any) -> Reply:
     return await call(product.address, "POST", "/api/generate", body)
 
 
-def _cards_of(product: Product, model: str) -> list[int]:
-    """How many cards each server sees that holds the model."""
+def _gpus_of(product: Product, model: str) -> list[int]:
+    """How many GPUs each server sees that holds the model."""
     servers = product.servers()
     holding = [port for port, names in product.resident().items() if f"{model}:latest" in names]
     return [len(servers[port].environ()["CUDA_VISIBLE_DEVICES"].split(",")) for port in holding]
@@ -63,27 +63,27 @@ async def _unload_all(product: Product) -> None:
     await eventually(lambda: not any(product.resident().values()), what="nothing loaded")
 
 
-async def test_there_is_one_server_a_card_and_one_over_all(product: Product) -> None:
+async def test_there_is_one_server_a_gpu_and_one_over_all(product: Product) -> None:
     seen = [process.environ()["CUDA_VISIBLE_DEVICES"].split(",") for process in product.servers().values()]
     assert sorted(map(len, seen)) == [1, 1, 2]
-    (spread,) = [cards for cards in seen if len(cards) == 2]
-    assert sorted(cards[0] for cards in seen if len(cards) == 1) == sorted(spread)
-    assert all(card.startswith("GPU-") for card in spread)
+    (spread,) = [gpus for gpus in seen if len(gpus) == 2]
+    assert sorted(gpus[0] for gpus in seen if len(gpus) == 1) == sorted(spread)
+    assert all(gpu.startswith("GPU-") for gpu in spread)
 
 
-async def test_small_models_go_to_single_cards(product: Product) -> None:
+async def test_small_models_go_to_single_gpus(product: Product) -> None:
     await _unload_all(product)
     for name in ("small-a", "small-b"):
         reply = await _ask(product, name)
         assert (reply.status, reply.end, reply.lines()[-1]["done"]) == (200, "complete", True)
-        assert _cards_of(product, name) == [1]
+        assert _gpus_of(product, name) == [1]
 
 
-async def test_a_70b_goes_over_both_cards_and_wholly_onto_them(product: Product) -> None:
+async def test_a_70b_goes_over_both_gpus_and_wholly_onto_them(product: Product) -> None:
     await _unload_all(product)
     reply = await _ask(product, "seventy", options={"num_predict": 4, "num_ctx": 2048})
     assert (reply.status, reply.lines()[-1]["done"]) == (200, True), reply.body
-    assert _cards_of(product, "seventy") == [2]
+    assert _gpus_of(product, "seventy") == [2]
     (entry,) = [m for m in product.call("GET", "/api/ps")[1]["models"] if m["name"] == "seventy:latest"]
     assert entry["size_vram"] == entry["size"] > 40_000_000_000
 
@@ -93,14 +93,14 @@ async def test_a_70b_with_nothing_configured_is_served_on_two_3090(product: Prod
     await _unload_all(product)
     reply = await _ask(product, "seventy")
     assert (reply.status, reply.lines()[-1]["done"]) == (200, True), reply.body
-    assert _cards_of(product, "seventy") == [2]
+    assert _gpus_of(product, "seventy") == [2]
 
 
 async def test_a_small_model_makes_room_for_itself_when_a_large_one_is_idle(product: Product) -> None:
     await _unload_all(product)
     assert (await _ask(product, "seventy", options={"num_predict": 4, "num_ctx": 2048})).status == 200
     assert (await _ask(product, "small-a")).status == 200
-    assert _cards_of(product, "small-a") == [1]
+    assert _gpus_of(product, "small-a") == [1]
 
 
 @pytest.mark.parametrize("path", ["/api/generate", "/v1/completions"])
@@ -111,7 +111,7 @@ async def test_a_model_that_fits_nowhere_is_refused_with_the_bytes(product: Prod
     words = error if path.startswith("/api") else error["message"]
     assert "huge" in words
     assert len(re.findall(r"\d+(?:\.\d+)? ?(?:[KMGT]i?)?B|\d{9,}", words)) >= 2, words  # needed, and there are
-    assert _cards_of(product, "huge") == []
+    assert _gpus_of(product, "huge") == []
 
 
 async def test_everything_says_that_it_is_emulated(product: Product) -> None:
@@ -120,7 +120,7 @@ async def test_everything_says_that_it_is_emulated(product: Product) -> None:
     assert "emulated" in product.log_text().lower()
 
 
-async def test_status_shows_the_cards(product: Product) -> None:
+async def test_status_shows_the_gpus(product: Product) -> None:
     status = product.call("GET", "/llamayard/status")[1]
     assert "3090" in json.dumps(status)
     names = {instance["name"] for instance in status["instances"]}

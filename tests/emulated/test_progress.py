@@ -1,4 +1,4 @@
-"""Where requests stand while they wait, over emulated cards and servers: in their streams, and in the status."""
+"""Where requests stand while they wait, over emulated GPUs and servers: in their streams, and in the status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a load, insisting on a layout and falling back, over emulated cards and servers of 0.24.0."""
+"""Waiting for a load, insisting on a layout and falling back, over emulated GPUs and servers of 0.24.0."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ async def _small(product: Product, layout: str) -> Reply:
 
 
 async def test_a_request_is_served_in_the_layout_that_it_insists_on(product: Product) -> None:
-    uuids = {card["index"]: card["uuid"] for card in product.call("GET", "/llamayard/status")[1]["cards"]}
+    uuids = {gpu["index"]: gpu["uuid"] for gpu in product.call("GET", "/llamayard/status")[1]["gpus"]}
     for layout, instance in (("gpu:1", "gpu1"), (f"gpu:{uuids[0]}", "gpu0"), ("spread", "spread")):
         reply = await _small(product, layout)
         assert (reply.status, reply.header("X-Llamayard-Instance")) == (200, instance), reply.body
 
 
-async def test_a_layout_that_is_not_there_is_refused_with_the_cards(product: Product) -> None:
+async def test_a_layout_that_is_not_there_is_refused_with_the_gpus(product: Product) -> None:
     reply = await _small(product, "gpu:7")
     assert (reply.status, reply.header("X-Llamayard-Error")) == (409, "layout_unavailable")
     assert "GPU-" in reply.json()["error"]

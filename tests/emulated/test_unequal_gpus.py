@@ -1,4 +1,4 @@
-"""A model over cards of unequal memory: real processes over emulated cards and servers of 0.33.0."""
+"""A model over GPUs of unequal memory: real processes over emulated GPUs and servers of 0.33.0."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def product(tmp_path: Path) -> Generator[Product]:
         yield router
 
 
-def test_a_model_goes_over_unequal_cards_in_shares_of_their_memory(product: Product) -> None:
+def test_a_model_goes_over_unequal_gpus_in_shares_of_their_memory(product: Product) -> None:
     """16 and 32 GB hold it, and 16 GB would not hold half of it."""
     asked = {"model": "seventy", "messages": [{"role": "user", "content": "hi"}], "stream": False}
     status, answer = product.call("POST", "/api/chat", asked)
@@ -39,6 +39,6 @@ def test_a_model_goes_over_unequal_cards_in_shares_of_their_memory(product: Prod
     small, large = sorted(copy["per_gpu_bytes"])
     assert 1.9 < large / small < 2.2
     told = {process.environ().get("LLAMA_ARG_TENSOR_SPLIT") for process in product.servers().values()}
-    assert "30,14" in told  # the instance over all has the faster card first
+    assert "30,14" in told  # the instance over all has the faster GPU first
     loads = [json.loads(line) for line in product.log_text().splitlines() if '"loaded"' in line]
     assert [load["model"] for load in loads] == ["seventy:latest"]

@@ -1,4 +1,4 @@
-"""The NVML reader over the real nvidia-ml-py, which loads a small shared library compiled here. No card is involved."""
+"""The NVML reader over the real nvidia-ml-py, which loads a small shared library compiled here. No GPU is involved."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SOURCE = Path(__file__).parent / "native" / "fake_nvml.c"
 _ROOT = Path(__file__).parents[2]
 _READ = """
 import dataclasses, json, sys
-from router.fleet.nvml import NoCards, open_nvml
+from router.gpu.nvml import NoGpus, open_nvml
 reader = open_nvml()
-if isinstance(reader, NoCards):
+if isinstance(reader, NoGpus):
     print(json.dumps(reader.reason))
 else:
     print(json.dumps([[dataclasses.asdict(g) | {"bandwidth": g.bandwidth_bytes_per_second} for g in reader.read()]
@@ -54,7 +54,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def read(library: Path) -> Read:
-    """Reads the cards some times in a process of its own, because nvidia-ml-py loads its library once and by name."""
+    """Reads the GPUs some times in a process of its own, because nvidia-ml-py loads its library once and by name."""
 
     def run(scenario: str = "", times: int = 1, folder: Path = library) -> Any:
         environment = {"LD_LIBRARY_PATH": str(folder), "FAKE_NVML": scenario, "PATH": os.environ["PATH"]}
@@ -68,7 +68,7 @@ def read(library: Path) -> Read:
     return run
 
 
-def test_both_cards_are_read_with_every_value(read: Read) -> None:
+def test_both_gpus_are_read_with_every_value(read: Read) -> None:
     ((first, second),) = read()
     assert first == {
         "uuid": "GPU-00000000-1111-2222-3333-444444444444",
@@ -115,27 +115,27 @@ def test_an_older_driver_still_tells_the_processes(read: Read) -> None:
 
 def test_unsupported_values_are_absent_and_not_zero(read: Read) -> None:
     ((first, second),) = read("bare,nov2")
-    for card in (first, second):
-        assert {name: card[name] for name in _OPTIONAL} == dict.fromkeys(_OPTIONAL)
-        assert card["memory_total_bytes"] == 24 * _GIB
-        assert card["error"] is None
+    for gpu in (first, second):
+        assert {name: gpu[name] for name in _OPTIONAL} == dict.fromkeys(_OPTIONAL)
+        assert gpu["memory_total_bytes"] == 24 * _GIB
+        assert gpu["error"] is None
 
 
-def test_a_lost_card_keeps_its_last_values_and_hides_no_other(read: Read) -> None:
+def test_a_lost_gpu_keeps_its_last_values_and_hides_no_other(read: Read) -> None:
     before, lost, still_lost, back = read("lost1", times=4)
-    assert [card["error"] for card in before] == [None, None]
+    assert [gpu["error"] for gpu in before] == [None, None]
     for reading in (lost, still_lost):
         assert reading[0]["error"] is None
         assert reading[1] == {**before[1], "error": "GPU is lost"}
     assert back == before
 
 
-def test_a_card_that_was_lost_before_the_start_hides_no_other(read: Read) -> None:
+def test_a_gpu_that_was_lost_before_the_start_hides_no_other(read: Read) -> None:
     ((only,),) = read("gone1")
     assert only["index"] == 0
 
 
-def test_a_partitioned_card_is_its_partitions(read: Read) -> None:
+def test_a_partitioned_gpu_is_its_partitions(read: Read) -> None:
     ((whole, *parts),) = read("mig")
     assert whole["uuid"].startswith("GPU-")
     assert [(part["uuid"], part["index"]) for part in parts] == [
@@ -147,8 +147,8 @@ def test_a_partitioned_card_is_its_partitions(read: Read) -> None:
     assert {part["bandwidth"] for part in parts} == {None}
 
 
-def test_no_card_is_said(read: Read) -> None:
-    assert read("none") == "the NVIDIA driver is there, but no card is"
+def test_no_gpu_is_said(read: Read) -> None:
+    assert read("none") == "the NVIDIA driver is there, but no GPU is"
 
 
 def test_a_driver_that_does_not_answer_is_said_in_its_words(read: Read) -> None:

@@ -1,4 +1,4 @@
-"""Cards are read in one thread, one reading at a time, and a driver that hangs holds nothing up."""
+"""GPUs are read in one thread, one reading at a time, and a driver that hangs holds nothing up."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from router.gpu.poller import GpuPoller, GpuReadTimeout
 from tests.support.waiting import eventually
 
 
-def card(used: int = 0) -> Gpu:
-    return Gpu(GpuUuid("GPU-a"), 0, "card", 100, 100 - used, used)
+def gpu(used: int = 0) -> Gpu:
+    return Gpu(GpuUuid("GPU-a"), 0, "gpu", 100, 100 - used, used)
 
 
 class Reader:
@@ -33,7 +33,7 @@ class Reader:
         assert self.leave.wait(20)
         if self.error is not None:
             raise self.error
-        return (card(self.reads),)
+        return (gpu(self.reads),)
 
     def close(self) -> None:
         self.threads.add(threading.get_ident())

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from router.errors import BadRequest, UnsupportedEncoding
-from router.llm_api.body_reader import RUNNER_OPTION_NAMES, Peek, peek, refuse_encoded
+from router.llm_api.body_reader import RUNNER_OPTION_NAMES, ParsedBody, parse_body, refuse_encoded
 from router.llm_api.json_members import MEMBERS_MAX, TOKENS_MAX
 from tests.llm_api.bodies import BODIES
 from tests.llm_api.go_oracle import GoOracle
@@ -71,7 +71,7 @@ ODD_BODIES = (
 def agree(go: GoOracle, path: str, body: bytes) -> str:
     """Asserts that `peek` and Go see the same, and says what Go thought of the body."""
     truth = go.decode(path, body)
-    seen = peek(body, path)
+    seen = parse_body(body, path)
     if not truth["ok"]:
         return "refused"
     assert not seen.unreadable, f"Go reads {body!r}"
@@ -92,7 +92,7 @@ def _same_stream(path: str, seen: bool | None, truth: bool | None) -> bool:
     return bool(seen) == truth if is_value else seen == truth
 
 
-def _same_runner(seen: Peek, truth: dict[str, Any]) -> None:
+def _same_runner(seen: ParsedBody, truth: dict[str, Any]) -> None:
     assert _same(seen.keep_alive, truth["keep_alive"])
     options = truth["options"] or {}
     wanted = {name: value for name, value in options.items() if name in RUNNER_OPTION_NAMES and value is not None}
@@ -138,14 +138,19 @@ def test_what_go_reads_of_any_body_peek_reads_too(go: GoOracle, body: bytes, pat
      b'{"model":"a"', b"{model:1}", b'{"model":"a",}'],
 )  # fmt: skip
 def test_a_body_that_go_refuses_is_called_unreadable_and_says_nothing(body: bytes) -> None:
-    assert peek(body, "/api/chat") == Peek(unreadable=True)
+    assert parse_body(body, "/api/chat") == ParsedBody(unreadable=True)
 
 
 def test_options_keep_their_type_and_only_those_that_decide_a_runner_are_kept() -> None:
     body = (
         b'{"model":"m","options":{"num_ctx":4096,"use_mmap":false,"num_thread":2.0,"seed":1,"NUM_GPU":9,"num_gpu":3}}'
     )
-    assert peek(body, "/api/generate").options == {"num_ctx": 4096, "use_mmap": False, "num_thread": 2.0, "num_gpu": 3}
+    assert parse_body(body, "/api/generate").options == {
+        "num_ctx": 4096,
+        "use_mmap": False,
+        "num_thread": 2.0,
+        "num_gpu": 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_options_keep_their_type_and_only_those_that_decide_a_runner_are_kept() 
     ],
 )
 def test_the_limit_of_the_answer_is_read_where_each_api_has_it(path: str, body: bytes, limit: int | None) -> None:
-    assert peek(body, path).output_tokens_max == limit
+    assert parse_body(body, path).output_tokens_max == limit
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,7 @@ def test_the_limit_of_the_answer_is_read_where_each_api_has_it(path: str, body: 
     ],
 )
 def test_members_that_other_readers_may_see_differently_are_named(body: bytes, names: tuple[str, ...]) -> None:
-    assert peek(body, "/api/chat").ambiguous == names
+    assert parse_body(body, "/api/chat").ambiguous == names
 
 
 def test_the_size_of_a_prompt_leaves_its_images_out() -> None:
@@ -185,29 +190,29 @@ def test_the_size_of_a_prompt_leaves_its_images_out() -> None:
         b'{"messages":[{"role":"user","content":[{"type":"text","text":"hello"},'
         b'{"type":"image_url","image_url":{"url":"' + image + b'"}}]}]}'
     )
-    assert 0 < peek(ollama, "/api/chat").prompt_bytes < 1_000
-    assert 0 < peek(openai, "/v1/chat/completions").prompt_bytes < 1_000
+    assert 0 < parse_body(ollama, "/api/chat").prompt_bytes < 1_000
+    assert 0 < parse_body(openai, "/v1/chat/completions").prompt_bytes < 1_000
     text = b'{"model":"m","messages":[{"role":"user","content":"' + image + b'"}]}'
-    assert peek(text, "/api/chat").prompt_bytes > len(image)
+    assert parse_body(text, "/api/chat").prompt_bytes > len(image)
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/no/such/path"])
 def test_a_path_without_a_reading_of_its_own_is_read_for_its_model_alone(path: str) -> None:
-    seen = peek(b'{"model":"m","stream":"nonsense","options":5,"keep_alive":{}}', path)
-    assert seen == Peek(model="m")
+    seen = parse_body(b'{"model":"m","stream":"nonsense","options":5,"keep_alive":{}}', path)
+    assert seen == ParsedBody(model="m")
 
 
 def test_a_body_of_too_many_members_is_refused_and_not_worked_through() -> None:
     many = b"{" + b",".join(b'"k%d":0' % number for number in range(MEMBERS_MAX + 1)) + b"}"
     with pytest.raises(BadRequest, match="more than 10000 members"):
-        peek(many, "/api/chat")
+        parse_body(many, "/api/chat")
 
 
 def test_a_body_of_too_many_brackets_is_refused_and_not_worked_through() -> None:
     # The repeated key sends it the slow way.
     many = b'{"model":"a","model":"b","x":[' + b",".join([b"[]"] * (TOKENS_MAX // 2 + 1)) + b"]}"
     with pytest.raises(BadRequest, match="members and brackets"):
-        peek(many, "/api/chat")
+        parse_body(many, "/api/chat")
 
 
 @pytest.mark.parametrize(

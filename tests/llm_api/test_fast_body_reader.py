@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.errors import BadRequest
-from router.llm_api.body_reader import Peek, peek
+from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.body_schema import READINGS
-from router.llm_api.fast_body_reader import glance
+from router.llm_api.fast_body_reader import parse_body_fast
 from tests.llm_api.bodies import BODIES
 
 _PATHS = st.sampled_from((*READINGS, "/api/unknown"))
@@ -20,9 +20,9 @@ _PATHS = st.sampled_from((*READINGS, "/api/unknown"))
 @given(BODIES, _PATHS)
 @settings(max_examples=1500)
 def test_what_is_seen_at_a_glance_is_what_is_there(body: bytes, path: str) -> None:
-    seen = glance(body, path)
+    seen = parse_body_fast(body, path)
     if seen is not None:
-        assert seen == peek(body, path)
+        assert seen == parse_body(body, path)
 
 
 _MESSAGES = [{"role": "user", "content": 'say "hi" \\ twice'}]
@@ -48,7 +48,7 @@ _MESSAGES = [{"role": "user", "content": 'say "hi" \\ twice'}]
 )
 def test_ordinary_bodies_need_no_more_than_a_glance(path: str, body: dict[str, object]) -> None:
     for written in (json.dumps(body), json.dumps(body, separators=(",", ":")), json.dumps(body, indent=1)):
-        assert glance(written.encode(), path) == peek(written.encode(), path)
+        assert parse_body_fast(written.encode(), path) == parse_body(written.encode(), path)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_ordinary_bodies_need_no_more_than_a_glance(path: str, body: dict[str, o
     ],
 )
 def test_what_other_readers_could_see_otherwise_is_left_to_the_long_way(body: bytes) -> None:
-    assert glance(body, "/api/chat") is None
+    assert parse_body_fast(body, "/api/chat") is None
 
 
 def test_bodies_too_complex_for_the_long_way_are_not_judged_by_the_short_one() -> None:
     body = b'{"model":"a",' + b",".join(b'"k%d":0' % number for number in range(20_000)) + b"}"
-    assert glance(body, "/api/chat") is None
+    assert parse_body_fast(body, "/api/chat") is None
     with pytest.raises(BadRequest):
-        peek(body, "/api/chat")
-    assert isinstance(glance(b'{"model":"a"}', "/api/chat"), Peek)
+        parse_body(body, "/api/chat")
+    assert isinstance(parse_body_fast(b'{"model":"a"}', "/api/chat"), ParsedBody)

@@ -7,23 +7,23 @@ import json
 import pytest
 
 from router.errors import LoadFailed
-from router.llm_api.body_reader import Peek
-from router.llm_api.heartbeat_format import Heartbeat, heartbeat_of, refusal
-from router.scheduler.queue.wait_estimate import Outlook
+from router.llm_api.body_reader import ParsedBody
+from router.llm_api.heartbeat_format import Heartbeat, heartbeat_for, refusal
+from router.scheduler.queue.wait_estimate import WaitEstimate
 
-_STREAM, _ONCE = Peek(model="m", stream=True), Peek(model="m", stream=False)
+_STREAM, _ONCE = ParsedBody(model="m", stream=True), ParsedBody(model="m", stream=False)
 _ERROR = LoadFailed("it <failed>")
 
 
 def beat(
     path: str,
-    seen: Peek = _STREAM,
+    seen: ParsedBody = _STREAM,
     header: str | None = None,
     seconds: float | None = 10.0,
     progress: str | None = None,
 ) -> Heartbeat | None:
     headers = {"x-llamayard-heartbeat": header, "x-llamayard-progress": progress}
-    return heartbeat_of(path, seen, headers.get, seconds)
+    return heartbeat_for(path, seen, headers.get, seconds)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_a_stream_is_kept_with_what_its_protocol_ignores(path: str, content_type
 
 
 def test_ollamas_own_requests_stream_unless_they_say_otherwise() -> None:
-    assert beat("/api/chat", Peek(model="m")) is not None
-    assert beat("/v1/chat/completions", Peek(model="m")) is None
+    assert beat("/api/chat", ParsedBody(model="m")) is not None
+    assert beat("/v1/chat/completions", ParsedBody(model="m")) is None
 
 
 @pytest.mark.parametrize("path", ["/api/generate", "/api/chat", "/v1/chat/completions", "/v1/messages"])
@@ -67,7 +67,7 @@ def test_a_client_can_do_without(word: str) -> None:
 
 
 def test_a_load_alone_stays_one_object() -> None:
-    kept = beat("/api/generate", Peek(model="m", is_load_only=True))
+    kept = beat("/api/generate", ParsedBody(model="m", is_load_only=True))
     assert kept is not None
     assert kept.content_type == "application/json; charset=utf-8"
     body = kept.piece * 3 + kept.late_error(_ERROR)
@@ -108,7 +108,7 @@ def test_an_event_stream_that_asks_is_told_in_a_comment(path: str, seconds: floa
     kept = beat(path, progress="1")
     assert kept is not None
     assert (kept.tells, kept.seconds) == (True, 2.0)
-    assert kept.telling(Outlook(2, seconds, "a\r\nb\n\nc")) == told
+    assert kept.telling(WaitEstimate(2, seconds, "a\r\nb\n\nc")) == told
 
 
 def test_nobody_is_told_who_does_not_ask_or_has_no_place_for_it() -> None:

@@ -13,29 +13,31 @@ from router.domain.instance import InstanceName
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.request import TicketId
 from router.errors import BadRequest, Forbidden, ModelNotFound, QueueFull, RouterError
-from router.llm_api.inference_request import Asked, Rules
+from router.llm_api.inference_request import InferenceRequest, ModelRules
 from router.llm_api.model_aliases import substitutes
 from router.llm_api.routing_request import unloaded
 
 _FALLBACKS = {"big": (("small", "tiny"), ("unknown_model", "queue_full")), "cloudy": (("x:cloud",), ("queue_full",))}
 _NAMES = substitutes({"gpt-4o": "big"}, _FALLBACKS)
-_RULES = Rules(8192, substitutes=_NAMES, heartbeat_seconds=10.0)
+_RULES = ModelRules(8192, substitutes=_NAMES, heartbeat_seconds=10.0)
 
 
 def facts(name: str) -> ModelFacts:
     return ModelFacts(name, "d", BlobDigest("sha256:1"), 1, "llama", 1, 1, 1, (1,), 1, 1, 1, 4096)
 
 
-def asked(body: dict[str, Any] | bytes, path: str = "/api/chat", rules: Rules = _RULES, **headers: str) -> Asked:
+def asked(
+    body: dict[str, Any] | bytes, path: str = "/api/chat", rules: ModelRules = _RULES, **headers: str
+) -> InferenceRequest:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Asked(rules, path, raw, named.get, "192.0.2.1", dict)
+    return InferenceRequest(rules, path, raw, named.get, "192.0.2.1", dict)
 
 
 def test_a_plain_request_stays_as_it_is() -> None:
     request = asked({"model": "Tiny", "messages": [{"role": "user", "content": "x"}]})
     assert (request.named, request.model, request.notes, request.body is request.original) == ("Tiny", "Tiny", {}, True)
-    assert request.wanted(facts("tiny:latest")).body is request.original
+    assert request.routing(facts("tiny:latest")).body is request.original
 
 
 def test_an_alias_goes_to_the_server_under_its_models_name_and_to_the_client_in_a_header() -> None:
@@ -77,7 +79,7 @@ def test_an_error_without_a_fallback_is_the_clients() -> None:
 def test_a_cloud_model_is_refused_with_the_key_that_lets_it_through(name: str) -> None:
     with pytest.raises(Forbidden, match=r"ollama\.cloud"):
         asked({"model": name})
-    assert asked({"model": name}, rules=Rules(8192, cloud=True)).model == name
+    assert asked({"model": name}, rules=ModelRules(8192, cloud=True)).model == name
 
 
 def test_a_fallback_never_leads_into_a_cloud_that_is_off() -> None:
@@ -91,10 +93,10 @@ def test_what_names_no_model_is_the_servers_to_refuse(body: bytes) -> None:
 
 
 def test_a_model_that_is_being_deleted_begins_nothing() -> None:
-    rules = Rules(8192, removing={"tiny:latest"})
+    rules = ModelRules(8192, removing={"tiny:latest"})
     with pytest.raises(ModelNotFound, match="'Tiny' not found: it is being deleted"):
-        asked({"model": "Tiny", "messages": []}, rules=rules).wanted(facts("tiny:latest"))
-    assert asked({"model": "Tiny", "messages": []}, rules=rules).wanted(facts("other:latest"))
+        asked({"model": "Tiny", "messages": []}, rules=rules).routing(facts("tiny:latest"))
+    assert asked({"model": "Tiny", "messages": []}, rules=rules).routing(facts("other:latest"))
 
 
 def test_an_unload_is_told_from_a_load_and_is_not_kept_waiting() -> None:
@@ -117,7 +119,7 @@ def test_an_unload_is_told_from_a_load_and_is_not_kept_waiting() -> None:
 )
 def test_a_keep_alive_that_a_server_refuses_is_refused_in_its_words(keep_alive: object, words: str) -> None:
     with pytest.raises(BadRequest, match=f"^{words}$"):
-        asked({"model": "tiny", "messages": [], "keep_alive": keep_alive}).wanted(facts("tiny:latest"))
+        asked({"model": "tiny", "messages": [], "keep_alive": keep_alive}).routing(facts("tiny:latest"))
 
 
 @pytest.mark.parametrize(
@@ -134,12 +136,12 @@ def test_an_unload_is_answered_in_the_form_of_its_path(path: str, members: set[s
     assert unloaded(path, "tiny", datetime(2026, 1, 2, tzinfo=UTC)).keys() == members
 
 
-def _served(rules: Rules) -> dict[str, Any]:
+def _served(rules: ModelRules) -> dict[str, Any]:
     """The body that a copy with 8192 tokens gets from a request for 2048 that also places layers."""
     body = {"model": "tiny", "messages": [], "options": {"num_ctx": 2048, "num_gpu": 1, "seed": 1}}
-    want = asked(body, rules=rules).wanted(facts("tiny:latest"))
+    routing = asked(body, rules=rules).routing(facts("tiny:latest"))
     grant = Grant(TicketId(1), InstanceName("a"), "http://a", "", 0, 1, None, (), 8192)
-    return json.loads(want.body_for(grant))["options"]
+    return json.loads(routing.body_for(grant))["options"]
 
 
 def test_a_protected_model_keeps_its_runner() -> None:
@@ -148,9 +150,9 @@ def test_a_protected_model_keeps_its_runner() -> None:
 
 def test_a_model_that_passes_options_gets_them_all() -> None:
     asked_for = {"num_ctx": 2048, "num_gpu": 1, "seed": 1}
-    assert _served(Rules(8192, passes={"registry.ollama.ai/library/tiny:latest": True})) == asked_for
-    assert _served(Rules(8192, passes={"*": True})) == asked_for
-    assert _served(Rules(8192, passes={"*": True, "registry.ollama.ai/library/tiny:latest": False})) != asked_for
+    assert _served(ModelRules(8192, passes={"registry.ollama.ai/library/tiny:latest": True})) == asked_for
+    assert _served(ModelRules(8192, passes={"*": True})) == asked_for
+    assert _served(ModelRules(8192, passes={"*": True, "registry.ollama.ai/library/tiny:latest": False})) != asked_for
 
 
 _FORM = "multipart/form-data; boundary=b"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from router.llm_api.body_reader import peek
+from router.llm_api.body_reader import parse_body
 from router.llm_api.json_edit import remove_member, remove_nested, set_member, set_nested, set_only
 from router.llm_api.json_members import Malformed, TooComplex
 from tests.llm_api.bodies import BLANKS, BODIES, FITTING
@@ -237,6 +237,6 @@ def test_the_only_member_of_its_name_is_set_as_any_is(
     others: list[bytes], at: int, name: bytes, colon: bytes, kept: bytes
 ) -> None:
     body = b"{" + b",".join((*others[:at], name + colon + kept, *others[at:])) + b"}"
-    seen = peek(body, "/api/generate")
+    seen = parse_body(body, "/api/generate")
     assume(not seen.ambiguous and not seen.unreadable)
     assert set_only(body, "keep_alive", b"-1") == set_member(body, "keep_alive", b"-1")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from router.llm_api.body_reader import peek
-from router.llm_api.json_skimmer import LONG_BYTES, QUOTES_MAX, Reduced
+from router.llm_api.body_reader import parse_body
+from router.llm_api.json_skimmer import LONG_BYTES, QUOTES_MAX, JsonSkimmer
 
 _ODD = ('say "hi"', "back\\slash", 'both \\" of "\\\\', "\\" * 7, "", "ä\u2028")
 _TEXTS = st.text(max_size=20) | st.sampled_from(_ODD)
@@ -46,19 +46,21 @@ def test_what_is_left_is_read_as_the_whole_is(
     body: dict[str, object], ascii_only: bool, path: str, data: st.DataObject
 ) -> None:
     raw = json.dumps(body, ensure_ascii=ascii_only).encode()
-    reduced = Reduced()
+    reduced = JsonSkimmer()
     for piece in _pieces(data, raw):
         reduced.feed(piece)
     text = reduced.text()
     assert text is not None
     assert len(text) <= len(raw)
-    assert structs.replace(peek(text, path), prompt_bytes=0) == structs.replace(peek(raw, path), prompt_bytes=0)
+    assert structs.replace(parse_body(text, path), prompt_bytes=0) == structs.replace(
+        parse_body(raw, path), prompt_bytes=0
+    )
 
 
 def test_long_strings_are_taken_out_and_text_is_counted() -> None:
     image, words = "i" * 100_000, "w" * 50_000
     body = {"model": "tiny", "messages": [{"role": "user", "content": words, "images": [image]}], "stream": True}
-    reduced = Reduced()
+    reduced = JsonSkimmer()
     reduced.feed(json.dumps(body).encode())
     expected = {**body, "messages": [{"role": "user", "content": "~", "images": ["~"]}]}
     assert reduced.text() == json.dumps(expected).encode()
@@ -75,12 +77,12 @@ def test_the_model_is_known_before_the_body_has_come_only_where_it_stands_first(
         (b'{"Model":"a",', None),
         (b'{"model":null,', None),
     ):
-        reduced = Reduced()
+        reduced = JsonSkimmer()
         reduced.feed(raw)
         assert reduced.model() == model, raw
 
 
 def test_bodies_with_too_many_quotes_are_given_up() -> None:
-    reduced = Reduced()
+    reduced = JsonSkimmer()
     reduced.feed(b'{"a":[' + b'"x",' * QUOTES_MAX)
     assert (reduced.text(), reduced.model()) == (None, None)

@@ -13,11 +13,11 @@ from router.domain.instance import InstanceName
 from router.observability.access_log import AccessLog
 from router.observability.logging import RequestLines
 from router.observability.metrics import BUCKETS_SECONDS, Metrics
-from router.observability.request_record import RequestInfo
+from router.observability.request_record import RequestRecord
 
 
-def _served(arrived_at: float = 0.0, first: float = 0.3) -> RequestInfo:
-    info = RequestInfo("r1", "127.0.0.1", "/api/chat", arrived_at, model="tiny:latest", instance=InstanceName("gpu0"))
+def _served(arrived_at: float = 0.0, first: float = 0.3) -> RequestRecord:
+    info = RequestRecord("r1", "127.0.0.1", "/api/chat", arrived_at, model="tiny:latest", instance=InstanceName("gpu0"))
     info.granted_at = arrived_at + 0.1
     info.exchange = record = Exchange(started=lambda: 0.0)
     record.first_byte_at, record.last_byte_at = arrived_at + first, arrived_at + first + 1.0
@@ -43,7 +43,7 @@ def test_requests_are_counted_as_they_ended() -> None:
         log.began()
     log.ended(_served(), "POST", "/api/chat", 200)
     assert not log.idle.is_set()
-    log.ended(RequestInfo("r2", "127.0.0.1", "other", 1.0, error_code="not_found"), "GET", "/nope", 502)
+    log.ended(RequestRecord("r2", "127.0.0.1", "other", 1.0, error_code="not_found"), "GET", "/nope", 502)
     assert log.idle.is_set()
     found = _samples(metrics)
     model = (("model", "tiny:latest"),)

@@ -20,13 +20,13 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState, In
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.request import Ticket, TicketId
 from router.errors import NoInstance
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 from router.llm_api.routes import RouteTable
-from router.observability.request_record import RequestInfo
-from router.proxy.context import Desk, Patience, Tasks
-from router.proxy.server import Relay
+from router.observability.request_record import RequestRecord
+from router.proxy.context import ClientTimeouts, ProxyContext, Tasks
+from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool
-from router.scheduler.queue.wait_estimate import Outlook
+from router.scheduler.queue.wait_estimate import WaitEstimate
 from tests.support.rawhttp import Address
 from tests.support.waiting import eventually
 
@@ -166,7 +166,7 @@ class ScriptedEngine:
     lost: list[TicketId] = field(default_factory=list[TicketId])
     cancelled: int = 0
     posted: list[Event] = field(default_factory=list[Event])
-    standing: Outlook | None = None
+    standing: WaitEstimate | None = None
     """Where every waiting ticket stands."""
     clock: Callable[[], float] = field(default_factory=lambda: asyncio.get_running_loop().time)
     _last: int = 0
@@ -208,7 +208,7 @@ class ScriptedEngine:
         if runner_lost:
             self.lost.append(ticket_id)
 
-    def outlook(self, ticket_id: TicketId) -> Outlook | None:
+    def wait_estimate(self, ticket_id: TicketId) -> WaitEstimate | None:
         return self.standing if ticket_id in self.waiting else None
 
     def post(self, event: Event) -> None:
@@ -247,12 +247,12 @@ class ScriptedAbilities:
 @dataclass(slots=True)
 class ScriptedBooks:
     running: int = 0
-    entries: list[tuple[RequestInfo, int]] = field(default_factory=list[tuple[RequestInfo, int]])
+    entries: list[tuple[RequestRecord, int]] = field(default_factory=list[tuple[RequestRecord, int]])
 
     def began(self) -> None:
         self.running += 1
 
-    def ended(self, info: RequestInfo, method: str, path: str, status: int) -> None:
+    def ended(self, info: RequestRecord, method: str, path: str, status: int) -> None:
         self.running -= 1
         self.entries.append((info, status))
 
@@ -266,10 +266,10 @@ class Stage:
     """Everything a test looks at."""
 
     upstream: Upstream
-    engine: ScriptedEngine
+    controller: ScriptedEngine
     catalog: ScriptedCatalog
-    books: ScriptedBooks
-    relay: Relay
+    request_log: ScriptedBooks
+    proxy: ProxyServer
     pool: Pool
     address: Address
     handed: list[str]
@@ -278,7 +278,9 @@ class Stage:
     @property
     def is_at_rest(self) -> bool:
         """No slot, ticket or request is left over."""
-        return not (self.engine.held or self.engine.waiting or self.books.running or self.pool.opening_count)
+        return not (
+            self.controller.held or self.controller.waiting or self.request_log.running or self.pool.opening_count
+        )
 
 
 async def rests(stage: Stage) -> None:
@@ -306,27 +308,29 @@ async def _library(request: web.BaseRequest, handed: list[str]) -> web.StreamRes
     return web.Response(text=f"{request.method} {request.path} {len(body)}")
 
 
-def make_desk(engine: ScriptedEngine, catalog: ScriptedCatalog, books: ScriptedBooks, pool: Pool) -> Desk:
+def make_desk(
+    controller: ScriptedEngine, catalog: ScriptedCatalog, request_log: ScriptedBooks, pool: Pool
+) -> ProxyContext:
     """Over scripts, with no server to fall back on."""
 
     def nobody() -> InstanceView:
         raise NoInstance("no Ollama instance is ready")
 
-    return Desk(
-        engine=engine,
+    return ProxyContext(
+        controller=controller,
         catalog=catalog,
         pool=pool,
-        books=books,
+        request_log=request_log,
         origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
         limits=LIMITS,
-        rules=Rules(default_context_length=8192),
-        abilities=ScriptedAbilities(),
+        rules=ModelRules(default_context_length=8192),
+        endpoint_support=ScriptedAbilities(),
         primary=nobody,
-        cards=dict,
+        gpus=dict,
         has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
-        patience=Patience(),
+        timeouts=ClientTimeouts(),
         table=RouteTable(),
         tasks=Tasks(),
     )
@@ -336,9 +340,9 @@ def make_desk(engine: ScriptedEngine, catalog: ScriptedCatalog, books: ScriptedB
 async def staged(
     *,
     limits: Limits = LIMITS,
-    patience: Patience | None = None,
+    timeouts: ClientTimeouts | None = None,
     primary: bool = True,
-    rules: Rules = Rules(default_context_length=8192),  # noqa: B008
+    rules: ModelRules = ModelRules(default_context_length=8192),  # noqa: B008
     tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[Stage]:
     """A relay that listens on loopback, in front of one upstream server."""
@@ -346,7 +350,7 @@ async def staged(
     upstream = Upstream()
     server = await loop.create_server(lambda: _Serving(upstream), "127.0.0.1", 0)
     upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    engine, catalog, books, handed = ScriptedEngine([upstream.url]), ScriptedCatalog(), ScriptedBooks(), []
+    controller, catalog, request_log, handed = ScriptedEngine([upstream.url]), ScriptedCatalog(), ScriptedBooks(), []
 
     def first() -> InstanceView:
         if not primary:
@@ -358,26 +362,26 @@ async def staged(
     library = web.Server(
         lambda request: _library(request, handed), handler_cancellation=True, access_log=None, logger=quiet
     )
-    pool = Pool(5.0, engine.now)
-    desk = replace(
-        make_desk(engine, catalog, books, pool),
+    pool = Pool(5.0, controller.now)
+    context = replace(
+        make_desk(controller, catalog, request_log, pool),
         limits=limits,
         rules=rules,
-        abilities=ScriptedAbilities(),
+        endpoint_support=ScriptedAbilities(),
         primary=first,
         make_handler=library,
-        patience=patience or Patience(),
+        timeouts=timeouts or ClientTimeouts(),
     )
-    relay = Relay(desk)
-    front = await loop.create_server(relay, "127.0.0.1", 0, ssl=tls)
+    proxy = ProxyServer(context)
+    front = await loop.create_server(proxy, "127.0.0.1", 0, ssl=tls)
     address = Address("127.0.0.1", front.sockets[0].getsockname()[1])
-    watching = loop.create_task(relay.run())
+    watching = loop.create_task(proxy.run())
     try:
-        yield Stage(upstream, engine, catalog, books, relay, pool, address, handed)
+        yield Stage(upstream, controller, catalog, request_log, proxy, pool, address, handed)
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
-        await relay.close()
+        await proxy.close()
         await library.shutdown(0.1)
         front.close()
         server.close()

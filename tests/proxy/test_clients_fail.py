@@ -21,15 +21,15 @@ _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % 
 
 async def test_a_client_that_leaves_while_it_waits_takes_its_ticket_along() -> None:
     async with staged() as stage:
-        stage.engine.urls = []
+        stage.controller.urls = []
         for half in (False, True):
             async with connect(stage.address) as leaving:
                 await leaving.send(request_bytes("POST", "/api/generate", _ASK))
-                await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket")
+                await eventually(lambda: len(stage.controller.waiting) == 1, what="a ticket")
                 leaving.half_close() if half else leaving.abort()
                 await rests(stage)
-        assert stage.engine.cancelled == 2
-        assert stage.books.statuses == [499, 499]
+        assert stage.controller.cancelled == 2
+        assert stage.request_log.statuses == [499, 499]
 
 
 @pytest.mark.parametrize("pieces", [(), (_HEAD,), (_HEAD + _LINE,)])
@@ -39,14 +39,14 @@ async def test_a_client_that_leaves_ends_its_generation(pieces: tuple[bytes, ...
         for half in (False, True):
             async with connect(stage.address) as leaving:
                 await leaving.send(request_bytes("POST", "/api/generate", _ASK))
-                await eventually(lambda: stage.engine.held and stage.upstream.open, what="a generation")
+                await eventually(lambda: stage.controller.held and stage.upstream.open, what="a generation")
                 if pieces:
                     await leaving.head()
                 leaving.half_close() if half else leaving.abort()
                 await eventually(lambda: stage.upstream.open == 0, what="the server to be told")
                 await rests(stage)
         assert stage.upstream.cancelled == 2
-        assert (stage.engine.lost, stage.books.statuses) == ([], [499, 499])
+        assert (stage.controller.lost, stage.request_log.statuses) == ([], [499, 499])
 
 
 async def test_a_client_that_leaves_while_its_model_is_looked_up_is_forgotten() -> None:
@@ -54,30 +54,30 @@ async def test_a_client_that_leaves_while_its_model_is_looked_up_is_forgotten() 
         stage.catalog.slow["new"] = asyncio.get_running_loop().create_future()
         async with connect(stage.address) as leaving:
             await leaving.send(request_bytes("POST", "/api/generate", {"model": "new", "prompt": "x"}))
-            await eventually(lambda: stage.books.running == 1, what="the request")
+            await eventually(lambda: stage.request_log.running == 1, what="the request")
         await rests(stage)
         stage.catalog.slow["new"].set_result(MODEL)
         await asyncio.sleep(0)
-        assert stage.engine.tickets == []
+        assert stage.controller.tickets == []
 
 
 async def test_a_client_that_leaves_within_its_body_is_forgotten() -> None:
     async with staged() as stage:
         async with connect(stage.address) as leaving:
             await leaving.send(request_bytes("POST", "/api/generate", _ASK)[:-3])
-            await eventually(lambda: stage.books.running == 1, what="the request")
+            await eventually(lambda: stage.request_log.running == 1, what="the request")
         await rests(stage)
-        assert (stage.books.statuses, stage.upstream.turns) == ([499], [])
+        assert (stage.request_log.statuses, stage.upstream.turns) == ([499], [])
 
 
 async def test_a_client_that_sent_ahead_and_left_is_noticed() -> None:
     async with staged() as stage:
-        stage.engine.urls = []
+        stage.controller.urls = []
         async with connect(stage.address) as leaving:
             await leaving.send(request_bytes("POST", "/api/generate", _ASK) * 2)
-            await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket")
+            await eventually(lambda: len(stage.controller.waiting) == 1, what="a ticket")
         await rests(stage)
-        assert stage.books.statuses == [499]
+        assert stage.request_log.statuses == [499]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ async def test_a_malformed_chunk_ends_the_connection_before_anything_is_sent_on(
             b'POST /api/generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"mod\r\nxx\r\n'
         )
         reply = await exchange(stage.address, raw)
-        assert (reply.status, stage.upstream.turns, stage.books.running) == (400, [], 0)
+        assert (reply.status, stage.upstream.turns, stage.request_log.running) == (400, [], 0)
 
 
 async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
@@ -130,7 +130,7 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
                 assert (reply.status, reply.header("Connection")) == (413, "close")
                 await connection.write(b" " * 100_000)
                 assert await connection.at_eof()
-        assert stage.books.statuses == [413, 413]
+        assert stage.request_log.statuses == [413, 413]
 
 
 async def test_a_short_body_of_a_refused_request_is_read_and_its_connection_kept() -> None:

@@ -91,7 +91,7 @@ async def test_recorded_replies_pass_as_they_were_for_every_cut(recording: Recor
     through = Wired.of(whole)
     assert (through.start, through.rest) == (straight.start, straight.rest)
     assert through.end_to_end() == straight.end_to_end()
-    assert (bench.books.running, bench.engine.held, bench.pool.idle_count) == (0, set(), 1)
+    assert (bench.request_log.running, bench.controller.held, bench.pool.idle_count) == (0, set(), 1)
     step = max(1, len(raw) // 400)
     for cut in range(1, len(raw), step):
         again, bench = _relayed([raw[:cut], raw[cut:]])
@@ -173,7 +173,7 @@ def test_generated_replies_pass_as_they_are_for_every_cut(reply: tuple[bytes, bo
         kept = [pair for pair in straight.end_to_end() if not (named and pair[0] == "x-hop")]
         assert [p for p in final.end_to_end() if p[0] != "x-hop"] == [p for p in kept if p[0] != "x-hop"]
         assert (b"102 Processing" in through) == (b"102 Processing" in raw)
-        assert (bench.books.running, bench.engine.held) == (0, set())
+        assert (bench.request_log.running, bench.controller.held) == (0, set())
         old, _ = _relayed(pieces, request=_OLD_REQUEST, then_close=closes)
         assert b"ransfer-" not in old.partition(b"\r\n\r\n")[0]
         assert _payload(old) == _payload(_final(raw))
@@ -196,7 +196,7 @@ def test_a_reply_that_is_cut_short_never_looks_whole(reply: tuple[bytes, bool], 
         if not bench.to_client.aborted:
             assert Wired.of(_final(through)).rest != whole
             assert b"error" in through
-        assert (bench.books.running, bench.engine.held) == (0, set())
+        assert (bench.request_log.running, bench.controller.held) == (0, set())
 
     asyncio.run(check())
 
@@ -234,8 +234,8 @@ def test_tokens_are_passed_and_counted_whether_they_come_one_by_one_or_cut(
     async def check() -> None:
         through, bench = _relayed([*pieces, b"0\r\n\r\n"])
         assert Wired.of(through).rest == body
-        assert (bench.books.running, bench.engine.held, bench.pool.idle_count) == (0, set(), 1)
-        record = bench.books.entries[0][0].exchange
+        assert (bench.request_log.running, bench.controller.held, bench.pool.idle_count) == (0, set(), 1)
+        record = bench.request_log.entries[0][0].exchange
         assert record is not None
         assert (record.chunks, record.bytes_out) == (len(chunks), len(body))
         assert tokens_of(record.tail).output == 7
@@ -253,7 +253,7 @@ def test_a_stream_of_tokens_that_is_cut_short_never_looks_whole(lines: list[byte
         through, bench = _relayed([_STREAM_HEAD, *chunks[:-1], chunks[-1][:kept]], then_close=True)
         if not bench.to_client.aborted:
             assert b"error" in _payload(through)
-        assert (bench.books.running, bench.engine.held) == (0, set())
+        assert (bench.request_log.running, bench.controller.held) == (0, set())
 
     asyncio.run(check())
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from router.domain.model import BlobDigest
 from router.http1.parser import HeadError, RequestHead
 from router.proxy import plan_cache
-from router.proxy.header_cache import KNOWN_BYTES_MAX, KNOWN_MAX, KnownHeads
-from router.proxy.server import Relay
+from router.proxy.header_cache import KNOWN_BYTES_MAX, KNOWN_MAX, HeaderCache
+from router.proxy.server import ProxyServer
 from tests.proxy.stage import MODEL
 from tests.proxy.wire import URL, Bench
 
@@ -71,7 +71,7 @@ def test_a_known_head_says_what_a_parse_of_it_says(
         all_lines = [*lines[:place], *([name + digits] if name else []), *lines[place:]]
         return b"\r\n".join((b"POST /api/chat HTTP/" + version, *all_lines, b"", b""))
 
-    known, before = KnownHeads(), _parsed(head(first))
+    known, before = HeaderCache(), _parsed(head(first))
     if before is not None:
         known.remember(_PEER, before, head(first))
     found, parsed = known.find(_PEER, head(second) + body), _parsed(head(second))
@@ -84,7 +84,7 @@ def test_a_known_head_says_what_a_parse_of_it_says(
 
 
 def test_a_head_is_known_at_the_address_alone_that_it_came_from() -> None:
-    known, raw = KnownHeads(), _HEAD % (b"7", b"secret")
+    known, raw = HeaderCache(), _HEAD % (b"7", b"secret")
     head = _parsed(raw)
     assert head is not None
     known.remember(_PEER, head, raw)
@@ -95,7 +95,7 @@ def test_a_head_is_known_at_the_address_alone_that_it_came_from() -> None:
 
 
 def test_what_was_used_last_is_kept_and_what_is_long_is_not() -> None:
-    known = KnownHeads()
+    known = HeaderCache()
     raws = [_HEAD % (b"7", b"%d" % number) for number in range(KNOWN_MAX + 1)]
     for number, raw in enumerate(raws):
         head = _parsed(raw)
@@ -128,7 +128,7 @@ def test_bodies_of_all_lengths_go_on_whole_whatever_came_before_them() -> None:
             assert b"Content-Length: %d" % len(body) in head
             assert head.lower().count(b"content-length") == 1
             bench.answer([_ANSWER])
-        assert bench.books.statuses == [200] * 5
+        assert bench.request_log.statuses == [200] * 5
 
     asyncio.run(check())
 
@@ -136,14 +136,16 @@ def test_bodies_of_all_lengths_go_on_whole_whatever_came_before_them() -> None:
 def test_a_body_that_is_too_long_is_refused_though_shorter_ones_were_taken() -> None:
     async def check() -> None:
         bench = Bench()
-        desk = bench.relay.desk
-        bench.client = type(bench.client)(replace(desk, limits=replace(desk.limits, max_body_bytes=200)), Relay(desk))
+        context = bench.proxy.context
+        bench.client = type(bench.client)(
+            replace(context, limits=replace(context.limits, max_body_bytes=200)), ProxyServer(context)
+        )
         bench.client.connection_made(bench.to_client)
         for words in ("a", "a" * 300, "a"):
             bench.ask([_request("tiny", words)])
-            if bench.engine.held:
+            if bench.controller.held:
                 bench.answer([_ANSWER])
-        assert bench.books.statuses == [200, 413, 200]
+        assert bench.request_log.statuses == [200, 413, 200]
 
     asyncio.run(check())
 
@@ -157,11 +159,11 @@ def test_what_is_remembered_of_requests_is_little(count: int) -> None:
             bench.catalog.models[name] = replace(MODEL, name=name, blob=BlobDigest(name))
             bench.ask([_request(name, "hello")])
             bench.answer([_ANSWER])
-        head = bench.relay.desk.heads.find(_PEER, _request("m00", "hello"))
+        head = bench.proxy.context.heads.find(_PEER, _request("m00", "hello"))
         assert head is not None
         assert set(head.notes.begun) == {URL}
         kept = head.notes.usual
         assert [model for model, _ in kept] == [f"m{n:02}" for n in range(count)][-plan_cache.KNOWN_MAX :]
-        assert {each.want.body for each in kept.values()} == {b""}
+        assert {each.routing.body for each in kept.values()} == {b""}
 
     asyncio.run(check())

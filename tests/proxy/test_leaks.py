@@ -92,18 +92,18 @@ async def _play(stage: Stage, dice: random.Random, count: int) -> None:
             share -= part
 
     await asyncio.gather(*(client() for _ in range(_SIDE_BY_SIDE)))
-    await eventually(lambda: stage.is_at_rest and stage.relay.connection_count == 0, what="rest")
+    await eventually(lambda: stage.is_at_rest and stage.proxy.connection_count == 0, what="rest")
 
 
 def _forget(stage: Stage) -> None:
     """What the stage itself remembers is no leak."""
-    upstream, engine = stage.upstream, stage.engine
+    upstream, controller = stage.upstream, stage.controller
     for remembered in (
         upstream.transports,
         upstream.turns,
-        engine.tickets,
-        engine.lost,
-        stage.books.entries,
+        controller.tickets,
+        controller.lost,
+        stage.request_log.entries,
         stage.handed,
     ):
         remembered.clear()
@@ -120,9 +120,10 @@ def _resident_mb() -> float:
 def _told(stage: Stage, objects: int) -> str:
     """What is there at rest, for the long run's reader."""
     return (
-        f"slots held {len(stage.engine.held)}, waiting {len(stage.engine.waiting)}, running {stage.books.running}, "
-        f"clients' connections {stage.relay.connection_count}, servers' {stage.upstream.open} (idle in the pool "
-        f"{stage.pool.idle_count}), files {_open_files()}, objects {objects}, resident {_resident_mb():.1f} MB"
+        f"slots held {len(stage.controller.held)}, waiting {len(stage.controller.waiting)}, "
+        f"running {stage.request_log.running}, clients' connections {stage.proxy.connection_count}, "
+        f"servers' {stage.upstream.open} (idle in the pool {stage.pool.idle_count}), files {_open_files()}, "
+        f"objects {objects}, resident {_resident_mb():.1f} MB"
     )
 
 
@@ -141,7 +142,7 @@ async def test_nothing_is_left_over_after_thousands_of_broken_requests(capsys: p
         statuses = Counter[int]()
         for number in range(1, _PARTS + 1):
             await _play(stage, dice, part)
-            statuses.update(stage.books.statuses)
+            statuses.update(stage.request_log.statuses)
             _forget(stage)
             gc.collect()
             left = len(gc.get_objects())

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.proxy.context import Patience
+from router.proxy.context import ClientTimeouts
 from tests.proxy.stage import LIMITS, MODEL, OK, Stage, Turn, by_turn, closing, replying, rests, staged
 from tests.support.rawhttp import Connection, connect
 from tests.support.waiting import eventually
@@ -36,13 +36,13 @@ async def test_pieces_go_on_before_the_body_is_whole_and_the_last_only_then(path
     async with staged() as stage, connect(stage.address) as connection:
         raw = _raw(_body(), path)
         await _half(stage, connection, raw)
-        assert len(stage.engine.held) == 1
+        assert len(stage.controller.held) == 1
         assert stage.upstream.turns == []
         await connection.write(raw[len(raw) // 2 :])
         assert (await connection.reply()).status == 200
         (turn,) = stage.upstream.turns
         assert turn.body == _body()
-        assert len(stage.engine.tickets) == 1
+        assert len(stage.controller.tickets) == 1
         await rests(stage)
         assert (await connection.call("POST", "/api/chat", _body())).status == 200
         assert stage.upstream.connections == 1
@@ -66,12 +66,12 @@ async def test_what_stands_further_back_is_heeded_all_the_same(tail: str, model:
         await _half(stage, connection, raw)
         await connection.write(raw[len(raw) // 2 :])
         assert (await connection.reply()).status == 200
-        first, second = stage.engine.tickets
+        first, second = stage.controller.tickets
         assert (first.model.name, second.model.name) == ("tiny:latest", model)
         (turn,) = stage.upstream.turns
         assert sent in turn.body.decode()
         assert turn.connection == 2
-        assert stage.engine.lost == []
+        assert stage.controller.lost == []
         await rests(stage)
 
 
@@ -86,10 +86,10 @@ async def test_a_body_that_is_not_json_after_all_gets_the_servers_own_words() ->
 
 
 async def test_a_slow_sender_keeps_no_slot() -> None:
-    async with staged(patience=Patience(slot_seconds=0.2)) as stage, connect(stage.address) as connection:
+    async with staged(timeouts=ClientTimeouts(slot_seconds=0.2)) as stage, connect(stage.address) as connection:
         raw = _raw(_body())
         await _half(stage, connection, raw)
-        await eventually(lambda: not stage.engine.held, what="the slot to be given back")
+        await eventually(lambda: not stage.controller.held, what="the slot to be given back")
         await eventually(lambda: stage.upstream.open == 0, what="the server to be told")
         await connection.write(raw[len(raw) // 2 :])
         assert (await connection.reply()).status == 200
@@ -99,11 +99,11 @@ async def test_a_slow_sender_keeps_no_slot() -> None:
 
 async def test_without_a_free_slot_the_body_is_waited_for_first() -> None:
     async with staged() as stage, connect(stage.address) as connection:
-        stage.engine.urls = []
+        stage.controller.urls = []
         raw = _raw(_body())
         await connection.send(raw[: len(raw) // 2])
-        await eventually(lambda: stage.engine.cancelled == 1, what="the first try to be withdrawn")
-        stage.engine.urls = [stage.upstream.url]
+        await eventually(lambda: stage.controller.cancelled == 1, what="the first try to be withdrawn")
+        stage.controller.urls = [stage.upstream.url]
         await connection.write(raw[len(raw) // 2 :])
         assert (await connection.reply()).status == 200
         await rests(stage)
@@ -115,7 +115,7 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind() -> N
             await _half(stage, connection, _raw(_body()))
         await rests(stage)
         await eventually(lambda: stage.upstream.open == 0, what="the server to be told")
-        assert stage.books.statuses == [499]
+        assert stage.request_log.statuses == [499]
 
 
 async def test_a_server_that_dies_within_the_body_is_replaced() -> None:
@@ -123,7 +123,7 @@ async def test_a_server_that_dies_within_the_body_is_replaced() -> None:
         raw = _raw(_body())
         await _half(stage, connection, raw)
         stage.upstream.transports[0].abort()
-        await eventually(lambda: len(stage.engine.lost) == 1, what="the loss")
+        await eventually(lambda: len(stage.controller.lost) == 1, what="the loss")
         await connection.write(raw[len(raw) // 2 :])
         assert (await connection.reply()).status == 200
         assert stage.upstream.turns[-1].body == _body()
@@ -150,7 +150,7 @@ async def test_a_server_may_answer_before_the_body_has_come() -> None:
         await connection.write(b"x" * 10_000)
         assert await connection.at_eof()
         await rests(stage)
-        assert stage.books.statuses == [413]
+        assert stage.request_log.statuses == [413]
 
 
 async def test_a_server_that_takes_nothing_stops_its_client() -> None:

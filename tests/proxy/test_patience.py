@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.llm_api.inference_request import Rules
-from router.proxy.context import Patience
+from router.llm_api.inference_request import ModelRules
+from router.proxy.context import ClientTimeouts
 from tests.proxy.stage import LIMITS, OK, Turn, replying, rests, staged, then_waiting
 from tests.support.rawhttp import call, connect, request_bytes
 from tests.support.waiting import eventually
@@ -21,24 +21,24 @@ _DEAD = b'{"error":"llama runner process no longer running: 2"}'
 _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(_DEAD) + _DEAD
 
 
-_HASTY = Patience(head_seconds=0.2, body_seconds=0.2, linger_seconds=0.2)
+_HASTY = ClientTimeouts(head_seconds=0.2, body_seconds=0.2, linger_seconds=0.2)
 
 
 async def test_an_idle_connection_is_closed() -> None:
-    async with staged(patience=Patience(idle_seconds=0.5)) as stage, connect(stage.address) as connection:
+    async with staged(timeouts=ClientTimeouts(idle_seconds=0.5)) as stage, connect(stage.address) as connection:
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
         assert await connection.at_eof()
 
 
 async def test_a_head_that_does_not_come_is_not_waited_for() -> None:
-    async with staged(patience=_HASTY) as stage, connect(stage.address) as connection:
+    async with staged(timeouts=_HASTY) as stage, connect(stage.address) as connection:
         await connection.send(b"POST /api/generate HTTP/1.1\r\nHost: a\r\n")
         assert (await connection.reply()).status == 408
         assert await connection.at_eof()
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    async with staged(patience=_HASTY) as stage:
+    async with staged(timeouts=_HASTY) as stage:
         for path in ("/api/generate", "/api/show"):
             async with connect(stage.address) as connection:
                 await connection.send(request_bytes("POST", path, _ASK)[:-3])
@@ -46,7 +46,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
                     assert (await connection.reply()).status == 408
                 assert await connection.at_eof()
         await rests(stage)
-        assert stage.books.statuses == [408]
+        assert stage.request_log.statuses == [408]
 
 
 async def test_a_silent_server_is_given_up_before_its_first_byte_and_after_it() -> None:
@@ -56,12 +56,12 @@ async def test_a_silent_server_is_given_up_before_its_first_byte_and_after_it() 
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert (reply.status, reply.header("X-Llamayard-Error")) == (504, "wait_timeout")
         assert (
-            len(stage.engine.lost) == 1
+            len(stage.controller.lost) == 1
         )  # a runner that hangs, or a slot that is lost, does so for whoever comes next
         stage.upstream.script = then_waiting(_HEAD + _LINE)
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert [sorted(line) for line in reply.lines()] == [["response"], ["error"]]
-        assert len(stage.engine.lost) == 2
+        assert len(stage.controller.lost) == 2
         await eventually(lambda: stage.upstream.open == 0, what="the server to be told")
         await rests(stage)
 
@@ -71,22 +71,22 @@ async def test_a_stream_that_nobody_reads_is_no_fault_of_its_server() -> None:
     async with staged(limits=limits) as stage, connect(stage.address) as connection:
         stage.upstream.script = replying(_HEAD, *[b"10000\r\n" + b"x" * 0x10000 + b"\r\n"] * 1000)
         await connection.send(request_bytes("POST", "/api/generate", _ASK))
-        await eventually(lambda: len(stage.books.entries) == 1, what="the end of the patience with it")
-        assert stage.engine.lost == []
+        await eventually(lambda: len(stage.request_log.entries) == 1, what="the end of the patience with it")
+        assert stage.controller.lost == []
         await rests(stage)
 
 
 async def test_a_client_that_is_kept_waiting_gets_heartbeats_and_then_its_answer() -> None:
     limits = replace(LIMITS, first_byte_timeout_seconds=2.0)
-    async with staged(limits=limits, rules=Rules(8192, heartbeat_seconds=0.05)) as stage:
-        stage.engine.urls = []
+    async with staged(limits=limits, rules=ModelRules(8192, heartbeat_seconds=0.05)) as stage:
+        stage.controller.urls = []
         for upstream in ((_HEAD, _LINE, b"0\r\n\r\n"), (OK,)):
             async with connect(stage.address) as connection:
                 stage.upstream.script = replying(*upstream)
                 await connection.send(request_bytes("POST", "/api/generate", _ASK))
                 assert (await connection.head()).status == 200
                 assert await connection.chunk() == b" "
-                stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
+                stage.controller.grant(stage.controller.tickets[-1].id, stage.upstream.url)
                 reply = await connection.rest_after_head()
                 assert (reply.end, len(reply.lines())) == ("complete", 1)
                 await rests(stage)
@@ -94,8 +94,8 @@ async def test_a_client_that_is_kept_waiting_gets_heartbeats_and_then_its_answer
 
 async def test_what_goes_wrong_after_heartbeats_is_told_within_the_stream() -> None:
     limits = replace(LIMITS, first_byte_timeout_seconds=2.0)
-    async with staged(limits=limits, rules=Rules(8192, heartbeat_seconds=0.05)) as stage:
-        stage.engine.urls = []
+    async with staged(limits=limits, rules=ModelRules(8192, heartbeat_seconds=0.05)) as stage:
+        stage.controller.urls = []
         for refused in (True, False):
             async with connect(stage.address) as connection:
                 stage.upstream.script = replying(
@@ -105,9 +105,9 @@ async def test_what_goes_wrong_after_heartbeats_is_told_within_the_stream() -> N
                 assert (await connection.head()).status == 200
                 assert await connection.chunk() == b": waiting\n\n"
                 if refused:
-                    stage.engine.reject(stage.engine.tickets[-1].id, "queue_full")
+                    stage.controller.reject(stage.controller.tickets[-1].id, "queue_full")
                 else:
-                    stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
+                    stage.controller.grant(stage.controller.tickets[-1].id, stage.upstream.url)
                 reply = await connection.rest_after_head()
                 assert b'data: {"error":' in reply.body
                 assert reply.end == "complete"
@@ -143,28 +143,28 @@ async def test_a_client_that_takes_nothing_stops_its_server() -> None:
 
 async def test_a_client_that_sends_far_ahead_is_not_read_without_end() -> None:
     async with staged() as stage:
-        stage.engine.urls = []
+        stage.controller.urls = []
         async with connect(stage.address, 5.0) as connection:
             await connection.send(request_bytes("POST", "/api/generate", _ASK))
-            await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket")
+            await eventually(lambda: len(stage.controller.waiting) == 1, what="a ticket")
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(1.0):
                     while True:
                         await connection.write(request_bytes("POST", "/api/generate", _ASK) * 1000)
-            stage.engine.urls = [stage.upstream.url]
-            stage.engine.grant(stage.engine.tickets[0].id, stage.upstream.url)
+            stage.controller.urls = [stage.upstream.url]
+            stage.controller.grant(stage.controller.tickets[0].id, stage.upstream.url)
             for _ in range(50):
                 assert (await connection.reply()).status == 200
 
 
 async def test_who_comes_while_it_drains_is_answered_once() -> None:
     async with staged() as stage:
-        stage.engine.urls = []
-        stage.relay.drain()
+        stage.controller.urls = []
+        stage.proxy.drain()
         async with connect(stage.address) as late:
             await late.send(request_bytes("POST", "/api/generate", _ASK))
-            await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket")
-            stage.engine.reject(stage.engine.tickets[-1].id, "shutting_down")
+            await eventually(lambda: len(stage.controller.waiting) == 1, what="a ticket")
+            stage.controller.reject(stage.controller.tickets[-1].id, "shutting_down")
             reply = await late.reply()
             assert (reply.status, reply.header("Retry-After"), reply.header("Connection")) == (503, "7", "close")
             assert await late.at_eof()
@@ -173,12 +173,12 @@ async def test_who_comes_while_it_drains_is_answered_once() -> None:
 async def test_draining_lets_answers_end_and_closes_what_is_idle() -> None:
     async with staged() as stage, connect(stage.address) as idle, connect(stage.address) as busy:
         assert (await idle.call("POST", "/api/generate", _ASK)).status == 200
-        stage.engine.urls = []
+        stage.controller.urls = []
         await busy.send(request_bytes("POST", "/api/generate", _ASK))
-        await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket")
-        stage.relay.drain()
+        await eventually(lambda: len(stage.controller.waiting) == 1, what="a ticket")
+        stage.proxy.drain()
         assert await idle.at_eof()
-        stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
+        stage.controller.grant(stage.controller.tickets[-1].id, stage.upstream.url)
         reply = await busy.reply()
         assert (reply.status, reply.header("Connection")) == (200, "close")
         assert await busy.at_eof()

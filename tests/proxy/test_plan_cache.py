@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from router.domain.model import BlobDigest
 from router.domain.request import Ticket, TicketId
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 from router.llm_api.model_aliases import substitutes
 from tests.proxy.stage import MODEL
 from tests.proxy.wire import URL, Bench
@@ -30,12 +30,12 @@ def _request(path: bytes, members: dict[str, object]) -> bytes:
 
 def _asked(bench: Bench, request: bytes) -> tuple[Ticket | None, bytes]:
     """The ticket without what differs from one request to the next, and what the server got."""
-    before, sent = len(bench.engine.tickets), len(bench.to_server.out)
+    before, sent = len(bench.controller.tickets), len(bench.to_server.out)
     bench.ask([request])
     got = bytes(bench.to_server.out[sent:])
     if got:
         bench.answer([_ANSWER])
-    tickets = bench.engine.tickets[before:]
+    tickets = bench.controller.tickets[before:]
     return (replace(tickets[0], id=TicketId(0), arrived_at=0.0, deadline=0.0, request_id="") if tickets else None), got
 
 
@@ -94,7 +94,7 @@ def test_a_model_that_has_changed_is_looked_at_anew() -> None:
 def test_a_model_that_is_being_deleted_is_refused_though_it_was_served_before() -> None:
     async def check() -> None:
         removing = set[str]()
-        bench = Bench(rules=Rules(8192, removing=removing))
+        bench = Bench(rules=ModelRules(8192, removing=removing))
         assert _asked(bench, _PLAIN)[0] is not None
         removing.add(MODEL.name)
         assert _asked(bench, _PLAIN) == (None, b"")
@@ -107,7 +107,7 @@ def test_a_model_that_is_being_deleted_is_refused_though_it_was_served_before() 
 
 def test_an_alias_is_resolved_each_time() -> None:
     async def check() -> None:
-        bench = Bench(rules=Rules(8192, substitutes=substitutes({"chat": "tiny"}, {})))
+        bench = Bench(rules=ModelRules(8192, substitutes=substitutes({"chat": "tiny"}, {})))
         for request in (_PLAIN, _PLAIN.replace(b'"tiny"', b'"chat"')) * 2:
             ticket, got = _asked(bench, request)
             assert ticket is not None
@@ -118,15 +118,15 @@ def test_an_alias_is_resolved_each_time() -> None:
 
 def test_a_fallback_is_taken_each_time() -> None:
     async def check() -> None:
-        bench = Bench(rules=Rules(8192, substitutes=substitutes({}, {"tiny": (["other"], ["queue_full"])})))
+        bench = Bench(rules=ModelRules(8192, substitutes=substitutes({}, {"tiny": (["other"], ["queue_full"])})))
         bench.catalog.models["other"] = replace(MODEL, name="other:latest", blob=BlobDigest("o"))
-        bench.engine.urls = []
+        bench.controller.urls = []
         for _ in range(3):
             bench.ask([_PLAIN])
-            bench.engine.reject(bench.engine.tickets[-1].id, "queue_full")
-            assert bench.engine.tickets[-1].model.name == "other:latest"
-            bench.engine.grant(bench.engine.tickets[-1].id, URL)
+            bench.controller.reject(bench.controller.tickets[-1].id, "queue_full")
+            assert bench.controller.tickets[-1].model.name == "other:latest"
+            bench.controller.grant(bench.controller.tickets[-1].id, URL)
             bench.answer([_ANSWER])
-        assert bench.books.statuses == [200, 200, 200]
+        assert bench.request_log.statuses == [200, 200, 200]
 
     asyncio.run(check())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from router.llm_api.inference_request import Rules
-from router.scheduler.queue.wait_estimate import Outlook
+from router.llm_api.inference_request import ModelRules
+from router.scheduler.queue.wait_estimate import WaitEstimate
 from tests.proxy.stage import MODEL, OK, Stage, replying, rests, staged, then_waiting
 from tests.support.rawhttp import Connection, connect, request_bytes
 from tests.support.waiting import eventually
@@ -17,16 +17,16 @@ _STREAM = (
     b"%x\r\n%s\r\n" % (len(_EVENT), _EVENT),
     b"0\r\n\r\n",
 )
-_QUICK, _SLOW = Rules(8192, heartbeat_seconds=0.05), Rules(8192, heartbeat_seconds=1000.0)
+_QUICK, _SLOW = ModelRules(8192, heartbeat_seconds=0.05), ModelRules(8192, heartbeat_seconds=1000.0)
 
 
 def _stands(stage: Stage, position: int, seconds: float | None, reason: str = "") -> None:
-    stage.engine.standing = Outlook(position, seconds, reason)
+    stage.controller.standing = WaitEstimate(position, seconds, reason)
 
 
 async def test_a_stream_that_asks_is_told_at_once_where_it_stands() -> None:
     async with staged(rules=_SLOW) as stage, connect(stage.address) as connection:
-        stage.engine.urls = []
+        stage.controller.urls = []
         _stands(stage, 3, 11.2, "2 of 2 slots\nare in use on gpu0")
         await connection.send(request_bytes("POST", "/v1/chat/completions", _CHAT, _ON))
         head = await connection.head()
@@ -34,14 +34,14 @@ async def test_a_stream_that_asks_is_told_at_once_where_it_stands() -> None:
         told = b": llamayard position=3 expected_wait_seconds=12 reason=2 of 2 slots are in use on gpu0\n\n"
         assert await connection.chunk() == told
         stage.upstream.script = replying(*_STREAM)
-        stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
+        stage.controller.grant(stage.controller.tickets[-1].id, stage.upstream.url)
         reply = await connection.rest_after_head()
         assert (reply.body, reply.end) == (_EVENT, "complete")
 
 
 async def test_it_is_told_again_and_again_until_its_answer_begins() -> None:
     async with staged(rules=_QUICK) as stage:
-        stage.engine.urls = []
+        stage.controller.urls = []
         async with connect(stage.address) as connection:
             _stands(stage, 2, None)
             await connection.send(request_bytes("POST", "/v1/chat/completions", _CHAT, _ON))
@@ -51,7 +51,7 @@ async def test_it_is_told_again_and_again_until_its_answer_begins() -> None:
             expected = b": llamayard position=1 expected_wait_seconds=0 reason=its turn\n\n"
             assert await _first_other(connection, b": llamayard position=2\n\n") == expected
             stage.upstream.script = then_waiting()
-            stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
+            stage.controller.grant(stage.controller.tickets[-1].id, stage.upstream.url)
             has_it = b": llamayard position=0 expected_wait_seconds=0 reason=because; 0 of 1 slots were in use\n\n"
             assert await _first_other(connection, expected) == has_it
             await eventually(lambda: bool(stage.upstream.turns), what="the request at its server")
@@ -70,11 +70,11 @@ async def _first_other(connection: Connection, told: bytes) -> bytes | None:
 
 async def test_a_refusal_after_it_was_told_ends_the_stream_with_an_error() -> None:
     async with staged(rules=_SLOW) as stage, connect(stage.address) as connection:
-        stage.engine.urls = []
+        stage.controller.urls = []
         _stands(stage, 1, None)
         await connection.send(request_bytes("POST", "/v1/chat/completions", _CHAT, _ON))
         await connection.head()
-        stage.engine.reject(stage.engine.tickets[-1].id, "wait_timeout")
+        stage.controller.reject(stage.controller.tickets[-1].id, "wait_timeout")
         reply = await connection.rest_after_head()
         assert reply.events()[-1]["error"]["code"] == "wait_timeout"
 
@@ -100,18 +100,18 @@ async def test_whoever_does_not_ask_or_cannot_be_told_waits_as_ever() -> None:
         ("/api/generate", _ASK, _ON),
     ):
         async with staged(rules=_SLOW) as stage, connect(stage.address) as connection:
-            stage.engine.urls = []
+            stage.controller.urls = []
             await connection.send(request_bytes("POST", path, body, headers))
-            await eventually(lambda stage=stage: bool(stage.engine.waiting), what="a ticket")
+            await eventually(lambda stage=stage: bool(stage.controller.waiting), what="a ticket")
             stage.upstream.script = replying(OK)
-            stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
+            stage.controller.grant(stage.controller.tickets[-1].id, stage.upstream.url)
             reply = await connection.reply()
             assert (reply.header("X-Llamayard-Instance"), reply.body) == ("gpu0", b'{"done":true}')
 
 
 async def test_ndjson_is_kept_waiting_with_spaces_however_much_it_asks() -> None:
     async with staged(rules=_QUICK) as stage, connect(stage.address) as connection:
-        stage.engine.urls = []
+        stage.controller.urls = []
         _stands(stage, 1, 1.0)
         await connection.send(request_bytes("POST", "/api/generate", _ASK, _ON))
         await connection.head()
@@ -122,6 +122,6 @@ async def test_a_ticket_carries_the_name_that_its_client_gave_the_request() -> N
     async with staged() as stage, connect(stage.address) as connection:
         await connection.call("POST", "/api/generate", _ASK, (("X-Request-ID", "mine"),))
         await connection.call("POST", "/api/generate", _ASK)
-        first, second = stage.engine.tickets
+        first, second = stage.controller.tickets
         assert (first.model, first.request_id) == (MODEL, "mine")
         assert second.request_id not in ("", "mine")

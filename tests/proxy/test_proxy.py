@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from router.domain.events import UnloadAsked
+from router.domain.events import UnloadRequested
 from tests.proxy.stage import MODEL, OK, Stage, Turn, replying, staged
 from tests.support.rawhttp import call, connect, exchange, request_bytes
 from tests.support.waiting import eventually
@@ -32,7 +32,7 @@ async def test_a_small_answer_is_relayed() -> None:
         (turn,) = stage.upstream.turns
         assert json.loads(turn.body) == _ASK
         assert turn.head.startswith(b"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1:")
-        assert stage.books.statuses == [200]
+        assert stage.request_log.statuses == [200]
         await eventually(lambda: stage.is_at_rest, what="rest")
 
 
@@ -42,7 +42,7 @@ async def test_a_stream_is_relayed_chunk_by_chunk_and_counted() -> None:
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert [len(chunk) for chunk in reply.chunks] == [15, 15, 50]
         assert reply.chunked
-        (entry,) = stage.books.entries
+        (entry,) = stage.request_log.entries
         record = entry[0].exchange
         assert record is not None
         assert record.tail.endswith(b'"eval_count":2}')
@@ -55,7 +55,7 @@ async def test_connections_on_both_sides_are_used_again() -> None:
         stage.upstream.script = replying(*_STREAM)
         for _ in range(3):
             assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
-        assert (stage.upstream.connections, stage.relay.connection_count) == (1, 1)
+        assert (stage.upstream.connections, stage.proxy.connection_count) == (1, 1)
         assert stage.pool.idle_count == 1
 
 
@@ -72,9 +72,9 @@ async def test_requests_for_both_halves_alternate_on_one_connection() -> None:
 
 async def test_pipelined_requests_of_both_halves_are_answered_in_order() -> None:
     async with staged() as stage, connect(stage.address) as connection:
-        asked = [request_bytes("POST", "/api/generate", _ASK), request_bytes("GET", "/chunked"),
+        request = [request_bytes("POST", "/api/generate", _ASK), request_bytes("GET", "/chunked"),
                  request_bytes("POST", "/early", b"x" * 10), request_bytes("POST", "/api/generate", _ASK)]  # fmt: skip
-        await connection.send(b"".join(asked * 2))
+        await connection.send(b"".join(request * 2))
         bodies = [(await connection.reply()).body for _ in range(8)]
         assert bodies == [b'{"done":true}', b"onetwo", b"early", b'{"done":true}'] * 2
 
@@ -147,8 +147,8 @@ async def test_headers_of_one_connection_only_do_not_pass_in_either_direction() 
             b"HTTP/1.1 200 OK\r\nConnection: X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nX-End: 1\r\n"
             b"Content-Length: 2\r\n\r\n{}"
         )
-        asked = (("Connection", "X-Private, keep-alive"), ("X-Private", "1"), ("TE", "trailers"), ("X-Public", "1"))
-        reply = await call(stage.address, "POST", "/api/generate", _ASK, asked)
+        request = (("Connection", "X-Private, keep-alive"), ("X-Private", "1"), ("TE", "trailers"), ("X-Public", "1"))
+        reply = await call(stage.address, "POST", "/api/generate", _ASK, request)
         head = stage.upstream.turns[0].head.lower()
         assert b"x-private" not in head
         assert b"\r\nte:" not in head
@@ -207,16 +207,16 @@ async def test_a_client_that_unloads_is_answered_here() -> None:
     async with staged() as stage:
         reply = await call(stage.address, "POST", "/api/generate", {"model": "tiny", "keep_alive": 0})
         assert reply.json()["done_reason"] == "unload"
-        assert stage.engine.posted == [UnloadAsked(MODEL.blob)]
+        assert stage.controller.posted == [UnloadRequested(MODEL.blob)]
         assert stage.upstream.turns == []
-        assert stage.books.statuses == [200]
+        assert stage.request_log.statuses == [200]
 
 
 async def test_keep_alive_is_the_routers_and_the_rest_is_the_clients() -> None:
     async with staged() as stage:
         body = b'{ "model": "tiny" , "prompt":"x",  "keep_alive":"5m", "options":{"num_gpu":1,"seed":2} }'
         assert (await call(stage.address, "POST", "/api/generate", body)).status == 200
-        assert stage.engine.tickets[0].keep_alive_seconds == 300.0
+        assert stage.controller.tickets[0].keep_alive_seconds == 300.0
         sent = json.loads(stage.upstream.turns[0].body)
         assert sent["keep_alive"] == -1
         assert sent["options"] == {"seed": 2}
@@ -229,7 +229,7 @@ async def test_what_cannot_be_routed_gets_the_servers_own_words(body: bytes) -> 
         reply = await call(stage.address, "POST", "/api/generate", body)
         assert (reply.status, reply.body) == (400, b"words")
         assert stage.upstream.turns[0].body == body
-        assert stage.engine.tickets == []
+        assert stage.controller.tickets == []
 
 
 async def test_a_model_that_is_not_known_yet_is_asked_for() -> None:
@@ -237,36 +237,36 @@ async def test_a_model_that_is_not_known_yet_is_asked_for() -> None:
         answer = stage.catalog.slow["new"] = asyncio.get_running_loop().create_future()
         async with connect(stage.address) as connection:
             await connection.send(request_bytes("POST", "/api/generate", {"model": "new", "prompt": "x"}))
-            await eventually(lambda: stage.books.running == 1, what="the request")
+            await eventually(lambda: stage.request_log.running == 1, what="the request")
             answer.set_result(MODEL)
             assert (await connection.reply()).status == 200
 
 
 async def _waits(stage: Stage) -> None:
-    await eventually(lambda: len(stage.engine.waiting) == 1, what="a ticket that waits")
+    await eventually(lambda: len(stage.controller.waiting) == 1, what="a ticket that waits")
 
 
 async def test_a_ticket_may_wait_and_be_granted_later() -> None:
     async with staged() as stage, connect(stage.address) as connection:
-        stage.engine.urls = []
+        stage.controller.urls = []
         await connection.send(request_bytes("POST", "/api/generate", _ASK))
         await _waits(stage)
-        stage.engine.grant(stage.engine.tickets[0].id, stage.upstream.url)
+        stage.controller.grant(stage.controller.tickets[0].id, stage.upstream.url)
         assert (await connection.reply()).status == 200
         await eventually(lambda: stage.is_at_rest, what="rest")
 
 
 async def test_a_rejection_has_the_form_of_the_api() -> None:
     async with staged() as stage, connect(stage.address) as connection:
-        stage.engine.urls = []
+        stage.controller.urls = []
         await connection.send(request_bytes("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}))
         await _waits(stage)
-        stage.engine.reject(stage.engine.tickets[0].id, "queue_full")
+        stage.controller.reject(stage.controller.tickets[0].id, "queue_full")
         reply = await connection.reply()
         assert (reply.status, reply.header("Retry-After")) == (503, "7")
         assert reply.json()["error"]["code"] == "queue_full"
-        assert stage.books.entries[0][0].error_code == "queue_full"
-        stage.engine.urls = [stage.upstream.url]
+        assert stage.request_log.entries[0][0].error_code == "queue_full"
+        stage.controller.urls = [stage.upstream.url]
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
 
 
@@ -286,7 +286,7 @@ async def test_absolute_targets_and_escaped_paths_are_leased_too() -> None:
         for target in (b"http://localhost/api/generate?x=1", b"/api/gener%61te", b"/api/generate?a=b"):
             raw = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (target, len(body)) + body
             assert (await exchange(stage.address, raw)).status == 200
-        assert len(stage.engine.tickets) == 3
+        assert len(stage.controller.tickets) == 3
         assert stage.upstream.turns[0].head.startswith(b"POST /api/generate?x=1 HTTP/1.1\r\n")
 
 

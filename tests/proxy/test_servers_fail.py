@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 from router.llm_api.model_aliases import substitutes
 from tests.proxy.stage import MODEL, OK, Script, by_turn, closing, replying, rests, staged, then_closing
 from tests.support.rawhttp import call, connect, request_bytes
@@ -25,7 +25,7 @@ async def test_a_pooled_connection_that_was_closed_meanwhile_is_replaced_within_
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
         stage.upstream.script = by_turn(replying(OK), closing, replying(OK))
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
-        assert (len(stage.upstream.turns), len(stage.engine.tickets), stage.engine.lost) == (3, 2, [])
+        assert (len(stage.upstream.turns), len(stage.controller.tickets), stage.controller.lost) == (3, 2, [])
         await rests(stage)
 
 
@@ -43,9 +43,9 @@ async def test_a_runner_that_died_before_its_answer_is_reported_and_the_request_
     async with staged() as stage:
         stage.upstream.script = by_turn(failing, replying(OK))
         assert (await call(stage.address, "POST", "/api/generate", _ASK)).status == 200
-        assert stage.engine.lost == [stage.engine.tickets[0].id]
-        assert len(stage.engine.tickets) == 2
-        assert stage.books.statuses == [200]
+        assert stage.controller.lost == [stage.controller.tickets[0].id]
+        assert len(stage.controller.tickets) == 2
+        assert stage.request_log.statuses == [200]
         await rests(stage)
 
 
@@ -54,7 +54,7 @@ async def test_after_three_attempts_the_servers_last_words_are_passed_on() -> No
         stage.upstream.script = replying(_FAILED)
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert (reply.status, reply.body) == (500, _DEAD)
-        assert len(stage.engine.lost) == 3
+        assert len(stage.controller.lost) == 3
         await rests(stage)
 
 
@@ -68,10 +68,10 @@ async def test_an_error_of_a_living_runner_is_not_tried_again() -> None:
 
 async def test_a_server_that_cannot_be_reached_is_lost() -> None:
     async with staged() as stage:
-        stage.engine.urls = ["http://127.0.0.1:1"]
+        stage.controller.urls = ["http://127.0.0.1:1"]
         reply = await call(stage.address, "POST", "/v1/completions", _ASK)
         assert (reply.status, reply.json()["error"]["code"]) == (502, "instance_lost")
-        assert len(stage.engine.lost) == 3
+        assert len(stage.controller.lost) == 3
         await rests(stage)
 
 
@@ -81,7 +81,7 @@ async def test_a_stream_whose_server_dies_ends_with_an_error_line_and_the_next_r
         reply = await connection.call("POST", "/api/generate", _ASK)
         assert reply.end == "complete"
         assert [sorted(line) for line in reply.lines()] == [["response"], ["error"]]
-        assert stage.books.entries[0][0].error_code == "instance_lost"
+        assert stage.request_log.entries[0][0].error_code == "instance_lost"
         # Nothing told the client not to send on: many pools do before they would see a close.
         assert (await connection.call("POST", "/api/generate", _ASK)).body == b'{"done":true}'
         await rests(stage)
@@ -141,7 +141,7 @@ async def test_a_stream_that_shows_that_its_runner_died_reports_it() -> None:
         words = b'{"error":"an error was encountered while running the model: unexpected EOF"}\n'
         stage.upstream.script = replying(_HEAD + _LINE + b"%x\r\n%s\r\n0\r\n\r\n" % (len(words), words))
         assert (await call(stage.address, "POST", "/api/generate", _ASK)).end == "complete"
-        assert len(stage.engine.lost) == 1
+        assert len(stage.controller.lost) == 1
 
 
 async def test_with_no_server_ready_the_request_is_told() -> None:
@@ -154,23 +154,23 @@ async def test_a_younger_api_is_refused_clearly_by_servers_without_it() -> None:
     async with staged() as stage:
         reply = await call(stage.address, "POST", "/v1/messages", {"model": "tiny", "messages": []})
         assert (reply.status, reply.json()["type"]) == (404, "error")
-        assert stage.books.statuses == [404]
+        assert stage.request_log.statuses == [404]
 
 
 async def test_another_model_answers_instead_where_the_operator_says_so() -> None:
-    rules = Rules(8192, substitutes({}, {"big": (["tiny"], ["unknown_model", "queue_full"])}))
+    rules = ModelRules(8192, substitutes({}, {"big": (["tiny"], ["unknown_model", "queue_full"])}))
     async with staged(rules=rules) as stage:
         reply = await call(stage.address, "POST", "/api/generate", {"model": "big", "prompt": "x"})
         assert (reply.status, reply.header("X-Llamayard-Model")) == (200, "tiny")
         assert b'"tiny"' in stage.upstream.turns[0].body
         stage.catalog.models["big"] = replace(MODEL, name="big:latest")
-        stage.engine.urls = []
+        stage.controller.urls = []
         async with connect(stage.address) as connection:
             await connection.send(request_bytes("POST", "/api/generate", {"model": "big", "prompt": "x"}))
-            await eventually(lambda: len(stage.engine.waiting) == 1, what="the first ticket")
-            stage.engine.reject(stage.engine.tickets[-1].id, "queue_full")
-            await eventually(lambda: stage.engine.tickets[-1].model.name == "tiny:latest", what="the second ticket")
-            stage.engine.grant(stage.engine.tickets[-1].id, stage.upstream.url)
+            await eventually(lambda: len(stage.controller.waiting) == 1, what="the first ticket")
+            stage.controller.reject(stage.controller.tickets[-1].id, "queue_full")
+            await eventually(lambda: stage.controller.tickets[-1].model.name == "tiny:latest", what="the second ticket")
+            stage.controller.grant(stage.controller.tickets[-1].id, stage.upstream.url)
             reply = await connection.reply()
         assert (reply.status, reply.header("X-Llamayard-Fallback")) == (200, "queue_full")
         await rests(stage)

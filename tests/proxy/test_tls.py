@@ -54,7 +54,7 @@ async def test_a_client_that_leaves_over_tls_ends_its_generation() -> None:
         await connection.head()
         connection.abort()
         await eventually(lambda: stage.upstream.open == 0 and stage.is_at_rest, what="rest")
-        assert stage.books.statuses == [499]
+        assert stage.request_log.statuses == [499]
 
 
 def test_a_certificate_and_its_key_are_given_together() -> None:

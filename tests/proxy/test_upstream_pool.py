@@ -99,9 +99,9 @@ def test_what_was_idle_for_long_is_closed_the_oldest_first() -> None:
     clock = _Clock()
     pool = Pool(1.0, clock.now)
     old, young = connection_of(pool), connection_of(pool)
-    pool.give_back(old)
+    pool.release(old)
     clock.seconds = IDLE_SECONDS
-    pool.give_back(young)
+    pool.release(young)
     assert pool.sweep(clock.seconds) == 0
     assert pool.sweep(clock.seconds + 0.1) == 1
     assert (old.transport.is_closing(), young.transport.is_closing()) == (True, False)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from router.llm_api.inference_request import Rules
+from router.llm_api.inference_request import ModelRules
 from router.proxy.client_connection import ClientConnection
-from router.proxy.server import Relay
+from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool, UpstreamConnection
 from tests.proxy.stage import ScriptedBooks, ScriptedCatalog, ScriptedEngine, make_desk
 
@@ -55,16 +55,16 @@ class Wire(asyncio.Transport):
 class Bench:
     """One client's connection and one server's, with all of the relay between them. Needs a running loop."""
 
-    def __init__(self, rules: Rules | None = None) -> None:
-        self.engine, self.books, self.catalog = ScriptedEngine([URL]), ScriptedBooks(), ScriptedCatalog()
-        self.pool = Pool(5.0, self.engine.now)
-        desk = make_desk(self.engine, self.catalog, self.books, self.pool)
-        self.relay = Relay(desk if rules is None else replace(desk, rules=rules))
+    def __init__(self, rules: ModelRules | None = None) -> None:
+        self.controller, self.request_log, self.catalog = ScriptedEngine([URL]), ScriptedBooks(), ScriptedCatalog()
+        self.pool = Pool(5.0, self.controller.now)
+        context = make_desk(self.controller, self.catalog, self.request_log, self.pool)
+        self.proxy = ProxyServer(context if rules is None else replace(context, rules=rules))
         self.server = UpstreamConnection(self.pool, URL)
         self.to_server = Wire()
         self.server.connection_made(self.to_server)
-        self.pool.give_back(self.server)
-        self.client = ClientConnection(self.relay.desk, self.relay)
+        self.pool.release(self.server)
+        self.client = ClientConnection(self.proxy.context, self.proxy)
         self.to_client = Wire()
         self.client.connection_made(self.to_client)
 

@@ -1,4 +1,4 @@
-"""The product over two real servers without cards, with small models of random weights."""
+"""The product over two real servers without GPUs, with small models of random weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
 
 
 def two_instances(binary: Path, models: Path, **further: Any) -> dict[str, Any]:
-    """A configuration of two supervised servers without cards."""
+    """A configuration of two supervised servers without GPUs."""
     ollama = {"binary": str(binary), "models": str(models), "num_parallel": 2, **further.pop("ollama", {})}
     return {
         "ollama": ollama,

@@ -123,9 +123,9 @@ def test_the_openai_package_chats_completes_and_embeds(product: Product) -> None
         words = [event.choices[0].delta.content for event in events if event.choices]
         assert len([word for word in words if word]) == 5
         assert events[-1].usage.completion_tokens == 5
-        once = client.chat.completions.create(model="tiny", messages=_HI, max_tokens=3)
-        assert once.usage is not None
-        assert once.usage.completion_tokens == 3
+        memoise = client.chat.completions.create(model="tiny", messages=_HI, max_tokens=3)
+        assert memoise.usage is not None
+        assert memoise.usage.completion_tokens == 3
         text = client.completions.create(model="tiny", prompt="hi", max_tokens=3)
         assert text.choices[0].text.strip()
         vectors = client.embeddings.create(model="embed", input=["a", "b"], encoding_format="float")

@@ -59,8 +59,8 @@ async def test_a_pull_that_cannot_connect_passes_the_servers_words_on(product: P
     assert reply.status == 200
     assert reply.lines()[0] == {"status": "pulling manifest"}
     assert "connection refused" in reply.lines()[-1]["error"]
-    once = {"model": "127.0.0.1:1/library/none", "insecure": True, "stream": False}
-    reply = await call(product.address, "POST", "/api/pull", once)
+    memoise = {"model": "127.0.0.1:1/library/none", "insecure": True, "stream": False}
+    reply = await call(product.address, "POST", "/api/pull", memoise)
     assert reply.status == 500
     assert "connection refused" in reply.json()["error"]
 

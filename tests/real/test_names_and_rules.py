@@ -116,7 +116,7 @@ async def test_an_api_that_this_version_lacks_is_named_with_the_version(product:
 async def test_a_layout_that_cannot_be_had_is_refused_with_why(product: Product) -> None:
     reply = await _generate(product, "tiny", (("X-Llamayard-Layout", "gpu:0"),))
     assert (reply.status, reply.header("X-Llamayard-Error")) == (409, "layout_unavailable")
-    assert "no card '0'" in reply.json()["error"]
+    assert "no GPU '0'" in reply.json()["error"]
     assert (await _generate(product, "tiny", (("X-Llamayard-Layout", "left"),))).status == 400
 
 

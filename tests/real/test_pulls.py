@@ -69,8 +69,8 @@ async def test_those_who_pull_one_model_share_one_download_and_all_see_it(produc
         replies = [await first.rest(head), await second.rest(late)]
         assert [_lines(reply.chunks)[-1] for reply in replies] == [{"status": "success"}] * 2
         assert all(any("completed" in line for line in _lines(reply.chunks)) for reply in replies)
-        once = await third.reply()
-        assert (once.status, once.header("Content-Type"), once.json()) == (
+        memoise = await third.reply()
+        assert (memoise.status, memoise.header("Content-Type"), memoise.json()) == (
             200,
             "application/json",
             {"status": "success"},
@@ -131,13 +131,13 @@ async def test_a_registrys_refusal_is_the_servers_words_for_all(product: Product
     unknown = {"model": registry.name("nothing"), "insecure": True}
     streamed = await call(product.address, "POST", "/api/pull", unknown)
     assert (streamed.status, streamed.lines()[-1]) == (200, {"error": "pull model manifest: file does not exist"})
-    once = await call(product.address, "POST", "/api/pull", {**unknown, "stream": False})
-    assert (once.status, once.json()) == (500, {"error": "pull model manifest: file does not exist"})
+    memoise = await call(product.address, "POST", "/api/pull", {**unknown, "stream": False})
+    assert (memoise.status, memoise.json()) == (500, {"error": "pull model manifest: file does not exist"})
     plain = await call(product.address, "POST", "/api/pull", {"model": registry.name("pulled5")})
     assert "HTTP response to HTTPS client" in plain.lines()[-1]["error"]
 
 
-async def test_weights_that_a_pull_replaces_leave_the_cards_and_the_store(
+async def test_weights_that_a_pull_replaces_leave_the_gpus_and_the_store(
     product: Product, registry: Registry, weights: Mapping[str, ModelFile], store: Path
 ) -> None:
     name = registry.name("pulled6")

@@ -1,4 +1,4 @@
-"""Facts for the tests of the deciding core: small cards, models and instances, and snapshots made of them.
+"""Facts for the tests of the deciding core: small GPUs, models and instances, and snapshots made of them.
 
 Sizes are in MiB where a test speaks of them, so that sums can be done in the head.
 """
@@ -46,12 +46,12 @@ def gpu_id(number: int) -> GpuUuid:
     return GpuUuid(f"GPU-{number}")
 
 
-def card(number: int, free_mib: int, total_mib: int = 24_000, clock_hertz: int | None = None) -> Gpu:
-    """A card of `total_mib`, `free_mib` of it free; faster with a higher memory clock."""
+def gpu(number: int, free_mib: int, total_mib: int = 24_000, clock_hertz: int | None = None) -> Gpu:
+    """A GPU of `total_mib`, `free_mib` of it free; faster with a higher memory clock."""
     return Gpu(
         uuid=gpu_id(number),
         index=number,
-        name="test card",
+        name="test GPU",
         memory_total_bytes=total_mib * MIB,
         memory_free_bytes=free_mib * MIB,
         memory_used_bytes=(total_mib - free_mib) * MIB,
@@ -80,12 +80,12 @@ def model(name: str, weights_mib: int = 1000, *, context_length: int = 8192, **c
     return ModelFacts(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def instance(name: str, *cards: int, slots: int = 2) -> InstanceSpec:
-    return InstanceSpec(InstanceName(name), tuple(map(gpu_id, cards)), f"http://127.0.0.1/{name}", num_parallel=slots)
+def instance(name: str, *gpus: int, slots: int = 2) -> InstanceSpec:
+    return InstanceSpec(InstanceName(name), tuple(map(gpu_id, gpus)), f"http://127.0.0.1/{name}", num_parallel=slots)
 
 
-def view(name: str, *cards: int, state: InstanceState = InstanceState.READY, slots: int = 2) -> InstanceView:
-    return InstanceView(instance(name, *cards, slots=slots), state)
+def view(name: str, *gpus: int, state: InstanceState = InstanceState.READY, slots: int = 2) -> InstanceView:
+    return InstanceView(instance(name, *gpus, slots=slots), state)
 
 
 def residency(
@@ -99,7 +99,7 @@ def residency(
     options: RunnerOptions = (),
     load: int | None = None,
 ) -> Residency:
-    """`of` on the instance `on`, with so many MiB on each of its cards."""
+    """`of` on the instance `on`, with so many MiB on each of its GPUs."""
     return Residency(
         instance=InstanceName(on),
         blob=of.blob,
@@ -119,7 +119,7 @@ def residency(
 
 
 def reservation(load: int, on: str, of: ModelFacts, needs: Iterable[tuple[int, int]], **times: float) -> Reservation:
-    """`needs`: card number and MiB."""
+    """`needs`: GPU number and MiB."""
     needed = tuple((gpu_id(number), size * MIB) for number, size in needs)
     return Reservation(LoadId(load), InstanceName(on), of.blob, needed, times.get("made_at", 0.0),
                        times.get("sent_at"), times.get("finished_at"))  # fmt: skip
@@ -130,7 +130,7 @@ def key(on: str, of: ModelFacts) -> ResidencyKey:
 
 
 def snapshot(
-    cards: Iterable[Gpu] = (),
+    gpus: Iterable[Gpu] = (),
     views: Iterable[InstanceView] = (),
     residencies: Iterable[Residency] = (),
     reservations: Iterable[Reservation] = (),
@@ -145,7 +145,7 @@ def snapshot(
     return Snapshot(
         now=now,
         policy=policy or Policy(vram_margin_bytes=0),
-        gpus={found.uuid: found for found in cards},
+        gpus={found.uuid: found for found in gpus},
         gpus_read_at=now,
         instances={found.spec.name: found for found in views},
         residencies={(found.instance, found.blob): found for found in residencies},
@@ -181,6 +181,6 @@ def ticket(
 
 
 def by_weight(of: ModelFacts, spec: InstanceSpec, context: int, facts: Snapshot) -> tuple[int, ...]:
-    """An `Estimate` for tests: the weights, in equal parts over the cards."""
+    """An `Estimate` for tests: the weights, in equal parts over the GPUs."""
     count = len(spec.gpus)
     return tuple(of.weights_bytes // count for _ in range(count))

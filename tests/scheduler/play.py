@@ -1,4 +1,4 @@
-"""A small world around a dispatcher: cards with true memory, servers that load and unload, requests that come and go.
+"""A small world around a dispatcher: GPUs with true memory, servers that load and unload, requests that come and go.
 
 Whoever plays chooses what happens next. Each event goes to two dispatchers, which must answer alike though one of them
 never takes the queue for calm; each action is
@@ -32,8 +32,8 @@ from router.domain.events import (
     Released,
     ResidencyRead,
     Ticked,
-    UnloadAsked,
     UnloadFinished,
+    UnloadRequested,
 )
 from router.domain.footprint import FootprintKey
 from router.domain.gpu import Gpu, GpuUuid
@@ -45,14 +45,14 @@ from router.domain.request import Layout, RunnerOptions, Ticket, TicketId
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.scheduler.dispatcher import Dispatcher
-from router.scheduler.queue.retry_gate import Looks
-from router.scheduler.queue.wait_estimate import Outlook
+from router.scheduler.queue.retry_gate import RetryGate
+from router.scheduler.queue.wait_estimate import WaitEstimate
 from router.scheduler.queue.wait_queue import WaitQueue
 from router.scheduler.state import FleetState
 from tests.scheduler.builders import by_weight, gpu_id, instance, model
 from tests.scheduler.builders import ticket as ticket_of
 
-CARD_BYTES = 24
+GPU_BYTES = 24
 
 
 def sized(name: str, size: int, **changes: object) -> ModelFacts:
@@ -60,22 +60,22 @@ def sized(name: str, size: int, **changes: object) -> ModelFacts:
     return model(name, weights_bytes=size, **changes)
 
 
-class Restless(Looks):
+class Restless(RetryGate):
     """With these the queue is gone through at each event, whatever it changed."""
 
-    def is_calm(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
+    def is_quiescent(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
         return False
 
 
 @dataclass(slots=True)
 class Play:
-    """`cards`: how many; with two or more there is a spread instance too."""
+    """`gpus`: how many; with two or more there is a spread instance too."""
 
-    cards: int = 1
+    gpus: int = 1
     policy: Policy = field(default_factory=lambda: Policy(vram_margin_bytes=0))
     slots: int = 2
     now: float = 1000.0
-    foreign: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
+    external: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
     specs: dict[InstanceName, InstanceSpec] = field(default_factory=dict[InstanceName, InstanceSpec])
     held: dict[ResidencyKey, dict[GpuUuid, int]] = field(default_factory=dict[ResidencyKey, dict[GpuUuid, int]])
     """What truly takes memory, from the moment a load is sent until its unload ended."""
@@ -102,12 +102,12 @@ class Play:
 
     def __post_init__(self) -> None:
         self._twins = (Dispatcher(self.policy, by_weight), Dispatcher(self.policy, by_weight, Restless()))
-        self.foreign = {gpu_id(number): 0 for number in range(self.cards)}
-        single = [instance(f"gpu{number}", number, slots=self.slots) for number in range(self.cards)]
-        several = [instance("spread", *range(self.cards), slots=self.slots)] if self.cards > 1 else []
-        none = [] if self.cards else [instance("cpu", slots=self.slots)]
+        self.external = {gpu_id(number): 0 for number in range(self.gpus)}
+        single = [instance(f"gpu{number}", number, slots=self.slots) for number in range(self.gpus)]
+        several = [instance("spread", *range(self.gpus), slots=self.slots)] if self.gpus > 1 else []
+        none = [] if self.gpus else [instance("cpu", slots=self.slots)]
         self.specs = {spec.name: spec for spec in (*single, *several, *none)}
-        self.read_cards()
+        self.read_gpus()
 
     def begin(self) -> Play:
         """All instances answer."""
@@ -134,9 +134,9 @@ class Play:
         self.now += seconds
         return self.post(Ticked())
 
-    def read_cards(self, progress: float = 1.0) -> list[Action]:
-        """A reading of the cards; loads under way show this part of their memory."""
-        return self.post(GpusRead(tuple(self._card(number, progress) for number in range(self.cards)), self.now))
+    def read_gpus(self, progress: float = 1.0) -> list[Action]:
+        """A reading of the GPUs; loads under way show this part of their memory."""
+        return self.post(GpusRead(tuple(self._gpu(number, progress) for number in range(self.gpus)), self.now))
 
     def change_instance(self, name: str, state: InstanceState, reason: str = "") -> list[Action]:
         spec = self.specs[InstanceName(name)]
@@ -149,7 +149,7 @@ class Play:
         of: ModelFacts,
         options: RunnerOptions = (),
         keep_alive_seconds: float | None = None,
-        patience_seconds: float = 300.0,
+        ttft_target_seconds: float = 300.0,
         *,
         is_flexible: bool = False,
         layout: Layout | None = None,
@@ -158,7 +158,7 @@ class Play:
         self._tickets += 1
         made = ticket_of(
             self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
-            deadline=self.now + patience_seconds, is_flexible=is_flexible, layout=layout,
+            deadline=self.now + ttft_target_seconds, is_flexible=is_flexible, layout=layout,
         )  # fmt: skip
         made = replace(made, client=client)
         self.waiting[made.id] = made
@@ -194,7 +194,7 @@ class Play:
         return self.post(UnloadFinished(key[0], key[1], error))
 
     def ask_unload(self, of: ModelFacts) -> list[Action]:
-        return self.post(UnloadAsked(of.blob))
+        return self.post(UnloadRequested(of.blob))
 
     def list_models(self, name: str) -> list[Action]:
         """The server's `/api/ps`, which lists what is loaded there in full."""
@@ -217,16 +217,16 @@ class Play:
     # --- in one go ---------------------------------------------------------------------------------------------
 
     def work_through(self, rounds: int = 30) -> None:
-        """Lets all that is under way end well, and the cards be read, until nothing more is asked for."""
+        """Lets all that is under way end well, and the GPUs be read, until nothing more is asked for."""
         for _ in range(rounds):
             self.now += 0.1
-            self.read_cards()
+            self.read_gpus()
             for key in list(self.unloads):
                 self.finish_unload(key)
             for load in list(self.loads):
                 self.finish_load(load)
             self.now += 0.1
-            self.read_cards()
+            self.read_gpus()
             if not self.loads and not self.unloads:
                 return
 
@@ -246,9 +246,9 @@ class Play:
         """What a waiting ticket waits for."""
         return next((words for waiting, words in self._twins[0].waiting if waiting.id == ticket), "")
 
-    def outlook(self, ticket: TicketId) -> Outlook:
+    def wait_estimate(self, ticket: TicketId) -> WaitEstimate:
         """How a waiting ticket stands."""
-        found, again = (twin.outlooks(self.now) for twin in self._twins)
+        found, again = (twin.wait_estimates(self.now) for twin in self._twins)
         assert found == again
         return found[ticket]
 
@@ -261,7 +261,7 @@ class Play:
 
     def free_bytes(self, gpu: GpuUuid) -> int:
         """True room: loads under way count whole."""
-        return CARD_BYTES - self.foreign[gpu] - sum(sizes.get(gpu, 0) for sizes in self.held.values())
+        return GPU_BYTES - self.external[gpu] - sum(sizes.get(gpu, 0) for sizes in self.held.values())
 
     def grant(self, ticket: TicketId) -> Grant:
         found = self.endings[ticket]
@@ -340,12 +340,12 @@ class Play:
         self.loads = {load_id: load for load_id, load in self.loads.items() if load.instance != name}
         self.unloads = {key: unload for key, unload in self.unloads.items() if key[0] != name}
 
-    def _card(self, number: int, progress: float) -> Gpu:
+    def _gpu(self, number: int, progress: float) -> Gpu:
         gpu = gpu_id(number)
         loading = {(load.instance, load.model.blob) for load in self.loads.values()}
         ours = sum(int(sizes.get(gpu, 0) * (progress if key in loading else 1.0)) for key, sizes in self.held.items())
-        used = self.foreign[gpu] + ours
-        return Gpu(gpu, number, "card", CARD_BYTES, CARD_BYTES - used, used)
+        used = self.external[gpu] + ours
+        return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used)
 
 
 def patient(policy: Policy, **changes: object) -> Policy:

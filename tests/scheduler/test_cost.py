@@ -19,21 +19,21 @@ _BUSY_ONES = {(BUSY.instance, BUSY.blob): BUSY}
 POLICY = Policy(vram_margin_bytes=0)
 
 
-def _facts(rate: float = 0.1, *copies: object, **changes: object) -> Snapshot:
+def _facts(rate: float = 0.1, *replicas: object, **changes: object) -> Snapshot:
     weight = rate * POLICY.demand_half_life_seconds / math.log(2.0)
-    facts = snapshot([], [view("gpu0", 0), view("gpu1", 1)], copies or [COPY])  # type: ignore[arg-type]
+    facts = snapshot([], [view("gpu0", 0), view("gpu1", 1)], replicas or [COPY])  # type: ignore[arg-type]
     return replace(facts, policy=POLICY, demand={M.blob: Demand(weight, facts.now)}, **changes)
 
 
 def test_an_eviction_costs_a_late_token_for_each_request_expected_while_the_model_is_away() -> None:
     away = POLICY.away_seconds + reload_seconds(_facts(), M)
-    assert math.isclose(eviction_price(_facts(), COPY), 0.1 * away * POLICY.patience_seconds)
+    assert math.isclose(eviction_price(_facts(), COPY), 0.1 * away * POLICY.ttft_target_seconds)
 
 
 def test_a_model_that_nobody_asks_for_costs_nothing_and_one_that_is_waited_for_more() -> None:
     assert eviction_price(_facts(0.0), COPY) == 0.0
     waited_for = eviction_price(_facts(wanted={M.blob: 2}), COPY)
-    assert math.isclose(waited_for - eviction_price(_facts(), COPY), 2 * POLICY.patience_seconds)
+    assert math.isclose(waited_for - eviction_price(_facts(), COPY), 2 * POLICY.ttft_target_seconds)
 
 
 def test_a_spare_copy_is_nearly_free() -> None:
@@ -49,7 +49,7 @@ def test_demand_fades() -> None:
 def test_a_load_is_worth_a_token_in_time_for_each_ticket_that_it_can_still_serve_so() -> None:
     facts = _facts(0.1, BUSY, loaded_bytes_per_second=1e12)
     fresh = [ticket(number, M, arrived_at=facts.now) for number in range(3)]
-    assert worth_of_load(facts, M, fresh) == 3 * POLICY.patience_seconds
+    assert worth_of_load(facts, M, fresh) == 3 * POLICY.ttft_target_seconds
     late = [ticket(1, M, arrived_at=facts.now - 50.0)]
     assert math.isclose(worth_of_load(facts, M, late), 50.0 * POLICY.wait_weight)
 
@@ -65,7 +65,7 @@ def test_where_nothing_runs_and_nobody_else_waits_a_late_ticket_is_not_held_back
     pressed = _facts(loaded_bytes_per_second=1e12)
     late = [ticket(1, M, arrived_at=pressed.now)]
     slow = replace(pressed, load_rate_bytes_per_second=1e6, wanted={M.blob: 1})
-    assert worth_of_load(slow, M, late) == POLICY.late_share_idle * POLICY.patience_seconds
+    assert worth_of_load(slow, M, late) == POLICY.late_share_idle * POLICY.ttft_target_seconds
     for busier in (replace(slow, wanted={M.blob: 1, BlobDigest("other"): 1}), replace(slow, residencies=_BUSY_ONES)):
         assert worth_of_load(busier, M, late) == 0.0
 

@@ -12,7 +12,7 @@ from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
 from router.domain.residency import ResidencyState
 from tests.scheduler.builders import key
-from tests.scheduler.play import CARD_BYTES, Play, patient, sized
+from tests.scheduler.play import GPU_BYTES, Play, patient, sized
 
 SMALL, OTHER, WHOLE, PAIR = sized("small", 10), sized("other", 10), sized("whole", 20), sized("pair", 40)
 NEVER = sized("never", 100)
@@ -22,7 +22,7 @@ PLAIN = Policy(vram_margin_bytes=0)
 
 @pytest.fixture
 def one() -> Play:
-    """One card of 24 bytes, two slots."""
+    """One GPU of 24 bytes, two slots."""
     return Play(1).begin()
 
 
@@ -62,7 +62,7 @@ def test_what_is_loaded_is_used_at_once_and_says_why_there(one: Play) -> None:
     again = one.arrive(SMALL)
     assert one.grant(again).url == "http://127.0.0.1/gpu0"
     assert "1 of 2 slots were in use" in one.grant(again).reason
-    assert "card 0 needs" in one.grant(again).reason
+    assert "GPU 0 needs" in one.grant(again).reason
 
 
 def test_who_finds_all_slots_taken_waits_for_the_first_that_comes_back(one: Play) -> None:
@@ -158,7 +158,7 @@ def test_with_a_full_queue_nobody_overtakes_his_own_group() -> None:
 
 
 def test_who_has_waited_his_whole_deadline_is_told_for_what(one: Play) -> None:
-    late = one.arrive(SMALL, patience_seconds=30.0)
+    late = one.arrive(SMALL, ttft_target_seconds=30.0)
     one.advance(29.9)
     assert one.queued() == [late]
     one.advance(0.1)
@@ -169,7 +169,7 @@ def test_who_has_waited_his_whole_deadline_is_told_for_what(one: Play) -> None:
 
 
 def test_the_next_deadline_is_woken_for(one: Play) -> None:
-    one.arrive(SMALL, patience_seconds=0.5)
+    one.arrive(SMALL, ttft_target_seconds=0.5)
     assert one.next_wake == one.now + 0.5
 
 
@@ -212,7 +212,7 @@ def test_a_failed_load_reaches_all_who_waited_for_it_in_the_servers_words(one: P
     assert not one.snapshot().reservations or one.loads
 
 
-def test_a_failed_load_is_tried_on_the_other_card_and_not_again_on_the_same(two: Play) -> None:
+def test_a_failed_load_is_tried_on_the_other_gpu_and_not_again_on_the_same(two: Play) -> None:
     ticket = two.arrive(SMALL)
     two.fail_load(_only_load(two))
     (load,) = two.loads.values()
@@ -243,14 +243,14 @@ def test_a_load_that_came_out_partly_on_the_cpu_is_undone_and_never_used(one: Pl
     assert one.residency("gpu0", SMALL) is None
 
 
-def test_a_load_that_spilled_on_one_card_is_made_whole_on_the_other(two: Play) -> None:
+def test_a_load_that_spilled_on_one_gpu_is_made_whole_on_the_other(two: Play) -> None:
     ticket = two.arrive(SMALL)
     two.finish_load(_only_load(two), on_cpu=1)
     two.work_through()
     assert two.grant(ticket).instance == "gpu1"
 
 
-def test_a_load_without_cards_is_meant_to_be_on_the_cpu() -> None:
+def test_a_load_without_gpus_is_meant_to_be_on_the_cpu() -> None:
     play = Play(0).begin()
     ticket = play.arrive(SMALL)
     play.finish_load(_only_load(play))
@@ -285,7 +285,7 @@ def test_what_a_lost_instance_held_is_forgotten_and_placed_anew(two: Play) -> No
     assert two.grant(after).instance == "gpu1"
 
 
-def test_a_model_is_not_called_too_large_while_the_cards_still_show_what_a_lost_instance_held(one: Play) -> None:
+def test_a_model_is_not_called_too_large_while_the_gpus_still_show_what_a_lost_instance_held(one: Play) -> None:
     one.arrive(sized("large", 20))
     one.work_through()
     one.now += 10.0
@@ -334,11 +334,11 @@ def test_a_runner_that_died_under_a_request_is_unloaded_before_its_model_is_used
     assert one.loads_sent == 2
 
 
-def test_cards_are_never_given_more_than_they_have() -> None:
+def test_gpus_are_never_given_more_than_they_have() -> None:
     """What the world of these tests checks at each load, once as an example."""
     play = Play(1).begin()
     play.arrive(WHOLE)
     play.arrive(SMALL)
     (load,) = play.loads.values()
     assert load.model == WHOLE
-    assert play.free_bytes(GpuUuid("GPU-0")) == CARD_BYTES - 20
+    assert play.free_bytes(GpuUuid("GPU-0")) == GPU_BYTES - 20

@@ -1,4 +1,4 @@
-"""Requests that are content with a copy loaded otherwise, and requests that insist on certain cards."""
+"""Requests that are content with a copy loaded otherwise, and requests that insist on certain GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.scheduler.play import Play, sized
 SMALL = sized("small", 10, context_length=131_072)
 SHORT: RunnerOptions = (("num_ctx", 2048),)
 LONG: RunnerOptions = (("num_ctx", 32_768),)
-SINGLE, SPREAD, CARD_1 = Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), Layout(LayoutKind.GPU, gpu_id(1))
+SINGLE, SPREAD, GPU_1 = Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), Layout(LayoutKind.GPU, gpu_id(1))
 
 
 @pytest.fixture
@@ -59,24 +59,24 @@ def test_the_ordinary_context_is_not_served_by_a_copy_with_less(two: Play) -> No
     assert (two.grant(short).context_length, two.grant(ordinary).context_length) == (2048, 8192)
 
 
-def test_a_request_that_insists_on_all_cards_gets_them_though_one_would_do(two: Play) -> None:
+def test_a_request_that_insists_on_all_gpus_gets_them_though_one_would_do(two: Play) -> None:
     _served(two)
     spread = two.arrive(SMALL, layout=SPREAD)
     two.work_through()
     assert two.grant(spread).instance == "spread"
-    here = two.arrive(SMALL, layout=CARD_1)
+    here = two.arrive(SMALL, layout=GPU_1)
     two.work_through()
     assert two.grant(here).instance == "gpu1"
     assert two.loads_sent == 3
 
 
-def test_cards_that_cannot_be_had_are_refused_at_once() -> None:
+def test_gpus_that_cannot_be_had_are_refused_at_once() -> None:
     one = Play(1).begin()
     refused = one.rejection(one.arrive(SMALL, layout=SPREAD))
     assert refused.code == "layout_unavailable"
 
 
-def test_who_insists_on_cards_does_not_hold_up_who_does_not(two: Play) -> None:
+def test_who_insists_on_gpus_does_not_hold_up_who_does_not(two: Play) -> None:
     first = _served(two)
     insists = two.arrive(SMALL, layout=SPREAD)
     plain = two.arrive(SMALL)

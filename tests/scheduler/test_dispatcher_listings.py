@@ -47,8 +47,8 @@ def _listed(of: object, size: int, context: int | None = None, vram: int | None 
 
 
 def test_a_model_that_somebody_else_loaded_is_adopted_and_used(one: Play) -> None:
-    one.foreign[GpuUuid("GPU-0")] = 12
-    one.read_cards()
+    one.external[GpuUuid("GPU-0")] = 12
+    one.read_gpus()
     one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 12), _listed("unknown", 1)), one.now))
     found = one.residency("gpu0", SMALL)
     assert found is not None

@@ -11,7 +11,7 @@ from router.domain.policy import Policy
 from router.domain.request import Layout, LayoutKind, RunnerOptions
 from router.domain.residency import ResidencyState
 from tests.scheduler.builders import gpu_id
-from tests.scheduler.play import CARD_BYTES, Play, sized
+from tests.scheduler.play import GPU_BYTES, Play, sized
 
 MODELS = {
     "tiny": sized("tiny", 4),
@@ -29,14 +29,14 @@ DOWN = (InstanceState.BACKOFF, InstanceState.STARTING, InstanceState.FATAL, Inst
 
 
 class Fleet(RuleBasedStateMachine):
-    """One to four cards and the instance over all of them."""
+    """One to four GPUs and the instance over all of them."""
 
     play: Play
 
-    @initialize(cards=st.integers(0, 4), slots=st.integers(1, 3), keep=st.sampled_from((-1.0, 0.0, 30.0)))
-    def build(self, cards: int, slots: int, keep: float) -> None:
+    @initialize(gpus=st.integers(0, 4), slots=st.integers(1, 3), keep=st.sampled_from((-1.0, 0.0, 30.0)))
+    def build(self, gpus: int, slots: int, keep: float) -> None:
         policy = Policy(vram_margin_bytes=0, queue_limit=6, keep_alive_seconds=keep, drain_after_seconds=5.0)
-        self.play = Play(cards, policy, slots).begin()
+        self.play = Play(gpus, policy, slots).begin()
 
     # --- requests ----------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Fleet(RuleBasedStateMachine):
     def client_leaves_the_queue(self, data: st.DataObject) -> None:
         self.play.cancel(data.draw(st.sampled_from(sorted(self.play.waiting))))
 
-    # --- loads and cards ---------------------------------------------------------------------------------------
+    # --- loads and GPUs ---------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.play.loads)
     @rule(data=st.data(), outcome=st.sampled_from(("whole", "whole", "whole", "spilled", "failed")))
@@ -100,9 +100,9 @@ class Fleet(RuleBasedStateMachine):
         self.play.work_through()
 
     @rule(seconds=st.sampled_from((0.01, 0.5, 3.0, 6.0)), progress=st.sampled_from((0.0, 0.5, 1.0)))
-    def time_passes_and_the_cards_are_read(self, seconds: float, progress: float) -> None:
+    def time_passes_and_the_gpus_are_read(self, seconds: float, progress: float) -> None:
         self.play.advance(seconds)
-        self.play.read_cards(progress)
+        self.play.read_gpus(progress)
 
     # --- mishaps -----------------------------------------------------------------------------------------------
 
@@ -113,10 +113,10 @@ class Fleet(RuleBasedStateMachine):
             play.ask_unload(MODELS[data.draw(NAMES)])
         elif kind == "runner" and self.loaded():
             play.lose_runner(data.draw(st.sampled_from(self.loaded())))
-        elif kind == "program" and play.cards:
-            gpu = data.draw(st.sampled_from(sorted(play.foreign)))
-            play.foreign[gpu] = data.draw(st.integers(0, play.free_bytes(gpu) + play.foreign[gpu]))
-            play.read_cards()
+        elif kind == "program" and play.gpus:
+            gpu = data.draw(st.sampled_from(sorted(play.external)))
+            play.external[gpu] = data.draw(st.integers(0, play.free_bytes(gpu) + play.external[gpu]))
+            play.read_gpus()
         elif kind == "instance":
             play.change_instance(data.draw(st.sampled_from(sorted(play.specs))), data.draw(st.sampled_from(DOWN)))
         elif kind == "ps":
@@ -141,12 +141,12 @@ class Fleet(RuleBasedStateMachine):
         return sorted(key for key, found in facts.residencies.items() if found.state is ResidencyState.READY)
 
     @invariant()
-    def no_card_holds_more_than_it_has(self) -> None:
-        for gpu in self.play.foreign:
-            assert 0 <= self.play.free_bytes(gpu) <= CARD_BYTES
+    def no_gpu_holds_more_than_it_has(self) -> None:
+        for gpu in self.play.external:
+            assert 0 <= self.play.free_bytes(gpu) <= GPU_BYTES
 
     @invariant()
-    def a_load_under_way_is_reserved_on_all_its_cards(self) -> None:
+    def a_load_under_way_is_reserved_on_all_its_gpus(self) -> None:
         facts = self.play.snapshot()
         for load in self.play.loads.values():
             booked = facts.reservations.get(load.load_id)
@@ -188,7 +188,7 @@ class Fleet(RuleBasedStateMachine):
         play = self.play
         for name in sorted(play.specs):
             play.change_instance(name, InstanceState.READY)
-        play.foreign = dict.fromkeys(play.foreign, 0)
+        play.external = dict.fromkeys(play.external, 0)
         for _ in range(40):
             play.work_through()
             for lease in sorted(play.leases):

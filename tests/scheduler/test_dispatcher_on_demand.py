@@ -1,17 +1,17 @@
-"""Instances that are started for a set of cards when a model needs them, and what models are pinned to."""
+"""Instances that are started for a set of GPUs when a model needs them, and what models are pinned to."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from router.domain.actions import Reject
-from router.domain.events import FootprintsKnown, ModelKnown, UnloadAsked
+from router.domain.events import FootprintsLoaded, ModelDiscovered, UnloadRequested
 from router.domain.instance import InstanceName, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.policy import Pin, Policy
 from router.domain.request import TicketId
 from tests.scheduler.builders import gpu_id, instance, key
-from tests.scheduler.play import CARD_BYTES, Play, sized
+from tests.scheduler.play import GPU_BYTES, Play, sized
 
 SMALL, OTHER, HALF, PAIR = sized("small", 10), sized("other", 6), sized("half", 12), sized("pair", 40)
 POLICY = Policy(
@@ -19,8 +19,8 @@ POLICY = Policy(
 )
 
 
-def _play(cards: int, policy: Policy = POLICY) -> Play:
-    return Play(cards, policy).begin()
+def _play(gpus: int, policy: Policy = POLICY) -> Play:
+    return Play(gpus, policy).begin()
 
 
 def _run(play: Play, of: ModelFacts, **how: object) -> TicketId:
@@ -33,14 +33,14 @@ def _run(play: Play, of: ModelFacts, **how: object) -> TicketId:
     return ticket
 
 
-def test_a_large_model_gets_the_smallest_set_of_cards_and_an_instance_for_it() -> None:
+def test_a_large_model_gets_the_smallest_set_of_gpus_and_an_instance_for_it() -> None:
     four = _play(4)
     ticket = _run(four, PAIR)
     assert four.grant(ticket).instance == "gpu0+gpu1"
     assert four.specs[InstanceName("gpu0+gpu1")].gpus == (gpu_id(0), gpu_id(1))
 
 
-def test_a_second_model_on_a_card_gets_a_server_of_its_own() -> None:
+def test_a_second_model_on_a_gpu_gets_a_server_of_its_own() -> None:
     one = _play(1)
     first, second = _run(one, SMALL), _run(one, OTHER)
     assert (one.grant(first).instance, one.grant(second).instance) == ("gpu0", "gpu0.2")
@@ -78,13 +78,13 @@ def test_where_an_instance_does_not_come_up_it_is_stopped_and_another_set_is_tri
 
 def test_a_model_that_fits_on_no_set_is_refused_with_the_bytes_and_nothing_is_started() -> None:
     two = _play(2)
-    refused = two.endings[two.arrive(sized("huge", 2 * CARD_BYTES + 2))]
+    refused = two.endings[two.arrive(sized("huge", 2 * GPU_BYTES + 2))]
     assert isinstance(refused, Reject)
     assert (refused.code, two.starting) == ("model_too_large", [])
     assert "needs 25 bytes" in refused.message
 
 
-def test_a_pinned_model_goes_to_its_cards_and_no_other() -> None:
+def test_a_pinned_model_goes_to_its_gpus_and_no_other() -> None:
     pins = {"small": Pin(gpus=(gpu_id(2),)), "other": Pin(gpus=(gpu_id(0), gpu_id(3)))}
     four = _play(4, replace(POLICY, pins=pins))
     assert four.grant(_run(four, SMALL)).instance == "gpu2"
@@ -94,7 +94,7 @@ def test_a_pinned_model_goes_to_its_cards_and_no_other() -> None:
 
 def test_a_warm_model_is_loaded_unasked_comes_back_when_it_is_lost_and_is_never_evicted() -> None:
     one = _play(1, replace(POLICY, pins={"half": Pin(keep_warm=True)}))
-    one.post(ModelKnown(HALF))
+    one.post(ModelDiscovered(HALF))
     one.work_through()
     assert one.state("gpu0", HALF) is not None
     one.advance(POLICY.settle_seconds + 1.0)
@@ -107,7 +107,7 @@ def test_a_warm_model_is_loaded_unasked_comes_back_when_it_is_lost_and_is_never_
     assert [load.model for load in one.loads.values()] == [HALF]
 
 
-def test_an_exclusive_card_takes_only_its_models() -> None:
+def test_an_exclusive_gpu_takes_only_its_models() -> None:
     two = _play(2, replace(POLICY, exclusive_gpus={gpu_id(0): frozenset({"other"})}))
     assert two.grant(_run(two, SMALL)).instance == "gpu1"
     assert two.grant(_run(two, HALF)).instance == "gpu1.2"
@@ -127,9 +127,9 @@ def test_what_a_load_took_replaces_the_estimate_and_is_remembered() -> None:
     one = _play(1)
     one.release(_run(one, SMALL))
     ((shown, sizes),) = one.remembered.items()
-    assert (shown.blob, shown.cards, sizes) == (SMALL.blob, 1, (10,))
+    assert (shown.blob, shown.gpus, sizes) == (SMALL.blob, 1, (10,))
     again = _play(1)
-    again.post(FootprintsKnown(((shown, (11,)),)))
+    again.post(FootprintsLoaded(((shown, (11,)),)))
     again.arrive(SMALL)
     (booked,) = again.snapshot().reservations.values()
     assert booked.per_gpu_bytes == ((gpu_id(0), 11),)
@@ -148,7 +148,7 @@ def test_a_model_that_a_client_has_stopped_is_not_loaded_again_unasked() -> None
     one = _play(1)
     for _ in range(20):
         one.release(_run(one, SMALL))
-    one.post(UnloadAsked(SMALL.blob))
+    one.post(UnloadRequested(SMALL.blob))
     one.work_through()
     for _ in range(5):
         one.advance(1.0)
@@ -158,8 +158,8 @@ def test_a_model_that_a_client_has_stopped_is_not_loaded_again_unasked() -> None
 def test_a_pin_overrides_what_clients_say_of_keep_alive_but_not_a_delete() -> None:
     one = _play(1, replace(POLICY, pins={"small": Pin(keep_warm=True)}))
     one.release(_run(one, SMALL, keep_alive_seconds=0.0))
-    one.post(UnloadAsked(SMALL.blob))
+    one.post(UnloadRequested(SMALL.blob))
     one.advance(60.0)
     assert (one.unloads, one.state("gpu0", SMALL) is not None) == ({}, True)
-    one.post(UnloadAsked(SMALL.blob, even_pinned=True))
+    one.post(UnloadRequested(SMALL.blob, even_pinned=True))
     assert list(one.unloads) == [key("gpu0", SMALL)]

@@ -41,7 +41,7 @@ def _idle(play: Play, of: object, **how: float) -> TicketId:
 # --- reservations -----------------------------------------------------------------------------------------------
 
 
-def test_a_reservation_covers_all_cards_of_its_placement(two: Play) -> None:
+def test_a_reservation_covers_all_gpus_of_its_placement(two: Play) -> None:
     two.arrive(PAIR)
     (booked,) = two.snapshot().reservations.values()
     assert booked.per_gpu_bytes == (("GPU-0", 20), ("GPU-1", 20))
@@ -49,16 +49,16 @@ def test_a_reservation_covers_all_cards_of_its_placement(two: Play) -> None:
     assert two.loads_sent == 1
 
 
-def test_a_reservation_stands_until_the_cards_were_read_after_the_load(one: Play) -> None:
+def test_a_reservation_stands_until_the_gpus_were_read_after_the_load(one: Play) -> None:
     one.arrive(SMALL)
     (load,) = one.loads
-    one.read_cards(progress=0.5)
+    one.read_gpus(progress=0.5)
     assert list(one.snapshot().reservations) == [load]
     one.finish_load(load)
-    one.read_cards()  # began in the very moment in which the load ended: it may have looked before
+    one.read_gpus()  # began in the very moment in which the load ended: it may have looked before
     assert list(one.snapshot().reservations) == [load]
     one.now += 0.1
-    one.read_cards()
+    one.read_gpus()
     assert one.snapshot().reservations == {}
 
 
@@ -68,7 +68,7 @@ def test_a_failed_loads_reservation_is_gone_at_once(one: Play) -> None:
     assert one.snapshot().reservations == {}
 
 
-def test_a_waiting_model_is_not_sent_before_the_cards_show_its_room(one: Play) -> None:
+def test_a_waiting_model_is_not_sent_before_the_gpus_show_its_room(one: Play) -> None:
     _idle(one, WHOLE)
     one.arrive(SMALL)
     assert (list(one.unloads), one.loads) == ([key("gpu0", WHOLE)], {})
@@ -78,7 +78,7 @@ def test_a_waiting_model_is_not_sent_before_the_cards_show_its_room(one: Play) -
     assert one.loads == {}
     assert one.state("gpu0", WHOLE) is ResidencyState.UNLOADING
     one.now += 0.1
-    one.read_cards()
+    one.read_gpus()
     assert [load.model for load in one.loads.values()] == [SMALL]
     assert one.residency("gpu0", WHOLE) is None
 
@@ -99,14 +99,14 @@ def test_room_that_does_not_come_is_planned_anew(one: Play) -> None:
 def test_a_program_that_takes_the_room_meanwhile_makes_the_load_wait(one: Play) -> None:
     _idle(one, WHOLE)
     ticket = one.arrive(SMALL)
-    one.foreign[GPU0] = 4
+    one.external[GPU0] = 4
     one.now += 0.1
     one.finish_unload(key("gpu0", WHOLE))
-    one.foreign[GPU0] = 20
+    one.external[GPU0] = 20
     one.now += 0.1
-    one.read_cards()
+    one.read_gpus()
     assert one.loads == {}
-    one.foreign[GPU0] = 0
+    one.external[GPU0] = 0
     one.work_through()
     assert ticket in one.leases
 

@@ -11,23 +11,23 @@ from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import bytes_by_gpu
 from router.scheduler.placement.eviction import choose_evictions, evictable
-from router.scheduler.placement.placement import Placed, Want, place
-from tests.scheduler.builders import MIB, by_weight, card, gpu_id, key, model, residency, snapshot, view
+from router.scheduler.placement.placement import Placed, PlacementRequest, place
+from tests.scheduler.builders import MIB, by_weight, gpu, gpu_id, key, model, residency, snapshot, view
 
 A, B, C, D = (model(name) for name in "abcd")
 VIEWS = (view("gpu0", 0), view("gpu1", 1), view("spread", 0, 1))
-CARDS = (card(0, 0), card(1, 0))
+GPU_MODELS = (gpu(0, 0), gpu(1, 0))
 
 
 def _facts(*found: Residency) -> Snapshot:
-    return snapshot(CARDS, VIEWS, found)
+    return snapshot(GPU_MODELS, VIEWS, found)
 
 
 def _missing(*mib: int) -> dict[GpuUuid, int]:
     return {gpu_id(number): size * MIB for number, size in enumerate(mib)}
 
 
-def test_only_idle_loaded_models_on_those_cards_may_leave_least_recently_used_first() -> None:
+def test_only_idle_loaded_models_on_those_gpus_may_leave_least_recently_used_first() -> None:
     facts = _facts(
         residency("gpu0", A, 1, used_at=9.0),
         residency("gpu0", B, 1, used_at=2.0, in_flight=1),
@@ -54,7 +54,7 @@ def test_the_one_that_suffices_leaves_and_the_smaller_older_one_stays() -> None:
     assert choose_evictions(facts, _missing(1101), evictable(facts, [gpu_id(0)])) is None
 
 
-def test_a_spread_model_gives_room_on_all_its_cards() -> None:
+def test_a_spread_model_gives_room_on_all_its_gpus() -> None:
     facts = _facts(residency("spread", A, 500, 500), residency("gpu1", B, 300, used_at=9.0))
     both = [gpu_id(0), gpu_id(1)]
     assert choose_evictions(facts, _missing(400, 400), evictable(facts, both)) == (key("spread", A),)
@@ -68,8 +68,8 @@ PLACES = st.sampled_from((("gpu0", 1), ("gpu1", 1), ("spread", 2)))
 def residencies(draw: st.DrawFn) -> list[Residency]:
     found: dict[ResidencyKey, Residency] = {}
     for of in draw(st.lists(st.sampled_from((A, B, C, D)), max_size=6)):
-        where, cards = draw(PLACES)
-        sizes = [draw(st.integers(0, 5)) for _ in range(cards)]
+        where, gpus = draw(PLACES)
+        sizes = [draw(st.integers(0, 5)) for _ in range(gpus)]
         state = draw(st.sampled_from((ResidencyState.READY,) * 3 + tuple(ResidencyState)))
         one = residency(
             where, of, *sizes, state=state, in_flight=draw(st.integers(0, 1)), used_at=draw(st.floats(0, 9))
@@ -81,8 +81,8 @@ def residencies(draw: st.DrawFn) -> list[Residency]:
 def _freed(facts: Snapshot, keys: tuple[ResidencyKey, ...]) -> dict[GpuUuid, int]:
     freed: dict[GpuUuid, int] = {gpu_id(0): 0, gpu_id(1): 0}
     for found in keys:
-        for gpu, size in bytes_by_gpu(facts, facts.residencies[found]):
-            freed[gpu] += size
+        for uuid, size in bytes_by_gpu(facts, facts.residencies[found]):
+            freed[uuid] += size
     return freed
 
 
@@ -107,11 +107,11 @@ def test_those_who_leave_are_enough_and_none_of_them_leaves_for_nothing(
 
 @pytest.mark.parametrize(("used_mib", "is_placed"), [(19_700, True), (18_000, False)])
 def test_what_the_books_have_a_little_too_low_leaves_with_its_models(used_mib: int, is_placed: bool) -> None:
-    """Else a model that the card can hold once all others have left would wait for ever: nothing is booked that leaves
+    """Else a model that the GPU can hold once all others have left would wait for ever: nothing is booked that leaves
     as much. What is far from the books is another program's."""
     old, large = model("old", used_mib), model("large", 23_900)
-    facts = snapshot([card(0, 4000)], [view("gpu0", 0)], [residency("gpu0", old, used_mib)])
-    decision = place(facts, by_weight, Want(large))
+    facts = snapshot([gpu(0, 4000)], [view("gpu0", 0)], [residency("gpu0", old, used_mib)])
+    decision = place(facts, by_weight, PlacementRequest(large))
     assert isinstance(decision, Placed) == is_placed
     if isinstance(decision, Placed):
         assert decision.evict == (key("gpu0", old),)

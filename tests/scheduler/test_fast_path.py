@@ -18,8 +18,8 @@ from router.domain.events import (
     Released,
     ResidencyRead,
     Ticked,
-    UnloadAsked,
     UnloadFinished,
+    UnloadRequested,
 )
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import NO_MODEL, BlobDigest
@@ -38,14 +38,14 @@ _SPECS = tuple(
 class _Life:
     """One dispatcher. Where `looks`, it is asked for its next wake after every event, which opens the short way."""
 
-    looks: bool
+    attempts: bool
     dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(queue_limit=3), lambda *_: ()))
     now: float = 0.0
     wakes: list[float | None] = field(default_factory=list[float | None])
 
     def handle(self, event: Event) -> list[Action]:
         actions = self.dispatcher.handle(event, self.now)
-        if self.looks:
+        if self.attempts:
             self.wakes.append(self.dispatcher.next_wake())
         return actions
 
@@ -121,7 +121,7 @@ class _Lives:
         elif what == "cancel" and self.asked:
             self.handle(Cancelled(self.asked[int(which) % len(self.asked)]))
         elif what == "unload":
-            self.handle(UnloadAsked(_MODELS[int(which)].blob))
+            self.handle(UnloadRequested(_MODELS[int(which)].blob))
         elif what == "listed":
             rows = (LoadedModel("m0", "d0", 1, 1, 8192, _MODELS[0]),) if more else ()
             self.handle(ResidencyRead(_SPECS[int(which)].name, rows, self.short.now))

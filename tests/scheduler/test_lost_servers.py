@@ -6,12 +6,12 @@ from router.domain.actions import Grant, Reject
 from router.domain.instance import InstanceName, InstanceState
 from router.domain.policy import Policy
 from router.domain.snapshot import Failure
-from router.scheduler.placement.placement import MustWait, NoFit, Placed, Want, place
-from tests.scheduler.builders import by_weight, card, model, snapshot, view
+from router.scheduler.placement.placement import MustWait, NoFit, Placed, PlacementRequest, place
+from tests.scheduler.builders import by_weight, gpu, model, snapshot, view
 from tests.scheduler.play import Play, sized
 
 SMALL = model("small", 10_000)
-CARDS, PAIR = (card(0, 23_000), card(1, 11_000)), (view("gpu0", 0), view("gpu1", 1))
+GPU_MODELS, PAIR = (gpu(0, 23_000), gpu(1, 11_000)), (view("gpu0", 0), view("gpu1", 1))
 NOW = snapshot().now
 
 
@@ -21,7 +21,7 @@ def _lost(ago_seconds: float, *, is_lost: bool = True) -> Failure:
 
 def test_it_is_tried_once_more_once_it_must_have_shown_how_it_is() -> None:
     def decided(*failures: Failure) -> object:
-        return place(snapshot(CARDS, PAIR, failures=failures), by_weight, Want(SMALL))
+        return place(snapshot(GPU_MODELS, PAIR, failures=failures), by_weight, PlacementRequest(SMALL))
 
     for failures, there in (((_lost(5.0),), "gpu0"), ((_lost(0.5),), "gpu1"), ((_lost(9.0), _lost(5.0)), "gpu1")):
         placed = decided(*failures)
@@ -34,7 +34,7 @@ def test_it_is_tried_once_more_once_it_must_have_shown_how_it_is() -> None:
 
 def test_where_there_is_no_other_it_is_waited_for_and_refused_after_the_second_time() -> None:
     def decided(*failures: Failure) -> object:
-        return place(snapshot(CARDS[:1], PAIR[:1], failures=failures), by_weight, Want(SMALL))
+        return place(snapshot(GPU_MODELS[:1], PAIR[:1], failures=failures), by_weight, PlacementRequest(SMALL))
 
     assert isinstance(decided(_lost(0.5)), MustWait)
     again = decided(_lost(9.0), _lost(0.5))

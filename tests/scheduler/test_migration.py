@@ -1,4 +1,4 @@
-"""Models move to other cards where they would else only go: for a large model's plan, and for others' memory."""
+"""Models move to other GPUs where they would else only go: for a large model's plan, and for others' memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def _ask(play: Play, model: object, times: int) -> None:
 
 
 def _go_on(play: Play, times: int) -> None:
-    """The cards are read every five seconds, and what is asked for comes true."""
+    """The GPUs are read every five seconds, and what is asked for comes true."""
     for _ in range(times):
         play.now += 5.0
-        play.read_cards()
+        play.read_gpus()
         play.bring_up()
         play.work_through()
 
@@ -43,7 +43,7 @@ def _homes(play: Play, model: object) -> set[object]:
     return {gpu for r in found for gpu in facts.instances[r.instance].spec.gpus}
 
 
-def test_a_model_that_a_large_one_drives_out_moves_to_a_card_that_has_room() -> None:
+def test_a_model_that_a_large_one_drives_out_moves_to_a_gpu_that_has_room() -> None:
     three = Play(3, POLICY).begin()
     for model in (MUCH, LITTLE, SMALL):
         _ask(three, model, 3)
@@ -75,21 +75,21 @@ def test_a_model_that_nobody_asks_for_goes_without_a_copy() -> None:
     assert three.loads_sent == sent + 1
 
 
-def test_where_others_take_a_cards_memory_its_model_moves_and_is_served_all_the_time() -> None:
+def test_where_others_take_a_gpus_memory_its_model_moves_and_is_served_all_the_time() -> None:
     two = Play(2, CAREFUL).begin()
     _ask(two, MUCH, 3)
     (home,) = _homes(two, MUCH)
-    two.foreign[home] = 14
+    two.external[home] = 14
     two.advance(5.0)
     for _ in range(4):
-        two.read_cards()
+        two.read_gpus()
         two.bring_up()
         for load in list(two.loads):
             two.finish_load(load)
         assert _homes(two, MUCH)
         two.now += 2.0
     two.now += 5.0
-    two.read_cards()
+    two.read_gpus()
     two.work_through()
     assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)} - {home}
 
@@ -99,7 +99,7 @@ def test_a_busy_model_moves_when_its_request_has_ended() -> None:
     _ask(two, MUCH, 3)
     running = two.arrive(MUCH)
     (home,) = _homes(two, MUCH)
-    two.foreign[home] = 14
+    two.external[home] = 14
     _go_on(two, 4)
     assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)}
     two.release(running)
@@ -110,12 +110,12 @@ def test_a_busy_model_moves_when_its_request_has_ended() -> None:
 def test_with_room_nowhere_a_model_that_is_asked_for_stays_and_one_that_is_not_goes() -> None:
     one = Play(1, CAREFUL).begin()
     _ask(one, MUCH, 3)
-    one.foreign[gpu_id(0)] = 14
+    one.external[gpu_id(0)] = 14
     one.now += 5.0
-    one.read_cards()
+    one.read_gpus()
     assert _homes(one, MUCH) == {gpu_id(0)}
     one.now += 100_000.0
-    one.read_cards()
+    one.read_gpus()
     one.work_through()
     assert not _homes(one, MUCH)
 
@@ -125,7 +125,7 @@ def test_a_model_that_is_pinned_stays_where_it_is() -> None:
     two = Play(2, replace(CAREFUL, pins=pins)).begin()
     _ask(two, MUCH, 1)
     before = _homes(two, MUCH)
-    two.foreign[next(iter(before))] = 14  # type: ignore[index]
+    two.external[next(iter(before))] = 14  # type: ignore[index]
     _go_on(two, 3)
     assert _homes(two, MUCH) == before
 
@@ -134,8 +134,8 @@ def test_what_drivers_and_desktops_take_moves_nothing() -> None:
     two = Play(2, CAREFUL).begin()
     _ask(two, sized("brim", 21), 3)
     sent = two.loads_sent
-    two.foreign = dict.fromkeys(two.foreign, 3)
+    two.external = dict.fromkeys(two.external, 3)
     two.now += 5.0
-    two.read_cards()
+    two.read_gpus()
     assert two.loads_sent == sent
     assert two.starting == []

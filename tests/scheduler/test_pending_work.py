@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.domain.request import TicketId
-from router.scheduler.balancing.pending_work import Share, Work, begin, end, expected_output, learn, telling
-from router.scheduler.balancing.throughput import STREAM_SHARE, Speeds
-from tests.scheduler.builders import card, gpu_id, instance, key, model, ticket
+from router.scheduler.balancing.pending_work import PendingWork, WorkShare, begin, end, expected_output, learn, telling
+from router.scheduler.balancing.throughput import STREAM_SHARE, ThroughputModel
+from tests.scheduler.builders import gpu, gpu_id, instance, key, model, ticket
 
 M = model("m", 8000)
 
 
-def share(prompt_seconds: float = 1.0, output: int = 100, told: int = 0, beside: int = 0) -> Share:
-    return Share(prompt_seconds, output, told, beside)
+def share(prompt_seconds: float = 1.0, output: int = 100, told: int = 0, concurrent: int = 0) -> WorkShare:
+    return WorkShare(prompt_seconds, output, told, concurrent)
 
 
 def test_prompts_queue_up_and_are_worked_off_by_time() -> None:
-    work = Work()
+    work = PendingWork()
     begin(work, share(2.0), 10.0)
     begin(work, share(1.0), 10.5)
     assert work.ahead_seconds(10.5) == 2.5
@@ -29,7 +29,7 @@ def test_prompts_queue_up_and_are_worked_off_by_time() -> None:
 
 
 def test_who_leaves_before_his_first_byte_takes_his_prompt_with_him() -> None:
-    work = Work()
+    work = PendingWork()
     first, second = share(2.0), share(4.0)
     begin(work, first, 10.0)
     begin(work, second, 10.0)
@@ -44,8 +44,8 @@ def test_who_leaves_before_his_first_byte_takes_his_prompt_with_him() -> None:
     st.randoms(use_true_random=False),
 )
 def test_when_all_have_left_nothing_is_left_to_do(requests: list[tuple[float, bool, float]], random: object) -> None:
-    work, now = Work(), 0.0
-    running: list[tuple[Share, bool]] = []
+    work, now = PendingWork(), 0.0
+    running: list[tuple[WorkShare, bool]] = []
     for prompt, begun, wait in requests:
         now += wait
         running.append((share(prompt), begun))
@@ -65,18 +65,18 @@ def test_an_answer_is_expected_to_be_no_longer_than_it_may_be() -> None:
     assert ticket(7, M).id == TicketId(7)
 
 
-CARDS = {gpu_id(0): card(0, 1, clock_hertz=9_751_000_000)}
+GPU_MODELS = {gpu_id(0): gpu(0, 1, clock_hertz=9_751_000_000)}
 GRANTED = 1000.0
 
 
-def _learned(one: Share, first_after: float, ends_after: float, output_tokens: int) -> tuple[float, float]:
+def _learned(one: WorkShare, first_after: float, ends_after: float, output_tokens: int) -> tuple[float, float]:
     """By how much the copy is taken to be slower, at prompts and at steps, after the request than before."""
-    speeds, spec = Speeds(), instance("gpu0", 0)
-    pace = speeds.pace(spec, M, CARDS)
-    prompt, step = pace.prompt_seconds, pace.step_seconds
+    speeds, spec = ThroughputModel(), instance("gpu0", 0)
+    throughput = speeds.throughput(spec, M, GPU_MODELS)
+    prompt, step = throughput.prompt_seconds, throughput.step_seconds
     times = (GRANTED, GRANTED + first_after, GRANTED + first_after + ends_after)
     learn(speeds, key("gpu0", M), one, times, output_tokens)
-    return pace.prompt_seconds / prompt, pace.step_seconds / step
+    return throughput.prompt_seconds / prompt, throughput.step_seconds / step
 
 
 def test_a_stream_shows_how_fast_prompts_and_steps_are() -> None:
@@ -85,11 +85,11 @@ def test_a_stream_shows_how_fast_prompts_and_steps_are() -> None:
 
 
 def test_what_was_expected_changes_nothing() -> None:
-    pace = Speeds().pace(instance("gpu0", 0), M, CARDS)
-    first, steps = 4000 * pace.prompt_seconds + pace.step_seconds, 99 * pace.step_seconds
+    throughput = ThroughputModel().throughput(instance("gpu0", 0), M, GPU_MODELS)
+    first, steps = 4000 * throughput.prompt_seconds + throughput.step_seconds, 99 * throughput.step_seconds
     assert _learned(share(told=4000), first, steps, 100) == pytest.approx((1.0, 1.0))
-    beside = share(told=4000, beside=2)
-    assert _learned(beside, first, steps * (1 + 2 * STREAM_SHARE), 100) == pytest.approx((1.0, 1.0))
+    concurrent = share(told=4000, concurrent=2)
+    assert _learned(concurrent, first, steps * (1 + 2 * STREAM_SHARE), 100) == pytest.approx((1.0, 1.0))
 
 
 def test_what_shows_nothing_teaches_nothing() -> None:

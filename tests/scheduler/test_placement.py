@@ -1,4 +1,4 @@
-"""Where a load goes: one card where it fits, else all, else nowhere, and never on the CPU by accident."""
+"""Where a load goes: one GPU where it fits, else all, else nowhere, and never on the CPU by accident."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from router.domain.request import RunnerOptions
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Failure, Snapshot
 from router.domain.vram_ledger import available_bytes, capacity_bytes
-from router.scheduler.placement.placement import Decision, MustWait, NoFit, Placed, Want, context_of, place
+from router.scheduler.placement.placement import Decision, MustWait, NoFit, Placed, PlacementRequest, context_of, place
 from tests.scheduler.builders import (
     MIB,
     by_weight,
-    card,
+    gpu,
     gpu_id,
     instance,
     key,
@@ -38,7 +38,7 @@ LONG: RunnerOptions = (("num_ctx", 2048),)
 
 
 def _place(facts: Snapshot, of: ModelFacts, options: RunnerOptions = ()) -> Decision:
-    return place(facts, by_weight, Want(of, options))
+    return place(facts, by_weight, PlacementRequest(of, options))
 
 
 def _placed(facts: Snapshot, of: ModelFacts, options: RunnerOptions = ()) -> Placed:
@@ -59,99 +59,99 @@ def _nowhere(facts: Snapshot, of: ModelFacts, options: RunnerOptions = ()) -> No
     return decision
 
 
-# --- one card, all cards, no card -------------------------------------------------------------------------------
+# --- one GPU, all GPUs, no GPU -------------------------------------------------------------------------------
 
 
-def test_a_model_that_fits_one_card_goes_to_one_card() -> None:
-    placed = _placed(snapshot([card(0, 12_000), card(1, 23_000)], PAIR), SMALL)
+def test_a_model_that_fits_one_gpu_goes_to_one_gpu() -> None:
+    placed = _placed(snapshot([gpu(0, 12_000), gpu(1, 23_000)], PAIR), SMALL)
     assert placed.instance == "gpu1"
     assert placed.per_gpu_bytes == ((gpu_id(1), 10_000 * MIB),)
     assert placed.evict == ()
 
 
 def test_the_reason_tells_bytes_needed_and_bytes_free() -> None:
-    placed = _placed(snapshot([card(0, 12_288), card(1, 0)], PAIR), model("m", 10_240))
-    assert placed.reason == "gpu0: card 0 needs 10.0 of 12.0 GiB free"
+    placed = _placed(snapshot([gpu(0, 12_288), gpu(1, 0)], PAIR), model("m", 10_240))
+    assert placed.reason == "gpu0: GPU 0 needs 10.0 of 12.0 GiB free"
 
 
 @pytest.mark.parametrize(("margin", "instance_name"), [(2000, "gpu0"), (2001, "gpu1")])
 def test_the_margin_stays_free(margin: int, instance_name: str) -> None:
-    fast = card(0, 12_000, clock_hertz=10_000)
-    facts = snapshot([fast, card(1, 23_000)], PAIR, policy=Policy(vram_margin_bytes=margin * MIB))
+    fast = gpu(0, 12_000, clock_hertz=10_000)
+    facts = snapshot([fast, gpu(1, 23_000)], PAIR, policy=Policy(vram_margin_bytes=margin * MIB))
     assert _placed(facts, SMALL).instance == instance_name
 
 
 @pytest.mark.parametrize(("reserved", "instance_name"), [(2000, "gpu0"), (2001, "gpu1")])
 def test_what_a_load_under_way_reserved_is_not_given_out_again(reserved: int, instance_name: str) -> None:
-    fast = card(0, 12_000, clock_hertz=10_000)
+    fast = gpu(0, 12_000, clock_hertz=10_000)
     booked = [reservation(1, "spread", LARGE, [(0, reserved), (1, 100)], sent_at=1.0)]
-    assert _placed(snapshot([fast, card(1, 23_000)], PAIR, [], booked), SMALL).instance == instance_name
+    assert _placed(snapshot([fast, gpu(1, 23_000)], PAIR, [], booked), SMALL).instance == instance_name
 
 
-def test_a_model_too_large_for_any_card_goes_over_all_of_them() -> None:
-    placed = _placed(snapshot([card(0, 23_000), card(1, 23_000)], PAIR), LARGE)
+def test_a_model_too_large_for_any_gpu_goes_over_all_of_them() -> None:
+    placed = _placed(snapshot([gpu(0, 23_000), gpu(1, 23_000)], PAIR), LARGE)
     assert placed.instance == "spread"
     assert placed.per_gpu_bytes == ((gpu_id(0), 15_000 * MIB), (gpu_id(1), 15_000 * MIB))
 
 
-def test_a_model_that_one_card_could_hold_waits_for_it_rather_than_be_spread() -> None:
+def test_a_model_that_one_gpu_could_hold_waits_for_it_rather_than_be_spread() -> None:
     busy = [residency("gpu0", BUSY, 12_000, in_flight=1), residency("gpu1", OLD, 12_000, in_flight=1)]
-    facts = snapshot([card(0, 12_000), card(1, 12_000)], PAIR, busy)
+    facts = snapshot([gpu(0, 12_000), gpu(1, 12_000)], PAIR, busy)
     assert _waits(facts, model("middle", 20_000)).drain == (key("gpu0", BUSY),)
 
 
-def test_the_fewest_cards_that_hold_it_are_taken() -> None:
+def test_the_fewest_gpus_that_hold_it_are_taken() -> None:
     views = (*PAIR, view("all", 0, 1, 2, 3), view("gpu2", 2), view("gpu3", 3))
-    cards = [card(number, 23_000) for number in range(4)]
-    assert _placed(snapshot(cards, views), LARGE).instance == "spread"
-    assert _placed(snapshot(cards, views), HUGE).instance == "all"
+    gpus = [gpu(number, 23_000) for number in range(4)]
+    assert _placed(snapshot(gpus, views), LARGE).instance == "spread"
+    assert _placed(snapshot(gpus, views), HUGE).instance == "all"
 
 
-def test_a_model_that_fits_nowhere_is_refused_with_the_bytes_of_each_card() -> None:
-    refused = _nowhere(snapshot([card(0, 23_000), card(1, 4000)], PAIR), HUGE)
+def test_a_model_that_fits_nowhere_is_refused_with_the_bytes_of_each_gpu() -> None:
+    refused = _nowhere(snapshot([gpu(0, 23_000), gpu(1, 4000)], PAIR), HUGE)
     assert (refused.code, refused.status) == ("model_too_large", None)
     assert "model 'huge' fits nowhere" in refused.message
     for number, (needed, there) in enumerate(((30_000, 23_000), (30_000, 4_000))):
-        words = f"card {number} needs {needed * MIB} bytes ({needed / 1024:.1f} GiB) and can give {there * MIB} bytes"
+        words = f"GPU {number} needs {needed * MIB} bytes ({needed / 1024:.1f} GiB) and can give {there * MIB} bytes"
         assert words in refused.message
-    assert f"gpu0: card 0 needs {60_000 * MIB} bytes" in refused.message
+    assert f"gpu0: GPU 0 needs {60_000 * MIB} bytes" in refused.message
 
 
 def test_nothing_is_called_too_large_while_memory_settles() -> None:
     policy = Policy(vram_margin_bytes=0, settle_seconds=3.0)
-    soon = snapshot([card(0, 4000)], [view("gpu0", 0)], now=12.9, changed_at=10.0, policy=policy)
+    soon = snapshot([gpu(0, 4000)], [view("gpu0", 0)], now=12.9, changed_at=10.0, policy=policy)
     assert "last load or unload" in _waits(soon, SMALL).reason
-    later = snapshot([card(0, 4000)], [view("gpu0", 0)], now=13.0, changed_at=10.0, policy=policy)
+    later = snapshot([gpu(0, 4000)], [view("gpu0", 0)], now=13.0, changed_at=10.0, policy=policy)
     assert _nowhere(later, SMALL).code == "model_too_large"
 
 
-def test_foreign_use_makes_a_card_smaller_and_our_own_does_not() -> None:
-    ours = snapshot([card(0, 1000)], [view("gpu0", 0)], [residency("gpu0", IDLE, 23_000)])
+def test_foreign_use_makes_a_gpu_smaller_and_our_own_does_not() -> None:
+    ours = snapshot([gpu(0, 1000)], [view("gpu0", 0)], [residency("gpu0", IDLE, 23_000)])
     assert _placed(ours, SMALL).evict == (key("gpu0", IDLE),)
-    foreign = snapshot([card(0, 1000)], [view("gpu0", 0)])
-    assert _nowhere(foreign, SMALL).code == "model_too_large"
+    external = snapshot([gpu(0, 1000)], [view("gpu0", 0)])
+    assert _nowhere(external, SMALL).code == "model_too_large"
 
 
-def test_a_lost_card_takes_nothing() -> None:
-    lost = replace(card(0, 23_000), error="GPU is lost")
-    assert _placed(snapshot([lost, card(1, 23_000)], PAIR), SMALL).instance == "gpu1"
-    assert _nowhere(snapshot([lost, card(1, 23_000)], PAIR), LARGE).code == "model_too_large"
+def test_a_lost_gpu_takes_nothing() -> None:
+    lost = replace(gpu(0, 23_000), error="GPU is lost")
+    assert _placed(snapshot([lost, gpu(1, 23_000)], PAIR), SMALL).instance == "gpu1"
+    assert _nowhere(snapshot([lost, gpu(1, 23_000)], PAIR), LARGE).code == "model_too_large"
 
 
-def test_with_cards_in_the_fleet_nothing_ever_runs_on_the_cpu() -> None:
+def test_with_gpus_in_the_fleet_nothing_ever_runs_on_the_cpu() -> None:
     views = (*PAIR, view("cpu"))
-    assert _nowhere(snapshot([card(0, 23_000), card(1, 23_000)], views), HUGE).code == "model_too_large"
+    assert _nowhere(snapshot([gpu(0, 23_000), gpu(1, 23_000)], views), HUGE).code == "model_too_large"
     down = (view("gpu0", 0, state=InstanceState.STARTING), view("cpu"))
-    assert isinstance(_place(snapshot([card(0, 23_000)], down), SMALL), MustWait)
+    assert isinstance(_place(snapshot([gpu(0, 23_000)], down), SMALL), MustWait)
 
 
-def test_without_any_card_the_cpu_serves_and_says_so() -> None:
+def test_without_any_gpu_the_cpu_serves_and_says_so() -> None:
     placed = _placed(snapshot([], [view("cpu")]), HUGE)
     assert (placed.instance, placed.per_gpu_bytes) == ("cpu", ())
-    assert placed.reason == "cpu: no cards, runs on the CPU"
+    assert placed.reason == "cpu: no GPUs, runs on the CPU"
 
 
-def test_two_servers_without_cards_share_the_models() -> None:
+def test_two_servers_without_gpus_share_the_models() -> None:
     views = (view("a"), view("b"))
     assert _placed(snapshot([], views), SMALL).instance == "a"
     assert _placed(snapshot([], views, [residency("a", OLD)]), SMALL).instance == "b"
@@ -160,29 +160,29 @@ def test_two_servers_without_cards_share_the_models() -> None:
 # --- which of several -------------------------------------------------------------------------------------------
 
 
-def test_the_least_busy_card_is_preferred_then_the_emptiest_then_the_fastest_then_the_roomiest() -> None:
-    cards = [card(0, 12_000, clock_hertz=10_000), card(1, 12_000, clock_hertz=5_000)]
+def test_the_least_busy_gpu_is_preferred_then_the_emptiest_then_the_fastest_then_the_roomiest() -> None:
+    gpus = [gpu(0, 12_000, clock_hertz=10_000), gpu(1, 12_000, clock_hertz=5_000)]
     working = [residency("gpu0", BUSY, 100, in_flight=1), residency("gpu1", OLD, 100), residency("gpu1", IDLE, 100)]
-    assert _placed(snapshot(cards, PAIR, working), SMALL).instance == "gpu1"
+    assert _placed(snapshot(gpus, PAIR, working), SMALL).instance == "gpu1"
     resting = [residency("gpu0", BUSY, 100), residency("gpu0", OLD, 100), residency("gpu1", IDLE, 100)]
-    assert _placed(snapshot(cards, PAIR, resting), SMALL).instance == "gpu1"
-    assert _placed(snapshot(cards, PAIR), SMALL).instance == "gpu0"
-    assert _placed(snapshot([card(0, 12_000), card(1, 13_000)], PAIR), SMALL).instance == "gpu1"
-    assert _placed(snapshot([card(0, 12_000), card(1, 12_000)], PAIR), SMALL).instance == "gpu0"
+    assert _placed(snapshot(gpus, PAIR, resting), SMALL).instance == "gpu1"
+    assert _placed(snapshot(gpus, PAIR), SMALL).instance == "gpu0"
+    assert _placed(snapshot([gpu(0, 12_000), gpu(1, 13_000)], PAIR), SMALL).instance == "gpu1"
+    assert _placed(snapshot([gpu(0, 12_000), gpu(1, 12_000)], PAIR), SMALL).instance == "gpu0"
 
 
-def test_of_equal_cards_the_one_with_the_faster_link_is_preferred() -> None:
+def test_of_equal_gpus_the_one_with_the_faster_link_is_preferred() -> None:
     def linked(number: int, width: int) -> Gpu:
-        return replace(card(number, 20_000), pcie_generation_max=4, pcie_width_max=width)
+        return replace(gpu(number, 20_000), pcie_generation_max=4, pcie_width_max=width)
 
     assert _placed(snapshot([linked(0, 4), linked(1, 16)], PAIR), SMALL).instance == "gpu1"
     assert _placed(snapshot([linked(0, 16), linked(1, 16)], PAIR), SMALL).instance == "gpu0"
 
 
-def test_the_requests_of_a_spread_model_count_on_each_of_its_cards() -> None:
+def test_the_requests_of_a_spread_model_count_on_each_of_its_gpus() -> None:
     views = (*PAIR, view("gpu2", 2))
-    cards = [card(number, 20_000) for number in range(3)]
-    facts = snapshot(cards, views, [residency("spread", LARGE, 1000, 1000, in_flight=1)])
+    gpus = [gpu(number, 20_000) for number in range(3)]
+    facts = snapshot(gpus, views, [residency("spread", LARGE, 1000, 1000, in_flight=1)])
     assert _placed(facts, SMALL).instance == "gpu2"
 
 
@@ -191,60 +191,60 @@ def test_the_requests_of_a_spread_model_count_on_each_of_its_cards() -> None:
 
 def test_idle_models_leave_and_busy_ones_stay() -> None:
     held = [residency("gpu0", BUSY, 20_000, in_flight=1), residency("gpu1", IDLE, 20_000)]
-    placed = _placed(snapshot([card(0, 4_000), card(1, 4_000)], PAIR, held), SMALL)
+    placed = _placed(snapshot([gpu(0, 4_000), gpu(1, 4_000)], PAIR, held), SMALL)
     assert (placed.instance, placed.evict) == ("gpu1", (key("gpu1", IDLE),))
     assert placed.reason == "gpu1: fits after unloading idle"
 
 
 def test_the_fewest_bytes_are_unloaded() -> None:
     held = [residency("gpu0", OLD, 20_000), residency("gpu1", IDLE, 9_000)]
-    placed = _placed(snapshot([card(0, 4_000), card(1, 4_000)], PAIR, held), SMALL)
+    placed = _placed(snapshot([gpu(0, 4_000), gpu(1, 4_000)], PAIR, held), SMALL)
     assert placed.evict == (key("gpu1", IDLE),)
 
 
 def test_free_room_is_taken_before_anybody_is_unloaded() -> None:
     held = [residency("gpu0", IDLE, 20_000)]
-    placed = _placed(snapshot([card(0, 4_000), card(1, 11_000)], PAIR, held), SMALL)
+    placed = _placed(snapshot([gpu(0, 4_000), gpu(1, 11_000)], PAIR, held), SMALL)
     assert (placed.instance, placed.evict) == ("gpu1", ())
 
 
-def test_a_large_model_clears_all_its_cards_of_idle_models() -> None:
+def test_a_large_model_clears_all_its_gpus_of_idle_models() -> None:
     held = [residency("gpu0", IDLE, 20_000), residency("gpu1", OLD, 20_000)]
-    placed = _placed(snapshot([card(0, 4_000), card(1, 4_000)], PAIR, held), LARGE)
+    placed = _placed(snapshot([gpu(0, 4_000), gpu(1, 4_000)], PAIR, held), LARGE)
     assert placed.instance == "spread"
     assert set(placed.evict) == {key("gpu0", IDLE), key("gpu1", OLD)}
 
 
 def test_memory_that_is_coming_back_is_waited_for_and_nobody_else_leaves() -> None:
     held = [residency("gpu0", OLD, 12_000, state=ResidencyState.UNLOADING), residency("gpu0", IDLE, 8_000)]
-    placed = _placed(snapshot([card(0, 4_000)], [view("gpu0", 0)], held), SMALL)
+    placed = _placed(snapshot([gpu(0, 4_000)], [view("gpu0", 0)], held), SMALL)
     assert placed.evict == ()
     assert placed.reason == "gpu0: fits once freed memory shows"
 
 
 def test_memory_that_shows_as_free_already_is_not_waited_for_again() -> None:
     held = [residency("gpu0", OLD, 12_000, state=ResidencyState.UNLOADING), residency("gpu0", BUSY, 8_000, in_flight=1)]
-    waits = _waits(snapshot([card(0, 16_000)], [view("gpu0", 0)], held), model("middle", 18_000))
+    waits = _waits(snapshot([gpu(0, 16_000)], [view("gpu0", 0)], held), model("middle", 18_000))
     assert waits.drain == (key("gpu0", BUSY),)
 
 
 def test_the_same_weights_with_other_options_leave_first() -> None:
     held = [residency("gpu0", SMALL, 10_000)]
-    placed = _placed(snapshot([card(0, 4_000)], [view("gpu0", 0)], held), SMALL, LONG)
+    placed = _placed(snapshot([gpu(0, 4_000)], [view("gpu0", 0)], held), SMALL, LONG)
     assert placed.evict == (key("gpu0", SMALL),)
 
 
 def test_the_same_weights_with_other_options_are_left_alone_while_they_work() -> None:
     held = [residency("gpu0", SMALL, 10_000, in_flight=1)]
-    waits = _waits(snapshot([card(0, 14_000)], [view("gpu0", 0)], held), SMALL, LONG)
+    waits = _waits(snapshot([gpu(0, 14_000)], [view("gpu0", 0)], held), SMALL, LONG)
     assert waits.drain == (key("gpu0", SMALL),)
-    elsewhere = _placed(snapshot([card(0, 14_000), card(1, 14_000)], PAIR, held), SMALL, LONG)
+    elsewhere = _placed(snapshot([gpu(0, 14_000), gpu(1, 14_000)], PAIR, held), SMALL, LONG)
     assert elsewhere.instance == "gpu1"
 
 
 def test_where_only_busy_models_stand_in_the_way_the_fewest_requests_are_waited_for() -> None:
     held = [residency("gpu0", BUSY, 20_000, in_flight=2), residency("gpu1", OLD, 20_000, in_flight=1)]
-    waits = _waits(snapshot([card(0, 4_000), card(1, 4_000)], PAIR, held), SMALL)
+    waits = _waits(snapshot([gpu(0, 4_000), gpu(1, 4_000)], PAIR, held), SMALL)
     assert waits.drain == (key("gpu1", OLD),)
     assert waits.reason == "gpu1: waits for 1 running requests of 1 models to make room"
 
@@ -254,13 +254,13 @@ def test_where_only_busy_models_stand_in_the_way_the_fewest_requests_are_waited_
 
 @pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.BACKOFF])
 def test_an_instance_that_is_coming_is_waited_for(state: InstanceState) -> None:
-    waits = _waits(snapshot([card(0, 23_000)], [view("gpu0", 0, state=state)]), SMALL)
+    waits = _waits(snapshot([gpu(0, 23_000)], [view("gpu0", 0, state=state)]), SMALL)
     assert "until an instance is ready" in waits.reason
 
 
 def test_an_instance_that_is_coming_is_not_waited_for_where_another_is_ready() -> None:
     views = (view("gpu0", 0, state=InstanceState.STARTING), view("gpu1", 1))
-    assert _placed(snapshot([card(0, 23_000), card(1, 11_000)], views), SMALL).instance == "gpu1"
+    assert _placed(snapshot([gpu(0, 23_000), gpu(1, 11_000)], views), SMALL).instance == "gpu1"
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_an_instance_that_is_coming_is_not_waited_for_where_another_is_ready() -
 )
 def test_with_no_instance_to_come_the_request_ends_and_says_how_each_is(state: InstanceState) -> None:
     gone = InstanceView(instance("gpu0", 0), state, reason="its last words")
-    refused = _nowhere(snapshot([card(0, 23_000)], [gone]), SMALL)
+    refused = _nowhere(snapshot([gpu(0, 23_000)], [gone]), SMALL)
     assert refused.code == "no_instance"
     assert f"gpu0 is {state.value} (its last words)" in refused.message
 
@@ -282,8 +282,8 @@ def _failure(on: str, of: ModelFacts, options: RunnerOptions = (), words: str = 
 
 
 def test_a_place_that_failed_lately_is_not_tried_again() -> None:
-    cards = [card(0, 23_000), card(1, 11_000)]
-    facts = snapshot(cards, PAIR, failures=(_failure("gpu0", SMALL),))
+    gpus = [gpu(0, 23_000), gpu(1, 11_000)]
+    facts = snapshot(gpus, PAIR, failures=(_failure("gpu0", SMALL),))
     assert _placed(facts, SMALL).instance == "gpu1"
     assert _placed(facts, SMALL, LONG).instance == "gpu0"
     assert _placed(facts, OLD).instance == "gpu0"
@@ -291,7 +291,7 @@ def test_a_place_that_failed_lately_is_not_tried_again() -> None:
 
 def test_where_every_place_failed_the_servers_words_and_status_are_passed_on() -> None:
     failures = (_failure("gpu0", SMALL, words="first"), _failure("gpu1", SMALL, words="cudaMalloc failed"))
-    refused = _nowhere(snapshot([card(0, 23_000), card(1, 23_000)], PAIR, failures=failures), SMALL)
+    refused = _nowhere(snapshot([gpu(0, 23_000), gpu(1, 23_000)], PAIR, failures=failures), SMALL)
     assert (refused.code, refused.status, refused.message) == ("load_failed", 500, "cudaMalloc failed")
 
 
@@ -313,13 +313,13 @@ MODELS = tuple(model(f"m{number}") for number in range(4))
 
 @st.composite
 def fleets(draw: st.DrawFn) -> Snapshot:
-    """One to three cards, an instance on each and one over all, with whatever may be loaded or reserved there."""
+    """One to three GPUs, an instance on each and one over all, with whatever may be loaded or reserved there."""
     count = draw(st.integers(1, 3))
     states = st.sampled_from((InstanceState.READY,) * 4 + tuple(InstanceState))
-    cards: list[Gpu] = []
+    gpus: list[Gpu] = []
     for number in range(count):
-        found = card(number, draw(st.integers(0, 24_000)))
-        cards.append(replace(found, error="GPU is lost") if draw(st.integers(0, 9)) == 9 else found)
+        found = gpu(number, draw(st.integers(0, 24_000)))
+        gpus.append(replace(found, error="GPU is lost") if draw(st.integers(0, 9)) == 9 else found)
     views = [view(f"gpu{number}", number, state=draw(states)) for number in range(count)]
     views += [view("spread", *range(count), state=draw(states))] if count > 1 else []
     views += [view("cpu")] if draw(st.booleans()) else []
@@ -336,7 +336,7 @@ def fleets(draw: st.DrawFn) -> Snapshot:
         for number, on in enumerate(draw(st.lists(st.sampled_from(views), max_size=2)))
     ]
     failures = tuple(_failure(v.spec.name, MODELS[0]) for v in views if draw(st.integers(0, 4)) == 4)
-    return snapshot(cards, views, held, booked, failures=failures, changed_at=draw(st.sampled_from((0.0, 999.0))))
+    return snapshot(gpus, views, held, booked, failures=failures, changed_at=draw(st.sampled_from((0.0, 999.0))))
 
 
 @given(fleets(), st.integers(1, 60_000), st.sampled_from(((), LONG)))

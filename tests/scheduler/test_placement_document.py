@@ -18,7 +18,7 @@ from router.engines.ollama.memory_estimate import (
     footprint,
     layer_kv_cache_bytes,
 )
-from router.engines.ollama.offload_rules import own_answer
+from router.engines.ollama.offload_rules import predict_offload
 from router.lab.scenarios import model_facts
 from router.lab.simulator.server_placement import graph_bytes
 from router.lab.simulator.world import LoadShape
@@ -53,8 +53,8 @@ def test_what_a_server_would_do_by_itself_is_what_the_document_says() -> None:
     spec = replace(instance("gpu0+gpu1", 0, 1), kv_cache_type="q8_0", flash_attention=True)
     free = [25_769_803_776 - 339_738_624] * 2
     assert "25,769,803,776 − 339,738,624" in TEXT
-    assert own_answer(LARGE, spec, "0.24.0", 8192, 2, free) == (80, 81)
-    assert own_answer(LARGE, replace(spec, kv_cache_type="f16"), "0.24.0", 8192, 2, free) == (76, 81)
+    assert predict_offload(LARGE, spec, "0.24.0", 8192, 2, free) == (80, 81)
+    assert predict_offload(LARGE, replace(spec, kv_cache_type="f16"), "0.24.0", 8192, 2, free) == (76, 81)
     assert "room for 80 of the 81 units, and one would go to the CPU; with the default f16 cache five would" in TEXT
     assert f"{graph_bytes(LARGE, LoadShape(8192, 2)):,}" in TEXT
 

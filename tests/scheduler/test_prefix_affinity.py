@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from router.scheduler.balancing.prefix_affinity import LENGTHS, Homes
+from router.scheduler.balancing.prefix_affinity import LENGTHS, PrefixAffinity
 from tests.scheduler.builders import model, residency, ticket
 
 M, OTHER = model("m"), model("other")
@@ -17,37 +17,37 @@ def test_lengths_grow_from_a_short_prompt_to_a_long_one_by_half_or_less() -> Non
 
 
 def test_the_longest_beginning_that_each_copy_has_served_counts() -> None:
-    homes = Homes()
+    prefix_affinity = PrefixAffinity()
     prints = tuple(range(5))
-    homes.chosen(ticket(1, M), ONE, prints[:2])
-    homes.chosen(ticket(2, M), TWO, prints[:4])
-    homes.chosen(ticket(3, M), TWO, (90, 91))
-    assert homes.holders(M.blob, prints) == {"gpu0": (0.0, 384 // 4), "gpu1": (0.0, 768 // 4)}
-    assert homes.holders(M.blob, (7, 8)) == {}
-    assert homes.holders(OTHER.blob, prints) == {}
+    prefix_affinity.chosen(ticket(1, M), ONE, prints[:2])
+    prefix_affinity.chosen(ticket(2, M), TWO, prints[:4])
+    prefix_affinity.chosen(ticket(3, M), TWO, (90, 91))
+    assert prefix_affinity.holders(M.blob, prints) == {"gpu0": (0.0, 384 // 4), "gpu1": (0.0, 768 // 4)}
+    assert prefix_affinity.holders(M.blob, (7, 8)) == {}
+    assert prefix_affinity.holders(OTHER.blob, prints) == {}
 
 
 def test_a_client_is_remembered_by_model() -> None:
-    homes = Homes()
-    homes.chosen(ticket(1, M, client="ann"), ONE, ())
-    assert homes.last_of(ticket(2, M, client="ann")) == "gpu0"
-    assert homes.last_of(ticket(2, OTHER, client="ann")) is None
-    assert homes.last_of(ticket(2, M, client="ben")) is None
-    homes.chosen(ticket(3, M), ONE, ())
-    assert homes.last_of(ticket(4, M)) is None
+    prefix_affinity = PrefixAffinity()
+    prefix_affinity.chosen(ticket(1, M, client="ann"), ONE, ())
+    assert prefix_affinity.last_of(ticket(2, M, client="ann")) == "gpu0"
+    assert prefix_affinity.last_of(ticket(2, OTHER, client="ann")) is None
+    assert prefix_affinity.last_of(ticket(2, M, client="ben")) is None
+    prefix_affinity.chosen(ticket(3, M), ONE, ())
+    assert prefix_affinity.last_of(ticket(4, M)) is None
 
 
 def test_what_is_remembered_has_a_bound_and_what_was_used_last_is_kept() -> None:
-    homes = Homes()
+    prefix_affinity = PrefixAffinity()
     for number in range(21_000):
-        homes.chosen(ticket(number, M, client=f"c{number}"), ONE, (number,))
-        homes.served(ticket(number, M, session=f"s{number}"), ONE)
-        homes.chosen(ticket(number, M, client="often"), TWO, (-1,))
-    kept = sum(bool(homes.holders(M.blob, (number,))) for number in range(21_000))
+        prefix_affinity.chosen(ticket(number, M, client=f"c{number}"), ONE, (number,))
+        prefix_affinity.served(ticket(number, M, session=f"s{number}"), ONE)
+        prefix_affinity.chosen(ticket(number, M, client="often"), TWO, (-1,))
+    kept = sum(bool(prefix_affinity.holders(M.blob, (number,))) for number in range(21_000))
     assert kept == 19_999
-    assert homes.holders(M.blob, (-1,)) == {"gpu1": (0.0, 64)}
-    assert homes.holders(M.blob, (20_999,)) == {"gpu0": (0.0, 64)}
-    assert homes.last_of(ticket(1, M, client="often")) == "gpu1"
-    assert homes.last_of(ticket(1, M, client="c0")) is None
-    assert homes.turn_of(ticket(1, M, session="s0")) is None
-    assert homes.turn_of(ticket(1, M, session="s20999")) is not None
+    assert prefix_affinity.holders(M.blob, (-1,)) == {"gpu1": (0.0, 64)}
+    assert prefix_affinity.holders(M.blob, (20_999,)) == {"gpu0": (0.0, 64)}
+    assert prefix_affinity.last_of(ticket(1, M, client="often")) == "gpu1"
+    assert prefix_affinity.last_of(ticket(1, M, client="c0")) is None
+    assert prefix_affinity.turn_of(ticket(1, M, session="s0")) is None
+    assert prefix_affinity.turn_of(ticket(1, M, session="s20999")) is not None

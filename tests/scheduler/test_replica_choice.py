@@ -12,7 +12,7 @@ from router.domain.instance import InstanceState
 from router.domain.policy import Policy
 from router.domain.request import Layout, LayoutKind
 from router.scheduler.dispatcher import Dispatcher
-from tests.scheduler.builders import by_weight, card, gpu_id, instance, model, ticket
+from tests.scheduler.builders import by_weight, gpu, gpu_id, instance, model, ticket
 
 M = model("m", 8000)
 FAST, SLOW = 9_751_000_000, 6_000_000_000
@@ -24,15 +24,15 @@ class Fleet:
 
     clocks: tuple[int, ...] = (FAST, FAST)
     slots: int = 2
-    looks: bool = True
+    attempts: bool = True
     """Whether the next wake is asked for after each event, which opens the short way."""
     now: float = 1000.0
     dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(), by_weight))
     last: int = 0
 
     def __post_init__(self) -> None:
-        cards = tuple(card(number, 1000, clock_hertz=clock) for number, clock in enumerate(self.clocks))
-        self._post(GpusRead(cards, self.now))
+        gpus = tuple(gpu(number, 1000, clock_hertz=clock) for number, clock in enumerate(self.clocks))
+        self._post(GpusRead(gpus, self.now))
         for number in range(len(self.clocks)):
             self.restart(number)
 
@@ -45,7 +45,7 @@ class Fleet:
 
     def _post(self, event: GpusRead | InstanceChanged | ResidencyRead | Arrived | Released) -> list[object]:
         actions = self.dispatcher.handle(event, self.now)
-        if self.looks:
+        if self.attempts:
             self.dispatcher.next_wake()
         return list(actions)
 
@@ -59,7 +59,7 @@ class Fleet:
         on: int | None = None,
         said: str = "",
     ) -> Grant:
-        """`on`: the only card that will do. `said`: the text of a prompt that is as long."""
+        """`on`: the only GPU that will do. `said`: the text of a prompt that is as long."""
         self.now += 0.001
         self.last += 1
         made = ticket(
@@ -84,25 +84,25 @@ class Fleet:
 
 
 @pytest.fixture(params=[True, False], ids=["the short way", "the long way"])
-def looks(request: pytest.FixtureRequest) -> bool:
+def attempts(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def test_idle_copies_take_turns(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_idle_copies_take_turns(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     assert [fleet.serve() for _ in range(4)] == ["gpu0", "gpu1", "gpu0", "gpu1"]
 
 
-def test_requests_go_where_fewer_tokens_are_ahead_not_where_fewer_requests_are(looks: bool) -> None:
-    fleet = Fleet(slots=4, looks=looks)
+def test_requests_go_where_fewer_tokens_are_ahead_not_where_fewer_requests_are(attempts: bool) -> None:
+    fleet = Fleet(slots=4, attempts=attempts)
     assert fleet.ask(30_000).instance == "gpu0"
     assert [fleet.ask(50, output=1).instance for _ in range(3)] == ["gpu1", "gpu1", "gpu1"]
 
 
-def test_a_long_prompt_goes_where_it_stalls_few(looks: bool) -> None:
+def test_a_long_prompt_goes_where_it_stalls_few(attempts: bool) -> None:
     """A short one rather goes beside three streams than behind another prompt."""
     for prompt, goes in ((10, "gpu0"), (6000, "gpu1")):
-        fleet = Fleet(slots=5, looks=looks)
+        fleet = Fleet(slots=5, attempts=attempts)
         for _ in range(3):
             fleet.ask(10, output=1, on=0)
         fleet.now += 10.0
@@ -110,15 +110,15 @@ def test_a_long_prompt_goes_where_it_stalls_few(looks: bool) -> None:
         assert fleet.ask(prompt, output=1).instance == goes
 
 
-def test_the_faster_card_is_used_until_it_is_busy(looks: bool) -> None:
-    fleet = Fleet((SLOW, FAST), slots=4, looks=looks)
+def test_the_faster_gpu_is_used_until_it_is_busy(attempts: bool) -> None:
+    fleet = Fleet((SLOW, FAST), slots=4, attempts=attempts)
     assert [fleet.serve(500) for _ in range(3)] == ["gpu1"] * 3
     assert fleet.ask(8000).instance == "gpu1"
     assert fleet.ask(500).instance == "gpu0"
 
 
-def test_a_copy_that_shows_itself_slow_is_used_less(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_a_copy_that_shows_itself_slow_is_used_less(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     for _ in range(12):
         grant = fleet.ask(2000)
         slow = grant.instance == "gpu0"
@@ -126,8 +126,8 @@ def test_a_copy_that_shows_itself_slow_is_used_less(looks: bool) -> None:
     assert [fleet.serve(2000, output=100) for _ in range(3)] == ["gpu1"] * 3
 
 
-def test_a_conversation_finds_the_copy_that_served_it(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_a_conversation_finds_the_copy_that_served_it(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     home = fleet.serve(1000, session="talk", output=300)
     for turn in range(2, 6):
         assert fleet.serve(500 * turn) in ("gpu0", "gpu1")
@@ -136,26 +136,26 @@ def test_a_conversation_finds_the_copy_that_served_it(looks: bool) -> None:
     assert "tokens of the prompt in its cache, and " in grant.reason
 
 
-def test_a_home_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(looks: bool) -> None:
+def test_a_home_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(attempts: bool) -> None:
     """A batch has room for a part of each prompt: behind a long one a short turn waits for one batch."""
     for said, goes in ((400, "gpu1"), (3000, "gpu0")):
-        fleet = Fleet(looks=looks)
+        fleet = Fleet(attempts=attempts)
         fleet.answer(fleet.ask(said, session="talk", on=0))
         fleet.now += 60.0
         fleet.ask(7000, on=0)
         assert fleet.ask(said + 50, session="talk").instance == goes
 
 
-def test_a_home_without_a_free_slot_is_not_waited_for(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_a_home_without_a_free_slot_is_not_waited_for(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     fleet.answer(fleet.ask(3000, session="talk", on=0))
     for _ in range(2):
         fleet.ask(10, on=0)
     assert fleet.ask(3050, session="talk").instance == "gpu1"
 
 
-def test_a_copy_that_was_loaded_anew_holds_nothing(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_a_copy_that_was_loaded_anew_holds_nothing(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     fleet.answer(fleet.ask(4000, session="talk", on=0))
     fleet.restart(0)
     grant = fleet.ask(5000, session="talk")
@@ -163,8 +163,8 @@ def test_a_copy_that_was_loaded_anew_holds_nothing(looks: bool) -> None:
     assert "in its cache" not in grant.reason
 
 
-def test_a_grant_says_why_that_copy(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_a_grant_says_why_that_copy(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     reason = fleet.ask(3000).reason
     assert "0 of 2 slots were in use; about " in reason
     assert reason.endswith(" s on gpu1")
@@ -178,53 +178,53 @@ def _talk(user: str, turns: int) -> str:
     return SYSTEM + "".join(f"{user} says something long, for the {turn}. time. " * 20 for turn in range(turns))
 
 
-def test_a_conversation_without_a_name_finds_the_copy_that_served_it_by_its_beginning(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
-    homes = {user: fleet.serve(said=_talk(user, 1)) for user in ("ann", "ben", "cem", "dan")}
-    homes |= {user: fleet.serve(said=_talk(user, 2)) for user in homes}
+def test_a_conversation_without_a_name_finds_the_copy_that_served_it_by_its_beginning(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
+    prefix_affinity = {user: fleet.serve(said=_talk(user, 1)) for user in ("ann", "ben", "cem", "dan")}
+    prefix_affinity |= {user: fleet.serve(said=_talk(user, 2)) for user in prefix_affinity}
     for turns in range(3, 6):
-        for user, home in homes.items():
+        for user, home in prefix_affinity.items():
             assert fleet.serve(said=_talk(user, turns)) == home
 
 
-def test_a_beginning_that_everybody_shares_does_not_send_everybody_to_one_copy(looks: bool) -> None:
-    fleet = Fleet(slots=8, looks=looks)
+def test_a_beginning_that_everybody_shares_does_not_send_everybody_to_one_copy(attempts: bool) -> None:
+    fleet = Fleet(slots=8, attempts=attempts)
     at_once = [fleet.ask(said=_talk(f"user {number}", 1)).instance for number in range(8)]
     assert sorted(at_once.count(name) for name in ("gpu0", "gpu1")) in ([3, 5], [4, 4])
     later = [fleet.ask(said=_talk(f"late {number}", 1)).instance for number in range(4)]
     assert set(later) == {"gpu0", "gpu1"}
 
 
-def test_once_both_copies_hold_a_shared_beginning_new_conversations_take_turns(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_once_both_copies_hold_a_shared_beginning_new_conversations_take_turns(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     for number in (0, 1):
         fleet.answer(fleet.ask(said=SYSTEM, on=number))
     served = [fleet.serve(said=_talk(f"user {number}", 1)) for number in range(6)]
     assert served == ["gpu0", "gpu1"] * 3
 
 
-def test_the_beginning_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(looks: bool) -> None:
+def test_the_beginning_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(attempts: bool) -> None:
     for turns, goes in ((1, "gpu1"), (12, "gpu0")):
-        fleet = Fleet(looks=looks)
+        fleet = Fleet(attempts=attempts)
         fleet.answer(fleet.ask(said=_talk("ann", turns)[1000:], on=0))
         fleet.now += 60.0
         fleet.ask(7000, on=0)
         assert fleet.ask(said=_talk("ann", turns + 1)[1000:]).instance == goes
 
 
-def test_a_client_that_says_little_comes_back_to_where_he_was_while_copies_are_equal(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
-    homes = {client: fleet.serve(20, client=client) for client in ("ann", "ben")}
-    assert set(homes.values()) == {"gpu0", "gpu1"}
+def test_a_client_that_says_little_comes_back_to_where_he_was_while_copies_are_equal(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
+    prefix_affinity = {client: fleet.serve(20, client=client) for client in ("ann", "ben")}
+    assert set(prefix_affinity.values()) == {"gpu0", "gpu1"}
     for _ in range(3):
         for client in ("ben", "ann", "ann"):
-            assert fleet.serve(20, client=client) == homes[client]
+            assert fleet.serve(20, client=client) == prefix_affinity[client]
     fleet.ask(20, client="ann")
-    assert fleet.ask(20, client="ann").instance != homes["ann"]
+    assert fleet.ask(20, client="ann").instance != prefix_affinity["ann"]
 
 
-def test_copies_that_were_loaded_anew_have_no_beginning(looks: bool) -> None:
-    fleet = Fleet(looks=looks)
+def test_copies_that_were_loaded_anew_have_no_beginning(attempts: bool) -> None:
+    fleet = Fleet(attempts=attempts)
     fleet.answer(fleet.ask(said=_talk("ann", 3), on=0))
     fleet.restart(0)
     assert "in its cache" not in fleet.ask(said=_talk("ann", 4)).reason

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.domain.actions import Choice
 from router.domain.instance import InstanceName, InstanceState, InstanceView
 from router.domain.policy import Policy
+from router.domain.replica_choice import Choice, Prospect
 from router.domain.request import Layout, LayoutKind, RunnerOptions, Ticket
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.scheduler.balancing.pending_work import Work
+from router.scheduler.balancing.pending_work import PendingWork
 from router.scheduler.balancing.replica_choice import choose
-from router.scheduler.balancing.replica_scorer import NEAR, SIDE_WEIGHT, Prospect, best, waiting_seconds
-from router.scheduler.balancing.throughput import Pace
-from router.scheduler.fast_path import free_copies, serving
+from router.scheduler.balancing.replica_scorer import NEAR, SIDE_WEIGHT, best, waiting_seconds
+from router.scheduler.balancing.throughput import Throughput
+from router.scheduler.fast_path import free_replicas, serving
 from router.scheduler.state import FleetState
 from tests.scheduler.builders import gpu_id, key, model, residency, ticket, view
 
@@ -29,7 +29,7 @@ VIEWS = (view("gpu0", 0), view("gpu1", 1))
 
 
 def _serving(
-    copies: Iterable[Residency],
+    replicas: Iterable[Residency],
     of: Ticket = T,
     views: Iterable[InstanceView] = VIEWS,
     draining: Iterable[ResidencyKey] = (),
@@ -37,18 +37,18 @@ def _serving(
     """The one of the copies that serves the ticket."""
     fleet = FleetState(Policy(), draining=frozenset(draining))
     fleet.instances.update((each.spec.name, each) for each in views)
-    fleet.copies.update(((copy.instance, copy.blob), copy) for copy in copies)
-    able = serving(fleet, free_copies(fleet, of.model.blob)[0], of)
-    return fleet.copies[able[choose(fleet, able, of, 0.0)[1].chosen]] if able else None
+    fleet.replicas.update(((replica.instance, replica.blob), replica) for replica in replicas)
+    able = serving(fleet, free_replicas(fleet, of.model.blob)[0], of)
+    return fleet.replicas[able[choose(fleet, able, of, 0.0)[1].chosen]] if able else None
 
 
 def test_a_ready_copy_with_a_free_slot_serves() -> None:
-    for copy in (READY, replace(READY, in_flight=1)):
-        assert _serving([copy]) is copy
+    for replica in (READY, replace(READY, in_flight=1)):
+        assert _serving([replica]) is replica
 
 
 @pytest.mark.parametrize(
-    "copy",
+    "replica",
     [
         replace(READY, in_flight=2),
         replace(READY, in_flight=3),
@@ -59,8 +59,8 @@ def test_a_ready_copy_with_a_free_slot_serves() -> None:
         residency("gone", M, 1000),
     ],
 )
-def test_a_copy_that_is_full_or_other_or_not_there_does_not(copy: Residency) -> None:
-    assert _serving([copy]) is None
+def test_a_copy_that_is_full_or_other_or_not_there_does_not(replica: Residency) -> None:
+    assert _serving([replica]) is None
 
 
 @pytest.mark.parametrize("state", [state for state in InstanceState if state is not InstanceState.READY])
@@ -94,9 +94,9 @@ def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
     loaded: RunnerOptions, asked: RunnerOptions, flexible: bool, serves: bool
 ) -> None:
     context = dict(loaded).get("num_ctx", 8192)
-    copy = replace(residency("gpu0", LONG, 1000, options=loaded), context_length=int(context))
-    found = _serving([copy], ticket(1, LONG, options=asked, is_flexible=flexible))
-    assert found is (copy if serves else None)
+    replica = replace(residency("gpu0", LONG, 1000, options=loaded), context_length=int(context))
+    found = _serving([replica], ticket(1, LONG, options=asked, is_flexible=flexible))
+    assert found is (replica if serves else None)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
         ("cpu", None, True),
     ],
 )
-def test_who_insists_on_cards_is_served_by_no_other_copy(on: str, layout: Layout | None, serves: bool) -> None:
+def test_who_insists_on_gpus_is_served_by_no_other_copy(on: str, layout: Layout | None, serves: bool) -> None:
     views = (*VIEWS, view("spread", 0, 1), view("cpu"))
-    copy = residency(on, M, *(1000 for _ in next(v for v in views if v.spec.name == on).spec.gpus))
-    assert _serving([copy], ticket(1, M, layout=layout), views) is (copy if serves else None)
+    replica = residency(on, M, *(1000 for _ in next(v for v in views if v.spec.name == on).spec.gpus))
+    assert _serving([replica], ticket(1, M, layout=layout), views) is (replica if serves else None)
 
 
-PACE = Pace(prompt_seconds=0.001, step_seconds=0.01)
+PACE = Throughput(prompt_seconds=0.001, step_seconds=0.01)
 
 
 PROMPT_TOKENS = 1000
@@ -167,8 +167,8 @@ RANKED = st.lists(
 def test_the_same_copies_in_any_order_give_the_same_answer_and_never_a_much_slower_one(
     ranked: list[Ranked], random: object
 ) -> None:
-    def chosen_of(copies: list[Ranked]) -> Ranked:
-        return copies[best([seconds for seconds, _ in copies], [each for _, each in copies])]
+    def chosen_of(replicas: list[Ranked]) -> Ranked:
+        return replicas[best([seconds for seconds, _ in replicas], [each for _, each in replicas])]
 
     chosen = chosen_of(ranked)
     assert chosen[0] <= min(seconds for seconds, _ in ranked) * (1 + NEAR)
@@ -189,12 +189,12 @@ TOKENS = st.integers(0, 8000)
 
 @given(TOKENS, TOKENS, st.integers(0, 8), st.floats(0.0, 100.0), TOKENS)
 def test_more_of_anything_never_makes_the_waiting_shorter(
-    prompt: int, output: int, beside: int, ahead: float, more: int
+    prompt: int, output: int, concurrent: int, ahead: float, more: int
 ) -> None:
     def waiting(**changes: float) -> float:
-        facts: dict[str, float] = {"prompt": prompt, "output": output, "beside": beside, "ahead": ahead, **changes}
+        facts: dict[str, float] = {"prompt": prompt, "output": output, "beside": concurrent, "ahead": ahead, **changes}
         count = int(facts["beside"])
-        work = Work(prompts_until=1000.0 + facts["ahead"], output_tokens=count * 100, requests=count)
+        work = PendingWork(prompts_until=1000.0 + facts["ahead"], output_tokens=count * 100, requests=count)
         return waiting_seconds(PACE, work, int(facts["prompt"]), int(facts["output"]), count, 1000.0)
 
     at_least = waiting()
@@ -202,19 +202,19 @@ def test_more_of_anything_never_makes_the_waiting_shorter(
     assert waiting(prompt=prompt + more) >= at_least
     assert waiting(output=output + more) >= at_least
     assert waiting(ahead=ahead + more) >= at_least
-    assert waiting(beside=beside + 1) + 1e-9 >= (at_least if beside else at_least - ahead)
+    assert waiting(concurrent=concurrent + 1) + 1e-9 >= (at_least if concurrent else at_least - ahead)
 
 
 def test_requests_are_weighed_by_their_tokens() -> None:
     """One long prompt is more work than two short ones."""
-    long = Work(prompts_until=1008.0, output_tokens=100, requests=1)
-    two_short = Work(prompts_until=1000.1, output_tokens=200, requests=2)
+    long = PendingWork(prompts_until=1008.0, output_tokens=100, requests=1)
+    two_short = PendingWork(prompts_until=1000.1, output_tokens=200, requests=2)
     args = (1000, 100)
     assert waiting_seconds(PACE, two_short, *args, 2, 1000.0) < waiting_seconds(PACE, long, *args, 1, 1000.0) + 1.0
     assert waiting_seconds(PACE, two_short, 10, 100, 2, 1000.0) < waiting_seconds(PACE, long, 10, 100, 1, 1000.0)
 
 
 def test_a_long_prompt_costs_the_streams_beside_it() -> None:
-    work = Work(output_tokens=200, requests=2)
-    alone, beside = (waiting_seconds(PACE, w, 4000, 0, n, 1000.0) for w, n in ((Work(), 0), (work, 2)))
-    assert beside - alone == pytest.approx(SIDE_WEIGHT * 2 * 4.0)
+    work = PendingWork(output_tokens=200, requests=2)
+    alone, concurrent = (waiting_seconds(PACE, w, 4000, 0, n, 1000.0) for w, n in ((PendingWork(), 0), (work, 2)))
+    assert concurrent - alone == pytest.approx(SIDE_WEIGHT * 2 * 4.0)

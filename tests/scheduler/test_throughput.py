@@ -9,31 +9,31 @@ from hypothesis import strategies as st
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
-from router.scheduler.balancing.throughput import Speeds, correction, guessed
-from tests.scheduler.builders import LLAMA_70B, card, gpu_id, instance, key, model
+from router.scheduler.balancing.throughput import ThroughputModel, correction, guessed
+from tests.scheduler.builders import LLAMA_70B, gpu, gpu_id, instance, key, model
 
 M = model("m", 8000)
-CARDS: dict[GpuUuid, Gpu] = {
-    gpu_id(0): card(0, 1, clock_hertz=9_751_000_000),
-    gpu_id(1): card(1, 1, clock_hertz=5_000_000_000),
+GPU_MODELS: dict[GpuUuid, Gpu] = {
+    gpu_id(0): gpu(0, 1, clock_hertz=9_751_000_000),
+    gpu_id(1): gpu(1, 1, clock_hertz=5_000_000_000),
 }
 
 
 def test_a_70b_over_two_3090_is_guessed_as_it_was_measured() -> None:
     """16.6 tokens/s, within a third, and 375 tokens/s of prompt, within a half."""
-    pace = guessed(LLAMA_70B.weights_bytes, (936e9, 936e9))
-    assert 1 / pace.step_seconds == pytest.approx(16.6, rel=0.33)
-    assert 1 / pace.prompt_seconds == pytest.approx(375, rel=0.5)
+    throughput = guessed(LLAMA_70B.weights_bytes, (936e9, 936e9))
+    assert 1 / throughput.step_seconds == pytest.approx(16.6, rel=0.33)
+    assert 1 / throughput.prompt_seconds == pytest.approx(375, rel=0.5)
 
 
 @given(st.integers(0, 10**12), st.lists(st.floats(1e9, 1e13), max_size=4))
-def test_any_guess_is_a_time_and_a_faster_card_is_not_slower(size: int, cards: list[float]) -> None:
-    pace = guessed(size, cards)
-    assert 0 < pace.prompt_seconds < pace.step_seconds
-    assert guessed(size, [rate * 2 for rate in cards]).step_seconds <= pace.step_seconds
+def test_any_guess_is_a_time_and_a_faster_gpu_is_not_slower(size: int, gpus: list[float]) -> None:
+    throughput = guessed(size, gpus)
+    assert 0 < throughput.prompt_seconds < throughput.step_seconds
+    assert guessed(size, [rate * 2 for rate in gpus]).step_seconds <= throughput.step_seconds
 
 
-def test_what_is_not_known_of_a_card_is_taken_as_the_usual() -> None:
+def test_what_is_not_known_of_a_gpu_is_taken_as_the_usual() -> None:
     assert guessed(10**10, (None,)) == guessed(10**10, (5e11,))
     assert guessed(10**10, ()).step_seconds > guessed(10**10, (None,)).step_seconds  # the CPU
 
@@ -53,24 +53,27 @@ def test_one_odd_request_changes_little(expected: float, shown: float) -> None:
 
 @given(st.lists(st.tuples(st.floats(0.8, 1.6), st.floats(0.8, 1.6)), max_size=200))
 def test_no_pace_leaves_its_bounds(corrections: list[tuple[float, float]]) -> None:
-    speeds, spec = Speeds(), instance("gpu0", 0)
-    pace = speeds.pace(spec, M, CARDS)
+    speeds, spec = ThroughputModel(), instance("gpu0", 0)
+    throughput = speeds.throughput(spec, M, GPU_MODELS)
     for prompt, step in corrections * 3:
         speeds.correct(key("gpu0", M), prompt, step)
-    assert speeds.pace(spec, M, CARDS) is pace
-    assert 0 < pace.prompt_seconds < 1e3
-    assert 0 < pace.step_seconds < 1e3
+    assert speeds.throughput(spec, M, GPU_MODELS) is throughput
+    assert 0 < throughput.prompt_seconds < 1e3
+    assert 0 < throughput.step_seconds < 1e3
 
 
 FAST, SLOW = instance("gpu0", 0), instance("gpu1", 1)
 
 
-def _seen(speeds: Speeds, *specs: InstanceSpec, of: ModelFacts = M) -> list[tuple[float, float]]:
-    return [(pace.prompt_seconds, pace.step_seconds) for pace in (speeds.pace(spec, of, CARDS) for spec in specs)]
+def _seen(speeds: ThroughputModel, *specs: InstanceSpec, of: ModelFacts = M) -> list[tuple[float, float]]:
+    return [
+        (throughput.prompt_seconds, throughput.step_seconds)
+        for throughput in (speeds.throughput(spec, of, GPU_MODELS) for spec in specs)
+    ]
 
 
-def test_a_copy_that_has_shown_nothing_is_judged_by_its_card_and_by_the_other_copies() -> None:
-    untaught, speeds = Speeds(), Speeds()
+def test_a_copy_that_has_shown_nothing_is_judged_by_its_gpu_and_by_the_other_copies() -> None:
+    untaught, speeds = ThroughputModel(), ThroughputModel()
     (fast, slow) = _seen(untaught, FAST, SLOW)
     assert fast < slow
     _seen(speeds, FAST)
@@ -83,7 +86,7 @@ def test_a_copy_that_has_shown_nothing_is_judged_by_its_card_and_by_the_other_co
 
 
 def test_each_copy_keeps_what_it_has_shown_itself() -> None:
-    speeds = Speeds()
+    speeds = ThroughputModel()
     before = _seen(speeds, FAST, SLOW)
     speeds.correct(key("gpu1", M), 1.5, 1.5)
     after = _seen(speeds, FAST, SLOW)
@@ -91,17 +94,17 @@ def test_each_copy_keeps_what_it_has_shown_itself() -> None:
     assert after[1] > before[1]
 
 
-def test_a_guess_made_before_the_cards_were_read_is_not_kept() -> None:
-    speeds = Speeds()
-    blind = speeds.pace(FAST, M, {})
-    assert speeds.pace(FAST, M, CARDS) != blind
+def test_a_guess_made_before_the_gpus_were_read_is_not_kept() -> None:
+    speeds = ThroughputModel()
+    blind = speeds.throughput(FAST, M, {})
+    assert speeds.throughput(FAST, M, GPU_MODELS) != blind
 
 
 def test_what_is_remembered_has_a_bound() -> None:
-    speeds = Speeds()
+    speeds = ThroughputModel()
     for number in range(1200):
         named = model(f"m{number}")
-        speeds.pace(FAST, named, CARDS)
+        speeds.throughput(FAST, named, GPU_MODELS)
         speeds.correct(key("gpu0", named), 2.0, 2.0)
     assert len(speeds.known) == 1000
     assert _seen(speeds, FAST, of=model("m1199")) > _seen(speeds, FAST, of=model("m0"))

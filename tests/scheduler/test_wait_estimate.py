@@ -18,8 +18,8 @@ from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Demand, Snapshot
 from router.scheduler.placement.cost import reload_seconds, worth_of_load
 from router.scheduler.placement.placement import MustWait
-from router.scheduler.queue.wait_estimate import Line, Outlook, outlooks
-from tests.scheduler.builders import MIB, card, key, model, reservation, residency, snapshot, ticket, view
+from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
+from tests.scheduler.builders import MIB, gpu, key, model, reservation, residency, snapshot, ticket, view
 from tests.scheduler.play import Play, sized
 
 A, B = model("a", 3000), model("b", 1000)
@@ -28,26 +28,26 @@ POLICY = Policy(vram_margin_bytes=0, load_fixed_seconds=1.0, load_bytes_per_seco
 LOADS_IN = 4.0
 
 
-def _facts(*copies: Residency, held_seconds: Mapping[str, float] | None = None, **changes: object) -> Snapshot:
+def _facts(*replicas: Residency, held_seconds: Mapping[str, float] | None = None, **changes: object) -> Snapshot:
     """Three instances; `held_seconds`: how long a request of each model holds its slot."""
     views = [view(f"gpu{number}", number) for number in range(3)]
     seconds = {A.name: 10.0, B.name: 20.0} if held_seconds is None else held_seconds
     demand = {of.blob: Demand(1.0, 0.0, seconds.get(of.name)) for of in (A, B)}
-    return replace(snapshot([], views, copies, policy=POLICY), **{"demand": demand, **changes})
+    return replace(snapshot([], views, replicas, policy=POLICY), **{"demand": demand, **changes})
 
 
-def _line(count: int, of: ModelFacts = A, first: int = 1, held: MustWait | None = None, **how: object) -> Line:
+def _line(count: int, of: ModelFacts = A, first: int = 1, held: MustWait | None = None, **how: object) -> QueueLine:
     tickets = [ticket(number, of, arrived_at=1000.0, **how) for number in range(first, first + count)]  # type: ignore[arg-type]
-    return Line(tickets, held)
+    return QueueLine(tickets, held)
 
 
-def _seen(facts: Snapshot, *lines: Line) -> list[tuple[int, float | None]]:
+def _seen(facts: Snapshot, *lines: QueueLine) -> list[tuple[int, float | None]]:
     """Positions and waits, in the order in which they are served."""
-    found = outlooks(facts, lines, {})
+    found = wait_estimates(facts, lines, {})
     return [(found[each.id].position, found[each.id].expected_wait_seconds) for line in lines for each in line.tickets]
 
 
-def _waits(facts: Snapshot, *lines: Line) -> list[float | None]:
+def _waits(facts: Snapshot, *lines: QueueLine) -> list[float | None]:
     return [wait for _, wait in _seen(facts, *lines)]
 
 
@@ -142,29 +142,29 @@ def _asked_for(requests_at_once: float) -> dict[BlobDigest, Demand]:
 def test_busy_models_in_the_way_fall_idle_the_later_the_more_they_are_asked_for_and_stop_after_a_while() -> None:
     held = MustWait("", (key("gpu1", B),))
     assert _without_place(held, demand=_asked_for(0.0)) == [10.0 + LOADS_IN, 10.0 + LOADS_IN, 20.0 + LOADS_IN]
-    once = _without_place(held, demand=_asked_for(1.0))[0]
-    assert once == pytest.approx(10.0 * math.e + LOADS_IN)
+    memoise = _without_place(held, demand=_asked_for(1.0))[0]
+    assert memoise == pytest.approx(10.0 * math.e + LOADS_IN)
     stops = POLICY.drain_after_seconds + 10.0 + LOADS_IN
     assert _without_place(held, demand=_asked_for(9.0))[0] == stops
     assert _without_place(held, demand=_asked_for(9.0), waited=20.0)[0] == stops - 20.0
     assert _without_place(held, demand=_asked_for(9.0), draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
 
 
-def test_a_model_that_no_single_card_holds_waits_less_for_its_room() -> None:
-    cards = {each.uuid: each for each in (card(number, 2000, 2000) for number in range(2))}
+def test_a_model_that_no_single_gpu_holds_waits_less_for_its_room() -> None:
+    gpus = {each.uuid: each for each in (gpu(number, 2000, 2000) for number in range(2))}
     share = POLICY.large_wait_share
-    assert _without_place(MustWait(""), gpus=cards)[0] == share * POLICY.starving_after_seconds + LOADS_IN
+    assert _without_place(MustWait(""), gpus=gpus)[0] == share * POLICY.starving_after_seconds + LOADS_IN
     busy, always = MustWait("", (key("gpu1", B),)), _asked_for(9.0)
-    assert _without_place(busy, gpus=cards, demand=always)[0] == share * POLICY.drain_after_seconds + 10.0 + LOADS_IN
+    assert _without_place(busy, gpus=gpus, demand=always)[0] == share * POLICY.drain_after_seconds + 10.0 + LOADS_IN
 
 
 def test_who_is_behind_other_clients_waits_for_their_next_requests_as_well() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
     weight = 0.05 * POLICY.demand_half_life_seconds / math.log(2.0)  # half of what one slot of ten seconds can do
     facts = replace(facts, demand={A.blob: Demand(weight, 1000.0, 10.0)}, now=1000.0)
-    line = Line([ticket(number, A, arrived_at=1000.0, client=client) for number, client in enumerate("xyx", 1)])
+    line = QueueLine([ticket(number, A, arrived_at=1000.0, client=client) for number, client in enumerate("xyx", 1)])
     assert _waits(facts, line) == pytest.approx([5.0, 15.0 / (1 - 0.5 / 2), 25.0 / (1 - 0.5 / 2)])
-    assert _waits(facts, Line(line.tickets[::2])) == [5.0, 15.0]
+    assert _waits(facts, QueueLine(line.tickets[::2])) == [5.0, 15.0]
 
 
 def test_idle_models_in_the_way_leave_when_the_wait_is_worth_their_price() -> None:
@@ -191,7 +191,7 @@ def test_nothing_is_said_where_no_place_was_sought_yet_or_no_server_runs() -> No
 def test_what_a_ticket_waits_for_is_said_even_before_it_was_looked_at() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
     lines = [_line(2), _line(1, B, first=3, held=MustWait("waits for room"))]
-    said = [each.reason for each in outlooks(facts, lines, {TicketId(1): "as told"}).values()]
+    said = [each.reason for each in wait_estimates(facts, lines, {TicketId(1): "as told"}).values()]
     assert said == ["as told", "1 of 1 slots are in use on gpu0", "waits for room"]
 
 
@@ -201,22 +201,22 @@ STATES = [ResidencyState.READY, ResidencyState.LOADING, ResidencyState.PLANNED, 
 
 
 @st.composite
-def _situations(draw: st.DrawFn) -> tuple[Snapshot, list[Line]]:
-    copies: list[Residency] = []
+def _situations(draw: st.DrawFn) -> tuple[Snapshot, list[QueueLine]]:
+    replicas: list[Residency] = []
     booked = {}
     for number in range(3):
         for of in draw(st.sampled_from([(), (A,), (B,), (A, B)])):
             state, slots = draw(st.sampled_from(STATES)), draw(st.integers(1, 4))
             busy = draw(st.integers(0, slots)) if state is ResidencyState.READY else 0
-            load = len(copies)
-            copies.append(residency(f"gpu{number}", of, 1000, state=state, slots=slots, in_flight=busy, load=load))
+            load = len(replicas)
+            replicas.append(residency(f"gpu{number}", of, 1000, state=state, slots=slots, in_flight=busy, load=load))
             if state in (ResidencyState.LOADING, ResidencyState.PLANNED):
                 made = reservation(load, f"gpu{number}", of, [(number, 1000)], made_at=980.0)
                 sent = draw(st.floats(980.0, 1000.0)) if state is ResidencyState.LOADING else None
                 booked[made.load_id] = replace(made, sent_at=sent, evict=draw(st.sampled_from([(), (key("gpu1", B),)])))
     seconds = st.one_of(st.none(), st.floats(0.0, 100.0))
     facts = replace(
-        _facts(*copies, held_seconds={}, now=1000.0 + draw(st.floats(0.0, 120.0))),
+        _facts(*replicas, held_seconds={}, now=1000.0 + draw(st.floats(0.0, 120.0))),
         reservations=booked,
         demand={of.blob: Demand(1.0, 0.0, draw(seconds)) for of in (A, B)},
         draining=frozenset(draw(st.sets(st.sampled_from([key("gpu0", A), key("gpu1", B)])))),
@@ -233,10 +233,10 @@ def _lasting(waits: Iterable[float | None]) -> list[float]:
 
 @given(_situations())
 def test_in_a_line_positions_count_up_and_waits_never_shrink_and_the_same_facts_give_the_same(
-    situation: tuple[Snapshot, list[Line]],
+    situation: tuple[Snapshot, list[QueueLine]],
 ) -> None:
     facts, lines = situation
-    found = outlooks(facts, lines, {TicketId(10): "because"})
+    found = wait_estimates(facts, lines, {TicketId(10): "because"})
     assert all(each.reason == "because" for number, each in found.items() if number == 10)
     assert list(found) == [each.id for line in lines for each in line.tickets]
     for line in lines:
@@ -246,7 +246,7 @@ def test_in_a_line_positions_count_up_and_waits_never_shrink_and_the_same_facts_
         waits = _lasting(each.expected_wait_seconds for each in own)
         assert waits == sorted(waits)
         assert all(wait >= 0.0 for wait in waits)
-    assert outlooks(replace(facts), lines, {TicketId(10): "because"}) == found
+    assert wait_estimates(replace(facts), lines, {TicketId(10): "because"}) == found
 
 
 # --- against what then happens ---------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_what_is_expected_in_the_queue_comes_true_to_within_half_a_request() -> 
         play.arrive(small)
         _let_run(play, HOLDS_SECONDS / 2 - 0.5, granted)
     waiting, asked_at = [play.arrive(small) for _ in range(7)], play.now
-    said = [play.outlook(number) for number in waiting]
+    said = [play.wait_estimate(number) for number in waiting]
     _let_run(play, 60.0, granted)
     assert [each.position for each in said] == [1, 2, 3, 4, 5, 6, 7]
     came = [granted[number] - asked_at for number in waiting]
@@ -293,13 +293,13 @@ def test_what_is_expected_before_a_load_comes_true_once_busy_models_have_left() 
     running = play.arrive(small)
     waiting = play.arrive(large)
     loads_in = reload_seconds(play.snapshot(), large)
-    said = play.outlook(waiting)
+    said = play.wait_estimate(waiting)
     assert said.expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + loads_in, rel=0.05)
     assert (said.position, said.reason) == (1, play.reason(waiting))
     play.advance(play.policy.drain_after_seconds)
-    assert play.outlook(waiting).expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + loads_in, abs=0.5)
+    assert play.wait_estimate(waiting).expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + loads_in, abs=0.5)
     play.release(running)
-    assert play.outlook(waiting).expected_wait_seconds == pytest.approx(loads_in, abs=0.1)
+    assert play.wait_estimate(waiting).expected_wait_seconds == pytest.approx(loads_in, abs=0.1)
     play.work_through()
     assert play.grant(waiting).instance == "gpu0"
 
@@ -309,7 +309,7 @@ def test_the_order_is_that_in_which_clients_get_their_turn() -> None:
     play.arrive(small)
     play.work_through()
     numbers = [play.arrive(small, client=client) for client in ("busy", "busy", "new")]
-    assert [play.outlook(number).position for number in numbers] == [1, 3, 2]
+    assert [play.wait_estimate(number).position for number in numbers] == [1, 3, 2]
 
 
 def test_other_options_of_the_same_weights_wait_for_the_running_ones_and_a_load() -> None:
@@ -318,10 +318,10 @@ def test_other_options_of_the_same_weights_wait_for_the_running_ones_and_a_load(
     play.arrive(small)
     waiting = play.arrive(small, options=(("num_ctx", 2048),))
     play.advance(play.policy.drain_after_seconds)
-    found = play.outlook(waiting)
-    assert found == Outlook(1, found.expected_wait_seconds, play.reason(waiting))
+    found = play.wait_estimate(waiting)
+    assert found == WaitEstimate(1, found.expected_wait_seconds, play.reason(waiting))
     assert found.expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + play.policy.load_fixed_seconds, abs=0.5)
 
 
 def test_a_ticket_that_waits_for_nothing_that_is_known_has_a_position_all_the_same() -> None:
-    assert outlooks(_facts(), [Line([ticket(1, A)])], {}) == {TicketId(1): Outlook(1, None)}
+    assert wait_estimates(_facts(), [QueueLine([ticket(1, A)])], {}) == {TicketId(1): WaitEstimate(1, None)}

@@ -140,8 +140,8 @@ class Fleet:
             "FAKE_DIR": str(folder),
             "FAKE_PLAY": play,
         }
-        cards = tuple(GpuUuid(gpu) for gpu in gpus)
-        return InstanceSpec(InstanceName(name), cards, f"http://127.0.0.1:{port}", environment={**own, **environment})
+        uuids = tuple(GpuUuid(gpu) for gpu in gpus)
+        return InstanceSpec(InstanceName(name), uuids, f"http://127.0.0.1:{port}", environment={**own, **environment})
 
     def add(self, name: str = "a", play: str = "", gpus: tuple[str, ...] = (), **environment: str) -> InstanceSpec:
         spec = self.spec(name, play, gpus, **environment)

@@ -4,8 +4,8 @@ Emulates only what a supervisor sees of a process. FAKE_PLAY is a list of words:
   runner     starts a child in its process group, as Ollama does for a model
   deaf       ignores SIGTERM            exit3     ends with code 3 after two lines
   mute       never listens              cpu       reports that it computes on the CPU
-  onecard    reports only the first of its cards
-  numbered   reports cards by number, as servers from 0.30 do
+  onegpu    reports only the first of its GPUs
+  numbered   reports GPUs by number, as servers from 0.30 do
   half       writes a line without an end and dies
 In the folder FAKE_DIR: its `version` answers, `hang` makes it answer nothing while it exists and `ill` an error, each
 start adds a line to `starts`, `runner` has the runner's pid.
@@ -50,13 +50,13 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
 
-def report_cards() -> None:
-    cards = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "-1").split(",") if card != "-1"]
-    if "cpu" in PLAY or not cards:
+def report_gpus() -> None:
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "-1").split(",") if gpu != "-1"]
+    if "cpu" in PLAY or not gpus:
         say('level=INFO msg="inference compute" id=cpu library=cpu')
         return
-    for index, card in enumerate(cards[:1] if "onecard" in PLAY else cards):
-        say(f'level=INFO msg="inference compute" id={index if "numbered" in PLAY else card} library=CUDA')
+    for index, gpu in enumerate(gpus[:1] if "onegpu" in PLAY else gpus):
+        say(f'level=INFO msg="inference compute" id={index if "numbered" in PLAY else gpu} library=CUDA')
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
     host, _, port = os.environ["OLLAMA_HOST"].partition(":")
     server = Server((host, int(port)), Handler)
     say("listening")
-    report_cards()
+    report_gpus()
     server.serve_forever()
 
 

@@ -75,8 +75,8 @@ def test_a_state_directory_is_the_same_by_any_path_to_it(leave: Leave, tmp_path:
 
 _ROUTER = """
 import asyncio, os, sys
-from router.fleet.process import ChildProcess
-from router.fleet.sweep import marks, run_id
+from router.supervisor.process import ChildProcess
+from router.supervisor.orphan_reaper import marks, run_id
 async def main():
     environment = {**os.environ, **marks(sys.argv[1], run_id(), "gpu0")}
     ChildProcess.spawn(sys.argv[2:], environment, lambda line: None)

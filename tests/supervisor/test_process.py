@@ -131,7 +131,7 @@ async def test_a_stranger_who_holds_the_output_open_does_not_hold_up_the_burial(
 
 _ROUTER = """
 import asyncio, sys
-from router.fleet.process import ChildProcess
+from router.supervisor.process import ChildProcess
 async def main():
     import os
     ChildProcess.spawn(sys.argv[1:], dict(os.environ), lambda line: None)
@@ -168,7 +168,7 @@ def test_the_routers_death_ends_its_child(marked: Marked, tmp_path: Path, loop: 
 
 
 def test_a_child_whose_router_died_before_it_was_armed_does_not_start() -> None:
-    shim = _ROOT / "router" / "fleet" / "shim.py"
+    shim = _ROOT / "router" / "supervisor" / "parent_death_shim.py"
     done = subprocess.run(
         [sys.executable, "-I", "-S", shim, "15", "1", "echo", "started"], capture_output=True, check=False
     )

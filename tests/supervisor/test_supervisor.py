@@ -16,7 +16,7 @@ from tests.support.waiting import eventually
 
 S = InstanceState
 A = InstanceName("a")
-CARD, OTHER = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
+GPU, OTHER = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
 GIVES_UP_AT_ONCE = RestartPolicy(quick_deaths_max=1)
 
 
@@ -31,23 +31,23 @@ async def test_a_server_is_started_and_ready_when_it_answers(make_fleet: MakeFle
         assert "listening" in fleet.supervisor.logs(A)
 
 
-async def test_a_server_with_its_cards_is_ready_however_it_names_them(make_fleet: MakeFleet) -> None:
+async def test_a_server_with_its_gpus_is_ready_however_it_names_them(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
-        fleet.add("a", gpus=(CARD, OTHER))
-        fleet.add("b", "numbered", gpus=(CARD, OTHER))
+        fleet.add("a", gpus=(GPU, OTHER))
+        fleet.add("b", "numbered", gpus=(GPU, OTHER))
         await fleet.reaches(S.READY, "a")
         await fleet.reaches(S.READY, "b")
 
 
-@pytest.mark.parametrize("play", ["cpu", "onecard"])
-async def test_a_server_that_does_not_see_its_cards_is_not_used(make_fleet: MakeFleet, play: str) -> None:
-    # of some cards only the server may still report the others: that is waited for, long enough for a busy machine
+@pytest.mark.parametrize("play", ["cpu", "onegpu"])
+async def test_a_server_that_does_not_see_its_gpus_is_not_used(make_fleet: MakeFleet, play: str) -> None:
+    # of some GPUs only the server may still report the others: that is waited for, long enough for a busy machine
     async with make_fleet(restart=GIVES_UP_AT_ONCE, start_timeout_seconds=5.0) as fleet:
-        fleet.add("a", play, gpus=(CARD, OTHER))
+        fleet.add("a", play, gpus=(GPU, OTHER))
         fatal = await fleet.reaches(S.FATAL)
-        missing = f"{CARD}, {OTHER}" if play == "cpu" else OTHER
-        seen = "cpu (cpu)" if play == "cpu" else f"{CARD} (CUDA)"
-        assert f"does not see its cards {missing}: it reports {seen}" in fatal.reason
+        missing = f"{GPU}, {OTHER}" if play == "cpu" else OTHER
+        seen = "cpu (cpu)" if play == "cpu" else f"{GPU} (CUDA)"
+        assert f"does not see its GPUs {missing}: it reports {seen}" in fatal.reason
         assert S.READY not in fleet.states()
 
 
@@ -292,7 +292,7 @@ async def test_two_instances_of_one_name_are_refused(make_fleet: MakeFleet) -> N
 
 async def test_output_is_kept_within_bounds(make_fleet: MakeFleet) -> None:
     async with make_fleet(log_lines_max=2) as fleet:
-        fleet.add(gpus=(CARD, OTHER))
+        fleet.add(gpus=(GPU, OTHER))
         await fleet.reaches(S.READY)
         await eventually(lambda: any(OTHER in line for line in fleet.supervisor.logs(A)))
         assert len(fleet.supervisor.logs(A)) == 2
@@ -331,7 +331,7 @@ async def test_an_attached_server_that_goes_and_comes_back_is_used_again_and_nev
 
 
 async def test_a_retired_server_may_be_asked_for_again_by_whoever_is_told_of_its_end(make_fleet: MakeFleet) -> None:
-    """As the engine does, which may need the very same cards again in the moment in which it hears of it."""
+    """As the engine does, which may need the very same GPUs again in the moment in which it hears of it."""
     fleets: list[Fleet] = []
     wanted = 1
 

@@ -210,7 +210,7 @@ def write_model_files(folder: Path, specs: Mapping[str, ModelSpec]) -> dict[str,
 
 @contextlib.contextmanager
 def emulated_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
-    """The emulated server of the rig: a 0.24.0 without cards, unless variables say otherwise."""
+    """The emulated server of the rig: a 0.24.0 without GPUs, unless variables say otherwise."""
     base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
     (folder / "rig").mkdir(exist_ok=True)
     rig = {"LLAMAYARD_RIG_DIR": str(folder / "rig"), "LLAMAYARD_RIG_VERSION": "0.24.0", "CUDA_VISIBLE_DEVICES": "-1"}

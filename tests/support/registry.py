@@ -81,8 +81,8 @@ async def serving() -> AsyncGenerator[Registry]:
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        candidate = web.TCPSite(runner, "127.0.0.1", 0)
+        await candidate.start()
         registry.port = runner.addresses[0][1]
         yield registry
     finally:

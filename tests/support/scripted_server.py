@@ -17,7 +17,7 @@ Answer = Callable[[Any], "web.Response | Awaitable[web.Response]"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InferenceRequest:
     method: str
     path: str
     body: Any
@@ -30,7 +30,7 @@ class Scripted:
     """`answers`: by path; JSON data, or a function of the request's body. Other paths are 404, as Ollama's."""
 
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
-    asked: list[Asked] = field(default_factory=list[Asked])
+    asked: list[InferenceRequest] = field(default_factory=list[InferenceRequest])
     hung_up: list[str] = field(default_factory=list[str])
     """Paths whose client left before the answer."""
     url: str = ""
@@ -42,7 +42,7 @@ class Scripted:
         text = await request.text()
         body = json.loads(text) if text else None
         peer = request.transport.get_extra_info("peername") if request.transport is not None else ("", 0)
-        self.asked.append(Asked(request.method, request.path, body, peer[1]))
+        self.asked.append(InferenceRequest(request.method, request.path, body, peer[1]))
         said = self.answers.get(request.path)
         if said is None:
             return web.Response(status=404, text="404 page not found")

@@ -142,7 +142,7 @@ class OllamaClient:
     ) -> None:
         """Loads a model to stay until it is unloaded, and returns when it can serve.
 
-        `num_gpu`: layers to put on the cards, overruling the server's estimate; None leaves it to the server.
+        `num_gpu`: layers to put on the GPUs, overruling the server's estimate; None leaves it to the server.
         The call has a connection of its own, closed behind it: to break it off is to abort the load.
         """
         wanted: dict[str, int | bool] = dict(options)

@@ -1,6 +1,6 @@
 """Carries the engine's loads and unloads out on the servers, and tells what came of them.
 
-A load is asked for with all layers on the cards, so that it comes out whole where it was planned or fails visibly; what
+A load is asked for with all layers on the GPUs, so that it comes out whole where it was planned or fails visibly; what
 the server then lists is the proof. An unload is done when the server no longer lists the model. It plans nothing and
 retries nothing but the listing, which a server now and then fails to give.
 
@@ -22,7 +22,7 @@ from router.domain.instance import InstanceName, InstanceState
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.client import TIMED_OUT, UNREACHABLE, OllamaClient, OllamaError
-from router.engines.ollama.runner_options import has_own_layers
+from router.engines.ollama.runner_options import sets_num_gpu
 
 ClientFor = Callable[[str], OllamaClient]
 """URL of an instance -> a client of it."""
@@ -30,7 +30,7 @@ ClientFor = Callable[[str], OllamaClient]
 _POLL_SECONDS = 0.1
 _LISTING_TRIES = 3
 _STORE_SECONDS = 60.0
-STAND_IN = "llamayard-unload:"
+TEMPORARY_TAG = "llamayard-unload:"
 """Beginning of the names that are made to unload what has none."""
 
 
@@ -108,9 +108,9 @@ class OllamaDriver:
             return False
         client = self._client_for(view.spec.url)
         async with self._writing:
-            needed = {stand_in_for(blob) for _, blob in self._snapshot().residencies}
+            needed = {temporary_tag_for(blob) for _, blob in self._snapshot().residencies}
             for row in await client.tags():
-                if is_stand_in(row.name) and row.name not in needed:
+                if is_temporary_tag(row.name) and row.name not in needed:
                     await client.delete(row.name)
         return True
 
@@ -122,19 +122,19 @@ class OllamaDriver:
         if (today is not None and today.blob == model.blob) or self._is_attached(unload.instance):
             yield model.name
             return
-        stand_in, names = stand_in_for(model.blob), await self._names.names_of(model.blob)
-        real = next((name for name in names if name != stand_in), None)
+        temporary_tag, names = temporary_tag_for(model.blob), await self._names.names_of(model.blob)
+        real = next((name for name in names if name != temporary_tag), None)
         if real is not None:
             yield real
             return
         async with self._writing:
             if not names:
-                await client.create(stand_in, model.blob, _STORE_SECONDS)
+                await client.create(temporary_tag, model.blob, _STORE_SECONDS)
             try:
-                yield stand_in
+                yield temporary_tag
             finally:
                 if not self._held_elsewhere(unload):
-                    await client.delete(stand_in)
+                    await client.delete(temporary_tag)
 
     def _is_attached(self, name: InstanceName) -> bool:
         view = self._snapshot().instances.get(name)
@@ -156,19 +156,19 @@ class OllamaDriver:
         return None
 
 
-def stand_in_for(blob: BlobDigest) -> str:
+def temporary_tag_for(blob: BlobDigest) -> str:
     """The name that is made for weights that have none any more."""
-    return STAND_IN + blob.removeprefix("sha256:")[:12]
+    return TEMPORARY_TAG + blob.removeprefix("sha256:")[:12]
 
 
-def is_stand_in(name: str) -> bool:
+def is_temporary_tag(name: str) -> bool:
     """Whether a name was made to unload with; such names are nobody's models."""
-    return name.startswith(STAND_IN)
+    return name.startswith(TEMPORARY_TAG)
 
 
 def _layers(load: Load) -> int | None:
     """All layers and the output, unless the model's own file says how many."""
-    if not load.expects_gpu or has_own_layers(load.model):
+    if not load.expects_gpu or sets_num_gpu(load.model):
         return None
     return load.model.layers + 1
 

@@ -25,7 +25,7 @@ def is_young(path: str) -> bool:
     return path.startswith(_YOUNG)
 
 
-class Abilities:
+class EndpointSupport:
     """Remembers answers by version; a server that is replaced by another version is asked anew."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:

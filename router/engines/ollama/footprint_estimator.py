@@ -1,10 +1,10 @@
-"""Bytes a load would take on each card of an instance: what placement asks for every candidate.
+"""Bytes a load would take on each GPU of an instance: what placement asks for every candidate.
 
 Puts the instance's tuning (slots, cache type, flash attention, version) and the way it splits layers together with the
 figures of `engines/ollama/memory_estimate.py`. The router loads with all layers asked for, which are shared out by the
-cards' memory: evenly on equal cards, and before 0.30 on all (`engines/ollama/tensor_split.py`). Only a model whose own
-file says how many layers go to the cards is split as its server likes. And a server over several cards that is not
-told to spread puts a model that one of them holds wholly there, all the same: each card it may choose is to hold all.
+GPUs' memory: evenly on equal GPUs, and before 0.30 on all (`engines/ollama/tensor_split.py`). Only a model whose own
+file says how many layers go to the GPUs is split as its server likes. And a server over several GPUs that is not
+told to spread puts a model that one of them holds wholly there, all the same: each GPU it may choose is to hold all.
 """
 
 from __future__ import annotations
@@ -17,59 +17,61 @@ from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import capacity_bytes, slots_of
 from router.engines.ollama.memory_estimate import batch_tokens, fill_first_split, footprint_of_split, split_by
-from router.engines.ollama.offload_rules import SPREADING, may_take_one_card, spreads
-from router.engines.ollama.runner_options import has_own_layers
+from router.engines.ollama.offload_rules import FORCE_SPREAD, forces_spread, may_take_one_gpu
+from router.engines.ollama.runner_options import sets_num_gpu
 from router.engines.ollama.tensor_split import shares_of
 from router.scheduler.placement.placement import Estimate
 
 
 def estimate_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
-    """Bytes on each card of the instance, in its card order, at most; empty for one without cards."""
-    return either_way(_shares, model, spec, context_length, snapshot)
+    """Bytes on each GPU of the instance, in its GPU order, at most; empty for one without GPUs."""
+    return worst_case_bytes(_shares, model, spec, context_length, snapshot)
 
 
 def _shares(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
     return estimated_footprint(model, spec, context_length, snapshot).per_gpu_bytes
 
 
-def either_way(
+def worst_case_bytes(
     estimate: Estimate, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
 ) -> tuple[int, ...]:
-    """What `estimate` says of each card's share, or of the whole model on that card alone where the server may put it
-    there and that is more; but no more than a card that is empty can give, which leaves room for nothing beside it."""
-    alone = may_be_alone(model, spec, context_length, snapshot)
+    """What `estimate` says of each GPU's share, or of the whole model on that GPU alone where the server may put it
+    there and that is more; but no more than a GPU that is empty can give, which leaves room for nothing beside it."""
+    alone = may_use_single_gpu(model, spec, context_length, snapshot)
     if not any(alone):
         return estimate(model, spec, context_length, snapshot)
-    told = spec if has_own_layers(model) else replace(spec, environment={**spec.environment, **SPREADING})
+    told = spec if sets_num_gpu(model) else replace(spec, environment={**spec.environment, **FORCE_SPREAD})
     found = list(estimate(model, told, context_length, snapshot))
-    for index, gpu in enumerate(spec.gpus):
+    for index, uuid in enumerate(spec.gpus):
         if alone[index]:
-            (whole,) = estimate(model, replace(spec, gpus=(gpu,)), context_length, snapshot)
-            card = snapshot.gpus[gpu]
-            most = card.memory_free_bytes + card.memory_used_bytes - snapshot.policy.vram_margin_bytes
+            (whole,) = estimate(model, replace(spec, gpus=(uuid,)), context_length, snapshot)
+            gpu = snapshot.gpus[uuid]
+            most = gpu.memory_free_bytes + gpu.memory_used_bytes - snapshot.policy.vram_margin_bytes
             found[index] = max(found[index], min(whole, most))
     return tuple(found)
 
 
-def may_be_alone(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[bool, ...]:
-    """For each card of the instance: whether its server could put the whole model there, others being left empty; ()
+def may_use_single_gpu(
+    model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
+) -> tuple[bool, ...]:
+    """For each GPU of the instance: whether its server could put the whole model there, others being left empty; ()
     where it surely does not."""
-    if len(spec.gpus) < 2 or spreads(spec):
+    if len(spec.gpus) < 2 or forces_spread(spec):
         return ()
-    cards = [snapshot.gpus[gpu].memory_total_bytes if gpu in snapshot.gpus else 0 for gpu in spec.gpus]
+    gpus = [snapshot.gpus[gpu].memory_total_bytes if gpu in snapshot.gpus else 0 for gpu in spec.gpus]
     slots = slots_of(model, spec, snapshot.policy)
-    return may_take_one_card(model, spec, version_of(spec, snapshot), context_length, slots, cards)
+    return may_take_one_gpu(model, spec, version_of(spec, snapshot), context_length, slots, gpus)
 
 
 def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> Footprint:
-    """The whole footprint with its parts, shared out over all cards. `context_length`: tokens of one slot, cut to the
+    """The whole footprint with its parts, shared out over all GPUs. `context_length`: tokens of one slot, cut to the
     trained context."""
     slots = slots_of(model, spec, snapshot.policy)
     version = version_of(spec, snapshot)
     batch = batch_tokens(version, context_length, slots)
     cache, flash = spec.kv_cache_type, spec.flash_attention
     split = split_by(model.layers, shares_of(spec, version))
-    if has_own_layers(model) and _fills_first(spec):
+    if sets_num_gpu(model) and _fills_first(spec):
         free = [capacity_bytes(snapshot, gpu) for gpu in spec.gpus]
         split = fill_first_split(model, free, context_length, slots, cache, flash, batch, version) or split
     return footprint_of_split(model, split, context_length, slots, cache, flash, batch, version)
@@ -84,5 +86,5 @@ def version_of(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
 
 
 def _fills_first(spec: InstanceSpec) -> bool:
-    """Whether the server fills a card before it begins the next: over several cards, without `OLLAMA_SCHED_SPREAD`."""
-    return len(spec.gpus) > 1 and not spec.attached and not spreads(spec)
+    """Whether the server fills a GPU before it begins the next: over several GPUs, without `OLLAMA_SCHED_SPREAD`."""
+    return len(spec.gpus) > 1 and not spec.attached and not forces_spread(spec)

@@ -1,6 +1,6 @@
-"""Which servers to run on which cards, and with what environment. Pure: facts in, `InstanceSpec` values out.
+"""Which servers to run on which GPUs, and with what environment. Pure: facts in, `InstanceSpec` values out.
 
-One instance a card, and with two or more whole cards one spread over all of them; without a card one on the CPU; those
+One instance a GPU, and with two or more whole GPUs one spread over all of them; without a GPU one on the CPU; those
 declared by hand beside them or instead. Starts nothing, reads no environment and picks no port: ports are passed in.
 """
 
@@ -24,15 +24,15 @@ HIDDEN_DEVICES: Mapping[str, str] = {
     "GGML_VK_VISIBLE_DEVICES": "-1",
     "OLLAMA_VULKAN": "0",
 }
-"""What keeps a server to its CUDA cards. From 0.30 Ollama also finds cards through Vulkan, which
-`CUDA_VISIBLE_DEVICES` does not hide: an instance for one card would take its siblings' too. "-1" is what Ollama's own
+"""What keeps a server to its CUDA GPUs. From 0.30 Ollama also finds GPUs through Vulkan, which
+`CUDA_VISIBLE_DEVICES` does not hide: an instance for one GPU would take its siblings' too. "-1" is what Ollama's own
 GPU documentation names for hiding a device."""
 
 SpreadMode = Literal["auto", "even", "fill_first", "off"]
 
 
 class PlanError(ValueError):
-    """The configuration asks for instances that the cards do not allow; the text names the instance and the way out."""
+    """The configuration asks for instances that the GPUs do not allow; the text names the instance and the way out."""
 
 
 class Tuning(Protocol):
@@ -69,7 +69,7 @@ class DeclaredInstance:
 
 @dataclass(frozen=True, slots=True)
 class InstancePlan:
-    """What is asked for, whatever the cards."""
+    """What is asked for, whatever the GPUs."""
 
     models_directory: str
     tuning_for: TuningFor
@@ -79,15 +79,15 @@ class InstancePlan:
     declared: tuple[DeclaredInstance, ...] = ()
 
 
-def plan_instances(cards: Sequence[Gpu], plan: InstancePlan, ports: Iterable[int]) -> tuple[InstanceSpec, ...]:
+def plan_instances(gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterable[int]) -> tuple[InstanceSpec, ...]:
     """The instances, discovered ones first. Spawned ones take ports in turn; `ports_needed` says how many.
 
-    Cards that could not be read (`error` set) get no instance: a server cannot start on them.
+    GPUs that could not be read (`error` set) get no instance: a server cannot start on them.
 
     Raises:
-        PlanError: an unknown card, a name that is given twice, or too few ports.
+        PlanError: an unknown GPU, a name that is given twice, or too few ports.
     """
-    usable = sorted((card for card in cards if card.error is None), key=lambda card: card.index)
+    usable = sorted((gpu for gpu in gpus if gpu.error is None), key=lambda gpu: gpu.index)
     free = iter(ports)
     specs = [*_discovered(usable, plan, free), *(_declared(one, usable, plan, free) for one in plan.declared)]
     seen: set[InstanceName] = set()
@@ -103,7 +103,7 @@ ON_DEMAND = "on-demand"
 
 
 def on_demand_like(plan: InstancePlan) -> InstanceSpec:
-    """How instances are tuned that are started on demand; cards, name, address and all other variables come later."""
+    """How instances are tuned that are started on demand; GPUs, name, address and all other variables come later."""
     tuning = plan.tuning_for(ON_DEMAND)
     known = {"OLLAMA_SCHED_SPREAD": tuning.environment.get("OLLAMA_SCHED_SPREAD", "1")}
     if TENSOR_SPLIT in tuning.environment:
@@ -136,68 +136,68 @@ class _Tuned:
     environment: Mapping[str, str]
 
 
-def ports_needed(cards: Sequence[Gpu], plan: InstancePlan) -> int:
+def ports_needed(gpus: Sequence[Gpu], plan: InstancePlan) -> int:
     """An upper bound on the ports that `plan_instances` takes."""
-    discovered = max(1, len(cards) + 1) if plan.discover else 0
+    discovered = max(1, len(gpus) + 1) if plan.discover else 0
     return discovered + sum(one.url is None for one in plan.declared)
 
 
-def are_equal(cards: Sequence[Gpu]) -> bool:
-    """Whether the cards have one name and one size of memory."""
-    return len({(card.name, card.memory_total_bytes) for card in cards}) <= 1
+def are_equal(gpus: Sequence[Gpu]) -> bool:
+    """Whether the GPUs have one name and one size of memory."""
+    return len({(gpu.name, gpu.memory_total_bytes) for gpu in gpus}) <= 1
 
 
-def fill_order(cards: Sequence[Gpu]) -> tuple[Gpu, ...]:
+def fill_order(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
     """Fastest first: by memory bandwidth, which bounds decoding, then by memory, then by index."""
-    return tuple(sorted(cards, key=lambda c: (-(c.bandwidth_bytes_per_second or 0.0), -c.memory_total_bytes, c.index)))
+    return tuple(sorted(gpus, key=lambda c: (-(c.bandwidth_bytes_per_second or 0.0), -c.memory_total_bytes, c.index)))
 
 
-def _discovered(cards: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -> list[InstanceSpec]:
+def _discovered(gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -> list[InstanceSpec]:
     if not plan.discover:
         return []
-    if not cards:
+    if not gpus:
         return [_spawned(CPU, (), plan.tuning_for(CPU), plan, ports)]
-    specs = [_single(card, plan, ports) for card in cards]
+    specs = [_single(gpu, plan, ports) for gpu in gpus]
     # CUDA gives a process one MIG device at most (NVIDIA MIG user guide), so nothing spreads over them.
-    whole = [card for card in cards if not card.uuid.startswith("MIG-")]
+    whole = [gpu for gpu in gpus if not gpu.uuid.startswith("MIG-")]
     if len(whole) < 2 or plan.spread == "off":
         return specs
     even = are_equal(whole) if plan.spread == "auto" else plan.spread == "even"
     ordered = tuple(whole) if even else fill_order(whole)
-    uuids = tuple(card.uuid for card in ordered)
-    shares = memory_shares(tuple(card.memory_total_bytes for card in ordered))
+    uuids = tuple(gpu.uuid for gpu in ordered)
+    shares = memory_shares(tuple(gpu.memory_total_bytes for gpu in ordered))
     return [*specs, _spawned(SPREAD, uuids, plan.tuning_for(SPREAD), plan, ports, even=even, shares=shares)]
 
 
-def _single(card: Gpu, plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
-    name = InstanceName(f"gpu{card.index}")
-    return _spawned(name, (card.uuid,), plan.tuning_for(name), plan, ports)
+def _single(gpu: Gpu, plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
+    name = InstanceName(f"gpu{gpu.index}")
+    return _spawned(name, (gpu.uuid,), plan.tuning_for(name), plan, ports)
 
 
-def _declared(one: DeclaredInstance, cards: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
+def _declared(one: DeclaredInstance, gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
     name = InstanceName(one.name or (one.url or "").partition("://")[2].rstrip("/"))
     if not name:
         raise PlanError("a declared instance has neither a name nor a url: give it one of them")
-    chosen = [_card(wanted, name, cards) for wanted in one.gpus]
-    gpus = tuple(card.uuid for card in chosen)
-    if len(set(gpus)) != len(gpus):
-        raise PlanError(f"instance {name}: gpus names one card twice")
+    chosen = [_gpu(wanted, name, gpus) for wanted in one.gpus]
+    uuids = tuple(gpu.uuid for gpu in chosen)
+    if len(set(uuids)) != len(uuids):
+        raise PlanError(f"instance {name}: gpus names one GPU twice")
     if one.url is not None:
-        return _spec(name, gpus, one.url.rstrip("/"), one.tuning, {}, attached=True)
-    even = len(gpus) > 1 and (are_equal(chosen) if plan.spread == "auto" else plan.spread == "even")
-    shares = memory_shares(tuple(card.memory_total_bytes for card in chosen))
-    return _spawned(name, gpus, one.tuning, plan, ports, even=even, shares=shares)
+        return _spec(name, uuids, one.url.rstrip("/"), one.tuning, {}, attached=True)
+    even = len(uuids) > 1 and (are_equal(chosen) if plan.spread == "auto" else plan.spread == "even")
+    shares = memory_shares(tuple(gpu.memory_total_bytes for gpu in chosen))
+    return _spawned(name, uuids, one.tuning, plan, ports, even=even, shares=shares)
 
 
-def _card(wanted: str, name: str, cards: Sequence[Gpu]) -> Gpu:
+def _gpu(wanted: str, name: str, gpus: Sequence[Gpu]) -> Gpu:
     if wanted.isdecimal():
-        found = [card for card in cards if card.index == int(wanted)]
+        found = [gpu for gpu in gpus if gpu.index == int(wanted)]
     else:
-        found = [card for card in cards if card.uuid.lower().startswith(wanted.lower())]
+        found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(wanted.lower())]
     if len(found) == 1:
         return found[0]
-    there = ", ".join(f"{card.index}: {card.uuid} ({card.name})" for card in cards) or "none"
-    problem = "is no card" if not found else "fits several cards"
+    there = ", ".join(f"{gpu.index}: {gpu.uuid} ({gpu.name})" for gpu in gpus) or "none"
+    problem = "is no GPU" if not found else "fits several GPUs"
     raise PlanError(f"instance {name}: gpus: {wanted!r} {problem} of this machine; there are: {there}")
 
 
@@ -211,7 +211,7 @@ def _spawned(
     even: bool = False,
     shares: Shares = (),
 ) -> InstanceSpec:
-    """`shares`: of the cards; even ones where there are none."""
+    """`shares`: of the GPUs; even ones where there are none."""
     port = next(ports, None)
     if port is None:
         raise PlanError(f"instance {name}: no free port is left for it")
@@ -256,7 +256,7 @@ def _defaults(even: bool, shares: Shares) -> dict[str, str]:
         **HIDDEN_DEVICES,
         **split,
         "OLLAMA_SCHED_SPREAD": "1" if even else "0",
-        # 0 would mean three models a card (server/sched.go), after which Ollama evicts by count whatever the memory
+        # 0 would mean three models a GPU (server/sched.go), after which Ollama evicts by count whatever the memory
         # says. Eviction is the router's, so the count is put out of reach.
         "OLLAMA_MAX_LOADED_MODELS": _UNREACHABLE_MODEL_COUNT,
     }

@@ -1,6 +1,6 @@
-"""Which cards a server says that it computes on, read from its `inference compute` log lines. Pure text work.
+"""Which GPUs a server says that it computes on, read from its `inference compute` log lines. Pure text work.
 
-A server that was given a card it cannot see falls back to the CPU without a word of complaint; these lines are the
+A server that was given a GPU it cannot see falls back to the CPU without a word of complaint; these lines are the
 only place where that shows before the first model is loaded.
 """
 
@@ -40,24 +40,24 @@ def parse_compute_line(line: str) -> ComputeDevice | None:
     return ComputeDevice(fields.get("id", ""), fields.get("library", ""))
 
 
-def missing_cards(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> tuple[GpuUuid, ...]:
-    """The expected cards that were not reported. Where a server only numbers its devices, they are counted."""
-    cards = [device for device in reported if not device.is_cpu]
-    ids = {device.id.lower() for device in cards}
-    if any(uuid.startswith("MIG-") for uuid in expected) or not any(d.id.startswith(_UUID_PREFIXES) for d in cards):
-        return tuple(expected[len(cards) :])  # CUDA reports a MIG device under its card's UUID on some drivers
+def missing_gpus(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> tuple[GpuUuid, ...]:
+    """The expected GPUs that were not reported. Where a server only numbers its devices, they are counted."""
+    gpus = [device for device in reported if not device.is_cpu]
+    ids = {device.id.lower() for device in gpus}
+    if any(uuid.startswith("MIG-") for uuid in expected) or not any(d.id.startswith(_UUID_PREFIXES) for d in gpus):
+        return tuple(expected[len(gpus) :])  # CUDA reports a MIG device under its GPU's UUID on some drivers
     return tuple(uuid for uuid in expected if uuid.lower() not in ids)
 
 
 def unexpected_devices(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> tuple[ComputeDevice, ...]:
-    """Cards that a server reports beyond those that it was given: memory that the books do not know of."""
+    """GPUs that a server reports beyond those that it was given: memory that the books do not know of."""
     return tuple(device for device in reported if not device.is_cpu)[len(expected) :]
 
 
-def cards_problem(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> str | None:
-    """Why a server cannot be trusted with its cards, in words; None where it reports all of them."""
-    missing = missing_cards(expected, reported)
+def gpus_problem(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> str | None:
+    """Why a server cannot be trusted with its GPUs, in words; None where it reports all of them."""
+    missing = missing_gpus(expected, reported)
     if not missing:
         return None
     seen = ", ".join(f"{device.id} ({device.library})" for device in reported) or "no device yet"
-    return f"does not see its cards {', '.join(missing)}: it reports {seen}"
+    return f"does not see its GPUs {', '.join(missing)}: it reports {seen}"

@@ -1,10 +1,10 @@
-"""What a model takes on each card: weights, KV cache, compute buffer and CUDA context, from its facts alone.
+"""What a model takes on each GPU: weights, KV cache, compute buffer and CUDA context, from its facts alone.
 
-Each part is a function of its own that names its source. The figures are of a load with all layers on the cards, which
+Each part is a function of its own that names its source. The figures are of a load with all layers on the GPUs, which
 is the only load the router asks for. Where a fact is missing, the larger answer is given. Left out is what the facts do
 not tell: the working memory of vision encoders and the small state of recurrent layers.
 
-It reads no card and reserves nothing.
+It reads no GPU and reserves nothing.
 
 Sources: Ollama v0.11.4 to v0.24, `fs/ggml/ggml.go` (GraphSize, FlashAttention, SupportsFlashAttention),
 `ml/backend/ggml/ggml.go` (which tensor goes where), `discover/gpu.go`; llama.cpp, `src/llama-model.cpp` (layer split),
@@ -28,8 +28,8 @@ from router.engines.ollama.ggml_types import cache_bytes
 MIB = 1024**2
 
 CUDA_CONTEXT_BYTES = 457 * MIB
-"""A process's CUDA context on one card, cuBLAS and kernels included: `cudaMinimumMemory` (discover/gpu.go, v0.11.4),
-which Ollama keeps free of every card for it, in v0.24 too."""
+"""A process's CUDA context on one GPU, cuBLAS and kernels included: `cudaMinimumMemory` (discover/gpu.go, v0.11.4),
+which Ollama keeps free of every GPU for it, in v0.24 too."""
 
 DEFAULT_BATCH_TOKENS = 512
 """Ollama's `num_batch` (api/types.go) up to v0.24; llama.cpp's micro-batch."""
@@ -66,15 +66,15 @@ _FLASH_WITH_UNEQUAL_HEADS = frozenset({"qwen35", "qwen35moe", "qwen3next"})
 
 @dataclass(frozen=True, slots=True)
 class LayerSplit:
-    """Whole layers of each card, in card order and in layer order, and the card that holds the output layer."""
+    """Whole layers of each GPU, in GPU order and in layer order, and the GPU that holds the output layer."""
 
     layers: tuple[int, ...]
-    output_card: int
+    output_gpu: int
 
 
 def footprint(
     facts: ModelFacts,
-    cards: int,
+    gpus: int,
     context_length: int,
     slots: int,
     kv_cache_type: str,
@@ -82,17 +82,17 @@ def footprint(
     batch: int = DEFAULT_BATCH_TOKENS,
     version: str | None = None,
 ) -> Footprint:
-    """Bytes on each of `cards` cards with all layers spread evenly over them.
+    """Bytes on each of `gpus` GPUs with all layers spread evenly over them.
 
     `context_length`: tokens of one slot, already cut to the trained context. `kv_cache_type`: f16, q8_0 or q4_0; ""
     is f16. `flash_attention`: None is the server's own choice. `version`: the server's; one that is not known counts as
-    0.24. The parts are sums over the cards. With no cards `per_gpu_bytes` is empty, and the parts say what host memory
+    0.24. The parts are sums over the GPUs. With no GPUs `per_gpu_bytes` is empty, and the parts say what host memory
     a load takes.
 
     Raises:
         ValueError: an unknown `kv_cache_type`, or a number out of range; the text names it.
     """
-    split = even_split(facts.layers, cards)
+    split = even_split(facts.layers, gpus)
     return footprint_of_split(facts, split, context_length, slots, kv_cache_type, flash_attention, batch, version)
 
 
@@ -107,7 +107,7 @@ def footprint_of_split(
     batch: int = DEFAULT_BATCH_TOKENS,
     version: str | None = None,
 ) -> Footprint:
-    """Bytes on each card with the layers put as `split` says; a card that holds none takes nothing.
+    """Bytes on each GPU with the layers put as `split` says; a GPU that holds none takes nothing.
 
     Everything else as in `footprint`.
     """
@@ -118,8 +118,8 @@ def footprint_of_split(
     caches: list[int] = []
     used: list[bool] = []
     start = 0
-    for card, count in enumerate(split.layers):
-        has_output = card == split.output_card
+    for gpu, count in enumerate(split.layers):
+        has_output = gpu == split.output_gpu
         stop = start + count
         weights.append(sum(plan.layer_weights_bytes[start:stop]) + has_output * plan.output_bytes)
         caches.append(sum(plan.layer_cache_bytes[start:stop]))
@@ -135,21 +135,21 @@ def footprint_of_split(
     )
 
 
-def even_split(layers: int, cards: int) -> LayerSplit:
-    """Layers over equal cards: as `split_by` with equal shares.
+def even_split(layers: int, gpus: int) -> LayerSplit:
+    """Layers over equal GPUs: as `split_by` with equal shares.
 
     Raises:
         ValueError: a negative number.
     """
-    if cards < 0:
-        raise ValueError(f"cards must not be negative: {cards}")
-    return split_by(layers, (1.0,) * cards)
+    if gpus < 0:
+        raise ValueError(f"GPUs must not be negative: {gpus}")
+    return split_by(layers, (1.0,) * gpus)
 
 
 @lru_cache(maxsize=4096)
 def split_by(layers: int, shares: tuple[float, ...]) -> LayerSplit:
-    """Layers over cards in these shares, as llama.cpp puts them: of `layers` + 1 units, the last of them the output,
-    unit i goes to the first card up to which the shares are more than i / (layers + 1) of all (`load_tensors`,
+    """Layers over GPUs in these shares, as llama.cpp puts them: of `layers` + 1 units, the last of them the output,
+    unit i goes to the first GPU up to which the shares are more than i / (layers + 1) of all (`load_tensors`,
     `get_layer_buft_list`).
 
     Raises:
@@ -159,9 +159,9 @@ def split_by(layers: int, shares: tuple[float, ...]) -> LayerSplit:
     if layers < 0 or any(share < 0 for share in shares) or (shares and not whole):
         raise ValueError(f"no layers and shares to split by: {layers}, {shares}")
     bounds = [upto * units for upto in accumulate(shares)]
-    cards = [bisect_right(bounds, unit * whole) for unit in range(units if shares else 0)]
-    counts = Counter(cards[:-1])
-    return LayerSplit(tuple(counts[card] for card in range(len(shares))), cards[-1] if cards else 0)
+    gpus = [bisect_right(bounds, unit * whole) for unit in range(units if shares else 0)]
+    counts = Counter(gpus[:-1])
+    return LayerSplit(tuple(counts[gpu] for gpu in range(len(shares))), gpus[-1] if gpus else 0)
 
 
 def fill_first_split(
@@ -174,46 +174,46 @@ def fill_first_split(
     batch: int = DEFAULT_BATCH_TOKENS,
     version: str | None = None,
 ) -> LayerSplit | None:
-    """Layers over unequal cards in the order given: each is filled with whole layers before the next is begun, and the
-    output layer goes to the last card with layers or, where it has no room for it, to a later one.
+    """Layers over unequal GPUs in the order given: each is filled with whole layers before the next is begun, and the
+    output layer goes to the last GPU with layers or, where it has no room for it, to a later one.
 
-    `free_bytes`: what each card may be given. None where not all layers and the output fit. Errors as `footprint`.
+    `free_bytes`: what each GPU may be given. None where not all layers and the output fit. Errors as `footprint`.
     """
     plan = _plan(facts, context_length, slots, kv_cache_type, flash_attention, batch, version)
     counts = [0] * len(free_bytes)
     left = [free - plan.fixed_bytes for free in free_bytes]
-    card = 0
+    gpu = 0
     for size in plan.layer_bytes:
-        while card < len(left) and left[card] < size:
-            card += 1
-        if card == len(left):
+        while gpu < len(left) and left[gpu] < size:
+            gpu += 1
+        if gpu == len(left):
             return None
-        left[card] -= size
-        counts[card] += 1
-    output_card = next((k for k in range(card, len(left)) if left[k] >= plan.output_bytes), None)
-    return None if output_card is None else LayerSplit(tuple(counts), output_card)
+        left[gpu] -= size
+        counts[gpu] += 1
+    output_gpu = next((k for k in range(gpu, len(left)) if left[k] >= plan.output_bytes), None)
+    return None if output_gpu is None else LayerSplit(tuple(counts), output_gpu)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------
 
 
-def weights_on_cards_bytes(facts: ModelFacts) -> int:
+def weights_on_gpus_bytes(facts: ModelFacts) -> int:
     """Weights less the input embedding table, which llama.cpp and Ollama's own engine keep in host memory
-    (`LLM_TENSOR_LAYER_INPUT`; `input.bts`). A model without an output layer of its own has the table on the cards a
+    (`LLM_TENSOR_LAYER_INPUT`; `input.bts`). A model without an output layer of its own has the table on the GPUs a
     second time; its facts give 0 for `input_bytes`."""
     return max(0, facts.weights_bytes - (facts.input_bytes or 0))
 
 
-def output_on_cards_bytes(facts: ModelFacts) -> int:
-    """The output layer, which goes to one card whole; 0 where its size is unknown (it then counts with the layers).
+def output_on_gpus_bytes(facts: ModelFacts) -> int:
+    """The output layer, which goes to one GPU whole; 0 where its size is unknown (it then counts with the layers).
     Where the layers are unknown, nothing can be split, and all weights count as this."""
-    weights = weights_on_cards_bytes(facts)
+    weights = weights_on_gpus_bytes(facts)
     return weights if facts.layers == 0 else min(weights, facts.output_bytes or 0)
 
 
 def layer_weights_bytes(facts: ModelFacts) -> tuple[int, ...]:
     """Weights of each layer: what is not input or output, in equal parts that sum up exactly."""
-    weights, layers = weights_on_cards_bytes(facts) - output_on_cards_bytes(facts), facts.layers
+    weights, layers = weights_on_gpus_bytes(facts) - output_on_gpus_bytes(facts), facts.layers
     return tuple(weights * (layer + 1) // layers - weights * layer // layers for layer in range(layers))
 
 
@@ -248,7 +248,7 @@ def layer_kv_cache_bytes(
 def compute_buffer_bytes(
     facts: ModelFacts, context_length: int, slots: int, flash_attention: bool, batch: int = DEFAULT_BATCH_TOKENS
 ) -> int:
-    """The graph's working memory on one card, for a batch of B tokens, width E, H heads, V vocabulary, C = context x
+    """The graph's working memory on one GPU, for a batch of B tokens, width E, H heads, V vocabulary, C = context x
     slots, in 4-byte elements.
 
     With flash attention the larger of the logits, B (E + V), and of one layer's activations with the attention mask,
@@ -270,7 +270,7 @@ def compute_buffer_bytes(
 
 
 def uses_flash_attention(facts: ModelFacts, asked: bool | None, version: str | None = None) -> bool:
-    """Whether a load uses flash attention. `asked`: None leaves it to the server, which on cards of compute capability
+    """Whether a load uses flash attention. `asked`: None leaves it to the server, which on GPUs of compute capability
     7.0 and later chooses it for most architectures (FlashAttention; "auto" in llama.cpp's engine), before v0.12 for
     none.
 
@@ -320,7 +320,7 @@ def batch_tokens(version: str | None, context_length: int, slots: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The pieces that are put on cards: one figure for each layer, one for the output, one for each card in use."""
+    """The pieces that are put on GPUs: one figure for each layer, one for the output, one for each GPU in use."""
 
     layer_weights_bytes: tuple[int, ...]
     layer_cache_bytes: tuple[int, ...]
@@ -354,6 +354,6 @@ def _plan(
     return _Plan(
         layer_weights_bytes=layer_weights_bytes(facts),
         layer_cache_bytes=layer_kv_cache_bytes(facts, context_length, slots, cache_type, batch),
-        output_bytes=output_on_cards_bytes(facts),
+        output_bytes=output_on_gpus_bytes(facts),
         compute_buffer_bytes=compute_buffer_bytes(facts, context_length, slots, flash, batch),
     )

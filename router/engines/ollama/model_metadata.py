@@ -16,7 +16,7 @@ import msgspec
 from router.domain.model import BlobDigest, ModelFacts
 from router.engines.ollama.client import ShowReply, TagRow, TensorRow
 from router.engines.ollama.ggml_types import tensor_bytes
-from router.engines.ollama.runner_options import own_parameters
+from router.engines.ollama.runner_options import runner_parameters
 
 _T = TypeVar("_T")
 _Info = Mapping[str, msgspec.Raw]
@@ -41,7 +41,7 @@ _OUTPUT_PARTS = frozenset(
         "v",
     }
 )
-"""First parts of the names of tensors that go to the output layer's card (the same file, `output.bts`)."""
+"""First parts of the names of tensors that go to the output layer's GPU (the same file, `output.bts`)."""
 
 _ARRAYS = ("attention.head_count", "attention.head_count_kv")
 
@@ -57,7 +57,7 @@ def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
     """The facts of a model; None for one that has no weights here (a cloud model's stub).
 
     `weights_bytes` is the size in `/api/tags`, which also counts the template, parameters and licence: kilobytes.
-    `input_bytes` is 0 for a model without an output layer of its own: the embedding table then is on the cards too.
+    `input_bytes` is 0 for a model without an output layer of its own: the embedding table then is on the GPUs too.
     """
     blob = _WEIGHTS_LINE.search(reply.modelfile)
     if blob is None or tag.remote_host:
@@ -174,4 +174,4 @@ def _is_embedding(reply: ShowReply, info: _Info, kind: str) -> bool:
 def _parameters(text: str) -> tuple[tuple[str, str], ...]:
     """The lines that matter to a runner."""
     lines = (line.partition(" ") for line in text.splitlines())
-    return own_parameters((name, value) for name, _, value in lines)
+    return runner_parameters((name, value) for name, _, value in lines)

@@ -1,8 +1,8 @@
 """What a server would do with a load by its own rules: how many layers it would leave on the CPU, and whether it would
-take one card of several, unless it is told to spread.
+take one GPU of several, unless it is told to spread.
 
 The router asks for all layers with each load, which overrules the first; the second it has to reckon with. A server of
-up to 0.24 estimates widely and takes the fewest cards that hold all layers; one of 0.30 and later takes one card where
+up to 0.24 estimates widely and takes the fewest GPUs that hold all layers; one of 0.30 and later takes one GPU where
 its rough prediction is within 80 % of what is free there, else all, and lets llama.cpp fit what it can. Nothing is
 decided here.
 
@@ -29,40 +29,40 @@ from router.engines.ollama.memory_estimate import (
     kv_cache_bytes,
     layer_kv_cache_bytes,
     layer_weights_bytes,
-    output_on_cards_bytes,
+    output_on_gpus_bytes,
     uses_flash_attention,
     version_number,
-    weights_on_cards_bytes,
+    weights_on_gpus_bytes,
 )
-from router.engines.ollama.runner_options import has_own_layers
+from router.engines.ollama.runner_options import sets_num_gpu
 
-SPREADING = {"OLLAMA_SCHED_SPREAD": "1"}
-"""What keeps a server from taking one card of several."""
-ONE_CARD_SHARE = 0.8
-"""Of a card's free memory: what from 0.30 a model may be predicted to take for it to go to that card alone."""
+FORCE_SPREAD = {"OLLAMA_SCHED_SPREAD": "1"}
+"""What keeps a server from taking one GPU of several."""
+ONE_GPU_SHARE = 0.8
+"""Of a GPU's free memory: what from 0.30 a model may be predicted to take for it to go to that GPU alone."""
 FIT_TARGET_BYTES = 1024 * MIB
-"""llama.cpp's `--fit-target`: what its fit leaves free on each card."""
-OWN_ENGINE = frozenset(
+"""llama.cpp's `--fit-target`: what its fit leaves free on each GPU."""
+OLLAMA_ENGINE_ARCHITECTURES = frozenset(
     ("bert", "deepseek2", "gemma3", "gemma3n", "gemma4", "gptoss", "gpt-oss", "lfm2", "llama4", "mistral3", "mllama",
      "nomic-bert", "qwen25vl", "qwen3", "qwen3moe", "qwen3next", "qwen3vl", "qwen35")
 )  # fmt: skip
 """Architectures that servers up to 0.24 run on their own engine, which measures by allocating: no wide estimate."""
 
 
-class OwnAnswer(NamedTuple):
-    """Layers, the output counted as one, that a server left to itself would put on cards, of how many."""
+class OffloadPrediction(NamedTuple):
+    """Layers, the output counted as one, that a server left to itself would put on GPUs, of how many."""
 
-    on_cards: int
+    on_gpus: int
     layers: int
 
 
-def own_answer(
+def predict_offload(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int,
     free_bytes: Sequence[int],
-) -> OwnAnswer | None:  # fmt: skip
-    """With so much free on each card of `spec`, no other model in that server, and no `num_gpu` in the request.
+) -> OffloadPrediction | None:  # fmt: skip
+    """With so much free on each GPU of `spec`, no other model in that server, and no `num_gpu` in the request.
 
-    None where it is not known: an unknown version, an instance without cards, a model whose layers are unknown, or one
+    None where it is not known: an unknown version, an instance without GPUs, a model whose layers are unknown, or one
     that a server up to 0.24 measures by allocating.
     """
     number = version_number(version)
@@ -70,43 +70,43 @@ def own_answer(
         return None
     if number >= (0, 30):
         return _answer_0_30(model, spec, version, context_length, slots, free_bytes)
-    if model.architecture in OWN_ENGINE:
+    if model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
         return None
     return _answer_0_24(model, spec, version, context_length, slots, free_bytes)
 
 
-def overruled(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
+def explain_override(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
     """Words for a load that the server would spill: what it would do, to go on with a load's reason; else ""."""
     view = snapshot.instances.get(spec.name)
     version = view.version if view is not None else None
-    cards = [snapshot.gpus.get(gpu) for gpu in spec.gpus]
-    if has_own_layers(model) or None in cards:
+    gpus = [snapshot.gpus.get(uuid) for uuid in spec.gpus]
+    if sets_num_gpu(model) or None in gpus:
         return ""
-    free = [card.memory_free_bytes for card in cards if card is not None]
-    answer = own_answer(model, spec, version, context_length, slots_of(model, spec, snapshot.policy), free)
-    if answer is None or answer.on_cards == answer.layers:
+    free = [gpu.memory_free_bytes for gpu in gpus if gpu is not None]
+    answer = predict_offload(model, spec, version, context_length, slots_of(model, spec, snapshot.policy), free)
+    if answer is None or answer.on_gpus == answer.layers:
         return ""
-    left = answer.layers - answer.on_cards
+    left = answer.layers - answer.on_gpus
     return f"; {version} by itself would leave {left} of {answer.layers} layers on the CPU: all are asked for"
 
 
-def may_take_one_card(
+def may_take_one_gpu(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int,
     total_bytes: Sequence[int],
 ) -> tuple[bool, ...]:  # fmt: skip
-    """For each card of an instance over several: whether the server could put the whole model there, whatever the
-    request asks for, if the card were empty. Which one it takes depends on what is free when it loads.
+    """For each GPU of an instance over several: whether the server could put the whole model there, whatever the
+    request asks for, if the GPU were empty. Which one it takes depends on what is free when it loads.
 
-    Up to 0.24 cards are added one by one until they hold all layers asked for (llm/server.go, `assignLayers`). What
+    Up to 0.24 GPUs are added one by one until they hold all layers asked for (llm/server.go, `assignLayers`). What
     such a server keeps free beside the layers differs by engine: only the context is counted, so that none is missed.
     """
-    if len(total_bytes) < 2 or spreads(spec):
+    if len(total_bytes) < 2 or forces_spread(spec):
         return (False,) * len(total_bytes)
     number = version_number(version)
     if number is not None and number >= (0, 30):
-        least = predicted_bytes(model, context_length, slots) / ONE_CARD_SHARE
+        least = predicted_bytes(model, context_length, slots) / ONE_GPU_SHARE
     else:
-        least = weights_on_cards_bytes(model) + CUDA_CONTEXT_BYTES
+        least = weights_on_gpus_bytes(model) + CUDA_CONTEXT_BYTES
         cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
         least += kv_cache_bytes(model, context_length, slots, cache)
     return tuple(least <= total for total in total_bytes)
@@ -121,28 +121,28 @@ def predicted_bytes(model: ModelFacts, context_length: int, slots: int) -> int:
 
 def _answer_0_30(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
-) -> OwnAnswer:
+) -> OffloadPrediction:
     best = max(free)
-    alone = predicted_bytes(model, context_length, slots) <= ONE_CARD_SHARE * best and not spreads(spec)
+    alone = predicted_bytes(model, context_length, slots) <= ONE_GPU_SHARE * best and not forces_spread(spec)
     batch = batch_tokens(version, context_length, slots)
     flash = uses_flash_attention(model, spec.flash_attention, version)
     fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + FIT_TARGET_BYTES
     unit = _unit_bytes(model, spec, version, context_length, slots, batch)
-    room = sum(max(0, card - fixed) // unit for card in ([best] if alone else free))
-    return OwnAnswer(min(model.layers + 1, room), model.layers + 1)
+    room = sum(max(0, gpu - fixed) // unit for gpu in ([best] if alone else free))
+    return OffloadPrediction(min(model.layers + 1, room), model.layers + 1)
 
 
 def _answer_0_24(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
-) -> OwnAnswer:
+) -> OffloadPrediction:
     unit = _unit_bytes(model, spec, version, context_length, slots, DEFAULT_BATCH_TOKENS)
     kept = graph_bytes(model, context_length * slots) + unit + CUDA_CONTEXT_BYTES + _overhead_bytes(spec)
-    room = sum(max(0, card - kept) // unit for card in free)
+    room = sum(max(0, gpu - kept) // unit for gpu in free)
     whole = model.layers + 1
-    surplus = max(0, -(-output_on_cards_bytes(model) // unit) - 1)  # the output takes the room of so many layers more
+    surplus = max(0, -(-output_on_gpus_bytes(model) // unit) - 1)  # the output takes the room of so many layers more
     if room >= whole + surplus:
-        return OwnAnswer(whole, whole)
-    return OwnAnswer(min(room, model.layers), whole)
+        return OffloadPrediction(whole, whole)
+    return OffloadPrediction(min(room, model.layers), whole)
 
 
 def _unit_bytes(
@@ -169,6 +169,6 @@ def _overhead_bytes(spec: InstanceSpec) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def spreads(spec: InstanceSpec) -> bool:
-    """Whether the server is told not to take one card of several."""
+def forces_spread(spec: InstanceSpec) -> bool:
+    """Whether the server is told not to take one GPU of several."""
     return spec.environment.get("OLLAMA_SCHED_SPREAD", "").lower() in ("1", "true", "t")

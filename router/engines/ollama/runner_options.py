@@ -26,7 +26,7 @@ _BOOLEANS = frozenset({"use_mmap"})
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
 
 
-def own_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def runner_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Of a Modelfile's parameters those that matter to a runner, as `ModelFacts` has them: the last of each name, and
     whole numbers as such, which Go prints as floats (`1.048576e+06`)."""
     known = ((name, text.strip()) for name, text in written if name in RUNNER_OPTIONS or name in PLACEMENT_OPTIONS)
@@ -56,7 +56,7 @@ def runner_options(facts: ModelFacts, asked: Mapping[str, object], default_conte
     return tuple(sorted((name, value) for name, value in merged.items() if value != defaults[name]))
 
 
-def own_context(facts: ModelFacts, default_context_length: int) -> int:
+def default_context_length_of(facts: ModelFacts, default_context_length: int) -> int:
     """Tokens of context that a request gets which says nothing of it: the Modelfile's, else the server's default."""
     return int(dict(runner_options(facts, {}, default_context_length)).get("num_ctx", default_context_length))
 
@@ -68,26 +68,26 @@ def with_context(facts: ModelFacts, context_length: int, default_context_length:
     return tuple(sorted((*own, *context)))
 
 
-def ordinary_options(facts: ModelFacts, pin: Pin | None, default_context_length: int) -> RunnerOptions:
+def default_runner_options(facts: ModelFacts, pin: Pin | None, default_context_length: int) -> RunnerOptions:
     """Of a load for nobody in particular: as the Modelfile says, with the context that the model is pinned to."""
     pinned = None if pin is None else pin.context_length
-    context = own_context(facts, default_context_length) if pinned is None else pinned
+    context = default_context_length_of(facts, default_context_length) if pinned is None else pinned
     return with_context(facts, context, default_context_length)
 
 
-def spelled_out(facts: ModelFacts, options: RunnerOptions, default_context_length: int) -> RunnerOptions:
+def explicit_options(facts: ModelFacts, options: RunnerOptions, default_context_length: int) -> RunnerOptions:
     """The options with those defaults that the Modelfile would overrule: what a load must say for its runner to be so.
 
     Where a request does not name an option, a server takes the Modelfile's, and its own default only without one.
     """
     defaults = {**RUNNER_OPTIONS, "num_ctx": default_context_length}
-    overruled = {name: defaults[name] for name, _ in runner_options(facts, {}, default_context_length)}
-    told = {name: value for name, value in overruled.items() if value is not None}
+    explain_override = {name: defaults[name] for name, _ in runner_options(facts, {}, default_context_length)}
+    told = {name: value for name, value in explain_override.items() if value is not None}
     return tuple(sorted({**told, **dict(options)}.items()))
 
 
-def has_own_layers(facts: ModelFacts) -> bool:
-    """True where the Modelfile says how many layers go to the cards: then it is not for the router to say."""
+def sets_num_gpu(facts: ModelFacts) -> bool:
+    """True where the Modelfile says how many layers go to the GPUs: then it is not for the router to say."""
     return any(name == "num_gpu" for name, _ in facts.parameters)
 
 

@@ -1,12 +1,12 @@
-"""In what shares a server puts a model's layers on the cards of an instance over several.
+"""In what shares a server puts a model's layers on the GPUs of an instance over several.
 
-By the cards' memory, so that what all hold together is held: even on equal cards. From 0.30 a server is told the shares
-(`LLAMA_ARG_TENSOR_SPLIT`). One before that cannot be told and is taken to share evenly, as it does on cards that have
-as much free; by its source (v0.24, `llm/server.go`, `findBestFit`) it goes by what is free on each card when it loads,
+By the GPUs' memory, so that what all hold together is held: even on equal GPUs. From 0.30 a server is told the shares
+(`LLAMA_ARG_TENSOR_SPLIT`). One before that cannot be told and is taken to share evenly, as it does on GPUs that have
+as much free; by its source (v0.24, `llm/server.go`, `findBestFit`) it goes by what is free on each GPU when it loads,
 which is not known when a load is planned. It puts no bytes to the layers: that is
 `router/engines/ollama/footprint_estimator.py`.
 
-Source: llama.cpp, `--tensor-split` (common/arg.cpp: numbers by comma or slash; cards beyond them get nothing).
+Source: llama.cpp, `--tensor-split` (common/arg.cpp: numbers by comma or slash; GPUs beyond them get nothing).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from router.engines.ollama.memory_estimate import version_number
 TENSOR_SPLIT = "LLAMA_ARG_TENSOR_SPLIT"
 _GIB = 1024**3
 _KEPT_GIB = 2
-"""About what each card keeps, whatever its size: the driver's own, the margin, a CUDA context, a compute buffer."""
+"""About what each GPU keeps, whatever its size: the driver's own, the margin, a CUDA context, a compute buffer."""
 
 Shares = tuple[float, ...]
 
 
 @lru_cache(maxsize=1024)
 def memory_shares(total_bytes: tuple[int, ...]) -> Shares:
-    """By what each card has for layers, in whole GiB; cards that differ by less are equal, and have 1 each."""
+    """By what each GPU has for layers, in whole GiB; GPUs that differ by less are equal, and have 1 each."""
     sizes = tuple(float(max(1, round(total / _GIB) - _KEPT_GIB)) for total in total_bytes)
     return (1.0,) * len(sizes) if len(set(sizes)) <= 1 else sizes
 
@@ -47,14 +47,14 @@ def parsed_split(text: str) -> Shares:
     return shares if all(share >= 0.0 for share in shares) and 0.0 < sum(shares) < float("inf") else ()
 
 
-def shares_for(told: Shares, cards: int) -> Shares:
-    """What of these shares so many cards get; even ones where none are told, or none for these."""
-    shares = (*told[:cards], *(0.0,) * (cards - len(told)))
-    return shares if any(shares) else (1.0,) * cards
+def shares_for(told: Shares, gpus: int) -> Shares:
+    """What of these shares so many GPUs get; even ones where none are told, or none for these."""
+    shares = (*told[:gpus], *(0.0,) * (gpus - len(told)))
+    return shares if any(shares) else (1.0,) * gpus
 
 
 def shares_of(spec: InstanceSpec, version: str | None) -> Shares:
-    """One for each card of the instance: what its server is told, where it heeds that, else even ones.
+    """One for each GPU of the instance: what its server is told, where it heeds that, else even ones.
 
     `version`: of the server, None where it is not known yet: then it is taken for one that heeds.
     """

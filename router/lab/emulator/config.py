@@ -22,8 +22,8 @@ DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class VisibleCard:
-    """One card that this server may use."""
+class VisibleGpu:
+    """One GPU that this server may use."""
 
     uuid: str
     name: str
@@ -43,7 +43,7 @@ class Config:
     version_text: str = "0.24.0"
     speed: float = 1.0
     rig_dir: Path | None = None
-    cards: tuple[VisibleCard, ...] = ()
+    gpus: tuple[VisibleGpu, ...] = ()
     ram_bytes: int | None = None
     """Host memory of the rig; None: what the machine has free."""
     context_length: int = 0
@@ -75,7 +75,7 @@ class Config:
 
     @property
     def most_loaded(self) -> int:
-        return self.max_loaded or 3 * max(1, len(self.cards))
+        return self.max_loaded or 3 * max(1, len(self.gpus))
 
 
 def read_config(environment: Mapping[str, str]) -> Config:
@@ -97,7 +97,7 @@ def read_config(environment: Mapping[str, str]) -> Config:
         version_text=version,
         speed=_speed(environment, rig.get("speed", 1.0)),
         rig_dir=rig_dir,
-        cards=_visible(rig, environment.get("CUDA_VISIBLE_DEVICES"), rig_dir),
+        gpus=_visible(rig, environment.get("CUDA_VISIBLE_DEVICES"), rig_dir),
         ram_bytes=rig.get("ram_bytes"),
         context_length=_number(environment, "OLLAMA_CONTEXT_LENGTH", 0),
         num_parallel=max(1, _number(environment, "OLLAMA_NUM_PARALLEL", 1)),
@@ -166,31 +166,31 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port) if port.isdigit() and int(port) < 65536 else 11434
 
 
-def _visible(rig: Mapping[str, object], wanted: str | None, rig_dir: Path | None) -> tuple[VisibleCard, ...]:
-    """The cards that CUDA would show: all of them, or those named; none at all where one name is unknown."""
+def _visible(rig: Mapping[str, object], wanted: str | None, rig_dir: Path | None) -> tuple[VisibleGpu, ...]:
+    """The GPUs that CUDA would show: all of them, or those named; none at all where one name is unknown."""
     if rig_dir is None or not rig:
         return ()
     lost = vram.read_json(rig_dir / "lost.json")
-    present = [card for card in vram.read_json(rig_dir / "rig.json")["cards"] if card["uuid"] not in lost]
-    cards = [
-        VisibleCard(
-            card["uuid"],
-            card["name"],
-            card["memory_total_bytes"] - card["memory_reserved_bytes"],
-            2.0 * card["memory_clock_hertz"] * card["memory_bus_width_bits"] / 8,
-            card["fp32_teraflops"],
-            (card["compute_capability"][0], card["compute_capability"][1]),
+    present = [gpu for gpu in vram.read_json(rig_dir / "rig.json")["gpus"] if gpu["uuid"] not in lost]
+    gpus = [
+        VisibleGpu(
+            gpu["uuid"],
+            gpu["name"],
+            gpu["memory_total_bytes"] - gpu["memory_reserved_bytes"],
+            2.0 * gpu["memory_clock_hertz"] * gpu["memory_bus_width_bits"] / 8,
+            gpu["fp32_teraflops"],
+            (gpu["compute_capability"][0], gpu["compute_capability"][1]),
         )
-        for card in present
+        for gpu in present
     ]
     if wanted is None:
-        return tuple(cards)
-    found: list[VisibleCard] = []
+        return tuple(gpus)
+    found: list[VisibleGpu] = []
     for name in (part.strip() for part in wanted.split(",")):
-        if name.isdigit() and int(name) < len(cards):
-            found.append(cards[int(name)])
+        if name.isdigit() and int(name) < len(gpus):
+            found.append(gpus[int(name)])
             continue
-        matching = [card for card in cards if name.startswith("GPU-") and card.uuid.startswith(name)]
+        matching = [gpu for gpu in gpus if name.startswith("GPU-") and gpu.uuid.startswith(name)]
         if len(matching) != 1:
             return ()
         found += matching
@@ -217,24 +217,24 @@ def _quoted(value: object, always: bool = False) -> str:
 
 def log_devices(config: Config, host_free_bytes: int, host_total_bytes: int) -> None:
     """What a real server says of its devices once it has discovered them."""
-    for index, card in enumerate(config.cards):
-        free = vram.free_bytes(config.rig_dir).get(card.uuid, 0) if config.rig_dir else 0
+    for index, gpu in enumerate(config.gpus):
+        free = vram.free_bytes(config.rig_dir).get(gpu.uuid, 0) if config.rig_dir else 0
         log(
             "INFO",
             "inference compute",
-            id=card.uuid,
+            id=gpu.uuid,
             library="CUDA",
-            compute=".".join(map(str, card.compute_capability)),
+            compute=".".join(map(str, gpu.compute_capability)),
             name=f"CUDA{index}",
-            description=card.name,
+            description=gpu.name,
             libdirs="ollama,cuda_v12",
             driver="12.8",
             pci_id=f"0000:{index + 1:02x}:00.0",
             type="discrete",
-            total=gib(card.memory_total_bytes),
+            total=gib(gpu.memory_total_bytes),
             available=gib(free),
         )
-    if not config.cards:
+    if not config.gpus:
         sizes = {"total": gib(host_total_bytes), "available": gib(host_free_bytes)}
         names = {"name": "cpu", "description": "cpu", "libdirs": "ollama", "driver": "", "pci_id": "", "type": ""}
         log("INFO", "inference compute", id="cpu", library="cpu", compute="", **names, **sizes)

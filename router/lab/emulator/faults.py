@@ -1,7 +1,7 @@
 """Faults that an EMULATED server shows on request: `faults.json` in the rig's directory, read again when it changes.
 
-It is a list of rules, each an object: `instance` (the router's name for the server), `card` (a UUID or its beginning,
-for servers that see that card) and `model` (a name) narrow it down; the rest says what goes wrong:
+It is a list of rules, each an object: `instance` (the router's name for the server), `GPU` (a UUID or its beginning,
+for servers that see that GPU) and `model` (a name) narrow it down; the rest says what goes wrong:
 
 - `slow`: runners and loads take so many times longer;
 - `hang`: runners stop computing, and answer their health check all the same;
@@ -25,7 +25,7 @@ from router.domain.model_names import parse_name
 from router.lab.emulator import vram
 
 FILE = "faults.json"
-_KEYS = frozenset({"instance", "card", "model", "slow", "hang", "die", "oom", "lose_slot", "server"})
+_KEYS = frozenset({"instance", "gpu", "model", "slow", "hang", "die", "oom", "lose_slot", "server"})
 _SERVER = ("hang", "die", "refuse_start")
 
 
@@ -34,7 +34,7 @@ class Fault:
     """One rule."""
 
     instance: str | None = None
-    card: str | None = None
+    gpu: str | None = None
     model: str | None = None
     slow: float = 1.0
     hang: bool = False
@@ -91,21 +91,21 @@ def _fault(rule: Any) -> Fault:
     return Fault(**given)
 
 
-def _concerns(fault: Fault, instance: str, cards: Iterable[str]) -> bool:
+def _concerns(fault: Fault, instance: str, gpus: Iterable[str]) -> bool:
     if fault.instance is not None and fault.instance != instance:
         return False
-    return fault.card is None or any(card.startswith(fault.card) for card in cards)
+    return fault.gpu is None or any(gpu.startswith(fault.gpu) for gpu in gpus)
 
 
-def server_fault(faults: Iterable[Fault], instance: str, cards: Iterable[str]) -> str | None:
+def server_fault(faults: Iterable[Fault], instance: str, gpus: Iterable[str]) -> str | None:
     """What the server itself shall do wrong."""
-    seen = tuple(cards)
+    seen = tuple(gpus)
     return next((one.server for one in faults if one.server and _concerns(one, instance, seen)), None)
 
 
-def behaviour(faults: Iterable[Fault], instance: str, cards: Iterable[str], model: str) -> Behaviour:
+def behaviour(faults: Iterable[Fault], instance: str, gpus: Iterable[str], model: str) -> Behaviour:
     """What goes wrong with a model; `model` in its shortest form. Several rules add up."""
-    seen = tuple(cards)
+    seen = tuple(gpus)
     found = [one for one in faults if _concerns(one, instance, seen) and _means(one, model)]
     return Behaviour(
         slow=max((one.slow for one in found), default=1.0),

@@ -40,9 +40,9 @@ class Loaded:
     process: RunnerProcess
     size_bytes: int
     layers: tuple[int, ...]
-    """Units on each visible card, the output layer being one; the rest is on the CPU."""
-    bytes_by_card: Mapping[str, int]
-    believed_by_card: Mapping[str, int]
+    """Units on each visible GPU, the output layer being one; the rest is on the CPU."""
+    bytes_by_gpu: Mapping[str, int]
+    believed_by_gpu: Mapping[str, int]
     """What its server up to 0.24 takes off what it believes to be free."""
     host_bytes: int
     session_seconds: float
@@ -68,7 +68,7 @@ class Loaded:
 
     @property
     def size_vram_bytes(self) -> int:
-        return sum(self.bytes_by_card.values())
+        return sum(self.bytes_by_gpu.values())
 
     def begin(self) -> None:
         """The load has succeeded."""

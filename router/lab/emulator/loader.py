@@ -1,6 +1,6 @@
 """How the EMULATED server loads a model: reads free memory, plans as its version does, starts a runner, waits.
 
-Where the cards turn out to have less room than the plan believed, it does what the real versions do: Ollama's own
+Where the GPUs turn out to have less room than the plan believed, it does what the real versions do: Ollama's own
 engine tries again with less, llama.cpp's fails, from 0.30 all other models are evicted once. Kinder than the truth:
 the context is never lowered by itself, and a broken weights file loads as a small model instead of failing.
 """
@@ -25,9 +25,9 @@ from router.lab.emulator.options import Options
 from router.lab.emulator.runner_process import RunnerProcess
 from router.lab.emulator.store import Header, Store, Stored
 from router.lab.simulator import world as worlds
-from router.lab.simulator.load_shape import Asked, kept_tokens, shape_for
+from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_for
 from router.lab.simulator.server_placement import (
-    OWN_ENGINE,
+    OLLAMA_ENGINE_ARCHITECTURES,
     Ask,
     Plan,
     Room,
@@ -37,7 +37,7 @@ from router.lab.simulator.server_placement import (
     settled,
     sizes,
 )
-from router.lab.simulator.world import CardFacts, World
+from router.lab.simulator.world import GpuModel, World
 
 RECORD = "loads.jsonl"
 """In the rig's directory: a line for each load that ended, for whoever compares servers."""
@@ -86,9 +86,9 @@ class Loader:
 
     def default_context(self) -> int:
         """Tokens where neither request nor Modelfile names a context."""
-        total = sum(card.memory_total_bytes for card in self._config.cards)
+        total = sum(gpu.memory_total_bytes for gpu in self._config.gpus)
         return self._config.context_length or default_context(
-            total, self._config.version, self._config.overhead_bytes if self._config.cards else 0
+            total, self._config.version, self._config.overhead_bytes if self._config.gpus else 0
         )
 
     async def start(self, stored: Stored, options: Options, others: list[Loaded], session_seconds: float) -> Loaded:
@@ -98,7 +98,7 @@ class Loader:
             LoadError: the server refuses at once.
             MustEvictError: no room beside the others.
         """
-        if self._config.cards:
+        if self._config.gpus:
             is_new = self._config.is_0_30
             read = self._world.memory_read_seconds_0_30 if is_new else self._world.memory_read_seconds
             await asyncio.sleep(self.seconds(read))
@@ -123,7 +123,7 @@ class Loader:
 
     def _ask(self, facts: ModelFacts, options: Options, others: list[Loaded]) -> Ask:
         config = self._config
-        asked = Asked(
+        asked = RequestedShape(
             version=config.version,
             context_length=options.runner.num_ctx,
             slots=config.num_parallel,
@@ -163,8 +163,8 @@ class Loader:
         process: RunnerProcess,
         session_seconds: float,
     ) -> Loaded:
-        host, on_cards = sizes(self._world, ask, chosen.layers)
-        cards = self._by_card(on_cards)
+        host, on_gpus = sizes(self._world, ask, chosen.layers)
+        gpus = self._by_gpu(on_gpus)
         runner = options.runner
         if not options.is_batch_given:
             runner = replace(runner, num_batch=ask.shape.batch_tokens)
@@ -176,18 +176,18 @@ class Loader:
             options=runner,
             context_length=ask.shape.context_length,
             process=process,
-            size_bytes=host + sum(cards.values()),
+            size_bytes=host + sum(gpus.values()),
             layers=chosen.layers,
-            bytes_by_card=cards,
-            believed_by_card=self._by_card(believed_bytes(self._world, facts, ask.shape, chosen.layers)),
+            bytes_by_gpu=gpus,
+            believed_by_gpu=self._by_gpu(believed_bytes(self._world, facts, ask.shape, chosen.layers)),
             host_bytes=host,
             session_seconds=session_seconds,
             slot_count=ask.shape.slots,
             kept_tokens=kept_tokens(facts, ask.shape, self._config.version),
         )
 
-    def _by_card(self, sizes_in_order: Sequence[int]) -> dict[str, int]:
-        return {card.uuid: size for card, size in zip(self._config.cards, sizes_in_order, strict=True) if size > 0}
+    def _by_gpu(self, sizes_in_order: Sequence[int]) -> dict[str, int]:
+        return {gpu.uuid: size for gpu, size in zip(self._config.gpus, sizes_in_order, strict=True) if size > 0}
 
     # --- the load itself ---
 
@@ -202,7 +202,7 @@ class Loader:
         began = time.monotonic()
         name = loaded.stored.name.shortest
         warm = self._around.memory.is_cached(loaded.key, loaded.facts.weights_bytes)
-        total = worlds.load_seconds(self._world, loaded.facts.weights_bytes, warm, bool(loaded.bytes_by_card))
+        total = worlds.load_seconds(self._world, loaded.facts.weights_bytes, warm, bool(loaded.bytes_by_gpu))
         faulty = self._around.behaviour(name)
         loaded.process.behave(faulty.slow, faulty.hang, faulty.die)
         for attempt in range(_RETRIES + 1):
@@ -223,7 +223,7 @@ class Loader:
         line = {
             "model": loaded.stored.name.shortest,
             "weights_bytes": loaded.facts.weights_bytes,
-            "bytes_by_card": dict(loaded.bytes_by_card),
+            "bytes_by_gpu": dict(loaded.bytes_by_gpu),
             "host_bytes": loaded.host_bytes,
             "is_whole": sum(loaded.layers) > loaded.facts.layers,
             "problem": problem,
@@ -235,9 +235,9 @@ class Loader:
         self, loaded: Loaded, options: Options, seconds: float, request: Request, is_taken: bool
     ) -> str | None:
         """None once loaded, else why not."""
-        if is_taken and loaded.bytes_by_card:
+        if is_taken and loaded.bytes_by_gpu:
             return "CUDA error: out of memory"
-        load = loaded.process.load(loaded.bytes_by_card, seconds, self._pace(loaded, options))
+        load = loaded.process.load(loaded.bytes_by_gpu, seconds, self._pace(loaded, options))
         async with asyncio.TaskGroup() as tasks:
             loading, leaving = tasks.create_task(load), tasks.create_task(request.left.wait())
             await asyncio.wait((loading, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -252,11 +252,11 @@ class Loader:
         self, loaded: Loaded, options: Options, others: list[Loaded], problem: str, attempt: int
     ) -> None:
         """Changes the plan for another try, or raises."""
-        if "out of memory" not in problem or not loaded.bytes_by_card:
+        if "out of memory" not in problem or not loaded.bytes_by_gpu:
             raise LoadError(f"llama runner process has terminated: {problem}")
         if self._config.is_0_30 and others:
             raise MustEvictError(all_others=True)
-        is_own = loaded.facts.architecture in OWN_ENGINE
+        is_own = loaded.facts.architecture in OLLAMA_ENGINE_ARCHITECTURES
         if self._config.is_0_30 or not is_own or options.runner.num_gpu >= 0:
             raise LoadError("llama runner process has terminated: cudaMalloc failed: out of memory")
         share = 1.0 - 0.1 * (attempt + 1)
@@ -266,15 +266,15 @@ class Loader:
         ]
         ask = self._ask(loaded.facts, options, others)
         loaded.layers = self._planned(ask, rooms).layers
-        host, on_cards = sizes(self._world, ask, loaded.layers)
-        loaded.bytes_by_card = loaded.believed_by_card = self._by_card(on_cards)  # its own engine measures
-        loaded.host_bytes, loaded.size_bytes = host, host + sum(on_cards)
+        host, on_gpus = sizes(self._world, ask, loaded.layers)
+        loaded.bytes_by_gpu = loaded.believed_by_gpu = self._by_gpu(on_gpus)  # its own engine measures
+        loaded.host_bytes, loaded.size_bytes = host, host + sum(on_gpus)
 
     def _pace(self, loaded: Loaded, options: Options) -> dict[str, float | int]:
-        cards = [CardFacts(card.bandwidth_bytes_per_second, card.fp32_teraflops) for card in self._config.cards]
+        gpus = [GpuModel(gpu.bandwidth_bytes_per_second, gpu.fp32_teraflops) for gpu in self._config.gpus]
         share, batch = active_share(loaded.header), max(1, loaded.options.num_batch)
         threads = options.runner.num_thread
-        speed = worlds.speed(self._world, loaded.facts, cards, loaded.layers, threads, share, batch)
+        speed = worlds.speed(self._world, loaded.facts, gpus, loaded.layers, threads, share, batch)
         return {
             "step_seconds": self.seconds(speed.step_seconds),
             "stream_share": speed.stream_share,
@@ -285,7 +285,7 @@ class Loader:
 
     async def recovered(self, loaded: Loaded) -> None:
         """Waits as a real server does until the memory of a killed runner is seen to be free."""
-        if loaded.bytes_by_card:
+        if loaded.bytes_by_gpu:
             is_new = self._config.is_0_30
             seconds = self._world.unload_seconds_0_30 if is_new else self._world.unload_seconds
             await asyncio.sleep(self.seconds(seconds))

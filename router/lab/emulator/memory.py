@@ -1,7 +1,7 @@
-"""Memory as the EMULATED server knows it: free bytes of its cards and of the host, and which weights are cached.
+"""Memory as the EMULATED server knows it: free bytes of its GPUs and of the host, and which weights are cached.
 
 What a server believes differs from the truth on purpose: up to 0.24 it trusts its own books over the driver where they
-say less; from 0.30 it does not read a card again on which it has a runner. Kinder than the truth: a server does not see
+say less; from 0.30 it does not read a GPU again on which it has a runner. Kinder than the truth: a server does not see
 the host memory that its siblings' models take.
 """
 
@@ -29,18 +29,18 @@ class Memory:
         self._seen: dict[str, int] = {}
 
     def rooms(self, loaded: Iterable[Loaded]) -> list[Room]:
-        """Each visible card, in order."""
+        """Each visible GPU, in order."""
         own: dict[str, int] = {}
         for one in loaded:
-            books = one.bytes_by_card if self._config.is_0_30 else one.believed_by_card
+            books = one.bytes_by_gpu if self._config.is_0_30 else one.believed_by_gpu
             for uuid, amount in books.items():
                 own[uuid] = own.get(uuid, 0) + amount
         directory = self._config.rig_dir
         actual = vram.free_bytes(directory) if directory is not None else {}
         return [
-            Room(card.memory_total_bytes, self._free(card.uuid, card.memory_total_bytes, actual, own),
-                 card.bandwidth_bytes_per_second)
-            for card in self._config.cards
+            Room(gpu.memory_total_bytes, self._free(gpu.uuid, gpu.memory_total_bytes, actual, own),
+                 gpu.bandwidth_bytes_per_second)
+            for gpu in self._config.gpus
         ]  # fmt: skip
 
     def _free(self, uuid: str, total: int, actual: dict[str, int], own: dict[str, int]) -> int:

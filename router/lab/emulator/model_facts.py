@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from router.domain.model import BlobDigest, ModelFacts
 from router.engines.ollama.ggml_types import tensor_bytes
-from router.engines.ollama.runner_options import own_parameters
+from router.engines.ollama.runner_options import runner_parameters
 from router.lab.emulator.store import Header, Stored
 
 _OUTPUT = frozenset(("output.weight", "output_norm.weight"))
@@ -55,7 +55,7 @@ def facts_of(stored: Stored, header: Header) -> ModelFacts:
         is_embedding=is_embedding(header),
         input_bytes=0 if is_tied else table,
         output_bytes=(output + (table or 0) if is_tied else output) if ends else None,
-        parameters=own_parameters((name, json.dumps(value)) for name, value in stored.parameters.items()),
+        parameters=runner_parameters((name, json.dumps(value)) for name, value in stored.parameters.items()),
     )
 
 

@@ -1,6 +1,6 @@
 """The EMULATED fleet: what stands in for NVML and for the `ollama` executable when the router is run with `--rig`.
 
-`prepare_rig` turns a text such as `2x3090` into a directory with cards and a furnished model store, and says how to
+`prepare_rig` turns a text such as `2x3090` into a directory with GPUs and a furnished model store, and says how to
 start servers on it. It starts nothing and reads no environment but the mapping that it is given.
 """
 
@@ -30,7 +30,7 @@ class PreparedRig:
     """An emulated machine that is ready to be run on."""
 
     reader: RigGpuReader
-    """Reads the emulated cards as the NVML reader reads real ones."""
+    """Reads the emulated GPUs as the NVML reader reads real ones."""
     command: tuple[str, ...]
     """Starts an emulated `ollama serve`."""
     environment: Mapping[str, str]

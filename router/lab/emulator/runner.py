@@ -1,4 +1,4 @@
-"""An EMULATED runner: the child process that holds a model's memory on the cards and says its words.
+"""An EMULATED runner: the child process that holds a model's memory on the GPUs and says its words.
 
 Started by the emulated server as `… runner --model BLOB --port N --fd N`, one for each loaded model. It takes the
 memory, waits as long as a load takes, then evaluates prompts and emits tokens batch by batch: up to 512 tokens of each
@@ -54,7 +54,7 @@ class Behaviour:
 
 
 @dataclass(slots=True)
-class Pace:
+class TokenRate:
     """The loaded model's speed in real seconds; see `router.sim.world.Speed`."""
 
     step_seconds: float = 0.01
@@ -71,12 +71,12 @@ class Runner:
 
     link: socket.socket
     directory: Path | None
-    pace: Pace = field(default_factory=Pace)
+    pace: TokenRate = field(default_factory=TokenRate)
     behaviour: Behaviour = field(default_factory=Behaviour)
     sequences: dict[int, Sequence] = field(default_factory=dict[int, Sequence])
     unread: bytes = b""
     marked_at: float = 0.0
-    is_on_cards: bool = False
+    is_on_gpus: bool = False
 
     def serve(self) -> None:
         """Until killed."""
@@ -123,9 +123,9 @@ class Runner:
             self._load(message)
 
     def _load(self, message: dict[str, Any]) -> None:
-        self.pace = Pace(**message["pace"])
-        self.is_on_cards = bool(message["bytes"])
-        if self.directory is not None and self.is_on_cards:
+        self.pace = TokenRate(**message["pace"])
+        self.is_on_gpus = bool(message["bytes"])
+        if self.directory is not None and self.is_on_gpus:
             try:
                 vram.allocate(self.directory, message["bytes"])
             except vram.OutOfMemoryError as error:
@@ -185,7 +185,7 @@ class Runner:
 
     def _mark_busy(self) -> None:
         now = time.monotonic()
-        if self.directory is not None and self.is_on_cards and now - self.marked_at > _BUSY_MARK_SECONDS:
+        if self.directory is not None and self.is_on_gpus and now - self.marked_at > _BUSY_MARK_SECONDS:
             self.marked_at = now
             path = self.directory / "vram" / f"{os.getpid()}.busy"
             path.write_text(str(now), encoding="utf-8")

@@ -106,13 +106,13 @@ class RunnerProcess(asyncio.Protocol):
         return not self.gone.done()
 
     async def load(
-        self, bytes_by_card: Mapping[str, int], seconds: float, pace: Mapping[str, float | int]
+        self, bytes_by_gpu: Mapping[str, int], seconds: float, pace: Mapping[str, float | int]
     ) -> str | None:
         """Loads; None once that is done, else why it failed. May be tried again."""
         self._loading = asyncio.get_running_loop().create_future()
         if not self.is_alive:
             return _DIED
-        self._send({"op": "load", "bytes": dict(bytes_by_card), "seconds": seconds, "pace": dict(pace)})
+        self._send({"op": "load", "bytes": dict(bytes_by_gpu), "seconds": seconds, "pace": dict(pace)})
         return await self._loading
 
     def behave(self, slow: float, hang: bool, die: bool) -> None:

@@ -1,7 +1,7 @@
-"""The EMULATED `ollama serve`: an executable that behaves as a real one does, without a card and without weights.
+"""The EMULATED `ollama serve`: an executable that behaves as a real one does, without a GPU and without weights.
 
 `python -m router.lab.emulator.server serve` reads the variables that a real server reads, and three of its own:
-`LLAMAYARD_RIG_DIR` (the emulated cards; without it there are none), `LLAMAYARD_RIG_VERSION` (0.11.4, 0.24.0 or
+`LLAMAYARD_RIG_DIR` (the emulated GPUs; without it there are none), `LLAMAYARD_RIG_VERSION` (0.11.4, 0.24.0 or
 0.33.0) and `LLAMAYARD_RIG_SPEED` (so many emulated seconds pass in a real one). Every line of its log says that it is
 emulated. Errors and death come on request (`router.lab.emulator.faults`).
 
@@ -76,7 +76,7 @@ class Server:
 
     def _behaviour(self, model: str) -> Behaviour:
         self._read_faults()
-        return behaviour(self._faults, self._instance, (card.uuid for card in self.config.cards), model)
+        return behaviour(self._faults, self._instance, (gpu.uuid for gpu in self.config.gpus), model)
 
     async def run(self) -> int:
         """Until a signal, or a fault, ends it; the exit status."""
@@ -120,10 +120,10 @@ class Server:
     async def _discover(self) -> None:
         """The port is open before the devices are known."""
         log("INFO", "discovering available GPUs...")
-        seconds = WORLD.discovery_seconds if self.config.cards else WORLD.discovery_cpu_seconds
+        seconds = WORLD.discovery_seconds if self.config.gpus else WORLD.discovery_cpu_seconds
         await asyncio.sleep(seconds / self.config.speed)
         log_devices(self.config, self._memory.host_free_bytes(()), self._memory.host_total_bytes())
-        total = sum(card.memory_total_bytes for card in self.config.cards)
+        total = sum(gpu.memory_total_bytes for gpu in self.config.gpus)
         context = self._service.loader.default_context()
         log("INFO", "vram-based default context", total_vram=total, default_num_ctx=context)
         await self._scheduler.run()
@@ -131,7 +131,7 @@ class Server:
     # --- faults ---
 
     def _server_fault(self) -> str | None:
-        return server_fault(self._faults, self._instance, (card.uuid for card in self.config.cards))
+        return server_fault(self._faults, self._instance, (gpu.uuid for gpu in self.config.gpus))
 
     def _read_faults(self) -> None:
         """Whoever writes them finds them obeyed by the next load; a broken file leaves the old ones."""

@@ -27,7 +27,7 @@ _WORDS = re.findall(
     r"[a-z]+",
     """
     a able about above across after again air all along always and answer any area ask at back be before begin
-    below best between both build but by call card carry case change city clear close come common cool count
+    below best between both build but by call GPU carry case change city clear close come common cool count
     cover cut day deep do draw each early earth ease east end even ever every example far fast few figure find
     first follow for form found four from full give go good great ground group grow half hand hard have head
     hear heat help here high hold home hot hour house how if in is it just keep kind know land large last late

@@ -1,6 +1,6 @@
-"""The memory of EMULATED cards, shared by processes through a directory.
+"""The memory of EMULATED GPUs, shared by processes through a directory.
 
-`rig.json` names the cards; `vram/PID.json` is what a process holds; an allocation is made under one file lock, if it
+`rig.json` names the GPUs; `vram/PID.json` is what a process holds; an allocation is made under one file lock, if it
 fits. What a process held is free again as soon as the process is dead (or a zombie): nobody has to clean up. The
 standard library only, and little of it, as every emulated runner imports this; it reads no clock and decides nothing.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 
 class OutOfMemoryError(Exception):
-    """The card has no room for the allocation; nothing was taken on any card."""
+    """The GPU has no room for the allocation; nothing was taken on any GPU."""
 
     def __init__(self, uuid: str, wanted_bytes: int, free_bytes: int) -> None:
         super().__init__(f"CUDA error: out of memory on {uuid}: {wanted_bytes} bytes wanted, {free_bytes} free")
@@ -30,16 +30,16 @@ class Use(NamedTuple):
     """What one process holds."""
 
     pid: int
-    bytes_by_card: Mapping[str, int]
+    bytes_by_gpu: Mapping[str, int]
     is_busy_path: Path
     """A file that the process touches while it computes."""
 
 
 def allocate(directory: Path, wanted: Mapping[str, int], pid: int | None = None) -> None:
-    """Replaces what the process holds by `wanted` (UUID -> bytes), on all cards or on none.
+    """Replaces what the process holds by `wanted` (UUID -> bytes), on all GPUs or on none.
 
     Raises:
-        OutOfMemoryError: a card has no room, is lost or does not exist.
+        OutOfMemoryError: a GPU has no room, is lost or does not exist.
     """
     owner = os.getpid() if pid is None else pid
     with _locked(directory):
@@ -53,22 +53,22 @@ def allocate(directory: Path, wanted: Mapping[str, int], pid: int | None = None)
 
 
 def free_bytes(directory: Path, without: int | None = None) -> dict[str, int]:
-    """Free bytes of each card that is not lost; `without` leaves one process's own use out."""
+    """Free bytes of each GPU that is not lost; `without` leaves one process's own use out."""
     used = used_bytes(directory, without)
     lost = read_json(directory / "lost.json")
     return {
-        card["uuid"]: card["memory_total_bytes"] - card["memory_reserved_bytes"] - used.get(card["uuid"], 0)
-        for card in read_json(directory / "rig.json").get("cards", [])
-        if card["uuid"] not in lost
+        gpu["uuid"]: gpu["memory_total_bytes"] - gpu["memory_reserved_bytes"] - used.get(gpu["uuid"], 0)
+        for gpu in read_json(directory / "rig.json").get("gpus", [])
+        if gpu["uuid"] not in lost
     }
 
 
 def used_bytes(directory: Path, without: int | None = None) -> dict[str, int]:
-    """Bytes in use on each card, by living processes and by the outside (`foreign.json`)."""
+    """Bytes in use on each GPU, by living processes and by the outside (`foreign.json`)."""
     used: dict[str, int] = dict(read_json(directory / "foreign.json"))
     for use in uses(directory):
         if use.pid != without:
-            for uuid, amount in use.bytes_by_card.items():
+            for uuid, amount in use.bytes_by_gpu.items():
                 used[uuid] = used.get(uuid, 0) + amount
     return used
 
@@ -87,16 +87,16 @@ def uses(directory: Path) -> list[Use]:
     return found
 
 
-def set_foreign(directory: Path, uuid: str, amount: int) -> None:
-    """Use of a card by something outside the rig; replaces what was said before. It may leave others too little."""
+def set_external(directory: Path, uuid: str, amount: int) -> None:
+    """Use of a GPU by something outside the rig; replaces what was said before. It may leave others too little."""
     with _locked(directory):
-        foreign = dict(read_json(directory / "foreign.json"))
-        foreign[uuid] = amount
-        write_json(directory / "foreign.json", {key: value for key, value in foreign.items() if value > 0})
+        external = dict(read_json(directory / "foreign.json"))
+        external[uuid] = amount
+        write_json(directory / "foreign.json", {key: value for key, value in external.items() if value > 0})
 
 
 def set_lost(directory: Path, uuid: str, lost: bool = True) -> None:
-    """A card falls off the bus, or comes back."""
+    """A GPU falls off the bus, or comes back."""
     with _locked(directory):
         names = set(read_json(directory / "lost.json"))
         names = names | {uuid} if lost else names - {uuid}

@@ -3,7 +3,7 @@
 One batch takes up to `batch_tokens` of each waiting prompt and one token of each running stream, so a long prompt
 stalls the streams beside it. Slots are given first come, first served; of the free ones that with the longest common
 beginning is taken, and from 0.30 evicted prompts are kept in host memory. While no prompt waits, many steps are one
-event of the timeline. It knows no server and no card but by the three callbacks that it is given.
+event of the timeline. It knows no server and no GPU but by the three callbacks that it is given.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Batcher:
         on_work: Callable[[bool], None],
         slowness: Callable[[], float],
     ) -> None:
-        """`on_work` is told when it begins and ends to compute; `slowness` says by how much its cards are slower."""
+        """`on_work` is told when it begins and ends to compute; `slowness` says by how much its GPUs are slower."""
         self._timeline = timeline
         self._facts = facts
         self._on_work = on_work

@@ -1,7 +1,7 @@
 """Small worlds made at random, in which everything goes wrong that can, and every rule is checked all the time.
 
 `check(seed)` plays one; the same seed plays the same. `python -m router.lab.simulator.chaos --first 1 --count 1000`
-plays many and prints for each that breaks a rule the command that replays it. Its models and cards are made up.
+plays many and prints for each that breaks a rule the command that replays it. Its models and GPUs are made up.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from router.domain.model import BlobDigest, ModelFacts
 from router.domain.policy import Policy
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.faults import Fault, FaultKind
-from router.lab.simulator.gpus import SimCard
+from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.invariants import InvariantError, Invariants
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.machine import Host
-from router.lab.simulator.runner import UNFINISHED, Contestant, Scenario, Simulation
+from router.lab.simulator.runner import UNFINISHED, Baseline, Scenario, Simulation
 from router.lab.simulator.workload import Session, Turn
 
 GIB = 1024**3
@@ -44,16 +44,16 @@ class SmallWorld:
 def small_world(seed: int) -> SmallWorld:
     """The world of that seed."""
     chance = random.Random(seed)
-    cards = _cards(chance)
-    models = _models(chance, cards)
+    gpus = _gpus(chance)
+    models = _models(chance, gpus)
     scenario = Scenario(
-        cards=cards,
+        gpus=gpus,
         models=models,
         sessions=_sessions(chance, models),
         seconds=_SECONDS,
         cold_start=chance.random() < 0.5,
         page_cache_bytes=chance.choice((16, 64)) * GIB,
-        faults=_faults(chance, len(cards)),
+        faults=_faults(chance, len(gpus)),
     )
     config = ServerConfig(version=chance.choice(((0, 24, 0), (0, 33, 0))), slots=chance.choice((1, 2, 2, 4)))
     policy = Policy(queue_timeout_seconds=60.0, queue_limit=chance.choice((4, 64, 512)),
@@ -71,7 +71,7 @@ def check(seed: int) -> str:
         digest.update(f"{now!r} {event!r} {actions!r}".encode())
         rules.seen(event, actions, now)
 
-    def make(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
+    def make(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
         del models
         router = Llamayard(host, world.config, world.policy, seen)
         rules.watch(router, host)
@@ -81,16 +81,16 @@ def check(seed: int) -> str:
     unfinished = [request.id for request in outcome.requests if request.outcome == UNFINISHED]
     if unfinished:
         raise InvariantError(f"requests {unfinished} never ended")
-    crowded = any(fault.kind is FaultKind.FOREIGN for fault in world.scenario.faults)
+    crowded = any(fault.kind is FaultKind.EXTERNAL for fault in world.scenario.faults)
     if outcome.book.out_of_memory and not crowded:
         raise InvariantError(f"{outcome.book.out_of_memory} loads ran out of memory though nobody else took any")
     return digest.hexdigest()
 
 
-def _cards(chance: random.Random) -> tuple[SimCard, ...]:
+def _gpus(chance: random.Random) -> tuple[SimGpu, ...]:
     sizes = chance.choice(((24,), (24, 24), (24, 24, 24, 24), (8, 24), (12, 12), (24, 12, 8)))
     return tuple(
-        SimCard(
+        SimGpu(
             uuid=GpuUuid(f"GPU-{index}"),
             index=index,
             name=f"made up with {size} GiB",
@@ -104,9 +104,9 @@ def _cards(chance: random.Random) -> tuple[SimCard, ...]:
     )
 
 
-def _models(chance: random.Random, cards: Sequence[SimCard]) -> dict[str, ModelFacts]:
-    largest = max(card.memory_total_bytes for card in cards)
-    total = sum(card.memory_total_bytes for card in cards)
+def _models(chance: random.Random, gpus: Sequence[SimGpu]) -> dict[str, ModelFacts]:
+    largest = max(gpu.memory_total_bytes for gpu in gpus)
+    total = sum(gpu.memory_total_bytes for gpu in gpus)
     shares = [chance.uniform(0.03, 0.9) * largest for _ in range(chance.randint(2, 4))]
     shares.append(chance.uniform(0.5, 0.85) * total)
     if chance.random() < 0.2:
@@ -153,13 +153,13 @@ def _turn(chance: random.Random, at: float) -> Turn:
     return Turn(at, prompt, chance.randint(0, prompt - 1), chance.randint(1, 400), patience)
 
 
-def _faults(chance: random.Random, cards: int) -> tuple[Fault, ...]:
+def _faults(chance: random.Random, gpus: int) -> tuple[Fault, ...]:
     faults: list[Fault] = []
     for _ in range(chance.choice((0, 0, 1, 2, 3))):
         kind = chance.choice(list(FaultKind))
-        amount = {FaultKind.HOT: 3.0, FaultKind.FOREIGN: chance.uniform(0.1, 0.9), FaultKind.SLOW_DISK: 0.2}
+        amount = {FaultKind.HOT: 3.0, FaultKind.EXTERNAL: chance.uniform(0.1, 0.9), FaultKind.SLOW_DISK: 0.2}
         at, seconds = chance.uniform(0.0, _SECONDS), chance.uniform(1.0, 30.0)
-        faults.append(Fault(at, kind, chance.randrange(cards + 1), amount.get(kind, 1.0), seconds))
+        faults.append(Fault(at, kind, chance.randrange(gpus + 1), amount.get(kind, 1.0), seconds))
     return tuple(faults)
 
 

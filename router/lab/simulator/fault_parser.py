@@ -1,6 +1,6 @@
 """What shall go wrong in a run, in the words of a command line: `lost@60+30:1`, `hot@60+120=3`, `hang-up@0+600=8`.
 
-`KIND@SECONDS`, then in any order `+SECONDS` (how long), `:NUMBER` (which card or server) and `=AMOUNT`. Clients that
+`KIND@SECONDS`, then in any order `+SECONDS` (how long), `:NUMBER` (which GPU or server) and `=AMOUNT`. Clients that
 hang up are part of the workload, so they change the sessions; everything else is a `Fault`. It carries nothing out.
 """
 
@@ -15,9 +15,9 @@ from router.lab.simulator.runner import Scenario
 from router.lab.simulator.workload import Session, Turn
 
 HANG_UP = "hang-up"
-_AMOUNTS = {FaultKind.HOT: 3.0, FaultKind.FOREIGN: 0.5, FaultKind.SLOW_DISK: 0.2}
+_AMOUNTS = {FaultKind.HOT: 3.0, FaultKind.EXTERNAL: 0.5, FaultKind.SLOW_DISK: 0.2}
 """What AMOUNT is where it is left out; other kinds have none."""
-_PATIENCE_SECONDS = 10.0
+_TTFT_TARGET_SECONDS = 10.0
 _NAMES = {kind.value.replace(" ", "-"): kind for kind in FaultKind}
 WORDS = (*_NAMES, HANG_UP)
 _FORM = re.compile(r"(?P<kind>[a-z-]+)@(?P<at>[0-9.]+)(?P<rest>(?:[+:=][0-9.]+)*)")
@@ -34,14 +34,14 @@ class HangUps:
 
     from_seconds: float
     to_seconds: float
-    patience_seconds: float
+    ttft_target_seconds: float
 
     def of(self, session: Session) -> Session:
         return replace(session, turns=tuple(self._of(turn) for turn in session.turns))
 
     def _of(self, turn: Turn) -> Turn:
         is_due = self.from_seconds <= turn.at_seconds < self.to_seconds
-        return replace(turn, patience_seconds=self.patience_seconds) if is_due else turn
+        return replace(turn, ttft_target_seconds=self.ttft_target_seconds) if is_due else turn
 
 
 def with_faults(scene: Scenario, words: Iterable[str]) -> Scenario:
@@ -69,7 +69,7 @@ def parse(words: str) -> Fault | HangUps:
     try:
         at, lasts = float(match["at"]), float(parts.get("+", _UNTIL_THE_END_SECONDS))
         if kind == HANG_UP:
-            return HangUps(at, at + lasts, float(parts.get("=", _PATIENCE_SECONDS)))
+            return HangUps(at, at + lasts, float(parts.get("=", _TTFT_TARGET_SECONDS)))
         which = _NAMES[kind]
         amount = float(parts.get("=", _AMOUNTS.get(which, 1.0)))
         return Fault(at, which, int(parts.get(":", 0)), amount, 0.0 if which is FaultKind.DIES else lasts)

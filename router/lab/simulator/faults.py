@@ -1,6 +1,6 @@
-"""What goes wrong in a run, and when: servers die, cards get lost or hot, others take memory, disks are slow.
+"""What goes wrong in a run, and when: servers die, GPUs get lost or hot, others take memory, disks are slow.
 
-Clients that hang up are part of the workload (`Turn.patience_seconds`). It only carries faults out.
+Clients that hang up are part of the workload (`Turn.ttft_target_seconds`). It only carries faults out.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class FaultKind(StrEnum):
     DIES = "dies"
     """The `target`-th server dies; it is started again as its contestant does that."""
     LOST = "lost"
-    """The `target`-th card is lost for `seconds`."""
+    """The `target`-th GPU is lost for `seconds`."""
     HOT = "hot"
-    """The `target`-th card computes `amount` times slower for `seconds`."""
-    FOREIGN = "foreign"
-    """Another program takes `amount` of the `target`-th card's memory, as a share, or what is free, for `seconds`."""
+    """The `target`-th GPU computes `amount` times slower for `seconds`."""
+    EXTERNAL = "foreign"
+    """Another program takes `amount` of the `target`-th GPU's memory, as a share, or what is free, for `seconds`."""
     SLOW_DISK = "slow disk"
     """The disk gives `amount` of its rate for `seconds`."""
 
@@ -43,19 +43,19 @@ class Breakable(Protocol):
         """The server of that number dies, counted round the servers there are."""
         ...
 
-    def card_lost(self, uuid: GpuUuid) -> None:
-        """Whatever ran on the card is dead."""
+    def gpu_lost(self, uuid: GpuUuid) -> None:
+        """Whatever ran on the GPU is dead."""
         ...
 
 
-def plan_faults(host: Host, contestant: Breakable, faults: Iterable[Fault]) -> None:
+def plan_faults(host: Host, baseline: Breakable, faults: Iterable[Fault]) -> None:
     """Puts all of them on the host's timeline."""
     for fault in faults:
-        _plan(host, contestant, fault)
+        _plan(host, baseline, fault)
 
 
-def _plan(host: Host, contestant: Breakable, fault: Fault) -> None:
-    begin, end = _steps(host, contestant, fault)
+def _plan(host: Host, baseline: Breakable, fault: Fault) -> None:
+    begin, end = _steps(host, baseline, fault)
 
     def begins() -> None:
         host.tally.notes.append((host.timeline.now, f"{fault.kind.value} {fault.target}"))
@@ -66,19 +66,19 @@ def _plan(host: Host, contestant: Breakable, fault: Fault) -> None:
         host.timeline.at(fault.at_seconds + fault.seconds, end)
 
 
-def _steps(host: Host, contestant: Breakable, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
+def _steps(host: Host, baseline: Breakable, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
     """What to do when it begins, and when it ends."""
     book = host.book
-    card = book.cards[fault.target % len(book.cards)]
+    gpu = book.gpus[fault.target % len(book.gpus)]
     match fault.kind:
         case FaultKind.DIES:
-            return (lambda: contestant.server_died(fault.target)), _nothing
+            return (lambda: baseline.server_died(fault.target)), _nothing
         case FaultKind.LOST:
-            return (lambda: _lose(host, contestant, card.uuid)), (lambda: book.lost.discard(card.uuid))
+            return (lambda: _lose(host, baseline, gpu.uuid)), (lambda: book.lost.discard(gpu.uuid))
         case FaultKind.HOT:
-            return (lambda: book.slow.update({card.uuid: fault.amount})), (lambda: _cool(host, card.uuid))
-        case FaultKind.FOREIGN:
-            return _taking(host, card.uuid, int(card.usable_bytes * fault.amount))
+            return (lambda: book.slow.update({gpu.uuid: fault.amount})), (lambda: _cool(host, gpu.uuid))
+        case FaultKind.EXTERNAL:
+            return _taking(host, gpu.uuid, int(gpu.usable_bytes * fault.amount))
         case FaultKind.SLOW_DISK:
             return (lambda: host.lines.set_disk_factor(fault.amount)), (lambda: host.lines.set_disk_factor(1.0))
         case _:
@@ -89,9 +89,9 @@ def _nothing() -> None:
     return None
 
 
-def _lose(host: Host, contestant: Breakable, uuid: GpuUuid) -> None:
+def _lose(host: Host, baseline: Breakable, uuid: GpuUuid) -> None:
     host.book.lost.add(uuid)
-    contestant.card_lost(uuid)
+    baseline.gpu_lost(uuid)
 
 
 def _cool(host: Host, uuid: GpuUuid) -> None:
@@ -99,15 +99,15 @@ def _cool(host: Host, uuid: GpuUuid) -> None:
 
 
 def _taking(host: Host, uuid: GpuUuid, size_bytes: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Another program takes so much of a card, but no more than is free there: its allocation would fail."""
+    """Another program takes so much of a GPU, but no more than is free there: its allocation would fail."""
     taken_bytes = 0
 
     def begin() -> None:
         nonlocal taken_bytes
         taken_bytes = min(size_bytes, host.book.free_bytes(uuid))
-        host.book.foreign_bytes[uuid] += taken_bytes
+        host.book.external_bytes[uuid] += taken_bytes
 
     def end() -> None:
-        host.book.foreign_bytes[uuid] -= taken_bytes
+        host.book.external_bytes[uuid] -= taken_bytes
 
     return begin, end

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from router.domain.actions import Action, Grant, Reject, Unload
-from router.domain.events import Event, Released, UnloadAsked
+from router.domain.events import Event, Released, UnloadRequested
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceState
 from router.domain.request import Ticket, TicketId
@@ -40,7 +40,7 @@ class Watched(Protocol):
     def snapshot(self) -> Snapshot: ...
 
     def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
-        """What a model's runner really holds on each card; empty where it has none."""
+        """What a model's runner really holds on each GPU; empty where it has none."""
         ...
 
 
@@ -81,7 +81,7 @@ class Invariants:
             return
         now = self._host.timeline.now
         snapshot = self._router.snapshot()
-        self._check_cards(self._router, snapshot, now)
+        self._check_gpus(self._router, snapshot, now)
         _check_reservations(snapshot, now)
         self._check_slots(snapshot, now)
         self._check_waiting(self._router, snapshot, now)
@@ -100,12 +100,12 @@ class Invariants:
     def _check_unload(self, event: Event, unload: Unload, now: float) -> None:
         """Busy models are never evicted: only a dead runner is unloaded with requests on it."""
         running = (unload.instance, unload.blob) in self._grants.values()
-        excused = isinstance(event, UnloadAsked) or (isinstance(event, Released) and event.runner_lost)
+        excused = isinstance(event, UnloadRequested) or (isinstance(event, Released) and event.runner_lost)
         if running and not excused:
             raise InvariantError(f"{now:.3f}: {unload.instance} unloads busy {unload.model.name}: {unload.reason}")
 
-    def _check_cards(self, router: Watched, snapshot: Snapshot, now: float) -> None:
-        """What is loaded in truth and what is reserved for loads that have taken nothing yet never exceed a card; what
+    def _check_gpus(self, router: Watched, snapshot: Snapshot, now: float) -> None:
+        """What is loaded in truth and what is reserved for loads that have taken nothing yet never exceed a GPU; what
         is on its way out, or has its room promised to a planned load, is not counted."""
         held: Counter[GpuUuid] = Counter()
         promised = snapshot.promised()
@@ -116,10 +116,10 @@ class Invariants:
             if not router.bytes_held((reservation.instance, reservation.blob)):
                 held.update(dict(reservation.per_gpu_bytes))
         for uuid, size in held.items():
-            card = snapshot.gpus[uuid]
-            usable = card.memory_total_bytes - (card.memory_reserved_bytes or 0)
+            gpu = snapshot.gpus[uuid]
+            usable = gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0)
             if size > usable:
-                raise InvariantError(f"{now:.3f}: card {card.index}: {size} bytes held and reserved of {usable}")
+                raise InvariantError(f"{now:.3f}: GPU {gpu.index}: {size} bytes held and reserved of {usable}")
 
     def _check_slots(self, snapshot: Snapshot, now: float) -> None:
         """The slots in use of a copy are the requests that were granted on it, and no more than it has."""
@@ -155,12 +155,12 @@ def _is_moving(snapshot: Snapshot) -> bool:
 
 
 def _check_reservations(snapshot: Snapshot, now: float) -> None:
-    """A reservation is on all cards of its instance or is none, and belongs to a load."""
+    """A reservation is on all GPUs of its instance or is none, and belongs to a load."""
     owned = {r.load_id for r in snapshot.residencies.values()}
     for reservation in snapshot.reservations.values():
         view = snapshot.instances.get(reservation.instance)
-        cards = view.spec.gpus if view is not None else ()
-        if tuple(uuid for uuid, _ in reservation.per_gpu_bytes) != cards:
-            raise InvariantError(f"{now:.3f}: {reservation} does not cover the cards of its instance")
+        gpus = view.spec.gpus if view is not None else ()
+        if tuple(uuid for uuid, _ in reservation.per_gpu_bytes) != gpus:
+            raise InvariantError(f"{now:.3f}: {reservation} does not cover the GPUs of its instance")
         if reservation.load_id not in owned:
             raise InvariantError(f"{now:.3f}: {reservation} belongs to nothing")

@@ -2,7 +2,7 @@
 
 Simulated and emulated servers both ask here, so that they cannot differ. Up to 0.24 the model decides whether it has
 flash attention, and without that its cache is f16; from 0.30 both are passed to llama-server as they were asked for.
-What a batch comes to where memory is short is `router.lab.simulator.server_placement`'s to say. Pure, and no card is
+What a batch comes to where memory is short is `router.lab.simulator.server_placement`'s to say. Pure, and no GPU is
 known here.
 
 Sources: Ollama v0.24, `llm/server.go`, `fs/ggml/ggml.go`, `server/sched.go`; v0.33, `server/sched.go`,
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from router.domain.model import ModelFacts
 from router.engines.ollama.memory_estimate import batch_tokens, effective_kv_cache_type, uses_flash_attention
-from router.engines.ollama.offload_rules import OWN_ENGINE
+from router.engines.ollama.offload_rules import OLLAMA_ENGINE_ARCHITECTURES
 from router.lab.simulator.world import LoadShape, kv_layer_bytes
 
 ONE_SLOT = frozenset(
@@ -26,7 +26,7 @@ _KEPT_PROMPT_BYTES = 8 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestedShape:
     """What a server is set to, and the batch that a request names."""
 
     version: tuple[int, ...]
@@ -39,7 +39,7 @@ class Asked:
     """None: left to the server."""
 
 
-def shape_for(model: ModelFacts, asked: Asked) -> LoadShape:
+def shape_for(model: ModelFacts, asked: RequestedShape) -> LoadShape:
     """With the batch that the server takes where memory is no matter."""
     slots = 1 if model.is_embedding or model.architecture in ONE_SLOT else asked.slots
     context = min(asked.context_length, model.context_length or asked.context_length)
@@ -64,8 +64,8 @@ def kept_tokens(model: ModelFacts, shape: LoadShape, version: tuple[int, ...]) -
     return _KEPT_PROMPT_BYTES // max(1, token)
 
 
-def _cache_type(model: ModelFacts, asked: Asked, version: str, *, has_flash: bool) -> str:
+def _cache_type(model: ModelFacts, asked: RequestedShape, version: str, *, has_flash: bool) -> str:
     """Ollama's own engine, and from 0.30 llama-server, takes a quantised type wherever it uses flash attention,
     llama.cpp's before that only where it was asked for."""
-    is_taken = has_flash and (model.architecture in OWN_ENGINE or asked.version >= (0, 30))
+    is_taken = has_flash and (model.architecture in OLLAMA_ENGINE_ARCHITECTURES or asked.version >= (0, 30))
     return effective_kv_cache_type(model, asked.kv_cache_type, is_taken or asked.flash_attention, version)

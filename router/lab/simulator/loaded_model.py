@@ -10,7 +10,7 @@ from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator import server_placement
 from router.lab.simulator.batching import Batcher, BatchFacts, Done
-from router.lab.simulator.load_shape import Asked, kept_tokens, shape_for
+from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_for
 from router.lab.simulator.machine import Host, Stay
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timer
@@ -34,20 +34,22 @@ class ServerConfig:
     tensor_split: tuple[float, ...] = ()
     keep_alive_seconds: float = _FIVE_MINUTES
     max_loaded: int = 0
-    """0: three models a card."""
+    """0: three models a GPU."""
     host_memory_bytes: int = 120 * 1024**3
 
     @property
     def is_0_30(self) -> bool:
         return self.version >= (0, 30)
 
-    def most_loaded(self, cards: int) -> int:
-        return self.max_loaded or 3 * max(1, cards)
+    def most_loaded(self, gpus: int) -> int:
+        return self.max_loaded or 3 * max(1, gpus)
 
 
 def shape_of(model: ModelFacts, config: ServerConfig) -> LoadShape:
     """How this server loads this model where memory is no matter."""
-    asked = Asked(config.version, config.context_length, config.slots, config.kv_cache_type, config.flash_attention)
+    asked = RequestedShape(
+        config.version, config.context_length, config.slots, config.kv_cache_type, config.flash_attention
+    )
     return shape_for(model, asked)
 
 
@@ -66,7 +68,7 @@ class Loaded:
     server: str
     model: ModelFacts
     uuids: tuple[GpuUuid, ...]
-    bytes_by_card: dict[GpuUuid, int]
+    bytes_by_gpu: dict[GpuUuid, int]
     believed_bytes: dict[GpuUuid, int]
     host_bytes: int
     batcher: Batcher
@@ -89,14 +91,14 @@ class Loaded:
         server: str,
         model: ModelFacts,
         config: ServerConfig,
-        cards: tuple[GpuUuid, ...],
+        gpus: tuple[GpuUuid, ...],
         layers: tuple[int, ...],
         shape: LoadShape,
     ) -> Loaded:
         """The runner for this layout, without its memory yet."""
         sizes = true_bytes(host.world, model, shape, layers)
-        used = tuple(uuid for uuid, count in zip(cards, layers, strict=True) if count > 0)
-        facts = [host.book.by_uuid[uuid].facts for uuid in cards]
+        used = tuple(uuid for uuid, count in zip(gpus, layers, strict=True) if count > 0)
+        facts = [host.book.by_uuid[uuid].facts for uuid in gpus]
         share = host.active_shares.get(model.name, 1.0)
         pace = speed(host.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
         missing = max(0, model.layers + 1 - sum(layers))
@@ -105,9 +107,9 @@ class Loaded:
             server=server,
             model=model,
             uuids=used,
-            bytes_by_card={uuid: size for uuid, size in zip(cards, sizes, strict=True) if size},
+            bytes_by_gpu={uuid: size for uuid, size in zip(gpus, sizes, strict=True) if size},
             believed_bytes=dict(
-                zip(cards, server_placement.believed_bytes(host.world, model, shape, layers), strict=True)
+                zip(gpus, server_placement.believed_bytes(host.world, model, shape, layers), strict=True)
             ),
             host_bytes=missing * (layer_bytes(model) + kv_layer_bytes(model, shape)),
             batcher=Batcher(
@@ -126,7 +128,7 @@ class Loaded:
 
     @property
     def size_vram_bytes(self) -> int:
-        return sum(self.bytes_by_card.values())
+        return sum(self.bytes_by_gpu.values())
 
     @property
     def size_bytes(self) -> int:
@@ -134,7 +136,7 @@ class Loaded:
 
     def allocate(self) -> None:
         """Takes its memory. Raises OutOfMemoryError, having taken none."""
-        self.host.book.allocate(self.owner, self.bytes_by_card)
+        self.host.book.allocate(self.owner, self.bytes_by_gpu)
 
     def begin(self, done: Callable[[], None]) -> None:
         """Reads its weights; its memory is taken."""
@@ -142,7 +144,7 @@ class Loaded:
         tally.loads += 1
         tally.loaded_bytes += self.model.weights_bytes
         tally.spilled_loads += bool(self.uuids) and self.host_bytes > 0
-        self.stay = Stay(self.server, self.model.name, self.bytes_by_card, self.host_bytes, self.host.timeline.now)
+        self.stay = Stay(self.server, self.model.name, self.bytes_by_gpu, self.host_bytes, self.host.timeline.now)
         tally.stays.append(self.stay)
         self.transfer = self.host.lines.start(self.blob, self.model.weights_bytes, bool(self.uuids), done)
 

@@ -1,4 +1,4 @@
-"""What all servers of a simulated machine share: time, cards, loads under way, and a record of what happened.
+"""What all servers of a simulated machine share: time, GPUs, loads under way, and a record of what happened.
 
 It decides nothing; servers and contestants write into the record, the report reads it.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from router.domain.gpu import GpuUuid
-from router.lab.simulator.gpus import CardBook
+from router.lab.simulator.gpus import GpuLedger
 from router.lab.simulator.timeline import Timeline
 from router.lab.simulator.weight_transfer import LoadLines
 from router.lab.simulator.world import World
@@ -21,7 +21,7 @@ class Stay:
 
     server: str
     model: str
-    bytes_by_card: Mapping[GpuUuid, int]
+    bytes_by_gpu: Mapping[GpuUuid, int]
     host_bytes: int
     began_at: float
     ready_at: float | None = None
@@ -48,7 +48,7 @@ class Host:
 
     timeline: Timeline
     world: World
-    book: CardBook
+    book: GpuLedger
     lines: LoadLines
     tally: Tally
     active_shares: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -1,4 +1,4 @@
-"""What a run means: shares in time, waits by class of model, bytes loaded, fairness, busy cards. Pure."""
+"""What a run means: shares in time, waits by class of model, bytes loaded, fairness, busy GPUs. Pure."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def is_in_time(request: Request) -> bool:
 
 
 def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
-    """`large_models`: names of those that no single card of the rig holds."""
+    """`large_models`: names of those that no single GPU of the rig holds."""
     counted = [r for r in outcome.requests if r.outcome != HUNG_UP]
     made = sum(r.generated_tokens for r in counted if r.outcome == SERVED)
     book, tally = outcome.book, outcome.tally
@@ -78,7 +78,7 @@ def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
         spills=tally.spilled_loads,
         out_of_memory=book.out_of_memory,
         jain=jain(counted),
-        busy_shares=tuple(book.busy_seconds(card.uuid, outcome.ended_at) / span for card in book.cards),
+        busy_shares=tuple(book.busy_seconds(gpu.uuid, outcome.ended_at) / span for gpu in book.gpus),
         seconds=outcome.ended_at,
     )
 

@@ -1,4 +1,4 @@
-"""A run as JSON-ready values: requests, stays on cards, marks; what the picture is drawn from and others may read."""
+"""A run as JSON-ready values: requests, stays on GPUs, marks; what the picture is drawn from and others may read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from router.lab.simulator.runner import Outcome
 def record(outcome: Outcome) -> dict[str, object]:
     """Times in seconds of the run, sizes in bytes; rounded to milliseconds."""
     return {
-        "cards": [
-            {"uuid": card.uuid, "index": card.index, "name": card.name, "usable_bytes": card.usable_bytes}
-            for card in outcome.book.cards
+        "gpus": [
+            {"uuid": gpu.uuid, "index": gpu.index, "name": gpu.name, "usable_bytes": gpu.usable_bytes}
+            for gpu in outcome.book.gpus
         ],
         "seconds": _ms(outcome.ended_at),
         "requests": [_request(request) for request in outcome.requests],
@@ -19,7 +19,7 @@ def record(outcome: Outcome) -> dict[str, object]:
             {
                 "server": stay.server,
                 "model": stay.model,
-                "bytes": dict(stay.bytes_by_card),
+                "bytes": dict(stay.bytes_by_gpu),
                 "host_bytes": stay.host_bytes,
                 "began": _ms(stay.began_at),
                 "ready": _ms(stay.ready_at),

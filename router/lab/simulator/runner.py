@@ -13,7 +13,7 @@ from typing import Protocol
 from router.domain.model import ModelFacts
 from router.lab.simulator.batching import Done
 from router.lab.simulator.faults import Breakable, Fault, plan_faults
-from router.lab.simulator.gpus import CardBook, SimCard
+from router.lab.simulator.gpus import GpuLedger, SimGpu
 from router.lab.simulator.machine import Host, Tally
 from router.lab.simulator.requests import HUNG_UP, SERVED, Request
 from router.lab.simulator.timeline import Timeline
@@ -31,7 +31,7 @@ UNFINISHED = "unfinished"
 class Scenario:
     """All that decides a run, but for the contestant."""
 
-    cards: tuple[SimCard, ...]
+    gpus: tuple[SimGpu, ...]
     models: Mapping[str, ModelFacts]
     sessions: tuple[Session, ...]
     seconds: float
@@ -43,7 +43,7 @@ class Scenario:
     """True: no model's file is in the page cache at the start."""
 
 
-class Contestant(Breakable, Protocol):
+class Baseline(Breakable, Protocol):
     """Whatever takes requests and serves them on a host."""
 
     def start(self) -> None:
@@ -59,7 +59,7 @@ class Contestant(Breakable, Protocol):
         ...
 
 
-MakeContestant = Callable[[Host, Mapping[str, ModelFacts]], Contestant]
+MakeBaseline = Callable[[Host, Mapping[str, ModelFacts]], Baseline]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Outcome:
 
     requests: tuple[Request, ...]
     tally: Tally
-    book: CardBook
+    book: GpuLedger
     ended_at: float
     planned: int
     """How many requests the sessions have; those after one that never ended did not arrive."""
@@ -77,16 +77,16 @@ class Outcome:
 class Simulation:
     """Plays one scenario. `run` may be called once."""
 
-    def __init__(self, scenario: Scenario, make_contestant: MakeContestant) -> None:
+    def __init__(self, scenario: Scenario, make_baseline: MakeBaseline) -> None:
         timeline = Timeline()
         cache = PageCache(scenario.page_cache_bytes)
-        book = CardBook(scenario.cards)
+        book = GpuLedger(scenario.gpus)
         lines = LoadLines(timeline, scenario.world, cache)
         if not scenario.cold_start:
             for model in scenario.models.values():
                 cache.read(model.blob, model.weights_bytes)
         self.host = Host(timeline, scenario.world, book, lines, Tally(), scenario.active_shares)
-        self.contestant = make_contestant(self.host, scenario.models)
+        self.baseline = make_baseline(self.host, scenario.models)
         self._scenario = scenario
         self._requests: list[Request] = []
         self._open = 0
@@ -94,8 +94,8 @@ class Simulation:
     def run(self, after_each: Callable[[], None] | None = None) -> Outcome:
         """Plays to the end. `after_each` is called after each thing that happens."""
         timeline, scenario = self.host.timeline, self._scenario
-        self.contestant.start()
-        plan_faults(self.host, self.contestant, scenario.faults)
+        self.baseline.start()
+        plan_faults(self.host, self.baseline, scenario.faults)
         for session in scenario.sessions:
             self._plan_turn(session, 0, 0.0)
         limit = scenario.seconds + _GRACE_SECONDS
@@ -127,17 +127,17 @@ class Simulation:
             prompt_tokens=turn.prompt_tokens,
             shared_tokens=turn.shared_tokens,
             generated_tokens=turn.generated_tokens,
-            patience_seconds=turn.patience_seconds,
+            ttft_target_seconds=turn.ttft_target_seconds,
             arrived_at=self.host.timeline.now,
         )
         self._requests.append(request)
-        if request.patience_seconds is not None:
-            self.host.timeline.after(request.patience_seconds, lambda: self._hang_up(request, session, index))
-        self.contestant.submit(request, lambda r, error: self._ended(r, error or SERVED, session, index))
+        if request.ttft_target_seconds is not None:
+            self.host.timeline.after(request.ttft_target_seconds, lambda: self._hang_up(request, session, index))
+        self.baseline.submit(request, lambda r, error: self._ended(r, error or SERVED, session, index))
 
     def _hang_up(self, request: Request, session: Session, index: int) -> None:
         if not request.outcome:
-            self.contestant.cancel(request)
+            self.baseline.cancel(request)
             self._ended(request, HUNG_UP, session, index)
 
     def _ended(self, request: Request, outcome: str, session: Session, index: int) -> None:

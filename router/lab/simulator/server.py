@@ -49,11 +49,11 @@ class _Job:
 
 
 class SimServer:
-    """`cards` in the order in which the server sees them; empty for one on the CPU."""
+    """`gpus` in the order in which the server sees them; empty for one on the CPU."""
 
-    def __init__(self, host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig) -> None:
+    def __init__(self, host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig) -> None:
         self.name = name
-        self.cards = cards
+        self.gpus = gpus
         self.config = config
         self._host = host
         self._loaded: dict[BlobDigest, Loaded] = {}
@@ -180,7 +180,7 @@ class SimServer:
             self._hand_over(job, found)
         elif found is not None:
             found.when_gone.append(lambda: self._try(job))
-        elif len(self._loaded) >= self.config.most_loaded(len(self.cards)):
+        elif len(self._loaded) >= self.config.most_loaded(len(self.gpus)):
             self._make_room(job)
         else:
             self._later(self._host.world.memory_read_seconds if not self.config.is_0_30
@@ -211,7 +211,7 @@ class SimServer:
         self._expire(victim)
 
     def _start(self, job: _Job, layers: tuple[int, ...], shape: LoadShape) -> None:
-        found = Loaded.plan(self._host, self.name, job.model, self.config, self.cards, layers, shape)
+        found = Loaded.plan(self._host, self.name, job.model, self.config, self.gpus, layers, shape)
         for uuid in found.uuids:
             if not any(uuid in other.uuids for other in self._loaded.values()):
                 self._first_free[uuid] = self._host.book.free_bytes(uuid)
@@ -282,18 +282,18 @@ class SimServer:
         )
 
     def _rooms(self) -> list[server_placement.Room]:
-        return [self._room(uuid) for uuid in self.cards]
+        return [self._room(uuid) for uuid in self.gpus]
 
     def _room(self, uuid: GpuUuid) -> server_placement.Room:
-        """0.24: the smaller of the driver's word and its own books. 0.30: a card with a runner is not read again."""
-        card = self._host.book.by_uuid[uuid]
+        """0.24: the smaller of the driver's word and its own books. 0.30: a GPU with a runner is not read again."""
+        gpu = self._host.book.by_uuid[uuid]
         free = self._host.book.free_bytes(uuid)
         own = [one for one in self._loaded.values() if uuid in one.uuids]
         if own and self.config.is_0_30:
-            free = self._first_free[uuid] - sum(one.bytes_by_card[uuid] for one in own)
+            free = self._first_free[uuid] - sum(one.bytes_by_gpu[uuid] for one in own)
         elif own:
-            free = min(free, card.usable_bytes - sum(one.believed_bytes[uuid] for one in own))
-        return server_placement.Room(card.usable_bytes, max(0, free), card.facts.bandwidth_bytes_per_second)
+            free = min(free, gpu.usable_bytes - sum(one.believed_bytes[uuid] for one in own))
+        return server_placement.Room(gpu.usable_bytes, max(0, free), gpu.facts.bandwidth_bytes_per_second)
 
     # --- leaving -------------------------------------------------------------------------------------------
 

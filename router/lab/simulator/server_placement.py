@@ -1,6 +1,6 @@
 """What a server believes of a model's size, and where it therefore puts it.
 
-Two generations: v0.24 and before estimate widely and take the fewest cards that hold all layers; from v0.30 a rough
+Two generations: v0.24 and before estimate widely and take the fewest GPUs that hold all layers; from v0.30 a rough
 prediction meets an 80 % rule, then llama.cpp fits what it can. Each function names its rule's source. The truth is
 `router.lab.simulator.world`; the two differ on purpose. Pure: same facts, same plan.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from router.domain.model import ModelFacts
 from router.engines.ollama import offload_rules
 from router.engines.ollama.memory_estimate import CUDA_CONTEXT_BYTES, split_by
-from router.engines.ollama.offload_rules import FIT_TARGET_BYTES, ONE_CARD_SHARE, OWN_ENGINE
+from router.engines.ollama.offload_rules import FIT_TARGET_BYTES, OLLAMA_ENGINE_ARCHITECTURES, ONE_GPU_SHARE
 from router.engines.ollama.tensor_split import shares_for
 from router.lab.simulator.world import (
     MIB,
@@ -27,16 +27,16 @@ from router.lab.simulator.world import (
 )
 
 KEPT_FREE_BYTES = CUDA_CONTEXT_BYTES
-"""`minimumMemory` of a CUDA card (discover, v0.24)."""
-_LEAST_BATCH, _SMALL_CARD_BATCH = 512, 256
-_SMALL_CARD_BYTES = 8 * 1024**3
+"""`minimumMemory` of a CUDA GPU (discover, v0.24)."""
+_LEAST_BATCH, _SMALL_GPU_BATCH = 512, 256
+_SMALL_GPU_BYTES = 8 * 1024**3
 _LARGE_BATCHES = {2048: (0.6, 2048 * MIB), 1024: (0.75, 768 * MIB)}
 """Batch -> of the free memory, what the prediction may be for it, and what it takes beside that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """One visible card as the server sees it."""
+    """One visible GPU as the server sees it."""
 
     total_bytes: int
     free_bytes: int
@@ -51,11 +51,11 @@ class Ask:
     shape: LoadShape
     version: tuple[int, ...] = (0, 24, 0)
     num_gpu: int = -1
-    """Layers wanted on the cards; -1: as the server decides."""
+    """Layers wanted on the GPUs; -1: as the server decides."""
     main_gpu: int = 0
     spread: bool = False
     tensor_split: tuple[float, ...] = ()
-    """`LLAMA_ARG_TENSOR_SPLIT`, which llama-server (from 0.30) heeds: shares of the cards; empty: by free memory."""
+    """`LLAMA_ARG_TENSOR_SPLIT`, which llama-server (from 0.30) heeds: shares of the GPUs; empty: by free memory."""
     overhead_bytes: int = 0
     has_others: bool = False
     """Other models are loaded in the same server."""
@@ -66,7 +66,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Units (layers, then the output layer) on each card in the order given; the rest is on the CPU."""
+    """Units (layers, then the output layer) on each GPU in the order given; the rest is on the CPU."""
 
     layers: tuple[int, ...]
     must_evict: bool = False
@@ -75,7 +75,7 @@ class Plan:
     """The server refuses at once, with this text and status 500."""
 
     @property
-    def on_cards(self) -> int:
+    def on_gpus(self) -> int:
         return sum(self.layers)
 
 
@@ -89,22 +89,22 @@ def default_context(total_vram_bytes: int, version: tuple[int, ...], overhead_by
     return 32_768 if seen < 47 * 1024 * MIB else 262_144
 
 
-def settled(ask: Ask, cards: Sequence[Room]) -> Ask:
+def settled(ask: Ask, gpus: Sequence[Room]) -> Ask:
     """The same with the batch that the server takes; `plan` wants it so. From 0.30 a batch that the context would allow
     is lowered where memory is short (server/sched.go, v0.33, `automaticGenerationBatch`)."""
-    if ask.version < (0, 30) or ask.is_batch_given or ask.model.is_embedding or not cards:
+    if ask.version < (0, 30) or ask.is_batch_given or ask.model.is_embedding or not gpus:
         return ask
-    batch = _fitting_batch(ask, [cards[index] for index in _chosen_0_30(ask, cards)])
+    batch = _fitting_batch(ask, [gpus[index] for index in _chosen_0_30(ask, gpus)])
     return replace(ask, shape=replace(ask.shape, batch_tokens=batch))
 
 
-def plan(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
-    """Where the server puts the model. With no cards, or `num_gpu` 0, all of it goes to the CPU."""
-    if not cards or ask.num_gpu == 0:
-        return _on_cpu_too(ask, (0,) * len(cards))
+def plan(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
+    """Where the server puts the model. With no GPUs, or `num_gpu` 0, all of it goes to the CPU."""
+    if not gpus or ask.num_gpu == 0:
+        return _on_cpu_too(ask, (0,) * len(gpus))
     if ask.version >= (0, 30):
-        return _plan_0_30(world, ask, cards)
-    return _plan_0_24(world, ask, cards)
+        return _plan_0_30(world, ask, gpus)
+    return _plan_0_24(world, ask, gpus)
 
 
 # --- up to 0.24 -------------------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ def graph_bytes(model: ModelFacts, shape: LoadShape) -> int:
 
 
 def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
-    """What a server up to 0.24 books on each card for a runner that it has, and takes off what it believes to be free:
+    """What a server up to 0.24 books on each GPU for a runner that it has, and takes off what it believes to be free:
     its estimate on the llama.cpp engine, what is true on its own (server/sched.go, `updateFreeSpace`)."""
-    if model.architecture in OWN_ENGINE:
+    if model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
         return true_bytes(world, model, shape, layers)
     unit = layer_bytes(model) + kv_layer_bytes(model, shape)
     graph = graph_bytes(model, shape)
@@ -129,22 +129,22 @@ def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Se
     )
 
 
-def _plan_0_24(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
-    """llm/server.go, v0.24: cards with most free memory first, faster ones before; the fewest that hold all layers."""
+def _plan_0_24(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
+    """llm/server.go, v0.24: GPUs with most free memory first, faster ones before; the fewest that hold all layers."""
     if ask.num_gpu > ask.model.layers and not ask.has_others:
-        return Plan(_even(ask.model.layers + 1, len(cards)))
-    order = sorted(range(len(cards)), key=lambda i: (-cards[i].bandwidth_bytes_per_second, -cards[i].free_bytes, i))
+        return Plan(_even(ask.model.layers + 1, len(gpus)))
+    order = sorted(range(len(gpus)), key=lambda i: (-gpus[i].bandwidth_bytes_per_second, -gpus[i].free_bytes, i))
     total = ask.model.layers + 1
     wanted = total if ask.num_gpu < 0 else min(ask.num_gpu, total)
-    for count in range(len(cards) if ask.spread else 1, len(cards) + 1):
-        units = _capacities(world, ask, [cards[i] for i in order[:count]])
+    for count in range(len(gpus) if ask.spread else 1, len(gpus) + 1):
+        units = _capacities(world, ask, [gpus[i] for i in order[:count]])
         if sum(units) >= wanted + (_output_surplus(ask) if wanted == total else 0):
-            return _on_cpu_too(ask, _placed(order[:count], _by_room(wanted, units), len(cards)))
+            return _on_cpu_too(ask, _placed(order[:count], _by_room(wanted, units), len(gpus)))
     if ask.has_others:
-        return Plan((0,) * len(cards), must_evict=True)
-    units = _capacities(world, ask, [cards[i] for i in order])
+        return Plan((0,) * len(gpus), must_evict=True)
+    units = _capacities(world, ask, [gpus[i] for i in order])
     fitting = min(sum(units), ask.model.layers, wanted)
-    return _on_cpu_too(ask, _placed(order, _by_room(fitting, units), len(cards)))
+    return _on_cpu_too(ask, _placed(order, _by_room(fitting, units), len(gpus)))
 
 
 def _unit_bytes(ask: Ask) -> int:
@@ -157,15 +157,15 @@ def _output_surplus(ask: Ask) -> int:
     return max(0, -(-output_bytes(ask.model) // _unit_bytes(ask)) - 1)
 
 
-def _capacities(world: World, ask: Ask, cards: Sequence[Room]) -> list[int]:
-    """Units that the server believes each card can take."""
+def _capacities(world: World, ask: Ask, gpus: Sequence[Room]) -> list[int]:
+    """Units that the server believes each GPU can take."""
     unit = _unit_bytes(ask)
-    if ask.model.architecture in OWN_ENGINE:
+    if ask.model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
         kept = compute_buffer_bytes(ask.model, ask.shape, True) + world.cuda_context_bytes
     else:
         kept = graph_bytes(ask.model, ask.shape) + unit
     kept += KEPT_FREE_BYTES + ask.overhead_bytes
-    return [max(0, (card.free_bytes - kept) // unit) for card in cards]
+    return [max(0, (gpu.free_bytes - kept) // unit) for gpu in gpus]
 
 
 # --- from 0.30 --------------------------------------------------------------------------------------------
@@ -176,75 +176,75 @@ def predicted_bytes(model: ModelFacts, shape: LoadShape) -> int:
     return offload_rules.predicted_bytes(model, shape.context_length, shape.slots)
 
 
-def _plan_0_30(world: World, ask: Ask, cards: Sequence[Room]) -> Plan:
-    """server/sched.go, v0.33: one card within 80 % of its free memory, else all; then llama.cpp's fit."""
-    chosen = _chosen_0_30(ask, cards)
-    free = sum(cards[index].free_bytes for index in chosen)
-    if ask.has_others and predicted_bytes(ask.model, ask.shape) > ONE_CARD_SHARE * free:
-        return Plan((0,) * len(cards), must_evict=True)
+def _plan_0_30(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
+    """server/sched.go, v0.33: one GPU within 80 % of its free memory, else all; then llama.cpp's fit."""
+    chosen = _chosen_0_30(ask, gpus)
+    free = sum(gpus[index].free_bytes for index in chosen)
+    if ask.has_others and predicted_bytes(ask.model, ask.shape) > ONE_GPU_SHARE * free:
+        return Plan((0,) * len(gpus), must_evict=True)
     total = ask.model.layers + 1
     if ask.num_gpu >= 0:
         wanted = min(ask.num_gpu, total)
-        if len(chosen) > 1 and any(ask.tensor_split[: len(cards)]):
-            return Plan(_as_told(ask, wanted, len(cards)))
-        return Plan(_placed(chosen, _by_room(wanted, [cards[index].free_bytes for index in chosen]), len(cards)))
-    units = _fitting(world, ask, [cards[i] for i in chosen])
-    return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(cards)))
+        if len(chosen) > 1 and any(ask.tensor_split[: len(gpus)]):
+            return Plan(_as_told(ask, wanted, len(gpus)))
+        return Plan(_placed(chosen, _by_room(wanted, [gpus[index].free_bytes for index in chosen]), len(gpus)))
+    units = _fitting(world, ask, [gpus[i] for i in chosen])
+    return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(gpus)))
 
 
-def _chosen_0_30(ask: Ask, cards: Sequence[Room]) -> list[int]:
-    """The card that was asked for, the one with most room where that is enough by far, or all."""
-    if 0 < ask.main_gpu < len(cards):
+def _chosen_0_30(ask: Ask, gpus: Sequence[Room]) -> list[int]:
+    """The GPU that was asked for, the one with most room where that is enough by far, or all."""
+    if 0 < ask.main_gpu < len(gpus):
         return [ask.main_gpu]
-    best = max(range(len(cards)), key=lambda i: (cards[i].free_bytes, -i))
-    is_enough = predicted_bytes(ask.model, ask.shape) <= ONE_CARD_SHARE * cards[best].free_bytes
-    return [best] if is_enough and not ask.spread else list(range(len(cards)))
+    best = max(range(len(gpus)), key=lambda i: (gpus[i].free_bytes, -i))
+    is_enough = predicted_bytes(ask.model, ask.shape) <= ONE_GPU_SHARE * gpus[best].free_bytes
+    return [best] if is_enough and not ask.spread else list(range(len(gpus)))
 
 
-def _fitting_batch(ask: Ask, cards: Sequence[Room]) -> int:
+def _fitting_batch(ask: Ask, gpus: Sequence[Room]) -> int:
     """The largest up to that of the shape which the prediction leaves room for; without flash attention never a large
     one (`automaticGenerationBatch`, `generationBatchFits`)."""
     shape = ask.shape
     if not shape.flash_attention:
-        is_small = any(min(card.total_bytes, card.free_bytes) <= _SMALL_CARD_BYTES for card in cards)
-        return _SMALL_CARD_BATCH if is_small and shape.context_length * shape.slots > 4096 else _LEAST_BATCH
-    free = sum(card.free_bytes for card in cards)
+        is_small = any(min(gpu.total_bytes, gpu.free_bytes) <= _SMALL_GPU_BYTES for gpu in gpus)
+        return _SMALL_GPU_BATCH if is_small and shape.context_length * shape.slots > 4096 else _LEAST_BATCH
+    free = sum(gpu.free_bytes for gpu in gpus)
     predicted = predicted_bytes(ask.model, shape)
     for batch, (share, extra) in _LARGE_BATCHES.items():
-        if batch <= shape.batch_tokens and predicted <= share * free and predicted + extra <= ONE_CARD_SHARE * free:
+        if batch <= shape.batch_tokens and predicted <= share * free and predicted + extra <= ONE_GPU_SHARE * free:
             return batch
     return _LEAST_BATCH
 
 
-def _as_told(ask: Ask, units: int, cards: int) -> tuple[int, ...]:
-    """So many units, the last ones, in the shares that the server was told, as llama.cpp puts them: a card beyond the
-    last share gets nothing, however few layers go to the cards (`load_tensors`)."""
-    split = split_by(units - 1, shares_for(ask.tensor_split, cards))
-    return tuple(count + (card == split.output_card) for card, count in enumerate(split.layers))
+def _as_told(ask: Ask, units: int, gpus: int) -> tuple[int, ...]:
+    """So many units, the last ones, in the shares that the server was told, as llama.cpp puts them: a GPU beyond the
+    last share gets nothing, however few layers go to the GPUs (`load_tensors`)."""
+    split = split_by(units - 1, shares_for(ask.tensor_split, gpus))
+    return tuple(count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers))
 
 
-def _fitting(world: World, ask: Ask, cards: Sequence[Room]) -> list[int]:
-    """Units for which llama.cpp's fit, which measures, finds room on each card."""
+def _fitting(world: World, ask: Ask, gpus: Sequence[Room]) -> list[int]:
+    """Units for which llama.cpp's fit, which measures, finds room on each GPU."""
     unit = _unit_bytes(ask)
     fixed = compute_buffer_bytes(ask.model, ask.shape, True) + world.cuda_context_bytes
     found: list[int] = []
-    for index, card in enumerate(cards):
-        surplus = 0 if index else world.first_card_bytes
-        found.append(max(0, (card.free_bytes - FIT_TARGET_BYTES - fixed - surplus) // unit))
+    for index, gpu in enumerate(gpus):
+        surplus = 0 if index else world.first_gpu_bytes
+        found.append(max(0, (gpu.free_bytes - FIT_TARGET_BYTES - fixed - surplus) // unit))
     return found
 
 
 # --- shared -----------------------------------------------------------------------------------------------
 
 
-def _even(units: int, cards: int) -> tuple[int, ...]:
-    """As even as whole units can be, more on the first cards."""
-    each, rest = divmod(units, cards)
-    return tuple(each + (index < rest) for index in range(cards))
+def _even(units: int, gpus: int) -> tuple[int, ...]:
+    """As even as whole units can be, more on the first GPUs."""
+    each, rest = divmod(units, gpus)
+    return tuple(each + (index < rest) for index in range(gpus))
 
 
 def _by_room(units: int, room: Sequence[int]) -> list[int]:
-    """Shared in proportion to the room of each card, never over it; equal rooms share evenly."""
+    """Shared in proportion to the room of each GPU, never over it; equal rooms share evenly."""
     whole = sum(room)
     if whole <= 0:
         return [0] * len(room)
@@ -288,7 +288,7 @@ def gib(amount: int) -> str:
 
 
 def sizes(world: World, ask: Ask, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """Host bytes and true bytes on each card of a plan; `/api/ps` shows all as `size`, the latter as `size_vram`."""
+    """Host bytes and true bytes on each GPU of a plan; `/api/ps` shows all as `size`, the latter as `size_vram`."""
     missing = max(0, ask.model.layers + 1 - sum(layers))
     unit = layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape)
     return missing * unit, true_bytes(world, ask.model, ask.shape, layers)

@@ -1,7 +1,7 @@
 """Virtual time: a heap of what is due, and a clock that jumps from one to the next.
 
 What is due at the same time happens in the order in which it was asked for, so that a run is the same each time. It
-knows nothing of servers, cards or requests.
+knows nothing of servers, GPUs or requests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How fast weights come to the cards: a page cache, a disk and a host that loads side by side have to share.
+"""How fast weights come to the GPUs: a page cache, a disk and a host that loads side by side have to share.
 
 Each load first takes the fixed time of a runner's start, then moves its bytes: from the page cache where all of them
 are in it, else from the disk. Loads at the same time share the disk, and what the host can copy in all. Figures are
-`router.lab.simulator.world`'s; it knows no server and no card.
+`router.lab.simulator.world`'s; it knows no server and no GPU.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class LoadLines:
         self.disk_factor = 1.0
         """Below 1 while the disk is slow."""
 
-    def start(self, blob: BlobDigest, size_bytes: int, on_cards: bool, done: Callable[[], None]) -> Transfer:
+    def start(self, blob: BlobDigest, size_bytes: int, on_gpus: bool, done: Callable[[], None]) -> Transfer:
         """Begins a load of so many bytes; `done` is called when all are read."""
         transfer = Transfer(blob, size_bytes, float(size_bytes), self._cache.holds(blob), done)
-        fixed = self._world.load_fixed_seconds if on_cards else self._world.load_fixed_cpu_seconds
+        fixed = self._world.load_fixed_seconds if on_gpus else self._world.load_fixed_cpu_seconds
         self._timeline.after(fixed, lambda: self._begin(transfer))
         return transfer
 

@@ -55,7 +55,7 @@ class Turn:
     prompt_tokens: int
     shared_tokens: int
     generated_tokens: int
-    patience_seconds: float | None = None
+    ttft_target_seconds: float | None = None
     """Its client hangs up after so long without the whole answer."""
 
 

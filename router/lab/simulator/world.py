@@ -1,4 +1,4 @@
-"""The world that servers and cards live in, as numbers: how long things take and how much memory they hold.
+"""The world that servers and GPUs live in, as numbers: how long things take and how much memory they hold.
 
 The simulator and the emulated server both ask here, so that a trace played on either takes the same time. All
 figures that a measurement could correct stand in one table, `WORLD`. Pure functions of their arguments: no clock, no
@@ -23,7 +23,7 @@ class World:
 
     load_fixed_seconds: float = 0.4
     load_fixed_cpu_seconds: float = 0.25
-    """Start of a runner. Seen on a CPU with 0.4 MB and with 100 MB of weights: 0.28 s; 0.4 s with a card."""
+    """Start of a runner. Seen on a CPU with 0.4 MB and with 100 MB of weights: 0.28 s; 0.4 s with a GPU."""
     warm_bytes_per_second: float = 4.9e9
     cold_bytes_per_second: float = 2.0e9
     """Public measurements: 3 to 6 GB/s from a warm page cache, 1 to 3 from a disk; 42.5 GB warm in about 9 s."""
@@ -32,7 +32,7 @@ class World:
     and written). Assumed; loads from the disk share `cold_bytes_per_second`."""
     memory_read_seconds: float = 0.45
     memory_read_seconds_0_30: float = 0.2
-    """What a server with cards spends on reading free memory before each try (server/sched.go, v0.24 and v0.33)."""
+    """What a server with GPUs spends on reading free memory before each try (server/sched.go, v0.24 and v0.33)."""
     unload_seconds: float = 0.8
     unload_seconds_0_30: float = 0.65
     """Killing a runner and waiting until its memory is back; with the reading above 1.25 s (0.33: 0.85)."""
@@ -48,17 +48,17 @@ class World:
 
     decode_efficiency: float = 0.823
     decode_seconds_per_layer: float = 73e-6
-    """A step reads all weights at this share of the card's bandwidth and adds a fixed time a layer. The two follow from
+    """A step reads all weights at this share of the GPU's bandwidth and adds a fixed time a layer. The two follow from
     two measurements on 3090s (936 GB/s): 120 tokens/s with an 8B and 16.6 with a 70B, both Q4_K_M."""
     decode_experts_share: float = 0.714
     """What a mixture of experts reaches of that: 21.1 tokens/s with Mixtral 8x22B (Q4_K_M, 85.6 GB) on four 3090s."""
     stream_share: float = 0.08
     """A further stream in a batch makes a step longer by so much."""
     prefill_efficiency: float = 1.82
-    """Prompt evaluation in floating point operations (two a parameter and token) per FP32 operation of the card's
+    """Prompt evaluation in floating point operations (two a parameter and token) per FP32 operation of the GPU's
     data sheet: 4,030 tokens/s with an 8B on a 3090 (35.6 TFLOPS). Above 1 because the tensor cores do it."""
     prefill_split_share: float = 0.82
-    """What is left of that where layers lie on several cards: 375 tokens/s with a 70B on two 3090."""
+    """What is left of that where layers lie on several gpus: 375 tokens/s with a 70B on two 3090."""
 
     cpu_thread_bytes_per_second: float = 2.06e9
     cpu_thread_prefill_flops: float = 4.1e9
@@ -67,15 +67,15 @@ class World:
     """Seen with 103 MB of f16 weights and one thread: 50 ms a token, 25 ms a token of prompt; in all no faster than
     two channels of DDR4."""
     offload_bytes_per_second: float = 12e9
-    """Where a server has cards, a batch of prompt is evaluated on one even for the layers that are on the CPU: their
+    """Where a server has GPUs, a batch of prompt is evaluated on one even for the layers that are on the CPU: their
     weights stream over PCIe each time, at half of what PCIe 4.0 x16 carries, as they are not pinned. Assumed."""
     cpu_fraction_work: float = 0.1
     """Share of a step that an emulated runner on the CPU really computes, so that its CPU time moves."""
 
     cuda_context_bytes: int = 420_000_000
-    """CUDA's own use on each card where a process has a context; 0.3 to 0.5 GB by driver and card."""
-    first_card_bytes: int = 500_000_000
-    """What the first card of a set holds beyond its share: 70B Q4_K_M at 8,192 tokens took 23.8 + 22.4 GB on two 3090
+    """CUDA's own use on each GPU where a process has a context; 0.3 to 0.5 GB by driver and GPU."""
+    first_gpu_bytes: int = 500_000_000
+    """What the first GPU of a set holds beyond its share: 70B Q4_K_M at 8,192 tokens took 23.8 + 22.4 GB on two 3090
     and 46.1 GB on one A6000, where weights, cache and the terms here give 23.4 + 22.9 and 45.8."""
 
 
@@ -85,8 +85,8 @@ _FINE_BITS = 7.5
 
 
 @dataclass(frozen=True, slots=True)
-class CardFacts:
-    """What decides a card's speed."""
+class GpuModel:
+    """What decides a GPU's speed."""
 
     bandwidth_bytes_per_second: float
     fp32_teraflops: float
@@ -137,7 +137,7 @@ def layer_bytes(model: ModelFacts) -> int:
 
 
 def compute_buffer_bytes(model: ModelFacts, shape: LoadShape, has_output: bool) -> int:
-    """Scratch memory of one card for a batch: logits where the output layer is, attention elsewhere.
+    """Scratch memory of one GPU for a batch: logits where the output layer is, attention elsewhere.
 
     Without flash attention the scores of all heads are kept: 4 x B x context x heads (llama graph of v0.24's estimate).
     """
@@ -150,10 +150,10 @@ def compute_buffer_bytes(model: ModelFacts, shape: LoadShape, has_output: bool) 
 
 
 def true_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
-    """What a loaded model really holds on each card.
+    """What a loaded model really holds on each GPU.
 
-    `layers` counts units on each card, in order, the output layer being the last of all `model.layers + 1`; fewer in
-    sum means that the rest is on the CPU. A card without a layer holds nothing.
+    `layers` counts units on each GPU, in order, the output layer being the last of all `model.layers + 1`; fewer in
+    sum means that the rest is on the CPU. A GPU without a layer holds nothing.
     """
     unit = layer_bytes(model) + kv_layer_bytes(model, shape)
     has_output = sum(layers) > model.layers
@@ -166,18 +166,18 @@ def true_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequen
         is_last = has_output and index == used[-1]
         size = (count - is_last) * unit + is_last * output_bytes(model)
         size += compute_buffer_bytes(model, shape, is_last) + world.cuda_context_bytes
-        sizes.append(size + (_first_card(world, model) if index == used[0] else 0))
+        sizes.append(size + (_first_gpu(world, model) if index == used[0] else 0))
     return tuple(sizes)
 
 
-def _first_card(world: World, model: ModelFacts) -> int:
+def _first_gpu(world: World, model: ModelFacts) -> int:
     """No more than a tenth of the model: small ones do not show such a surplus."""
-    return min(world.first_card_bytes, model.weights_bytes // 10)
+    return min(world.first_gpu_bytes, model.weights_bytes // 10)
 
 
-def load_seconds(world: World, weights_bytes: int, warm: bool, on_cards: bool = True) -> float:
+def load_seconds(world: World, weights_bytes: int, warm: bool, on_gpus: bool = True) -> float:
     """From the start of the runner to the first request it can serve."""
-    fixed = world.load_fixed_seconds if on_cards else world.load_fixed_cpu_seconds
+    fixed = world.load_fixed_seconds if on_gpus else world.load_fixed_cpu_seconds
     return fixed + weights_bytes / (world.warm_bytes_per_second if warm else world.cold_bytes_per_second)
 
 
@@ -201,33 +201,33 @@ class Speed:
 def speed(
     world: World,
     model: ModelFacts,
-    cards: Sequence[CardFacts],
+    gpus: Sequence[GpuModel],
     layers: Sequence[int],
     threads: int = 0,
     active_share: float = 1.0,
     batch: int = 512,
 ) -> Speed:
-    """Tokens by card and model. `layers` as for `true_bytes`; `threads` 0: all; `active_share`: of the weights, what
+    """Tokens by GPU and model. `layers` as for `true_bytes`; `threads` 0: all; `active_share`: of the weights, what
     a token uses (below 1 for mixtures of experts); `batch`: prompt tokens that are evaluated at once."""
     total = model.layers + 1
     read = max(1, model.weights_bytes - input_bytes(model)) * active_share
     parameters = _parameters(model) * active_share
-    placed = [(card, count) for card, count in zip(cards, layers, strict=True) if count > 0]
+    placed = [(gpu, count) for gpu, count in zip(gpus, layers, strict=True) if count > 0]
     on_cpu = max(0, total - sum(count for _, count in placed)) / total
     step = world.decode_seconds_per_layer * model.layers * (1 - on_cpu)
     efficiency = world.decode_efficiency * (world.decode_experts_share if active_share < 1 else 1.0)
     prefill = 0.0
     split = world.prefill_split_share if len(placed) > 1 else 1.0
-    for card, count in placed:
+    for gpu, count in placed:
         share = count / total
-        step += read * share / (card.bandwidth_bytes_per_second * efficiency)
-        prefill += 2 * parameters * share / (card.fp32_teraflops * 1e12 * world.prefill_efficiency * split)
+        step += read * share / (gpu.bandwidth_bytes_per_second * efficiency)
+        prefill += 2 * parameters * share / (gpu.fp32_teraflops * 1e12 * world.prefill_efficiency * split)
     used = threads or world.cpu_threads
     cpu_rate = min(world.cpu_bytes_per_second, used * world.cpu_thread_bytes_per_second)
     step += read * on_cpu / cpu_rate
-    if cards and on_cpu:
-        card = (placed[0][0] if placed else cards[0]).fp32_teraflops * 1e12
-        prefill += 2 * parameters * on_cpu / (card * world.prefill_efficiency)
+    if gpus and on_cpu:
+        gpu = (placed[0][0] if placed else gpus[0]).fp32_teraflops * 1e12
+        prefill += 2 * parameters * on_cpu / (gpu * world.prefill_efficiency)
         prefill += read * on_cpu / (world.offload_bytes_per_second * batch)
     else:
         prefill += 2 * parameters * on_cpu / (used * world.cpu_thread_prefill_flops)

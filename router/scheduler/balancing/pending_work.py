@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from router.domain.request import Ticket
 from router.domain.residency import ResidencyKey
-from router.scheduler.balancing.throughput import STREAM_SHARE, Speeds, correction
+from router.scheduler.balancing.throughput import STREAM_SHARE, ThroughputModel, correction
 
 OUTPUT_TOKENS = 256
 """An answer is taken to be so long, or as long as it may be at most."""
@@ -24,7 +24,7 @@ _STREAM_TOKENS_MIN = 8
 
 
 @dataclass(slots=True)
-class Work:
+class PendingWork:
     """What one copy has been given and has not done; mutable, the fleet's."""
 
     prompts_until: float = float("-inf")
@@ -38,11 +38,11 @@ class Work:
         return max(0.0, self.prompts_until - now)
 
 
-IDLE: Final = Work()
+IDLE: Final = PendingWork()
 """Stands for a copy that has been given nothing yet; to be read only."""
 
 
-class Share(NamedTuple):
+class WorkShare(NamedTuple):
     """One request's part in the work of the copy that serves it, as it was expected when it was granted."""
 
     prompt_seconds: float
@@ -51,7 +51,7 @@ class Share(NamedTuple):
     telling_tokens: int
     """Of its prompt, where it tells how fast prompts are; else 0: it is short, the copy holds most of it, or others
     were before it."""
-    beside: int
+    concurrent: int
     """Requests that ran there already."""
     fingerprints: tuple[int, ...] = ()
     """Of the beginning of its prompt."""
@@ -62,14 +62,14 @@ def expected_output(ticket: Ticket) -> int:
     return OUTPUT_TOKENS if most is None or most < 0 else min(OUTPUT_TOKENS, most)
 
 
-def begin(work: Work, share: Share, now: float) -> None:
+def begin(work: PendingWork, share: WorkShare, now: float) -> None:
     """The request has its slot."""
     work.requests += 1
     work.output_tokens += share.output_tokens
     work.prompts_until = max(work.prompts_until, now) + share.prompt_seconds
 
 
-def end(work: Work, share: Share, has_begun: bool, now: float) -> None:
+def end(work: PendingWork, share: WorkShare, has_begun: bool, now: float) -> None:
     """The slot is back; with a prompt that may not have been evaluated to its end, where no byte of an answer came."""
     work.requests -= 1
     work.output_tokens -= share.output_tokens
@@ -85,16 +85,16 @@ def telling(tokens: int, held_tokens: int, ahead_seconds: float) -> int:
 
 
 def learn(
-    speeds: Speeds, key: ResidencyKey, share: Share, times: tuple[float, float, float], output_tokens: int
+    speeds: ThroughputModel, key: ResidencyKey, share: WorkShare, times: tuple[float, float, float], output_tokens: int
 ) -> None:
     """From a stream: `times` are those of its grant, its first byte and its end."""
     granted_at, first_at, ended_at = times
-    pace = speeds.known.get(key)
-    if pace is None or output_tokens < _STREAM_TOKENS_MIN or not granted_at <= first_at <= ended_at:
+    throughput = speeds.known.get(key)
+    if throughput is None or output_tokens < _STREAM_TOKENS_MIN or not granted_at <= first_at <= ended_at:
         return
-    step = pace.step_seconds
+    step = throughput.step_seconds
     by_prompt, tokens = 1.0, share.telling_tokens
     if tokens:
-        by_prompt = correction(tokens * pace.prompt_seconds + step, first_at - granted_at)
-    steps = step * (1.0 + STREAM_SHARE * share.beside) * (output_tokens - 1)
+        by_prompt = correction(tokens * throughput.prompt_seconds + step, first_at - granted_at)
+    steps = step * (1.0 + STREAM_SHARE * share.concurrent) * (output_tokens - 1)
     speeds.correct(key, by_prompt, correction(steps, ended_at - first_at))

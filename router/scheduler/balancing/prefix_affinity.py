@@ -17,7 +17,7 @@ from router.domain.instance import InstanceName
 from router.domain.model import BlobDigest
 from router.domain.request import Ticket
 from router.domain.residency import Residency
-from router.scheduler.lru import renew
+from router.scheduler.lru import put
 
 LENGTHS: Final = (*(128 * 2**power * part for power in range(8) for part in (2, 3)), 65_536)
 """Bytes of a prompt after which a fingerprint is taken: 256, 384, 512, 768, … 65,536. The longest covers two thirds of
@@ -44,11 +44,11 @@ class Turn:
     tokens: int
     """Of its prompt, and of its answer once that has ended."""
 
-    def held_by(self, copy: Residency) -> int:
-        return self.tokens if (self.instance, self.loaded_at) == (copy.instance, copy.loaded_at) else 0
+    def held_by(self, replica: Residency) -> int:
+        return self.tokens if (self.instance, self.loaded_at) == (replica.instance, replica.loaded_at) else 0
 
 
-class Homes:
+class PrefixAffinity:
     """Mutable, single owner."""
 
     __slots__ = ("_beginnings", "_clients", "_sessions")
@@ -76,24 +76,24 @@ class Homes:
         """Where its client was served last with this model, among several copies."""
         return self._clients.get((ticket.client, ticket.model.blob)) if ticket.client else None
 
-    def served(self, ticket: Ticket, copy: Residency) -> Turn | None:
+    def served(self, ticket: Ticket, replica: Residency) -> Turn | None:
         """The copy serves the ticket; the turn, to which its answer is to be added."""
         if not ticket.session:
             return None
-        key = (ticket.session, copy.blob)
-        turn = Turn(copy.instance, copy.loaded_at, ticket.prompt_tokens)
-        renew(self._sessions, key, turn, _SESSIONS_MAX)
+        key = (ticket.session, replica.blob)
+        turn = Turn(replica.instance, replica.loaded_at, ticket.prompt_tokens)
+        put(self._sessions, key, turn, _SESSIONS_MAX)
         return turn
 
-    def chosen(self, ticket: Ticket, copy: Residency, prints: tuple[int, ...]) -> None:
+    def chosen(self, ticket: Ticket, replica: Residency, prints: tuple[int, ...]) -> None:
         """The copy serves the ticket, and was one of several."""
-        blob, instance = copy.blob, copy.instance
+        blob, instance = replica.blob, replica.instance
         if ticket.client:
-            renew(self._clients, (ticket.client, blob), instance, _CLIENTS_MAX)
+            put(self._clients, (ticket.client, blob), instance, _CLIENTS_MAX)
         for fingerprint in prints:
             key = (fingerprint, blob)
             holders = self._beginnings.get(key)
             if holders is None:
                 holders = {}
-            holders[instance] = copy.loaded_at
-            renew(self._beginnings, key, holders, _BEGINNINGS_MAX)
+            holders[instance] = replica.loaded_at
+            put(self._beginnings, key, holders, _BEGINNINGS_MAX)

@@ -11,13 +11,14 @@ answer. A request never waits for a slot of its home.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from router.domain.instance import InstanceName, InstanceState, InstanceView
+from router.domain.replica_choice import Prospect
 from router.domain.request import Ticket
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.scheduler.balancing.pending_work import OUTPUT_TOKENS, Work
-from router.scheduler.balancing.throughput import STREAM_SHARE, Pace
+from router.scheduler.balancing.pending_work import OUTPUT_TOKENS, PendingWork
+from router.scheduler.balancing.throughput import STREAM_SHARE, Throughput
 from router.scheduler.placement.placement import context_of
 
 BATCH_TOKENS = 512
@@ -68,42 +69,40 @@ def _is_as_asked(view: InstanceView, residency: Residency, ticket: Ticket) -> bo
     return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
 
 
-class Prospect(NamedTuple):
-    """How one copy ranks for one request among those with as much to wait for: the least is best."""
-
-    missing_tokens: int
-    """Of its prompt, which the copy does not hold in its cache as far as is known."""
-    in_flight: int
-    is_other: bool
-    """Not the one that served this client last."""
-    used_at: float
-    instance: InstanceName
-
-
-def first_token_seconds(pace: Pace, work: Work, prompt_tokens: int, beside: int, now: float) -> float:
+def first_token_seconds(
+    throughput: Throughput, work: PendingWork, prompt_tokens: int, concurrent: int, now: float
+) -> float:
     """Until the first token of a request with so many tokens to evaluate, which runs beside so many others there: the
     prompts before it, as far as they are in its batches, its own, and a step."""
-    prompt = prompt_tokens * pace.prompt_seconds
+    prompt = prompt_tokens * throughput.prompt_seconds
     ahead = work.prompts_until - now
     if ahead <= 0.0:
-        return prompt + pace.step_seconds
-    if beside:
-        ahead = min(ahead, beside * max(prompt, BATCH_TOKENS * pace.prompt_seconds))
-    return ahead + prompt + pace.step_seconds
+        return prompt + throughput.step_seconds
+    if concurrent:
+        ahead = min(ahead, concurrent * max(prompt, BATCH_TOKENS * throughput.prompt_seconds))
+    return ahead + prompt + throughput.step_seconds
 
 
-def side_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int) -> float:
+def side_seconds(
+    throughput: Throughput, work: PendingWork, prompt_tokens: int, output_tokens: int, concurrent: int
+) -> float:
     """What it costs to share a copy: each stream there stalls while the prompt is evaluated, and every step that two
     are in is a little longer."""
-    theirs = work.output_tokens + OUTPUT_TOKENS * (beside - work.requests)
-    longer = STREAM_SHARE * pace.step_seconds * min(output_tokens * beside, theirs)
-    return beside * prompt_tokens * pace.prompt_seconds + longer
+    theirs = work.output_tokens + OUTPUT_TOKENS * (concurrent - work.requests)
+    longer = STREAM_SHARE * throughput.step_seconds * min(output_tokens * concurrent, theirs)
+    return concurrent * prompt_tokens * throughput.prompt_seconds + longer
 
 
-def waiting_seconds(pace: Pace, work: Work, prompt_tokens: int, output_tokens: int, beside: int, now: float) -> float:
+def waiting_seconds(
+    throughput: Throughput, work: PendingWork, prompt_tokens: int, output_tokens: int, concurrent: int, now: float
+) -> float:
     """What a request with so many tokens to evaluate and to write costs there, beside so many others."""
-    first = first_token_seconds(pace, work, prompt_tokens, beside, now)
-    return first + SIDE_WEIGHT * side_seconds(pace, work, prompt_tokens, output_tokens, beside) if beside else first
+    first = first_token_seconds(throughput, work, prompt_tokens, concurrent, now)
+    return (
+        first + SIDE_WEIGHT * side_seconds(throughput, work, prompt_tokens, output_tokens, concurrent)
+        if concurrent
+        else first
+    )
 
 
 def best(seconds: Sequence[float], prospects: Sequence[Prospect]) -> int:

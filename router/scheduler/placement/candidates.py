@@ -1,6 +1,6 @@
-"""Where a model could be loaded at all: sets of cards, each with a running instance or one that would be started.
+"""Where a model could be loaded at all: sets of GPUs, each with a running instance or one that would be started.
 
-A set is one card, or several; those of several are considered only in the size that is asked for. Instances that exist
+A set is one GPU, or several; those of several are considered only in the size that is asked for. Instances that exist
 are used where they are free: a server that holds a model of its own would judge the next one by its own estimate and
 evict by its own rule, so where instances may be started on demand each holds one model at most. It prices nothing.
 """
@@ -16,18 +16,18 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.policy import Pin
 from router.domain.request import Layout
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import instances_over, once, residencies_of
+from router.domain.snapshot_index import instances_over, memoise, residencies_of
 from router.engines.ollama.tensor_split import TENSOR_SPLIT, memory_shares, split_text
 
 ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
 
-_WIDE_CARDS_MAX = 10
-"""Sets of several cards are tried among so many cards, the ones with most room: 252 sets at most."""
+_WIDE_GPUS_MAX = 10
+"""Sets of several GPUs are tried among so many GPUs, the ones with most room: 252 sets at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """One set of cards and the instance that would load there."""
+class Candidate:
+    """One set of GPUs and the instance that would load there."""
 
     spec: InstanceSpec
     is_new: bool = False
@@ -40,7 +40,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What limits the cards a model may use."""
+    """What limits the GPUs a model may use."""
 
     name: str
     pin: Pin | None = None
@@ -63,39 +63,41 @@ class Bounds:
         return not pin.spread or len(gpus) > 1
 
 
-def has_cards(snapshot: Snapshot) -> bool:
-    """Whether anything here runs on cards: then nothing lands on the CPU unless it is pinned there."""
+def has_gpus(snapshot: Snapshot) -> bool:
+    """Whether anything here runs on GPUs: then nothing lands on the CPU unless it is pinned there."""
     return any(view.spec.gpus for view in snapshot.instances.values() if view.state in ALIVE) or (
         snapshot.policy.instances_on_demand and bool(snapshot.gpus)
     )
 
 
 def sizes(snapshot: Snapshot) -> list[int]:
-    """Numbers of cards that a set may have, smallest first; 0 where there are no cards at all."""
-    return once(snapshot, sizes, lambda: _sizes(snapshot))
+    """Numbers of GPUs that a set may have, smallest first; 0 where there are no GPUs at all."""
+    return memoise(snapshot, sizes, lambda: _sizes(snapshot))
 
 
 def _sizes(snapshot: Snapshot) -> list[int]:
     found = {len(view.spec.gpus) for view in snapshot.instances.values() if view.state in ALIVE}
     if snapshot.policy.instances_on_demand:
         found |= set(range(1, len(_usable(snapshot)) + 1))
-    return sorted(size for size in found if size or not has_cards(snapshot))
+    return sorted(size for size in found if size or not has_gpus(snapshot))
 
 
-def sites_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
-    """One site for each set of so many cards that the bounds allow."""
+def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
+    """One site for each set of so many GPUs that the bounds allow."""
     if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
-        return once(snapshot, (sites_of_size, size, bounds.only_new), lambda: _sites(snapshot, size, bounds))
-    return _sites(snapshot, size, bounds)
+        return memoise(
+            snapshot, (candidates_of_size, size, bounds.only_new), lambda: _candidates(snapshot, size, bounds)
+        )
+    return _candidates(snapshot, size, bounds)
 
 
-def _sites(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Site]:
-    sets = once(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
-    return [site for gpus in sets if bounds.allows(snapshot, gpus) for site in _on(snapshot, gpus, bounds)]
+def _candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
+    sets = memoise(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
+    return [candidate for gpus in sets if bounds.allows(snapshot, gpus) for candidate in _on(snapshot, gpus, bounds)]
 
 
 def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
-    """The first of those with the same cards."""
+    """The first of those with the same GPUs."""
     found: dict[frozenset[GpuUuid], tuple[GpuUuid, ...]] = {}
     for gpus in sets:
         found.setdefault(frozenset(gpus), gpus)
@@ -108,23 +110,23 @@ def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
         if len(view.spec.gpus) == size and view.state in ALIVE:
             yield view.spec.gpus
     if snapshot.policy.instances_on_demand and size:
-        cards = _usable(snapshot)
-        if size > 1 and len(cards) > _WIDE_CARDS_MAX:
-            cards = sorted(sorted(cards, key=lambda c: -c.memory_free_bytes)[:_WIDE_CARDS_MAX], key=lambda c: c.index)
-        for chosen in combinations(cards, size):
-            yield tuple(card.uuid for card in chosen)
+        gpus = _usable(snapshot)
+        if size > 1 and len(gpus) > _WIDE_GPUS_MAX:
+            gpus = sorted(sorted(gpus, key=lambda c: -c.memory_free_bytes)[:_WIDE_GPUS_MAX], key=lambda c: c.index)
+        for chosen in combinations(gpus, size):
+            yield tuple(gpu.uuid for gpu in chosen)
 
 
 def _usable(snapshot: Snapshot) -> list[Gpu]:
-    return sorted((card for card in snapshot.gpus.values() if card.error is None), key=lambda card: card.index)
+    return sorted((gpu for gpu in snapshot.gpus.values() if gpu.error is None), key=lambda gpu: gpu.index)
 
 
-def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Site]:
-    """The instances on exactly these cards, or with on-demand ones the one that is free, else one to be started."""
+def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
+    """The instances on exactly these GPUs, or with on-demand ones the one that is free, else one to be started."""
     there = [view for view in instances_over(snapshot, frozenset(gpus)) if view.state in ALIVE]
     pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):
-        return [] if bounds.only_new else [Site(view.spec) for view in there]
+        return [] if bounds.only_new else [Candidate(view.spec) for view in there]
     there = [view for view in there if view.spec.attached or _is_tuned(view.spec, pin)]
     there = [view for view in there if not (view.spec.on_demand and view.state is InstanceState.BACKOFF)]
     free = [view for view in there if view.spec.attached or is_empty(snapshot, view.spec.name)]
@@ -132,7 +134,7 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[S
         free = [view for view in free if view.spec.on_demand]
     if free:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
-        return [Site(best.spec)]
+        return [Candidate(best.spec)]
     like = snapshot.policy.on_demand_like
     if any(gpu not in snapshot.gpus for gpu in gpus):
         return []
@@ -148,7 +150,7 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[S
         tuned = replace(tuned, num_parallel=pin.num_parallel)
     if pin is not None and pin.kv_cache_type is not None:
         tuned = replace(tuned, kv_cache_type=pin.kv_cache_type)
-    return [Site(tuned, is_new=True)]
+    return [Candidate(tuned, is_new=True)]
 
 
 def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
@@ -165,7 +167,7 @@ def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
 
 
 def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:
-    """`gpu0.2`, `gpu1+gpu3`: the cards, and a number from the second instance on the same cards on."""
+    """`gpu0.2`, `gpu1+gpu3`: the GPUs, and a number from the second instance on the same GPUs on."""
     base = "+".join(f"gpu{snapshot.gpus[gpu].index}" for gpu in gpus)
     if base not in snapshot.instances:
         return InstanceName(base)

@@ -13,7 +13,7 @@ _NEW_SHARE = 0.2
 """Of the newest duration in the mean of durations."""
 
 
-def asked(demand: Demand, now: float, half_life_seconds: float, amount: float = 1.0) -> Demand:
+def record_request(demand: Demand, now: float, half_life_seconds: float, amount: float = 1.0) -> Demand:
     """One request more, or so much of something else that is counted."""
     return Demand(_decayed(demand, now, half_life_seconds) + amount, now, demand.service_seconds)
 

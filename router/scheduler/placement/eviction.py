@@ -12,7 +12,7 @@ from router.domain.gpu import GpuUuid
 from router.domain.policy import Pin
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import bytes_by_gpu, once, promised, residencies_on
+from router.domain.snapshot_index import bytes_by_gpu, memoise, promised, residencies_on
 from router.scheduler.placement.cost import eviction_price
 
 
@@ -29,13 +29,13 @@ def is_pinned(snapshot: Snapshot, residency: Residency) -> bool:
 def evictable(
     snapshot: Snapshot, gpus: Iterable[GpuUuid], *, busy: bool = False, young: bool = False
 ) -> list[Residency]:
-    """Loaded models that hold memory on these cards, the cheapest first; busy or young ones only if asked for."""
-    cards = frozenset(gpus)
-    return once(snapshot, (evictable, cards, busy, young), lambda: _evictable(snapshot, cards, busy, young))
+    """Loaded models that hold memory on these GPUs, the cheapest first; busy or young ones only if asked for."""
+    uuids = frozenset(gpus)
+    return memoise(snapshot, (evictable, uuids, busy, young), lambda: _evictable(snapshot, uuids, busy, young))
 
 
-def _evictable(snapshot: Snapshot, cards: frozenset[GpuUuid], busy: bool, young: bool) -> list[Residency]:
-    there = dict.fromkeys(key for gpu in cards for key in residencies_on(snapshot, gpu))
+def _evictable(snapshot: Snapshot, gpus: frozenset[GpuUuid], busy: bool, young: bool) -> list[Residency]:
+    there = dict.fromkeys(key for gpu in gpus for key in residencies_on(snapshot, gpu))
     found = [
         residency
         for residency in map(snapshot.residencies.__getitem__, there)
@@ -44,7 +44,7 @@ def _evictable(snapshot: Snapshot, cards: frozenset[GpuUuid], busy: bool, young:
         and (young or _is_settled(snapshot, residency))
         and (residency.instance, residency.blob) not in promised(snapshot)
         and not is_pinned(snapshot, residency)
-        and any(uuid in cards for uuid, _ in bytes_by_gpu(snapshot, residency))
+        and any(uuid in gpus for uuid, _ in bytes_by_gpu(snapshot, residency))
     ]
     prices = {(r.instance, r.blob): eviction_price(snapshot, r) for r in found}
     return sorted(found, key=lambda r: (r.in_flight > 0, prices[r.instance, r.blob], r.used_at, r.instance, r.blob))
@@ -53,9 +53,9 @@ def _evictable(snapshot: Snapshot, cards: frozenset[GpuUuid], busy: bool, young:
 def choose_evictions(
     snapshot: Snapshot, shortfall: Mapping[GpuUuid, int], candidates: Iterable[Residency]
 ) -> tuple[ResidencyKey, ...] | None:
-    """The models to unload so that every card gains its shortfall, or None where they do not suffice.
+    """The models to unload so that every GPU gains its shortfall, or None where they do not suffice.
 
-    `shortfall` is bytes missing per card; cards with nothing missing may be left out. Candidates are taken in the
+    `shortfall` is bytes missing per GPU; GPUs with nothing missing may be left out. Candidates are taken in the
     order given, whoever turns out not to be needed stays, and one model that suffices alone is taken where it costs
     less than those together.
     """
@@ -108,7 +108,7 @@ def _cheaper_alone(
 
 def _freed(snapshot: Snapshot, residency: Residency) -> Mapping[GpuUuid, int]:
     key = (_freed, residency.instance, residency.blob)
-    return once(snapshot, key, lambda: dict(bytes_by_gpu(snapshot, residency)))
+    return memoise(snapshot, key, lambda: dict(bytes_by_gpu(snapshot, residency)))
 
 
 def _helps(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> bool:

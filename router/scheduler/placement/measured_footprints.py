@@ -1,9 +1,9 @@
-"""Footprints that loads have shown: bytes on each card of a set, which replace the estimate for the next such load.
+"""Footprints that loads have shown: bytes on each GPU of a set, which replace the estimate for the next such load.
 
-A footprint is measured where nothing else changed on the cards between the last reading before a load was sent and the
+A footprint is measured where nothing else changed on the GPUs between the last reading before a load was sent and the
 first one after it had ended; whatever is implausible against the estimate is not believed. It belongs to the weights,
-the number of cards and their shares, the context, the slots, the type of the cache, flash attention and the server's
-version. It reads no card: readings are passed in.
+the number of GPUs and their shares, the context, the slots, the type of the cache, flash attention and the server's
+version. It reads no GPU: readings are passed in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from router.domain.reservation import Reservation
 from router.domain.vram_ledger import slots_of
 from router.engines.ollama.memory_estimate import version_number
 from router.engines.ollama.tensor_split import unequal_text
-from router.scheduler.lru import renew
+from router.scheduler.lru import put
 
 _LEAST_SHARE, _MOST_SHARE = 0.5, 1.5
 """Of the estimate: what lies outside has another cause."""
@@ -30,15 +30,15 @@ _TOLD_SHARE, _MOST_TOTAL_SHARE = 0.97, 1.1
 
 
 _UNTOLD_BYTES = 1024**3
-"""Beyond that on each card: the CUDA context and what the driver rounds up."""
+"""Beyond that on each GPU: the CUDA context and what the driver rounds up."""
 
 
 _KEPT_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
-    """How the cards of a load were when it was sent."""
+class MeasurementStart:
+    """How the GPUs of a load were when it was sent."""
 
     key: FootprintKey
     used_bytes: tuple[int, ...]
@@ -55,10 +55,10 @@ class Footprints:
     latest: dict[FootprintKind, FootprintKey] = field(default_factory=dict["FootprintKind", FootprintKey])
     """What was measured last, by all but context, slots and cache."""
     changes: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
-    """Counts loads and unloads on each card, so that a measurement knows whether it was alone."""
+    """Counts loads and unloads on each GPU, so that a measurement knows whether it was alone."""
 
     def nearest(self, key: FootprintKey) -> FootprintKey | None:
-        """The load of these weights on as many cards, in the same shares and by such a server, that was measured last,
+        """The load of these weights on as many GPUs, in the same shares and by such a server, that was measured last,
         whatever its context, slots and cache."""
         found = self.latest.get(key.kind)
         return found if found in self.known else None
@@ -70,18 +70,18 @@ class Footprints:
 
     def before(
         self, key: FootprintKey, gpus: tuple[GpuUuid, ...], used: Mapping[GpuUuid, int], *, is_certain: bool = True
-    ) -> Before:
+    ) -> MeasurementStart:
         """To be kept while the load is under way, after `touched` for the load itself."""
         changes = tuple(self.changes.get(g, 0) for g in gpus)
-        return Before(key, tuple(used.get(g, 0) for g in gpus), changes, is_certain)
+        return MeasurementStart(key, tuple(used.get(g, 0) for g in gpus), changes, is_certain)
 
     def after(
-        self, before: Before, reservation: Reservation, used: Mapping[GpuUuid, int], told_bytes: int
+        self, before: MeasurementStart, reservation: Reservation, used: Mapping[GpuUuid, int], reported_bytes: int
     ) -> tuple[int, ...] | None:
-        """What the load holds on each card; None where something else changed or it is implausible. It is then known
+        """What the load holds on each GPU; None where something else changed or it is implausible. It is then known
         as its footprint, unless the server could have shared it out in more than one way.
 
-        `told_bytes`: what the server says that it holds on the cards, its CUDA contexts left out: a measurement below
+        `reported_bytes`: what the server says that it holds on the GPUs, CUDA contexts left out: a measurement below
         that has another program's leaving in it, and one far above it and the estimate another's coming.
         """
         gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
@@ -89,9 +89,9 @@ class Footprints:
             return None
         sizes = tuple(used.get(gpu, 0) - was for gpu, was in zip(gpus, before.used_bytes, strict=True))
         expected = [size for _, size in reservation.per_gpu_bytes]
-        total = max(told_bytes, sum(expected)) if before.is_certain else told_bytes
+        total = max(reported_bytes, sum(expected)) if before.is_certain else reported_bytes
         most = _MOST_TOTAL_SHARE * total + _UNTOLD_BYTES * len(sizes)
-        if not _TOLD_SHARE * told_bytes <= sum(sizes) <= most:
+        if not _TOLD_SHARE * reported_bytes <= sum(sizes) <= most:
             return None
         if not before.is_certain:
             return tuple(max(0, size) for size in sizes) if _is_covered(sizes, expected) else None
@@ -101,7 +101,7 @@ class Footprints:
         return sizes
 
     def remember(self, key: FootprintKey, sizes: tuple[int, ...]) -> None:
-        renew(self.known, key, sizes, _KEPT_MAX)
+        put(self.known, key, sizes, _KEPT_MAX)
         self.latest[key.kind] = key
 
 
@@ -111,7 +111,7 @@ def is_plausible(sizes: Sequence[int], expected: Sequence[int]) -> bool:
 
 
 def _is_covered(sizes: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether no card shows more than was expected; less, or nothing, is there where the model is elsewhere."""
+    """Whether no GPU shows more than was expected; less, or nothing, is there where the model is elsewhere."""
     return all(-_UNTOLD_BYTES <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True))
 
 
@@ -120,5 +120,5 @@ def key_of(
 ) -> FootprintKey:
     slots, cache, number = slots_of(model, spec, policy), spec.kv_cache_type or "f16", version_number(version)
     of = "" if number is None else f"{number[0]}.{number[1]}"
-    cards, split = len(spec.gpus), unequal_text(spec)
-    return FootprintKey(model.blob, cards, context_length, slots, cache, split, spec.flash_attention, of)
+    gpus, split = len(spec.gpus), unequal_text(spec)
+    return FootprintKey(model.blob, gpus, context_length, slots, cache, split, spec.flash_attention, of)

@@ -1,6 +1,6 @@
-"""Where a model that is not loaded goes: the smallest set of cards that holds it, on which of those, and who leaves.
+"""Where a model that is not loaded goes: the smallest set of GPUs that holds it, on which of those, and who leaves.
 
-Sizes of sets are tried from one card on; the first size that could hold the model even when empty is the one, and of
+Sizes of sets are tried from one GPU on; the first size that could hold the model even when empty is the one, and of
 its sets the one is taken that costs clients least: free room before room that idle models leave, and that before room
 that busy ones will leave. A model never lands on the CPU by accident. Every answer says why.
 
@@ -18,15 +18,15 @@ from router.domain.model import ModelFacts
 from router.domain.request import Layout, RunnerOptions
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Failure, Snapshot
-from router.domain.snapshot_index import cards_of, promised, residencies_of, residencies_on
+from router.domain.snapshot_index import gpus_of, promised, residencies_of, residencies_on
 from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
-from router.scheduler.placement.candidates import ALIVE, Bounds, Site, has_cards, sites_of_size, sizes
+from router.scheduler.placement.candidates import ALIVE, Bounds, Candidate, candidates_of_size, sizes
 from router.scheduler.placement.cost import service_seconds
 from router.scheduler.placement.eviction import choose_evictions, evictable, pin_of, price_of
-from router.scheduler.placement.explain import fit_words, short_words, states_words
+from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
 
 Estimate = Callable[[ModelFacts, InstanceSpec, int, Snapshot], tuple[int, ...]]
-"""(model, instance, context in tokens, facts) -> bytes on each card of the instance, in its card order."""
+"""(model, instance, context in tokens, facts) -> bytes on each GPU of the instance, in its GPU order."""
 
 Need = tuple[tuple[GpuUuid, int], ...]
 
@@ -35,7 +35,7 @@ _LOST_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
+class PlacementRequest:
     """A model that shall be loaded, for whom and how."""
 
     model: ModelFacts
@@ -88,20 +88,20 @@ Decision = Placed | MustWait | NoFit
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    site: Site
+class _SizedCandidate:
+    candidate: Candidate
     need: Need
 
     @property
     def name(self) -> InstanceName:
-        return self.site.spec.name
+        return self.candidate.spec.name
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
     """A candidate with who has to leave for it, and what that costs."""
 
-    candidate: _Candidate
+    sized: _SizedCandidate
     evict: tuple[ResidencyKey, ...]
     running: int
     """Requests of those that are busy."""
@@ -116,217 +116,239 @@ def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) ->
     return max(4, min(context, model.context_length) if model.context_length > 0 else context)
 
 
-def place(snapshot: Snapshot, estimate: Estimate, want: Want) -> Decision:
+def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> Decision:
     """Chooses where to load the wanted model. Same facts, same answer."""
-    bounds = Bounds(want.model.name, pin_of(snapshot, want.model.name), want.layout)
+    bounds = Bounds(request.model.name, pin_of(snapshot, request.model.name), request.layout)
     if bounds.pin is not None and bounds.pin.cpu:
-        return _on_cpu(snapshot, want, bounds)
+        return _on_cpu(snapshot, request, bounds)
     if not _any_alive(snapshot):
-        return NoFit("no_instance", "no Ollama instance is running: " + states_words(snapshot))
-    if not any(want.model.is_on(view.spec) for view in snapshot.instances.values() if view.state in ALIVE):
-        words = f"no instance that has model '{want.model.name}' is running: "
-        return NoFit("no_instance", words + states_words(snapshot))
-    tried: list[_Candidate] = []
+        return NoFit("no_instance", "no Ollama instance is running: " + explain_states(snapshot))
+    if not any(request.model.is_on(view.spec) for view in snapshot.instances.values() if view.state in ALIVE):
+        words = f"no instance that has model '{request.model.name}' is running: "
+        return NoFit("no_instance", words + explain_states(snapshot))
+    tried: list[_SizedCandidate] = []
     for fewer_slots in (False, True):
         for size in sizes(snapshot):
-            sites = [site for site in sites_of_size(snapshot, size, bounds) if want.model.is_on(site.spec)]
-            candidates = [_candidate(snapshot, estimate, site, want, fewer_slots) for site in sites]
-            group = [c for c in candidates if not c.need or _could_fit(snapshot, c)]
+            candidates = [
+                candidate
+                for candidate in candidates_of_size(snapshot, size, bounds)
+                if request.model.is_on(candidate.spec)
+            ]
+            sized_candidates = [
+                _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
+            ]
+            group = [c for c in sized_candidates if not c.need or _could_fit(snapshot, c)]
             if group:
-                return _among(snapshot, group, want)
-            tried += [] if fewer_slots else candidates
+                return _among(snapshot, group, request)
+            tried += [] if fewer_slots else sized_candidates
         bounds = replace(bounds, only_new=True)
-    return _nowhere(snapshot, tried, want)
+    return _nowhere(snapshot, tried, request)
 
 
-def _on_cpu(snapshot: Snapshot, want: Want, bounds: Bounds) -> Decision:
-    sites = [site for site in sites_of_size(snapshot, 0, bounds) if want.model.is_on(site.spec)]
-    if not sites:
-        return NoFit("model_too_large", f"model '{want.model.name}' is pinned to the CPU and no instance runs there")
-    return _among(snapshot, [_Candidate(site, ()) for site in sites], want)
+def _on_cpu(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> Decision:
+    candidates = [
+        candidate for candidate in candidates_of_size(snapshot, 0, bounds) if request.model.is_on(candidate.spec)
+    ]
+    if not candidates:
+        return NoFit("model_too_large", f"model '{request.model.name}' is pinned to the CPU and no instance runs there")
+    return _among(snapshot, [_SizedCandidate(candidate, ()) for candidate in candidates], request)
 
 
 def _any_alive(snapshot: Snapshot) -> bool:
     return any(view.state in ALIVE for view in snapshot.instances.values())
 
 
-def _candidate(snapshot: Snapshot, estimate: Estimate, site: Site, want: Want, fewer_slots: bool) -> _Candidate:
-    candidate = _Candidate(site, ())
-    for spec in _tunings(snapshot, site, want, fewer_slots):
-        needed = estimate(want.model, spec, context_of(want.options, want.model, spec), snapshot)
-        tuned = site if spec is site.spec else replace(site, spec=spec)
-        candidate = _Candidate(tuned, tuple(zip(site.gpus, needed, strict=True)))
-        if _could_fit(snapshot, candidate):
+def _candidate(
+    snapshot: Snapshot, estimate: Estimate, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
+) -> _SizedCandidate:
+    sized = _SizedCandidate(candidate, ())
+    for spec in _tunings(snapshot, candidate, request, fewer_slots):
+        needed = estimate(request.model, spec, context_of(request.options, request.model, spec), snapshot)
+        tuned = candidate if spec is candidate.spec else replace(candidate, spec=spec)
+        sized = _SizedCandidate(tuned, tuple(zip(candidate.gpus, needed, strict=True)))
+        if _could_fit(snapshot, sized):
             break
-    return candidate
+    return sized
 
 
-def _tunings(snapshot: Snapshot, site: Site, want: Want, fewer_slots: bool) -> list[InstanceSpec]:
-    """The site's tuning, and before it those with more slots that an instance to be started over several cards may get:
-    what a large model leaves free on its cards is of little use to others, and slots are what it is waited for. With
+def _tunings(
+    snapshot: Snapshot, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
+) -> list[InstanceSpec]:
+    """The site's tuning, and before it those with more slots that an instance to be started over several GPUs may get:
+    what a large model leaves free on its GPUs is of little use to others, and slots are what it is waited for. With
     `fewer_slots` down to one, which is better than to refuse a model."""
-    pin = pin_of(snapshot, want.model.name)
+    pin = pin_of(snapshot, request.model.name)
     chosen = pin is not None and pin.num_parallel is not None
-    bonus = snapshot.policy.slots_bonus_max if site.is_new and len(site.gpus) > 1 and not chosen else 0
-    own = site.spec
-    least = 1 if fewer_slots and site.is_new and not chosen else own.num_parallel
+    bonus = snapshot.policy.slots_bonus_max if candidate.is_new and len(candidate.gpus) > 1 and not chosen else 0
+    own = candidate.spec
+    least = 1 if fewer_slots and candidate.is_new and not chosen else own.num_parallel
     if not bonus and least == own.num_parallel:
         return [own]
     return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
 
 
-def _could_fit(snapshot: Snapshot, candidate: _Candidate) -> bool:
-    return all(capacity_bytes(snapshot, gpu) >= size for gpu, size in candidate.need)
+def _could_fit(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
+    return all(capacity_bytes(snapshot, gpu) >= size for gpu, size in sized.need)
 
 
-def _among(snapshot: Snapshot, group: Sequence[_Candidate], want: Want) -> Decision:
+def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: PlacementRequest) -> Decision:
     """One of the candidates that could hold it, or what is waited for."""
-    failures = [f for f in (_failure(snapshot, c, want) for c in group) if f is not None]
+    failures = [f for f in (_failure(snapshot, c, request) for c in group) if f is not None]
     if len(failures) == len(group):
         return NoFit("load_failed", failures[-1].message, failures[-1].status)
-    out = want.not_on | {f.instance for f in failures} | _just_lost(snapshot, want)
+    out = request.not_on | {f.instance for f in failures} | _just_lost(snapshot, request)
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
-    usable = [c for c in there if not _in_transit(snapshot, c, want)]
-    now = _fits_now(snapshot, usable, want)
+    usable = [c for c in there if not _in_transit(snapshot, c, request)]
+    now = _fits_now(snapshot, usable, request)
     if now is not None:
         return now
-    at_any_price = replace(want, price_max=float("inf"))
+    at_any_price = replace(request, price_max=float("inf"))
     dear = [o for c in usable if (o := _offer(snapshot, c, at_any_price, busy=False)) is not None]
-    offers = [o for o in dear if o.price <= want.price_max]
+    offers = [o for o in dear if o.price <= request.price_max]
     if offers:
         return _taken(
-            snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.candidate))), want
+            snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.sized))), request
         )
     if dear:
-        return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.candidate.name)), want)
-    return _wait(snapshot, there, want)
+        return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.sized.name)), request)
+    return _wait(snapshot, there, request)
 
 
-def _is_up(snapshot: Snapshot, candidate: _Candidate) -> bool:
+def _is_up(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
     """An instance that would be started for it counts; one that is coming is waited for."""
-    view = snapshot.instances.get(candidate.name)
-    return candidate.site.is_new or (view is not None and (view.state is InstanceState.READY or view.spec.on_demand))
+    view = snapshot.instances.get(sized.name)
+    return sized.candidate.is_new or (view is not None and (view.state is InstanceState.READY or view.spec.on_demand))
 
 
-def _in_transit(snapshot: Snapshot, candidate: _Candidate, want: Want) -> bool:
+def _in_transit(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> bool:
     """True where this very model is on its way in or out of the instance, or busy there with other options."""
-    here = snapshot.residencies.get((candidate.name, want.model.blob))
+    here = snapshot.residencies.get((sized.name, request.model.blob))
     return here is not None and not here.is_idle
 
 
-def _fits_now(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Placed | None:
+def _fits_now(
+    snapshot: Snapshot, sized_candidates: Sequence[_SizedCandidate], request: PlacementRequest
+) -> Placed | None:
     free = [
         c
-        for c in candidates
+        for c in sized_candidates
         if all(available_bytes(snapshot, gpu) >= size for gpu, size in c.need)
-        and (c.name, want.model.blob) not in snapshot.residencies
+        and (c.name, request.model.blob) not in snapshot.residencies
     ]
     if not free:
         return None
     best = min(free, key=lambda c: _preference(snapshot, c))
-    return _placed(best, (), f"{best.name}: {fit_words(snapshot, best.need)}", want)
+    return _placed(best, (), f"{best.name}: {explain_fit(snapshot, best.need)}", request)
 
 
-def _placed(candidate: _Candidate, evict: tuple[ResidencyKey, ...], reason: str, want: Want) -> Placed:
-    site = candidate.site
-    return Placed(site.spec.name, candidate.need, evict, reason, want.options, site.spec if site.is_new else None)
+def _placed(sized: _SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str, request: PlacementRequest) -> Placed:
+    candidate = sized.candidate
+    return Placed(
+        candidate.spec.name, sized.need, evict, reason, request.options, candidate.spec if candidate.is_new else None
+    )
 
 
-def _preference(snapshot: Snapshot, candidate: _Candidate) -> tuple[int, int, int, float, float, int, int, str]:
-    """Where there is a choice: not where others wait to be put, least busy cards, least filled, the faster, those with
+def _preference(snapshot: Snapshot, sized: _SizedCandidate) -> tuple[int, int, int, float, float, int, int, str]:
+    """Where there is a choice: not where others wait to be put, least busy GPUs, least filled, the faster, those with
     the faster links, the roomier, and an instance that runs already; then by name."""
-    cards = set(candidate.site.gpus)
-    keys = dict.fromkeys(residencies_of(snapshot, candidate.name))
-    for gpu in cards:
+    gpus = set(sized.candidate.gpus)
+    keys = dict.fromkeys(residencies_of(snapshot, sized.name))
+    for gpu in gpus:
         keys.update(dict.fromkeys(residencies_on(snapshot, gpu)))
     mates = [snapshot.residencies[key] for key in keys]
-    speed = sum((snapshot.gpus[g].bandwidth_bytes_per_second or 0.0) for g in cards if g in snapshot.gpus)
-    link = min((snapshot.gpus[g].link_bytes_per_second or 0.0 for g in cards if g in snapshot.gpus), default=0.0)
-    room = sum(available_bytes(snapshot, g) for g in cards)
-    packed = _packing(snapshot, candidate)
+    speed = sum((snapshot.gpus[g].bandwidth_bytes_per_second or 0.0) for g in gpus if g in snapshot.gpus)
+    link = min((snapshot.gpus[g].link_bytes_per_second or 0.0 for g in gpus if g in snapshot.gpus), default=0.0)
+    room = sum(available_bytes(snapshot, g) for g in gpus)
+    packed = _packing(snapshot, sized)
     busy = 0 if packed else sum(r.in_flight for r in mates)
-    return (packed, busy, len(mates), -speed, -link, -room, int(candidate.site.is_new), candidate.name)
+    return (packed, busy, len(mates), -speed, -link, -room, int(sized.candidate.is_new), sized.name)
 
 
-def _packing(snapshot: Snapshot, candidate: _Candidate) -> int:
-    """Where a model over several cards is asked for of late, small ones fill cards up and leave others empty for it:
-    bytes that stay free on the card, the fewest first. 0 where there is no such model."""
-    if len(candidate.site.gpus) != 1 or not snapshot.large_asked:
+def _packing(snapshot: Snapshot, sized: _SizedCandidate) -> int:
+    """Where a model over several GPUs is asked for of late, small ones fill GPUs up and leave others empty for it:
+    bytes that stay free on the GPU, the fewest first. 0 where there is no such model."""
+    if len(sized.candidate.gpus) != 1 or not snapshot.large_model_requested:
         return 0
-    gpu, size = candidate.need[0]
+    gpu, size = sized.need[0]
     return max(1, available_bytes(snapshot, gpu) - size)
 
 
-def _offer(snapshot: Snapshot, candidate: _Candidate, want: Want, *, busy: bool) -> _Offer | None:
+def _offer(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest, *, busy: bool) -> _Offer | None:
     """Who has to leave for the candidate at least price; None where even that does not suffice."""
-    own = (candidate.name, want.model.blob)
-    own_copy = snapshot.residencies.get(own)
-    own_bytes = dict(zip(candidate.site.gpus, own_copy.per_gpu_bytes, strict=False)) if own_copy is not None else {}
+    own = (sized.name, request.model.blob)
+    own_replica = snapshot.residencies.get(own)
+    own_bytes = (
+        dict(zip(sized.candidate.gpus, own_replica.per_gpu_bytes, strict=False)) if own_replica is not None else {}
+    )
     shortfall = {
         gpu: size - available_bytes(snapshot, gpu) - leaving_bytes(snapshot, gpu) - own_bytes.get(gpu, 0)
-        for gpu, size in candidate.need
+        for gpu, size in sized.need
     }
-    cards = [gpu for gpu, size in shortfall.items() if size > 0]
-    others = evictable(snapshot, cards, busy=busy, young=want.may_evict_young) if cards else []
+    gpus = [gpu for gpu, size in shortfall.items() if size > 0]
+    others = evictable(snapshot, gpus, busy=busy, young=request.may_evict_young) if gpus else []
     others = [r for r in others if (r.instance, r.blob) != own]
-    others.sort(key=lambda r: (r.instance, r.blob) not in want.supersedes)
+    others.sort(key=lambda r: (r.instance, r.blob) not in request.supersedes)
     evict = choose_evictions(snapshot, shortfall, others)
     if evict is None:
-        # The books may have less than the models hold, so that what the card could give would never suffice.
+        # The books may have less than the models hold, so that what the GPU could give would never suffice.
         less = {gpu: size - unbooked_bytes(snapshot, gpu) for gpu, size in shortfall.items()}
         evict = choose_evictions(snapshot, less, others) if less != shortfall else None
     if evict is None:
         return None
-    price = price_of(snapshot, (key for key in evict if key not in want.supersedes))
-    evict = (own, *evict) if own_copy is not None else evict
-    evict = (*evict, *(key for key in _relied_on(snapshot, candidate) if key not in evict))
+    price = price_of(snapshot, (key for key in evict if key not in request.supersedes))
+    evict = (own, *evict) if own_replica is not None else evict
+    evict = (*evict, *(key for key in _relied_on(snapshot, sized) if key not in evict))
     running = sum(snapshot.residencies[key].in_flight for key in evict)
     lost = sum(sum(snapshot.residencies[key].per_gpu_bytes) for key in evict)
-    return _Offer(candidate, evict, running, price, lost) if price <= want.price_max else None
+    return _Offer(sized, evict, running, price, lost) if price <= request.price_max else None
 
 
-def _relied_on(snapshot: Snapshot, candidate: _Candidate) -> list[ResidencyKey]:
+def _relied_on(snapshot: Snapshot, sized: _SizedCandidate) -> list[ResidencyKey]:
     """Models whose leaving another plan has asked for and this one counts on: it asks for it as well, lest the room
     stays taken if that plan is dropped."""
-    short = {gpu for gpu, size in candidate.need if available_bytes(snapshot, gpu) < size}
+    short = {gpu for gpu, size in sized.need if available_bytes(snapshot, gpu) < size}
     return sorted(
         key
         for key in promised(snapshot)
         if key in snapshot.residencies
         and snapshot.residencies[key].state is ResidencyState.READY
-        and short.intersection(cards_of(snapshot, key[0]))
+        and short.intersection(gpus_of(snapshot, key[0]))
     )
 
 
-def _too_dear(snapshot: Snapshot, offer: _Offer, want: Want) -> MustWait:
+def _too_dear(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> MustWait:
     """Idle models could leave, but that would cost others more than the wait is worth so far."""
     names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
-    words = f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {want.price_max:.0f} s yet"
-    return MustWait(f"{offer.candidate.name}: {words}", price=offer.price)
+    words = (
+        f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
+    )
+    return MustWait(f"{offer.sized.name}: {words}", price=offer.price)
 
 
-def _taken(snapshot: Snapshot, offer: _Offer, want: Want) -> Placed:
+def _taken(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> Placed:
     names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
     how = f"after unloading {names}" if offer.evict else "once freed memory shows"
-    return _placed(offer.candidate, offer.evict, f"{offer.candidate.name}: fits {how}", want)
+    return _placed(offer.sized, offer.evict, f"{offer.sized.name}: fits {how}", request)
 
 
-def _wait(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Placed | MustWait:
+def _wait(
+    snapshot: Snapshot, sized_candidates: Sequence[_SizedCandidate], request: PlacementRequest
+) -> Placed | MustWait:
     """Busy models stand in the way: the offer with the least to wait for and to lose, taken or only named."""
-    at_rest = [c for c in candidates if _own_state(snapshot, c, want) in (None, ResidencyState.READY)]
-    offers = [o for c in at_rest if (o := _offer(snapshot, c, want, busy=True)) is not None]
+    at_rest = [c for c in sized_candidates if _own_state(snapshot, c, request) in (None, ResidencyState.READY)]
+    offers = [o for c in at_rest if (o := _offer(snapshot, c, request, busy=True)) is not None]
     if not offers:
         return MustWait("waits until an instance is ready or loads under way have ended")
-    best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.candidate.name))
+    best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.sized.name))
     words = f"waits for {best.running} running requests of {len(best.evict)} models to make room"
-    if not want.may_drain:
-        return MustWait(f"{best.candidate.name}: {words}", best.evict)
-    return _placed(best.candidate, best.evict, f"{best.candidate.name}: {words}", want)
+    if not request.may_drain:
+        return MustWait(f"{best.sized.name}: {words}", best.evict)
+    return _placed(best.sized, best.evict, f"{best.sized.name}: {words}", request)
 
 
-def _own_state(snapshot: Snapshot, candidate: _Candidate, want: Want) -> ResidencyState | None:
+def _own_state(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> ResidencyState | None:
     """Of the same weights there: a copy that comes for others serves them first, and one that leaves is waited for."""
-    here = snapshot.residencies.get((candidate.name, want.model.blob))
+    here = snapshot.residencies.get((sized.name, request.model.blob))
     return None if here is None else here.state
 
 
@@ -336,46 +358,48 @@ def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
     return max((service_seconds(snapshot, r) / 2 for r in busy), default=0.0)
 
 
-def _failure(snapshot: Snapshot, candidate: _Candidate, want: Want) -> Failure | None:
+def _failure(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> Failure | None:
     """Why this load is not tried there again."""
-    load = (candidate.name, want.model.blob, want.options)
+    load = (sized.name, request.model.blob, request.options)
     found = [f for f in snapshot.failures if (f.instance, f.blob, f.options) == load]
     return None if not found or (len(found) == 1 and found[0].is_lost) else found[-1]
 
 
-def _just_lost(snapshot: Snapshot, want: Want) -> set[InstanceName]:
+def _just_lost(snapshot: Snapshot, request: PlacementRequest) -> set[InstanceName]:
     """Instances whose server was lost with a load of these weights so lately that nothing is known of it yet."""
-    since, blob = snapshot.now - _LOST_SECONDS, want.model.blob
+    since, blob = snapshot.now - _LOST_SECONDS, request.model.blob
     return {f.instance for f in snapshot.failures if f.is_lost and f.blob == blob and f.at > since}
 
 
-def _nowhere(snapshot: Snapshot, candidates: Sequence[_Candidate], want: Want) -> Decision:
+def _nowhere(snapshot: Snapshot, sized_candidates: Sequence[_SizedCandidate], request: PlacementRequest) -> Decision:
     """409 or 422, unless memory is still settling."""
-    if candidates and snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
-        return MustWait("waits until the cards show what the last load or unload changed")
-    lines = [f"{c.name}: {short_words(snapshot, c.need)}" for c in _fewest_lines(candidates)]
-    if want.layout is not None and lines:
-        words = f"model '{want.model.name}' does not fit as asked ({_layout_words(want.layout)}): " + "; ".join(lines)
+    if sized_candidates and snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
+        return MustWait("waits until the GPUs show what the last load or unload changed")
+    lines = [f"{c.name}: {explain_shortfall(snapshot, c.need)}" for c in _fewest_lines(sized_candidates)]
+    if request.layout is not None and lines:
+        words = f"model '{request.model.name}' does not fit as asked ({_layout_words(request.layout)}): " + "; ".join(
+            lines
+        )
         return NoFit("layout_unavailable", words)
     if not lines:
-        if want.layout is not None:
-            words = f"no running instance is laid out as asked ({_layout_words(want.layout)})"
+        if request.layout is not None:
+            words = f"no running instance is laid out as asked ({_layout_words(request.layout)})"
             return NoFit("layout_unavailable", words)
-        words = f"no running instance may load model '{want.model.name}': "
-        return NoFit("no_instance", words + states_words(snapshot))
-    return NoFit("model_too_large", f"model '{want.model.name}' fits nowhere: " + "; ".join(lines))
+        words = f"no running instance may load model '{request.model.name}': "
+        return NoFit("no_instance", words + explain_states(snapshot))
+    return NoFit("model_too_large", f"model '{request.model.name}' fits nowhere: " + "; ".join(lines))
 
 
 def _layout_words(layout: Layout) -> str:
     return layout.kind.value if layout.gpu is None else f"{layout.kind.value}:{layout.gpu}"
 
 
-def _fewest_lines(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+def _fewest_lines(sized_candidates: Sequence[_SizedCandidate]) -> list[_SizedCandidate]:
     """Enough to see why: of many sets of one size only those of running instances, or else the first."""
-    running = [c for c in candidates if not c.site.is_new]
-    return running or list(candidates[:8])
+    running = [c for c in sized_candidates if not c.candidate.is_new]
+    return running or list(sized_candidates[:8])
 
 
 __all__ = [
-    "Decision", "Estimate", "InstanceView", "MustWait", "NoFit", "Placed", "Want", "context_of", "has_cards", "place",
+    "Decision", "Estimate", "InstanceView", "MustWait", "NoFit", "Placed", "PlacementRequest", "context_of", "place",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Looking for a place on behalf of waiting tickets: which context to load with, how much may be disturbed for them.
 
-Between the queue, which knows who waits for how long, and placement, which knows cards. It changes nothing.
+Between the queue, which knows who waits for how long, and placement, which knows GPUs. It changes nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from router.domain.policy import Policy
 from router.domain.request import RunnerOptions, Ticket
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import copies_of
-from router.engines.ollama.runner_options import ordinary_options, own_context, with_context
+from router.domain.snapshot_index import replicas_of
+from router.engines.ollama.runner_options import default_context_length_of, default_runner_options, with_context
 from router.scheduler.placement.cost import reload_seconds, service_seconds, wait_bounds, worth_of_load
 from router.scheduler.placement.eviction import pin_of
-from router.scheduler.placement.placement import Decision, Estimate, NoFit, Placed, Want, place
+from router.scheduler.placement.placement import Decision, Estimate, NoFit, Placed, PlacementRequest, place
 
 _REPLICA_PRICE_SHARE = 0.25
 """A further copy may cost others so much of what its own load takes."""
@@ -28,17 +28,17 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     """A place for tickets that no copy serves: with the context that serves all of them, else what the first asks."""
     policy, head = snapshot.policy, tickets[0]
     waited = snapshot.now - min(t.arrived_at for t in tickets)
-    want = Want(
+    request = PlacementRequest(
         head.model,
         layout=head.layout,
         may_drain=waited >= wait_bounds(snapshot, head.model).drain_after_seconds,
-        may_evict_young=waited >= policy.patience_seconds,
+        may_evict_young=waited >= policy.ttft_target_seconds,
         price_max=_price_max(snapshot, tickets, waited),
-        supersedes=frozenset((r.instance, r.blob) for r in copies_of(snapshot, head.model.blob) if head.is_flexible),
+        supersedes=frozenset((r.instance, r.blob) for r in replicas_of(snapshot, head.model.blob) if head.is_flexible),
     )
     decision: Decision | None = None
     for options in _options_to_try(policy, snapshot, tickets):
-        found = place(snapshot, estimate, replace(want, options=options))
+        found = place(snapshot, estimate, replace(request, options=options))
         if not isinstance(found, NoFit) or found.code != "model_too_large":
             return found
         decision = decision or found
@@ -63,12 +63,12 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     head = tickets[0]
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
-        return [ordinary_options(head.model, pin, policy.context_length)]
+        return [default_runner_options(head.model, pin, policy.context_length)]
     if not head.is_flexible:
         return [head.options]
     most = max(_wanted_context(policy, t) for t in tickets)
     trained = head.model.context_length
-    ordinary = own_context(head.model, policy.context_length)
+    ordinary = default_context_length_of(head.model, policy.context_length)
     step = ordinary if most <= ordinary else _step(policy, most)
     tried = [min(step, trained) if trained else step, most]
     return list(dict.fromkeys(with_context(head.model, context, policy.context_length) for context in tried))
@@ -89,29 +89,29 @@ def _step(policy: Policy, tokens: int) -> int:
 
 
 def seek_replica(
-    snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket], copies: Sequence[Residency]
+    snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket], replicas: Sequence[Residency]
 ) -> Placed | None:
     """One more copy for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
     policy, head = snapshot.policy, tickets[0]
     pin = pin_of(snapshot, head.model.name)
     most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.replicas_max
-    if len(copies) >= most or any(r.state is not ResidencyState.READY for r in copies):
+    if len(replicas) >= most or any(r.state is not ResidencyState.READY for r in replicas):
         return None
-    if not all(r.per_gpu_bytes for r in copies):
+    if not all(r.per_gpu_bytes for r in replicas):
         return None  # on the CPU a further copy would share the same cores
-    slots = sum(r.slots for r in copies)
-    wait = len(tickets) / max(1, slots) * service_seconds(snapshot, copies[0])
+    slots = sum(r.slots for r in replicas)
+    wait = len(tickets) / max(1, slots) * service_seconds(snapshot, replicas[0])
     load = reload_seconds(snapshot, head.model)
     if wait <= load:
         return None
-    want = Want(
+    request = PlacementRequest(
         head.model,
-        options=copies[0].options,
+        options=replicas[0].options,
         layout=head.layout,
         price_max=load * _REPLICA_PRICE_SHARE,
-        not_on=frozenset(r.instance for r in copies),
+        not_on=frozenset(r.instance for r in replicas),
     )
-    found = place(snapshot, estimate, want)
+    found = place(snapshot, estimate, request)
     if not isinstance(found, Placed):
         return None
     return replace(found, reason=f"{found.reason}; a further copy, {wait:.0f} s of waiting against {load:.0f} to load")
@@ -121,7 +121,7 @@ def coming(snapshot: Snapshot, blob: BlobDigest) -> list[Residency]:
     """Of these weights, loaded or on their way, and not about to leave."""
     return [
         r
-        for r in copies_of(snapshot, blob)
+        for r in replicas_of(snapshot, blob)
         if r.state is not ResidencyState.UNLOADING
         and (r.instance, r.blob) not in snapshot.draining
         and _is_up(snapshot, r)

@@ -17,27 +17,27 @@ from router.domain.snapshot import Snapshot
 from router.scheduler.placement.cost import wait_bounds
 from router.scheduler.placement.placement import MustWait
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue
-from router.scheduler.reconcile.housekeeping import is_wanted_warm
+from router.scheduler.reconcile.housekeeping import is_warm_wanted
 from router.scheduler.state import FleetState
 
-AGAIN_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 _NEVER = (-1, float("-inf"))
 
 
-class Looks:
+class RetryGate:
     """Mutable, the dispatcher's."""
 
-    __slots__ = ("_calm", "_held", "_seen")
+    __slots__ = ("_held", "_quiescent", "_seen")
 
     def __init__(self) -> None:
         self._seen: dict[GroupKey, tuple[int, float]] = {}
         """State's version of the last look in vain, and when the next is due whatever happens."""
         self._held: dict[GroupKey, MustWait] = {}
         """What the last look in vain found, for groups that no copy serves."""
-        self._calm = _NEVER
+        self._quiescent = _NEVER
         """State's version at which all had looked, and when the first is due again."""
 
-    def in_vain(self, key: GroupKey, version: int, until: float, found: MustWait | None = None) -> None:
+    def failed(self, key: GroupKey, version: int, until: float, found: MustWait | None = None) -> None:
         self._seen[key] = (version, until)
         if found is not None:
             self._held[key] = found
@@ -54,25 +54,27 @@ class Looks:
         self._seen = {key: seen for key, seen in self._seen.items() if queue.has_group(key)}
         self._held = {key: held for key, held in self._held.items() if queue.has_group(key)}
 
-    def all_looked(self, keys: Iterable[GroupKey], version: int) -> None:
+    def all_attempted(self, keys: Iterable[GroupKey], version: int) -> None:
         """The whole queue was gone through: it is calm from now on if all of it has looked at this version."""
-        self._calm = (version, float("inf"))
-        self.these_looked(keys, version)
+        self._quiescent = (version, float("inf"))
+        self.attempted(keys, version)
 
-    def these_looked(self, keys: Iterable[GroupKey], version: int) -> None:
+    def attempted(self, keys: Iterable[GroupKey], version: int) -> None:
         """These of a calm queue were gone through."""
         seen = [self._seen.get(key, _NEVER) for key in keys]
-        is_calm = self._calm[0] == version and all(found[0] == version for found in seen)
-        self._calm = (version, min([self._calm[1], *(until for _, until in seen)])) if is_calm else _NEVER
+        is_quiescent = self._quiescent[0] == version and all(found[0] == version for found in seen)
+        self._quiescent = (
+            (version, min([self._quiescent[1], *(until for _, until in seen)])) if is_quiescent else _NEVER
+        )
 
     def still(self, before: int, version: int) -> None:
         """What changed in between concerns nobody who waits."""
         self._seen = {key: (version if seen == before else seen, until) for key, (seen, until) in self._seen.items()}
-        self._calm = (version, self._calm[1]) if self._calm[0] == before else self._calm
+        self._quiescent = (version, self._quiescent[1]) if self._quiescent[0] == before else self._quiescent
 
-    def is_calm(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
+    def is_quiescent(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
         """Whether the queue was gone through since anything changed, and time alone brings nothing yet."""
-        if self._calm[0] != fleet.version or self._calm[1] <= now:
+        if self._quiescent[0] != fleet.version or self._quiescent[1] <= now:
             return False
         if fleet.wake is None or (fleet.wake[0] is not None and fleet.wake[0] <= now):
             return False
@@ -84,16 +86,16 @@ def _stand(fleet: FleetState, plans: Iterable[Reservation], now: float) -> bool:
     """Whether these are kept although nobody waits for them."""
     facts = fleet.snapshot(now)
     found = [facts.residencies.get((plan.instance, plan.blob)) for plan in plans]
-    return all(one is not None and is_wanted_warm(facts, one.model) for one in found)
+    return all(one is not None and is_warm_wanted(facts, one.model) for one in found)
 
 
-def next_look(snapshot: Snapshot, tickets: Sequence[Ticket]) -> float:
+def next_attempt(snapshot: Snapshot, tickets: Sequence[Ticket]) -> float:
     """When those who have just looked in vain look again though nothing has changed: soon, and as soon as they have
     waited so long that more is allowed for their sake."""
     now = snapshot.now
     since = min(ticket.arrived_at for ticket in tickets)
-    steps = (*wait_bounds(snapshot, tickets[0].model), snapshot.policy.patience_seconds)
-    return min([now + AGAIN_SECONDS, *(since + step for step in steps if since + step > now)])
+    steps = (*wait_bounds(snapshot, tickets[0].model), snapshot.policy.ttft_target_seconds)
+    return min([now + RETRY_SECONDS, *(since + step for step in steps if since + step > now)])
 
 
 def concerned(fleet: FleetState, event: Event) -> Collection[BlobDigest] | None:

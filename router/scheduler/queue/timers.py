@@ -10,7 +10,7 @@ from router.scheduler.reconcile.reservations import next_timeout
 from router.scheduler.state import FleetState
 
 
-def next_wake(fleet: FleetState, queue: WaitQueue, look_again_at: float) -> float | None:
+def next_wake(fleet: FleetState, queue: WaitQueue, retry_at: float) -> float | None:
     """When the dispatcher must look again although nothing happens; None for never."""
     times = list(_expiries(fleet, queue))
     timeout = next_timeout(fleet)
@@ -18,16 +18,16 @@ def next_wake(fleet: FleetState, queue: WaitQueue, look_again_at: float) -> floa
         times.append(timeout)
     if len(queue):
         # Waiting tickets look again now and then: drains begin and failures are forgotten by time alone.
-        times += [queue.next_deadline() or float("inf"), look_again_at]
+        times += [queue.next_deadline() or float("inf"), retry_at]
     return min(times, default=None)
 
 
 def _expiries(fleet: FleetState, queue: WaitQueue) -> Iterator[float]:
     """When copies that may go by time alone go. Reads the copies without writing their use into them."""
-    for key, copy in fleet.copies.items():
+    for key, replica in fleet.replicas.items():
         use = fleet.uses.get(key)
-        at, in_flight = (copy.expires_at, copy.in_flight) if use is None else (use.expires_at, use.in_flight)
-        if at is not None and _can_expire(copy, in_flight, queue):
+        at, in_flight = (replica.expires_at, replica.in_flight) if use is None else (use.expires_at, use.in_flight)
+        if at is not None and _can_expire(replica, in_flight, queue):
             yield at
 
 

@@ -1,7 +1,7 @@
 """Where each waiting ticket stands, and how long it will probably still wait for its slot.
 
 The position counts those who wait for the same copies and will be served first: requests for another model take no slot
-from these, they only compete for cards, and that shows in the wait. The wait is worked out by letting the tickets take
+from these, they only compete for GPUs, and that shows in the wait. The wait is worked out by letting the tickets take
 the slots one after another, in the order in which they are served:
 
 - A busy slot has half its time to go on average: of n busy ones of a copy the first should be free after 1/(n+1) of the
@@ -45,7 +45,7 @@ from router.scheduler.reconcile.residency import describe_wait
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class WaitEstimate:
     """How one ticket stands."""
 
     position: int
@@ -57,7 +57,7 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class QueueLine:
     """Tickets that can share one copy, in the order in which they are served."""
 
     tickets: Sequence[Ticket]
@@ -89,14 +89,16 @@ class _Pool:
         return at
 
 
-def outlooks(snapshot: Snapshot, lines: Iterable[Line], reasons: Mapping[TicketId, str]) -> dict[TicketId, Outlook]:
+def wait_estimates(
+    snapshot: Snapshot, lines: Iterable[QueueLine], reasons: Mapping[TicketId, str]
+) -> dict[TicketId, WaitEstimate]:
     """How each ticket stands, in the order of the lines, which is that in which they are served.
 
     `reasons`: what was found of some of them when they were last looked at.
     """
     pools: dict[ResidencyKey, _Pool] = {}
     passed: dict[BlobDigest, dict[tuple[_Pool, ...], int]] = {}
-    found: dict[TicketId, Outlook] = {}
+    found: dict[TicketId, WaitEstimate] = {}
     for line in lines:
         clients = {ticket.client for ticket in line.tickets}
         before_it: set[str] = set()
@@ -110,54 +112,54 @@ def outlooks(snapshot: Snapshot, lines: Iterable[Line], reasons: Mapping[TicketI
                 slots = sum(len(pool.times) for pool in open_ones)
                 wait *= _longer_by_overtaking(snapshot, ticket, len(before_it - {ticket.client}) / len(clients), slots)
             before_it.add(ticket.client)
-            found[ticket.id] = Outlook(position, wait, reasons.get(ticket.id) or words)
+            found[ticket.id] = WaitEstimate(position, wait, reasons.get(ticket.id) or words)
     return found
 
 
 def _usable(
-    snapshot: Snapshot, line: Line, pools: dict[ResidencyKey, _Pool]
+    snapshot: Snapshot, line: QueueLine, pools: dict[ResidencyKey, _Pool]
 ) -> list[tuple[Ticket, tuple[_Pool, ...], str]]:
     """The tickets of a line, each with the copies that it can use (there, coming, or the one that has no place yet) and
     what it waits for."""
-    copies = {blob: coming(snapshot, blob) for blob in {ticket.model.blob for ticket in line.tickets}}
+    replicas = {blob: coming(snapshot, blob) for blob in {ticket.model.blob for ticket in line.tickets}}
     used: list[tuple[Ticket, list[Residency]]] = [
-        (ticket, [copy for copy in copies[ticket.model.blob] if suits(snapshot, copy, ticket)])
+        (ticket, [replica for replica in replicas[ticket.model.blob] if suits(snapshot, replica, ticket)])
         for ticket in line.tickets
     ]
     unserved = [ticket for ticket, suiting in used if not suiting]
     later = (_later(snapshot, unserved, line.held),) if unserved else ()
     words = line.held.reason if line.held is not None else ""
     return [
-        (ticket, tuple(_pool(snapshot, copy, pools) for copy in suiting), describe_wait(suiting))
+        (ticket, tuple(_pool(snapshot, replica, pools) for replica in suiting), describe_wait(suiting))
         if suiting
         else (ticket, later, words)
         for ticket, suiting in used
     ]
 
 
-def _pool(snapshot: Snapshot, copy: Residency, pools: dict[ResidencyKey, _Pool]) -> _Pool:
-    key = (copy.instance, copy.blob)
+def _pool(snapshot: Snapshot, replica: Residency, pools: dict[ResidencyKey, _Pool]) -> _Pool:
+    key = (replica.instance, replica.blob)
     if key not in pools:
-        pools[key] = _Pool(_slot_times(snapshot, copy), shown_service_seconds(snapshot, copy.blob))
+        pools[key] = _Pool(_slot_times(snapshot, replica), shown_service_seconds(snapshot, replica.blob))
     return pools[key]
 
 
-def _slot_times(snapshot: Snapshot, copy: Residency) -> list[float]:
+def _slot_times(snapshot: Snapshot, replica: Residency) -> list[float]:
     """When each slot of the copy is free, as far as that is known."""
-    if copy.state is not ResidencyState.READY:
-        at = _loaded_in(snapshot, copy)
-        return [] if at is None else [at] * copy.slots
-    held, busy = shown_service_seconds(snapshot, copy.blob), copy.in_flight
+    if replica.state is not ResidencyState.READY:
+        at = _loaded_in(snapshot, replica)
+        return [] if at is None else [at] * replica.slots
+    held, busy = shown_service_seconds(snapshot, replica.blob), replica.in_flight
     left = [] if held is None else [held * number / (busy + 1) for number in range(1, busy + 1)]
-    return [0.0] * max(0, copy.slots - busy) + left
+    return [0.0] * max(0, replica.slots - busy) + left
 
 
-def _loaded_in(snapshot: Snapshot, copy: Residency) -> float | None:
+def _loaded_in(snapshot: Snapshot, replica: Residency) -> float | None:
     """Seconds until a copy that is planned or being loaded should be there; None where that is overdue or unknown."""
-    reservation = None if copy.load_id is None else snapshot.reservations.get(copy.load_id)
+    reservation = None if replica.load_id is None else snapshot.reservations.get(replica.load_id)
     if reservation is None:
         return None
-    load = reload_seconds(snapshot, copy.model)
+    load = reload_seconds(snapshot, replica.model)
     if reservation.sent_at is not None:
         left = reservation.sent_at + load - snapshot.now
         return left if left > 0.0 else None
@@ -169,10 +171,10 @@ def _leaving_seconds(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float 
     """Until the last of these is idle, if each request has half its time to go; None where that is unknown."""
     seconds = 0.0
     for key in keys:
-        copy = snapshot.residencies.get(key)
-        if copy is None or copy.state is not ResidencyState.READY or not copy.in_flight:
+        replica = snapshot.residencies.get(key)
+        if replica is None or replica.state is not ResidencyState.READY or not replica.in_flight:
             continue
-        held = shown_service_seconds(snapshot, copy.blob)
+        held = shown_service_seconds(snapshot, replica.blob)
         if held is None:
             return None
         seconds = max(seconds, held / 2)
@@ -196,9 +198,9 @@ def _longer_by_others(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float
     """By how much later copies that still take requests fall idle: each that comes meanwhile holds a slot as well. As
     the busy time of a queue with enough slots, which is exp(arrivals x time held) times longer (M/G/infinity)."""
     shares = [
-        rate_of(snapshot, copy.model) * (shown_service_seconds(snapshot, copy.blob) or 0.0)
-        for copy in (snapshot.residencies.get(key) for key in keys)
-        if copy is not None and copy.in_flight
+        rate_of(snapshot, replica.model) * (shown_service_seconds(snapshot, replica.blob) or 0.0)
+        for replica in (snapshot.residencies.get(key) for key in keys)
+        if replica is not None and replica.in_flight
     ]
     return exp(min(_BUSY_MAX, max(shares, default=0.0)))
 

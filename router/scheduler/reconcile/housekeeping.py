@@ -10,10 +10,10 @@ from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.runner_options import ordinary_options
+from router.engines.ollama.runner_options import default_runner_options
 from router.scheduler.placement.candidates import is_empty
 from router.scheduler.placement.cost import rate_of
-from router.scheduler.placement.placement import Estimate, Placed, Want, place
+from router.scheduler.placement.placement import Estimate, Placed, PlacementRequest, place
 from router.scheduler.state import FleetState
 
 _WORTH_A_LOAD_PER_SECOND = 1 / 240
@@ -53,11 +53,11 @@ def abandoned(snapshot: Snapshot) -> list[Residency]:
     return [
         r
         for r in snapshot.residencies.values()
-        if r.state is ResidencyState.PLANNED and r.blob not in snapshot.wanted and not is_wanted_warm(snapshot, r.model)
+        if r.state is ResidencyState.PLANNED and r.blob not in snapshot.wanted and not is_warm_wanted(snapshot, r.model)
     ]
 
 
-def is_wanted_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
+def is_warm_wanted(snapshot: Snapshot, model: ModelFacts) -> bool:
     """Pinned to stay, or asked for so much that it is worth a load into free room."""
     return _is_pinned_warm(snapshot, model) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
 
@@ -67,11 +67,11 @@ def _is_pinned_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
     return pin is not None and pin.keep_warm
 
 
-def _want(snapshot: Snapshot, model: ModelFacts) -> Want:
+def _want(snapshot: Snapshot, model: ModelFacts) -> PlacementRequest:
     """In the context it is pinned to; others leave for it only where it is pinned."""
     pin = snapshot.policy.pins.get(model.name)
     price = float("inf") if _is_pinned_warm(snapshot, model) else 0.0
-    return Want(model, ordinary_options(model, pin, snapshot.policy.context_length), price_max=price)
+    return PlacementRequest(model, default_runner_options(model, pin, snapshot.policy.context_length), price_max=price)
 
 
 def anticipate(
@@ -89,7 +89,7 @@ def anticipate(
         return
     loaded = {r.blob for r in snapshot.residencies.values()}
     for blob, model in models.items():
-        if blob in loaded or not is_wanted_warm(snapshot, model):
+        if blob in loaded or not is_warm_wanted(snapshot, model):
             continue
         if blob in dismissed and not _is_pinned_warm(snapshot, model):
             continue

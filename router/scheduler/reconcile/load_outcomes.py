@@ -7,11 +7,11 @@ partly on the CPU is undone and remembered, never used.
 from __future__ import annotations
 
 from router.domain.actions import Action, ReadGpus
-from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadAsked, UnloadFinished
+from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadFinished, UnloadRequested
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Failure
-from router.engines.ollama.runner_options import has_own_layers
+from router.engines.ollama.runner_options import sets_num_gpu
 from router.scheduler.placement.eviction import is_pinned
 from router.scheduler.reconcile import reservations
 from router.scheduler.reconcile import residency as rules
@@ -19,7 +19,7 @@ from router.scheduler.state import FleetState, expiry
 
 
 def apply_to_loads(
-    fleet: FleetState, event: LoadFinished | LoadFailed | UnloadFinished | UnloadAsked, now: float
+    fleet: FleetState, event: LoadFinished | LoadFailed | UnloadFinished | UnloadRequested, now: float
 ) -> list[Action]:
     match event:
         case LoadFinished():
@@ -30,7 +30,7 @@ def apply_to_loads(
         case UnloadFinished():
             _unload_finished(fleet, event, now)
             return [ReadGpus()]
-        case UnloadAsked():
+        case UnloadRequested():
             return _unload_asked(fleet, event, now)
 
 
@@ -52,8 +52,8 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         return
     if event.spec.on_demand and event.state is InstanceState.STARTING:
         return  # a plan waits for an instance that was started for it
-    if any(key[0] == name for key in fleet.copies):
-        fleet.changed_at = now  # the last reading of the cards still shows what it held
+    if any(key[0] == name for key in fleet.replicas):
+        fleet.changed_at = now  # the last reading of the GPUs still shows what it held
     fleet.forget_instance(name)
 
 
@@ -73,7 +73,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
         key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, per_gpu_bytes=held, **sizes
     )
     is_spilled = residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes
-    if is_spilled and not has_own_layers(residency.model):
+    if is_spilled and not sets_num_gpu(residency.model):
         share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
         words = f"came out {share:.0f} % on the CPU on {residency.instance}"
         _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now)
@@ -114,7 +114,7 @@ def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> No
         fleet.forget(key)
 
 
-def _unload_asked(fleet: FleetState, event: UnloadAsked, now: float) -> list[Action]:
+def _unload_asked(fleet: FleetState, event: UnloadRequested, now: float) -> list[Action]:
     actions: list[Action] = []
     fleet.dismissed.add(event.blob)
     for key, residency in list(fleet.residencies.items()):

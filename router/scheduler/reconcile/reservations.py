@@ -1,4 +1,4 @@
-"""Loads that are planned: room is promised on all cards at once, what stands in it leaves, then the one load is sent.
+"""Loads that are planned: room is promised on all GPUs at once, what stands in it leaves, then the one load is sent.
 
 A plan is a reservation that was not sent yet, and its residency in PLANNED. Idle models that have to leave are
 unloaded at once, busy ones take no new request and are unloaded when they are idle. While a plan stands nothing else
@@ -79,7 +79,7 @@ def _advance(fleet: FleetState, reservation: Reservation, residency: Residency, 
 
 def _may_send(fleet: FleetState) -> bool:
     under_way = sum(r.state is ResidencyState.LOADING for r in fleet.residencies.values())
-    return under_way < fleet.policy.loads_at_once
+    return under_way < fleet.policy.concurrent_loads_max
 
 
 def _is_coming(fleet: FleetState, reservation: Reservation) -> bool:

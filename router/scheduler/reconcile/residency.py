@@ -20,9 +20,9 @@ from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import room_bytes, slots_of
-from router.engines.ollama.footprint_estimator import may_be_alone, version_of
-from router.engines.ollama.offload_rules import overruled
-from router.engines.ollama.runner_options import spelled_out, with_context
+from router.engines.ollama.footprint_estimator import may_use_single_gpu, version_of
+from router.engines.ollama.offload_rules import explain_override
+from router.engines.ollama.runner_options import explicit_options, with_context
 from router.scheduler.placement.measured_footprints import key_of
 from router.scheduler.placement.placement import Estimate, Placed, context_of
 from router.scheduler.state import FleetState, expiry
@@ -53,7 +53,7 @@ def planned(
 
 
 def has_room(snapshot: Snapshot, reservation: Reservation) -> bool:
-    """True when the instance is up and every card's live free memory covers the load's share."""
+    """True when the instance is up and every GPU's live free memory covers the load's share."""
     view = snapshot.instances.get(reservation.instance)
     if view is None or view.state is not InstanceState.READY:
         return False
@@ -67,9 +67,9 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     fleet.sent(residency.model.weights_bytes, now)
     spec = fleet.instances[residency.instance].spec
     model, context, facts = residency.model, residency.context_length, fleet.snapshot(now)
-    reason = residency.reason + overruled(model, spec, context, facts)
+    reason = residency.reason + explain_override(model, spec, context, facts)
     fleet.update(key, state=ResidencyState.LOADING, reason=reason)
-    is_certain = not any(may_be_alone(model, spec, context, facts))
+    is_certain = not any(may_use_single_gpu(model, spec, context, facts))
     measured = key_of(model, spec, context, fleet.policy, version_of(spec, facts))
     fleet.begin_measuring(reservation, measured, is_certain=is_certain)
     return Load(
@@ -77,7 +77,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
         instance=residency.instance,
         url=spec.url,
         model=residency.model,
-        options=spelled_out(residency.model, residency.options, spec.context_length),
+        options=explicit_options(residency.model, residency.options, spec.context_length),
         expects_gpu=bool(spec.gpus),
         timeout_seconds=fleet.policy.load_timeout_seconds,
         reason=reason,
@@ -85,7 +85,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
 
 
 def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
-    """The load ended well: its reservation stands until the cards are read again."""
+    """The load ended well: its reservation stands until the GPUs are read again."""
     reservation = fleet.reservations.get(load_id)
     if reservation is not None:
         if reservation.per_gpu_bytes:
@@ -102,7 +102,7 @@ def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
     return Unload(residency.instance, url, residency.model, residency.blob, reason)
 
 
-def describe_wait(copies: Iterable[Residency]) -> str:
+def describe_wait(replicas: Iterable[Residency]) -> str:
     """What a ticket waits for whose model is loaded or on its way."""
     words = {
         ResidencyState.PLANNED: "room is being made on {r.instance}",
@@ -110,7 +110,7 @@ def describe_wait(copies: Iterable[Residency]) -> str:
         ResidencyState.READY: "{r.in_flight} of {r.slots} slots are in use on {r.instance}",
         ResidencyState.UNLOADING: "it is being unloaded from {r.instance}",
     }
-    return "; ".join(words[r.state].format(r=r) for r in copies)
+    return "; ".join(words[r.state].format(r=r) for r in replicas)
 
 
 def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: float) -> None:
@@ -137,13 +137,13 @@ def _is_news(known: Residency, row: LoadedModel) -> bool:
     return (known.size_bytes, known.size_vram_bytes) != (row.size_bytes, row.size_vram_bytes)
 
 
-def at_least(per_gpu_bytes: tuple[int, ...], told_bytes: int) -> tuple[int, ...]:
-    """What a model holds on each card, where its server says that it holds so much in all: the books said less where
+def at_least(per_gpu_bytes: tuple[int, ...], reported_bytes: int) -> tuple[int, ...]:
+    """What a model holds on each GPU, where its server says that it holds so much in all: the books said less where
     the estimate is low, and would never find the room that its leaving makes."""
     total = sum(per_gpu_bytes)
-    if not 0 < total < told_bytes:
+    if not 0 < total < reported_bytes:
         return per_gpu_bytes
-    return tuple(size * told_bytes // total for size in per_gpu_bytes)
+    return tuple(size * reported_bytes // total for size in per_gpu_bytes)
 
 
 def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> bool:

@@ -15,12 +15,12 @@ def play(url: str) -> dict[str, Any]:
     """What each feature gave, without what differs from run to run."""
     client, options = ollama.Client(host=url), {"num_predict": 6, "seed": 1}
     parts = list(client.chat("tiny", HI, stream=True, options=options))
-    once = client.chat("tiny", HI, options=options)
+    memoise = client.chat("tiny", HI, options=options)
     tools = client.chat("toolish", HI, tools=[TOOL], format=SCHEMA, options={"num_predict": 200, "seed": 1})
     seen: dict[str, Any] = {
         "stream": "".join(part.message.content or "" for part in parts),
         "parts": [part.done for part in parts],
-        "once": once.message.content,
+        "once": memoise.message.content,
         "generate": client.generate("tiny", "hello", options=options).response,
         "embed": [len(vector) for vector in client.embed("embed", ["a", "b"]).embeddings],
         "tools": [[call.function.name, dict(call.function.arguments)] for call in tools.message.tool_calls or ()],

@@ -19,7 +19,7 @@ from router.domain.instance import InstanceName
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.client import OllamaClient
-from router.engines.ollama.driver import OllamaDriver, stand_in_for
+from router.engines.ollama.driver import OllamaDriver, temporary_tag_for
 from tests.scheduler.builders import key, model, residency, snapshot, view
 from tests.support.scripted_server import Scripted, failing, hanging, scripted
 from tests.support.waiting import eventually
@@ -66,8 +66,8 @@ class Bench:
     loaded: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     ps_fails: int = 0
 
-    def list(self, name: str, digest: str, size: int = 100, on_cards: int = 100) -> None:
-        self.loaded.append({"name": name, "digest": digest, "size": size, "size_vram": on_cards})
+    def list(self, name: str, digest: str, size: int = 100, on_gpus: int = 100) -> None:
+        self.loaded.append({"name": name, "digest": digest, "size": size, "size_vram": on_gpus})
 
     def ps(self, _: Any) -> web.Response:
         if self.ps_fails:
@@ -118,7 +118,7 @@ async def test_a_load_asks_for_all_layers_and_tells_what_the_server_then_lists()
 
 
 @pytest.mark.parametrize(("of", "expects_gpu"), [(TINY, False), (replace(TINY, parameters=(("num_gpu", "1"),)), True)])
-async def test_layers_are_left_alone_without_cards_and_where_the_model_says_how_many(
+async def test_layers_are_left_alone_without_gpus_and_where_the_model_says_how_many(
     of: ModelFacts, expects_gpu: bool
 ) -> None:
     async with bench() as on:
@@ -225,11 +225,11 @@ async def test_what_has_no_name_any_more_is_unloaded_by_one_that_is_made_and_rem
         on.goes_on_unload(lambda: held.append(on.writing.locked()))
         held: list[bool] = []
         assert (await on.driver.unload(unload(TINY))).error is None
-        stand_in = stand_in_for(TINY.blob)
+        temporary_tag = temporary_tag_for(TINY.blob)
         assert [path for path in on.server.paths() if path != "/api/ps"] == [
             "/api/create", "/api/generate", "/api/delete",
         ]  # fmt: skip
-        assert [body["model"] for body in on.bodies("/api/generate")] == [stand_in]
+        assert [body["model"] for body in on.bodies("/api/generate")] == [temporary_tag]
         assert held == [True]
         assert not on.writing.locked()
 
@@ -270,7 +270,7 @@ async def test_an_attached_servers_store_is_not_written_to() -> None:
 
 async def test_names_that_a_killed_router_left_are_removed_and_no_others() -> None:
     async with bench() as on:
-        names = ["tiny:latest", "llamayard-unload:aaaaaaaaaaaa", stand_in_for(TINY.blob)]
+        names = ["tiny:latest", "llamayard-unload:aaaaaaaaaaaa", temporary_tag_for(TINY.blob)]
         on.server.answers |= {"/api/tags": {"models": [{"name": name} for name in names]}, "/api/delete": {}}
         on.facts = snapshot([], [view("gpu0", 0)], [residency("gpu0", TINY, 1)])
         assert await on.driver.clear_leftovers()
@@ -288,6 +288,9 @@ async def test_nothing_is_cleared_while_no_server_is_ready_or_the_store_is_being
 
 
 def test_the_made_name_belongs_to_the_weights() -> None:
-    one, other = stand_in_for(BlobDigest("sha256:" + "a" * 64)), stand_in_for(BlobDigest("sha256:" + "b" * 64))
+    one, other = (
+        temporary_tag_for(BlobDigest("sha256:" + "a" * 64)),
+        temporary_tag_for(BlobDigest("sha256:" + "b" * 64)),
+    )
     assert one == "llamayard-unload:aaaaaaaaaaaa"
     assert one != other

@@ -1,4 +1,4 @@
-"""A server of several cards that is not told to spread may take one of them alone: both are reserved until it shows."""
+"""A server of several GPUs that is not told to spread may take one of them alone: both are reserved until it shows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.footprint_estimator import estimate_bytes
 from router.scheduler.dispatcher import Dispatcher
-from router.scheduler.placement.footprint_prediction import Prediction
+from router.scheduler.placement.footprint_prediction import FootprintPredictor
 from router.scheduler.placement.measured_footprints import Footprints, key_of
-from tests.scheduler.builders import GB, MIB, card, gpu_id, instance, model, snapshot, ticket
+from tests.scheduler.builders import GB, MIB, gpu, gpu_id, instance, model, snapshot, ticket
 
 CONTEXT = 8192
-SMALL, LARGE = card(0, 8_000, total_mib=8_000), card(1, 24_000)
+SMALL, LARGE = gpu(0, 8_000, total_mib=8_000), gpu(1, 24_000)
 SPLIT_EVENLY = {"LLAMA_ARG_TENSOR_SPLIT": "1,1"}
 FILLED = replace(instance("both", 1, 0), environment=SPLIT_EVENLY)
 EVEN = replace(FILLED, environment={**SPLIT_EVENLY, "OLLAMA_SCHED_SPREAD": "1"})
@@ -29,12 +29,12 @@ MODEL = model("m", 12_000)
 NEW, OLD = "0.33.0", "0.24.0"
 
 
-def facts(version: str = NEW, *cards: Gpu, spec: InstanceSpec = FILLED) -> Snapshot:
-    return snapshot(cards or (SMALL, LARGE), [InstanceView(spec, InstanceState.READY, version)])
+def facts(version: str = NEW, *gpus: Gpu, spec: InstanceSpec = FILLED) -> Snapshot:
+    return snapshot(gpus or (SMALL, LARGE), [InstanceView(spec, InstanceState.READY, version)])
 
 
-def bytes_of(spec: InstanceSpec, of: ModelFacts, version: str = NEW, *cards: Gpu) -> tuple[int, ...]:
-    return estimate_bytes(of, spec, CONTEXT, facts(version, *cards, spec=spec))
+def bytes_of(spec: InstanceSpec, of: ModelFacts, version: str = NEW, *gpus: Gpu) -> tuple[int, ...]:
+    return estimate_bytes(of, spec, CONTEXT, facts(version, *gpus, spec=spec))
 
 
 def whole(of: ModelFacts, version: str = NEW) -> int:
@@ -44,7 +44,7 @@ def whole(of: ModelFacts, version: str = NEW) -> int:
 
 @pytest.mark.parametrize("spec", [FILLED, ATTACHED], ids=["spawned", "attached"])
 @pytest.mark.parametrize("version", [NEW, OLD])
-def test_a_card_that_may_be_taken_alone_is_reserved_for_the_whole_model(spec: InstanceSpec, version: str) -> None:
+def test_a_gpu_that_may_be_taken_alone_is_reserved_for_the_whole_model(spec: InstanceSpec, version: str) -> None:
     on_large, on_small = bytes_of(spec, MODEL, version)
     assert on_large == whole(MODEL, version)
     assert on_small == bytes_of(EVEN, MODEL, version)[1] < on_large
@@ -58,31 +58,31 @@ def test_a_server_that_is_told_to_spread_spreads(version: str) -> None:
 
 
 @pytest.mark.parametrize(("version", "of"), [(NEW, model("m", 18_000)), (OLD, model("m", 23_600))])
-def test_a_model_that_the_server_finds_too_large_for_one_card_is_split(version: str, of: ModelFacts) -> None:
+def test_a_model_that_the_server_finds_too_large_for_one_gpu_is_split(version: str, of: ModelFacts) -> None:
     assert bytes_of(FILLED, of, version) == bytes_of(EVEN, of, version)
 
 
-def test_a_card_is_reserved_as_a_whole_at_most() -> None:
-    """So that a model which just does not fit one card is not refused where its server splits it after all."""
+def test_a_gpu_is_reserved_as_a_whole_at_most() -> None:
+    """So that a model which just does not fit one GPU is not refused where its server splits it after all."""
     of = model("m", 21_450)
     assert whole(of, OLD) > 24_000 * MIB
     assert bytes_of(FILLED, of, OLD) == (24_000 * MIB, bytes_of(EVEN, of, OLD)[1])
 
 
-def test_what_is_on_a_card_may_be_gone_when_the_server_looks() -> None:
+def test_what_is_on_a_gpu_may_be_gone_when_the_server_looks() -> None:
     """The last reading may be older than the end of a server that held memory there."""
-    assert bytes_of(FILLED, MODEL, NEW, SMALL, card(1, 6_000)) == bytes_of(FILLED, MODEL)
+    assert bytes_of(FILLED, MODEL, NEW, SMALL, gpu(1, 6_000)) == bytes_of(FILLED, MODEL)
 
 
 def test_a_split_that_was_seen_once_does_not_say_that_the_next_load_is_split() -> None:
     seen, policy = Footprints(), Policy()
     seen.remember(key_of(MODEL, FILLED, CONTEXT, policy, NEW), (7 * GB, 7 * GB))
-    predict = Prediction(policy, seen, estimate_bytes)
+    predict = FootprintPredictor(policy, seen, estimate_bytes)
     assert predict(MODEL, FILLED, CONTEXT, facts()) == (whole(MODEL), 7 * GB)
     assert predict(MODEL, EVEN, CONTEXT, facts()) == (7 * GB, 7 * GB)
 
 
-def loaded(on_large: int, on_small: int, foreign: tuple[int, int] = (0, 0)) -> tuple[Dispatcher, list[Action]]:
+def loaded(on_large: int, on_small: int, external: tuple[int, int] = (0, 0)) -> tuple[Dispatcher, list[Action]]:
     """A load that came out so, and what the reading after it brought, with what another program took meanwhile."""
     dispatcher = Dispatcher(Policy(vram_margin_bytes=0), estimate_bytes)
     dispatcher.handle(GpusRead((SMALL, LARGE), 1.0), 1.0)
@@ -93,12 +93,12 @@ def loaded(on_large: int, on_small: int, foreign: tuple[int, int] = (0, 0)) -> t
     dispatcher.handle(LoadFinished(sent.load_id, total, total), 3.0)
     after = tuple(
         replace(each, memory_free_bytes=each.memory_free_bytes - size, memory_used_bytes=size)
-        for each, size in ((SMALL, on_small + foreign[1]), (LARGE, on_large + foreign[0]))
+        for each, size in ((SMALL, on_small + external[1]), (LARGE, on_large + external[0]))
     )
     return dispatcher, dispatcher.handle(GpusRead(after, 4.0), 4.0)
 
 
-def test_a_model_that_came_out_on_one_card_is_on_no_other_in_the_books() -> None:
+def test_a_model_that_came_out_on_one_gpu_is_on_no_other_in_the_books() -> None:
     dispatcher, told = loaded(whole(MODEL), 0)
     (copy,) = dispatcher.snapshot(5.0).residencies.values()
     assert copy.per_gpu_bytes == (whole(MODEL), 0)
@@ -114,7 +114,7 @@ def test_a_model_that_came_out_split_is_split_in_the_books() -> None:
 
 
 def test_what_another_program_took_meanwhile_is_not_taken_for_the_models_share() -> None:
-    dispatcher, told = loaded(whole(MODEL), 0, foreign=(0, 6_000 * MIB))
+    dispatcher, told = loaded(whole(MODEL), 0, external=(0, 6_000 * MIB))
     (copy,) = dispatcher.snapshot(5.0).residencies.values()
     assert copy.per_gpu_bytes == bytes_of(FILLED, MODEL)
     assert not [action for action in told if isinstance(action, Remember)]
@@ -129,7 +129,7 @@ def test_what_was_planned_before_any_server_told_its_version_is_planned_anew() -
         (one,) = dispatcher.snapshot(9.0).reservations.values()
         return tuple(size for _, size in one.per_gpu_bytes)
 
-    dispatcher.handle(GpusRead((card(0, 24_000), card(1, 14_000, total_mib=14_000)), 1.0), 1.0)
+    dispatcher.handle(GpusRead((gpu(0, 24_000), gpu(1, 14_000, total_mib=14_000)), 1.0), 1.0)
     for number in (0, 1):
         dispatcher.handle(InstanceChanged(instance(f"gpu{number}", number), InstanceState.STARTING), 1.0)
     (start,) = dispatcher.handle(Arrived(ticket(1, model("m", 22_000))), 2.0)

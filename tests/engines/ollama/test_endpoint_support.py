@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
-from router.engines.ollama.endpoint_support import Abilities, refuse_missing
+from router.engines.ollama.endpoint_support import EndpointSupport, refuse_missing
 from router.errors import InstanceLost, NotSupported
 
 
@@ -40,28 +40,28 @@ def _view(url: str, version: str = "0.24.0") -> InstanceView:
 async def test_a_server_is_asked_once_for_each_version_and_path() -> None:
     asked: list[str] = []
     async with _server(asked) as url, aiohttp.ClientSession() as session:
-        abilities = Abilities(session)
-        assert abilities.known(_view(url), "/v1/messages") is None
+        endpoint_support = EndpointSupport(session)
+        assert endpoint_support.known(_view(url), "/v1/messages") is None
         for _ in range(2):
-            assert await abilities.has(_view(url), "/v1/messages")
-            assert not await abilities.has(_view(url), "/v1/audio/transcriptions")
-        assert abilities.known(_view(url), "/v1/messages") is True
+            assert await endpoint_support.has(_view(url), "/v1/messages")
+            assert not await endpoint_support.has(_view(url), "/v1/audio/transcriptions")
+        assert endpoint_support.known(_view(url), "/v1/messages") is True
         assert asked == ["/v1/messages", "/v1/audio/transcriptions"]
-        assert await abilities.has(_view(url, "0.25.0"), "/v1/messages")
+        assert await endpoint_support.has(_view(url, "0.25.0"), "/v1/messages")
         assert len(asked) == 3
 
 
 async def test_old_endpoints_are_never_asked_about() -> None:
     async with aiohttp.ClientSession() as session:
-        assert await Abilities(session).has(_view("http://127.0.0.1:1"), "/api/chat")
+        assert await EndpointSupport(session).has(_view("http://127.0.0.1:1"), "/api/chat")
 
 
 async def test_a_server_that_cannot_be_asked_is_lost_and_not_remembered() -> None:
     async with aiohttp.ClientSession() as session:
-        abilities, view = Abilities(session), _view("http://127.0.0.1:1")
+        endpoint_support, view = EndpointSupport(session), _view("http://127.0.0.1:1")
         with pytest.raises(InstanceLost, match="/v1/messages"):
-            await abilities.has(view, "/v1/messages")
-        assert abilities.known(view, "/v1/messages") is None
+            await endpoint_support.has(view, "/v1/messages")
+        assert endpoint_support.known(view, "/v1/messages") is None
 
 
 def test_a_missing_api_is_named_with_the_version_and_a_missing_path_is_not() -> None:

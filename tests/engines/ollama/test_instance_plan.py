@@ -1,4 +1,4 @@
-"""Cards and configuration become instances with their whole environment."""
+"""GPUs and configuration become instances with their whole environment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Values:
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def card(
+def gpu(
     index: int, name: str = "NVIDIA GeForce RTX 3090", bus: int | None = 384, mhz: int = 9751, gib: int = 24
 ) -> Gpu:
     clock = None if bus is None else mhz * 1_000_000
@@ -50,14 +50,14 @@ A6000 = {"name": "NVIDIA RTX A6000", "mhz": 8001, "gib": 48}
 RTX4090 = {"name": "NVIDIA GeForce RTX 4090", "mhz": 10501}
 
 
-def planned(*cards: Gpu, tunings: Mapping[str, Values] | None = None, **fields: Any) -> dict[str, InstanceSpec]:
+def planned(*gpus: Gpu, tunings: Mapping[str, Values] | None = None, **fields: Any) -> dict[str, InstanceSpec]:
     plan = InstancePlan("/store", lambda name: (tunings or {}).get(name, Values()), **fields)
-    specs = plan_instances(cards, plan, count(20001))
+    specs = plan_instances(gpus, plan, count(20001))
     return {spec.name: spec for spec in specs}
 
 
-def test_each_card_has_an_instance_and_two_or_more_a_spread_one() -> None:
-    specs = planned(card(0), card(1), card(2))
+def test_each_gpu_has_an_instance_and_two_or_more_a_spread_one() -> None:
+    specs = planned(gpu(0), gpu(1), gpu(2))
     assert list(specs) == ["gpu0", "gpu1", "gpu2", "spread"]
     assert [spec.gpus for spec in specs.values()] == [
         ("GPU-0aaa",), ("GPU-1aaa",), ("GPU-2aaa",), ("GPU-0aaa", "GPU-1aaa", "GPU-2aaa"),
@@ -65,14 +65,14 @@ def test_each_card_has_an_instance_and_two_or_more_a_spread_one() -> None:
     assert [spec.url for spec in specs.values()] == [f"http://127.0.0.1:{20001 + i}" for i in range(4)]
 
 
-def test_one_card_has_no_spread_instance_and_no_card_one_on_the_cpu() -> None:
-    assert list(planned(card(3))) == ["gpu3"]
+def test_one_gpu_has_no_spread_instance_and_no_gpu_one_on_the_cpu() -> None:
+    assert list(planned(gpu(3))) == ["gpu3"]
     assert list(planned()) == ["cpu"]
     assert planned()["cpu"].gpus == ()
 
 
 def test_an_instance_has_its_whole_environment() -> None:
-    assert planned(card(0))["gpu0"].environment == {
+    assert planned(gpu(0))["gpu0"].environment == {
         "OLLAMA_HOST": "127.0.0.1:20001",
         "OLLAMA_MODELS": "/store",
         "OLLAMA_KEEP_ALIVE": "-1",
@@ -92,7 +92,7 @@ def test_an_instance_has_its_whole_environment() -> None:
     }
 
 
-def test_an_instance_on_the_cpu_sees_no_card() -> None:
+def test_an_instance_on_the_cpu_sees_no_gpu() -> None:
     assert planned()["cpu"].environment["CUDA_VISIBLE_DEVICES"] == "-1"
 
 
@@ -102,7 +102,7 @@ def test_cloud_models_are_reached_only_where_they_are_switched_on() -> None:
 
 def test_tuning_reaches_the_spec_and_the_environment() -> None:
     own = Values(4, 4096, "q8_0", True, {"OLLAMA_DEBUG": "1", "OLLAMA_MAX_LOADED_MODELS": "1", "OLLAMA_VULKAN": "1"})
-    specs = planned(card(0), card(1), tunings={"gpu1": own})
+    specs = planned(gpu(0), gpu(1), tunings={"gpu1": own})
     one = specs["gpu1"]
     assert (one.num_parallel, one.context_length, one.kv_cache_type, one.flash_attention) == (4, 4096, "q8_0", True)
     wanted = {**own.environment, "OLLAMA_NUM_PARALLEL": "4", "OLLAMA_CONTEXT_LENGTH": "4096",
@@ -118,34 +118,34 @@ def test_what_the_books_stand_on_cannot_be_overridden() -> None:
         "OLLAMA_HOST": "0.0.0.0",
         "OLLAMA_NOPRUNE": "0",
     }
-    spec = planned(card(0), tunings={"gpu0": Values(environment=environment)})["gpu0"]
-    assert spec.environment == planned(card(0))["gpu0"].environment
+    spec = planned(gpu(0), tunings={"gpu0": Values(environment=environment)})["gpu0"]
+    assert spec.environment == planned(gpu(0))["gpu0"].environment
 
 
-def test_equal_cards_are_spread_evenly_in_their_own_order() -> None:
-    spread = planned(card(1), card(0))["spread"]
+def test_equal_gpus_are_spread_evenly_in_their_own_order() -> None:
+    spread = planned(gpu(1), gpu(0))["spread"]
     assert spread.environment["OLLAMA_SCHED_SPREAD"] == "1"
     assert spread.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0aaa,GPU-1aaa"
 
 
-def test_unequal_cards_are_filled_fastest_first() -> None:
-    specs = planned(card(0), card(1, **RTX4090), card(2, **A6000))
+def test_unequal_gpus_are_filled_fastest_first() -> None:
+    specs = planned(gpu(0), gpu(1, **RTX4090), gpu(2, **A6000))
     assert specs["spread"].environment["OLLAMA_SCHED_SPREAD"] == "0"
     assert specs["spread"].gpus == ("GPU-1aaa", "GPU-0aaa", "GPU-2aaa")
     assert specs["gpu0"].environment["OLLAMA_SCHED_SPREAD"] == "0"
 
 
-def test_unequal_cards_are_told_their_shares_in_the_order_of_the_instance() -> None:
-    cards = (card(0), card(1, gib=12))
-    assert planned(*cards)["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
-    assert planned(card(0, gib=12), card(1))["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
-    assert planned(card(0), card(1))["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "1,1"
-    assert "LLAMA_ARG_TENSOR_SPLIT" not in planned(*cards)["gpu0"].environment
+def test_unequal_gpus_are_told_their_shares_in_the_order_of_the_instance() -> None:
+    gpus = (gpu(0), gpu(1, gib=12))
+    assert planned(*gpus)["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
+    assert planned(gpu(0, gib=12), gpu(1))["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
+    assert planned(gpu(0), gpu(1))["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "1,1"
+    assert "LLAMA_ARG_TENSOR_SPLIT" not in planned(*gpus)["gpu0"].environment
     declared = DeclaredInstance(Values(), "mine", gpus=("1", "0"))
-    mine = planned(*cards, discover=False, declared=(declared,))["mine"]
+    mine = planned(*gpus, discover=False, declared=(declared,))["mine"]
     assert mine.environment["LLAMA_ARG_TENSOR_SPLIT"] == "10,22"
     own = Values(environment={"LLAMA_ARG_TENSOR_SPLIT": "3,1"})
-    assert planned(*cards, tunings={"spread": own})["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "3,1"
+    assert planned(*gpus, tunings={"spread": own})["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "3,1"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_an_instance_on_demand_is_told_the_shares_that_were_reckoned_with(
 
 
 def test_how_to_spread_can_be_overridden() -> None:
-    unequal, equal = (card(0), card(1, **RTX4090)), (card(0), card(1))
+    unequal, equal = (gpu(0), gpu(1, **RTX4090)), (gpu(0), gpu(1))
     assert planned(*unequal, spread="even")["spread"].environment["OLLAMA_SCHED_SPREAD"] == "1"
     assert planned(*unequal, spread="even")["spread"].gpus == ("GPU-0aaa", "GPU-1aaa")
     assert planned(*equal, spread="fill_first")["spread"].environment["OLLAMA_SCHED_SPREAD"] == "0"
@@ -182,56 +182,56 @@ def test_an_instance_on_demand_is_known_to_spread_before_it_runs_as_it_does_then
     assert spec.environment["OLLAMA_SCHED_SPREAD"] == like.environment["OLLAMA_SCHED_SPREAD"]
 
 
-def test_cards_are_equal_by_name_and_memory() -> None:
-    assert are_equal([card(0), card(1)])
-    assert not are_equal([card(0), card(1, **RTX4090)])
-    assert not are_equal([card(0), card(1, gib=12)])
+def test_gpus_are_equal_by_name_and_memory() -> None:
+    assert are_equal([gpu(0), gpu(1)])
+    assert not are_equal([gpu(0), gpu(1, **RTX4090)])
+    assert not are_equal([gpu(0), gpu(1, gib=12)])
 
 
 def test_speed_goes_by_bandwidth_then_memory_then_index() -> None:
-    unknown_small, unknown_big = card(0, bus=None), card(1, bus=None, gib=48)
-    ordered = fill_order([unknown_small, unknown_big, card(3), card(2), card(4, **RTX4090)])
+    unknown_small, unknown_big = gpu(0, bus=None), gpu(1, bus=None, gib=48)
+    ordered = fill_order([unknown_small, unknown_big, gpu(3), gpu(2), gpu(4, **RTX4090)])
     assert [one.index for one in ordered] == [4, 2, 3, 1, 0]
 
 
-def test_nothing_is_spread_over_parts_of_a_card() -> None:
-    parts = [replace(card(i), uuid=GpuUuid(f"MIG-{i}")) for i in (1, 2)]
-    assert list(planned(card(0), *parts)) == ["gpu0", "gpu1", "gpu2"]
+def test_nothing_is_spread_over_parts_of_a_gpu() -> None:
+    parts = [replace(gpu(i), uuid=GpuUuid(f"MIG-{i}")) for i in (1, 2)]
+    assert list(planned(gpu(0), *parts)) == ["gpu0", "gpu1", "gpu2"]
 
 
-def test_a_card_that_cannot_be_read_gets_no_instance() -> None:
-    specs = planned(card(0), replace(card(1), error="GPU is lost"), card(2))
+def test_a_gpu_that_cannot_be_read_gets_no_instance() -> None:
+    specs = planned(gpu(0), replace(gpu(1), error="GPU is lost"), gpu(2))
     assert list(specs) == ["gpu0", "gpu2", "spread"]
     assert specs["spread"].gpus == ("GPU-0aaa", "GPU-2aaa")
 
 
 def test_declared_instances_stand_instead_of_discovered_ones_or_beside_them() -> None:
     declared = (DeclaredInstance(Values(), name="a"), DeclaredInstance(Values(), name="b"))
-    assert list(planned(card(0), discover=False, declared=declared)) == ["a", "b"]
-    assert list(planned(card(0), declared=declared)) == ["gpu0", "a", "b"]
+    assert list(planned(gpu(0), discover=False, declared=declared)) == ["a", "b"]
+    assert list(planned(gpu(0), declared=declared)) == ["gpu0", "a", "b"]
 
 
-def test_two_declared_instances_without_cards_have_ports_of_their_own() -> None:
+def test_two_declared_instances_without_gpus_have_ports_of_their_own() -> None:
     specs = planned(discover=False, declared=tuple(DeclaredInstance(Values(), name=name) for name in "ab"))
     assert {spec.environment["CUDA_VISIBLE_DEVICES"] for spec in specs.values()} == {"-1"}
     assert {spec.url for spec in specs.values()} == {"http://127.0.0.1:20001", "http://127.0.0.1:20002"}
 
 
 @pytest.mark.parametrize("wanted", ["GPU-1aaa", "gpu-1", "1"])
-def test_a_declared_card_is_named_by_uuid_its_beginning_or_index(wanted: str) -> None:
-    specs = planned(card(0), card(1), discover=False, declared=(DeclaredInstance(Values(), name="a", gpus=(wanted,)),))
+def test_a_declared_gpu_is_named_by_uuid_its_beginning_or_index(wanted: str) -> None:
+    specs = planned(gpu(0), gpu(1), discover=False, declared=(DeclaredInstance(Values(), name="a", gpus=(wanted,)),))
     assert specs["a"].environment["CUDA_VISIBLE_DEVICES"] == "GPU-1aaa"
 
 
-def test_a_declared_instance_keeps_the_order_of_its_cards() -> None:
-    specs = planned(card(0), card(1), discover=False, declared=(DeclaredInstance(Values(), name="a", gpus=("1", "0")),))
+def test_a_declared_instance_keeps_the_order_of_its_gpus() -> None:
+    specs = planned(gpu(0), gpu(1), discover=False, declared=(DeclaredInstance(Values(), name="a", gpus=("1", "0")),))
     assert specs["a"].environment["CUDA_VISIBLE_DEVICES"] == "GPU-1aaa,GPU-0aaa"
     assert specs["a"].environment["OLLAMA_SCHED_SPREAD"] == "1"
 
 
 def test_an_attached_instance_has_no_environment_and_is_named_after_its_address() -> None:
     one = DeclaredInstance(Values(num_parallel=8), url="http://127.0.0.1:11500/", gpus=("0",))
-    spec = planned(card(0), discover=False, declared=(one,))["127.0.0.1:11500"]
+    spec = planned(gpu(0), discover=False, declared=(one,))["127.0.0.1:11500"]
     assert spec.attached
     assert (spec.url, spec.environment, spec.num_parallel) == ("http://127.0.0.1:11500", {}, 8)
     assert spec.gpus == ("GPU-0aaa",)
@@ -240,24 +240,24 @@ def test_an_attached_instance_has_no_environment_and_is_named_after_its_address(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"name": "a", "gpus": ("7",)}, "'7' is no card of this machine; there are: 0: GPU-0aaa"),
-        ({"name": "a", "gpus": ("GPU-",)}, "'GPU-' fits several cards"),
-        ({"name": "a", "gpus": ("0", "GPU-0aaa")}, "names one card twice"),
+        ({"name": "a", "gpus": ("7",)}, "'7' is no GPU of this machine; there are: 0: GPU-0aaa"),
+        ({"name": "a", "gpus": ("GPU-",)}, "'GPU-' fits several GPUs"),
+        ({"name": "a", "gpus": ("0", "GPU-0aaa")}, "names one GPU twice"),
         ({"name": "gpu0"}, "two instances are called 'gpu0'"),
         ({}, "neither a name nor a url"),
     ],
 )
 def test_a_declaration_that_cannot_be_met_is_told(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        planned(card(0), card(1), declared=(DeclaredInstance(Values(), **fields),))
+        planned(gpu(0), gpu(1), declared=(DeclaredInstance(Values(), **fields),))
 
 
 def test_as_many_ports_as_are_said_to_be_needed_are_enough_and_fewer_are_told() -> None:
     declared = (DeclaredInstance(Values(), name="a"), DeclaredInstance(Values(), url="http://x:1"))
     plan = InstancePlan("/store", lambda _: Values(), declared=declared)
-    cards = [card(0), card(1)]
-    needed = ports_needed(cards, plan)
+    gpus = [gpu(0), gpu(1)]
+    needed = ports_needed(gpus, plan)
     assert needed == 4
-    assert len(plan_instances(cards, plan, range(1, needed + 1))) == 5
+    assert len(plan_instances(gpus, plan, range(1, needed + 1))) == 5
     with pytest.raises(PlanError, match="no free port"):
-        plan_instances(cards, plan, range(1, needed))
+        plan_instances(gpus, plan, range(1, needed))

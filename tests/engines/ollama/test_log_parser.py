@@ -1,4 +1,4 @@
-"""What servers say of their cards, in the words of several versions."""
+"""What servers say of their GPUs, in the words of several versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from router.domain.gpu import GpuUuid
 from router.engines.ollama.log_parser import (
     ComputeDevice,
-    cards_problem,
+    gpus_problem,
     parse_compute_line,
     unexpected_devices,
 )
@@ -42,29 +42,29 @@ def test_other_lines_are_not_taken_for_it() -> None:
     assert parse_compute_line('level=INFO msg="discovering available GPUs..." id=GPU-1 library=CUDA') is None
 
 
-def test_cards_that_are_named_must_be_the_right_ones() -> None:
-    assert cards_problem((A, B), [ComputeDevice(B.upper(), "CUDA"), ComputeDevice(A, "CUDA")]) is None
-    problem = cards_problem((A, B), [ComputeDevice(A, "CUDA"), ComputeDevice("GPU-other", "CUDA")])
-    assert problem == f"does not see its cards {B}: it reports {A} (CUDA), GPU-other (CUDA)"
+def test_gpus_that_are_named_must_be_the_right_ones() -> None:
+    assert gpus_problem((A, B), [ComputeDevice(B.upper(), "CUDA"), ComputeDevice(A, "CUDA")]) is None
+    problem = gpus_problem((A, B), [ComputeDevice(A, "CUDA"), ComputeDevice("GPU-other", "CUDA")])
+    assert problem == f"does not see its GPUs {B}: it reports {A} (CUDA), GPU-other (CUDA)"
 
 
-def test_cards_that_are_only_numbered_are_counted() -> None:
+def test_gpus_that_are_only_numbered_are_counted() -> None:
     two = [ComputeDevice("0", "CUDA"), ComputeDevice("1", "CUDA")]
-    assert cards_problem((A, B), two) is None
-    assert cards_problem((A, B), two[:1]) == f"does not see its cards {B}: it reports 0 (CUDA)"
+    assert gpus_problem((A, B), two) is None
+    assert gpus_problem((A, B), two[:1]) == f"does not see its GPUs {B}: it reports 0 (CUDA)"
 
 
-def test_the_cpu_is_no_card() -> None:
-    assert cards_problem((A,), [ComputeDevice("cpu", "cpu")]) == f"does not see its cards {A}: it reports cpu (cpu)"
-    assert cards_problem((A,), [ComputeDevice("0", "cpu")]) is not None
-    assert cards_problem((), [ComputeDevice("cpu", "cpu")]) is None
+def test_the_cpu_is_no_gpu() -> None:
+    assert gpus_problem((A,), [ComputeDevice("cpu", "cpu")]) == f"does not see its GPUs {A}: it reports cpu (cpu)"
+    assert gpus_problem((A,), [ComputeDevice("0", "cpu")]) is not None
+    assert gpus_problem((), [ComputeDevice("cpu", "cpu")]) is None
 
 
-def test_a_part_of_a_card_may_be_reported_under_the_cards_uuid() -> None:
-    assert cards_problem((GpuUuid("MIG-1"),), [ComputeDevice(A, "CUDA")]) is None
+def test_a_part_of_a_gpu_may_be_reported_under_the_gpus_uuid() -> None:
+    assert gpus_problem((GpuUuid("MIG-1"),), [ComputeDevice(A, "CUDA")]) is None
 
 
-def test_cards_beyond_those_given_are_noticed() -> None:
-    foreign = ComputeDevice("0", "Vulkan")
-    assert unexpected_devices((A,), [ComputeDevice(A, "CUDA"), foreign]) == (foreign,)
+def test_gpus_beyond_those_given_are_noticed() -> None:
+    external = ComputeDevice("0", "Vulkan")
+    assert unexpected_devices((A,), [ComputeDevice(A, "CUDA"), external]) == (external,)
     assert unexpected_devices((), [ComputeDevice("cpu", "cpu")]) == ()

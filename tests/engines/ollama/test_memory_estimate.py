@@ -1,4 +1,4 @@
-"""Footprints against figures measured on real cards, against what is known of parts, and by what must always hold."""
+"""Footprints against figures measured on real GPUs, against what is known of parts, and by what must always hold."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from router.engines.ollama.memory_estimate import (
     kv_cache_bytes,
     layer_kv_cache_bytes,
     layer_weights_bytes,
-    output_on_cards_bytes,
+    output_on_gpus_bytes,
     uses_flash_attention,
-    weights_on_cards_bytes,
+    weights_on_gpus_bytes,
 )
 from tests.scheduler.builders import GB, LLAMA_70B, MIB, model
 
@@ -35,13 +35,13 @@ MEASURED: dict[str, tuple[float, ...]] = {
     "two 4090": (23.6, 22.6),
     "a 4090 and a 3090": (23.5, 22.7),
 }
-"""GB on each card for Llama 3.3 70B Q4_K_M at 8,192 tokens and one slot, as nvidia-smi showed them."""
+"""GB on each GPU for Llama 3.3 70B Q4_K_M at 8,192 tokens and one slot, as nvidia-smi showed them."""
 
 
-@pytest.mark.parametrize("cards", MEASURED)
+@pytest.mark.parametrize("gpus", MEASURED)
 @pytest.mark.parametrize("flash_attention", [None, True])
-def test_a_70b_takes_what_was_measured_within_five_percent(cards: str, flash_attention: bool | None) -> None:
-    measured = MEASURED[cards]
+def test_a_70b_takes_what_was_measured_within_five_percent(gpus: str, flash_attention: bool | None) -> None:
+    measured = MEASURED[gpus]
     estimated = footprint(LLAMA_70B, len(measured), 8192, 1, "f16", flash_attention)
     assert [size / GB for size in estimated.per_gpu_bytes] == [pytest.approx(size, rel=0.05) for size in measured]
     assert estimated.total_bytes / GB == pytest.approx(sum(measured), rel=0.05)
@@ -49,8 +49,8 @@ def test_a_70b_takes_what_was_measured_within_five_percent(cards: str, flash_att
 
 def test_a_70b_without_its_tensor_table_is_never_called_smaller() -> None:
     blind = replace(LLAMA_70B, input_bytes=None, output_bytes=None)
-    for cards in (1, 2, 4):
-        seen, unseen = (footprint(facts, cards, 8192, 1, "f16", None) for facts in (LLAMA_70B, blind))
+    for gpus in (1, 2, 4):
+        seen, unseen = (footprint(facts, gpus, 8192, 1, "f16", None) for facts in (LLAMA_70B, blind))
         assert unseen.total_bytes > seen.total_bytes
         assert unseen.total_bytes / seen.total_bytes < 1.05
 
@@ -175,35 +175,35 @@ def test_the_batch_is_what_each_version_takes(version: str | None, context: int,
         ({"slots": 0}, "slots: 0 must be at least 1"),
         ({"batch": -1}, "batch: -1 must be at least 1"),
         ({"kv_cache_type": "q9"}, "kv_cache_type: 'q9' is not a ggml type"),
-        ({"cards": -1}, "must not be negative"),
+        ({"gpus": -1}, "must not be negative"),
     ],
 )
 def test_a_number_out_of_range_is_refused_by_its_name(changes: dict[str, Any], words: str) -> None:
-    ordinary: dict[str, Any] = {"cards": 1, "context_length": 8192, "slots": 1, "kv_cache_type": "f16"}
+    ordinary: dict[str, Any] = {"gpus": 1, "context_length": 8192, "slots": 1, "kv_cache_type": "f16"}
     with pytest.raises(ValueError, match=words):
         footprint(LLAMA_70B, **{**ordinary, **changes}, flash_attention=None)
 
 
-def test_a_70b_over_two_cards_is_cut_after_its_fortieth_or_forty_first_layer() -> None:
+def test_a_70b_over_two_gpus_is_cut_after_its_fortieth_or_forty_first_layer() -> None:
     assert even_split(80, 2) == LayerSplit((41, 39), 1)
     assert even_split(80, 1) == LayerSplit((80,), 0)
     assert even_split(2, 4) == LayerSplit((1, 1, 0, 0), 2)
     assert even_split(80, 0).layers == ()
 
 
-def test_unequal_cards_are_filled_in_their_order_and_the_output_follows_the_last_layer() -> None:
+def test_unequal_gpus_are_filled_in_their_order_and_the_output_follows_the_last_layer() -> None:
     whole = footprint(LLAMA_70B, 1, 8192, 1, "f16", None).total_bytes
     split = fill_first_split(LLAMA_70B, [24 * GB, 24 * GB], 8192, 1, "f16", None)
     assert split is not None
     assert split.layers[0] > split.layers[1] > 0
-    assert split.output_card == 1
+    assert split.output_gpu == 1
     assert fill_first_split(LLAMA_70B, [whole, 24 * GB], 8192, 1, "f16", None) == LayerSplit((80, 0), 0)
     assert fill_first_split(LLAMA_70B, [whole - 1, 24 * GB], 8192, 1, "f16", None) == LayerSplit((80, 0), 1)
     assert fill_first_split(LLAMA_70B, [24 * GB], 8192, 1, "f16", None) is None
     assert fill_first_split(LLAMA_70B, [], 8192, 1, "f16", None) is None
 
 
-def test_without_cards_the_parts_say_what_host_memory_a_load_takes() -> None:
+def test_without_gpus_the_parts_say_what_host_memory_a_load_takes() -> None:
     on_cpu = footprint(LLAMA_70B, 0, 8192, 1, "f16", None)
     assert on_cpu.per_gpu_bytes == ()
     assert on_cpu.cuda_context_bytes == 0
@@ -242,67 +242,67 @@ def facts(draw: st.DrawFn) -> ModelFacts:
 
 CONTEXTS = st.integers(1, 131_072)
 SLOTS = st.integers(1, 8)
-CARDS = st.integers(1, 8)
+GPU_MODELS = st.integers(1, 8)
 TYPES = st.sampled_from(("f16", "q8_0", "q4_0", ""))
 FLASH = st.none() | st.booleans()
 
 
-@given(facts(), CARDS, CONTEXTS, CONTEXTS, SLOTS, SLOTS, TYPES, FLASH)
+@given(facts(), GPU_MODELS, CONTEXTS, CONTEXTS, SLOTS, SLOTS, TYPES, FLASH)
 def test_more_context_or_more_slots_never_take_less(
-    of: ModelFacts, cards: int, one: int, other: int, few: int, many: int, kind: str, flash: bool | None
+    of: ModelFacts, gpus: int, one: int, other: int, few: int, many: int, kind: str, flash: bool | None
 ) -> None:
-    small = footprint(of, cards, min(one, other), min(few, many), kind, flash)
-    large = footprint(of, cards, max(one, other), max(few, many), kind, flash)
+    small = footprint(of, gpus, min(one, other), min(few, many), kind, flash)
+    large = footprint(of, gpus, max(one, other), max(few, many), kind, flash)
     assert all(a <= b for a, b in zip(small.per_gpu_bytes, large.per_gpu_bytes, strict=True))
     assert small.kv_cache_bytes <= large.kv_cache_bytes
     assert small.compute_buffer_bytes <= large.compute_buffer_bytes
 
 
-@given(facts(), CARDS, CONTEXTS, SLOTS, TYPES, FLASH)
-def test_spreading_a_model_never_makes_it_smaller_in_sum_nor_larger_on_a_card(
-    of: ModelFacts, cards: int, context: int, slots: int, kind: str, flash: bool | None
+@given(facts(), GPU_MODELS, CONTEXTS, SLOTS, TYPES, FLASH)
+def test_spreading_a_model_never_makes_it_smaller_in_sum_nor_larger_on_a_gpu(
+    of: ModelFacts, gpus: int, context: int, slots: int, kind: str, flash: bool | None
 ) -> None:
     whole = footprint(of, 1, context, slots, kind, flash)
-    spread = footprint(of, cards, context, slots, kind, flash)
-    assert len(spread.per_gpu_bytes) == cards
+    spread = footprint(of, gpus, context, slots, kind, flash)
+    assert len(spread.per_gpu_bytes) == gpus
     assert spread.total_bytes >= whole.total_bytes
     assert max(spread.per_gpu_bytes) <= whole.total_bytes
-    assert spread.weights_bytes == whole.weights_bytes == weights_on_cards_bytes(of)
+    assert spread.weights_bytes == whole.weights_bytes == weights_on_gpus_bytes(of)
     assert spread.kv_cache_bytes == whole.kv_cache_bytes
 
 
-@given(facts(), CARDS, CONTEXTS, SLOTS, TYPES, FLASH)
+@given(facts(), GPU_MODELS, CONTEXTS, SLOTS, TYPES, FLASH)
 def test_the_parts_make_the_whole(
-    of: ModelFacts, cards: int, context: int, slots: int, kind: str, flash: bool | None
+    of: ModelFacts, gpus: int, context: int, slots: int, kind: str, flash: bool | None
 ) -> None:
-    found = footprint(of, cards, context, slots, kind, flash)
+    found = footprint(of, gpus, context, slots, kind, flash)
     parts = found.weights_bytes + found.kv_cache_bytes + found.compute_buffer_bytes + found.cuda_context_bytes
     assert found.total_bytes == parts
     used = [size for size in found.per_gpu_bytes if size]
     assert found.cuda_context_bytes == len(used) * CUDA_CONTEXT_BYTES
     assert all(size >= CUDA_CONTEXT_BYTES for size in used)
-    assert sum(layer_weights_bytes(of)) + output_on_cards_bytes(of) == weights_on_cards_bytes(of) <= of.weights_bytes
+    assert sum(layer_weights_bytes(of)) + output_on_gpus_bytes(of) == weights_on_gpus_bytes(of) <= of.weights_bytes
 
 
-@given(facts(), CARDS, CONTEXTS, SLOTS)
-def test_a_coarser_cache_is_never_larger(of: ModelFacts, cards: int, context: int, slots: int) -> None:
-    sizes = [footprint(of, cards, context, slots, kind, True).total_bytes for kind in ("q4_0", "q8_0", "f16")]
+@given(facts(), GPU_MODELS, CONTEXTS, SLOTS)
+def test_a_coarser_cache_is_never_larger(of: ModelFacts, gpus: int, context: int, slots: int) -> None:
+    sizes = [footprint(of, gpus, context, slots, kind, True).total_bytes for kind in ("q4_0", "q8_0", "f16")]
     assert sizes == sorted(sizes)
     if uses_flash_attention(of, True) and kv_cache_bytes(of, context, slots, "f16"):
         assert sizes[0] < sizes[1] < sizes[2]
 
 
-@given(st.integers(0, 500), CARDS)
-def test_an_even_split_gives_out_every_layer_in_equal_parts(layers: int, cards: int) -> None:
-    split = even_split(layers, cards)
+@given(st.integers(0, 500), GPU_MODELS)
+def test_an_even_split_gives_out_every_layer_in_equal_parts(layers: int, gpus: int) -> None:
+    split = even_split(layers, gpus)
     assert sum(split.layers) == layers
-    units = [count + (card == split.output_card) for card, count in enumerate(split.layers)]
+    units = [count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers)]
     assert max(units) - min(units) <= 1
-    assert not any(split.layers[split.output_card + 1 :])
+    assert not any(split.layers[split.output_gpu + 1 :])
 
 
 @given(facts(), st.lists(st.integers(0, 10**12), max_size=4), CONTEXTS, SLOTS, TYPES, FLASH)
-def test_a_card_that_is_filled_is_given_no_more_than_it_has(
+def test_a_gpu_that_is_filled_is_given_no_more_than_it_has(
     of: ModelFacts, free: list[int], context: int, slots: int, kind: str, flash: bool | None
 ) -> None:
     split = fill_first_split(of, free, context, slots, kind, flash)

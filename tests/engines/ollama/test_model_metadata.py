@@ -131,7 +131,7 @@ def test_what_the_facts_do_not_count_the_tensors_do() -> None:
     assert (found.layers, found.vocabulary_size, found.embedding_length) == (12, 1000, 256)
 
 
-def test_a_table_that_is_input_and_output_at_once_is_on_the_cards_a_second_time() -> None:
+def test_a_table_that_is_input_and_output_at_once_is_on_the_gpus_a_second_time() -> None:
     table = {"name": "token_embd.weight", "type": "Q6_K", "shape": [256, 1000]}
     norm = {"name": "output_norm.weight", "type": "F32", "shape": [256]}
     own = {"name": "output.weight", "type": "F16", "shape": [256, 1000]}

@@ -9,7 +9,7 @@ from router.domain.instance import InstanceName
 from router.domain.model import ModelFacts
 from router.domain.policy import Pin, Policy
 from router.domain.request import RunnerOptions
-from router.engines.ollama.runner_options import ordinary_options, runner_options, spelled_out, with_context
+from router.engines.ollama.runner_options import default_runner_options, explicit_options, runner_options, with_context
 from tests.scheduler.builders import key
 from tests.scheduler.play import Play, sized
 
@@ -32,21 +32,25 @@ def test_what_the_modelfile_says_stays_but_for_the_context() -> None:
 
 def test_a_load_for_nobody_in_particular_has_the_pinned_context_or_else_the_modelfile_s() -> None:
     plain = sized("plain", 10)
-    assert ordinary_options(WRITTEN, None, 8192) == ordinary_options(WRITTEN, Pin(), 8192) == (("num_ctx", 4096), *KEPT)
-    assert ordinary_options(WRITTEN, Pin(context_length=8192), 8192) == KEPT
-    assert ordinary_options(plain, None, 8192) == ()
-    assert ordinary_options(plain, Pin(context_length=16_384), 8192) == (("num_ctx", 16_384),)
+    assert (
+        default_runner_options(WRITTEN, None, 8192)
+        == default_runner_options(WRITTEN, Pin(), 8192)
+        == (("num_ctx", 4096), *KEPT)
+    )
+    assert default_runner_options(WRITTEN, Pin(context_length=8192), 8192) == KEPT
+    assert default_runner_options(plain, None, 8192) == ()
+    assert default_runner_options(plain, Pin(context_length=16_384), 8192) == (("num_ctx", 16_384),)
 
 
 @pytest.mark.parametrize("options", [(), KEPT, (("num_ctx", 2048),), (("num_batch", 64), ("num_thread", 3))])
 def test_a_load_that_spells_its_options_out_gets_a_runner_that_is_so(options: RunnerOptions) -> None:
-    load = spelled_out(WRITTEN, options, 8192)
+    load = explicit_options(WRITTEN, options, 8192)
     wanted = dict(options)
     found = dict(_served_as(WRITTEN, load, {}))
     assert found.pop("use_mmap") is False  # it has no default that could be named
     wanted.pop("use_mmap", None)
     assert found == wanted
-    assert spelled_out(sized("plain", 10), options, 8192) == options
+    assert explicit_options(sized("plain", 10), options, 8192) == options
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.residency import ResidencyState
-from router.engines.ollama.offload_rules import may_take_one_card, overruled, own_answer, predicted_bytes
+from router.engines.ollama.offload_rules import explain_override, may_take_one_gpu, predict_offload, predicted_bytes
 from router.lab.simulator.server_placement import Ask, Room, plan
 from router.lab.simulator.world import WORLD, LoadShape
 from router.scheduler.reconcile.residency import send
 from router.scheduler.state import FleetState
-from tests.scheduler.builders import LLAMA_70B, card, instance, key, model, reservation, residency, snapshot
+from tests.scheduler.builders import LLAMA_70B, gpu, instance, key, model, reservation, residency, snapshot
 
 GIB = 1024**3
-CARD = int(23.68 * GIB)
+GPU = int(23.68 * GIB)
 LLAMA_8B = replace(
     LLAMA_70B, name="llama3.1:8b", weights_bytes=4_920_753_328, layers=32, embedding_length=4096,
     head_count=32, head_count_kv=(8,) * 32, input_bytes=295_501_824, output_bytes=430_940_160,
@@ -29,28 +29,28 @@ SPREAD = {"OLLAMA_SCHED_SPREAD": "1"}
 
 
 @pytest.mark.parametrize(("cache", "on_cpu"), [("f16", 0.09), ("q8_0", 0.02)])
-def test_0_24_leaves_part_of_a_70b_on_the_cpu_of_two_24_gb_cards(cache: str, on_cpu: float) -> None:
-    answer = own_answer(LLAMA_70B, replace(TUNED, kv_cache_type=cache), "0.24.0", 8192, 2, [CARD, CARD])
+def test_0_24_leaves_part_of_a_70b_on_the_cpu_of_two_24_gb_gpus(cache: str, on_cpu: float) -> None:
+    answer = predict_offload(LLAMA_70B, replace(TUNED, kv_cache_type=cache), "0.24.0", 8192, 2, [GPU, GPU])
     assert answer is not None
-    assert 1 - answer.on_cards / answer.layers == pytest.approx(on_cpu, abs=0.035)
+    assert 1 - answer.on_gpus / answer.layers == pytest.approx(on_cpu, abs=0.035)
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.33.0-rc2"])
 def test_a_model_that_fits_well_is_left_whole(version: str) -> None:
-    assert own_answer(LLAMA_8B, TUNED, version, 8192, 2, [CARD, CARD]) == (33, 33)
+    assert predict_offload(LLAMA_8B, TUNED, version, 8192, 2, [GPU, GPU]) == (33, 33)
 
 
 @pytest.mark.parametrize(
     ("of", "version", "free"),
     [
-        (LLAMA_8B, None, [CARD]),
+        (LLAMA_8B, None, [GPU]),
         (LLAMA_8B, "0.24.0", []),
-        (replace(LLAMA_8B, layers=0, head_count_kv=()), "0.33.0", [CARD]),
-        (replace(LLAMA_8B, architecture="gemma3"), "0.24.0", [CARD]),
+        (replace(LLAMA_8B, layers=0, head_count_kv=()), "0.33.0", [GPU]),
+        (replace(LLAMA_8B, architecture="gemma3"), "0.24.0", [GPU]),
     ],
 )
 def test_what_is_not_known_is_not_guessed(of: ModelFacts, version: str | None, free: list[int]) -> None:
-    assert own_answer(of, TUNED, version, 8192, 2, free) is None
+    assert predict_offload(of, TUNED, version, 8192, 2, free) is None
 
 
 @given(
@@ -61,24 +61,24 @@ def test_what_is_not_known_is_not_guessed(of: ModelFacts, version: str | None, f
     st.sampled_from(["f16", "q8_0"]),
     st.lists(st.integers(4, 48), min_size=1, max_size=4),
 )
-def test_it_is_what_the_simulated_server_does_but_for_a_layer_a_card(
+def test_it_predicts_the_simulated_server_within_four_layers_a_gpu(
     of: ModelFacts, version: str, context: int, slots: int, cache: str, free_gib: list[int]
 ) -> None:
     spec = replace(instance("x", *range(len(free_gib))), kv_cache_type=cache, flash_attention=True)
     free = [gib * GIB for gib in free_gib]
-    answer = own_answer(of, spec, version, context, slots, free)
+    answer = predict_offload(of, spec, version, context, slots, free)
     number = tuple(int(part) for part in version.split("."))
     ask = Ask(of, LoadShape(context, slots, cache), version=number)
     simulated = plan(WORLD, ask, [Room(gib, gib, 936e9) for gib in free])
     assert answer is not None
-    assert answer.on_cards == pytest.approx(simulated.on_cards, abs=2 * len(free))
+    assert answer.on_gpus == pytest.approx(simulated.on_gpus, abs=4 * len(free))
 
 
 def test_a_load_that_the_server_would_spill_says_what_it_overrules() -> None:
     fleet = FleetState(snapshot().policy)
     view = InstanceView(TUNED, InstanceState.READY, "0.24.0")
     fleet.instances[TUNED.name] = view
-    fleet.gpus = {each.uuid: each for each in (card(0, 24_000), card(1, 24_000))}
+    fleet.gpus = {each.uuid: each for each in (gpu(0, 24_000), gpu(1, 24_000))}
     copy = replace(residency("spread", LLAMA_70B, 1, 1, state=ResidencyState.PLANNED, load=1), reason="fits")
     booked = reservation(1, "spread", LLAMA_70B, [(0, 1), (1, 1)])
     fleet.residencies[key("spread", LLAMA_70B)] = copy
@@ -86,14 +86,14 @@ def test_a_load_that_the_server_would_spill_says_what_it_overrules() -> None:
     load = send(fleet, copy, booked, 1.0)
     assert load.reason.startswith("fits; 0.24.0 by itself would leave ")
     assert load.reason.endswith(" of 81 layers on the CPU: all are asked for")
-    assert fleet.copies[key("spread", LLAMA_70B)].reason == load.reason
+    assert fleet.replicas[key("spread", LLAMA_70B)].reason == load.reason
 
 
 def test_nothing_is_said_of_a_load_that_the_server_leaves_whole_or_its_own_file_rules() -> None:
-    facts = snapshot([card(0, 24_000), card(1, 24_000)], [InstanceView(TUNED, InstanceState.READY, "0.24.0")])
-    assert overruled(LLAMA_8B, TUNED, 8192, facts) == ""
-    assert overruled(replace(LLAMA_70B, parameters=(("num_gpu", 40),)), TUNED, 8192, facts) == ""
-    assert overruled(LLAMA_70B, instance("gone", 7), 8192, facts) == ""
+    facts = snapshot([gpu(0, 24_000), gpu(1, 24_000)], [InstanceView(TUNED, InstanceState.READY, "0.24.0")])
+    assert explain_override(LLAMA_8B, TUNED, 8192, facts) == ""
+    assert explain_override(replace(LLAMA_70B, parameters=(("num_gpu", 40),)), TUNED, 8192, facts) == ""
+    assert explain_override(LLAMA_70B, instance("gone", 7), 8192, facts) == ""
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_nothing_is_said_of_a_load_that_the_server_leaves_whole_or_its_own_file_
         ("0.33.0", {}, [24], (False,)),
     ],
 )
-def test_a_model_may_go_to_one_card_of_several_that_holds_it(
+def test_a_model_may_go_to_one_gpu_of_several_that_holds_it(
     version: str | None, environment: dict[str, str], totals: list[int], may: tuple[bool, ...]
 ) -> None:
     spec = replace(TUNED, environment=environment)
     of = model("m", 13_000)
-    assert may_take_one_card(of, spec, version, 8192, 2, [total * GIB for total in totals]) == may
+    assert may_take_one_gpu(of, spec, version, 8192, 2, [total * GIB for total in totals]) == may
 
 
 def test_the_prediction_of_0_33_is_the_file_and_an_f16_cache() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.engines.ollama.runner_options import RUNNER_OPTIONS, has_own_layers, runner_options
+from router.engines.ollama.runner_options import RUNNER_OPTIONS, runner_options, sets_num_gpu
 from tests.scheduler.builders import model
 
 PLAIN = model("m")
@@ -52,9 +52,9 @@ def test_a_value_of_a_type_that_the_server_refuses_is_left_to_it(asked: dict[str
     assert runner_options(PLAIN, asked, 8192) == ()
 
 
-def test_a_modelfile_may_say_itself_how_many_layers_go_to_the_cards() -> None:
-    assert has_own_layers(model("m", parameters=(("num_gpu", "10"),)))
-    assert not has_own_layers(LONG)
+def test_a_modelfile_may_say_itself_how_many_layers_go_to_the_gpus() -> None:
+    assert sets_num_gpu(model("m", parameters=(("num_gpu", "10"),)))
+    assert not sets_num_gpu(LONG)
 
 
 @given(

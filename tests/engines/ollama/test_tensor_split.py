@@ -1,4 +1,4 @@
-"""In what shares layers go to unequal cards, who is told so, and who heeds it."""
+"""In what shares layers go to unequal GPUs, who is told so, and who heeds it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from router.engines.ollama.tensor_split import (
     split_text,
     unequal_text,
 )
-from router.scheduler.placement.candidates import Bounds, sites_of_size
+from router.scheduler.placement.candidates import Bounds, candidates_of_size
 from router.scheduler.placement.measured_footprints import Footprints, key_of
-from tests.scheduler.builders import GB, MIB, card, instance, model, snapshot
+from tests.scheduler.builders import GB, MIB, gpu, instance, model, snapshot
 
 TWO = instance("both", 0, 1)
 TOLD = replace(TWO, environment={TENSOR_SPLIT: "24,12"})
 M = model("m", 20_000)
 
 
-def test_cards_share_by_their_memory_in_whole_gib_and_equal_ones_evenly() -> None:
+def test_gpus_share_by_their_memory_in_whole_gib_and_equal_ones_evenly() -> None:
     assert memory_shares((24 * 1024 * MIB, 12 * 1024 * MIB)) == (22.0, 10.0)
     assert memory_shares((24_564 * MIB, 24_576 * MIB)) == (1.0, 1.0)  # a 4090 and a 3090
     assert memory_shares(()) == ()
@@ -58,7 +58,7 @@ def test_servers_from_0_30_heed_what_they_are_told(version: str | None, shares: 
     assert shares_of(TWO, version) == (1.0, 1.0)
 
 
-def test_cards_beyond_the_shares_get_nothing_and_shares_beyond_the_cards_go_to_nobody() -> None:
+def test_gpus_beyond_the_shares_get_nothing_and_shares_beyond_the_gpus_go_to_nobody() -> None:
     three = replace(instance("all", 0, 1, 2), environment={TENSOR_SPLIT: "1,1"})
     assert shares_of(three, "0.33.0") == (1.0, 1.0, 0.0)
     assert unequal_text(three) == "1,1,0"
@@ -70,9 +70,9 @@ SHARES = st.lists(st.integers(0, 96), min_size=1, max_size=8).filter(any)
 
 
 @given(st.integers(0, 200), SHARES)
-def test_each_card_has_its_share_of_the_layers_to_within_one(layers: int, shares: list[int]) -> None:
+def test_each_gpu_has_its_share_of_the_layers_to_within_one(layers: int, shares: list[int]) -> None:
     split = split_by(layers, tuple(map(float, shares)))
-    units = [count + (index == split.output_card) for index, count in enumerate(split.layers)]
+    units = [count + (index == split.output_gpu) for index, count in enumerate(split.layers)]
     assert sum(units) == layers + 1
     exact = [share * (layers + 1) / sum(shares) for share in shares]
     assert all(abs(count - wanted) < 1 for count, wanted in zip(units, exact, strict=True))
@@ -80,8 +80,8 @@ def test_each_card_has_its_share_of_the_layers_to_within_one(layers: int, shares
 
 
 @given(st.integers(0, 200), st.integers(1, 8), st.integers(1, 96))
-def test_equal_shares_are_an_even_split(layers: int, cards: int, share: int) -> None:
-    assert split_by(layers, (float(share),) * cards) == even_split(layers, cards)
+def test_equal_shares_are_an_even_split(layers: int, gpus: int, share: int) -> None:
+    assert split_by(layers, (float(share),) * gpus) == even_split(layers, gpus)
 
 
 def test_a_70b_over_24_and_12_gb() -> None:
@@ -93,7 +93,7 @@ def test_a_70b_over_24_and_12_gb() -> None:
 def test_what_a_load_takes_follows_the_shares_where_the_server_heeds_them() -> None:
     def bytes_with(version: str) -> tuple[int, ...]:
         facts = snapshot(
-            [card(0, 24_000), card(1, 12_000, total_mib=12_000)], [InstanceView(TOLD, InstanceState.READY, version)]
+            [gpu(0, 24_000), gpu(1, 12_000, total_mib=12_000)], [InstanceView(TOLD, InstanceState.READY, version)]
         )
         return estimated_footprint(M, TOLD, 8192, facts).per_gpu_bytes
 
@@ -102,20 +102,20 @@ def test_what_a_load_takes_follows_the_shares_where_the_server_heeds_them() -> N
     assert even[0] / even[1] == pytest.approx(1.0, rel=0.2)
 
 
-def test_a_server_to_be_started_over_unequal_cards_is_told_their_shares() -> None:
+def test_a_server_to_be_started_over_unequal_gpus_is_told_their_shares() -> None:
     policy = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance(""))
-    unequal = snapshot([card(0, 12_000, total_mib=12_288), card(1, 24_000, total_mib=24_576)], policy=policy)
-    (site,) = sites_of_size(unequal, 2, Bounds("m"))
-    assert site.spec.environment[TENSOR_SPLIT] == "10,22"
-    (alone, _) = sites_of_size(unequal, 1, Bounds("m"))
+    unequal = snapshot([gpu(0, 12_000, total_mib=12_288), gpu(1, 24_000, total_mib=24_576)], policy=policy)
+    (candidate,) = candidates_of_size(unequal, 2, Bounds("m"))
+    assert candidate.spec.environment[TENSOR_SPLIT] == "10,22"
+    (alone, _) = candidates_of_size(unequal, 1, Bounds("m"))
     assert TENSOR_SPLIT not in alone.spec.environment
-    equal = snapshot([card(0, 24_000, total_mib=24_576), card(1, 24_000, total_mib=24_576)], policy=policy)
-    (site,) = sites_of_size(equal, 2, Bounds("m"))
-    assert TENSOR_SPLIT not in site.spec.environment
+    equal = snapshot([gpu(0, 24_000, total_mib=24_576), gpu(1, 24_000, total_mib=24_576)], policy=policy)
+    (candidate,) = candidates_of_size(equal, 2, Bounds("m"))
+    assert TENSOR_SPLIT not in candidate.spec.environment
     like = replace(instance(""), environment={TENSOR_SPLIT: "1,3"})
     told = replace(unequal, policy=replace(policy, on_demand_like=like))
-    (site,) = sites_of_size(told, 2, Bounds("m"))
-    assert site.spec.environment[TENSOR_SPLIT] == "1,3"
+    (candidate,) = candidates_of_size(told, 2, Bounds("m"))
+    assert candidate.spec.environment[TENSOR_SPLIT] == "1,3"
 
 
 def test_a_footprint_of_other_shares_is_another() -> None:

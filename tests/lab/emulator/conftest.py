@@ -1,4 +1,4 @@
-"""Emulated servers over emulated cards, fifty times as fast as real ones."""
+"""Emulated servers over emulated GPUs, fifty times as fast as real ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEED = 50.0
 
 @dataclass(slots=True)
 class Box:
-    """One emulated machine; `start` runs a server on some of its cards."""
+    """One emulated machine; `start` runs a server on some of its GPUs."""
 
     rig: PreparedRig
     folder: Path
@@ -34,19 +34,19 @@ class Box:
 
     @property
     def uuids(self) -> list[str]:
-        return [card.uuid for card in RigGpuReader(self.directory).read()]
+        return [gpu.uuid for gpu in RigGpuReader(self.directory).read()]
 
     def used_gb(self) -> list[float]:
-        """Of each card, in GB."""
+        """Of each GPU, in GB."""
         used = vram.used_bytes(self.directory)
         return [round(used.get(uuid, 0) / 1e9, 1) for uuid in self.uuids]
 
     @contextlib.contextmanager
-    def start(self, *cards: int, **environment: str) -> Generator[OllamaServer]:
-        """A server that sees these cards, with a context of 8,192 tokens unless told otherwise."""
+    def start(self, *gpus: int, **environment: str) -> Generator[OllamaServer]:
+        """A server that sees these GPUs, with a context of 8,192 tokens unless told otherwise."""
         folder = self.folder / f"home{next(self.numbers)}"
         folder.mkdir()
-        visible = ",".join(self.uuids[index] for index in cards) or "-1"
+        visible = ",".join(self.uuids[index] for index in gpus) or "-1"
         full = {
             **self.rig.environment,
             "OLLAMA_MODELS": str(self.rig.models_directory),

@@ -9,7 +9,7 @@ import pytest
 from router.domain.gpu import GpuUuid
 from router.lab.emulator import vram
 from router.lab.emulator.spec import parse_spec
-from router.lab.scenarios import model_facts, sim_cards
+from router.lab.scenarios import model_facts, sim_gpus
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.server import LoadResult, SimServer
 from tests.lab.emulator.conftest import Box, make_box
@@ -22,23 +22,23 @@ TUNED = {"OLLAMA_FLASH_ATTENTION": "1", "OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_
 """As the simulated servers are."""
 MODELS = ("llama3.1:8b", "qwen2.5:14b", "gemma2:27b", "qwen2.5-coder:32b", "llama3.3:70b")
 Held = Mapping[str, Mapping[str, int]]
-"""Model -> card -> megabytes: a file's size is told with its small parts in one place and without them in another."""
+"""Model -> GPU -> megabytes: a file's size is told with its small parts in one place and without them in another."""
 
 
 def simulated(version: str, names: Iterable[str]) -> list[Held]:
     """What the server holds after each of these loads."""
-    cards = sim_cards(parse_spec(RIG))
+    gpus = sim_gpus(parse_spec(RIG))
     models = {name: model_facts(name) for name in names}
-    machine = host(*cards, warm=tuple(models.values()))
+    machine = host(*gpus, warm=tuple(models.values()))
     config = ServerConfig(version=tuple(int(part) for part in version.split(".")))
-    server = SimServer(machine, "ollama", tuple(card.uuid for card in cards), config)
+    server = SimServer(machine, "ollama", tuple(gpu.uuid for gpu in gpus), config)
     found: list[Held] = []
     for model in models.values():
         ended: list[LoadResult] = []
         server.load(model, -1, ended.append)
         play(machine, machine.timeline.now + 60.0)
         assert [result.error for result in ended] == [""]
-        found.append({one.model.name: _megabytes(one.bytes_by_card) for one in server.loaded})
+        found.append({one.model.name: _megabytes(one.bytes_by_gpu) for one in server.loaded})
     return found
 
 
@@ -50,15 +50,14 @@ def emulated(box: Box, server: OllamaServer, names: Iterable[str]) -> list[Held]
 def _after(box: Box, server: OllamaServer, name: str) -> Held:
     assert server.call("POST", "/api/generate", {"model": name})[0] == 200
     listed = {one["name"]: one["size_vram"] for one in server.call("GET", "/api/ps")[1]["models"]}
-    held = [dict(use.bytes_by_card) for use in vram.uses(box.directory)]
+    held = [dict(use.bytes_by_gpu) for use in vram.uses(box.directory)]
     return {
-        model: _megabytes(next(cards for cards in held if sum(cards.values()) == size))
-        for model, size in listed.items()
+        model: _megabytes(next(gpus for gpus in held if sum(gpus.values()) == size)) for model, size in listed.items()
     }
 
 
-def _megabytes(bytes_by_card: Mapping[GpuUuid, int] | Mapping[str, int]) -> dict[str, int]:
-    return {str(card): round(size / 1e6) for card, size in bytes_by_card.items()}
+def _megabytes(bytes_by_gpu: Mapping[GpuUuid, int] | Mapping[str, int]) -> dict[str, int]:
+    return {str(gpu): round(size / 1e6) for gpu, size in bytes_by_gpu.items()}
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
@@ -80,7 +79,7 @@ def test_each_model_alone_takes_the_same_bytes(tmp_path_factory: pytest.TempPath
      ("llama3.1:8b", "qwen2.5-coder:32b", "mistral:7b", "llama3.2:3b"),
      ("phi4:14b", "llama3.1:8b", "qwen2.5-coder:32b", "qwen2.5:7b")],
 )  # fmt: skip
-def test_models_side_by_side_take_the_same_cards_and_leave_for_the_same_others(
+def test_models_side_by_side_take_the_same_gpus_and_leave_for_the_same_others(
     tmp_path_factory: pytest.TempPathFactory, version: str, names: tuple[str, ...]
 ) -> None:
     box = make_box(tmp_path_factory.mktemp("box"), RIG, version)

@@ -61,8 +61,8 @@ def test_a_rule_that_says_something_unknown_is_refused(tmp_path: Path, rules: An
         (Fault(hang=True), True),
         (Fault(hang=True, instance="gpu0"), True),
         (Fault(hang=True, instance="gpu1"), False),
-        (Fault(hang=True, card="GPU-aa"), True),
-        (Fault(hang=True, card="GPU-bb"), False),
+        (Fault(hang=True, gpu="GPU-aa"), True),
+        (Fault(hang=True, gpu="GPU-bb"), False),
         (Fault(hang=True, model="LLAMA3.1:8b"), True),
         (Fault(hang=True, model="llama3.1"), False),
         (Fault(hang=True, model="a b/c::d"), False),
@@ -173,7 +173,7 @@ async def test_a_lost_slot_hangs_the_next_request_until_an_unload(box: Box) -> N
 
 async def test_a_server_hangs_and_wakes_up(box: Box) -> None:
     with box.start(0) as server:
-        write_faults(box.directory, [{"server": "hang", "card": box.uuids[0]}])
+        write_faults(box.directory, [{"server": "hang", "gpu": box.uuids[0]}])
 
         async def hangs() -> bool:
             try:

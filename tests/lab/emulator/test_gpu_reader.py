@@ -1,4 +1,4 @@
-"""Emulated cards as the router's watcher reads them."""
+"""Emulated GPUs as the router's watcher reads them."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def directory(tmp_path: Path) -> Path:
 
 def test_total_is_free_and_used_and_reserved(directory: Path) -> None:
     vram.allocate(directory, {_SPEC.uuids[1]: 5_000_000_000})
-    vram.set_foreign(directory, _SPEC.uuids[1], 1_000_000_000)
-    for card in RigGpuReader(directory).read():
-        assert card.memory_reserved_bytes is not None
-        assert card.memory_total_bytes == card.memory_free_bytes + card.memory_used_bytes + card.memory_reserved_bytes
+    vram.set_external(directory, _SPEC.uuids[1], 1_000_000_000)
+    for gpu in RigGpuReader(directory).read():
+        assert gpu.memory_reserved_bytes is not None
+        assert gpu.memory_total_bytes == gpu.memory_free_bytes + gpu.memory_used_bytes + gpu.memory_reserved_bytes
     first, second = RigGpuReader(directory).read()
     assert (first.memory_used_bytes, first.processes) == (0, ())
     assert second.memory_used_bytes == 6_000_000_000
     assert [(one.pid, one.used_bytes) for one in second.processes] == [(os.getpid(), 5_000_000_000)]
 
 
-def test_a_lost_card_keeps_its_place_with_an_error(directory: Path) -> None:
+def test_a_lost_gpu_keeps_its_place_with_an_error(directory: Path) -> None:
     vram.set_lost(directory, _SPEC.uuids[0])
     first, second = RigGpuReader(directory).read()
     assert (first.uuid, first.error, second.error) == (_SPEC.uuids[0], "GPU is lost", None)
 
 
-def test_a_card_on_which_something_computes_is_busy_and_warms_up(directory: Path) -> None:
+def test_a_gpu_on_which_something_computes_is_busy_and_warms_up(directory: Path) -> None:
     clock, ages = _Clock(), {"age": 0.1}
     reader = RigGpuReader(directory, clock, lambda _: ages["age"])
     vram.allocate(directory, {_SPEC.uuids[0]: 1})
@@ -70,5 +70,5 @@ def test_a_card_on_which_something_computes_is_busy_and_warms_up(directory: Path
     assert reader.read()[0].utilization_ratio == 0.0
 
 
-def test_no_directory_is_no_card(tmp_path: Path) -> None:
+def test_no_directory_is_no_gpu(tmp_path: Path) -> None:
     assert RigGpuReader(tmp_path / "nothing").read() == ()

@@ -1,4 +1,4 @@
-"""What the router gets for `--rig`: cards, a furnished store and a way to start servers."""
+"""What the router gets for `--rig`: GPUs, a furnished store and a way to start servers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from router.lab.emulator.spec import SpecError
 from router.lab.emulator.store import Store
 
 
-def test_a_rig_has_its_cards_and_all_models_of_the_catalogue(tmp_path: Path) -> None:
+def test_a_rig_has_its_gpus_and_all_models_of_the_catalogue(tmp_path: Path) -> None:
     rig = prepare_rig("2x3090+4090", tmp_path / "new" / "rig", {})
-    assert [card.name.split()[3] for card in rig.reader.read()] == ["3090", "3090", "4090"]
+    assert [gpu.name.split()[3] for gpu in rig.reader.read()] == ["3090", "3090", "4090"]
     assert {one.name.shortest for one in Store(rig.models_directory).all()} == set(catalogue())
     assert rig.title == "EMULATED rig 2x3090+4090"
     assert rig.command[:2] == (sys.executable, "-m")
@@ -28,13 +28,13 @@ def test_a_rig_has_its_cards_and_all_models_of_the_catalogue(tmp_path: Path) -> 
 
 def test_variables_overrule_speed_and_version(tmp_path: Path) -> None:
     path = tmp_path / "rig.yaml"
-    path.write_text("{cards: 3090, speed: 3, version: 0.11.4}", encoding="utf-8")
+    path.write_text("{gpus: 3090, speed: 3, version: 0.11.4}", encoding="utf-8")
     plain = prepare_rig(str(path), tmp_path / "a", {}).environment
     assert (plain["LLAMAYARD_RIG_SPEED"], plain["LLAMAYARD_RIG_VERSION"]) == ("3.0", "0.11.4")
     variables = {"LLAMAYARD_RIG_SPEED": "20", "LLAMAYARD_RIG_VERSION": "0.33.0", "PYTHONPATH": "/elsewhere"}
-    overruled = prepare_rig(str(path), tmp_path / "b", variables).environment
-    assert (overruled["LLAMAYARD_RIG_SPEED"], overruled["LLAMAYARD_RIG_VERSION"]) == ("20.0", "0.33.0")
-    assert overruled["PYTHONPATH"].endswith(":/elsewhere")
+    explain_override = prepare_rig(str(path), tmp_path / "b", variables).environment
+    assert (explain_override["LLAMAYARD_RIG_SPEED"], explain_override["LLAMAYARD_RIG_VERSION"]) == ("20.0", "0.33.0")
+    assert explain_override["PYTHONPATH"].endswith(":/elsewhere")
     assert vram.read_json(tmp_path / "b" / "rig.json")["version"] == "0.33.0"
 
 
@@ -53,21 +53,21 @@ def test_what_describes_no_rig_is_refused(tmp_path: Path, text: str, environment
 
 def test_a_model_that_the_catalogue_lacks_is_refused_with_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "rig.yaml"
-    path.write_text("{cards: 3090, models: [llama3.1:9b]}", encoding="utf-8")
+    path.write_text("{gpus: 3090, models: [llama3.1:9b]}", encoding="utf-8")
     with pytest.raises(SpecError, match=r"did you mean 'llama3.1:8b'"):
         prepare_rig(str(path), tmp_path / "rig", {})
 
 
 def test_a_second_preparation_keeps_what_lives_and_clears_what_does_not(tmp_path: Path) -> None:
     rig = prepare_rig("2x3090", tmp_path, {})
-    uuids = [card.uuid for card in rig.reader.read()]
+    uuids = [gpu.uuid for gpu in rig.reader.read()]
     dead = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
     vram.allocate(tmp_path, {uuids[0]: 5}, dead.pid)
     dead.wait()
     (tmp_path / "vram" / f"{dead.pid}.busy").write_text("0.0")
     vram.allocate(tmp_path, {uuids[1]: 7})
     again = prepare_rig("2x3090", tmp_path, {})
-    assert [card.memory_used_bytes for card in again.reader.read()] == [0, 7]
+    assert [gpu.memory_used_bytes for gpu in again.reader.read()] == [0, 7]
     assert [path.name for path in (tmp_path / "vram").iterdir()] == [f"{os.getpid()}.json"]
 
 

@@ -1,4 +1,4 @@
-"""The emulated server over emulated cards: what loads where, what leaves, what clients and siblings see of it."""
+"""The emulated server over emulated GPUs: what loads where, what leaves, what clients and siblings see of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _8B, _70B, _3B = "llama3.1:8b", "llama3.3:70b", "llama3.2:3b"
 _WHOLE = {"num_gpu": 999}
 
 
-def test_a_model_takes_memory_on_the_card_that_its_server_sees(box: Box) -> None:
+def test_a_model_takes_memory_on_the_gpu_that_its_server_sees(box: Box) -> None:
     with box.start(1) as server:
         assert ask(server, _8B)[0] == 200
         entry = loaded(server)[_8B]
@@ -31,7 +31,7 @@ def test_a_model_takes_memory_on_the_card_that_its_server_sees(box: Box) -> None
         assert loaded(server) == {}
 
 
-def test_a_70b_is_spread_over_both_cards_as_was_measured(box: Box) -> None:
+def test_a_70b_is_spread_over_both_gpus_as_was_measured(box: Box) -> None:
     with box.start(0, 1, OLLAMA_SCHED_SPREAD="1") as server:
         assert ask(server, _70B)[0] == 200
         assert box.used_gb() == pytest.approx([23.8, 22.4], rel=0.05)
@@ -39,7 +39,7 @@ def test_a_70b_is_spread_over_both_cards_as_was_measured(box: Box) -> None:
         assert entry["size_vram"] == entry["size"]
 
 
-def test_a_model_too_large_for_its_card_spills_without_a_word(box: Box) -> None:
+def test_a_model_too_large_for_its_gpu_spills_without_a_word(box: Box) -> None:
     with box.start(0) as server:
         status, answer = ask(server, _70B)
         assert (status, answer["done"]) == (200, True)
@@ -47,7 +47,7 @@ def test_a_model_too_large_for_its_card_spills_without_a_word(box: Box) -> None:
         assert 0.3 < entry["size_vram"] / entry["size"] < 0.6
 
 
-def test_an_unknown_card_means_the_cpu_and_the_log_says_so(box: Box) -> None:
+def test_an_unknown_gpu_means_the_cpu_and_the_log_says_so(box: Box) -> None:
     with box.start(CUDA_VISIBLE_DEVICES="GPU-00000000-nowhere") as server:
         text = eventually_sync(lambda: _line(server.log, "inference compute"))
         assert "library=cpu" in text
@@ -92,7 +92,7 @@ def test_siblings_do_not_see_each_others_models_but_their_memory(box: Box) -> No
 
 
 def test_all_layers_asked_for_and_no_room_is_an_error_that_leaves_nothing(box: Box) -> None:
-    vram.set_foreign(box.directory, box.uuids[0], 10 * 1024**3)
+    vram.set_external(box.directory, box.uuids[0], 10 * 1024**3)
     with box.start(0, 1) as server:
         status, answer = ask(server, _70B, options=_WHOLE)
         assert status == 500
@@ -102,11 +102,11 @@ def test_all_layers_asked_for_and_no_room_is_an_error_that_leaves_nothing(box: B
         assert ask(server, _8B)[0] == 200
 
 
-def test_0_33_does_not_see_what_a_sibling_took_on_a_card_where_it_has_a_runner(tmp_path: Path) -> None:
+def test_0_33_does_not_see_what_a_sibling_took_on_a_gpu_where_it_has_a_runner(tmp_path: Path) -> None:
     box = make_box(tmp_path, "3090", "0.33.0")
     with box.start(0) as server:
         ask(server, _3B)
-        vram.set_foreign(box.directory, box.uuids[0], 18 * 1024**3)
+        vram.set_external(box.directory, box.uuids[0], 18 * 1024**3)
         assert ask(server, _8B)[0] == 200  # planned beside the other, failed, and loaded once that had left
         assert list(loaded(server)) == [_8B]
         assert "out of memory" in server.log.read_text(errors="replace")
@@ -246,7 +246,7 @@ def test_a_tool_is_called_when_the_question_names_it(box: Box) -> None:
 
 async def test_a_catalogue_model_is_pulled_with_progress(tmp_path: Path) -> None:
     rig = tmp_path / "rig.yaml"
-    rig.write_text("{cards: 3090, models: []}", encoding="utf-8")
+    rig.write_text("{gpus: 3090, models: []}", encoding="utf-8")
     box = make_box(tmp_path, str(rig))
     with box.start(0) as server:
         assert server.call("GET", "/api/tags")[1] == {"models": []}
@@ -261,7 +261,7 @@ async def test_a_catalogue_model_is_pulled_with_progress(tmp_path: Path) -> None
 
 async def test_a_sibling_that_prunes_breaks_a_pull_of_the_old_version_only(tmp_path: Path) -> None:
     rig = tmp_path / "rig.yaml"
-    rig.write_text("{cards: 3090, models: []}", encoding="utf-8")
+    rig.write_text("{gpus: 3090, models: []}", encoding="utf-8")
     for version, breaks in (("0.11.4", True), ("0.24.0", False)):
         (tmp_path / version).mkdir()
         box = make_box(tmp_path / version, str(rig), version)

@@ -1,4 +1,4 @@
-"""The memory of emulated cards: never more than there is, on all cards or none, free again with its process."""
+"""The memory of emulated GPUs: never more than there is, on all GPUs or none, free again with its process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from tests.support.waiting import eventually_sync
 _SPEC = parse_spec("3090+h100")
 _FIRST, _SECOND = _SPEC.uuids
 _USABLE = {
-    uuid: card.memory_total_bytes - card.memory_reserved_bytes
-    for uuid, card in zip(_SPEC.uuids, _SPEC.cards, strict=True)
+    uuid: gpu.memory_total_bytes - gpu.memory_reserved_bytes for uuid, gpu in zip(_SPEC.uuids, _SPEC.gpus, strict=True)
 }
 _WANTED = st.dictionaries(st.sampled_from([_FIRST, _SECOND]), st.integers(0, 50 * 1024**3))
 
@@ -49,7 +48,7 @@ def directory(tmp_path: Path) -> Path:
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(st.lists(_WANTED, max_size=6))
-def test_cards_are_never_overdrawn_and_a_refusal_changes_nothing(wishes: list[dict[str, int]]) -> None:
+def test_gpus_are_never_overdrawn_and_a_refusal_changes_nothing(wishes: list[dict[str, int]]) -> None:
     with tempfile.TemporaryDirectory() as name, _holder() as other:
         directory = Path(name)
         write_rig(_SPEC, directory)
@@ -90,14 +89,14 @@ def test_a_number_that_came_again_is_another_process(directory: Path) -> None:
 
 
 def test_the_use_of_others_counts_and_may_be_taken_back(directory: Path) -> None:
-    vram.set_foreign(directory, _FIRST, 7 * 1024**3)
+    vram.set_external(directory, _FIRST, 7 * 1024**3)
     with pytest.raises(vram.OutOfMemoryError):
         vram.allocate(directory, {_FIRST: _USABLE[_FIRST] - 6 * 1024**3})
-    vram.set_foreign(directory, _FIRST, 0)
+    vram.set_external(directory, _FIRST, 0)
     vram.allocate(directory, {_FIRST: _USABLE[_FIRST] - 6 * 1024**3})
 
 
-def test_a_lost_card_has_no_room_until_it_is_back(directory: Path) -> None:
+def test_a_lost_gpu_has_no_room_until_it_is_back(directory: Path) -> None:
     vram.set_lost(directory, _SECOND)
     assert list(vram.free_bytes(directory)) == [_FIRST]
     with pytest.raises(vram.OutOfMemoryError):
@@ -111,12 +110,12 @@ def test_broken_files_read_as_empty(directory: Path) -> None:
     assert vram.used_bytes(directory) == {}
 
 
-def test_a_directory_without_cards_has_no_memory(tmp_path: Path) -> None:
+def test_a_directory_without_gpus_has_no_memory(tmp_path: Path) -> None:
     assert vram.free_bytes(tmp_path) == {}
 
 
-def test_a_rig_is_written_with_its_cards_and_says_that_it_is_emulated(directory: Path) -> None:
+def test_a_rig_is_written_with_its_gpus_and_says_that_it_is_emulated(directory: Path) -> None:
     data = vram.read_json(directory / "rig.json")
     assert data["emulated"] is True
-    assert [card["uuid"] for card in data["cards"]] == list(_SPEC.uuids)
+    assert [gpu["uuid"] for gpu in data["gpus"]] == list(_SPEC.uuids)
     assert (data["version"], data["speed"]) == (RigSpec(()).version, 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
-from router.lab.simulator.gpus import CardBook, SimCard
+from router.lab.simulator.gpus import GpuLedger, SimGpu
 from router.lab.simulator.machine import Host, Tally
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timeline
@@ -14,8 +14,8 @@ from router.lab.simulator.world import WORLD
 GIB = 1024**3
 
 
-def card(index: int, gib: int = 24) -> SimCard:
-    return SimCard(GpuUuid(f"GPU-{index}"), index, "a card", gib * GIB, 0, 384, 9_751_000_000, 35.6)
+def gpu(index: int, gib: int = 24) -> SimGpu:
+    return SimGpu(GpuUuid(f"GPU-{index}"), index, "a GPU", gib * GIB, 0, 384, 9_751_000_000, 35.6)
 
 
 def model(name: str, gigabytes: float, *, blob: str | None = None, is_embedding: bool = False) -> ModelFacts:
@@ -38,12 +38,12 @@ def model(name: str, gigabytes: float, *, blob: str | None = None, is_embedding:
     )
 
 
-def host(*cards: SimCard, warm: tuple[ModelFacts, ...] = ()) -> Host:
+def host(*gpus: SimGpu, warm: tuple[ModelFacts, ...] = ()) -> Host:
     timeline = Timeline()
     cache = PageCache(100 * GIB)
     for one in warm:
         cache.read(one.blob, one.weights_bytes)
-    return Host(timeline, WORLD, CardBook(cards), LoadLines(timeline, WORLD, cache), Tally())
+    return Host(timeline, WORLD, GpuLedger(gpus), LoadLines(timeline, WORLD, cache), Tally())
 
 
 def request(

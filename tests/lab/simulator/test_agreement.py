@@ -6,7 +6,7 @@ import pytest
 
 from bench.scheduling.agreement import Compared, compare
 from bench.scheduling.servers import PRODUCT, VERSIONS
-from router.lab.scenarios import Wanted
+from router.lab.scenarios import ScenarioSpec
 
 pytestmark = pytest.mark.rig
 
@@ -16,7 +16,7 @@ SPEEDS = (5.0, 2.5, 1.25)
 """How many times as fast the emulated clock runs, and the router's with it. Starting processes and relaying does not,
 so on a machine that is busy with other tests both come late in a fast clock: then a slower one is asked. A difference
 that is the emulation's own is there at every speed."""
-WANTED = Wanted("4x3090", "team", seed=1, seconds=40.0, requests_per_second=0.46)
+WANTED = ScenarioSpec("4x3090", "team", seed=1, seconds=40.0, requests_per_second=0.46)
 
 
 def differences(found: Compared, *, by_loads: bool) -> list[str]:

@@ -18,8 +18,8 @@ def test_every_rule_holds_in_a_hundred_small_worlds(part: int) -> None:
 
 @pytest.mark.parametrize("seed", [2106, 5362, 6868, 8641, 9587])
 def test_worlds_that_broke_a_rule_once_are_whole(seed: int) -> None:
-    """A server of 0.33 that takes one card of two; another program's memory in a measurement; books that said less
-    than a server did on all or one of its cards, so that nothing fitted; a program that took more than a card had."""
+    """A server of 0.33 that takes one GPU of two; another program's memory in a measurement; books that said less
+    than a server did on all or one of its GPUs, so that nothing fitted; a program that took more than a GPU had."""
     assert failure(seed) is None
 
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 
 from router.domain.gpu import GpuUuid
-from router.lab.scenarios import Wanted, contestant, scenario
+from router.lab.scenarios import ScenarioSpec, baseline, scenario
 from router.lab.simulator.faults import Fault, FaultKind
 from router.lab.simulator.requests import SERVED
 from router.lab.simulator.runner import Outcome, Simulation
 
-WANTED = Wanted("3090", "llama3.1:8b", seconds=120.0, requests_per_second=0.2)
+WANTED = ScenarioSpec("3090", "llama3.1:8b", seconds=120.0, requests_per_second=0.2)
 
 
-def played(fault: Fault | None, policy: str = "llamayard", wanted: Wanted = WANTED) -> Outcome:
+def played(fault: Fault | None, policy: str = "llamayard", wanted: ScenarioSpec = WANTED) -> Outcome:
     scene = replace(scenario(wanted), faults=(fault,) if fault is not None else ())
-    return Simulation(scene, contestant(policy, scene)).run()
+    return Simulation(scene, baseline(policy, scene)).run()
 
 
 def stays(outcome: Outcome) -> list[tuple[float, float | None]]:
@@ -42,14 +42,14 @@ def test_requests_without_a_word_yet_are_placed_anew_when_their_server_dies() ->
     assert (again.ttft_seconds or 0) > (waiting.ttft_seconds or 0)
 
 
-def test_a_lost_card_has_no_server_until_it_is_back() -> None:
+def test_a_lost_gpu_has_no_server_until_it_is_back() -> None:
     outcome = played(Fault(30.0, FaultKind.LOST, seconds=40.0))
     begun = [began for began, _ in stays(outcome)]
     assert not [began for began in begun if 30.0 <= began < 70.0]
     assert [began for began in begun if began >= 70.0]
 
 
-def test_a_hot_card_is_slower_while_it_is_hot() -> None:
+def test_a_hot_gpu_is_slower_while_it_is_hot() -> None:
     calm, hot = played(None), played(Fault(0.0, FaultKind.HOT, amount=3.0, seconds=10_000.0))
     first, slower = calm.requests[-1], hot.requests[-1]
     assert first.tokens_per_second is not None
@@ -59,26 +59,26 @@ def test_a_hot_card_is_slower_while_it_is_hot() -> None:
 def test_what_others_take_is_gone_for_the_time_they_take_it() -> None:
     scene = scenario(WANTED)
     simulation = Simulation(
-        replace(scene, faults=(Fault(10.0, FaultKind.FOREIGN, amount=0.5, seconds=20.0),)),
-        contestant("stock-0.24", scene),
+        replace(scene, faults=(Fault(10.0, FaultKind.EXTERNAL, amount=0.5, seconds=20.0),)),
+        baseline("stock-0.24", scene),
     )
     book, seen = simulation.host.book, dict[float, int]()
-    uuid: GpuUuid = book.cards[0].uuid
+    uuid: GpuUuid = book.gpus[0].uuid
     for at in (9.0, 11.0, 31.0):
-        simulation.host.timeline.at(at, lambda at=at: seen.update({at: book.foreign_bytes[uuid]}))
+        simulation.host.timeline.at(at, lambda at=at: seen.update({at: book.external_bytes[uuid]}))
     simulation.run()
-    assert seen == {9.0: 0, 11.0: book.cards[0].usable_bytes // 2, 31.0: 0}
+    assert seen == {9.0: 0, 11.0: book.gpus[0].usable_bytes // 2, 31.0: 0}
 
 
 def test_others_take_no_more_than_is_free() -> None:
-    scene = replace(scenario(WANTED), faults=(Fault(60.0, FaultKind.FOREIGN, amount=1.0, seconds=10.0),))
-    simulation = Simulation(scene, contestant("stock-0.24", scene))
+    scene = replace(scenario(WANTED), faults=(Fault(60.0, FaultKind.EXTERNAL, amount=1.0, seconds=10.0),))
+    simulation = Simulation(scene, baseline("stock-0.24", scene))
     book, used = simulation.host.book, dict[float, int]()
-    uuid: GpuUuid = book.cards[0].uuid
+    uuid: GpuUuid = book.gpus[0].uuid
     for at in (59.0, 61.0, 71.0):
         simulation.host.timeline.at(at, lambda at=at: used.update({at: book.used_bytes(uuid)}))
     simulation.run()
-    assert 0 < used[59.0] == used[71.0] < used[61.0] == book.cards[0].usable_bytes
+    assert 0 < used[59.0] == used[71.0] < used[61.0] == book.gpus[0].usable_bytes
 
 
 def test_a_slow_disk_makes_a_cold_load_longer() -> None:

@@ -14,14 +14,14 @@ from router.domain.model import ModelFacts
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
-from router.lab.scenarios import Wanted, contestant, scenario
+from router.lab.scenarios import ScenarioSpec, baseline, scenario
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.invariants import InvariantError, Invariants
 from router.lab.simulator.machine import Host
 from router.lab.simulator.requests import Request
-from router.lab.simulator.runner import Contestant, Simulation
+from router.lab.simulator.runner import Baseline, Simulation
 
-WANTED = Wanted("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.3)
+WANTED = ScenarioSpec("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.3)
 Wrong = Callable[[list[Action]], list[Action]]
 
 
@@ -55,9 +55,9 @@ def play(wrong: Wrong = lambda actions: actions, change: Callable[[Snapshot], Sn
     def seen(event: Event, actions: list[Action], now: float) -> None:
         rules.seen(event, wrong(actions), now)
 
-    make = contestant("llamayard", scene, seen=seen)
+    make = baseline("llamayard", scene, seen=seen)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Contestant:
+    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
         made = make(host, models)
         assert isinstance(made, Llamayard)
         rules.watch(Doctored(made, change), host)
@@ -93,7 +93,7 @@ def test_an_unload_of_a_busy_model_is_noticed() -> None:
         play(wrong)
 
 
-def test_more_than_a_card_holds_is_noticed() -> None:
+def test_more_than_a_gpu_holds_is_noticed() -> None:
     def grown(seen: Snapshot) -> Snapshot:
         larger = {
             key: replace(one, per_gpu_bytes=tuple((gpu, 3 * size) for gpu, size in one.per_gpu_bytes))
@@ -105,7 +105,7 @@ def test_more_than_a_card_holds_is_noticed() -> None:
         play(change=grown)
 
 
-def test_a_reservation_on_some_of_the_cards_is_noticed() -> None:
+def test_a_reservation_on_some_of_the_gpus_is_noticed() -> None:
     def halved(seen: Snapshot) -> Snapshot:
         halves = {key: replace(one, per_gpu_bytes=one.per_gpu_bytes[:1]) for key, one in seen.reservations.items()}
         return replace(seen, reservations=halves)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from router.lab.scenarios import model_facts
-from router.lab.simulator.load_shape import Asked, shape_for
+from router.lab.simulator.load_shape import RequestedShape, shape_for
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
 
 OLDEST, OLD, NEW = (0, 11, 4), (0, 24, 0), (0, 33, 0)
 GEMMA2, LLAMA = model_facts("gemma2:27b"), model_facts("llama3.1:8b")
-ASKED = Asked(OLD, 8192, 2, "q8_0", flash_attention=True)
+ASKED = RequestedShape(OLD, 8192, 2, "q8_0", flash_attention=True)
 
 
 @pytest.mark.parametrize(("version", "cache", "flash"), [(OLD, "f16", False), (NEW, "q8_0", True)])

@@ -9,36 +9,36 @@ from itertools import pairwise
 import pytest
 
 from router.cli.simulate import play
-from router.lab.scenarios import CONTESTANTS, ScenarioError, Wanted, contestant, flood, scenario
+from router.lab.scenarios import BASELINES, ScenarioError, ScenarioSpec, baseline, flood, scenario
 from router.lab.simulator.metrics import report, service_jain
 from router.lab.simulator.record import record
 from router.lab.simulator.requests import HUNG_UP, SERVED
 from router.lab.simulator.runner import Simulation
 from router.lab.simulator.workload import THINKING_SECONDS, Session, Turn
 
-QUICK = Wanted(seconds=60.0)
+QUICK = ScenarioSpec(seconds=60.0)
 
 
-@pytest.mark.parametrize("policy", CONTESTANTS)
+@pytest.mark.parametrize("policy", BASELINES)
 def test_every_contestant_ends_every_request_and_does_the_same_again(policy: str) -> None:
     scene = scenario(QUICK)
-    first, second = (Simulation(scene, contestant(policy, scene)).run() for _ in range(2))
+    first, second = (Simulation(scene, baseline(policy, scene)).run() for _ in range(2))
     assert record(first) == record(second)
     assert len(first.requests) == first.planned
     assert {request.outcome for request in first.requests} == {SERVED}
 
 
-def test_a_request_of_the_first_moment_finds_cards_that_are_known() -> None:
-    scene = scenario(Wanted("2x3090", "wide", 1, 60.0))
+def test_a_request_of_the_first_moment_finds_gpus_that_are_known() -> None:
+    scene = scenario(ScenarioSpec("2x3090", "wide", 1, 60.0))
     first = Session(0, "anna", "llama3.3:70b", (Turn(0.0, 100, 0, 10),))
-    outcome = Simulation(replace(scene, sessions=(first,)), contestant("llamayard", scene)).run()
+    outcome = Simulation(replace(scene, sessions=(first,)), baseline("llamayard", scene)).run()
     assert [request.outcome for request in outcome.requests] == [SERVED]
 
 
 @pytest.mark.parametrize("rig", ["5090+4080", "4080+5090", "3090+3060+3060"])
-def test_unequal_cards_hold_together_what_even_parts_of_would_be_too_large(rig: str) -> None:
-    scene = scenario(Wanted(rig, "llama3.3:70b", 1, 60.0, 0.05))
-    outcome = Simulation(scene, contestant("llamayard-0.33", scene)).run()
+def test_unequal_gpus_hold_together_what_even_parts_of_would_be_too_large(rig: str) -> None:
+    scene = scenario(ScenarioSpec(rig, "llama3.3:70b", 1, 60.0, 0.05))
+    outcome = Simulation(scene, baseline("llamayard-0.33", scene)).run()
     assert {request.outcome for request in outcome.requests} == {SERVED}
     found = report(outcome, frozenset(scene.models))
     assert (found.loads, found.spills, found.out_of_memory) == (1, 0, 0)
@@ -46,7 +46,7 @@ def test_unequal_cards_hold_together_what_even_parts_of_would_be_too_large(rig: 
 
 def test_a_turn_waits_for_the_answer_before_it() -> None:
     scene = scenario(QUICK)
-    outcome = Simulation(scene, contestant("nginx-round-robin", scene)).run()
+    outcome = Simulation(scene, baseline("nginx-round-robin", scene)).run()
     by_session: dict[int, list[tuple[float, float]]] = {}
     for request in outcome.requests:
         assert request.ended_at is not None
@@ -60,17 +60,17 @@ def test_a_turn_waits_for_the_answer_before_it() -> None:
 def test_clients_that_hang_up_end_at_once_and_leave_no_slot_taken(policy: str) -> None:
     scene = scenario(QUICK)
     sessions = tuple(
-        replace(session, turns=tuple(replace(turn, patience_seconds=2.0) for turn in session.turns))
+        replace(session, turns=tuple(replace(turn, ttft_target_seconds=2.0) for turn in session.turns))
         for session in scene.sessions
     )
-    outcome = Simulation(replace(scene, sessions=sessions), contestant(policy, scene)).run()
+    outcome = Simulation(replace(scene, sessions=sessions), baseline(policy, scene)).run()
     assert {request.outcome for request in outcome.requests} <= {SERVED, HUNG_UP}
     assert all((request.ended_at or 0) - request.arrived_at <= 2.0 + 1e-9 for request in outcome.requests)
 
 
 def test_an_unknown_contestant_is_an_error_that_names_those_there_are() -> None:
     with pytest.raises(ScenarioError, match="floor"):
-        contestant("olla", scenario(QUICK))
+        baseline("olla", scenario(QUICK))
 
 
 TEAM_MEASURED = {"stock-0.24": 0.877, "stock-0.33": 0.923, "nginx-least-conn": 0.41, "floor": 0.97}
@@ -81,24 +81,26 @@ TOLERANCE = 0.1
 
 @pytest.mark.parametrize("policy", TEAM_MEASURED)
 def test_stock_servers_do_as_the_emulated_ones_did(policy: str) -> None:
-    shares = [play(policy, Wanted(seed=seed, requests_per_second=0.46)).report.in_time_share for seed in (1, 2, 3)]
+    shares = [
+        play(policy, ScenarioSpec(seed=seed, requests_per_second=0.46)).report.in_time_share for seed in (1, 2, 3)
+    ]
     assert statistics.fmean(shares) == pytest.approx(TEAM_MEASURED[policy], abs=TOLERANCE)
 
 
 def test_three_small_models_are_no_trouble_to_anybody() -> None:
     for policy in ("stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard"):
-        report = play(policy, Wanted(mix="small", requests_per_second=0.92)).report
+        report = play(policy, ScenarioSpec(mix="small", requests_per_second=0.92)).report
         assert report.in_time_share == 1.0, policy
         assert report.spills == report.out_of_memory == report.errors == 0
 
 
 def test_a_plan_made_with_the_trace_known_beats_who_does_not_know_it() -> None:
-    wanted = Wanted("4090+3090", "team")
+    wanted = ScenarioSpec("4090+3090", "team")
     plan, stock, floor = (play(policy, wanted).report for policy in ("best-plan", "stock-0.24", "floor"))
     assert stock.in_time_share < plan.in_time_share <= floor.in_time_share
 
 
 def test_a_stock_server_serves_a_flood_in_the_order_in_which_it_comes() -> None:
     scene = flood(120.0)
-    outcome = Simulation(scene, contestant("stock-0.24", scene)).run()
+    outcome = Simulation(scene, baseline("stock-0.24", scene)).run()
     assert service_jain(outcome.requests, 20.0, 120.0) < 0.5

@@ -12,7 +12,7 @@ from router.lab.simulator.machine import Host
 from router.lab.simulator.requests import Request
 from router.lab.simulator.server import LOST, LoadResult, SimServer
 from router.lab.simulator.world import WORLD, load_seconds
-from tests.lab.simulator.machines import GIB, card, host, model, play, request
+from tests.lab.simulator.machines import GIB, gpu, host, model, play, request
 
 SMALL = model("small", 5.0)
 MIDDLE = model("middle", 9.0)
@@ -44,11 +44,11 @@ class Served:
         return asked
 
 
-def server(cards: int = 1, version: tuple[int, ...] = OLD, max_loaded: int = 0, slots: int = 2) -> Served:
-    cards_there = tuple(card(index) for index in range(cards))
-    machine = host(*cards_there, warm=(SMALL, MIDDLE, BIG, HUGE))
+def server(gpus: int = 1, version: tuple[int, ...] = OLD, max_loaded: int = 0, slots: int = 2) -> Served:
+    gpus_there = tuple(gpu(index) for index in range(gpus))
+    machine = host(*gpus_there, warm=(SMALL, MIDDLE, BIG, HUGE))
     config = ServerConfig(version=version, max_loaded=max_loaded, slots=slots)
-    return Served(machine, SimServer(machine, "ollama", tuple(one.uuid for one in cards_there), config))
+    return Served(machine, SimServer(machine, "ollama", tuple(one.uuid for one in gpus_there), config))
 
 
 def names(served: Served) -> list[str]:
@@ -65,8 +65,8 @@ def test_a_cold_request_waits_for_the_reading_of_memory_and_the_load(version: tu
     assert served.ended == {1: ""}
 
 
-def test_one_load_at_a_time_even_where_another_card_is_free() -> None:
-    served = server(cards=2)
+def test_one_load_at_a_time_even_where_another_gpu_is_free() -> None:
+    served = server(gpus=2)
     served.ask(0.0, 1, BIG)
     second = served.ask(0.1, 2, SMALL)
     play(served.machine, 60.0)
@@ -109,7 +109,7 @@ def test_a_busy_model_is_waited_for_and_late_requests_for_it_go_first() -> None:
 
 @pytest.mark.parametrize("version", [OLD, NEW])
 def test_what_does_not_fit_lies_partly_on_the_cpu_without_a_word(version: tuple[int, ...]) -> None:
-    served = server(cards=1, version=version)
+    served = server(gpus=1, version=version)
     asked = served.ask(0.0, 1, HUGE)
     play(served.machine, 290.0)
     assert served.ended == {1: ""}
@@ -118,14 +118,14 @@ def test_what_does_not_fit_lies_partly_on_the_cpu_without_a_word(version: tuple[
     assert (asked.tokens_per_second or 0) < 5
 
 
-def test_all_layers_on_the_cards_overrule_the_estimate_or_fail() -> None:
+def test_all_layers_on_the_gpus_overrule_the_estimate_or_fail() -> None:
     results: list[LoadResult] = []
-    served = server(cards=2)
+    served = server(gpus=2)
     served.machine.timeline.at(0.0, lambda: served.server.load(HUGE, HUGE.layers + 1, results.append))
     play(served.machine, 60.0)
     assert results[0].error == ""
     assert results[0].size_vram_bytes == results[0].size_bytes
-    tight = server(cards=1)
+    tight = server(gpus=1)
     tight.machine.timeline.at(0.0, lambda: tight.server.load(HUGE, HUGE.layers + 1, results.append))
     play(tight.machine, 60.0)
     assert "out of memory" in results[1].error
@@ -163,7 +163,7 @@ def test_models_leave_after_five_idle_minutes() -> None:
     assert names(served) == ["small"]
     play(served.machine, 310.0)
     assert names(served) == []
-    assert served.machine.book.used_bytes(served.server.cards[0]) == 0
+    assert served.machine.book.used_bytes(served.server.gpus[0]) == 0
 
 
 def test_no_more_models_than_the_limit() -> None:
@@ -193,7 +193,7 @@ def test_a_killed_server_loses_requests_and_frees_memory() -> None:
     served.machine.timeline.at(5.0, served.server.kill)
     play(served.machine, 6.0)
     assert served.ended == {1: LOST, 2: LOST, 3: LOST}
-    assert served.machine.book.used_bytes(served.server.cards[0]) == 0
+    assert served.machine.book.used_bytes(served.server.gpus[0]) == 0
     again = served.ask(7.0, 4, SMALL)
     play(served.machine, 20.0)
     assert again.first_token_at is not None
@@ -201,7 +201,7 @@ def test_a_killed_server_loses_requests_and_frees_memory() -> None:
 
 def test_from_0_30_memory_that_a_sibling_took_is_not_seen() -> None:
     served = server(version=NEW)
-    sibling = SimServer(served.machine, "sibling", served.server.cards, ServerConfig(version=NEW))
+    sibling = SimServer(served.machine, "sibling", served.server.gpus, ServerConfig(version=NEW))
     served.ask(0.0, 1, SMALL)
     served.machine.timeline.at(5.0, lambda: sibling.load(MIDDLE, -1, lambda _: None))
     served.ask(10.0, 2, model("other", 8.5))
@@ -227,5 +227,5 @@ def test_from_0_30_a_load_that_runs_out_of_memory_waits_for_all_others_to_leave_
 
 
 def _take(served: Served, gib: int) -> None:
-    """Another program takes so much of the first card."""
-    served.machine.book.foreign_bytes[served.server.cards[0]] = gib * GIB
+    """Another program takes so much of the first GPU."""
+    served.machine.book.external_bytes[served.server.gpus[0]] = gib * GIB

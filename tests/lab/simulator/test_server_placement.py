@@ -44,47 +44,47 @@ def _ask(model: ModelFacts, context: int = 8192, slots: int = 1, cache: str = "f
     return Ask(model, LoadShape(context, slots, cache), **fields)  # type: ignore[arg-type]
 
 
-def test_a_small_model_takes_one_card_and_the_one_with_most_room() -> None:
+def test_a_small_model_takes_one_gpu_and_the_one_with_most_room() -> None:
     assert plan(WORLD, _ask(LLAMA_8B), [_room(10), _room(20)]).layers == (0, 33)
 
 
-def test_a_faster_card_is_taken_before_one_with_more_room() -> None:
+def test_a_faster_gpu_is_taken_before_one_with_more_room() -> None:
     assert plan(WORLD, _ask(LLAMA_8B), [_room(20), _room(15, bandwidth=1008e9)]).layers == (0, 33)
 
 
-def test_spread_takes_all_cards_evenly() -> None:
+def test_spread_takes_all_gpus_evenly() -> None:
     assert plan(WORLD, _ask(LLAMA_8B, spread=True), [_room(), _room()]).layers == (17, 16)
 
 
-def test_the_wide_estimate_of_0_24_wants_three_cards_for_a_70b_with_two_slots() -> None:
+def test_the_wide_estimate_of_0_24_wants_three_gpus_for_a_70b_with_two_slots() -> None:
     ask = _ask(LLAMA_70B, slots=2)
     three = plan(WORLD, ask, [_room()] * 3)
-    assert three.on_cards == 81
+    assert three.on_gpus == 81
     assert all(three.layers)
     assert plan(WORLD, ask, [_room()] * 4).layers.count(0) == 1
 
 
 @pytest.mark.parametrize(("cache", "on_cpu"), [("f16", 0.09), ("q8_0", 0.02)])
-def test_given_two_cards_0_24_leaves_part_of_a_70b_on_the_cpu(cache: str, on_cpu: float) -> None:
+def test_given_two_gpus_0_24_leaves_part_of_a_70b_on_the_cpu(cache: str, on_cpu: float) -> None:
     ask = _ask(LLAMA_70B, slots=2, cache=cache)
     chosen = plan(WORLD, ask, [_room()] * 2)
-    assert 1 - chosen.on_cards / 81 == pytest.approx(on_cpu, abs=0.035)
-    whole, on_cards = sizes(WORLD, ask, chosen.layers)
+    assert 1 - chosen.on_gpus / 81 == pytest.approx(on_cpu, abs=0.035)
+    whole, on_gpus = sizes(WORLD, ask, chosen.layers)
     assert whole > 0
-    assert all(size <= 23.68 * GIB for size in on_cards)
+    assert all(size <= 23.68 * GIB for size in on_gpus)
 
 
 @pytest.mark.parametrize("version", [(0, 24, 0), _NEW])
-def test_two_24_gb_cards_are_planned_full_at_8k_and_over_full_at_16k(version: tuple[int, ...]) -> None:
-    on_cards = [plan(WORLD, _ask(LLAMA_70B, context, version=version), [_room()] * 2).on_cards
+def test_two_24_gb_gpus_are_planned_full_at_8k_and_over_full_at_16k(version: tuple[int, ...]) -> None:
+    on_gpus = [plan(WORLD, _ask(LLAMA_70B, context, version=version), [_room()] * 2).on_gpus
                 for context in (8192, 16_384)]  # fmt: skip
-    assert on_cards[0] == 81 > on_cards[1]
+    assert on_gpus[0] == 81 > on_gpus[1]
 
 
-def test_all_layers_asked_for_go_to_the_cards_whatever_the_estimate() -> None:
+def test_all_layers_asked_for_go_to_the_gpus_whatever_the_estimate() -> None:
     for version in ((0, 24, 0), _NEW):
         chosen = plan(WORLD, _ask(LLAMA_70B, slots=2, num_gpu=81, version=version), [_room()] * 2)
-        assert (chosen.on_cards, min(chosen.layers)) == (81, 40)
+        assert (chosen.on_gpus, min(chosen.layers)) == (81, 40)
 
 
 def test_0_33_shares_all_layers_as_it_is_told() -> None:
@@ -99,7 +99,7 @@ def test_0_33_shares_all_layers_as_it_is_told() -> None:
     [((2.0, 1.0), 81, (54, 27)), ((2.0, 1.0), 40, (27, 13)), ((1.0,), 81, (81, 0)), ((1.0,), 40, (40, 0)),
      ((0.0, 0.0, 1.0), 40, (26, 14)), ((), 40, (26, 14)), ((1.0, 1.0, 5.0), 40, (20, 20))],
 )  # fmt: skip
-def test_0_33_shares_as_many_layers_as_are_asked_for_in_the_shares_of_the_cards_that_it_has(
+def test_0_33_shares_as_many_layers_as_are_asked_for_in_the_shares_of_the_gpus_that_it_has(
     told: tuple[float, ...], wanted: int, layers: tuple[int, ...]
 ) -> None:
     ask = _ask(LLAMA_70B, version=_NEW, num_gpu=wanted, spread=True, tensor_split=told)
@@ -112,7 +112,7 @@ def test_beside_other_models_the_ordinary_rule_evicts_first() -> None:
         assert chosen.must_evict
 
 
-def test_0_33_takes_one_card_up_to_eighty_per_cent_of_its_room() -> None:
+def test_0_33_takes_one_gpu_up_to_eighty_per_cent_of_its_room() -> None:
     needs = predicted_bytes(LLAMA_70B, LoadShape(8192)) / GIB
     fits = plan(WORLD, _ask(LLAMA_70B, version=_NEW), [_room(needs / 0.79), _room(2)])
     tight = plan(WORLD, _ask(LLAMA_70B, version=_NEW), [_room(needs / 0.81), _room(needs / 0.9)])
@@ -120,13 +120,13 @@ def test_0_33_takes_one_card_up_to_eighty_per_cent_of_its_room() -> None:
     assert all(tight.layers)
 
 
-def test_0_33_pins_a_model_to_the_asked_card() -> None:
+def test_0_33_pins_a_model_to_the_asked_gpu() -> None:
     assert plan(WORLD, _ask(LLAMA_8B, version=_NEW, main_gpu=1), [_room(), _room(), _room()]).layers == (0, 33, 0)
 
 
-def test_0_33_leaves_one_per_cent_of_a_70b_on_the_cpu_of_two_cards() -> None:
+def test_0_33_leaves_one_per_cent_of_a_70b_on_the_cpu_of_two_gpus() -> None:
     chosen = plan(WORLD, _ask(LLAMA_70B, slots=2, version=_NEW), [_room()] * 2)
-    assert 1 - chosen.on_cards / 81 == pytest.approx(0.01, abs=0.02)
+    assert 1 - chosen.on_gpus / 81 == pytest.approx(0.01, abs=0.02)
 
 
 def test_the_prediction_of_0_33_ignores_the_cache_type() -> None:
@@ -163,7 +163,7 @@ def test_0_33_lowers_a_batch_of_2048_step_by_step() -> None:
         2048, 1024, 512]  # fmt: skip
 
 
-def test_0_33_without_flash_attention_takes_512_and_on_a_small_card_256() -> None:
+def test_0_33_without_flash_attention_takes_512_and_on_a_small_gpu_256() -> None:
     assert _batch(LLAMA_8B, [_room()], flash=False) == 512
     assert _batch(LLAMA_8B, [_room(7, 8)], flash=False) == 256
 
@@ -181,7 +181,7 @@ def test_a_model_that_fits_no_memory_is_refused_with_the_bytes() -> None:
     chosen = plan(WORLD, _ask(LLAMA_70B, num_gpu=0, host_free_bytes=23 * GIB), [_room()])
     assert chosen.error is not None
     assert chosen.error.endswith("than is available (23.0 GiB)")
-    assert chosen.on_cards == 0
+    assert chosen.on_gpus == 0
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_a_plan_never_has_more_units_than_the_model(ask: Ask, rooms: list[Room])
     chosen = plan(WORLD, ask, rooms)
     assert len(chosen.layers) == len(rooms)
     assert all(units >= 0 for units in chosen.layers)
-    assert chosen.on_cards <= ask.model.layers + 1
-    assert not (chosen.must_evict and chosen.on_cards)
+    assert chosen.on_gpus <= ask.model.layers + 1
+    assert not (chosen.must_evict and chosen.on_gpus)
     assert not (chosen.must_evict and not ask.has_others)
 
 
@@ -245,9 +245,9 @@ def test_without_a_wish_0_24_never_plans_more_than_it_believes_to_fit(ask: Ask, 
 @given(_ASKS, _ROOMS, st.sampled_from([512, 1024, 2048]))
 def test_a_batch_is_never_raised_and_settled_only_once(ask: Ask, rooms: list[Room], batch: int) -> None:
     wanted = replace(ask, shape=replace(ask.shape, batch_tokens=batch))
-    once = settled(wanted, rooms)
-    assert once.shape.batch_tokens <= batch
-    assert settled(once, rooms) == once
+    memoise = settled(wanted, rooms)
+    assert memoise.shape.batch_tokens <= batch
+    assert settled(memoise, rooms) == memoise
 
 
 @given(_ASKS, _ROOMS)
@@ -256,7 +256,7 @@ def test_a_plan_is_the_same_every_time(ask: Ask, rooms: list[Room]) -> None:
 
 
 @given(_ASKS)
-def test_the_whole_of_a_model_on_a_card_leaves_nothing_on_the_host(ask: Ask) -> None:
-    host, on_cards = sizes(WORLD, ask, (ask.model.layers + 1,))
-    assert (host, len(on_cards)) == (0, 1)
+def test_the_whole_of_a_model_on_a_gpu_leaves_nothing_on_the_host(ask: Ask) -> None:
+    host, on_gpus = sizes(WORLD, ask, (ask.model.layers + 1,))
+    assert (host, len(on_gpus)) == (0, 1)
     assert sizes(WORLD, ask, (0,))[1] == (0,)

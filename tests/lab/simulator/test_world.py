@@ -12,11 +12,11 @@ from router.domain.model import ModelFacts
 from router.domain.model_names import parse_name
 from router.lab.emulator.catalogue import catalogue
 from router.lab.emulator.model_facts import active_share, facts_of
-from router.lab.emulator.spec import CARDS
+from router.lab.emulator.spec import GPU_MODELS
 from router.lab.emulator.store import Store
 from router.lab.simulator.world import (
     WORLD,
-    CardFacts,
+    GpuModel,
     LoadShape,
     compute_buffer_bytes,
     input_bytes,
@@ -46,8 +46,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return found
 
 
-def _cards(text: str) -> list[CardFacts]:
-    return [CardFacts(CARDS[name].bandwidth_bytes_per_second, CARDS[name].fp32_teraflops) for name in text.split("+")]
+def _gpus(text: str) -> list[GpuModel]:
+    return [
+        GpuModel(GPU_MODELS[name].bandwidth_bytes_per_second, GPU_MODELS[name].fp32_teraflops)
+        for name in text.split("+")
+    ]
 
 
 def _even(model: ModelFacts, count: int) -> tuple[int, ...]:
@@ -56,26 +59,26 @@ def _even(model: ModelFacts, count: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    ("cards", "measured_gb"),
+    ("gpus", "measured_gb"),
     [(1, [46.1]), (2, [23.8, 22.4]), (2, [23.6, 22.6])],
     ids=["A6000", "2x3090", "2x4090"],
 )
-def test_a_70b_holds_what_was_measured_on_each_card(models: Models, cards: int, measured_gb: list[float]) -> None:
+def test_a_70b_holds_what_was_measured_on_each_gpu(models: Models, gpus: int, measured_gb: list[float]) -> None:
     model, _ = models["llama3.3:70b"]
-    sizes = true_bytes(WORLD, model, _8K, _even(model, cards))
+    sizes = true_bytes(WORLD, model, _8K, _even(model, gpus))
     assert [size / _GB for size in sizes] == pytest.approx(measured_gb, rel=0.05)
 
 
-def test_a_70b_with_32k_takes_about_twelve_gb_on_each_of_four_cards(models: Models) -> None:
+def test_a_70b_with_32k_takes_about_twelve_gb_on_each_of_four_gpus(models: Models) -> None:
     model, _ = models["llama3.3:70b"]
     sizes = true_bytes(WORLD, model, LoadShape(32_768), _even(model, 4))
     assert all(11 * _GB < size < 15 * _GB for size in sizes)
 
 
-def test_two_24_gb_cards_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> None:
-    """The guide puts the limit below 16K; the world leaves 0.6 GB of each card there, which is no margin to run on."""
+def test_two_24_gb_gpus_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> None:
+    """The guide puts the limit below 16K; the world leaves 0.6 GB of each GPU there, which is no margin to run on."""
     model, _ = models["llama3.3:70b"]
-    usable = CARDS["3090"].memory_total_bytes - CARDS["3090"].memory_reserved_bytes
+    usable = GPU_MODELS["3090"].memory_total_bytes - GPU_MODELS["3090"].memory_reserved_bytes
     left = {context: usable - max(true_bytes(WORLD, model, LoadShape(context), _even(model, 2)))
             for context in (8192, 16_384, 32_768)}  # fmt: skip
     assert left[8192] > 1.5 * _GB > left[16_384]
@@ -83,7 +86,7 @@ def test_two_24_gb_cards_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "cards", "measured"),
+    ("name", "gpus", "measured"),
     [
         ("llama3.1:8b", "3090", 120.0),
         ("llama3.3:70b", "3090+3090", 16.6),
@@ -92,48 +95,48 @@ def test_two_24_gb_cards_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> 
         ("mixtral:8x22b", "3090+3090+3090+3090", 21.1),
     ],
 )
-def test_tokens_come_as_fast_as_measured(models: Models, name: str, cards: str, measured: float) -> None:
+def test_tokens_come_as_fast_as_measured(models: Models, name: str, gpus: str, measured: float) -> None:
     """Within 10 %."""
     model, share = models[name]
-    placed = _cards(cards)
+    placed = _gpus(gpus)
     step = speed(WORLD, model, placed, _even(model, len(placed)), active_share=share).step(1)
     assert 1 / step == pytest.approx(measured, rel=0.1)
 
 
 def test_the_guides_two_4090s_are_faster_than_ours(models: Models) -> None:
-    """22.6 tokens/s of 42.5 GB would be 95 % of the cards' bandwidth; the world keeps to what 3090s reach of theirs."""
+    """22.6 tokens/s of 42.5 GB would be 95 % of the GPUs' bandwidth; the world keeps to what 3090s reach of theirs."""
     model, _ = models["llama3.3:70b"]
-    step = speed(WORLD, model, _cards("4090+4090"), _even(model, 2)).step(1)
+    step = speed(WORLD, model, _gpus("4090+4090"), _even(model, 2)).step(1)
     assert 16.6 < 1 / step < 22.6
 
 
 @pytest.mark.parametrize(
-    ("name", "cards", "measured"), [("llama3.1:8b", "3090", 4030.0), ("llama3.3:70b", "3090+3090", 375.0)]
+    ("name", "gpus", "measured"), [("llama3.1:8b", "3090", 4030.0), ("llama3.3:70b", "3090+3090", 375.0)]
 )
-def test_prompts_are_read_as_fast_as_measured(models: Models, name: str, cards: str, measured: float) -> None:
+def test_prompts_are_read_as_fast_as_measured(models: Models, name: str, gpus: str, measured: float) -> None:
     model, _ = models[name]
-    placed = _cards(cards)
+    placed = _gpus(gpus)
     seconds = speed(WORLD, model, placed, _even(model, len(placed))).prefill_seconds_per_token
     assert 1 / seconds == pytest.approx(measured, rel=0.1)
 
 
-def test_more_cards_are_not_more_speed(models: Models) -> None:
+def test_more_gpus_are_not_more_speed(models: Models) -> None:
     model, _ = models["llama3.1:8b"]
-    one = speed(WORLD, model, _cards("3090"), _even(model, 1))
-    two = speed(WORLD, model, _cards("3090+3090"), _even(model, 2))
+    one = speed(WORLD, model, _gpus("3090"), _even(model, 1))
+    two = speed(WORLD, model, _gpus("3090+3090"), _even(model, 2))
     assert two.step(1) >= one.step(1) * 0.999
     assert two.prefill_seconds_per_token > one.prefill_seconds_per_token
 
 
 def test_a_further_stream_costs_eight_per_cent_of_a_step(models: Models) -> None:
     model, _ = models["llama3.1:8b"]
-    pace = speed(WORLD, model, _cards("3090"), _even(model, 1))
+    pace = speed(WORLD, model, _gpus("3090"), _even(model, 1))
     assert pace.step(2) / pace.step(1) == pytest.approx(1.08)
 
 
 def test_layers_on_the_cpu_slow_every_token(models: Models) -> None:
     model, _ = models["llama3.3:70b"]
-    steps = [speed(WORLD, model, _cards("3090"), (layers,)).step(1) for layers in (81, 60, 40, 20)]
+    steps = [speed(WORLD, model, _gpus("3090"), (layers,)).step(1) for layers in (81, 60, 40, 20)]
     assert steps == sorted(steps)
     assert steps[-1] > 5 * steps[0]
 
@@ -141,7 +144,7 @@ def test_layers_on_the_cpu_slow_every_token(models: Models) -> None:
 def test_weights_on_the_cpu_are_streamed_once_a_batch_of_a_prompt(models: Models) -> None:
     """What a larger batch saves is half of what the streaming of the layers takes a token."""
     model, _ = models["llama3.3:70b"]
-    whole, half = (speed(WORLD, model, _cards("3090"), (40,), batch=size) for size in (512, 1024))
+    whole, half = (speed(WORLD, model, _gpus("3090"), (40,), batch=size) for size in (512, 1024))
     streamed = (model.weights_bytes - input_bytes(model)) * 41 / 81 / WORLD.offload_bytes_per_second
     saved = whole.prefill_seconds_per_token - half.prefill_seconds_per_token
     assert saved == pytest.approx(streamed / 1024)
@@ -192,7 +195,7 @@ def test_a_split_model_holds_no_less_than_a_whole_one(model: ModelFacts, shape: 
 
 
 @given(_FACTS, _SHAPES)
-def test_a_card_without_a_layer_holds_nothing(model: ModelFacts, shape: LoadShape) -> None:
+def test_a_gpu_without_a_layer_holds_nothing(model: ModelFacts, shape: LoadShape) -> None:
     first, second = true_bytes(WORLD, model, shape, (model.layers, 0))
     assert second == 0
     assert first < sum(true_bytes(WORLD, model, shape, (model.layers + 1,)))

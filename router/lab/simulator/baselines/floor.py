@@ -1,6 +1,6 @@
 """What no scheduler can beat by moving models: all of them resident, each with its slots, and nothing to wait for else.
 
-Each model stands alone on the fastest card that holds it, else on the smallest set of fastest cards that does; memory
+Each model stands alone on the fastest GPU that holds it, else on the smallest set of fastest GPUs that does; memory
 is not counted, as if each had a machine of its own. It has one copy of each model.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator.batching import Done
-from router.lab.simulator.gpus import SimCard
+from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.loaded_model import Loaded, Phase, ServerConfig, shape_of
 from router.lab.simulator.machine import Host
 from router.lab.simulator.requests import Request
@@ -24,8 +24,8 @@ class Floor:
     def __init__(self, host: Host, models: Mapping[str, ModelFacts], config: ServerConfig) -> None:
         self._loaded: dict[BlobDigest, Loaded] = {}
         for model in models.values():
-            cards, layers = _best_layout(host, model, config)
-            loaded = Loaded.plan(host, "floor", model, config, cards, layers, shape_of(model, config))
+            gpus, layers = _best_layout(host, model, config)
+            loaded = Loaded.plan(host, "floor", model, config, gpus, layers, shape_of(model, config))
             loaded.phase = Phase.READY
             self._loaded[model.blob] = loaded
 
@@ -42,24 +42,24 @@ class Floor:
     def server_died(self, index: int) -> None:
         """Nothing goes wrong for the floor."""
 
-    def card_lost(self, uuid: GpuUuid) -> None:
+    def gpu_lost(self, uuid: GpuUuid) -> None:
         """Nor this."""
 
 
 def _best_layout(host: Host, model: ModelFacts, config: ServerConfig) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]]:
-    """The fewest cards that hold all layers in even parts, fastest first; all cards where even those do not."""
-    order = sorted(host.book.cards, key=_by_speed)
+    """The fewest GPUs that hold all layers in even parts, fastest first; all GPUs where even those do not."""
+    order = sorted(host.book.gpus, key=_by_speed)
     for count in range(1, len(order) + 1):
         chosen = order[:count]
         layers = even_units(model.layers + 1, count)
         sizes = true_bytes(host.world, model, shape_of(model, config), layers)
-        if all(size <= card.usable_bytes for size, card in zip(sizes, chosen, strict=True)):
-            return tuple(card.uuid for card in chosen), layers
-    return tuple(card.uuid for card in order), even_units(model.layers + 1, len(order))
+        if all(size <= gpu.usable_bytes for size, gpu in zip(sizes, chosen, strict=True)):
+            return tuple(gpu.uuid for gpu in chosen), layers
+    return tuple(gpu.uuid for gpu in order), even_units(model.layers + 1, len(order))
 
 
-def _by_speed(card: SimCard) -> tuple[float, int]:
-    return (-card.facts.bandwidth_bytes_per_second, card.index)
+def _by_speed(gpu: SimGpu) -> tuple[float, int]:
+    return (-gpu.facts.bandwidth_bytes_per_second, gpu.index)
 
 
 def even_units(units: int, parts: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""llamayard itself: the deciding core, unchanged, over one simulated server a card and one over all of them.
+"""llamayard itself: the deciding core, unchanged, over one simulated server a GPU and one over all of them.
 
 This is what the engine, the driver, the watcher and the gateway do in the product, in virtual time: events go into
 `Dispatcher.handle`, its actions are carried out on the servers, and what comes of them is posted again. It decides
@@ -44,7 +44,7 @@ from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.footprint_estimator import estimate_bytes, version_of
-from router.engines.ollama.offload_rules import spreads
+from router.engines.ollama.offload_rules import forces_spread
 from router.lab.simulator.baselines.units import Unit, on_demand_policy, unit_on_demand, units_over
 from router.lab.simulator.batching import Done
 from router.lab.simulator.loaded_model import ServerConfig
@@ -60,7 +60,7 @@ _OLD_NEWS_SECONDS = 5.0
 halves the time of a run, and the core has nothing to learn from it."""
 _START_SECONDS = 0.3
 _READING_SECONDS = 0.01
-"""A reading of the cards, from its beginning to its event."""
+"""A reading of the GPUs, from its beginning to its event."""
 _UNLOAD_POLL_SECONDS = 0.05
 """Half the driver's poll: what it takes on average to see that a model is gone."""
 _EARLIEST_WAKE_SECONDS = 0.01
@@ -92,7 +92,7 @@ class Llamayard:
         *,
         pairs: bool = False,
     ) -> None:
-        """`seen` is told of every event with its actions. `pairs`: an instance over each two cards as well, as somebody
+        """`seen` is told of every event with its actions. `pairs`: an instance over each two GPUs as well, as somebody
         may declare them by hand."""
         self._policy = on_demand_policy(policy or Policy(), config)
         self.dispatcher = Dispatcher(self._policy, _Remembered())
@@ -108,7 +108,7 @@ class Llamayard:
     # --- what the simulation asks --------------------------------------------------------------------------
 
     def start(self) -> None:
-        """As the product does, which reads its cards before it takes a request."""
+        """As the product does, which reads its GPUs before it takes a request."""
         self._post(GpusRead(self._host.book.read(), self._now))
         for unit in list(self._units.values()):
             self._start(unit)
@@ -141,10 +141,10 @@ class Llamayard:
         return {ticket: held.request for ticket, held in self._held.items()}
 
     def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
-        """What a model's runner really holds on each card; empty where it has none."""
+        """What a model's runner really holds on each GPU; empty where it has none."""
         for runner in self._units[key[0]].server.loaded:
             if runner.blob == key[1]:
-                return runner.bytes_by_card
+                return runner.bytes_by_gpu
         return {}
 
     # --- faults --------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class Llamayard:
         life = unit.lives
         self._host.timeline.after(wait, lambda: self._start(unit) if unit.lives == life else None)
 
-    def card_lost(self, uuid: GpuUuid) -> None:
+    def gpu_lost(self, uuid: GpuUuid) -> None:
         for unit in list(self._units.values()):
             if uuid in unit.spec.gpus and self._units.get(unit.spec.name) is unit:
                 self._kill(unit)
@@ -239,7 +239,7 @@ class Llamayard:
             case Remember():
                 pass
             case ReadGpus():
-                self._soon(self._read_cards)
+                self._soon(self._read_gpus)
             case _:
                 assert_never(action)
 
@@ -306,7 +306,7 @@ class Llamayard:
 
     def _poll(self) -> None:
         self._host.timeline.after(_POLL_SECONDS, self._poll)
-        self._read_cards()
+        self._read_gpus()
         for unit in list(self._units.values()):
             rows = self._listed(unit)
             is_news = rows != unit.listed or self._now - unit.listed_at >= _OLD_NEWS_SECONDS
@@ -314,7 +314,7 @@ class Llamayard:
                 unit.listed, unit.listed_at = rows, self._now
                 self._post(ResidencyRead(unit.spec.name, rows, self._now))
 
-    def _read_cards(self) -> None:
+    def _read_gpus(self) -> None:
         read_at = self._now
         gpus = self._host.book.read()
         self._host.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
@@ -336,7 +336,7 @@ class Llamayard:
         if self._units.get(unit.spec.name) is not unit:
             return
         if any(uuid in self._host.book.lost for uuid in unit.spec.gpus):
-            self._change(unit, InstanceState.BACKOFF, "its card is lost")
+            self._change(unit, InstanceState.BACKOFF, "its GPU is lost")
             self._host.timeline.after(5.0, lambda: self._start(unit))
             return
         self._change(unit, InstanceState.STARTING, "")
@@ -354,7 +354,7 @@ class Llamayard:
 
 
 class _Remembered:
-    """`estimate_bytes`, asked once for what depends on no card's free memory: a run asks it a million times."""
+    """`estimate_bytes`, asked once for what depends on no GPU's free memory: a run asks it a million times."""
 
     def __init__(self) -> None:
         self._sizes: dict[tuple[object, ...], tuple[int, ...]] = {}
@@ -362,7 +362,7 @@ class _Remembered:
     def __call__(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
-        if spec.is_spread and not spreads(spec):
+        if spec.is_spread and not forces_spread(spec):
             return estimate_bytes(model, spec, context_length, snapshot)
         version = version_of(spec, snapshot)
         key = (model.blob, spec.name, len(spec.gpus), spec.num_parallel, context_length, version)

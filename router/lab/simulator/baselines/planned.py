@@ -1,7 +1,7 @@
-"""Residency by a plan made beforehand: which models are on the cards in which stretch of time, whatever is asked.
+"""Residency by a plan made beforehand: which models are on the GPUs in which stretch of time, whatever is asked.
 
 It shows what could be had by somebody who knows the whole trace: it reads no memory before a load, loads side by side,
-splits evenly over the smallest set of cards and lets a model finish what runs before it leaves. When the plan is over,
+splits evenly over the smallest set of GPUs and lets a model finish what runs before it leaves. When the plan is over,
 whoever has waited longest is loaded next. What plan is good is `router.lab.simulator.clairvoyant`'s to find.
 """
 
@@ -66,7 +66,7 @@ class Planned:
     def server_died(self, index: int) -> None:
         """Nothing goes wrong for a plan."""
 
-    def card_lost(self, uuid: GpuUuid) -> None:
+    def gpu_lost(self, uuid: GpuUuid) -> None:
         """Nor this."""
 
     # --- carrying out --------------------------------------------------------------------------------------
@@ -101,23 +101,23 @@ class Planned:
         layout = self._room_for(model)
         if layout is None:
             return
-        cards, layers = layout
-        found = Loaded.plan(self._host, "plan", model, self._config, cards, layers, shape_of(model, self._config))
+        gpus, layers = layout
+        found = Loaded.plan(self._host, "plan", model, self._config, gpus, layers, shape_of(model, self._config))
         found.allocate()
         self._loaded[name] = found
         found.begin(lambda: self._ready(name, found))
         self._flush(name)
 
     def _room_for(self, model: ModelFacts) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]] | None:
-        """The smallest set of cards with room for even parts; of those the one that is left with least."""
+        """The smallest set of GPUs with room for even parts; of those the one that is left with least."""
         book, shape = self._host.book, shape_of(model, self._config)
-        cards = [card.uuid for card in book.cards]
-        for count in range(1, len(cards) + 1):
+        gpus = [gpu.uuid for gpu in book.gpus]
+        for count in range(1, len(gpus) + 1):
             layers = even_units(model.layers + 1, count)
             sizes = true_bytes(self._host.world, model, shape, layers)
             fitting = [
                 chosen
-                for chosen in combinations(cards, count)
+                for chosen in combinations(gpus, count)
                 if all(book.free_bytes(uuid) >= size for uuid, size in zip(chosen, sizes, strict=True))
             ]
             if fitting:

@@ -1,4 +1,4 @@
-"""Stock servers: one over all cards, or one a card behind nginx as most guides set it up.
+"""Stock servers: one over all GPUs, or one a GPU behind nginx as most guides set it up.
 
 They get what a good admin gives them (`ServerConfig`'s defaults) and behave as `router.lab.simulator.server` says.
 """
@@ -16,10 +16,10 @@ from router.lab.simulator.server import SimServer
 
 
 class StockServer:
-    """One server that sees all cards."""
+    """One server that sees all GPUs."""
 
     def __init__(self, host: Host, config: ServerConfig) -> None:
-        self._server = SimServer(host, "ollama", tuple(card.uuid for card in host.book.cards), config)
+        self._server = SimServer(host, "ollama", tuple(gpu.uuid for gpu in host.book.gpus), config)
 
     def start(self) -> None:
         """A stock server loads nothing before it is asked."""
@@ -35,8 +35,8 @@ class StockServer:
         del index
         self._server.kill()
 
-    def card_lost(self, uuid: GpuUuid) -> None:
-        """Its runners die; a card that is lost has no free memory, so it goes on with the others."""
+    def gpu_lost(self, uuid: GpuUuid) -> None:
+        """Its runners die; a GPU that is lost has no free memory, so it goes on with the others."""
         del uuid
         self._server.kill()
 
@@ -48,7 +48,7 @@ class _Upstream:
 
 
 class NginxOverServers:
-    """One server a card; nginx passes each request to the next one, or to the one with the fewest connections.
+    """One server a GPU; nginx passes each request to the next one, or to the one with the fewest connections.
 
     `least_conn` breaks ties by turns, as nginx does among peers of equal weight.
     """
@@ -56,9 +56,7 @@ class NginxOverServers:
     def __init__(self, host: Host, config: ServerConfig, least_conn: bool) -> None:
         self._least_conn = least_conn
         self._turn = 0
-        self._upstreams = [
-            _Upstream(SimServer(host, f"gpu{card.index}", (card.uuid,), config)) for card in host.book.cards
-        ]
+        self._upstreams = [_Upstream(SimServer(host, f"gpu{gpu.index}", (gpu.uuid,), config)) for gpu in host.book.gpus]
 
     def start(self) -> None:
         """Nothing to do."""
@@ -82,9 +80,9 @@ class NginxOverServers:
     def server_died(self, index: int) -> None:
         self._upstreams[index % len(self._upstreams)].server.kill()
 
-    def card_lost(self, uuid: GpuUuid) -> None:
+    def gpu_lost(self, uuid: GpuUuid) -> None:
         for upstream in self._upstreams:
-            if uuid in upstream.server.cards:
+            if uuid in upstream.server.gpus:
                 upstream.server.kill()
 
     def _pick(self) -> _Upstream:

@@ -1,4 +1,4 @@
-"""The instances that the simulated router has: which servers over which cards, and how far each has come.
+"""The instances that the simulated router has: which servers over which GPUs, and how far each has come.
 
 It mirrors what `router/engines/ollama/instance_plan.py` plans from discovery. It starts nothing.
 """
@@ -33,26 +33,26 @@ class Unit:
 
 
 def units_over(host: Host, config: ServerConfig, *, pairs: bool) -> list[Unit]:
-    """One instance a card and one over all: even on equal cards, else filled first, the fastest card first."""
-    cards = host.book.cards
-    units = [_unit(host, f"gpu{card.index}", (card.uuid,), config, even=False) for card in cards]
-    if len(cards) > 1:
-        even = len({(card.name, card.memory_total_bytes) for card in cards}) == 1
-        order = sorted(cards, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
-        uuids = tuple(card.uuid for card in (cards if even else order))
+    """One instance a GPU and one over all: even on equal GPUs, else filled first, the fastest GPU first."""
+    gpus = host.book.gpus
+    units = [_unit(host, f"gpu{gpu.index}", (gpu.uuid,), config, even=False) for gpu in gpus]
+    if len(gpus) > 1:
+        even = len({(gpu.name, gpu.memory_total_bytes) for gpu in gpus}) == 1
+        order = sorted(gpus, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
+        uuids = tuple(gpu.uuid for gpu in (gpus if even else order))
         units.append(_unit(host, "spread", uuids, config, even=even))
-    for one, other in combinations(cards, 2) if pairs and len(cards) > 2 else ():
+    for one, other in combinations(gpus, 2) if pairs and len(gpus) > 2 else ():
         units.append(_unit(host, f"pair{one.index}{other.index}", (one.uuid, other.uuid), config, even=True))
     return units
 
 
-def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
-    totals = {card.uuid: card.memory_total_bytes for card in host.book.cards}
-    shares = memory_shares(tuple(totals[uuid] for uuid in cards))
+def _unit(host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
+    totals = {gpu.uuid: gpu.memory_total_bytes for gpu in host.book.gpus}
+    shares = memory_shares(tuple(totals[uuid] for uuid in gpus))
     own = _own(config, shares, even=even)
     spec = InstanceSpec(
         name=InstanceName(name),
-        gpus=cards,
+        gpus=gpus,
         url=f"sim://{name}",
         num_parallel=config.slots,
         context_length=config.context_length,
@@ -60,7 +60,7 @@ def _unit(host: Host, name: str, cards: tuple[GpuUuid, ...], config: ServerConfi
         flash_attention=config.flash_attention,
         environment=_variables(shares, even=even),
     )
-    return Unit(spec, SimServer(host, name, cards, own))
+    return Unit(spec, SimServer(host, name, gpus, own))
 
 
 def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit:
@@ -78,13 +78,13 @@ def _variables(shares: Shares, *, even: bool) -> dict[str, str]:
 
 
 def _own(config: ServerConfig, shares: Shares, *, even: bool) -> ServerConfig:
-    """As `router/engines/ollama/instance_plan.py` has it: an instance over several cards shares layers by their
+    """As `router/engines/ollama/instance_plan.py` has it: an instance over several GPUs shares layers by their
     memory."""
     return replace(config, spread=even, tensor_split=shares if len(shares) > 1 else ())
 
 
 def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
-    """The policy with instances on demand, tuned like the others, as the product has it over cards."""
+    """The policy with instances on demand, tuned like the others, as the product has it over GPUs."""
     like = InstanceSpec(
         name=InstanceName(""),
         gpus=(),
