@@ -29,7 +29,7 @@ from router.domain.events import (
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import BlobDigest, ModelFacts
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
@@ -60,8 +60,12 @@ class BusyMachine:
     """One instance a GPU and one over all; models are asked for by Zipf's law."""
 
     def __init__(self, gpus: int, models: list[ModelFacts], waiting: int, seed: int, post: Post) -> None:
-        self.policy = Policy(unseen_margin_ratio=0.02, instances_on_demand=True, on_demand_like=_spec("", ()),
-                             queue_limit=max(512, 2 * waiting))  # fmt: skip
+        self.policy = Policy(
+            instances_on_demand=True,
+            on_demand_like=_spec("", ()),
+            queue_limit=max(512, 2 * waiting),
+            constants=SchedulerConstants(unseen_margin_ratio=0.02),
+        )
         self.dispatcher = Dispatcher(self.policy, estimate_bytes)
         self.now = 0.0
         self._post_to = post

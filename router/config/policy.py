@@ -12,7 +12,7 @@ from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceSpec
 from router.domain.model_names import shortest
-from router.domain.policy import Pin, Policy
+from router.domain.policy import Pin, Policy, SchedulerConstants
 
 ANY_MODEL = "*"
 UNSEEN_MARGIN_RATIO = 0.02
@@ -28,7 +28,6 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
     placement = settings.placement
     return Policy(
         vram_margin_bytes=placement.vram_margin_bytes,
-        unseen_margin_ratio=UNSEEN_MARGIN_RATIO,
         queue_limit=settings.queue.limit,
         queue_timeout_seconds=settings.queue.timeout_seconds,
         load_timeout_seconds=settings.ollama.load_timeout_seconds,
@@ -45,6 +44,7 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
             _gpu(wanted, "placement.exclusive_gpus", gpus): frozenset(_name(name) for name in names)
             for wanted, names in settings.placement.exclusive_gpus.items()
         },
+        constants=SchedulerConstants(unseen_margin_ratio=UNSEEN_MARGIN_RATIO),
     )
 
 

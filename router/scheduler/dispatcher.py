@@ -307,7 +307,11 @@ class Dispatcher:
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
             decision = seek(snapshot, self._estimate, unserved)
-            if isinstance(decision, NoFit) and decision.code == "model_too_large" and self._policy.unseen_margin_ratio:
+            if (
+                isinstance(decision, NoFit)
+                and decision.code == "model_too_large"
+                and self._policy.constants.unseen_margin_ratio
+            ):
                 decision = seek(snapshot, self._estimate_unseen, unserved)  # rather a load that fails than a refusal
             return self._act_on(key, unserved, decision, now)
         replicas = [r for r in there if suits(snapshot, r, waiting[0])]

@@ -163,12 +163,12 @@ class FleetState:
             wanted=MappingProxyType(self.wanted),
             large_model_requested=self._large_model_requested(now),
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
-            loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.swap_window_seconds),
+            loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
             troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
         )
 
     def _large_model_requested(self, now: float) -> bool:
-        horizon = 4 * self.policy.demand_half_life_seconds
+        horizon = 4 * self.policy.constants.demand_half_life_seconds
         return any(now - self.demand[blob].at < horizon for blob in self.large_blobs if blob in self.demand)
 
     def read(self, gpus: tuple[Gpu, ...], read_at: float) -> None:
@@ -269,7 +269,7 @@ class FleetState:
     # --- memory of what happened ---------------------------------------------------------------------------
 
     def forget_failures(self, now: float) -> None:
-        horizon = now - self.policy.failure_memory_seconds
+        horizon = now - self.policy.constants.failure_memory_seconds
         if self.failures:
             self.failures = [f for f in self.failures if f.at > horizon]
         if self.troubled_at:
@@ -281,7 +281,7 @@ class FleetState:
         self.models[blob] = ticket.model
         self.dismissed.discard(blob)
         before = self.demand.get(blob) or Demand(at=now)
-        self.demand[blob] = demand.record_request(before, now, self.policy.demand_half_life_seconds)
+        self.demand[blob] = demand.record_request(before, now, self.policy.constants.demand_half_life_seconds)
         if len(self.demand) > _MODELS_MAX:
             coldest = min(self.demand, key=lambda known: (self.demand[known].at, known))
             del self.demand[coldest]
@@ -291,13 +291,13 @@ class FleetState:
     def sent(self, weights_bytes: int, now: float) -> None:
         """A load of so many bytes was sent."""
         self.sent_bytes = demand.record_request(
-            self.sent_bytes, now, self.policy.swap_window_seconds, float(weights_bytes)
+            self.sent_bytes, now, self.policy.constants.swap_window_seconds, float(weights_bytes)
         )
 
     def loaded(self, weights_bytes: int, seconds: float) -> None:
         """A load of so many bytes took so long: the mean rate follows, of bytes and not of loads."""
-        reading = max(0.1, seconds - self.policy.load_fixed_seconds / 2)
-        size, took = self._load_means or (_PRIOR_BYTES, _PRIOR_BYTES / self.policy.load_bytes_per_second)
+        reading = max(0.1, seconds - self.policy.constants.load_fixed_seconds / 2)
+        size, took = self._load_means or (_PRIOR_BYTES, _PRIOR_BYTES / self.policy.constants.load_bytes_per_second)
         size, took = size + _NEW_SHARE * (weights_bytes - size), took + _NEW_SHARE * (reading - took)
         self._load_means = (size, took)
 

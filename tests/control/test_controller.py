@@ -9,7 +9,7 @@ import pytest
 from router.domain.actions import Grant, Load, ReadGpus, Reject
 from router.domain.events import Arrived, InstanceChanged, LoadFinished, Released, UnloadFinished
 from router.domain.instance import InstanceName, InstanceState
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.residency import ResidencyState
 from tests.control.stage import OTHER, SMALL, stage, turns
 from tests.scheduler.builders import instance
@@ -38,7 +38,7 @@ async def test_loads_of_different_models_run_at_the_same_time() -> None:
 
 
 async def test_a_driver_that_raises_ends_the_load_and_not_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    async with stage(Policy(vram_margin_bytes=0, failure_memory_seconds=0.0)) as on:
+    async with stage(Policy(vram_margin_bytes=0, constants=SchedulerConstants(failure_memory_seconds=0.0))) as on:
         tickets: list[Grant | Reject] = []
         on.controller.submit(on.ticket(), tickets.append)
         await turns()

@@ -8,7 +8,7 @@ import contextlib
 import pytest
 
 from router.domain.events import LoadFailed
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.errors import InstanceLost, ModelTooLarge, QueueFull, WaitTimeout
 from router.errors import LoadFailed as LoadFailedError
 from tests.control.stage import OTHER, SMALL, Stage, stage, turns
@@ -38,7 +38,7 @@ async def test_an_error_inside_the_block_gives_the_slot_back_and_goes_on() -> No
 
 
 async def test_a_rejection_is_the_error_that_the_client_meets() -> None:
-    async with stage(Policy(vram_margin_bytes=0, settle_seconds=0.0)) as on:
+    async with stage(Policy(vram_margin_bytes=0, constants=SchedulerConstants(settle_seconds=0.0))) as on:
         with pytest.raises(ModelTooLarge, match="fits nowhere") as refusal:
             await on.use(model("huge", 100_000))
         assert refusal.value.status == 422

@@ -348,6 +348,6 @@ class Play:
         return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used)
 
 
-def patient(policy: Policy, **changes: object) -> Policy:
+def with_policy(policy: Policy, **changes: object) -> Policy:
     """The policy with other numbers."""
     return replace(policy, **changes)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from router.domain.model import BlobDigest
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.snapshot import Demand, Snapshot
 from router.scheduler.placement.cost import eviction_price, reload_seconds, swap_ease, worth_of_load
 from router.scheduler.state import FleetState
@@ -20,13 +20,13 @@ POLICY = Policy(vram_margin_bytes=0)
 
 
 def _facts(rate: float = 0.1, *replicas: object, **changes: object) -> Snapshot:
-    weight = rate * POLICY.demand_half_life_seconds / math.log(2.0)
+    weight = rate * POLICY.constants.demand_half_life_seconds / math.log(2.0)
     facts = snapshot([], [view("gpu0", 0), view("gpu1", 1)], replicas or [COPY])  # type: ignore[arg-type]
     return replace(facts, policy=POLICY, demand={M.blob: Demand(weight, facts.now)}, **changes)
 
 
 def test_an_eviction_costs_a_late_token_for_each_request_expected_while_the_model_is_away() -> None:
-    away = POLICY.away_seconds + reload_seconds(_facts(), M)
+    away = POLICY.constants.away_seconds + reload_seconds(_facts(), M)
     assert math.isclose(eviction_price(_facts(), COPY), 0.1 * away * POLICY.ttft_target_seconds)
 
 
@@ -42,7 +42,7 @@ def test_a_spare_copy_is_nearly_free() -> None:
 
 
 def test_demand_fades() -> None:
-    later = replace(_facts(), now=1000.0 + POLICY.demand_half_life_seconds)
+    later = replace(_facts(), now=1000.0 + POLICY.constants.demand_half_life_seconds)
     assert math.isclose(eviction_price(later, COPY), eviction_price(_facts(), COPY) / 2)
 
 
@@ -51,13 +51,13 @@ def test_a_load_is_worth_a_token_in_time_for_each_ticket_that_it_can_still_serve
     fresh = [ticket(number, M, arrived_at=facts.now) for number in range(3)]
     assert worth_of_load(facts, M, fresh) == 3 * POLICY.ttft_target_seconds
     late = [ticket(1, M, arrived_at=facts.now - 50.0)]
-    assert math.isclose(worth_of_load(facts, M, late), 50.0 * POLICY.wait_weight)
+    assert math.isclose(worth_of_load(facts, M, late), 50.0 * POLICY.constants.wait_weight)
 
 
 def test_while_loads_are_few_late_tickets_are_worth_a_load_at_once() -> None:
     calm, pressed = _facts(), _facts(0.1, BUSY, loaded_bytes_per_second=1e12)
     late = [ticket(1, M, arrived_at=calm.now - 20.0)]
-    assert (swap_ease(calm), swap_ease(pressed)) == (POLICY.swap_ease_max, 1.0)
+    assert (swap_ease(calm), swap_ease(pressed)) == (POLICY.constants.swap_ease_max, 1.0)
     assert worth_of_load(calm, M, late) > worth_of_load(pressed, M, late)
 
 
@@ -65,13 +65,13 @@ def test_where_nothing_runs_and_nobody_else_waits_a_late_ticket_is_not_held_back
     pressed = _facts(loaded_bytes_per_second=1e12)
     late = [ticket(1, M, arrived_at=pressed.now)]
     slow = replace(pressed, load_rate_bytes_per_second=1e6, wanted={M.blob: 1})
-    assert worth_of_load(slow, M, late) == POLICY.late_share_idle * POLICY.ttft_target_seconds
+    assert worth_of_load(slow, M, late) == POLICY.constants.late_share_idle * POLICY.ttft_target_seconds
     for busier in (replace(slow, wanted={M.blob: 1, BlobDigest("other"): 1}), replace(slow, residencies=_BUSY_ONES)):
         assert worth_of_load(busier, M, late) == 0.0
 
 
 def test_the_rate_of_loads_is_one_of_bytes_so_that_small_models_tell_little_of_it() -> None:
-    policy = Policy(load_fixed_seconds=0.8, load_bytes_per_second=3e9)
+    policy = Policy(constants=SchedulerConstants(load_fixed_seconds=0.8, load_bytes_per_second=3e9))
     fleet = FleetState(policy)
     fleet.loaded(300_000_000, 0.9)  # an embedder: mostly the start of its runner
     first = fleet.load_rate_bytes_per_second

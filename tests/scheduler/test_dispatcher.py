@@ -12,7 +12,7 @@ from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
 from router.domain.residency import ResidencyState
 from tests.scheduler.builders import key
-from tests.scheduler.play import GPU_BYTES, Play, patient, sized
+from tests.scheduler.play import GPU_BYTES, Play, sized, with_policy
 
 SMALL, OTHER, WHOLE, PAIR = sized("small", 10), sized("other", 10), sized("whole", 20), sized("pair", 40)
 NEVER = sized("never", 100)
@@ -117,7 +117,7 @@ def test_a_runner_with_other_options_is_replaced_once_its_requests_have_ended(on
 
 
 def test_a_cancelled_ticket_frees_its_place() -> None:
-    play = Play(1, patient(PLAIN, queue_limit=1)).begin()
+    play = Play(1, with_policy(PLAIN, queue_limit=1)).begin()
     first = play.arrive(SMALL)
     assert play.rejection(play.arrive(SMALL)).code == "queue_full"
     play.cancel(first)
@@ -130,7 +130,7 @@ def test_a_cancelled_ticket_frees_its_place() -> None:
 
 
 def test_a_full_queue_answers_503_and_when_to_come_again() -> None:
-    play = Play(1, patient(PLAIN, queue_limit=3), slots=1).begin()
+    play = Play(1, with_policy(PLAIN, queue_limit=3), slots=1).begin()
     for _ in range(3):
         play.arrive(SMALL)
     refused = play.rejection(play.arrive(OTHER))
@@ -140,7 +140,7 @@ def test_a_full_queue_answers_503_and_when_to_come_again() -> None:
 
 
 def test_a_full_queue_turns_nobody_away_who_could_be_served_at_once() -> None:
-    play = Play(2, patient(PLAIN, queue_limit=1)).begin()
+    play = Play(2, with_policy(PLAIN, queue_limit=1)).begin()
     play.arrive(SMALL)
     play.work_through()
     play.arrive(OTHER)
@@ -148,7 +148,7 @@ def test_a_full_queue_turns_nobody_away_who_could_be_served_at_once() -> None:
 
 
 def test_with_a_full_queue_nobody_overtakes_his_own_group() -> None:
-    play = Play(1, patient(PLAIN, queue_limit=1), slots=1).begin()
+    play = Play(1, with_policy(PLAIN, queue_limit=1), slots=1).begin()
     served = play.arrive(SMALL)
     play.work_through()
     waits = play.arrive(SMALL)
@@ -226,7 +226,7 @@ def test_a_failure_is_remembered_for_a_while_and_then_forgotten(one: Play) -> No
     one.fail_load(_only_load(one))
     assert one.rejection(one.arrive(SMALL)).code == "load_failed"
     assert one.loads == {}
-    one.advance(PLAIN.failure_memory_seconds)
+    one.advance(PLAIN.constants.failure_memory_seconds)
     one.arrive(SMALL)
     assert len(one.loads) == 1
 

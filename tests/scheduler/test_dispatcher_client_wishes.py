@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Layout, LayoutKind, RunnerOptions, TicketId
 from tests.scheduler.builders import gpu_id
 from tests.scheduler.play import Play, sized
@@ -17,7 +17,7 @@ SINGLE, SPREAD, GPU_1 = Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), La
 
 @pytest.fixture
 def two() -> Play:
-    return Play(2, Policy(vram_margin_bytes=0, replicas_max=1), slots=1).begin()
+    return Play(2, Policy(vram_margin_bytes=0, constants=SchedulerConstants(replicas_max=1)), slots=1).begin()
 
 
 def test_a_smaller_context_is_served_by_the_copy_that_is_there(two: Play) -> None:

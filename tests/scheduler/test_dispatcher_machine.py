@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from router.domain.instance import InstanceState
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Layout, LayoutKind, RunnerOptions
 from router.domain.residency import ResidencyState
 from tests.scheduler.builders import gpu_id
@@ -35,7 +35,12 @@ class Fleet(RuleBasedStateMachine):
 
     @initialize(gpus=st.integers(0, 4), slots=st.integers(1, 3), keep=st.sampled_from((-1.0, 0.0, 30.0)))
     def build(self, gpus: int, slots: int, keep: float) -> None:
-        policy = Policy(vram_margin_bytes=0, queue_limit=6, keep_alive_seconds=keep, drain_after_seconds=5.0)
+        policy = Policy(
+            vram_margin_bytes=0,
+            queue_limit=6,
+            keep_alive_seconds=keep,
+            constants=SchedulerConstants(drain_after_seconds=5.0),
+        )
         self.play = Play(gpus, policy, slots).begin()
 
     # --- requests ----------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_a_warm_model_is_loaded_unasked_comes_back_when_it_is_lost_and_is_never_
     one.post(ModelDiscovered(HALF))
     one.work_through()
     assert one.state("gpu0", HALF) is not None
-    one.advance(POLICY.settle_seconds + 1.0)
+    one.advance(POLICY.constants.settle_seconds + 1.0)
     refused = one.endings[one.arrive(sized("whole", 20))]
     assert isinstance(refused, Reject)
     assert refused.code == "model_too_large"

@@ -13,7 +13,7 @@ from router.domain.policy import Policy
 from router.domain.request import TicketId
 from router.domain.residency import ResidencyState
 from tests.scheduler.builders import key
-from tests.scheduler.play import Play, patient, sized
+from tests.scheduler.play import Play, sized, with_policy
 
 SMALL, OTHER, WHOLE, PAIR = sized("small", 10), sized("other", 10), sized("whole", 20), sized("pair", 40)
 PLAIN = Policy(vram_margin_bytes=0)
@@ -88,7 +88,7 @@ def test_room_that_does_not_come_is_planned_anew(one: Play) -> None:
     one.arrive(SMALL)
     (first,) = one.snapshot().reservations
     assert one.next_wake is not None
-    one.advance(PLAIN.room_timeout_seconds)
+    one.advance(PLAIN.constants.room_timeout_seconds)
     (second,) = one.snapshot().reservations
     assert second != first
     assert one.state("gpu0", SMALL) is ResidencyState.PLANNED
@@ -132,7 +132,7 @@ def test_an_unload_that_fails_is_sent_again_after_a_while_and_not_at_once(one: P
     assert one.unloads == {}
     waiting = one.arrive(WHOLE)
     assert one.next_wake is not None
-    one.advance(PLAIN.room_timeout_seconds - 0.1)
+    one.advance(PLAIN.constants.room_timeout_seconds - 0.1)
     assert (one.unloads, waiting in one.waiting) == ({}, True)
     one.advance(0.1)
     assert one.unloads[key("gpu0", WHOLE)].reason == "an unload before this one failed"
@@ -153,7 +153,7 @@ def test_a_load_that_spilled_is_not_used_even_if_it_cannot_be_undone(one: Play) 
     one.arrive(SMALL)
     one.finish_load(next(iter(one.loads)), on_cpu=1)
     one.finish_unload(key("gpu0", SMALL), "connection refused")
-    one.advance(PLAIN.failure_memory_seconds + 1.0)
+    one.advance(PLAIN.constants.failure_memory_seconds + 1.0)
     late = one.arrive(SMALL)
     assert late in one.waiting
     one.work_through()
@@ -173,10 +173,10 @@ def test_a_stream_of_small_requests_cannot_starve_a_large_model(two: Play) -> No
             break
         running, served = following, served + 1
     # the drain begins as the last of them arrives
-    assert served == math.ceil(PLAIN.starving_after_seconds * PLAIN.large_wait_share / 0.5) - 1
+    assert served == math.ceil(PLAIN.starving_after_seconds * PLAIN.constants.large_wait_share / 0.5) - 1
     two.work_through()
     assert (large in two.leases, following in two.waiting) == (True, True)
-    assert two.now < began + PLAIN.starving_after_seconds * PLAIN.large_wait_share + 1
+    assert two.now < began + PLAIN.starving_after_seconds * PLAIN.constants.large_wait_share + 1
     two.release(large)
     two.work_through()
     assert following in two.leases
@@ -186,7 +186,7 @@ def test_before_a_large_model_has_waited_for_long_small_requests_go_on(two: Play
     two.arrive(SMALL)
     two.work_through()
     two.arrive(PAIR)
-    two.advance(PLAIN.drain_after_seconds * PLAIN.large_wait_share - 0.5)
+    two.advance(PLAIN.constants.drain_after_seconds * PLAIN.constants.large_wait_share - 0.5)
     assert two.arrive(SMALL) in two.leases
 
 
@@ -253,13 +253,13 @@ def test_the_last_request_that_says_something_decides_how_long(one: Play) -> Non
 
 
 def test_where_no_request_says_anything_the_setting_counts() -> None:
-    play = Play(1, patient(PLAIN, keep_alive_seconds=300.0)).begin()
+    play = Play(1, with_policy(PLAIN, keep_alive_seconds=300.0)).begin()
     _idle(play, SMALL)
     assert play.next_wake == play.now + 300.0
 
 
 def test_a_model_whose_clients_all_left_while_it_was_loaded_does_not_stay_for_ever() -> None:
-    play = Play(1, patient(PLAIN, keep_alive_seconds=300.0)).begin()
+    play = Play(1, with_policy(PLAIN, keep_alive_seconds=300.0)).begin()
     play.cancel(play.arrive(SMALL))
     play.finish_load(next(iter(play.loads)))
     assert play.next_wake == play.now + 300.0
@@ -268,7 +268,7 @@ def test_a_model_whose_clients_all_left_while_it_was_loaded_does_not_stay_for_ev
 
 
 def test_an_adopted_model_is_kept_as_long_as_one_of_our_own() -> None:
-    play = Play(1, patient(PLAIN, keep_alive_seconds=300.0)).begin()
+    play = Play(1, with_policy(PLAIN, keep_alive_seconds=300.0)).begin()
     play.post(ResidencyRead(InstanceName("gpu0"), (LoadedModel("small", "", 10, 10, None, SMALL),), play.now))
     assert play.next_wake == play.now + 300.0
 

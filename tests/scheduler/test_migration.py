@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from router.domain.policy import Pin, Policy
+from router.domain.policy import Pin, Policy, SchedulerConstants
 from router.domain.request import TicketId
 from router.domain.residency import ResidencyState
 from tests.scheduler.builders import gpu_id, instance
@@ -62,7 +62,7 @@ def test_a_model_that_a_large_one_drives_out_moves_to_a_gpu_that_has_room() -> N
 
 
 def test_a_model_that_nobody_asks_for_goes_without_a_copy() -> None:
-    three = Play(3, replace(POLICY, demand_half_life_seconds=1.0)).begin()
+    three = Play(3, replace(POLICY, constants=SchedulerConstants(demand_half_life_seconds=1.0))).begin()
     for model in (MUCH, LITTLE, SMALL):
         _ask(three, model, 1)
     three.advance(600.0)

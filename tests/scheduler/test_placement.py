@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceState, InstanceView
 from router.domain.model import ModelFacts
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import RunnerOptions
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Failure, Snapshot
@@ -118,7 +118,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_bytes_of_each_gpu() -> No
 
 
 def test_nothing_is_called_too_large_while_memory_settles() -> None:
-    policy = Policy(vram_margin_bytes=0, settle_seconds=3.0)
+    policy = Policy(vram_margin_bytes=0, constants=SchedulerConstants(settle_seconds=3.0))
     soon = snapshot([gpu(0, 4000)], [view("gpu0", 0)], now=12.9, changed_at=10.0, policy=policy)
     assert "last load or unload" in _waits(soon, SMALL).reason
     later = snapshot([gpu(0, 4000)], [view("gpu0", 0)], now=13.0, changed_at=10.0, policy=policy)

@@ -74,7 +74,7 @@ def test_the_swap_of_the_document_comes_at_once_or_when_it_starves() -> None:
     cheapest = sum(cost.eviction_price(*_asked_for(model_facts(n), ROWS[n][0])) for n in ("mistral:7b", "llama3.2:3b"))
     calm = snapshot(now=1000.0)
     policy = calm.policy
-    pressed = replace(calm, loaded_bytes_per_second=policy.swap_budget_bytes_per_second)
+    pressed = replace(calm, loaded_bytes_per_second=policy.constants.swap_budget_bytes_per_second)
 
     served = replace(pressed, residencies={("gpu1", SMALL.blob): residency("gpu1", SMALL, 1, in_flight=1)})
 
@@ -88,7 +88,7 @@ def test_the_swap_of_the_document_comes_at_once_or_when_it_starves() -> None:
     assert round(cheapest, 2) == 3.10
     assert worth(served, 56.0) == pytest.approx(2.80)
     assert worth(served, 30.9, 2) < cheapest < worth(served, 31.1, 2)
-    assert policy.starving_after_seconds * policy.large_wait_share == 56.25
+    assert policy.starving_after_seconds * policy.constants.large_wait_share == 56.25
     assert "after 56 s, since 0.05 × 56 = 2.80 < 3.10" in TEXT
     assert "two requests go ahead after 31 s" in TEXT
 
@@ -97,5 +97,5 @@ def _asked_for(model: ModelFacts, rate: float) -> tuple[Snapshot, Residency]:
     """The model loaded and idle, asked for at that rate of late."""
     loaded = residency("gpu0", model, 6000)
     facts = snapshot(views=[view("gpu0", 0)], residencies=[loaded])
-    weight = rate * facts.policy.demand_half_life_seconds / math.log(2.0)
+    weight = rate * facts.policy.constants.demand_half_life_seconds / math.log(2.0)
     return replace(facts, demand={model.blob: Demand(weight, facts.now)}), loaded

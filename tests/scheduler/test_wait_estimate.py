@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from router.domain.instance import InstanceState
 from router.domain.model import BlobDigest, ModelFacts
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Layout, LayoutKind, TicketId
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Demand, Snapshot
@@ -23,7 +23,9 @@ from tests.scheduler.builders import MIB, gpu, key, model, reservation, residenc
 from tests.scheduler.play import Play, sized
 
 A, B = model("a", 3000), model("b", 1000)
-POLICY = Policy(vram_margin_bytes=0, load_fixed_seconds=1.0, load_bytes_per_second=1000.0 * MIB)
+POLICY = Policy(
+    vram_margin_bytes=0, constants=SchedulerConstants(load_fixed_seconds=1.0, load_bytes_per_second=1000.0 * MIB)
+)
 """`a` loads in four seconds, `b` in two."""
 LOADS_IN = 4.0
 
@@ -135,7 +137,7 @@ def _without_place(held: MustWait | None, waited: float = 0.0, **changes: object
 def _asked_for(requests_at_once: float) -> dict[BlobDigest, Demand]:
     """So many requests of `b` at a time, of late, each for twenty seconds."""
     rate = requests_at_once / 20.0
-    weight = rate * POLICY.demand_half_life_seconds / math.log(2.0)
+    weight = rate * POLICY.constants.demand_half_life_seconds / math.log(2.0)
     return {A.blob: Demand(1.0, 0.0, 10.0), B.blob: Demand(weight, 1000.0, 20.0)}
 
 
@@ -144,7 +146,7 @@ def test_busy_models_in_the_way_fall_idle_the_later_the_more_they_are_asked_for_
     assert _without_place(held, demand=_asked_for(0.0)) == [10.0 + LOADS_IN, 10.0 + LOADS_IN, 20.0 + LOADS_IN]
     memoise = _without_place(held, demand=_asked_for(1.0))[0]
     assert memoise == pytest.approx(10.0 * math.e + LOADS_IN)
-    stops = POLICY.drain_after_seconds + 10.0 + LOADS_IN
+    stops = POLICY.constants.drain_after_seconds + 10.0 + LOADS_IN
     assert _without_place(held, demand=_asked_for(9.0))[0] == stops
     assert _without_place(held, demand=_asked_for(9.0), waited=20.0)[0] == stops - 20.0
     assert _without_place(held, demand=_asked_for(9.0), draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
@@ -152,15 +154,20 @@ def test_busy_models_in_the_way_fall_idle_the_later_the_more_they_are_asked_for_
 
 def test_a_model_that_no_single_gpu_holds_waits_less_for_its_room() -> None:
     gpus = {each.uuid: each for each in (gpu(number, 2000, 2000) for number in range(2))}
-    share = POLICY.large_wait_share
+    share = POLICY.constants.large_wait_share
     assert _without_place(MustWait(""), gpus=gpus)[0] == share * POLICY.starving_after_seconds + LOADS_IN
     busy, always = MustWait("", (key("gpu1", B),)), _asked_for(9.0)
-    assert _without_place(busy, gpus=gpus, demand=always)[0] == share * POLICY.drain_after_seconds + 10.0 + LOADS_IN
+    assert (
+        _without_place(busy, gpus=gpus, demand=always)[0]
+        == share * POLICY.constants.drain_after_seconds + 10.0 + LOADS_IN
+    )
 
 
 def test_who_is_behind_other_clients_waits_for_their_next_requests_as_well() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
-    weight = 0.05 * POLICY.demand_half_life_seconds / math.log(2.0)  # half of what one slot of ten seconds can do
+    weight = (
+        0.05 * POLICY.constants.demand_half_life_seconds / math.log(2.0)
+    )  # half of what one slot of ten seconds can do
     facts = replace(facts, demand={A.blob: Demand(weight, 1000.0, 10.0)}, now=1000.0)
     line = QueueLine([ticket(number, A, arrived_at=1000.0, client=client) for number, client in enumerate("xyx", 1)])
     assert _waits(facts, line) == pytest.approx([5.0, 15.0 / (1 - 0.5 / 2), 25.0 / (1 - 0.5 / 2)])
@@ -170,7 +177,7 @@ def test_who_is_behind_other_clients_waits_for_their_next_requests_as_well() -> 
 def test_idle_models_in_the_way_leave_when_the_wait_is_worth_their_price() -> None:
     facts, line = _facts(), _line(2)
     worth = worth_of_load(facts, A, line.tickets)
-    lacking = 8.0 * POLICY.wait_weight * len(line.tickets)
+    lacking = 8.0 * POLICY.constants.wait_weight * len(line.tickets)
     assert _waits(facts, replace(line, held=MustWait("", price=worth + lacking))) == [pytest.approx(8.0 + LOADS_IN)] * 2
     assert _waits(facts, replace(line, held=MustWait("", price=worth + 1e6)))[0] == (
         POLICY.starving_after_seconds + LOADS_IN
@@ -296,7 +303,7 @@ def test_what_is_expected_before_a_load_comes_true_once_busy_models_have_left() 
     said = play.wait_estimate(waiting)
     assert said.expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + loads_in, rel=0.05)
     assert (said.position, said.reason) == (1, play.reason(waiting))
-    play.advance(play.policy.drain_after_seconds)
+    play.advance(play.policy.constants.drain_after_seconds)
     assert play.wait_estimate(waiting).expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + loads_in, abs=0.5)
     play.release(running)
     assert play.wait_estimate(waiting).expected_wait_seconds == pytest.approx(loads_in, abs=0.1)
@@ -317,10 +324,12 @@ def test_other_options_of_the_same_weights_wait_for_the_running_ones_and_a_load(
     play = _with_one_served(Play(1, slots=1).begin(), small)
     play.arrive(small)
     waiting = play.arrive(small, options=(("num_ctx", 2048),))
-    play.advance(play.policy.drain_after_seconds)
+    play.advance(play.policy.constants.drain_after_seconds)
     found = play.wait_estimate(waiting)
     assert found == WaitEstimate(1, found.expected_wait_seconds, play.reason(waiting))
-    assert found.expected_wait_seconds == pytest.approx(HOLDS_SECONDS / 2 + play.policy.load_fixed_seconds, abs=0.5)
+    assert found.expected_wait_seconds == pytest.approx(
+        HOLDS_SECONDS / 2 + play.policy.constants.load_fixed_seconds, abs=0.5
+    )
 
 
 def test_a_ticket_that_waits_for_nothing_that_is_known_has_a_position_all_the_same() -> None:

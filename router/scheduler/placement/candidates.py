@@ -138,7 +138,11 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     like = snapshot.policy.on_demand_like
     if any(gpu not in snapshot.gpus for gpu in gpus):
         return []
-    if like is None or len(snapshot.instances) >= snapshot.policy.instances_max or frozenset(gpus) in snapshot.troubled:
+    if (
+        like is None
+        or len(snapshot.instances) >= snapshot.policy.constants.instances_max
+        or frozenset(gpus) in snapshot.troubled
+    ):
         return []
     environment = like.environment
     if TENSOR_SPLIT not in environment:

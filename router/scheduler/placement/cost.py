@@ -26,13 +26,15 @@ _GUESSED_SERVICE_SECONDS = 5.0
 def reload_seconds(snapshot: Snapshot, model: ModelFacts) -> float:
     """From the decision to the first slot, on a GPU that has to be cleared first."""
     policy = snapshot.policy
-    rate = snapshot.load_rate_bytes_per_second or policy.load_bytes_per_second
-    return policy.load_fixed_seconds + model.weights_bytes / rate
+    rate = snapshot.load_rate_bytes_per_second or policy.constants.load_bytes_per_second
+    return policy.constants.load_fixed_seconds + model.weights_bytes / rate
 
 
 def rate_of(snapshot: Snapshot, model: ModelFacts) -> float:
     """Requests a second for the model, of late."""
-    return rate_per_second(snapshot.demand.get(model.blob), snapshot.now, snapshot.policy.demand_half_life_seconds)
+    return rate_per_second(
+        snapshot.demand.get(model.blob), snapshot.now, snapshot.policy.constants.demand_half_life_seconds
+    )
 
 
 def eviction_price(snapshot: Snapshot, residency: Residency) -> float:
@@ -44,7 +46,7 @@ def eviction_price(snapshot: Snapshot, residency: Residency) -> float:
 def _eviction_price(snapshot: Snapshot, residency: Residency) -> float:
     policy = snapshot.policy
     model = residency.model
-    away = policy.away_seconds + reload_seconds(snapshot, model)
+    away = policy.constants.away_seconds + reload_seconds(snapshot, model)
     price = rate_of(snapshot, model) * away * policy.ttft_target_seconds
     waiting = snapshot.wanted.get(residency.blob, 0)
     price += waiting * policy.ttft_target_seconds
@@ -58,14 +60,14 @@ def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticke
     policy = snapshot.policy
     lead = reload_seconds(snapshot, model)
     asking = tuple(tickets)
-    share = policy.late_share * (swap_ease(snapshot) - 1.0)
-    if share < policy.late_share_idle and _is_idle_beside(snapshot, len(asking)):
-        share = policy.late_share_idle
+    share = policy.constants.late_share * (swap_ease(snapshot) - 1.0)
+    if share < policy.constants.late_share_idle and _is_idle_beside(snapshot, len(asking)):
+        share = policy.constants.late_share_idle
     late = share * policy.ttft_target_seconds
     worth = 0.0
     for ticket in asking:
         waited = snapshot.now - ticket.arrived_at
-        worth += policy.wait_weight * max(0.0, waited - policy.hold_seconds)
+        worth += policy.constants.wait_weight * max(0.0, waited - policy.constants.hold_seconds)
         if waited + lead <= policy.ttft_target_seconds:
             worth += policy.ttft_target_seconds
         else:
@@ -93,8 +95,8 @@ def wait_bounds(snapshot: Snapshot, model: ModelFacts) -> WaitBounds:
     """The policy's, and less than that for a model whose weights alone are more than the largest GPU."""
     policy = snapshot.policy
     largest = max((gpu.memory_total_bytes for gpu in snapshot.gpus.values()), default=0)
-    share = policy.large_wait_share if 0 < largest < model.weights_bytes else 1.0
-    return WaitBounds(policy.drain_after_seconds * share, policy.starving_after_seconds * share)
+    share = policy.constants.large_wait_share if 0 < largest < model.weights_bytes else 1.0
+    return WaitBounds(policy.constants.drain_after_seconds * share, policy.starving_after_seconds * share)
 
 
 def swap_ease(snapshot: Snapshot) -> float:
@@ -104,8 +106,8 @@ def swap_ease(snapshot: Snapshot) -> float:
     spend their time on loading.
     """
     policy = snapshot.policy
-    ease = policy.swap_budget_bytes_per_second / max(1.0, snapshot.loaded_bytes_per_second)
-    return max(1.0, min(policy.swap_ease_max, ease))
+    ease = policy.constants.swap_budget_bytes_per_second / max(1.0, snapshot.loaded_bytes_per_second)
+    return max(1.0, min(policy.constants.swap_ease_max, ease))
 
 
 def shown_service_seconds(snapshot: Snapshot, blob: BlobDigest) -> float | None:

@@ -75,7 +75,7 @@ def price_of(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float:
 
 
 def _is_settled(snapshot: Snapshot, residency: Residency) -> bool:
-    return snapshot.now - residency.loaded_at >= snapshot.policy.residency_seconds_min
+    return snapshot.now - residency.loaded_at >= snapshot.policy.constants.residency_seconds_min
 
 
 def _first_that_cover(

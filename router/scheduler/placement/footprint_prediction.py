@@ -45,7 +45,7 @@ class FootprintPredictor:
         nearest = self._footprints.nearest(key)
         if nearest is not None and not sets_num_gpu(model):
             return self._corrected(model, spec, sizes, nearest, snapshot)
-        ratio = 1.0 + self._policy.unseen_margin_ratio
+        ratio = 1.0 + self._policy.constants.unseen_margin_ratio
         return tuple(int(size * ratio) for size in sizes)
 
     def _corrected(

@@ -58,7 +58,7 @@ def superfluous(snapshot: Snapshot) -> Iterator[tuple[ResidencyKey, str]]:
 def short_gpus(snapshot: Snapshot) -> list[GpuUuid]:
     """GPUs on which others use so much that less than half the margin is left, and nothing of ours is changing."""
     policy = snapshot.policy
-    if snapshot.now - snapshot.changed_at < policy.settle_seconds:
+    if snapshot.now - snapshot.changed_at < policy.constants.settle_seconds:
         return []
     under_way = {uuid for reservation in snapshot.reservations.values() for uuid, _ in reservation.per_gpu_bytes}
     return [

@@ -179,7 +179,9 @@ def _tunings(
     `fewer_slots` down to one, which is better than to refuse a model."""
     pin = pin_of(snapshot, request.model.name)
     chosen = pin is not None and pin.num_parallel is not None
-    bonus = snapshot.policy.slots_bonus_max if candidate.is_new and len(candidate.gpus) > 1 and not chosen else 0
+    bonus = (
+        snapshot.policy.constants.slots_bonus_max if candidate.is_new and len(candidate.gpus) > 1 and not chosen else 0
+    )
     own = candidate.spec
     least = 1 if fewer_slots and candidate.is_new and not chosen else own.num_parallel
     if not bonus and least == own.num_parallel:
@@ -373,7 +375,7 @@ def _just_lost(snapshot: Snapshot, request: PlacementRequest) -> set[InstanceNam
 
 def _nowhere(snapshot: Snapshot, sized_candidates: Sequence[_SizedCandidate], request: PlacementRequest) -> Decision:
     """409 or 422, unless memory is still settling."""
-    if sized_candidates and snapshot.now - snapshot.changed_at < snapshot.policy.settle_seconds:
+    if sized_candidates and snapshot.now - snapshot.changed_at < snapshot.policy.constants.settle_seconds:
         return MustWait("waits until the GPUs show what the last load or unload changed")
     lines = [f"{c.name}: {explain_shortfall(snapshot, c.need)}" for c in _fewest_lines(sized_candidates)]
     if request.layout is not None and lines:

@@ -82,7 +82,7 @@ def _wanted_context(policy: Policy, ticket: Ticket) -> int:
 
 
 def _step(policy: Policy, tokens: int) -> int:
-    step = policy.context_step_tokens
+    step = policy.constants.context_step_tokens
     while step < tokens:
         step *= 2
     return step
@@ -94,7 +94,7 @@ def seek_replica(
     """One more copy for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
     policy, head = snapshot.policy, tickets[0]
     pin = pin_of(snapshot, head.model.name)
-    most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.replicas_max
+    most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.constants.replicas_max
     if len(replicas) >= most or any(r.state is not ResidencyState.READY for r in replicas):
         return None
     if not all(r.per_gpu_bytes for r in replicas):

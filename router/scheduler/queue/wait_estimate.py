@@ -230,6 +230,6 @@ def _place_in(snapshot: Snapshot, tickets: Sequence[Ticket], held: MustWait) -> 
         return None  # what it costs others counts no more, and still there is none: something else is in the way
     if held.price is None:
         return starving
-    gained = snapshot.policy.wait_weight * len(tickets)
+    gained = snapshot.policy.constants.wait_weight * len(tickets)
     lacking = held.price - worth_of_load(snapshot, tickets[0].model, tickets)
     return max(0.0, min(starving, lacking / gained)) if gained > 0.0 else starving

@@ -106,7 +106,7 @@ def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> No
     fleet.changed_at = now
     if event.error is not None:
         # It stays out of use, which a model that spilled has to, and is tried again without haste.
-        fleet.update(key, expires_at=now + fleet.policy.room_timeout_seconds)
+        fleet.update(key, expires_at=now + fleet.policy.constants.room_timeout_seconds)
         return
     fleet.touched(event.instance)
     fleet.update(key, unloaded_at=now)

@@ -70,7 +70,7 @@ def _advance(fleet: FleetState, reservation: Reservation, residency: Residency, 
         fleet.reservations[reservation.load_id] = reservation
     if not staying and rules.has_room(fleet.snapshot(now), reservation) and _may_send(fleet):
         actions.append(rules.send(fleet, residency, reservation, now))
-    elif now - (reservation.cleared_at or now) >= fleet.policy.room_timeout_seconds and not _is_coming(
+    elif now - (reservation.cleared_at or now) >= fleet.policy.constants.room_timeout_seconds and not _is_coming(
         fleet, reservation
     ):
         drop(fleet, residency)
@@ -103,6 +103,6 @@ def next_timeout(fleet: FleetState) -> float | None:
     """When a plan is dropped if its room has not shown by then."""
     policy = fleet.policy
     return min(
-        (r.cleared_at + policy.room_timeout_seconds for r in fleet.reservations.values()
+        (r.cleared_at + policy.constants.room_timeout_seconds for r in fleet.reservations.values()
          if r.sent_at is None and r.cleared_at is not None), default=None,
     )  # fmt: skip

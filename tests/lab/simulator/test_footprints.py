@@ -16,7 +16,7 @@ from router.domain.footprint import FootprintKey
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
-from router.domain.policy import Policy
+from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Ticket, TicketId
 from router.engines.ollama.footprint_estimator import estimate_bytes
 from router.engines.ollama.memory_estimate import even_split
@@ -68,7 +68,7 @@ def load(
 ) -> tuple[tuple[int, ...], Footprints]:
     """What the router reserves for a load there, and what it remembers once it has seen what it took. `external_bytes`
     are taken by another program on each GPU in the meantime."""
-    policy = Policy(unseen_margin_ratio=0.02, context_length=server.config.context_length)
+    policy = Policy(context_length=server.config.context_length, constants=SchedulerConstants(unseen_margin_ratio=0.02))
     dispatcher = Dispatcher(policy, estimate_bytes)
     version = ".".join(map(str, server.config.version))
     dispatcher.handle(FootprintsLoaded(known), 0.0)

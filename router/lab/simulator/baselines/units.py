@@ -97,7 +97,7 @@ def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
     )
     return replace(
         policy,
-        unseen_margin_ratio=0.02,
+        constants=replace(policy.constants, unseen_margin_ratio=0.02),
         instances_on_demand=True,
         on_demand_like=like,
         context_length=config.context_length,
