@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -105,7 +106,7 @@ def test_a_reservation_ends_with_a_reading_that_began_after_the_load(
     ("changes", "slots"),
     [({}, 4), ({"is_embedding": True}, 1), ({"architecture": "mllama"}, 1), ({"architecture": "qwen3vl"}, 1)],
 )
-def test_some_models_are_served_one_request_at_a_time(changes: dict[str, object], slots: int) -> None:
+def test_some_models_are_served_one_request_at_a_time(changes: dict[str, Any], slots: int) -> None:
     spec: InstanceSpec = instance("gpu0", 0, slots=4)
     assert slots_of(model("m", **changes), spec, Policy()) == slots
 

@@ -159,6 +159,7 @@ async def test_who_asks_stands_in_the_log_without_the_key(ruled: Product) -> Non
         return json.loads(found[-1]) if found else None
 
     entry = await eventually(line)
+    assert entry is not None
     assert entry["client"].startswith("key:")
     assert entry["client"].endswith("/user:anna")
     assert "very-secret" not in ruled.log_text()

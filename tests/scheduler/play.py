@@ -8,6 +8,7 @@ carried out on the world, which refuses what must never be asked for. One unit o
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from router.domain.actions import (
     Action,
@@ -55,7 +56,7 @@ from tests.scheduler.builders import ticket as ticket_of
 GPU_BYTES = 24
 
 
-def sized(name: str, size: int, **changes: object) -> ModelFacts:
+def sized(name: str, size: int, **changes: Any) -> ModelFacts:
     """A model of so many bytes."""
     return model(name, weights_bytes=size, **changes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from router.domain.actions import Unload
 from router.domain.events import ShutdownBegan
 from router.domain.gpu import GpuUuid
 from router.domain.ids import LoadId
@@ -234,6 +235,7 @@ def test_a_failure_is_remembered_for_a_while_and_then_forgotten(one: Play) -> No
 def test_a_load_that_came_out_partly_on_the_cpu_is_undone_and_never_used(one: Play) -> None:
     ticket = one.arrive(SMALL)
     (unload,) = [action for action in one.finish_load(_only_load(one), on_cpu=1) if action in one.unloads.values()]
+    assert isinstance(unload, Unload)
     assert unload.reason == "came out 10 % on the CPU on gpu0"
     refused = one.rejection(ticket)
     assert (refused.code, refused.status) == ("load_failed", 502)

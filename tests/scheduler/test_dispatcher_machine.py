@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from router.domain.instance import InstanceState
 from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Layout, LayoutKind, RunnerOptions
-from router.domain.residency import ResidencyState
+from router.domain.residency import ResidencyKey, ResidencyState
 from tests.scheduler.builders import gpu_id
 from tests.scheduler.play import GPU_BYTES, Play, sized
 
@@ -141,7 +141,7 @@ class Fleet(RuleBasedStateMachine):
 
     # --- promises ----------------------------------------------------------------------------------------------
 
-    def loaded(self) -> list[tuple[str, str]]:
+    def loaded(self) -> list[ResidencyKey]:
         facts = self.play.snapshot()
         return sorted(key for key, found in facts.residencies.items() if found.state is ResidencyState.READY)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from router.domain.gpu import GpuUuid
 from router.domain.policy import Pin, Policy, SchedulerConstants
 from router.domain.request import TicketId
 from router.domain.residency import ResidencyState
@@ -37,7 +38,7 @@ def _go_on(play: Play, times: int) -> None:
         play.work_through()
 
 
-def _homes(play: Play, model: object) -> set[object]:
+def _homes(play: Play, model: object) -> set[GpuUuid]:
     facts = play.snapshot()
     found = [r for r in facts.residencies.values() if r.model == model and r.state is ResidencyState.READY]
     return {gpu for r in found for gpu in facts.instances[r.instance].spec.gpus}

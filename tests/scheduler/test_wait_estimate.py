@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -129,7 +130,7 @@ def test_nothing_is_said_where_it_is_unknown_how_long_what_has_to_leave_still_wo
 # --- models that have no place yet ---------------------------------------------------------------------------------
 
 
-def _without_place(held: MustWait | None, waited: float = 0.0, **changes: object) -> list[float | None]:
+def _without_place(held: MustWait | None, waited: float = 0.0, **changes: Any) -> list[float | None]:
     facts = _facts(residency("gpu1", B, 1000, in_flight=1), now=1000.0 + waited, **changes)
     return _waits(facts, _line(3, held=held))
 

@@ -48,7 +48,7 @@ class Scripted:
             return web.Response(status=404, text="404 page not found")
         if not callable(said):
             return web.json_response(said)
-        found = said(body)
+        found: Any = said(body)
         try:
             return found if isinstance(found, web.Response) else await found
         except asyncio.CancelledError:

@@ -106,8 +106,8 @@ def test_a_model_that_came_out_on_one_gpu_is_on_no_other_in_the_books() -> None:
 
 
 def test_a_model_that_came_out_split_is_split_in_the_books() -> None:
-    split = bytes_of(EVEN, MODEL)
-    dispatcher, told = loaded(*split)
+    split = on_large, on_small = bytes_of(EVEN, MODEL)
+    dispatcher, told = loaded(on_large, on_small)
     (copy,) = dispatcher.snapshot(5.0).residencies.values()
     assert copy.per_gpu_bytes == split
     assert not [action for action in told if isinstance(action, Remember)]

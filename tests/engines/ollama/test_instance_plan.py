@@ -16,6 +16,7 @@ from router.engines.ollama.instance_plan import (
     DeclaredInstance,
     InstancePlan,
     PlanError,
+    TuningFor,
     are_equal,
     fill_order,
     on_demand_instance,
@@ -48,6 +49,13 @@ def gpu(
 
 A6000 = {"name": "NVIDIA RTX A6000", "mhz": 8001, "gib": 48}
 RTX4090 = {"name": "NVIDIA GeForce RTX 4090", "mhz": 10501}
+
+
+def same_for_all(values: Values) -> TuningFor:
+    def tuning_for(name: str) -> Values:
+        return values
+
+    return tuning_for
 
 
 def planned(*gpus: Gpu, tunings: Mapping[str, Values] | None = None, **fields: Any) -> dict[str, InstanceSpec]:
@@ -154,7 +162,7 @@ def test_unequal_gpus_are_told_their_shares_in_the_order_of_the_instance() -> No
 def test_an_instance_on_demand_is_told_the_shares_that_were_reckoned_with(
     own: dict[str, str], told: str | None, then: str
 ) -> None:
-    plan = InstancePlan("/store", lambda _: Values(environment=own))
+    plan = InstancePlan("/store", same_for_all(Values(environment=own)))
     like = on_demand_like(plan)
     known = {**like.environment, "LLAMA_ARG_TENSOR_SPLIT": told} if told else like.environment
     wanted = replace(like, gpus=(GpuUuid("GPU-0aaa"), GpuUuid("GPU-1aaa")), environment=known)
@@ -254,7 +262,7 @@ def test_a_declaration_that_cannot_be_met_is_told(fields: dict[str, Any], words:
 
 def test_as_many_ports_as_are_said_to_be_needed_are_enough_and_fewer_are_told() -> None:
     declared = (DeclaredInstance(Values(), name="a"), DeclaredInstance(Values(), url="http://x:1"))
-    plan = InstancePlan("/store", lambda _: Values(), declared=declared)
+    plan = InstancePlan("/store", same_for_all(Values()), declared=declared)
     gpus = [gpu(0), gpu(1)]
     needed = ports_needed(gpus, plan)
     assert needed == 4

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from router.domain.gpu import GpuUuid
 from router.lab.emulator import vram
 from router.lab.emulator.gpu_reader import write_rig
 from router.lab.emulator.spec import RigSpec, parse_spec
@@ -56,7 +57,7 @@ def test_gpus_are_never_overdrawn_and_a_refusal_changes_nothing(wishes: list[dic
         for index, wanted in enumerate(wishes):
             pid = pids[index % 2]
             rest = held.get(pids[1 - index % 2], {})
-            fits = all(amount + rest.get(uuid, 0) <= _USABLE[uuid] for uuid, amount in wanted.items())
+            fits = all(amount + rest.get(uuid, 0) <= _USABLE[GpuUuid(uuid)] for uuid, amount in wanted.items())
             try:
                 vram.allocate(directory, wanted, pid)
                 held[pid] = wanted

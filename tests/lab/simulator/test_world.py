@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.domain.model import ModelFacts
+from router.domain.model import BlobDigest, ModelFacts
 from router.domain.model_names import parse_name
 from router.lab.emulator.catalogue import catalogue
 from router.lab.emulator.model_facts import active_share, facts_of
@@ -154,10 +154,10 @@ def test_weights_on_the_cpu_are_streamed_once_a_batch_of_a_prompt(models: Models
 def test_the_tests_own_model_takes_fifty_milliseconds_a_token_on_one_thread() -> None:
     """103 MB of f16 weights, seen on a real 0.24.0 with `num_thread 1`; a prompt costs half of that a token."""
     model = ModelFacts(
-        name="big:latest", digest="", blob="sha256:0", weights_bytes=103_107_000, architecture="llama", layers=8,
-        embedding_length=768, head_count=24, head_count_kv=(8,) * 8, key_length=32, value_length=32,
+        name="big:latest", digest="", blob=BlobDigest("sha256:0"), weights_bytes=103_107_000, architecture="llama",
+        layers=8, embedding_length=768, head_count=24, head_count_kv=(8,) * 8, key_length=32, value_length=32,
         vocabulary_size=771, context_length=8192, input_bytes=0, output_bytes=771 * 768 * 2,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     pace = speed(WORLD, model, [], (), threads=1)
     assert pace.is_cpu
     assert pace.step(1) == pytest.approx(0.05, rel=0.1)
