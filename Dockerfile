@@ -6,10 +6,12 @@ FROM ollama/ollama:${OLLAMA_VERSION} AS ollama
 
 FROM python:${PYTHON_VERSION}-slim AS build
 WORKDIR /source
-COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY requirements.lock ./
+RUN python -m venv /opt/llamayard && /opt/llamayard/bin/pip install --require-hashes -r requirements.lock
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY router ./router
-RUN python -m venv /opt/llamayard \
- && /opt/llamayard/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .
+RUN /opt/llamayard/bin/pip install --no-deps .
 
 FROM python:${PYTHON_VERSION}-slim
 # The server with its CUDA libraries, where it looks for them.

@@ -12,7 +12,7 @@ OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check test pytest test-py sim bench-sim bench-sched bench-decide bench-waits clients docs clean real-ollama \
+.PHONY: help setup run ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits clients docs clean real-ollama \
 	client-packages leaks bench-relay bench-litellm profile nginx real-nginx
 
 help:  ## this list
@@ -85,17 +85,33 @@ docs: setup  ## write the documents that are drawn from code
 clean:  ## remove what these targets made
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Exactly the locked packages, checked by hash, and then the router alone.
+$(VENV)/.installed: pyproject.toml requirements.lock
 	@$(call make_venv)
-	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e .
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --require-hashes -r requirements.lock
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --no-deps -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt
+$(VENV)/.installed-dev: pyproject.toml requirements-dev.lock
 	@$(call make_venv)
-	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --require-hashes -r requirements-dev.lock
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) --no-deps -e .
 	@touch $(VENV)/.installed $@
 
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-input
+
+UV := .cache/uv/bin/uv
+LOCK := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
+
+# One lock for every Python and platform; packages that only some need carry a marker.
+lock: $(UV)  ## write requirements.lock and requirements-dev.lock anew (ARGS="--upgrade" or "--upgrade-package aiohttp")
+	$(LOCK) $(ARGS) --output-file requirements.lock
+	$(LOCK) $(ARGS) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+
+$(UV):
+	$(PYTHON) -m venv .cache/uv
+	.cache/uv/bin/python -m pip install $(PIP_OPTIONS) 'uv>=0.9,<1'
 
 # An environment that does not run (its Python was removed) is made anew.
 define make_venv

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -123,13 +126,38 @@ def test_every_make_target_that_documents_name_exists() -> None:
     none_of([f"make {target}" for target in sorted(named - targets)])
 
 
-def test_pinned_versions_cover_every_dependency() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    wanted = set(re.findall(r'^  "([A-Za-z0-9_.-]+)(?:\[[a-z]+\])?[><=]', text, re.MULTILINE))
-    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
-    assert wanted
-    normal = {re.sub(r"[-_.]+", "-", name).lower() for name in pinned}
-    none_of([name for name in sorted(wanted) if re.sub(r"[-_.]+", "-", name).lower() not in normal])
+LOCKS: Mapping[str, tuple[str, ...]] = {"requirements.lock": (), "requirements-dev.lock": ("dev",)}
+"""Each lock with the extras that it covers."""
+
+
+def test_locks_cover_every_dependency_by_hash() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    offences: list[str] = []
+    for path, extras in LOCKS.items():
+        optional = [project["optional-dependencies"][extra] for extra in extras]
+        required: list[str] = [*project["dependencies"], *chain.from_iterable(optional)]
+        names = {_normalized(re.split(r"[\[><=; ]", requirement)[0]) for requirement in required}
+        locked = _locked(path)
+        offences += [f"{path} lacks {name}: run `make lock`" for name in sorted(names - locked.keys())]
+        offences += [f"{path}: {name} has no hash" for name, entry in locked.items() if "--hash=sha256:" not in entry]
+    none_of(offences)
+
+
+def test_both_locks_name_the_same_versions() -> None:
+    runtime, development = (_locked(path) for path in LOCKS)
+    none_of([f"{name} differs between the locks: run `make lock`" for name, entry in runtime.items()
+             if development.get(name) != entry])  # fmt: skip
+
+
+def _locked(path: str) -> dict[str, str]:
+    """The entries of a lock by normalized package name: version, markers and hashes."""
+    text = (ROOT / path).read_text(encoding="utf-8").replace("\\\n", "")
+    entries = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return {_normalized(name): entry for name, _, entry in (line.partition("==") for line in entries)}
+
+
+def _normalized(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def test_deployed_files_agree_with_the_defaults() -> None:
