@@ -29,11 +29,18 @@ fmt: setup  ## format the code and mend what ruff can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-check: setup  ## formatting, ruff, pyright strict, tidiness of the tree
+check: setup  ## what every commit passes, in under a minute: lint and types
+	@$(MAKE) --no-print-directory -j2 types lint
+
+lint: setup  ## formatting, ruff, import contracts, unused code, and the rules of the tree and its documents
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/vulture
 	$(VENV)/bin/python -m pytest -q tests/test_tidy.py tests/test_documents.py
+
+types: setup  ## pyright: strict on router/, basic on tests/ and bench/
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 test: setup real-ollama real-nginx check  ## everything: check, then the whole suite, a real Ollama included where Go is
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -41,8 +41,26 @@ class Module:
 
     @cached_property
     def imports(self) -> tuple[tuple[str, int], ...]:
-        """Imported modules with their lines; `from router.scheduler import ids` counts as `router.domain.ids`."""
+        """Imported modules with their lines; `from router.domain import ids` counts as `router.domain.ids`."""
         return tuple(_imports(self.tree))
+
+    @cached_property
+    def identifiers(self) -> tuple[tuple[str, int], ...]:
+        """Every name that the module binds, reads or passes, with its line."""
+        return tuple(_identifiers(self.tree))
+
+
+def _identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+                yield name, node.lineno
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name, node.lineno
+            case ast.alias(name=name, asname=alias):
+                yield alias or name, node.lineno
+            case _:
+                pass
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -59,11 +77,6 @@ def _imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def _file_of(name: str) -> Path:
     path = ROOT.joinpath(*name.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def layer_of(name: str) -> str:
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 else ""
 
 
 MODULES = tuple(Module(path) for path in sorted((ROOT / "router").rglob("*.py")))
