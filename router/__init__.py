@@ -1,3 +1,3 @@
 """llamayard: one endpoint over one Ollama server per GPU."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
