@@ -72,7 +72,7 @@ class AccessLog:
         first = exchange.first_byte_at - info.arrived_at
         tokens = tokens_of(exchange.tail)
         tally.record_output(model, first, tokens.prompt, tokens.output)
-        values["first_byte_seconds"] = round(first, 6)
+        values["time_to_first_token_seconds"] = round(first, 6)
         values["bytes"] = exchange.bytes_out
         values["prompt_tokens"] = tokens.prompt
         values["output_tokens"] = tokens.output
