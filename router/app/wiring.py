@@ -86,8 +86,8 @@ async def serve(settings: Settings) -> int:
         raise ConfigError([_port_words(settings, error)]) from error
     with contextlib.closing(listener):
         around = await asyncio.to_thread(detect_hardware, settings)
-        for swept in await asyncio.to_thread(orphan_reaper.sweep, str(settings.state_directory)):
-            log.warning("swept", pid=swept.pid, instance=swept.instance, command=swept.command)
+        for orphan in await asyncio.to_thread(orphan_reaper.reap_orphans, str(settings.state_directory)):
+            log.warning("swept", pid=orphan.pid, instance=orphan.instance, command=orphan.command)
         async with _built(settings, around, tls) as router:
             return await router.run(listener)
 

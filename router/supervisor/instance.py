@@ -32,8 +32,8 @@ from router.engines.ollama.log_parser import (
     parse_compute_line,
     unexpected_devices,
 )
-from router.supervisor.clock import Clock, unless
-from router.supervisor.orphan_reaper import marks
+from router.supervisor.clock import Clock, run_unless_set
+from router.supervisor.orphan_reaper import process_marks
 from router.supervisor.parent_death_shim import EXIT_NOT_EXECUTED
 from router.supervisor.process import ChildProcess
 
@@ -49,9 +49,9 @@ class SupervisorConfig:
     state_directory: str
     """Marks the children, so that a later run with the same directory finds what this one leaves."""
     run_id: str
-    """From `sweep.run_id()`: whose children they are."""
+    """From `orphan_reaper.run_id()`: whose children they are."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What children are given beside their spec's environment; see `process.inheritable`."""
+    """What children are given beside their spec's environment; see `process.inheritable_environment`."""
     start_timeout_seconds: float = 60.0
     """Until `/api/version` answers and the GPUs are reported; Ollama allows its own discovery 30 s."""
     health_interval_seconds: float = 5.0
@@ -167,13 +167,13 @@ class Instance:
             await self._one_life()
             if self._state is not InstanceState.BACKOFF:
                 return
-            await unless(self._stop, self._wait_before_retry())
+            await run_unless_set(self._stop, self._wait_before_retry())
             if self._stop.is_set():
                 self._move(Trigger.STOP)
                 return
 
     async def _wait_before_retry(self) -> None:
-        await unless(self._retry_now, self._around.clock.sleep(self._wait_seconds))
+        await run_unless_set(self._retry_now, self._around.clock.sleep(self._wait_seconds))
 
     @property
     def _wait_seconds(self) -> float:
@@ -189,7 +189,7 @@ class Instance:
             return
         self._child = child
         try:
-            failure = await unless(self._stop, self._serve(child))
+            failure = await run_unless_set(self._stop, self._serve(child))
             if failure is None:
                 self._move(Trigger.STOP)
                 await child.stop(self._config.stop_timeout_seconds)
@@ -229,15 +229,15 @@ class Instance:
         environment = {
             **config.environment,
             **self.spec.environment,
-            **marks(config.state_directory, config.run_id, self.name),
+            **process_marks(config.state_directory, config.run_id, self.name),
         }
         return ChildProcess.spawn(config.command, environment, self._take_line)
 
     async def _serve(self, child: ChildProcess) -> str:
         """Gets it READY and watches it; returns why that ended."""
-        ended = await unless(child.exited, self._serve_while_alive())
+        ended = await run_unless_set(child.exited, self._serve_while_alive())
         if ended is None:
-            await child.last_output()
+            await child.read_last_output()
             ended = self._death(child)
         return self._with_tail(ended)
 
@@ -297,7 +297,7 @@ class Instance:
     async def _follow(self) -> None:
         """Watches a server that something else runs, until it is no longer wanted; it is never FATAL."""
         self._move(Trigger.START)
-        await unless(self._stop, self._follow_for_ever())
+        await run_unless_set(self._stop, self._follow_for_ever())
         self._move(Trigger.STOP)
         if can_move(self._state, Trigger.EXITED):
             self._move(Trigger.EXITED)

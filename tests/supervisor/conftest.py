@@ -22,7 +22,7 @@ from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.supervisor.orphan_reaper import run_id
 from router.supervisor.ports import free_ports
-from router.supervisor.process import inheritable
+from router.supervisor.process import inheritable_environment
 from router.supervisor.supervisor import Supervisor, SupervisorConfig
 from tests.support.waiting import eventually, eventually_sync
 
@@ -46,7 +46,7 @@ class Marked:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**inheritable(os.environ), _MARK: self.value}
+        return {**inheritable_environment(os.environ), _MARK: self.value}
 
     def alive(self) -> list[psutil.Process]:
         found: list[psutil.Process] = []
