@@ -60,8 +60,6 @@ class SupervisorConfig:
     """So many unanswered health checks in a row, and a server counts as hung."""
     stop_timeout_seconds: float = 10.0
     """Between SIGTERM and SIGKILL."""
-    log_lines_max: int = 1000
-    """Lines of output that are kept of each instance."""
     reason_lines_max: int = 10
     """Last lines of output that go into the reason of a failure."""
     restart: RestartPolicy = field(default_factory=RestartPolicy)
@@ -89,14 +87,10 @@ class Instance:
         self._reason = ""
         self._version: str | None = None
         self._moved = asyncio.Event()
-        self._wanted = asyncio.Event()
-        self._wanted.set()
         self._stop = asyncio.Event()
-        self._retry_now = asyncio.Event()
         self._child: ChildProcess | None = None
         self._ready_at: float | None = None
         self._quick_deaths = 0
-        self._lines: deque[str] = deque(maxlen=around.config.log_lines_max)
         self._tail: deque[str] = deque(maxlen=around.config.reason_lines_max)
         self._devices: list[ComputeDevice] = []
         self._reported = asyncio.Event()
@@ -115,16 +109,6 @@ class Instance:
     def pid(self) -> int | None:
         return self._child.pid if self._child is not None else None
 
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The last lines of output over all lives, oldest first."""
-        return tuple(self._lines)
-
-    def start(self) -> None:
-        """Wants it to run: from STOPPED or FATAL, or at once instead of after the wait in BACKOFF."""
-        self._wanted.set()
-        self._retry_now.set()
-
     def drain(self) -> None:
         """Takes it out of service: DRAINING where it serves, else it is stopped."""
         if can_move(self._state, Trigger.DRAIN):
@@ -134,7 +118,6 @@ class Instance:
 
     def stop(self) -> None:
         """Wants it stopped, politely first."""
-        self._wanted.clear()
         self._stop.set()
         self._stop_if_fatal()
 
@@ -152,28 +135,22 @@ class Instance:
     # --- its life ------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Runs until cancelled, and leaves no process behind even then."""
-        while True:
-            await self._wanted.wait()
-            self._stop.clear()
+        """Runs until it is STOPPED or FATAL; cancelled, it leaves no process behind."""
+        if not self._stop.is_set():
             await (self._follow() if self.spec.attached else self._supervise())
 
     async def _supervise(self) -> None:
         """From the first start until it is STOPPED or FATAL."""
         self._quick_deaths = 0
         while True:
-            self._retry_now.clear()
             self._move(Trigger.START)
             await self._one_life()
             if self._state is not InstanceState.BACKOFF:
                 return
-            await run_unless_set(self._stop, self._wait_before_retry())
+            await run_unless_set(self._stop, self._around.clock.sleep(self._wait_seconds))
             if self._stop.is_set():
                 self._move(Trigger.STOP)
                 return
-
-    async def _wait_before_retry(self) -> None:
-        await run_unless_set(self._retry_now, self._around.clock.sleep(self._wait_seconds))
 
     @property
     def _wait_seconds(self) -> float:
@@ -200,7 +177,6 @@ class Instance:
         if self._stop.is_set():
             self._stop_if_fatal()
         if can_move(self._state, Trigger.EXITED):
-            self._wanted_no_more_if_drained()
             self._move(Trigger.EXITED)
 
     async def _bury(self, child: ChildProcess) -> None:
@@ -208,10 +184,6 @@ class Instance:
         if not await child.wait_gone():
             self._log.error("instance_outlives_sigkill", pid=child.pid)
         self._child = None
-
-    def _wanted_no_more_if_drained(self) -> None:
-        if self._state is InstanceState.DRAINING:
-            self._wanted.clear()
 
     def _stop_if_fatal(self) -> None:
         """FATAL is told as soon as it is known, STOPPED only when nothing is left of the process group."""
@@ -334,7 +306,6 @@ class Instance:
         policy = self._config.restart
         self._quick_deaths = quick_deaths_after(self._quick_deaths, lived, policy)
         if is_fatal(self._quick_deaths, policy):
-            self._wanted.clear()
             self._move(Trigger.GAVE_UP, f"failed {self._quick_deaths} times in a row and is left down; {reason}")
         else:
             self._move(Trigger.FAILED, f"{reason}; again in {self._wait_seconds:g} s")
@@ -358,7 +329,6 @@ class Instance:
     # --- output --------------------------------------------------------------------------------------------
 
     def _take_line(self, line: str) -> None:
-        self._lines.append(line)
         self._tail.append(line)
         self._log.debug("instance_output", line=line)
         device = parse_compute_line(line)

@@ -7,7 +7,7 @@ that was started.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import aiohttp
 import structlog
@@ -90,22 +90,6 @@ class Supervisor:
 
     # --- asking --------------------------------------------------------------------------------------------
 
-    def start(self, name: InstanceName) -> None:
-        """Starts an instance again that is STOPPED or FATAL; in BACKOFF, at once. KeyError for an unknown name."""
-        self._instances[name].start()
-
-    async def drain_and_stop(self, name: InstanceName, idle: Awaitable[object], deadline_seconds: float) -> None:
-        """DRAINING until `idle` is done or the deadline has passed, then stopped. KeyError for an unknown name."""
-        instance = self._instances[name]
-        instance.drain()
-        try:
-            async with asyncio.timeout(deadline_seconds):
-                await idle
-        except TimeoutError:
-            self._log.warning("instance_drain_deadline", instance=name, deadline_seconds=deadline_seconds)
-        instance.stop()
-        await self._stopped(instance)
-
     def retire(self, name: InstanceName) -> None:
         """Stops an instance for good and forgets it, without waiting for that. KeyError for an unknown name."""
         refused = self._refused.pop(name, None)
@@ -155,16 +139,9 @@ class Supervisor:
     def views(self) -> tuple[InstanceView, ...]:
         return tuple(instance.view for instance in self._instances.values())
 
-    def view(self, name: InstanceName) -> InstanceView:
-        return self._instances[name].view
-
     def pid(self, name: InstanceName) -> int | None:
         """The server's process number; None while there is no process, and for attached instances."""
         return self._instances[name].pid
-
-    def logs(self, name: InstanceName) -> tuple[str, ...]:
-        """The last lines of output, oldest first; none of an attached instance. KeyError for an unknown name."""
-        return self._instances[name].lines
 
     async def wait_for(self, name: InstanceName, *states: InstanceState) -> None:
         """Returns when the instance is in one of the states; no deadline of its own."""

@@ -19,7 +19,7 @@ import pytest
 
 from router.domain.events import InstanceChanged
 from router.domain.gpu import GpuUuid
-from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.supervisor.orphan_reaper import run_id
 from router.supervisor.ports import free_ports
 from router.supervisor.process import inheritable_environment
@@ -115,6 +115,15 @@ class Fleet:
         async with asyncio.timeout(DEADLINE_SECONDS):
             await self.supervisor.wait_for(InstanceName(name), state)
         return next(change for change in reversed(self.changes) if change.spec.name == name and change.state is state)
+
+    def view(self, name: str = "a") -> InstanceView:
+        return next(view for view in self.supervisor.views if view.spec.name == name)
+
+    async def end_backoff(self) -> None:
+        """Moves the clock to the end of the wait before the next start. Only the restarting instance may be waiting."""
+        await eventually(lambda: self.clock.waits)
+        (wait,) = self.clock.waits
+        self.clock.advance(wait)
 
     def pid(self, name: str = "a") -> int:
         pid = self.supervisor.pid(InstanceName(name))

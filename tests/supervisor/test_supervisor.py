@@ -26,9 +26,8 @@ async def test_a_server_is_started_and_ready_when_it_answers(make_fleet: MakeFle
         ready = await fleet.reaches(S.READY)
         assert fleet.states() == [S.STARTING, S.READY]
         assert (ready.version, ready.reason, ready.spec) == ("1.2.3", "", spec)
-        assert fleet.supervisor.view(A).version == "1.2.3"
+        assert fleet.view().version == "1.2.3"
         assert is_alive(fleet.pid())
-        assert "listening" in fleet.supervisor.logs(A)
 
 
 async def test_a_server_with_its_gpus_is_ready_however_it_names_them(make_fleet: MakeFleet) -> None:
@@ -108,17 +107,8 @@ async def test_a_long_life_makes_the_next_wait_short_again(make_fleet: MakeFleet
             fleet.clock.advance(lived)
             os.kill(fleet.pid(), signal.SIGKILL)
             assert (await fleet.reaches(S.BACKOFF)).reason.endswith(words)
-            fleet.supervisor.start(A)
+            await fleet.end_backoff()
             await eventually(lambda: fleet.states()[-1] is S.READY)
-
-
-async def test_asked_to_start_a_failed_server_starts_at_once(make_fleet: MakeFleet) -> None:
-    async with make_fleet(restart=GIVES_UP_AT_ONCE) as fleet:
-        fleet.add(play="exit3")
-        await fleet.reaches(S.FATAL)
-        fleet.supervisor.start(A)
-        await eventually(lambda: fleet.starts() == 2)
-        await fleet.reaches(S.FATAL)
 
 
 async def test_a_program_that_is_not_there_is_told_plainly(make_fleet: MakeFleet) -> None:
@@ -150,7 +140,7 @@ async def test_a_server_that_hangs_is_killed_and_started_again(make_fleet: MakeF
         await eventually(lambda: fleet.supervisor.pid(A) is None)
         assert not any(is_alive(pid) for pid in hung)
         (fleet.folder / "a" / "hang").unlink()
-        fleet.supervisor.start(A)
+        await fleet.end_backoff()
         await fleet.reaches(S.READY)
 
 
@@ -173,29 +163,18 @@ async def test_one_missed_health_check_is_no_failure(make_fleet: MakeFleet) -> N
 # --- stopping ---------------------------------------------------------------------------------------------------
 
 
-async def test_draining_waits_for_the_running_requests_and_then_stops(make_fleet: MakeFleet) -> None:
+async def test_a_draining_server_keeps_running_until_it_is_stopped(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add(play="runner")
         await fleet.reaches(S.READY)
-        pids, idle = (fleet.pid(), fleet.runner()), asyncio.Event()
-        stopping = asyncio.ensure_future(fleet.supervisor.drain_and_stop(A, idle.wait(), 60.0))
+        pids = (fleet.pid(), fleet.runner())
+        fleet.supervisor.drain_all()
         await fleet.reaches(S.DRAINING)
         assert is_alive(pids[0])
-        assert fleet.supervisor.view(A).version == "1.2.3"
-        idle.set()
-        await stopping
+        assert fleet.view().version == "1.2.3"
+        await fleet.supervisor.stop_all()
         assert fleet.states()[-3:] == [S.DRAINING, S.STOPPING, S.STOPPED]
         assert not any(is_alive(pid) for pid in pids)
-        fleet.supervisor.start(A)
-        await fleet.reaches(S.READY)
-
-
-async def test_draining_ends_at_its_deadline(make_fleet: MakeFleet) -> None:
-    async with make_fleet() as fleet:
-        fleet.add()
-        await fleet.reaches(S.READY)
-        await fleet.supervisor.drain_and_stop(A, asyncio.Event().wait(), 0.05)
-        assert fleet.states()[-1] is S.STOPPED
 
 
 async def test_a_server_that_dies_while_it_drains_stays_down(make_fleet: MakeFleet) -> None:
@@ -285,17 +264,8 @@ async def test_two_instances_of_one_name_are_refused(make_fleet: MakeFleet) -> N
         fleet.add()
         with pytest.raises(ValueError, match="there is an instance 'a' already"):
             fleet.add()
-        for ask in (fleet.supervisor.start, fleet.supervisor.view, fleet.supervisor.logs):
-            with pytest.raises(KeyError):
-                ask(InstanceName("unknown"))
-
-
-async def test_output_is_kept_within_bounds(make_fleet: MakeFleet) -> None:
-    async with make_fleet(log_lines_max=2) as fleet:
-        fleet.add(gpus=(GPU, OTHER))
-        await fleet.reaches(S.READY)
-        await eventually(lambda: any(OTHER in line for line in fleet.supervisor.logs(A)))
-        assert len(fleet.supervisor.logs(A)) == 2
+        with pytest.raises(KeyError):
+            fleet.supervisor.retire(InstanceName("unknown"))
 
 
 async def test_an_attached_server_is_followed_and_never_started_or_stopped(make_fleet: MakeFleet) -> None:
@@ -307,7 +277,7 @@ async def test_an_attached_server_is_followed_and_never_started_or_stopped(make_
         assert (ready.version, ready.spec) == ("1.2.3", attached)
         assert fleet.supervisor.pid(InstanceName("ours")) is None
         (fleet.folder / "theirs" / "version").write_text("1.2.4")
-        await fleet.beat(5.0, lambda: fleet.supervisor.view(InstanceName("ours")).version == "1.2.4")
+        await fleet.beat(5.0, lambda: fleet.view("ours").version == "1.2.4")
         fleet.supervisor.kill_all()
         await fleet.reaches(S.STOPPED, "ours")
         assert fleet.states("ours")[:3] == [S.STARTING, S.READY, S.READY]
@@ -321,10 +291,11 @@ async def test_an_attached_server_that_goes_and_comes_back_is_used_again_and_nev
         await fleet.reaches(S.READY, "theirs")
         fleet.attach("ours", theirs.url)
         await fleet.reaches(S.READY, "ours")
-        await fleet.supervisor.drain_and_stop(InstanceName("theirs"), asyncio.sleep(0), 5.0)
+        fleet.supervisor.retire(InstanceName("theirs"))
+        await eventually(lambda: fleet.states("theirs")[-1] is S.STOPPED)
         await fleet.beat(5.0, lambda: fleet.states("ours")[-1] is S.BACKOFF)
         assert "the attached server does not answer" in (await fleet.reaches(S.BACKOFF, "ours")).reason
-        fleet.supervisor.start(InstanceName("theirs"))
+        fleet.supervisor.add(theirs)
         await fleet.reaches(S.READY, "theirs")
         await fleet.beat(5.0, lambda: fleet.states("ours")[-1] is S.READY)
         assert fleet.states("ours") == [S.STARTING, S.READY, S.BACKOFF, S.READY]
