@@ -1,10 +1,14 @@
-"""Every error a client can meet, with its HTTP status and a stable code. A leaf: imports nothing of the router."""
+"""The errors that clients can receive, each with an HTTP status and a stable code."""
 
 from __future__ import annotations
 
 
 class RouterError(Exception):
-    """An error that ends a request. `code` is stable and machine-readable; `message` names the cause and the fix."""
+    """An error that ends a request.
+
+    `code` is stable and machine-readable. `message` is for people: it names the cause and, if there is one, the fix.
+    `status` overrides the default HTTP status of the class.
+    """
 
     status = 500
     code = "internal_error"
@@ -30,13 +34,13 @@ class ModelNotFound(RouterError):
 
 
 class NotSupported(RouterError):
-    """The servers behind are too old for what was asked."""
+    """The Ollama servers are too old for this request."""
 
     status, code = 404, "not_supported"
 
 
 class LayoutUnavailable(RouterError):
-    """The GPUs that the request insists on cannot serve it; the message says why."""
+    """The GPUs that the request asked for cannot serve it; the message says why."""
 
     status, code = 409, "layout_unavailable"
 
@@ -46,31 +50,31 @@ class BodyTooLarge(RouterError):
 
 
 class UnsupportedEncoding(RouterError):
-    """The body is compressed in a way that the router cannot read, and what it cannot read it does not route."""
+    """The router cannot decompress the body, so it cannot find the model in it."""
 
     status, code = 415, "unsupported_encoding"
 
 
 class ModelTooLarge(RouterError):
-    """Fits nowhere, not even over all GPUs; the message says bytes needed and bytes there are."""
+    """The model does not fit on all GPUs together; the message has the bytes needed and the bytes there are."""
 
     status, code = 422, "model_too_large"
 
 
 class ServerRefused(RouterError):
-    """The server's own error, with its words and status, where its answer itself cannot be passed on any more."""
+    """The server's error, with its message and status, when its response can no longer be forwarded as it is."""
 
     status, code = 502, "server_error"
 
 
 class LoadFailed(RouterError):
-    """The instance refused or failed to load the model; its words and status are passed on."""
+    """The instance could not load the model; its message and status are passed on."""
 
     status, code = 502, "load_failed"
 
 
 class InstanceLost(RouterError):
-    """The instance died under the request."""
+    """The instance died during the request."""
 
     status, code = 502, "instance_lost"
 
@@ -88,14 +92,14 @@ class ShuttingDown(RouterError):
 
 
 class WaitTimeout(RouterError):
-    """Waited its whole deadline."""
+    """The request was not served before its deadline."""
 
     status, code = 504, "wait_timeout"
 
 
 _BY_CODE: dict[str, type[RouterError]] = {
-    kind.code: kind
-    for kind in (
+    error.code: error
+    for error in (
         BadRequest,
         Forbidden,
         ModelNotFound,
@@ -118,5 +122,9 @@ _BY_CODE: dict[str, type[RouterError]] = {
 def error_for(
     code: str, message: str, status: int | None = None, retry_after_seconds: int | None = None
 ) -> RouterError:
-    """The error of a stable code, as the dispatcher's `Reject` names it; an unknown code is a programming error."""
+    """Makes the error with this code, as in the dispatcher's `Reject`.
+
+    Raises:
+        KeyError: no error has this code.
+    """
     return _BY_CODE[code](message, status=status, retry_after_seconds=retry_after_seconds)

@@ -31,8 +31,9 @@ from router.domain.policy import Policy
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
+from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, configure_logs
-from router.observability.metrics import DecisionLog, Metrics
+from router.observability.metrics import Metrics
 from router.proxy.client_connection import ClientConnection
 from router.proxy.context import ClientTimeouts, ProxyContext, Tasks
 from router.proxy.server import ProxyServer

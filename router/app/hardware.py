@@ -18,7 +18,7 @@ from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
 from router.lab.emulator.prepare import prepare_rig
 from router.lab.emulator.spec import SpecError
-from router.supervisor.process import BinaryNotFound, find_binary, inheritable
+from router.supervisor.process import BinaryNotFound, find_binary, inheritable_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def detect_hardware(settings: Settings) -> Hardware:
         log.warning("cpu_mode", reason=nvml.reason, effect="no GPU is used: models run on the CPU")
     reader = NoGpuReader() if isinstance(nvml, NoGpus) else nvml
     command = (_binary(settings, environment), "serve")
-    return Hardware(reader, command, inheritable(environment), str(settings.ollama.models), "")
+    return Hardware(reader, command, inheritable_environment(environment), str(settings.ollama.models), "")
 
 
 def _binary(settings: Settings, environment: Mapping[str, str]) -> str:
@@ -78,7 +78,7 @@ def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Hardw
     structlog.get_logger("router").warning(
         "emulated", rig=rig.title, effect="GPUs, servers and answers are made up; nothing here is real"
     )
-    inherited = {**inheritable(environment), **rig.environment}
+    inherited = {**inheritable_environment(environment), **rig.environment}
     return Hardware(rig.reader, rig.command, inherited, str(rig.models_directory), rig.title)
 
 

@@ -56,8 +56,9 @@ from router.http1.parser import HEAD_BYTES_MAX
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.model_aliases import ANY, substitutes
 from router.observability.access_log import AccessLog
+from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, configure_logs, writes_json
-from router.observability.metrics import DecisionLog, FleetCollector, Metrics
+from router.observability.metrics import FleetMetricsCollector, Metrics
 from router.proxy.context import ClientTimeouts
 from router.proxy.server import ProxyServer, proxy_factory
 from router.scheduler.dispatcher import Dispatcher
@@ -85,8 +86,8 @@ async def serve(settings: Settings) -> int:
         raise ConfigError([_port_words(settings, error)]) from error
     with contextlib.closing(listener):
         around = await asyncio.to_thread(detect_hardware, settings)
-        for swept in await asyncio.to_thread(orphan_reaper.sweep, str(settings.state_directory)):
-            log.warning("swept", pid=swept.pid, instance=swept.instance, command=swept.command)
+        for orphan in await asyncio.to_thread(orphan_reaper.reap_orphans, str(settings.state_directory)):
+            log.warning("swept", pid=orphan.pid, instance=orphan.instance, command=orphan.command)
         async with _built(settings, around, tls) as router:
             return await router.run(listener)
 
@@ -262,7 +263,7 @@ async def _built(settings: Settings, around: Hardware, tls: ssl.SSLContext | Non
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         driver = _carrier(loader, supervisor, plan, poll_gpus, footprints)
         async with Controller(dispatcher, driver, time.monotonic, (observer,)) as controller:
-            metrics.registry.register(FleetCollector(controller.snapshot, lambda: len(controller.waiting())))
+            metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
             context = _context(settings, controller, catalog, session, writing)
             intervals = PollIntervals(
                 settings.poll.gpu_seconds, settings.poll.residency_seconds, settings.poll.catalog_seconds

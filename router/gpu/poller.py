@@ -1,7 +1,4 @@
-"""Reading GPUs without blocking the event loop: the reader's protocol, and the one thread that readings run in.
-
-Knows neither NVML nor the emulated rig; decides nothing about what was read.
-"""
+"""Reads GPUs in a thread of its own, so that a slow driver does not block the event loop."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from router.domain.gpu import Gpu
 
 
 class GpuReader(Protocol):
-    """Reads all GPUs, blocking. Used from one thread at a time; not used after `close`."""
+    """Reads all GPUs, blocking. Called from one thread at a time, and not after `close`."""
 
     def read(self) -> tuple[Gpu, ...]: ...
 
@@ -23,16 +20,16 @@ class GpuReader(Protocol):
 
 
 class GpuReadTimeout(Exception):
-    """The reading did not end by its deadline; it goes on in its thread, and the next `read` begins after that one."""
+    """A reading missed its deadline. It continues in its thread, and the next `read` starts after it."""
 
 
 _Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 
 class GpuPoller:
-    """Runs a reader in one daemon thread, one reading at a time.
+    """Runs a reader in one daemon thread, one reading at a time. Concurrent calls of `read` share a reading.
 
-    A driver call that hangs holds back neither the event loop nor the end of the program.
+    A driver call that hangs blocks neither the event loop nor the exit of the program.
     """
 
     def __init__(self, reader: GpuReader, *, timeout_seconds: float = 5.0) -> None:
@@ -41,67 +38,76 @@ class GpuPoller:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._reading: asyncio.Future[Any] | None = None
         self._is_late = False
-        """The reading under way outlasted its deadline: its figures will be of a time that nobody knows."""
+        """The current reading missed its deadline, so its result is of unknown age and is discarded."""
         self._closed = False
         self._thread: threading.Thread | None = None
 
     async def read(self) -> tuple[Gpu, ...]:
-        """The GPUs as they are now. Raises GpuReadTimeout after `timeout_seconds`, and whatever the reader raises."""
+        """Returns the current state of all GPUs.
+
+        Raises:
+            GpuReadTimeout: the reading took longer than `timeout_seconds`.
+            Exception: any error of the reader.
+        """
         if self._closed:
             raise RuntimeError("the GPU poller is closed")
         if self._reading is not None and self._is_late:
-            await self._ended(self._reading, "reading the GPUs")
-            self._reading.exception()  # whoever waited for it is gone
+            await self._wait_within_deadline(self._reading, "reading the GPUs")
+            self._reading.exception()  # marks the error as retrieved; its caller already got a timeout
             self._is_late = False
         if self._reading is None or self._reading.done():
             self._reading = self._submit(self._reader.read)
         try:
-            return await self._within_deadline(self._reading, "reading the GPUs")
+            return await self._result_within_deadline(self._reading, "reading the GPUs")
         except GpuReadTimeout:
             self._is_late = True
             raise
 
     async def close(self) -> None:
-        """Closes the reader after the reading under way, or leaves both to the thread at the deadline."""
+        """Closes the reader once the current reading has ended.
+
+        Raises:
+            GpuReadTimeout: the deadline passed; the thread closes the reader later.
+        """
         if self._closed:
             return
         self._closed = True
         closing = self._submit(self._reader.close)
         self._jobs.put(None)
-        await self._within_deadline(closing, "closing the GPU reader")
+        await self._result_within_deadline(closing, "closing the GPU reader")
 
     def _submit(self, job: Callable[[], Any]) -> asyncio.Future[Any]:
         if self._thread is None:
-            self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="gpu-reader", daemon=True)
+            self._thread = threading.Thread(target=_run_jobs, args=(self._jobs,), name="gpu-reader", daemon=True)
             self._thread.start()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._jobs.put((job, future))
         return future
 
-    async def _within_deadline(self, future: asyncio.Future[Any], what: str) -> Any:
-        await self._ended(future, what)
+    async def _result_within_deadline(self, future: asyncio.Future[Any], operation: str) -> Any:
+        await self._wait_within_deadline(future, operation)
         return future.result()
 
-    async def _ended(self, future: asyncio.Future[Any], what: str) -> None:
+    async def _wait_within_deadline(self, future: asyncio.Future[Any], operation: str) -> None:
         done, _ = await asyncio.wait({future}, timeout=self._timeout_seconds)
         if not done:
-            raise GpuReadTimeout(f"{what} took longer than {self._timeout_seconds:g} s: the driver may hang")
+            raise GpuReadTimeout(f"{operation} took longer than {self._timeout_seconds:g} s: the driver may be hanging")
 
 
-def _serve(jobs: queue.SimpleQueue[_Job | None]) -> None:
+def _run_jobs(jobs: queue.SimpleQueue[_Job | None]) -> None:
     while (job := jobs.get()) is not None:
         work, future = job
         try:
             _post(future, future.set_result, work())
-        except Exception as error:  # the thread's outermost edge: the error goes to whoever awaits the reading
+        except Exception as error:  # nothing above this thread: the error goes to the waiting caller
             _post(future, future.set_exception, error)
 
 
-def _post(future: asyncio.Future[Any], settle: Callable[[Any], None], value: Any) -> None:
-    def unless_settled() -> None:
+def _post(future: asyncio.Future[Any], set_outcome: Callable[[Any], None], value: Any) -> None:
+    def set_if_pending() -> None:
         if not future.done():
-            settle(value)
+            set_outcome(value)
 
     loop = future.get_loop()
     if not loop.is_closed():
-        loop.call_soon_threadsafe(unless_settled)
+        loop.call_soon_threadsafe(set_if_pending)

@@ -54,7 +54,7 @@ class AccessLog:
         """Counts the request and adds what its log line tells beside the request itself."""
         exchange, tally = info.exchange, self._tally
         model = self._model_label(info.model) if info.instance is not None else ""
-        tally.answered(info.route, model, status)
+        tally.record_response(info.route, model, status)
         duration = self._now() - info.arrived_at
         values["duration_seconds"] = round(duration, 6)
         if info.model:
@@ -66,13 +66,13 @@ class AccessLog:
         waited = info.granted_at - info.arrived_at
         values["instance"] = info.instance
         values["queue_seconds"] = round(waited, 6)
-        tally.served(model, waited, duration)
+        tally.record_served(model, waited, duration)
         if exchange is None or exchange.first_byte_at is None:
             return
         first = exchange.first_byte_at - info.arrived_at
         tokens = tokens_of(exchange.tail)
-        tally.streamed(model, first, tokens.prompt, tokens.output)
-        values["first_byte_seconds"] = round(first, 6)
+        tally.record_output(model, first, tokens.prompt, tokens.output)
+        values["time_to_first_token_seconds"] = round(first, 6)
         values["bytes"] = exchange.bytes_out
         values["prompt_tokens"] = tokens.prompt
         values["output_tokens"] = tokens.output

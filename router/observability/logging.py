@@ -1,6 +1,6 @@
-"""How the program's structured log lines are written: for people on a terminal, as JSON otherwise.
+"""Formats structured log lines: human-readable on a terminal, JSON otherwise.
 
-Only the form is decided here; every module names its own events and values.
+Events and their fields are named by the modules that log them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 
 
 def configure_logs(form: Literal["auto", "human", "json"], level: str) -> None:
-    """Sets the form for the whole process; call it once, before anything is written. Lines go to standard error."""
+    """Configures logging to standard error for the whole process. Call once, before the first log line."""
     human = not writes_json(form)
     renderers: list[Any] = (
         [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
@@ -30,31 +30,31 @@ def configure_logs(form: Literal["auto", "human", "json"], level: str) -> None:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            _with_logger,
+            _add_logger_name,
             structlog.processors.TimeStamper(fmt="iso", utc=not human),
             *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=_Loggers(),
+        logger_factory=_LoggerFactory(),
         cache_logger_on_first_use=True,
     )
 
 
 class RequestLines:
-    """Writes the access log's lines as JSON, some at a time: at full load a line each would be a fifth of the work.
+    """Writes access-log lines as JSON in batches: at full load, one write per line would be a fifth of the work.
 
-    A line is out within `DELAY_SECONDS`, or when `flush` is called. Its keys are those of every other line.
+    A line is written within `DELAY_SECONDS`, or when `flush` is called. Keys are the same as in other log lines.
     """
 
     DELAY_SECONDS = 0.05
 
     def __init__(self, level: str, write: Callable[[str], object] | None = None) -> None:
-        self._least = _LEVELS[level]
+        self._min_level = _LEVELS[level]
         self._write_out = write or _to_standard_error
         self._lines: list[bytes] = []
 
     def __call__(self, level: str, values: dict[str, object]) -> None:
-        if _LEVELS[level] < self._least:
+        if _LEVELS[level] < self._min_level:
             return
         values["level"] = level
         values["logger"] = "router.access"
@@ -71,19 +71,19 @@ class RequestLines:
 
 
 def _to_standard_error(text: str) -> None:
-    """A line that cannot be written is dropped: a pipe that nobody reads or a full disk must not end the servers."""
+    """Drops the text if it cannot be written: a broken pipe or a full disk must not stop the servers."""
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 def writes_json(form: str) -> bool:
-    """Whether lines of that form are JSON."""
+    """Returns True if `form` means JSON lines here; `auto` does unless standard error is a terminal."""
     return form == "json" or (form == "auto" and not sys.stderr.isatty())
 
 
 class _NamedLogger:
-    """Writes to standard error, and knows the name that it was asked for by."""
+    """Writes to standard error; keeps its name for the `logger` field."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -94,12 +94,12 @@ class _NamedLogger:
     debug = info = warning = error = critical = exception = msg
 
 
-class _Loggers:
+class _LoggerFactory:
     def __call__(self, *arguments: Any) -> _NamedLogger:
         return _NamedLogger(str(arguments[0]) if arguments else "router")
 
 
-def _with_logger(logger: Any, method: str, values: Any) -> Any:
+def _add_logger_name(logger: Any, method: str, values: Any) -> Any:
     del method
     values.setdefault("logger", getattr(logger, "name", "router"))
     return values

@@ -1,38 +1,23 @@
-"""What operators see: Prometheus metrics and the log lines of decisions, fed with the engine's events and actions.
+"""Prometheus metrics, named `llamayard_` plus the names that vLLM and OpenTelemetry use.
 
-Names are `llamayard_` and the field's own (vLLM's, OpenTelemetry's): durations in seconds, sizes in bytes, counters end
-in `_total`. Labels are bounded: after so many names of models further ones count as "other". It decides nothing.
+Durations are in seconds, sizes in bytes, and counters end in `_total`. The number of `model` label values is bounded:
+after `_MODEL_NAMES_MAX` names, further models are counted as "other".
 """
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from operator import attrgetter
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from router.domain.actions import (
-    Action,
-    Grant,
-    Load,
-    ReadGpus,
-    Reject,
-    Remember,
-    StartInstance,
-    StopInstance,
-    Unload,
-)
-from router.domain.events import Arrived, Event, GpusRead, LoadFailed, LoadFinished, Released, UnloadFinished
-from router.domain.gpu import Gpu, GpuUuid
-from router.domain.ids import LoadId
+from router.domain.gpu import Gpu
 from router.domain.instance import InstanceState
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import external_bytes, reserved_bytes, resident_bytes, unaccounted_bytes
@@ -40,21 +25,21 @@ from router.domain.vram_ledger import external_bytes, reserved_bytes, resident_b
 BUCKETS_SECONDS = (
     0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
 )  # fmt: skip
-"""OpenTelemetry's for the time to the first token, and up to 160 s for cold loads."""
+"""OpenTelemetry's buckets for the time to first token, extended to 160 s for cold loads."""
 
 _MODEL_NAMES_MAX = 1000
+_GPU_LABELS = ("gpu", "index", "name")
 
 
 class ModelLabels:
-    """Bounds the values of the label `model`."""
+    """Maps model names to values of the label `model`, of which there are at most `_MODEL_NAMES_MAX` and "other"."""
 
-    def __init__(self, most: int = _MODEL_NAMES_MAX) -> None:
-        self._most = most
-        self._seen: set[str] = set()
+    def __init__(self) -> None:
+        self._names: set[str] = set()
 
     def __call__(self, name: str) -> str:
-        if name in self._seen or len(self._seen) < self._most:
-            self._seen.add(name)
+        if name in self._names or len(self._names) < _MODEL_NAMES_MAX:
+            self._names.add(name)
             return name
         return "other"
 
@@ -65,19 +50,19 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.model_label = ModelLabels()
-        self.requests = RequestTally()
+        self.requests = RequestMetrics()
         registry.register(self.requests)
         self.loads = Counter(
-            "llamayard_loads", "Loads ended, by outcome.", ("model", "instance", "outcome"), registry=registry
+            "llamayard_loads", "Finished loads, by outcome.", ("model", "instance", "outcome"), registry=registry
         )
-        self.load_seconds = Histogram(
+        self.load_duration_seconds = Histogram(
             "llamayard_load_duration_seconds",
-            "Loads that ended well.",
+            "Duration of successful loads.",
             ("model",),
             buckets=BUCKETS_SECONDS,
             registry=registry,
         )
-        self.load_bytes = Counter("llamayard_load_bytes", "Weights loaded.", registry=registry)
+        self.load_bytes = Counter("llamayard_load_bytes", "Bytes of model weights loaded.", registry=registry)
         self.unloads = Counter("llamayard_unloads", "Models unloaded.", ("model", "instance"), registry=registry)
         self.rejections = Counter("llamayard_rejections", "Requests rejected, by code.", ("code",), registry=registry)
         PlatformCollector(registry)
@@ -85,7 +70,7 @@ class Metrics:
 
 
 class _Histogram:
-    """Counts by bucket, and their sum."""
+    """Counts per bucket of `BUCKETS_SECONDS` (the last one is +Inf), and the sum of all values."""
 
     __slots__ = ("counts", "sum_seconds")
 
@@ -93,217 +78,169 @@ class _Histogram:
         self.counts = [0] * (len(BUCKETS_SECONDS) + 1)
         self.sum_seconds = 0.0
 
-    def add(self, seconds: float) -> None:
+    def observe(self, seconds: float) -> None:
         self.counts[bisect_left(BUCKETS_SECONDS, seconds)] += 1
         self.sum_seconds += seconds
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, as the exposition format has them."""
+    def cumulative_buckets(self) -> list[tuple[str, float]]:
+        """Upper bound and cumulative count of each bucket, as the exposition format requires."""
         bounds = (*map(str, BUCKETS_SECONDS), "+Inf")
         return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
 
 
-class _Times:
-    """Of one model's requests."""
+class _ModelHistograms:
+    """The histograms of one model's requests."""
 
-    __slots__ = ("durations", "firsts", "waits")
+    __slots__ = ("duration_seconds", "queue_time_seconds", "time_to_first_token_seconds")
 
     def __init__(self) -> None:
-        self.waits = _Histogram()
-        self.firsts = _Histogram()
-        self.durations = _Histogram()
+        self.queue_time_seconds = _Histogram()
+        self.time_to_first_token_seconds = _Histogram()
+        self.duration_seconds = _Histogram()
 
 
-class RequestTally(Collector):
-    """What is counted for every request: plain numbers, which become metrics only when somebody asks for them.
+_REQUEST_HISTOGRAMS: tuple[tuple[str, str, Callable[[_ModelHistograms], _Histogram]], ...] = (
+    (
+        "llamayard_time_to_first_token_seconds",
+        "Time from arrival to the first byte of the response.",
+        attrgetter("time_to_first_token_seconds"),
+    ),
+    (
+        "llamayard_request_duration_seconds",
+        "Time from arrival to the last byte of the response.",
+        attrgetter("duration_seconds"),
+    ),
+    (
+        "llamayard_request_queue_time_seconds",
+        "Time from arrival until a slot was granted.",
+        attrgetter("queue_time_seconds"),
+    ),
+)
+"""Metric name, help text, and where to find the histogram."""
 
-    The library's own counters take a lock and look up labels each time, which at full load is a fifth of a request.
+
+class RequestMetrics(Collector):
+    """Per-request counts, kept as plain numbers and turned into metrics only when scraped.
+
+    The client library's counters take a lock and look up labels on every increment, which at full load would be a
+    fifth of the time spent on a request.
     """
 
     def __init__(self) -> None:
         self.running = 0
-        self._answered: dict[tuple[str, str, str], int] = {}
+        self._responses: dict[tuple[str, str, str], int] = {}
+        """By route, model and status."""
         self._tokens: dict[tuple[str, str], int] = {}
-        self._times: dict[str, _Times] = {}
+        """By model and token type."""
+        self._histograms: dict[str, _ModelHistograms] = {}
         """By model."""
 
-    def answered(self, route: str, model: str, status: int) -> None:
+    def record_response(self, route: str, model: str, status: int) -> None:
+        """Counts a request that was answered, by a server or by the router itself."""
         key = (route, model, str(status))
-        self._answered[key] = self._answered.get(key, 0) + 1
+        self._responses[key] = self._responses.get(key, 0) + 1
 
-    def served(self, model: str, waited_seconds: float, duration_seconds: float) -> None:
-        """A request that had a slot."""
-        times = self._times.get(model) or self._times.setdefault(model, _Times())
-        times.waits.add(waited_seconds)
-        times.durations.add(duration_seconds)
+    def record_served(self, model: str, queue_time_seconds: float, duration_seconds: float) -> None:
+        """Records the times of a request that was granted a slot."""
+        histograms = self._histograms.get(model) or self._histograms.setdefault(model, _ModelHistograms())
+        histograms.queue_time_seconds.observe(queue_time_seconds)
+        histograms.duration_seconds.observe(duration_seconds)
 
-    def streamed(self, model: str, first_seconds: float, prompt: int | None, output: int | None) -> None:
-        """Its answer had a first byte, and perhaps told of tokens. It is `served` already."""
-        self._times[model].firsts.add(first_seconds)
-        if prompt is not None:
-            self._count(model, "prompt", prompt)
-        if output is not None:
-            self._count(model, "generation", output)
+    def record_output(
+        self, model: str, time_to_first_token_seconds: float, prompt_tokens: int | None, output_tokens: int | None
+    ) -> None:
+        """Records a response that had a first byte. Call `record_served` first. Token counts are None if unknown."""
+        self._histograms[model].time_to_first_token_seconds.observe(time_to_first_token_seconds)
+        if prompt_tokens is not None:
+            self._count_tokens(model, "prompt", prompt_tokens)
+        if output_tokens is not None:
+            self._count_tokens(model, "generation", output_tokens)
 
-    def _count(self, model: str, kind: str, tokens: int) -> None:
-        self._tokens[model, kind] = self._tokens.get((model, kind), 0) + tokens
+    def _count_tokens(self, model: str, kind: str, count: int) -> None:
+        self._tokens[model, kind] = self._tokens.get((model, kind), 0) + count
 
     def collect(self) -> Iterable[Metric]:
-        answered = CounterMetricFamily("llamayard_requests", "Requests answered.", labels=("route", "model", "status"))
-        for labels, count in self._answered.items():
-            answered.add_metric(labels, float(count))
-        yield answered
-        yield GaugeMetricFamily("llamayard_requests_running", "Requests being answered.", float(self.running))
-        tokens = CounterMetricFamily("llamayard_tokens", "Tokens, as the servers count them.", labels=("model", "type"))
+        responses = CounterMetricFamily("llamayard_requests", "Requests answered.", labels=("route", "model", "status"))
+        for labels, count in self._responses.items():
+            responses.add_metric(labels, float(count))
+        yield responses
+        yield GaugeMetricFamily("llamayard_requests_running", "Requests in progress.", float(self.running))
+        tokens = CounterMetricFamily("llamayard_tokens", "Tokens, as counted by the servers.", labels=("model", "type"))
         for labels, count in self._tokens.items():
             tokens.add_metric(labels, float(count))
         yield tokens
-        for name, words, of in (
-            ("time_to_first_token_seconds", "Arrival to the first byte.", attrgetter("firsts")),
-            ("request_duration_seconds", "Arrival to the last byte.", attrgetter("durations")),
-            ("request_queue_time_seconds", "Arrival to the granted slot.", attrgetter("waits")),
-        ):
-            family = HistogramMetricFamily(f"llamayard_{name}", words, labels=("model",))
-            for model, times in self._times.items():
-                histogram: _Histogram = of(times)
-                family.add_metric((model,), histogram.buckets(), histogram.sum_seconds)
+        for name, help_text, histogram_of in _REQUEST_HISTOGRAMS:
+            family = HistogramMetricFamily(name, help_text, labels=("model",))
+            for model, histograms in self._histograms.items():
+                histogram = histogram_of(histograms)
+                family.add_metric((model,), histogram.cumulative_buckets(), histogram.sum_seconds)
             yield family
 
 
-class FleetCollector(Collector):
-    """GPUs, instances and queue, read from a snapshot when they are asked for."""
+class FleetMetricsCollector(Collector):
+    """Gauges of GPUs, instances, loaded models and the queue, read from a snapshot at each scrape."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], waiting: Callable[[], int]) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], waiting_count: Callable[[], int]) -> None:
         self._snapshot = snapshot
-        self._waiting = waiting
+        self._waiting_count = waiting_count
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         snapshot = self._snapshot()
-        yield GaugeMetricFamily("llamayard_requests_waiting", "Requests that wait for a slot.", self._waiting())
+        yield GaugeMetricFamily("llamayard_requests_waiting", "Requests waiting for a slot.", self._waiting_count())
         yield from _gpu_families(snapshot)
+        yield from _vram_ledger_families(snapshot)
         states = GaugeMetricFamily(
-            "llamayard_instance_state", "1 for the state that the instance is in.", labels=("instance", "state")
+            "llamayard_instance_state", "1 for the current state of the instance, else 0.", labels=("instance", "state")
         )
         for view in snapshot.instances.values():
             for state in InstanceState:
                 states.add_metric((view.spec.name, state.value), float(view.state is state))
         yield states
-        loaded = GaugeMetricFamily(
-            "llamayard_model_slots_used", "Slots in use of each loaded model.", labels=("model", "instance")
+        slots_used = GaugeMetricFamily(
+            "llamayard_model_slots_used", "Slots in use, for each loaded model.", labels=("model", "instance")
         )
         for residency in snapshot.residencies.values():
-            loaded.add_metric((residency.name, residency.instance), float(residency.in_flight))
-        yield loaded
+            slots_used.add_metric((residency.name, residency.instance), float(residency.in_flight))
+        yield slots_used
 
 
-_GPU_FIGURES: dict[str, tuple[str, Callable[[Gpu], float | None]]] = {
-    "memory_total_bytes": ("Memory of the GPU.", lambda gpu: gpu.memory_total_bytes),
-    "memory_used_bytes": ("Memory in use, by anybody.", lambda gpu: gpu.memory_used_bytes),
-    "memory_free_bytes": ("Memory free, as the driver says.", lambda gpu: gpu.memory_free_bytes),
-    "utilization_ratio": ("Share of the last period in which the GPU computed.", lambda gpu: gpu.utilization_ratio),
-    "temperature_celsius": ("Temperature.", lambda gpu: gpu.temperature_celsius),
-    "power_draw_watts": ("Power drawn.", lambda gpu: gpu.power_draw_watts),
-    "power_limit_watts": ("Power limit.", lambda gpu: gpu.power_limit_watts),
+_GPU_GAUGES: dict[str, tuple[str, Callable[[Gpu], float | None]]] = {
+    "memory_total_bytes": ("Total GPU memory.", lambda gpu: gpu.memory_total_bytes),
+    "memory_used_bytes": ("GPU memory in use by any process.", lambda gpu: gpu.memory_used_bytes),
+    "memory_free_bytes": ("Free GPU memory, as reported by the driver.", lambda gpu: gpu.memory_free_bytes),
+    "utilization_ratio": ("GPU utilization over the driver's last sample period.", lambda gpu: gpu.utilization_ratio),
+    "temperature_celsius": ("GPU temperature.", lambda gpu: gpu.temperature_celsius),
+    "power_draw_watts": ("GPU power draw.", lambda gpu: gpu.power_draw_watts),
+    "power_limit_watts": ("GPU power limit.", lambda gpu: gpu.power_limit_watts),
 }
+"""Help text and value by the metric name after `llamayard_gpu_`. A value of None is left out."""
+
+_VRAM_LEDGER_GAUGES = {
+    "resident": ("GPU memory held by loaded models, as accounted by the router.", resident_bytes),
+    "reserved": ("GPU memory reserved for loads in progress.", reserved_bytes),
+    "external": ("GPU memory in use by other programs.", external_bytes),
+    "unaccounted": ("GPU memory accounted to loaded models that the driver does not show as used.", unaccounted_bytes),
+}
+"""Help text and value by the middle of the metric name, `llamayard_gpu_memory_..._bytes`."""
+
+
+def _gpu_labels(gpu: Gpu) -> tuple[str, str, str]:
+    return gpu.uuid, str(gpu.index), gpu.name
 
 
 def _gpu_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
-    labels = ("gpu", "index", "name")
-    gpus = [(gpu, (gpu.uuid, str(gpu.index), gpu.name)) for gpu in snapshot.gpus.values()]
-    for key, (words, figure) in _GPU_FIGURES.items():
-        family = GaugeMetricFamily(f"llamayard_gpu_{key}", words, labels=labels)
-        for gpu, values in gpus:
-            value = figure(gpu)
+    for name, (help_text, read_value) in _GPU_GAUGES.items():
+        family = GaugeMetricFamily(f"llamayard_gpu_{name}", help_text, labels=_GPU_LABELS)
+        for gpu in snapshot.gpus.values():
+            value = read_value(gpu)
             if value is not None:
-                family.add_metric(values, float(value))
-        yield family
-    ledger = {
-        "resident": ("Held by loaded models, by the router's books.", resident_bytes),
-        "reserved": ("Set aside for loads under way.", reserved_bytes),
-        "foreign": ("In use by others.", external_bytes),
-        "drift": ("In the router's books and not in use, as the driver says.", unaccounted_bytes),
-    }
-    for key, (words, count) in ledger.items():
-        family = GaugeMetricFamily(f"llamayard_gpu_memory_{key}_bytes", words, labels=labels)
-        for gpu, values in gpus:
-            family.add_metric(values, float(count(snapshot, gpu.uuid)))
+                family.add_metric(_gpu_labels(gpu), float(value))
         yield family
 
 
-class DecisionLog:
-    """Counts and logs what the engine does."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._gpu_errors: dict[GpuUuid, str] = {}
-        self._under_way: dict[LoadId, tuple[Load, float]] = {}
-        self._log = structlog.get_logger("router.decisions")
-        self._tells_grants: bool = self._log.is_enabled_for(logging.DEBUG)
-
-    def observe(self, event: Event, actions: list[Action], now: float) -> None:
-        if not isinstance(event, Arrived | Released):
-            self._tell(event, now)
-        for action in actions:
-            if self._tells_grants or not isinstance(action, Grant):
-                self._action(action, now)
-
-    def _tell(self, event: Event, now: float) -> None:
-        match event:
-            case LoadFinished() | LoadFailed():
-                self._load_ended(event, now)
-            case UnloadFinished(error=str() as error):
-                self._log.error("unload_failed", instance=event.instance, blob=event.blob, error=error)
-            case GpusRead():
-                self._tell_lost(event)
-            case _:
-                pass
-
-    def _action(self, action: Action, now: float) -> None:
-        match action:
-            case Grant():
-                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
-            case StartInstance():
-                self._log.info("start_instance", instance=action.spec.name, reason=action.reason)
-            case StopInstance():
-                self._log.info("stop_instance", instance=action.instance, reason=action.reason)
-            case Remember():
-                self._log.info("footprint_measured", blob=action.key.blob, per_gpu_bytes=action.per_gpu_bytes)
-            case ReadGpus():
-                pass
-            case Load():
-                self._under_way[action.load_id] = (action, now)
-                self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
-            case Unload():
-                self._metrics.unloads.labels(self._metrics.model_label(action.model.name), action.instance).inc()
-                self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
-            case Reject():
-                self._metrics.rejections.labels(action.code).inc()
-                self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
-
-    def _load_ended(self, event: LoadFinished | LoadFailed, now: float) -> None:
-        load, began = self._under_way.pop(event.load_id, (None, now))
-        if load is None:
-            return
-        seconds = now - began
-        model = self._metrics.model_label(load.model.name)
-        values = {"model": load.model.name, "instance": load.instance, "duration_seconds": round(seconds, 3)}
-        if isinstance(event, LoadFailed):
-            self._metrics.loads.labels(model, load.instance, "failed").inc()
-            self._log.error("load_failed", **values, status=event.status, error=event.message)
-            return
-        spilled = load.expects_gpu and event.size_vram_bytes < event.size_bytes
-        self._metrics.loads.labels(model, load.instance, "spilled" if spilled else "loaded").inc()
-        self._metrics.load_seconds.labels(model).observe(seconds)
-        self._metrics.load_bytes.inc(load.model.weights_bytes)
-        write = self._log.error if spilled else self._log.info
-        sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
-        write("load_spilled" if spilled else "loaded", **values, **sizes)
-
-    def _tell_lost(self, event: GpusRead) -> None:
-        errors = {gpu.uuid: gpu.error for gpu in event.gpus if gpu.error is not None}
-        for gpu in event.gpus:
-            if gpu.error is not None and self._gpu_errors.get(gpu.uuid) != gpu.error:
-                self._log.warning("gpu_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
-            if gpu.error is None and gpu.uuid in self._gpu_errors:
-                self._log.info("gpu_back", gpu=gpu.uuid, index=gpu.index)
-        self._gpu_errors = errors
+def _vram_ledger_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
+    for name, (help_text, count_bytes) in _VRAM_LEDGER_GAUGES.items():
+        family = GaugeMetricFamily(f"llamayard_gpu_memory_{name}_bytes", help_text, labels=_GPU_LABELS)
+        for gpu in snapshot.gpus.values():
+            family.add_metric(_gpu_labels(gpu), float(count_bytes(snapshot, gpu.uuid)))
+        yield family

@@ -193,7 +193,7 @@ class Dispatcher:
             free, replicas = fast_path.free_replicas(self._fleet, ticket.model.blob)
             if able := fast_path.serving(self._fleet, free, ticket):
                 return [grant(self._fleet, able, replicas, ticket, now)]
-        message = f"server busy: {len(self._queue)} requests wait already (queue.limit)"
+        message = f"server busy: the queue is full (queue.limit={self._policy.queue_limit})"
         return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
 
     def _retry_after(self) -> int:

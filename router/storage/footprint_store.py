@@ -1,6 +1,6 @@
-"""Keeps measured footprints across runs, in one JSON file of the state directory.
+"""Keeps measured footprints across restarts, in a JSON file in the state directory.
 
-A file that cannot be read is as none: what it held is measured again. Written whole or not at all.
+Writes are atomic. An unreadable file counts as empty: its footprints are measured again.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ import msgspec
 
 from router.domain.footprint import FootprintKey
 
-Entry = tuple[FootprintKey, tuple[int, ...]]
+FootprintEntry = tuple[FootprintKey, tuple[int, ...]]
+"""What was measured, and the bytes on each GPU."""
 
 
 class FootprintStore:
-    """`remember` writes; blocking, but a few kilobytes and once a measured load."""
+    """Blocking: a write takes a few kilobytes, once per measured load."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._entries: dict[FootprintKey, tuple[int, ...]] = {}
 
-    def read(self) -> tuple[Entry, ...]:
-        """What earlier runs have measured."""
+    def read(self) -> tuple[FootprintEntry, ...]:
+        """Returns the stored footprints; none if the file is missing or unreadable."""
         try:
-            rows = msgspec.json.decode(self._path.read_bytes(), type=list[tuple[FootprintKey, tuple[int, ...]]])
+            entries = msgspec.json.decode(self._path.read_bytes(), type=list[FootprintEntry])
         except (OSError, msgspec.MsgspecError):
             return ()
-        self._entries = dict(rows)
-        return tuple(rows)
+        self._entries = dict(entries)
+        return tuple(entries)
 
     def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
-        """A disk that is full is no reason to stop: the next run then measures again."""
+        """Adds or replaces a footprint and writes the file. Ignores write errors: the next run measures again."""
         self._entries[key] = per_gpu_bytes
-        staging = self._path.with_suffix(f".{os.getpid()}")
+        temporary = self._path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            staging.write_bytes(msgspec.json.encode(list(self._entries.items())))
-            staging.replace(self._path)
+            temporary.write_bytes(msgspec.json.encode(list(self._entries.items())))
+            temporary.replace(self._path)

@@ -1,4 +1,4 @@
-"""The clock that waiting is done by, so that tests of waits need not wait; and waiting for the first of two things."""
+"""A clock that tests can replace, and running work until an event is set."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 class Clock(Protocol):
     def now(self) -> float:
-        """Seconds on a monotonic clock."""
+        """Returns seconds on a monotonic clock."""
         ...
 
     async def sleep(self, seconds: float) -> None: ...
 
 
 class SystemClock:
-    """The machine's monotonic clock."""
+    """The system's monotonic clock."""
 
     def now(self) -> float:
         return time.monotonic()
@@ -28,15 +28,15 @@ class SystemClock:
         await asyncio.sleep(seconds)
 
 
-async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The work's result, or None once the event is set: the work is then cancelled, and its cleaning up awaited.
+async def run_unless_set(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """Returns the result of `work`, or None if `event` is set first: `work` is then cancelled and its cleanup awaited.
 
-    Work that is done when the event is set counts as done.
+    If both happen at once, the result is returned.
     """
     async with asyncio.TaskGroup() as group:
-        working = group.create_task(work)
-        waiting = group.create_task(event.wait())
-        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        working.cancel()
-        waiting.cancel()
-    return None if working.cancelled() else working.result()
+        work_task = group.create_task(work)
+        event_task = group.create_task(event.wait())
+        await asyncio.wait({work_task, event_task}, return_when=asyncio.FIRST_COMPLETED)
+        work_task.cancel()
+        event_task.cancel()
+    return None if work_task.cancelled() else work_task.result()

@@ -1,8 +1,8 @@
-"""One supervised instance: a task that starts its server, watches it, and starts it again when it fails.
+"""One supervised instance: a task that starts its server, checks its health, and restarts it when it fails.
 
-The table in `domain/instance_lifecycle.py` says which moves are possible; this carries them out with a real process,
-or for an attached instance with none. Other code reads its state and asks it to start, drain or stop; nobody else
-moves it.
+`domain/instance_lifecycle.py` defines the possible transitions. This module makes them with a real process, or
+without one for an attached instance. Other code can read the state and ask the instance to drain or stop; only the
+instance itself changes its state.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from router.engines.ollama.log_parser import (
     parse_compute_line,
     unexpected_devices,
 )
-from router.supervisor.clock import Clock, unless
-from router.supervisor.orphan_reaper import marks
+from router.supervisor.clock import Clock, run_unless_set
+from router.supervisor.orphan_reaper import process_marks
 from router.supervisor.parent_death_shim import EXIT_NOT_EXECUTED
 from router.supervisor.process import ChildProcess
 
@@ -47,29 +47,27 @@ class SupervisorConfig:
     command: tuple[str, ...]
     """The program and its arguments: `("/usr/bin/ollama", "serve")`."""
     state_directory: str
-    """Marks the children, so that a later run with the same directory finds what this one leaves."""
+    """Marks the children, so that a later run with the same directory finds orphans of this one."""
     run_id: str
-    """From `sweep.run_id()`: whose children they are."""
+    """From `orphan_reaper.run_id()`; identifies the router that owns the children."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What children are given beside their spec's environment; see `process.inheritable`."""
+    """Environment of all children, in addition to their spec's; see `process.inheritable_environment`."""
     start_timeout_seconds: float = 60.0
-    """Until `/api/version` answers and the GPUs are reported; Ollama allows its own discovery 30 s."""
+    """Until `/api/version` answers and the GPUs are reported. Ollama's GPU discovery alone may take 30 s."""
     health_interval_seconds: float = 5.0
     health_timeout_seconds: float = 5.0
     health_misses_max: int = 3
-    """So many unanswered health checks in a row, and a server counts as hung."""
+    """Number of consecutive failed health checks after which a server counts as hung."""
     stop_timeout_seconds: float = 10.0
     """Between SIGTERM and SIGKILL."""
-    log_lines_max: int = 1000
-    """Lines of output that are kept of each instance."""
     reason_lines_max: int = 10
-    """Last lines of output that go into the reason of a failure."""
+    """Number of last output lines that go into the reason of a failure."""
     restart: RestartPolicy = field(default_factory=RestartPolicy)
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceContext:
-    """What all instances of a supervisor share."""
+    """What all instances of one supervisor share."""
 
     config: SupervisorConfig
     clock: Clock
@@ -78,30 +76,26 @@ class InstanceContext:
 
 
 class Instance:
-    """The actor. `run` owns its life; the other methods only ask, and return at once."""
+    """An actor: `run` makes all transitions; the other methods only request one, and return at once."""
 
-    def __init__(self, spec: InstanceSpec, around: InstanceContext) -> None:
+    def __init__(self, spec: InstanceSpec, context: InstanceContext) -> None:
         self.spec = spec
-        self._around = around
-        self._config = around.config
-        self._log = structlog.get_logger("router.fleet").bind(instance=spec.name)
+        self._context = context
+        self._config = context.config
+        self._log = structlog.get_logger("router.supervisor").bind(instance=spec.name)
         self._state = InstanceState.STOPPED
         self._reason = ""
         self._version: str | None = None
-        self._moved = asyncio.Event()
-        self._wanted = asyncio.Event()
-        self._wanted.set()
+        self._state_changed = asyncio.Event()
         self._stop = asyncio.Event()
-        self._retry_now = asyncio.Event()
         self._child: ChildProcess | None = None
         self._ready_at: float | None = None
         self._quick_deaths = 0
-        self._lines: deque[str] = deque(maxlen=around.config.log_lines_max)
-        self._tail: deque[str] = deque(maxlen=around.config.reason_lines_max)
+        self._last_lines: deque[str] = deque(maxlen=context.config.reason_lines_max)
         self._devices: list[ComputeDevice] = []
-        self._reported = asyncio.Event()
+        self._device_reported = asyncio.Event()
 
-    # --- to read and to ask --------------------------------------------------------------------------------
+    # --- state and requests ----------------------------------------------------------------------------------
 
     @property
     def name(self) -> InstanceName:
@@ -115,73 +109,55 @@ class Instance:
     def pid(self) -> int | None:
         return self._child.pid if self._child is not None else None
 
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The last lines of output over all lives, oldest first."""
-        return tuple(self._lines)
-
-    def start(self) -> None:
-        """Wants it to run: from STOPPED or FATAL, or at once instead of after the wait in BACKOFF."""
-        self._wanted.set()
-        self._retry_now.set()
-
     def drain(self) -> None:
-        """Takes it out of service: DRAINING where it serves, else it is stopped."""
+        """Takes it out of service: to DRAINING if it is serving, else stops it."""
         if can_move(self._state, Trigger.DRAIN):
-            self._move(Trigger.DRAIN)
+            self._transition(Trigger.DRAIN)
         elif self._state is not InstanceState.DRAINING:
             self.stop()
 
     def stop(self) -> None:
-        """Wants it stopped, politely first."""
-        self._wanted.clear()
+        """Requests a stop: SIGTERM, then SIGKILL after `stop_timeout_seconds`."""
         self._stop.set()
         self._stop_if_fatal()
 
     def kill(self) -> None:
-        """Wants it stopped at once."""
+        """Requests a stop with SIGKILL, at once."""
         self.stop()
         if self._child is not None:
             self._child.kill()
 
     async def wait_for(self, *states: InstanceState) -> None:
-        """Returns when it is in one of the states; no deadline of its own."""
+        """Waits, without a deadline, until it is in one of the states."""
         while self._state not in states:
-            await self._moved.wait()
+            await self._state_changed.wait()
 
-    # --- its life ------------------------------------------------------------------------------------------
+    # --- a supervised server ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Runs until cancelled, and leaves no process behind even then."""
-        while True:
-            await self._wanted.wait()
-            self._stop.clear()
-            await (self._follow() if self.spec.attached else self._supervise())
+        """Runs until it is STOPPED or FATAL; cancelled, it leaves no process behind."""
+        if not self._stop.is_set():
+            await (self._follow_attached() if self.spec.attached else self._supervise())
 
     async def _supervise(self) -> None:
-        """From the first start until it is STOPPED or FATAL."""
-        self._quick_deaths = 0
+        """Starts and restarts the server until the instance is STOPPED or FATAL."""
         while True:
-            self._retry_now.clear()
-            self._move(Trigger.START)
-            await self._one_life()
+            self._transition(Trigger.START)
+            await self._run_process()
             if self._state is not InstanceState.BACKOFF:
                 return
-            await unless(self._stop, self._wait_before_retry())
+            await run_unless_set(self._stop, self._context.clock.sleep(self._restart_wait_seconds))
             if self._stop.is_set():
-                self._move(Trigger.STOP)
+                self._transition(Trigger.STOP)
                 return
 
-    async def _wait_before_retry(self) -> None:
-        await unless(self._retry_now, self._around.clock.sleep(self._wait_seconds))
-
     @property
-    def _wait_seconds(self) -> float:
+    def _restart_wait_seconds(self) -> float:
         return wait_seconds(self._quick_deaths, self._config.restart)
 
-    async def _one_life(self) -> None:
-        """Start to end of one process; afterwards it is BACKOFF, FATAL or STOPPED, and the process group is gone."""
-        self._forget_last_life()
+    async def _run_process(self) -> None:
+        """Runs one process to its end; then the state is BACKOFF, FATAL or STOPPED, and the process group is gone."""
+        self._reset_output()
         try:
             child = self._spawn()
         except OSError as error:
@@ -189,39 +165,34 @@ class Instance:
             return
         self._child = child
         try:
-            failure = await unless(self._stop, self._serve(child))
+            failure = await run_unless_set(self._stop, self._serve(child))
             if failure is None:
-                self._move(Trigger.STOP)
+                self._transition(Trigger.STOP)
                 await child.stop(self._config.stop_timeout_seconds)
             elif self._state is not InstanceState.DRAINING:
                 self._fail(failure)
         finally:
-            await self._bury(child)
+            await self._kill_leftovers(child)
         if self._stop.is_set():
             self._stop_if_fatal()
         if can_move(self._state, Trigger.EXITED):
-            self._wanted_no_more_if_drained()
-            self._move(Trigger.EXITED)
+            self._transition(Trigger.EXITED)
 
-    async def _bury(self, child: ChildProcess) -> None:
-        """Kills what is left of the group, runners included."""
+    async def _kill_leftovers(self, child: ChildProcess) -> None:
+        """Kills the rest of the process group, runners included."""
         if not await child.wait_gone():
             self._log.error("instance_outlives_sigkill", pid=child.pid)
         self._child = None
 
-    def _wanted_no_more_if_drained(self) -> None:
-        if self._state is InstanceState.DRAINING:
-            self._wanted.clear()
-
     def _stop_if_fatal(self) -> None:
-        """FATAL is told as soon as it is known, STOPPED only when nothing is left of the process group."""
+        """Moves from FATAL to STOPPED, but only once nothing is left of the process group."""
         if self._state is InstanceState.FATAL and self._child is None:
-            self._move(Trigger.STOP)
+            self._transition(Trigger.STOP)
 
-    def _forget_last_life(self) -> None:
-        self._tail.clear()
+    def _reset_output(self) -> None:
+        self._last_lines.clear()
         self._devices.clear()
-        self._reported.clear()
+        self._device_reported.clear()
         self._ready_at = None
 
     def _spawn(self) -> ChildProcess:
@@ -229,117 +200,119 @@ class Instance:
         environment = {
             **config.environment,
             **self.spec.environment,
-            **marks(config.state_directory, config.run_id, self.name),
+            **process_marks(config.state_directory, config.run_id, self.name),
         }
-        return ChildProcess.spawn(config.command, environment, self._take_line)
+        return ChildProcess.spawn(config.command, environment, self._on_output_line)
 
     async def _serve(self, child: ChildProcess) -> str:
-        """Gets it READY and watches it; returns why that ended."""
-        ended = await unless(child.exited, self._serve_while_alive())
-        if ended is None:
-            await child.last_output()
-            ended = self._death(child)
-        return self._with_tail(ended)
+        """Waits until the server is READY and watches it. Returns why it is no longer usable."""
+        failure = await run_unless_set(child.exited, self._serve_until_unhealthy())
+        if failure is None:
+            await child.read_last_output()
+            failure = self._describe_exit(child)
+        return self._with_last_lines(failure)
 
-    async def _serve_while_alive(self) -> str:
+    async def _serve_until_unhealthy(self) -> str:
         try:
             async with asyncio.timeout(self._config.start_timeout_seconds):
-                version = await self._first_answer()
-                problem = await self._gpus_reported()
+                version = await self._wait_for_version()
+                problem = await self._wait_for_gpus()
         except TimeoutError:
-            return self._why_not_ready()
+            return self._describe_start_timeout()
         if problem is not None:
             return problem
         self._warn_of_unexpected_devices()
         self._enter_ready(version)
-        return await self._until_unhealthy()
+        return await self._check_health()
 
-    async def _first_answer(self) -> str:
+    async def _wait_for_version(self) -> str:
         while True:
             try:
-                return await self._around.probe(self.spec.url, self._config.health_timeout_seconds)
+                return await self._context.probe(self.spec.url, self._config.health_timeout_seconds)
             except ProbeFailed:
                 await asyncio.sleep(_START_POLL_SECONDS)
 
-    async def _gpus_reported(self) -> str | None:
-        """None once all expected GPUs were reported; a problem as soon as the server says that it has only the CPU."""
+    async def _wait_for_gpus(self) -> str | None:
+        """Returns None once all expected GPUs are reported, or a problem as soon as the server reports only the CPU."""
         while (problem := gpus_problem(self.spec.gpus, self._devices)) is not None:
             if any(device.is_cpu for device in self._devices):
                 return problem
-            self._reported.clear()
-            await self._reported.wait()
+            self._device_reported.clear()
+            await self._device_reported.wait()
         return None
 
-    def _why_not_ready(self) -> str:
-        within = f"within {self._config.start_timeout_seconds:g} s"
+    def _describe_start_timeout(self) -> str:
+        timeout = f"within {self._config.start_timeout_seconds:g} s"
         problem = gpus_problem(self.spec.gpus, self._devices)
-        return f"{problem} {within}" if problem and self._devices else f"was not ready {within}"
+        return f"{problem} {timeout}" if problem and self._devices else f"was not ready {timeout}"
 
     def _enter_ready(self, version: str) -> None:
         self._version = version
-        self._ready_at = self._around.clock.now()
-        self._move(Trigger.ANSWERED)
+        self._ready_at = self._context.clock.now()
+        self._transition(Trigger.ANSWERED)
 
-    async def _until_unhealthy(self) -> str:
+    async def _check_health(self) -> str:
+        """Runs health checks until several in a row have failed. Returns the problem."""
         misses, problem = 0, ""
         while misses < self._config.health_misses_max:
-            await self._around.clock.sleep(self._config.health_interval_seconds)
+            await self._context.clock.sleep(self._config.health_interval_seconds)
             try:
-                await self._around.probe(self.spec.url, self._config.health_timeout_seconds)
+                await self._context.probe(self.spec.url, self._config.health_timeout_seconds)
                 misses = 0
             except ProbeFailed as error:
                 misses, problem = misses + 1, str(error)
                 self._log.warning("instance_health_check_missed", misses=misses, error=problem)
-        return f"hangs: {misses} health checks in a row failed, the last with: {problem}"
+        return f"hangs: {misses} health checks in a row failed; the last one: {problem}"
 
     # --- an attached server --------------------------------------------------------------------------------
 
-    async def _follow(self) -> None:
-        """Watches a server that something else runs, until it is no longer wanted; it is never FATAL."""
-        self._move(Trigger.START)
-        await unless(self._stop, self._follow_for_ever())
-        self._move(Trigger.STOP)
+    async def _follow_attached(self) -> None:
+        """Watches a server that something else runs until a stop is requested. It never becomes FATAL."""
+        self._transition(Trigger.START)
+        await run_unless_set(self._stop, self._poll_attached())
+        self._transition(Trigger.STOP)
         if can_move(self._state, Trigger.EXITED):
-            self._move(Trigger.EXITED)
+            self._transition(Trigger.EXITED)
 
-    async def _follow_for_ever(self) -> None:
+    async def _poll_attached(self) -> None:
         misses = 0
         while True:
             try:
-                version = await self._around.probe(self.spec.url, self._config.health_timeout_seconds)
+                version = await self._context.probe(self.spec.url, self._config.health_timeout_seconds)
                 misses = 0
-                self._attached_answers(version)
+                self._attached_answered(version)
             except ProbeFailed as error:
                 misses += 1
-                self._attached_misses(misses, str(error))
-            await self._around.clock.sleep(self._config.health_interval_seconds)
+                self._attached_failed(misses, str(error))
+            await self._context.clock.sleep(self._config.health_interval_seconds)
 
-    def _attached_answers(self, version: str) -> None:
+    def _attached_answered(self, version: str) -> None:
         if can_move(self._state, Trigger.ANSWERED):
             self._enter_ready(version)
         elif version != self._version:
             self._version = version
             self._announce()
 
-    def _attached_misses(self, misses: int, problem: str) -> None:
-        """One miss is enough for a server that never answered, several for one that did."""
+    def _attached_failed(self, misses: int, problem: str) -> None:
+        """Moves to BACKOFF after one miss if the server never answered, after several if it did."""
         starting = self._state is InstanceState.STARTING
         if can_move(self._state, Trigger.FAILED) and (starting or misses >= self._config.health_misses_max):
-            self._move(Trigger.FAILED, f"the attached server does not answer: {problem}")
+            self._transition(Trigger.FAILED, f"the attached server does not answer: {problem}")
 
-    # --- moves ---------------------------------------------------------------------------------------------
+    # --- transitions ---------------------------------------------------------------------------------------
 
     def _fail(self, reason: str) -> None:
-        lived = 0.0 if self._ready_at is None else self._around.clock.now() - self._ready_at
+        uptime = 0.0 if self._ready_at is None else self._context.clock.now() - self._ready_at
         policy = self._config.restart
-        self._quick_deaths = quick_deaths_after(self._quick_deaths, lived, policy)
+        self._quick_deaths = quick_deaths_after(self._quick_deaths, uptime, policy)
         if is_fatal(self._quick_deaths, policy):
-            self._wanted.clear()
-            self._move(Trigger.GAVE_UP, f"failed {self._quick_deaths} times in a row and is left down; {reason}")
+            self._transition(
+                Trigger.GAVE_UP, f"failed {self._quick_deaths} times in a row and is not restarted; {reason}"
+            )
         else:
-            self._move(Trigger.FAILED, f"{reason}; again in {self._wait_seconds:g} s")
+            self._transition(Trigger.FAILED, f"{reason}; restart in {self._restart_wait_seconds:g} s")
 
-    def _move(self, trigger: Trigger, reason: str = "") -> None:
+    def _transition(self, trigger: Trigger, reason: str = "") -> None:
         self._state = next_state(self._state, trigger)
         self._reason = reason
         if self._state not in (InstanceState.READY, InstanceState.DRAINING):
@@ -347,36 +320,35 @@ class Instance:
         self._announce()
 
     def _announce(self) -> None:
-        changed = InstanceChanged(self.spec, self._state, self._reason, self._version)
-        bad = self._state in (InstanceState.BACKOFF, InstanceState.FATAL)
-        write = self._log.error if bad else self._log.info
+        change = InstanceChanged(self.spec, self._state, self._reason, self._version)
+        failed = self._state in (InstanceState.BACKOFF, InstanceState.FATAL)
+        write = self._log.error if failed else self._log.info
         write("instance_state", state=str(self._state), reason=self._reason, version=self._version, pid=self.pid)
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
-        self._around.on_change(changed)
+        state_changed, self._state_changed = self._state_changed, asyncio.Event()
+        state_changed.set()
+        self._context.on_change(change)
 
     # --- output --------------------------------------------------------------------------------------------
 
-    def _take_line(self, line: str) -> None:
-        self._lines.append(line)
-        self._tail.append(line)
+    def _on_output_line(self, line: str) -> None:
+        self._last_lines.append(line)
         self._log.debug("instance_output", line=line)
         device = parse_compute_line(line)
         if device is not None:
             self._devices.append(device)
-            self._reported.set()
+            self._device_reported.set()
 
     def _warn_of_unexpected_devices(self) -> None:
-        extra = unexpected_devices(self.spec.gpus, self._devices)
-        if extra:
-            names = ", ".join(f"{device.id} ({device.library})" for device in extra)
-            self._log.warning("instance_sees_foreign_gpus", gpus=names)
+        unexpected = unexpected_devices(self.spec.gpus, self._devices)
+        if unexpected:
+            names = ", ".join(f"{device.id} ({device.library})" for device in unexpected)
+            self._log.warning("instance_sees_unexpected_gpus", gpus=names)
 
-    def _death(self, child: ChildProcess) -> str:
+    def _describe_exit(self, child: ChildProcess) -> str:
         code = child.returncode or 0
         if code == EXIT_NOT_EXECUTED:
-            return f"{self._config.command[0]} does not run"
-        return f"died by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return f"{self._config.command[0]} cannot be executed"
+        return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
 
-    def _with_tail(self, reason: str) -> str:
-        return f"{reason}; its last lines: {' | '.join(self._tail)}" if self._tail else reason
+    def _with_last_lines(self, reason: str) -> str:
+        return f"{reason}; last lines: {' | '.join(self._last_lines)}" if self._last_lines else reason

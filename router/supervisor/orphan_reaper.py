@@ -1,8 +1,8 @@
-"""Finds and kills what a router that died left behind: servers and runners, by the marks in their environment.
+"""Kills orphans: servers and runners that an earlier router left behind when it died.
 
-A process is swept only if it is of the same user, bears this state directory's mark, and its router is dead. So routers
-that run side by side, even with one state directory, leave each other's children alone. Sweeps no process that merely
-looks like Ollama.
+Orphans are found by marks in their environment. A process is an orphan only if it runs as the same user, has the mark
+of this state directory, and its router is dead. So concurrent routers, even with the same state directory, do not
+kill each other's children, and a process that only looks like Ollama is never killed.
 """
 
 from __future__ import annotations
@@ -20,82 +20,83 @@ from router.domain.instance import InstanceName
 from router.supervisor.process import INSTANCE_VARIABLE, STATE_VARIABLE
 
 _START_TIME_FIELD = 19
-"""Of /proc/PID/stat, counted after the command's closing bracket (proc_pid_stat(5): field 22)."""
+"""Index in /proc/PID/stat of the fields after the command's closing bracket (proc_pid_stat(5), field 22)."""
 
 _POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
-    """One leftover that was killed."""
+class ReapedOrphan:
+    """An orphan that was killed."""
 
     pid: int
     instance: InstanceName
     command: str
 
 
-class SweepFailed(Exception):
-    """Leftovers withstood SIGKILL until the deadline; the text names them."""
+class ReapFailed(Exception):
+    """Orphans were still running after SIGKILL at the deadline; the message has their pids."""
 
 
 def run_id() -> str:
-    """Names this process for good: its number and, because numbers come again, when it started."""
+    """Returns a unique id of this process: its pid and, because pids are reused, its start time."""
     return f"{os.getpid()}-{_start_time(os.getpid())}"
 
 
-def marks(state_directory: str, run: str, name: InstanceName) -> dict[str, str]:
-    """The variables by which a child, and all that it starts, is found again."""
-    return {STATE_VARIABLE: str(Path(state_directory).resolve()), INSTANCE_VARIABLE: f"{run}:{name}"}
+def process_marks(state_directory: str, owner_run_id: str, name: InstanceName) -> dict[str, str]:
+    """Returns the environment variables by which a child and its descendants can be found later."""
+    return {STATE_VARIABLE: str(Path(state_directory).resolve()), INSTANCE_VARIABLE: f"{owner_run_id}:{name}"}
 
 
-def sweep(state_directory: str, deadline_seconds: float = 10.0) -> tuple[Swept, ...]:
-    """Kills all leftovers of that state directory and waits until they are gone. Blocking; call it before serving.
+def reap_orphans(state_directory: str, deadline_seconds: float = 10.0) -> tuple[ReapedOrphan, ...]:
+    """Kills all orphans of the state directory and waits until they are gone. Blocking; call it before serving.
 
-    Raises SweepFailed where one is still there at the deadline.
+    Raises:
+        ReapFailed: an orphan is still running at the deadline.
     """
-    swept: list[Swept] = []
-    while found := _leftovers(str(Path(state_directory).resolve())):
-        for process, instance in found.items():
+    reaped: list[ReapedOrphan] = []
+    while orphans := _find_orphans(str(Path(state_directory).resolve())):
+        for process, instance in orphans.items():
             with contextlib.suppress(psutil.Error):
-                swept.append(Swept(process.pid, instance, " ".join(process.cmdline())))
+                reaped.append(ReapedOrphan(process.pid, instance, " ".join(process.cmdline())))
                 process.kill()
-        stuck = _wait_dead(list(found), deadline_seconds)
-        if stuck:
-            pids = ", ".join(str(process.pid) for process in stuck)
-            raise SweepFailed(f"processes left by an earlier run do not die: {pids}; see `ps -fp` and the kernel's log")
-    return tuple(swept)
+        survivors = _wait_for_exit(list(orphans), deadline_seconds)
+        if survivors:
+            pids = ", ".join(str(process.pid) for process in survivors)
+            raise ReapFailed(f"cannot kill processes left by an earlier run: {pids}; see `ps -fp` and the kernel log")
+    return tuple(reaped)
 
 
-def _wait_dead(processes: list[psutil.Process], deadline_seconds: float) -> list[psutil.Process]:
-    """Those that still live at the deadline. Dead ones that nobody reaps count as dead."""
+def _wait_for_exit(processes: list[psutil.Process], deadline_seconds: float) -> list[psutil.Process]:
+    """Returns the processes that still run at the deadline. Zombies count as exited."""
     end = time.monotonic() + deadline_seconds
-    while (living := [process for process in processes if _is_alive(process)]) and time.monotonic() < end:
-        psutil.wait_procs(living, timeout=_POLL_SECONDS)
-    return living
+    while (running := [process for process in processes if _is_alive(process)]) and time.monotonic() < end:
+        psutil.wait_procs(running, timeout=_POLL_SECONDS)
+    return running
 
 
-def _leftovers(state_directory: str) -> dict[psutil.Process, InstanceName]:
-    found: dict[psutil.Process, InstanceName] = {}
+def _find_orphans(state_directory: str) -> dict[psutil.Process, InstanceName]:
+    orphans: dict[psutil.Process, InstanceName] = {}
     for process in psutil.process_iter():
         environment = _environment(process)
         if environment.get(STATE_VARIABLE) != state_directory:
             continue
-        run, _, instance = environment.get(INSTANCE_VARIABLE, "").partition(":")
-        if instance and not _owner_lives(run) and _is_alive(process) and _same_namespace(process.pid):
-            found[process] = InstanceName(instance)
-    return found
+        owner_run_id, _, instance = environment.get(INSTANCE_VARIABLE, "").partition(":")
+        if instance and not _is_owner_alive(owner_run_id) and _is_alive(process) and _in_our_pid_namespace(process.pid):
+            orphans[process] = InstanceName(instance)
+    return orphans
 
 
 def _environment(process: psutil.Process) -> Mapping[str, str]:
-    """Empty for those of other users, and for the dead."""
+    """Returns the environment of a process; empty if it is another user's or has exited."""
     try:
         return process.environ() if process.uids().real == os.getuid() else {}
     except (psutil.Error, OSError):
         return {}
 
 
-def _owner_lives(run: str) -> bool:
-    pid, _, started = run.partition("-")
+def _is_owner_alive(owner_run_id: str) -> bool:
+    pid, _, started = owner_run_id.partition("-")
     return pid.isdecimal() and psutil.pid_exists(int(pid)) and _start_time(int(pid)) == started
 
 
@@ -106,8 +107,8 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _same_namespace(pid: int) -> bool:
-    """Whether process numbers mean the same to it: a router in a container names its children by other numbers."""
+def _in_our_pid_namespace(pid: int) -> bool:
+    """Returns whether the process shares our pid namespace: pids in a container's marks mean nothing outside of it."""
     try:
         return Path(f"/proc/{pid}/ns/pid").readlink() == Path("/proc/self/ns/pid").readlink()
     except OSError:
@@ -115,7 +116,7 @@ def _same_namespace(pid: int) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    """When it started, in clock ticks since boot, which no change of the wall clock moves; "" if it is gone."""
+    """Returns the start time in clock ticks since boot, which wall clock changes do not affect; "" if it has exited."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

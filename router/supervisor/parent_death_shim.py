@@ -1,10 +1,11 @@
-"""Becomes the program that it is given, once that program is sure to be told when the router dies.
+"""Executes a program that receives a signal when the router dies.
 
-Run by path: `python -I -S shim.py SIGNAL PARENT_PID PROGRAM ARGUMENT…`. Asks the kernel for SIGNAL at the death of the
-parent and executes PROGRAM in its own place, so the process that the router started *is* the server. Done here and not
-between fork and exec of the router itself, which would run Python in a forked copy of a threaded program.
+Run by path: `python -I -S parent_death_shim.py SIGNAL PARENT_PID PROGRAM ARGUMENT...`. Asks the kernel to send SIGNAL
+when the parent dies (prctl(2), PR_SET_PDEATHSIG), then replaces itself with PROGRAM, so the router's child process is
+the server itself. This runs in a new interpreter rather than in `preexec_fn`, because running Python between fork and
+exec is unsafe in a threaded program.
 
-Uses the standard library only, without site-packages, to start in some 15 ms.
+Uses only the standard library, without site-packages, so that it starts in about 15 ms.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 EXIT_NOT_EXECUTED = 127
-"""The program could not be executed; the reason is the last line of output."""
+"""The program could not be executed; the last line of output says why."""
 EXIT_PARENT_GONE = 126
+"""The parent died before the program was executed."""
 
 
 def main(arguments: list[str]) -> int:
-    number, parent, program = int(arguments[0]), int(arguments[1]), arguments[2]
+    signal_number, parent_pid, program = int(arguments[0]), int(arguments[1]), arguments[2]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
-            sys.stderr.write(f"no parent-death signal: {os.strerror(ctypes.get_errno())}\n")
-    if os.getppid() != parent:  # died before the request reached the kernel, which then never signals
+        if libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0) != 0:
+            sys.stderr.write(f"cannot set the parent-death signal: {os.strerror(ctypes.get_errno())}\n")
+    if os.getppid() != parent_pid:  # it died before prctl, so the kernel will not send the signal
         return EXIT_PARENT_GONE
     try:
         os.execvp(program, arguments[2:])

@@ -1,10 +1,10 @@
-"""One child process and everything that it starts: spawn, listen to, stop politely, then kill the whole group.
+"""A child process and its descendants: start it, read its output, stop it, and kill its process group.
 
-Each child leads a session and process group of its own. It is told (SIGTERM) when the router dies, so that a server can
-take its runners along; what survives even that is found by `sweep`. Knows nothing of Ollama's API or instance states.
+Each child leads its own session and process group. It gets SIGTERM when the router dies, so that a server can stop
+its runners; `orphan_reaper` kills at the next start what survives that.
 
-Uses `subprocess` with a waiting thread rather than asyncio's own subprocesses, for one property: the thread learns of
-the death *without reaping*, so the group is killed while the kernel still reserves its number.
+Uses `subprocess` with a waiting thread instead of asyncio's subprocesses, because the thread can wait for the exit
+without reaping the child. Its process group is then killed while the kernel still reserves the group id.
 """
 
 from __future__ import annotations
@@ -36,20 +36,24 @@ _LAST_OUTPUT_SECONDS = 1.0
 
 
 class BinaryNotFound(Exception):
-    """There is no such executable; the text names it and the way out."""
+    """There is no such executable; the message says what to do."""
 
 
 def find_binary(binary: str, search_path: str | None) -> str:
-    """The executable's absolute path, looked up on `search_path` where it is a bare name. Raises BinaryNotFound."""
-    found = shutil.which(binary, path=search_path)
-    if found is None:
-        where = "on PATH" if os.sep not in binary else "there, or it is not executable"
-        raise BinaryNotFound(f"no executable {binary!r} {where}: install Ollama, or set ollama.binary to its path")
-    return str(Path(found).absolute())
+    """Returns the absolute path of the executable; a bare name is looked up on `search_path`.
+
+    Raises:
+        BinaryNotFound: there is no such executable.
+    """
+    path = shutil.which(binary, path=search_path)
+    if path is None:
+        problem = "is missing or not executable" if os.sep in binary else "is not on PATH"
+        raise BinaryNotFound(f"{binary!r} {problem}: install Ollama, or set ollama.binary to its path")
+    return str(Path(path).absolute())
 
 
-def inheritable(environment: Mapping[str, str]) -> dict[str, str]:
-    """The router's environment less what would steer a server behind the router's back."""
+def inheritable_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns `environment` without variables that would change how a server runs: only the router sets those."""
     return {
         name: value
         for name, value in environment.items()
@@ -58,18 +62,18 @@ def inheritable(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class ChildProcess:
-    """A running child. Made by `spawn`; end it with `stop` or `kill`, and always await `wait_gone`."""
+    """A running child, made by `spawn`. End it with `stop`, or with `kill` and then `wait_gone`."""
 
     def __init__(self, popen: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
         self.pid = popen.pid
         self.returncode: int | None = None
-        """Once it has died: its exit code, or minus the signal that ended it."""
+        """After it exited: its exit code, or minus the number of the signal that killed it."""
         self._popen = popen
         self._on_line = on_line
-        self._rest = b""
+        self._partial_line = b""
         self._loop = asyncio.get_running_loop()
         self.exited = asyncio.Event()
-        """Set when the child itself has died. Its group may live on."""
+        """Set when the child itself has exited. Other processes of its group may still run."""
         self._output_ended = asyncio.Event()
         self._watch_output()
         threading.Thread(target=self._watch_exit, name=f"wait-{self.pid}", daemon=True).start()
@@ -81,13 +85,16 @@ class ChildProcess:
         environment: Mapping[str, str],
         on_line: Callable[[str], None],
     ) -> ChildProcess:
-        """Starts it, with `environment` as its whole environment; standard output and error come as one stream.
+        """Starts a child with exactly this environment. `on_line` gets the lines of its standard output and error.
 
-        Must be called in a thread that lives as long as the child shall: the kernel signals a child when the *thread*
-        that started it ends. Raises OSError where no process can be made; an executable that does not run shows as a
-        death with `parent_death_shim.EXIT_NOT_EXECUTED`.
+        Call it in a thread that lives at least as long as the child: the kernel sends the parent-death signal when the
+        *thread* that started the child ends. A program that cannot be executed shows as an exit with
+        `parent_death_shim.EXIT_NOT_EXECUTED`.
+
+        Raises:
+            OSError: no process can be created.
         """
-        wrapped = [
+        command_with_shim = [
             sys.executable,
             "-I",
             "-S",
@@ -97,7 +104,7 @@ class ChildProcess:
             *command,
         ]
         popen = subprocess.Popen(
-            wrapped,
+            command_with_shim,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -107,62 +114,62 @@ class ChildProcess:
         return cls(popen, on_line)
 
     def terminate(self) -> None:
-        """SIGTERM to the child alone: it takes its runners along."""
+        """Sends SIGTERM to the child only; it stops its own runners."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group; at once, and harmless when nothing is left of it."""
+        """Sends SIGKILL to the whole process group; does nothing if the group is gone."""
         self._signal(signal.SIGKILL, whole_group=True)
 
-    async def stop(self, polite_seconds: float, gone_seconds: float = 10.0) -> bool:
-        """SIGTERM, then at the deadline SIGKILL to the group; what `wait_gone` says."""
+    async def stop(self, grace_seconds: float, kill_timeout_seconds: float = 10.0) -> bool:
+        """Sends SIGTERM, then after `grace_seconds` SIGKILL to the group. Returns what `wait_gone` returns."""
         self.terminate()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(polite_seconds):
+            async with asyncio.timeout(grace_seconds):
                 await self.exited.wait()
-        return await self.wait_gone(gone_seconds)
+        return await self.wait_gone(kill_timeout_seconds)
 
-    async def wait_gone(self, gone_seconds: float = 10.0) -> bool:
-        """Kills what is left of the group and waits until it is gone. False: something withstood SIGKILL till then."""
+    async def wait_gone(self, kill_timeout_seconds: float = 10.0) -> bool:
+        """Kills the rest of the group and waits until it is gone. Returns False if a process is left at the timeout."""
         try:
-            async with asyncio.timeout(gone_seconds):
+            async with asyncio.timeout(kill_timeout_seconds):
                 self.kill()
                 await self.exited.wait()
-                while await asyncio.to_thread(_living_members, self.pid):
+                while await asyncio.to_thread(_running_members, self.pid):
                     self.kill()
                     await asyncio.sleep(_GROUP_POLL_SECONDS)
-                await self.last_output()
+                await self.read_last_output()
         except TimeoutError:
             return False
         finally:
             self._close_output()
             if self.exited.is_set():
-                self._popen.wait()  # reaps; does not block, for it is dead
+                self._popen.wait()  # reaps the child; does not block, because it has exited
         return True
 
-    def _signal(self, number: signal.Signals, whole_group: bool = False) -> None:
+    def _signal(self, signal_number: signal.Signals, whole_group: bool = False) -> None:
         if self._popen.returncode is not None:
-            return  # reaped: the number may belong to another by now
+            return  # reaped: the pid may belong to another process now
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if whole_group:
-                os.killpg(self.pid, number)
+                os.killpg(self.pid, signal_number)
             else:
-                os.kill(self.pid, number)
+                os.kill(self.pid, signal_number)
 
-    async def last_output(self) -> None:
-        """Kills the group and reads to the end of output, or for a second where a stranger holds the pipe open."""
+    async def read_last_output(self) -> None:
+        """Kills the group and reads the remaining output, for at most a second if another process holds the pipe."""
         self.kill()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_OUTPUT_SECONDS):
                 await self._output_ended.wait()
 
-    # --- death ---------------------------------------------------------------------------------------------
+    # --- exit ----------------------------------------------------------------------------------------------
 
     def _watch_exit(self) -> None:
-        died = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        if died is not None:
-            self.returncode = died.si_status if died.si_code == os.CLD_EXITED else -died.si_status
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        if status is not None:
+            self.returncode = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits for the event
             self._loop.call_soon_threadsafe(self.exited.set)
 
     # --- output --------------------------------------------------------------------------------------------
@@ -181,14 +188,14 @@ class ChildProcess:
         if not data:
             self._close_output()
             return
-        *whole, self._rest = (self._rest + data).split(b"\n")
-        for line in whole:
-            self._take_line(line)
-        if len(self._rest) > _LINE_BYTES_MAX:
-            self._take_line(self._rest)
-            self._rest = b""
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
+        for line in lines:
+            self._emit_line(line)
+        if len(self._partial_line) > _LINE_BYTES_MAX:
+            self._emit_line(self._partial_line)
+            self._partial_line = b""
 
-    def _take_line(self, line: bytes) -> None:
+    def _emit_line(self, line: bytes) -> None:
         text = line[:_LINE_BYTES_MAX].decode("utf-8", "replace").rstrip("\r")
         if text:
             self._on_line(text)
@@ -198,16 +205,16 @@ class ChildProcess:
         if not self._popen.stdout.closed:
             self._loop.remove_reader(self._popen.stdout.fileno())
             self._popen.stdout.close()
-            self._take_line(self._rest)
-            self._rest = b""
+            self._emit_line(self._partial_line)
+            self._partial_line = b""
         self._output_ended.set()
 
 
-def _living_members(group: int) -> list[int]:
-    """Processes of the group that are not just waiting to be reaped."""
-    found: list[int] = []
+def _running_members(group: int) -> list[int]:
+    """Returns the pids of the group's processes, without zombies."""
+    pids: list[int] = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
+                pids.append(process.pid)
+    return pids

@@ -1,13 +1,12 @@
-"""Keeps all instances in the state that is wanted of them: one task each, started together, stopped together.
+"""Runs all instances, one task each, and reports every change of their state.
 
-Reports every change of state and decides nothing about requests. Ending `run`, however that happens, ends every process
-that was started.
+However `run` ends, every process that it started has ended too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import aiohttp
 import structlog
@@ -20,14 +19,14 @@ from router.supervisor.instance import Instance, InstanceContext, SupervisorConf
 
 __all__ = ["Supervisor", "SupervisorConfig"]
 
-_GONE_SECONDS = 15.0
-"""Beyond the polite part of a stop: SIGKILL, and the kernel freeing a big process's memory."""
+_KILL_TIMEOUT_SECONDS = 15.0
+"""Extra time for a stop after its timeout: SIGKILL, and the kernel freeing the memory of a large process."""
 
 
 class Supervisor:
-    """Owns the instances. `add` them before or during `run`; all methods belong to `run`'s event loop and thread.
+    """Owns the instances. `add` them before or during `run`. Call all methods in the event loop of `run`.
 
-    That thread must be one that lives as long as the servers shall (see `ChildProcess.spawn`): run it in the main one.
+    Use the main thread: the thread must live at least as long as the servers (see `ChildProcess.spawn`).
     """
 
     def __init__(
@@ -35,137 +34,121 @@ class Supervisor:
     ) -> None:
         self._config = config
         self._instances: dict[InstanceName, Instance] = {}
-        self._around = InstanceContext(config, clock or SystemClock(), self._ask_version, on_change)
+        self._context = InstanceContext(config, clock or SystemClock(), self._probe_version, on_change)
         self._probe: Probe | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[Instance, asyncio.Task[None]] = {}
         self._retiring: set[Instance] = set()
         self._refused: dict[InstanceName, InstanceSpec] = {}
         self._closing = asyncio.Event()
-        self._log = structlog.get_logger("router.fleet")
+        self._log = structlog.get_logger("router.supervisor")
 
     # --- running -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Runs the instances until `stop_all` has stopped them. Cancelled, it kills them."""
+        """Runs the instances until `stop_all` has stopped them. Cancellation kills them."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
             self._probe = version_probe(session)
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 for instance in self._instances.values():
-                    self._begin(instance, tasks)
+                    self._start_task(instance, tasks)
                 await self._closing.wait()
                 for task in self._running.values():
                     task.cancel()
 
     def add(self, spec: InstanceSpec) -> None:
-        """Wants one more instance to run. ValueError if there is one of that name.
+        """Adds an instance and starts it.
 
-        One that is retired and has stopped is there no more: whoever is told of its end may ask for the next at once.
+        A retired instance that has stopped no longer blocks its name: `on_change` may add the next one at once.
+
+        Raises:
+            ValueError: there is an instance of that name.
         """
-        before = self._instances.get(spec.name)
-        if before is not None and not (before in self._retiring and before.view.state is InstanceState.STOPPED):
+        existing = self._instances.get(spec.name)
+        if existing is not None and not (existing in self._retiring and existing.view.state is InstanceState.STOPPED):
             raise ValueError(f"there is an instance {spec.name!r} already")
-        instance = Instance(spec, self._around)
+        instance = Instance(spec, self._context)
         self._instances[spec.name] = instance
         if self._tasks is not None:
-            self._begin(instance, self._tasks)
+            self._start_task(instance, self._tasks)
 
     def refuse(self, spec: InstanceSpec, reason: str) -> None:
-        """What cannot even be tried is told as FATAL, in a moment, and is there until it is retired."""
+        """Reports as FATAL, soon, an instance that cannot be started. It exists until it is retired."""
         self._refused[spec.name] = spec
-        self._tell_soon(InstanceChanged(spec, InstanceState.FATAL, reason))
+        self._report_soon(InstanceChanged(spec, InstanceState.FATAL, reason))
 
-    def _tell_soon(self, change: InstanceChanged) -> None:
-        """Not within the call of somebody who may be told of it himself."""
-        asyncio.get_running_loop().call_soon(self._around.on_change, change)
+    def _report_soon(self, change: InstanceChanged) -> None:
+        """Calls `on_change` from the event loop, because the current caller may be the one who is notified."""
+        asyncio.get_running_loop().call_soon(self._context.on_change, change)
 
-    def _begin(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
+    def _start_task(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
         self._running[instance] = tasks.create_task(instance.run(), name=f"instance {instance.name}")
 
-    async def _ask_version(self, url: str, timeout_seconds: float) -> str:
+    async def _probe_version(self, url: str, timeout_seconds: float) -> str:
         if self._probe is None:
-            raise ProbeFailed("the supervisor does not run")
+            raise ProbeFailed("the supervisor is not running")
         return await self._probe(url, timeout_seconds)
 
-    # --- asking --------------------------------------------------------------------------------------------
-
-    def start(self, name: InstanceName) -> None:
-        """Starts an instance again that is STOPPED or FATAL; in BACKOFF, at once. KeyError for an unknown name."""
-        self._instances[name].start()
-
-    async def drain_and_stop(self, name: InstanceName, idle: Awaitable[object], deadline_seconds: float) -> None:
-        """DRAINING until `idle` is done or the deadline has passed, then stopped. KeyError for an unknown name."""
-        instance = self._instances[name]
-        instance.drain()
-        try:
-            async with asyncio.timeout(deadline_seconds):
-                await idle
-        except TimeoutError:
-            self._log.warning("instance_drain_deadline", instance=name, deadline_seconds=deadline_seconds)
-        instance.stop()
-        await self._stopped(instance)
+    # --- requests ------------------------------------------------------------------------------------------
 
     def retire(self, name: InstanceName) -> None:
-        """Stops an instance for good and forgets it, without waiting for that. KeyError for an unknown name."""
+        """Stops and removes an instance; does not wait for it.
+
+        Raises:
+            KeyError: there is no instance of that name.
+        """
         refused = self._refused.pop(name, None)
         if refused is not None:
-            self._tell_soon(InstanceChanged(refused, InstanceState.STOPPED))
+            self._report_soon(InstanceChanged(refused, InstanceState.STOPPED))
             return
         instance = self._instances[name]
         if self._tasks is not None and instance not in self._retiring:
             self._retiring.add(instance)
-            self._tasks.create_task(self._retire(instance), name=f"end of instance {name}")
+            self._tasks.create_task(self._stop_and_remove(instance), name=f"end of instance {name}")
 
-    async def _retire(self, instance: Instance) -> None:
+    async def _stop_and_remove(self, instance: Instance) -> None:
         instance.stop()
-        await self._stopped(instance)
+        await self._wait_until_stopped(instance)
         if self._instances.get(instance.name) is instance:
             del self._instances[instance.name]
         self._retiring.discard(instance)
         self._running.pop(instance).cancel()
 
     def drain_all(self) -> None:
-        """No instance takes new requests."""
+        """Takes all instances out of service; running requests continue."""
         for instance in self._instances.values():
             instance.drain()
 
     async def stop_all(self) -> None:
-        """Stops all instances at the same time, politely first; then `run` returns. Ends by itself within deadlines."""
+        """Stops all instances concurrently, with SIGTERM first; then `run` returns. Takes bounded time."""
         for instance in self._instances.values():
             instance.stop()
-        await asyncio.gather(*(self._stopped(instance) for instance in self._instances.values()))
+        await asyncio.gather(*(self._wait_until_stopped(instance) for instance in self._instances.values()))
         self._closing.set()
 
     def kill_all(self) -> None:
-        """SIGKILL to every process group, at once: for the second signal. `stop_all` still has to be awaited."""
+        """Sends SIGKILL to every process group at once, as on a second signal. `stop_all` must still be awaited."""
         for instance in self._instances.values():
             instance.kill()
 
-    async def _stopped(self, instance: Instance) -> None:
+    async def _wait_until_stopped(self, instance: Instance) -> None:
         try:
-            async with asyncio.timeout(self._config.stop_timeout_seconds + _GONE_SECONDS):
+            async with asyncio.timeout(self._config.stop_timeout_seconds + _KILL_TIMEOUT_SECONDS):
                 await instance.wait_for(InstanceState.STOPPED)
         except TimeoutError:
             self._log.error("instance_does_not_stop", instance=instance.name, pid=instance.pid)
 
-    # --- reading -------------------------------------------------------------------------------------------
+    # --- state ---------------------------------------------------------------------------------------------
 
     @property
     def views(self) -> tuple[InstanceView, ...]:
         return tuple(instance.view for instance in self._instances.values())
 
-    def view(self, name: InstanceName) -> InstanceView:
-        return self._instances[name].view
-
     def pid(self, name: InstanceName) -> int | None:
-        """The server's process number; None while there is no process, and for attached instances."""
+        """Returns the pid of the server; None while there is no process, and for attached instances."""
         return self._instances[name].pid
 
-    def logs(self, name: InstanceName) -> tuple[str, ...]:
-        """The last lines of output, oldest first; none of an attached instance. KeyError for an unknown name."""
-        return self._instances[name].lines
-
     async def wait_for(self, name: InstanceName, *states: InstanceState) -> None:
-        """Returns when the instance is in one of the states; no deadline of its own."""
+        """Waits, without a deadline, until the instance is in one of the states."""
         await self._instances[name].wait_for(*states)

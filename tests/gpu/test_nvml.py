@@ -1,4 +1,4 @@
-"""The NVML reader over the real nvidia-ml-py, which loads a small shared library compiled here. No GPU is involved."""
+"""The NVML reader over the real nvidia-ml-py and a fake libnvidia-ml.so.1 that is compiled here. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a freshly compiled libnvidia-ml.so.1."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        words = "no C compiler (cc) to build the emulated NVML library with"
+        message = "no C compiler (cc) to build the emulated NVML library with"
         if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(words)
-        pytest.skip(words)
+            pytest.fail(message)
+        pytest.skip(message)
     folder = tmp_path_factory.mktemp("nvml")
     target = folder / "libnvidia-ml.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", target, _SOURCE], check=True, timeout=300)
@@ -54,7 +54,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def read(library: Path) -> Read:
-    """Reads the GPUs some times in a process of its own, because nvidia-ml-py loads its library once and by name."""
+    """Reads the GPUs `times` times in a new process, because nvidia-ml-py loads its library once and by name."""
 
     def run(scenario: str = "", times: int = 1, folder: Path = library) -> Any:
         environment = {"LD_LIBRARY_PATH": str(folder), "FAKE_NVML": scenario, "PATH": os.environ["PATH"]}
@@ -68,7 +68,7 @@ def read(library: Path) -> Read:
     return run
 
 
-def test_both_gpus_are_read_with_every_value(read: Read) -> None:
+def test_all_values_of_all_gpus_are_read(read: Read) -> None:
     ((first, second),) = read()
     assert first == {
         "uuid": "GPU-00000000-1111-2222-3333-444444444444",
@@ -108,7 +108,7 @@ def test_a_driver_without_the_second_memory_call_has_no_reserved_bytes(read: Rea
     assert first["memory_free_bytes"] + first["memory_used_bytes"] == first["memory_total_bytes"]
 
 
-def test_an_older_driver_still_tells_the_processes(read: Read) -> None:
+def test_processes_are_read_from_an_older_driver(read: Read) -> None:
     ((first, _),) = read("oldprocs")
     assert [process["pid"] for process in first["processes"]] == [777, 1234, 4321]
 
@@ -135,28 +135,28 @@ def test_a_gpu_that_was_lost_before_the_start_hides_no_other(read: Read) -> None
     assert only["index"] == 0
 
 
-def test_a_partitioned_gpu_is_its_partitions(read: Read) -> None:
-    ((whole, *parts),) = read("mig")
+def test_a_gpu_in_mig_mode_is_replaced_by_its_mig_devices(read: Read) -> None:
+    ((whole, *mig_devices),) = read("mig")
     assert whole["uuid"].startswith("GPU-")
-    assert [(part["uuid"], part["index"]) for part in parts] == [
+    assert [(device["uuid"], device["index"]) for device in mig_devices] == [
         ("MIG-00000000-0000-0000-0000-000000000000", 2),
         ("MIG-00000000-0000-0000-0000-000000000001", 3),
     ]
-    assert {part["memory_total_bytes"] for part in parts} == {10 * _GIB}
-    assert {part["temperature_celsius"] for part in parts} == {41}
-    assert {part["bandwidth"] for part in parts} == {None}
+    assert {device["memory_total_bytes"] for device in mig_devices} == {10 * _GIB}
+    assert {device["temperature_celsius"] for device in mig_devices} == {41}
+    assert {device["bandwidth"] for device in mig_devices} == {None}
 
 
-def test_no_gpu_is_said(read: Read) -> None:
-    assert read("none") == "the NVIDIA driver is there, but no GPU is"
+def test_the_reason_says_that_there_is_no_gpu(read: Read) -> None:
+    assert read("none") == "the NVIDIA driver is installed, but it found no GPU"
 
 
-def test_a_driver_that_does_not_answer_is_said_in_its_words(read: Read) -> None:
+def test_the_reason_has_the_drivers_error(read: Read) -> None:
     reason = read("noinit")
     assert reason.startswith("the NVIDIA driver does not answer: ")
     assert "mismatch" in reason
 
 
-def test_a_library_that_cannot_be_loaded_is_said(read: Read, tmp_path: Path) -> None:
+def test_the_reason_names_a_library_that_cannot_be_loaded(read: Read, tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_bytes(b"not a library")
     assert "libnvidia-ml.so.1" in read(folder=tmp_path)

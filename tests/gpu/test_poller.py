@@ -18,10 +18,10 @@ def gpu(used: int = 0) -> Gpu:
 
 
 class Reader:
-    """A reader that waits for leave to answer, and notes who called."""
+    """A reader that blocks until `may_return` is set, and records the calling threads."""
 
     def __init__(self) -> None:
-        self.leave = threading.Event()
+        self.may_return = threading.Event()
         self.reads = 0
         self.threads: set[int] = set()
         self.closed = False
@@ -30,7 +30,7 @@ class Reader:
     def read(self) -> tuple[Gpu, ...]:
         self.reads += 1
         self.threads.add(threading.get_ident())
-        assert self.leave.wait(20)
+        assert self.may_return.wait(20)
         if self.error is not None:
             raise self.error
         return (gpu(self.reads),)
@@ -40,9 +40,9 @@ class Reader:
         self.closed = True
 
 
-async def test_readings_share_one_thread_that_is_not_the_loops() -> None:
+async def test_all_readings_run_in_one_thread_other_than_the_event_loops() -> None:
     reader = Reader()
-    reader.leave.set()
+    reader.may_return.set()
     poller = GpuPoller(reader)
     assert [(await poller.read())[0].memory_used_bytes for _ in range(3)] == [1, 2, 3]
     await poller.close()
@@ -51,66 +51,66 @@ async def test_readings_share_one_thread_that_is_not_the_loops() -> None:
     assert threading.get_ident() not in reader.threads
 
 
-async def test_the_loop_goes_on_while_a_driver_hangs_and_a_late_answer_is_not_taken_for_a_new_one() -> None:
+async def test_a_hanging_driver_does_not_block_the_loop_and_a_late_reading_is_discarded() -> None:
     reader = Reader()
     poller = GpuPoller(reader, timeout_seconds=0.05)
     for _ in range(3):
         with pytest.raises(GpuReadTimeout, match=r"reading the GPUs took longer than 0\.05 s"):
             await poller.read()
     assert reader.reads == 1
-    reader.leave.set()
-    seen: list[int] = []
+    reader.may_return.set()
+    readings: list[int] = []
 
     async def answered() -> bool:
         with contextlib.suppress(GpuReadTimeout):
-            seen.append((await poller.read())[0].memory_used_bytes)
-        return bool(seen)
+            readings.append((await poller.read())[0].memory_used_bytes)
+        return bool(readings)
 
     await eventually(answered)
-    assert seen[0] >= 2
+    assert readings[0] >= 2
     await poller.close()
 
 
-async def test_a_late_failure_is_nobodys_and_the_next_reading_is_made() -> None:
+async def test_a_late_error_is_discarded_and_the_next_reading_is_made() -> None:
     reader = Reader()
     reader.error = RuntimeError("the driver says no")
     poller = GpuPoller(reader, timeout_seconds=1.0)  # the second reading must end within it
     with pytest.raises(GpuReadTimeout):
         await poller.read()
-    reader.leave.set()
+    reader.may_return.set()
     with pytest.raises(RuntimeError, match="the driver says no"):
         await poller.read()
     assert reader.reads == 2
     await poller.close()
 
 
-async def test_two_who_ask_at_once_share_a_reading() -> None:
+async def test_concurrent_reads_share_a_reading() -> None:
     reader = Reader()
     poller = GpuPoller(reader)
     async with asyncio.TaskGroup() as tasks:
-        asked = [tasks.create_task(poller.read()) for _ in range(2)]
+        reads = [tasks.create_task(poller.read()) for _ in range(2)]
         await eventually(lambda: reader.reads == 1)
-        reader.leave.set()
-    assert [task.result()[0].memory_used_bytes for task in asked] == [1, 1]
+        reader.may_return.set()
+    assert [task.result()[0].memory_used_bytes for task in reads] == [1, 1]
     assert reader.reads == 1
     await poller.close()
 
 
-async def test_who_leaves_takes_no_reading_from_the_others() -> None:
+async def test_a_cancelled_read_does_not_cancel_the_shared_reading() -> None:
     reader = Reader()
     poller = GpuPoller(reader)
     async with asyncio.TaskGroup() as tasks:
-        leaver, stayer = tasks.create_task(poller.read()), tasks.create_task(poller.read())
+        cancelled, kept = tasks.create_task(poller.read()), tasks.create_task(poller.read())
         await eventually(lambda: reader.reads == 1)
-        leaver.cancel()
-        reader.leave.set()
-        assert (await stayer)[0].memory_used_bytes == 1
+        cancelled.cancel()
+        reader.may_return.set()
+        assert (await kept)[0].memory_used_bytes == 1
     await poller.close()
 
 
-async def test_the_readers_error_reaches_whoever_reads_and_the_next_reading_works() -> None:
+async def test_the_readers_error_reaches_the_caller_and_the_next_reading_works() -> None:
     reader = Reader()
-    reader.leave.set()
+    reader.may_return.set()
     poller = GpuPoller(reader)
     reader.error = RuntimeError("the driver says no")
     with pytest.raises(RuntimeError, match="the driver says no"):
@@ -120,7 +120,7 @@ async def test_the_readers_error_reaches_whoever_reads_and_the_next_reading_work
     await poller.close()
 
 
-async def test_closing_waits_for_the_reading_under_way_only_up_to_the_deadline() -> None:
+async def test_close_waits_for_the_current_reading_until_the_deadline() -> None:
     reader = Reader()
     poller = GpuPoller(reader, timeout_seconds=0.05)
     with pytest.raises(GpuReadTimeout):
@@ -129,5 +129,5 @@ async def test_closing_waits_for_the_reading_under_way_only_up_to_the_deadline()
         await poller.close()
     with pytest.raises(RuntimeError, match="closed"):
         await poller.read()
-    reader.leave.set()
+    reader.may_return.set()
     await eventually(lambda: reader.closed)

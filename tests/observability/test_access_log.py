@@ -1,4 +1,4 @@
-"""What one request leaves behind: a log line, and numbers that add up as Prometheus reads them."""
+"""Access log lines and request metrics."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from router.observability.metrics import BUCKETS_SECONDS, Metrics
 from router.observability.request_record import RequestRecord
 
 
-def _served(arrived_at: float = 0.0, first: float = 0.3) -> RequestRecord:
+def _served(arrived_at: float = 0.0, time_to_first_token: float = 0.3) -> RequestRecord:
     info = RequestRecord("r1", "127.0.0.1", "/api/chat", arrived_at, model="tiny:latest", instance=InstanceName("gpu0"))
     info.granted_at = arrived_at + 0.1
     info.exchange = record = Exchange(started=lambda: 0.0)
-    record.first_byte_at, record.last_byte_at = arrived_at + first, arrived_at + first + 1.0
+    first_byte_at = arrived_at + time_to_first_token
+    record.first_byte_at, record.last_byte_at = first_byte_at, first_byte_at + 1.0
     record.bytes_out, record.chunks = 77, 11
     record.tail = b'{"done":true,"prompt_eval_count":3,"eval_count":10}'
     return info
@@ -36,7 +37,7 @@ def _samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], 
     }
 
 
-def test_requests_are_counted_as_they_ended() -> None:
+def test_finished_requests_are_counted_and_logged_by_status() -> None:
     metrics, lines = Metrics(), list[tuple[str, dict[str, object]]]()
     log = AccessLog(metrics, lambda: 2.0, lambda level, values: lines.append((level, values)))
     for _ in range(2):
@@ -45,36 +46,36 @@ def test_requests_are_counted_as_they_ended() -> None:
     assert not log.idle.is_set()
     log.ended(RequestRecord("r2", "127.0.0.1", "other", 1.0, error_code="not_found"), "GET", "/nope", 502)
     assert log.idle.is_set()
-    found = _samples(metrics)
+    samples = _samples(metrics)
     model = (("model", "tiny:latest"),)
-    assert found["llamayard_requests_total", (*model, ("route", "/api/chat"), ("status", "200"))] == 1
-    assert found["llamayard_requests_total", (("model", ""), ("route", "other"), ("status", "502"))] == 1
-    assert found["llamayard_requests_running", ()] == 0
-    assert found["llamayard_tokens_total", (*model, ("type", "generation"))] == 10
-    assert found["llamayard_time_to_first_token_seconds_sum", model] == 0.3
-    assert found["llamayard_request_queue_time_seconds_count", model] == 1
-    assert found["llamayard_request_duration_seconds_bucket", (("le", "2.5"), *model)] == 1
-    assert found["llamayard_request_duration_seconds_bucket", (("le", "1.0"), *model)] == 0
+    assert samples["llamayard_requests_total", (*model, ("route", "/api/chat"), ("status", "200"))] == 1
+    assert samples["llamayard_requests_total", (("model", ""), ("route", "other"), ("status", "502"))] == 1
+    assert samples["llamayard_requests_running", ()] == 0
+    assert samples["llamayard_tokens_total", (*model, ("type", "generation"))] == 10
+    assert samples["llamayard_time_to_first_token_seconds_sum", model] == 0.3
+    assert samples["llamayard_request_queue_time_seconds_count", model] == 1
+    assert samples["llamayard_request_duration_seconds_bucket", (("le", "2.5"), *model)] == 1
+    assert samples["llamayard_request_duration_seconds_bucket", (("le", "1.0"), *model)] == 0
     (level, first), (worse, second) = lines
     assert (level, worse, second["error"]) == ("info", "warning", "not_found")
     assert (first["output_tokens"], first["chunks_per_second"], first["bytes"]) == (10, 10.0, 77)
 
 
-def test_each_time_is_in_all_buckets_from_its_own_on() -> None:
+def test_histogram_buckets_are_cumulative() -> None:
     metrics = Metrics()
     log = AccessLog(metrics, lambda: 0.0, lambda *_: None)
     times = (*BUCKETS_SECONDS, 0.0, 1000.0)
-    for first in times:
+    for time_to_first_token in times:
         log.began()
-        log.ended(_served(first=first), "POST", "/api/chat", 200)
-    found = _samples(metrics)
+        log.ended(_served(time_to_first_token=time_to_first_token), "POST", "/api/chat", 200)
+    samples = _samples(metrics)
     for bound in (*map(str, BUCKETS_SECONDS), "+Inf"):
         labels = (("le", bound), ("model", "tiny:latest"))
-        below = sum(first <= float(bound) for first in times)
-        assert found["llamayard_time_to_first_token_seconds_bucket", labels] == below
+        expected = sum(time <= float(bound) for time in times)
+        assert samples["llamayard_time_to_first_token_seconds_bucket", labels] == expected
 
 
-async def test_lines_are_written_some_at_a_time_as_json() -> None:
+async def test_access_log_lines_are_written_as_json_in_batches() -> None:
     written = list[str]()
     lines = RequestLines("info", written.append)
     lines("debug", {"event": "no"})
@@ -89,7 +90,7 @@ async def test_lines_are_written_some_at_a_time_as_json() -> None:
     assert len(written) == 1
 
 
-async def test_lines_are_out_soon_without_being_asked_for() -> None:
+async def test_access_log_lines_are_written_without_a_flush() -> None:
     out = asyncio.get_running_loop().create_future()
     RequestLines("info", out.set_result)("info", {"event": "request"})
     assert json.loads(await asyncio.wait_for(out, 10.0))["event"] == "request"

@@ -1,4 +1,4 @@
-"""Real small child processes, a clock that tests move by hand, and a check that no process is left behind."""
+"""A supervisor over real small processes, a manual clock, and a check that no process is left behind."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import pytest
 
 from router.domain.events import InstanceChanged
 from router.domain.gpu import GpuUuid
-from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.supervisor.orphan_reaper import run_id
 from router.supervisor.ports import free_ports
-from router.supervisor.process import inheritable
+from router.supervisor.process import inheritable_environment
 from router.supervisor.supervisor import Supervisor, SupervisorConfig
 from tests.support.waiting import eventually, eventually_sync
 
@@ -40,13 +40,13 @@ def is_alive(pid: int) -> bool:
 
 @dataclass
 class Marked:
-    """Processes of one test, known by a variable that all of them inherit."""
+    """The processes of one test, found by an environment variable that they inherit."""
 
     value: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**inheritable(os.environ), _MARK: self.value}
+        return {**inheritable_environment(os.environ), _MARK: self.value}
 
     def alive(self) -> list[psutil.Process]:
         found: list[psutil.Process] = []
@@ -59,7 +59,7 @@ class Marked:
 
 @pytest.fixture
 def marked() -> Generator[Marked]:
-    """The environment for a test's children; the test fails if one of them outlives it, and the leftover is killed."""
+    """The environment for a test's children. The test fails if one of them outlives it; leftovers are killed."""
     mark = Marked()
     yield mark
     left = mark.alive()
@@ -70,7 +70,7 @@ def marked() -> Generator[Marked]:
 
 
 class ManualClock:
-    """Time stands still until a test moves it; who sleeps is known."""
+    """A clock that only `advance` moves; `waits` shows who sleeps."""
 
     def __init__(self) -> None:
         self._now = 1000.0
@@ -87,7 +87,7 @@ class ManualClock:
 
     @property
     def waits(self) -> list[float]:
-        """Seconds that the sleepers still have to sleep, shortest first."""
+        """Remaining seconds of all sleepers, shortest first."""
         return sorted(until - self._now for until, _, future in self._sleepers if not future.done())
 
     def advance(self, seconds: float) -> None:
@@ -100,7 +100,7 @@ class ManualClock:
 
 @dataclass
 class Fleet:
-    """A running supervisor over fake servers, and what it reported."""
+    """A running supervisor over fake servers, and the changes it reported."""
 
     supervisor: Supervisor
     folder: Path
@@ -115,6 +115,15 @@ class Fleet:
         async with asyncio.timeout(DEADLINE_SECONDS):
             await self.supervisor.wait_for(InstanceName(name), state)
         return next(change for change in reversed(self.changes) if change.spec.name == name and change.state is state)
+
+    def view(self, name: str = "a") -> InstanceView:
+        return next(view for view in self.supervisor.views if view.spec.name == name)
+
+    async def end_backoff(self) -> None:
+        """Moves the clock to the end of the wait before the next start. Only the restarting instance may be waiting."""
+        await eventually(lambda: self.clock.waits)
+        (wait,) = self.clock.waits
+        self.clock.advance(wait)
 
     def pid(self, name: str = "a") -> int:
         pid = self.supervisor.pid(InstanceName(name))
@@ -134,14 +143,16 @@ class Fleet:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         (port,) = free_ports(1, seed=next(_seeds))
-        own = {
+        server_environment = {
             "OLLAMA_HOST": f"127.0.0.1:{port}",
             "CUDA_VISIBLE_DEVICES": ",".join(gpus) or "-1",
             "FAKE_DIR": str(folder),
             "FAKE_PLAY": play,
         }
         uuids = tuple(GpuUuid(gpu) for gpu in gpus)
-        return InstanceSpec(InstanceName(name), uuids, f"http://127.0.0.1:{port}", environment={**own, **environment})
+        return InstanceSpec(
+            InstanceName(name), uuids, f"http://127.0.0.1:{port}", environment={**server_environment, **environment}
+        )
 
     def add(self, name: str = "a", play: str = "", gpus: tuple[str, ...] = (), **environment: str) -> InstanceSpec:
         spec = self.spec(name, play, gpus, **environment)
@@ -149,18 +160,18 @@ class Fleet:
         return spec
 
     def attach(self, name: str, url: str) -> InstanceSpec:
-        """Follows a server that something else runs."""
+        """Adds an attached instance: a server that something else runs."""
         spec = InstanceSpec(InstanceName(name), (), url, attached=True)
         self.supervisor.add(spec)
         return spec
 
-    async def beat(self, seconds: float, until: Callable[[], bool]) -> None:
-        """Moves the clock on by so much whenever somebody waits for it, until the condition has come true."""
+    async def advance_until(self, seconds: float, condition: Callable[[], bool]) -> None:
+        """Advances the clock by `seconds` whenever a task sleeps on it, until the condition is true."""
 
         def step() -> bool:
-            if not until() and self.clock.waits:
+            if not condition() and self.clock.waits:
                 self.clock.advance(seconds)
-            return until()
+            return condition()
 
         await eventually(step)
 
@@ -172,8 +183,8 @@ MakeFleet = Callable[..., "contextlib.AbstractAsyncContextManager[Fleet]"]
 
 @pytest.fixture
 def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
-    """`async with make_fleet() as fleet`: a supervisor runs inside the block and is stopped at its end. `also` is told
-    of changes as the engine is."""
+    """`async with make_fleet() as fleet`: a supervisor runs inside the block and is stopped at its end. `also` is
+    called with every change, like the controller."""
 
     @contextlib.asynccontextmanager
     async def running(
@@ -191,12 +202,12 @@ def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
         changes: list[InstanceChanged] = []
         clock = ManualClock()
 
-        def told(change: InstanceChanged) -> None:
+        def on_change(change: InstanceChanged) -> None:
             changes.append(change)
             if also is not None:
                 also(change)
 
-        supervisor = Supervisor(config, told, clock)
+        supervisor = Supervisor(config, on_change, clock)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(supervisor.run())
             try:

@@ -1,14 +1,14 @@
-"""A small server for the supervisor's tests: answers `/api/version`, can start a runner, and misbehaves when told to.
+"""A small server for the supervisor's tests: answers `/api/version`, can start a runner, and can misbehave.
 
-Emulates only what a supervisor sees of a process. FAKE_PLAY is a list of words:
+Emulates only what a supervisor sees of a process. FAKE_PLAY is a comma-separated list of behaviours:
   runner     starts a child in its process group, as Ollama does for a model
-  deaf       ignores SIGTERM            exit3     ends with code 3 after two lines
-  mute       never listens              cpu       reports that it computes on the CPU
-  onegpu    reports only the first of its GPUs
+  deaf       ignores SIGTERM            exit3      exits with code 3 after two lines
+  mute       never listens              cpu        reports only the CPU
+  onegpu     reports only the first of its GPUs
   numbered   reports GPUs by number, as servers from 0.30 do
-  half       writes a line without an end and dies
-In the folder FAKE_DIR: its `version` answers, `hang` makes it answer nothing while it exists and `ill` an error, each
-start adds a line to `starts`, `runner` has the runner's pid.
+  half       writes an unterminated line and exits
+Files in FAKE_DIR: `version` overrides the version; while `hang` exists, requests hang; while `ill` exists, they fail.
+Each start appends the pid to `starts`; `runner` has the runner's pid.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             threading.Event().wait(0.02)
         version = FOLDER / "version"
         text = json.dumps({"version": version.read_text().strip() if version.exists() else "1.2.3"}).encode()
-        good = 500 if (FOLDER / "ill").exists() else 200
-        self.send_response(good if self.path == "/api/version" else 404)
+        status = 500 if (FOLDER / "ill").exists() else 200
+        self.send_response(status if self.path == "/api/version" else 404)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)

@@ -1,4 +1,4 @@
-"""Supervised servers as real processes: ready, dead, hung, wrong, drained, stopped, and never left behind."""
+"""Supervised servers as real processes: start, failure, restart, drain and stop, without leaving any process behind."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from tests.support.waiting import eventually
 S = InstanceState
 A = InstanceName("a")
 GPU, OTHER = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
-GIVES_UP_AT_ONCE = RestartPolicy(quick_deaths_max=1)
+FATAL_AT_FIRST_FAILURE = RestartPolicy(quick_deaths_max=1)
 
 
-async def test_a_server_is_started_and_ready_when_it_answers(make_fleet: MakeFleet) -> None:
+async def test_a_server_is_ready_once_it_answers(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         spec = fleet.add()
         ready = await fleet.reaches(S.READY)
         assert fleet.states() == [S.STARTING, S.READY]
         assert (ready.version, ready.reason, ready.spec) == ("1.2.3", "", spec)
-        assert fleet.supervisor.view(A).version == "1.2.3"
+        assert fleet.view().version == "1.2.3"
         assert is_alive(fleet.pid())
-        assert "listening" in fleet.supervisor.logs(A)
 
 
-async def test_a_server_with_its_gpus_is_ready_however_it_names_them(make_fleet: MakeFleet) -> None:
+async def test_gpus_reported_by_uuid_or_by_number_make_a_server_ready(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add("a", gpus=(GPU, OTHER))
         fleet.add("b", "numbered", gpus=(GPU, OTHER))
@@ -40,33 +39,33 @@ async def test_a_server_with_its_gpus_is_ready_however_it_names_them(make_fleet:
 
 
 @pytest.mark.parametrize("play", ["cpu", "onegpu"])
-async def test_a_server_that_does_not_see_its_gpus_is_not_used(make_fleet: MakeFleet, play: str) -> None:
-    # of some GPUs only the server may still report the others: that is waited for, long enough for a busy machine
-    async with make_fleet(restart=GIVES_UP_AT_ONCE, start_timeout_seconds=5.0) as fleet:
+async def test_a_server_that_does_not_see_its_gpus_never_becomes_ready(make_fleet: MakeFleet, play: str) -> None:
+    # A server may report its GPUs one by one, so it is given time for the rest: enough on a busy machine.
+    async with make_fleet(restart=FATAL_AT_FIRST_FAILURE, start_timeout_seconds=5.0) as fleet:
         fleet.add("a", play, gpus=(GPU, OTHER))
         fatal = await fleet.reaches(S.FATAL)
         missing = f"{GPU}, {OTHER}" if play == "cpu" else OTHER
-        seen = "cpu (cpu)" if play == "cpu" else f"{GPU} (CUDA)"
-        assert f"does not see its GPUs {missing}: it reports {seen}" in fatal.reason
+        reported = "cpu (cpu)" if play == "cpu" else f"{GPU} (CUDA)"
+        assert f"does not see its GPUs {missing}: it reports {reported}" in fatal.reason
         assert S.READY not in fleet.states()
 
 
-async def test_a_server_that_never_listens_is_given_up_at_the_deadline(make_fleet: MakeFleet) -> None:
-    async with make_fleet(restart=GIVES_UP_AT_ONCE, start_timeout_seconds=0.5) as fleet:
+async def test_a_server_that_never_listens_fails_at_the_start_timeout(make_fleet: MakeFleet) -> None:
+    async with make_fleet(restart=FATAL_AT_FIRST_FAILURE, start_timeout_seconds=0.5) as fleet:
         fleet.add(play="mute")
         fatal = await fleet.reaches(S.FATAL)
         assert "was not ready within 0.5 s" in fatal.reason
 
 
-async def test_a_server_that_dies_is_started_again_after_a_wait_that_is_told(make_fleet: MakeFleet) -> None:
+async def test_a_killed_server_is_restarted_after_the_wait_that_its_reason_states(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add(play="runner")
         await fleet.reaches(S.READY)
         runner = fleet.runner()
         os.kill(fleet.pid(), signal.SIGKILL)
         backoff = await fleet.reaches(S.BACKOFF)
-        assert "died by signal 9; its last lines: listening" in backoff.reason
-        assert backoff.reason.endswith("again in 1 s")
+        assert "was killed by signal 9; last lines: listening" in backoff.reason
+        assert backoff.reason.endswith("restart in 1 s")
         assert backoff.version is None
         await eventually(lambda: fleet.clock.waits)
         assert fleet.supervisor.pid(A) is None
@@ -78,7 +77,7 @@ async def test_a_server_that_dies_is_started_again_after_a_wait_that_is_told(mak
         assert fleet.starts() == 2
 
 
-async def test_waits_grow_and_after_quick_deaths_in_a_row_it_is_left_down_with_its_last_words(
+async def test_waits_grow_until_repeated_quick_failures_are_fatal_with_the_last_lines(
     make_fleet: MakeFleet,
 ) -> None:
     async with make_fleet(restart=RestartPolicy(quick_deaths_max=4)) as fleet:
@@ -94,77 +93,68 @@ async def test_waits_grow_and_after_quick_deaths_in_a_row_it_is_left_down_with_i
         assert waits == [1.0, 2.0, 4.0]
         assert fleet.states() == [S.STARTING, S.BACKOFF] * 3 + [S.STARTING, S.FATAL]
         assert fatal.reason == (
-            "failed 4 times in a row and is left down; ended with exit code 3; "
-            "its last lines: first line | Error: something is wrong"
+            "failed 4 times in a row and is not restarted; exited with code 3; "
+            "last lines: first line | Error: something is wrong"
         )
         assert fleet.clock.waits == []
 
 
-async def test_a_long_life_makes_the_next_wait_short_again(make_fleet: MakeFleet) -> None:
+async def test_a_long_uptime_resets_the_wait(make_fleet: MakeFleet) -> None:
     async with make_fleet(health_interval_seconds=1e9) as fleet:
         fleet.add()
-        for lived, words in ((0.0, "again in 1 s"), (5.0, "again in 2 s"), (31.0, "again in 1 s")):
+        for uptime, reason_end in ((0.0, "restart in 1 s"), (5.0, "restart in 2 s"), (31.0, "restart in 1 s")):
             await fleet.reaches(S.READY)
-            fleet.clock.advance(lived)
+            fleet.clock.advance(uptime)
             os.kill(fleet.pid(), signal.SIGKILL)
-            assert (await fleet.reaches(S.BACKOFF)).reason.endswith(words)
-            fleet.supervisor.start(A)
+            assert (await fleet.reaches(S.BACKOFF)).reason.endswith(reason_end)
+            await fleet.end_backoff()
             await eventually(lambda: fleet.states()[-1] is S.READY)
 
 
-async def test_asked_to_start_a_failed_server_starts_at_once(make_fleet: MakeFleet) -> None:
-    async with make_fleet(restart=GIVES_UP_AT_ONCE) as fleet:
-        fleet.add(play="exit3")
-        await fleet.reaches(S.FATAL)
-        fleet.supervisor.start(A)
-        await eventually(lambda: fleet.starts() == 2)
-        await fleet.reaches(S.FATAL)
-
-
-async def test_a_program_that_is_not_there_is_told_plainly(make_fleet: MakeFleet) -> None:
-    async with make_fleet(restart=GIVES_UP_AT_ONCE, command=("/nonexistent/ollama", "serve")) as fleet:
+async def test_a_missing_program_is_named_in_the_reason(make_fleet: MakeFleet) -> None:
+    async with make_fleet(restart=FATAL_AT_FIRST_FAILURE, command=("/nonexistent/ollama", "serve")) as fleet:
         fleet.add()
         fatal = await fleet.reaches(S.FATAL)
-        assert "/nonexistent/ollama does not run" in fatal.reason
+        assert "/nonexistent/ollama cannot be executed" in fatal.reason
         assert "No such file or directory" in fatal.reason
 
 
-async def test_a_line_without_an_end_is_among_the_last_words(make_fleet: MakeFleet) -> None:
-    async with make_fleet(restart=GIVES_UP_AT_ONCE) as fleet:
+async def test_an_unterminated_line_is_among_the_last_lines(make_fleet: MakeFleet) -> None:
+    async with make_fleet(restart=FATAL_AT_FIRST_FAILURE) as fleet:
         fleet.add(play="half")
         assert "an end without a newline" in (await fleet.reaches(S.FATAL)).reason
 
 
-async def test_a_server_that_hangs_is_killed_and_started_again(make_fleet: MakeFleet) -> None:
+async def test_a_hanging_server_is_killed_and_restarted(make_fleet: MakeFleet) -> None:
     async with make_fleet(health_timeout_seconds=0.3, health_misses_max=2, health_interval_seconds=5.0) as fleet:
         fleet.add(play="runner")
         await fleet.reaches(S.READY)
-        hung = (fleet.pid(), fleet.runner())
+        hung_pids = (fleet.pid(), fleet.runner())
         (fleet.folder / "a" / "hang").touch()
         for _ in range(2):
             await eventually(lambda: fleet.clock.waits)
             fleet.clock.advance(5.0)
         backoff = await fleet.reaches(S.BACKOFF)
-        assert "hangs: 2 health checks in a row failed, the last with:" in backoff.reason
+        assert "hangs: 2 health checks in a row failed; the last one:" in backoff.reason
         assert "does not answer within 0.3 s" in backoff.reason
         await eventually(lambda: fleet.supervisor.pid(A) is None)
-        assert not any(is_alive(pid) for pid in hung)
+        assert not any(is_alive(pid) for pid in hung_pids)
         (fleet.folder / "a" / "hang").unlink()
-        fleet.supervisor.start(A)
+        await fleet.end_backoff()
         await fleet.reaches(S.READY)
 
 
-async def test_one_missed_health_check_is_no_failure(make_fleet: MakeFleet) -> None:
+async def test_a_single_failed_health_check_is_not_a_failure(make_fleet: MakeFleet) -> None:
     async with make_fleet(health_misses_max=2, health_interval_seconds=5.0) as fleet:
         fleet.add()
         await fleet.reaches(S.READY)
-        ill = fleet.folder / "a" / "ill"
+        fail_marker = fleet.folder / "a" / "ill"
         for _ in range(3):
             await eventually(lambda: fleet.clock.waits)
-            ill.touch()
+            fail_marker.touch()
             fleet.clock.advance(5.0)
             await eventually(lambda: fleet.clock.waits)
-            ill.unlink()
+            fail_marker.unlink()
             fleet.clock.advance(5.0)
         await eventually(lambda: fleet.clock.waits)
         assert fleet.states() == [S.STARTING, S.READY]
@@ -173,32 +163,21 @@ async def test_one_missed_health_check_is_no_failure(make_fleet: MakeFleet) -> N
 # --- stopping ---------------------------------------------------------------------------------------------------
 
 
-async def test_draining_waits_for_the_running_requests_and_then_stops(make_fleet: MakeFleet) -> None:
+async def test_a_draining_server_keeps_running_until_it_is_stopped(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add(play="runner")
         await fleet.reaches(S.READY)
-        pids, idle = (fleet.pid(), fleet.runner()), asyncio.Event()
-        stopping = asyncio.ensure_future(fleet.supervisor.drain_and_stop(A, idle.wait(), 60.0))
+        pids = (fleet.pid(), fleet.runner())
+        fleet.supervisor.drain_all()
         await fleet.reaches(S.DRAINING)
         assert is_alive(pids[0])
-        assert fleet.supervisor.view(A).version == "1.2.3"
-        idle.set()
-        await stopping
+        assert fleet.view().version == "1.2.3"
+        await fleet.supervisor.stop_all()
         assert fleet.states()[-3:] == [S.DRAINING, S.STOPPING, S.STOPPED]
         assert not any(is_alive(pid) for pid in pids)
-        fleet.supervisor.start(A)
-        await fleet.reaches(S.READY)
 
 
-async def test_draining_ends_at_its_deadline(make_fleet: MakeFleet) -> None:
-    async with make_fleet() as fleet:
-        fleet.add()
-        await fleet.reaches(S.READY)
-        await fleet.supervisor.drain_and_stop(A, asyncio.Event().wait(), 0.05)
-        assert fleet.states()[-1] is S.STOPPED
-
-
-async def test_a_server_that_dies_while_it_drains_stays_down(make_fleet: MakeFleet) -> None:
+async def test_a_server_that_dies_while_draining_is_not_restarted(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add()
         await fleet.reaches(S.READY)
@@ -210,7 +189,7 @@ async def test_a_server_that_dies_while_it_drains_stays_down(make_fleet: MakeFle
         assert fleet.starts() == 1
 
 
-async def test_a_server_that_is_not_ready_yet_is_stopped_instead_of_drained(make_fleet: MakeFleet) -> None:
+async def test_draining_a_server_that_is_not_ready_stops_it(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add(play="mute")
         await eventually(lambda: fleet.starts() == 1)
@@ -219,7 +198,7 @@ async def test_a_server_that_is_not_ready_yet_is_stopped_instead_of_drained(make
         assert S.DRAINING not in fleet.states()
 
 
-async def test_a_server_in_backoff_is_stopped_without_another_start(make_fleet: MakeFleet) -> None:
+async def test_a_server_in_backoff_stops_without_another_start(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add(play="exit3")
         await fleet.reaches(S.BACKOFF)
@@ -228,7 +207,9 @@ async def test_a_server_in_backoff_is_stopped_without_another_start(make_fleet: 
         assert fleet.starts() == 1
 
 
-async def test_a_deaf_server_and_its_runner_are_killed_at_the_deadline(make_fleet: MakeFleet) -> None:
+async def test_a_server_that_ignores_sigterm_is_killed_with_its_runner_at_the_stop_timeout(
+    make_fleet: MakeFleet,
+) -> None:
     async with make_fleet(stop_timeout_seconds=0.2) as fleet:
         fleet.add(play="deaf,runner")
         await fleet.reaches(S.READY)
@@ -238,7 +219,7 @@ async def test_a_deaf_server_and_its_runner_are_killed_at_the_deadline(make_flee
         assert not any(is_alive(pid) for pid in pids)
 
 
-async def test_a_second_signal_kills_without_waiting(make_fleet: MakeFleet) -> None:
+async def test_kill_all_kills_without_waiting_for_the_stop_timeout(make_fleet: MakeFleet) -> None:
     async with make_fleet(stop_timeout_seconds=60.0) as fleet:
         fleet.add(play="deaf,runner")
         await fleet.reaches(S.READY)
@@ -250,8 +231,8 @@ async def test_a_second_signal_kills_without_waiting(make_fleet: MakeFleet) -> N
         assert not any(is_alive(pid) for pid in pids)
 
 
-async def test_a_cancelled_supervisor_leaves_no_process(make_fleet: MakeFleet) -> None:
-    """As when the router fails elsewhere: the block ends by an error, not by a stop."""
+async def test_a_cancelled_supervisor_leaves_no_process_behind(make_fleet: MakeFleet) -> None:
+    """As when another part of the router fails: the block ends by an error, not by `stop_all`."""
     pids: list[int] = []
     with pytest.raises(ExceptionGroup) as failure:
         async with make_fleet() as fleet:
@@ -267,7 +248,7 @@ async def test_a_cancelled_supervisor_leaves_no_process(make_fleet: MakeFleet) -
 # --- several and attached ---------------------------------------------------------------------------------------
 
 
-async def test_one_servers_death_does_not_concern_the_others(make_fleet: MakeFleet) -> None:
+async def test_one_servers_death_does_not_affect_the_others(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add("a")
         fleet.add("b")
@@ -280,25 +261,16 @@ async def test_one_servers_death_does_not_concern_the_others(make_fleet: MakeFle
         assert {view.spec.name: view.state for view in fleet.supervisor.views} == {"a": S.BACKOFF, "b": S.READY}
 
 
-async def test_two_instances_of_one_name_are_refused(make_fleet: MakeFleet) -> None:
+async def test_a_second_instance_of_the_same_name_is_an_error(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         fleet.add()
         with pytest.raises(ValueError, match="there is an instance 'a' already"):
             fleet.add()
-        for ask in (fleet.supervisor.start, fleet.supervisor.view, fleet.supervisor.logs):
-            with pytest.raises(KeyError):
-                ask(InstanceName("unknown"))
+        with pytest.raises(KeyError):
+            fleet.supervisor.retire(InstanceName("unknown"))
 
 
-async def test_output_is_kept_within_bounds(make_fleet: MakeFleet) -> None:
-    async with make_fleet(log_lines_max=2) as fleet:
-        fleet.add(gpus=(GPU, OTHER))
-        await fleet.reaches(S.READY)
-        await eventually(lambda: any(OTHER in line for line in fleet.supervisor.logs(A)))
-        assert len(fleet.supervisor.logs(A)) == 2
-
-
-async def test_an_attached_server_is_followed_and_never_started_or_stopped(make_fleet: MakeFleet) -> None:
+async def test_an_attached_server_is_watched_but_never_started_or_stopped(make_fleet: MakeFleet) -> None:
     async with make_fleet(health_misses_max=2, health_interval_seconds=5.0) as fleet:
         theirs = fleet.add("theirs")
         await fleet.reaches(S.READY, "theirs")
@@ -307,13 +279,13 @@ async def test_an_attached_server_is_followed_and_never_started_or_stopped(make_
         assert (ready.version, ready.spec) == ("1.2.3", attached)
         assert fleet.supervisor.pid(InstanceName("ours")) is None
         (fleet.folder / "theirs" / "version").write_text("1.2.4")
-        await fleet.beat(5.0, lambda: fleet.supervisor.view(InstanceName("ours")).version == "1.2.4")
+        await fleet.advance_until(5.0, lambda: fleet.view("ours").version == "1.2.4")
         fleet.supervisor.kill_all()
         await fleet.reaches(S.STOPPED, "ours")
         assert fleet.states("ours")[:3] == [S.STARTING, S.READY, S.READY]
 
 
-async def test_an_attached_server_that_goes_and_comes_back_is_used_again_and_never_given_up(
+async def test_an_attached_server_that_goes_away_and_returns_is_used_again(
     make_fleet: MakeFleet,
 ) -> None:
     async with make_fleet(health_misses_max=2, health_interval_seconds=5.0) as fleet:
@@ -321,27 +293,28 @@ async def test_an_attached_server_that_goes_and_comes_back_is_used_again_and_nev
         await fleet.reaches(S.READY, "theirs")
         fleet.attach("ours", theirs.url)
         await fleet.reaches(S.READY, "ours")
-        await fleet.supervisor.drain_and_stop(InstanceName("theirs"), asyncio.sleep(0), 5.0)
-        await fleet.beat(5.0, lambda: fleet.states("ours")[-1] is S.BACKOFF)
+        fleet.supervisor.retire(InstanceName("theirs"))
+        await eventually(lambda: fleet.states("theirs")[-1] is S.STOPPED)
+        await fleet.advance_until(5.0, lambda: fleet.states("ours")[-1] is S.BACKOFF)
         assert "the attached server does not answer" in (await fleet.reaches(S.BACKOFF, "ours")).reason
-        fleet.supervisor.start(InstanceName("theirs"))
+        fleet.supervisor.add(theirs)
         await fleet.reaches(S.READY, "theirs")
-        await fleet.beat(5.0, lambda: fleet.states("ours")[-1] is S.READY)
+        await fleet.advance_until(5.0, lambda: fleet.states("ours")[-1] is S.READY)
         assert fleet.states("ours") == [S.STARTING, S.READY, S.BACKOFF, S.READY]
 
 
-async def test_a_retired_server_may_be_asked_for_again_by_whoever_is_told_of_its_end(make_fleet: MakeFleet) -> None:
-    """As the engine does, which may need the very same GPUs again in the moment in which it hears of it."""
+async def test_a_retired_instance_can_be_added_again_from_its_stopped_notification(make_fleet: MakeFleet) -> None:
+    """As the controller does, which may need the same GPUs again at once."""
     fleets: list[Fleet] = []
-    wanted = 1
+    remaining_adds = 1
 
-    def again(change: InstanceChanged) -> None:
-        nonlocal wanted
-        if change.state is S.STOPPED and wanted:
-            wanted -= 1
+    def add_again(change: InstanceChanged) -> None:
+        nonlocal remaining_adds
+        if change.state is S.STOPPED and remaining_adds:
+            remaining_adds -= 1
             fleets[0].supervisor.add(change.spec)
 
-    async with make_fleet(also=again) as fleet:
+    async with make_fleet(also=add_again) as fleet:
         fleets.append(fleet)
         spec = fleet.add()
         await fleet.reaches(S.READY)
@@ -357,7 +330,7 @@ async def test_a_retired_server_may_be_asked_for_again_by_whoever_is_told_of_its
         await eventually(lambda: not fleet.supervisor.views)
 
 
-async def test_what_cannot_be_tried_is_told_as_fatal_until_it_is_retired(make_fleet: MakeFleet) -> None:
+async def test_a_refused_instance_is_fatal_until_it_is_retired(make_fleet: MakeFleet) -> None:
     async with make_fleet() as fleet:
         spec = fleet.spec()
         fleet.supervisor.refuse(spec, "no port for it")

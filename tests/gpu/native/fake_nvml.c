@@ -1,9 +1,9 @@
-/* A stand-in for libnvidia-ml.so.1 with the calls that router/gpu/nvml.py makes, so that the real nvidia-ml-py can be
- * run against known values. EMULATED: no card is involved. What it plays is chosen by FAKE_NVML, a list of words:
- *   none          no card                          nov2       no version 2 of the memory call
- *   bare          all optional values unsupported  mig        card 1 is in MIG mode with two devices
- *   lost1         card 1 is lost from the second reading of its memory on, and comes back at the fourth
- *   gone1         card 1 has no handle             noinit     the driver does not answer
+/* A fake libnvidia-ml.so.1 with the calls that router/gpu/nvml.py makes, so that the real nvidia-ml-py can be tested
+ * against fixed values. EMULATED: no GPU is involved. FAKE_NVML is a comma-separated list of behaviours:
+ *   none          no GPU                           nov2       no version 2 of the memory call
+ *   bare          all optional values unsupported  mig        GPU 1 is in MIG mode with two devices
+ *   lost1         GPU 1 is lost at the second and third reading of its memory, and back at the fourth
+ *   gone1         GPU 1 has no handle              noinit     the driver does not answer
  *   oldprocs      only version 2 of the process calls
  */
 #include <stdint.h>

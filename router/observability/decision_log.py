@@ -1,0 +1,105 @@
+"""Logs and counts the scheduler's decisions and their outcomes, from the controller's events and actions."""
+
+from __future__ import annotations
+
+import logging
+
+import structlog
+
+from router.domain.actions import (
+    Action,
+    Grant,
+    Load,
+    ReadGpus,
+    Reject,
+    Remember,
+    StartInstance,
+    StopInstance,
+    Unload,
+)
+from router.domain.events import Arrived, Event, GpusRead, LoadFailed, LoadFinished, Released, UnloadFinished
+from router.domain.gpu import GpuUuid
+from router.domain.ids import LoadId
+from router.observability.metrics import Metrics
+
+
+class DecisionLog:
+    """Observes the controller; `metrics` counts what is logged here."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._gpu_errors: dict[GpuUuid, str] = {}
+        self._loads_in_progress: dict[LoadId, tuple[Load, float]] = {}
+        """Each load with the time at which it started."""
+        self._log = structlog.get_logger("router.decisions")
+        self._logs_grants: bool = self._log.is_enabled_for(logging.DEBUG)
+
+    def observe(self, event: Event, actions: list[Action], now: float) -> None:
+        """Logs one event and the actions that followed from it. Skips arrivals and releases, which are too many."""
+        if not isinstance(event, Arrived | Released):
+            self._log_event(event, now)
+        for action in actions:
+            if self._logs_grants or not isinstance(action, Grant):
+                self._log_action(action, now)
+
+    def _log_event(self, event: Event, now: float) -> None:
+        match event:
+            case LoadFinished() | LoadFailed():
+                self._log_load_end(event, now)
+            case UnloadFinished(error=str() as error):
+                self._log.error("unload_failed", instance=event.instance, blob=event.blob, error=error)
+            case GpusRead():
+                self._log_gpu_errors(event)
+            case _:
+                pass
+
+    def _log_action(self, action: Action, now: float) -> None:
+        match action:
+            case Grant():
+                self._log.debug("granted", ticket=action.ticket_id, instance=action.instance, reason=action.reason)
+            case StartInstance():
+                self._log.info("start_instance", instance=action.spec.name, reason=action.reason)
+            case StopInstance():
+                self._log.info("stop_instance", instance=action.instance, reason=action.reason)
+            case Remember():
+                self._log.info("footprint_measured", blob=action.key.blob, per_gpu_bytes=action.per_gpu_bytes)
+            case ReadGpus():
+                pass
+            case Load():
+                self._loads_in_progress[action.load_id] = (action, now)
+                self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
+            case Unload():
+                self._metrics.unloads.labels(self._metrics.model_label(action.model.name), action.instance).inc()
+                self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
+            case Reject():
+                self._metrics.rejections.labels(action.code).inc()
+                self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
+
+    def _log_load_end(self, event: LoadFinished | LoadFailed, now: float) -> None:
+        load, started_at = self._loads_in_progress.pop(event.load_id, (None, now))
+        if load is None:
+            return
+        duration_seconds = now - started_at
+        model = self._metrics.model_label(load.model.name)
+        values = {"model": load.model.name, "instance": load.instance, "duration_seconds": round(duration_seconds, 3)}
+        if isinstance(event, LoadFailed):
+            self._metrics.loads.labels(model, load.instance, "failed").inc()
+            self._log.error("load_failed", **values, status=event.status, error=event.message)
+            return
+        spilled = load.expects_gpu and event.size_vram_bytes < event.size_bytes
+        self._metrics.loads.labels(model, load.instance, "spilled" if spilled else "loaded").inc()
+        self._metrics.load_duration_seconds.labels(model).observe(duration_seconds)
+        self._metrics.load_bytes.inc(load.model.weights_bytes)
+        write = self._log.error if spilled else self._log.info
+        sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
+        write("load_spilled" if spilled else "loaded", **values, **sizes)
+
+    def _log_gpu_errors(self, event: GpusRead) -> None:
+        """Logs each GPU error once, when it appears or changes, and its end."""
+        errors = {gpu.uuid: gpu.error for gpu in event.gpus if gpu.error is not None}
+        for gpu in event.gpus:
+            if gpu.error is not None and self._gpu_errors.get(gpu.uuid) != gpu.error:
+                self._log.warning("gpu_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
+            if gpu.error is None and gpu.uuid in self._gpu_errors:
+                self._log.info("gpu_back", gpu=gpu.uuid, index=gpu.index)
+        self._gpu_errors = errors
