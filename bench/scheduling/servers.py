@@ -22,7 +22,7 @@ from typing import Any
 
 from router.domain.model import ModelFacts
 from router.lab.emulator.loader import RECORD
-from router.lab.emulator.prepare import PreparedRig, prepare_rig
+from router.lab.emulator.prepare import PreparedEmulator, prepare_emulator
 from router.lab.emulator.runner_process import PACKAGE_ROOT
 from router.lab.emulator.spec import parse_spec
 from router.lab.emulator.vram import write_json
@@ -135,10 +135,10 @@ def free_port() -> int:
 # --- parts ---
 
 
-def _prepared(place: Place, version: str) -> PreparedRig:
+def _prepared(place: Place, version: str) -> PreparedEmulator:
     _warm(place)
     variables = {"LLAMAYARD_RIG_SPEED": repr(place.speed), "LLAMAYARD_RIG_VERSION": version}
-    return prepare_rig(place.rig, place.rig_directory, variables)
+    return prepare_emulator(place.rig, place.rig_directory, variables)
 
 
 def _warm(place: Place) -> None:
@@ -148,7 +148,7 @@ def _warm(place: Place) -> None:
 
 
 @contextlib.contextmanager
-def _server(place: Place, prepared: PreparedRig, more: Mapping[str, str]) -> Generator[str]:
+def _server(place: Place, prepared: PreparedEmulator, more: Mapping[str, str]) -> Generator[str]:
     port = free_port()
     environment = {
         **TUNED,

@@ -16,7 +16,7 @@ from router.domain.gpu import Gpu
 from router.engines.ollama.instance_plan import DeclaredInstance, InstancePlan
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
-from router.lab.emulator.prepare import prepare_rig
+from router.lab.emulator.prepare import prepare_emulator
 from router.lab.emulator.spec import SpecError
 from router.supervisor.process import BinaryNotFound, find_binary, inheritable_environment
 
@@ -70,7 +70,7 @@ def _binary(settings: Settings, environment: Mapping[str, str]) -> str:
 
 def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Hardware:
     try:
-        rig = prepare_rig(text, settings.state_directory / "rig", environment)
+        rig = prepare_emulator(text, settings.state_directory / "rig", environment)
     except SpecError as error:
         raise ConfigError([str(error)]) from error
     except OSError as error:

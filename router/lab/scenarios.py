@@ -19,7 +19,7 @@ from router.engines.ollama.client import ShowReply, TagRow
 from router.engines.ollama.model_metadata import read_facts
 from router.lab.emulator.catalogue import Entry, catalogue, weights_text
 from router.lab.emulator.model_facts import active_share
-from router.lab.emulator.spec import RigSpec, parse_spec
+from router.lab.emulator.spec import EmulatorSpec, parse_spec
 from router.lab.emulator.store import Header
 from router.lab.simulator.baselines.floor import Floor
 from router.lab.simulator.baselines.llamayard import Llamayard, Seen
@@ -175,7 +175,7 @@ def rate_of(rig: str, mix: str) -> float:
     return RATES.get((rig, mix), BASE_REQUESTS_PER_SECOND)
 
 
-def mix_named(name: str, rig: RigSpec) -> Mix:
+def mix_named(name: str, rig: EmulatorSpec) -> Mix:
     """A mix by name for the size of the rig, or models by name, separated by commas, each perhaps with `=WEIGHT`."""
     total = sum(gpu.memory_total_bytes for gpu in rig.gpus)
     named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total > _LARGE_RIG_BYTES else _WIDE_48,
@@ -201,7 +201,7 @@ def _weight(part: str, text: str) -> float:
     return _above_nothing(f"mix: the weight of {part.partition('=')[0]}", number)
 
 
-def sim_gpus(rig: RigSpec) -> tuple[SimGpu, ...]:
+def sim_gpus(rig: EmulatorSpec) -> tuple[SimGpu, ...]:
     return tuple(
         SimGpu(
             uuid=uuid,

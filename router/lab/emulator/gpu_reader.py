@@ -14,7 +14,7 @@ from typing import Any
 
 from router.domain.gpu import Gpu, GpuProcess, GpuUuid
 from router.lab.emulator import vram
-from router.lab.emulator.spec import RigSpec
+from router.lab.emulator.spec import EmulatorSpec
 
 _BUSY_SECONDS = 1.0
 """A process that computed so long ago still counts as busy: one sampling period of NVML."""
@@ -23,7 +23,7 @@ _WARMING_SECONDS = 30.0
 """A GPU nears its new temperature by 63 % in this time."""
 
 
-def write_rig(spec: RigSpec, directory: Path) -> None:
+def write_rig_file(spec: EmulatorSpec, directory: Path) -> None:
     """Puts the GPUs of `spec` into `directory`, all free. Allocations that are there stay."""
     (directory / "vram").mkdir(parents=True, exist_ok=True)
     gpus = [{"uuid": uuid, **dataclasses.asdict(gpu)} for uuid, gpu in zip(spec.uuids, spec.gpus, strict=True)]
@@ -31,7 +31,7 @@ def write_rig(spec: RigSpec, directory: Path) -> None:
     vram.write_json(directory / "rig.json", {**data, "ram_bytes": spec.ram_bytes})
 
 
-class RigGpuReader:
+class EmulatedGpuReader:
     """The emulated GPUs of a directory, behind the protocol of the NVML reader."""
 
     def __init__(

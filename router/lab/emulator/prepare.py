@@ -15,9 +15,9 @@ from pathlib import Path
 from router.domain.model_names import parse_name
 from router.lab.emulator import vram
 from router.lab.emulator.catalogue import catalogue
-from router.lab.emulator.gpu_reader import RigGpuReader, write_rig
+from router.lab.emulator.gpu_reader import EmulatedGpuReader, write_rig_file
 from router.lab.emulator.runner_process import PACKAGE_ROOT
-from router.lab.emulator.spec import RigSpec, SpecError, changed, nearest, parse_spec
+from router.lab.emulator.spec import EmulatorSpec, SpecError, changed, nearest, parse_spec
 from router.lab.emulator.store import Store
 
 DIRECTORY = "LLAMAYARD_RIG_DIR"
@@ -26,10 +26,10 @@ VERSION = "LLAMAYARD_RIG_VERSION"
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedRig:
+class PreparedEmulator:
     """An emulated machine that is ready to be run on."""
 
-    reader: RigGpuReader
+    reader: EmulatedGpuReader
     """Reads the emulated GPUs as the NVML reader reads real ones."""
     command: tuple[str, ...]
     """Starts an emulated `ollama serve`."""
@@ -41,7 +41,7 @@ class PreparedRig:
     """For people: `EMULATED rig 2x3090`."""
 
 
-def prepare_rig(text: str, directory: Path, environment: Mapping[str, str]) -> PreparedRig:
+def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str]) -> PreparedEmulator:
     """Writes the rig that `text` describes into `directory`, which is made where it is missing.
 
     What dead processes left there is removed; living ones keep their memory until they are gone. Models of the
@@ -53,14 +53,14 @@ def prepare_rig(text: str, directory: Path, environment: Mapping[str, str]) -> P
     spec = _overruled(parse_spec(text), environment)
     names = _known_models(catalogue() if spec.models is None else spec.models)
     directory = directory.absolute()
-    write_rig(spec, directory)
+    write_rig_file(spec, directory)
     _remove_leftovers(directory / "vram")
     models = directory / "models"
     _furnish(Store(models), names)
     root = str(PACKAGE_ROOT)
     path = f"{root}:{environment['PYTHONPATH']}" if environment.get("PYTHONPATH") else root
-    return PreparedRig(
-        reader=RigGpuReader(directory),
+    return PreparedEmulator(
+        reader=EmulatedGpuReader(directory),
         command=(sys.executable, "-m", "router.lab.emulator.server", "serve"),
         environment={
             DIRECTORY: str(directory),
@@ -73,7 +73,7 @@ def prepare_rig(text: str, directory: Path, environment: Mapping[str, str]) -> P
     )
 
 
-def _overruled(spec: RigSpec, environment: Mapping[str, str]) -> RigSpec:
+def _overruled(spec: EmulatorSpec, environment: Mapping[str, str]) -> EmulatorSpec:
     """With the speed and version that variables name."""
     changes = {
         key: environment[name] for key, name in (("speed", SPEED), ("version", VERSION)) if environment.get(name)

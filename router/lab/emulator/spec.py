@@ -91,7 +91,7 @@ default. The reserved bytes are rounded readings of current drivers; they vary b
 
 
 @dataclass(frozen=True, slots=True)
-class RigSpec:
+class EmulatorSpec:
     """A whole emulated machine."""
 
     gpus: tuple[GpuSpec, ...]
@@ -113,7 +113,7 @@ def _uuid(index: int, name: str) -> GpuUuid:
     return GpuUuid(f"GPU-{uuid.uuid5(uuid.NAMESPACE_OID, f'llamayard emulated GPU {index} {name}')}")
 
 
-def parse_spec(text: str) -> RigSpec:
+def parse_spec(text: str) -> EmulatorSpec:
     """The rig that `text` describes: GPUs (`2x3090+4090`) or the path of a YAML file.
 
     Raises:
@@ -121,7 +121,7 @@ def parse_spec(text: str) -> RigSpec:
     """
     if "/" in text or text.endswith((".yaml", ".yml")):
         return _from_file(Path(text).expanduser())
-    return RigSpec(parse_gpus(text))
+    return EmulatorSpec(parse_gpus(text))
 
 
 def parse_gpus(text: str) -> tuple[GpuSpec, ...]:
@@ -151,7 +151,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names)
 
 
-def _from_file(path: Path) -> RigSpec:
+def _from_file(path: Path) -> EmulatorSpec:
     try:
         data: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -164,9 +164,9 @@ def _from_file(path: Path) -> RigSpec:
         raise SpecError(f"{path}: {error}") from error
 
 
-def spec_from_mapping(data: Mapping[str, Any]) -> RigSpec:
+def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
     """A rig from a file's keys: `gpus` and optionally `models`, `version`, `speed`, `ram_bytes`. Raises SpecError."""
-    known = {field.name for field in fields(RigSpec)}
+    known = {field.name for field in fields(EmulatorSpec)}
     for key in data:
         if key not in known:
             raise SpecError(f"rig: no key {key!r}; " + nearest(key, known))
@@ -175,7 +175,7 @@ def spec_from_mapping(data: Mapping[str, Any]) -> RigSpec:
     models = data.get("models")
     if models is not None and not isinstance(models, list):
         raise SpecError(f"models: a list of names is wanted, not {models!r}")
-    return RigSpec(
+    return EmulatorSpec(
         gpus=_gpus(data["gpus"]),
         models=None if models is None else tuple(str(name) for name in cast("list[object]", models)),
         **changed(data),

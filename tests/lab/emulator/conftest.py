@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from router.lab.emulator import vram
-from router.lab.emulator.gpu_reader import RigGpuReader
-from router.lab.emulator.prepare import PreparedRig, prepare_rig
+from router.lab.emulator.gpu_reader import EmulatedGpuReader
+from router.lab.emulator.prepare import PreparedEmulator, prepare_emulator
 from tests.support.ollama_server import OllamaServer, emulated_server
 
 SPEED = 50.0
@@ -24,7 +24,7 @@ SPEED = 50.0
 class Box:
     """One emulated machine; `start` runs a server on some of its GPUs."""
 
-    rig: PreparedRig
+    rig: PreparedEmulator
     folder: Path
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -34,7 +34,7 @@ class Box:
 
     @property
     def uuids(self) -> list[str]:
-        return [gpu.uuid for gpu in RigGpuReader(self.directory).read()]
+        return [gpu.uuid for gpu in EmulatedGpuReader(self.directory).read()]
 
     def used_gb(self) -> list[float]:
         """Of each GPU, in GB."""
@@ -69,7 +69,7 @@ def box(tmp_path: Path) -> Box:
 
 def make_box(folder: Path, text: str, version: str = "0.24.0") -> Box:
     environment = {"LLAMAYARD_RIG_SPEED": str(SPEED), "LLAMAYARD_RIG_VERSION": version}
-    return Box(prepare_rig(text, folder / "rig", environment), folder)
+    return Box(prepare_emulator(text, folder / "rig", environment), folder)
 
 
 def ask(server: OllamaServer, model: str, **fields: Any) -> tuple[int, Any]:

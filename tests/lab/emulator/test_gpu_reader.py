@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from router.lab.emulator import vram
-from router.lab.emulator.gpu_reader import RigGpuReader, write_rig
+from router.lab.emulator.gpu_reader import EmulatedGpuReader, write_rig_file
 from router.lab.emulator.spec import parse_spec
 
 _SPEC = parse_spec("2x3090")
@@ -24,17 +24,17 @@ class _Clock:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    write_rig(_SPEC, tmp_path)
+    write_rig_file(_SPEC, tmp_path)
     return tmp_path
 
 
 def test_total_is_free_and_used_and_reserved(directory: Path) -> None:
     vram.allocate(directory, {_SPEC.uuids[1]: 5_000_000_000})
     vram.set_external(directory, _SPEC.uuids[1], 1_000_000_000)
-    for gpu in RigGpuReader(directory).read():
+    for gpu in EmulatedGpuReader(directory).read():
         assert gpu.memory_reserved_bytes is not None
         assert gpu.memory_total_bytes == gpu.memory_free_bytes + gpu.memory_used_bytes + gpu.memory_reserved_bytes
-    first, second = RigGpuReader(directory).read()
+    first, second = EmulatedGpuReader(directory).read()
     assert (first.memory_used_bytes, first.processes) == (0, ())
     assert second.memory_used_bytes == 6_000_000_000
     assert [(one.pid, one.used_bytes) for one in second.processes] == [(os.getpid(), 5_000_000_000)]
@@ -42,13 +42,13 @@ def test_total_is_free_and_used_and_reserved(directory: Path) -> None:
 
 def test_a_lost_gpu_keeps_its_place_with_an_error(directory: Path) -> None:
     vram.set_lost(directory, _SPEC.uuids[0])
-    first, second = RigGpuReader(directory).read()
+    first, second = EmulatedGpuReader(directory).read()
     assert (first.uuid, first.error, second.error) == (_SPEC.uuids[0], "GPU is lost", None)
 
 
 def test_a_gpu_on_which_something_computes_is_busy_and_warms_up(directory: Path) -> None:
     clock, ages = _Clock(), {"age": 0.1}
-    reader = RigGpuReader(directory, clock, lambda _: ages["age"])
+    reader = EmulatedGpuReader(directory, clock, lambda _: ages["age"])
     vram.allocate(directory, {_SPEC.uuids[0]: 1})
     cold, idle = reader.read()
     clock.now = 15.0
@@ -71,4 +71,4 @@ def test_a_gpu_on_which_something_computes_is_busy_and_warms_up(directory: Path)
 
 
 def test_no_directory_is_no_gpu(tmp_path: Path) -> None:
-    assert RigGpuReader(tmp_path / "nothing").read() == ()
+    assert EmulatedGpuReader(tmp_path / "nothing").read() == ()

@@ -12,13 +12,13 @@ import pytest
 from router.domain.model_names import parse_name
 from router.lab.emulator import vram
 from router.lab.emulator.catalogue import catalogue
-from router.lab.emulator.prepare import prepare_rig
+from router.lab.emulator.prepare import prepare_emulator
 from router.lab.emulator.spec import SpecError
 from router.lab.emulator.store import Store
 
 
 def test_a_rig_has_its_gpus_and_all_models_of_the_catalogue(tmp_path: Path) -> None:
-    rig = prepare_rig("2x3090+4090", tmp_path / "new" / "rig", {})
+    rig = prepare_emulator("2x3090+4090", tmp_path / "new" / "rig", {})
     assert [gpu.name.split()[3] for gpu in rig.reader.read()] == ["3090", "3090", "4090"]
     assert {one.name.shortest for one in Store(rig.models_directory).all()} == set(catalogue())
     assert rig.title == "EMULATED rig 2x3090+4090"
@@ -29,10 +29,10 @@ def test_a_rig_has_its_gpus_and_all_models_of_the_catalogue(tmp_path: Path) -> N
 def test_variables_overrule_speed_and_version(tmp_path: Path) -> None:
     path = tmp_path / "rig.yaml"
     path.write_text("{gpus: 3090, speed: 3, version: 0.11.4}", encoding="utf-8")
-    plain = prepare_rig(str(path), tmp_path / "a", {}).environment
+    plain = prepare_emulator(str(path), tmp_path / "a", {}).environment
     assert (plain["LLAMAYARD_RIG_SPEED"], plain["LLAMAYARD_RIG_VERSION"]) == ("3.0", "0.11.4")
     variables = {"LLAMAYARD_RIG_SPEED": "20", "LLAMAYARD_RIG_VERSION": "0.33.0", "PYTHONPATH": "/elsewhere"}
-    explain_override = prepare_rig(str(path), tmp_path / "b", variables).environment
+    explain_override = prepare_emulator(str(path), tmp_path / "b", variables).environment
     assert (explain_override["LLAMAYARD_RIG_SPEED"], explain_override["LLAMAYARD_RIG_VERSION"]) == ("20.0", "0.33.0")
     assert explain_override["PYTHONPATH"].endswith(":/elsewhere")
     assert vram.read_json(tmp_path / "b" / "rig.json")["version"] == "0.33.0"
@@ -48,36 +48,36 @@ def test_variables_overrule_speed_and_version(tmp_path: Path) -> None:
 )
 def test_what_describes_no_rig_is_refused(tmp_path: Path, text: str, environment: dict[str, str], words: str) -> None:
     with pytest.raises(SpecError, match=words):
-        prepare_rig(text, tmp_path, environment)
+        prepare_emulator(text, tmp_path, environment)
 
 
 def test_a_model_that_the_catalogue_lacks_is_refused_with_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "rig.yaml"
     path.write_text("{gpus: 3090, models: [llama3.1:9b]}", encoding="utf-8")
     with pytest.raises(SpecError, match=r"did you mean 'llama3.1:8b'"):
-        prepare_rig(str(path), tmp_path / "rig", {})
+        prepare_emulator(str(path), tmp_path / "rig", {})
 
 
 def test_a_second_preparation_keeps_what_lives_and_clears_what_does_not(tmp_path: Path) -> None:
-    rig = prepare_rig("2x3090", tmp_path, {})
+    rig = prepare_emulator("2x3090", tmp_path, {})
     uuids = [gpu.uuid for gpu in rig.reader.read()]
     dead = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
     vram.allocate(tmp_path, {uuids[0]: 5}, dead.pid)
     dead.wait()
     (tmp_path / "vram" / f"{dead.pid}.busy").write_text("0.0")
     vram.allocate(tmp_path, {uuids[1]: 7})
-    again = prepare_rig("2x3090", tmp_path, {})
+    again = prepare_emulator("2x3090", tmp_path, {})
     assert [gpu.memory_used_bytes for gpu in again.reader.read()] == [0, 7]
     assert [path.name for path in (tmp_path / "vram").iterdir()] == [f"{os.getpid()}.json"]
 
 
 def test_models_that_users_made_stay_and_those_of_the_catalogue_come_back(tmp_path: Path) -> None:
-    store = Store(prepare_rig("3090", tmp_path, {}).models_directory)
+    store = Store(prepare_emulator("3090", tmp_path, {}).models_directory)
     stored = store.get(parse_name("llama3.2:3b"))
     assert stored is not None
     store.copy(stored, parse_name("mine"))
     store.delete(stored)
-    prepare_rig("3090", tmp_path, {})
+    prepare_emulator("3090", tmp_path, {})
     assert store.get(parse_name("mine")) is not None
     assert store.get(parse_name("llama3.2:3b")) is not None
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from router.domain.gpu import GpuUuid
 from router.lab.emulator import vram
-from router.lab.emulator.gpu_reader import write_rig
-from router.lab.emulator.spec import RigSpec, parse_spec
+from router.lab.emulator.gpu_reader import write_rig_file
+from router.lab.emulator.spec import EmulatorSpec, parse_spec
 from tests.support.waiting import eventually_sync
 
 _SPEC = parse_spec("3090+h100")
@@ -41,7 +41,7 @@ def _holder() -> Generator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    write_rig(_SPEC, tmp_path)
+    write_rig_file(_SPEC, tmp_path)
     return tmp_path
 
 
@@ -52,7 +52,7 @@ def directory(tmp_path: Path) -> Path:
 def test_gpus_are_never_overdrawn_and_a_refusal_changes_nothing(wishes: list[dict[str, int]]) -> None:
     with tempfile.TemporaryDirectory() as name, _holder() as other:
         directory = Path(name)
-        write_rig(_SPEC, directory)
+        write_rig_file(_SPEC, directory)
         pids, held = [os.getpid(), other.pid], dict[int, dict[str, int]]()
         for index, wanted in enumerate(wishes):
             pid = pids[index % 2]
@@ -119,4 +119,4 @@ def test_a_rig_is_written_with_its_gpus_and_says_that_it_is_emulated(directory: 
     data = vram.read_json(directory / "rig.json")
     assert data["emulated"] is True
     assert [gpu["uuid"] for gpu in data["gpus"]] == list(_SPEC.uuids)
-    assert (data["version"], data["speed"]) == (RigSpec(()).version, 1.0)
+    assert (data["version"], data["speed"]) == (EmulatorSpec(()).version, 1.0)
