@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from router.domain.model import ModelFacts
-from router.lab.emulator.loader import RECORD
+from router.lab.emulator.loader import LOADS_FILE
 from router.lab.emulator.prepare import PreparedEmulator, prepare_emulator
 from router.lab.emulator.runner_process import PACKAGE_ROOT
 from router.lab.emulator.spec import parse_spec
@@ -64,7 +64,7 @@ class Place:
 
     def loads(self) -> list[dict[str, object]]:
         """What was loaded, or could not be, in order: see `router.lab.emulator.loader`."""
-        path = self.rig_directory / RECORD
+        path = self.rig_directory / LOADS_FILE
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 

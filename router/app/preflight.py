@@ -28,7 +28,7 @@ from router.engines.ollama.runner_options import default_runner_options
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
 from router.lab.emulator.model_facts import facts_of
-from router.lab.emulator.prepare import VERSION, prepare_emulator
+from router.lab.emulator.prepare import VERSION_VARIABLE, prepare_emulator
 from router.lab.emulator.spec import SpecError
 from router.lab.emulator.store import Store
 from router.scheduler.placement.explain import explain_shortfall
@@ -100,7 +100,7 @@ def _on_rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Pr
     with tempfile.TemporaryDirectory() as folder:
         rig = prepare_emulator(text, Path(folder), environment)
         stores = (Store(own, is_written=False), Store(rig.models_directory, is_written=False))
-        return _check(settings, _Here(rig.reader.read(), stores, rig.environment[VERSION]))
+        return _check(settings, _Here(rig.reader.read(), stores, rig.environment[VERSION_VARIABLE]))
 
 
 def _emptied(gpu: Gpu) -> Gpu:

@@ -17,7 +17,7 @@ from router.domain.model import ModelFacts
 from router.domain.policy import Policy
 from router.engines.ollama.client import ShowReply, TagRow
 from router.engines.ollama.model_metadata import read_facts
-from router.lab.emulator.catalogue import Entry, catalogue, weights_text
+from router.lab.emulator.catalogue import CatalogueModel, catalogue, weights_text
 from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.spec import EmulatorSpec, parse_spec
 from router.lab.emulator.store import Header
@@ -234,7 +234,7 @@ def model_facts(name: str) -> ModelFacts:
     return facts
 
 
-def _active_share(entry: Entry) -> float:
+def _active_share(entry: CatalogueModel) -> float:
     return active_share(Header(entry.metadata, entry.tensors, is_noise=False))
 
 

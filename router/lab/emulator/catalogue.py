@@ -22,7 +22,7 @@ _PLAIN: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CatalogueModel:
     """One model of the catalogue."""
 
     name: str
@@ -36,21 +36,21 @@ class Entry:
 
 
 @cache
-def catalogue() -> Mapping[str, Entry]:
+def catalogue() -> Mapping[str, CatalogueModel]:
     """All models, by their shortest name with tag."""
     text = (Path(__file__).parent / "catalogue.yaml").read_text(encoding="utf-8")
     data = cast("dict[str, dict[str, Any]]", yaml.safe_load(text))
     return {name: _entry(name, facts) for name, facts in data.items()}
 
 
-def weights_text(entry: Entry) -> str:
+def weights_text(entry: CatalogueModel) -> str:
     """What stands for the weights file: the same text for the same model, so that its digest is stable."""
     body = {"format": MAGIC, "model": entry.name, "metadata": entry.metadata, "tensors": entry.tensors}
     return json.dumps(body, sort_keys=True)
 
 
-def _entry(name: str, facts: Mapping[str, Any]) -> Entry:
-    return Entry(
+def _entry(name: str, facts: Mapping[str, Any]) -> CatalogueModel:
+    return CatalogueModel(
         name=name,
         size_bytes=facts["size"],
         label=facts["label"],

@@ -39,7 +39,7 @@ from router.lab.simulator.server_placement import (
 )
 from router.lab.simulator.world import GpuModel, World
 
-RECORD = "loads.jsonl"
+LOADS_FILE = "loads.jsonl"
 """In the rig's directory: a line for each load that ended, for whoever compares servers."""
 _RETRIES = 10
 """How often Ollama's own engine tries again, each time with 10 % less."""
@@ -228,7 +228,7 @@ class Loader:
             "is_whole": sum(loaded.layers) > loaded.facts.layers,
             "problem": problem,
         }
-        with (self._config.rig_dir / RECORD).open("a", encoding="utf-8") as file:
+        with (self._config.rig_dir / LOADS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     async def _try(

@@ -20,9 +20,9 @@ from router.lab.emulator.runner_process import PACKAGE_ROOT
 from router.lab.emulator.spec import EmulatorSpec, SpecError, changed, nearest, parse_spec
 from router.lab.emulator.store import Store
 
-DIRECTORY = "LLAMAYARD_RIG_DIR"
-SPEED = "LLAMAYARD_RIG_SPEED"
-VERSION = "LLAMAYARD_RIG_VERSION"
+DIRECTORY_VARIABLE = "LLAMAYARD_RIG_DIR"
+SPEED_VARIABLE = "LLAMAYARD_RIG_SPEED"
+VERSION_VARIABLE = "LLAMAYARD_RIG_VERSION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str])
         reader=EmulatedGpuReader(directory),
         command=(sys.executable, "-m", "router.lab.emulator.server", "serve"),
         environment={
-            DIRECTORY: str(directory),
-            VERSION: spec.version,
-            SPEED: repr(spec.speed),
+            DIRECTORY_VARIABLE: str(directory),
+            VERSION_VARIABLE: spec.version,
+            SPEED_VARIABLE: repr(spec.speed),
             "PYTHONPATH": path,
         },
         models_directory=models,
@@ -76,12 +76,14 @@ def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str])
 def _overruled(spec: EmulatorSpec, environment: Mapping[str, str]) -> EmulatorSpec:
     """With the speed and version that variables name."""
     changes = {
-        key: environment[name] for key, name in (("speed", SPEED), ("version", VERSION)) if environment.get(name)
+        key: environment[name]
+        for key, name in (("speed", SPEED_VARIABLE), ("version", VERSION_VARIABLE))
+        if environment.get(name)
     }
     try:
         return replace(spec, **changed(changes))
     except SpecError as error:
-        raise SpecError(f"{' or '.join((SPEED, VERSION))} in the environment: {error}") from error
+        raise SpecError(f"{' or '.join((SPEED_VARIABLE, VERSION_VARIABLE))} in the environment: {error}") from error
 
 
 def _known_models(names: Iterable[str]) -> tuple[str, ...]:

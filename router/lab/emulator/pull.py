@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from router.domain.model_names import DEFAULT_HOST, Name
-from router.lab.emulator.catalogue import Entry, catalogue
+from router.lab.emulator.catalogue import CatalogueModel, catalogue
 from router.lab.emulator.context import Service
 from router.lab.emulator.http_server import Request, Response
 from router.lab.emulator.model_management import Progress, asked_name
@@ -49,7 +49,7 @@ async def pull(service: Service, request: Request, response: Response) -> None:
     await progress.succeed()
 
 
-async def _download(service: Service, entry: Entry, progress: Progress) -> str | None:
+async def _download(service: Service, entry: CatalogueModel, progress: Progress) -> str | None:
     """The bytes' time; why it broke, or None."""
     digest = weights_digest(entry)
     line = {"status": f"pulling {digest.removeprefix('sha256:')[:12]}", "digest": digest, "total": entry.size_bytes}

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from router.domain.model_names import Name, parse_name
 from router.engines.ollama.gguf_header import FILE_TYPES, read_header
-from router.lab.emulator.catalogue import MAGIC, Entry, weights_text
+from router.lab.emulator.catalogue import MAGIC, CatalogueModel, weights_text
 
 MODEL = "application/vnd.ollama.image.model"
 TEMPLATE = "application/vnd.ollama.image.template"
@@ -206,7 +206,7 @@ class Store:
             found |= set(re.findall(r"sha256:[0-9a-f]{64}", path.read_text(encoding="utf-8", errors="replace")))
         return found
 
-    def install(self, entry: Entry) -> None:
+    def install(self, entry: CatalogueModel) -> None:
         """Puts a model of the catalogue into the store."""
         weights = self.put_blob(weights_text(entry).encode())
         template = THINKING_TEMPLATE if "thinking" in entry.capabilities else CHAT_TEMPLATE
@@ -229,7 +229,7 @@ class Store:
         self.put(parse_name(entry.name), config, layers)
 
 
-def weights_digest(entry: Entry) -> str:
+def weights_digest(entry: CatalogueModel) -> str:
     """Of what stands for the weights of a model of the catalogue."""
     return "sha256:" + hashlib.sha256(weights_text(entry).encode()).hexdigest()
 
