@@ -1,4 +1,4 @@
-"""`/v1/messages` of the EMULATED server: Anthropic's shapes over the native chat, as the real middleware makes them."""
+"""`/v1/messages` of the EMULATED server: Anthropic's format over the native chat, like the real middleware."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from router.lab.emulator import ollama_api
 from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import BodyError, dump, read_struct
 from router.lab.emulator.http_server import Request, Response
-from router.lab.emulator.openai_api import handled
+from router.lab.emulator.openai_api import run_native_handler
 from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink
 
 _FIELDS = {"model": "string", "max_tokens": "number", "messages": "slice", "system": "any", "stream": "bool",
@@ -26,36 +26,36 @@ _TYPES: Mapping[int, str] = {
     529: "overloaded_error",
 }
 _REASONS: Mapping[str, str] = {"stop": "end_turn", "length": "max_tokens"}
-_CHARACTERS_A_TOKEN = 4
+_CHARACTERS_PER_TOKEN = 4
 
 
-def _hex(service: Service) -> str:
-    return f"{service.chance.getrandbits(96):024x}"
+def _random_hex(service: Service) -> str:
+    return f"{service.rng.getrandbits(96):024x}"
 
 
 def _error(service: Service, status: int, message: str) -> bytes:
     error = {"type": _TYPES.get(status, "api_error"), "message": message}
-    return dump({"type": "error", "error": error, "request_id": "req_" + _hex(service)})
+    return dump({"type": "error", "error": error, "request_id": "req_" + _random_hex(service)})
 
 
 class _MessagesSink(Sink):
-    def __init__(self, response: Response, service: Service, guess: int) -> None:
+    def __init__(self, response: Response, service: Service, estimated_tokens: int) -> None:
         super().__init__(response)
         self._service = service
-        self._guess = guess
+        self._estimated_tokens = estimated_tokens
         self._index = 0
-        self._open = ""
+        self._open_block = ""
         self._has_called = False
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
-        """Once events have come, they just stop."""
-        if self.response.begun:
+        """After the first event, the stream just stops."""
+        if self.response.started:
             return
         data = _error(self._service, status, message) + b"\n"
         if streams:
             await self.response.chunk(data, PLAIN_JSON, status)
         else:
-            self.response.whole(status, data, PLAIN_JSON)
+            self.response.send_whole(status, data, PLAIN_JSON)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type
@@ -67,14 +67,14 @@ class _MessagesSink(Sink):
             content.append({"type": "text", "text": message.get("content", "")})
         content += [{**self._tool(call), "input": call["function"]["arguments"]} for call in _calls(message)]
         self._has_called = bool(_calls(message))
-        answer = {"id": "msg_" + _hex(self._service), "type": "message", "role": "assistant",
+        message_object = {"id": "msg_" + _random_hex(self._service), "type": "message", "role": "assistant",
                   "model": value.get("model", ""), "content": content, "stop_reason": self._reason(value),
                   "usage": _usage(value)}  # fmt: skip
-        self.response.whole(status, dump(answer) + b"\n", PLAIN_JSON)
+        self.response.send_whole(status, dump(message_object) + b"\n", PLAIN_JSON)
 
     async def line(self, value: Any) -> None:
         message = cast("dict[str, Any]", value.get("message", {}))
-        if not self.response.begun:
+        if not self.response.started:
             await self._start(value.get("model", ""))
         if message.get("thinking"):
             await self._delta("thinking", {"type": "thinking", "thinking": ""}, "thinking", message["thinking"])
@@ -89,33 +89,33 @@ class _MessagesSink(Sink):
             await self._event("message_stop")
 
     async def _start(self, model: str) -> None:
-        usage = {"input_tokens": self._guess, "output_tokens": 0}
+        usage = {"input_tokens": self._estimated_tokens, "output_tokens": 0}
         content: list[Any] = []
-        message = {"id": "msg_" + _hex(self._service), "type": "message", "role": "assistant", "model": model,
+        message = {"id": "msg_" + _random_hex(self._service), "type": "message", "role": "assistant", "model": model,
                    "content": content, "usage": usage}  # fmt: skip
         await self._event("message_start", message=message)
 
     async def _delta(self, kind: str, block: Mapping[str, Any], key: str, text: str) -> None:
-        if self._open != kind:
+        if self._open_block != kind:
             await self._close()
-            self._open = kind
+            self._open_block = kind
             await self._event("content_block_start", index=self._index, content_block=block)
         delta = {"type": f"{kind}_delta", key: text}
         await self._event("content_block_delta", index=self._index, delta=delta)
 
     async def _call(self, call: Mapping[str, Any]) -> None:
         await self._close()
-        self._open, self._has_called = "tool_use", True
+        self._open_block, self._has_called = "tool_use", True
         await self._event("content_block_start", index=self._index, content_block={**self._tool(call), "input": {}})
         text = json.dumps(call["function"]["arguments"], separators=(",", ":"))
         delta = {"type": "input_json_delta", "partial_json": text}
         await self._event("content_block_delta", index=self._index, delta=delta)
 
     async def _close(self) -> None:
-        if self._open:
+        if self._open_block:
             await self._event("content_block_stop", index=self._index)
             self._index += 1
-            self._open = ""
+            self._open_block = ""
 
     async def _event(self, kind: str, **fields: Any) -> None:
         data = dump({"type": kind, **fields})
@@ -143,29 +143,31 @@ async def messages(service: Service, request: Request, response: Response) -> No
     try:
         body = read_struct(await request.body(), "anthropic.MessagesRequest", _FIELDS)
     except BodyError as error:
-        response.whole(400, _error(service, 400, str(error)), JSON)
+        response.send_whole(400, _error(service, 400, str(error)), JSON)
         return
-    problem = _problem(body)
-    if problem:
-        response.whole(400, _error(service, 400, problem), JSON)
+    error_text = _validation_error(body)
+    if error_text:
+        response.send_whole(400, _error(service, 400, error_text), JSON)
         return
-    given = _native_messages(body)
+    native_messages = _native_messages(body)
     if body.get("stream"):
         response.headers.update({"Cache-Control": "no-cache", "Connection": "keep-alive"})
-    asked: dict[str, Any] = {
+    native_request: dict[str, Any] = {
         "model": body["model"],
-        "messages": given,
+        "messages": native_messages,
         "options": _options(body),
         "stream": body.get("stream", False),
         "tools": [_native_tool(tool) for tool in body.get("tools", [])],
     }
     kind = body.get("thinking", {}).get("type")
-    asked |= {"think": kind != "disabled"} if kind else {}
-    guess = sum(len(one["content"]) for one in given) // _CHARACTERS_A_TOKEN
-    await handled(ollama_api.chat, service, request, _MessagesSink(response, service, max(1, guess)), asked)
+    native_request |= {"think": kind != "disabled"} if kind else {}
+    estimated_tokens = sum(len(message["content"]) for message in native_messages) // _CHARACTERS_PER_TOKEN
+    await run_native_handler(
+        ollama_api.chat, service, request, _MessagesSink(response, service, max(1, estimated_tokens)), native_request
+    )
 
 
-def _problem(body: Mapping[str, Any]) -> str | None:
+def _validation_error(body: Mapping[str, Any]) -> str | None:
     if not body.get("model"):
         return "model is required"
     if body.get("max_tokens", 0) <= 0:
@@ -185,15 +187,15 @@ def _native_tool(tool: Any) -> dict[str, Any]:
 
 
 def _native_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = [{"role": "system", "content": _text(body["system"])}] if body.get("system") else []
-    for one in body["messages"]:
-        message = cast("dict[str, Any]", one) if isinstance(one, dict) else {}
-        found.append({"role": str(message.get("role", "")), "content": _text(message.get("content"))})
-    return found
+    converted = [{"role": "system", "content": _text(body["system"])}] if body.get("system") else []
+    for item in body["messages"]:
+        message = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
+        converted.append({"role": str(message.get("role", "")), "content": _text(message.get("content"))})
+    return converted
 
 
 def _text(content: Any) -> str:
-    """The text of a content, whatever its parts are."""
+    """The text of a content value, recursively."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -1,7 +1,7 @@
-"""The catalogue of the EMULATED rig: facts of well-known models as the weights file of each would tell them.
+"""Catalogue of the EMULATED machine: metadata of well-known models, as in their weights files.
 
-`weights_text` makes a small JSON text that stands for the weights in a store; it holds a header, no weight. Nothing
-here touches a store.
+`weights_text` makes a small JSON placeholder for a weights file: it holds the header but no weights. Nothing here
+touches a store.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import yaml
 
 MAGIC = "llamayard emulated weights"
 
-_FINE: Mapping[str, str] = {"Q4_K_M": "Q6_K"}
-_PLAIN: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
+_HIGH_PRECISION_TYPES: Mapping[str, str] = {"Q4_K_M": "Q6_K"}
+_BASE_TYPES: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class CatalogueModel:
 
     name: str
     size_bytes: int
-    """All of it, as `/api/tags` says."""
+    """Total size, as in `/api/tags`."""
     label: str
     quantisation: str
     capabilities: tuple[str, ...]
@@ -37,14 +37,14 @@ class CatalogueModel:
 
 @cache
 def catalogue() -> Mapping[str, CatalogueModel]:
-    """All models, by their shortest name with tag."""
+    """All models by their shortest name with tag."""
     text = (Path(__file__).parent / "catalogue.yaml").read_text(encoding="utf-8")
     data = cast("dict[str, dict[str, Any]]", yaml.safe_load(text))
     return {name: _entry(name, facts) for name, facts in data.items()}
 
 
 def weights_text(entry: CatalogueModel) -> str:
-    """What stands for the weights file: the same text for the same model, so that its digest is stable."""
+    """Placeholder for the weights file; deterministic, so that its digest is stable."""
     body = {"format": MAGIC, "model": entry.name, "metadata": entry.metadata, "tensors": entry.tensors}
     return json.dumps(body, sort_keys=True)
 
@@ -63,7 +63,7 @@ def _entry(name: str, facts: Mapping[str, Any]) -> CatalogueModel:
 
 def _metadata(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     arch = facts["arch"]
-    own: dict[str, Any] = {
+    architecture_metadata: dict[str, Any] = {
         "block_count": facts["layers"],
         "context_length": facts["context"],
         "embedding_length": facts["width"],
@@ -73,14 +73,14 @@ def _metadata(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": facts["vocabulary"],
     }
     if arch in ("llama", "gemma2"):
-        own |= {"attention.key_length": facts["key"], "attention.value_length": facts["key"]}
+        architecture_metadata |= {"attention.key_length": facts["key"], "attention.value_length": facts["key"]}
     if "window" in facts:
-        own["attention.sliding_window"] = facts["window"]
+        architecture_metadata["attention.sliding_window"] = facts["window"]
     if "experts" in facts:
-        own |= {"expert_count": facts["experts"][0], "expert_used_count": facts["experts"][1]}
+        architecture_metadata |= {"expert_count": facts["experts"][0], "expert_used_count": facts["experts"][1]}
     if arch == "nomic-bert":
-        own.pop("attention.head_count_kv")
-        own["pooling_type"] = 1
+        architecture_metadata.pop("attention.head_count_kv")
+        architecture_metadata["pooling_type"] = 1
     general: dict[str, Any] = {
         "general.architecture": arch,
         "general.basename": name.partition(":")[0],
@@ -89,51 +89,57 @@ def _metadata(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "general.quantization_version": 2,
         "tokenizer.ggml.model": "bert" if arch == "nomic-bert" else "gpt2",
     }
-    return general | {f"{arch}.{key}": value for key, value in own.items()}
+    return general | {f"{arch}.{key}": value for key, value in architecture_metadata.items()}
 
 
 def _tensors(facts: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Names, types and shapes after llama.cpp's naming; Q4_K_M keeps half of the value and down matrices finer."""
+    """Tensor names, types and shapes in llama.cpp's naming.
+
+    Q4_K_M stores half of the value and down matrices at higher precision.
+    """
     quant: str = facts["quant"]
     width: int = facts["width"]
-    wide: int = facts["ff"]
-    plain, kv, heads = _PLAIN.get(quant, quant), facts["kv"] * facts["key"], facts["heads"] * facts["key"]
+    hidden_width: int = facts["ff"]
+    base_type, kv, heads = _BASE_TYPES.get(quant, quant), facts["kv"] * facts["key"], facts["heads"] * facts["key"]
     tied = facts.get("tied", False)
-    finest = _FINE.get(quant, "F16" if quant == "F16" else "Q6_K")
-    found: list[tuple[str, str, tuple[int, ...]]] = [
-        ("token_embd.weight", finest if tied else plain, (width, facts["vocabulary"]))
+    embedding_type = _HIGH_PRECISION_TYPES.get(quant, "F16" if quant == "F16" else "Q6_K")
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [
+        ("token_embd.weight", embedding_type if tied else base_type, (width, facts["vocabulary"]))
     ]
     for layer in range(facts["layers"]):
         count = facts["layers"]
-        is_fine = layer < count // 8 or layer >= 7 * count // 8 or layer % 3 == 2
-        fine = _FINE.get(quant, plain) if is_fine else plain
+        is_high_precision = layer < count // 8 or layer >= 7 * count // 8 or layer % 3 == 2
+        fine_type = _HIGH_PRECISION_TYPES.get(quant, base_type) if is_high_precision else base_type
         block = f"blk.{layer}."
-        found += [
+        tensors += [
             (block + "attn_norm.weight", "F32", (width,)),
-            (block + "attn_q.weight", plain, (width, heads)),
-            (block + "attn_k.weight", plain, (width, kv)),
-            (block + "attn_v.weight", fine, (width, kv)),
-            (block + "attn_output.weight", plain, (heads, width)),
+            (block + "attn_q.weight", base_type, (width, heads)),
+            (block + "attn_k.weight", base_type, (width, kv)),
+            (block + "attn_v.weight", fine_type, (width, kv)),
+            (block + "attn_output.weight", base_type, (heads, width)),
             (block + "ffn_norm.weight", "F32", (width,)),
         ]
-        found += _feed_forward(facts, block, plain, fine, width, wide)
+        tensors += _feed_forward(facts, block, base_type, fine_type, width, hidden_width)
     if facts["arch"] != "nomic-bert":
-        found.append(("output_norm.weight", "F32", (width,)))
-        found += [] if tied else [("output.weight", finest, (width, facts["vocabulary"]))]
-    return found
+        tensors.append(("output_norm.weight", "F32", (width,)))
+        tensors += [] if tied else [("output.weight", embedding_type, (width, facts["vocabulary"]))]
+    return tensors
 
 
 def _feed_forward(
-    facts: Mapping[str, Any], block: str, plain: str, fine: str, width: int, wide: int
+    facts: Mapping[str, Any], block: str, base_type: str, fine_type: str, width: int, hidden_width: int
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     if "experts" in facts:
-        many = facts["experts"][0]
+        expert_count = facts["experts"][0]
         return [
-            (block + "ffn_gate_inp.weight", "F32", (width, many)),
-            (block + "ffn_gate_exps.weight", plain, (width, wide, many)),
-            (block + "ffn_up_exps.weight", plain, (width, wide, many)),
-            (block + "ffn_down_exps.weight", fine, (wide, width, many)),
+            (block + "ffn_gate_inp.weight", "F32", (width, expert_count)),
+            (block + "ffn_gate_exps.weight", base_type, (width, hidden_width, expert_count)),
+            (block + "ffn_up_exps.weight", base_type, (width, hidden_width, expert_count)),
+            (block + "ffn_down_exps.weight", fine_type, (hidden_width, width, expert_count)),
         ]
-    gate = [(block + "ffn_gate.weight", plain, (width, wide))]
-    rest = [(block + "ffn_up.weight", plain, (width, wide)), (block + "ffn_down.weight", fine, (wide, width))]
+    gate = [(block + "ffn_gate.weight", base_type, (width, hidden_width))]
+    rest = [
+        (block + "ffn_up.weight", base_type, (width, hidden_width)),
+        (block + "ffn_down.weight", fine_type, (hidden_width, width)),
+    ]
     return gate + rest

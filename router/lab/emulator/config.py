@@ -1,7 +1,7 @@
-"""The emulated server's settings, read from the variables that a real one honours, and its log lines.
+"""Settings of the emulated server, from the same environment variables as real Ollama, and its log lines.
 
-Bad numbers take the default and bad booleans count as true, as there. It reads no environment itself: a mapping is
-passed in at the process's edge.
+As in real Ollama, an invalid number falls back to the default and an invalid boolean is true. The environment is
+passed in as a mapping by the process's entry point.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class VisibleGpu:
-    """One GPU that this server may use."""
+    """One GPU visible to this server."""
 
     uuid: str
     name: str
@@ -35,17 +35,17 @@ class VisibleGpu:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One server."""
+    """Settings of one server."""
 
     host: str
     port: int
     models: Path
     version_text: str = "0.24.0"
     speed: float = 1.0
-    rig_dir: Path | None = None
+    emulator_dir: Path | None = None
     gpus: tuple[VisibleGpu, ...] = ()
     ram_bytes: int | None = None
-    """Host memory of the rig; None: what the machine has free."""
+    """Host memory of the emulated machine; None: what the real machine has free."""
     context_length: int = 0
     num_parallel: int = 1
     keep_alive_seconds: float = DEFAULT_KEEP_ALIVE_SECONDS
@@ -69,24 +69,24 @@ class Config:
         return self.version >= (0, 30)
 
     @property
-    def is_old(self) -> bool:
-        """Before /v1/messages, the queue's by-pass and true statuses of stream errors."""
+    def is_pre_0_12(self) -> bool:
+        """Before 0.12: no /v1/messages, no queue bypass for loaded models, and stream errors have status 200."""
         return self.version < (0, 12)
 
     @property
-    def most_loaded(self) -> int:
+    def loaded_limit(self) -> int:
         return self.max_loaded or 3 * max(1, len(self.gpus))
 
 
 def read_config(environment: Mapping[str, str]) -> Config:
-    """The settings of a server started with these variables. Raises ValueError for a version that is not emulated."""
+    """Parses the environment variables. Raises ValueError for a version that is not emulated."""
     host, port = _address(_text(environment, "OLLAMA_HOST"))
-    rig_text = _text(environment, "LLAMAYARD_RIG_DIR")
-    rig_dir = Path(rig_text) if rig_text else None
-    rig = vram.read_json(rig_dir / "rig.json") if rig_dir else {}
-    version = _text(environment, "LLAMAYARD_RIG_VERSION") or rig.get("version", "0.24.0")
+    directory_text = _text(environment, "LLAMAYARD_RIG_DIR")
+    emulator_dir = Path(directory_text) if directory_text else None
+    rig_data = vram.read_json(emulator_dir / "rig.json") if emulator_dir else {}
+    version = _text(environment, "LLAMAYARD_RIG_VERSION") or rig_data.get("version", "0.24.0")
     if version not in VERSIONS:
-        raise ValueError(f"LLAMAYARD_RIG_VERSION: {version!r} is not emulated; one of {', '.join(VERSIONS)}")
+        raise ValueError(f"LLAMAYARD_RIG_VERSION: {version!r} is not emulated; expected one of {', '.join(VERSIONS)}")
     models = _text(environment, "OLLAMA_MODELS")
     home = Path(environment.get("HOME") or "/")
     flash = _text(environment, "OLLAMA_FLASH_ATTENTION")
@@ -95,10 +95,10 @@ def read_config(environment: Mapping[str, str]) -> Config:
         port=port,
         models=Path(models) if models else home / ".ollama" / "models",
         version_text=version,
-        speed=_speed(environment, rig.get("speed", 1.0)),
-        rig_dir=rig_dir,
-        gpus=_visible(rig, environment.get("CUDA_VISIBLE_DEVICES"), rig_dir),
-        ram_bytes=rig.get("ram_bytes"),
+        speed=_speed(environment, rig_data.get("speed", 1.0)),
+        emulator_dir=emulator_dir,
+        gpus=_visible_gpus(rig_data, environment.get("CUDA_VISIBLE_DEVICES"), emulator_dir),
+        ram_bytes=rig_data.get("ram_bytes"),
         context_length=_number(environment, "OLLAMA_CONTEXT_LENGTH", 0),
         num_parallel=max(1, _number(environment, "OLLAMA_NUM_PARALLEL", 1)),
         keep_alive_seconds=_keep_alive(_text(environment, "OLLAMA_KEEP_ALIVE")),
@@ -111,7 +111,7 @@ def read_config(environment: Mapping[str, str]) -> Config:
         overhead_bytes=_number(environment, "OLLAMA_GPU_OVERHEAD", 0),
         noprune=_flag(environment, "OLLAMA_NOPRUNE"),
         no_cloud=_flag(environment, "OLLAMA_NO_CLOUD"),
-        origins=tuple(one for one in _text(environment, "OLLAMA_ORIGINS").split(",") if one),
+        origins=tuple(origin for origin in _text(environment, "OLLAMA_ORIGINS").split(",") if origin),
     )
 
 
@@ -136,7 +136,7 @@ def _speed(environment: Mapping[str, str], default: float) -> float:
     except ValueError:
         value = 0.0
     if not value > 0:
-        raise ValueError(f"LLAMAYARD_RIG_SPEED: a number above 0 is wanted, not {text!r}")
+        raise ValueError(f"LLAMAYARD_RIG_SPEED: expected a number above 0, got {text!r}")
     return value
 
 
@@ -166,12 +166,14 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port) if port.isdigit() and int(port) < 65536 else 11434
 
 
-def _visible(rig: Mapping[str, object], wanted: str | None, rig_dir: Path | None) -> tuple[VisibleGpu, ...]:
-    """The GPUs that CUDA would show: all of them, or those named; none at all where one name is unknown."""
-    if rig_dir is None or not rig:
+def _visible_gpus(
+    rig_data: Mapping[str, object], visible_devices: str | None, emulator_dir: Path | None
+) -> tuple[VisibleGpu, ...]:
+    """The GPUs that CUDA would expose: all, or those listed; none if any listed name is unknown."""
+    if emulator_dir is None or not rig_data:
         return ()
-    lost = vram.read_json(rig_dir / "lost.json")
-    present = [gpu for gpu in vram.read_json(rig_dir / "rig.json")["gpus"] if gpu["uuid"] not in lost]
+    lost_gpus = vram.read_json(emulator_dir / "lost.json")
+    present = [gpu for gpu in vram.read_json(emulator_dir / "rig.json")["gpus"] if gpu["uuid"] not in lost_gpus]
     gpus = [
         VisibleGpu(
             gpu["uuid"],
@@ -183,25 +185,25 @@ def _visible(rig: Mapping[str, object], wanted: str | None, rig_dir: Path | None
         )
         for gpu in present
     ]
-    if wanted is None:
+    if visible_devices is None:
         return tuple(gpus)
-    found: list[VisibleGpu] = []
-    for name in (part.strip() for part in wanted.split(",")):
+    visible: list[VisibleGpu] = []
+    for name in (part.strip() for part in visible_devices.split(",")):
         if name.isdigit() and int(name) < len(gpus):
-            found.append(gpus[int(name)])
+            visible.append(gpus[int(name)])
             continue
         matching = [gpu for gpu in gpus if name.startswith("GPU-") and gpu.uuid.startswith(name)]
         if len(matching) != 1:
             return ()
-        found += matching
-    return tuple(dict.fromkeys(found))
+        visible += matching
+    return tuple(dict.fromkeys(visible))
 
 
 # --- log lines --------------------------------------------------------------------------------------------
 
 
 def log(level: str, message: str, **values: object) -> None:
-    """One line in the form of Go's slog, on stderr; each says that it is emulated."""
+    """Writes one line in Go's slog format to stderr; each line is marked as emulated."""
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
     pairs = "".join(f" {key}={_quoted(value)}" for key, value in values.items())
     line = f"time={now} level={level} source=rig msg={_quoted(message, always=True)}{pairs} emulated=true\n"
@@ -216,9 +218,9 @@ def _quoted(value: object, always: bool = False) -> str:
 
 
 def log_devices(config: Config, host_free_bytes: int, host_total_bytes: int) -> None:
-    """What a real server says of its devices once it has discovered them."""
+    """Logs the discovered devices as a real server does."""
     for index, gpu in enumerate(config.gpus):
-        free = vram.free_bytes(config.rig_dir).get(gpu.uuid, 0) if config.rig_dir else 0
+        free = vram.free_bytes(config.emulator_dir).get(gpu.uuid, 0) if config.emulator_dir else 0
         log(
             "INFO",
             "inference compute",
@@ -241,5 +243,5 @@ def log_devices(config: Config, host_free_bytes: int, host_total_bytes: int) -> 
 
 
 def now_text(moment: datetime | None = None) -> str:
-    """RFC 3339 in UTC, as Go prints times."""
+    """RFC 3339 in UTC, as Go formats times."""
     return (moment or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "Z"

@@ -1,16 +1,16 @@
-"""Faults that an EMULATED server shows on request: `faults.json` in the rig's directory, read again when it changes.
+"""Fault injection for EMULATED servers: `faults.json` in the emulator's directory, reread when it changes.
 
-It is a list of rules, each an object: `instance` (the router's name for the server), `GPU` (a UUID or its beginning,
-for servers that see that GPU) and `model` (a name) narrow it down; the rest says what goes wrong:
+The file is a list of rules (objects). `instance` (the router's name for the server), `gpu` (a UUID or a prefix of one,
+for servers that see that GPU) and `model` (a name) limit the scope; the other keys are the faults:
 
-- `slow`: runners and loads take so many times longer;
-- `hang`: runners stop computing, and answer their health check all the same;
-- `die`: runners kill themselves within their next answer;
-- `oom`: loads fail for want of memory, as if another program had taken it in between;
-- `lose_slot`: the slot of a client that hangs up within a stream is lost until the model is unloaded;
-- `server`: `hang` (accepts connections and answers nothing), `die` (exit status 1), or `refuse_start`.
+- `slow`: runners and loads take this many times longer;
+- `hang`: runners stop computing but still answer their health check;
+- `die`: runners kill themselves during their next answer;
+- `oom`: loads fail with out of memory, as if another program had taken the memory in between;
+- `lose_slot`: the slot of a client that disconnects mid-stream leaks until the model is unloaded;
+- `server`: `hang` (accepts connections but never answers), `die` (exit status 1), or `refuse_start`.
 
-It only reads and matches; others act.
+This module only reads and matches rules; others apply them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from router.lab.emulator import vram
 
 FILE = "faults.json"
 _KEYS = frozenset({"instance", "gpu", "model", "slow", "hang", "die", "oom", "lose_slot", "server"})
-_SERVER = ("hang", "die", "refuse_start")
+_SERVER_FAULTS = ("hang", "die", "refuse_start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What all rules together mean for one model on one server, or for the server itself."""
+    """Combined effect of all rules on one model of one server."""
 
     slow: float = 1.0
     hang: bool = False
@@ -56,7 +56,7 @@ class Behaviour:
 
 
 def read_faults(directory: Path | None) -> tuple[Fault, ...]:
-    """The rules; none where there is no file. Raises ValueError for a file that says something unknown."""
+    """Reads the rules; none if there is no file. Raises ValueError for an invalid file."""
     if directory is None:
         return ()
     try:
@@ -64,12 +64,12 @@ def read_faults(directory: Path | None) -> tuple[Fault, ...]:
     except OSError:
         return ()
     if not isinstance(data, list):
-        raise ValueError(f"{FILE}: a list of rules is wanted")
+        raise ValueError(f"{FILE}: expected a list of rules")
     return tuple(_fault(rule) for rule in cast("list[Any]", data))
 
 
 def write_faults(directory: Path, faults: Iterable[Mapping[str, object]]) -> None:
-    """Replaces all rules. Raises ValueError for one that says something unknown."""
+    """Replaces all rules. Raises ValueError for an invalid rule."""
     rules = [dict(fault) for fault in faults]
     for rule in rules:
         _fault(rule)
@@ -78,45 +78,49 @@ def write_faults(directory: Path, faults: Iterable[Mapping[str, object]]) -> Non
 
 def _fault(rule: Any) -> Fault:
     if not isinstance(rule, dict):
-        raise ValueError(f"{FILE}: a rule is an object, not {rule!r}")
-    given = cast("dict[str, Any]", rule)
-    unknown = set(given) - _KEYS
+        raise ValueError(f"{FILE}: a rule is an object, got {rule!r}")
+    fields = cast("dict[str, Any]", rule)
+    unknown = set(fields) - _KEYS
     if unknown:
-        raise ValueError(f"{FILE}: no key {min(unknown)!r}; there are: {', '.join(sorted(_KEYS))}")
-    if given.get("server") not in (None, *_SERVER):
-        raise ValueError(f"{FILE}: server: {given['server']!r} is none of {', '.join(_SERVER)}")
-    slow = given.get("slow", 1.0)
+        raise ValueError(f"{FILE}: no key {min(unknown)!r}; valid keys: {', '.join(sorted(_KEYS))}")
+    if fields.get("server") not in (None, *_SERVER_FAULTS):
+        raise ValueError(f"{FILE}: server: {fields['server']!r} is none of {', '.join(_SERVER_FAULTS)}")
+    slow = fields.get("slow", 1.0)
     if isinstance(slow, bool) or not isinstance(slow, int | float) or not slow > 0:
-        raise ValueError(f"{FILE}: slow: a number above 0 is wanted, not {slow!r}")
-    return Fault(**given)
+        raise ValueError(f"{FILE}: slow: expected a number above 0, got {slow!r}")
+    return Fault(**fields)
 
 
-def _concerns(fault: Fault, instance: str, gpus: Iterable[str]) -> bool:
+def _matches_server(fault: Fault, instance: str, gpus: Iterable[str]) -> bool:
     if fault.instance is not None and fault.instance != instance:
         return False
     return fault.gpu is None or any(gpu.startswith(fault.gpu) for gpu in gpus)
 
 
 def server_fault(faults: Iterable[Fault], instance: str, gpus: Iterable[str]) -> str | None:
-    """What the server itself shall do wrong."""
-    seen = tuple(gpus)
-    return next((one.server for one in faults if one.server and _concerns(one, instance, seen)), None)
-
-
-def behaviour(faults: Iterable[Fault], instance: str, gpus: Iterable[str], model: str) -> Behaviour:
-    """What goes wrong with a model; `model` in its shortest form. Several rules add up."""
-    seen = tuple(gpus)
-    found = [one for one in faults if _concerns(one, instance, seen) and _means(one, model)]
-    return Behaviour(
-        slow=max((one.slow for one in found), default=1.0),
-        hang=any(one.hang for one in found),
-        die=any(one.die for one in found),
-        oom=any(one.oom for one in found),
-        lose_slot=any(one.lose_slot for one in found),
+    """The fault of the server itself, if any."""
+    visible_gpus = tuple(gpus)
+    return next(
+        (fault.server for fault in faults if fault.server and _matches_server(fault, instance, visible_gpus)), None
     )
 
 
-def _means(fault: Fault, model: str) -> bool:
+def behaviour(faults: Iterable[Fault], instance: str, gpus: Iterable[str], model: str) -> Behaviour:
+    """Combined faults of a model, given by its shortest name. Matching rules add up."""
+    visible_gpus = tuple(gpus)
+    matching = [
+        fault for fault in faults if _matches_server(fault, instance, visible_gpus) and _matches_model(fault, model)
+    ]
+    return Behaviour(
+        slow=max((fault.slow for fault in matching), default=1.0),
+        hang=any(fault.hang for fault in matching),
+        die=any(fault.die for fault in matching),
+        oom=any(fault.oom for fault in matching),
+        lose_slot=any(fault.lose_slot for fault in matching),
+    )
+
+
+def _matches_model(fault: Fault, model: str) -> bool:
     if fault.model is None:
         return True
     try:

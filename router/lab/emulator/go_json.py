@@ -1,7 +1,7 @@
-"""Reads and writes JSON as the real server does, which is Go's way.
+"""Reads and writes JSON as Go's encoding/json does in the real server.
 
-Keys match without regard to case and the last one wins, `null` is as if absent, the first value is read and what
-follows it is ignored; errors have the texts of Go's encoding/json. It knows types of fields, no meaning.
+Keys are case-insensitive and the last duplicate wins; `null` counts as absent; anything after the first value is
+ignored; error messages are Go's. Knows field types, not their meaning.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 Fields = Mapping[str, str]
-"""Field -> Go's type: string, bool, map, slice, number, any."""
+"""Field name -> type: string, bool, map, slice, number, any."""
 
 
 class BodyError(ValueError):
-    """The body is not what the endpoint reads; the text is the server's."""
+    """The body is invalid for the endpoint; the message is the server's."""
 
 
 class EmptyBodyError(BodyError):
-    """There is no body at all."""
+    """The body is empty."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for key, value in pairs:
-        if value is None and key in found:
+        if value is None and key in parsed:
             continue
-        found.pop(key, None)  # the last one also counts as written last
-        found[key] = value
-    return found
+        parsed.pop(key, None)  # a duplicate key moves to the end
+        parsed[key] = value
+    return parsed
 
 
-def _refuse(word: str) -> Any:
-    raise BodyError(f"invalid character '{word[0]}' looking for beginning of value")
+def _reject_constant(text: str) -> Any:
+    raise BodyError(f"invalid character '{text[0]}' looking for beginning of value")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse, strict=True)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_reject_constant, strict=True)
 
 
 def read_struct(data: bytes, type_name: str, fields: Fields) -> dict[str, Any]:
-    """The known fields of the first value, under their own names; unknown ones are left out.
+    """Reads the known fields of the first value, under their canonical names; drops unknown ones.
 
     Raises:
-        EmptyBodyError: nothing but blanks.
-        BodyError: not JSON, not an object, or a field of another type.
+        EmptyBodyError: only whitespace.
+        BodyError: not JSON, not an object, or a field of the wrong type.
     """
     value = _first_value(data)
     if value is None:
@@ -52,7 +52,7 @@ def read_struct(data: bytes, type_name: str, fields: Fields) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BodyError(f"json: cannot unmarshal {_kind(value)} into Go value of type {type_name}")
     short = type_name.rpartition(".")[2]
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for key, inner in cast("dict[str, Any]", value).items():
         name = key.lower()
         if name not in fields or inner is None:
@@ -60,8 +60,8 @@ def read_struct(data: bytes, type_name: str, fields: Fields) -> dict[str, Any]:
         if not _fits(inner, fields[name]):
             kind = _go_type(fields[name])
             raise BodyError(f"json: cannot unmarshal {_kind(inner)} into Go struct field {short}.{name} of type {kind}")
-        found[name] = inner
-    return found
+        parsed[name] = inner
+    return parsed
 
 
 def _first_value(data: bytes) -> Any:
@@ -71,23 +71,23 @@ def _first_value(data: bytes) -> Any:
     try:
         value, _ = _DECODER.raw_decode(text)
     except json.JSONDecodeError as error:
-        raise BodyError(_go_words(text, error)) from error
+        raise BodyError(_go_error_message(text, error)) from error
     except RecursionError as error:
         raise BodyError("exceeded max depth") from error
     return value
 
 
-def _go_words(text: str, error: json.JSONDecodeError) -> str:
+def _go_error_message(text: str, error: json.JSONDecodeError) -> str:
     if error.pos >= len(text) or "Unterminated" in error.msg:
         return "unexpected EOF"
-    where = {
+    context = {
         "Expecting property name enclosed in double quotes": "looking for beginning of object key string",
         "Illegal trailing comma before end of object": "looking for beginning of object key string",
         "Expecting ':' delimiter": "after object key",
         "Expecting ',' delimiter": "after object key:value pair",
         "Expecting value": "looking for beginning of value",
     }.get(error.msg, "in string literal" if "control character" in error.msg else "looking for beginning of value")
-    return f"invalid character '{text[error.pos]}' {where}"
+    return f"invalid character '{text[error.pos]}' {context}"
 
 
 def _kind(value: Any) -> str:
@@ -100,10 +100,10 @@ def _kind(value: Any) -> str:
 
 
 def _fits(value: Any, kind: str) -> bool:
-    wanted = {"string": str, "bool": bool, "map": dict, "slice": list, "any": object}
+    types = {"string": str, "bool": bool, "map": dict, "slice": list, "any": object}
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, wanted[kind])
+    return isinstance(value, types[kind])
 
 
 def _go_type(kind: str) -> str:
@@ -111,6 +111,6 @@ def _go_type(kind: str) -> str:
 
 
 def dump(value: Any) -> bytes:
-    """As Go marshals: no blanks, `<`, `>` and `&` escaped."""
+    """Serialises as Go does: no whitespace; `<`, `>` and `&` escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").encode()

@@ -1,7 +1,7 @@
-"""EMULATED GPUs, read as NVML would read real ones.
+"""Reads EMULATED GPUs through the interface of the NVML reader.
 
-Shows memory by the allocations of living processes (`router.lab.emulator.vram`), and makes up temperature, power and
-utilisation from which of those processes computed of late. Reads only; takes memory from nobody.
+Used memory is the allocations of living processes (`router.lab.emulator.vram`). Temperature, power and utilisation are
+made up from which of those processes computed recently. Read-only.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from router.lab.emulator import vram
 from router.lab.emulator.spec import EmulatorSpec
 
 _BUSY_SECONDS = 1.0
-"""A process that computed so long ago still counts as busy: one sampling period of NVML."""
+"""A process counts as busy for this long after it computed: one NVML sampling period."""
 _IDLE_CELSIUS, _BUSY_CELSIUS = 34.0, 68.0
 _WARMING_SECONDS = 30.0
-"""A GPU nears its new temperature by 63 % in this time."""
+"""Time scale on which a GPU approaches its new temperature."""
 
 
 def write_rig_file(spec: EmulatorSpec, directory: Path) -> None:
-    """Puts the GPUs of `spec` into `directory`, all free. Allocations that are there stay."""
+    """Writes the GPUs of `spec` to `rig.json` in `directory`. Existing allocations stay."""
     (directory / "vram").mkdir(parents=True, exist_ok=True)
     gpus = [{"uuid": uuid, **dataclasses.asdict(gpu)} for uuid, gpu in zip(spec.uuids, spec.gpus, strict=True)]
     data: dict[str, Any] = {"emulated": True, "gpus": gpus, "version": spec.version, "speed": spec.speed}
@@ -32,41 +32,45 @@ def write_rig_file(spec: EmulatorSpec, directory: Path) -> None:
 
 
 class EmulatedGpuReader:
-    """The emulated GPUs of a directory, behind the protocol of the NVML reader."""
+    """Emulated GPUs of a directory; implements the protocol of the NVML reader."""
 
     def __init__(
         self,
         directory: Path,
         clock: Callable[[], float] = time.monotonic,
-        wall_seconds: Callable[[Path], float | None] | None = None,
+        busy_age: Callable[[Path], float | None] | None = None,
     ) -> None:
-        """`wall_seconds` tells how long ago a busy file was touched; None if never."""
+        """`busy_age` returns the seconds since a busy file was written; None if never."""
         self._directory = directory
         self._clock = clock
-        self._age = wall_seconds or _age_seconds
+        self._busy_age = busy_age or _age_seconds
         self._warmth: dict[str, tuple[float, float]] = {}
 
     def read(self) -> tuple[Gpu, ...]:
-        """All GPUs as they are now. A lost GPU keeps its place, with its error."""
-        uses = vram.uses(self._directory)
-        lost = vram.read_json(self._directory / "lost.json")
-        external = vram.read_json(self._directory / "foreign.json")
+        """Current state of all GPUs. A lost GPU keeps its index and has `error` set."""
+        allocations = vram.allocations(self._directory)
+        lost_gpus = vram.read_json(self._directory / "lost.json")
+        external_bytes = vram.read_json(self._directory / "foreign.json")
         gpus: list[dict[str, Any]] = vram.read_json(self._directory / "rig.json").get("gpus", [])
         return tuple(
-            self._gpu(index, gpu, uses, external.get(gpu["uuid"], 0), gpu["uuid"] in lost)
+            self._gpu(index, gpu, allocations, external_bytes.get(gpu["uuid"], 0), gpu["uuid"] in lost_gpus)
             for index, gpu in enumerate(gpus)
         )
 
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _gpu(self, index: int, gpu: dict[str, Any], uses: list[vram.Use], external: int, is_lost: bool) -> Gpu:
+    def _gpu(
+        self, index: int, gpu: dict[str, Any], allocations: list[vram.Allocation], external_bytes: int, is_lost: bool
+    ) -> Gpu:
         uuid: str = gpu["uuid"]
-        on_gpu = [use for use in uses if uuid in use.bytes_by_gpu]
-        used = sum(use.bytes_by_gpu[uuid] for use in on_gpu) + external
+        on_gpu = [allocation for allocation in allocations if uuid in allocation.bytes_by_gpu]
+        used = sum(allocation.bytes_by_gpu[uuid] for allocation in on_gpu) + external_bytes
         usable = gpu["memory_total_bytes"] - gpu["memory_reserved_bytes"]
-        busy = any((age := self._age(use.is_busy_path)) is not None and age < _BUSY_SECONDS for use in on_gpu)
-        warmth = self._warm(uuid, 1.0 if busy else 0.0)
+        busy = any(
+            (age := self._busy_age(allocation.busy_path)) is not None and age < _BUSY_SECONDS for allocation in on_gpu
+        )
+        warmth = self._update_warmth(uuid, 1.0 if busy else 0.0)
         limit = gpu["power_limit_watts"]
         return Gpu(
             uuid=GpuUuid(uuid),
@@ -87,22 +91,22 @@ class EmulatedGpuReader:
             utilization_ratio=0.95 if busy else 0.0,
             memory_bus_width_bits=gpu["memory_bus_width_bits"],
             memory_clock_hertz=gpu["memory_clock_hertz"],
-            processes=tuple(GpuProcess(use.pid, use.bytes_by_gpu[uuid]) for use in on_gpu),
+            processes=tuple(GpuProcess(allocation.pid, allocation.bytes_by_gpu[uuid]) for allocation in on_gpu),
             error="GPU is lost" if is_lost else None,
         )
 
-    def _warm(self, uuid: str, goal: float) -> float:
-        """How warm the GPU is between idle (0) and long busy (1)."""
+    def _update_warmth(self, uuid: str, target: float) -> float:
+        """Current warmth of the GPU between idle (0) and busy for long (1)."""
         now = self._clock()
-        warmth, since = self._warmth.get(uuid, (0.0, now))
-        share = min(1.0, (now - since) / _WARMING_SECONDS)
-        warmth += (goal - warmth) * share
+        warmth, updated_at = self._warmth.get(uuid, (0.0, now))
+        approach = min(1.0, (now - updated_at) / _WARMING_SECONDS)
+        warmth += (target - warmth) * approach
         self._warmth[uuid] = (warmth, now)
         return warmth
 
 
 def _age_seconds(path: Path) -> float | None:
-    """Seconds since the file was touched; both ends on the system's monotonic clock, written into the file."""
+    """Seconds since the monotonic time stored in the file."""
     try:
         return time.monotonic() - float(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""HTTP/1.1 for the EMULATED server, framed as Go's net/http frames it.
+"""HTTP/1.1 server of the EMULATED Ollama, with the framing of Go's net/http.
 
-Answers up to 2 kB that were not flushed carry a length, longer ones and streams are chunked, each write of a stream one
-chunk; no server header, no compression, no time limits. Requests on one connection are answered one after another. It
-knows no path and no model. Kinder than the truth: a request with both Content-Length and Transfer-Encoding is refused,
-and header names are not checked for their spelling.
+Unflushed responses up to 2 kB have a Content-Length; longer ones and streams are chunked, with one chunk per write. No
+Server header, no compression, no timeouts. Requests on one connection are answered in order. Knows no paths and no
+models. Differences from Go: a request with both Content-Length and Transfer-Encoding is refused, and header names are
+not validated.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from urllib.parse import unquote
 import httptools  # pyright: ignore[reportMissingTypeStubs]
 
 _SHORT_BYTES = 2048
-"""Up to here Go's buffer holds an answer back until its length is known."""
+"""Go buffers a response up to this size, so that its length is known."""
 _DRAIN_BYTES = 256 << 10
-"""An unread body up to this size is read and dropped after the answer; over it the connection is closed."""
+"""An unread body up to this size is drained after the response; with a larger one the connection is closed."""
 _UNREAD_BYTES = 1 << 20
-"""A body is read no further ahead of its handler than this."""
+"""Maximum body bytes read ahead of the handler."""
 
 
-class ClientLeftError(Exception):
-    """The client closed its side of the connection while its request was being watched."""
+class ClientDisconnectedError(Exception):
+    """The client closed its side of the connection."""
 
 
 class Request:
-    """One request; the body may still be on its way."""
+    """One request; the body may still be arriving."""
 
     def __init__(self, connection: _Connection, method: str, target: str, version: str) -> None:
         self.method = method
@@ -40,20 +40,20 @@ class Request:
         self.path = unquote(target.partition("?")[0])
         self.version = version
         self.headers: dict[str, str] = {}
-        """By lower-cased name; the last one of several."""
-        self.left = asyncio.Event()
-        """The client has closed its side, or the connection broke."""
+        """By lower-case name; the last value if repeated."""
+        self.disconnected = asyncio.Event()
+        """Set when the client closed its side or the connection broke."""
         self.complete = False
         self._connection = connection
         self._chunks: deque[bytes] = deque()
-        self._unread = 0
-        self._more = asyncio.Event()
-        self._watching: asyncio.Task[Any] | None = None
-        self._continues = False
+        self._unread_bytes = 0
+        self._body_event = asyncio.Event()
+        self._cancellable_task: asyncio.Task[Any] | None = None
+        self._sent_continue = False
 
     @property
     def length(self) -> int:
-        """The announced length; 0 where there is none."""
+        """The Content-Length; 0 if there is none."""
         text = self.headers.get("content-length", "")
         return int(text) if text.isdigit() else 0
 
@@ -62,87 +62,87 @@ class Request:
         return self._connection.peer
 
     @contextlib.contextmanager
-    def watched(self) -> Generator[None]:
-        """Within the block, the departure of the client ends whatever is waited for.
+    def cancel_on_disconnect(self) -> Generator[None]:
+        """Within the block, a disconnect of the client cancels what the task awaits.
 
         Raises:
-            ClientLeftError: it has left, before or within the block.
+            ClientDisconnectedError: the client disconnected, before or within the block.
         """
-        if self.left.is_set():
-            raise ClientLeftError
-        self._watching = asyncio.current_task()
+        if self.disconnected.is_set():
+            raise ClientDisconnectedError
+        self._cancellable_task = asyncio.current_task()
         try:
             yield
         except asyncio.CancelledError:
-            if self.left.is_set() and self._watching is not None:
-                self._watching.uncancel()
-                raise ClientLeftError from None
+            if self.disconnected.is_set() and self._cancellable_task is not None:
+                self._cancellable_task.uncancel()
+                raise ClientDisconnectedError from None
             raise
         finally:
-            self._watching = None
+            self._cancellable_task = None
 
     async def chunks(self) -> AsyncGenerator[bytes]:
-        """The body as it comes. Raises ClientLeftError where it breaks off."""
-        if self.headers.get("expect", "").lower() == "100-continue" and not self._continues and not self.complete:
-            self._continues = True
+        """The body as it arrives. Raises ClientDisconnectedError if it is cut off."""
+        if self.headers.get("expect", "").lower() == "100-continue" and not self._sent_continue and not self.complete:
+            self._sent_continue = True
             self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
             while self._chunks:
                 chunk = self._chunks.popleft()
-                self._unread -= len(chunk)
-                self._connection.read_on(self._unread < _UNREAD_BYTES)
+                self._unread_bytes -= len(chunk)
+                self._connection.set_reading(self._unread_bytes < _UNREAD_BYTES)
                 yield chunk
             if self.complete:
                 return
-            if self.left.is_set():
-                raise ClientLeftError
-            self._more.clear()
-            await self._more.wait()
+            if self.disconnected.is_set():
+                raise ClientDisconnectedError
+            self._body_event.clear()
+            await self._body_event.wait()
 
     async def body(self) -> bytes:
-        """All of the body."""
+        """The whole body."""
         return b"".join([chunk async for chunk in self.chunks()])
 
-    # --- for the connection ---
+    # --- called by the connection ---
 
-    def feed(self, data: bytes) -> None:
+    def add_data(self, data: bytes) -> None:
         self._chunks.append(data)
-        self._unread += len(data)
-        self._connection.read_on(self._unread < _UNREAD_BYTES)
-        self._more.set()
+        self._unread_bytes += len(data)
+        self._connection.set_reading(self._unread_bytes < _UNREAD_BYTES)
+        self._body_event.set()
 
     def end(self) -> None:
         self.complete = True
-        self._more.set()
+        self._body_event.set()
 
-    def abandon(self) -> None:
-        self.left.set()
-        self._more.set()
-        if self._watching is not None:
-            self._watching.cancel()
+    def disconnect(self) -> None:
+        self.disconnected.set()
+        self._body_event.set()
+        if self._cancellable_task is not None:
+            self._cancellable_task.cancel()
 
 
 class Response:
-    """The answer to one request."""
+    """The response to one request."""
 
-    def __init__(self, connection: _Connection, request: Request, keeps: bool) -> None:
+    def __init__(self, connection: _Connection, request: Request, keep_alive: bool) -> None:
         self.headers: dict[str, str] = {}
-        """Sent with the head, after what `whole` and `chunk` set."""
+        """Sent in addition to the headers that `send` and `chunk` set."""
         self.status = 200
-        self.begun = False
+        self.started = False
         self.ended = False
         self._connection = connection
         self._request = request
-        self._keeps = keeps
-        self._chunked = False
+        self._keep_alive = keep_alive
+        self._is_chunked = False
 
     @property
     def closes(self) -> bool:
-        """The connection ends with this answer."""
-        return not self._keeps
+        """The connection is closed after this response."""
+        return not self._keep_alive
 
-    def whole(self, status: int, body: bytes = b"", content_type: str | None = None) -> None:
-        """The whole answer at once."""
+    def send_whole(self, status: int, body: bytes = b"", content_type: str | None = None) -> None:
+        """Sends the whole response."""
         is_long = len(body) > _SHORT_BYTES and self._request.method != "HEAD"
         length = None if is_long or status == HTTPStatus.NO_CONTENT else len(body)
         self._head(status, content_type, length)
@@ -150,36 +150,36 @@ class Response:
         self.end()
 
     async def chunk(self, data: bytes, content_type: str | None = None, status: int = 200) -> None:
-        """One flushed write; the first one sends the head. Waits while the client does not read."""
-        if not self.begun:
+        """Sends one flushed write; the first also sends the head. Waits while the client does not read."""
+        if not self.started:
             self._head(status, content_type, None)
         self._body(data)
         await self._connection.writable()
 
     def end(self) -> None:
-        """The last chunk, where there are chunks."""
+        """Ends the response, with the last chunk if it is chunked."""
         if self.ended:
             return
         self.ended = True
-        if not self.begun:
+        if not self.started:
             self._head(self.status, None, 0)
-        if self._chunked:
+        if self._is_chunked:
             self._connection.write(b"0\r\n\r\n")
 
     def _body(self, data: bytes) -> None:
         if self._request.method == "HEAD" or not data:
             return
-        self._connection.write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
+        self._connection.write(b"%x\r\n%s\r\n" % (len(data), data) if self._is_chunked else data)
 
     def _head(self, status: int, content_type: str | None, length: int | None) -> None:
-        self.begun = True
+        self.started = True
         self.status = status
         has_body = status != HTTPStatus.NO_CONTENT and self._request.method != "HEAD"
-        self._chunked = has_body and length is None and self._request.version == "1.1"
-        if has_body and length is None and not self._chunked:
-            self._keeps = False  # an older client knows the end by the close
+        self._is_chunked = has_body and length is None and self._request.version == "1.1"
+        if has_body and length is None and not self._is_chunked:
+            self._keep_alive = False  # an HTTP/1.0 client detects the end by the close
         if not self._request.complete and self._request.length > _DRAIN_BYTES:
-            self._keeps = False
+            self._keep_alive = False
         headers = dict(self.headers)
         if content_type is not None:
             headers["Content-Type"] = content_type
@@ -188,8 +188,8 @@ class Response:
             lines += [f"{name}: {value}" for value in headers[name].split("\n")]
         lines.append(f"Date: {datetime.now(UTC):%a, %d %b %Y %H:%M:%S} GMT")
         lines += [f"Content-Length: {length}"] if length is not None else []
-        lines += ["Transfer-Encoding: chunked"] if self._chunked else []
-        if not self._keeps:
+        lines += ["Transfer-Encoding: chunked"] if self._is_chunked else []
+        if not self._keep_alive:
             lines.append("Connection: close")
         elif self._request.version == "1.0" and "Connection" not in headers:
             lines.append("Connection: keep-alive")
@@ -200,16 +200,16 @@ Handler = Callable[[Request, Response], Awaitable[None]]
 
 
 class _Connection(asyncio.Protocol):
-    """One client's connection: parses, queues, answers."""
+    """One client connection: parses and queues requests, and runs the handler for each in order."""
 
-    def __init__(self, handler: Handler, owned: set[asyncio.Task[None]]) -> None:
+    def __init__(self, handler: Handler, tasks: set[asyncio.Task[None]]) -> None:
         self.peer = ""
         self._handler = handler
-        self._owned = owned
+        self._tasks = tasks
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._queue: asyncio.Queue[tuple[Request, bool] | None] = asyncio.Queue()
-        self._arriving: Request | None = None
+        self._incoming: Request | None = None
         self._current: Request | None = None
         self._target = b""
         self._headers: list[tuple[str, str]] = []
@@ -218,32 +218,32 @@ class _Connection(asyncio.Protocol):
         self._is_paused = False
         self._at_eof = False
 
-    # --- the transport's calls ---
+    # --- called by the transport ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.peer = str((transport.get_extra_info("peername") or ("",))[0])
         task = asyncio.get_running_loop().create_task(self._serve())
-        self._owned.add(task)
-        task.add_done_callback(self._owned.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            return  # nothing is upgraded; the request itself was taken
+            return  # upgrades are ignored; the request itself was parsed
         except httptools.HttpParserError:
-            self._refuse("400 Bad Request")
+            self._reject("400 Bad Request")
 
     def eof_received(self) -> bool:
-        """Keeps the other direction open: a handler may still answer, or never end."""
-        self._leave()
+        """Keeps the write side open: a handler may still answer, or never end."""
+        self._disconnect()
         return True
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (the protocol names it)
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (required by the protocol)
         self._is_writable.set()
-        self._leave()
+        self._disconnect()
 
     def pause_writing(self) -> None:
         self._is_writable.clear()
@@ -251,19 +251,19 @@ class _Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._is_writable.set()
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         self._at_eof = True
-        for request in (self._current, self._arriving):
+        for request in (self._current, self._incoming):
             if request is not None:
-                request.abandon()
+                request.disconnect()
         self._queue.put_nowait(None)
 
-    def _refuse(self, text: str) -> None:
+    def _reject(self, text: str) -> None:
         head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n{text}"
         self.write(head.encode())
         self.close()
 
-    # --- the parser's calls ---
+    # --- called by the parser ---
 
     def on_message_begin(self) -> None:
         self._target = b""
@@ -280,52 +280,52 @@ class _Connection(asyncio.Protocol):
         request = Request(self, method, self._target.decode("latin-1"), self._parser.get_http_version())
         request.headers.update(self._headers)
         if request.version == "1.1" and "host" not in request.headers:
-            self._refuse("400 Bad Request: missing required Host header")
+            self._reject("400 Bad Request: missing required Host header")
             return
-        self._arriving = request
+        self._incoming = request
         self._queue.put_nowait((request, bool(self._parser.should_keep_alive())))
 
     def on_body(self, body: bytes) -> None:
-        if self._arriving is not None:
-            self._arriving.feed(body)
+        if self._incoming is not None:
+            self._incoming.add_data(body)
 
     def on_message_complete(self) -> None:
-        if self._arriving is not None:
-            self._arriving.end()
-            self._arriving = None
+        if self._incoming is not None:
+            self._incoming.end()
+            self._incoming = None
 
-    # --- answering ---
+    # --- responding ---
 
     async def _serve(self) -> None:
         while (item := await self._queue.get()) is not None:
-            request, keeps = item
+            request, keep_alive = item
             self._current = request
-            response = Response(self, request, keeps)
+            response = Response(self, request, keep_alive)
             if self._at_eof:
-                request.abandon()
-            with contextlib.suppress(ClientLeftError):
-                await self._handled(request, response)
+                request.disconnect()
+            with contextlib.suppress(ClientDisconnectedError):
+                await self._run_handler(request, response)
             response.end()
             self._current = None
-            if response.closes or not await self._dropped(request):
+            if response.closes or not await self._drain_body(request):
                 break
         self.close()
 
-    async def _handled(self, request: Request, response: Response) -> None:
+    async def _run_handler(self, request: Request, response: Response) -> None:
         try:
             await self._handler(request, response)
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if not request.left.is_set() or task is None:
+            if not request.disconnected.is_set() or task is None:
                 raise
-            task.uncancel()  # it came of the client's leaving, while something was written
+            task.uncancel()  # caused by the client's disconnect during a write
 
-    async def _dropped(self, request: Request) -> bool:
-        """Reads what is left of the body; False where the connection is to be closed instead."""
+    async def _drain_body(self, request: Request) -> bool:
+        """Drains the rest of the body; False if the connection must be closed instead."""
         try:
             async for _ in request.chunks():
                 pass
-        except ClientLeftError:
+        except ClientDisconnectedError:
             return False
         return True
 
@@ -336,21 +336,21 @@ class _Connection(asyncio.Protocol):
     async def writable(self) -> None:
         await self._is_writable.wait()
 
-    def read_on(self, wanted: bool) -> None:
-        if self._transport is None or self._transport.is_closing() or wanted != self._is_paused:
+    def set_reading(self, is_wanted: bool) -> None:
+        if self._transport is None or self._transport.is_closing() or is_wanted != self._is_paused:
             return
-        self._is_paused = not wanted
-        (self._transport.resume_reading if wanted else self._transport.pause_reading)()
+        self._is_paused = not is_wanted
+        (self._transport.resume_reading if is_wanted else self._transport.pause_reading)()
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
 
 
-async def listen(handler: Handler, host: str, port: int, owned: set[asyncio.Task[None]]) -> asyncio.Server:
-    """Accepts connections from now on; `owned` keeps their tasks. Raises OSError where the address is taken."""
+async def listen(handler: Handler, host: str, port: int, tasks: set[asyncio.Task[None]]) -> asyncio.Server:
+    """Starts accepting connections; `tasks` keeps their tasks. Raises OSError if the address is in use."""
     loop = asyncio.get_running_loop()
-    return await loop.create_server(lambda: _Connection(handler, owned), host, port, backlog=1024)
+    return await loop.create_server(lambda: _Connection(handler, tasks), host, port, backlog=1024)
 
 
 def header_values(headers: Mapping[str, str], name: str) -> list[str]:

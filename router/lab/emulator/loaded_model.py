@@ -1,7 +1,7 @@
-"""One loaded model of the EMULATED server: its runner, its users, its slots and how long it stays.
+"""State of one loaded model of the EMULATED server: runner, users, slots and expiry.
 
-The scheduler decides; this keeps the books of one model. Prompts that begin as the last one of a slot did are evaluated
-from where they differ, as in a real runner.
+The scheduler makes the decisions. A prompt that shares a prefix with the previous one in its slot is evaluated from
+where they differ, as in a real runner.
 """
 
 from __future__ import annotations
@@ -15,69 +15,69 @@ from pathlib import Path
 
 from router.domain.model import ModelFacts
 from router.lab.emulator.options import RunnerOptions
-from router.lab.emulator.prompt_cache import PromptCache, Slot, common_length
+from router.lab.emulator.prompt_cache import PromptCache, Slot, common_prefix_length
 from router.lab.emulator.runner_process import RunnerProcess, Sequence
-from router.lab.emulator.store import Header, Stored
+from router.lab.emulator.store import Header, StoredModel
 from router.lab.emulator.text_generation import prompt_tokens
 
-FOR_EVER = timedelta(seconds=2**63 / 1e9)
-"""Go's longest duration, 292 years."""
+MAX_DURATION = timedelta(seconds=2**63 / 1e9)
+"""Go's maximum duration, 292 years."""
 
 
 @dataclass(slots=True, eq=False)
-class Loaded:
-    """A model in memory, or on its way there."""
+class LoadedModel:
+    """A model that is loaded or loading."""
 
-    stored: Stored
-    """As what it was loaded; an alias may use it too."""
+    stored: StoredModel
+    """The name it was loaded under; requests for an alias use it too."""
     blob: Path
     header: Header
     facts: ModelFacts
     options: RunnerOptions
-    """As asked."""
+    """As requested."""
     context_length: int
-    """Of one slot, as it came out."""
+    """Effective context of one slot."""
     process: RunnerProcess
     size_bytes: int
     layers: tuple[int, ...]
-    """Units on each visible GPU, the output layer being one; the rest is on the CPU."""
+    """Layers on each visible GPU, counting the output layer as one; the rest is on the CPU."""
     bytes_by_gpu: Mapping[str, int]
     believed_by_gpu: Mapping[str, int]
-    """What its server up to 0.24 takes off what it believes to be free."""
+    """What servers up to 0.24 subtract from the total in their own accounting."""
     host_bytes: int
     session_seconds: float
     slot_count: int
     kept_tokens: int
-    """How many tokens of evicted prompts its runner keeps."""
+    """Capacity in tokens for evicted prompts that the runner keeps in host memory."""
     users: int = 1
     expires_at: datetime | None = None
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    """The load has ended, well or not."""
+    load_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """The load has succeeded or failed."""
     unloaded: asyncio.Event = field(default_factory=asyncio.Event)
-    guard: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held from the check whether the runner will do until it counts as used, so that nobody evicts it in between."""
-    is_leaving: bool = False
+    use_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held from the reuse check until the user is counted, so that no eviction happens in between."""
+    is_unloading: bool = False
     timer: asyncio.TimerHandle | None = None
     _prompts: PromptCache | None = None
-    _free: asyncio.Semaphore | None = None
+    _free_slots: asyncio.Semaphore | None = None
 
     @property
     def key(self) -> str:
-        """Residency belongs to the weights."""
+        """Residency is per weights blob, not per name."""
         return self.stored.weights.digest
 
     @property
     def size_vram_bytes(self) -> int:
         return sum(self.bytes_by_gpu.values())
 
-    def begin(self) -> None:
-        """The load has succeeded."""
+    def create_slots(self) -> None:
+        """Creates the slots once the load has succeeded."""
         slots = [Slot() for _ in range(self.slot_count)]
         self._prompts = PromptCache(slots, self.kept_tokens, lambda text: prompt_tokens(self.header, text))
-        self._free = asyncio.Semaphore(self.slot_count)
+        self._free_slots = asyncio.Semaphore(self.slot_count)
 
     def expiry(self) -> datetime:
-        """When it will leave; while it is used, as if it were left now."""
+        """When it expires; while in use, as if the last request ended now."""
         return self.expires_at or expiry_after(self.session_seconds)
 
     def stop_timer(self) -> None:
@@ -86,47 +86,47 @@ class Loaded:
             self.timer = None
 
     @contextlib.asynccontextmanager
-    async def slot(self, prompt: str, loses: Callable[[], bool]) -> AsyncGenerator[SlotUse]:
-        """Waits for a slot, first come first served. It is free again once the runner has ended the sequence.
+    async def slot(self, prompt: str, leaks: Callable[[], bool]) -> AsyncGenerator[SlotUse]:
+        """Waits for a slot, first come first served. It is released once the runner has ended the sequence.
 
-        `loses` is asked at the end whether the slot is lost for good (a fault).
+        `leaks` decides at the end whether the slot leaks (an injected fault).
         """
-        assert self._free is not None
+        assert self._free_slots is not None
         assert self._prompts is not None
-        await self._free.acquire()
-        slot = self._prompts.take(prompt)
-        use = SlotUse(common_length(slot.text, prompt))
+        await self._free_slots.acquire()
+        slot = self._prompts.acquire(prompt)
+        use = SlotUse(common_prefix_length(slot.text, prompt))
         try:
             yield use
         finally:
-            slot.text = prompt + use.said
-            if not loses():
+            slot.text = prompt + use.generated_text
+            if not leaks():
                 self._release(slot, use.sequence)
 
     def _release(self, slot: Slot, sequence: Sequence | None) -> None:
-        def free(_: object = None) -> None:
-            assert self._free is not None
+        def mark_free(_: object = None) -> None:
+            assert self._free_slots is not None
             assert self._prompts is not None
-            self._prompts.let_go(slot)
-            self._free.release()
+            self._prompts.release(slot)
+            self._free_slots.release()
 
-        if sequence is None or sequence.over.done():
-            free()
+        if sequence is None or sequence.ended.done():
+            mark_free()
         else:
             sequence.cancel()
-            sequence.over.add_done_callback(free)
+            sequence.ended.add_done_callback(mark_free)
 
 
 @dataclass(slots=True)
 class SlotUse:
-    """What one request does with its slot."""
+    """One request's use of a slot."""
 
     cached_characters: int
-    """So much of the prompt is evaluated already."""
+    """Length of the prompt's prefix that is already evaluated."""
     sequence: Sequence | None = None
-    said: str = ""
+    generated_text: str = ""
 
 
 def expiry_after(seconds: float) -> datetime:
-    """So many seconds from now; negative is for ever."""
-    return datetime.now(UTC) + (FOR_EVER if seconds < 0 else timedelta(seconds=seconds))
+    """The time `seconds` from now; negative means never."""
+    return datetime.now(UTC) + (MAX_DURATION if seconds < 0 else timedelta(seconds=seconds))

@@ -1,4 +1,4 @@
-"""What the weights of a model in the EMULATED store mean for its size, speed and abilities. Pure."""
+"""Size, speed and capabilities of a model in the EMULATED store, derived from its weights header. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 from router.domain.model import BlobDigest, ModelFacts
 from router.engines.ollama.ggml_types import tensor_bytes
 from router.engines.ollama.runner_options import runner_parameters
-from router.lab.emulator.store import Header, Stored
+from router.lab.emulator.store import Header, StoredModel
 
 _OUTPUT = frozenset(("output.weight", "output_norm.weight"))
 
@@ -20,23 +20,25 @@ def architecture(header: Header) -> str:
 
 
 def number(header: Header, key: str, default: int = 0) -> int:
-    """An architecture's own number, such as `block_count`; the largest of several."""
+    """An architecture-specific number such as `block_count`; the maximum if it is a list."""
     value: Any = header.metadata.get(f"{architecture(header)}.{key}", default)
     if isinstance(value, list | tuple):
-        return max((int(one) for one in cast("list[int]", value)), default=default)
+        return max((int(item) for item in cast("list[int]", value)), default=default)
     return int(value) if isinstance(value, int | float) else default
 
 
-def facts_of(stored: Stored, header: Header) -> ModelFacts:
-    """The facts of a stored model, read as a server reads them."""
+def facts_of(stored: StoredModel, header: Header) -> ModelFacts:
+    """Facts of a stored model, computed as a server computes them."""
     layers = number(header, "block_count", 1)
     heads = number(header, "attention.head_count", 1)
     width = number(header, "embedding_length", 64)
     head_width = width // max(1, heads)
-    ends = {name: tensor_bytes(kind, shape) or 0 for name, kind, shape in header.tensors if "blk." not in name}
-    is_tied = bool(ends) and "output.weight" not in ends and not _is_encoder(ends)
-    table = ends.get("token_embd.weight")
-    output = sum(size for name, size in ends.items() if name in _OUTPUT)
+    non_block_bytes = {
+        name: tensor_bytes(kind, shape) or 0 for name, kind, shape in header.tensors if "blk." not in name
+    }
+    is_tied = bool(non_block_bytes) and "output.weight" not in non_block_bytes and not _is_encoder(non_block_bytes)
+    embedding_bytes = non_block_bytes.get("token_embd.weight")
+    output_bytes = sum(size for name, size in non_block_bytes.items() if name in _OUTPUT)
     return ModelFacts(
         name=stored.name.shortest,
         digest=stored.digest,
@@ -53,8 +55,8 @@ def facts_of(stored: Stored, header: Header) -> ModelFacts:
         context_length=number(header, "context_length", 4096),
         sliding_window=number(header, "attention.sliding_window") or None,
         is_embedding=is_embedding(header),
-        input_bytes=0 if is_tied else table,
-        output_bytes=(output + (table or 0) if is_tied else output) if ends else None,
+        input_bytes=0 if is_tied else embedding_bytes,
+        output_bytes=(output_bytes + (embedding_bytes or 0) if is_tied else output_bytes) if non_block_bytes else None,
         parameters=runner_parameters((name, json.dumps(value)) for name, value in stored.parameters.items()),
     )
 
@@ -62,7 +64,7 @@ def facts_of(stored: Stored, header: Header) -> ModelFacts:
 def _kv_heads(header: Header, layers: int, heads: int) -> tuple[int, ...]:
     value: Any = header.metadata.get(f"{architecture(header)}.attention.head_count_kv", heads)
     if isinstance(value, list | tuple):
-        return tuple(int(one) for one in cast("list[int]", value))
+        return tuple(int(item) for item in cast("list[int]", value))
     return (int(value),) * layers
 
 
@@ -75,21 +77,21 @@ def is_embedding(header: Header) -> bool:
 
 
 def active_share(header: Header) -> float:
-    """The share of the weights that one token uses: below 1 for mixtures of experts."""
-    many, used = number(header, "expert_count"), number(header, "expert_used_count")
-    if not many or not used:
+    """Share of the weights used per token: below 1 for mixture-of-experts models."""
+    expert_count, used_count = number(header, "expert_count"), number(header, "expert_used_count")
+    if not expert_count or not used_count:
         return 1.0
     sizes = {name: tensor_bytes(kind, shape) or math.prod(shape) for name, kind, shape in header.tensors}
     experts = sum(size for name, size in sizes.items() if "_exps." in name)
-    return 1.0 - experts / max(1, sum(sizes.values())) * (1.0 - used / many)
+    return 1.0 - experts / max(1, sum(sizes.values())) * (1.0 - used_count / expert_count)
 
 
-def capabilities(stored: Stored, header: Header) -> tuple[str, ...]:
-    """In the order in which `/api/show` lists them."""
+def capabilities(stored: StoredModel, header: Header) -> tuple[str, ...]:
+    """Capabilities in the order of `/api/show`."""
     if is_embedding(header):
         return ("embedding",)
-    found = ["completion"]
-    found += ["tools"] if ".Tools" in stored.template else []
-    found += ["insert"] if ".Suffix" in stored.template else []
-    found += ["thinking"] if ".Think" in stored.template else []
-    return tuple(found)
+    names = ["completion"]
+    names += ["tools"] if ".Tools" in stored.template else []
+    names += ["insert"] if ".Suffix" in stored.template else []
+    names += ["thinking"] if ".Think" in stored.template else []
+    return tuple(names)

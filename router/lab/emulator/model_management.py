@@ -26,8 +26,8 @@ from router.lab.emulator.store import (
     SYSTEM,
     TEMPLATE,
     Layer,
-    Stored,
-    config_of,
+    StoredModel,
+    config_for,
 )
 
 _NAME = {"model": "string", "name": "string"}
@@ -37,40 +37,40 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-fA-F]{64}")
 
 
 class Progress:
-    """Lines of a long change: a stream, or only the last one."""
+    """Progress of a long operation: a stream of lines, or only the final result."""
 
     def __init__(self, service: Service, response: Response, streams: bool) -> None:
         self._response = response
         self._streams = streams
-        self._is_old = service.config.is_old
+        self._is_old = service.config.is_pre_0_12
 
-    async def say(self, **fields: Any) -> None:
-        """One line, such as `status="writing manifest"`."""
+    async def send(self, **fields: Any) -> None:
+        """Sends one line, such as `status="writing manifest"`."""
         if self._streams:
             await self._response.chunk(dump(fields) + b"\n", NDJSON)
 
     async def fail(self, status: int, message: str) -> None:
-        if self._response.begun or (self._streams and self._is_old):
-            await self.say(error=message)
+        if self._response.started or (self._streams and self._is_old):
+            await self.send(error=message)
         elif self._streams:
             await self._response.chunk(dump({"error": message}), PLAIN_JSON, status)
         else:
-            self._response.whole(status, dump({"error": message}), PLAIN_JSON)
+            self._response.send_whole(status, dump({"error": message}), PLAIN_JSON)
 
     async def succeed(self) -> None:
         if self._streams:
-            await self.say(status="success")
+            await self.send(status="success")
         else:
-            self._response.whole(200, dump({"status": "success"}), PLAIN_JSON)
+            self._response.send_whole(200, dump({"status": "success"}), PLAIN_JSON)
 
 
-def asked_name(body: Mapping[str, Any]) -> str:
-    """The model, under its new key or the old one."""
+def requested_name(body: Mapping[str, Any]) -> str:
+    """The model name, from the current key or the legacy one."""
     return body.get("model") or body.get("name") or ""
 
 
-def details(stored: Stored, parent: str = "") -> dict[str, Any]:
-    """As in lists and descriptions."""
+def details(stored: StoredModel, parent: str = "") -> dict[str, Any]:
+    """The `details` object of lists and of `/api/show`."""
     config = stored.config
     return {
         "parent_model": parent,
@@ -86,37 +86,43 @@ async def tags(service: Service, request: Request, response: Response) -> None:
     """`/api/tags`."""
     del request
     models: list[dict[str, Any]] = []
-    for one in service.store.all():
-        name = one.name.shortest
-        entry: dict[str, Any] = {"name": name, "model": name, "modified_at": now_text(one.modified), "size": one.size,
-                 "digest": one.digest, "details": details(one)}  # fmt: skip
+    for stored in service.store.all():
+        name = stored.name.shortest
+        entry: dict[str, Any] = {
+            "name": name,
+            "model": name,
+            "modified_at": now_text(stored.modified),
+            "size": stored.size,
+            "digest": stored.digest,
+            "details": details(stored),
+        }
         if service.config.is_0_30:
-            header = service.header(one)
+            header = service.header(stored)
             entry["details"] |= {"context_length": number(header, "context_length"),
                                  "embedding_length": number(header, "embedding_length")}  # fmt: skip
-            entry["capabilities"] = service.capabilities(one)
+            entry["capabilities"] = service.capabilities(stored)
         models.append(entry)
-    response.whole(200, dump({"models": models}), JSON)
+    response.send_whole(200, dump({"models": models}), JSON)
 
 
 async def ps(service: Service, request: Request, response: Response) -> None:
-    """`/api/ps`. Kinder than 0.24, which answers 500 once in many thousand polls for want of a lock."""
+    """`/api/ps`. Unlike 0.24, it never answers 500 because of a missing lock."""
     del request
-    loaded = sorted(service.scheduler.loaded.values(), key=lambda one: one.expiry(), reverse=True)
+    loaded = sorted(service.scheduler.loaded.values(), key=lambda model: model.expiry(), reverse=True)
     models = [
         {
-            "name": one.stored.name.shortest,
-            "model": one.stored.name.shortest,
-            "size": one.size_bytes,
-            "digest": one.stored.digest,
-            "details": details(one.stored),
-            "expires_at": now_text(one.expiry()),
-            "size_vram": one.size_vram_bytes,
-            "context_length": one.context_length,
+            "name": model.stored.name.shortest,
+            "model": model.stored.name.shortest,
+            "size": model.size_bytes,
+            "digest": model.stored.digest,
+            "details": details(model.stored),
+            "expires_at": now_text(model.expiry()),
+            "size_vram": model.size_vram_bytes,
+            "context_length": model.context_length,
         }
-        for one in loaded
+        for model in loaded
     ]
-    response.whole(200, dump({"models": models}), JSON)
+    response.send_whole(200, dump({"models": models}), JSON)
 
 
 # --- show -------------------------------------------------------------------------------------------------
@@ -126,7 +132,7 @@ async def show(service: Service, request: Request, response: Response) -> None:
     """`/api/show`."""
     fields = {**_NAME, "verbose": "bool", "system": "string", "template": "string", "options": "map"}
     body = await service.read(request, "api.ShowRequest", fields)
-    name = asked_name(body)
+    name = requested_name(body)
     if not name:
         raise ApiError(400, "model is required")
     stored = service.find(name)
@@ -134,7 +140,7 @@ async def show(service: Service, request: Request, response: Response) -> None:
         raise ApiError(404, f"model '{name}' not found")
     path = str(service.store.blob(stored.weights.digest))
     header = service.header(stored)
-    told: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "license": stored.texts.get(LICENSE),
         "modelfile": _modelfile(stored, path),
         "parameters": _parameters(stored),
@@ -144,46 +150,46 @@ async def show(service: Service, request: Request, response: Response) -> None:
         "messages": json.loads(stored.texts.get(MESSAGES) or "null"),
         "model_info": {key: _value(value, body.get("verbose", False)) for key, value in sorted(header.metadata.items())
                        if key not in ("general.name", "tokenizer.chat_template")},
-        "tensors": [{"name": n, "type": kind, "shape": list(shape)} for n, kind, shape in header.tensors],
+        "tensors": [{"name": n, "type": media_type, "shape": list(shape)} for n, media_type, shape in header.tensors],
         "capabilities": service.capabilities(stored),
         "modified_at": now_text(stored.modified),
     }  # fmt: skip
-    response.whole(200, dump({key: value for key, value in told.items() if value not in (None, "", [])}), JSON)
+    response.send_whole(200, dump({key: value for key, value in answer.items() if value not in (None, "", [])}), JSON)
 
 
 def _value(value: Any, is_verbose: bool) -> Any:
     return None if isinstance(value, list | tuple) and not is_verbose else cast("Any", value)
 
 
-def _parameters(stored: Stored) -> str:
+def _parameters(stored: StoredModel) -> str:
     lines: list[str] = []
     for key, value in sorted(stored.parameters.items()):
         values = cast("list[Any]", value) if isinstance(value, list) else [value]
-        lines += [f"{key:<30} {_go_text(one, True)}" for one in values]
+        lines += [f"{key:<30} {_go_text(item, True)}" for item in values]
     return "\n".join(lines)
 
 
 def _go_text(value: Any, quotes: bool = False) -> str:
-    """As Go prints a decoded JSON value: numbers of a million and more with an exponent."""
+    """Formats a decoded JSON value as Go does: numbers of a million and more with an exponent."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return f'"{value}"' if quotes else value
-    number_ = float(value)
-    if abs(number_) >= 1e21 or (number_ and abs(number_) < 1e-4) or abs(number_) >= 1e6:
-        mantissa, _, exponent = f"{number_:.15e}".partition("e")
+    as_float = float(value)
+    if abs(as_float) >= 1e21 or (as_float and abs(as_float) < 1e-4) or abs(as_float) >= 1e6:
+        mantissa, _, exponent = f"{as_float:.15e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{exponent[0]}{exponent[1:]:>02}"
-    return f"{number_:g}" if not number_.is_integer() else str(int(number_))
+    return f"{as_float:g}" if not as_float.is_integer() else str(int(as_float))
 
 
-def _modelfile(stored: Stored, path: str) -> str:
+def _modelfile(stored: StoredModel, path: str) -> str:
     head = '# Modelfile generated by "ollama show"\n# To build a new Modelfile based on this, replace FROM with:\n'
     lines = [f"{head}# FROM {stored.name.shortest}\n", f"FROM {path}", f"TEMPLATE {_quoted(stored.template)}"]
     if stored.texts.get(SYSTEM):
         lines.append(f"SYSTEM {_quoted(stored.texts[SYSTEM])}")
     for key, value in sorted(stored.parameters.items()):
         values = cast("list[Any]", value) if isinstance(value, list) else [value]
-        lines += [f"PARAMETER {key} {_quoted(_go_text(one))}" for one in values]
+        lines += [f"PARAMETER {key} {_quoted(_go_text(item))}" for item in values]
     if stored.texts.get(LICENSE):
         lines.append(f'LICENSE """{stored.texts[LICENSE]}"""')
     return "\n".join(lines) + "\n"
@@ -203,20 +209,20 @@ async def copy(service: Service, request: Request, response: Response) -> None:
     body = await service.read(request, "api.CopyRequest", {"source": "string", "destination": "string"})
     source, target = body.get("source", ""), body.get("destination", "")
     from_name, to_name = service.name(source), service.name(target)
-    for text, name, what in ((source, from_name, "source"), (target, to_name, "destination")):
+    for text, name, field in ((source, from_name, "source"), (target, to_name, "destination")):
         if name is None:
-            raise ApiError(400, f'{what} "{text}" is invalid')
+            raise ApiError(400, f'{field} "{text}" is invalid')
     stored = service.store.get(cast("Name", from_name))
     if stored is None:
         raise ApiError(404, f'model "{source}" not found')
     service.store.copy(stored, cast("Name", to_name))
-    response.whole(200)
+    response.send_whole(200)
 
 
 async def delete(service: Service, request: Request, response: Response) -> None:
-    """`/api/delete`. A loaded runner stays."""
+    """`/api/delete`. A loaded model keeps its runner."""
     body = await service.read(request, "api.DeleteRequest", _NAME)
-    text = asked_name(body)
+    text = requested_name(body)
     name = service.name(text)
     if name is None:
         raise ApiError(400, f'name "{text}" is invalid')
@@ -224,7 +230,7 @@ async def delete(service: Service, request: Request, response: Response) -> None
     if stored is None:
         raise ApiError(404, f"model '{text}' not found")
     service.store.delete(stored)
-    response.whole(200)
+    response.send_whole(200)
 
 
 # --- blobs ------------------------------------------------------------------------------------------------
@@ -237,41 +243,41 @@ async def head_blob(service: Service, request: Request, response: Response, dige
         raise ApiError(400, "invalid digest format")
     if not service.store.blob(digest).exists():
         raise ApiError(404, f'blob "{digest}" not found')
-    response.whole(200)
+    response.send_whole(200)
 
 
 async def post_blob(service: Service, request: Request, response: Response, digest: str) -> None:
-    """`POST /api/blobs/:digest`. One that is there is answered at once, unread."""
+    """`POST /api/blobs/:digest`. For an existing blob the body is not read."""
     if not _DIGEST.fullmatch(digest):
         raise ApiError(400, "invalid digest format")
     path = service.store.blob(digest)
     if path.exists():
-        response.whole(200)
+        response.send_whole(200)
         return
-    total = hashlib.sha256()
+    hasher = hashlib.sha256()
     staging = path.with_name(f"sha256-{os.getpid()}-{id(request)}")
     try:
         with staging.open("wb") as file:
             async with contextlib.aclosing(request.chunks()) as chunks:
                 async for chunk in chunks:
-                    total.update(chunk)
+                    hasher.update(chunk)
                     file.write(chunk)
-        got = "sha256:" + total.hexdigest()
-        if got != digest.replace("-", ":"):
-            raise ApiError(400, f'digest mismatch, expected "{digest}", got "{got}"')
+        actual_digest = "sha256:" + hasher.hexdigest()
+        if actual_digest != digest.replace("-", ":"):
+            raise ApiError(400, f'digest mismatch, expected "{digest}", got "{actual_digest}"')
         staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
-    response.whole(201)
+    response.send_whole(201)
 
 
 # --- create -----------------------------------------------------------------------------------------------
 
 
 async def create(service: Service, request: Request, response: Response) -> None:
-    """`/api/create`: from files that were uploaded, or from another model. A broken header passes, as there."""
+    """`/api/create`: from uploaded files or from another model. As in real Ollama, a broken header is accepted."""
     body = await service.read(request, "api.CreateRequest", _CREATE)
-    name = service.name(asked_name(body))
+    name = service.name(requested_name(body))
     if name is None:
         raise ApiError(400, "invalid model name")
     progress = Progress(service, response, body.get("stream", True))
@@ -283,7 +289,7 @@ async def create(service: Service, request: Request, response: Response) -> None
             return
         layers, config = list(source.layers), dict(source.config)
     elif files:
-        await progress.say(status="parsing GGUF")
+        await progress.send(status="parsing GGUF")
         missing = next((d for d in files.values() if not service.store.blob(d).exists()), None)
         if missing is not None:
             await progress.fail(500, f"open {service.store.blob(missing)}: no such file or directory")
@@ -294,7 +300,7 @@ async def create(service: Service, request: Request, response: Response) -> None
         return
     for layer in layers:
         if layer.media_type == MODEL:
-            await progress.say(status=f"using existing layer {layer.digest}")
+            await progress.send(status=f"using existing layer {layer.digest}")
     layers = await _with_texts(service, body, layers, progress)
     await _write(service, name, layers, config, progress)
 
@@ -308,45 +314,45 @@ async def _write(
 ) -> None:
     weights = next(layer for layer in layers if layer.media_type == MODEL)
     header = service.store.header(weights.digest)
-    kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    kept = kept or config_of(header, [layer.digest for layer in layers])
-    kept["model_family"] = kept.get("model_family") or architecture(header)
-    await progress.say(status="writing manifest")
-    service.store.put(name, kept, layers)
+    existing_layer = {key: value for key, value in config.items() if not key.startswith("_")}
+    existing_layer = existing_layer or config_for(header, [layer.digest for layer in layers])
+    existing_layer["model_family"] = existing_layer.get("model_family") or architecture(header)
+    await progress.send(status="writing manifest")
+    service.store.put(name, existing_layer, layers)
     await progress.succeed()
 
 
 async def _with_texts(
     service: Service, body: Mapping[str, Any], layers: list[Layer], progress: Progress
 ) -> list[Layer]:
-    """The layers with those texts that the request gives, each told as new or as there already."""
-    base = next((one for one in layers if one.media_type == PARAMETERS), None)
-    old = service.store.parameters(base.digest) if base is not None else {}
-    given = body.get("parameters")
+    """Adds the texts of the request to the layers, and reports each as new or existing."""
+    parameters_layer = next((layer for layer in layers if layer.media_type == PARAMETERS), None)
+    base_parameters = service.store.parameters(parameters_layer.digest) if parameters_layer is not None else {}
+    request_parameters = body.get("parameters")
     texts: list[tuple[str, str | None]] = [
         (TEMPLATE, body.get("template")),
         (SYSTEM, body.get("system")),
         (LICENSE, _license(body.get("license"))),
-        (PARAMETERS, dump({**old, **given}).decode() if given else None),
+        (PARAMETERS, dump({**base_parameters, **request_parameters}).decode() if request_parameters else None),
         (MESSAGES, dump(body["messages"]).decode() if body.get("messages") else None),
     ]
-    found = list(layers)
-    for kind, text in texts:
-        kept = next((one for one in found if one.media_type == kind), None)
+    layers_with_texts = list(layers)
+    for media_type, text in texts:
+        existing_layer = next((layer for layer in layers_with_texts if layer.media_type == media_type), None)
         if text is None:
-            if kept is not None:
-                await progress.say(status=f"using existing layer {kept.digest}")
+            if existing_layer is not None:
+                await progress.send(status=f"using existing layer {existing_layer.digest}")
             continue
-        found = [one for one in found if one.media_type != kind]
+        layers_with_texts = [layer for layer in layers_with_texts if layer.media_type != media_type]
         digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-        is_there = service.store.blob(digest).exists()
-        layer = replace(service.store.put_blob(text.encode()), media_type=kind)
-        await progress.say(status=f"{'using existing' if is_there else 'creating new'} layer {layer.digest}")
-        found.append(layer)
-    return found
+        exists = service.store.blob(digest).exists()
+        layer = replace(service.store.put_blob(text.encode()), media_type=media_type)
+        await progress.send(status=f"{'using existing' if exists else 'creating new'} layer {layer.digest}")
+        layers_with_texts.append(layer)
+    return layers_with_texts
 
 
 def _license(value: Any) -> str | None:
     if isinstance(value, list):
-        return "\n".join(str(one) for one in cast("list[Any]", value)) or None
+        return "\n".join(str(item) for item in cast("list[Any]", value)) or None
     return str(value) if value else None

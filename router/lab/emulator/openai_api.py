@@ -1,7 +1,7 @@
 """`/v1/chat/completions`, `/v1/completions`, `/v1/embeddings` and `/v1/models` of the EMULATED server.
 
-Middlewares as in the real one: the body becomes a native request, the native answers become OpenAI's. So a runner that
-dies within a stream shows as one more empty event, and no `[DONE]`.
+Middlewares as in the real server: they convert the body to a native request and the native responses to OpenAI's
+format. So a runner that dies mid-stream appears as one more empty event without `[DONE]`.
 """
 
 from __future__ import annotations
@@ -31,48 +31,48 @@ NativeHandler = Callable[[Service, Request, Sink, Mapping[str, Any]], Awaitable[
 _TYPES: Mapping[int, str] = {400: "invalid_request_error", 404: "not_found_error"}
 
 
-def error_body(status: int, message: str, is_old: bool = False) -> dict[str, Any]:
-    """OpenAI's shape of an error. Before 0.12 the status did not decide the type of a handler's error."""
-    kind = "api_error" if is_old else _TYPES.get(status, "api_error")
+def error_body(status: int, message: str, is_pre_0_12: bool = False) -> dict[str, Any]:
+    """An error in OpenAI's format. Before 0.12 the type of a handler's error did not depend on the status."""
+    kind = "api_error" if is_pre_0_12 else _TYPES.get(status, "api_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-async def read(request: Request, response: Response, type_name: str, fields: Fields) -> dict[str, Any] | None:
-    """The body; None where it was refused, which is answered already."""
+async def read_body(request: Request, response: Response, type_name: str, fields: Fields) -> dict[str, Any] | None:
+    """Parses the body; returns None after sending an error for an invalid one."""
     try:
         return read_struct(await request.body(), f"openai.{type_name}", fields)
     except BodyError as error:
-        response.whole(400, dump(error_body(400, str(error))), JSON)
+        response.send_whole(400, dump(error_body(400, str(error))), JSON)
         return None
 
 
 class _OpenAiSink(Sink):
-    """What both kinds of completion share."""
+    """Common part of both completion sinks."""
 
     prefix = ""
 
     def __init__(self, response: Response, service: Service, usage: bool) -> None:
-        super().__init__(response, service.config.is_old)
+        super().__init__(response, service.config.is_pre_0_12)
         self._service = service
-        self._key = f"{self.prefix}-{service.chance.randrange(1000)}"
+        self._id = f"{self.prefix}-{service.rng.randrange(1000)}"
         self._wants_usage = usage
         self._created = int(datetime.now(UTC).timestamp())
         self._is_0_30 = service.config.is_0_30
         self._has_called = False
-        self._has_begun = False
+        self._has_started = False
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
         data = dump(error_body(status, message, self._is_old)) + b"\n"
-        if self.response.begun or (streams and self._is_old):
+        if self.response.started or (streams and self._is_old):
             await self.line({"error": message})
         elif streams:
             await self.response.chunk(data, PLAIN_JSON, status)
         else:
-            self.response.whole(status, data, PLAIN_JSON)
+            self.response.send_whole(status, data, PLAIN_JSON)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type
-        self.response.whole(status, dump(self._whole(value)) + b"\n", PLAIN_JSON)
+        self.response.send_whole(status, dump(self._whole(value)) + b"\n", PLAIN_JSON)
 
     async def line(self, value: Any) -> None:
         events = [self._chunk(value)]
@@ -104,28 +104,28 @@ class _ChatSink(_OpenAiSink):
     def _head(self, kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
         model = value.get("model", "")
         fingerprint = {"system_fingerprint": "fp_ollama"}
-        return {"id": self._key, "object": kind, "created": self._time(), "model": model, **fingerprint}
+        return {"id": self._id, "object": kind, "created": self._time(), "model": model, **fingerprint}
 
-    def _words(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Content, reasoning and calls of a message; an error's line has none of them."""
+    def _message_fields(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Content, reasoning and tool calls of a message; empty for an error line."""
         message = cast("dict[str, Any]", value.get("message") or {})
-        found: dict[str, Any] = {"content": message.get("content", "")}
+        fields: dict[str, Any] = {"content": message.get("content", "")}
         if message.get("thinking"):
-            found["reasoning"] = message["thinking"]
+            fields["reasoning"] = message["thinking"]
         if message.get("tool_calls"):
             self._has_called = True
-            found["tool_calls"] = [_tool_call(one, self._service.call_id) for one in message["tool_calls"]]
-        return found
+            fields["tool_calls"] = [_tool_call(call, self._service.call_id) for call in message["tool_calls"]]
+        return fields
 
     def _whole(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        message = {"role": "assistant", **self._words(value)}
+        message = {"role": "assistant", **self._message_fields(value)}
         choice = {"index": 0, "message": message, "finish_reason": self._reason(value), **_logprobs(value)}
         return {**self._head("chat.completion", value), "choices": [choice], "usage": usage_of(value)}
 
     def _chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        role = {} if self._is_0_30 and self._has_begun else {"role": "assistant"}
-        self._has_begun = True
-        delta = {**role, **self._words(value)}
+        role = {} if self._is_0_30 and self._has_started else {"role": "assistant"}
+        self._has_started = True
+        delta = {**role, **self._message_fields(value)}
         choice = {"index": 0, "delta": delta, "finish_reason": self._reason(value), **_logprobs(value)}
         return {**self._head("chat.completion.chunk", value), "choices": [choice]}
 
@@ -137,7 +137,7 @@ class _CompletionSink(_OpenAiSink):
     prefix = "cmpl"
 
     def _event(self, value: Mapping[str, Any], choices: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
-        head = {"id": self._key, "object": "text_completion", "created": self._time(), "choices": choices}
+        head = {"id": self._id, "object": "text_completion", "created": self._time(), "choices": choices}
         tail = {"model": value.get("model", ""), "system_fingerprint": "fp_ollama"}
         return {**head, **tail, **({} if usage is None else {"usage": usage})}
 
@@ -146,7 +146,7 @@ class _CompletionSink(_OpenAiSink):
 
     def _whole(self, value: Mapping[str, Any]) -> dict[str, Any]:
         choices = self._choices(value)
-        return {"id": self._key, "object": "text_completion", "created": self._time(),
+        return {"id": self._id, "object": "text_completion", "created": self._time(),
                 "model": value.get("model", ""), "system_fingerprint": "fp_ollama", "choices": choices,
                 "usage": usage_of(value)}  # fmt: skip
 
@@ -158,16 +158,20 @@ class _CompletionSink(_OpenAiSink):
 
 
 def usage_of(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Counted tokens of a last line."""
-    prompt, said = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
-    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+    """Token counts of a final line."""
+    prompt_tokens, completion_tokens = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 def _tool_call(call: Mapping[str, Any], new_id: Callable[[], str]) -> dict[str, Any]:
     function = call["function"]
     text = json.dumps(function["arguments"], separators=(",", ":"))
-    place = {"index": function.get("index", 0), "type": "function"}
-    return {"id": call.get("id") or new_id(), **place, "function": {"name": function["name"], "arguments": text}}
+    call_fields = {"index": function.get("index", 0), "type": "function"}
+    return {"id": call.get("id") or new_id(), **call_fields, "function": {"name": function["name"], "arguments": text}}
 
 
 def _logprobs(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,37 +183,37 @@ def _logprobs(value: Mapping[str, Any]) -> dict[str, Any]:
 
 async def chat(service: Service, request: Request, response: Response) -> None:
     """`/v1/chat/completions`."""
-    body = await read(request, response, "ChatCompletionRequest", _CHAT)
+    body = await read_body(request, response, "ChatCompletionRequest", _CHAT)
     if body is None:
         return
     if not body.get("messages"):
-        response.whole(400, dump(error_body(400, "[] is too short - 'messages'")), JSON)
+        response.send_whole(400, dump(error_body(400, "[] is too short - 'messages'")), JSON)
         return
     format_: dict[str, Any] = body.get("response_format", {})
-    described: dict[str, Any] = format_.get("json_schema") or {}
-    wanted: dict[str, Any] = {"json_object": "json", "json_schema": described.get("schema")}
+    schema_format: dict[str, Any] = format_.get("json_schema") or {}
+    formats: dict[str, Any] = {"json_object": "json", "json_schema": schema_format.get("schema")}
     effort = body.get("reasoning_effort") or body.get("reasoning", {}).get("effort")
-    asked: dict[str, Any] = {
+    native_request: dict[str, Any] = {
         "model": body.get("model", ""),
         "messages": chat_messages(body["messages"]),
         "options": sampling(body, "max_tokens"),
         "stream": body.get("stream", False),
         "tools": body.get("tools", []),
-        "format": wanted.get(str(format_.get("type"))),
+        "format": formats.get(str(format_.get("type"))),
         "logprobs": body.get("logprobs", False),
         "top_logprobs": body.get("top_logprobs", 0),
         **({} if effort is None else {"think": False if effort == "none" else effort}),
     }
     sink = _ChatSink(response, service, _wants_usage(body))
-    await handled(ollama_api.chat, service, request, sink, asked)
+    await run_native_handler(ollama_api.chat, service, request, sink, native_request)
 
 
 async def completions(service: Service, request: Request, response: Response) -> None:
     """`/v1/completions`."""
-    body = await read(request, response, "CompletionRequest", _COMPLETION)
+    body = await read_body(request, response, "CompletionRequest", _COMPLETION)
     if body is None:
         return
-    asked: dict[str, Any] = {
+    native_request: dict[str, Any] = {
         "model": body.get("model", ""),
         "prompt": body.get("prompt", ""),
         "suffix": body.get("suffix", ""),
@@ -217,58 +221,60 @@ async def completions(service: Service, request: Request, response: Response) ->
         "stream": body.get("stream", False),
     }
     sink = _CompletionSink(response, service, _wants_usage(body))
-    await handled(ollama_api.generate, service, request, sink, asked)
+    await run_native_handler(ollama_api.generate, service, request, sink, native_request)
 
 
 class _EmbeddingSink(Sink):
-    def __init__(self, response: Response, as_text: bool, is_old: bool) -> None:
-        super().__init__(response, is_old)
-        self._as_text = as_text
+    def __init__(self, response: Response, as_base64: bool, is_pre_0_12: bool) -> None:
+        super().__init__(response, is_pre_0_12)
+        self._as_base64 = as_base64
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
         del streams
-        self.response.whole(status, dump(error_body(status, message, self._is_old)) + b"\n", PLAIN_JSON)
+        self.response.send_whole(status, dump(error_body(status, message, self._is_old)) + b"\n", PLAIN_JSON)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type
         data = [
-            {"object": "embedding", "embedding": self._coded(one), "index": index}
-            for index, one in enumerate(value["embeddings"])
+            {"object": "embedding", "embedding": self._encoded(vector), "index": index}
+            for index, vector in enumerate(value["embeddings"])
         ]
         count = value.get("prompt_eval_count", 0)
         usage = {"prompt_tokens": count, "total_tokens": count}
         answer = {"object": "list", "data": data, "model": value["model"], "usage": usage}
-        self.response.whole(status, dump(answer) + b"\n", PLAIN_JSON)
+        self.response.send_whole(status, dump(answer) + b"\n", PLAIN_JSON)
 
-    def _coded(self, vector: Sequence[float]) -> Any:
-        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if self._as_text else vector
+    def _encoded(self, vector: Sequence[float]) -> Any:
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if self._as_base64 else vector
 
 
 async def embeddings(service: Service, request: Request, response: Response) -> None:
     """`/v1/embeddings`."""
-    body = await read(request, response, "EmbedRequest", _EMBEDDINGS)
+    body = await read_body(request, response, "EmbedRequest", _EMBEDDINGS)
     if body is None:
         return
     if not body.get("input"):
-        response.whole(400, dump(error_body(400, "invalid input")), JSON)
+        response.send_whole(400, dump(error_body(400, "invalid input")), JSON)
         return
-    as_text = body.get("encoding_format") == "base64" and not service.config.is_old
-    await handled(ollama_api.embed, service, request, _EmbeddingSink(response, as_text, service.config.is_old), body)
+    as_base64 = body.get("encoding_format") == "base64" and not service.config.is_pre_0_12
+    await run_native_handler(
+        ollama_api.embed, service, request, _EmbeddingSink(response, as_base64, service.config.is_pre_0_12), body
+    )
 
 
-async def handled(
-    handler: NativeHandler, service: Service, request: Request, sink: Sink, asked: Mapping[str, Any]
+async def run_native_handler(
+    handler: NativeHandler, service: Service, request: Request, sink: Sink, native_request: Mapping[str, Any]
 ) -> None:
-    """Runs a native handler; its errors go to the sink. A cloud model is refused before the middleware, natively."""
-    service.name(asked.get("model", ""))
+    """Runs a native handler and sends its errors to the sink. Cloud models are refused before that, natively."""
+    service.name(native_request.get("model", ""))
     try:
-        await handler(service, request, sink, asked)
+        await handler(service, request, sink, native_request)
     except ApiError as error:
-        await sink.fail(error.status, error.message, error.is_late and asked.get("stream", False))
+        await sink.fail(error.status, error.message, error.is_late and native_request.get("stream", False))
 
 
 def sampling(body: Mapping[str, Any], limit: str) -> dict[str, Any]:
-    """Native options of a request."""
+    """Converts sampling parameters to native options."""
     stop = body.get("stop")
     options: dict[str, Any] = {"stop": [stop] if isinstance(stop, str) else stop} if stop else {}
     names = {limit: "num_predict", "seed": "seed", "temperature": "temperature", "top_p": "top_p"}
@@ -280,38 +286,38 @@ def _wants_usage(body: Mapping[str, Any]) -> bool:
 
 
 def chat_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Native messages: parts of a content become messages of their own."""
-    found: list[dict[str, Any]] = []
-    for one in messages:
-        message = cast("dict[str, Any]", one) if isinstance(one, dict) else {}
+    """Converts to native messages: each content part becomes a separate message."""
+    converted: list[dict[str, Any]] = []
+    for item in messages:
+        message = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
         role, content = message.get("role", ""), message.get("content")
         parts = cast("list[Any]", content) if isinstance(content, list) else [content]
         for part in parts:
             text = cast("dict[str, Any]", part).get("text", "") if isinstance(part, dict) else part
-            found.append({"role": role, "content": text or "", "tool_calls": message.get("tool_calls")})
-    return found
+            converted.append({"role": role, "content": text or "", "tool_calls": message.get("tool_calls")})
+    return converted
 
 
 # --- models -----------------------------------------------------------------------------------------------
 
 
-def _entry(key: str, modified: datetime) -> dict[str, Any]:
+def _model_entry(key: str, modified: datetime) -> dict[str, Any]:
     return {"id": key, "object": "model", "created": int(modified.timestamp()), "owned_by": "library"}
 
 
 async def models(service: Service, request: Request, response: Response) -> None:
     """`/v1/models`."""
     del request
-    data = [_entry(one.name.shortest, one.modified) for one in service.store.all()]
-    response.whole(200, dump({"object": "list", "data": data}) + b"\n", PLAIN_JSON)
+    data = [_model_entry(stored.name.shortest, stored.modified) for stored in service.store.all()]
+    response.send_whole(200, dump({"object": "list", "data": data}) + b"\n", PLAIN_JSON)
 
 
 async def model(service: Service, request: Request, response: Response, name: str) -> None:
-    """`/v1/models/NAME`, which echoes the name as asked."""
+    """`/v1/models/NAME`; echoes the requested name."""
     del request
     stored = service.find(name)
     if stored is None:
-        answer = error_body(404, f"model '{name}' not found", service.config.is_old)
-        response.whole(404, dump(answer) + b"\n", PLAIN_JSON)
+        answer = error_body(404, f"model '{name}' not found", service.config.is_pre_0_12)
+        response.send_whole(404, dump(answer) + b"\n", PLAIN_JSON)
         return
-    response.whole(200, dump(_entry(name, stored.modified)) + b"\n", PLAIN_JSON)
+    response.send_whole(200, dump(_model_entry(name, stored.modified)) + b"\n", PLAIN_JSON)

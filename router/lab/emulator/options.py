@@ -1,6 +1,6 @@
-"""A request's `options` as the EMULATED server reads them: types checked, defaults and Modelfile parameters below them.
+"""A request's `options` as the EMULATED server reads them: type checks, Modelfile parameters, then defaults.
 
-After `api.Options.FromMap` (v0.24). Which of them make a server load a model anew is decided in `needs_reload`.
+Modelled on `api.Options.FromMap` (v0.24). `needs_reload` decides which options force a reload.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _TYPES: Mapping[str, str] = {
     "stop": "array",
 }
 MINIMUM_CONTEXT = 4
-_MOST_CONTEXTS = 10
-"""No answer is longer than so many contexts."""
+_MAX_CONTEXTS = 10
+"""Upper bound of an answer, as a multiple of the context length."""
 
 
 class OptionError(ValueError):
-    """An option has the wrong type; the text is the server's."""
+    """An option has the wrong type; the message is the server's."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """What a runner is started with. `num_gpu` -1 and `num_thread` 0 leave it to the server."""
+    """Options a runner is started with. `num_gpu` -1 and `num_thread` 0 let the server decide."""
 
     num_ctx: int
     num_batch: int = 512
@@ -41,7 +41,7 @@ class RunnerOptions:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """All that matters here."""
+    """The options the emulator uses."""
 
     runner: RunnerOptions
     num_predict: int = -1
@@ -51,60 +51,60 @@ class Options:
     is_batch_given: bool = False
 
     def limit(self, context_length: int) -> int:
-        """Tokens after which an answer is cut in any case."""
-        most = _MOST_CONTEXTS * context_length
-        return most if self.num_predict < 0 else min(self.num_predict, most)
+        """Maximum number of tokens of an answer."""
+        max_tokens = _MAX_CONTEXTS * context_length
+        return max_tokens if self.num_predict < 0 else min(self.num_predict, max_tokens)
 
 
-def read_options(asked: Mapping[str, Any], parameters: Mapping[str, Any], default_context: int) -> Options:
-    """`parameters` are the Modelfile's. Raises OptionError."""
-    for name, value in asked.items():
+def read_options(requested: Mapping[str, Any], parameters: Mapping[str, Any], default_context: int) -> Options:
+    """Merges the request's options over the Modelfile's `parameters`. Raises OptionError."""
+    for name, value in requested.items():
         if name in _TYPES and value is not None and not _fits(value, _TYPES[name]):
             raise OptionError(f'option "{name}" must be of type {_TYPES[name]}')
-    given = {
+    merged = {
         key: value
-        for source in (parameters, asked)
+        for source in (parameters, requested)
         for key, value in source.items()
         if key in _TYPES and value is not None and _fits(value, _TYPES[key])
     }
     runner = RunnerOptions(
-        num_ctx=max(MINIMUM_CONTEXT, int(given.get("num_ctx", default_context))),
-        num_batch=int(given.get("num_batch", 512)),
-        num_gpu=int(given.get("num_gpu", -1)),
-        main_gpu=int(given.get("main_gpu", 0)),
-        use_mmap=given.get("use_mmap"),
-        num_thread=int(given.get("num_thread", 0)),
+        num_ctx=max(MINIMUM_CONTEXT, int(merged.get("num_ctx", default_context))),
+        num_batch=int(merged.get("num_batch", 512)),
+        num_gpu=int(merged.get("num_gpu", -1)),
+        main_gpu=int(merged.get("main_gpu", 0)),
+        use_mmap=merged.get("use_mmap"),
+        num_thread=int(merged.get("num_thread", 0)),
     )
     return Options(
         runner=runner,
-        num_predict=int(given.get("num_predict", -1)),
-        seed=int(given["seed"]) if "seed" in given else None,
-        stop=tuple(str(word) for word in cast("list[Any]", given.get("stop", []))),
-        is_context_given="num_ctx" in given,
-        is_batch_given="num_batch" in given,
+        num_predict=int(merged.get("num_predict", -1)),
+        seed=int(merged["seed"]) if "seed" in merged else None,
+        stop=tuple(str(stop_word) for stop_word in cast("list[Any]", merged.get("stop", []))),
+        is_context_given="num_ctx" in merged,
+        is_batch_given="num_batch" in merged,
     )
 
 
-def _fits(value: object, kind: str) -> bool:
-    if kind == "boolean":
+def _fits(value: object, type_name: str) -> bool:
+    if type_name == "boolean":
         return isinstance(value, bool)
-    if kind == "array":
+    if type_name == "array":
         return isinstance(value, list)
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def needs_reload(loaded: RunnerOptions, asked: Options, trained_context: int, is_0_30: bool) -> bool:
-    """Whether a runner with these options cannot serve a request with those.
+def needs_reload(loaded: RunnerOptions, requested: Options, trained_context: int, is_0_30: bool) -> bool:
+    """Whether a model loaded with `loaded` must be reloaded for a request with `requested`.
 
-    Up to 0.24 the asked context is compared, not the one that came of it; from 0.30 the other way round, and what a
-    request leaves open never matters.
+    Up to 0.24 the requested context lengths are compared; from 0.30 the effective ones, and options that the request
+    leaves unset are ignored.
     """
-    new = asked.runner
+    new = requested.runner
     old = replace(loaded, num_gpu=-1) if new.num_gpu < 0 else loaded
     new = replace(new, num_gpu=-1) if new.num_gpu < 0 else new
     if is_0_30:
         old = replace(old, num_ctx=min(old.num_ctx, trained_context), use_mmap=None)
-        context = min(new.num_ctx, trained_context) if asked.is_context_given else old.num_ctx
-        batch = new.num_batch if asked.is_batch_given else old.num_batch
+        context = min(new.num_ctx, trained_context) if requested.is_context_given else old.num_ctx
+        batch = new.num_batch if requested.is_batch_given else old.num_batch
         new = replace(new, num_ctx=context, num_batch=batch, use_mmap=None)
     return old != new

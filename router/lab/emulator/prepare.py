@@ -1,7 +1,7 @@
-"""The EMULATED fleet: what stands in for NVML and for the `ollama` executable when the router is run with `--rig`.
+"""Sets up the EMULATED machine: replaces NVML and the `ollama` executable when the router runs with `--rig`.
 
-`prepare_rig` turns a text such as `2x3090` into a directory with GPUs and a furnished model store, and says how to
-start servers on it. It starts nothing and reads no environment but the mapping that it is given.
+`prepare_emulator` turns a specification such as `2x3090` into a directory with GPUs and a filled model store, and
+returns how to start servers on it. Starts nothing; reads only the environment mapping it is given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from router.lab.emulator import vram
 from router.lab.emulator.catalogue import catalogue
 from router.lab.emulator.gpu_reader import EmulatedGpuReader, write_rig_file
 from router.lab.emulator.runner_process import PACKAGE_ROOT
-from router.lab.emulator.spec import EmulatorSpec, SpecError, changed, nearest, parse_spec
+from router.lab.emulator.spec import EmulatorSpec, SpecError, parse_spec, read_overrides, suggestion
 from router.lab.emulator.store import Store
 
 DIRECTORY_VARIABLE = "LLAMAYARD_RIG_DIR"
@@ -27,36 +27,36 @@ VERSION_VARIABLE = "LLAMAYARD_RIG_VERSION"
 
 @dataclass(frozen=True, slots=True)
 class PreparedEmulator:
-    """An emulated machine that is ready to be run on."""
+    """An emulated machine that is ready to start servers."""
 
     reader: EmulatedGpuReader
-    """Reads the emulated GPUs as the NVML reader reads real ones."""
+    """Reads the emulated GPUs; same interface as the NVML reader."""
     command: tuple[str, ...]
     """Starts an emulated `ollama serve`."""
     environment: Mapping[str, str]
-    """What such a server needs beside the variables of Ollama."""
+    """Environment variables of these servers, in addition to Ollama's."""
     models_directory: Path
-    """The store of all its servers, for `OLLAMA_MODELS`."""
+    """Model store shared by all its servers, for `OLLAMA_MODELS`."""
     title: str
-    """For people: `EMULATED rig 2x3090`."""
+    """Display name: `EMULATED rig 2x3090`."""
 
 
 def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str]) -> PreparedEmulator:
-    """Writes the rig that `text` describes into `directory`, which is made where it is missing.
+    """Writes the emulated machine that `text` specifies into `directory`, creating it if missing.
 
-    What dead processes left there is removed; living ones keep their memory until they are gone. Models of the
-    catalogue that are missing from the store come back; others stay.
+    Files of dead processes are removed; living processes keep their memory. Missing catalogue models are reinstalled;
+    other models stay.
 
     Raises:
-        SpecError: the text, or a variable that overrules it, describes no rig.
+        SpecError: the text or an overriding variable is invalid.
     """
-    spec = _overruled(parse_spec(text), environment)
-    names = _known_models(catalogue() if spec.models is None else spec.models)
+    spec = _with_overrides(parse_spec(text), environment)
+    names = _catalogue_names(catalogue() if spec.models is None else spec.models)
     directory = directory.absolute()
     write_rig_file(spec, directory)
     _remove_leftovers(directory / "vram")
     models = directory / "models"
-    _furnish(Store(models), names)
+    _install_missing(Store(models), names)
     root = str(PACKAGE_ROOT)
     path = f"{root}:{environment['PYTHONPATH']}" if environment.get("PYTHONPATH") else root
     return PreparedEmulator(
@@ -73,41 +73,41 @@ def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str])
     )
 
 
-def _overruled(spec: EmulatorSpec, environment: Mapping[str, str]) -> EmulatorSpec:
-    """With the speed and version that variables name."""
-    changes = {
+def _with_overrides(spec: EmulatorSpec, environment: Mapping[str, str]) -> EmulatorSpec:
+    """Applies speed and version from the environment variables."""
+    overrides = {
         key: environment[name]
         for key, name in (("speed", SPEED_VARIABLE), ("version", VERSION_VARIABLE))
         if environment.get(name)
     }
     try:
-        return replace(spec, **changed(changes))
+        return replace(spec, **read_overrides(overrides))
     except SpecError as error:
         raise SpecError(f"{' or '.join((SPEED_VARIABLE, VERSION_VARIABLE))} in the environment: {error}") from error
 
 
-def _known_models(names: Iterable[str]) -> tuple[str, ...]:
+def _catalogue_names(names: Iterable[str]) -> tuple[str, ...]:
     known = catalogue()
-    shortest = {parse_name(name).shortest: name for name in known}
-    found: list[str] = []
+    catalogue_names = {parse_name(name).shortest: name for name in known}
+    resolved: list[str] = []
     for name in names:
         try:
-            found.append(shortest[parse_name(name).shortest])
+            resolved.append(catalogue_names[parse_name(name).shortest])
         except (ValueError, KeyError) as error:
-            raise SpecError(f"models: no {name!r} in the catalogue; " + nearest(name, known)) from error
-    return tuple(found)
+            raise SpecError(f"models: no {name!r} in the catalogue; " + suggestion(name, known)) from error
+    return tuple(resolved)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Files of processes that are no more; `vram.uses` has removed their allocations already."""
-    living = {use.pid for use in vram.uses(folder.parent)}
+    """Removes files of dead processes; `vram.allocations` has already removed their records."""
+    live_pids = {allocation.pid for allocation in vram.allocations(folder.parent)}
     for path in folder.iterdir():
-        if not (path.stem.isdigit() and int(path.stem) in living):
+        if not (path.stem.isdigit() and int(path.stem) in live_pids):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _furnish(store: Store, names: Iterable[str]) -> None:
+def _install_missing(store: Store, names: Iterable[str]) -> None:
     known = catalogue()
     for name in names:
         if store.get(parse_name(name)) is None:

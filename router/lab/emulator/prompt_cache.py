@@ -1,10 +1,10 @@
-"""Evaluated prompts that a runner of the EMULATED server still has: those in its slots, and from 0.30 those put away.
+"""Prompt cache of an EMULATED runner: evaluated prompts in its slots and, from 0.30, saved in host memory.
 
-A prompt begins where the evaluation of the longest common beginning ends. Up to 0.24 that is looked for in the free
-slots. From 0.30 a slot's prompt that would be lost is put away in host memory first, up to a number of tokens, and one
-that was put away comes back where it has more of the new one. It waits for nothing and counts no users.
+A prompt is evaluated from the end of its longest cached prefix. Up to 0.24 only the free slots are searched. From 0.30
+a slot's prompt is saved to host memory before it is overwritten, up to a token limit, and restored if it shares a
+longer prefix with a new prompt. Does no waiting and counts no users.
 
-After `findLongestCacheSlot` (runner/llamarunner/cache.go, v0.24) and llama-server's `get_available_slot` and
+Modelled on `findLongestCacheSlot` (runner/llamarunner/cache.go, v0.24) and llama-server's `get_available_slot` and
 `server_prompt_cache` (llama.cpp).
 """
 
@@ -13,86 +13,86 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-_SIMILAR_SHARE = 0.1
-"""Of a new prompt: a slot that has no more of it in common is not chosen for that."""
-_LOST_SHARE = 0.5
-"""Of a slot's prompt: if less than that stays, it is put away."""
-_WORTHWHILE_SHARE = 0.25
-"""Of a prompt that was put away: if less than that would be used, it stays away."""
+_MIN_SIMILARITY = 0.1
+"""Minimum shared prefix, as a share of the new prompt, for a slot to be chosen by similarity."""
+_MIN_KEPT_SHARE = 0.5
+"""A slot's prompt is saved if less than this share of it would be kept."""
+_MIN_RESTORED_SHARE = 0.25
+"""A saved prompt is restored only if at least this share of it would be used."""
 
 
 @dataclass(slots=True)
 class Slot:
-    """One parallel place; `text` is the prompt and answer whose evaluation it still holds."""
+    """One slot; `text` is the prompt and answer that it has evaluated."""
 
     text: str = ""
     is_taken: bool = False
-    used: int = 0
-    """When it was last let go, counted in uses."""
+    last_used: int = 0
+    """Sequence number of its last release."""
 
 
 @dataclass(slots=True)
 class PromptCache:
-    """All of one runner. `most_tokens` 0: none is put away."""
+    """Prompt cache of one runner. With `max_saved_tokens` 0 no prompts are saved."""
 
     slots: Sequence[Slot]
-    most_tokens: int
+    max_saved_tokens: int
     tokens_of: Callable[[str], int]
-    _away: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
-    """Text and tokens, the oldest first."""
-    _uses: int = 0
+    _saved: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    """Text and token count, oldest first."""
+    _release_count: int = 0
 
-    def take(self, prompt: str) -> Slot:
-        """A free slot for the prompt, there must be one; its `text` is the best that there is."""
-        free = [one for one in self.slots if not one.is_taken]
-        slot = max(free, key=lambda one: common_length(one.text, prompt))
-        if self.most_tokens:
-            slot = self._by_llama_server(free, slot, prompt)
+    def acquire(self, prompt: str) -> Slot:
+        """Takes the best free slot for the prompt; there must be one. Its `text` is the best cached prefix."""
+        free = [slot for slot in self.slots if not slot.is_taken]
+        slot = max(free, key=lambda slot: common_prefix_length(slot.text, prompt))
+        if self.max_saved_tokens:
+            slot = self._choose_as_llama_server(free, slot, prompt)
         slot.is_taken = True
         return slot
 
-    def let_go(self, slot: Slot) -> None:
-        """It is free for others."""
-        self._uses += 1
-        slot.is_taken, slot.used = False, self._uses
+    def release(self, slot: Slot) -> None:
+        """Frees the slot."""
+        self._release_count += 1
+        slot.is_taken, slot.last_used = False, self._release_count
 
-    def _by_llama_server(self, free: Sequence[Slot], best: Slot, prompt: str) -> Slot:
-        is_similar = common_length(best.text, prompt) > _SIMILAR_SHARE * len(prompt)
-        slot = best if is_similar else min(free, key=lambda one: one.used)
-        if not is_similar or common_length(slot.text, prompt) < _LOST_SHARE * len(slot.text):
-            self._put_away(slot.text)
-            slot.text = self._back(prompt, slot.text)
-            self._forget()
+    def _choose_as_llama_server(self, free: Sequence[Slot], best: Slot, prompt: str) -> Slot:
+        is_similar = common_prefix_length(best.text, prompt) > _MIN_SIMILARITY * len(prompt)
+        slot = best if is_similar else min(free, key=lambda slot: slot.last_used)
+        if not is_similar or common_prefix_length(slot.text, prompt) < _MIN_KEPT_SHARE * len(slot.text):
+            self._save(slot.text)
+            slot.text = self._restore(prompt, slot.text)
+            self._trim()
         return slot
 
-    def _put_away(self, text: str) -> None:
-        """Unless a longer one that begins so is there; shorter ones with which it begins are not needed any more."""
-        if any(other.startswith(text) for other, _ in self._away):
+    def _save(self, text: str) -> None:
+        """Saves the text unless a saved one contains it as a prefix; drops saved prefixes of it."""
+        if any(other.startswith(text) for other, _ in self._saved):
             return
-        self._away = [entry for entry in self._away if not text.startswith(entry[0])]
+        self._saved = [entry for entry in self._saved if not text.startswith(entry[0])]
         if text:
-            self._away.append((text, self.tokens_of(text)))
+            self._saved.append((text, self.tokens_of(text)))
 
-    def _forget(self) -> None:
-        while sum(tokens for _, tokens in self._away) > self.most_tokens:
-            del self._away[0]
+    def _trim(self) -> None:
+        while sum(tokens for _, tokens in self._saved) > self.max_saved_tokens:
+            del self._saved[0]
 
-    def _back(self, prompt: str, text: str) -> str:
-        """The one that has most of the prompt, where it has more of it than `text`; else that."""
-        found = max(self._away, key=lambda one: common_length(one[0], prompt), default=("", 0))
-        common = common_length(found[0], prompt)
-        if common <= common_length(text, prompt) or common < _WORTHWHILE_SHARE * len(found[0]):
+    def _restore(self, prompt: str, text: str) -> str:
+        """Returns the saved text with the longest common prefix if that is longer than that of `text`, else `text`."""
+        best_entry = max(self._saved, key=lambda entry: common_prefix_length(entry[0], prompt), default=("", 0))
+        common = common_prefix_length(best_entry[0], prompt)
+        if common <= common_prefix_length(text, prompt) or common < _MIN_RESTORED_SHARE * len(best_entry[0]):
             return text
-        self._away.remove(found)
-        return found[0]
+        self._saved.remove(best_entry)
+        return best_entry[0]
 
 
-def common_length(one: str, other: str) -> int:
-    """How many characters two texts begin alike."""
-    low, high = 0, min(len(one), len(other))
+def common_prefix_length(first: str, second: str) -> int:
+    """Length of the common prefix of two texts, in characters."""
+    low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
+        if first[:middle] == second[:middle]:
             low = middle
         else:
             high = middle - 1

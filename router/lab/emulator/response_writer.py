@@ -1,7 +1,7 @@
-"""How answers of the EMULATED server are written: whole, as lines of a stream, or as errors, in Ollama's own shape.
+"""Writes responses of the EMULATED server in Ollama's native format: whole, as stream lines, or as errors.
 
-The other APIs are middlewares over the native handlers, as in the real server: their sinks take the native answers and
-write them in their own shapes (`router.lab.emulator.openai_api`, `.anthropic`, `.responses`).
+The other APIs are middlewares over the native handlers, as in the real server: their sinks convert native responses to
+their own formats (`router.lab.emulator.openai_api`, `.anthropic_api`, `.responses_api`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EVENTS = "text/event-stream"
 
 
 class ApiError(Exception):
-    """A request ends with this status and text. `is_late`: a stream had been opened for the answer by then."""
+    """Ends a request with a status and a message. `is_late`: the response stream had already been opened."""
 
     def __init__(self, status: int, message: str, is_late: bool = False) -> None:
         super().__init__(message)
@@ -28,27 +28,27 @@ class ApiError(Exception):
 
 
 class Sink:
-    """Takes the native API's answers and writes them as they are."""
+    """Writes native responses unchanged."""
 
-    def __init__(self, response: Response, is_old: bool = False) -> None:
+    def __init__(self, response: Response, is_pre_0_12: bool = False) -> None:
         self.response = response
-        self._is_old = is_old
+        self._is_old = is_pre_0_12
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
-        """The whole answer."""
-        self.response.whole(status, dump(value), content_type)
+        """Writes the whole response."""
+        self.response.send_whole(status, dump(value), content_type)
 
     async def line(self, value: Any) -> None:
-        """One line of a stream, flushed."""
+        """Writes and flushes one line of a stream."""
         await self.response.chunk(dump(value) + b"\n", NDJSON)
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
-        """An error: the whole answer, or in a stream that has begun its last line.
+        """Writes an error: as the whole response, or as the last line of a stream that has started.
 
-        `streams`: the request asked for a stream, whose first flush sends even an error in a chunk; before 0.12 as a
-        line of the stream, status 200.
+        `streams`: a stream was requested, so that even an error is sent as a chunk; before 0.12 as a line of the stream
+        with status 200.
         """
-        if self.response.begun or (streams and self._is_old):
+        if self.response.started or (streams and self._is_old):
             await self.line({"error": message})
         elif streams:
             await self.response.chunk(dump({"error": message}), PLAIN_JSON, status)
@@ -56,6 +56,6 @@ class Sink:
             await self.single(status, {"error": message})
 
 
-async def refuse(response: Response, status: int, message: str) -> None:
-    """An error in the native shape, whatever the API."""
+async def write_error(response: Response, status: int, message: str) -> None:
+    """Writes an error in the native format."""
     await Sink(response).single(status, {"error": message})

@@ -1,7 +1,6 @@
-"""`/v1/responses` of the EMULATED server: OpenAI's newer shapes over the native chat.
+"""`/v1/responses` of the EMULATED server: OpenAI's Responses format over the native chat.
 
-Kinder than the truth: earlier responses cannot be continued (`previous_response_id` is ignored), as in the real one,
-but tools that the server would run itself are left out without a word.
+As in real Ollama, `previous_response_id` is ignored. Limitation: server-side tools are silently dropped.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from router.lab.emulator import ollama_api
 from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import dump
 from router.lab.emulator.http_server import Request, Response
-from router.lab.emulator.openai_api import error_body, handled, read, sampling
+from router.lab.emulator.openai_api import error_body, read_body, run_native_handler, sampling
 from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink
 
 _FIELDS = {"model": "string", "input": "any", "instructions": "string", "max_output_tokens": "number",
@@ -27,23 +26,23 @@ class _ResponsesSink(Sink):
     def __init__(self, response: Response, service: Service, body: Mapping[str, Any]) -> None:
         super().__init__(response)
         self._body = body
-        self._chance = service.chance
-        self._key = f"resp_{service.chance.randrange(10**6)}"
-        self._item = ""
+        self._chance = service.rng
+        self._response_id = f"resp_{service.rng.randrange(10**6)}"
+        self._item_id = ""
         self._created = _now()
-        self._count = 0
-        self._said = ""
+        self._sequence_number = 0
+        self._text_so_far = ""
         self._output: list[dict[str, Any]] = []
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
-        """Once events have come, they just stop."""
-        if self.response.begun:
+        """After the first event, the stream just stops."""
+        if self.response.started:
             return
         data = dump(error_body(status, message)) + b"\n"
         if streams:
             await self.response.chunk(data, PLAIN_JSON, status)
         else:
-            self.response.whole(status, data, PLAIN_JSON)
+            self.response.send_whole(status, data, PLAIN_JSON)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type
@@ -59,23 +58,23 @@ class _ResponsesSink(Sink):
             output.insert(0, {"id": self._new_item("msg"), "type": "message", "status": "completed",
                               "role": "assistant", "content": [part]})  # fmt: skip
         answer = self._response("completed", value.get("model", ""), output, _usage(value))
-        self.response.whole(status, dump(answer) + b"\n", PLAIN_JSON)
+        self.response.send_whole(status, dump(answer) + b"\n", PLAIN_JSON)
 
     async def line(self, value: Any) -> None:
         message, model = cast("dict[str, Any]", value.get("message", {})), value.get("model", "")
-        if not self.response.begun:
+        if not self.response.started:
             for kind in ("created", "in_progress"):
                 await self._event(f"response.{kind}", response=self._response("in_progress", model, [], None))
         if message.get("content"):
             await self._delta(message["content"])
         for call in message.get("tool_calls") or ():
             await self._finish_text()
-            item, place = self._call_item(call), {"output_index": len(self._output)}
-            begun = {**item, "arguments": "", "status": "in_progress"}
-            await self._event("response.output_item.added", item=begun, **place)
+            item, position = self._call_item(call), {"output_index": len(self._output)}
+            started_item = {**item, "arguments": "", "status": "in_progress"}
+            await self._event("response.output_item.added", item=started_item, **position)
             text = {"item_id": item["id"], "arguments": item["arguments"]}
-            await self._event("response.function_call_arguments.done", **text, **place)
-            await self._event("response.output_item.done", item=item, **place)
+            await self._event("response.function_call_arguments.done", **text, **position)
+            await self._event("response.output_item.done", item=item, **position)
             self._output.append(item)
         if value.get("done"):
             await self._finish_text()
@@ -83,34 +82,34 @@ class _ResponsesSink(Sink):
             await self._event("response.completed", response=answer)
 
     async def _delta(self, text: str) -> None:
-        place = {"output_index": len(self._output)}
-        if not self._item:
-            self._item = self._new_item("msg")
-            item: dict[str, Any] = {"content": [], "id": self._item, "role": "assistant", "status": "in_progress"}
+        position = {"output_index": len(self._output)}
+        if not self._item_id:
+            self._item_id = self._new_item("msg")
+            item: dict[str, Any] = {"content": [], "id": self._item_id, "role": "assistant", "status": "in_progress"}
             item["type"] = "message"
-            await self._event("response.output_item.added", item=item, **place)
+            await self._event("response.output_item.added", item=item, **position)
             await self._part("response.content_part.added", part=_part(""))
-        self._said += text
+        self._text_so_far += text
         await self._part("response.output_text.delta", delta=text, logprobs=[])
 
     async def _finish_text(self) -> None:
-        if not self._item:
+        if not self._item_id:
             return
-        await self._part("response.output_text.done", text=self._said, logprobs=[])
-        await self._part("response.content_part.done", part=_part(self._said))
-        item = {"content": [_part(self._said)], "id": self._item, "role": "assistant", "status": "completed",
+        await self._part("response.output_text.done", text=self._text_so_far, logprobs=[])
+        await self._part("response.content_part.done", part=_part(self._text_so_far))
+        item = {"content": [_part(self._text_so_far)], "id": self._item_id, "role": "assistant", "status": "completed",
                 "type": "message"}  # fmt: skip
         await self._event("response.output_item.done", item=item, output_index=len(self._output))
         self._output.append(item)
-        self._item = self._said = ""
+        self._item_id = self._text_so_far = ""
 
     async def _part(self, kind: str, **fields: Any) -> None:
-        place = {"content_index": 0, "item_id": self._item, "output_index": len(self._output)}
-        await self._event(kind, **place, **fields)
+        position = {"content_index": 0, "item_id": self._item_id, "output_index": len(self._output)}
+        await self._event(kind, **position, **fields)
 
     async def _event(self, kind: str, **fields: Any) -> None:
-        value = {**fields, "sequence_number": self._count, "type": kind}
-        self._count += 1
+        value = {**fields, "sequence_number": self._sequence_number, "type": kind}
+        self._sequence_number += 1
         data = dump(dict(sorted(value.items())))
         await self.response.chunk(b"event: %s\ndata: %s\n\n" % (kind.encode(), data), EVENTS)
 
@@ -126,7 +125,7 @@ class _ResponsesSink(Sink):
     def _response(self, status: str, model: str, output: list[Any], usage: Any) -> dict[str, Any]:
         is_done = status == "completed"
         return {
-            "id": self._key,
+            "id": self._response_id,
             "object": "response",
             "created_at": self._created,
             "completed_at": _now() if is_done else None,
@@ -169,22 +168,22 @@ def _part(text: str) -> dict[str, Any]:
 
 
 def _usage(value: Mapping[str, Any]) -> dict[str, Any]:
-    read_tokens, said = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
-    return {"input_tokens": read_tokens, "output_tokens": said, "total_tokens": read_tokens + said,
+    input_tokens, output_tokens = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
+    return {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": input_tokens + output_tokens,
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
 
 
 async def responses(service: Service, request: Request, response: Response) -> None:
     """`/v1/responses`."""
-    body = await read(request, response, "ResponsesRequest", _FIELDS)
+    body = await read_body(request, response, "ResponsesRequest", _FIELDS)
     if body is None:
         return
     if body.get("stream"):
         response.headers.update({"Cache-Control": "no-cache", "Connection": "keep-alive"})
     effort = body.get("reasoning", {}).get("effort")
     format_: dict[str, Any] = body.get("text", {}).get("format") or {}
-    asked: dict[str, Any] = {
+    native_request: dict[str, Any] = {
         "model": body.get("model", ""),
         "messages": _messages(body),
         "options": sampling(body, "max_output_tokens"),
@@ -193,7 +192,7 @@ async def responses(service: Service, request: Request, response: Response) -> N
         "format": format_.get("schema"),
         **({} if effort is None else {"think": False if effort == "none" else effort}),
     }
-    await handled(ollama_api.chat, service, request, _ResponsesSink(response, service, body), asked)
+    await run_native_handler(ollama_api.chat, service, request, _ResponsesSink(response, service, body), native_request)
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,15 +200,15 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    given = body.get("input", "")
-    found = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
-    if isinstance(given, str):
-        return [*found, {"role": "user", "content": given}]
-    for one in cast("list[Any]", given if isinstance(given, list) else []):
-        item = cast("dict[str, Any]", one) if isinstance(one, dict) else {}
+    request_input = body.get("input", "")
+    converted = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
+    if isinstance(request_input, str):
+        return [*converted, {"role": "user", "content": request_input}]
+    for entry in cast("list[Any]", request_input if isinstance(request_input, list) else []):
+        item = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
         content = item.get("content", item.get("output", ""))
         parts = cast("list[Any]", content) if isinstance(content, list) else [{"text": content}]
         text = "".join(str(cast("dict[str, Any]", part).get("text", "")) for part in parts if isinstance(part, dict))
         role = "tool" if item.get("type") == "function_call_output" else str(item.get("role", "user"))
-        found.append({"role": role, "content": text})
-    return found
+        converted.append({"role": role, "content": text})
+    return converted

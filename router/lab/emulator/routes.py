@@ -1,8 +1,7 @@
-"""Paths, methods, redirects, the check of `Host` and the rules for `Origin` of the EMULATED server.
+"""Routing of the EMULATED server: paths, methods, redirects, `Host` check and CORS rules.
 
-After server/routes.go with gin and its CORS middleware (v0.24). Each answered request gives a line of gin's form on
-stdout. Paths that the emulation does not have (images, audio, accounts) are refused as a server without a cloud and
-without such models refuses them.
+Modelled on server/routes.go with gin and its CORS middleware (v0.24). Each response is logged in gin's format to
+stdout. Unsupported paths (images, audio, accounts) are refused as by a server without a cloud and without such models.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from router.lab.emulator import anthropic_api, model_management, ollama_api, ope
 from router.lab.emulator.config import Config, log
 from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import Fields, dump
-from router.lab.emulator.http_server import ClientLeftError, Request, Response
+from router.lab.emulator.http_server import ClientDisconnectedError, Request, Response
 from router.lab.emulator.pull import pull, push
-from router.lab.emulator.response_writer import JSON, ApiError, Sink, refuse
+from router.lab.emulator.response_writer import JSON, ApiError, Sink, write_error
 
 _Handler = Callable[..., Awaitable[None]]
 _ALLOWED_HEADERS = (
@@ -39,10 +38,10 @@ _LOCAL_ORIGIN = re.compile(
 _LOCAL_NAMES = (".localhost", ".local", ".internal")
 
 
-def _native(handler: openai_api.NativeHandler, type_name: str, fields: Fields) -> _Handler:
+def _native_route(handler: openai_api.NativeHandler, type_name: str, fields: Fields) -> _Handler:
     async def handle(service: Service, request: Request, response: Response) -> None:
         body = await service.read(request, type_name, fields)
-        sink = Sink(response, service.config.is_old)
+        sink = Sink(response, service.config.is_pre_0_12)
         try:
             await handler(service, request, sink, body)
         except ApiError as error:
@@ -53,31 +52,31 @@ def _native(handler: openai_api.NativeHandler, type_name: str, fields: Fields) -
 
 async def _root(service: Service, request: Request, response: Response) -> None:
     del service, request
-    response.whole(200, b"Ollama is running", "text/plain; charset=utf-8")
+    response.send_whole(200, b"Ollama is running", "text/plain; charset=utf-8")
 
 
 async def _version(service: Service, request: Request, response: Response) -> None:
     del request
-    response.whole(200, dump({"version": service.config.version_text}), JSON)
+    response.send_whole(200, dump({"version": service.config.version_text}), JSON)
 
 
 async def _status(service: Service, request: Request, response: Response) -> None:
     del request
     source = {"source": "env"} if service.config.no_cloud else {}
-    response.whole(200, dump({"cloud": {"disabled": service.config.no_cloud, **source}}), JSON)
+    response.send_whole(200, dump({"cloud": {"disabled": service.config.no_cloud, **source}}), JSON)
 
 
-async def _no_cloud(what: str, service: Service, request: Request, response: Response) -> None:
+async def _no_cloud(feature: str, service: Service, request: Request, response: Response) -> None:
     del request
     if service.config.no_cloud:
-        raise ApiError(403, f"ollama cloud is disabled: {what} is unavailable")
-    response.whole(401, dump({"error": "unauthorized"}), JSON)
+        raise ApiError(403, f"ollama cloud is disabled: {feature} is unavailable")
+    response.send_whole(401, dump({"error": "unauthorized"}), JSON)
 
 
 async def _no_such_model(service: Service, request: Request, response: Response) -> None:
     del service
     await request.body()
-    response.whole(400, dump(openai_api.error_body(400, "the model does not support this endpoint")), JSON)
+    response.send_whole(400, dump(openai_api.error_body(400, "the model does not support this endpoint")), JSON)
 
 
 _ROUTES: Mapping[str, Mapping[str, _Handler]] = {
@@ -92,10 +91,10 @@ _ROUTES: Mapping[str, Mapping[str, _Handler]] = {
     "/api/delete": {"DELETE": model_management.delete},
     "/api/pull": {"POST": pull},
     "/api/push": {"POST": push},
-    "/api/generate": {"POST": _native(ollama_api.generate, "api.GenerateRequest", ollama_api.GENERATE)},
-    "/api/chat": {"POST": _native(ollama_api.chat, "api.ChatRequest", ollama_api.CHAT)},
-    "/api/embed": {"POST": _native(ollama_api.embed, "api.EmbedRequest", ollama_api.EMBED)},
-    "/api/embeddings": {"POST": _native(ollama_api.embeddings, "api.EmbeddingRequest", ollama_api.EMBEDDINGS)},
+    "/api/generate": {"POST": _native_route(ollama_api.generate, "api.GenerateRequest", ollama_api.GENERATE)},
+    "/api/chat": {"POST": _native_route(ollama_api.chat, "api.ChatRequest", ollama_api.CHAT)},
+    "/api/embed": {"POST": _native_route(ollama_api.embed, "api.EmbedRequest", ollama_api.EMBED)},
+    "/api/embeddings": {"POST": _native_route(ollama_api.embeddings, "api.EmbeddingRequest", ollama_api.EMBEDDINGS)},
     "/api/me": {"POST": functools.partial(_no_cloud, "account")},
     "/api/signout": {"POST": functools.partial(_no_cloud, "account")},
     "/api/experimental/web_search": {"POST": functools.partial(_no_cloud, "web search")},
@@ -109,85 +108,85 @@ _ROUTES: Mapping[str, Mapping[str, _Handler]] = {
     "/v1/messages": {"POST": anthropic_api.messages},
     "/v1/audio/transcriptions": {"POST": _no_such_model},
 }
-_WITH_PARAMETER: Mapping[str, Mapping[str, _Handler]] = {
+_PARAMETER_ROUTES: Mapping[str, Mapping[str, _Handler]] = {
     "/api/blobs/": {"HEAD": model_management.head_blob, "POST": model_management.post_blob},
     "/v1/models/": {"GET": openai_api.model},
 }
-_LATER = frozenset({"/api/status", "/api/me", "/api/signout", "/v1/responses", "/v1/messages",
+_NEWER_PATHS = frozenset({"/api/status", "/api/me", "/api/signout", "/v1/responses", "/v1/messages",
                     "/api/experimental/web_search", "/api/experimental/web_fetch", "/v1/audio/transcriptions",
                     "/api/experimental/model-recommendations"})  # fmt: skip
-"""What 0.11.4 does not have."""
+"""Paths that 0.11.4 does not have."""
 
 
 class Router:
-    """The handler of all requests."""
+    """Handles all requests."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._config = service.config
-        self._host_names = _LocalNames(service.config)
+        self._host_check = _HostCheck(service.config)
 
     async def __call__(self, request: Request, response: Response) -> None:
-        began = time.monotonic()
+        started_at = time.monotonic()
         try:
             await self._serve(request, response)
         except ApiError as error:
-            await refuse(response, error.status, error.message)
-        except ClientLeftError:
+            await write_error(response, error.status, error.message)
+        except ClientDisconnectedError:
             raise
         except Exception as error:
             log("ERROR", "panic", path=request.path, error=repr(error))
-            if not response.begun:
-                response.whole(500)
+            if not response.started:
+                response.send_whole(500)
         finally:
-            _log_request(request, response, time.monotonic() - began)
+            _log_request(request, response, time.monotonic() - started_at)
 
     async def _serve(self, request: Request, response: Response) -> None:
         methods, parameter = self._route(request.path)
         handler = methods.get(request.method) if methods else None
         if methods and handler is None:
             response.headers["Allow"] = ", ".join(methods)
-        if not self._origin_passes(request, response) or not self._host_passes(request, response):
+        if not self._check_origin(request, response) or not self._check_host(request, response):
             return
         if handler is not None:
             await handler(self._service, request, response, *parameter)
         elif methods:
-            response.whole(405, b"405 method not allowed", "text/plain")
-        elif not self._redirected(request, response):
-            response.whole(404, b"404 page not found", "text/plain")
+            response.send_whole(405, b"405 method not allowed", "text/plain")
+        elif not self._redirect(request, response):
+            response.send_whole(404, b"404 page not found", "text/plain")
 
     def _route(self, path: str) -> tuple[Mapping[str, _Handler] | None, tuple[str, ...]]:
-        """The methods of a path and the part of it that is a parameter."""
-        if self._config.is_old and path in _LATER:
+        """The methods of a path, and its path parameter if any."""
+        if self._config.is_pre_0_12 and path in _NEWER_PATHS:
             return None, ()
         if path in _ROUTES:
             return _ROUTES[path], ()
-        for prefix, methods in _WITH_PARAMETER.items():
+        for prefix, methods in _PARAMETER_ROUTES.items():
             rest = path.removeprefix(prefix)
             if rest != path and rest and "/" not in rest:
                 return methods, (rest,)
         return None, ()
 
-    def _redirected(self, request: Request, response: Response) -> bool:
-        """Paths with a slash too many lead to the clean one."""
-        clean = re.sub(r"/+", "/", request.path)
-        is_trailing = clean == request.path
-        clean = clean.rstrip("/") if is_trailing else clean
-        if clean == request.path or self._route(clean)[0] is None:
+    def _redirect(self, request: Request, response: Response) -> bool:
+        """Redirects a path with extra slashes to the clean one."""
+        clean_path = re.sub(r"/+", "/", request.path)
+        is_trailing = clean_path == request.path
+        clean_path = clean_path.rstrip("/") if is_trailing else clean_path
+        if clean_path == request.path or self._route(clean_path)[0] is None:
             return False
         status = 301 if is_trailing and request.method == "GET" else 307
-        response.headers["Location"] = clean
-        body = f'<a href="{clean}">{HTTPStatus(status).phrase}</a>.\n\n' if request.method == "GET" else ""
-        response.whole(status, body.encode(), "text/html; charset=utf-8" if body else None)
+        response.headers["Location"] = clean_path
+        body = f'<a href="{clean_path}">{HTTPStatus(status).phrase}</a>.\n\n' if request.method == "GET" else ""
+        response.send_whole(status, body.encode(), "text/html; charset=utf-8" if body else None)
         return True
 
-    def _origin_passes(self, request: Request, response: Response) -> bool:
-        """Sets what a browser is told. A refused origin and a preflight are answered here."""
+    def _check_origin(self, request: Request, response: Response) -> bool:
+        """Sets the CORS headers; answers preflights and refused origins. True if the request may proceed."""
         origin = request.headers.get("origin")
         if not origin or origin.partition("://")[2] == request.headers.get("host"):
             return True
-        if not (_LOCAL_ORIGIN.fullmatch(origin) or any(_matches(one, origin) for one in self._config.origins)):
-            response.whole(403)
+        if not (_LOCAL_ORIGIN.fullmatch(origin) or any(_matches(pattern, origin) for pattern in self._config.origins)):
+            response.send_whole(403)
             return False
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Vary"] = "Origin"
@@ -199,32 +198,32 @@ class Router:
             "Access-Control-Max-Age": "43200",
             "Vary": "Origin\nAccess-Control-Request-Method\nAccess-Control-Request-Headers",
         }
-        response.whole(204)
+        response.send_whole(204)
         return False
 
-    def _host_passes(self, request: Request, response: Response) -> bool:
-        """Only names of this machine reach a server that listens on loopback."""
-        if self._host_names.pass_(request.headers.get("host", "")):
+    def _check_host(self, request: Request, response: Response) -> bool:
+        """Refuses foreign host names on a server that listens on loopback. True if the request may proceed."""
+        if self._host_check.is_allowed(request.headers.get("host", "")):
             return True
-        response.whole(403)
+        response.send_whole(403)
         return False
 
 
-class _LocalNames:
-    """Which values of `Host` are let in."""
+class _HostCheck:
+    """Decides which values of `Host` are allowed."""
 
     def __init__(self, config: Config) -> None:
-        self._own_name = socket.gethostname().lower()
-        self._checks = config.host == "localhost" or _is_loopback(config.host)
+        self._hostname = socket.gethostname().lower()
+        self._is_checked = config.host == "localhost" or _is_loopback(config.host)
 
-    def pass_(self, host: str) -> bool:
-        if not self._checks:
+    def is_allowed(self, host: str) -> bool:
+        if not self._is_checked:
             return True
-        bare = _without_port(host).lower()
+        hostname = _without_port(host).lower()
         with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(bare)
+            address = ipaddress.ip_address(hostname)
             return address.is_loopback or address.is_private or address.is_unspecified
-        return bare in ("", "localhost", self._own_name) or bare.endswith(_LOCAL_NAMES)
+        return hostname in ("", "localhost", self._hostname) or hostname.endswith(_LOCAL_NAMES)
 
 
 def _is_loopback(host: str) -> bool:
@@ -237,8 +236,8 @@ def _is_loopback(host: str) -> bool:
 def _without_port(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
-    bare, colon, port = host.rpartition(":")
-    return bare if colon and port.isdigit() else host
+    hostname, colon, port = host.rpartition(":")
+    return hostname if colon and port.isdigit() else host
 
 
 def _matches(pattern: str, origin: str) -> bool:
@@ -247,7 +246,9 @@ def _matches(pattern: str, origin: str) -> bool:
 
 def _log_request(request: Request, response: Response, seconds: float) -> None:
     now = datetime.now().astimezone().strftime("%Y/%m/%d - %H:%M:%S")
-    took = f"{seconds:.6f}s" if seconds >= 1 else f"{seconds * 1e3:.3f}ms"
-    line = f'[GIN] {now} | {response.status} | {took:>13} | {request.peer:>15} | {request.method:<7} "{request.path}"'
+    duration = f"{seconds:.6f}s" if seconds >= 1 else f"{seconds * 1e3:.3f}ms"
+    line = (
+        f'[GIN] {now} | {response.status} | {duration:>13} | {request.peer:>15} | {request.method:<7} "{request.path}"'
+    )
     sys.stdout.write(line + " (emulated)\n")
     sys.stdout.flush()

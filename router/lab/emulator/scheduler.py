@@ -1,8 +1,8 @@
-"""The scheduler of the EMULATED server: one loop places one request at a time, loads, evicts and waits.
+"""Scheduler of the EMULATED server: one loop that places one request at a time, and loads, evicts and waits for it.
 
-After server/sched.go (v0.24, v0.33). Requests for a loaded model with the same runner options pass the queue by (not
-on 0.11.4). Whoever is being placed blocks all others that need a load. A client that leaves while it waits in the queue
-leaks its handler, as there; one that leaves during its load aborts it. How a model is loaded is
+Modelled on server/sched.go (v0.24, v0.33). Requests for a loaded model with the same runner options bypass the queue
+(not in 0.11.4). The request being placed blocks all others that need a load. As in real Ollama, a client that
+disconnects while queued leaks its handler; one that disconnects during its load aborts the load. Loading itself is in
 `router.lab.emulator.loader`.
 """
 
@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.lab.emulator.config import Config, log
-from router.lab.emulator.http_server import ClientLeftError, Request
-from router.lab.emulator.loaded_model import Loaded, expiry_after
+from router.lab.emulator.http_server import ClientDisconnectedError, Request
+from router.lab.emulator.loaded_model import LoadedModel, expiry_after
 from router.lab.emulator.loader import Loader, LoadError, MustEvictError
 from router.lab.emulator.options import Options, needs_reload
-from router.lab.emulator.store import Stored
+from router.lab.emulator.store import StoredModel
 
 _PING_SECONDS = 10.0
-"""How long a runner may take to answer its health check before it is used again."""
-_LEAST_PING_SECONDS = 3.0
-"""Real seconds: a busy machine delays a real process, however fast the emulated time runs."""
+"""Deadline for the health check of a runner before it is reused."""
+_MIN_PING_SECONDS = 3.0
+"""Lower bound in real seconds: a busy machine delays a real process whatever the emulated speed."""
 
 
 class BusyError(Exception):
@@ -31,137 +31,137 @@ class BusyError(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
-    """A request that wants a model."""
+class PendingRequest:
+    """A request waiting for a model."""
 
     request: Request
-    stored: Stored
+    stored: StoredModel
     options: Options
     session_seconds: float | None
-    """None: the model keeps the value it has, or gets the server's."""
-    placed: asyncio.Future[Loaded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Keep-alive; None: keep the model's value, or use the server's default."""
+    future: asyncio.Future[LoadedModel] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
-    def give(self, loaded: Loaded) -> None:
-        if not self.placed.done():
-            self.placed.set_result(loaded)
+    def resolve(self, loaded: LoadedModel) -> None:
+        if not self.future.done():
+            self.future.set_result(loaded)
 
     def fail(self, error: Exception) -> None:
-        if not self.placed.done():
-            self.placed.set_exception(error)
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class Scheduler:
-    """Owns the loaded models. `spawn` starts tasks that live no longer than the server."""
+    """Owns the loaded models. `spawn` starts tasks that end with the server."""
 
     def __init__(
         self, config: Config, loader: Loader, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     ) -> None:
-        self.loaded: dict[str, Loaded] = {}
+        self.loaded: dict[str, LoadedModel] = {}
         self._config = config
         self._loader = loader
         self._spawn = spawn
-        self._queue: asyncio.Queue[Pending] = asyncio.Queue(config.max_queue)
+        self._queue: asyncio.Queue[PendingRequest] = asyncio.Queue(config.max_queue)
 
-    async def acquire(self, pending: Pending) -> Loaded:
-        """A loaded model, counted as used; `release` gives it back.
+    async def acquire(self, pending: PendingRequest) -> LoadedModel:
+        """Returns a loaded model with one user more; call `release` afterwards.
 
         Raises:
             BusyError: the queue is full.
-            LoadError: it cannot be loaded.
-            ClientLeftError: the client has left where that is noticed.
+            LoadError: the model cannot be loaded.
+            ClientDisconnectedError: the client disconnected during the load.
         """
-        if not self._config.is_old:
+        if not self._config.is_pre_0_12:
             loaded = self.loaded.get(pending.stored.weights.digest)
-            if loaded is not None and (used := await self._used(loaded, pending)) is not None:
-                return used
+            if loaded is not None and (acquired := await self._acquire_loaded(loaded, pending)) is not None:
+                return acquired
         try:
             self._queue.put_nowait(pending)
         except asyncio.QueueFull:
             raise BusyError from None
-        return await pending.placed
+        return await pending.future
 
-    def release(self, loaded: Loaded) -> None:
-        """One user less; the last one starts the clock."""
+    def release(self, loaded: LoadedModel) -> None:
+        """Removes one user; the last one starts the keep-alive timer."""
         loaded.users -= 1
         if loaded.users > 0:
             return
         if loaded.session_seconds == 0:
-            self._unload_soon(loaded)
+            self._start_unload(loaded)
             return
         loaded.stop_timer()
         loaded.expires_at = expiry_after(loaded.session_seconds)
         if loaded.session_seconds > 0:
             loop = asyncio.get_running_loop()
-            loaded.timer = loop.call_later(loaded.session_seconds, self._unload_soon, loaded)
+            loaded.timer = loop.call_later(loaded.session_seconds, self._start_unload, loaded)
 
     def expire(self, digest: str) -> None:
-        """Unloads a model now, or as soon as its users are done."""
+        """Unloads a model now, or once its users are done."""
         loaded = self.loaded.get(digest)
         if loaded is not None:
             loaded.expires_at = expiry_after(0)
-            self._retire(loaded)
+            self._expire(loaded)
 
-    def drop_all(self) -> None:
-        """The server ends: its runners are killed."""
+    def kill_all(self) -> None:
+        """Kills all runners when the server ends."""
         for loaded in self.loaded.values():
             loaded.process.kill()
 
     async def run(self) -> None:
-        """Places one request after another, for ever."""
+        """Places queued requests one at a time, forever."""
         while True:
             pending = await self._queue.get()
-            if pending.request.left.is_set():
-                continue  # nobody answers it any more: its handler waits for the life of the server
+            if pending.request.disconnected.is_set():
+                continue  # never answered: its handler leaks until the server ends
             try:
-                pending.give(await self._place(pending))
-            except (LoadError, ClientLeftError) as error:
+                pending.resolve(await self._place(pending))
+            except (LoadError, ClientDisconnectedError) as error:
                 pending.fail(error)
 
     # --- placing ---
 
-    async def _place(self, pending: Pending) -> Loaded:
+    async def _place(self, pending: PendingRequest) -> LoadedModel:
         digest = pending.stored.weights.digest
         while True:
             loaded = self.loaded.get(digest)
             if loaded is not None:
-                if (used := await self._used(loaded, pending)) is not None:
-                    return used
+                if (acquired := await self._acquire_loaded(loaded, pending)) is not None:
+                    return acquired
                 await self._evict(loaded)
-            elif len(self.loaded) >= self._config.most_loaded:
-                await self._evict(self._victim())
+            elif len(self.loaded) >= self._config.loaded_limit:
+                await self._evict(self._choose_victim())
             else:
                 try:
                     return await self._load(pending)
                 except MustEvictError as error:
-                    for victim in list(self.loaded.values()) if error.all_others else [self._victim()]:
+                    for victim in list(self.loaded.values()) if error.all_others else [self._choose_victim()]:
                         await self._evict(victim)
 
-    async def _load(self, pending: Pending) -> Loaded:
-        session = pending.session_seconds
-        seconds = self._config.keep_alive_seconds if session is None else session
+    async def _load(self, pending: PendingRequest) -> LoadedModel:
+        keep_alive_seconds = pending.session_seconds
+        seconds = self._config.keep_alive_seconds if keep_alive_seconds is None else keep_alive_seconds
         loaded = await self._loader.start(pending.stored, pending.options, list(self.loaded.values()), seconds)
         self.loaded[loaded.key] = loaded
         try:
-            await self._loader.finish(loaded, pending.options, list(self.loaded.values()), pending.request)
+            await self._loader.wait_until_loaded(loaded, pending.options, list(self.loaded.values()), pending.request)
         except BaseException:
             loaded.process.kill()
             self.loaded.pop(loaded.key, None)
-            await loaded.process.gone
+            await loaded.process.exited
             loaded.unloaded.set()
             raise
         finally:
-            loaded.settled.set()
-        self._spawn(self._watch(loaded))
+            loaded.load_ended.set()
+        self._spawn(self._log_runner_exit(loaded))
         return loaded
 
-    async def _used(self, loaded: Loaded, pending: Pending) -> Loaded | None:
-        """The model with one user more; None where it has to be loaded anew."""
-        async with loaded.guard:
+    async def _acquire_loaded(self, loaded: LoadedModel, pending: PendingRequest) -> LoadedModel | None:
+        """Adds a user and returns the model; None if it must be reloaded."""
+        async with loaded.use_lock:
             if await self._must_reload(loaded, pending):
                 return None
-            return self._use(loaded, pending)
+            return self._add_user(loaded, pending)
 
-    def _use(self, loaded: Loaded, pending: Pending) -> Loaded:
+    def _add_user(self, loaded: LoadedModel, pending: PendingRequest) -> LoadedModel:
         loaded.users += 1
         loaded.stop_timer()
         if pending.session_seconds is not None:
@@ -169,55 +169,55 @@ class Scheduler:
             loaded.expires_at = None
         return loaded
 
-    async def _must_reload(self, loaded: Loaded, pending: Pending) -> bool:
-        """Waits for a load under way, as the real one does behind its lock."""
-        await loaded.settled.wait()
-        trained = loaded.facts.context_length
-        if needs_reload(loaded.options, pending.options, trained, self._config.is_0_30):
+    async def _must_reload(self, loaded: LoadedModel, pending: PendingRequest) -> bool:
+        """Waits for a load in progress first, as the real scheduler does on its lock."""
+        await loaded.load_ended.wait()
+        trained_context = loaded.facts.context_length
+        if needs_reload(loaded.options, pending.options, trained_context, self._config.is_0_30):
             return True
-        alive = await loaded.process.answers(max(_LEAST_PING_SECONDS, _PING_SECONDS / self._config.speed))
-        return not alive or self.loaded.get(loaded.key) is not loaded or loaded.is_leaving
+        responds = await loaded.process.responds(max(_MIN_PING_SECONDS, _PING_SECONDS / self._config.speed))
+        return not responds or self.loaded.get(loaded.key) is not loaded or loaded.is_unloading
 
-    def _victim(self) -> Loaded:
-        """The idle model with the shortest keep-alive; none idle: the shortest of all."""
-        ordered = sorted(self.loaded.values(), key=lambda one: (_order(one.session_seconds), str(one.blob)))
-        return next((one for one in ordered if one.users <= 0), ordered[0])
+    def _choose_victim(self) -> LoadedModel:
+        """The idle model with the shortest keep-alive; if none is idle, the shortest of all."""
+        ordered = sorted(self.loaded.values(), key=lambda loaded: (_sort_key(loaded.session_seconds), str(loaded.blob)))
+        return next((loaded for loaded in ordered if loaded.users <= 0), ordered[0])
 
-    async def _evict(self, victim: Loaded) -> None:
-        self._retire(victim)
+    async def _evict(self, victim: LoadedModel) -> None:
+        self._expire(victim)
         name, users = victim.stored.name.shortest, victim.users
         log("DEBUG", "waiting for pending requests to complete and unload to occur", model=name, users=users)
         await victim.unloaded.wait()
 
-    def _retire(self, loaded: Loaded) -> None:
+    def _expire(self, loaded: LoadedModel) -> None:
         loaded.stop_timer()
         loaded.session_seconds = 0
         if loaded.users <= 0:
-            self._unload_soon(loaded)
+            self._start_unload(loaded)
 
     # --- unloading ---
 
-    def _unload_soon(self, loaded: Loaded) -> None:
-        if not loaded.is_leaving:
-            loaded.is_leaving = True
+    def _start_unload(self, loaded: LoadedModel) -> None:
+        if not loaded.is_unloading:
+            loaded.is_unloading = True
             self._spawn(self._unload(loaded))
 
-    async def _unload(self, loaded: Loaded) -> None:
+    async def _unload(self, loaded: LoadedModel) -> None:
         loaded.stop_timer()
         loaded.process.kill()
         if self.loaded.get(loaded.key) is loaded:
             del self.loaded[loaded.key]
-        await loaded.process.gone
+        await loaded.process.exited
         log("INFO", "runner unloaded", model=loaded.stored.name.shortest, pid=loaded.process.pid)
-        await self._loader.recovered(loaded)
+        await self._loader.wait_for_memory_release(loaded)
         loaded.unloaded.set()
 
-    async def _watch(self, loaded: Loaded) -> None:
-        """Says when a runner dies by itself; the model stays listed until somebody asks for it."""
-        await loaded.process.gone
-        if not loaded.is_leaving:
+    async def _log_runner_exit(self, loaded: LoadedModel) -> None:
+        """Logs that a runner died; the model stays listed until the next request for it."""
+        await loaded.process.exited
+        if not loaded.is_unloading:
             log("ERROR", "llama runner terminated", model=loaded.stored.name.shortest, pid=loaded.process.pid)
 
 
-def _order(session_seconds: float) -> float:
+def _sort_key(session_seconds: float) -> float:
     return float("inf") if session_seconds < 0 else session_seconds

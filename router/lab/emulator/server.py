@@ -1,13 +1,13 @@
-"""The EMULATED `ollama serve`: an executable that behaves as a real one does, without a GPU and without weights.
+"""The EMULATED `ollama serve`: an executable that behaves as a real one, without GPUs and weights.
 
-`python -m router.lab.emulator.server serve` reads the variables that a real server reads, and three of its own:
-`LLAMAYARD_RIG_DIR` (the emulated GPUs; without it there are none), `LLAMAYARD_RIG_VERSION` (0.11.4, 0.24.0 or
-0.33.0) and `LLAMAYARD_RIG_SPEED` (so many emulated seconds pass in a real one). Every line of its log says that it is
-emulated. Errors and death come on request (`router.lab.emulator.faults`).
+`python -m router.lab.emulator.server serve` reads the environment variables of real Ollama and three of its own:
+`LLAMAYARD_RIG_DIR` (directory of the emulated GPUs; none if unset), `LLAMAYARD_RIG_VERSION` (0.11.4, 0.24.0 or 0.33.0)
+and `LLAMAYARD_RIG_SPEED` (emulated seconds per real second). Every log line says that it is emulated. Faults can be
+injected (`router.lab.emulator.faults`).
 
-Where it is kinder than the truth, beside what its parts say of themselves: its timers for idle models run in real
-time whatever the speed; a client that stops reading slows nobody but itself; templates are rendered roughly, pictures
-and adapters are ignored; the cloud is never reached.
+Limitations, apart from those listed in its modules: keep-alive timers run in real time whatever the speed; a client
+that stops reading slows down only itself; templates are rendered approximately; images and adapters are ignored; the
+cloud is never contacted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from router.lab.emulator.config import Config, log, log_devices, read_config
 from router.lab.emulator.context import Service
 from router.lab.emulator.faults import FILE, Behaviour, Fault, behaviour, read_faults, server_fault
 from router.lab.emulator.http_server import Request, Response, listen
-from router.lab.emulator.loader import Loader, Surroundings
+from router.lab.emulator.loader import Loader, LoaderContext
 from router.lab.emulator.memory import Memory
 from router.lab.emulator.routes import Router
 from router.lab.emulator.scheduler import Scheduler
@@ -34,14 +34,14 @@ from router.lab.emulator.store import Store
 from router.lab.simulator.world import WORLD
 
 INSTANCE_VARIABLE = "LLAMAYARD_INSTANCE"
-"""`RUN:NAME`, by which the router marks its children (router/supervisor/process.py, whose imports are too many
-here)."""
+"""Set by the router to `RUN:NAME` for its children. Repeated here to avoid the imports of
+router/supervisor/process.py."""
 _FAULTS_POLL_SECONDS = 0.2
-_YOUNG_ARE_SPARED_FROM = (0, 21)
+_SPARES_RECENT_BLOBS_FROM = (0, 21)
 
 
 class Server:
-    """One process's life."""
+    """The server process."""
 
     def __init__(self, config: Config, environment: Mapping[str, str]) -> None:
         self.config = config
@@ -49,44 +49,43 @@ class Server:
         self._faults: tuple[Fault, ...] = ()
         self._faults_text = b""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ended = asyncio.Event()
-        self._answers = asyncio.Event()
-        self._answers.set()
+        self._shutdown = asyncio.Event()
+        self._is_responding = asyncio.Event()
+        self._is_responding.set()
         self._exit_code = 0
         store, memory = Store(config.models), Memory(config)
-        around = Surroundings(config, WORLD, store, memory, environment, self._behaviour)
-        loader = Loader(around)
+        loader = Loader(LoaderContext(config, WORLD, store, memory, environment, self._behaviour))
         self._memory = memory
-        self._scheduler = Scheduler(config, loader, self._spawn)
+        self._scheduler = Scheduler(config, loader, self._spawn_task)
         self._service = Service(config, store, loader, self._scheduler, self._behaviour, random.Random())
         self._router = Router(self._service)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._on_task_done)
         return task
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log("ERROR", "the emulation has a fault of its own", error=repr(error))
+            log("ERROR", "internal emulator error", error=repr(error))
             self._exit_code = 70
-            self._ended.set()
+            self._shutdown.set()
 
     def _behaviour(self, model: str) -> Behaviour:
         self._read_faults()
         return behaviour(self._faults, self._instance, (gpu.uuid for gpu in self.config.gpus), model)
 
     async def run(self) -> int:
-        """Until a signal, or a fault, ends it; the exit status."""
+        """Runs until a signal or a fault ends it; returns the exit status."""
         self._read_faults()
         if self._server_fault() == "refuse_start":
             sys.stderr.write("Error: emulated fault: this server does not start\n")
             return 1
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ended.set)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, self._shutdown.set)
         self._log_start()
         try:
             await listen(self._handle, self.config.host, self.config.port, self._tasks)
@@ -96,15 +95,15 @@ class Server:
             return 1
         address = f"{self.config.host}:{self.config.port}"
         log("INFO", f"Listening on {address} (version {self.config.version_text})")
-        self._spawn(self._discover())
-        if self.config.rig_dir is not None:
-            self._spawn(self._watch_faults())
-        await self._ended.wait()
-        self._scheduler.drop_all()
+        self._spawn_task(self._discover())
+        if self.config.emulator_dir is not None:
+            self._spawn_task(self._watch_faults())
+        await self._shutdown.wait()
+        self._scheduler.kill_all()
         return self._exit_code
 
     async def _handle(self, request: Request, response: Response) -> None:
-        await self._answers.wait()
+        await self._is_responding.wait()
         await self._router(request, response)
 
     def _log_start(self) -> None:
@@ -113,12 +112,12 @@ class Server:
             f"OLLAMA_MODELS:{config.models} OLLAMA_NUM_PARALLEL:{config.num_parallel}]")  # fmt: skip
         log("INFO", f"total blobs: {sum(1 for _ in (store.folder / 'blobs').iterdir())}")
         if not config.noprune:
-            spares = config.version >= _YOUNG_ARE_SPARED_FROM
-            gone = store.prune(datetime.now(UTC).timestamp(), spares)
-            log("INFO", f"total unused blobs removed: {gone}")
+            spares_recent = config.version >= _SPARES_RECENT_BLOBS_FROM
+            removed_count = store.prune(datetime.now(UTC).timestamp(), spares_recent)
+            log("INFO", f"total unused blobs removed: {removed_count}")
 
     async def _discover(self) -> None:
-        """The port is open before the devices are known."""
+        """Discovers the devices; the port is open already, as in real Ollama."""
         log("INFO", "discovering available GPUs...")
         seconds = WORLD.discovery_seconds if self.config.gpus else WORLD.discovery_cpu_seconds
         await asyncio.sleep(seconds / self.config.speed)
@@ -134,15 +133,15 @@ class Server:
         return server_fault(self._faults, self._instance, (gpu.uuid for gpu in self.config.gpus))
 
     def _read_faults(self) -> None:
-        """Whoever writes them finds them obeyed by the next load; a broken file leaves the old ones."""
-        text = _text_of(self.config.rig_dir)
+        """Rereads the faults, so that the next load obeys them; an invalid file keeps the previous ones."""
+        text = _faults_file_content(self.config.emulator_dir)
         if text == self._faults_text:
             return
         self._faults_text = text
         try:
-            self._faults = read_faults(self.config.rig_dir)
+            self._faults = read_faults(self.config.emulator_dir)
         except ValueError as error:
-            log("ERROR", "faults are not understood", error=error)
+            log("ERROR", "invalid faults file", error=error)
 
     async def _watch_faults(self) -> None:
         applied: tuple[Fault, ...] = ()
@@ -150,23 +149,23 @@ class Server:
             self._read_faults()
             if self._faults != applied:
                 applied = self._faults
-                self._apply()
+                self._apply_faults()
             await asyncio.sleep(_FAULTS_POLL_SECONDS)
 
-    def _apply(self) -> None:
+    def _apply_faults(self) -> None:
         fault = self._server_fault()
-        (self._answers.clear if fault == "hang" else self._answers.set)()
+        (self._is_responding.clear if fault == "hang" else self._is_responding.set)()
         if fault == "die":
             log("ERROR", "emulated fault: this server dies")
             self._exit_code = 1
-            self._ended.set()
+            self._shutdown.set()
         for loaded in self._scheduler.loaded.values():
-            faulty = self._behaviour(loaded.stored.name.shortest)
-            loaded.process.behave(faulty.slow, faulty.hang, faulty.die)
+            faults = self._behaviour(loaded.stored.name.shortest)
+            loaded.process.behave(faults.slow, faults.hang, faults.die)
 
 
-def _text_of(directory: Path | None) -> bytes:
-    """What the file of faults says. Its time would not do: two that are written at once may have the same."""
+def _faults_file_content(directory: Path | None) -> bytes:
+    """Content of the faults file. Its mtime is not enough: two quick writes may have the same."""
     try:
         return b"" if directory is None else (directory / FILE).read_bytes()
     except OSError:
@@ -174,7 +173,7 @@ def _text_of(directory: Path | None) -> bytes:
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
-    """Entry of the process. Does not return where a server has run: open connections are cut, as there."""
+    """Entry point of the process. Does not return after serving: open connections are cut, as in real Ollama."""
     if arguments[:1] in (["--version"], ["-v"]):
         config = read_config(environment)
         sys.stdout.write(f"ollama version is {config.version_text} (emulated)\n")
@@ -195,4 +194,4 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], dict(os.environ)))  # noqa: TID251 (a program of its own, with an edge of its own)
+    sys.exit(main(sys.argv[1:], dict(os.environ)))  # noqa: TID251 (a separate program with its own entry point)

@@ -1,6 +1,6 @@
-"""What an EMULATED rig consists of: GPUs by name and number, models, the server's version and its speed.
+"""Specification of an EMULATED machine: GPU models and counts, Ollama models, server version and speed.
 
-Reads `2x3090`, `4090+3090`, `h100` or a YAML file into a `RigSpec`. It emulates nothing itself and starts nothing.
+Parses `2x3090`, `4090+3090`, `h100` or a YAML file into an `EmulatorSpec`. Starts nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MIB = 1024**2
 GIB = 1024**3
 
 VERSIONS = ("0.11.4", "0.24.0", "0.33.0")
-"""Versions of the server whose behaviour is emulated."""
+"""Ollama versions that can be emulated."""
 
 GPUS_MAX = 16
 
 
 class SpecError(ValueError):
-    """The text does not describe a rig; says what is wrong and the nearest right name."""
+    """The text is not a valid specification; the message says why and suggests the nearest valid name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class GpuSpec:
     name: str
     memory_total_bytes: int
     memory_reserved_bytes: int
-    """Kept by the driver (NVML memory info v2)."""
+    """Reserved by the driver (NVML memory info v2)."""
     memory_bus_width_bits: int
     memory_clock_hertz: int
     fp32_teraflops: float
@@ -49,11 +49,11 @@ class GpuSpec:
 
     @property
     def bandwidth_bytes_per_second(self) -> float:
-        """Two transfers a clock over the whole bus."""
+        """Double data rate: two transfers per clock over the full bus width."""
         return 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
 
 
-def _gpu(
+def _gpu_spec(
     name: str, mib: int, reserved_mib: int, bus: int, mhz: int, teraflops: float, compute: tuple[int, int], watts: float
 ) -> GpuSpec:
     generation = {8: 4, 9: 5, 12: 5}[compute[0]]
@@ -72,40 +72,42 @@ def _gpu(
 
 
 GPU_MODELS: Mapping[str, GpuSpec] = {
-    "3060": _gpu("GeForce RTX 3060", 12_288, 240, 192, 7_501, 12.7, (8, 6), 170),
-    "3080": _gpu("GeForce RTX 3080", 10_240, 240, 320, 9_501, 29.8, (8, 6), 320),
-    "3090": _gpu("GeForce RTX 3090", 24_576, 324, 384, 9_751, 35.6, (8, 6), 350),
-    "3090ti": _gpu("GeForce RTX 3090 Ti", 24_564, 324, 384, 10_501, 40.0, (8, 6), 450),
-    "4070": _gpu("GeForce RTX 4070", 12_282, 340, 192, 10_501, 29.1, (8, 9), 200),
-    "4080": _gpu("GeForce RTX 4080", 16_376, 364, 256, 11_201, 48.7, (8, 9), 320),
-    "4090": _gpu("GeForce RTX 4090", 24_564, 478, 384, 10_501, 82.6, (8, 9), 450),
-    "5090": _gpu("GeForce RTX 5090", 32_607, 518, 512, 14_001, 104.8, (12, 0), 575),
-    "a6000": _gpu("RTX A6000", 49_140, 454, 384, 8_001, 38.7, (8, 6), 300),
-    "6000ada": _gpu("RTX 6000 Ada Generation", 49_140, 630, 384, 10_001, 91.1, (8, 9), 300),
-    "l40s": _gpu("L40S", 46_068, 590, 384, 9_001, 91.6, (8, 9), 350),
-    "h100": _gpu("H100 80GB HBM3", 81_559, 551, 5_120, 2_619, 66.9, (9, 0), 700),
+    "3060": _gpu_spec("GeForce RTX 3060", 12_288, 240, 192, 7_501, 12.7, (8, 6), 170),
+    "3080": _gpu_spec("GeForce RTX 3080", 10_240, 240, 320, 9_501, 29.8, (8, 6), 320),
+    "3090": _gpu_spec("GeForce RTX 3090", 24_576, 324, 384, 9_751, 35.6, (8, 6), 350),
+    "3090ti": _gpu_spec("GeForce RTX 3090 Ti", 24_564, 324, 384, 10_501, 40.0, (8, 6), 450),
+    "4070": _gpu_spec("GeForce RTX 4070", 12_282, 340, 192, 10_501, 29.1, (8, 9), 200),
+    "4080": _gpu_spec("GeForce RTX 4080", 16_376, 364, 256, 11_201, 48.7, (8, 9), 320),
+    "4090": _gpu_spec("GeForce RTX 4090", 24_564, 478, 384, 10_501, 82.6, (8, 9), 450),
+    "5090": _gpu_spec("GeForce RTX 5090", 32_607, 518, 512, 14_001, 104.8, (12, 0), 575),
+    "a6000": _gpu_spec("RTX A6000", 49_140, 454, 384, 8_001, 38.7, (8, 6), 300),
+    "6000ada": _gpu_spec("RTX 6000 Ada Generation", 49_140, 630, 384, 10_001, 91.1, (8, 9), 300),
+    "l40s": _gpu_spec("L40S", 46_068, 590, 384, 9_001, 91.6, (8, 9), 350),
+    "h100": _gpu_spec("H100 80GB HBM3", 81_559, 551, 5_120, 2_619, 66.9, (9, 0), 700),
 }
-"""GPUs by the name used in a spec. Memory, bus, clock, FP32 rate and power limit after NVIDIA's data sheets and
-architecture white papers (GA102, AD102, GB202, H100); totals as `nvidia-smi` prints them, ECC on where it is by
-default. The reserved bytes are rounded readings of current drivers; they vary by some tens of MiB."""
+"""GPU models by their name in a specification.
+
+Memory, bus, clock, FP32 rate and power limit come from NVIDIA's data sheets and architecture white papers (GA102,
+AD102, GB202, H100). Totals are as `nvidia-smi` prints them, with ECC on where that is the default. Reserved bytes are
+rounded readings from current drivers and vary by some tens of MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmulatorSpec:
-    """A whole emulated machine."""
+    """One emulated machine."""
 
     gpus: tuple[GpuSpec, ...]
     models: tuple[str, ...] | None = None
-    """Names of the catalogue that are there at the start; None: all of them."""
+    """Catalogue models installed at the start; None: all of them."""
     version: str = "0.24.0"
     speed: float = 1.0
-    """Emulated seconds in one real second: 10 makes loads and tokens ten times as fast."""
+    """Emulated seconds per real second: 10 makes loads and tokens ten times faster."""
     ram_bytes: int = 128 * GIB
-    """Host memory for what does not go to the GPUs."""
+    """Host memory, for layers that are not on a GPU."""
 
     @property
     def uuids(self) -> tuple[GpuUuid, ...]:
-        """One a GPU, the same for the same rig."""
+        """One UUID per GPU, stable for the same specification."""
         return tuple(_uuid(index, gpu.name) for index, gpu in enumerate(self.gpus))
 
 
@@ -114,10 +116,10 @@ def _uuid(index: int, name: str) -> GpuUuid:
 
 
 def parse_spec(text: str) -> EmulatorSpec:
-    """The rig that `text` describes: GPUs (`2x3090+4090`) or the path of a YAML file.
+    """Parses GPUs (`2x3090+4090`) or the YAML file at the path `text`.
 
     Raises:
-        SpecError: what is wrong, where, and what would be right.
+        SpecError: says what is wrong, where, and what would be valid.
     """
     if "/" in text or text.endswith((".yaml", ".yml")):
         return _from_file(Path(text).expanduser())
@@ -125,29 +127,29 @@ def parse_spec(text: str) -> EmulatorSpec:
 
 
 def parse_gpus(text: str) -> tuple[GpuSpec, ...]:
-    """`2x3090+4090` as GPUs in that order. Raises SpecError."""
+    """Parses `2x3090+4090` into GPUs in that order. Raises SpecError."""
     gpus: list[GpuSpec] = []
     for part in text.lower().replace(" ", "").split("+"):
         match = re.fullmatch(r"(?:(\d{1,3})x)?([a-z0-9]+)", part)
         if match is None:
-            raise SpecError(f"rig: {part!r} in {text!r} is not a GPU; write 2x3090, 4090+3090 or the path of a file")
-        gpus += [_named(match[2])] * int(match[1] or 1)
+            raise SpecError(f"rig: {part!r} in {text!r} is not a GPU; use 2x3090, 4090+3090 or a file path")
+        gpus += [_gpu_named(match[2])] * int(match[1] or 1)
     if not 1 <= len(gpus) <= GPUS_MAX:
         raise SpecError(f"rig: {text!r} has {len(gpus)} GPUs; 1 to {GPUS_MAX} can be emulated")
     return tuple(gpus)
 
 
-def _named(name: str) -> GpuSpec:
-    short = re.sub(r"^(nvidia|geforce|rtx|gtx)+", "", name)
-    if short in GPU_MODELS:
-        return GPU_MODELS[short]
-    raise SpecError(f"rig: no GPU {name!r}; " + nearest(short, GPU_MODELS))
+def _gpu_named(name: str) -> GpuSpec:
+    short_name = re.sub(r"^(nvidia|geforce|rtx|gtx)+", "", name)
+    if short_name in GPU_MODELS:
+        return GPU_MODELS[short_name]
+    raise SpecError(f"rig: no GPU {name!r}; " + suggestion(short_name, GPU_MODELS))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Words that help whoever wrote a name that is not known."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+def suggestion(name: str, valid_names: Iterable[str]) -> str:
+    """Hint for an unknown name: the closest valid name, or the list of them."""
+    names = sorted(valid_names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names)
 
 
@@ -165,58 +167,60 @@ def _from_file(path: Path) -> EmulatorSpec:
 
 
 def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
-    """A rig from a file's keys: `gpus` and optionally `models`, `version`, `speed`, `ram_bytes`. Raises SpecError."""
-    known = {field.name for field in fields(EmulatorSpec)}
+    """Reads the keys of a file: `gpus`, optionally `models`, `version`, `speed`, `ram_bytes`. Raises SpecError."""
+    valid_keys = {field.name for field in fields(EmulatorSpec)}
     for key in data:
-        if key not in known:
-            raise SpecError(f"rig: no key {key!r}; " + nearest(key, known))
+        if key not in valid_keys:
+            raise SpecError(f"rig: no key {key!r}; " + suggestion(key, valid_keys))
     if "gpus" not in data:
-        raise SpecError("rig: the key `gpus` is missing; write `gpus: 2x3090` or a list of GPUs")
+        raise SpecError("rig: the key `gpus` is missing; use `gpus: 2x3090` or a list of GPUs")
     models = data.get("models")
     if models is not None and not isinstance(models, list):
-        raise SpecError(f"models: a list of names is wanted, not {models!r}")
+        raise SpecError(f"models: expected a list of names, got {models!r}")
     return EmulatorSpec(
-        gpus=_gpus(data["gpus"]),
+        gpus=_parse_gpu_list(data["gpus"]),
         models=None if models is None else tuple(str(name) for name in cast("list[object]", models)),
-        **changed(data),
+        **read_overrides(data),
     )
 
 
-def changed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `version`, `speed` and `ram_bytes` that are given, checked. Raises SpecError."""
-    found: dict[str, Any] = {}
+def read_overrides(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Validated values of `version`, `speed` and `ram_bytes`, where given. Raises SpecError."""
+    overrides: dict[str, Any] = {}
     if "version" in data:
-        found["version"] = str(data["version"])
-        if found["version"] not in VERSIONS:
-            raise SpecError(f"version: {data['version']!r} is not emulated; " + nearest(found["version"], VERSIONS))
+        overrides["version"] = str(data["version"])
+        if overrides["version"] not in VERSIONS:
+            raise SpecError(
+                f"version: {data['version']!r} is not emulated; " + suggestion(overrides["version"], VERSIONS)
+            )
     if "speed" in data:
-        found["speed"] = _positive(data["speed"], "speed")
+        overrides["speed"] = _positive(data["speed"], "speed")
     if "ram_bytes" in data:
-        found["ram_bytes"] = int(_positive(data["ram_bytes"], "ram_bytes"))
-    return found
+        overrides["ram_bytes"] = int(_positive(data["ram_bytes"], "ram_bytes"))
+    return overrides
 
 
-def _gpus(value: object) -> tuple[GpuSpec, ...]:
+def _parse_gpu_list(value: object) -> tuple[GpuSpec, ...]:
     if isinstance(value, str | int):
         return parse_gpus(str(value))
     if not isinstance(value, list) or not value:
-        raise SpecError(f"GPUs: a text such as 2x3090 or a list of GPUs is wanted, not {value!r}")
-    found: list[GpuSpec] = []
-    for one in cast("list[object]", value):
-        found += parse_gpus(str(one)) if isinstance(one, str | int) else (_gpu_of(_mapping(one, "gpus")),)
-    if len(found) > GPUS_MAX:
-        raise SpecError(f"gpus: {len(found)} GPUs; 1 to {GPUS_MAX} can be emulated")
-    return tuple(found)
+        raise SpecError(f"gpus: expected a string such as 2x3090 or a list of GPUs, got {value!r}")
+    gpus: list[GpuSpec] = []
+    for item in cast("list[object]", value):
+        gpus += parse_gpus(str(item)) if isinstance(item, str | int) else (_modified_gpu(_mapping(item, "gpus")),)
+    if len(gpus) > GPUS_MAX:
+        raise SpecError(f"gpus: {len(gpus)} GPUs; 1 to {GPUS_MAX} can be emulated")
+    return tuple(gpus)
 
 
-def _gpu_of(data: Mapping[str, Any]) -> GpuSpec:
-    """`{gpu: 3090, memory_total_bytes: …}`: a known GPU with other figures."""
+def _modified_gpu(data: Mapping[str, Any]) -> GpuSpec:
+    """Parses `{gpu: 3090, memory_total_bytes: …}`: a known GPU model with some values replaced."""
     changes = dict(data)
-    gpu = _named(str(changes.pop("gpu", "3090")).lower())
-    known = {field.name for field in fields(GpuSpec)}
+    gpu = _gpu_named(str(changes.pop("gpu", "3090")).lower())
+    valid_keys = {field.name for field in fields(GpuSpec)}
     for key in changes:
-        if key not in known:
-            raise SpecError(f"GPUs: no key {key!r}; " + nearest(key, {*known, "gpu"}))
+        if key not in valid_keys:
+            raise SpecError(f"gpus: no key {key!r}; " + suggestion(key, {*valid_keys, "gpu"}))
     if "compute_capability" in changes:
         major, minor = changes["compute_capability"]
         changes["compute_capability"] = (int(major), int(minor))
@@ -225,9 +229,9 @@ def _gpu_of(data: Mapping[str, Any]) -> GpuSpec:
     return replace(gpu, **changes)
 
 
-def _mapping(value: object, what: str) -> Mapping[str, Any]:
+def _mapping(value: object, key: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise SpecError(f"{what}: keys and values are wanted, not {value!r}")
+        raise SpecError(f"{key}: expected keys and values, got {value!r}")
     return cast("Mapping[str, Any]", value)
 
 
@@ -237,5 +241,5 @@ def _positive(value: object, key: str) -> float:
     except (TypeError, ValueError):
         number = 0.0
     if not 0 < number < math.inf:
-        raise SpecError(f"{key}: a number above 0 is wanted, not {value!r}")
+        raise SpecError(f"{key}: expected a number above 0, got {value!r}")
     return number

@@ -1,8 +1,8 @@
-"""The model store of the EMULATED server: the real one's layout on disk, shared by all servers on the same folder.
+"""Model store of the EMULATED server: the on-disk layout of real Ollama, shared by all servers on the same folder.
 
-`manifests/HOST/NAMESPACE/MODEL/TAG` are JSON texts that name blobs; `blobs/sha256-…` are the layers. Every question
-reads the disk, so that siblings see each other's changes at once. It accepts any bytes as weights: facts come from a
-GGUF header, from the catalogue's own texts, or are defaults. It loads nothing.
+`manifests/HOST/NAMESPACE/MODEL/TAG` are JSON files that name blobs; `blobs/sha256-…` are the layers. Every query reads
+the disk, so that sibling servers see changes at once. Any bytes are accepted as weights: facts come from a GGUF header,
+from a catalogue placeholder, or are defaults. Loads nothing.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ INSERT_TEMPLATE = "{{ if .Suffix }}{{ .Prompt }}{{ .Suffix }}{{ end }}"
 THINKING_TEMPLATE = CHAT_TEMPLATE + "{{ if .Think }}<think>{{ end }}"
 
 PRUNE_AGE_SECONDS = 3600
-_SPOKEN_VOCABULARY = 4096
-"""Models with fewer words are taken for the tests' noise."""
+_MIN_REAL_VOCABULARY = 4096
+"""Models with a smaller vocabulary count as the tests' noise models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a weights file says of itself."""
+    """Header of a weights file."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
     is_noise: bool
-    """True for small models of random weights, which never end an answer by themselves."""
+    """True for small models with random weights, which never end an answer by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """One model as the store has it."""
+class StoredModel:
+    """One model in the store."""
 
     name: Name
     digest: str
-    """Of the manifest, without `sha256:`."""
+    """Manifest digest, without `sha256:`."""
     modified: datetime
     config: Mapping[str, Any]
     layers: tuple[Layer, ...]
@@ -92,10 +92,10 @@ class Stored:
 
 
 class Store:
-    """A folder of models."""
+    """Model store in a folder."""
 
     def __init__(self, folder: Path, *, is_written: bool = True) -> None:
-        """`is_written`: its folders are made where they are missing, else only once something is put into them."""
+        """`is_written`: create missing folders now rather than on the first write."""
         self.folder = folder
         self._headers: dict[str, Header] = {}
         if not is_written:
@@ -107,26 +107,27 @@ class Store:
         return self.folder / "blobs" / digest.replace(":", "-")
 
     def manifest(self, name: Name) -> Path:
-        """Where the manifest of a name lies, or would."""
+        """Path of the manifest for a name, whether or not it exists."""
         return self.folder / "manifests" / name.host / name.namespace / name.model / name.tag
 
-    def get(self, name: Name) -> Stored | None:
-        """The model of that name; None without one or with a broken manifest."""
+    def get(self, name: Name) -> StoredModel | None:
+        """The model with that name; None if missing or if its manifest is invalid."""
         path = self.manifest(name)
         try:
             data = path.read_bytes()
             manifest = json.loads(data)
             config = json.loads(self.blob(manifest["config"]["digest"]).read_bytes())
             layers = tuple(
-                Layer(one["mediaType"], one["digest"], one["size"], one.get("from", "")) for one in manifest["layers"]
+                Layer(entry["mediaType"], entry["digest"], entry["size"], entry.get("from", ""))
+                for entry in manifest["layers"]
             )
             modified = datetime.fromtimestamp(path.stat().st_mtime, UTC)
         except (OSError, ValueError, KeyError):
             return None
         config["_size"] = manifest["config"].get("size", 0)
-        texts = {one.media_type: self._text(one.digest) for one in layers if one.media_type != MODEL}
+        texts = {layer.media_type: self._text(layer.digest) for layer in layers if layer.media_type != MODEL}
         digest = hashlib.sha256(data).hexdigest()
-        return Stored(name, digest, modified, config, layers, len(data), texts)
+        return StoredModel(name, digest, modified, config, layers, len(data), texts)
 
     def _text(self, digest: str) -> str:
         try:
@@ -135,13 +136,13 @@ class Store:
             return ""
 
     def parameters(self, digest: str) -> dict[str, Any]:
-        """A layer of parameters."""
+        """Reads a parameters layer."""
         return json.loads(self._text(digest) or "{}")
 
-    def all(self) -> list[Stored]:
+    def all(self) -> list[StoredModel]:
         """All models, newest first."""
         found = [stored for name in self._names() if (stored := self.get(name)) is not None]
-        return sorted(found, key=lambda one: (-one.modified.timestamp(), one.name.full))
+        return sorted(found, key=lambda stored: (-stored.modified.timestamp(), stored.name.full))
 
     def _names(self) -> Generator[Name]:
         root = self.folder / "manifests"
@@ -151,9 +152,9 @@ class Store:
                 yield Name(host, namespace, model, tag)
 
     def header(self, digest: str) -> Header:
-        """What the weights say; defaults where they say nothing. Read once a blob."""
+        """Header of the weights, with defaults if it cannot be read. Cached per blob."""
         if digest not in self._headers:
-            self._headers[digest] = _read(self.blob(digest))
+            self._headers[digest] = _read_model_header(self.blob(digest))
         return self._headers[digest]
 
     # --- changes ---
@@ -163,79 +164,82 @@ class Store:
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
         path = self.blob(digest)
         if not path.exists():
-            write_whole(path, data)
+            write_atomically(path, data)
         return Layer("", digest, len(data))
 
     def put(self, name: Name, config: Mapping[str, Any], layers: Iterable[Layer]) -> None:
-        """Writes config and manifest; the model is there for all servers at once."""
-        written = self.put_blob(json.dumps(config).encode())
-        listed = [
-            {"mediaType": one.media_type, "digest": one.digest, "size": one.size}
-            | ({"from": one.from_} if one.from_ else {})
-            for one in layers
+        """Writes config and manifest; all servers see the model at once."""
+        config_layer = self.put_blob(json.dumps(config).encode())
+        manifest_layers = [
+            {"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size}
+            | ({"from": layer.from_} if layer.from_ else {})
+            for layer in layers
         ]
-        head = {"mediaType": CONFIG, "digest": written.digest, "size": written.size}
-        manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": head, "layers": listed}
-        write_whole(self.manifest(name), json.dumps(manifest).encode())
+        manifest_config = {"mediaType": CONFIG, "digest": config_layer.digest, "size": config_layer.size}
+        manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": manifest_config, "layers": manifest_layers}
+        write_atomically(self.manifest(name), json.dumps(manifest).encode())
 
-    def copy(self, source: Stored, destination: Name) -> None:
-        write_whole(self.manifest(destination), self.manifest(source.name).read_bytes())
+    def copy(self, source: StoredModel, destination: Name) -> None:
+        write_atomically(self.manifest(destination), self.manifest(source.name).read_bytes())
 
-    def delete(self, stored: Stored) -> None:
-        """Removes the name, and the blobs that no other manifest names."""
+    def delete(self, stored: StoredModel) -> None:
+        """Removes the name, and blobs not referenced by another manifest."""
         self.manifest(stored.name).unlink(missing_ok=True)
-        named = self._named()
+        referenced = self._referenced_digests()
         for layer in stored.layers:
-            if layer.digest not in named:
+            if layer.digest not in referenced:
                 self.blob(layer.digest).unlink(missing_ok=True)
 
-    def prune(self, now: float, spares_young: bool) -> int:
-        """Removes blobs that no manifest names (from 0.21 only those not touched for an hour); how many they were."""
-        named = {digest.replace(":", "-") for digest in self._named()}
-        gone = 0
+    def prune(self, now: float, spares_recent: bool) -> int:
+        """Removes unreferenced blobs (from 0.21 only if unmodified for an hour); returns how many."""
+        referenced = {digest.replace(":", "-") for digest in self._referenced_digests()}
+        removed_count = 0
         for path in (self.folder / "blobs").iterdir():
-            is_young = spares_young and now - path.stat().st_mtime < PRUNE_AGE_SECONDS
-            if path.name not in named and not is_young:
+            is_recent = spares_recent and now - path.stat().st_mtime < PRUNE_AGE_SECONDS
+            if path.name not in referenced and not is_recent:
                 path.unlink(missing_ok=True)
-                gone += 1
-        return gone
+                removed_count += 1
+        return removed_count
 
-    def _named(self) -> set[str]:
+    def _referenced_digests(self) -> set[str]:
         found: set[str] = set()
         for path in (self.folder / "manifests").glob("*/*/*/*"):
             found |= set(re.findall(r"sha256:[0-9a-f]{64}", path.read_text(encoding="utf-8", errors="replace")))
         return found
 
     def install(self, entry: CatalogueModel) -> None:
-        """Puts a model of the catalogue into the store."""
+        """Installs a catalogue model."""
         weights = self.put_blob(weights_text(entry).encode())
         template = THINKING_TEMPLATE if "thinking" in entry.capabilities else CHAT_TEMPLATE
         template = TOOLS_TEMPLATE if "tools" in entry.capabilities else template
         template = INSERT_TEMPLATE + template if "insert" in entry.capabilities else template
-        small = self.put_blob((DEFAULT_TEMPLATE if "embedding" in entry.capabilities else template).encode())
-        arch = entry.metadata["general.architecture"]
+        template_layer = self.put_blob((DEFAULT_TEMPLATE if "embedding" in entry.capabilities else template).encode())
+        architecture = entry.metadata["general.architecture"]
         config = {
             "model_format": "gguf",
-            "model_family": arch,
-            "model_families": [arch],
+            "model_family": architecture,
+            "model_families": [architecture],
             "model_type": entry.label,
             "file_type": entry.quantisation,
             "architecture": "amd64",
             "os": "linux",
-            "rootfs": {"type": "layers", "diff_ids": [weights.digest, small.digest]},
+            "rootfs": {"type": "layers", "diff_ids": [weights.digest, template_layer.digest]},
         }
-        others = small.size + len(json.dumps(config))
-        layers = [Layer(MODEL, weights.digest, entry.size_bytes - others), Layer(TEMPLATE, small.digest, small.size)]
+        other_bytes = template_layer.size + len(json.dumps(config))
+        layers = [
+            Layer(MODEL, weights.digest, entry.size_bytes - other_bytes),
+            Layer(TEMPLATE, template_layer.digest, template_layer.size),
+        ]
         self.put(parse_name(entry.name), config, layers)
 
 
 def weights_digest(entry: CatalogueModel) -> str:
-    """Of what stands for the weights of a model of the catalogue."""
+    """Digest of the weights placeholder of a catalogue model."""
     return "sha256:" + hashlib.sha256(weights_text(entry).encode()).hexdigest()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """All of it or nothing, for readers in other processes."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes the file atomically for readers in other processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     staging.write_bytes(data)
@@ -243,7 +247,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def parameter_label(count: int) -> str:
-    """As Ollama's `format.HumanNumber`: 70.6B, 51.53M, 173K."""
+    """Formats like Ollama's `format.HumanNumber`: 70.6B, 51.53M, 173K."""
     if count >= 1_000_000_000:
         return f"{count / 1e9:.1f}B"
     if count >= 1_000_000:
@@ -251,13 +255,13 @@ def parameter_label(count: int) -> str:
     return f"{count / 1e3:.0f}K" if count >= 1000 else str(count)
 
 
-def config_of(header: Header, digests: list[str]) -> dict[str, Any]:
-    """The config blob of a created model."""
-    arch = str(header.metadata.get("general.architecture", "llama"))
+def config_for(header: Header, digests: list[str]) -> dict[str, Any]:
+    """Config blob of a created model."""
+    architecture = str(header.metadata.get("general.architecture", "llama"))
     return {
         "model_format": "gguf",
-        "model_family": arch,
-        "model_families": [arch],
+        "model_family": architecture,
+        "model_families": [architecture],
         "model_type": parameter_label(int(header.metadata.get("general.parameter_count", 0))),
         "file_type": FILE_TYPES.get(int(header.metadata.get("general.file_type", 1)), "unknown"),
         "architecture": "amd64",
@@ -280,16 +284,16 @@ _DEFAULTS: Mapping[str, Any] = {
     "llama.attention.value_length": 32,
     "llama.vocab_size": 771,
 }
-"""Facts of weights that say nothing: a very small model."""
+"""Metadata for weights without a readable header: a very small model."""
 
 
-def _read(path: Path) -> Header:
+def _read_model_header(path: Path) -> Header:
     gguf = read_header(path)
     if gguf is not None:
-        tensors = tuple((one.name, one.type, one.shape) for one in gguf.tensors)
-        metadata = _completed(gguf.metadata, tensors)
-        words = metadata.get(f"{metadata.get('general.architecture', 'llama')}.vocab_size", 0)
-        return Header(metadata, tensors, is_noise=words < _SPOKEN_VOCABULARY)
+        tensors = tuple((tensor.name, tensor.type, tensor.shape) for tensor in gguf.tensors)
+        metadata = _with_computed_fields(gguf.metadata, tensors)
+        vocabulary_size = metadata.get(f"{metadata.get('general.architecture', 'llama')}.vocab_size", 0)
+        return Header(metadata, tensors, is_noise=vocabulary_size < _MIN_REAL_VOCABULARY)
     try:
         if path.stat().st_size < 1 << 22:
             data = json.loads(path.read_bytes())
@@ -301,15 +305,17 @@ def _read(path: Path) -> Header:
     return Header(_DEFAULTS, (), is_noise=True)
 
 
-def _completed(metadata: dict[str, Any], tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> dict[str, Any]:
-    """With the parameter count and vocabulary that Ollama computes."""
+def _with_computed_fields(
+    metadata: dict[str, Any], tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+) -> dict[str, Any]:
+    """Adds the parameter count and vocabulary size that Ollama computes."""
     count = 0
     for _, _, shape in tensors:
         product = 1
         for length in shape:
             product *= length
         count += product
-    arch = metadata.get("general.architecture", "llama")
+    architecture = metadata.get("general.architecture", "llama")
     tokens: Any = metadata.get("tokenizer.ggml.tokens")
-    vocabulary = {f"{arch}.vocab_size": len(cast("list[str]", tokens))} if isinstance(tokens, list) else {}
+    vocabulary = {f"{architecture}.vocab_size": len(cast("list[str]", tokens))} if isinstance(tokens, list) else {}
     return {**vocabulary, **metadata, "general.parameter_count": count}

@@ -1,9 +1,8 @@
-"""What an EMULATED model says: made-up words, JSON after a schema, thoughts and tool calls, token by token.
+"""Generates the output of an EMULATED model: made-up text, JSON for a schema, thinking and tool calls, token by token.
 
-Models of the catalogue say first that their answer is emulated, then words of no meaning, and come to an end by
-themselves; small models of random weights talk noise for ever, one byte of prompt costing one token, as the real ones
-do that the tests write. The same prompt with the same seed gives the same words. Pure but for the random source that is
-passed in.
+Catalogue models first say that their answer is emulated, then generate meaningless text of finite length. Small models
+with random weights generate endless noise and need one token per prompt byte, like the real tiny models of the tests.
+The same prompt and seed give the same text. Pure, except for the random source that is passed in.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _WORDS = re.findall(
     r"[a-z]+",
     """
     a able about above across after again air all along always and answer any area ask at back be before begin
-    below best between both build but by call GPU carry case change city clear close come common cool count
+    below best between both build but by call carry case change city clear close come common cool count
     cover cut day deep do draw each early earth ease east end even ever every example far fast few figure find
     first follow for form found four from full give go good great ground group grow half hand hard have head
     hear heat help here high hold home hot hour house how if in is it just keep kind know land large last late
@@ -44,7 +43,7 @@ _WORDS = re.findall(
     """,
 )
 _EXAMPLES: Mapping[str, Any] = {"integer": 7, "number": 7.5, "boolean": True, "null": None}
-_CHARACTERS_A_TOKEN = 4
+_CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,87 +55,87 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What an answer shall be made of."""
+class GenerationRequest:
+    """Input of one generation."""
 
     prompt: str
     seed: int | None = None
     thinks: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     format: Any = None
-    """`json`, a schema, or nothing."""
+    """`json`, a JSON schema, or None."""
 
 
 def prompt_tokens(header: Header, text: str) -> int:
-    """How many tokens a prompt costs."""
+    """Number of prompt tokens."""
     size = len(text.encode())
     if is_embedding(header) and header.is_noise:
         return 2 + sum(not character.isspace() for character in text)
     if header.is_noise:
         return 1 + (3 + size if size else 0)
-    return 1 + -(-size // _CHARACTERS_A_TOKEN)
+    return 1 + -(-size // _CHARACTERS_PER_TOKEN)
 
 
-def say(header: Header, wish: Wish, source: random.Random) -> Iterator[Piece]:
-    """The tokens of an answer in order; without end where the model is noise."""
-    chance = random.Random(f"{wish.seed}|{wish.prompt}") if wish.seed is not None else source
-    if wish.format is not None:
-        return _formatted(header, wish)
-    call = _wanted_call(wish)
+def generate_pieces(header: Header, generation: GenerationRequest, rng: random.Random) -> Iterator[Piece]:
+    """Yields the tokens of an answer; endless for a noise model."""
+    rng = random.Random(f"{generation.seed}|{generation.prompt}") if generation.seed is not None else rng
+    if generation.format is not None:
+        return _formatted(header, generation)
+    call = _tool_call(generation)
     if call is not None:
         return _structured(header, json.dumps(call), is_call=True)
-    thoughts = _thoughts(header, chance) if wish.thinks else iter(())
-    content = _noise(chance) if header.is_noise else _language(chance)
+    thoughts = _thoughts(header, rng) if generation.thinks else iter(())
+    content = _noise(rng) if header.is_noise else _catalogue_text(rng)
     return chain(thoughts, (Piece("content", text) for text in content))
 
 
-def _thoughts(header: Header, chance: random.Random) -> Iterator[Piece]:
-    """The first without the blank before it, as a real server cuts it."""
-    words = _noise(chance) if header.is_noise else _rambling(chance, chance.randrange(20, 160))
+def _thoughts(header: Header, rng: random.Random) -> Iterator[Piece]:
+    """Thinking tokens; the first without its leading space, as a real server trims it."""
+    words = _noise(rng) if header.is_noise else _random_sentences(rng, rng.randrange(20, 160))
     yield Piece("thinking", next(words).lstrip())
     for word in words:
         yield Piece("thinking", word)
 
 
-def _noise(chance: random.Random) -> Iterator[str]:
+def _noise(rng: random.Random) -> Iterator[str]:
     while True:
-        yield " " + chance.choice(_SYLLABLES) + chance.choice(_SYLLABLES)
+        yield " " + rng.choice(_SYLLABLES) + rng.choice(_SYLLABLES)
 
 
-def _language(chance: random.Random) -> Iterator[str]:
+def _catalogue_text(rng: random.Random) -> Iterator[str]:
     yield from (" " + word for word in _SENTENCE.split())
-    yield from _rambling(chance, chance.randrange(20, 400))
+    yield from _random_sentences(rng, rng.randrange(20, 400))
 
 
-def _rambling(chance: random.Random, count: int) -> Iterator[str]:
-    starts = True
-    for left in range(count, 0, -1):
-        word = chance.choice(_WORDS)
-        ends = left == 1 or (not starts and chance.random() < 0.1)
-        yield " " + (word.capitalize() if starts else word) + ("." if ends else "")
-        starts = ends
+def _random_sentences(rng: random.Random, count: int) -> Iterator[str]:
+    starts_sentence = True
+    for remaining in range(count, 0, -1):
+        word = rng.choice(_WORDS)
+        ends_sentence = remaining == 1 or (not starts_sentence and rng.random() < 0.1)
+        yield " " + (word.capitalize() if starts_sentence else word) + ("." if ends_sentence else "")
+        starts_sentence = ends_sentence
 
 
-def _wanted_call(wish: Wish) -> dict[str, Any] | None:
-    """A call of the first tool that the prompt names; models of the catalogue call tools when asked to by name."""
-    for tool in wish.tools:
+def _tool_call(generation: GenerationRequest) -> dict[str, Any] | None:
+    """A call of the first tool that the last user message names, or None."""
+    for tool in generation.tools:
         function = cast("dict[str, Any]", tool.get("function") or {})
         name = str(function.get("name") or "")
-        if name and name in wish.prompt.rpartition("user: ")[2]:
+        if name and name in generation.prompt.rpartition("user: ")[2]:
             return {"name": name, "parameters": example_of(function.get("parameters") or {})}
     return None
 
 
-def _formatted(header: Header, wish: Wish) -> Iterator[Piece]:
-    value: Any = {} if wish.format == "json" else example_of(wish.format)
-    is_call = bool(wish.tools) and isinstance(value, dict) and {"name", "parameters"} <= set(cast("Any", value))
+def _formatted(header: Header, generation: GenerationRequest) -> Iterator[Piece]:
+    value: Any = {} if generation.format == "json" else example_of(generation.format)
+    is_call = bool(generation.tools) and isinstance(value, dict) and {"name", "parameters"} <= set(cast("Any", value))
     return _structured(header, json.dumps(value), is_call)
 
 
 def _structured(header: Header, text: str, is_call: bool) -> Iterator[Piece]:
-    """A text in tokens; a call takes its tokens' time in silence and comes whole."""
-    step = 1 if header.is_noise else _CHARACTERS_A_TOKEN
-    parts = [text[at : at + step] for at in range(0, len(text), step)]
+    """Splits text into tokens; a tool call yields empty tokens and then the whole call."""
+    step = 1 if header.is_noise else _CHARACTERS_PER_TOKEN
+    parts = [text[start : start + step] for start in range(0, len(text), step)]
     if not is_call:
         yield from (Piece("content", part) for part in parts)
         return
@@ -145,46 +144,47 @@ def _structured(header: Header, text: str, is_call: bool) -> Iterator[Piece]:
 
 
 def example_of(schema: Any) -> Any:
-    """A value that fits a JSON schema, as far as one is needed here: the first of what is allowed."""
+    """An example value for a JSON schema (partial support): the first allowed alternative."""
     if not isinstance(schema, dict):
         return {}
-    given = cast("dict[str, Any]", schema)
-    if "const" in given:
-        return given["const"]
-    if given.get("enum"):
-        return given["enum"][0]
+    fields = cast("dict[str, Any]", schema)
+    if "const" in fields:
+        return fields["const"]
+    if fields.get("enum"):
+        return fields["enum"][0]
     for key in ("anyOf", "oneOf", "allOf"):
-        if given.get(key):
-            return example_of(given[key][0])
-    kinds: Any = given.get("type", "object" if "properties" in given else "string")
-    kind = str(cast("list[Any]", kinds)[0] if isinstance(kinds, list) and kinds else cast("Any", kinds))
+        if fields.get(key):
+            return example_of(fields[key][0])
+    types: Any = fields.get("type", "object" if "properties" in fields else "string")
+    kind = str(cast("list[Any]", types)[0] if isinstance(types, list) and types else cast("Any", types))
     if kind == "object":
-        properties = cast("dict[str, Any]", given.get("properties") or {})
+        properties = cast("dict[str, Any]", fields.get("properties") or {})
         return {name: example_of(inner) for name, inner in properties.items()}
     if kind == "array":
-        return [example_of(given["items"])] if given.get("minItems") and "items" in given else []
+        return [example_of(fields["items"])] if fields.get("minItems") and "items" in fields else []
     return _EXAMPLES.get(kind, "emulated")
 
 
 def vector(text: str, length: int) -> list[float]:
-    """An embedding of length one, the same for the same text, in single precision."""
-    chance = random.Random(hashlib.sha256(text.encode()).digest())
-    raw = [chance.gauss(0.0, 1.0) for _ in range(length)]
+    """A deterministic unit-length embedding of the text, in single precision."""
+    rng = random.Random(hashlib.sha256(text.encode()).digest())
+    raw = [rng.gauss(0.0, 1.0) for _ in range(length)]
     norm = sum(value * value for value in raw) ** 0.5 or 1.0
     return [struct.unpack("f", struct.pack("f", value / norm))[0] for value in raw]
 
 
 def token_ids(text: str) -> list[int]:
-    """Ids that stand for a text in `context`: the bytes of blanks and letters, shifted as in the tests' vocabulary."""
+    """Token ids of a text for `context`: its bytes, shifted as in the tests' vocabulary."""
     return [byte + 3 for byte in text.replace(" ", "▁").encode()]
 
 
-def logprobs_of(text: str, top: int, chance: random.Random) -> dict[str, Any]:
-    """A made-up entry of `logprobs` for one token."""
-    entry: dict[str, Any] = {"token": text, "logprob": -5.0 * chance.random(), "bytes": list(text.encode())}
+def logprobs_of(text: str, top: int, rng: random.Random) -> dict[str, Any]:
+    """A made-up `logprobs` entry for one token."""
+    entry: dict[str, Any] = {"token": text, "logprob": -5.0 * rng.random(), "bytes": list(text.encode())}
     if top > 0:
-        others: Sequence[str] = [text, *(" " + chance.choice(_WORDS) for _ in range(top - 1))]
+        alternatives: Sequence[str] = [text, *(" " + rng.choice(_WORDS) for _ in range(top - 1))]
         entry["top_logprobs"] = [
-            {"token": one, "logprob": -0.5 - index, "bytes": list(one.encode())} for index, one in enumerate(others)
+            {"token": token, "logprob": -0.5 - index, "bytes": list(token.encode())}
+            for index, token in enumerate(alternatives)
         ]
     return entry

@@ -1,8 +1,8 @@
-"""The memory of EMULATED GPUs, shared by processes through a directory.
+"""Memory of EMULATED GPUs, shared between processes through a directory.
 
-`rig.json` names the GPUs; `vram/PID.json` is what a process holds; an allocation is made under one file lock, if it
-fits. What a process held is free again as soon as the process is dead (or a zombie): nobody has to clean up. The
-standard library only, and little of it, as every emulated runner imports this; it reads no clock and decides nothing.
+`rig.json` lists the GPUs; `vram/PID.json` holds the allocations of one process; allocating takes one file lock. The
+allocations of a dead (or zombie) process count as free at once, without cleanup. Uses only the standard library, and
+little of it, because every emulated runner imports this module. Reads no clock and makes no decisions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 
 class OutOfMemoryError(Exception):
-    """The GPU has no room for the allocation; nothing was taken on any GPU."""
+    """The GPU has too little free memory; nothing was allocated on any GPU."""
 
     def __init__(self, uuid: str, wanted_bytes: int, free_bytes: int) -> None:
         super().__init__(f"CUDA error: out of memory on {uuid}: {wanted_bytes} bytes wanted, {free_bytes} free")
@@ -26,35 +26,35 @@ class OutOfMemoryError(Exception):
         self.free_bytes = free_bytes
 
 
-class Use(NamedTuple):
-    """What one process holds."""
+class Allocation(NamedTuple):
+    """What one process has allocated."""
 
     pid: int
     bytes_by_gpu: Mapping[str, int]
-    is_busy_path: Path
-    """A file that the process touches while it computes."""
+    busy_path: Path
+    """The process writes this file while it computes."""
 
 
-def allocate(directory: Path, wanted: Mapping[str, int], pid: int | None = None) -> None:
-    """Replaces what the process holds by `wanted` (UUID -> bytes), on all GPUs or on none.
+def allocate(directory: Path, requested_bytes: Mapping[str, int], pid: int | None = None) -> None:
+    """Replaces the process's allocations by `wanted` (UUID -> bytes), on all GPUs or on none.
 
     Raises:
-        OutOfMemoryError: a GPU has no room, is lost or does not exist.
+        OutOfMemoryError: a GPU has too little memory, is lost or does not exist.
     """
-    owner = os.getpid() if pid is None else pid
+    owner_pid = os.getpid() if pid is None else pid
     with _locked(directory):
-        free = free_bytes(directory, without=owner)
-        for uuid, amount in wanted.items():
+        free = free_bytes(directory, excluded_pid=owner_pid)
+        for uuid, amount in requested_bytes.items():
             if amount > free.get(uuid, 0):
                 raise OutOfMemoryError(uuid, amount, free.get(uuid, 0))
-        held = {uuid: amount for uuid, amount in wanted.items() if amount > 0}
-        record = {"pid": owner, "started": _started(owner), "bytes": held}
-        write_json(directory / "vram" / f"{owner}.json", record)
+        held = {uuid: amount for uuid, amount in requested_bytes.items() if amount > 0}
+        record = {"pid": owner_pid, "started": _start_ticks(owner_pid), "bytes": held}
+        write_json(directory / "vram" / f"{owner_pid}.json", record)
 
 
-def free_bytes(directory: Path, without: int | None = None) -> dict[str, int]:
-    """Free bytes of each GPU that is not lost; `without` leaves one process's own use out."""
-    used = used_bytes(directory, without)
+def free_bytes(directory: Path, excluded_pid: int | None = None) -> dict[str, int]:
+    """Free bytes of each GPU that is not lost; `without` ignores the allocations of one process."""
+    used = used_bytes(directory, excluded_pid)
     lost = read_json(directory / "lost.json")
     return {
         gpu["uuid"]: gpu["memory_total_bytes"] - gpu["memory_reserved_bytes"] - used.get(gpu["uuid"], 0)
@@ -63,32 +63,32 @@ def free_bytes(directory: Path, without: int | None = None) -> dict[str, int]:
     }
 
 
-def used_bytes(directory: Path, without: int | None = None) -> dict[str, int]:
-    """Bytes in use on each GPU, by living processes and by the outside (`foreign.json`)."""
+def used_bytes(directory: Path, excluded_pid: int | None = None) -> dict[str, int]:
+    """Used bytes of each GPU, by living processes and by external use (`foreign.json`)."""
     used: dict[str, int] = dict(read_json(directory / "foreign.json"))
-    for use in uses(directory):
-        if use.pid != without:
-            for uuid, amount in use.bytes_by_gpu.items():
+    for allocation in allocations(directory):
+        if allocation.pid != excluded_pid:
+            for uuid, amount in allocation.bytes_by_gpu.items():
                 used[uuid] = used.get(uuid, 0) + amount
     return used
 
 
-def uses(directory: Path) -> list[Use]:
-    """What each living process holds; records of dead ones are removed."""
-    found: list[Use] = []
+def allocations(directory: Path) -> list[Allocation]:
+    """Allocations of living processes; records of dead processes are removed."""
+    allocated: list[Allocation] = []
     for path in sorted((directory / "vram").glob("*.json")):
         record = read_json(path)
         if not record:
             continue
-        if _started(record["pid"]) != record["started"]:
+        if _start_ticks(record["pid"]) != record["started"]:
             path.unlink(missing_ok=True)
             continue
-        found.append(Use(record["pid"], record["bytes"], path.with_suffix(".busy")))
-    return found
+        allocated.append(Allocation(record["pid"], record["bytes"], path.with_suffix(".busy")))
+    return allocated
 
 
 def set_external(directory: Path, uuid: str, amount: int) -> None:
-    """Use of a GPU by something outside the rig; replaces what was said before. It may leave others too little."""
+    """Sets the external memory use of a GPU, replacing the earlier value. May overcommit the GPU."""
     with _locked(directory):
         external = dict(read_json(directory / "foreign.json"))
         external[uuid] = amount
@@ -96,15 +96,15 @@ def set_external(directory: Path, uuid: str, amount: int) -> None:
 
 
 def set_lost(directory: Path, uuid: str, lost: bool = True) -> None:
-    """A GPU falls off the bus, or comes back."""
+    """Marks a GPU as fallen off the bus, or as back."""
     with _locked(directory):
-        names = set(read_json(directory / "lost.json"))
-        names = names | {uuid} if lost else names - {uuid}
-        write_json(directory / "lost.json", dict.fromkeys(sorted(names), True))
+        uuids = set(read_json(directory / "lost.json"))
+        uuids = uuids | {uuid} if lost else uuids - {uuid}
+        write_json(directory / "lost.json", dict.fromkeys(sorted(uuids), True))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none or it is not readable."""
+    """Reads the object in a file; empty if the file is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any] | list[dict[str, object]]) -> None:
-    """Writes the whole file at once, so that readers see the old or the new one."""
+    """Writes the file atomically: readers see the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     staging.write_text(json.dumps(data), encoding="utf-8")
@@ -126,8 +126,8 @@ def _locked(directory: Path) -> Generator[None]:
         yield
 
 
-def _started(pid: int) -> int | None:
-    """When a living process started, in clock ticks since boot; None for a dead one or a zombie (proc(5), stat)."""
+def _start_ticks(pid: int) -> int | None:
+    """Start time of a living process in clock ticks since boot; None for a dead or zombie process (proc(5), stat)."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Emulated servers over emulated GPUs, fifty times as fast as real ones."""
+"""Emulated servers on emulated GPUs, at fifty times real speed."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ SPEED = 50.0
 class Box:
     """One emulated machine; `start` runs a server on some of its GPUs."""
 
-    rig: PreparedEmulator
+    emulator: PreparedEmulator
     folder: Path
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     @property
     def directory(self) -> Path:
-        return Path(self.rig.environment["LLAMAYARD_RIG_DIR"])
+        return Path(self.emulator.environment["LLAMAYARD_RIG_DIR"])
 
     @property
     def uuids(self) -> list[str]:
         return [gpu.uuid for gpu in EmulatedGpuReader(self.directory).read()]
 
     def used_gb(self) -> list[float]:
-        """Of each GPU, in GB."""
+        """Used memory of each GPU, in GB."""
         used = vram.used_bytes(self.directory)
         return [round(used.get(uuid, 0) / 1e9, 1) for uuid in self.uuids]
 
     @contextlib.contextmanager
     def start(self, *gpus: int, **environment: str) -> Generator[OllamaServer]:
-        """A server that sees these GPUs, with a context of 8,192 tokens unless told otherwise."""
+        """A server that sees these GPUs; context of 8,192 tokens unless overridden."""
         folder = self.folder / f"home{next(self.numbers)}"
         folder.mkdir()
         visible = ",".join(self.uuids[index] for index in gpus) or "-1"
         full = {
-            **self.rig.environment,
-            "OLLAMA_MODELS": str(self.rig.models_directory),
+            **self.emulator.environment,
+            "OLLAMA_MODELS": str(self.emulator.models_directory),
             "CUDA_VISIBLE_DEVICES": visible,
             "OLLAMA_CONTEXT_LENGTH": "8192",
             **environment,
@@ -58,12 +58,12 @@ class Box:
             yield server
 
 
-Make = Callable[..., AbstractContextManager[Box]]
+MakeBox = Callable[..., AbstractContextManager[Box]]
 
 
 @pytest.fixture
 def box(tmp_path: Path) -> Box:
-    """Two 3090s with all models of the catalogue, 0.24.0."""
+    """Two 3090s with all catalogue models, version 0.24.0."""
     return make_box(tmp_path, "2x3090")
 
 
@@ -73,14 +73,14 @@ def make_box(folder: Path, text: str, version: str = "0.24.0") -> Box:
 
 
 def ask(server: OllamaServer, model: str, **fields: Any) -> tuple[int, Any]:
-    """A short answer of a model, whole."""
+    """Generates a short, non-streamed answer."""
     body = {"model": model, "prompt": "hello", "stream": False, **fields}
     body["options"] = {"num_predict": 4, **fields.get("options", {})}
     return server.call("POST", "/api/generate", body)
 
 
 def loaded(server: OllamaServer) -> dict[str, dict[str, Any]]:
-    """`/api/ps` by name."""
+    """Entries of `/api/ps` by model name."""
     status, answer = server.call("GET", "/api/ps")
     assert status == 200
-    return {one["name"]: one for one in answer["models"]}
+    return {entry["name"]: entry for entry in answer["models"]}

@@ -1,4 +1,4 @@
-"""An emulated server puts models where the simulated one of its version does, to the megabyte."""
+"""An emulated server places models exactly as the simulated server of its version does, to the megabyte."""
 
 from __future__ import annotations
 
@@ -17,42 +17,43 @@ from tests.lab.simulator.machines import host, play
 from tests.support.ollama_server import OllamaServer
 from tests.support.waiting import eventually_sync
 
-RIG = "2x3090"
-TUNED = {"OLLAMA_FLASH_ATTENTION": "1", "OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_NUM_PARALLEL": "2"}
-"""As the simulated servers are."""
+GPUS = "2x3090"
+SETTINGS = {"OLLAMA_FLASH_ATTENTION": "1", "OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_NUM_PARALLEL": "2"}
+"""The settings of the simulated servers."""
 MODELS = ("llama3.1:8b", "qwen2.5:14b", "gemma2:27b", "qwen2.5-coder:32b", "llama3.3:70b")
-Held = Mapping[str, Mapping[str, int]]
-"""Model -> GPU -> megabytes: a file's size is told with its small parts in one place and without them in another."""
+Allocations = Mapping[str, Mapping[str, int]]
+"""Model -> GPU -> megabytes; rounded, because file sizes include small layers in one place but not in the other."""
 
 
-def simulated(version: str, names: Iterable[str]) -> list[Held]:
-    """What the server holds after each of these loads."""
-    gpus = sim_gpus(parse_spec(RIG))
+def simulated(version: str, names: Iterable[str]) -> list[Allocations]:
+    """The server's allocations after each load."""
+    gpus = sim_gpus(parse_spec(GPUS))
     models = {name: model_facts(name) for name in names}
     machine = host(*gpus, warm=tuple(models.values()))
     config = ServerConfig(version=tuple(int(part) for part in version.split(".")))
     server = SimServer(machine, "ollama", tuple(gpu.uuid for gpu in gpus), config)
-    found: list[Held] = []
+    allocations: list[Allocations] = []
     for model in models.values():
-        ended: list[LoadResult] = []
-        server.load(model, -1, ended.append)
+        results: list[LoadResult] = []
+        server.load(model, -1, results.append)
         play(machine, machine.timeline.now + 60.0)
-        assert [result.error for result in ended] == [""]
-        found.append({one.model.name: _megabytes(one.bytes_by_gpu) for one in server.loaded})
-    return found
+        assert [result.error for result in results] == [""]
+        allocations.append({loaded.model.name: _megabytes(loaded.bytes_by_gpu) for loaded in server.loaded})
+    return allocations
 
 
-def emulated(box: Box, server: OllamaServer, names: Iterable[str]) -> list[Held]:
-    """The same; the log tells which process holds a model."""
-    return [_after(box, server, name) for name in names]
+def emulated(box: Box, server: OllamaServer, names: Iterable[str]) -> list[Allocations]:
+    """The same for the emulated server."""
+    return [_load(box, server, name) for name in names]
 
 
-def _after(box: Box, server: OllamaServer, name: str) -> Held:
+def _load(box: Box, server: OllamaServer, name: str) -> Allocations:
     assert server.call("POST", "/api/generate", {"model": name})[0] == 200
-    listed = {one["name"]: one["size_vram"] for one in server.call("GET", "/api/ps")[1]["models"]}
-    held = [dict(use.bytes_by_gpu) for use in vram.uses(box.directory)]
+    listed = {entry["name"]: entry["size_vram"] for entry in server.call("GET", "/api/ps")[1]["models"]}
+    allocated = [dict(use.bytes_by_gpu) for use in vram.allocations(box.directory)]
     return {
-        model: _megabytes(next(gpus for gpus in held if sum(gpus.values()) == size)) for model, size in listed.items()
+        model: _megabytes(next(gpus for gpus in allocated if sum(gpus.values()) == size))
+        for model, size in listed.items()
     }
 
 
@@ -62,14 +63,14 @@ def _megabytes(bytes_by_gpu: Mapping[GpuUuid, int] | Mapping[str, int]) -> dict[
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
 def test_each_model_alone_takes_the_same_bytes(tmp_path_factory: pytest.TempPathFactory, version: str) -> None:
-    box = make_box(tmp_path_factory.mktemp("box"), RIG, version)
-    found: list[Held] = []
-    with box.start(0, 1, **TUNED) as server:
+    box = make_box(tmp_path_factory.mktemp("box"), GPUS, version)
+    allocations: list[Allocations] = []
+    with box.start(0, 1, **SETTINGS) as server:
         for name in MODELS:
-            found += emulated(box, server, [name])
+            allocations += emulated(box, server, [name])
             assert server.call("POST", "/api/generate", {"model": name, "keep_alive": 0})[0] == 200
             eventually_sync(lambda: not any(box.used_gb()))
-    assert found == [simulated(version, [name])[0] for name in MODELS]
+    assert allocations == [simulated(version, [name])[0] for name in MODELS]
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
@@ -79,9 +80,9 @@ def test_each_model_alone_takes_the_same_bytes(tmp_path_factory: pytest.TempPath
      ("llama3.1:8b", "qwen2.5-coder:32b", "mistral:7b", "llama3.2:3b"),
      ("phi4:14b", "llama3.1:8b", "qwen2.5-coder:32b", "qwen2.5:7b")],
 )  # fmt: skip
-def test_models_side_by_side_take_the_same_gpus_and_leave_for_the_same_others(
+def test_placement_and_eviction_of_several_models_are_the_same(
     tmp_path_factory: pytest.TempPathFactory, version: str, names: tuple[str, ...]
 ) -> None:
-    box = make_box(tmp_path_factory.mktemp("box"), RIG, version)
-    with box.start(0, 1, **TUNED) as server:
+    box = make_box(tmp_path_factory.mktemp("box"), GPUS, version)
+    with box.start(0, 1, **SETTINGS) as server:
         assert emulated(box, server, names) == simulated(version, names)

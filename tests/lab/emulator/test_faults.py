@@ -1,4 +1,4 @@
-"""Faults on request: rules are read strictly, concern whom they name, and do to a running server what they say."""
+"""Fault injection: strict parsing, matching of rules, and their effect on running servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from router.lab.emulator import server as rig_server
+from router.lab.emulator import server as server_module
 from router.lab.emulator.faults import (
     FILE,
     Behaviour,
@@ -28,7 +28,7 @@ from tests.support.waiting import eventually, eventually_sync
 _8B, _3B = "llama3.1:8b", "llama3.2:3b"
 
 
-def test_without_a_file_nothing_is_wrong(tmp_path: Path) -> None:
+def test_without_a_file_there_are_no_faults(tmp_path: Path) -> None:
     assert read_faults(tmp_path) == read_faults(None) == ()
     assert behaviour((), "gpu0", ["GPU-1"], _8B) == Behaviour()
 
@@ -39,7 +39,7 @@ def test_a_rule_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "words"),
+    ("rules", "message"),
     [
         ({"slow": 2}, "a list of rules"),
         (["slow"], "a rule is an object"),
@@ -49,14 +49,14 @@ def test_a_rule_is_read_as_it_was_written(tmp_path: Path) -> None:
         ([{"server": "explode"}], "none of hang, die, refuse_start"),
     ],
 )
-def test_a_rule_that_says_something_unknown_is_refused(tmp_path: Path, rules: Any, words: str) -> None:
+def test_an_invalid_rule_is_refused(tmp_path: Path, rules: Any, message: str) -> None:
     (tmp_path / FILE).write_text(json.dumps(rules), encoding="utf-8")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         read_faults(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("rule", "concerned"),
+    ("rule", "matches"),
     [
         (Fault(hang=True), True),
         (Fault(hang=True, instance="gpu0"), True),
@@ -68,8 +68,8 @@ def test_a_rule_that_says_something_unknown_is_refused(tmp_path: Path, rules: An
         (Fault(hang=True, model="a b/c::d"), False),
     ],
 )
-def test_a_rule_concerns_whom_it_names(rule: Fault, concerned: bool) -> None:
-    assert behaviour([rule], "gpu0", ["GPU-aa11"], _8B).hang == concerned
+def test_a_rule_matches_only_what_it_names(rule: Fault, matches: bool) -> None:
+    assert behaviour([rule], "gpu0", ["GPU-aa11"], _8B).hang == matches
 
 
 def test_several_rules_add_up() -> None:
@@ -78,17 +78,17 @@ def test_several_rules_add_up() -> None:
     assert server_fault(rules, "gpu0", []) == "die"
 
 
-def test_the_routers_mark_names_the_instance() -> None:
-    assert rig_server.INSTANCE_VARIABLE == process.INSTANCE_VARIABLE
+def test_router_and_emulator_use_the_same_instance_variable() -> None:
+    assert server_module.INSTANCE_VARIABLE == process.INSTANCE_VARIABLE
 
 
 def _seconds(server: OllamaServer) -> float:
-    """Of two tokens after the first."""
+    """Duration of the two tokens after the first."""
     return ask(server, _8B, options={"num_predict": 3, "seed": 1})[1]["eval_duration"] / 1e9
 
 
 def test_a_slow_runner_is_slow_and_then_is_not(box: Box) -> None:
-    """At this speed a token takes 0.2 ms, and a thousand times that with the fault."""
+    """At this speed a token takes 0.2 ms, and a thousand times longer with the fault."""
     with box.start(0) as server:
         ask(server, _8B)
         write_faults(box.directory, [{"slow": 1000}])
@@ -97,7 +97,7 @@ def test_a_slow_runner_is_slow_and_then_is_not(box: Box) -> None:
         eventually_sync(lambda: _seconds(server) < 0.3)
 
 
-def test_a_load_runs_out_of_memory_though_there_is_room(box: Box) -> None:
+def test_a_load_fails_with_out_of_memory_despite_free_memory(box: Box) -> None:
     write_faults(box.directory, [{"oom": True, "model": _8B}])
     with box.start(0) as server:
         status, answer = ask(server, _8B)
@@ -107,7 +107,7 @@ def test_a_load_runs_out_of_memory_though_there_is_room(box: Box) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
-def test_the_next_load_obeys_the_rules_as_they_were_written_last(tmp_path: Path, version: str) -> None:
+def test_the_next_load_obeys_the_latest_rules(tmp_path: Path, version: str) -> None:
     box = make_box(tmp_path, "3090", version)
     with box.start(0) as server:
         for _ in range(10):
@@ -124,7 +124,7 @@ def test_the_next_load_obeys_the_rules_as_they_were_written_last(tmp_path: Path,
         assert ask(server, _3B)[0] == 200
 
 
-async def test_a_hung_runner_says_nothing_and_an_unload_cures_it(box: Box) -> None:
+async def test_a_hung_runner_sends_nothing_until_its_model_is_reloaded(box: Box) -> None:
     write_faults(box.directory, [{"hang": True, "instance": "gpu0"}])
     with box.start(0, LLAMAYARD_INSTANCE="run:gpu0") as server, box.start(1, LLAMAYARD_INSTANCE="run:gpu1") as other:
         assert (await call(other.address, "POST", "/api/generate", {"model": _8B, "prompt": "x"})).status == 200
@@ -150,28 +150,28 @@ async def test_a_runner_that_dies_ends_its_stream_with_an_error(box: Box) -> Non
         assert ask(server, _3B)[0] == 200
 
 
-async def test_a_lost_slot_hangs_the_next_request_until_an_unload(box: Box) -> None:
+async def test_a_leaked_slot_blocks_the_next_request_until_an_unload(box: Box) -> None:
     write_faults(box.directory, [{"lose_slot": True}])
-    text = " ".join(map(str, range(20_000)))  # longer than any test, and without repetitions that would end it
+    text = " ".join(map(str, range(20_000)))  # outlasts the test, and has no repetitions that would end the answer
     long = {"model": _8B, "prompt": "x", "format": {"const": text}}
     with box.start(0, OLLAMA_NUM_PARALLEL="1") as server:
-        async with connect(server.address) as leaving:
-            await leaving.send(request_bytes("POST", "/api/generate", long))
-            await leaving.head()
-            assert await leaving.chunk()
-            leaving.abort()
-        async with connect(server.address) as waiting:
-            await waiting.send(request_bytes("POST", "/api/generate", {"model": _8B, "prompt": "y"}))
+        async with connect(server.address) as disconnecting:
+            await disconnecting.send(request_bytes("POST", "/api/generate", long))
+            await disconnecting.head()
+            assert await disconnecting.chunk()
+            disconnecting.abort()
+        async with connect(server.address) as queued:
+            await queued.send(request_bytes("POST", "/api/generate", {"model": _8B, "prompt": "y"}))
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.3):
-                    await waiting.head()
+                    await queued.head()
         write_faults(box.directory, [])
         assert server.call("POST", "/api/generate", {"model": _8B, "keep_alive": 0})[0] == 200
         await eventually(lambda: not loaded(server))
         assert ask(server, _8B)[0] == 200
 
 
-async def test_a_server_hangs_and_wakes_up(box: Box) -> None:
+async def test_a_server_hangs_and_recovers(box: Box) -> None:
     with box.start(0) as server:
         write_faults(box.directory, [{"server": "hang", "gpu": box.uuids[0]}])
 
@@ -203,8 +203,8 @@ def test_a_server_refuses_to_start(box: Box) -> None:
         pass
 
 
-def test_a_broken_file_is_told_and_changes_nothing(box: Box) -> None:
+def test_an_invalid_file_is_logged_and_ignored(box: Box) -> None:
     (box.directory / FILE).write_text("[{]", encoding="utf-8")
     with box.start(0) as server:
         assert ask(server, _3B)[0] == 200
-        assert "faults are not understood" in server.log.read_text(errors="replace")
+        assert "invalid faults file" in server.log.read_text(errors="replace")

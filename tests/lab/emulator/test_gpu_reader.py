@@ -1,4 +1,4 @@
-"""Emulated GPUs as the router's watcher reads them."""
+"""Emulated GPUs as the router's GPU poller reads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_total_is_free_and_used_and_reserved(directory: Path) -> None:
+def test_total_memory_is_free_plus_used_plus_reserved(directory: Path) -> None:
     vram.allocate(directory, {_SPEC.uuids[1]: 5_000_000_000})
     vram.set_external(directory, _SPEC.uuids[1], 1_000_000_000)
     for gpu in EmulatedGpuReader(directory).read():
@@ -37,16 +37,16 @@ def test_total_is_free_and_used_and_reserved(directory: Path) -> None:
     first, second = EmulatedGpuReader(directory).read()
     assert (first.memory_used_bytes, first.processes) == (0, ())
     assert second.memory_used_bytes == 6_000_000_000
-    assert [(one.pid, one.used_bytes) for one in second.processes] == [(os.getpid(), 5_000_000_000)]
+    assert [(process.pid, process.used_bytes) for process in second.processes] == [(os.getpid(), 5_000_000_000)]
 
 
-def test_a_lost_gpu_keeps_its_place_with_an_error(directory: Path) -> None:
+def test_a_lost_gpu_keeps_its_index_and_has_an_error(directory: Path) -> None:
     vram.set_lost(directory, _SPEC.uuids[0])
     first, second = EmulatedGpuReader(directory).read()
     assert (first.uuid, first.error, second.error) == (_SPEC.uuids[0], "GPU is lost", None)
 
 
-def test_a_gpu_on_which_something_computes_is_busy_and_warms_up(directory: Path) -> None:
+def test_a_computing_gpu_is_busy_and_warms_up(directory: Path) -> None:
     clock, ages = _Clock(), {"age": 0.1}
     reader = EmulatedGpuReader(directory, clock, lambda _: ages["age"])
     vram.allocate(directory, {_SPEC.uuids[0]: 1})
@@ -70,5 +70,5 @@ def test_a_gpu_on_which_something_computes_is_busy_and_warms_up(directory: Path)
     assert reader.read()[0].utilization_ratio == 0.0
 
 
-def test_no_directory_is_no_gpu(tmp_path: Path) -> None:
+def test_a_missing_directory_has_no_gpus(tmp_path: Path) -> None:
     assert EmulatedGpuReader(tmp_path / "nothing").read() == ()

@@ -1,4 +1,4 @@
-"""What the router gets for `--rig`: GPUs, a furnished store and a way to start servers."""
+"""What `--rig` sets up for the router: GPUs, a filled model store and a way to start servers."""
 
 from __future__ import annotations
 
@@ -17,50 +17,52 @@ from router.lab.emulator.spec import SpecError
 from router.lab.emulator.store import Store
 
 
-def test_a_rig_has_its_gpus_and_all_models_of_the_catalogue(tmp_path: Path) -> None:
-    rig = prepare_emulator("2x3090+4090", tmp_path / "new" / "rig", {})
-    assert [gpu.name.split()[3] for gpu in rig.reader.read()] == ["3090", "3090", "4090"]
-    assert {one.name.shortest for one in Store(rig.models_directory).all()} == set(catalogue())
-    assert rig.title == "EMULATED rig 2x3090+4090"
-    assert rig.command[:2] == (sys.executable, "-m")
-    assert rig.environment["LLAMAYARD_RIG_DIR"] == str(tmp_path / "new" / "rig")
+def test_an_emulator_has_its_gpus_and_all_catalogue_models(tmp_path: Path) -> None:
+    emulator = prepare_emulator("2x3090+4090", tmp_path / "new" / "rig", {})
+    assert [gpu.name.split()[3] for gpu in emulator.reader.read()] == ["3090", "3090", "4090"]
+    assert {stored.name.shortest for stored in Store(emulator.models_directory).all()} == set(catalogue())
+    assert emulator.title == "EMULATED rig 2x3090+4090"
+    assert emulator.command[:2] == (sys.executable, "-m")
+    assert emulator.environment["LLAMAYARD_RIG_DIR"] == str(tmp_path / "new" / "rig")
 
 
-def test_variables_overrule_speed_and_version(tmp_path: Path) -> None:
+def test_environment_variables_override_speed_and_version(tmp_path: Path) -> None:
     path = tmp_path / "rig.yaml"
     path.write_text("{gpus: 3090, speed: 3, version: 0.11.4}", encoding="utf-8")
-    plain = prepare_emulator(str(path), tmp_path / "a", {}).environment
-    assert (plain["LLAMAYARD_RIG_SPEED"], plain["LLAMAYARD_RIG_VERSION"]) == ("3.0", "0.11.4")
+    environment = prepare_emulator(str(path), tmp_path / "a", {}).environment
+    assert (environment["LLAMAYARD_RIG_SPEED"], environment["LLAMAYARD_RIG_VERSION"]) == ("3.0", "0.11.4")
     variables = {"LLAMAYARD_RIG_SPEED": "20", "LLAMAYARD_RIG_VERSION": "0.33.0", "PYTHONPATH": "/elsewhere"}
-    explain_override = prepare_emulator(str(path), tmp_path / "b", variables).environment
-    assert (explain_override["LLAMAYARD_RIG_SPEED"], explain_override["LLAMAYARD_RIG_VERSION"]) == ("20.0", "0.33.0")
-    assert explain_override["PYTHONPATH"].endswith(":/elsewhere")
+    overridden = prepare_emulator(str(path), tmp_path / "b", variables).environment
+    assert (overridden["LLAMAYARD_RIG_SPEED"], overridden["LLAMAYARD_RIG_VERSION"]) == ("20.0", "0.33.0")
+    assert overridden["PYTHONPATH"].endswith(":/elsewhere")
     assert vram.read_json(tmp_path / "b" / "rig.json")["version"] == "0.33.0"
 
 
 @pytest.mark.parametrize(
-    ("text", "environment", "words"),
+    ("text", "environment", "message"),
     [
         ("2x309o", {}, "did you mean '3090'"),
         ("3090", {"LLAMAYARD_RIG_SPEED": "fast"}, "LLAMAYARD_RIG_SPEED.*above 0"),
         ("3090", {"LLAMAYARD_RIG_VERSION": "0.24"}, "LLAMAYARD_RIG_VERSION.*did you mean '0.24.0'"),
     ],
 )
-def test_what_describes_no_rig_is_refused(tmp_path: Path, text: str, environment: dict[str, str], words: str) -> None:
-    with pytest.raises(SpecError, match=words):
+def test_an_invalid_specification_is_refused(
+    tmp_path: Path, text: str, environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
         prepare_emulator(text, tmp_path, environment)
 
 
-def test_a_model_that_the_catalogue_lacks_is_refused_with_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_model_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     path = tmp_path / "rig.yaml"
     path.write_text("{gpus: 3090, models: [llama3.1:9b]}", encoding="utf-8")
     with pytest.raises(SpecError, match=r"did you mean 'llama3.1:8b'"):
         prepare_emulator(str(path), tmp_path / "rig", {})
 
 
-def test_a_second_preparation_keeps_what_lives_and_clears_what_does_not(tmp_path: Path) -> None:
-    rig = prepare_emulator("2x3090", tmp_path, {})
-    uuids = [gpu.uuid for gpu in rig.reader.read()]
+def test_a_second_preparation_keeps_living_allocations_and_removes_dead_ones(tmp_path: Path) -> None:
+    emulator = prepare_emulator("2x3090", tmp_path, {})
+    uuids = [gpu.uuid for gpu in emulator.reader.read()]
     dead = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
     vram.allocate(tmp_path, {uuids[0]: 5}, dead.pid)
     dead.wait()
@@ -71,7 +73,7 @@ def test_a_second_preparation_keeps_what_lives_and_clears_what_does_not(tmp_path
     assert [path.name for path in (tmp_path / "vram").iterdir()] == [f"{os.getpid()}.json"]
 
 
-def test_models_that_users_made_stay_and_those_of_the_catalogue_come_back(tmp_path: Path) -> None:
+def test_user_models_stay_and_catalogue_models_are_reinstalled(tmp_path: Path) -> None:
     store = Store(prepare_emulator("3090", tmp_path, {}).models_directory)
     stored = store.get(parse_name("llama3.2:3b"))
     assert stored is not None
@@ -82,13 +84,13 @@ def test_models_that_users_made_stay_and_those_of_the_catalogue_come_back(tmp_pa
     assert store.get(parse_name("llama3.2:3b")) is not None
 
 
-def test_the_program_says_its_version_and_refuses_other_commands() -> None:
-    run = [sys.executable, "-m", "router.lab.emulator.server"]
-    said = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True, timeout=30)
-    assert said.stdout == "ollama version is 0.24.0 (emulated)\n"
-    assert subprocess.run([*run, "pull"], capture_output=True, check=False, timeout=30).returncode == 2
-    bad = subprocess.run(
-        [*run, "serve"], capture_output=True, text=True, check=False, timeout=30,
+def test_the_executable_prints_its_version_and_refuses_other_commands() -> None:
+    command = [sys.executable, "-m", "router.lab.emulator.server"]
+    version_output = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=30)
+    assert version_output.stdout == "ollama version is 0.24.0 (emulated)\n"
+    assert subprocess.run([*command, "pull"], capture_output=True, check=False, timeout=30).returncode == 2
+    invalid_version = subprocess.run(
+        [*command, "serve"], capture_output=True, text=True, check=False, timeout=30,
         env={**os.environ, "LLAMAYARD_RIG_VERSION": "0.24"},
     )  # fmt: skip
-    assert (bad.returncode, "0.24.0" in bad.stderr) == (1, True)
+    assert (invalid_version.returncode, "0.24.0" in invalid_version.stderr) == (1, True)

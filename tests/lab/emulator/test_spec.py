@@ -1,4 +1,4 @@
-"""A rig's text or file becomes GPUs; what is wrong is said with the nearest right name."""
+"""Parsing of emulator specifications; errors suggest the nearest valid name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PARTS = st.lists(st.tuples(st.integers(1, 4), st.sampled_from(sorted(GPU_MODELS
 
 
 @given(_PARTS)
-def test_a_text_has_the_gpus_that_it_names_in_its_order(parts: list[tuple[int, str]]) -> None:
+def test_gpus_are_parsed_in_order(parts: list[tuple[int, str]]) -> None:
     names = [name for count, name in parts for _ in range(count)]
     assert parse_gpus("+".join(f"{count}x{name}" for count, name in parts)) == tuple(GPU_MODELS[name] for name in names)
 
 
 @given(_PARTS)
-def test_each_gpu_has_a_uuid_of_its_own_that_stays(parts: list[tuple[int, str]]) -> None:
+def test_each_gpu_has_a_unique_stable_uuid(parts: list[tuple[int, str]]) -> None:
     text = "+".join(f"{count}x{name}" for count, name in parts)
     uuids = parse_spec(text).uuids
     assert len(set(uuids)) == len(uuids) == len(parse_spec(text).gpus)
@@ -28,13 +28,13 @@ def test_each_gpu_has_a_uuid_of_its_own_that_stays(parts: list[tuple[int, str]])
 
 
 @pytest.mark.parametrize("text", ["2xRTX3090", "2 x 3090", "2xGeForceRTX3090", "2xNVIDIAGeForceRTX3090"])
-def test_makers_words_and_blanks_do_not_matter(text: str) -> None:
+def test_vendor_prefixes_and_spaces_are_ignored(text: str) -> None:
     assert parse_gpus(text) == (GPU_MODELS["3090"],) * 2
 
 
-def test_bandwidths_are_those_of_the_data_sheets() -> None:
-    known = {"3090": 936, "4090": 1008, "5090": 1792, "a6000": 768, "h100": 3352, "6000ada": 960, "l40s": 864}
-    for name, gigabytes in known.items():
+def test_bandwidths_match_the_data_sheets() -> None:
+    expected = {"3090": 936, "4090": 1008, "5090": 1792, "a6000": 768, "h100": 3352, "6000ada": 960, "l40s": 864}
+    for name, gigabytes in expected.items():
         assert GPU_MODELS[name].bandwidth_bytes_per_second / 1e9 == pytest.approx(gigabytes, rel=0.005)
 
 
@@ -43,7 +43,7 @@ def test_every_gpu_says_that_it_is_emulated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("3x309O", "did you mean '3090'"),
         ("9999", "known: "),
@@ -54,8 +54,8 @@ def test_every_gpu_says_that_it_is_emulated() -> None:
         ("/nowhere/rig.yaml", "cannot read"),
     ],
 )
-def test_a_text_that_names_no_rig_is_refused(text: str, words: str) -> None:
-    with pytest.raises(SpecError, match=words.replace("*", r"\*")):
+def test_an_invalid_specification_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message.replace("*", r"\*")):
         parse_spec(text)
 
 
@@ -65,7 +65,7 @@ def _file(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_file_may_change_single_figures(tmp_path: Path) -> None:
+def test_a_file_can_override_single_values(tmp_path: Path) -> None:
     text = """
         gpus:
           - 2x3090
@@ -83,9 +83,9 @@ def test_a_file_may_change_single_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("GPU: 3090", "did you mean 'gpus'"),
+        ("gpu: 3090", "did you mean 'gpus'"),
         ("speed: 2", "`gpus` is missing"),
         ("gpus: []", "list of GPUs"),
         ("{gpus: 3090, speed: 0}", "above 0"),
@@ -98,6 +98,6 @@ def test_a_file_may_change_single_figures(tmp_path: Path) -> None:
         ("{gpus: [", "is not YAML"),
     ],
 )
-def test_a_file_that_describes_no_rig_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    with pytest.raises(SpecError, match=words):
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
         parse_spec(_file(tmp_path, text))

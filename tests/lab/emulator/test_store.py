@@ -1,4 +1,4 @@
-"""The emulated server's store: the real one's layout, shared, with the catalogue's models in it."""
+"""The emulated server's model store: real Ollama's layout, sharing, and the catalogue's models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from router.lab.emulator.store import (
     Store,
     parameter_label,
     weights_digest,
-    write_whole,
+    write_atomically,
 )
 
 _8B = "llama3.1:8b"
@@ -36,7 +36,7 @@ def _put(store: Store, name: str, weights: bytes, template: bytes = b"{{ .Prompt
     layers = [store.put_blob(weights), store.put_blob(template)]
     kinds = (MODEL, TEMPLATE)
     store.put(
-        parse_name(name), {}, [Layer(kind, one.digest, one.size) for kind, one in zip(kinds, layers, strict=True)]
+        parse_name(name), {}, [Layer(kind, layer.digest, layer.size) for kind, layer in zip(kinds, layers, strict=True)]
     )
 
 
@@ -52,28 +52,28 @@ def test_a_model_is_found_under_every_form_of_its_name(store: Store) -> None:
 def test_deleting_keeps_blobs_that_another_name_uses(store: Store) -> None:
     _put(store, "one", b"shared", b"first")
     _put(store, "two", b"shared", b"second")
-    one, two = store.get(parse_name("one")), store.get(parse_name("two"))
-    assert one is not None
-    assert two is not None
-    store.delete(one)
+    first, second = store.get(parse_name("one")), store.get(parse_name("two"))
+    assert first is not None
+    assert second is not None
+    store.delete(first)
     assert store.get(parse_name("one")) is None
-    assert store.blob(one.weights.digest).exists()
-    assert not store.blob(one.layers[1].digest).exists()
-    store.delete(two)
-    assert not store.blob(one.weights.digest).exists()
+    assert store.blob(first.weights.digest).exists()
+    assert not store.blob(first.layers[1].digest).exists()
+    store.delete(second)
+    assert not store.blob(first.weights.digest).exists()
 
 
 def test_a_copy_has_the_same_digest(store: Store) -> None:
     _put(store, "one", b"weights")
-    one = store.get(parse_name("one"))
-    assert one is not None
-    store.copy(one, parse_name("twin:v2"))
-    twin = store.get(parse_name("twin:v2"))
-    assert twin is not None
-    assert (twin.digest, twin.weights) == (one.digest, one.weights)
+    original = store.get(parse_name("one"))
+    assert original is not None
+    store.copy(original, parse_name("twin:v2"))
+    duplicate = store.get(parse_name("twin:v2"))
+    assert duplicate is not None
+    assert (duplicate.digest, duplicate.weights) == (original.digest, original.weights)
 
 
-def test_a_broken_manifest_is_no_model(store: Store) -> None:
+def test_a_broken_manifest_counts_as_no_model(store: Store) -> None:
     path = store.manifest(parse_name("broken"))
     path.parent.mkdir(parents=True)
     path.write_text('{"layers": [', encoding="utf-8")
@@ -86,23 +86,23 @@ def test_models_are_listed_newest_first(store: Store) -> None:
         _put(store, name, name.encode())
         path = store.manifest(parse_name(name))
         os.utime(path, (1_000_000 - age, 1_000_000 - age))
-    assert [one.name.model for one in store.all()] == ["young", "middle", "old"]
+    assert [stored.name.model for stored in store.all()] == ["young", "middle", "old"]
 
 
-@pytest.mark.parametrize(("spares_young", "gone"), [(True, 1), (False, 2)])
-def test_pruning_takes_what_no_manifest_names(store: Store, spares_young: bool, gone: int) -> None:
+@pytest.mark.parametrize(("spares_recent", "removed_count"), [(True, 1), (False, 2)])
+def test_pruning_removes_unreferenced_blobs(store: Store, spares_recent: bool, removed_count: int) -> None:
     _put(store, "kept", b"kept")
-    young, old = store.put_blob(b"young"), store.put_blob(b"old")
-    os.utime(store.blob(young.digest), (10_000, 10_000))
+    recent, old = store.put_blob(b"young"), store.put_blob(b"old")
+    os.utime(store.blob(recent.digest), (10_000, 10_000))
     os.utime(store.blob(old.digest), (1_000, 1_000))
-    assert store.prune(10_100, spares_young) == gone
-    assert store.blob(young.digest).exists() == spares_young
+    assert store.prune(10_100, spares_recent) == removed_count
+    assert store.blob(recent.digest).exists() == spares_recent
     assert not store.blob(old.digest).exists()
     assert store.get(parse_name("kept")) is not None
 
 
-def test_a_write_leaves_no_trace_of_itself(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a" / "b", b"data")
+def test_an_atomic_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a" / "b", b"data")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
@@ -111,7 +111,7 @@ def test_a_write_leaves_no_trace_of_itself(tmp_path: Path) -> None:
     [(70_553_706_496, "70.6B"), (8_030_261_312, "8.0B"), (51_530_000, "51.53M"), (136_727_040, "137M"),
      (172_736, "173K"), (999, "999")],
 )  # fmt: skip
-def test_parameters_are_counted_in_ollamas_words(count: int, label: str) -> None:
+def test_parameter_counts_are_formatted_as_ollama_does(count: int, label: str) -> None:
     assert parameter_label(count) == label
 
 
@@ -131,7 +131,7 @@ def test_a_model_of_the_catalogue_is_installed_with_its_true_size_and_facts(stor
 
 
 @pytest.mark.parametrize("name", sorted(set(catalogue()) - {"mixtral:8x22b", "gemma2:27b"}))
-def test_the_tensors_of_a_model_make_up_its_size(name: str) -> None:
+def test_the_tensors_of_a_model_add_up_to_its_size(name: str) -> None:
     entry = catalogue()[name]
     size = sum(tensor_bytes(kind, shape) or 0 for _, kind, shape in entry.tensors)
     assert size == pytest.approx(entry.size_bytes, rel=0.035)
@@ -150,13 +150,13 @@ def test_the_router_reads_the_same_facts_over_the_api(store: Store, name: str) -
         tensors=tuple(TensorRow(n, kind, shape) for n, kind, shape in header.tensors),
         capabilities=capabilities(stored, header),
     )
-    read = read_facts(TagRow(name, stored.digest, stored.size), reply)
-    own = facts_of(stored, header)
-    assert read is not None
+    router_facts = read_facts(TagRow(name, stored.digest, stored.size), reply)
+    emulated_facts = facts_of(stored, header)
+    assert router_facts is not None
     keys = ("layers", "embedding_length", "head_count", "head_count_kv", "key_length", "value_length", "blob",
             "vocabulary_size", "context_length", "sliding_window", "architecture", "is_embedding", "input_bytes",
             "output_bytes")  # fmt: skip
-    assert {key: getattr(own, key) for key in keys} == {key: getattr(read, key) for key in keys}
+    assert {key: getattr(emulated_facts, key) for key in keys} == {key: getattr(router_facts, key) for key in keys}
 
 
 def test_a_mixture_of_experts_uses_part_of_its_weights(store: Store) -> None:
@@ -167,4 +167,4 @@ def test_a_mixture_of_experts_uses_part_of_its_weights(store: Store) -> None:
         assert stored is not None
         shares[name] = active_share(store.header(stored.weights.digest))
     assert shares[_8B] == 1.0
-    assert pytest.approx(shares["mixtral:8x22b"], rel=0.1) == 39 / 141  # 39B of 141B, as its makers say
+    assert pytest.approx(shares["mixtral:8x22b"], rel=0.1) == 39 / 141  # 39B of 141B, according to its authors
