@@ -1,4 +1,4 @@
-"""How a play is run, and what becomes of its test where its packages are not installed."""
+"""Command lines of the client programs; skips tests whose packages are not installed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _INSTALLED = ROOT / ".cache" / "clients"
 
 
 def command(play: str, *, light: bool = False) -> list[str]:
-    """The play's command line; skips the test where what it needs is not installed, or fails it where CI=true.
+    """The command line of a client program. If its packages are missing the test is skipped, or fails if CI=true.
 
-    `light`: it needs only packages of the project's own environment.
+    `light`: needs only packages of the project's own environment.
     """
     path = PLAYS / play
     if light:
@@ -27,17 +27,17 @@ def command(play: str, *, light: bool = False) -> list[str]:
     if path.suffix == ".py" and python.is_file():
         return [str(python), str(path)]
     if path.suffix == ".mjs" and node and (_INSTALLED / "node" / "node_modules").is_dir():
-        return [node, str(_beside_packages(path))]
-    words = f"{play} needs packages that are not installed: run `make clients`"
+        return [node, str(_copied_to_packages(path))]
+    message = f"{play} needs packages that are not installed: run `make clients`"
     if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(words)
-    pytest.skip(words)
+        pytest.fail(message)
+    pytest.skip(message)
 
 
-def _beside_packages(path: Path) -> Path:
-    """Node finds packages only above a program, so the plays are copied beside them."""
+def _copied_to_packages(path: Path) -> Path:
+    """Copies the programs next to the packages, because Node searches packages only in parent folders."""
     folder = _INSTALLED / "node" / "plays"
     folder.mkdir(exist_ok=True)
-    for each in PLAYS.glob("*.mjs"):
-        shutil.copy(each, folder)
+    for source in PLAYS.glob("*.mjs"):
+        shutil.copy(source, folder)
     return folder / path.name

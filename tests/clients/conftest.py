@@ -1,4 +1,4 @@
-"""Servers in pairs with the same models, one asked straight and one behind a router: real 0.11.4, emulated 0.24.0."""
+"""Pairs of servers with the same models, one direct and one behind a router: real 0.11.4 and emulated 0.24.0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.contract.stage import Stage, furnish
+from tests.contract.stage import Stage, create_models
 from tests.support.ollama_server import (
     ModelFile,
     OllamaServer,
@@ -24,11 +24,11 @@ Start = Callable[..., AbstractContextManager[OllamaServer]]
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A router over one server."""
+    """A router with one server."""
 
     product: Product
     stage: Stage
-    """Speaks to the server through the router."""
+    """Reaches the server through the router."""
     behind: OllamaServer
     """The server itself."""
 
@@ -52,11 +52,9 @@ def start(request: pytest.FixtureRequest) -> Start:
 
 
 @pytest.fixture(scope="session")
-def straight(
-    start: Start, files: Mapping[str, ModelFile], tmp_path_factory: pytest.TempPathFactory
-) -> Generator[Stage]:
+def direct(start: Start, files: Mapping[str, ModelFile], tmp_path_factory: pytest.TempPathFactory) -> Generator[Stage]:
     with start(tmp_path_factory.mktemp("straight")) as server:
-        yield furnish(server, files)
+        yield create_models(server, files)
 
 
 @pytest.fixture(scope="session")
@@ -69,11 +67,11 @@ def routed(start: Start, files: Mapping[str, ModelFile], tmp_path_factory: pytes
             "log": {"format": "json"},
         }
         with running(prepare(folder, config)) as product:
-            yield Routed(product, furnish(_as_server(server, product), files), server)
+            yield Routed(product, create_models(_as_server(server, product), files), server)
 
 
 def _as_server(server: OllamaServer, product: Product) -> OllamaServer:
-    """The router in the shape of the server that stands behind it."""
+    """The router's address as an `OllamaServer`, with the attributes of its server."""
     assert product.process is not None
     return OllamaServer(
         server.kind, server.version, product.address, product.process, product.log, dict(server.environment)

@@ -1,7 +1,7 @@
-"""The same request, straight to a server and through the router: the same status, headers that matter, and bytes.
+"""The same request directly to a server and through the router: the same status, relevant headers and bytes.
 
-Every recorded exchange is played to both. Times, durations and ids differ between any two runs and are blotted out;
-where no seed fixes the words, their shape is compared. What the router answers otherwise on purpose is listed.
+Every recorded exchange is sent to both. Times, durations and ids vary between runs and are masked; without a seed only
+the shape of generated text is compared. Intended differences are listed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tests.clients.conftest import Routed
 from tests.contract.recording import Recording
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage
-from tests.contract.test_recordings import ORDINARY, PREPARE, _for_this_store
+from tests.contract.test_recordings import ORDINARY, PREPARE, adapted_request
 from tests.support.rawhttp import Reply, exchange
 
-_OWN_WAY = {
-    r".*(model|v1-model)-cloud-suffix": "cloud models are refused by the router itself, with the key that lets them in",
-    r".*experimental-web-search": "acts on the server's account: refused with why",
-    r".*v1-(messages|responses)(?!-count).*": "an API that the server lacks is named with its version",
-    r".*/ps-.*": "rows carry an object of the router's own",
-    r".*/(tags|v1-models|accept-gzip)": "the stores' lists differ in their times",
+_INTENDED_DIFFERENCES = {
+    r".*(model|v1-model)-cloud-suffix": "the router refuses cloud models and names the setting that allows them",
+    r".*experimental-web-search": "uses the server's account: refused with the reason",
+    r".*v1-(messages|responses)(?!-count).*": "the error for a missing API names the server's version",
+    r".*/ps-.*": "entries have an additional object of the router",
+    r".*/(tags|v1-models|accept-gzip)": "the lists of the two stores differ in times",
 }
-"""Recordings whose answers differ on purpose; they are compared in part."""
+"""Recordings with intended differences; compared only in part."""
 
-_BLOTS = (
+_MASKS = (
     (rb'"(created_at|modified_at|expires_at|completed_at)":"[^"]*"', rb'"\1":"<time>"'),
     (rb'"(\w+_duration)":\d+', rb'"\1":<duration>'),
     (rb'"(created|completed_at)":\d+', rb'"\1":<time>'),
@@ -35,78 +35,84 @@ _BLOTS = (
     (rb"(/|\\/)[^\s\"]*(/|\\/)(blobs|manifests)(/|\\/)", rb"<models>/\3/"),
     (rb"(lookup \S+ on )[^:\s]+(:\d+)?: .*?(\"|\\n)", rb"\1<resolver>\3"),
 )
-_MADE_UP = re.compile(rb'"(response|content|thinking|reasoning|text|delta|context|embeddings?|token)":')
-_FREE = frozenset({"date", "content-length", "transfer-encoding", "connection", "server", "x-request-id"})
-"""Headers that are compared elsewhere or belong to the router; `X-Llamayard-*` too."""
+_GENERATED = re.compile(rb'"(response|content|thinking|reasoning|text|delta|context|embeddings?|token)":')
+_IGNORED_HEADERS = frozenset({"date", "content-length", "transfer-encoding", "connection", "server", "x-request-id"})
+"""Headers that are compared elsewhere or added by the router, like `X-Llamayard-*`."""
 
 
-def _blotted(chunk: bytes) -> bytes:
-    for pattern, blot in _BLOTS:
-        chunk = re.sub(pattern, blot, chunk)
+def _masked(chunk: bytes) -> bytes:
+    for pattern, mask in _MASKS:
+        chunk = re.sub(pattern, mask, chunk)
     return chunk
 
 
-_MANAGED = re.compile(rb"POST /api/(create|pull|push) ")
-"""Whose lines may share a chunk where they did not: clients read them by line."""
+_PROGRESS_REQUEST = re.compile(rb"POST /api/(create|pull|push) ")
+"""Requests whose response lines may be chunked differently: clients read them by line."""
 
 
-def _as_compared(recording: Recording, reply: Reply) -> Reply:
-    """Without `keep-alive`, which belongs to one connection, and without the borders of chunks where they are free:
-    a document is read whole, wherever a long one is cut."""
+def _comparable(recording: Recording, reply: Reply) -> Reply:
+    """The comparable part of a response.
+
+    Drops `Connection: keep-alive`, which belongs to one connection, and chunk boundaries where clients ignore them.
+    """
     kept = tuple(pair for pair in reply.head.headers if pair != ("Connection", "keep-alive"))
     is_document = (reply.header("Content-Type") or "").startswith("application/json")
-    is_free = (is_document or _MANAGED.match(recording.request)) and reply.chunks
-    return replace(reply, head=replace(reply.head, headers=kept), chunks=(reply.body,) if is_free else reply.chunks)
+    ignores_chunks = (is_document or _PROGRESS_REQUEST.match(recording.request)) and reply.chunks
+    return replace(
+        reply, head=replace(reply.head, headers=kept), chunks=(reply.body,) if ignores_chunks else reply.chunks
+    )
 
 
 def _headers(reply: Reply) -> dict[str, str]:
     pairs = ((name.lower(), value) for name, value in reply.head.headers)
-    return {name: value for name, value in pairs if name not in _FREE and not name.startswith("x-llamayard-")}
+    return {
+        name: value for name, value in pairs if name not in _IGNORED_HEADERS and not name.startswith("x-llamayard-")
+    }
 
 
-def _own_way(recording: Recording, reply: Reply) -> str | None:
-    """Why the router answers otherwise, where it does."""
-    for names, why in _OWN_WAY.items():
+def _intended_difference(recording: Recording, reply: Reply) -> str | None:
+    """The reason for an intended difference, or None."""
+    for names, reason in _INTENDED_DIFFERENCES.items():
         if re.fullmatch(names, recording.name):
-            return None if "responses" in names and reply.body != b"404 page not found" else why
+            return None if "responses" in names and reply.body != b"404 page not found" else reason
     return None
 
 
-async def _answers(recording: Recording, straight: Stage, routed: Routed) -> tuple[Reply, Reply]:
+async def _answers(recording: Recording, direct: Stage, routed: Routed) -> tuple[Reply, Reply]:
     prepare = PREPARE.get(recording.name.rpartition("/")[2], lambda _: None)
     answers: list[Reply] = []
-    for stage in (straight, routed.stage):
+    for stage in (direct, routed.stage):
         prepare(stage)
-        answers.append(await exchange(stage.server.address, _for_this_store(recording, stage)))
+        answers.append(await exchange(stage.server.address, adapted_request(recording, stage)))
     return answers[0], answers[1]
 
 
-@pytest.mark.parametrize("recording", ORDINARY, ids=[one.name for one in ORDINARY])
-async def test_a_request_is_answered_as_a_server_answers_it(
-    straight: Stage, routed: Routed, recording: Recording
-) -> None:
-    plain, through = (_as_compared(recording, reply) for reply in await _answers(recording, straight, routed))
-    assert through.end == plain.end
-    if _own_way(recording, plain):
-        _compare_in_part(recording, plain, through)
+@pytest.mark.parametrize("recording", ORDINARY, ids=[recording.name for recording in ORDINARY])
+async def test_the_router_answers_as_the_server_does(direct: Stage, routed: Routed, recording: Recording) -> None:
+    direct_reply, routed_reply = (_comparable(recording, reply) for reply in await _answers(recording, direct, routed))
+    assert routed_reply.end == direct_reply.end
+    if _intended_difference(recording, direct_reply):
+        _compare_in_part(recording, direct_reply, routed_reply)
         return
-    assert (through.status, through.head.reason) == (plain.status, plain.head.reason)
-    assert _headers(through) == _headers(plain)
-    assert not differences(shape(through), shape(plain))
-    is_fixed = b'"seed"' in recording.request or not _MADE_UP.search(plain.body)
-    is_fixed = is_fixed and b'"logprobs"' not in recording.request  # floats of a batch
-    if is_fixed:
-        assert [*map(_blotted, through.chunks)] == [*map(_blotted, plain.chunks)]
+    assert (routed_reply.status, routed_reply.head.reason) == (direct_reply.status, direct_reply.head.reason)
+    assert _headers(routed_reply) == _headers(direct_reply)
+    assert not differences(shape(routed_reply), shape(direct_reply))
+    is_deterministic = b'"seed"' in recording.request or not _GENERATED.search(direct_reply.body)
+    is_deterministic = is_deterministic and b'"logprobs"' not in recording.request  # floats vary with the batch
+    if is_deterministic:
+        assert [*map(_masked, routed_reply.chunks)] == [*map(_masked, direct_reply.chunks)]
 
 
-def _compare_in_part(recording: Recording, plain: Reply, through: Reply) -> None:
-    """Lists have the same shape, but for the router's own object; refusals come in the API's own shape."""
-    if through.status == 200:
-        own = re.compile(rb',"llamayard":\{[^}]*\}')
-        bare = replace(through, chunks=tuple(own.sub(b"", chunk) for chunk in through.chunks))
-        lines = differences(shape(bare), shape(plain))
+def _compare_in_part(recording: Recording, direct_reply: Reply, routed_reply: Reply) -> None:
+    """Lists have the same shape except for the router's additional object; errors have the API's format."""
+    if routed_reply.status == 200:
+        router_object = re.compile(rb',"llamayard":\{[^}]*\}')
+        without_router_object = replace(
+            routed_reply, chunks=tuple(router_object.sub(b"", chunk) for chunk in routed_reply.chunks)
+        )
+        lines = differences(shape(without_router_object), shape(direct_reply))
         assert not [line for line in lines if ".headers." not in line]
     else:
-        assert through.status in (403, 404)
-        assert through.header("X-Llamayard-Error") in ("forbidden", "not_supported")
-        assert b'"error"' in through.body
+        assert routed_reply.status in (403, 404)
+        assert routed_reply.header("X-Llamayard-Error") in ("forbidden", "not_supported")
+        assert b'"error"' in routed_reply.body

@@ -1,7 +1,7 @@
-"""What keeps a waiting client is ignored by the clients themselves, and an error that follows it is raised by them.
+"""Clients ignore the router's heartbeats, and raise an error that follows them.
 
-A server that only beats stands in for a router whose model is loading; the bytes are the router's own, those that tell
-a stream where it stands among them.
+A test server that only sends heartbeats replaces a router whose model is loading; the bytes are the router's own,
+including progress comments.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ _SECONDS = 300
 
 async def _answer(request: web.Request) -> web.StreamResponse:
     body = await request.read()
-    beat = heartbeat_for(request.path, parse_body(body, request.path), request.headers.get, 10.0)
-    assert beat is not None
-    response = web.StreamResponse(headers=dict(beat.headers))
+    heartbeat = heartbeat_for(request.path, parse_body(body, request.path), request.headers.get, 10.0)
+    assert heartbeat is not None
+    response = web.StreamResponse(headers=dict(heartbeat.headers))
     await response.prepare(request)
     for position in (3, 2, 1):
-        await response.write(beat.piece)
-        if beat.content_type == SSE:
-            await response.write(beat.telling(WaitEstimate(position, 4.5 * position, "it is being loaded on gpu0")))
+        await response.write(heartbeat.piece)
+        if heartbeat.content_type == SSE:
+            await response.write(
+                heartbeat.telling(WaitEstimate(position, 4.5 * position, "it is being loaded on gpu0"))
+            )
     if json.loads(body)["model"] == "fails":
-        await response.write(beat.late_error(_ERROR))
+        await response.write(heartbeat.late_error(_ERROR))
     else:
         for piece in _stream(request.path, json.loads(body)):
             await response.write(piece)
@@ -49,13 +51,13 @@ async def _answer(request: web.Request) -> web.StreamResponse:
 
 
 def _stream(path: str, body: dict[str, Any]) -> list[bytes]:
-    """An answer of two words as the path's API writes it."""
+    """An answer of two words in the format of the path's API."""
     if path == "/v1/messages":
         return [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in _anthropic_events()]
     if path.startswith("/v1/"):
         chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "works"}
-        said = ({"index": 0, "delta": {"role": "assistant", "content": w}, "finish_reason": None} for w in _WORDS)
-        events = [{**chunk, "choices": [choice]} for choice in said]
+        choices = ({"index": 0, "delta": {"role": "assistant", "content": w}, "finish_reason": None} for w in _WORDS)
+        events = [{**chunk, "choices": [choice]} for choice in choices]
         return [*(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events), b"data: [DONE]\n\n"]
     if not body.get("prompt") and not body.get("messages"):
         return [json.dumps(_line("", done=True)).encode()]
@@ -63,8 +65,8 @@ def _stream(path: str, body: dict[str, Any]) -> list[bytes]:
 
 
 def _line(word: str, *, done: bool = False) -> dict[str, Any]:
-    said = {"message": {"role": "assistant", "content": word}, "response": word}
-    return {"model": "works", "created_at": "2026-01-01T00:00:00Z", **said, "done": done}
+    text_fields = {"message": {"role": "assistant", "content": word}, "response": word}
+    return {"model": "works", "created_at": "2026-01-01T00:00:00Z", **text_fields, "done": done}
 
 
 def _anthropic_events() -> list[dict[str, Any]]:
@@ -82,16 +84,16 @@ def _anthropic_events() -> list[dict[str, Any]]:
     ]
 
 
-async def _shown(request: web.Request) -> web.Response:
+async def _show(request: web.Request) -> web.Response:
     return web.json_response({"details": {"family": "llama"}, "model_info": {}, "capabilities": ["completion"]})
 
 
 @asynccontextmanager
-async def _beating() -> AsyncGenerator[str]:
-    """The URL of a server that keeps everybody waiting."""
+async def _heartbeat_server() -> AsyncGenerator[str]:
+    """A server that keeps every client waiting; yields its URL."""
     app = web.Application()
     app.router.add_get("/", _running)
-    app.router.add_post("/api/show", _shown)
+    app.router.add_post("/api/show", _show)
     for path in ("/api/chat", "/api/generate", "/v1/chat/completions", "/v1/messages"):
         app.router.add_post(path, _answer)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -107,46 +109,48 @@ async def _running(request: web.Request) -> web.Response:
     return web.Response(text="Ollama is running")
 
 
-async def _output(words: Sequence[str], **environment: str) -> str:
-    """What a program prints; it must succeed."""
-    full = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TERM": "dumb", **environment}
+async def _output(program: Sequence[str], **environment: str) -> str:
+    """Runs a program, which must succeed; returns its standard output."""
+    full_environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TERM": "dumb", **environment}
     pipe = asyncio.subprocess.PIPE
-    nothing = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(*words, env=full, stdin=nothing, stdout=pipe, stderr=pipe)
+    devnull = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        *program, env=full_environment, stdin=devnull, stdout=pipe, stderr=pipe
+    )
     async with asyncio.timeout(_SECONDS):
-        out, error = await process.communicate()
-    assert process.returncode == 0, (out, error)
-    return out.decode()
+        output, error = await process.communicate()
+    assert process.returncode == 0, (output, error)
+    return output.decode()
 
 
-def _outlived(seen: list[str]) -> bool:
-    works, fails = seen
+def _is_unaffected(outcome: list[str]) -> bool:
+    works, fails = outcome
     return works == "one two" and fails.startswith("raised ") and _ERROR.message in fails
 
 
-async def test_ollama_and_openai_outlive_the_wait() -> None:
-    async with _beating() as url:
-        seen = json.loads(await _output([*command("beats_light.py", light=True), url]))
-    assert [name for name, outcome in seen.items() if not _outlived(outcome)] == []
+async def test_ollama_and_openai_ignore_heartbeats() -> None:
+    async with _heartbeat_server() as url:
+        outcomes = json.loads(await _output([*command("beats_light.py", light=True), url]))
+    assert [name for name, outcome in outcomes.items() if not _is_unaffected(outcome)] == []
 
 
 @pytest.mark.clients
-async def test_further_packages_outlive_the_wait() -> None:
-    async with _beating() as url:
-        seen = json.loads(await _output([*command("beats_further.py"), url]))
-    assert [name for name, outcome in seen.items() if not _outlived(outcome)] == []
+async def test_other_packages_ignore_heartbeats() -> None:
+    async with _heartbeat_server() as url:
+        outcomes = json.loads(await _output([*command("beats_further.py"), url]))
+    assert [name for name, outcome in outcomes.items() if not _is_unaffected(outcome)] == []
 
 
 @pytest.mark.clients
-async def test_the_npm_packages_outlive_the_wait_without_complaint() -> None:
-    async with _beating() as url:
-        seen = json.loads(await _output([*command("beats.mjs"), url]))
-    assert seen.pop("complaints") == []
-    assert [name for name, outcome in seen.items() if not _outlived(outcome)] == []
+async def test_the_npm_packages_ignore_heartbeats_without_warnings() -> None:
+    async with _heartbeat_server() as url:
+        outcomes = json.loads(await _output([*command("beats.mjs"), url]))
+    assert outcomes.pop("complaints") == []
+    assert [name for name, outcome in outcomes.items() if not _is_unaffected(outcome)] == []
 
 
 @pytest.mark.ollama
-async def test_the_go_client_outlives_the_wait() -> None:
-    async with _beating() as url:
-        said = await _output([str(real_binary()), "run", "works", "hi"], OLLAMA_HOST=url)
-    assert "one two" in said
+async def test_the_go_client_ignores_heartbeats() -> None:
+    async with _heartbeat_server() as url:
+        output = await _output([str(real_binary()), "run", "works", "hi"], OLLAMA_HOST=url)
+    assert "one two" in output

@@ -1,4 +1,4 @@
-"""The `ollama` command of 0.11.4, which is the Go client: the same words straight to a server and through a router."""
+"""The `ollama` command of 0.11.4 (the Go client): the same output directly from a server and through a router."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.ollama
 
 _SECONDS = 300
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\u2800-\u28ff] ?")
-"""Control codes, and the spinner, which turns as long as it takes."""
+"""Control codes and the spinner."""
 _AGE = re.compile(r"(\d+|About an?|Less than an?) (second|minute|hour)s? (ago|from now)")
 _ID = re.compile(r"\b[0-9a-f]{12}\b")
-"""The manifest names the folder of its store, so its digest is another in each."""
+"""The manifest names the folder of its store, so its digest differs between stores."""
 _UNTIL = re.compile(r"(Forever|4 minutes from now|<age>|Stopping\.\.\.)\s*$", re.MULTILINE)
 
 
 class Command:
-    """The program, run in a folder of its own."""
+    """Runs the command in a separate folder."""
 
     def __init__(self, binary: Path, folder: Path) -> None:
         self._binary = binary
@@ -38,19 +38,19 @@ class Command:
     def environment(self, stage: Stage) -> Mapping[str, str]:
         return {"PATH": os.environ["PATH"], "HOME": str(self._folder), "OLLAMA_HOST": stage.server.url, "TERM": "dumb"}
 
-    def run(self, stage: Stage, *words: str) -> tuple[int, str]:
-        """Exit code and what it printed, without what is for terminals, blanks of tables, ages and ids."""
-        done = subprocess.run(
-            [str(self._binary), *words], env=dict(self.environment(stage)), capture_output=True, text=True,
+    def run(self, stage: Stage, *arguments: str) -> tuple[int, str]:
+        """Exit code and output, without terminal codes, table padding, ages and ids."""
+        completed = subprocess.run(
+            [str(self._binary), *arguments], env=dict(self.environment(stage)), capture_output=True, text=True,
             timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL, cwd=self._folder,
         )  # fmt: skip
-        text = _ID.sub("<id>", _AGE.sub("<age>", _TERMINAL.sub("", done.stdout + done.stderr)))
-        return done.returncode, "\n".join(" ".join(line.split()) for line in text.splitlines())
+        text = _ID.sub("<id>", _AGE.sub("<age>", _TERMINAL.sub("", completed.stdout + completed.stderr)))
+        return completed.returncode, "\n".join(" ".join(line.split()) for line in text.splitlines())
 
     @contextlib.contextmanager
-    def started(self, stage: Stage, *words: str) -> Generator[subprocess.Popen[bytes]]:
+    def started(self, stage: Stage, *arguments: str) -> Generator[subprocess.Popen[bytes]]:
         process = subprocess.Popen(
-            [str(self._binary), *words], env=dict(self.environment(stage)), stdin=subprocess.DEVNULL,
+            [str(self._binary), *arguments], env=dict(self.environment(stage)), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self._folder,
         )  # fmt: skip
         with process:
@@ -65,55 +65,55 @@ def command(tmp_path: Path) -> Command:
     return Command(real_binary(), tmp_path)
 
 
-def _both(command: Command, straight: Stage, routed: Routed, *words: str) -> str:
-    """What the command says, which is the same either way; tables come in no order that is kept from call to call."""
-    through, plain = command.run(routed.stage, *words), command.run(straight, *words)
-    assert through[0] == plain[0] == 0, (through, plain)
-    assert sorted(through[1].splitlines()) == sorted(plain[1].splitlines())
-    return through[1]
+def _both(command: Command, direct: Stage, routed: Routed, *arguments: str) -> str:
+    """The output of the command, which must be the same both ways; the order of table rows is not stable."""
+    routed_result, direct_result = command.run(routed.stage, *arguments), command.run(direct, *arguments)
+    assert routed_result[0] == direct_result[0] == 0, (routed_result, direct_result)
+    assert sorted(routed_result[1].splitlines()) == sorted(direct_result[1].splitlines())
+    return routed_result[1]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_loaded(straight: Stage, routed: Routed) -> None:
-    straight.unload_all()
+def _nothing_loaded(direct: Stage, routed: Routed) -> None:
+    direct.unload_all()
     routed.stage.unload_all()
 
 
-def test_it_creates_runs_lists_shows_stops_copies_and_removes(
-    command: Command, straight: Stage, routed: Routed, files: Mapping[str, ModelFile], tmp_path: Path
+def test_create_run_list_show_stop_copy_and_remove(
+    command: Command, direct: Stage, routed: Routed, files: Mapping[str, ModelFile], tmp_path: Path
 ) -> None:
     parameters = "PARAMETER num_thread 1\nPARAMETER num_predict 6\nPARAMETER seed 1\n"
     (tmp_path / "Modelfile").write_text(f"FROM {files['tiny'].path}\n{parameters}", encoding="utf-8")
-    assert "success" in _both(command, straight, routed, "create", "said", "-f", "Modelfile")
-    assert len(_both(command, straight, routed, "run", "said", "hello").split()) == 6
-    loaded = [_UNTIL.sub("", command.run(stage, "ps")[1]) for stage in (routed.stage, straight)]
+    assert "success" in _both(command, direct, routed, "create", "said", "-f", "Modelfile")
+    assert len(_both(command, direct, routed, "run", "said", "hello").split()) == 6
+    loaded = [_UNTIL.sub("", command.run(stage, "ps")[1]) for stage in (routed.stage, direct)]
     assert loaded[0] == loaded[1]
     assert "said:latest" in loaded[0]
-    assert "num_predict" in _both(command, straight, routed, "show", "said")
-    _both(command, straight, routed, "cp", "said", "said-again")
-    listed = _both(command, straight, routed, "list")
+    assert "num_predict" in _both(command, direct, routed, "show", "said")
+    _both(command, direct, routed, "cp", "said", "said-again")
+    listed = _both(command, direct, routed, "list")
     assert {"said:latest", "said-again:latest", "tiny:latest"} <= set(listed.split())
-    _both(command, straight, routed, "stop", "said")
-    for stage in (routed.stage, straight):
+    _both(command, direct, routed, "stop", "said")
+    for stage in (routed.stage, direct):
         eventually_sync(lambda stage=stage: not stage.loaded(), what="the end of the stopped model")
-    _both(command, straight, routed, "rm", "said", "said-again")
+    _both(command, direct, routed, "rm", "said", "said-again")
     assert "said" not in command.run(routed.stage, "list")[1]
 
 
-@pytest.mark.parametrize("words", [("show", "nope"), ("rm", "nope"), ("cp", "nope", "x"), ("stop", "nope")])
-def test_it_tells_the_same_error(command: Command, straight: Stage, routed: Routed, words: tuple[str, ...]) -> None:
-    through, plain = command.run(routed.stage, *words), command.run(straight, *words)
-    assert through == plain
-    assert through[0] != 0
-    assert "nope" in through[1]
+@pytest.mark.parametrize("arguments", [("show", "nope"), ("rm", "nope"), ("cp", "nope", "x"), ("stop", "nope")])
+def test_the_error_is_the_same(command: Command, direct: Stage, routed: Routed, arguments: tuple[str, ...]) -> None:
+    routed_result, direct_result = command.run(routed.stage, *arguments), command.run(direct, *arguments)
+    assert routed_result == direct_result
+    assert routed_result[0] != 0
+    assert "nope" in routed_result[1]
 
 
-def test_a_pull_that_cannot_connect_is_told_the_same(command: Command, straight: Stage, routed: Routed) -> None:
-    words = ("pull", "--insecure", "127.0.0.1:1/library/none")
-    through, plain = command.run(routed.stage, *words), command.run(straight, *words)
-    assert through[0] == plain[0] == 1
-    assert through[1].splitlines()[-1] == plain[1].splitlines()[-1]
-    assert "connection refused" in through[1]
+def test_a_failed_pull_gives_the_same_error(command: Command, direct: Stage, routed: Routed) -> None:
+    arguments = ("pull", "--insecure", "127.0.0.1:1/library/none")
+    routed_result, direct_result = command.run(routed.stage, *arguments), command.run(direct, *arguments)
+    assert routed_result[0] == direct_result[0] == 1
+    assert routed_result[1].splitlines()[-1] == direct_result[1].splitlines()[-1]
+    assert "connection refused" in routed_result[1]
 
 
 def test_an_interrupted_run_frees_its_slot(command: Command, routed: Routed) -> None:

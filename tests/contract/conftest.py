@@ -1,4 +1,4 @@
-"""The servers under contract: a real Ollama and the emulated one, furnished with the same models once a session."""
+"""Servers of the contract tests: real and emulated Ollama with the same models, created once per session."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.stage import Stage, furnish
+from tests.contract.stage import Stage, create_models
 from tests.support.ollama_server import (
     ModelFile,
     OllamaServer,
@@ -21,7 +21,7 @@ from tests.support.rawhttp import Address
 from tests.support.tiny_model import BIG, EMBED, TINY
 
 _EMULATED = {"emulated": "0.24.0", "emulated-old": "0.11.4"}
-"""The version that was recorded, and the one that runs as the real server."""
+"""The recorded version, and the version of the real server in tests."""
 
 Start = Callable[..., AbstractContextManager[OllamaServer]]
 
@@ -38,7 +38,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def start(kind: str) -> Start:
-    """Starts one more server of the kind under test: `start(folder, OLLAMA_NUM_PARALLEL="1")`."""
+    """Starts another server of the kind under test: `start(folder, OLLAMA_NUM_PARALLEL="1")`."""
     if kind == "real":
         return real_server
     return functools.partial(emulated_server, LLAMAYARD_RIG_VERSION=_EMULATED[kind])
@@ -46,15 +46,15 @@ def start(kind: str) -> Start:
 
 @pytest.fixture(scope="session")
 def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Home and store of the shared servers."""
+    """Home and model store of the shared servers."""
     return tmp_path_factory.mktemp(kind)
 
 
 @pytest.fixture(scope="session")
 def stage(start: Start, folder: Path, files: Mapping[str, ModelFile]) -> Generator[Stage]:
-    """The shared server. Tests set the state they need and leave no request running."""
+    """The shared server. Tests set up the state they need and leave no requests running."""
     with start(folder) as server:
-        yield furnish(server, files)
+        yield create_models(server, files)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Reads the recorded exchanges into one form. It judges nothing; `tests.contract.shape` compares."""
+"""Reads the recorded exchanges; `tests.contract.shape` compares them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,39 @@ FOLDER = Path(__file__).parent / "recordings"
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One exchange with a real 0.24.0: the request's bytes and the whole answer."""
+    """One exchange with a real 0.24.0: the raw request and the whole response."""
 
     name: str
-    """Folder and file: `0.24.0/chat-stream`."""
+    """Folder and file name: `0.24.0/chat-stream`."""
     request: bytes
     reply: Reply
 
 
 def recordings() -> list[Recording]:
-    """All of both sets, in the order of their names."""
-    first = [_of_first_set(path) for path in sorted((FOLDER / "first").glob("*.json"))]
-    return first + [_of_second_set(path) for path in sorted((FOLDER / "0.24.0").glob("*.json"))]
+    """All recordings of both sets, sorted by name."""
+    first = [_from_first_set(path) for path in sorted((FOLDER / "first").glob("*.json"))]
+    return first + [_from_second_set(path) for path in sorted((FOLDER / "0.24.0").glob("*.json"))]
 
 
-def _of_first_set(path: Path) -> Recording:
+def _from_first_set(path: Path) -> Recording:
     data = json.loads(path.read_text("utf-8"))
-    asked = data["request"]
-    request = request_bytes(asked["method"], asked["path"], asked["body"].encode() or None)
-    top, _, body = data["response"].partition("\r\n\r\n")
-    head = _head(top.split("\r\n")[0], [tuple(line.split(": ", 1)) for line in top.split("\r\n")[1:]])
+    recorded_request = data["request"]
+    request = request_bytes(
+        recorded_request["method"], recorded_request["path"], recorded_request["body"].encode() or None
+    )
+    head_text, _, body = data["response"].partition("\r\n\r\n")
+    head = _head(head_text.split("\r\n")[0], [tuple(line.split(": ", 1)) for line in head_text.split("\r\n")[1:]])
     chunks = _split_chunks(body.encode()) if head.header("Transfer-Encoding") else ([body.encode()] if body else [])
     return Recording(f"first/{path.stem}", request, Reply(head, tuple(chunks), "complete"))
 
 
-def _of_second_set(path: Path) -> Recording:
+def _from_second_set(path: Path) -> Recording:
     data = json.loads(path.read_text("utf-8"))
-    answer = data["response"]
-    head = _head(answer["status_line"], [tuple(pair) for pair in answer["headers"]])
-    texts = [text for ms, text in answer.get("chunks_ms_text", []) if ms is not None]
-    texts += [answer["body"]] if answer.get("body") else []
-    end: End = "eof" if answer["end"] == "eof" else "complete"
+    recorded_response = data["response"]
+    head = _head(recorded_response["status_line"], [tuple(pair) for pair in recorded_response["headers"]])
+    texts = [text for ms, text in recorded_response.get("chunks_ms_text", []) if ms is not None]
+    texts += [recorded_response["body"]] if recorded_response.get("body") else []
+    end: End = "eof" if recorded_response["end"] == "eof" else "complete"
     return Recording(
         f"0.24.0/{path.stem}", data["request_raw"].encode(), Reply(head, tuple(map(str.encode, texts)), end)
     )
@@ -58,5 +60,5 @@ def _head(line: str, headers: list[Any]) -> Head:
 
 
 def _split_chunks(body: bytes) -> list[bytes]:
-    """By line ends, not by size: no chunk holds a carriage return, and texts with a host's name were shortened."""
+    """Splits at line ends, not by size: no chunk has a carriage return, and texts with a host name were shortened."""
     return [chunk for chunk in body.split(b"\r\n")[1::2] if chunk]

@@ -1,7 +1,7 @@
-"""What of an answer must be equal between two servers: everything but ids, times, numbers of tokens and made-up words.
+"""The comparable part of a response: everything but ids, times, token counts and generated text.
 
-`shape` turns an answer into plain values that can be compared with `==`. Streams keep the borders of their HTTP chunks;
-runs of equal chunks count as one, so that the number of words does not matter.
+`shape` converts a response to plain values that can be compared with `==`. Streams keep their HTTP chunk boundaries;
+runs of equal chunks count as one, so that the number of tokens does not matter.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ HEADERS = (
     "Access-Control-Allow-Headers",
     "Access-Control-Max-Age",
 )
-"""Headers that clients act on; `Date` and the value of `Content-Length` are not among them."""
+"""Headers that clients act on; without `Date` and the value of `Content-Length`."""
 
 _TIMES = frozenset({"created_at", "modified_at", "expires_at", "completed_at", "created"})
 _COUNTS = frozenset({"prompt_eval_count", "eval_count", "sequence_number", "size", "size_vram", "context_length"})
 _USAGE = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens"})
 _DURATIONS = frozenset({"total_duration", "load_duration", "prompt_eval_duration", "eval_duration"})
 _IDS = frozenset({"id", "digest", "item_id", "request_id", "version", "owned_by"})
-_WORDS = frozenset({"response", "content", "thinking", "reasoning", "text", "delta", "token", "logprob", "embedding"})
+_GENERATED = frozenset(
+    {"response", "content", "thinking", "reasoning", "text", "delta", "token", "logprob", "embedding"}
+)
 _FILE = frozenset({"modelfile", "parent_model", "parameter_size", "general.parameter_count"})
-_VARYING = _TIMES | _COUNTS | _USAGE | _DURATIONS | _IDS | _WORDS | _FILE
-"""Keys whose value belongs to the run; a text keeps only whether it is empty."""
+_VARYING = _TIMES | _COUNTS | _USAGE | _DURATIONS | _IDS | _GENERATED | _FILE
+"""Keys whose values vary between runs; for strings only emptiness is compared."""
 
 _COLLECTIONS = frozenset({"models", "data", "tensors", "logprobs", "top_logprobs"})
-"""Lists whose members are compared as a set of shapes: how many there are belongs to the run."""
+"""Lists whose items are compared as a set of shapes, because their number varies between runs."""
 
 _NAMES_IN_COLLECTIONS = frozenset({"name", "model", "family", "families", "parameters", "shape", "type", "index"})
 
@@ -54,7 +56,7 @@ _TEXT = (
 
 
 def shape(reply: Reply) -> dict[str, Any]:
-    """Status, headers that matter, the body's shape and how the connection ended."""
+    """Status, relevant headers, the body's shape and how the connection ended."""
     headers = {name: value for name in HEADERS if (value := reply.header(name)) is not None}
     return {"status": reply.status, "headers": headers, "body": _body(reply), "end": reply.end}
 
@@ -77,27 +79,27 @@ def _without_runs(values: Sequence[Any]) -> list[Any]:
     return [key for key, _ in groupby(values)]
 
 
-def _value(key: str, value: Any, listed: bool = False) -> Any:
+def _value(key: str, value: Any, in_collection: bool = False) -> Any:
     if isinstance(value, dict):
-        return {name: _value(name, inner, listed) for name, inner in cast("dict[str, Any]", value).items()}
+        return {name: _value(name, inner, in_collection) for name, inner in cast("dict[str, Any]", value).items()}
     if isinstance(value, list):
-        return _members(key, cast("list[Any]", value), listed or key in _COLLECTIONS)
-    if key in _VARYING or (listed and key in _NAMES_IN_COLLECTIONS):
+        return _items(key, cast("list[Any]", value), in_collection or key in _COLLECTIONS)
+    if key in _VARYING or (in_collection and key in _NAMES_IN_COLLECTIONS):
         return _placeholder(value)
     return _text(value) if isinstance(value, str) else value
 
 
-def _members(key: str, values: list[Any], listed: bool) -> Any:
+def _items(key: str, values: list[Any], in_collection: bool) -> Any:
     if values and all(isinstance(value, int | float) for value in values):
         return "<numbers>"
-    if (listed or len(values) > 32) and values and all(isinstance(value, str) for value in values):
+    if (in_collection or len(values) > 32) and values and all(isinstance(value, str) for value in values):
         return "<texts>"
-    shapes = [_value(key, value, listed) for value in values]
+    shapes = [_value(key, value, in_collection) for value in values]
     return _distinct(shapes) if key in _COLLECTIONS else _without_runs(shapes)
 
 
 def _distinct(shapes: Sequence[Any]) -> list[Any]:
-    ordered = {json.dumps(one, sort_keys=True): one for one in shapes}
+    ordered = {json.dumps(item, sort_keys=True): item for item in shapes}
     return [ordered[key] for key in sorted(ordered)]
 
 
@@ -113,21 +115,21 @@ def _text(value: str) -> str:
     return value
 
 
-def differences(got: Any, wanted: Any, where: str = "") -> list[str]:
-    """One line for each place where two shapes differ; none where they are equal."""
-    if isinstance(got, dict) and isinstance(wanted, dict):
-        return _key_differences(cast("dict[str, Any]", got), cast("dict[str, Any]", wanted), where)
-    if isinstance(got, list | tuple) and isinstance(wanted, list | tuple):
-        left, right = cast("list[Any]", got), cast("list[Any]", wanted)
-        if len(left) == len(right):
-            pairs = enumerate(zip(left, right, strict=True))
-            return [line for index, (one, other) in pairs for line in differences(one, other, f"{where}[{index}]")]
-    return [] if got == wanted else [f"{where}: {got!r} instead of {wanted!r}"]
+def differences(actual: Any, expected: Any, path: str = "") -> list[str]:
+    """One line for each difference between two shapes; empty if they are equal."""
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        return _key_differences(cast("dict[str, Any]", actual), cast("dict[str, Any]", expected), path)
+    if isinstance(actual, list | tuple) and isinstance(expected, list | tuple):
+        actual_items, expected_items = cast("list[Any]", actual), cast("list[Any]", expected)
+        if len(actual_items) == len(expected_items):
+            pairs = enumerate(zip(actual_items, expected_items, strict=True))
+            return [line for index, (a, b) in pairs for line in differences(a, b, f"{path}[{index}]")]
+    return [] if actual == expected else [f"{path}: {actual!r} instead of {expected!r}"]
 
 
-def _key_differences(got: dict[str, Any], wanted: dict[str, Any], where: str) -> list[str]:
-    missing = [f"{where}.{key}: missing" for key in wanted if key not in got]
-    further = [f"{where}.{key}: not there in the recording" for key in got if key not in wanted]
-    shared = [key for key in wanted if key in got]
-    inner = [line for key in shared for line in differences(got[key], wanted[key], f"{where}.{key}")]
-    return missing + further + inner
+def _key_differences(actual: dict[str, Any], expected: dict[str, Any], path: str) -> list[str]:
+    missing = [f"{path}.{key}: missing" for key in expected if key not in actual]
+    unexpected = [f"{path}.{key}: not there in the recording" for key in actual if key not in expected]
+    shared = [key for key in expected if key in actual]
+    inner = [line for key in shared for line in differences(actual[key], expected[key], f"{path}.{key}")]
+    return missing + unexpected + inner

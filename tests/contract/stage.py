@@ -1,4 +1,4 @@
-"""Brings a server into the state that an exchange starts from. State is set, never assumed."""
+"""Puts a server into the state that a test needs. State is set, never assumed."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ _CALLS = """\
 {{ range .ToolCalls }}{"name": "{{ .Function.Name }}", "parameters": {{ .Function.Arguments }}}{{ end }}
 {{ end }}assistant: """
 _TOOLS = "{{ if .Tools }}{{ .Tools }}{{ end }}{{ range .Messages }}{{ .Role }}: {{ .Content }}"
-_THOUGHTS = "{{ if .Thinking }}<think>{{ .Thinking }}</think>{{ end }}"
-DERIVED = {"tooly": _TOOLS + _THOUGHTS + _CALLS + "{{ if .Think }}<think>{{ end }}", "toolish": _TOOLS + _CALLS}
+_THINKING = "{{ if .Thinking }}<think>{{ .Thinking }}</think>{{ end }}"
+DERIVED = {"tooly": _TOOLS + _THINKING + _CALLS + "{{ if .Think }}<think>{{ end }}", "toolish": _TOOLS + _CALLS}
 """Templates of models derived from `tiny`: `tooly` can call tools and think, `toolish` can call tools."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A running server and the weights that its models were made of."""
+    """A running server and the weights files of its models."""
 
     server: OllamaServer
     files: Mapping[str, ModelFile]
 
     def post(self, path: str, body: Any) -> Any:
-        """A request that must succeed; its JSON."""
+        """Sends a request that must succeed; returns its JSON."""
         status, answer = self.server.call("POST", path, body)
         assert status == 200, (path, body, status, answer)
         return answer
 
     def loaded(self) -> dict[str, dict[str, Any]]:
-        """`/api/ps` by name."""
+        """Entries of `/api/ps` by model name."""
         status, answer = self.server.call("GET", "/api/ps")
         assert status == 200, answer
         return {entry["name"]: entry for entry in answer["models"]}
 
     def unload_all(self) -> None:
-        """Nothing is loaded afterwards."""
+        """Unloads all models and waits until they are gone."""
         for name in self.loaded():
             self.unload(name)
         try:
@@ -54,20 +54,20 @@ class Stage:
         path = "/api/embed" if name.startswith("embed") else "/api/generate"
         self.post(path, {"model": name, **fields})
 
-    def absent(self, name: str) -> None:
-        """The name is in the list of models no longer."""
+    def ensure_absent(self, name: str) -> None:
+        """Makes sure that no model has this name."""
         status, answer = self.server.call("DELETE", "/api/delete", {"model": name})
         assert status in (200, 404), answer
 
-    def copied(self, source: str, destination: str) -> None:
+    def copy(self, source: str, destination: str) -> None:
         self.post("/api/copy", {"source": source, "destination": destination})
 
-    def no_blob(self, digest: str) -> None:
-        """Removes an uploaded blob from the store behind the server's back."""
+    def remove_blob(self, digest: str) -> None:
+        """Removes a blob from the store on disk, without the server."""
         (self.server.models_dir / "blobs" / digest.replace(":", "-")).unlink(missing_ok=True)
 
 
-def furnish(server: OllamaServer, files: Mapping[str, ModelFile]) -> Stage:
+def create_models(server: OllamaServer, files: Mapping[str, ModelFile]) -> Stage:
     """Creates the models that the suite talks to and returns the stage."""
     stage = Stage(server, files)
     for name, file in files.items():

@@ -1,4 +1,4 @@
-"""Clients that leave, half-close or come back: what becomes of their requests and of the slot."""
+"""Clients that disconnect, half-close or reconnect: what happens to their requests and slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 import pytest
 
 from tests.contract.conftest import Start
-from tests.contract.stage import Stage, furnish
+from tests.contract.stage import Stage, create_models
 from tests.support.ollama_server import ModelFile
 from tests.support.rawhttp import call, connect, request_bytes
 from tests.support.waiting import eventually
@@ -17,62 +17,64 @@ _SHORT = {"model": "big", "prompt": "x", "stream": False, "options": {"num_predi
 
 
 @pytest.fixture(scope="module")
-def single(start: Start, tmp_path_factory: pytest.TempPathFactory, files: Mapping[str, ModelFile]) -> Generator[Stage]:
-    """A server with one slot a model."""
+def one_slot(
+    start: Start, tmp_path_factory: pytest.TempPathFactory, files: Mapping[str, ModelFile]
+) -> Generator[Stage]:
+    """A server with one slot per model."""
     with start(tmp_path_factory.mktemp("single"), OLLAMA_NUM_PARALLEL="1") as server:
-        yield furnish(server, files)
+        yield create_models(server, files)
 
 
-async def test_a_client_that_hangs_up_within_a_stream_frees_its_slot(single: Stage) -> None:
-    single.load("big")
-    async with connect(single.server.address) as leaving:
-        await leaving.send(request_bytes("POST", "/api/generate", _LONG))
-        await leaving.head()
-        assert await leaving.chunk()
-        leaving.abort()
-    reply = await call(single.server.address, "POST", "/api/generate", _SHORT)
+async def test_a_client_that_disconnects_mid_stream_frees_its_slot(one_slot: Stage) -> None:
+    one_slot.load("big")
+    async with connect(one_slot.server.address) as disconnecting:
+        await disconnecting.send(request_bytes("POST", "/api/generate", _LONG))
+        await disconnecting.head()
+        assert await disconnecting.chunk()
+        disconnecting.abort()
+    reply = await call(one_slot.server.address, "POST", "/api/generate", _SHORT)
     assert (reply.status, reply.json()["eval_count"]) == (200, 2)
 
 
-async def test_a_half_closed_client_counts_as_gone(single: Stage) -> None:
-    single.load("big")
-    async with connect(single.server.address) as leaving:
-        await leaving.send(request_bytes("POST", "/api/generate", _LONG))
-        head = await leaving.head()
-        assert await leaving.chunk()
-        leaving.half_close()
-        reply = await leaving.rest(head)
+async def test_a_half_closed_client_counts_as_disconnected(one_slot: Stage) -> None:
+    one_slot.load("big")
+    async with connect(one_slot.server.address) as disconnecting:
+        await disconnecting.send(request_bytes("POST", "/api/generate", _LONG))
+        head = await disconnecting.head()
+        assert await disconnecting.chunk()
+        disconnecting.half_close()
+        reply = await disconnecting.rest(head)
         assert b'"done":true' not in reply.body
-    assert (await call(single.server.address, "POST", "/api/generate", _SHORT)).status == 200
+    assert (await call(one_slot.server.address, "POST", "/api/generate", _SHORT)).status == 200
 
 
-async def test_a_client_that_waits_for_a_slot_may_leave(single: Stage) -> None:
-    single.load("big")
-    async with connect(single.server.address) as busy, connect(single.server.address) as leaving:
+async def test_a_client_may_disconnect_while_waiting_for_a_slot(one_slot: Stage) -> None:
+    one_slot.load("big")
+    async with connect(one_slot.server.address) as busy, connect(one_slot.server.address) as disconnecting:
         await busy.send(request_bytes("POST", "/api/generate", _LONG))
         await busy.head()
-        await leaving.send(request_bytes("POST", "/api/generate", _SHORT))
-        leaving.abort()
+        await disconnecting.send(request_bytes("POST", "/api/generate", _SHORT))
+        disconnecting.abort()
         assert await busy.chunk()
         busy.abort()
-    assert (await call(single.server.address, "POST", "/api/generate", _SHORT)).status == 200
+    assert (await call(one_slot.server.address, "POST", "/api/generate", _SHORT)).status == 200
 
 
-async def test_a_busy_model_is_unloaded_after_its_stream(single: Stage) -> None:
-    single.load("big", keep_alive="10m")
-    async with connect(single.server.address) as busy:
+async def test_a_busy_model_is_unloaded_after_its_stream(one_slot: Stage) -> None:
+    one_slot.load("big", keep_alive="10m")
+    async with connect(one_slot.server.address) as busy:
         await busy.send(request_bytes("POST", "/api/generate", _LONG))
         await busy.head()
-        reply = await call(single.server.address, "POST", "/api/generate", {"model": "big", "keep_alive": 0})
+        reply = await call(one_slot.server.address, "POST", "/api/generate", {"model": "big", "keep_alive": 0})
         assert reply.json()["done_reason"] == "unload"
-        assert list(single.loaded()) == ["big:latest"]
+        assert list(one_slot.loaded()) == ["big:latest"]
         assert await busy.chunk()
         busy.abort()
-    await eventually(lambda: not single.loaded())
+    await eventually(lambda: not one_slot.loaded())
 
 
-async def test_two_slots_serve_two_streams_at_once(start: Start, single: Stage) -> None:
-    folder = single.server.models_dir.parent
+async def test_two_slots_serve_two_streams_concurrently(start: Start, one_slot: Stage) -> None:
+    folder = one_slot.server.models_dir.parent
     with start(folder, OLLAMA_NUM_PARALLEL="2") as server:
         async with connect(server.address) as first, connect(server.address) as second:
             for connection in (first, second):
@@ -83,17 +85,17 @@ async def test_two_slots_serve_two_streams_at_once(start: Start, single: Stage) 
             assert await first.chunk()
 
 
-async def test_a_client_that_leaves_during_its_load_aborts_it(single: Stage) -> None:
-    """Tried until it was quicker than the load."""
+async def test_a_client_that_disconnects_during_its_load_aborts_it(one_slot: Stage) -> None:
+    """Retries until the disconnect comes before the end of the load."""
 
     async def aborted() -> bool:
-        single.unload_all()
-        async with connect(single.server.address) as leaving:
-            await leaving.send(request_bytes("POST", "/api/generate", {"model": "big"}))
-            await eventually(single.server.runners)
-            leaving.abort()
+        one_slot.unload_all()
+        async with connect(one_slot.server.address) as disconnecting:
+            await disconnecting.send(request_bytes("POST", "/api/generate", {"model": "big"}))
+            await eventually(one_slot.server.runners)
+            disconnecting.abort()
         try:
-            return await eventually(lambda: not single.loaded() and not single.server.runners(), deadline_seconds=2)
+            return await eventually(lambda: not one_slot.loaded() and not one_slot.server.runners(), deadline_seconds=2)
         except AssertionError:
             return False
 

@@ -1,4 +1,4 @@
-"""What the server's HTTP side does apart from any model: paths, methods, host check, connections, bodies."""
+"""HTTP behaviour independent of models: paths, methods, host check, connections, bodies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def test_paths_and_methods(address: Address, method: str, path: str, statu
     assert (reply.status, reply.body) == (status, text)
 
 
-async def test_a_wrong_method_is_told_the_right_ones(address: Address) -> None:
+async def test_a_wrong_method_gets_an_allow_header(address: Address) -> None:
     tags = await call(address, "POST", "/api/tags", {})
     assert sorted((tags.header("Allow") or "").split(", ")) == ["GET", "HEAD"]
     assert (await call(address, "GET", "/api/chat")).header("Allow") == "POST"
@@ -83,7 +83,7 @@ async def test_only_local_origins_are_allowed(address: Address, origin: str, sta
     assert reply.header("Access-Control-Allow-Origin") == (origin if status == 200 else None)
 
 
-async def test_a_connection_serves_requests_one_after_another(address: Address) -> None:
+async def test_a_connection_serves_several_requests(address: Address) -> None:
     async with connect(address) as connection:
         for _ in range(3):
             assert (await connection.call("GET", "/api/version")).status == 200
@@ -123,7 +123,7 @@ async def test_a_chunked_request_without_a_content_type_is_read(address: Address
     assert (reply.status, reply.json()["done_reason"]) == (200, "load")
 
 
-async def test_a_client_that_asks_is_told_to_go_on_with_its_body(address: Address) -> None:
+async def test_expect_100_continue_is_answered(address: Address) -> None:
     body = b'{"model":"tiny"}'
     head = b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
     async with connect(address) as connection:

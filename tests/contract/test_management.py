@@ -1,4 +1,4 @@
-"""Blobs, create, copy, delete, pull and push, and that servers on one store see each other's models at once."""
+"""Blobs, create, copy, delete, pull and push; servers on one store see each other's models immediately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MISSING = "sha256:" + "3" * 64
 
 @pytest.fixture(scope="module")
 def sibling(stage: Stage, start: Start, folder: Path) -> Generator[OllamaServer]:
-    """A second server on the store of the shared one."""
+    """A second server on the store of the shared server."""
     with start(folder) as server:
         yield server
 
@@ -32,17 +32,17 @@ def _names(server: OllamaServer) -> set[str]:
     return {model["name"] for model in answer["models"]}
 
 
-async def test_what_one_server_creates_its_sibling_runs(stage: Stage, sibling: OllamaServer) -> None:
-    stage.absent("made")
+async def test_a_sibling_server_can_run_a_new_model(stage: Stage, sibling: OllamaServer) -> None:
+    stage.ensure_absent("made")
     assert "made:latest" not in _names(sibling)
     stage.post("/api/create", {"model": "made", "from": "tiny", "system": "be brief", "stream": False})
     assert "made:latest" in _names(sibling)
     body = {"model": "made", "prompt": "x", "stream": False, "options": {"num_predict": 2}}
     assert sibling.call("POST", "/api/generate", body)[1]["eval_count"] == 2
-    stage.absent("made")
+    stage.ensure_absent("made")
 
 
-async def test_a_copy_is_seen_by_the_sibling_and_gone_once_deleted(stage: Stage, sibling: OllamaServer) -> None:
+async def test_a_sibling_server_sees_a_copy_until_it_is_deleted(stage: Stage, sibling: OllamaServer) -> None:
     reply = await call(stage.server.address, "POST", "/api/copy", {"source": "tiny", "destination": "twin"})
     assert (reply.status, reply.body) == (200, b"")
     assert "twin:latest" in _names(sibling)
@@ -53,37 +53,37 @@ async def test_a_copy_is_seen_by_the_sibling_and_gone_once_deleted(stage: Stage,
     assert sibling.call("POST", "/api/show", {"model": "twin"})[0] == 404
 
 
-async def test_a_deleted_model_stays_loaded_elsewhere(stage: Stage, sibling: OllamaServer) -> None:
+async def test_a_deleted_model_stays_loaded_on_the_sibling_server(stage: Stage, sibling: OllamaServer) -> None:
     assert sibling.call("POST", "/api/generate", {"model": "tiny", "keep_alive": 0})[0] == 200
     await eventually(lambda: not sibling.call("GET", "/api/ps")[1]["models"])
-    stage.copied("tiny", "ghost")
+    stage.copy("tiny", "ghost")
     assert sibling.call("POST", "/api/generate", {"model": "ghost"})[0] == 200
-    stage.absent("ghost")
+    stage.ensure_absent("ghost")
     assert [model["name"] for model in sibling.call("GET", "/api/ps")[1]["models"]] == ["ghost:latest"]
     assert sibling.call("POST", "/api/generate", {"model": "ghost"})[0] == 404
     assert sibling.call("POST", "/api/generate", {"model": "tiny", "keep_alive": 0})[0] == 200  # the same runner
     await eventually(lambda: not sibling.call("GET", "/api/ps")[1]["models"])
 
 
-async def test_models_are_listed_newest_first_by_the_second(stage: Stage) -> None:
-    stage.copied("tiny", "newest")
+async def test_models_are_listed_newest_first_to_the_second(stage: Stage) -> None:
+    stage.copy("tiny", "newest")
     times = [model["modified_at"][:19] for model in stage.server.call("GET", "/api/tags")[1]["models"]]
     assert times == sorted(times, reverse=True)
-    stage.absent("newest")
+    stage.ensure_absent("newest")
 
 
-async def test_an_uploaded_blob_is_there_for_both(stage: Stage, sibling: OllamaServer) -> None:
+async def test_both_servers_see_an_uploaded_blob(stage: Stage, sibling: OllamaServer) -> None:
     data = b"some bytes of a test"
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
-    stage.no_blob(digest)
+    stage.remove_blob(digest)
     assert sibling.call("HEAD", f"/api/blobs/{digest}")[0] == 404
     assert stage.server.call("POST", f"/api/blobs/{digest}", data)[0] == 201
     assert sibling.call("HEAD", f"/api/blobs/{digest}")[0] == 200
     assert sibling.call("POST", f"/api/blobs/{digest}", data)[0] == 200
-    stage.no_blob(digest)
+    stage.remove_blob(digest)
 
 
-async def test_a_blob_that_is_there_is_answered_before_it_is_read(stage: Stage) -> None:
+async def test_an_upload_of_an_existing_blob_is_answered_without_reading_it(stage: Stage) -> None:
     digest = stage.files["big"].digest
     raw = request_bytes("POST", f"/api/blobs/{digest}", b"", (("Content-Length", str(2**30)),))
     async with connect(stage.server.address) as connection:
@@ -93,19 +93,19 @@ async def test_a_blob_that_is_there_is_answered_before_it_is_read(stage: Stage) 
 
 
 @pytest.mark.parametrize(("digest", "status"), [(_MISSING, 404), ("sha256:zz", 400), ("nonsense", 400)])
-async def test_blobs_that_cannot_be_there(address: Address, digest: str, status: int) -> None:
+async def test_missing_and_invalid_blob_digests(address: Address, digest: str, status: int) -> None:
     assert (await call(address, "HEAD", f"/api/blobs/{digest}")).status == status
 
 
-async def test_a_blob_of_other_bytes_than_its_digest_is_refused(address: Address) -> None:
+async def test_a_blob_that_does_not_match_its_digest_is_refused(address: Address) -> None:
     reply = await call(address, "POST", f"/api/blobs/{_MISSING}", b"hello")
-    got = "sha256:" + hashlib.sha256(b"hello").hexdigest()
-    words = f'digest mismatch, expected "{_MISSING}", got "{got}"'
-    assert (reply.status, reply.json()) == (400, {"error": words})
+    actual = "sha256:" + hashlib.sha256(b"hello").hexdigest()
+    message = f'digest mismatch, expected "{_MISSING}", got "{actual}"'
+    assert (reply.status, reply.json()) == (400, {"error": message})
     assert (await call(address, "HEAD", f"/api/blobs/{_MISSING}")).status == 404
 
 
-async def test_create_tells_its_steps_and_ends_with_success(stage: Stage) -> None:
+async def test_create_reports_its_steps_and_ends_with_success(stage: Stage) -> None:
     body = {"model": "steps", "from": "tiny", "system": "be brief", "parameters": {"num_ctx": 2048}}
     reply = await call(stage.server.address, "POST", "/api/create", body)
     assert (reply.status, reply.header("Content-Type"), reply.end) == (200, "application/x-ndjson", "complete")
@@ -116,20 +116,20 @@ async def test_create_tells_its_steps_and_ends_with_success(stage: Stage) -> Non
     stage.load("steps")
     assert stage.loaded()["steps:latest"]["context_length"] == 2048
     stage.unload("steps")
-    stage.absent("steps")
+    stage.ensure_absent("steps")
 
 
-async def test_show_names_the_blob_that_residency_belongs_to(stage: Stage) -> None:
+async def test_show_names_the_weights_blob(stage: Stage) -> None:
     blob = stage.files["tiny"].digest.replace(":", "-")
     for name in ("tiny", "tooly", "toolish"):
         shown = stage.post("/api/show", {"model": name})
-        froms = [line for line in shown["modelfile"].splitlines() if line.startswith("FROM ")]
-        assert [line.rpartition("/")[2] for line in froms] == [blob]
+        from_lines = [line for line in shown["modelfile"].splitlines() if line.startswith("FROM ")]
+        assert [line.rpartition("/")[2] for line in from_lines] == [blob]
 
 
-async def test_show_has_the_numbers_that_sizes_are_computed_from(stage: Stage) -> None:
+async def test_show_has_the_values_needed_for_memory_estimates(stage: Stage) -> None:
     info = stage.post("/api/show", {"model": "tiny"})["model_info"]
-    wanted = {
+    expected = {
         "general.architecture": "llama",
         "llama.block_count": 2,
         "llama.context_length": 8192,
@@ -140,58 +140,58 @@ async def test_show_has_the_numbers_that_sizes_are_computed_from(stage: Stage) -
         "llama.attention.key_length": 32,
         "llama.attention.value_length": 32,
     }
-    assert {key: info[key] for key in wanted} == wanted
+    assert {key: info[key] for key in expected} == expected
     assert info["general.parameter_count"] > 100_000
 
 
 @pytest.mark.parametrize(
     ("model", "family", "capability"), [("tiny", "llama", "completion"), ("embed", "bert", "embedding")]
 )
-async def test_show_says_what_a_model_can_do(stage: Stage, model: str, family: str, capability: str) -> None:
+async def test_show_lists_capabilities(stage: Stage, model: str, family: str, capability: str) -> None:
     shown = stage.post("/api/show", {"model": model})
     assert shown["details"]["family"] == family
     assert shown["capabilities"] == [capability]
 
 
-async def test_a_large_models_numbers_are_read_from_its_header(stage: Stage) -> None:
+async def test_a_large_models_metadata_is_read_from_its_header(stage: Stage) -> None:
     size = put_into_store(stage.server.models_dir, "seventy", LLAMA_70B)
     listed = {model["name"]: model for model in stage.server.call("GET", "/api/tags")[1]["models"]}
-    assert size < listed["seventy:latest"]["size"] < size + 1000  # with its few other blobs
+    assert size < listed["seventy:latest"]["size"] < size + 1000  # plus its small other blobs
     assert listed["seventy:latest"]["details"]["parameter_size"] == "70.6B"
     info = stage.post("/api/show", {"model": "seventy"})["model_info"]
     assert (info["llama.block_count"], info["llama.attention.head_count_kv"]) == (80, 8)
     assert info["general.parameter_count"] == pytest.approx(70.6e9, rel=0.01)
-    assert "llama.attention.key_length" not in info  # then it is width over heads
-    stage.absent("seventy")
+    assert "llama.attention.key_length" not in info  # the default is width / heads
+    stage.ensure_absent("seventy")
 
 
-_REFUSED: dict[str, Any] = {"model": "127.0.0.1:1/library/none", "insecure": True}
-_PULL_WORDS = (
+_UNREACHABLE: dict[str, Any] = {"model": "127.0.0.1:1/library/none", "insecure": True}
+_PULL_ERROR = (
     'pull model manifest: Get "http://127.0.0.1:1/v2/library/none/manifests/latest": '
     "dial tcp 127.0.0.1:1: connect: connection refused"
 )
 
 
-async def test_a_pull_that_cannot_connect_says_so_in_the_stream(address: Address) -> None:
-    reply = await call(address, "POST", "/api/pull", _REFUSED)
+async def test_a_streamed_pull_reports_a_failed_connection(address: Address) -> None:
+    reply = await call(address, "POST", "/api/pull", _UNREACHABLE)
     assert (reply.status, reply.header("Content-Type"), reply.end) == (200, "application/x-ndjson", "complete")
-    assert reply.lines() == [{"status": "pulling manifest"}, {"error": _PULL_WORDS}]
+    assert reply.lines() == [{"status": "pulling manifest"}, {"error": _PULL_ERROR}]
 
 
-async def test_a_pull_that_cannot_connect_fails_without_a_stream(address: Address) -> None:
-    reply = await call(address, "POST", "/api/pull", {**_REFUSED, "stream": False})
-    assert (reply.status, reply.json()) == (500, {"error": _PULL_WORDS})
+async def test_an_unstreamed_pull_reports_a_failed_connection(address: Address) -> None:
+    reply = await call(address, "POST", "/api/pull", {**_UNREACHABLE, "stream": False})
+    assert (reply.status, reply.json()) == (500, {"error": _PULL_ERROR})
 
 
-async def test_a_push_of_a_model_that_is_not_there_says_so_in_the_stream(address: Address) -> None:
-    reply = await call(address, "POST", "/api/push", _REFUSED)
+async def test_a_streamed_push_reports_a_missing_model(address: Address) -> None:
+    reply = await call(address, "POST", "/api/push", _UNREACHABLE)
     lines = reply.lines()
     assert (reply.status, lines[0]) == (200, {"status": "retrieving manifest"})
     assert "error" in lines[-1]
 
 
 @pytest.mark.parametrize("path", ["/api/pull", "/api/push", "/api/create"])
-async def test_a_name_is_wanted_to_pull_push_and_create(address: Address, path: str) -> None:
+async def test_pull_push_and_create_need_a_name(address: Address, path: str) -> None:
     reply = await call(address, "POST", path, {"model": ""})
     assert reply.status == 400
     assert reply.json()["error"]

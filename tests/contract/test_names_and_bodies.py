@@ -1,4 +1,4 @@
-"""Which names mean one model, how a body is read, and the errors that both lead to."""
+"""Equivalent model names, body parsing, and the errors of both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_every_form_of_a_name_is_the_same_model_and_is_echoed(address: Add
     assert reply.json()["model"] == name
 
 
-async def test_forms_of_one_name_share_one_place_in_ps(stage: Stage) -> None:
+async def test_equivalent_names_share_one_entry_in_ps(stage: Stage) -> None:
     stage.unload_all()
     for name in _SAME:
         stage.load(name)
@@ -47,22 +47,22 @@ async def test_other_names_are_unknown(address: Address, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", _INVALID)
-async def test_names_that_cannot_be_read_are_refused(server: OllamaServer, name: str) -> None:
+async def test_invalid_names_are_refused(server: OllamaServer, name: str) -> None:
     reply = await call(server.address, "POST", "/api/chat", {"model": name})
-    words = "model is required" if server.version == "0.11.4" else "invalid model name"
-    assert (reply.status, reply.json()) == (400, {"error": words})
+    message = "model is required" if server.version == "0.11.4" else "invalid model name"
+    assert (reply.status, reply.json()) == (400, {"error": message})
 
 
 @pytest.mark.parametrize("name", [" tiny", "tiny "])
-async def test_blanks_around_a_name_are_cut(server: OllamaServer, name: str) -> None:
+async def test_whitespace_around_a_name_is_trimmed(server: OllamaServer, name: str) -> None:
     reply = await call(server.address, "POST", "/api/generate", {"model": name})
-    assert reply.status == (404 if server.version == "0.11.4" else 200)  # 0.11.4 takes them for part of it
+    assert reply.status == (404 if server.version == "0.11.4" else 200)  # 0.11.4 treats them as part of the name
     assert server.version == "0.11.4" or reply.json()["model"] == name
 
 
 async def test_the_local_suffix_names_the_local_model(server: OllamaServer) -> None:
     reply = await call(server.address, "POST", "/api/generate", {"model": "tiny:local"})
-    assert reply.status == (404 if server.version == "0.11.4" else 200)  # 0.11.4 takes it for a tag
+    assert reply.status == (404 if server.version == "0.11.4" else 200)  # 0.11.4 treats it as a tag
 
 
 _BODIES: list[tuple[bytes, str | None]] = [
@@ -83,7 +83,7 @@ _BODIES: list[tuple[bytes, str | None]] = [
 
 
 @pytest.mark.parametrize(("body", "model"), _BODIES)
-async def test_a_body_is_read_as_go_reads_it(address: Address, body: bytes, model: str | None) -> None:
+async def test_a_body_is_parsed_as_go_does(address: Address, body: bytes, model: str | None) -> None:
     reply = await call(address, "POST", "/api/generate", body)
     if model is None:
         assert (reply.status, reply.json()) == (404, {"error": "model 'nope' not found"})
@@ -92,7 +92,7 @@ async def test_a_body_is_read_as_go_reads_it(address: Address, body: bytes, mode
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "words"),
+    ("path", "body", "status", "message"),
     [
         ("/api/generate", {"model": "nope"}, 404, "model 'nope' not found"),
         ("/api/show", {"model": "nope"}, 404, "model 'nope' not found"),
@@ -120,18 +120,18 @@ async def test_a_body_is_read_as_go_reads_it(address: Address, body: bytes, mode
         ("/api/chat", {"model": "embed", "messages": []}, 400, '"embed" does not support chat'),
     ],
 )
-async def test_errors_of_the_native_api(address: Address, path: str, body: Any, status: int, words: str) -> None:
+async def test_errors_of_the_native_api(address: Address, path: str, body: Any, status: int, message: str) -> None:
     reply = await call(address, "POST", path, body)
-    assert (reply.status, reply.json()) == (status, {"error": words})
+    assert (reply.status, reply.json()) == (status, {"error": message})
     assert reply.header("Content-Type") == "application/json; charset=utf-8"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
-@pytest.mark.parametrize(("body", "words"), [(b"", "EOF"), (b'{"model":', "unexpected EOF")])
-async def test_errors_of_the_openai_api_have_its_shape(address: Address, path: str, body: bytes, words: str) -> None:
+@pytest.mark.parametrize(("body", "message"), [(b"", "EOF"), (b'{"model":', "unexpected EOF")])
+async def test_errors_of_the_openai_api_have_its_format(address: Address, path: str, body: bytes, message: str) -> None:
     reply = await call(address, "POST", path, body)
     assert reply.status == 400
-    error = {"message": words, "type": "invalid_request_error", "param": None, "code": None}
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
     assert reply.json() == {"error": error}
 
 

@@ -1,4 +1,4 @@
-"""Replays the recorded exchanges and compares the answers' shapes with what 0.24.0 answered."""
+"""Replays the recorded exchanges and compares the shapes of the responses with those of 0.24.0."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.contract.differences import KNOWN, OTHER_MODEL, RUN, unexplained
+from tests.contract.differences import KNOWN_DIFFERENCES, OTHER_MODEL, RUN, unexplained
 from tests.contract.recording import Recording, recordings
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage
@@ -15,17 +15,21 @@ from tests.support.rawhttp import exchange
 
 _HELLO = "sha256:e997afd18e5f6be004fc193aed2c90291e68ab2c7599a62538c935b7fca6ab0f"
 _TINY = "sha256:cf7b4539f0228c4c037bf17f3c29c687b204885f22baf4546fd1eb22c8615179"
-"""Digests in recorded requests: of the bytes `hello blob`, and of the chat model that was used then."""
+"""Digests in recorded requests: of the bytes `hello blob`, and of the chat model used for the recordings."""
 
-_OWN_TEST = re.compile(r"overload|runner-killed|server-sig|does-not-fit|no-network|pull-offline")
-ORDINARY = [one for one in recordings() if not _OWN_TEST.search(one.name) and one.name not in OTHER_MODEL]
-_IDS = [one.name for one in ORDINARY]
+_SEPARATE_TEST = re.compile(r"overload|runner-killed|server-sig|does-not-fit|no-network|pull-offline")
+ORDINARY = [
+    recording
+    for recording in recordings()
+    if not _SEPARATE_TEST.search(recording.name) and recording.name not in OTHER_MODEL
+]
+_IDS = [recording.name for recording in ORDINARY]
 
 Prepare = Callable[[Stage], object]
 
 
 def _only(*names: str, **fields: object) -> Prepare:
-    """Exactly these models are loaded."""
+    """Loads exactly these models."""
 
     def prepare(stage: Stage) -> None:
         stage.unload_all()
@@ -36,10 +40,10 @@ def _only(*names: str, **fields: object) -> Prepare:
 
 
 PREPARE: dict[str, Prepare] = {
-    "blob-post": lambda stage: stage.no_blob(_HELLO),
+    "blob-post": lambda stage: stage.remove_blob(_HELLO),
     "blob-post-again": lambda stage: stage.server.call("POST", f"/api/blobs/{_HELLO}", b"hello blob"),
-    "delete": lambda stage: (stage.copied("tiny", "tiny6"), stage.copied("tiny", "tiny-copy")),
-    "delete-unknown": lambda stage: (stage.absent("tiny6"), stage.absent("tiny-copy")),
+    "delete": lambda stage: (stage.copy("tiny", "tiny6"), stage.copy("tiny", "tiny-copy")),
+    "delete-unknown": lambda stage: (stage.ensure_absent("tiny6"), stage.ensure_absent("tiny-copy")),
     "chat-unload": _only("tiny"),
     "generate-cold-stream": _only(),
     "generate-unload": _only("tiny"),
@@ -52,31 +56,35 @@ PREPARE: dict[str, Prepare] = {
     "ps-90s": _only("tiny", keep_alive=90),
     "ps-forever": _only("tiny", keep_alive=-1),
     "ps-three": _only("embed", "tooly"),
-    "create-files-stream": lambda stage: stage.absent("tiny3"),
-    "create-once": lambda stage: stage.absent("tiny4"),
+    "create-files-stream": lambda stage: stage.ensure_absent("tiny3"),
+    "create-once": lambda stage: stage.ensure_absent("tiny4"),
     "create-from": lambda stage: stage.post(
         "/api/create", {"model": "tiny-sys", "from": "tiny", "system": "be brief", "stream": False}
     ),
-    "create-template-stream": lambda stage: stage.absent("tooly"),
+    "create-template-stream": lambda stage: stage.ensure_absent("tooly"),
 }
 
 
-def _for_this_store(recording: Recording, stage: Stage) -> bytes:
-    """The request with our weights' digest and with a stop word that our model does say."""
+def adapted_request(recording: Recording, stage: Stage) -> bytes:
+    """The request with the digest of our weights and a stop sequence that our model generates."""
     request = recording.request.replace(_TINY.encode(), stage.files["tiny"].digest.encode())
     if recording.name.endswith("generate-stop-word"):
         options = {"num_predict": 3, "seed": 1}
-        said = stage.post("/api/generate", {"model": "tiny", "prompt": "hello", "stream": False, "options": options})
-        request = request.replace(b"difu", said["response"].split()[2].encode())
+        generated = stage.post(
+            "/api/generate", {"model": "tiny", "prompt": "hello", "stream": False, "options": options}
+        )
+        request = request.replace(b"difu", generated["response"].split()[2].encode())
         head, _, body = request.partition(b"\r\n\r\n")
         request = re.sub(rb"Content-Length: \d+", b"Content-Length: %d" % len(body), head) + b"\r\n\r\n" + body
     return request
 
 
 @pytest.mark.parametrize("recording", ORDINARY, ids=_IDS)
-async def test_a_recorded_request_is_answered_as_it_was(stage: Stage, recording: Recording) -> None:
+async def test_a_recorded_request_is_answered_as_recorded(stage: Stage, recording: Recording) -> None:
     PREPARE.get(recording.name.rpartition("/")[2], lambda _: None)(stage)
-    reply = await exchange(stage.server.address, _for_this_store(recording, stage))
-    known = RUN + KNOWN[stage.server.version]
-    faults = unexplained(recording.name, differences(shape(reply), shape(recording.reply)), known)
-    assert not faults
+    reply = await exchange(stage.server.address, adapted_request(recording, stage))
+    known_differences = RUN + KNOWN_DIFFERENCES[stage.server.version]
+    unexplained_differences = unexplained(
+        recording.name, differences(shape(reply), shape(recording.reply)), known_differences
+    )
+    assert not unexplained_differences

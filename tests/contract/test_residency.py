@@ -1,4 +1,4 @@
-"""What stays loaded, for how long, and what makes a server load a model anew."""
+"""Which models stay loaded and for how long, and what makes a server reload a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PS_KEYS = {"name", "model", "size", "digest", "details", "expires_at", "size_vr
 
 
 def _expires_in_seconds(entry: dict[str, Any]) -> float:
-    return _instant(entry["expires_at"]) - datetime.now().astimezone().timestamp()
+    return _timestamp(entry["expires_at"]) - datetime.now().astimezone().timestamp()
 
 
-def _instant(text: str) -> float:
-    """Go prints nanoseconds; Python reads at most microseconds."""
+def _timestamp(text: str) -> float:
+    """Parses a timestamp; Go prints nanoseconds, Python parses at most microseconds."""
     whole, dot, rest = text.partition(".")
     zone = rest.lstrip("0123456789") if dot else ""
     return datetime.fromisoformat((whole + zone).replace("Z", "+00:00")).timestamp()
@@ -64,14 +64,14 @@ async def test_keep_alive_zero_unloads(stage: Stage, path: str, was_loaded: bool
     await eventually(lambda: not stage.loaded())
 
 
-async def test_a_load_for_less_than_a_second_is_an_unload(stage: Stage) -> None:
+async def test_a_keep_alive_under_a_second_unloads(stage: Stage) -> None:
     stage.load("tiny")
     reply = await call(stage.server.address, "POST", "/api/generate", {"model": "tiny", "keep_alive": "900ms"})
     assert reply.json()["done_reason"] == "unload"
     await eventually(lambda: not stage.loaded())
 
 
-async def test_keep_alive_zero_with_a_prompt_answers_first(stage: Stage) -> None:
+async def test_keep_alive_zero_with_a_prompt_unloads_after_the_answer(stage: Stage) -> None:
     body = {"model": "tiny", "prompt": "x", "stream": False, "keep_alive": 0, "options": {"num_predict": 3}}
     reply = await call(stage.server.address, "POST", "/api/generate", body)
     assert (reply.json()["done_reason"], reply.json()["eval_count"]) == ("length", 3)
@@ -95,14 +95,14 @@ async def test_keep_alive_sets_when_a_model_expires(
     await eventually(lambda: low_seconds < _expires_in_seconds(stage.loaded()["tiny:latest"]) <= high_seconds + 1)
 
 
-async def test_a_request_without_keep_alive_leaves_the_last_one(stage: Stage) -> None:
+async def test_a_request_without_keep_alive_keeps_the_previous_value(stage: Stage) -> None:
     stage.unload_all()
     stage.load("tiny", keep_alive=-1)
     stage.post("/api/generate", {"model": "tiny", "prompt": "x", "stream": False, "options": {"num_predict": 2}})
     assert _expires_in_seconds(stage.loaded()["tiny:latest"]) > _YEAR_SECONDS
 
 
-async def test_an_idle_model_leaves_when_its_time_is_up(stage: Stage) -> None:
+async def test_an_idle_model_is_unloaded_when_it_expires(stage: Stage) -> None:
     stage.unload_all()
     stage.load("tiny", keep_alive="3s")
     assert list(stage.loaded()) == ["tiny:latest"]
@@ -111,13 +111,13 @@ async def test_an_idle_model_leaves_when_its_time_is_up(stage: Stage) -> None:
 
 async def test_aliases_and_derived_models_share_one_runner(stage: Stage) -> None:
     stage.unload_all()
-    stage.copied("tiny", "alias")
+    stage.copy("tiny", "alias")
     for name in ("tooly", "alias", "tiny"):
         stage.load(name)
-    assert list(stage.loaded()) == ["tooly:latest"]  # shown as what loaded it
+    assert list(stage.loaded()) == ["tooly:latest"]  # listed under the name that loaded it
     stage.unload("alias")
     await eventually(lambda: not stage.loaded())
-    stage.absent("alias")
+    stage.ensure_absent("alias")
 
 
 async def test_models_are_listed_by_latest_expiry(stage: Stage) -> None:
@@ -128,7 +128,7 @@ async def test_models_are_listed_by_latest_expiry(stage: Stage) -> None:
     assert list(stage.loaded()) == ["embed:latest", "big:latest", "tiny:latest"]
 
 
-async def test_an_entry_of_ps_says_what_is_loaded_and_how(stage: Stage) -> None:
+async def test_a_ps_entry_describes_the_loaded_model(stage: Stage) -> None:
     stage.unload_all()
     stage.load("tiny", options={"num_ctx": 2048})
     entry = stage.loaded()["tiny:latest"]
@@ -149,7 +149,7 @@ _RELOADING: list[dict[str, Any]] = [
     {"use_mmap": True},
     {"use_mmap": False},
 ]
-_HARMLESS: list[dict[str, Any]] = [
+_NOT_RELOADING: list[dict[str, Any]] = [
     {"seed": 7, "temperature": 0.1, "top_k": 5, "top_p": 0.5, "stop": ["x"], "num_predict": 1, "num_keep": 2},
     {"numa": True, "low_vram": True, "f16_kv": False, "logits_all": True, "vocab_only": False, "use_mlock": True},
     {"num_gpu": -1},
@@ -160,9 +160,9 @@ _HARMLESS: list[dict[str, Any]] = [
 
 
 async def _reloads(stage: Stage, path: str, body: dict[str, Any]) -> bool:
-    """Whether a request replaces the runner of `tiny`: a new one has the default keep-alive, the old one none at all.
+    """Whether a request replaces the runner of `tiny`: a new one has the default keep-alive, the old one never expires.
 
-    The ids of the runners' processes must say the same.
+    The runners' process ids must agree.
     """
     stage.unload_all()
     stage.load("tiny", keep_alive=-1)
@@ -177,12 +177,12 @@ async def _reloads(stage: Stage, path: str, body: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("options", _RELOADING, ids=str)
-async def test_options_of_the_runner_reload(stage: Stage, options: dict[str, Any]) -> None:
+async def test_runner_options_cause_a_reload(stage: Stage, options: dict[str, Any]) -> None:
     assert await _reloads(stage, "/api/generate", {"options": options})
 
 
-@pytest.mark.parametrize("options", _HARMLESS, ids=str)
-async def test_other_options_do_not_reload(stage: Stage, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", _NOT_RELOADING, ids=str)
+async def test_other_options_do_not_cause_a_reload(stage: Stage, options: dict[str, Any]) -> None:
     assert not await _reloads(stage, "/api/generate", {"options": options})
 
 
@@ -199,7 +199,7 @@ async def test_other_endpoints_use_the_same_runner(stage: Stage, path: str, body
     assert not await _reloads(stage, path, body)
 
 
-async def test_a_context_over_the_trained_one_is_cut_but_compared_as_asked(stage: Stage) -> None:
+async def test_a_context_above_the_trained_one_is_capped_but_compared_as_requested(stage: Stage) -> None:
     stage.unload_all()
     stage.load("tiny", keep_alive=-1, options={"num_ctx": 9000})
     assert stage.loaded()["tiny:latest"]["context_length"] in (8192, 9000)

@@ -1,4 +1,4 @@
-"""Waiting for a load, insisting on a layout and falling back, over emulated GPUs and servers of 0.24.0."""
+"""Waiting for a load, required layouts and fallbacks, on emulated GPUs and servers of 0.24.0."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
         yield router
 
 
-async def _cold(product: Product, path: str, body: dict[str, Any]) -> tuple[bytes, Reply]:
-    """The first bytes of a request that waits for a load, and its whole answer."""
+async def _cold_request(product: Product, path: str, body: dict[str, Any]) -> tuple[bytes, Reply]:
+    """Sends a request that waits for a load; returns its first bytes and the whole response."""
     async with connect(product.address) as waiting:
         await waiting.send(request_bytes("POST", path, {"model": "seventy", "messages": _HI, **body}))
         head = await waiting.head()
@@ -48,14 +48,14 @@ async def _unload(product: Product) -> None:
     await call(product.address, "POST", "/api/generate", {"model": "seventy", "keep_alive": 0})
 
 
-async def test_anthropics_streams_are_pinged_while_a_model_loads(product: Product) -> None:
-    first, reply = await _cold(product, "/v1/messages", {"max_tokens": 3, "stream": True})
+async def test_anthropic_streams_get_pings_while_a_model_loads(product: Product) -> None:
+    first, reply = await _cold_request(product, "/v1/messages", {"max_tokens": 3, "stream": True})
     assert first == b'event: ping\ndata: {"type": "ping"}\n\n'
     assert (reply.status, reply.end, reply.events()[-1]) == (200, "complete", {"type": "message_stop"})
     await _unload(product)
 
 
-async def test_responses_are_commented_while_a_model_loads(product: Product) -> None:
+async def test_responses_streams_get_comments_while_a_model_loads(product: Product) -> None:
     async with connect(product.address) as waiting:
         body = {"model": "seventy", "input": "hi", "max_output_tokens": 3, "stream": True}
         await waiting.send(request_bytes("POST", "/v1/responses", body))
@@ -65,31 +65,31 @@ async def test_responses_are_commented_while_a_model_loads(product: Product) -> 
     await _unload(product)
 
 
-async def _small(product: Product, layout: str) -> Reply:
+async def _small_request(product: Product, layout: str) -> Reply:
     body = {"model": "small", "messages": _HI, "stream": False, "options": {"num_predict": 2}}
     return await call(product.address, "POST", "/api/chat", body, (("X-Llamayard-Layout", layout),))
 
 
-async def test_a_request_is_served_in_the_layout_that_it_insists_on(product: Product) -> None:
+async def test_a_request_is_served_in_its_required_layout(product: Product) -> None:
     uuids = {gpu["index"]: gpu["uuid"] for gpu in product.call("GET", "/llamayard/status")[1]["gpus"]}
     for layout, instance in (("gpu:1", "gpu1"), (f"gpu:{uuids[0]}", "gpu0"), ("spread", "spread")):
-        reply = await _small(product, layout)
+        reply = await _small_request(product, layout)
         assert (reply.status, reply.header("X-Llamayard-Instance")) == (200, instance), reply.body
 
 
-async def test_a_layout_that_is_not_there_is_refused_with_the_gpus(product: Product) -> None:
-    reply = await _small(product, "gpu:7")
+async def test_an_unknown_layout_is_refused_with_the_list_of_gpus(product: Product) -> None:
+    reply = await _small_request(product, "gpu:7")
     assert (reply.status, reply.header("X-Llamayard-Error")) == (409, "layout_unavailable")
     assert "GPU-" in reply.json()["error"]
 
 
-async def test_a_layout_that_cannot_hold_the_model_is_refused_with_why(product: Product) -> None:
+async def test_a_layout_too_small_for_the_model_is_refused_with_the_reason(product: Product) -> None:
     body = {"model": "seventy", "messages": _HI, "stream": False}
     reply = await call(product.address, "POST", "/api/chat", body, (("X-Llamayard-Layout", "single"),))
     assert (reply.status, reply.header("X-Llamayard-Error")) == (409, "layout_unavailable"), reply.body
 
 
-async def test_a_model_that_fits_nowhere_is_replaced_by_the_one_that_may_stand_in_for_it(product: Product) -> None:
+async def test_a_model_that_fits_nowhere_is_replaced_by_its_fallback(product: Product) -> None:
     reply = await call(product.address, "POST", "/v1/chat/completions", {"model": "huge", "messages": _HI})
     assert (reply.status, reply.json()["model"]) == (200, "small"), reply.body
     assert (reply.header("X-Llamayard-Model"), reply.header("X-Llamayard-Fallback")) == ("small", "too_large")

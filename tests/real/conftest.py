@@ -1,4 +1,4 @@
-"""The product over two real servers without GPUs, with small models of random weights."""
+"""The router with two real servers without GPUs, and small models with random weights."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
     return write_model_files(tmp_path_factory.mktemp("weights"), specs)
 
 
-def two_instances(binary: Path, models: Path, **further: Any) -> dict[str, Any]:
-    """A configuration of two supervised servers without GPUs."""
-    ollama = {"binary": str(binary), "models": str(models), "num_parallel": 2, **further.pop("ollama", {})}
+def two_instances(binary: Path, models: Path, **overrides: Any) -> dict[str, Any]:
+    """Configuration with two supervised servers without GPUs."""
+    ollama = {"binary": str(binary), "models": str(models), "num_parallel": 2, **overrides.pop("ollama", {})}
     return {
         "ollama": ollama,
         "instances": [{"name": "a", "gpus": []}, {"name": "b", "gpus": []}],
         "log": {"format": "json"},
-        **further,
+        **overrides,
     }
 
 
-def furnish(product: Product, files: Mapping[str, ModelFile]) -> None:
+def create_models(product: Product, files: Mapping[str, ModelFile]) -> None:
     """Uploads the weights and creates the models through the router."""
     for name, file in files.items():
         status, answer = product.call("POST", f"/api/blobs/{file.digest}", file.path.read_bytes())
@@ -51,29 +51,29 @@ def furnish(product: Product, files: Mapping[str, ModelFile]) -> None:
 
 @pytest.fixture(scope="session")
 def store(binary: Path, files: Mapping[str, ModelFile], tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
-    """A store with the models in it, made once through a product of its own."""
+    """A model store with the test models, created once through a separate router."""
     folder = tmp_path_factory.mktemp("store")
     with running(prepare(folder, two_instances(binary, folder / "models"))) as product:
-        furnish(product, files)
+        create_models(product, files)
     yield folder / "models"
 
 
 @pytest.fixture(scope="session")
 def product(binary: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
-    """The shared router. Tests leave it as they found it."""
+    """The shared router. Tests restore its state."""
     with running(prepare(tmp_path_factory.mktemp("shared"), two_instances(binary, store))) as shared:
         yield shared
 
 
 @pytest.fixture
 def make_product(binary: Path, store: Path, tmp_path: Path) -> Generator[MakeProduct]:
-    """Makes a router for one test, which may kill it; nothing of it is left afterwards."""
-    made: list[Product] = []
+    """Creates routers for one test, which may kill them; cleans up afterwards."""
+    products: list[Product] = []
 
-    def make(**further: Any) -> Product:
-        made.append(prepare(tmp_path, two_instances(binary, store, **further)))
-        return made[-1]
+    def make(**overrides: Any) -> Product:
+        products.append(prepare(tmp_path, two_instances(binary, store, **overrides)))
+        return products[-1]
 
     yield make
-    for product in made:
+    for product in products:
         product.destroy()

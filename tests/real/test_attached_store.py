@@ -1,4 +1,4 @@
-"""Models that only an attached server has: listed with where they are, served only there, managed only there."""
+"""Models that exist only on an attached server: listed with their instance, served and managed only there."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _SHORT = {"prompt": "x", "stream": False, "options": {"num_predict": 2, "seed": 
 
 
 @pytest.fixture(scope="module")
-def far(tmp_path_factory: pytest.TempPathFactory) -> Generator[OllamaServer]:
-    """A server that somebody else runs, with a store of its own; it has a `tiny` too, but of other weights."""
+def attached(tmp_path_factory: pytest.TempPathFactory) -> Generator[OllamaServer]:
+    """An attached server with a separate store; it also has a `tiny`, but with other weights."""
     folder = tmp_path_factory.mktemp("far")
     specs = {"faraway": replace(TINY, seed=300), "tiny": replace(TINY, seed=301)}
     with real_server(folder) as server:
@@ -38,11 +38,13 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Generator[OllamaServer]:
 
 
 @pytest.fixture(scope="module")
-def mixed(binary: Path, store: Path, far: OllamaServer, tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
-    """One supervised server over the shared store, and the attached one."""
+def mixed(
+    binary: Path, store: Path, attached: OllamaServer, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[Product]:
+    """A router with one supervised server on the shared store, and the attached server."""
     config = {
         "ollama": {"binary": str(binary), "models": str(store), "num_parallel": 1},
-        "instances": [{"name": "own", "gpus": []}, {"name": "far", "url": far.url, "num_parallel": 1}],
+        "instances": [{"name": "own", "gpus": []}, {"name": "far", "url": attached.url, "num_parallel": 1}],
         "log": {"format": "json"},
     }
     with running(prepare(tmp_path_factory.mktemp("mixed"), config)) as product:
@@ -51,23 +53,23 @@ def mixed(binary: Path, store: Path, far: OllamaServer, tmp_path_factory: pytest
 
 async def _both_ready(product: Product) -> None:
     def ready() -> bool:
-        return {one["state"] for one in product.call("GET", "/llamayard/status")[1]["instances"]} == {"ready"}
+        return {instance["state"] for instance in product.call("GET", "/llamayard/status")[1]["instances"]} == {"ready"}
 
     await eventually(ready, what="both instances")
 
 
-async def test_lists_show_what_only_the_attached_server_has_and_where(mixed: Product) -> None:
+async def test_lists_mark_models_of_the_attached_server_with_their_instance(mixed: Product) -> None:
     await _both_ready(mixed)
     rows = {row["name"]: row for row in (await call(mixed.address, "GET", "/api/tags")).json()["models"]}
     assert rows["faraway:latest"]["llamayard"] == {"instances": ["far"]}
     assert "llamayard" not in rows["big:latest"]
-    assert "llamayard" not in rows["tiny:latest"]  # the shared store's stands under that name
+    assert "llamayard" not in rows["tiny:latest"]  # the shared store's model has that name
     listed = (await call(mixed.address, "GET", "/v1/models")).json()
     assert listed["object"] == "list"
     assert {row["id"] for row in listed["data"]} >= {"faraway:latest", "big:latest"}
 
 
-async def test_each_model_is_served_where_it_is(mixed: Product) -> None:
+async def test_each_model_is_served_where_it_exists(mixed: Product) -> None:
     await _both_ready(mixed)
     for name, instance in (("faraway", "far"), ("tiny", "own"), ("other", "own")):
         reply = await call(mixed.address, "POST", "/api/generate", {"model": name, **_SHORT})
@@ -78,18 +80,20 @@ async def test_each_model_is_served_where_it_is(mixed: Product) -> None:
     assert loaded["faraway:latest"] == "far"
 
 
-async def test_a_model_of_the_attached_server_is_not_deleted_from_here(mixed: Product, far: OllamaServer) -> None:
+async def test_the_router_does_not_delete_a_model_of_the_attached_server(
+    mixed: Product, attached: OllamaServer
+) -> None:
     await _both_ready(mixed)
     reply = await call(mixed.address, "DELETE", "/api/delete", {"model": "faraway"})
     assert reply.status == 403
     assert "only on far" in reply.json()["error"]
-    assert any(model["name"] == "faraway:latest" for model in far.call("GET", "/api/tags")[1]["models"])
+    assert any(model["name"] == "faraway:latest" for model in attached.call("GET", "/api/tags")[1]["models"])
 
 
-async def test_a_name_in_both_stores_is_the_shared_one_for_good(mixed: Product, far: OllamaServer) -> None:
-    """Requests for it never wake the other's model of that name."""
+async def test_a_name_in_both_stores_always_means_the_shared_store(mixed: Product, attached: OllamaServer) -> None:
+    """Requests for it never load the attached server's model of that name."""
     await _both_ready(mixed)
     for _ in range(2):
         reply = await call(mixed.address, "POST", "/api/generate", {"model": "tiny", **_SHORT})
         assert reply.header("X-Llamayard-Instance") == "own"
-    assert not any(model["name"] == "tiny:latest" for model in far.call("GET", "/api/ps")[1]["models"])
+    assert not any(model["name"] == "tiny:latest" for model in attached.call("GET", "/api/ps")[1]["models"])

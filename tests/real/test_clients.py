@@ -1,4 +1,4 @@
-"""The clients that people use, unchanged, through the router."""
+"""Unmodified popular clients through the router."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _HI = [{"role": "user", "content": "hi"}]
 
 
 def _run(*command: str | Path, product: Product, cwd: Path | None = None) -> str:
-    """A command's standard output; it must succeed."""
+    """Runs a command, which must succeed; returns its standard output."""
     environment = {**product.environment, "OLLAMA_HOST": product.address.url, "TERM": "dumb"}
-    done = subprocess.run(
+    completed = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=cwd,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
+    assert completed.returncode == 0, (command, completed.stdout, completed.stderr)
+    return completed.stdout
 
 
 def test_curl_streams_a_chat(product: Product) -> None:
@@ -45,26 +45,28 @@ def test_curl_streams_a_chat(product: Product) -> None:
     assert all(line["message"]["content"].strip() for line in lines[:-1])
 
 
-def test_the_ollama_command_talks_with_a_model(product: Product, binary: Path) -> None:
-    words = _run(binary, "run", "short", "hello", product=product).split()
-    assert len(words) == 8
+def test_the_ollama_command_runs_a_model(product: Product, binary: Path) -> None:
+    generated_words = _run(binary, "run", "short", "hello", product=product).split()
+    assert len(generated_words) == 8
 
 
 def test_the_ollama_command_lists_shows_and_stops(product: Product, binary: Path) -> None:
     _run(binary, "run", "short", "hello", product=product)
     assert "short:latest" in _run(binary, "list", product=product)
     assert "num_predict" in _run(binary, "show", "short", product=product)
-    # `short` is made of the weights of `tiny` and shown under the name that loaded the runner
-    (loaded,) = [line.split()[0] for line in _run(binary, "ps", product=product).splitlines() if _digest(product, line)]
+    # `short` shares the weights of `tiny` and is listed under the name that loaded the runner
+    (loaded,) = [
+        line.split()[0] for line in _run(binary, "ps", product=product).splitlines() if _is_listed(product, line)
+    ]
     _run(binary, "stop", loaded, product=product)
 
-    def gone() -> bool:
-        return not [line for line in _run(binary, "ps", product=product).splitlines() if _digest(product, line)]
+    def is_stopped() -> bool:
+        return not [line for line in _run(binary, "ps", product=product).splitlines() if _is_listed(product, line)]
 
-    eventually_sync(gone, what="the end of the stopped model")
+    eventually_sync(is_stopped, what="the end of the stopped model")
 
 
-def _digest(product: Product, line: str) -> bool:
+def _is_listed(product: Product, line: str) -> bool:
     return line.startswith(("short:latest", "tiny:latest"))
 
 
@@ -81,15 +83,15 @@ def test_the_ollama_command_creates_copies_and_removes(
     assert "made:latest" not in _run(binary, "list", product=product)
 
 
-def _opened(client: Any) -> contextlib.AbstractContextManager[Any]:
-    """The client without its types, which strict checking cannot follow."""
+def _untyped(client: Any) -> contextlib.AbstractContextManager[Any]:
+    """The client as `Any`, because strict type checking cannot follow its types."""
     return client
 
 
 def test_the_ollama_package_chats_generates_and_embeds(product: Product) -> None:
-    with _opened(ollama.Client(host=product.address.url)) as client:
+    with _untyped(ollama.Client(host=product.address.url)) as client:
         parts = list(client.chat("tiny", _HI, stream=True, options=_OPTIONS))
-        assert [part.done for part in parts] == [False] * 6 + [True]
+        assert [part.completed for part in parts] == [False] * 6 + [True]
         assert client.generate("tiny", "hello", options=_OPTIONS).eval_count == 6
         assert [len(vector) for vector in client.embed("embed", ["a", "b"]).embeddings] == [64, 64]
         assert {model.model for model in client.list().models} >= {"tiny:latest", "embed:latest", "big:latest"}
@@ -104,11 +106,11 @@ async def test_the_async_ollama_package_streams(product: Product) -> None:
     opened: Any = ollama.AsyncClient(host=product.address.url)
     async with opened as client:
         stream = await client.chat("tiny", _HI, stream=True, options=_OPTIONS)
-        assert [part.done async for part in stream] == [False] * 6 + [True]
+        assert [part.completed async for part in stream] == [False] * 6 + [True]
 
 
 def test_the_openai_package_chats_completes_and_embeds(product: Product) -> None:
-    with _opened(openai.OpenAI(base_url=product.address.url + "/v1", api_key="unused", max_retries=0)) as client:
+    with _untyped(openai.OpenAI(base_url=product.address.url + "/v1", api_key="unused", max_retries=0)) as client:
         options = {"include_usage": True}
         events = list(
             client.chat.completions.create(
@@ -120,12 +122,12 @@ def test_the_openai_package_chats_completes_and_embeds(product: Product) -> None
                 stream_options=options,
             )
         )
-        words = [event.choices[0].delta.content for event in events if event.choices]
-        assert len([word for word in words if word]) == 5
+        contents = [event.choices[0].delta.content for event in events if event.choices]
+        assert len([content for content in contents if content]) == 5
         assert events[-1].usage.completion_tokens == 5
-        memoise = client.chat.completions.create(model="tiny", messages=_HI, max_tokens=3)
-        assert memoise.usage is not None
-        assert memoise.usage.completion_tokens == 3
+        unstreamed = client.chat.completions.create(model="tiny", messages=_HI, max_tokens=3)
+        assert unstreamed.usage is not None
+        assert unstreamed.usage.completion_tokens == 3
         text = client.completions.create(model="tiny", prompt="hi", max_tokens=3)
         assert text.choices[0].text.strip()
         vectors = client.embeddings.create(model="embed", input=["a", "b"], encoding_format="float")
@@ -137,7 +139,7 @@ def test_the_openai_package_chats_completes_and_embeds(product: Product) -> None
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "words"),
+    ("path", "body", "status", "message"),
     [
         ("/api/generate", {"model": "nope", "prompt": "x"}, 404, "model 'nope' not found"),
         ("/api/chat", b"{bad", 400, "invalid character 'b' looking for beginning of object key string"),
@@ -155,14 +157,14 @@ def test_the_openai_package_chats_completes_and_embeds(product: Product) -> None
         ),
     ],
 )
-async def test_clients_meet_the_servers_own_words(
-    product: Product, path: str, body: object, status: int, words: str
+async def test_error_messages_of_the_server_are_passed_through(
+    product: Product, path: str, body: object, status: int, message: str
 ) -> None:
     reply = await call(product.address, "POST", path, body)
-    assert (reply.status, reply.json()) == (status, {"error": words})
+    assert (reply.status, reply.json()) == (status, {"error": message})
 
 
-async def test_the_openai_api_answers_errors_in_its_own_shape(product: Product) -> None:
+async def test_the_openai_api_returns_errors_in_its_format(product: Product) -> None:
     body = {"model": "nope", "messages": _HI}
     reply = await call(product.address, "POST", "/v1/chat/completions", body)
     assert reply.status == 404
@@ -185,7 +187,7 @@ async def test_every_form_of_a_name_works_and_is_echoed(product: Product, name: 
     assert (reply.status, reply.json()["model"]) == (200, name)
 
 
-async def test_a_body_is_read_as_the_server_reads_it(product: Product) -> None:
+async def test_a_body_is_parsed_as_the_server_does(product: Product) -> None:
     body = b'{"model":"nope","prompt":"x","stream":false,"MODEL":"tiny","options":{"num_predict":2}} more'
     reply = await call(product.address, "POST", "/api/generate", body)
     assert (reply.status, reply.json()["model"]) == (200, "tiny")

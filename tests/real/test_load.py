@@ -1,4 +1,4 @@
-"""Many streams at once over both servers, and clients that leave."""
+"""Many concurrent streams on both servers, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHORT = {"model": "big", "prompt": "x", "stream": False, "options": {"num_predi
 async def test_thirty_two_streams_over_two_models_on_two_servers(product: Product) -> None:
     for name in ("tiny", "other", "short", "big", "embed"):
         await call(product.address, "POST", "/api/generate", {"model": name, "keep_alive": 0})
-    await eventually(lambda: not product.call("GET", "/llamayard/status")[1]["models"], what="nothing in the books")
+    await eventually(lambda: not product.call("GET", "/llamayard/status")[1]["models"], what="no models in the status")
     assert not any(product.resident().values())
 
     async def stream(number: int) -> Reply:
@@ -46,32 +46,32 @@ async def test_two_requests_for_a_cold_model_cause_one_load(product: Product) ->
     assert sum("big:latest" in names for names in product.resident().values()) == 1
 
 
-async def test_a_client_that_hangs_up_frees_its_slot(product: Product) -> None:
-    """Both slots of the model are taken by clients that leave; a third request is then served."""
+async def test_a_client_that_disconnects_frees_its_slot(product: Product) -> None:
+    """Both slots of the model are held by clients that disconnect; then a third request is served."""
     await call(product.address, "POST", "/api/generate", _SHORT)
     async with connect(product.address) as first, connect(product.address) as second:
-        for leaving in (first, second):
-            await leaving.send(request_bytes("POST", "/api/generate", _LONG))
-            assert (await leaving.head()).status == 200
-            assert await leaving.chunk()
-        waiting = asyncio.ensure_future(call(product.address, "POST", "/api/generate", _SHORT))
+        for disconnecting in (first, second):
+            await disconnecting.send(request_bytes("POST", "/api/generate", _LONG))
+            assert (await disconnecting.head()).status == 200
+            assert await disconnecting.chunk()
+        queued_request = asyncio.ensure_future(call(product.address, "POST", "/api/generate", _SHORT))
         assert await first.chunk()
         first.abort()
         second.abort()
-    reply = await waiting
+    reply = await queued_request
     assert (reply.status, reply.json()["eval_count"]) == (200, 2)
 
 
-async def test_clients_that_leave_while_they_wait_take_nothing_along(product: Product) -> None:
+async def test_clients_that_disconnect_while_queued_leak_no_slots(product: Product) -> None:
     await call(product.address, "POST", "/api/generate", _SHORT)
     async with connect(product.address) as first, connect(product.address) as second:
         for busy in (first, second):
             await busy.send(request_bytes("POST", "/api/generate", _LONG))
             await busy.head()
         for _ in range(5):
-            async with connect(product.address) as leaving:
-                await leaving.send(request_bytes("POST", "/api/generate", _SHORT))
-                leaving.abort()
+            async with connect(product.address) as disconnecting:
+                await disconnecting.send(request_bytes("POST", "/api/generate", _SHORT))
+                disconnecting.abort()
         assert await first.chunk()
         first.abort()
         second.abort()
@@ -79,18 +79,18 @@ async def test_clients_that_leave_while_they_wait_take_nothing_along(product: Pr
     assert [reply.status for reply in replies] == [200] * 3
 
 
-async def test_a_request_whose_client_leaves_during_the_load_does_not_abort_it(product: Product) -> None:
+async def test_a_client_that_disconnects_during_a_load_does_not_abort_it(product: Product) -> None:
     await call(product.address, "POST", "/api/generate", {"model": "big", "keep_alive": 0})
     await eventually(lambda: not any("big:latest" in names for names in product.resident().values()))
-    async with connect(product.address) as leaving:
-        await leaving.send(request_bytes("POST", "/api/generate", _LONG))
-        leaving.abort()
+    async with connect(product.address) as disconnecting:
+        await disconnecting.send(request_bytes("POST", "/api/generate", _LONG))
+        disconnecting.abort()
     reply = await call(product.address, "POST", "/api/generate", _SHORT)
     assert (reply.status, reply.json()["eval_count"]) == (200, 2)
 
 
 @pytest.mark.parametrize("keep_alive", [0, "0s"])
-async def test_a_client_may_unload_a_model(product: Product, keep_alive: int | str) -> None:
+async def test_a_client_can_unload_a_model(product: Product, keep_alive: int | str) -> None:
     await call(product.address, "POST", "/api/generate", {"model": "tiny"})
     reply = await call(product.address, "POST", "/api/generate", {"model": "tiny", "keep_alive": keep_alive})
     assert (reply.status, reply.json()["done_reason"]) == (200, "unload")

@@ -1,4 +1,4 @@
-"""Pull, create, copy and delete through the router, seen by both servers behind it."""
+"""Pull, create, copy and delete through the router, as both its servers see them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ pytestmark = pytest.mark.ollama
 
 
 async def _on_each_server(product: Product, name: str) -> list[bool]:
-    """Whether each of the two servers lists the model; one that is being restarted is waited for."""
-    both = {view["url"] for view in product.call("GET", "/llamayard/status")[1]["instances"]}
-    addresses = [Address("127.0.0.1", int(url.rpartition(":")[2])) for url in sorted(both)]
-    await eventually(lambda: all(_answers(address) for address in addresses), what="an answer of each server")
+    """Whether each of the two servers lists the model; waits for a restarting server."""
+    urls = {view["url"] for view in product.call("GET", "/llamayard/status")[1]["instances"]}
+    addresses = [Address("127.0.0.1", int(url.rpartition(":")[2])) for url in sorted(urls)]
+    await eventually(lambda: all(_is_up(address) for address in addresses), what="an answer of each server")
     lists = [blocking_call(address, "GET", "/api/tags")[1] for address in addresses]
     return [any(model["name"] == name for model in listed["models"]) for listed in lists]
 
 
-def _answers(address: Address) -> bool:
+def _is_up(address: Address) -> bool:
     try:
         return blocking_call(address, "GET", "/api/version")[0] == 200
     except OSError:
         return False
 
 
-async def test_what_is_created_is_seen_by_both_and_runs(product: Product) -> None:
+async def test_a_created_model_is_listed_by_both_servers_and_runs(product: Product) -> None:
     body = {"model": "derived", "from": "tiny", "system": "be brief", "parameters": {"num_predict": 3}}
     reply = await call(product.address, "POST", "/api/create", body)
     assert (reply.status, reply.lines()[-1]) == (200, {"status": "success"})
@@ -44,7 +44,7 @@ async def test_what_is_created_is_seen_by_both_and_runs(product: Product) -> Non
     assert answer.status == 404
 
 
-async def test_a_copy_is_seen_by_both_until_it_is_deleted(product: Product) -> None:
+async def test_a_copy_is_listed_by_both_servers_until_it_is_deleted(product: Product) -> None:
     reply = await call(product.address, "POST", "/api/copy", {"source": "tiny", "destination": "twin"})
     assert (reply.status, reply.body) == (200, b"")
     assert await _on_each_server(product, "twin:latest") == [True, True]
@@ -54,18 +54,18 @@ async def test_a_copy_is_seen_by_both_until_it_is_deleted(product: Product) -> N
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "twin"})).status == 404
 
 
-async def test_a_pull_that_cannot_connect_passes_the_servers_words_on(product: Product) -> None:
+async def test_a_failed_pull_passes_the_servers_message_on(product: Product) -> None:
     reply = await call(product.address, "POST", "/api/pull", {"model": "127.0.0.1:1/library/none", "insecure": True})
     assert reply.status == 200
     assert reply.lines()[0] == {"status": "pulling manifest"}
     assert "connection refused" in reply.lines()[-1]["error"]
-    memoise = {"model": "127.0.0.1:1/library/none", "insecure": True, "stream": False}
-    reply = await call(product.address, "POST", "/api/pull", memoise)
+    unstreamed = {"model": "127.0.0.1:1/library/none", "insecure": True, "stream": False}
+    reply = await call(product.address, "POST", "/api/pull", unstreamed)
     assert reply.status == 500
     assert "connection refused" in reply.json()["error"]
 
 
-async def test_a_blob_goes_up_in_chunks_and_is_there(product: Product) -> None:
+async def test_a_blob_can_be_uploaded_in_chunks(product: Product) -> None:
     data = b"a blob of a test" * 100_000
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
     async with connect(product.address) as connection:
@@ -80,7 +80,7 @@ async def test_a_blob_goes_up_in_chunks_and_is_there(product: Product) -> None:
     assert (await call(product.address, "POST", f"/api/blobs/{digest}", data)).status == 200
 
 
-async def test_an_upload_of_weights_that_are_there_is_answered_and_not_broken(
+async def test_an_upload_of_existing_weights_is_answered_without_breaking_the_connection(
     product: Product, files: Mapping[str, ModelFile]
 ) -> None:
     big = files["big"]

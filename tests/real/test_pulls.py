@@ -1,4 +1,4 @@
-"""Downloads through the router: shared by all who ask, shown to all, given up when nobody waits, one at a time."""
+"""Downloads through the router: shared between clients, cancelled when nobody waits, one at a time."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def _pull(registry: Registry, name: str, **fields: Any) -> bytes:
     return request_bytes("POST", "/api/pull", {"model": registry.name(name), "insecure": True, **fields})
 
 
-async def _until(connection: Connection, words: str) -> list[Any]:
-    """The lines up to the first whose status begins so."""
+async def _until(connection: Connection, status: str) -> list[Any]:
+    """Reads lines up to the first whose status starts with `status`."""
     lines: list[Any] = []
-    while not (lines and lines[-1].get("status", "").startswith(words)):
+    while not (lines and lines[-1].get("status", "").startswith(status)):
         piece = await connection.chunk()
         assert piece is not None, lines
         lines += [json.loads(line) for line in piece.splitlines()]
@@ -53,54 +53,54 @@ def _lines(chunks: tuple[bytes, ...]) -> list[Any]:
     return [json.loads(line) for line in b"".join(chunks).splitlines()]
 
 
-async def test_those_who_pull_one_model_share_one_download_and_all_see_it(product: Product, registry: Registry) -> None:
+async def test_concurrent_pulls_of_one_model_share_one_download(product: Product, registry: Registry) -> None:
     registry.gate.clear()
     async with connect(product.address) as first, connect(product.address) as second, connect(product.address) as third:
         await first.send(_pull(registry, "pulled0"))
         head = await first.head()
         assert (head.status, head.header("Content-Type")) == (200, "application/x-ndjson")
         await _until(first, "pulling ")
-        await registry.holding.wait()
+        await registry.download_started.wait()
         await second.send(_pull(registry, "PULLED0"))
-        late = await second.head()
+        second_head = await second.head()
         await _until(second, "pulling ")
         await third.send(_pull(registry, "pulled0", stream=False))
         registry.gate.set()
-        replies = [await first.rest(head), await second.rest(late)]
+        replies = [await first.rest(head), await second.rest(second_head)]
         assert [_lines(reply.chunks)[-1] for reply in replies] == [{"status": "success"}] * 2
         assert all(any("completed" in line for line in _lines(reply.chunks)) for reply in replies)
-        memoise = await third.reply()
-        assert (memoise.status, memoise.header("Content-Type"), memoise.json()) == (
+        unstreamed = await third.reply()
+        assert (unstreamed.status, unstreamed.header("Content-Type"), unstreamed.json()) == (
             200,
             "application/json",
             {"status": "success"},
         )
-    assert registry.asked == {"manifest": 1, "data": 2}  # weights and configuration, each once
+    assert registry.request_counts == {"manifest": 1, "data": 2}  # weights and configuration, once each
     body = {"model": registry.name("pulled0"), "prompt": "x", "stream": False, "options": {"num_predict": 2}}
     assert (await call(product.address, "POST", "/api/generate", body)).json()["eval_count"] == 2
 
 
-async def test_a_download_goes_on_for_those_who_stay(product: Product, registry: Registry) -> None:
+async def test_a_download_continues_for_the_remaining_clients(product: Product, registry: Registry) -> None:
     registry.gate.clear()
-    async with connect(product.address) as leaving, connect(product.address) as staying:
-        await leaving.send(_pull(registry, "pulled1"))
-        await leaving.head()
-        await registry.holding.wait()
+    async with connect(product.address) as disconnecting, connect(product.address) as staying:
+        await disconnecting.send(_pull(registry, "pulled1"))
+        await disconnecting.head()
+        await registry.download_started.wait()
         await staying.send(_pull(registry, "pulled1"))
         head = await staying.head()
-        leaving.abort()
+        disconnecting.abort()
         registry.gate.set()
         assert _lines((await staying.rest(head)).chunks)[-1] == {"status": "success"}
-    assert registry.asked["manifest"] == 1
+    assert registry.request_counts["manifest"] == 1
 
 
-async def test_a_download_that_nobody_waits_for_is_given_up(product: Product, registry: Registry) -> None:
+async def test_a_download_without_clients_is_cancelled(product: Product, registry: Registry) -> None:
     registry.gate.clear()
-    async with connect(product.address) as leaving:
-        await leaving.send(_pull(registry, "pulled2"))
-        await leaving.head()
-        await registry.holding.wait()
-        leaving.abort()
+    async with connect(product.address) as disconnecting:
+        await disconnecting.send(_pull(registry, "pulled2"))
+        await disconnecting.head()
+        await registry.download_started.wait()
+        disconnecting.abort()
     reply = await call(product.address, "POST", "/api/copy", {"source": "tiny", "destination": "free-again"})
     assert reply.status == 200
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "free-again"})).status == 200
@@ -109,46 +109,46 @@ async def test_a_download_that_nobody_waits_for_is_given_up(product: Product, re
     assert again.lines()[-1] == {"status": "success"}
 
 
-async def test_writes_wait_for_each_other_and_say_so(product: Product, registry: Registry) -> None:
+async def test_store_changes_wait_for_each_other_and_report_it(product: Product, registry: Registry) -> None:
     registry.gate.clear()
     copy = {"source": "tiny", "destination": "copied-late"}
     async with connect(product.address) as first, connect(product.address) as second:
         await first.send(_pull(registry, "pulled3"))
         head = await first.head()
-        await registry.holding.wait()
+        await registry.download_started.wait()
         await second.send(_pull(registry, "pulled4"))
-        other = await second.head()
+        second_head = await second.head()
         assert (await _until(second, "waiting "))[-1]["status"].startswith("waiting for another change")
         copying = asyncio.ensure_future(call(product.address, "POST", "/api/copy", copy))
         registry.gate.set()
         assert _lines((await first.rest(head)).chunks)[-1] == {"status": "success"}
-        assert _lines((await second.rest(other)).chunks)[-1] == {"status": "success"}
+        assert _lines((await second.rest(second_head)).chunks)[-1] == {"status": "success"}
         assert (await copying).status == 200
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "copied-late"})).status == 200
 
 
-async def test_a_registrys_refusal_is_the_servers_words_for_all(product: Product, registry: Registry) -> None:
-    unknown = {"model": registry.name("nothing"), "insecure": True}
-    streamed = await call(product.address, "POST", "/api/pull", unknown)
+async def test_a_registry_error_is_passed_through(product: Product, registry: Registry) -> None:
+    unknown_model = {"model": registry.name("nothing"), "insecure": True}
+    streamed = await call(product.address, "POST", "/api/pull", unknown_model)
     assert (streamed.status, streamed.lines()[-1]) == (200, {"error": "pull model manifest: file does not exist"})
-    memoise = await call(product.address, "POST", "/api/pull", {**unknown, "stream": False})
-    assert (memoise.status, memoise.json()) == (500, {"error": "pull model manifest: file does not exist"})
+    unstreamed = await call(product.address, "POST", "/api/pull", {**unknown_model, "stream": False})
+    assert (unstreamed.status, unstreamed.json()) == (500, {"error": "pull model manifest: file does not exist"})
     plain = await call(product.address, "POST", "/api/pull", {"model": registry.name("pulled5")})
     assert "HTTP response to HTTPS client" in plain.lines()[-1]["error"]
 
 
-async def test_weights_that_a_pull_replaces_leave_the_gpus_and_the_store(
+async def test_weights_replaced_by_a_pull_are_unloaded_and_deleted(
     product: Product, registry: Registry, weights: Mapping[str, ModelFile], store: Path
 ) -> None:
     name = registry.name("pulled6")
     await call(product.address, "POST", "/api/pull", {"model": name, "insecure": True})
     body = {"model": name, "prompt": "x", "stream": False, "options": {"num_predict": 2}}
     assert (await call(product.address, "POST", "/api/generate", body)).status == 200
-    old = store / "blobs" / weights["pulled6"].digest.replace(":", "-")
-    assert old.is_file()
+    old_blob = store / "blobs" / weights["pulled6"].digest.replace(":", "-")
+    assert old_blob.is_file()
     registry.put("pulled6", weights["pulled5"].path.read_bytes())
     assert (await call(product.address, "POST", "/api/pull", {"model": name, "insecure": True})).status == 200
-    await eventually(lambda: not old.exists(), what="the end of the old weights")
+    await eventually(lambda: not old_blob.exists(), what="the end of the old weights")
     await eventually(lambda: not any("pulled6" in n for names in product.resident().values() for n in names))
     assert not any("llamayard" in model["name"] for model in product.call("GET", "/api/tags")[1]["models"])
     assert (await call(product.address, "POST", "/api/generate", body)).status == 200

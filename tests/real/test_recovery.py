@@ -1,4 +1,4 @@
-"""Servers, runners and the router are killed: what clients see, what comes back, and that nothing is left over."""
+"""Killed servers, runners and routers: what clients see, what is restarted, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _server_of(product: Product, model: str) -> psutil.Process:
 
 
 async def _served(product: Product) -> bool:
-    """Whether a request is served; one that meets the death of a server may get an error instead."""
+    """Whether a request is served; one during the death of a server may get an error instead."""
     reply = await call(product.address, "POST", "/api/generate", _SHORT)
     return reply.status == 200 and reply.json().get("eval_count") == 2
 
 
-async def test_a_killed_server_comes_back_and_its_runner_does_not_stay(make_product: MakeProduct) -> None:
+async def test_a_killed_server_is_restarted_and_its_runner_removed(make_product: MakeProduct) -> None:
     product = make_product()
     product.start()
     async with connect(product.address) as connection:
@@ -61,7 +61,7 @@ async def test_a_killed_server_comes_back_and_its_runner_does_not_stay(make_prod
     await eventually(lambda: _served(product), what="a served request")
 
 
-async def test_a_killed_runner_is_loaded_again(make_product: MakeProduct) -> None:
+async def test_the_model_of_a_killed_runner_is_reloaded(make_product: MakeProduct) -> None:
     product = make_product()
     product.start()
     async with connect(product.address) as connection:
@@ -74,17 +74,17 @@ async def test_a_killed_runner_is_loaded_again(make_product: MakeProduct) -> Non
     assert len(product.servers()) == 2
 
 
-async def test_a_killed_router_leaves_nothing_once_it_runs_again(make_product: MakeProduct) -> None:
+async def test_a_restarted_router_removes_the_processes_of_a_killed_one(make_product: MakeProduct) -> None:
     product = make_product()
     product.start()
     async with connect(product.address) as connection:
         await _begin(connection)
-        before = [*product.servers().values(), *product.runners()]
-        assert len(before) == 3
+        old_processes = [*product.servers().values(), *product.runners()]
+        assert len(old_processes) == 3
         product.signal(signal.SIGKILL)
         product.wait()
     product.start()
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in old_processes)
     assert len(product.servers()) == 2
     assert await _served(product)
     product.signal(signal.SIGTERM)
@@ -93,8 +93,8 @@ async def test_a_killed_router_leaves_nothing_once_it_runs_again(make_product: M
 
 
 @contextlib.contextmanager
-def _leftover(store: Path) -> Generator[Path]:
-    """A name as a router leaves it that is killed while it unloads what has none; of weights that others name too."""
+def _leftover_tag(store: Path) -> Generator[Path]:
+    """A temporary tag left by a router that was killed during an unload; its weights have other names too."""
     library = store / "manifests" / "registry.ollama.ai" / "library"
     manifest = library / "llamayard-unload" / "0123456789ab"
     manifest.parent.mkdir()
@@ -103,22 +103,22 @@ def _leftover(store: Path) -> Generator[Path]:
     shutil.rmtree(manifest.parent, ignore_errors=True)
 
 
-async def test_a_name_that_a_killed_router_made_to_unload_with_is_never_listed_and_soon_gone(
+async def test_a_leftover_temporary_tag_is_never_listed_and_soon_removed(
     make_product: MakeProduct, store: Path
 ) -> None:
-    with _leftover(store) as manifest:
+    with _leftover_tag(store) as manifest:
         product = make_product(poll={"catalog_seconds": 3600.0})
         product.start()
         for path, rows, name in (("/api/tags", "models", "name"), ("/v1/models", "data", "id")):
             names = [row[name] for row in (await call(product.address, "GET", path)).json()[rows]]
-            assert "tiny" in {one.partition(":")[0] for one in names}
-            assert not [one for one in names if "llamayard" in one]
+            assert "tiny" in {listed.partition(":")[0] for listed in names}
+            assert not [listed for listed in names if "llamayard" in listed]
         assert manifest.exists()
         product.signal(signal.SIGKILL)
         product.wait()
         product = make_product(poll={"catalog_seconds": 0.2})
         product.start()
-        await eventually(lambda: not manifest.exists(), what="the end of the name")
+        await eventually(lambda: not manifest.exists(), what="the removal of the temporary tag")
         reply = await call(product.address, "POST", "/api/generate", {**_SHORT, "model": "tiny"})
         assert (reply.status, reply.json()["eval_count"]) == (200, 2)
 
@@ -134,14 +134,14 @@ _REFUSED: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-async def test_a_signal_lets_a_running_stream_finish(make_product: MakeProduct, number: signal.Signals) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_a_running_stream_finish(make_product: MakeProduct, signal_number: signal.Signals) -> None:
     product = make_product(server={"drain_timeout_seconds": 600.0})
     product.start()
     body = {**_LONG, "options": {"num_predict": 100, "seed": 1}}
     async with connect(product.address) as connection:
         await _begin(connection, body)
-        product.signal(number)
+        product.signal(signal_number)
         await eventually(lambda: _refuses(product), what="a refusal of new requests")
         for method, path, body in _REFUSED:
             refused = await call(product.address, method, path, body)
@@ -162,7 +162,7 @@ async def _refuses(product: Product) -> bool:
     return (await call(product.address, "POST", "/api/generate", _SHORT)).status == 503
 
 
-async def test_under_nohup_a_closed_terminal_is_not_heard(make_product: MakeProduct) -> None:
+async def test_under_nohup_sighup_is_ignored(make_product: MakeProduct) -> None:
     product = make_product(server={"drain_timeout_seconds": 600.0})
     product.program = ("sh", "-c", """trap "" HUP; exec "$0" "$@" """, *product.program)
     product.start()
@@ -170,21 +170,21 @@ async def test_under_nohup_a_closed_terminal_is_not_heard(make_product: MakeProd
         await _begin(connection, {**_LONG, "options": {"num_predict": 100, "seed": 1}})
         product.signal(signal.SIGHUP)
         assert (await call(product.address, "GET", "/ready")).status == 200
-        product.signal(signal.SIGTERM)  # the first that counts: were it the second, the stream would be cut
+        product.signal(signal.SIGTERM)  # counts as the first signal: a second one would cut the stream
         reply = await connection.rest_after_head()
     assert reply.lines()[-1]["done_reason"] == "length"
     assert product.wait() == 0
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_stops_at_once(make_product: MakeProduct, second: signal.Signals) -> None:
+@pytest.mark.parametrize("second_signal", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_stops_immediately(make_product: MakeProduct, second_signal: signal.Signals) -> None:
     product = make_product(server={"drain_timeout_seconds": 600.0})
     product.start()
     async with connect(product.address) as connection:
         await _begin(connection)
         product.signal(signal.SIGINT)
         await eventually(lambda: _refuses(product), what="a refusal of new requests")
-        product.signal(second)
+        product.signal(second_signal)
         reply = await connection.rest_after_head()
     assert b'"done":true' not in reply.body
     product.wait()
@@ -204,25 +204,25 @@ async def test_the_drain_has_a_deadline(make_product: MakeProduct) -> None:
 
 
 @contextlib.contextmanager
-def _taken(port: int) -> Generator[None]:
+def _occupied(port: int) -> Generator[None]:
     with socket.create_server(("127.0.0.1", port)):
         yield
 
 
-def test_a_port_that_is_taken_is_told_with_the_way_out(make_product: MakeProduct) -> None:
+def test_an_occupied_port_is_reported(make_product: MakeProduct) -> None:
     product = make_product()
-    with _taken(product.address.port):
+    with _occupied(product.address.port):
         product.start(ready=False)
         code = product.wait()
     assert code not in (0, None)
-    words = product.log_text()
-    assert str(product.address.port) in words
-    assert "Traceback" not in words
-    assert "port" in words
+    log_text = product.log_text()
+    assert str(product.address.port) in log_text
+    assert "Traceback" not in log_text
+    assert "port" in log_text
     assert not product.processes()
 
 
-def test_a_binary_that_is_not_there_is_told(make_product: MakeProduct) -> None:
+def test_a_missing_binary_is_reported(make_product: MakeProduct) -> None:
     product = make_product(ollama={"binary": "/nonexistent/ollama"})
     product.start(ready=False)
     code = product.wait()
@@ -231,7 +231,7 @@ def test_a_binary_that_is_not_there_is_told(make_product: MakeProduct) -> None:
     assert "Traceback" not in product.log_text()
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_right_one(make_product: MakeProduct) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_valid_one(make_product: MakeProduct) -> None:
     product = make_product(olama={"binary": "x"})
     product.start(ready=False)
     assert product.wait() not in (0, None)

@@ -1,4 +1,4 @@
-"""Deleting, creating anew and stopping models while they are loaded, in use, or shared by several names."""
+"""Deleting, recreating and stopping models that are loaded, in use, or shared by several names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _blob(store: Path, file: ModelFile) -> Path:
     return store / "blobs" / file.digest.replace(":", "-")
 
 
-async def test_a_model_in_use_is_deleted_after_its_requests_and_begins_none_meanwhile(
+async def test_a_model_in_use_is_deleted_after_its_requests_and_accepts_no_new_ones(
     product: Product, store: Path, weights: Mapping[str, ModelFile]
 ) -> None:
     await _create(product, "doomed", weights["weights0"])
@@ -81,23 +81,23 @@ async def test_a_model_in_use_is_deleted_after_its_requests_and_begins_none_mean
     assert (status, answer) == (404, {"error": "model 'doomed' not found"})
 
 
-async def test_a_name_of_shared_weights_is_deleted_without_an_unload(
+async def test_deleting_one_name_of_shared_weights_unloads_nothing(
     product: Product, weights: Mapping[str, ModelFile]
 ) -> None:
     await _create(product, "first-name", weights["weights1"])
-    copy = {"source": "first-name", "destination": "second-name"}
-    assert (await call(product.address, "POST", "/api/copy", copy)).status == 200
+    copy_body = {"source": "first-name", "destination": "second-name"}
+    assert (await call(product.address, "POST", "/api/copy", copy_body)).status == 200
     assert (await _generate(product, "first-name"))[0] == 200
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "first-name"})).status == 200
-    assert _loaded(product) & {"first-name:latest", "second-name:latest"}  # shown as it was loaded
+    assert _loaded(product) & {"first-name:latest", "second-name:latest"}  # listed under the name that loaded it
     assert (await _generate(product, "second-name"))[0] == 200
-    # and what is loaded under a name that is gone can still be unloaded, and deleted for good
+    # a model loaded under a deleted name can still be unloaded and deleted
     await call(product.address, "POST", "/api/generate", {"model": "second-name", "keep_alive": 0})
     await eventually(lambda: not _loaded(product) & {"first-name:latest", "second-name:latest"})
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "second-name"})).status == 200
 
 
-async def test_what_a_name_meant_before_it_was_created_anew_leaves_the_servers_and_the_store(
+async def test_recreating_a_model_unloads_and_deletes_its_old_weights(
     product: Product, store: Path, weights: Mapping[str, ModelFile]
 ) -> None:
     await _create(product, "again", weights["weights2"])
@@ -110,14 +110,14 @@ async def test_what_a_name_meant_before_it_was_created_anew_leaves_the_servers_a
     assert (await call(product.address, "DELETE", "/api/delete", {"model": "again"})).status == 200
 
 
-async def test_what_a_name_meant_before_another_was_copied_over_it_leaves_the_servers_and_the_store(
+async def test_copying_over_a_model_unloads_and_deletes_its_old_weights(
     product: Product, store: Path, weights: Mapping[str, ModelFile]
 ) -> None:
     await _create(product, "in-use", weights["weights3"])
     await _create(product, "next", weights["weights4"])
     assert (await _generate(product, "in-use"))[0] == 200
-    copy = {"source": "next", "destination": "in-use"}
-    assert (await call(product.address, "POST", "/api/copy", copy)).status == 200
+    copy_body = {"source": "next", "destination": "in-use"}
+    assert (await call(product.address, "POST", "/api/copy", copy_body)).status == 200
     await eventually(lambda: not _blob(store, weights["weights3"]).exists(), what="the end of the old weights")
     await eventually(lambda: "in-use:latest" not in _loaded(product), what="the end of the old runner")
     assert (await _generate(product, "in-use"))[0] == 200
@@ -126,7 +126,7 @@ async def test_what_a_name_meant_before_another_was_copied_over_it_leaves_the_se
         assert (await call(product.address, "DELETE", "/api/delete", {"model": name})).status == 200
 
 
-async def test_stopping_a_busy_model_lets_its_stream_end(product: Product) -> None:
+async def test_stopping_a_busy_model_does_not_cut_its_stream(product: Product) -> None:
     async with connect(product.address) as busy:
         await busy.send(request_bytes("POST", "/api/generate", {"model": "big", **_LONG}))
         assert (await busy.head()).status == 200
@@ -139,44 +139,44 @@ async def test_stopping_a_busy_model_lets_its_stream_end(product: Product) -> No
     await eventually(lambda: "big:latest" not in _loaded(product))
 
 
-async def test_the_longest_keep_alive_of_those_who_hold_a_model_wins(product: Product) -> None:
+async def test_the_longest_keep_alive_of_concurrent_requests_wins(product: Product) -> None:
     def row() -> dict[str, Any]:
         rows = product.call("GET", "/api/ps")[1]["models"]
-        return next((each for each in rows if each["name"] == "big:latest"), {"llamayard": {}, "expires_at": ""})
+        return next((entry for entry in rows if entry["name"] == "big:latest"), {"llamayard": {}, "expires_at": ""})
 
-    hold = {"model": "big", **_LONG, "keep_alive": "20m"}
+    long_request = {"model": "big", **_LONG, "keep_alive": "20m"}
     async with connect(product.address) as busy:
-        await busy.send(request_bytes("POST", "/api/generate", hold))
+        await busy.send(request_bytes("POST", "/api/generate", long_request))
         assert (await busy.head()).status == 200
-        passing = {"model": "big", **_SHORT, "keep_alive": 0}
-        assert (await call(product.address, "POST", "/api/generate", passing)).status == 200
+        short_request = {"model": "big", **_SHORT, "keep_alive": 0}
+        assert (await call(product.address, "POST", "/api/generate", short_request)).status == 200
         assert await busy.chunk()
         busy.abort()
     await eventually(lambda: row()["llamayard"].get("in_flight") == 0)
     assert "big:latest" in _loaded(product)
-    assert not row()["expires_at"].startswith(("22", "23"))  # not for ever
-    # alone, the last word counts
-    assert (await call(product.address, "POST", "/api/generate", passing)).status == 200
+    assert not row()["expires_at"].startswith(("22", "23"))  # not forever
+    # with a single user, the last keep-alive applies
+    assert (await call(product.address, "POST", "/api/generate", short_request)).status == 200
     await eventually(lambda: "big:latest" not in _loaded(product))
 
 
-async def test_the_list_of_loaded_models_says_where_each_is(product: Product) -> None:
+async def test_ps_shows_the_instance_of_each_model(product: Product) -> None:
     assert (await _generate(product, "big"))[0] == 200
     rows = (await call(product.address, "GET", "/api/ps")).json()["models"]
-    (row,) = [each for each in rows if each["name"] == "big:latest"]
+    (row,) = [entry for entry in rows if entry["name"] == "big:latest"]
     assert row["llamayard"]["instance"] in ("a", "b")
     assert (row["llamayard"]["slots"], row["llamayard"]["gpus"]) == (2, [])
     assert row["llamayard"]["in_flight"] == 0
 
 
-def test_a_full_disk_is_the_servers_own_error(make_product: MakeProduct, tmp_path: Path) -> None:
-    """Stood in for by a limit on the size of files, which ends a write in the same place."""
+def test_the_servers_error_for_a_full_disk_is_passed_through(make_product: MakeProduct, tmp_path: Path) -> None:
+    """Simulated by a file size limit, which fails the write at the same place."""
     folder = tmp_path / "small"
     folder.mkdir()
     data = os.urandom(3 * 1024 * 1024)
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
     template = make_product(ollama={"models": str(folder / "models")})
-    limited = prepare(folder, _tree(template), port=template.address.port)
+    limited = prepare(folder, _config_tree(template), port=template.address.port)
     limited.program = ("sh", "-c", 'ulimit -f 4096; exec "$0" "$@"', *limited.program)  # 2 MiB
     with running(limited) as product:
         status, answer = product.call("POST", f"/api/blobs/{digest}", data)
@@ -184,14 +184,14 @@ def test_a_full_disk_is_the_servers_own_error(make_product: MakeProduct, tmp_pat
         assert product.call("GET", "/api/tags") == (200, {"models": []})
 
 
-def _tree(product: Product) -> Any:
+def _config_tree(product: Product) -> Any:
     return yaml.safe_load(product.config.read_text(encoding="utf-8"))
 
 
-async def test_a_stop_reaches_a_model_that_is_still_loading(product: Product) -> None:
+async def test_a_loading_model_can_be_stopped(product: Product) -> None:
     await call(product.address, "POST", "/api/generate", {"model": "big", "keep_alive": 0})
     await eventually(lambda: "big:latest" not in _loaded(product))
-    waiting = asyncio.ensure_future(_generate(product, "big"))
+    pending = asyncio.ensure_future(_generate(product, "big"))
 
     def is_loading() -> bool:
         rows = product.call("GET", "/llamayard/status")[1]["models"]
@@ -199,6 +199,6 @@ async def test_a_stop_reaches_a_model_that_is_still_loading(product: Product) ->
 
     await eventually(is_loading)
     await call(product.address, "POST", "/api/generate", {"model": "big", "keep_alive": 0})
-    status, answer = await waiting
+    status, answer = await pending
     assert (status, answer["done"]) == (200, True)
     await eventually(lambda: "big:latest" not in _loaded(product))

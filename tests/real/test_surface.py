@@ -1,4 +1,4 @@
-"""The router's own endpoints and the ones it answers for the whole fleet."""
+"""The router's own endpoints and the aggregated ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.ollama
 _SHORT = {"model": "tiny", "prompt": "x", "stream": False, "options": {"num_predict": 2}}
 
 
-async def test_it_says_that_it_is_alive_and_ready(product: Product) -> None:
+async def test_health_and_readiness(product: Product) -> None:
     assert (await call(product.address, "GET", "/health")).status == 200
     assert (await call(product.address, "GET", "/ready")).status == 200
     root = await call(product.address, "GET", "/")
@@ -22,7 +22,7 @@ async def test_it_says_that_it_is_alive_and_ready(product: Product) -> None:
     assert (await call(product.address, "GET", "/api/version")).json()["version"]
 
 
-async def test_tags_show_each_model_once(product: Product) -> None:
+async def test_tags_lists_each_model_once(product: Product) -> None:
     models = (await call(product.address, "GET", "/api/tags")).json()["models"]
     names = [model["name"] for model in models]
     assert len(names) == len(set(names))
@@ -31,7 +31,7 @@ async def test_tags_show_each_model_once(product: Product) -> None:
         assert {"name", "model", "modified_at", "size", "digest", "details"} <= set(model)
 
 
-async def test_ps_shows_what_any_instance_has_loaded(product: Product) -> None:
+async def test_ps_lists_the_loaded_models_of_all_instances(product: Product) -> None:
     await call(product.address, "POST", "/api/generate", _SHORT)
     await call(product.address, "POST", "/api/embed", {"model": "embed", "input": "x"})
     models = (await call(product.address, "GET", "/api/ps")).json()["models"]
@@ -55,9 +55,9 @@ async def test_metrics_count_requests(product: Product) -> None:
     assert reply.status == 200
     families = {family.name: family for family in text_string_to_metric_families(reply.body.decode())}
     assert all(name.startswith(("llamayard_", "python_", "process_")) for name in families)
-    counted = [family for name, family in families.items() if name == "llamayard_requests"]
-    assert counted
-    assert sum(sample.value for sample in counted[0].samples if sample.name.endswith("_total")) > 0
+    request_families = [family for name, family in families.items() if name == "llamayard_requests"]
+    assert request_families
+    assert sum(sample.value for sample in request_families[0].samples if sample.name.endswith("_total")) > 0
 
 
 @pytest.mark.parametrize(

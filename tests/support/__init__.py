@@ -1,1 +1,1 @@
-"""What several suites share: tiny models, local servers, a raw HTTP client, waiting for conditions."""
+"""Shared by several test suites: tiny models, local servers, a raw HTTP client, waiting for conditions."""

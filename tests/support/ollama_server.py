@@ -1,7 +1,8 @@
-"""Real and emulated Ollama servers for tests: their own folders, a free loopback port, nothing left behind.
+"""Real and emulated Ollama servers for tests: separate folders, a free loopback port, full cleanup.
 
-Each server leads a session of its own and is ended by killing the process group: a killed Ollama leaves its runners.
-Nothing is downloaded; models are written by `tests.support.tiny_model` and created through the server's own API.
+Each server runs in its own session and is stopped by killing its process group, because a killed Ollama leaves its
+runners behind. Nothing is downloaded; models are written by `tests.support.tiny_model` and created through the
+server's API.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from tests.support.waiting import eventually_sync
 ROOT = Path(__file__).parents[2]
 REAL_VERSION = "0.11.4"
 _START_SECONDS = 60.0
-_numbers = itertools.count(os.getpid() * 64)
-"""Where the search for ports begins: elsewhere in each process, and each time further on."""
+_port_candidates = itertools.count(os.getpid() * 64)
+"""Port candidates; each process starts at a different number and never reuses one."""
 
 
 def free_port() -> int:
-    """A loopback port that nothing listened on a moment ago, and that stays free while its server is restarted.
+    """A free loopback port that stays free while its server restarts.
 
-    Outside the ranges from which outgoing connections and the router's own servers take theirs.
+    Outside the ranges used for outgoing connections and for the router's own servers.
     """
-    for number in itertools.islice(_numbers, 10_000):
+    for number in itertools.islice(_port_candidates, 10_000):
         port = 10_000 + number % 10_000
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -49,16 +50,15 @@ def free_port() -> int:
 
 
 def real_binary() -> Path:
-    """The real Ollama's executable; skips the test without it, or fails it where CI=true."""
-    named = os.environ.get("LLAMAYARD_TEST_OLLAMA")
-    binary = Path(named) if named else ROOT / ".cache" / f"ollama-{REAL_VERSION}" / "ollama"
+    """The executable of real Ollama; without it the test is skipped, or fails if CI=true."""
+    configured = os.environ.get("LLAMAYARD_TEST_OLLAMA")
+    binary = Path(configured) if configured else ROOT / ".cache" / f"ollama-{REAL_VERSION}" / "ollama"
     if not binary.is_file():
-        words = (
-            f"no real Ollama at {named or binary.relative_to(ROOT)}: run `make ollama` (needs Go and a C++ compiler)"
-        )
+        location = configured or binary.relative_to(ROOT)
+        message = f"no real Ollama at {location}: run `make ollama` (needs Go and a C++ compiler)"
         if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(words)
-        pytest.skip(words)
+            pytest.fail(message)
+        pytest.skip(message)
     return binary.absolute()
 
 
@@ -83,18 +83,18 @@ class OllamaServer:
         return Path(self.environment["OLLAMA_MODELS"])
 
     def runners(self) -> dict[int, str]:
-        """Runner children that live: pid and command line."""
-        found: dict[int, str] = {}
+        """Living runner processes: pid and command line."""
+        processes: dict[int, str] = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     line = " ".join(child.cmdline())
                     if " runner " in line and child.status() != psutil.STATUS_ZOMBIE:
-                        found[child.pid] = line
-        return found
+                        processes[child.pid] = line
+        return processes
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """A blocking request for fixtures: status and the JSON (or bytes) of the answer."""
+        """Blocking request, for fixtures; returns the status and the JSON (or bytes) of the response."""
         return blocking_call(self.address, method, path, body)
 
     def stop(self) -> None:
@@ -103,7 +103,7 @@ class OllamaServer:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the group that the process leads, then reaps it."""
+    """Kills the process group that the process leads, and reaps the process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
@@ -112,7 +112,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 def blocking_call(
     address: Address, method: str, path: str, body: Any = None, timeout_seconds: float = DEADLINE_SECONDS
 ) -> tuple[int, Any]:
-    """One request; a body that is not bytes goes as JSON. The answer's JSON where it is JSON, else its bytes."""
+    """Sends one request, with a JSON body unless it is bytes; returns the status and the parsed JSON or the bytes."""
     payload = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_seconds)
     with contextlib.closing(connection):
@@ -129,28 +129,28 @@ def start_server(
     """Starts `command` on a free port and waits until `/api/version` answers."""
     port = free_port()
     inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    full = {**inherited, "HOME": str(folder), **environment, "OLLAMA_HOST": f"127.0.0.1:{port}"}
+    server_environment = {**inherited, "HOME": str(folder), **environment, "OLLAMA_HOST": f"127.0.0.1:{port}"}
     log = Path(tempfile.mkstemp(dir=folder, prefix=f"{kind}-{port}-", suffix=".log")[1])
-    with log.open("wb") as sink:
+    with log.open("wb") as log_file:
         process = subprocess.Popen(
             list(command),
-            env=full,
+            env=server_environment,
             stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
+            stdout=log_file,
+            stderr=log_file,
             start_new_session=True,
             cwd=ROOT,
         )
-    server = OllamaServer(kind, version, Address("127.0.0.1", port), process, log, full)
+    server = OllamaServer(kind, version, Address("127.0.0.1", port), process, log, server_environment)
     try:
-        eventually_sync(lambda: _answers(server), _START_SECONDS, f"/api/version of the {kind} server")
+        eventually_sync(lambda: _is_up(server), _START_SECONDS, f"/api/version of the {kind} server")
     except AssertionError as error:
         server.stop()
-        raise AssertionError(f"{error}\nits log ends:\n{log.read_text(errors='replace')[-3000:]}") from error
+        raise AssertionError(f"{error}\nend of its log:\n{log.read_text(errors='replace')[-3000:]}") from error
     return server
 
 
-def _answers(server: OllamaServer) -> bool:
+def _is_up(server: OllamaServer) -> bool:
     if server.process.poll() is not None:
         raise AssertionError(f"the {server.kind} server ended with {server.process.returncode}")
     try:
@@ -161,7 +161,7 @@ def _answers(server: OllamaServer) -> bool:
 
 @contextlib.contextmanager
 def real_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
-    """A real Ollama whose home and store lie in `folder`; servers given the same folder share the store."""
+    """A real Ollama with its home and store in `folder`; servers with the same folder share the store."""
     binary = real_binary()
     base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
     server = start_server("real", _version_of(binary), [str(binary), "serve"], {**base, **environment}, folder)
@@ -172,7 +172,7 @@ def real_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
 
 
 def _version_of(binary: Path) -> str:
-    words = subprocess.run(
+    completed = subprocess.run(
         [str(binary), "--version"],
         capture_output=True,
         text=True,
@@ -180,11 +180,11 @@ def _version_of(binary: Path) -> str:
         timeout=30,
         env={"HOME": "/nonexistent"},
     )
-    return (words.stdout + words.stderr).strip().rpartition(" ")[2]
+    return (completed.stdout + completed.stderr).strip().rpartition(" ")[2]
 
 
 def create_from_file(server: OllamaServer, name: str, path: Path, digest: str, **fields: Any) -> None:
-    """Uploads weights and creates a model of one thread; more would fight with other work on a small box."""
+    """Uploads weights and creates a model that uses one thread, to save CPU on small machines."""
     status, answer = server.call("POST", f"/api/blobs/{digest}", path.read_bytes())
     assert status in (200, 201), answer
     body = {"model": name, "files": {path.name: digest}, "parameters": {"num_thread": 1}, "stream": False, **fields}
@@ -210,13 +210,17 @@ def write_model_files(folder: Path, specs: Mapping[str, ModelSpec]) -> dict[str,
 
 @contextlib.contextmanager
 def emulated_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
-    """The emulated server of the rig: a 0.24.0 without GPUs, unless variables say otherwise."""
+    """An emulated server: version 0.24.0 without GPUs, unless overridden by environment variables."""
     base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
     (folder / "rig").mkdir(exist_ok=True)
-    rig = {"LLAMAYARD_RIG_DIR": str(folder / "rig"), "LLAMAYARD_RIG_VERSION": "0.24.0", "CUDA_VISIBLE_DEVICES": "-1"}
+    emulator = {
+        "LLAMAYARD_RIG_DIR": str(folder / "rig"),
+        "LLAMAYARD_RIG_VERSION": "0.24.0",
+        "CUDA_VISIBLE_DEVICES": "-1",
+    }
     command = [sys.executable, "-m", "router.lab.emulator.server", "serve"]
-    full = {**base, **rig, **environment}
-    server = start_server("emulated", full["LLAMAYARD_RIG_VERSION"], command, full, folder)
+    server_environment = {**base, **emulator, **environment}
+    server = start_server("emulated", server_environment["LLAMAYARD_RIG_VERSION"], command, server_environment, folder)
     try:
         yield server
     finally:

@@ -1,6 +1,6 @@
-"""The product as its users run it: `python -m router serve` as a process of its own, and all that it starts.
+"""The router as users run it: `python -m router serve` as a separate process, with all its child processes.
 
-Every process that it starts inherits a variable with the test's own value, by which leftovers are found afterwards.
+Every child process inherits an environment variable with a unique value, which identifies leftovers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _READY_SECONDS = 120.0
 
 @dataclass(slots=True)
 class Product:
-    """A router that can be started, killed and started again with the same configuration."""
+    """A router that can be started, killed and restarted with the same configuration."""
 
     config: Path
     address: Address
@@ -41,20 +41,20 @@ class Product:
     log: Path = Path()
 
     def start(self, ready: bool = True) -> None:
-        """Starts it; waits for `/ready` unless told not to."""
+        """Starts the router and, if `ready`, waits for `/ready`."""
         folder = self.config.parent
         self.log = Path(tempfile.mkstemp(dir=folder, prefix="router-", suffix=".log")[1])
         command = [*self.program, "serve", "--config", str(self.config), *self.arguments]
-        with self.log.open("wb") as sink:
+        with self.log.open("wb") as log_file:
             self.process = subprocess.Popen(
-                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=ROOT,
-                start_new_session=True,
+                command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+                cwd=ROOT, start_new_session=True,
             )  # fmt: skip
         if ready:
             try:
                 eventually_sync(self.is_ready, _READY_SECONDS, "/ready of the router")
             except AssertionError as error:
-                raise AssertionError(f"{error}\nits log ends:\n{self.log_text()[-6000:]}") from error
+                raise AssertionError(f"{error}\nend of its log:\n{self.log_text()[-6000:]}") from error
 
     def is_ready(self) -> bool:
         assert self.process is not None
@@ -71,44 +71,44 @@ class Product:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, signal_number: signal.Signals) -> None:
         assert self.process is not None
-        self.process.send_signal(number)
+        self.process.send_signal(signal_number)
 
     def wait(self, deadline_seconds: float = 120.0) -> int:
-        """Its exit code."""
+        """Waits for the router to exit and returns its exit code."""
         assert self.process is not None
         return self.process.wait(timeout=deadline_seconds)
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process that this product, or an earlier life of it, started; without the router itself."""
-        mark, own = self.environment[_MARK], self.process.pid if self.process else 0
-        return [process for process in psutil.process_iter() if process.pid != own and _is_marked(process, mark)]
+        """All living processes started by this router, including before a restart, but not the router itself."""
+        mark, router_pid = self.environment[_MARK], self.process.pid if self.process else 0
+        return [process for process in psutil.process_iter() if process.pid != router_pid and _is_marked(process, mark)]
 
     def servers(self) -> dict[int, psutil.Process]:
-        """Its `ollama serve` children by port."""
-        found: dict[int, psutil.Process] = {}
+        """Its `ollama serve` processes by port."""
+        servers: dict[int, psutil.Process] = {}
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 if "serve" in process.cmdline():
-                    found[int(process.environ()["OLLAMA_HOST"].rpartition(":")[2])] = process
-        return found
+                    servers[int(process.environ()["OLLAMA_HOST"].rpartition(":")[2])] = process
+        return servers
 
     def runners(self) -> list[psutil.Process]:
         """Runner processes of its servers."""
         return [process for process in self.processes() if "runner" in _command(process)]
 
     def resident(self) -> dict[int, list[str]]:
-        """What each server itself says is loaded, by port."""
-        found: dict[int, list[str]] = {}
+        """Loaded models by server port, as each server reports them."""
+        models: dict[int, list[str]] = {}
         for port in self.servers():
             with contextlib.suppress(OSError):
                 status, answer = blocking_call(Address("127.0.0.1", port), "GET", "/api/ps")
-                found[port] = sorted(model["name"] for model in answer["models"]) if status == 200 else []
-        return found
+                models[port] = sorted(model["name"] for model in answer["models"]) if status == 200 else []
+        return models
 
     def destroy(self) -> None:
-        """Kills whatever is left of it."""
+        """Kills the router and all remaining processes."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(timeout=60)
@@ -138,20 +138,20 @@ def prepare(
     arguments: Sequence[str] = (),
     port: int | None = None,
 ) -> Product:
-    """Writes the configuration and returns a product that is not started yet."""
+    """Writes the configuration and returns a router that is not started yet."""
     port = port or free_port()
-    tree = {**config, "server": {"host": "127.0.0.1", "port": port, **config.get("server", {})}}
-    tree.setdefault("state_directory", str(folder / "state"))
+    config_tree = {**config, "server": {"host": "127.0.0.1", "port": port, **config.get("server", {})}}
+    config_tree.setdefault("state_directory", str(folder / "state"))
     path = folder / "llamayard.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config_tree), encoding="utf-8")
     inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-    full = {**inherited, "HOME": str(folder), _MARK: uuid.uuid4().hex, **(environment or {})}
-    return Product(path, Address("127.0.0.1", port), full, tuple(arguments))
+    router_environment = {**inherited, "HOME": str(folder), _MARK: uuid.uuid4().hex, **(environment or {})}
+    return Product(path, Address("127.0.0.1", port), router_environment, tuple(arguments))
 
 
 @contextlib.contextmanager
 def running(product: Product) -> Generator[Product]:
-    """Starts the product for the length of the block and leaves nothing behind."""
+    """Runs the router for the length of the block and cleans up afterwards."""
     try:
         product.start()
         yield product

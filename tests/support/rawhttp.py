@@ -1,7 +1,7 @@
-"""An HTTP/1.1 client over bare asyncio streams that shows what ordinary clients hide.
+"""HTTP/1.1 client over plain asyncio streams that exposes what ordinary clients hide.
 
-It keeps every HTTP chunk apart, keeps headers in order and says how the connection ended. It follows no redirect,
-adds no header that was not asked for and retries nothing.
+It keeps HTTP chunks separate and headers in order, and reports how the connection ended. It follows no redirects, adds
+no extra headers and retries nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 DEADLINE_SECONDS = 300.0
-"""For each wait; a real server on a busy machine has been seen to take a minute for 400 small words."""
+"""Timeout of each wait; on a busy machine a real server may need a minute for 400 short tokens."""
 
 End = Literal["complete", "eof", "reset"]
-"""`complete`: the framing came to its end; `eof`, `reset`: the peer closed or reset the connection before that."""
+"""`complete`: the response was complete; `eof`, `reset`: the peer closed or reset the connection before that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +34,21 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Status line and headers; header names as they came."""
+    """Status line and headers; header names as received."""
 
     status: int
     reason: str
     headers: tuple[tuple[str, str], ...]
 
     def header(self, name: str) -> str | None:
-        """The value of a header, several joined by `, `; None where there is none."""
+        """The value of a header, repeated ones joined by `, `; None if missing."""
         values = [value for key, value in self.headers if key.lower() == name.lower()]
         return ", ".join(values) if values else None
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One whole answer. `chunks`: HTTP chunks one by one, or the body as a single one; none where it is empty."""
+    """One whole response. `chunks`: the HTTP chunks, or the body as a single one; none if it is empty."""
 
     head: Head
     chunks: tuple[bytes, ...]
@@ -85,67 +85,69 @@ class Reply:
 def request_bytes(
     method: str, path: str, body: Any = None, headers: tuple[tuple[str, str], ...] = (), host: str | None = "127.0.0.1"
 ) -> bytes:
-    """One request. A body that is not bytes is written as JSON; Content-Length is added where there is a body."""
+    """Serialises a request; a body that is not bytes becomes JSON, and Content-Length is added if there is a body."""
     payload = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1"]
     lines += [] if host is None else [f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in headers]
     if body is not None:
-        named = {name.lower() for name, _ in headers}
-        lines += [] if "content-type" in named else ["Content-Type: application/json"]
-        lines += [] if named & {"content-length", "transfer-encoding"} else [f"Content-Length: {len(payload)}"]
+        given_names = {name.lower() for name, _ in headers}
+        lines += [] if "content-type" in given_names else ["Content-Type: application/json"]
+        lines += [] if given_names & {"content-length", "transfer-encoding"} else [f"Content-Length: {len(payload)}"]
     return ("\r\n".join(lines) + "\r\n\r\n").encode() + payload
 
 
 class Connection:
-    """One connection; every wait has the deadline given at its making."""
+    """One connection; every wait has the deadline given to the constructor."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadline_seconds: float) -> None:
         self._reader = reader
         self._writer = writer
         self._deadline_seconds = deadline_seconds
         self._method = "GET"
-        self._left = 0
+        self._remaining_bytes = 0
         self._chunked = False
         self._last_head: Head | None = None
 
     async def send(self, raw: bytes) -> Self:
-        """Sends a request as it is; its method is remembered to know whether the answer has a body."""
+        """Sends raw request bytes; remembers the method to know whether the response has a body."""
         self._method = raw.split(b" ", 1)[0].decode(errors="replace")
         await self.write(raw)
         return self
 
     async def write(self, raw: bytes) -> None:
-        """Sends further bytes of a request."""
+        """Sends more bytes of a request."""
         self._writer.write(raw)
         async with asyncio.timeout(self._deadline_seconds):
             await self._writer.drain()
 
     async def call(self, method: str, path: str, body: Any = None, headers: tuple[tuple[str, str], ...] = ()) -> Reply:
-        """Sends one request and reads its whole answer; the connection may be used again."""
+        """Sends one request and reads the whole response; the connection can be reused."""
         await self.send(request_bytes(method, path, body, headers))
         return await self.reply()
 
     async def head(self) -> Head:
-        """The next answer's head. Raises EOFError where the peer closes before one is complete."""
+        """Reads the next response head. Raises EOFError if the peer closes before it is complete."""
         async with asyncio.timeout(self._deadline_seconds):
             try:
                 text = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             except (asyncio.IncompleteReadError, ConnectionResetError) as error:
-                raise EOFError(f"closed before an answer: {error}") from error
-        start, *lines = text[:-4].split("\r\n")
-        _, status, *reason = start.split(" ", 2)
+                raise EOFError(f"closed before a response: {error}") from error
+        status_line, *lines = text[:-4].split("\r\n")
+        _, status, *reason = status_line.split(" ", 2)
         headers = tuple((name, value.strip()) for name, _, value in (line.partition(":") for line in lines))
         head = Head(int(status), reason[0] if reason else "", headers)
         self._chunked = (head.header("Transfer-Encoding") or "").lower() == "chunked"
-        bodiless = self._method == "HEAD" or head.status in (204, 304) or head.status < 200
+        has_no_body = self._method == "HEAD" or head.status in (204, 304) or head.status < 200
         self._last_head = head
-        self._left = 0 if bodiless else int(head.header("Content-Length") or (-1 if not self._chunked else 0))
-        self._chunked = self._chunked and not bodiless
+        self._remaining_bytes = (
+            0 if has_no_body else int(head.header("Content-Length") or (-1 if not self._chunked else 0))
+        )
+        self._chunked = self._chunked and not has_no_body
         return head
 
     async def chunk(self) -> bytes | None:
-        """The next HTTP chunk, None at the clean end. Raises EOFError, ConnectionResetError where it is cut off."""
+        """Reads the next HTTP chunk; None at the end. Raises EOFError or ConnectionResetError if it is cut off."""
         async with asyncio.timeout(self._deadline_seconds):
             try:
                 return await (self._next_chunk() if self._chunked else self._rest())
@@ -158,17 +160,17 @@ class Connection:
         return data or None
 
     async def _rest(self) -> bytes | None:
-        count, self._left = self._left, 0
+        count, self._remaining_bytes = self._remaining_bytes, 0
         if count < 0:
             return await self._reader.read(-1) or None
         return await self._reader.readexactly(count) if count else None
 
     async def reply(self) -> Reply:
-        """The next whole answer, however it ends."""
+        """Reads the next whole response, however it ends."""
         return await self.rest(await self.head())
 
     async def rest(self, head: Head, *chunks_before: bytes) -> Reply:
-        """What is left of an answer whose head, and perhaps first chunks, were read already."""
+        """Reads the rest of a response after its head and possibly its first chunks."""
         chunks = list(chunks_before)
         end: End = "complete"
         try:
@@ -181,12 +183,12 @@ class Connection:
         return Reply(head, tuple(chunks), end)
 
     async def rest_after_head(self) -> Reply:
-        """What is left of the answer whose head was read last."""
+        """Reads the rest of the response whose head was read last."""
         assert self._last_head is not None, "no head was read yet"
         return await self.rest(self._last_head)
 
     async def at_eof(self) -> bool:
-        """Waits for the peer's close; False where more bytes come instead."""
+        """Waits for the peer to close; False if more bytes arrive instead."""
         async with asyncio.timeout(self._deadline_seconds):
             try:
                 return await self._reader.read(1) == b""
@@ -194,11 +196,11 @@ class Connection:
                 return True
 
     def half_close(self) -> None:
-        """Sends FIN and goes on reading."""
+        """Sends FIN but can still read."""
         self._writer.write_eof()
 
     def abort(self) -> None:
-        """Drops the connection at once (RST where the kernel holds unread data)."""
+        """Drops the connection immediately (RST if the kernel holds unread data)."""
         self._writer.transport.abort()
 
     async def close(self) -> None:
@@ -219,7 +221,7 @@ async def connect(address: Address, deadline_seconds: float = DEADLINE_SECONDS) 
 
 
 async def exchange(address: Address, raw: bytes, deadline_seconds: float = DEADLINE_SECONDS) -> Reply:
-    """Sends bytes on a connection of their own and reads the answer."""
+    """Sends raw bytes on a new connection and reads the response."""
     async with connect(address, deadline_seconds) as connection:
         await connection.send(raw)
         return await connection.reply()
@@ -233,5 +235,5 @@ async def call(
     headers: tuple[tuple[str, str], ...] = (),
     host: str | None = "127.0.0.1",
 ) -> Reply:
-    """One request on a connection of its own."""
+    """Sends one request on a new connection."""
     return await exchange(address, request_bytes(method, path, body, headers, host))

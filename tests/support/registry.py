@@ -1,6 +1,6 @@
-"""A model registry on loopback, as far as a pull needs one: manifests, blobs behind a redirect, ranges, and a gate.
+"""A minimal model registry on loopback for pulls: manifests, blobs behind a redirect, ranges, and a gate.
 
-The gate holds the bytes of blobs back until it is opened, so that a test can look at a download that is under way.
+The gate blocks blob downloads until it is opened, so that a test can inspect a download in progress.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 
 
 class Registry:
-    """Models by name; `asked` counts requests by their kind."""
+    """Models by name; `request_counts` counts requests by kind."""
 
     def __init__(self) -> None:
         self.port = 0
         self.gate = asyncio.Event()
         self.gate.set()
-        self.asked: Counter[str] = Counter()
-        self.holding = asyncio.Event()
-        """Set once a blob's bytes were asked for."""
+        self.request_counts: Counter[str] = Counter()
+        self.download_started = asyncio.Event()
+        """Set at the first blob download."""
         self._blobs: dict[str, bytes] = {}
         self._manifests: dict[str, bytes] = {}
 
@@ -37,12 +37,12 @@ class Registry:
         config = {"model_format": "gguf", "model_family": "llama", "model_families": ["llama"], "model_type": "1K",
                   "file_type": "F16", "architecture": "amd64", "os": "linux"}  # fmt: skip
         layers = [{"mediaType": _MODEL, **self._add(weights)}]
-        own = {"mediaType": _CONFIG, **self._add(json.dumps(config).encode())}
-        manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": own, "layers": layers}
+        config_descriptor = {"mediaType": _CONFIG, **self._add(json.dumps(config).encode())}
+        manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": config_descriptor, "layers": layers}
         self._manifests[name] = json.dumps(manifest).encode()
 
     def name(self, name: str) -> str:
-        """As a pull must write it."""
+        """The model name to use in a pull."""
         return f"http://127.0.0.1:{self.port}/library/{name}"
 
     def _add(self, data: bytes) -> dict[str, object]:
@@ -51,29 +51,29 @@ class Registry:
         return {"digest": digest, "size": len(data)}
 
     async def manifest(self, request: web.Request) -> web.Response:
-        self.asked["manifest"] += 1
-        found = self._manifests.get(request.match_info["name"])
-        return web.Response(status=404) if found is None else web.Response(body=found, content_type=_MANIFEST)
+        self.request_counts["manifest"] += 1
+        manifest = self._manifests.get(request.match_info["name"])
+        return web.Response(status=404) if manifest is None else web.Response(body=manifest, content_type=_MANIFEST)
 
     async def blob(self, request: web.Request) -> web.Response:
         digest = request.match_info["digest"]
         if request.method == "HEAD":
             return web.Response(headers={"Content-Length": str(len(self._blobs[digest]))})
-        # A server follows only to another host, as real registries send it.
+        # Ollama follows a redirect only to another host, as real registries send it.
         raise web.HTTPTemporaryRedirect(f"http://localhost:{self.port}/data/{digest}")
 
     async def data(self, request: web.Request) -> web.Response:
-        self.asked["data"] += 1
-        self.holding.set()
+        self.request_counts["data"] += 1
+        self.download_started.set()
         await self.gate.wait()
         body = self._blobs[request.match_info["digest"]]
-        asked = request.http_range
-        return web.Response(status=206, body=body[asked.start : asked.stop])
+        byte_range = request.http_range
+        return web.Response(status=206, body=body[byte_range.start : byte_range.stop])
 
 
 @asynccontextmanager
 async def serving() -> AsyncGenerator[Registry]:
-    """A registry that listens for the length of the block."""
+    """A registry that serves for the length of the block."""
     registry, app = Registry(), web.Application()
     app.router.add_get("/v2/library/{name}/manifests/latest", registry.manifest, allow_head=False)
     app.router.add_route("*", "/v2/library/{name}/blobs/{digest}", registry.blob)
@@ -81,8 +81,8 @@ async def serving() -> AsyncGenerator[Registry]:
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        candidate = web.TCPSite(runner, "127.0.0.1", 0)
-        await candidate.start()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
         registry.port = runner.addresses[0][1]
         yield registry
     finally:

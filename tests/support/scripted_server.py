@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that answers as a test says, and remembers what it was asked."""
+"""A real HTTP server on loopback with scripted responses, which records the requests it receives."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 Answer = Callable[[Any], "web.Response | Awaitable[web.Response]"]
-"""From the request's JSON body (None without one) to the answer."""
+"""Maps the request's JSON body (None without one) to a response."""
 
 
 @dataclass(frozen=True, slots=True)
-class InferenceRequest:
+class ReceivedRequest:
     method: str
     path: str
     body: Any
     port: int
-    """The client's: another one is another connection."""
+    """The client's port; identifies the connection."""
 
 
 @dataclass
 class Scripted:
-    """`answers`: by path; JSON data, or a function of the request's body. Other paths are 404, as Ollama's."""
+    """`answers` by path: JSON data, or a function of the request's body. Other paths are 404, as in Ollama."""
 
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
-    asked: list[InferenceRequest] = field(default_factory=list[InferenceRequest])
+    asked: list[ReceivedRequest] = field(default_factory=list[ReceivedRequest])
     hung_up: list[str] = field(default_factory=list[str])
-    """Paths whose client left before the answer."""
+    """Paths of requests whose client disconnected before the response."""
     url: str = ""
 
     def paths(self) -> list[str]:
-        return [asked.path for asked in self.asked]
+        return [request.path for request in self.asked]
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         text = await request.text()
         body = json.loads(text) if text else None
         peer = request.transport.get_extra_info("peername") if request.transport is not None else ("", 0)
-        self.asked.append(InferenceRequest(request.method, request.path, body, peer[1]))
-        said = self.answers.get(request.path)
-        if said is None:
+        self.asked.append(ReceivedRequest(request.method, request.path, body, peer[1]))
+        answer = self.answers.get(request.path)
+        if answer is None:
             return web.Response(status=404, text="404 page not found")
-        if not callable(said):
-            return web.json_response(said)
-        found: Any = said(body)
+        if not callable(answer):
+            return web.json_response(answer)
+        response: Any = answer(body)
         try:
-            return found if isinstance(found, web.Response) else await found
+            return response if isinstance(response, web.Response) else await response
         except asyncio.CancelledError:
             self.hung_up.append(request.path)
             raise
@@ -71,11 +71,11 @@ async def scripted(answers: dict[str, Any]) -> AsyncGenerator[Scripted]:
 
 
 def failing(status: int, body: bytes = b"") -> Answer:
-    """Always this status and these bytes."""
+    """Always responds with this status and body."""
     return lambda _: web.Response(status=status, body=body)
 
 
 async def hanging() -> web.Response:
-    """Never answers."""
+    """Never responds."""
     await asyncio.Event().wait()
     raise AssertionError("unreachable")

@@ -1,8 +1,8 @@
-"""Large models that take no disk: a true GGUF header and tensor table, then a hole as long as the weights.
+"""Large models in sparse files: a real GGUF header and tensor table, then a hole of the size of the weights.
 
-Servers list, show and plan them like the real ones; none can run them. They are put into a store directly, with a
-manifest, as no upload should send tens of gigabytes of zeros. The blob's name is made of the header, not of the
-weights: servers do not check it again.
+Servers list, show and plan them like real models but cannot run them. They are written directly into a store, with a
+manifest, to avoid uploading tens of gigabytes of zeros. The blob's digest covers only the header; servers do not
+verify it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SparseSpec:
-    """A llama model quantised to Q4_K_M; counts of elements, `context` in tokens."""
+    """A llama model quantised to Q4_K_M; sizes in elements, `context` in tokens."""
 
     label: str
-    """Its size as Ollama prints it, e.g. `70.6B`."""
+    """Parameter count as Ollama prints it, e.g. `70.6B`."""
     layers: int
     width: int
     feed_forward: int
@@ -39,7 +39,7 @@ LLAMA_405B = SparseSpec("405.9B", layers=126, width=16_384, feed_forward=53_248,
 
 
 def put_into_store(models: Path, name: str, spec: SparseSpec, tag: str = "latest") -> int:
-    """Writes blobs and manifest of `name:tag` into the store at `models`; returns the bytes of the weights."""
+    """Writes the blobs and manifest of `name:tag` into the store at `models`; returns the weights' size in bytes."""
     blobs = models / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     staging = blobs / f".{name}-{tag}"
@@ -66,11 +66,11 @@ def _write_manifest(models: Path, name: str, tag: str, spec: SparseSpec, layer: 
     data = json.dumps(config).encode()
     digest = hashlib.sha256(data).hexdigest()
     (models / "blobs" / f"sha256-{digest}").write_bytes(data)
-    kind = "application/vnd.docker.container.image.v1+json"
+    media_type = "application/vnd.docker.container.image.v1+json"
     manifest = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-        "config": {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(data)},
+        "config": {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)},
         "layers": [layer],
     }
     path = models / "manifests" / "registry.ollama.ai" / "library" / name / tag
@@ -79,7 +79,7 @@ def _write_manifest(models: Path, name: str, tag: str, spec: SparseSpec, layer: 
 
 
 def _write_gguf(path: Path, spec: SparseSpec) -> int:
-    """Header and tensor table, then a hole; returns the file's length in bytes."""
+    """Writes header and tensor table, then a hole; returns the file size in bytes."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     writer.add_context_length(spec.context)
@@ -92,10 +92,10 @@ def _write_gguf(path: Path, spec: SparseSpec) -> int:
     writer.add_rope_dimension_count(spec.width // spec.heads)
     writer.add_vocab_size(spec.vocabulary)
     length = 0
-    for name, shape, kind in _tensors(spec):
-        block, width = gguf.GGML_QUANT_SIZES[kind]
+    for name, shape, media_type in _tensors(spec):
+        block, width = gguf.GGML_QUANT_SIZES[media_type]
         count = int(np.prod(shape)) // block * width
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=kind)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=media_type)
         length += gguf.GGUFWriter.ggml_pad(count, writer.data_alignment)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -107,22 +107,22 @@ def _write_gguf(path: Path, spec: SparseSpec) -> int:
 
 
 def _tensors(spec: SparseSpec) -> list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]:
-    """Names, shapes (rows first) and types; half of the value and down matrices are kept finer, as Q4_K_M does."""
-    plain, q4, q6 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "Q4_K", "Q6_K"))
-    width, wide, kv = spec.width, spec.feed_forward, spec.kv_heads * spec.width // spec.heads
-    found = [("token_embd.weight", (spec.vocabulary, width), q4)]
+    """Tensor names, shapes (rows first) and types; Q4_K_M stores half of the value and down matrices as Q6_K."""
+    f32, q4, q6 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "Q4_K", "Q6_K"))
+    width, hidden_width, kv = spec.width, spec.feed_forward, spec.kv_heads * spec.width // spec.heads
+    tensors = [("token_embd.weight", (spec.vocabulary, width), q4)]
     for layer in range(spec.layers):
-        fine = q6 if layer < spec.layers // 8 or layer >= 7 * spec.layers // 8 or layer % 3 == 2 else q4
+        mixed = q6 if layer < spec.layers // 8 or layer >= 7 * spec.layers // 8 or layer % 3 == 2 else q4
         block = f"blk.{layer}."
-        found += [
-            (block + "attn_norm.weight", (width,), plain),
+        tensors += [
+            (block + "attn_norm.weight", (width,), f32),
             (block + "attn_q.weight", (width, width), q4),
             (block + "attn_k.weight", (kv, width), q4),
-            (block + "attn_v.weight", (kv, width), fine),
+            (block + "attn_v.weight", (kv, width), mixed),
             (block + "attn_output.weight", (width, width), q4),
-            (block + "ffn_norm.weight", (width,), plain),
-            (block + "ffn_gate.weight", (wide, width), q4),
-            (block + "ffn_up.weight", (wide, width), q4),
-            (block + "ffn_down.weight", (width, wide), fine),
+            (block + "ffn_norm.weight", (width,), f32),
+            (block + "ffn_gate.weight", (hidden_width, width), q4),
+            (block + "ffn_up.weight", (hidden_width, width), q4),
+            (block + "ffn_down.weight", (width, hidden_width), mixed),
         ]
-    return [*found, ("output_norm.weight", (width,), plain), ("output.weight", (spec.vocabulary, width), q6)]
+    return [*tensors, ("output_norm.weight", (width,), f32), ("output.weight", (spec.vocabulary, width), q6)]

@@ -1,4 +1,4 @@
-"""The project's own files, read for the checks of tidiness."""
+"""The project's source files, for the checks of the code's structure."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ TESTS = tuple(Module(path) for path in sorted((ROOT / "tests").rglob("*.py")))
 
 
 def tracked_texts() -> Iterator[tuple[str, str]]:
-    """Every text file that is or would be committed, with its content."""
+    """Every tracked or untracked, not ignored text file, with its content."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300).stdout.decode()

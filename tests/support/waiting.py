@@ -1,4 +1,4 @@
-"""Waiting for a condition with a deadline; the only place in the suites that pauses."""
+"""Waits for a condition with a deadline; the only place in the tests that sleeps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 _PAUSE_SECONDS = 0.02
 DEADLINE_SECONDS = 60.0
-"""Never waited for where all is well: long, because a busy machine is no failure."""
+"""Only reached on failure; long, because a busy machine is not a failure."""
 
 
 async def eventually(
     predicate: Callable[[], Awaitable[T] | T], deadline_seconds: float = DEADLINE_SECONDS, what: str = "the condition"
 ) -> T:
-    """The predicate's first truthy value. AssertionError with the last value once the deadline has passed."""
+    """Returns the predicate's first truthy value; AssertionError with the last value after the deadline."""
     end = time.monotonic() + deadline_seconds
     while True:
         answer = predicate()
@@ -34,7 +34,7 @@ async def eventually(
 def eventually_sync(
     predicate: Callable[[], T], deadline_seconds: float = DEADLINE_SECONDS, what: str = "the condition"
 ) -> T:
-    """The same for fixtures that own no event loop."""
+    """Same as `eventually`, for code without an event loop."""
     end, pause = time.monotonic() + deadline_seconds, threading.Event()
     while not (value := predicate()):
         if time.monotonic() > end:

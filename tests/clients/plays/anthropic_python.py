@@ -1,4 +1,4 @@
-"""PyPI `anthropic` against the server at the given URL; prints what it saw as JSON."""
+"""Runs PyPI `anthropic` against the server at the given URL; prints the results as JSON."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import anthropic
 from facts import HI, PICTURE
 
 _SOURCE = {"type": "base64", "media_type": "image/png", "data": PICTURE}
-_SHOWN = [{"role": "user", "content": [{"type": "image", "source": _SOURCE}, {"type": "text", "text": "hi"}]}]
+_IMAGE_MESSAGES = [{"role": "user", "content": [{"type": "image", "source": _SOURCE}, {"type": "text", "text": "hi"}]}]
 _TOOL = {"name": "add", "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 
 
 def play(url: str) -> dict[str, Any]:
-    """What each feature gave, without what differs from run to run: the API has no seed."""
+    """Results of each feature, without values that vary between runs: the API has no seed."""
     client: Any = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0)
-    talk = {"model": "tiny", "max_tokens": 4, "messages": HI}
+    request = {"model": "tiny", "max_tokens": 4, "messages": HI}
     return {
-        "once": _outcome(lambda: _told(client.messages.create(**talk))),
-        "stream": _outcome(lambda: _streamed(client, talk)),
-        "tools": _outcome(lambda: client.messages.create(**{**talk, "model": "toolish"}, tools=[_TOOL]).type),
-        "image": _outcome(lambda: client.messages.create(**{**talk, "messages": _SHOWN}).type),
-        "error": _outcome(lambda: client.messages.create(**{**talk, "model": "nope"}).type),
+        "once": _outcome(lambda: _summary(client.messages.create(**request))),
+        "stream": _outcome(lambda: _streamed(client, request)),
+        "tools": _outcome(lambda: client.messages.create(**{**request, "model": "toolish"}, tools=[_TOOL]).type),
+        "image": _outcome(lambda: client.messages.create(**{**request, "messages": _IMAGE_MESSAGES}).type),
+        "error": _outcome(lambda: client.messages.create(**{**request, "model": "nope"}).type),
         "cancel": _outcome(lambda: _cancelled(client)),
     }
 
 
-def _told(message: Any) -> list[Any]:
+def _summary(message: Any) -> list[Any]:
     return [message.type, message.stop_reason, message.usage.output_tokens, bool(message.content[0].text)]
 
 
-def _streamed(client: Any, talk: dict[str, Any]) -> list[Any]:
-    with client.messages.stream(**talk) as stream:
-        kinds = list(dict.fromkeys(event.type for event in stream))
-        return [kinds, *_told(stream.get_final_message())]
+def _streamed(client: Any, request: dict[str, Any]) -> list[Any]:
+    with client.messages.stream(**request) as stream:
+        event_types = list(dict.fromkeys(event.type for event in stream))
+        return [event_types, *_summary(stream.get_final_message())]
 
 
 def _cancelled(client: Any) -> int:
-    """Leaves a stream after two events; the only slot must be free for what follows."""
+    """Closes a stream after two events; the only slot must then be free."""
     long = {"model": "big", "max_tokens": 3000, "messages": HI}
     with client.messages.create(**long, stream=True) as stream:
         read = [event for event, _ in zip(stream, range(2), strict=False)]

@@ -1,23 +1,23 @@
-// Streams of a server that keeps its clients waiting, read by the npm packages; prints what they saw as JSON.
+// Reads streams with heartbeats with the npm packages; prints the results as JSON.
 import { Ollama } from 'ollama'
 import OpenAI from 'openai'
 import { hi } from './facts.mjs'
 
 const url = process.argv[2]
 const complaints = []
-console.warn = (...words) => complaints.push(words.join(' '))
+console.warn = (...parts) => complaints.push(parts.join(' '))
 
 async function ollama(model) {
-  let words = ''
-  for await (const part of await new Ollama({ host: url }).chat({ model, messages: hi, stream: true })) words += part.message.content
-  return words
+  let text = ''
+  for await (const part of await new Ollama({ host: url }).chat({ model, messages: hi, stream: true })) text += part.message.content
+  return text
 }
 
 async function openai(model) {
   const client = new OpenAI({ baseURL: url + '/v1', apiKey: 'x', maxRetries: 0 })
-  let words = ''
-  for await (const event of await client.chat.completions.create({ model, messages: hi, stream: true })) words += event.choices[0].delta.content
-  return words
+  let text = ''
+  for await (const event of await client.chat.completions.create({ model, messages: hi, stream: true })) text += event.choices[0].delta.content
+  return text
 }
 
 async function outcome(call, model) {

@@ -1,4 +1,4 @@
-"""Streams of a server that keeps its clients waiting, read by further packages of PyPI; prints what they saw."""
+"""Reads streams with heartbeats with other PyPI packages; prints the results."""
 
 from __future__ import annotations
 

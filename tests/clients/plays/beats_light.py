@@ -1,4 +1,4 @@
-"""Streams of a server that keeps its clients waiting, read by PyPI `ollama` and `openai`; prints what they saw."""
+"""Reads streams with heartbeats with PyPI `ollama` and `openai`; prints the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// What every play says and shows; the same as in facts.py.
+// Shared test data of all plays; the same as in facts.py.
 export const hi = [{ role: 'user', content: 'hi' }]
 const parameters = { type: 'object', properties: { a: { type: 'integer' } }, required: ['a'] }
 export const tool = { type: 'function', function: { name: 'add', description: 'adds', parameters } }
@@ -12,7 +12,7 @@ export const schema = {
 }
 export const picture = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 
-// Status and kind of an error, or what the answer says.
+// Status and type of an error, or the text of the answer.
 export async function outcome(call) {
   try {
     const answer = await call()

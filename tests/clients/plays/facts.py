@@ -1,4 +1,4 @@
-"""What every play says and shows: a greeting, a tool with the only call that its schema allows, and a picture."""
+"""Shared test data of all plays: a greeting, a tool with the only call that its schema allows, and an image."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SCHEMA = {
     },
     "required": ["name", "parameters"],
 }
-"""Makes a model of noise call `add(a=7)`."""
+"""Makes a noise model call `add(a=7)`."""
 ANSWER = [["add", {"a": 7}]]
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-"""One pixel as PNG, in base64."""
+"""A one-pixel PNG, in base64."""
 
 
 def print_outcomes(url: str, clients: Mapping[str, Callable[[str, str], str]]) -> None:
-    """What each client reads of the models `works` and `fails`."""
+    """Prints what each client reads for the models `works` and `fails`."""
 
     def outcome(call: Callable[[str, str], str], model: str) -> str:
         try:

@@ -1,4 +1,4 @@
-"""PyPI `langchain-ollama` against the server at the given URL; prints what it saw as JSON."""
+"""Runs PyPI `langchain-ollama` against the server at the given URL; prints the results as JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 
 
 def play(url: str) -> dict[str, Any]:
-    """What each feature gave, without what differs from run to run."""
+    """Results of each feature, without values that vary between runs."""
 
-    def chat(model: str, words: int, **further: Any) -> ChatOllama:
-        return ChatOllama(model=model, base_url=url, num_predict=words, seed=1, **further)
+    def chat(model: str, max_tokens: int, **options: Any) -> ChatOllama:
+        return ChatOllama(model=model, base_url=url, num_predict=max_tokens, seed=1, **options)
 
-    shown = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": f"data:image/png;base64,{PICTURE}"}]
+    image_content = [
+        {"type": "text", "text": "hi"},
+        {"type": "image_url", "image_url": f"data:image/png;base64,{PICTURE}"},
+    ]
     tools = chat("toolish", 200, format=SCHEMA).bind_tools([TOOL]).invoke("hi")
     stream = chat("big", 3000).stream("hi")
     read = [next(stream), next(stream)]
@@ -26,9 +29,9 @@ def play(url: str) -> dict[str, Any]:
         "stream": "".join(str(part.content) for part in chat("tiny", 6).stream("hi")),
         "once": chat("tiny", 6).invoke("hi").content,
         "text": OllamaLLM(model="tiny", base_url=url, num_predict=6, seed=1).invoke("hi"),
-        "embed": [len(each) for each in OllamaEmbeddings(model="embed", base_url=url).embed_documents(["a", "b"])],
+        "embed": [len(vector) for vector in OllamaEmbeddings(model="embed", base_url=url).embed_documents(["a", "b"])],
         "tools": [[call["name"], call["args"]] for call in tools.tool_calls],
-        "image": _outcome(lambda: chat("tiny", 3).invoke([HumanMessage(content=shown)]).content),
+        "image": _outcome(lambda: chat("tiny", 3).invoke([HumanMessage(content=image_content)]).content),
         "error": _outcome(lambda: chat("nope", 3).invoke("hi").content),
         "cancel": [len(read), chat("big", 2).invoke("hi").content],
     }

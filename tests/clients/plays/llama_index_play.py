@@ -1,4 +1,4 @@
-"""PyPI `llama-index-llms-ollama` (and its embeddings) against the server at the given URL; prints JSON."""
+"""Runs PyPI `llama-index-llms-ollama` (and its embeddings) against the server at the given URL; prints JSON."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def add(a: int) -> int:
 
 
 def play(url: str) -> dict[str, Any]:
-    """What each feature gave, without what differs from run to run."""
+    """Results of each feature, without values that vary between runs."""
 
-    def model(name: str, words: int) -> Ollama:
-        options = {"num_predict": words, "seed": 1}
+    def model(name: str, max_tokens: int) -> Ollama:
+        options = {"num_predict": max_tokens, "seed": 1}
         return Ollama(model=name, base_url=url, context_window=4096, additional_kwargs=options, request_timeout=300.0)
 
     hi = [ChatMessage(role="user", content="hi")]
-    shown = [ChatMessage(role="user", blocks=[TextBlock(text="hi"), ImageBlock(image=PICTURE.encode())])]
+    image_messages = [ChatMessage(role="user", blocks=[TextBlock(text="hi"), ImageBlock(image=PICTURE.encode())])]
     tool = FunctionTool.from_defaults(fn=add)
     caller = model("toolish", 200)
-    answer = caller.chat(hi, tools=[tool.metadata.to_openai_tool()], format=SCHEMA)  # as chat_with_tools asks
+    answer = caller.chat(hi, tools=[tool.metadata.to_openai_tool()], format=SCHEMA)  # as chat_with_tools does
     calls = caller.get_tool_calls_from_response(answer, error_on_no_tool_call=False)
     stream = model("big", 3000).stream_chat(hi)
     read = [next(stream), next(stream)]
@@ -39,9 +39,9 @@ def play(url: str) -> dict[str, Any]:
         "stream": [part.delta for part in model("tiny", 6).stream_complete("hi")],
         "chat": [part.delta for part in model("tiny", 6).stream_chat(hi)],
         "once": model("tiny", 6).complete("hi").text,
-        "embed": [len(each) for each in embedding.get_text_embedding_batch(["a", "b"])],
+        "embed": [len(vector) for vector in embedding.get_text_embedding_batch(["a", "b"])],
         "tools": [[call.tool_name, call.tool_kwargs] for call in calls],
-        "image": _outcome(lambda: model("tiny", 3).chat(shown).message.content),
+        "image": _outcome(lambda: model("tiny", 3).chat(image_messages).message.content),
         "error": _outcome(lambda: model("nope", 3).complete("hi").text),
         "cancel": [len(read), model("big", 2).complete("hi").text],
     }

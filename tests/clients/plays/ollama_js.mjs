@@ -1,4 +1,4 @@
-// npm `ollama` against the server at the given URL; prints what it saw as JSON.
+// Runs npm `ollama` against the server at the given URL; prints the results as JSON.
 import { Ollama } from 'ollama'
 import { hi, tool, schema, picture, outcome } from './facts.mjs'
 
@@ -6,9 +6,9 @@ const client = new Ollama({ host: process.argv[2] })
 const options = { num_predict: 6, seed: 1 }
 
 async function streamed() {
-  let words = ''
-  for await (const part of await client.chat({ model: 'tiny', messages: hi, options, stream: true })) words += part.message.content
-  return words
+  let text = ''
+  for await (const part of await client.chat({ model: 'tiny', messages: hi, options, stream: true })) text += part.message.content
+  return text
 }
 
 async function cancelled() {
@@ -28,7 +28,7 @@ console.log(JSON.stringify({
   stream: await streamed(),
   once: (await client.chat({ model: 'tiny', messages: hi, options })).message.content,
   generate: (await client.generate({ model: 'tiny', prompt: 'hello', options })).response,
-  embed: (await client.embed({ model: 'embed', input: ['a', 'b'] })).embeddings.map((each) => each.length),
+  embed: (await client.embed({ model: 'embed', input: ['a', 'b'] })).embeddings.map((vector) => vector.length),
   tools: tools.message.tool_calls.map((call) => [call.function.name, call.function.arguments]),
   models: (await client.list()).models.map((model) => model.name).sort(),
   loaded: (await client.ps()).models.map((model) => model.name).sort(),

@@ -1,4 +1,4 @@
-"""PyPI `ollama` against the server at the given URL; prints what it saw as JSON."""
+"""Runs PyPI `ollama` against the server at the given URL; prints the results as JSON."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from facts import ANSWER, HI, PICTURE, SCHEMA, TOOL
 
 
 def play(url: str) -> dict[str, Any]:
-    """What each feature gave, without what differs from run to run."""
+    """Results of each feature, without values that vary between runs."""
     client, options = ollama.Client(host=url), {"num_predict": 6, "seed": 1}
     parts = list(client.chat("tiny", HI, stream=True, options=options))
-    memoise = client.chat("tiny", HI, options=options)
+    unstreamed = client.chat("tiny", HI, options=options)
     tools = client.chat("toolish", HI, tools=[TOOL], format=SCHEMA, options={"num_predict": 200, "seed": 1})
-    seen: dict[str, Any] = {
+    results: dict[str, Any] = {
         "stream": "".join(part.message.content or "" for part in parts),
         "parts": [part.done for part in parts],
-        "once": memoise.message.content,
+        "once": unstreamed.message.content,
         "generate": client.generate("tiny", "hello", options=options).response,
         "embed": [len(vector) for vector in client.embed("embed", ["a", "b"]).embeddings],
         "tools": [[call.function.name, dict(call.function.arguments)] for call in tools.message.tool_calls or ()],
@@ -34,7 +34,7 @@ def play(url: str) -> dict[str, Any]:
     }
     client.copy("tiny", "play-copy")
     client.delete("play-copy")
-    return seen
+    return results
 
 
 async def _async(url: str) -> str:
@@ -44,7 +44,7 @@ async def _async(url: str) -> str:
 
 
 def _cancelled(client: ollama.Client) -> int:
-    """Leaves a stream after two words; the only slot must be free for what follows."""
+    """Closes a stream after two tokens; the only slot must then be free."""
     stream = client.generate("big", "x", stream=True, options={"num_predict": 3000, "seed": 1})
     read = [next(stream).done, next(stream).done]
     stream.close()  # type: ignore[attr-defined]
