@@ -91,7 +91,7 @@ def _untyped(client: Any) -> contextlib.AbstractContextManager[Any]:
 def test_the_ollama_package_chats_generates_and_embeds(product: Product) -> None:
     with _untyped(ollama.Client(host=product.address.url)) as client:
         parts = list(client.chat("tiny", _HI, stream=True, options=_OPTIONS))
-        assert [part.completed for part in parts] == [False] * 6 + [True]
+        assert [part.done for part in parts] == [False] * 6 + [True]
         assert client.generate("tiny", "hello", options=_OPTIONS).eval_count == 6
         assert [len(vector) for vector in client.embed("embed", ["a", "b"]).embeddings] == [64, 64]
         assert {model.model for model in client.list().models} >= {"tiny:latest", "embed:latest", "big:latest"}
@@ -106,7 +106,7 @@ async def test_the_async_ollama_package_streams(product: Product) -> None:
     opened: Any = ollama.AsyncClient(host=product.address.url)
     async with opened as client:
         stream = await client.chat("tiny", _HI, stream=True, options=_OPTIONS)
-        assert [part.completed async for part in stream] == [False] * 6 + [True]
+        assert [part.done async for part in stream] == [False] * 6 + [True]
 
 
 def test_the_openai_package_chats_completes_and_embeds(product: Product) -> None:

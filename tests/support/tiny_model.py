@@ -34,7 +34,7 @@ _BERT_CONTROLS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 class ModelSpec:
     """Model to write. `context` is the trained context in tokens; sizes are in elements."""
 
-    token_type: Literal["chat", "embed"]
+    kind: Literal["chat", "embed"]
     layers: int
     width: int
     feed_forward: int
@@ -55,9 +55,9 @@ EMBED = ModelSpec("embed", layers=2, width=64, feed_forward=128, heads=2, kv_hea
 
 def write_model(path: Path, spec: ModelSpec) -> str:
     """Writes the file and returns its digest in Ollama's form: `sha256:` and 64 hex digits."""
-    writer = gguf.GGUFWriter(path, {"chat": "llama", "embed": "bert"}[spec.token_type])
+    writer = gguf.GGUFWriter(path, {"chat": "llama", "embed": "bert"}[spec.kind])
     _add_metadata(writer, spec)
-    {"chat": _write_chat, "embed": _write_embed}[spec.token_type](writer, spec, _RandomWeights(spec.seed))
+    {"chat": _write_chat, "embed": _write_embed}[spec.kind](writer, spec, _RandomWeights(spec.seed))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
