@@ -30,7 +30,7 @@ CLOUD_DISABLED = "ollama cloud is disabled: remote model is unavailable"
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Parts of one server. `chance` is the random source for everything without a seed."""
+    """Parts of one server. `rng` is the random source for everything without a seed."""
 
     config: Config
     store: Store

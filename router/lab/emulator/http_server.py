@@ -127,7 +127,7 @@ class Response:
 
     def __init__(self, connection: _Connection, request: Request, keep_alive: bool) -> None:
         self.headers: dict[str, str] = {}
-        """Sent in addition to the headers that `send` and `chunk` set."""
+        """Sent in addition to the headers that `send_whole` and `chunk` set."""
         self.status = 200
         self.started = False
         self.ended = False

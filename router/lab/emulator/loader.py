@@ -72,7 +72,7 @@ class LoaderContext:
 
 
 class Loader:
-    """Starts runners. The scheduler calls `start`, registers the result, then calls `finish`."""
+    """Starts runners. The scheduler calls `start`, registers the result, then calls `wait_until_loaded`."""
 
     def __init__(self, context: LoaderContext) -> None:
         self._context = context

@@ -87,14 +87,14 @@ def _with_overrides(spec: EmulatorSpec, environment: Mapping[str, str]) -> Emula
 
 
 def _catalogue_names(names: Iterable[str]) -> tuple[str, ...]:
-    known = catalogue()
-    catalogue_names = {parse_name(name).shortest: name for name in known}
+    models = catalogue()
+    catalogue_names = {parse_name(name).shortest: name for name in models}
     resolved: list[str] = []
     for name in names:
         try:
             resolved.append(catalogue_names[parse_name(name).shortest])
         except (ValueError, KeyError) as error:
-            raise SpecError(f"models: no {name!r} in the catalogue; " + suggestion(name, known)) from error
+            raise SpecError(f"models: no {name!r} in the catalogue; " + suggestion(name, models)) from error
     return tuple(resolved)
 
 
@@ -108,7 +108,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _install_missing(store: Store, names: Iterable[str]) -> None:
-    known = catalogue()
+    models = catalogue()
     for name in names:
         if store.get(parse_name(name)) is None:
-            store.install(known[name])
+            store.install(models[name])

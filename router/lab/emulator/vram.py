@@ -36,7 +36,7 @@ class Allocation(NamedTuple):
 
 
 def allocate(directory: Path, requested_bytes: Mapping[str, int], pid: int | None = None) -> None:
-    """Replaces the process's allocations by `wanted` (UUID -> bytes), on all GPUs or on none.
+    """Replaces the process's allocations by `requested_bytes` (UUID -> bytes), on all GPUs or on none.
 
     Raises:
         OutOfMemoryError: a GPU has too little memory, is lost or does not exist.
@@ -53,7 +53,7 @@ def allocate(directory: Path, requested_bytes: Mapping[str, int], pid: int | Non
 
 
 def free_bytes(directory: Path, excluded_pid: int | None = None) -> dict[str, int]:
-    """Free bytes of each GPU that is not lost; `without` ignores the allocations of one process."""
+    """Free bytes of each GPU that is not lost; `excluded_pid` ignores the allocations of one process."""
     used = used_bytes(directory, excluded_pid)
     lost = read_json(directory / "lost.json")
     return {
