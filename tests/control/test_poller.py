@@ -135,8 +135,8 @@ async def test_a_server_that_cannot_say_is_not_taken_for_an_empty_one(path: str)
         row = {"name": "tiny:latest", "digest": "d1", "size": 5, "size_vram": 5}
         on.server.answers["/api/ps"] = {"models": [row]}
         on.server.answers[path] = failing(500)
-        before, asked = len(on.readings()), len(on.server.asked)
-        await eventually(lambda: len(on.server.asked) > asked + 6)
+        before, asked = len(on.readings()), len(on.server.requests)
+        await eventually(lambda: len(on.server.requests) > asked + 6)
         assert len(on.readings()) <= before + 1
 
 
@@ -148,7 +148,7 @@ async def test_only_servers_that_are_ready_are_asked() -> None:
         asked: list[int] = []
 
         async def settled() -> bool:
-            asked.append(len(on.server.asked))
+            asked.append(len(on.server.requests))
             return len(asked) > 5 and len(set(asked[-5:])) == 1
 
         await eventually(settled)

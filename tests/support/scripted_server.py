@@ -30,19 +30,19 @@ class Scripted:
     """`answers` by path: JSON data, or a function of the request's body. Other paths are 404, as in Ollama."""
 
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
-    asked: list[ReceivedRequest] = field(default_factory=list[ReceivedRequest])
+    requests: list[ReceivedRequest] = field(default_factory=list[ReceivedRequest])
     hung_up: list[str] = field(default_factory=list[str])
     """Paths of requests whose client disconnected before the response."""
     url: str = ""
 
     def paths(self) -> list[str]:
-        return [request.path for request in self.asked]
+        return [request.path for request in self.requests]
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         text = await request.text()
         body = json.loads(text) if text else None
         peer = request.transport.get_extra_info("peername") if request.transport is not None else ("", 0)
-        self.asked.append(ReceivedRequest(request.method, request.path, body, peer[1]))
+        self.requests.append(ReceivedRequest(request.method, request.path, body, peer[1]))
         answer = self.answers.get(request.path)
         if answer is None:
             return web.Response(status=404, text="404 page not found")

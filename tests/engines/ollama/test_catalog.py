@@ -79,7 +79,7 @@ async def test_a_model_is_found_by_any_form_of_its_name_and_asked_for_once() -> 
 async def test_per_layer_values_are_asked_for_a_second_time_only_where_they_are_missing() -> None:
     async with _store("tiny:latest") as store:
         await store.catalog.facts("tiny")
-        shows = [asked.body for asked in store.server.asked if asked.path == "/api/show"]
+        shows = [request.body for request in store.server.requests if request.path == "/api/show"]
         assert shows == [{"model": "tiny:latest"}, {"model": "tiny:latest", "verbose": True}]
 
 
@@ -89,7 +89,7 @@ async def test_a_name_that_is_no_name_asks_nobody() -> None:
         assert await store.catalog.facts("") is None
         assert store.catalog.known("a b") is None
         store.catalog.forget("a b")
-        assert store.server.asked == []
+        assert store.server.requests == []
 
 
 async def test_a_model_that_came_since_is_there_at_once() -> None:

@@ -67,7 +67,7 @@ async def test_facts_are_asked_for_with_arrays_only_on_demand(session: aiohttp.C
             "token_embd.weight", "F16", (64, 771),
         )  # fmt: skip
         await client.show("tiny", verbose=True)
-        assert [asked.body for asked in server.asked] == [{"model": "tiny"}, {"model": "tiny", "verbose": True}]
+        assert [request.body for request in server.requests] == [{"model": "tiny"}, {"model": "tiny", "verbose": True}]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"models":5}', b'{"models":[{"name":"a"}]}', b'"x"', b"{}"])
@@ -146,7 +146,7 @@ async def test_a_load_asks_for_all_layers_to_stay_until_it_is_unloaded(session: 
         client = OllamaClient(session, server.url)
         await client.load("tiny", {"num_ctx": 2048}, embedding=False, timeout_seconds=5, num_gpu=3)
         await client.load("tiny", {}, embedding=False, timeout_seconds=5)
-        assert [asked.body for asked in server.asked] == [
+        assert [request.body for request in server.requests] == [
             {"model": "tiny", "keep_alive": -1, "stream": False, "options": {"num_ctx": 2048, "num_gpu": 3}},
             {"model": "tiny", "keep_alive": -1, "stream": False},
         ]
@@ -159,7 +159,7 @@ async def test_an_embedding_model_is_loaded_through_embed_and_unloaded_through_g
         client = OllamaClient(session, server.url)
         await client.load("embed", {}, embedding=True, timeout_seconds=5, num_gpu=3)
         await client.unload("embed")
-        assert [(asked.path, asked.body) for asked in server.asked] == [
+        assert [(request.path, request.body) for request in server.requests] == [
             ("/api/embed", {"model": "embed", "keep_alive": -1, "options": {"num_gpu": 3}}),
             ("/api/generate", {"model": "embed", "keep_alive": 0, "stream": False}),
         ]
@@ -172,7 +172,7 @@ async def test_loads_have_connections_of_their_own_and_lists_share_one(session: 
         for _ in range(2):
             await client.ps()
             await client.load("a", {}, embedding=False, timeout_seconds=5)
-        ports = {path: [asked.port for asked in server.asked if asked.path == path] for path in answers}
+        ports = {path: [request.port for request in server.requests if request.path == path] for path in answers}
         assert len(set(ports["/api/ps"])) == 1
         assert len({*ports["/api/generate"], *ports["/api/ps"]}) == 3
 
@@ -181,7 +181,7 @@ async def test_to_break_a_load_off_is_to_hang_up_on_the_server(session: aiohttp.
     async with scripted({"/api/generate": lambda _: hanging()}) as server:
         client = OllamaClient(session, server.url)
         load = asyncio.ensure_future(client.load("a", {}, embedding=False, timeout_seconds=60))
-        await eventually(lambda: server.asked)
+        await eventually(lambda: server.requests)
         load.cancel()
         with pytest.raises(asyncio.CancelledError):
             await load

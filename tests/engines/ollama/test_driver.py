@@ -88,7 +88,7 @@ class Bench:
         self.server.answers["/api/generate"] = answer
 
     def bodies(self, path: str) -> list[Any]:
-        return [asked.body for asked in self.server.asked if asked.path == path]
+        return [request.body for request in self.server.requests if request.path == path]
 
 
 @asynccontextmanager
@@ -281,10 +281,10 @@ async def test_names_that_a_killed_router_left_are_removed_and_no_others() -> No
 async def test_nothing_is_cleared_while_no_server_is_ready_or_the_store_is_being_changed() -> None:
     async with bench(attached=True) as on:
         assert not await on.driver.clear_leftovers()
-        assert on.server.asked == []
+        assert on.server.requests == []
     async with bench() as on, on.writing:
         assert not await on.driver.clear_leftovers()
-        assert on.server.asked == []
+        assert on.server.requests == []
 
 
 def test_the_made_name_belongs_to_the_weights() -> None:
