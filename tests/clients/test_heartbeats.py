@@ -130,21 +130,21 @@ def _is_unaffected(outcome: list[str]) -> bool:
 
 async def test_ollama_and_openai_ignore_heartbeats() -> None:
     async with _heartbeat_server() as url:
-        outcomes = json.loads(await _output([*command("beats_light.py", light=True), url]))
+        outcomes = json.loads(await _output([*command("heartbeats_light.py", light=True), url]))
     assert [name for name, outcome in outcomes.items() if not _is_unaffected(outcome)] == []
 
 
 @pytest.mark.clients
 async def test_other_packages_ignore_heartbeats() -> None:
     async with _heartbeat_server() as url:
-        outcomes = json.loads(await _output([*command("beats_further.py"), url]))
+        outcomes = json.loads(await _output([*command("heartbeats_other.py"), url]))
     assert [name for name, outcome in outcomes.items() if not _is_unaffected(outcome)] == []
 
 
 @pytest.mark.clients
 async def test_the_npm_packages_ignore_heartbeats_without_warnings() -> None:
     async with _heartbeat_server() as url:
-        outcomes = json.loads(await _output([*command("beats.mjs"), url]))
+        outcomes = json.loads(await _output([*command("heartbeats.mjs"), url]))
     assert outcomes.pop("complaints") == []
     assert [name for name, outcome in outcomes.items() if not _is_unaffected(outcome)] == []
 
