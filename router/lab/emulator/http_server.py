@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -351,8 +351,3 @@ async def listen(handler: Handler, host: str, port: int, tasks: set[asyncio.Task
     """Starts accepting connections; `tasks` keeps their tasks. Raises OSError if the address is in use."""
     loop = asyncio.get_running_loop()
     return await loop.create_server(lambda: _Connection(handler, tasks), host, port, backlog=1024)
-
-
-def header_values(headers: Mapping[str, str], name: str) -> list[str]:
-    """The comma-separated values of a header."""
-    return [part.strip() for part in headers.get(name, "").split(",") if part.strip()]

@@ -71,7 +71,6 @@ class StoredModel:
     modified: datetime
     config: Mapping[str, Any]
     layers: tuple[Layer, ...]
-    manifest_bytes: int = 0
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
@@ -127,7 +126,7 @@ class Store:
         config["_size"] = manifest["config"].get("size", 0)
         texts = {layer.media_type: self._text(layer.digest) for layer in layers if layer.media_type != MODEL}
         digest = hashlib.sha256(data).hexdigest()
-        return StoredModel(name, digest, modified, config, layers, len(data), texts)
+        return StoredModel(name, digest, modified, config, layers, texts)
 
     def _text(self, digest: str) -> str:
         try:
