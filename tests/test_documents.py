@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from router import __version__
+from router.config.keys import dotted_keys
 from router.config.settings import InstanceSettings, Settings, load_settings
-from router.config.sources import dotted_keys
 from router.tools.generate_docs import documents
 from tests.support.tree import MODULES, ROOT, none_of
 

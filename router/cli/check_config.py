@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from router.app.preflight import PreflightResult, check_pins
 from router.config.instance_options import tuning_problems
-from router.config.settings import ConfigError, Settings, load_layers, load_settings
-from router.config.sources import dotted_keys, origin_of
+from router.config.keys import dotted_keys
+from router.config.problems import origin_of
+from router.config.settings import ConfigError, Settings, key_origins, load_settings
 
 
 def effective(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, object]) -> list[str]:
@@ -29,7 +30,7 @@ def effective(path: Path | None, environment: Mapping[str, str], flags: Mapping[
     checked = PreflightResult() if problems else check_pins(settings, environment)
     if problems or checked.problems:
         raise ConfigError([*problems, *checked.problems])
-    origins = load_layers(path, environment, flags).origins
+    origins = key_origins(path, environment, flags)
     lines = [f"# file: {path or 'none'}"]
     for key in dotted_keys(Settings):
         value = json.dumps(_plain(settings, key), ensure_ascii=False)

@@ -18,9 +18,9 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from router.config.keys import named_section_of, section_of
 from router.config.parsing import bytes_text
 from router.config.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, InstanceSettings, Settings
-from router.config.sources import named_section_of, section_of
 from router.domain.instance_lifecycle import state_diagram
 from router.llm_api.routes import KIND_WORDS, ROUTES, Kind
 

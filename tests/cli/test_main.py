@@ -19,8 +19,8 @@ from router import __version__
 from router.app.wiring import endpoint_url
 from router.cli.main import AUTO_RIG, main, with_what_is_there
 from router.cli.status import render_status
+from router.config.keys import dotted_keys
 from router.config.settings import Settings, load_settings
-from router.config.sources import dotted_keys
 
 HOME = {"HOME": "/home/someone", "PATH": "/nonexistent"}
 Captured = pytest.CaptureFixture[str]

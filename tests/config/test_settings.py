@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.config.instance_options import tuning
+from router.config.keys import RENAMED_KEYS, dotted_keys
 from router.config.parsing import bytes_text, parse_bytes
+from router.config.problems import environment_variable
 from router.config.settings import RESERVED_VARIABLES, ConfigError, Settings, find_config, load_settings
-from router.config.sources import dotted_keys
 
 HOME = {"HOME": "/home/someone"}
 
@@ -94,6 +95,56 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_one(overrides: dict[st
 def test_an_unknown_variable_is_refused_too() -> None:
     (problem,) = problems_of(environment={"LLAMAYARD_OLAMA__BINARY": "x", "PATH": "/bin"})
     assert problem == "olama: unknown key; did you mean `ollama`?"
+
+
+RENAMED = list(RENAMED_KEYS.items())
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_key_of_a_file_is_refused_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    section, _, name = old.partition(".")
+    config = written(tmp_path, {section: {name: 1}})
+    (problem,) = problems_of(config)
+    assert problem == f"{old} ({config}): renamed; use `{new}` (environment: {environment_variable(new)})"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_variable_is_refused_with_its_new_name(old: str, new: str) -> None:
+    (problem,) = problems_of(environment={environment_variable(old): "1"})
+    assert problem.startswith(f"{old} (environment {environment_variable(old)}): renamed; use `{new}`")
+    assert environment_variable(new) in problem
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_flag_is_refused_with_its_new_name(old: str, new: str) -> None:
+    (problem,) = problems_of(overrides={old: "1"})
+    assert problem.startswith(f"{old} (flag): renamed; use `{new}`")
+
+
+def test_the_new_names_of_renamed_keys_exist_and_the_old_ones_do_not() -> None:
+    keys = set(dotted_keys(Settings))
+    assert set(RENAMED_KEYS.values()) <= keys
+    assert not keys & set(RENAMED_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reported"),
+    [
+        ({"SERVER__PORT": "1", "SERVER__PORT__X": "1"}, "SERVER__PORT__X: server.port is already given as a whole"),
+        ({"OLLAMA__ENV": "null", "OLLAMA__ENV__A": "1"}, "OLLAMA__ENV: unsets ollama.env, but parts of it"),
+        ({"RIG__X": "1"}, "rig: {'x': '1'} (environment LLAMAYARD_RIG__X) cannot be used"),
+        ({"SERVER__ALLOWED_HOSTS": "[a"}, "SERVER__ALLOWED_HOSTS: is not a YAML list or mapping"),
+    ],
+)
+def test_no_variable_is_ignored_silently(environment: dict[str, str], reported: str) -> None:
+    (problem,) = problems_of(environment={f"LLAMAYARD_{name}": value for name, value in environment.items()})
+    assert reported in problem
+
+
+def test_a_whole_section_and_single_keys_of_it_join_in_the_environment() -> None:
+    environment = {"LLAMAYARD_QUEUE": "{limit: 3, timeout_seconds: 4}", "LLAMAYARD_QUEUE__LIMIT": "5"}
+    queue = load_settings(None, {**HOME, **environment}).queue
+    assert (queue.limit, queue.timeout_seconds) == (5, 4)
 
 
 def test_what_the_router_gives_its_children_is_no_setting() -> None:
