@@ -43,7 +43,7 @@ class PreflightResult:
     """Sentences: what cannot hold, and what could not be looked at."""
 
     problems: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _emptied(gpu: Gpu) -> Gpu:
 def _check(settings: Settings, here: _Here) -> PreflightResult:
     plan = instance_plan(settings, str(here.stores[0].folder))
     if here.gpus is None:
-        return PreflightResult(unseen=(f"whether pins to GPUs hold: {here.why}",))
+        return PreflightResult(unchecked=(f"whether pins to GPUs hold: {here.why}",))
     specs = plan_instances(here.gpus, plan, itertools.count(_PORTS))
     policy = policy_of(settings, here.gpus, on_demand_like(plan))
     snapshot = Snapshot(
@@ -131,7 +131,7 @@ def _with_models(
     snapshot: Snapshot, stores: Sequence[Store], names: Sequence[str], broken: list[str]
 ) -> PreflightResult:
     problems: list[str] = []
-    unseen = [*broken]
+    unchecked = [*broken]
     warm: list[_Warm] = []
     for name in names:
         pin = snapshot.policy.pins[parse_name(name).shortest]
@@ -139,7 +139,7 @@ def _with_models(
             continue
         facts = _facts(stores, name)
         if facts is None:
-            unseen.append(f"whether models.{name} fits: it is not among the models in {stores[0].folder}")
+            unchecked.append(f"whether models.{name} fits: it is not among the models in {stores[0].folder}")
             continue
         found = place(
             snapshot,
@@ -150,7 +150,7 @@ def _with_models(
             problems.append(f"models.{name}: {found.message}")
         elif isinstance(found, Placed) and pin.keep_warm and pin.gpus:
             warm.append(_Warm(name, facts.blob, _least(snapshot, facts, found)))
-    return PreflightResult((*problems, *_crowded(snapshot, warm)), tuple(unseen))
+    return PreflightResult((*problems, *_crowded(snapshot, warm)), tuple(unchecked))
 
 
 def _facts(stores: Sequence[Store], name: str) -> ModelFacts | None:

@@ -47,7 +47,7 @@ def test_a_model_that_its_gpu_cannot_hold_is_refused_with_the_bytes(tmp_path: Pa
     (problem,) = found.problems
     assert problem.startswith("models.Seventy: model 'seventy:latest' fits nowhere: gpu1: GPU 1 needs ")
     assert problem.count(" bytes (") == 2
-    assert found.unseen == ()
+    assert found.unchecked == ()
 
 
 def test_a_context_that_the_modelfile_asks_for_counts(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_gpus_that_are_not_there_are_refused(tmp_path: Path, tree: dict[str, obj
 
 def test_what_cannot_be_seen_is_told_and_not_guessed(tmp_path: Path) -> None:
     pins = {"m": {"gpus": [7]}}
-    assert _check(tmp_path, models=pins).unseen == ("whether pins to GPUs hold: no driver is installed",)
-    (told,) = _check(tmp_path, TwoCards(), models={"m": {"gpus": [1]}}).unseen
+    assert _check(tmp_path, models=pins).unchecked == ("whether pins to GPUs hold: no driver is installed",)
+    (told,) = _check(tmp_path, TwoCards(), models={"m": {"gpus": [1]}}).unchecked
     assert told == f"whether models.m fits: it is not among the models in {tmp_path / 'models'}"
 
 
@@ -105,7 +105,7 @@ def test_weights_that_cannot_be_read_are_no_reason_to_refuse(tmp_path: Path) -> 
         if blob.stat().st_size > 2**20:
             blob.write_bytes(b"not a model")
     found = _check(tmp_path, TwoCards(), models={"seventy": {"gpus": [1]}})
-    assert (found.problems, len(found.unseen)) == ((), 1)
+    assert (found.problems, len(found.unchecked)) == ((), 1)
 
 
 def test_looking_makes_no_folder(tmp_path: Path) -> None:

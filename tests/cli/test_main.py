@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from router import __version__
-from router.app.wiring import endpoint_url
-from router.cli.main import AUTO_RIG, main, with_what_is_there
+from router.app.lifecycle import endpoint_url
+from router.cli.main import AUTO_RIG, main
+from router.cli.serve import with_rig_if_needed
 from router.cli.status import render_status
 from router.config.keys import dotted_keys
 from router.config.settings import Settings, load_settings
@@ -117,11 +118,27 @@ def test_simulate_plays_and_refuses_with_code_2_what_it_does_not_know(capsys: Ca
 
 def test_whoever_serves_does_not_hold_the_other_commands_in_memory(root: Path) -> None:
     others = ("router.lab.simulator", "router.cli.check_config", "router.cli.status", "router.cli.simulate")
-    program = f"import sys, router.cli.main\nprint([name for name in sys.modules if name.startswith({others})])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    assert _imported(root, "import router.cli.main, router.cli.serve", others) == []
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["version"], ["--help"], ["serve", "--help"]])
+def test_version_and_help_import_no_library(root: Path, arguments: list[str]) -> None:
+    program = (
+        f"import contextlib, router.cli.main\nwith contextlib.suppress(SystemExit): router.cli.main.main({arguments})"
     )
-    assert done.stdout == "[]\n"
+    libraries = ("aiohttp", "pydantic", "structlog", "uvloop", "yaml", "router.app", "router.config")
+    assert _imported(root, program, libraries) == []
+
+
+def _imported(root: Path, program: str, prefixes: tuple[str, ...]) -> list[str]:
+    """Modules with these prefixes that a new process has imported after the program."""
+    report = (
+        f"{program}\nimport json, sys\nprint(json.dumps([name for name in sys.modules if name.startswith({prefixes})]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", report], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @contextlib.contextmanager
@@ -191,20 +208,20 @@ def test_auto_serves_a_real_ollama_where_there_is_one(tmp_path: Path, capsys: Ca
     binary.write_text("#!/bin/sh\n", encoding="utf-8")
     settings = load_settings(None, HOME)
     binary.chmod(0o600)
-    assert with_what_is_there(settings, {"PATH": str(tmp_path)}).rig == AUTO_RIG
+    assert with_rig_if_needed(settings, {"PATH": str(tmp_path)}, AUTO_RIG).rig == AUTO_RIG
     assert "EMULATED" in capsys.readouterr().err
     binary.chmod(0o700)
-    assert with_what_is_there(settings, {"PATH": str(tmp_path)}) == settings
+    assert with_rig_if_needed(settings, {"PATH": str(tmp_path)}, AUTO_RIG) == settings
     assert capsys.readouterr().err == ""
 
 
 def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
     rig = load_settings(None, HOME, {"rig": "h100"})
     attached = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}]})
-    assert with_what_is_there(rig, HOME).rig == "h100"
-    assert with_what_is_there(attached, HOME).rig is None
+    assert with_rig_if_needed(rig, HOME, AUTO_RIG).rig == "h100"
+    assert with_rig_if_needed(attached, HOME, AUTO_RIG).rig is None
     both = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}], "discover": "true"})
-    assert with_what_is_there(both, HOME).rig == AUTO_RIG
+    assert with_rig_if_needed(both, HOME, AUTO_RIG).rig == AUTO_RIG
 
 
 STATUS: dict[str, Any] = {
@@ -244,7 +261,7 @@ STATUS: dict[str, Any] = {
 
 def test_status_shows_who_waits_and_for_how_long_still() -> None:
     rows = [line.split() for line in render_status(STATUS).splitlines()[-3:]]
-    assert rows[0] == ["MODEL", "POSITION", "WAITED", "STILL", "ABOUT", "REQUEST", "REASON"]
+    assert rows[0] == ["MODEL", "POSITION", "WAITED", "ETA", "REQUEST", "REASON"]
     assert rows[1] == ["a:latest", "1", "2", "s", "12", "s", "r1", "-"]
     assert rows[2] == ["a:latest", "2", "-", "-", "r2", "its", "turn"]
     assert "WAITING" not in render_status({**STATUS, "waiting": []})
@@ -255,11 +272,11 @@ def test_status_is_shown_as_tables_with_what_is_unknown_as_a_dash() -> None:
     assert lines[0] == "EMULATED rig 2x3090"
     assert lines[2:5] == [
         "GPUS",
-        "  INDEX  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
-        "  0      RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
+        "  GPU  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
+        "  0    RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
     ]
-    assert "  gpu0  ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
-    assert "  tiny:latest  gpu0      ready  1/2   1.0 GiB  -        -" in lines
+    assert "  gpu0      ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
+    assert "  tiny:latest  gpu0      ready  1/2    1.0 GiB  -        -" in lines
     assert lines[-5:] == ["RESERVATIONS", "  none", "", "QUEUE", "  waiting 3, limit 512"]
 
 
@@ -332,4 +349,4 @@ def test_status_says_when_nothing_listens(router: HTTPServer, capsys: Captured) 
     router.shutdown()
     router.server_close()
     assert main(["status", "--port", str(port)], HOME) == 1
-    assert f"nothing answers at 127.0.0.1:{port}" in capsys.readouterr().err
+    assert f"no answer from 127.0.0.1:{port}" in capsys.readouterr().err
