@@ -54,8 +54,8 @@ def test_a_rate_that_the_trace_does_not_have_is_told_in_a_sentence(capsys: pytes
     there = data["runs"][0]["requests"]
     assert there < 3000
     assert note == (
-        f"seed 1: the trace has {there} requests for 30 s ({there / 30:.2f} a second), fewer than the 3000 "
-        "(100 a second) that were asked for"
+        f"seed 1: the trace has {there} requests for 30 s ({there / 30:.2f} per second), fewer than the requested 3000 "
+        "(100 per second)"
     )
     assert data["notes"] == [note]
 
