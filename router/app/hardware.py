@@ -19,10 +19,10 @@ from router.config.settings import ConfigError, Settings, process_environment
 from router.domain.gpu import Gpu
 from router.domain.model import ModelFacts
 from router.domain.model_names import parse_name
+from router.engines.ollama.gguf_facts import facts_of
 from router.engines.ollama.instance_plan import DeclaredInstance, InstancePlan
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
-from router.lab.emulator.model_facts import facts_of
 from router.lab.emulator.prepare import VERSION_VARIABLE, PreparedEmulator, prepare_emulator
 from router.lab.emulator.spec import SpecError
 from router.lab.emulator.store import Store

@@ -14,9 +14,10 @@ from router.app.preflight import PreflightResult, check_pins
 from router.cli.main import main
 from router.config.settings import load_settings
 from router.domain.gpu import Gpu
+from router.engines.ollama.blob_store import PARAMETERS
 from router.gpu.nvml import NoGpus
 from router.gpu.poller import GpuReader
-from router.lab.emulator.store import PARAMETERS, Store
+from router.lab.emulator.store import Store
 from tests.scheduler.builders import gpu
 from tests.support.sparse_model import LLAMA_8B, LLAMA_70B, put_into_store
 

@@ -49,27 +49,27 @@ def read_weights_header(path: Path) -> WeightsHeader | None:
     if gguf is None:
         return None
     tensors = tuple((tensor.name, tensor.type, tensor.shape) for tensor in gguf.tensors)
-    architecture = gguf.metadata.get("general.architecture", "llama")
+    prefix = gguf.metadata.get("general.architecture", "llama")
     tokens: Any = gguf.metadata.get("tokenizer.ggml.tokens")
-    vocabulary = {f"{architecture}.vocab_size": len(cast("list[str]", tokens))} if isinstance(tokens, list) else {}
+    vocabulary = {f"{prefix}.vocab_size": len(cast("list[str]", tokens))} if isinstance(tokens, list) else {}
     count = sum(math.prod(shape) for _, _, shape in tensors)
     return WeightsHeader({**vocabulary, **gguf.metadata, "general.parameter_count": count}, tensors)
 
 
-def architecture_of(header: WeightsHeader) -> str:
+def architecture(header: WeightsHeader) -> str:
     return str(header.metadata.get("general.architecture", "llama"))
 
 
 def number(header: WeightsHeader, key: str, default: int = 0) -> int:
     """An architecture-specific number such as `block_count`; the maximum if it is a list."""
-    value: Any = header.metadata.get(f"{architecture_of(header)}.{key}", default)
+    value: Any = header.metadata.get(f"{architecture(header)}.{key}", default)
     if isinstance(value, list | tuple):
         return max((int(item) for item in cast("list[int]", value)), default=default)
     return int(value) if isinstance(value, int | float) else default
 
 
 def is_embedding(header: WeightsHeader) -> bool:
-    return f"{architecture_of(header)}.pooling_type" in header.metadata
+    return f"{architecture(header)}.pooling_type" in header.metadata
 
 
 def facts_of(stored: StoredModel, header: WeightsHeader) -> ModelFacts:
@@ -84,7 +84,7 @@ def facts_of(stored: StoredModel, header: WeightsHeader) -> ModelFacts:
         digest=stored.digest,
         blob=BlobDigest(stored.weights.digest),
         weights_bytes=stored.weights.size,
-        architecture=architecture_of(header),
+        architecture=architecture(header),
         layers=layers,
         embedding_length=width,
         head_count=heads,
@@ -115,7 +115,7 @@ def _input_and_output_bytes(header: WeightsHeader) -> tuple[int | None, int | No
 
 
 def _kv_heads(header: WeightsHeader, layers: int, heads: int) -> tuple[int, ...]:
-    value: Any = header.metadata.get(f"{architecture_of(header)}.attention.head_count_kv", heads)
+    value: Any = header.metadata.get(f"{architecture(header)}.attention.head_count_kv", heads)
     if isinstance(value, list | tuple):
         return tuple(int(item) for item in cast("list[int]", value))
     return (int(value),) * layers
