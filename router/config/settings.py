@@ -50,7 +50,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, case_sensitive=True)
     sources: ClassVar[tuple[PydanticBaseSettingsSource, ...]] = ()
-    """What is read beside the arguments of the class, highest priority first."""
+    """Sources that are read after the arguments of the class, highest priority first."""
 
     server: ServerSettings = Field(default_factory=ServerSettings)
     ollama: OllamaSettings = Field(default_factory=OllamaSettings)
