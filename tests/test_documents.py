@@ -1,26 +1,29 @@
-"""Documents, examples and deployment files are true to the code."""
+"""Documents, examples and deployment files match the code."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from router import __version__
+from router.config.keys import dotted_keys
 from router.config.settings import InstanceSettings, Settings, load_settings
-from router.config.sources import dotted_keys
 from router.tools.generate_docs import documents
 from tests.support.tree import MODULES, ROOT, none_of
 
 
 @pytest.mark.parametrize("path", sorted(documents()))
-def test_documents_drawn_from_code_have_not_drifted(path: str) -> None:
+def test_generated_documents_have_not_drifted(path: str) -> None:
     target = ROOT / path
     assert target.is_file(), f"{path} is missing: run `make docs`"
     assert target.read_text(encoding="utf-8") == documents()[path], f"{path} has drifted: run `make docs`"
@@ -46,6 +49,57 @@ def test_the_example_instances_can_be_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_is_accepted(path: Path) -> None:
     load_settings(path, {})
+    assert _schema_errors(yaml.safe_load(path.read_text(encoding="utf-8"))) == []
+
+
+def _schema_errors(tree: Any) -> list[str]:
+    schema = json.loads((ROOT / "config/llamayard.schema.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    return [error.message for error in Draft202012Validator(schema).iter_errors(tree)]
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"ollama": {"keep_alive": "5m", "env": {"OLLAMA_DEBUG": 1}, "instance_env": {"gpu0": {"A": "b"}}}},
+        {"server": None, "placement": {"vram_margin_bytes": "1.5 GiB", "exclusive_gpus": {"0": ["a", "b"]}}},
+        {"instances": [{"name": "a", "gpus": [0]}], "server": {"cors_origins": "http://a, http://b"}},
+    ],
+)
+def test_the_schema_accepts_what_the_settings_accept(tree: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    load_settings(tmp_path / "c.yaml", {})
+    assert _schema_errors(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "reported"),
+    [
+        ({"sever": {}}, "'sever' was unexpected"),
+        ({"server": {"prot": 1}}, "is not valid under any"),
+        ({"instances": [{"name": "a", "gpu": []}]}, "'gpu' was unexpected"),
+        ({"models": {"a": {"option": "pass"}}}, "'option' was unexpected"),
+        ({"queue": {"limit": -1}}, "is not valid under any"),
+        ({"placement": {"vram_margin_bytes": "many"}}, "is not valid under any"),
+    ],
+)
+def test_the_schema_refuses_unknown_keys_and_wrong_values(tree: object, reported: str) -> None:
+    (message,) = _schema_errors(tree)
+    assert reported in message
+
+
+def test_every_key_has_its_description_in_the_schema() -> None:
+    text = (ROOT / "config/llamayard.schema.json").read_text(encoding="utf-8")
+    described: set[str] = set()
+
+    def visit(node: object) -> None:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            if name == "properties":
+                described.update(key for key, inner in value.items() if "description" in inner)
+            visit(value)
+
+    visit(json.loads(text))
+    none_of([key for key in dotted_keys(Settings) if key.rpartition(".")[2] not in described])
 
 
 READERS_OF_KEYS = frozenset({"router/config/settings.py", "router/config/schema.py", "router/tools/generate_docs.py"})

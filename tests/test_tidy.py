@@ -23,15 +23,12 @@ CORE_LIBRARIES = frozenset(
 ENTRY_POINTS = frozenset(
     {
         "router.__main__",
-        "router.cli.check_config",
         "router.cli.main",
         "router.tools.generate_docs",
         "router.lab.emulator.runner",
         "router.lab.emulator.server",
         "router.lab.simulator.chaos",
-        "router.cli.simulate",
         "router.lab.plot",
-        "router.cli.status",
     }
 )
 """Modules that are started by name, so that no other module need import them."""

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from router.app.wiring import serve
+from router.app.serve import serve
 from router.config.settings import load_settings
 
 _USAGE = "usage: python -m bench.scheduling.fast_clock SPEED [KEY=VALUE …]"
@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> int:
     flags = dict(pair.split("=", 1) for pair in arguments[1:])
     settings = load_settings(None, dict(os.environ), flags)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(FastSelector(speed))) as runner:
-        return runner.run(serve(settings))
+        runner.run(serve(settings))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,55 +1,67 @@
-"""What there is to run on: real GPUs and a real Ollama, or an emulated rig that stands in for both.
+"""The machine to run on: real GPUs and a real Ollama, or an emulated rig in place of both.
 
-Looks once, before anything is started; blocking, because a driver and a file system are asked. Starts nothing.
+Read once at startup, blocking: a driver and the file system are read. Starts nothing. Together with the command line
+the only product code that knows the emulator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
 from router.config.instance_options import Tuning, tuning
 from router.config.settings import ConfigError, Settings, process_environment
 from router.domain.gpu import Gpu
+from router.domain.model import ModelFacts
+from router.domain.model_names import parse_name
+from router.engines.ollama.gguf_facts import facts_of
 from router.engines.ollama.instance_plan import DeclaredInstance, InstancePlan
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
-from router.lab.emulator.prepare import prepare_emulator
+from router.lab.emulator.prepare import VERSION_VARIABLE, PreparedEmulator, prepare_emulator
 from router.lab.emulator.spec import SpecError
+from router.lab.emulator.store import Store
 from router.supervisor.process import BinaryNotFound, find_binary, inheritable_environment
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Where the router finds itself."""
+    """GPUs, and how to start servers on them."""
 
     reader: GpuReader
     command: tuple[str, ...]
-    """Starts a server; of no use where all instances are attached."""
+    """Starts a server; unused if all instances are attached."""
     environment: Mapping[str, str]
-    """What each server is given beside its own variables."""
+    """Environment of every server, without its own variables."""
     models_directory: str
     title: str
     """`EMULATED rig 2x3090`, or "" for real GPUs."""
 
 
 class NoGpuReader:
-    """Reads no GPU, on a machine that has none."""
+    """For a machine without GPUs."""
 
     def read(self) -> tuple[Gpu, ...]:
         return ()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
 
 def detect_hardware(settings: Settings) -> Hardware:
-    """Blocking. ConfigError where the rig's text, its folder or the binary is wrong."""
+    """Blocking.
+
+    Raises:
+        ConfigError: the rig's description, its directory or the ollama binary is wrong.
+    """
     environment = process_environment()
     if settings.rig is not None:
-        return _rig(settings, settings.rig, environment)
+        return _emulated(settings, settings.rig, environment)
     log = structlog.get_logger("router")
     nvml = open_nvml()
     if isinstance(nvml, NoGpus):
@@ -63,27 +75,73 @@ def _binary(settings: Settings, environment: Mapping[str, str]) -> str:
     try:
         return find_binary(settings.ollama.binary, environment.get("PATH"))
     except BinaryNotFound as error:
-        if settings.discovers or any(one.url is None for one in settings.instances):
+        if settings.discovers or any(instance.url is None for instance in settings.instances):
             raise ConfigError([f"ollama.binary: {error}"]) from error
         return settings.ollama.binary
 
 
-def _rig(settings: Settings, text: str, environment: Mapping[str, str]) -> Hardware:
-    try:
-        rig = prepare_emulator(text, settings.state_directory / "rig", environment)
-    except SpecError as error:
-        raise ConfigError([str(error)]) from error
-    except OSError as error:
-        raise ConfigError([f"state_directory: the emulated rig cannot be written there: {error}"]) from error
-    structlog.get_logger("router").warning(
-        "emulated", rig=rig.title, effect="GPUs, servers and answers are made up; nothing here is real"
-    )
+def _emulated(settings: Settings, text: str, environment: Mapping[str, str]) -> Hardware:
+    rig = _prepared_emulator(text, _emulator_directory(settings), environment)
+    structlog.get_logger("router").warning("emulated", rig=rig.title, effect="GPUs, servers and answers are not real")
     inherited = {**inheritable_environment(environment), **rig.environment}
     return Hardware(rig.reader, rig.command, inherited, str(rig.models_directory), rig.title)
 
 
+def _emulator_directory(settings: Settings) -> Path:
+    return settings.state_directory / "rig"
+
+
+def _prepared_emulator(text: str, directory: Path, environment: Mapping[str, str]) -> PreparedEmulator:
+    try:
+        return prepare_emulator(text, directory, environment)
+    except SpecError as error:
+        raise ConfigError([str(error)]) from error
+    except OSError as error:
+        raise ConfigError([f"state_directory: the emulated rig cannot be written there: {error}"]) from error
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedMachine:
+    """An emulated rig as `check-config` needs it."""
+
+    gpus: tuple[Gpu, ...]
+    version: str
+    """Of the emulated servers."""
+    models_directory: Path
+    facts: Callable[[str], ModelFacts | None]
+    """Facts of a model by its name; None if it is in no emulated store."""
+
+
+@contextlib.contextmanager
+def temporary_emulator(settings: Settings, text: str, environment: Mapping[str, str]) -> Generator[EmulatedMachine]:
+    """The rig in a temporary directory, so that a check changes nothing in the state directory.
+
+    Models that the user has added to the rig in the state directory count too.
+
+    Raises:
+        ConfigError: the rig's description is wrong.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        rig = _prepared_emulator(text, Path(directory), environment)
+        user_store = Store(_emulator_directory(settings) / "models", is_written=False)
+        stores = (user_store, Store(rig.models_directory, is_written=False))
+
+        def facts(name: str) -> ModelFacts | None:
+            return next((found for store in stores if (found := _emulated_facts(store, name)) is not None), None)
+
+        yield EmulatedMachine(rig.reader.read(), rig.environment[VERSION_VARIABLE], user_store.folder, facts)
+
+
+def _emulated_facts(store: Store, name: str) -> ModelFacts | None:
+    stored = store.get(parse_name(name))
+    if stored is None:
+        return None
+    header = store.header(stored.weights.digest)
+    return facts_of(stored, header) if header.tensors else None
+
+
 def instance_plan(settings: Settings, models_directory: str) -> InstancePlan:
-    """What instances are asked for, in the planner's terms."""
+    """The configured instances, as the planner's input."""
 
     def tuning_for(name: str) -> Tuning:
         return tuning(settings, name)
@@ -95,7 +153,7 @@ def instance_plan(settings: Settings, models_directory: str) -> InstancePlan:
         spread=settings.ollama.spread,
         cloud=settings.ollama.cloud,
         declared=tuple(
-            DeclaredInstance(tuning(settings, one.name or "", one), one.name, one.url, one.gpus)
-            for one in settings.instances
+            DeclaredInstance(tuning(settings, entry.name or "", entry), entry.name, entry.url, entry.gpus)
+            for entry in settings.instances
         ),
     )

@@ -1,19 +1,17 @@
-"""What `check-config` sees beyond the keys: whether the pins hold on the GPUs, and with the models, that are here.
+"""`check-config` beyond single keys: whether pinned models fit on this machine's GPUs.
 
-The same decision as at run time is made over GPUs that are taken to be empty: what is refused here is refused there.
-It looks at GPUs and into the folder of models, blocking; it starts nothing, asks no server and changes no file. What
-it cannot see it names, and does not guess.
+Makes the same decision as at run time, with all GPUs assumed to be empty: what is refused here is refused there too.
+Reads GPUs and the model directory, blocking; starts nothing, asks no server and changes no file. Reports what it could
+not check.
 """
 
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from router.app.hardware import instance_plan
+from router.app.hardware import EmulatedMachine, instance_plan, temporary_emulator
 from router.config.policy import ANY_MODEL, policy_of
 from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu, GpuUuid
@@ -22,85 +20,90 @@ from router.domain.model import BlobDigest, ModelFacts
 from router.domain.model_names import parse_name
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import capacity_bytes
+from router.engines.ollama.blob_store import BlobStore
 from router.engines.ollama.footprint_estimator import estimate_bytes
+from router.engines.ollama.gguf_facts import read_facts
 from router.engines.ollama.instance_plan import PlanError, on_demand_like, plan_instances
 from router.engines.ollama.runner_options import default_runner_options
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
-from router.lab.emulator.model_facts import facts_of
-from router.lab.emulator.prepare import VERSION_VARIABLE, prepare_emulator
-from router.lab.emulator.spec import SpecError
-from router.lab.emulator.store import Store
 from router.scheduler.placement.explain import explain_shortfall
 from router.scheduler.placement.placement import NoFit, Placed, PlacementRequest, context_of, place
 
 _PORTS = 20_000
-"""Where ports are counted from; none is opened."""
+"""First port of the planned instances; none is opened."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreflightResult:
-    """Sentences: what cannot hold, and what could not be looked at."""
+    """Sentences: what cannot be satisfied, and what could not be checked."""
 
     problems: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Here:
-    """What there is. `gpus`: as if nothing ran on them; None where they cannot be seen, and `why`."""
+class _Machine:
+    """GPUs and models of the machine."""
 
     gpus: tuple[Gpu, ...] | None
-    stores: tuple[Store, ...]
+    """As if nothing ran on them; None if they cannot be read."""
+    models_directory: str
+    facts: Callable[[str], ModelFacts | None]
+    """Facts of a model by its name; None if it is not installed or its weights cannot be read."""
     version: str | None = None
-    why: str = ""
+    """Of the servers, if known."""
+    unreadable_reason: str = ""
+    """Why the GPUs cannot be read."""
 
 
 def check_pins(
     settings: Settings, environment: Mapping[str, str], open_gpus: Callable[[], GpuReader | NoGpus] = open_nvml
 ) -> PreflightResult:
-    """Whether all that the configuration says of GPUs and of models on them can hold here."""
+    """Checks everything that the configuration says about GPUs and about models on them."""
     try:
         if settings.rig is not None:
-            return _on_rig(settings, settings.rig, environment)
+            with temporary_emulator(settings, settings.rig, environment) as rig:
+                return _check(settings, _emulated(rig))
         if not _mentions_gpus(settings):
             return PreflightResult()
         return _check(settings, _real(settings, open_gpus()))
-    except (SpecError, PlanError) as error:
+    except PlanError as error:
         return PreflightResult((str(error),))
     except ConfigError as error:
         return PreflightResult(tuple(error.problems))
 
 
 def _mentions_gpus(settings: Settings) -> bool:
-    return bool(_placed(settings) or settings.placement.exclusive_gpus or any(one.gpus for one in settings.instances))
+    return bool(
+        _placed(settings) or settings.placement.exclusive_gpus or any(instance.gpus for instance in settings.instances)
+    )
 
 
 def _placed(settings: Settings) -> list[str]:
-    """Names of models whose entry says where they go, or that they are there at all times."""
+    """Names of models whose rules pin them to GPUs or keep them loaded."""
     return [
         name
-        for name, one in settings.models.items()
-        if name != ANY_MODEL and (one.gpus or one.layout != "auto" or one.keep_warm)
+        for name, rules in settings.models.items()
+        if name != ANY_MODEL and (rules.gpus or rules.layout != "auto" or rules.keep_warm)
     ]
 
 
-def _real(settings: Settings, reader: GpuReader | NoGpus) -> _Here:
-    stores = (Store(settings.ollama.models, is_written=False),)
+def _real(settings: Settings, reader: GpuReader | NoGpus) -> _Machine:
+    store = BlobStore(settings.ollama.models)
+
+    def facts(name: str) -> ModelFacts | None:
+        return read_facts(store, name)
+
     if isinstance(reader, NoGpus):
-        return _Here(None, stores, why=reader.reason)
+        return _Machine(None, str(store.folder), facts, unreadable_reason=reader.reason)
     gpus = reader.read()
     reader.close()
-    return _Here(tuple(map(_emptied, gpus)), stores)
+    return _Machine(tuple(map(_emptied, gpus)), str(store.folder), facts)
 
 
-def _on_rig(settings: Settings, text: str, environment: Mapping[str, str]) -> PreflightResult:
-    """The rig is made in a folder that goes again; models that were put into the real one's count too."""
-    own = settings.state_directory / "rig" / "models"
-    with tempfile.TemporaryDirectory() as folder:
-        rig = prepare_emulator(text, Path(folder), environment)
-        stores = (Store(own, is_written=False), Store(rig.models_directory, is_written=False))
-        return _check(settings, _Here(rig.reader.read(), stores, rig.environment[VERSION_VARIABLE]))
+def _emulated(rig: EmulatedMachine) -> _Machine:
+    return _Machine(rig.gpus, str(rig.models_directory), rig.facts, rig.version)
 
 
 def _emptied(gpu: Gpu) -> Gpu:
@@ -108,38 +111,36 @@ def _emptied(gpu: Gpu) -> Gpu:
     return replace(gpu, memory_free_bytes=free, memory_used_bytes=0)
 
 
-def _check(settings: Settings, here: _Here) -> PreflightResult:
-    plan = instance_plan(settings, str(here.stores[0].folder))
-    if here.gpus is None:
-        return PreflightResult(unseen=(f"whether pins to GPUs hold: {here.why}",))
-    specs = plan_instances(here.gpus, plan, itertools.count(_PORTS))
-    policy = policy_of(settings, here.gpus, on_demand_like(plan))
+def _check(settings: Settings, machine: _Machine) -> PreflightResult:
+    plan = instance_plan(settings, machine.models_directory)
+    if machine.gpus is None:
+        return PreflightResult(unchecked=(f"whether pins to GPUs hold: {machine.unreadable_reason}",))
+    specs = plan_instances(machine.gpus, plan, itertools.count(_PORTS))
+    policy = policy_of(settings, machine.gpus, on_demand_like(plan))
     snapshot = Snapshot(
         now=0.0,
         policy=policy,
-        gpus={gpu.uuid: gpu for gpu in here.gpus},
+        gpus={gpu.uuid: gpu for gpu in machine.gpus},
         gpus_read_at=0.0,
-        instances={spec.name: InstanceView(spec, InstanceState.READY, here.version) for spec in specs},
+        instances={spec.name: InstanceView(spec, InstanceState.READY, machine.version) for spec in specs},
         residencies={},
         reservations={},
     )
-    broken = [f"GPU {gpu.index} cannot be read: {gpu.error}" for gpu in here.gpus if gpu.error is not None]
-    return _with_models(snapshot, here.stores, _placed(settings), broken)
+    unreadable = [f"GPU {gpu.index} cannot be read: {gpu.error}" for gpu in machine.gpus if gpu.error is not None]
+    return _with_models(snapshot, machine, _placed(settings), unreadable)
 
 
-def _with_models(
-    snapshot: Snapshot, stores: Sequence[Store], names: Sequence[str], broken: list[str]
-) -> PreflightResult:
+def _with_models(snapshot: Snapshot, machine: _Machine, names: Sequence[str], unreadable: list[str]) -> PreflightResult:
     problems: list[str] = []
-    unseen = [*broken]
-    warm: list[_Warm] = []
+    unchecked = [*unreadable]
+    warm: list[_WarmModel] = []
     for name in names:
         pin = snapshot.policy.pins[parse_name(name).shortest]
         if pin.cpu or any(snapshot.gpus[gpu].error is not None for gpu in pin.gpus):
             continue
-        facts = _facts(stores, name)
+        facts = machine.facts(name)
         if facts is None:
-            unseen.append(f"whether models.{name} fits: it is not among the models in {stores[0].folder}")
+            unchecked.append(f"whether models.{name} fits: it is not among the models in {machine.models_directory}")
             continue
         found = place(
             snapshot,
@@ -149,40 +150,32 @@ def _with_models(
         if isinstance(found, NoFit):
             problems.append(f"models.{name}: {found.message}")
         elif isinstance(found, Placed) and pin.keep_warm and pin.gpus:
-            warm.append(_Warm(name, facts.blob, _least(snapshot, facts, found)))
-    return PreflightResult((*problems, *_crowded(snapshot, warm)), tuple(unseen))
-
-
-def _facts(stores: Sequence[Store], name: str) -> ModelFacts | None:
-    """Of the model in the first store that has it; None where none has, or its weights cannot be read."""
-    for store in stores:
-        stored = store.get(parse_name(name))
-        if stored is not None and (header := store.header(stored.weights.digest)).tensors:
-            return facts_of(stored, header)
-    return None
+            warm.append(_WarmModel(name, facts.blob, _minimum_bytes(snapshot, facts, found)))
+    return PreflightResult((*problems, *_overcommitted(snapshot, warm)), tuple(unchecked))
 
 
 @dataclass(frozen=True, slots=True)
-class _Warm:
-    """A model that is never unloaded, and what it takes of each of its GPUs with a single slot."""
+class _WarmModel:
+    """A model that is never unloaded."""
 
     name: str
     blob: BlobDigest
-    least_bytes: Mapping[GpuUuid, int]
+    minimum_bytes: Mapping[GpuUuid, int]
+    """VRAM on each of its GPUs with a single slot."""
 
 
-def _least(snapshot: Snapshot, facts: ModelFacts, placed: Placed) -> Mapping[GpuUuid, int]:
+def _minimum_bytes(snapshot: Snapshot, facts: ModelFacts, placed: Placed) -> Mapping[GpuUuid, int]:
     spec = replace(placed.start or snapshot.instances[placed.instance].spec, num_parallel=1)
     sizes = estimate_bytes(facts, spec, context_of(placed.options, facts, spec), snapshot)
     return dict(zip(spec.gpus, sizes, strict=True))
 
 
-def _crowded(snapshot: Snapshot, warm: Sequence[_Warm]) -> Iterator[str]:
-    """Models that shall all be kept warm on GPUs that cannot hold them together."""
-    by_weights = {one.blob: one for one in warm}.values()
-    for gpu in sorted({gpu for one in by_weights for gpu in one.least_bytes}):
-        there = [one for one in by_weights if gpu in one.least_bytes]
-        size = sum(one.least_bytes[gpu] for one in there)
-        if len(there) > 1 and size > capacity_bytes(snapshot, gpu):
-            together = " and ".join(f"models.{one.name}" for one in there)
-            yield f"{together} cannot be kept warm together: {explain_shortfall(snapshot, [(gpu, size)])}"
+def _overcommitted(snapshot: Snapshot, warm: Sequence[_WarmModel]) -> Iterator[str]:
+    """A sentence for each GPU that cannot hold all models that are kept warm on it."""
+    by_weights = {model.blob: model for model in warm}.values()
+    for gpu in sorted({gpu for model in by_weights for gpu in model.minimum_bytes}):
+        models = [model for model in by_weights if gpu in model.minimum_bytes]
+        size = sum(model.minimum_bytes[gpu] for model in models)
+        if len(models) > 1 and size > capacity_bytes(snapshot, gpu):
+            names = " and ".join(f"models.{model.name}" for model in models)
+            yield f"{names} cannot be kept warm together: {explain_shortfall(snapshot, [(gpu, size)])}"

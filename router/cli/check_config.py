@@ -1,10 +1,11 @@
-"""`llamayard check-config`: every key's effective value with where it comes from, or everything that is wrong with it.
+"""`llamayard check-config`: prints every key's effective value and origin, or every problem.
 
-It reads the configuration and, for pins, the models and GPUs that are there. It starts and changes nothing.
+Reads the configuration and, to check pins, the installed models and the GPUs. Starts and changes nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,43 +14,57 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from router.app.preflight import PreflightResult, check_pins
+from router.cli.configuration import ConfigurationInputs, inputs_of, print_problems
+from router.cli.exit_codes import EXIT_FAILED, EXIT_OK
 from router.config.instance_options import tuning_problems
-from router.config.settings import ConfigError, Settings, load_layers, load_settings
-from router.config.sources import dotted_keys, origin_of
+from router.config.keys import dotted_keys
+from router.config.problems import origin_of
+from router.config.settings import ConfigError, Settings, key_origins
 
 
-def effective(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, object]) -> list[str]:
-    """The configuration as it holds, a line a key.
+def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    """The exit code; EXIT_FAILED if the configuration cannot be used."""
+    try:
+        lines = effective_lines(inputs_of(arguments, environment))
+    except ConfigError as error:
+        print_problems(error.problems)
+        return EXIT_FAILED
+    print("\n".join(lines))
+    return EXIT_OK
+
+
+def effective_lines(inputs: ConfigurationInputs) -> list[str]:
+    """One line for each key of the effective configuration.
 
     Raises:
-        ConfigError: with every problem that was found, pins that cannot hold among them.
+        ConfigError: with all problems, including pins that cannot be satisfied.
     """
-    settings = load_settings(path, environment, flags)
+    settings = inputs.settings()
     problems = tuning_problems(settings)
-    checked = PreflightResult() if problems else check_pins(settings, environment)
-    if problems or checked.problems:
-        raise ConfigError([*problems, *checked.problems])
-    origins = load_layers(path, environment, flags).origins
-    lines = [f"# file: {path or 'none'}"]
+    preflight = PreflightResult() if problems else check_pins(settings, inputs.environment)
+    if problems or preflight.problems:
+        raise ConfigError([*problems, *preflight.problems])
+    origins = key_origins(inputs.path, inputs.environment, inputs.flags)
+    lines = [f"# file: {inputs.path or 'none'}"]
     for key in dotted_keys(Settings):
-        value = json.dumps(_plain(settings, key), ensure_ascii=False)
+        value = json.dumps(_json_value(settings, key), ensure_ascii=False)
         lines.append(f"{key} = {value}  # {origin_of(key, origins) or 'default'}")
-    return [*lines, *(f"# not checked: {words}" for words in checked.unseen)]
+    return [*lines, *(f"# not checked: {subject}" for subject in preflight.unchecked)]
 
 
-def _plain(settings: Settings, dotted: str) -> Any:
+def _json_value(settings: Settings, dotted: str) -> Any:
     """The JSON-ready value of a key."""
     value: object = settings
     for part in dotted.split("."):
         value = getattr(value, part)
-    return _dumped(value)
+    return _as_json(value)
 
 
-def _dumped(value: object) -> object:
+def _as_json(value: object) -> object:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, Mapping):
-        return {str(key): _dumped(item) for key, item in cast("Mapping[object, object]", value).items()}
+        return {str(key): _as_json(item) for key, item in cast("Mapping[object, object]", value).items()}
     if isinstance(value, tuple | list | set | frozenset):
-        return [_dumped(item) for item in cast("Sequence[object]", value)]
+        return [_as_json(item) for item in cast("Sequence[object]", value)]
     return str(value) if isinstance(value, Path) else value

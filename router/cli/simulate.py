@@ -1,6 +1,7 @@
-"""`llamayard simulate`: the router and its rivals over simulated GPUs, in virtual time, as a table, a JSON, a picture.
+"""`llamayard simulate`: compares the router with other policies on simulated GPUs, in virtual time.
 
-No GPU, no server and no socket is needed. Everything it prints is simulated, and says so.
+Prints a table or JSON and writes a JSON file and a picture per run. Needs no GPU, server or socket. All output is
+marked as simulated.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from router.cli.exit_codes import EXIT_MISUSED, EXIT_OK
 from router.domain.model import ModelFacts
 from router.lab.emulator.spec import SpecError
 from router.lab.scenarios import (
@@ -35,13 +37,13 @@ from router.lab.simulator.record import record
 from router.lab.simulator.runner import Baseline, Outcome, Simulation
 from router.lab.simulator.workload import TRACE, TraceError, TraceRow
 
-_DEFAULT = ("floor", "stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard")
+_DEFAULT_POLICIES = ("floor", "stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard")
 _NO_FILES = "-"
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """One run with its figures."""
+    """One run with its results."""
 
     policy: str
     wanted: ScenarioSpec
@@ -50,52 +52,58 @@ class Played:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
     add = parser.add_argument
-    add("--rig", default="4x3090", metavar="SPEC", help="gpus: 4x3090, 4090+3090, 2xa6000, h100 or a file")
-    add("--mix", default="team", help=f"{', '.join(MIXES)}, or models of the catalogue: llama3.1:8b,llama3.3:70b=2")
-    add("--trace", type=Path, default=TRACE, metavar="FILE", help="CSV of arrivals and tokens (else a built-in one)")
-    add("--policy", action="append", metavar="NAME", help=f"of: {', '.join(BASELINES)}; repeatable")
+    add("--rig", default="4x3090", metavar="SPEC", help="GPUs: 4x3090, 4090+3090, 2xa6000, h100 or a file")
+    add(
+        "--mix",
+        default="team",
+        help=f"{', '.join(MIXES)}, or catalogue models with weights: llama3.1:8b,llama3.3:70b=2",
+    )
+    add("--trace", type=Path, default=TRACE, metavar="FILE", help="CSV of arrivals and tokens (default: built in)")
+    add("--policy", action="append", metavar="NAME", help=f"{', '.join(BASELINES)}; repeatable")
     add("--seed", type=int, action="append", help="repeatable (default 1)")
-    add("--seconds", type=float, help="how long requests arrive (default: 480, or until there are 120)")
-    add("--rate", type=float, default=None, help="requests a second (default: by rig and mix)")
-    add("--users", type=int, default=12)
+    add("--seconds", type=float, help="duration of arrivals (default: 480, or until 120 requests)")
+    add("--rate", type=float, default=None, help="requests per second (default: by rig and mix)")
+    add("--users", type=int, default=12, help="default 12")
     add("--fault", action="append", default=[], metavar="FAULT",
         help=f"KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(WORDS)}; repeatable")  # fmt: skip
-    add("--check", action="store_true", help="hold the router to its rules after everything that happens")
-    add("--cold", action="store_true", help="no model is in the page cache at the start")
-    add("--out", default="simulated", metavar="DIR", help=f"where JSON and picture go; {_NO_FILES} writes none")
+    add("--check", action="store_true", help="check the router's invariants after every event")
+    add("--cold", action="store_true", help="start with an empty page cache")
+    add("--out", default="simulated", metavar="DIR", help=f"directory for JSON and pictures; {_NO_FILES} writes none")
     add("--json", action="store_true", help="print JSON instead of the table")
 
 
-def _run(given: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     try:
         runs = [
-            play(policy, _wanted(given, seed), check=given.check, faults=given.fault)
-            for seed in given.seed or [1]
-            for policy in given.policy or _DEFAULT
+            play(policy, _spec(arguments, seed), check=arguments.check, faults=arguments.fault)
+            for seed in arguments.seed or [1]
+            for policy in arguments.policy or _DEFAULT_POLICIES
         ]  # fmt: skip
     except (FaultError, ScenarioError, SpecError, TraceError) as error:
         sys.stderr.write(f"llamayard: {error}\n")
-        return 2
-    if given.json:
-        told = {"simulated": True, "notes": notes(runs), "runs": [_summary(one) for one in runs]}
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        return EXIT_MISUSED
+    if arguments.json:
+        document = {"simulated": True, "notes": notes(runs), "runs": [_summary(run) for run in runs]}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         lines = "".join(f"{note}\n" for note in notes(runs))
-        sys.stdout.write(f"SIMULATED {given.rig}, mix {given.mix}\n{table(runs)}{lines}")
-    if given.out == _NO_FILES:
-        return 0
+        sys.stdout.write(f"SIMULATED {arguments.rig}, mix {arguments.mix}\n{table(runs)}{lines}")
+    if arguments.out == _NO_FILES:
+        return EXIT_OK
     try:
-        _write(runs, Path(given.out))
+        _write(runs, Path(arguments.out))
     except OSError as error:
-        sys.stderr.write(f"llamayard: out: {given.out}: {error.strerror}; --out {_NO_FILES} writes no files\n")
-        return 2
-    return 0
+        sys.stderr.write(f"llamayard: out: {arguments.out}: {error.strerror}; --out {_NO_FILES} writes no files\n")
+        return EXIT_MISUSED
+    return EXIT_OK
 
 
-def _wanted(given: argparse.Namespace, seed: int) -> ScenarioSpec:
-    return ScenarioSpec(given.rig, given.mix, seed, given.seconds, given.rate, given.users, given.trace, given.cold)
+def _spec(arguments: argparse.Namespace, seed: int) -> ScenarioSpec:
+    return ScenarioSpec(
+        arguments.rig, arguments.mix, seed, arguments.seconds, arguments.rate, arguments.users, arguments.trace,
+        arguments.cold,
+    )  # fmt: skip
 
 
 def play(
@@ -122,12 +130,12 @@ def play(
 
 
 def table(runs: list[Played]) -> str:
-    """One line a run, in-time share first."""
+    """One line per run."""
     head = (
         f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one GPU':<22}"
         f"{'several GPUs':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  GPUs busy"
     )
-    return "\n".join([head, *(_line(one.policy, one.wanted.seed, one.report) for one in runs)]) + "\n"
+    return "\n".join([head, *(_line(run.policy, run.wanted.seed, run.report) for run in runs)]) + "\n"
 
 
 def _line(policy: str, seed: int, result: Report) -> str:
@@ -140,17 +148,17 @@ def _line(policy: str, seed: int, result: Report) -> str:
 
 
 def notes(runs: Iterable[Played]) -> list[str]:
-    """A sentence for each seed for which the trace has too few requests."""
-    found: dict[int, str] = {}
-    for one in runs:
-        demand, there = demand_of(one.wanted), one.outcome.planned
-        if there < demand.requests:
-            found[one.wanted.seed] = (
-                f"seed {one.wanted.seed}: the trace has {there} requests for {demand.seconds:g} s "
-                f"({there / demand.seconds:.2f} a second), fewer than the {demand.requests} "
-                f"({demand.requests_per_second:g} a second) that were asked for"
+    """A sentence for each seed whose trace has too few requests."""
+    by_seed: dict[int, str] = {}
+    for run in runs:
+        demand, available = demand_of(run.wanted), run.outcome.planned
+        if available < demand.requests:
+            by_seed[run.wanted.seed] = (
+                f"seed {run.wanted.seed}: the trace has {available} requests for {demand.seconds:g} s "
+                f"({available / demand.seconds:.2f} per second), fewer than the requested {demand.requests} "
+                f"({demand.requests_per_second:g} per second)"
             )
-    return list(found.values())
+    return list(by_seed.values())
 
 
 def _waits(waits: Waits) -> str:
@@ -158,31 +166,32 @@ def _waits(waits: Waits) -> str:
     return f"{waits.p50:.1f}/{waits.p95:.1f}/{waits.p99:.1f}" if waits.count else "-"
 
 
-def _summary(one: Played) -> dict[str, object]:
-    return {"policy": one.policy, "rig": one.wanted.rig, "mix": one.wanted.mix, "seed": one.wanted.seed,
-            **one.report.as_dict()}  # fmt: skip
+def _summary(run: Played) -> dict[str, object]:
+    return {"policy": run.policy, "rig": run.wanted.rig, "mix": run.wanted.mix, "seed": run.wanted.seed,
+            **run.report.as_dict()}  # fmt: skip
 
 
 def _write(runs: list[Played], folder: Path) -> None:
-    """A JSON and a picture a run."""
+    """Writes a JSON file and a picture per run."""
     folder.mkdir(parents=True, exist_ok=True)
-    draws = importlib.util.find_spec("matplotlib") is not None
-    for one in runs:
-        name = f"{one.wanted.rig}-{one.wanted.mix}-{one.policy}-{one.wanted.seed}".replace("/", "_").replace(":", "_")
-        title = f"SIMULATED {one.wanted.rig}, {one.wanted.mix}, {one.policy}, seed {one.wanted.seed}: "
-        title += f"{one.report.in_time_share:.0%} in time, {one.report.loaded_gb:.0f} GB loaded"
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    for run in runs:
+        spec = run.wanted
+        name = f"{spec.rig}-{spec.mix}-{run.policy}-{spec.seed}".replace("/", "_").replace(":", "_")
+        title = f"SIMULATED {spec.rig}, {spec.mix}, {run.policy}, seed {spec.seed}: "
+        title += f"{run.report.in_time_share:.0%} in time, {run.report.loaded_gb:.0f} GB loaded"
         path = folder / f"{name}.json"
-        data = {"simulated": True, "title": title, "summary": _summary(one), "run": record(one.outcome)}
+        data = {"simulated": True, "title": title, "summary": _summary(run), "run": record(run.outcome)}
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        if draws:
+        if has_matplotlib:
             command = [sys.executable, "-m", "router.lab.plot", str(path), str(path.with_suffix(".svg"))]
             subprocess.run(command, check=True)
-    if not draws:
+    if not has_matplotlib:
         sys.stderr.write("llamayard: no pictures without matplotlib: pip install 'llamayard[sim]'\n")
 
 
-def main(words: Sequence[str]) -> int:
-    """Plays what the command's arguments ask for and prints it; 2 for a mistake in the asking."""
+def main(arguments: Sequence[str]) -> int:
+    """Runs the simulations and prints the results; returns EXIT_MISUSED for wrong arguments."""
     parser = argparse.ArgumentParser(prog="llamayard simulate")
     _add_arguments(parser)
-    return _run(parser.parse_args(words))
+    return _run(parser.parse_args(arguments))

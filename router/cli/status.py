@@ -1,10 +1,11 @@
-"""`llamayard status`: asks the running router how it is and prints the answer as tables.
+"""`llamayard status`: prints the state of the running router as tables.
 
-Reads only what `GET /llamayard/status` says, and shows a dash where it says nothing. It changes nothing.
+Reads `GET /llamayard/status`; a missing value is shown as a dash.
 """
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import ssl
@@ -13,6 +14,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
+from router.cli.configuration import inputs_of, print_problems
+from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.config.settings import ConfigError
+
 _GIB = 1024**3
 _TIMEOUT_SECONDS = 10.0
 
@@ -20,22 +25,37 @@ Row = Mapping[str, Any]
 
 
 class StatusError(Exception):
-    """The router cannot be asked; the text says why and what to do."""
+    """The status cannot be read; the text says why and what to do."""
+
+
+def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    """The exit code; EXIT_FAILED if the status cannot be read."""
+    try:
+        server = inputs_of(arguments, environment).settings().server
+        document = fetch_status(server.host, server.port, server.tls_certificate)
+    except ConfigError as error:
+        print_problems(error.problems)
+        return EXIT_MISUSED
+    except StatusError as error:
+        print_problems([str(error)])
+        return EXIT_FAILED
+    print(json.dumps(document, indent=2) if arguments.json else render_status(document))
+    return EXIT_OK
 
 
 def _connection(host: str, port: int, certificate: Path | None) -> http.client.HTTPConnection:
     if certificate is None:
         return http.client.HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS)
     context = ssl.create_default_context(cafile=str(certificate))
-    context.check_hostname = False  # it is asked by its address, which a certificate seldom names
+    context.check_hostname = False  # the address is used, which a certificate rarely contains
     return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context)
 
 
 def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[str, Any]:
-    """The status document of the router that listens there; with a certificate, over TLS, trusting that one alone.
+    """The status document of the router at that address; with a certificate over TLS, trusting only that one.
 
     Raises:
-        StatusError: nothing answers in ten seconds, or what answers is not a llamayard.
+        StatusError: no answer within ten seconds, or the server is not llamayard.
     """
     address = f"{_reachable(host)}:{port}"
     try:
@@ -45,22 +65,23 @@ def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[
             reply = connection.getresponse()
             body = reply.read()
     except (OSError, http.client.HTTPException) as error:  # ssl.SSLError is an OSError
-        words = f"nothing answers at {address} ({error or type(error).__name__}); is `llamayard serve` running there?"
-        raise StatusError(words) from error
+        reason = str(error) or type(error).__name__
+        raise StatusError(f"no answer from {address} ({reason}); is `llamayard serve` running?") from error
     if reply.status != http.client.OK:
-        words = f"{address} answers {reply.status} to /llamayard/status: it is not llamayard, perhaps a stock Ollama"
-        raise StatusError(words)
+        raise StatusError(
+            f"{address} answers {reply.status} to /llamayard/status: it is not llamayard, perhaps a stock Ollama"
+        )
     try:
         document: object = json.loads(body)
     except ValueError as error:
-        raise StatusError(f"{address} answers /llamayard/status with something that is not JSON") from error
+        raise StatusError(f"{address} answers /llamayard/status, but not JSON") from error
     if not isinstance(document, dict):
-        raise StatusError(f"{address} answers /llamayard/status with something that is not a JSON object")
+        raise StatusError(f"{address} answers /llamayard/status, but not a JSON object")
     return cast("dict[str, Any]", document)
 
 
 def render_status(status: Mapping[str, Any]) -> str:
-    """The document as text: GPUs, instances, models, queue, and who waits in it."""
+    """The document as text: GPUs, instances, models, reservations, queue and waiting requests."""
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
         _table("GPUS", _GPUS, _rows(status, "gpus")),
@@ -74,7 +95,7 @@ def render_status(status: Mapping[str, Any]) -> str:
 
 
 def _reachable(host: str) -> str:
-    """Where a listener on `host` can be asked from this machine."""
+    """The address of a listener on `host`, from this machine."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
@@ -107,13 +128,13 @@ def _gib(key: str) -> Callable[[Row], str]:
     return lambda row: f"{row[key] / _GIB:.1f} GiB" if isinstance(row.get(key), int) else "-"
 
 
-def _many(key: str) -> Callable[[Row], str]:
+def _joined(key: str) -> Callable[[Row], str]:
     return lambda row: ", ".join(map(str, row[key])) if row.get(key) else "-"
 
 
 def _gib_per_gpu(row: Row) -> str:
-    given: object = row.get("per_gpu_bytes")
-    sizes = list(cast("Mapping[str, int]", given).values()) if isinstance(given, Mapping) else given
+    value: object = row.get("per_gpu_bytes")
+    sizes = list(cast("Mapping[str, int]", value).values()) if isinstance(value, Mapping) else value
     if not isinstance(sizes, list) or not sizes:
         return "-"
     return " + ".join(f"{size / _GIB:.1f}" for size in cast("list[int]", sizes)) + " GiB"
@@ -134,7 +155,7 @@ def _queue(queue: object) -> str:
 
 
 _GPUS: Mapping[str, Callable[[Row], str]] = {
-    "INDEX": _text("index"),
+    "GPU": _text("index"),
     "NAME": _text("name"),
     "TOTAL": _gib("memory_total_bytes"),
     "USED": _gib("memory_used_bytes"),
@@ -144,18 +165,18 @@ _GPUS: Mapping[str, Callable[[Row], str]] = {
     "ERROR": _text("error"),
 }
 _INSTANCES: Mapping[str, Callable[[Row], str]] = {
-    "NAME": _text("name"),
+    "INSTANCE": _text("name"),
     "STATE": _text("state"),
     "VERSION": _text("version"),
     "URL": _text("url"),
-    "GPUS": _many("gpus"),
+    "GPUS": _joined("gpus"),
     "REASON": _text("reason"),
 }
 _MODELS: Mapping[str, Callable[[Row], str]] = {
-    "NAME": _text("name"),
+    "MODEL": _text("name"),
     "INSTANCE": _text("instance"),
     "STATE": _text("state"),
-    "BUSY": _slots,
+    "SLOTS": _slots,
     "PER GPU": _gib_per_gpu,
     "CONTEXT": _text("context_length"),
     "REASON": _text("reason"),
@@ -169,7 +190,7 @@ _WAITING: Mapping[str, Callable[[Row], str]] = {
     "MODEL": _text("model"),
     "POSITION": _text("position"),
     "WAITED": _seconds("waited_seconds"),
-    "STILL ABOUT": _seconds("expected_wait_seconds"),
+    "ETA": _seconds("expected_wait_seconds"),
     "REQUEST": _text("request_id"),
     "REASON": _text("reason"),
 }

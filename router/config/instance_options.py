@@ -1,7 +1,8 @@
-"""What one instance is run with: its own values, else its variables, else those for all, else the keys of `ollama`.
+"""The options that one instance runs with.
 
-A variable that a server obeys (`OLLAMA_NUM_PARALLEL` in `env`) changes what a model takes there, so the router's
-books must follow it. Decides nothing else about an instance: neither its GPUs nor its port.
+Highest priority first: the instance's own keys, its environment variables, the variables for all instances, the keys
+of `ollama`. A variable that Ollama obeys (`OLLAMA_NUM_PARALLEL`) changes how much memory a model needs, so the router
+must read it too. Decides nothing else about an instance: neither its GPUs nor its port.
 """
 
 from __future__ import annotations
@@ -12,38 +13,39 @@ from dataclasses import dataclass
 from router.config.settings import ConfigError, InstanceSettings, Settings
 
 _KV_CACHE_TYPES = ("f16", "q8_0", "q4_0")
-_NOTHING_OF_ITS_OWN = InstanceSettings(name="discovered")
-_FALSE_WORDS = frozenset({"0", "f", "F", "false", "FALSE", "False"})
-"""What Go's `strconv.ParseBool` takes as false; to Ollama any other text is true."""
+_NOT_DECLARED = InstanceSettings(name="discovered")
+_FALSE_TEXTS = frozenset({"0", "f", "F", "false", "FALSE", "False"})
+"""What Go's `strconv.ParseBool` reads as false; Ollama takes any other text as true."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Effective values of one instance; `environment` is its variables as they were given, for a spawned one."""
+    """Effective options of one instance."""
 
     num_parallel: int
     context_length: int
     kv_cache_type: str
     flash_attention: bool | None
-    """None: the server's own choice."""
+    """None: Ollama chooses."""
     environment: Mapping[str, str]
+    """Its environment variables as configured, for an instance that the router starts."""
 
 
 def tuning(settings: Settings, name: str, declared: InstanceSettings | None = None) -> Tuning:
-    """The effective values for the instance of that name, declared by hand or not.
+    """The effective options of the instance with that name; `declared` is its entry in `instances`, if it has one.
 
     Raises:
-        ConfigError: a variable holds what Ollama would ignore with a warning.
+        ConfigError: a variable has a value that Ollama would ignore with a warning.
     """
-    own = declared or _NOTHING_OF_ITS_OWN
-    variables = {**settings.ollama.env, **settings.ollama.instance_env.get(name, {}), **own.env}
-    if own.url is not None:
-        variables = {}  # another program gave that server its environment
+    instance = declared or _NOT_DECLARED
+    variables = {**settings.ollama.env, **settings.ollama.instance_env.get(name, {}), **instance.env}
+    if instance.url is not None:
+        variables = {}  # another program started that server with its own environment
     values = _Variables(name, variables)
-    parallel = own.num_parallel or values.whole("OLLAMA_NUM_PARALLEL", 1) or settings.ollama.num_parallel
-    context = own.context_length or values.whole("OLLAMA_CONTEXT_LENGTH", 4) or settings.ollama.context_length
-    cache = own.kv_cache_type or values.kv_cache_type() or settings.ollama.kv_cache_type
-    flash = _first(own.flash_attention, values.flash_attention(), settings.ollama.flash_attention)
+    parallel = instance.num_parallel or values.integer("OLLAMA_NUM_PARALLEL", 1) or settings.ollama.num_parallel
+    context = instance.context_length or values.integer("OLLAMA_CONTEXT_LENGTH", 4) or settings.ollama.context_length
+    cache = instance.kv_cache_type or values.kv_cache_type() or settings.ollama.kv_cache_type
+    flash = _first(instance.flash_attention, values.flash_attention(), settings.ollama.flash_attention)
     if cache != "f16" and not flash:
         raise ConfigError(
             [f"instance {name}: kv_cache_type {cache} is ignored by Ollama without flash_attention: true"]
@@ -57,17 +59,17 @@ def _first(*values: bool | None) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class _Variables:
-    """The variables given to an instance, read as Ollama reads them."""
+    """The environment variables of an instance, parsed as Ollama parses them."""
 
     instance: str
     values: Mapping[str, str]
 
-    def whole(self, variable: str, least: int) -> int | None:
+    def integer(self, variable: str, minimum: int) -> int | None:
         text = self._text(variable)
         if text is None:
             return None
-        if not text.isascii() or not text.isdecimal() or int(text) < least:
-            raise self._error(variable, text, f"must be a whole number of at least {least}")
+        if not text.isascii() or not text.isdecimal() or int(text) < minimum:
+            raise self._error(variable, text, f"must be a whole number of at least {minimum}")
         return int(text)
 
     def kv_cache_type(self) -> str | None:
@@ -78,18 +80,18 @@ class _Variables:
 
     def flash_attention(self) -> bool | None:
         text = self._text("OLLAMA_FLASH_ATTENTION")
-        return None if text is None else text not in _FALSE_WORDS
+        return None if text is None else text not in _FALSE_TEXTS
 
     def _text(self, variable: str) -> str | None:
-        """Blanks and quotes around a value are cut, as Ollama does; an empty one is as if absent."""
+        """The value without surrounding blanks and quotes, as Ollama strips them; None if it is then empty."""
         return self.values.get(variable, "").strip().strip("\"'") or None
 
-    def _error(self, variable: str, text: str, words: str) -> ConfigError:
-        return ConfigError([f"instance {self.instance}: {variable}={text!r} {words}"])
+    def _error(self, variable: str, text: str, requirement: str) -> ConfigError:
+        return ConfigError([f"instance {self.instance}: {variable}={text!r} {requirement}"])
 
 
 def tuning_problems(settings: Settings) -> list[str]:
-    """What is wrong with the variables of any instance that the configuration names."""
+    """Sentences about wrong variables of the instances that the configuration names."""
     declared = {instance.name: instance for instance in settings.instances if instance.name is not None}
     names = {**dict.fromkeys(settings.ollama.instance_env), **declared}
     problems: list[str] = []

@@ -1,23 +1,23 @@
-"""How single configuration values are written and how a wrong one is explained. Pure; reads nothing."""
+"""How single configuration values may be written: bytes, durations, lists, variables. Pure; reads no source."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
-
-from pydantic_core import ErrorDetails
+from typing import cast
 
 from router.domain.keep_alive import parse_keep_alive
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 _DECIMAL = re.compile(r"[+-]?\d+(?:\.\d+)?")
-_KEEP_ALIVE_WORDS = "write a time such as 5m, a number of seconds, or -1 for ever"
+_KEEP_ALIVE_HINT = "write a duration such as 5m, a number of seconds, or -1 for no limit"
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
+BYTES_PATTERN = r"^\s*\d+(\.\d+)?\s*([kKmMgG][iI]?)?[bB]?\s*$"
+"""The same as an ECMAScript regular expression, which has no flag inside, for the JSON Schema."""
 
 
 def parse_bytes(value: object) -> object:
-    """`512MiB`, `2GB`, `1073741824` -> bytes. Numbers pass as they are; ValueError for any other text."""
+    """`512MiB`, `2GB`, `1073741824` -> bytes; numbers are returned unchanged. Raises ValueError for other text."""
     if not isinstance(value, str):
         return value
     match = _BYTES.fullmatch(value)
@@ -27,7 +27,7 @@ def parse_bytes(value: object) -> object:
 
 
 def bytes_text(value: int) -> str:
-    """The shortest exact way to write a number of bytes: `512MiB`, `1000`."""
+    """The shortest exact spelling of a number of bytes: `512MiB`, `1000`."""
     for unit, size in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
         if value and value % size == 0:
             return f"{value // size}{unit}"
@@ -35,29 +35,29 @@ def bytes_text(value: int) -> str:
 
 
 def keep_alive_seconds(value: object) -> object:
-    """`5m`, `300`, `-1` -> seconds; any negative time is for ever and becomes -1."""
+    """`5m`, `300`, `-1` -> seconds. Any negative duration means no limit and becomes -1. Raises ValueError."""
     if isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
         value = float(value)
     try:
         seconds = parse_keep_alive(value)
     except ValueError as error:
-        raise ValueError(_KEEP_ALIVE_WORDS) from error
+        raise ValueError(_KEEP_ALIVE_HINT) from error
     if seconds is None:
-        raise ValueError(_KEEP_ALIVE_WORDS)
+        raise ValueError(_KEEP_ALIVE_HINT)
     return seconds
 
 
-def named_by_text(value: object) -> object:
-    """A mapping whose keys YAML has read as numbers, as GPUs by index are, with text for keys."""
+def keys_as_text(value: object) -> object:
+    """`{0: x}` -> `{"0": x}`: YAML reads unquoted GPU indices as numbers."""
     if not isinstance(value, Mapping):
         return value
     return {str(key): inner for key, inner in cast("Mapping[object, object]", value).items()}
 
 
-def listed(value: object) -> object:
-    """`a, b` -> `("a", "b")`, as OLLAMA_ORIGINS is written; numbers in a list (GPU indices) become text."""
+def parse_list(value: object) -> object:
+    """`a, b` -> `("a", "b")`, the format of OLLAMA_ORIGINS; numbers in a list (GPU indices) become text."""
     if isinstance(value, str):
-        return tuple(word.strip() for word in value.split(",") if word.strip())
+        return tuple(item.strip() for item in value.split(",") if item.strip())
     if isinstance(value, list | tuple):
         items = cast("list[object]", value)
         return tuple(str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in items)
@@ -76,28 +76,3 @@ def _scalar_text(item: object) -> object:
     if isinstance(item, bool):
         return "true" if item else "false"
     return str(item) if isinstance(item, int | float) else item
-
-
-def problem_text(dotted: str, detail: ErrorDetails, origin: str | None) -> str:
-    """`server.port: 99999 (environment LLAMAYARD_SERVER__PORT) …`: the key, its value, where from, what would do."""
-    context: dict[str, Any] = detail.get("ctx", {})
-    words = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if detail["type"] == "string_pattern_mismatch":
-        words = _PATTERN_WORDS.get(str(context.get("pattern")), words)
-    if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        words = "must be a mapping of keys"
-    if detail["type"] == "tuple_type":
-        words = "must be a list, such as [a, b]"
-    if detail["type"] == "too_short":
-        words = f"must have {context['min_length']} or more entries"
-    source = f" ({origin})" if origin else ""
-    value: object = detail["input"]
-    if not dotted or (isinstance(value, Mapping) and detail["type"] == "value_error"):
-        return f"{dotted or 'configuration'}{source}: {words}"
-    return f"{dotted}: {value!r}{source} cannot be used: {words}"
-
-
-_PATTERN_WORDS = {
-    r"^https?://[^/\s]+$": "write it as http://HOST:PORT, without a path",
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$": "use letters, digits, `_`, `.` and `-`, starting with a letter or digit",
-}

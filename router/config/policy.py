@@ -1,6 +1,6 @@
-"""The configuration's rules of placement in the deciding core's terms: pins of models, GPUs for some models only.
+"""Converts the settings into the scheduler's policy.
 
-GPUs are named by UUID, its beginning or index, and must be there; names of models are brought into their one form.
+GPUs are given by UUID, the beginning of one, or index, and must exist; model names are normalised.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from router.domain.policy import Pin, Policy, SchedulerConstants
 
 ANY_MODEL = "*"
 UNSEEN_MARGIN_RATIO = 0.02
-"""Estimates came within 2 % of what a 70B was measured to take (tests/engines/ollama/test_memory_estimate.py)."""
+"""Estimates were within 2 % of the measured size of a 70B (tests/engines/ollama/test_memory_estimate.py)."""
 
 
 def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Policy:
-    """Everything that decisions use. `like`: the tuning of instances that are started on demand.
+    """The scheduler's policy. `like`: options of instances that are started on demand.
 
     Raises:
-        ConfigError: a pin names a GPU that is not there, a model by no name, or asks for what excludes itself.
+        ConfigError: a pin names a GPU that does not exist or an invalid model name, or contradicts itself.
     """
     placement = settings.placement
     return Policy(
@@ -39,17 +39,17 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
         starving_after_seconds=placement.starving_after_seconds,
         concurrent_loads_max=placement.concurrent_loads_max,
         context_length=settings.ollama.context_length,
-        pins={_name(name): _pin(name, one, gpus) for name, one in settings.models.items() if name != ANY_MODEL},
+        pins={_name(name): _pin(name, rules, gpus) for name, rules in settings.models.items() if name != ANY_MODEL},
         exclusive_gpus={
-            _gpu(wanted, "placement.exclusive_gpus", gpus): frozenset(_name(name) for name in names)
-            for wanted, names in settings.placement.exclusive_gpus.items()
+            _gpu(text, "placement.exclusive_gpus", gpus): frozenset(_name(name) for name in names)
+            for text, names in settings.placement.exclusive_gpus.items()
         },
         constants=SchedulerConstants(unseen_margin_ratio=UNSEEN_MARGIN_RATIO),
     )
 
 
 def warm_models(policy: Policy) -> tuple[str, ...]:
-    """Names of the models that shall be loaded whether or not anybody asks."""
+    """Names of the models to load at startup and keep loaded."""
     return tuple(sorted(name for name, pin in policy.pins.items() if pin.keep_warm))
 
 
@@ -60,33 +60,33 @@ def _name(name: str) -> str:
         raise ConfigError([f"models: {error}"]) from error
 
 
-def _pin(name: str, one: ModelSettings, gpus: Sequence[Gpu]) -> Pin:
-    where = f"models.{name}"
-    pinned = tuple(_gpu(wanted, f"{where}.gpus", gpus) for wanted in one.gpus)
-    if pinned and one.layout == "cpu":
-        raise ConfigError([f"{where}: gpus and layout: cpu exclude each other"])
-    if len(pinned) == 1 and one.layout == "spread":
-        raise ConfigError([f"{where}: layout: spread needs several gpus, or none to let the router choose them"])
+def _pin(name: str, rules: ModelSettings, gpus: Sequence[Gpu]) -> Pin:
+    key = f"models.{name}"
+    pinned = tuple(_gpu(text, f"{key}.gpus", gpus) for text in rules.gpus)
+    if pinned and rules.layout == "cpu":
+        raise ConfigError([f"{key}: gpus and layout: cpu exclude each other"])
+    if len(pinned) == 1 and rules.layout == "spread":
+        raise ConfigError([f"{key}: layout: spread needs several gpus, or none to let the router choose them"])
     return Pin(
         gpus=pinned,
-        spread=one.layout == "spread",
-        cpu=one.layout == "cpu",
-        context_length=one.context_length,
-        num_parallel=one.num_parallel,
-        kv_cache_type=one.kv_cache_type,
-        priority=one.priority,
-        replicas_max=one.replicas_max,
-        keep_warm=one.keep_warm,
+        spread=rules.layout == "spread",
+        cpu=rules.layout == "cpu",
+        context_length=rules.context_length,
+        num_parallel=rules.num_parallel,
+        kv_cache_type=rules.kv_cache_type,
+        priority=rules.priority,
+        replicas_max=rules.replicas_max,
+        keep_warm=rules.keep_warm,
     )
 
 
-def _gpu(wanted: str, where: str, gpus: Sequence[Gpu]) -> GpuUuid:
-    if wanted.isdecimal():
-        found = [gpu for gpu in gpus if gpu.index == int(wanted)]
+def _gpu(text: str, key: str, gpus: Sequence[Gpu]) -> GpuUuid:
+    if text.isdecimal():
+        found = [gpu for gpu in gpus if gpu.index == int(text)]
     else:
-        found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(wanted.lower())]
+        found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(text.lower())]
     if len(found) == 1:
         return found[0].uuid
-    there = ", ".join(f"{gpu.index}: {gpu.uuid} ({gpu.name})" for gpu in gpus) or "none"
+    available = ", ".join(f"{gpu.index}: {gpu.uuid} ({gpu.name})" for gpu in gpus) or "none"
     problem = "is no GPU" if not found else "fits several GPUs"
-    raise ConfigError([f"{where}: {wanted!r} {problem} of this machine; there are: {there}"])
+    raise ConfigError([f"{key}: {text!r} {problem} of this machine; there are: {available}"])

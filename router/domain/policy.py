@@ -1,4 +1,4 @@
-"""What the operator has configured, as far as decisions use it."""
+"""Settings and constants of the scheduler."""
 
 from __future__ import annotations
 
@@ -29,49 +29,63 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConstants:
-    """Figures that no operator sets: chosen by simulation or read from the server's source."""
+    """Values that no operator sets: tuned in the simulator, measured, or given by the server's behaviour."""
 
     unseen_margin_ratio: float = 0.0
-    """By so much more than its estimate a load is taken to need until one like it was measured."""
+    """Safety margin until measured, as a ratio of the estimate: the error of the estimates. Set by
+    `router/config/policy.py`; 0 keeps tests and simulations exact."""
     failure_memory_seconds: float = 60.0
-    """How long a placement that failed or spilled is not tried again for the same model."""
+    """How long a placement that failed or spilled is not retried for the same model: a retry would most likely fail
+    again, and after a minute the GPUs have changed."""
     room_timeout_seconds: float = 15.0
-    """How long freed VRAM may take to show before the load is planned anew."""
+    """How long freed VRAM may take to become visible before the load is planned again: a driver frees a large model
+    within seconds, so after this something else uses the memory."""
     settle_seconds: float = 3.0
-    """After a load or unload no model is called too large for so long: the driver may still show old figures."""
+    """After a load or unload no model is called too large for this long: the driver may still report old values."""
     drain_after_seconds: float = 75.0
-    """A ticket that has waited so long for room may stop busy models from taking new requests."""
+    """After this wait busy models may be drained for a ticket. As long as starving, because a drain stops slots that
+    serve other requests."""
     large_wait_share: float = 0.75
-    """A ticket for a model that no single GPU holds waits such a share of both: its load is long as well."""
+    """Share of both wait bounds for a model that no single GPU holds: its load takes longer, so it starts earlier."""
     instances_max: int = 64
+    """Limit on instances on demand, against an endless row of processes; more than the sets of GPUs used on 8 GPUs."""
     load_fixed_seconds: float = 0.8
-    """Unloading what stands in the way and starting a runner; part of the price of every load."""
+    """Part of a load's duration that does not depend on its size: unloading and starting a runner. Measured."""
     load_bytes_per_second: float = 3e9
-    """Assumed until loads have been seen."""
+    """Load rate until loads were observed: a model read from an NVMe disk or the page cache. Measured."""
     demand_half_life_seconds: float = 300.0
+    """Half-life of a model's request rate: longer than pauses in a chat, shorter than a change of workload."""
     swap_budget_bytes_per_second: float = 9e8
-    """Bytes loaded a second by the whole machine below which loads count as few: one host reads for all GPUs."""
+    """Load rate of the whole machine below which loads count as few: all GPUs load through one disk and one bus."""
     swap_window_seconds: float = 60.0
-    """Half-life of the memory of loads."""
+    """Half-life of that load rate: a few loads of large models fit into it."""
     swap_ease_max: float = 4.0
+    """Upper limit of how cheap loads become when they are few, so that an idle machine does not evict at any price."""
     slots_bonus_max: int = 1
-    """So many slots more than the tuning says does a model over several GPUs get, where they fit beside it."""
+    """Additional slots for a model over several GPUs if they fit: such a model is loaded rarely and decodes slowly, so
+    its requests would otherwise queue for each other. More than one costs VRAM that other models need."""
     late_share: float = 1.0
-    """What a ticket that can no longer be served in time is worth at once, as a share of one that can, while loads are
-    few."""
+    """Value of a ticket that can no longer meet its target, as a share of one that can, while loads are few: serving
+    it soon still shortens its wait. Tuned in the simulator."""
     late_share_idle: float = 0.7
-    """The same, at least, where nothing runs and nobody else waits, however many loads there were of late."""
+    """Lower limit of that share if nothing runs and no other request waits: holding the ticket back would help nobody.
+    Below 1, so that a recently used model is not evicted for every late request."""
     away_seconds: float = 15.0
-    """How long a model that was evicted is assumed to stay away, beside its load: more means fewer swaps."""
+    """Assumed absence of an evicted model in addition to its load: higher means fewer swaps. Tuned in the simulator."""
     hold_seconds: float = 0.0
-    """A ticket that cannot be served in time any more waits so long before its waiting counts."""
+    """How long a ticket that can no longer meet its target waits before its wait counts. 0: holding back did not pay
+    in the simulator."""
     wait_weight: float = 0.05
-    """What a second of waiting counts for against what an eviction costs: more means shorter waits and more swaps."""
+    """Value of a second of waiting, compared with the price of an eviction: higher means shorter waits and more swaps.
+    Tuned in the simulator."""
     residency_seconds_min: float = 0.0
-    """A model that was loaded is not unloaded for another one's sake sooner, unless that one has waited for long."""
+    """How long a loaded model is protected from eviction, except for starving tickets. 0: prices of evictions already
+    prevent thrashing."""
     context_step_tokens: int = 4096
-    """A larger context than the default is loaded as the next power of two times this."""
+    """A context larger than the default is rounded up to a power of two times this, so that requests with similar
+    `num_ctx` share one replica."""
     replicas_max: int = 8
+    """Limit on replicas of a model without a rule of its own: one per GPU of the largest usual machine."""
 
 
 @dataclass(frozen=True, slots=True)

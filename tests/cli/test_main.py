@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, where, and its exit codes."""
+"""The command line: output, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from router import __version__
-from router.app.wiring import endpoint_url
-from router.cli.main import AUTO_RIG, main, with_what_is_there
+from router.app.lifecycle import endpoint_url
+from router.cli.main import AUTO_RIG, main
+from router.cli.serve import with_rig_if_needed
 from router.cli.status import render_status
+from router.config.keys import dotted_keys
 from router.config.settings import Settings, load_settings
-from router.config.sources import dotted_keys
 
 HOME = {"HOME": "/home/someone", "PATH": "/nonexistent"}
 Captured = pytest.CaptureFixture[str]
@@ -69,7 +70,7 @@ def test_check_config_reads_the_variables_of_each_instance(capsys: Captured) -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["serve", "--set", "queue.limit"], "write KEY=VALUE"),
         (["serve", "--port", "x"], "server.port: 'x' (flag)"),
@@ -78,19 +79,19 @@ def test_check_config_reads_the_variables_of_each_instance(capsys: Captured) -> 
         (["status", "--set", "ollama.env=["], "flag ollama.env: is not a YAML list or mapping"),
     ],
 )
-def test_a_mistake_ends_in_a_sentence_and_code_2(arguments: list[str], told: str, capsys: Captured) -> None:
+def test_a_mistake_ends_in_a_sentence_and_code_2(arguments: list[str], reported: str, capsys: Captured) -> None:
     assert main(arguments, HOME) == 2
     captured = capsys.readouterr()
-    assert told in captured.err
+    assert reported in captured.err
     assert "Traceback" not in captured.err
     assert len(captured.err.splitlines()) == 1
 
 
-def test_serve_without_an_ollama_to_start_says_what_to_do(capsys: Captured) -> None:
+def test_serve_without_ollama_says_what_to_do(capsys: Captured) -> None:
     assert main(["serve"], HOME) == 2
-    told = capsys.readouterr().err
-    assert "no program `ollama` on PATH" in told
-    assert "--rig" in told
+    reported = capsys.readouterr().err
+    assert "no program `ollama` on PATH" in reported
+    assert "--rig" in reported
 
 
 @pytest.mark.parametrize("arguments", [[], ["sevre"], ["serve", "--prot", "1"]])
@@ -107,25 +108,41 @@ def test_the_module_ends_with_the_commands_code(root: Path) -> None:
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
-def test_simulate_plays_and_refuses_with_code_2_what_it_does_not_know(capsys: Captured) -> None:
-    asked = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "floor", "--json", "--out", "-"]
-    assert main(asked, HOME) == 0
+def test_simulate_runs_and_refuses_unknown_gpus_with_code_2(capsys: Captured) -> None:
+    arguments = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "floor", "--json", "--out", "-"]
+    assert main(arguments, HOME) == 0
     assert json.loads(capsys.readouterr().out)["simulated"] is True
     assert main(["simulate", "--rig", "2x9999"], HOME) == 2
     assert "no GPU '9999'" in capsys.readouterr().err
 
 
-def test_whoever_serves_does_not_hold_the_other_commands_in_memory(root: Path) -> None:
+def test_serve_does_not_import_the_other_commands(root: Path) -> None:
     others = ("router.lab.simulator", "router.cli.check_config", "router.cli.status", "router.cli.simulate")
-    program = f"import sys, router.cli.main\nprint([name for name in sys.modules if name.startswith({others})])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    assert _imported(root, "import router.cli.main, router.cli.serve", others) == []
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["version"], ["--help"], ["serve", "--help"]])
+def test_version_and_help_import_no_library(root: Path, arguments: list[str]) -> None:
+    program = (
+        f"import contextlib, router.cli.main\nwith contextlib.suppress(SystemExit): router.cli.main.main({arguments})"
     )
-    assert done.stdout == "[]\n"
+    libraries = ("aiohttp", "pydantic", "structlog", "uvloop", "yaml", "router.app", "router.config")
+    assert _imported(root, program, libraries) == []
+
+
+def _imported(root: Path, program: str, prefixes: tuple[str, ...]) -> list[str]:
+    """Modules with these prefixes that a new process has imported after the program."""
+    report = (
+        f"{program}\nimport json, sys\nprint(json.dumps([name for name in sys.modules if name.startswith({prefixes})]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", report], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @contextlib.contextmanager
-def _pipe_that_nobody_reads() -> Generator[int]:
+def _closed_pipe() -> Generator[int]:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -135,10 +152,10 @@ def _pipe_that_nobody_reads() -> Generator[int]:
 
 
 @pytest.mark.parametrize("arguments", [["check-config"], ["version"]])
-def test_output_that_nobody_reads_is_ended_quietly(root: Path, arguments: list[str]) -> None:
-    with _pipe_that_nobody_reads() as nowhere:
+def test_a_closed_output_pipe_ends_a_command_quietly(root: Path, arguments: list[str]) -> None:
+    with _closed_pipe() as closed:
         ended = subprocess.run(
-            [sys.executable, "-m", "router", *arguments], cwd=root, env=HOME, stdout=nowhere, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "router", *arguments], cwd=root, env=HOME, stdout=closed, stderr=subprocess.PIPE,
             timeout=300, check=False,
         )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (141, b"")
@@ -154,57 +171,57 @@ async def main():
     lines("info", {})
     lines.flush()
 asyncio.run(main())
-print("goes on")
+print("continues")
 """
 
 
-def test_log_lines_that_nobody_takes_are_dropped_and_the_program_goes_on(root: Path) -> None:
-    with _pipe_that_nobody_reads() as nowhere:
+def test_log_lines_for_a_closed_pipe_are_dropped_and_the_program_continues(root: Path) -> None:
+    with _closed_pipe() as closed:
         ended = subprocess.run(
-            [sys.executable, "-c", _LOGS], cwd=root, env=HOME, stdout=subprocess.PIPE, stderr=nowhere, timeout=300,
+            [sys.executable, "-c", _LOGS], cwd=root, env=HOME, stdout=subprocess.PIPE, stderr=closed, timeout=300,
             check=False,
         )  # fmt: skip
-    assert ended.stdout == b"goes on\n"
+    assert ended.stdout == b"continues\n"
 
 
 @pytest.mark.parametrize(
-    ("pair", "told"),
+    ("pair", "reported"),
     [
         ("state_directory=/dev/null/x", "state_directory: the emulated rig cannot be written there"),
         ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
         ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
     ],
 )
-def test_what_shows_only_when_it_is_tried_ends_in_a_sentence_too(
-    root: Path, tmp_path: Path, pair: str, told: str
+def test_a_problem_found_at_startup_ends_in_a_sentence_too(
+    root: Path, tmp_path: Path, pair: str, reported: str
 ) -> None:
     command = [sys.executable, "-m", "router", "serve", "--port", "0", "--rig", "h100", "--set", pair]
     environment = {**HOME, "LLAMAYARD_STATE_DIRECTORY": str(tmp_path)}
     ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.splitlines()[-1].startswith(f"llamayard: {told}")
+    assert ended.stderr.splitlines()[-1].startswith(f"llamayard: {reported}")
     assert "Traceback" not in ended.stderr
 
 
-def test_auto_serves_a_real_ollama_where_there_is_one(tmp_path: Path, capsys: Captured) -> None:
+def test_auto_serves_a_real_ollama_if_there_is_one(tmp_path: Path, capsys: Captured) -> None:
     binary = tmp_path / "ollama"
     binary.write_text("#!/bin/sh\n", encoding="utf-8")
     settings = load_settings(None, HOME)
     binary.chmod(0o600)
-    assert with_what_is_there(settings, {"PATH": str(tmp_path)}).rig == AUTO_RIG
+    assert with_rig_if_needed(settings, {"PATH": str(tmp_path)}, AUTO_RIG).rig == AUTO_RIG
     assert "EMULATED" in capsys.readouterr().err
     binary.chmod(0o700)
-    assert with_what_is_there(settings, {"PATH": str(tmp_path)}) == settings
+    assert with_rig_if_needed(settings, {"PATH": str(tmp_path)}, AUTO_RIG) == settings
     assert capsys.readouterr().err == ""
 
 
 def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
     rig = load_settings(None, HOME, {"rig": "h100"})
     attached = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}]})
-    assert with_what_is_there(rig, HOME).rig == "h100"
-    assert with_what_is_there(attached, HOME).rig is None
+    assert with_rig_if_needed(rig, HOME, AUTO_RIG).rig == "h100"
+    assert with_rig_if_needed(attached, HOME, AUTO_RIG).rig is None
     both = load_settings(None, HOME, {"instances": [{"url": "http://127.0.0.1:11500"}], "discover": "true"})
-    assert with_what_is_there(both, HOME).rig == AUTO_RIG
+    assert with_rig_if_needed(both, HOME, AUTO_RIG).rig == AUTO_RIG
 
 
 STATUS: dict[str, Any] = {
@@ -242,33 +259,33 @@ STATUS: dict[str, Any] = {
 }
 
 
-def test_status_shows_who_waits_and_for_how_long_still() -> None:
+def test_status_shows_waiting_requests_with_their_eta() -> None:
     rows = [line.split() for line in render_status(STATUS).splitlines()[-3:]]
-    assert rows[0] == ["MODEL", "POSITION", "WAITED", "STILL", "ABOUT", "REQUEST", "REASON"]
+    assert rows[0] == ["MODEL", "POSITION", "WAITED", "ETA", "REQUEST", "REASON"]
     assert rows[1] == ["a:latest", "1", "2", "s", "12", "s", "r1", "-"]
     assert rows[2] == ["a:latest", "2", "-", "-", "r2", "its", "turn"]
     assert "WAITING" not in render_status({**STATUS, "waiting": []})
 
 
-def test_status_is_shown_as_tables_with_what_is_unknown_as_a_dash() -> None:
+def test_status_prints_tables_with_a_dash_for_a_missing_value() -> None:
     lines = render_status({**STATUS, "waiting": []}).splitlines()
     assert lines[0] == "EMULATED rig 2x3090"
     assert lines[2:5] == [
         "GPUS",
-        "  INDEX  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
-        "  0      RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
+        "  GPU  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
+        "  0    RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
     ]
-    assert "  gpu0  ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
-    assert "  tiny:latest  gpu0      ready  1/2   1.0 GiB  -        -" in lines
+    assert "  gpu0      ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
+    assert "  tiny:latest  gpu0      ready  1/2    1.0 GiB  -        -" in lines
     assert lines[-5:] == ["RESERVATIONS", "  none", "", "QUEUE", "  waiting 3, limit 512"]
 
 
-def test_status_of_a_router_that_says_nothing_is_still_shown() -> None:
+def test_an_empty_status_is_printed() -> None:
     assert render_status({}).count("none") == 4
 
 
 class _Answer(BaseHTTPRequestHandler):
-    """Says what a router at this port would; `answers` belongs to the server."""
+    """Sends the prepared answer; `answers` is an attribute of the server."""
 
     def do_GET(self) -> None:
         status, body = self.server.answers[self.path]  # type: ignore[attr-defined]
@@ -278,7 +295,7 @@ class _Answer(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Tests' output is their own."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -297,7 +314,7 @@ def _status(router: HTTPServer, status: int, body: bytes, *flags: str) -> int:
     return main(["status", "--host", "0.0.0.0", "--port", str(router.server_port), *flags], HOME)
 
 
-def test_status_asks_the_running_router(router: HTTPServer, capsys: Captured) -> None:
+def test_status_reads_the_running_router(router: HTTPServer, capsys: Captured) -> None:
     assert _status(router, 200, json.dumps(STATUS).encode()) == 0
     assert capsys.readouterr().out == render_status(STATUS) + "\n"
     assert _status(router, 200, json.dumps(STATUS).encode(), "--json") == 0
@@ -308,28 +325,28 @@ def test_status_asks_the_running_router(router: HTTPServer, capsys: Captured) ->
     ("host", "url"),
     [("127.0.0.1", "http://127.0.0.1:11434"), ("::1", "http://[::1]:11434"), ("::", "http://[::]:11434")],
 )
-def test_the_address_that_is_told_is_one_that_clients_take(host: str, url: str) -> None:
+def test_the_logged_address_is_a_valid_url(host: str, url: str) -> None:
     assert endpoint_url("http", host, 11434) == url
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "reported"),
     [
         (404, b"404 page not found", "perhaps a stock Ollama"),
         (200, b"hello", "not JSON"),
         (200, b"[]", "not a JSON object"),
     ],
 )
-def test_status_says_when_something_else_listens(
-    router: HTTPServer, status: int, body: bytes, told: str, capsys: Captured
+def test_status_reports_another_server_on_the_port(
+    router: HTTPServer, status: int, body: bytes, reported: str, capsys: Captured
 ) -> None:
     assert _status(router, status, body) == 1
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
-def test_status_says_when_nothing_listens(router: HTTPServer, capsys: Captured) -> None:
+def test_status_reports_that_nothing_listens(router: HTTPServer, capsys: Captured) -> None:
     port = router.server_port
     router.shutdown()
     router.server_close()
     assert main(["status", "--port", str(port)], HOME) == 1
-    assert f"nothing answers at 127.0.0.1:{port}" in capsys.readouterr().err
+    assert f"no answer from 127.0.0.1:{port}" in capsys.readouterr().err

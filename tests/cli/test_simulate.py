@@ -1,4 +1,4 @@
-"""`llamayard simulate` as a user meets it."""
+"""`llamayard simulate`: output, files and error messages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_json_and_no_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["simulated"] is True
 
 
-def test_a_rate_that_the_trace_does_not_have_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rate_beyond_the_trace_is_reported_in_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["simulate", "--mix", "small", "--seconds", "30", "--rate", "100", "--policy", "floor", "--out", "-"]
     assert main(arguments, {}) == 0
     note = capsys.readouterr().out.splitlines()[-1]
@@ -54,13 +54,13 @@ def test_a_rate_that_the_trace_does_not_have_is_told_in_a_sentence(capsys: pytes
     there = data["runs"][0]["requests"]
     assert there < 3000
     assert note == (
-        f"seed 1: the trace has {there} requests for 30 s ({there / 30:.2f} a second), fewer than the 3000 "
-        "(100 a second) that were asked for"
+        f"seed 1: the trace has {there} requests for 30 s ({there / 30:.2f} per second), fewer than the requested 3000 "
+        "(100 per second)"
     )
     assert data["notes"] == [note]
 
 
-def test_a_rate_that_the_trace_has_needs_no_word(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rate_within_the_trace_needs_no_note(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["simulate", "--mix", "small", "--seconds", "30", "--rate", "1", "--policy", "floor", "--out", "-"]
     assert main(arguments, {}) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("floor")
@@ -107,15 +107,15 @@ FAULTS = ("dies@20:1", "lost@10+15:1", "hot@5+30=3", "foreign@5+30:2=0.5", "slow
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_can_be_asked_for_and_is_marked(fault: str, tmp_path: Path) -> None:
+def test_every_fault_can_be_injected_and_is_marked(fault: str, tmp_path: Path) -> None:
     arguments = ["simulate", "--seconds", "60", "--cold", "--policy", "llamayard", "--check", "--fault", fault]
     assert main([*arguments, "--out", str(tmp_path)], {}) == 0
     run = json.loads((tmp_path / "4x3090-team-llamayard-1.json").read_text(encoding="utf-8"))["run"]
     if fault.startswith("hang-up"):
         assert "hung up" in {request["outcome"] for request in run["requests"]}
     else:
-        ((at, words),) = run["notes"]
-        assert fault.startswith(f"{words.rpartition(' ')[0].replace(' ', '-')}@{at:.0f}")
+        ((at, note),) = run["notes"]
+        assert fault.startswith(f"{note.rpartition(' ')[0].replace(' ', '-')}@{at:.0f}")
 
 
 def test_a_fault_changes_the_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The configuration's pins in the deciding core's terms."""
+"""Conversion of configured pins into the scheduler's policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_pins_are_found_by_every_form_of_a_name_and_name_gpus_by_index_or_uuid(t
 
 
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("model", "message"),
     [
         ({"gpus": [7]}, "models.m.gpus: '7' is no GPU of this machine; there are: 0: GPU-0"),
         ({"gpus": ["GPU"]}, "fits several GPUs"),
@@ -39,10 +39,10 @@ def test_pins_are_found_by_every_form_of_a_name_and_name_gpus_by_index_or_uuid(t
         ({"gpus": [0], "layout": "spread"}, "needs several gpus"),
     ],
 )
-def test_a_pin_that_cannot_hold_is_refused_by_its_key(tmp_path: Path, model: object, words: str) -> None:
-    with pytest.raises(ConfigError, match=words.replace("(", r"\\(")) as error:
+def test_an_impossible_pin_is_refused_with_its_key(tmp_path: Path, model: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\\(")) as error:
         _policy(tmp_path, models={"m": model})
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 def test_without_gpus_nothing_is_started_on_demand(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where values come from, which win, and how a wrong one is told."""
+"""Where values come from, which take precedence, and how wrong ones are reported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.config.instance_options import tuning
+from router.config.keys import RENAMED_KEYS, dotted_keys
 from router.config.parsing import bytes_text, parse_bytes
+from router.config.problems import environment_variable
 from router.config.settings import RESERVED_VARIABLES, ConfigError, Settings, find_config, load_settings
-from router.config.sources import dotted_keys
 
 HOME = {"HOME": "/home/someone"}
 
@@ -42,7 +43,7 @@ def test_the_fixed_keys_have_their_fixed_defaults() -> None:
     assert settings.placement.vram_margin_bytes == 512 * 1024**2
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     config = written(tmp_path, {"server": {"host": "file", "port": 1}, "queue": {"limit": 1, "timeout_seconds": 1}})
     environment = {"LLAMAYARD_SERVER__PORT": "2", "LLAMAYARD_QUEUE__LIMIT": "2"}
     settings = load_settings(config, environment, {"queue.limit": "3", "server.host": None})
@@ -50,7 +51,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
     assert (settings.queue.limit, settings.queue.timeout_seconds) == (3, 1)
 
 
-def test_one_variable_of_a_mapping_joins_those_of_the_file_and_keeps_its_case(tmp_path: Path) -> None:
+def test_one_entry_of_a_mapping_is_merged_with_the_file_and_keeps_its_case(tmp_path: Path) -> None:
     config = written(tmp_path, {"ollama": {"env": {"OLLAMA_DEBUG": 1, "A": "x"}}})
     settings = load_settings(config, {"LLAMAYARD_OLLAMA__ENV__OLLAMA_NEW_ENGINE": "1", "LLAMAYARD_OLLAMA__ENV__A": "y"})
     assert settings.ollama.env == {"OLLAMA_DEBUG": "1", "A": "y", "OLLAMA_NEW_ENGINE": "1"}
@@ -67,14 +68,14 @@ def test_instances_can_be_given_in_the_environment() -> None:
     ("discover", "instances", "expected"),
     [(None, [], True), (None, [{"name": "a"}], False), (True, [{"name": "a"}], True), (True, [], True)],
 )
-def test_instances_by_hand_end_discovery_unless_it_is_asked_for(
+def test_declared_instances_turn_off_discovery_unless_it_is_set(
     discover: bool | None, instances: list[Any], expected: bool
 ) -> None:
     assert Settings(discover=discover, instances=instances).discovers is expected  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "reported"),
     [
         ({"server.prot": "1"}, "server.prot: unknown key; did you mean `server.port`?"),
         ({"port": "1"}, "port: unknown key; did you mean `server.port`?"),
@@ -86,9 +87,9 @@ def test_instances_by_hand_end_discovery_unless_it_is_asked_for(
         ),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_right_one(overrides: dict[str, Any], told: str) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_right_one(overrides: dict[str, Any], reported: str) -> None:
     (problem,) = problems_of(overrides=overrides)
-    assert problem.startswith(told)
+    assert problem.startswith(reported)
 
 
 def test_an_unknown_variable_is_refused_too() -> None:
@@ -96,12 +97,62 @@ def test_an_unknown_variable_is_refused_too() -> None:
     assert problem == "olama: unknown key; did you mean `ollama`?"
 
 
-def test_what_the_router_gives_its_children_is_no_setting() -> None:
+RENAMED = list(RENAMED_KEYS.items())
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_key_of_a_file_is_refused_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    section, _, name = old.partition(".")
+    config = written(tmp_path, {section: {name: 1}})
+    (problem,) = problems_of(config)
+    assert problem == f"{old} ({config}): renamed; use `{new}` (environment: {environment_variable(new)})"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_variable_is_refused_with_its_new_name(old: str, new: str) -> None:
+    (problem,) = problems_of(environment={environment_variable(old): "1"})
+    assert problem.startswith(f"{old} (environment {environment_variable(old)}): renamed; use `{new}`")
+    assert environment_variable(new) in problem
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_a_renamed_flag_is_refused_with_its_new_name(old: str, new: str) -> None:
+    (problem,) = problems_of(overrides={old: "1"})
+    assert problem.startswith(f"{old} (flag): renamed; use `{new}`")
+
+
+def test_the_new_names_of_renamed_keys_exist_and_the_old_ones_do_not() -> None:
+    keys = set(dotted_keys(Settings))
+    assert set(RENAMED_KEYS.values()) <= keys
+    assert not keys & set(RENAMED_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reported"),
+    [
+        ({"SERVER__PORT": "1", "SERVER__PORT__X": "1"}, "SERVER__PORT__X: server.port is already given as a whole"),
+        ({"OLLAMA__ENV": "null", "OLLAMA__ENV__A": "1"}, "OLLAMA__ENV: unsets ollama.env, but parts of it"),
+        ({"RIG__X": "1"}, "rig: {'x': '1'} (environment LLAMAYARD_RIG__X) cannot be used"),
+        ({"SERVER__ALLOWED_HOSTS": "[a"}, "SERVER__ALLOWED_HOSTS: is not a YAML list or mapping"),
+    ],
+)
+def test_no_variable_is_ignored_silently(environment: dict[str, str], reported: str) -> None:
+    (problem,) = problems_of(environment={f"LLAMAYARD_{name}": value for name, value in environment.items()})
+    assert reported in problem
+
+
+def test_a_whole_section_and_single_keys_of_it_join_in_the_environment() -> None:
+    environment = {"LLAMAYARD_QUEUE": "{limit: 3, timeout_seconds: 4}", "LLAMAYARD_QUEUE__LIMIT": "5"}
+    queue = load_settings(None, {**HOME, **environment}).queue
+    assert (queue.limit, queue.timeout_seconds) == (5, 4)
+
+
+def test_variables_for_child_processes_are_no_settings() -> None:
     assert load_settings(None, {**HOME, "LLAMAYARD_INSTANCE": "gpu0"}) == load_settings(None, HOME)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "reported"),
     [
         ({"server.port": "99999"}, ["server.port", "'99999'", "flag", "65535"]),
         ({"queue.limit": -1}, ["queue.limit", "-1", "0"]),
@@ -129,9 +180,11 @@ def test_what_the_router_gives_its_children_is_no_setting() -> None:
         ({"fallbacks": {"a": {"to": ["b"], "reasons": ["slow"]}}}, ["fallbacks.a.reasons", "queue_full"]),
     ],
 )
-def test_a_wrong_value_is_told_with_its_key_and_what_would_do(overrides: dict[str, Any], told: list[str]) -> None:
+def test_a_wrong_value_is_reported_with_its_key_and_what_would_be_right(
+    overrides: dict[str, Any], reported: list[str]
+) -> None:
     (problem,) = problems_of(overrides=overrides)
-    assert not [word for word in told if word not in problem], problem
+    assert not [part for part in reported if part not in problem], problem
 
 
 @pytest.mark.parametrize("key", ["server", "server.port", "queue.limit", "models", "instances", "ollama.env", "rig"])
@@ -147,18 +200,18 @@ def test_null_unsets_a_key_or_a_section(key: str, tmp_path: Path) -> None:
     assert value_in(unset) == value_in(load_settings(None, HOME)) != value_in(before)
 
 
-def test_a_section_whose_keys_are_all_commented_out_is_as_none(tmp_path: Path) -> None:
+def test_a_section_with_all_keys_commented_out_is_empty(tmp_path: Path) -> None:
     config = written(tmp_path, "server:\n  # port: 1\nmodels:\nstream: {heartbeat_seconds: null}\n")
     settings = load_settings(config, HOME)
     assert (settings.server, settings.models) == (load_settings(None, HOME).server, {})
-    assert settings.stream.heartbeat_seconds is None  # where null says something, it is said
+    assert settings.stream.heartbeat_seconds is None  # null is a value of this key
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     environment = {"LLAMAYARD_SERVER__PORT": "x", "LLAMAYARD_QUEU__LIMIT": "1"}
-    told = problems_of(environment=environment, overrides={"log.level": "loud"})
-    assert [problem.partition(":")[0] for problem in told] == ["queu", "server.port", "log.level"]
-    assert "environment LLAMAYARD_SERVER__PORT" in told[1]
+    reported = problems_of(environment=environment, overrides={"log.level": "loud"})
+    assert [problem.partition(":")[0] for problem in reported] == ["queu", "server.port", "log.level"]
+    assert "environment LLAMAYARD_SERVER__PORT" in reported[1]
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED_VARIABLES))
@@ -170,7 +223,7 @@ def test_a_variable_that_the_router_sets_itself_is_refused(name: str, key: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("server: {port: 1", "not valid YAML"),
         ("- a\n", "must be a mapping"),
@@ -178,14 +231,14 @@ def test_a_variable_that_the_router_sets_itself_is_refused(name: str, key: str) 
         ("a: &a [*a]\nb: !!python/name:os.system", "not valid YAML"),
     ],
 )
-def test_an_unusable_file_is_told_with_its_path(tmp_path: Path, text: str, told: str) -> None:
+def test_an_unusable_file_is_reported_with_its_path(tmp_path: Path, text: str, reported: str) -> None:
     config = written(tmp_path, text)
     (problem,) = problems_of(config)
     assert problem.startswith(str(config))
-    assert told in problem
+    assert reported in problem
 
 
-def test_a_missing_file_and_one_that_is_not_text_are_told(tmp_path: Path) -> None:
+def test_a_missing_file_and_one_that_is_not_text_are_reported(tmp_path: Path) -> None:
     assert "No such file" in problems_of(tmp_path / "none.yaml")[0]
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in problems_of(tmp_path / "bytes.yaml")[0]
@@ -195,7 +248,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_settings(written(tmp_path, ""), HOME) == load_settings(None, HOME)
 
 
-def test_the_state_stands_under_the_users_state_folder() -> None:
+def test_the_state_directory_is_in_the_users_state_directory() -> None:
     assert str(load_settings(None, HOME).state_directory) == "/home/someone/.local/state/llamayard"
     assert str(load_settings(None, {**HOME, "XDG_STATE_HOME": "/s"}).state_directory) == "/s/llamayard"
     assert str(load_settings(None, {**HOME, "XDG_STATE_HOME": "/s"}, {"state_directory": "~/x"}).state_directory) == (
@@ -211,9 +264,9 @@ def test_settings_cannot_be_changed() -> None:
         settings.rig = "h100"
 
 
-def test_the_file_given_wins_over_the_usual_ones(tmp_path: Path) -> None:
-    usual = written(tmp_path, "")
-    assert find_config(None, tmp_path) == usual
+def test_the_given_file_takes_precedence_over_the_default_ones(tmp_path: Path) -> None:
+    default = written(tmp_path, "")
+    assert find_config(None, tmp_path) == default
     assert find_config(tmp_path / "other.yaml", tmp_path) == tmp_path / "other.yaml"
     assert find_config(None, tmp_path / "nowhere") in (None, Path("/etc/llamayard/config.yaml"))
 
@@ -222,12 +275,12 @@ def test_the_file_given_wins_over_the_usual_ones(tmp_path: Path) -> None:
     ("text", "expected"),
     [("512MiB", 512 * 1024**2), ("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("100", 100), ("7k", 7000), (12, 12)],
 )
-def test_bytes_may_carry_a_unit(text: object, expected: int) -> None:
+def test_bytes_may_have_a_unit(text: object, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
 @given(st.integers(min_value=0, max_value=2**50))
-def test_bytes_that_are_written_out_read_the_same(value: int) -> None:
+def test_formatted_bytes_parse_to_the_same_value(value: int) -> None:
     assert parse_bytes(bytes_text(value)) == value
 
 
@@ -252,7 +305,7 @@ def test_every_key_can_be_set_in_the_environment_to_its_default(key: str) -> Non
     assert load_settings(None, {**HOME, variable: text}) == defaults
 
 
-def test_an_instances_own_values_win_over_its_variables_and_those_over_the_keys_for_all() -> None:
+def test_keys_of_an_instance_override_its_variables_which_override_the_keys_for_all() -> None:
     settings = load_settings(
         None,
         HOME,
@@ -277,7 +330,7 @@ def test_an_instances_own_values_win_over_its_variables_and_those_over_the_keys_
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "reported"),
     [
         ({"OLLAMA_NUM_PARALLEL": "0"}, "at least 1"),
         ({"OLLAMA_CONTEXT_LENGTH": "8k"}, "whole number"),
@@ -286,8 +339,8 @@ def test_an_instances_own_values_win_over_its_variables_and_those_over_the_keys_
         ({"OLLAMA_KV_CACHE_TYPE": "q8_0", "OLLAMA_FLASH_ATTENTION": "0"}, "flash_attention: true"),
     ],
 )
-def test_a_variable_that_ollama_would_ignore_is_refused(variables: dict[str, str], told: str) -> None:
+def test_a_variable_that_ollama_would_ignore_is_refused(variables: dict[str, str], reported: str) -> None:
     settings = load_settings(None, HOME, {"ollama.instance_env": {"gpu1": variables}})
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         tuning(settings, "gpu1")
     assert tuning(settings, "gpu0").kv_cache_type == "f16"

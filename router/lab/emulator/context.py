@@ -10,6 +10,7 @@ from typing import Any
 
 from router.domain.keep_alive import parse_keep_alive
 from router.domain.model_names import Name, is_cloud, parse_name
+from router.engines.ollama.blob_store import StoredModel
 from router.lab.emulator.completion import RunnerLostMessages
 from router.lab.emulator.config import Config
 from router.lab.emulator.faults import Behaviour
@@ -21,7 +22,7 @@ from router.lab.emulator.model_facts import capabilities
 from router.lab.emulator.options import OptionError, Options, read_options
 from router.lab.emulator.response_writer import ApiError
 from router.lab.emulator.scheduler import BusyError, PendingRequest, Scheduler
-from router.lab.emulator.store import Header, Store, StoredModel
+from router.lab.emulator.store import Header, Store
 
 BUSY_MESSAGE = "server busy, please try again.  maximum pending requests exceeded"
 _CALL_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"

@@ -14,10 +14,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from router.domain.model import ModelFacts
+from router.engines.ollama.blob_store import StoredModel
 from router.lab.emulator.options import RunnerOptions
 from router.lab.emulator.prompt_cache import PromptCache, Slot, common_prefix_length
 from router.lab.emulator.runner_process import RunnerProcess, Sequence
-from router.lab.emulator.store import Header, StoredModel
+from router.lab.emulator.store import Header
 from router.lab.emulator.text_generation import prompt_tokens
 
 MAX_DURATION = timedelta(seconds=2**63 / 1e9)

@@ -14,16 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from router.domain.model import ModelFacts
+from router.engines.ollama.blob_store import StoredModel
 from router.engines.ollama.ggml_types import GGML_BLOCKS
+from router.engines.ollama.gguf_facts import facts_of
 from router.lab.emulator.config import Config, log
 from router.lab.emulator.faults import Behaviour
 from router.lab.emulator.http_server import ClientDisconnectedError, Request
 from router.lab.emulator.loaded_model import LoadedModel
 from router.lab.emulator.memory import Memory
-from router.lab.emulator.model_facts import active_share, facts_of
+from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.options import Options
 from router.lab.emulator.runner_process import RunnerProcess
-from router.lab.emulator.store import Header, Store, StoredModel
+from router.lab.emulator.store import Header, Store
 from router.lab.simulator import world as worlds
 from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_for
 from router.lab.simulator.server_placement import (

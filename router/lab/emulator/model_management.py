@@ -12,23 +12,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 from router.domain.model_names import Name
+from router.engines.ollama.blob_store import LICENSE, MESSAGES, MODEL, PARAMETERS, SYSTEM, TEMPLATE, Layer, StoredModel
+from router.engines.ollama.gguf_facts import architecture, number
 from router.lab.emulator.config import now_text
 from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import dump
 from router.lab.emulator.http_server import Request, Response
-from router.lab.emulator.model_facts import architecture, number
 from router.lab.emulator.response_writer import JSON, NDJSON, PLAIN_JSON, ApiError
-from router.lab.emulator.store import (
-    LICENSE,
-    MESSAGES,
-    MODEL,
-    PARAMETERS,
-    SYSTEM,
-    TEMPLATE,
-    Layer,
-    StoredModel,
-    config_for,
-)
+from router.lab.emulator.store import config_for
 
 _NAME = {"model": "string", "name": "string"}
 _CREATE = {**_NAME, "from": "string", "files": "map", "template": "string", "system": "string", "license": "any",

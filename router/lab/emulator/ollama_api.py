@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from router.engines.ollama.blob_store import DEFAULT_TEMPLATE, StoredModel
 from router.engines.ollama.gguf_header import single
 from router.lab.emulator.completion import CompletionOutcome, CompletionRequest, RunnerFailedError, complete
 from router.lab.emulator.config import now_text
@@ -22,7 +23,6 @@ from router.lab.emulator.http_server import ClientDisconnectedError, Request
 from router.lab.emulator.loaded_model import LoadedModel
 from router.lab.emulator.options import Options
 from router.lab.emulator.response_writer import ApiError, Sink
-from router.lab.emulator.store import DEFAULT_TEMPLATE, StoredModel
 from router.lab.emulator.text_generation import GenerationRequest, Piece, logprobs_of, prompt_tokens, token_ids, vector
 
 _SHARED = {"model": "string", "stream": "bool", "format": "any", "keep_alive": "any", "options": "map", "think": "any",

@@ -13,12 +13,12 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.engines.ollama.blob_store import StoredModel
 from router.lab.emulator.config import Config, log
 from router.lab.emulator.http_server import ClientDisconnectedError, Request
 from router.lab.emulator.loaded_model import LoadedModel, expiry_after
 from router.lab.emulator.loader import Loader, LoadError, MustEvictError
 from router.lab.emulator.options import Options, needs_reload
-from router.lab.emulator.store import StoredModel
 
 _PING_SECONDS = 10.0
 """Deadline for the health check of a runner before it is reused."""

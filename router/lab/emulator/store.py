@@ -11,26 +11,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from router.domain.model_names import Name, parse_name
-from router.engines.ollama.gguf_header import FILE_TYPES, read_header
+from router.engines.ollama.blob_store import DEFAULT_TEMPLATE, MODEL, TEMPLATE, BlobStore, Layer, StoredModel
+from router.engines.ollama.gguf_facts import WeightsHeader, architecture, read_weights_header
+from router.engines.ollama.gguf_header import FILE_TYPES
 from router.lab.emulator.catalogue import MAGIC, CatalogueModel, weights_text
 
-MODEL = "application/vnd.ollama.image.model"
-TEMPLATE = "application/vnd.ollama.image.template"
-SYSTEM = "application/vnd.ollama.image.system"
-PARAMETERS = "application/vnd.ollama.image.params"
-MESSAGES = "application/vnd.ollama.image.messages"
-LICENSE = "application/vnd.ollama.image.license"
 CONFIG = "application/vnd.docker.container.image.v1+json"
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 
-DEFAULT_TEMPLATE = "{{ .Prompt }}"
 CHAT_TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}assistant: "
 TOOLS_TEMPLATE = "{{ if .Tools }}{{ .Tools }}\n{{ end }}" + CHAT_TEMPLATE
 INSERT_TEMPLATE = "{{ if .Suffix }}{{ .Prompt }}{{ .Suffix }}{{ end }}"
@@ -42,113 +36,28 @@ _MIN_REAL_VOCABULARY = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """Header of a weights file."""
+class Header(WeightsHeader):
+    """Header of a weights file, or what stands in for one."""
 
-    metadata: Mapping[str, Any]
-    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
     is_noise: bool
     """True for small models with random weights, which never end an answer by themselves."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One blob of a model."""
-
-    media_type: str
-    digest: str
-    size: int
-    from_: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredModel:
-    """One model in the store."""
-
-    name: Name
-    digest: str
-    """Manifest digest, without `sha256:`."""
-    modified: datetime
-    config: Mapping[str, Any]
-    layers: tuple[Layer, ...]
-    texts: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    @property
-    def weights(self) -> Layer:
-        return next(layer for layer in self.layers if layer.media_type == MODEL)
-
-    @property
-    def size(self) -> int:
-        return sum(layer.size for layer in self.layers) + int(self.config.get("_size", 0))
-
-    @property
-    def template(self) -> str:
-        return self.texts.get(TEMPLATE, DEFAULT_TEMPLATE)
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return json.loads(self.texts.get(PARAMETERS, "{}"))
-
-
-class Store:
+class Store(BlobStore):
     """Model store in a folder."""
 
     def __init__(self, folder: Path, *, is_written: bool = True) -> None:
         """`is_written`: create missing folders now rather than on the first write."""
-        self.folder = folder
+        super().__init__(folder)
         self._headers: dict[str, Header] = {}
         if not is_written:
             return
         (folder / "blobs").mkdir(parents=True, exist_ok=True)
         (folder / "manifests").mkdir(parents=True, exist_ok=True)
 
-    def blob(self, digest: str) -> Path:
-        return self.folder / "blobs" / digest.replace(":", "-")
-
-    def manifest(self, name: Name) -> Path:
-        """Path of the manifest for a name, whether or not it exists."""
-        return self.folder / "manifests" / name.host / name.namespace / name.model / name.tag
-
-    def get(self, name: Name) -> StoredModel | None:
-        """The model with that name; None if missing or if its manifest is invalid."""
-        path = self.manifest(name)
-        try:
-            data = path.read_bytes()
-            manifest = json.loads(data)
-            config = json.loads(self.blob(manifest["config"]["digest"]).read_bytes())
-            layers = tuple(
-                Layer(entry["mediaType"], entry["digest"], entry["size"], entry.get("from", ""))
-                for entry in manifest["layers"]
-            )
-            modified = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-        except (OSError, ValueError, KeyError):
-            return None
-        config["_size"] = manifest["config"].get("size", 0)
-        texts = {layer.media_type: self._text(layer.digest) for layer in layers if layer.media_type != MODEL}
-        digest = hashlib.sha256(data).hexdigest()
-        return StoredModel(name, digest, modified, config, layers, texts)
-
-    def _text(self, digest: str) -> str:
-        try:
-            return self.blob(digest).read_text(encoding="utf-8")
-        except OSError:
-            return ""
-
     def parameters(self, digest: str) -> dict[str, Any]:
         """Reads a parameters layer."""
-        return json.loads(self._text(digest) or "{}")
-
-    def all(self) -> list[StoredModel]:
-        """All models, newest first."""
-        found = [stored for name in self._names() if (stored := self.get(name)) is not None]
-        return sorted(found, key=lambda stored: (-stored.modified.timestamp(), stored.name.full))
-
-    def _names(self) -> Generator[Name]:
-        root = self.folder / "manifests"
-        for path in sorted(root.glob("*/*/*/*")):
-            host, namespace, model, tag = path.relative_to(root).parts
-            if not tag.startswith("."):
-                yield Name(host, namespace, model, tag)
+        return json.loads(self.text(digest) or "{}")
 
     def header(self, digest: str) -> Header:
         """Header of the weights, with defaults if it cannot be read. Cached per blob."""
@@ -256,11 +165,11 @@ def parameter_label(count: int) -> str:
 
 def config_for(header: Header, digests: list[str]) -> dict[str, Any]:
     """Config blob of a created model."""
-    architecture = str(header.metadata.get("general.architecture", "llama"))
+    family = architecture(header)
     return {
         "model_format": "gguf",
-        "model_family": architecture,
-        "model_families": [architecture],
+        "model_family": family,
+        "model_families": [family],
         "model_type": parameter_label(int(header.metadata.get("general.parameter_count", 0))),
         "file_type": FILE_TYPES.get(int(header.metadata.get("general.file_type", 1)), "unknown"),
         "architecture": "amd64",
@@ -287,12 +196,10 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def _read_model_header(path: Path) -> Header:
-    gguf = read_header(path)
-    if gguf is not None:
-        tensors = tuple((tensor.name, tensor.type, tensor.shape) for tensor in gguf.tensors)
-        metadata = _with_computed_fields(gguf.metadata, tensors)
-        vocabulary_size = metadata.get(f"{metadata.get('general.architecture', 'llama')}.vocab_size", 0)
-        return Header(metadata, tensors, is_noise=vocabulary_size < _MIN_REAL_VOCABULARY)
+    header = read_weights_header(path)
+    if header is not None:
+        vocabulary_size = header.metadata.get(f"{architecture(header)}.vocab_size", 0)
+        return Header(header.metadata, header.tensors, is_noise=vocabulary_size < _MIN_REAL_VOCABULARY)
     try:
         if path.stat().st_size < 1 << 22:
             data = json.loads(path.read_bytes())
@@ -302,19 +209,3 @@ def _read_model_header(path: Path) -> Header:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return Header(_DEFAULTS, (), is_noise=True)
-
-
-def _with_computed_fields(
-    metadata: dict[str, Any], tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
-) -> dict[str, Any]:
-    """Adds the parameter count and vocabulary size that Ollama computes."""
-    count = 0
-    for _, _, shape in tensors:
-        product = 1
-        for length in shape:
-            product *= length
-        count += product
-    architecture = metadata.get("general.architecture", "llama")
-    tokens: Any = metadata.get("tokenizer.ggml.tokens")
-    vocabulary = {f"{architecture}.vocab_size": len(cast("list[str]", tokens))} if isinstance(tokens, list) else {}
-    return {**vocabulary, **metadata, "general.parameter_count": count}

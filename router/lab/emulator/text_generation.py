@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, cast
 
-from router.lab.emulator.model_facts import is_embedding
+from router.engines.ollama.gguf_facts import is_embedding
 from router.lab.emulator.store import Header
 
 _SYLLABLES = [a + b for a in "bdfghklmnprstvz" for b in "aeiou"]

@@ -9,20 +9,14 @@ import msgspec
 import pytest
 
 from router.domain.model_names import parse_name
+from router.engines.ollama.blob_store import MODEL, TEMPLATE, Layer
 from router.engines.ollama.client import ShowReply, TagRow, TensorRow
 from router.engines.ollama.ggml_types import tensor_bytes
+from router.engines.ollama.gguf_facts import facts_of
 from router.engines.ollama.model_metadata import read_facts
 from router.lab.emulator.catalogue import catalogue
-from router.lab.emulator.model_facts import active_share, capabilities, facts_of
-from router.lab.emulator.store import (
-    MODEL,
-    TEMPLATE,
-    Layer,
-    Store,
-    parameter_label,
-    weights_digest,
-    write_atomically,
-)
+from router.lab.emulator.model_facts import active_share, capabilities
+from router.lab.emulator.store import Store, parameter_label, weights_digest, write_atomically
 
 _8B = "llama3.1:8b"
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.model_names import parse_name
+from router.engines.ollama.gguf_facts import facts_of
 from router.lab.emulator.catalogue import catalogue
-from router.lab.emulator.model_facts import active_share, facts_of
+from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.spec import GPU_MODELS
 from router.lab.emulator.store import Store
 from router.lab.simulator.world import (

@@ -1,0 +1,56 @@
+"""What the commands that read the configuration share: the file, the flags, and how problems are printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from router.config.settings import ConfigError, Settings, find_config, load_settings, process_environment
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigurationInputs:
+    """What the configuration is read from."""
+
+    path: Path | None
+    environment: Mapping[str, str]
+    flags: Mapping[str, object]
+    """By dotted key."""
+
+    def settings(self) -> Settings:
+        """Raises ConfigError."""
+        return load_settings(self.path, self.environment, self.flags)
+
+
+def inputs_of(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> ConfigurationInputs:
+    """The inputs that the parsed arguments name; `environment` defaults to that of the process.
+
+    Raises:
+        ConfigError: a `--set` has no value.
+    """
+    return ConfigurationInputs(
+        find_config(arguments.config, Path.cwd()),
+        process_environment() if environment is None else environment,
+        _flags(arguments),
+    )
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, object]:
+    flags: dict[str, object] = {}
+    for pair in cast("list[str]", arguments.set):
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError([f"--set {pair}: write KEY=VALUE, such as queue.limit=64"])
+        flags[key.strip()] = value
+    named = {"server.host": arguments.host, "server.port": arguments.port, "rig": arguments.rig}
+    return {**flags, **{key: value for key, value in named.items() if value is not None}}
+
+
+def print_problems(problems: Iterable[str]) -> None:
+    """One line each, on standard error."""
+    for problem in problems:
+        print(f"llamayard: {problem}", file=sys.stderr)
