@@ -174,7 +174,7 @@ def _check_config(given: argparse.Namespace, environment: Mapping[str, str]) -> 
         lines = cast("list[str]", check.effective(find_config(given.config, Path.cwd()), environment, _flags(given)))
     except ConfigError as error:
         _complain(error.problems)
-        return EXIT_FAILED
+        return EXIT_MISUSED
     print("\n".join(lines))
     return EXIT_OK
 
