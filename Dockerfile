@@ -1,5 +1,6 @@
 # The router and the Ollama that it runs, in one image. docker run --gpus all -p 127.0.0.1:11434:11434 llamayard
-ARG OLLAMA_VERSION=0.24.0
+# At least 0.30: older versions do not split a model's layers by GPU memory.
+ARG OLLAMA_VERSION=0.34.0
 ARG PYTHON_VERSION=3.13
 
 FROM ollama/ollama:${OLLAMA_VERSION} AS ollama
@@ -24,14 +25,14 @@ RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/llamayard lla
 ENV PATH=/opt/llamayard/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    LLAMAYARD_SERVER__HOST=0.0.0.0 \
-    LLAMAYARD_OLLAMA__MODELS=/var/lib/llamayard/models \
-    LLAMAYARD_STATE_DIRECTORY=/var/lib/llamayard/state
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Not as variables, which would take precedence over a file that a user mounts here.
+COPY deploy/container.yaml /etc/llamayard/config.yaml
 USER llamayard
 WORKDIR /var/lib/llamayard
 VOLUME /var/lib/llamayard
 EXPOSE 11434
+# Override it if you change server.port or use TLS.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:11434/health', timeout=4)"]
 # SIGTERM drains; docker stop must wait longer than server.drain_timeout_seconds (-t 60).

@@ -13,7 +13,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
 .PHONY: help setup run ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits clients docs clean real-ollama \
-	client-packages leaks bench-relay bench-litellm profile nginx real-nginx
+	client-packages leaks bench-relay bench-litellm profile nginx real-nginx prometheus real-prometheus
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 15
@@ -42,7 +42,7 @@ lint: setup  ## formatting, ruff, import contracts, unused code, and the rules o
 types: setup  ## pyright: strict on router/, basic on tests/ and bench/
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-test: setup real-ollama real-nginx check  ## everything: check, then the whole suite, a real Ollama included where Go is
+test: setup real-ollama real-nginx real-prometheus check  ## everything: check, then the whole suite, a real Ollama included where Go is
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-py:  ## the suite without the real Ollama on another Python: make test-py PYTHON=python3.13
@@ -85,6 +85,10 @@ profile: setup  ## where the router's own time goes, for a small request and a t
 
 nginx:  ## nginx and HAProxy, for tests and benchmarks, by apt-get
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && $$sudo apt-get install -y -qq nginx haproxy
+
+prometheus:  ## Prometheus, whose promtool tests the alert rules, by apt-get
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
+		$$sudo apt-get install -y -qq --no-install-recommends prometheus
 
 docs: setup  ## write the documents that are drawn from code
 	$(VENV)/bin/python -m router.tools.generate_docs
@@ -158,6 +162,11 @@ real-nginx:
 	@if command -v nginx >/dev/null || [ -x /usr/sbin/nginx ]; then :; \
 	elif [ -n "$${CI:-}" ]; then $(MAKE) nginx; \
 	else echo "no nginx: tests that ask it for a second opinion will be skipped (make nginx)"; fi
+
+real-prometheus:
+	@if command -v promtool >/dev/null; then :; \
+	elif [ -n "$${CI:-}" ]; then $(MAKE) prometheus; \
+	else echo "no promtool: the tests of the alert rules will be skipped (make prometheus)"; fi
 
 # Built aside and moved, so that an interrupted build leaves nothing that looks whole.
 $(OLLAMA):

@@ -117,6 +117,8 @@ _BY_CODE: dict[str, type[RouterError]] = {
         WaitTimeout,
     )
 }
+ERROR_CODES = tuple(_BY_CODE)
+"""Every code that a client can receive."""
 
 
 def error_for(

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.product import Product
+from tests.support.signals import default_signals_for_children
+
+default_signals_for_children()
 
 _CALM = [HealthCheck.too_slow]
 """A busy machine is no fault of a test: nothing generated is timed."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from router.app.preflight import PreflightResult, check_pins
 from router.cli.configuration import ConfigurationInputs, inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_OK
+from router.cli.exit_codes import EXIT_MISUSED, EXIT_OK
 from router.config.instance_options import tuning_problems
 from router.config.keys import dotted_keys
 from router.config.problems import origin_of
@@ -23,12 +23,12 @@ from router.config.settings import ConfigError, Settings, key_origins
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
-    """The exit code; EXIT_FAILED if the configuration cannot be used."""
+    """The exit code; EXIT_MISUSED if the configuration cannot be used."""
     try:
         lines = effective_lines(inputs_of(arguments, environment))
     except ConfigError as error:
         print_problems(error.problems)
-        return EXIT_FAILED
+        return EXIT_MISUSED
     print("\n".join(lines))
     return EXIT_OK
 

@@ -11,6 +11,10 @@ from router.llm_api.stream_end import tokens_of
 from router.observability.metrics import Metrics
 from router.observability.request_record import RequestRecord
 
+_PROBES = frozenset({"/", "/health", "/ready", "/metrics"})
+"""Routes that monitors and load balancers request every few seconds."""
+_PROBE_RESULTS = frozenset({200, 503})
+
 Write = Callable[[str, dict[str, object]], None]
 """Takes a level and the values of one line, of which `event` is its name."""
 
@@ -48,7 +52,7 @@ class AccessLog:
             "status": status,
         }
         self._measure(info, status, values)
-        self._write("info" if status < 500 else "warning", values)
+        self._write(_level(info.route, status), values)
 
     def _measure(self, info: RequestRecord, status: int, values: dict[str, object]) -> None:
         """Counts the request and adds what its log line tells beside the request itself."""
@@ -74,8 +78,17 @@ class AccessLog:
         tally.record_output(model, first, tokens.prompt, tokens.output)
         values["time_to_first_token_seconds"] = round(first, 6)
         values["bytes"] = exchange.bytes_out
-        values["prompt_tokens"] = tokens.prompt
-        values["output_tokens"] = tokens.output
+        if tokens.prompt is not None:
+            values["prompt_tokens"] = tokens.prompt
+        if tokens.output is not None:
+            values["output_tokens"] = tokens.output
         streamed = (exchange.last_byte_at or 0.0) - exchange.first_byte_at
         if exchange.chunks > 1 and streamed > 0:
             values["chunks_per_second"] = round((exchange.chunks - 1) / streamed, 1)
+
+
+def _level(route: str, status: int) -> str:
+    """Returns the log level of a request; a probe that works as documented is logged at debug."""
+    if route in _PROBES and status in _PROBE_RESULTS:
+        return "debug"
+    return "info" if status < 500 else "warning"

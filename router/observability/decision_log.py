@@ -67,6 +67,7 @@ class DecisionLog:
                 pass
             case Load():
                 self._loads_in_progress[action.load_id] = (action, now)
+                self._metrics.begin_load(self._metrics.model_label(action.model.name), action.instance)
                 self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
             case Unload():
                 self._metrics.unloads.labels(self._metrics.model_label(action.model.name), action.instance).inc()

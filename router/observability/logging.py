@@ -31,7 +31,8 @@ def configure_logs(form: Literal["auto", "human", "json"], level: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             _add_logger_name,
-            structlog.processors.TimeStamper(fmt="iso", utc=not human),
+            _add_local_time if human else _add_utc_time,
+            _drop_empty_fields,
             *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -58,7 +59,7 @@ class RequestLines:
             return
         values["level"] = level
         values["logger"] = "router.access"
-        values["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        values["timestamp"] = _utc_time()
         if not self._lines:
             asyncio.get_running_loop().call_later(self.DELAY_SECONDS, self.flush)
         self._lines.append(msgspec.json.encode(values))
@@ -103,3 +104,25 @@ def _add_logger_name(logger: Any, method: str, values: Any) -> Any:
     del method
     values.setdefault("logger", getattr(logger, "name", "router"))
     return values
+
+
+def _utc_time() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _add_utc_time(logger: Any, method: str, values: Any) -> Any:
+    del logger, method
+    values["timestamp"] = _utc_time()
+    return values
+
+
+def _add_local_time(logger: Any, method: str, values: Any) -> Any:
+    del logger, method
+    values["timestamp"] = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    return values
+
+
+def _drop_empty_fields(logger: Any, method: str, values: Any) -> Any:
+    """Drops fields without a value (None or ""), so that a line has no `reason= pid=None`; keeps 0 and False."""
+    del logger, method
+    return {name: value for name, value in values.items() if value is not None and value != ""}

@@ -21,12 +21,14 @@ from router.domain.gpu import Gpu
 from router.domain.instance import InstanceState
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import external_bytes, reserved_bytes, resident_bytes, unaccounted_bytes
+from router.errors import ERROR_CODES
 
 BUCKETS_SECONDS = (
     0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
 )  # fmt: skip
 """OpenTelemetry's buckets for the time to first token, extended to 160 s for cold loads."""
 
+LOAD_OUTCOMES = ("loaded", "failed", "spilled")
 _MODEL_NAMES_MAX = 1000
 _GPU_LABELS = ("gpu", "index", "name")
 
@@ -45,7 +47,11 @@ class ModelLabels:
 
 
 class Metrics:
-    """All metrics of one router, in a registry of its own."""
+    """All metrics of one router, in a registry of its own.
+
+    Counters are exported as 0 as soon as their labels are known: `increase()` does not see the first event of a series
+    that begins at 1.
+    """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -65,8 +71,15 @@ class Metrics:
         self.load_bytes = Counter("llamayard_load_bytes", "Bytes of model weights loaded.", registry=registry)
         self.unloads = Counter("llamayard_unloads", "Models unloaded.", ("model", "instance"), registry=registry)
         self.rejections = Counter("llamayard_rejections", "Requests rejected, by code.", ("code",), registry=registry)
+        for code in ERROR_CODES:
+            self.rejections.labels(code)
         PlatformCollector(registry)
         ProcessCollector(registry=registry)
+
+    def begin_load(self, model: str, instance: str) -> None:
+        """Exports the outcomes that a load can have, before it has one. `model` is a value of `model_label`."""
+        for outcome in LOAD_OUTCOMES:
+            self.loads.labels(model, instance, outcome)
 
 
 class _Histogram:

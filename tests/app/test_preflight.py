@@ -141,7 +141,7 @@ def _command(tmp_path: Path, text: str) -> int:
 
 
 def test_the_command_refuses_over_an_emulated_rig_with_its_catalogue(tmp_path: Path, capsys: Captured) -> None:
-    assert _command(tmp_path, "models: {'llama3.3:70b': {gpus: [0]}}") == 1
+    assert _command(tmp_path, "models: {'llama3.3:70b': {gpus: [0]}}") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(
@@ -160,5 +160,5 @@ def test_the_command_prints_rules_of_models_and_what_it_did_not_check(tmp_path: 
 
 
 def test_an_invalid_rig_is_refused(tmp_path: Path, capsys: Captured) -> None:
-    assert main(["check-config", "--rig", "2x3091"], {"HOME": str(tmp_path)}) == 1
+    assert main(["check-config", "--rig", "2x3091"], {"HOME": str(tmp_path)}) == 2
     assert "3090" in capsys.readouterr().err

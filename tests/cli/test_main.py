@@ -54,7 +54,7 @@ def test_check_config_shows_every_key_with_its_value_and_source(tmp_path: Path, 
 def test_check_config_fails_with_every_problem(tmp_path: Path, capsys: Captured) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("server: {prot: 1}\n", encoding="utf-8")
-    assert main(["check-config", "--config", str(config), "--set", "queue.limit=x"], HOME) == 1
+    assert main(["check-config", "--config", str(config), "--set", "queue.limit=x"], HOME) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     first, second = captured.err.splitlines()
@@ -63,9 +63,9 @@ def test_check_config_fails_with_every_problem(tmp_path: Path, capsys: Captured)
 
 
 def test_check_config_reads_the_variables_of_each_instance(capsys: Captured) -> None:
-    assert main(["check-config", "--set", "ollama.instance_env={spread: {OLLAMA_NUM_PARALLEL: many}}"], HOME) == 1
+    assert main(["check-config", "--set", "ollama.instance_env={spread: {OLLAMA_NUM_PARALLEL: many}}"], HOME) == 2
     assert "instance spread: OLLAMA_NUM_PARALLEL='many'" in capsys.readouterr().err
-    assert main(["check-config", "--set", "ollama.env={OLLAMA_CONTEXT_LENGTH: 8k}"], HOME) == 1
+    assert main(["check-config", "--set", "ollama.env={OLLAMA_CONTEXT_LENGTH: 8k}"], HOME) == 2
     assert "OLLAMA_CONTEXT_LENGTH='8k'" in capsys.readouterr().err
 
 
@@ -94,6 +94,14 @@ def test_serve_without_ollama_says_what_to_do(capsys: Captured) -> None:
     assert "--rig" in reported
 
 
+@pytest.mark.parametrize("key", ["server.prot=1", "queue.limit=x", "ollama.env={OLLAMA_NUM_PARALLEL: many}"])
+def test_check_config_and_serve_end_with_the_same_code(key: str, capsys: Captured) -> None:
+    assert main(["check-config", "--rig", "h100", "--set", key], HOME) == 2
+    checked = capsys.readouterr().err
+    assert main(["serve", "--rig", "h100", "--set", key], HOME) == 2
+    assert capsys.readouterr().err == checked
+
+
 @pytest.mark.parametrize("arguments", [[], ["sevre"], ["serve", "--prot", "1"]])
 def test_a_wrong_command_ends_in_its_usage_and_code_2(arguments: list[str], capsys: Captured) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -105,7 +113,7 @@ def test_a_wrong_command_ends_in_its_usage_and_code_2(arguments: list[str], caps
 def test_the_module_ends_with_the_commands_code(root: Path) -> None:
     command = [sys.executable, "-m", "router", "check-config", "--port", "x"]
     ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=300, check=False)
-    assert (ended.returncode, ended.stdout) == (1, "")
+    assert (ended.returncode, ended.stdout) == (2, "")
 
 
 def test_simulate_runs_and_refuses_unknown_gpus_with_code_2(capsys: Captured) -> None:

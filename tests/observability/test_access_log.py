@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -59,6 +60,43 @@ def test_finished_requests_are_counted_and_logged_by_status() -> None:
     (level, first), (worse, second) = lines
     assert (level, worse, second["error"]) == ("info", "warning", "not_found")
     assert (first["output_tokens"], first["chunks_per_second"], first["bytes"]) == (10, 10.0, 77)
+
+
+@pytest.mark.parametrize(
+    ("route", "status", "level"),
+    [
+        ("/health", 200, "debug"),
+        ("/metrics", 200, "debug"),
+        ("/", 200, "debug"),
+        ("/ready", 503, "debug"),  # while it starts or drains, which has log lines of its own
+        ("/metrics", 403, "info"),
+        ("/metrics", 500, "warning"),
+        ("/api/tags", 200, "info"),
+        ("/llamayard/status", 200, "info"),
+    ],
+)
+def test_probes_that_work_are_logged_at_debug(route: str, status: int, level: str) -> None:
+    metrics, levels = Metrics(), list[str]()
+    log = AccessLog(metrics, lambda: 0.0, lambda level, _: levels.append(level))
+    log.began()
+    log.ended(RequestRecord("r1", "127.0.0.1", route, 0.0), "GET", route, status)
+    assert levels == [level]
+    assert (
+        _samples(metrics)["llamayard_requests_total", (("model", ""), ("route", route), ("status", str(status)))] == 1
+    )
+
+
+def test_a_response_without_token_counts_is_logged_without_them() -> None:
+    lines = list[dict[str, object]]()
+    log = AccessLog(Metrics(), lambda: 2.0, lambda _, values: lines.append(values))
+    info = _served()
+    assert info.exchange is not None
+    info.exchange.tail = b""
+    log.began()
+    log.ended(info, "POST", "/api/chat", 200)
+    assert {"time_to_first_token_seconds", "prompt_tokens", "output_tokens"} & lines[0].keys() == {
+        "time_to_first_token_seconds"
+    }
 
 
 def test_histogram_buckets_are_cumulative() -> None:
