@@ -61,7 +61,7 @@ bench-sim: setup  ## the router against stock servers and nginx, all rigs and mi
 bench-sched: setup real-nginx  ## the same as real processes over EMULATED servers; under an hour (ARGS="--seeds 1 --cells 4x3090/wide")
 	$(VENV)/bin/python -m bench.scheduling.bench_sched $(ARGS)
 
-bench-decide: setup  ## what one decision costs at 8 to 1,000 GPUs, with 64 models and 200 waiting (ARGS="--GPUs 8")
+bench-decide: setup  ## what one decision costs at 8 to 1,000 GPUs, with 64 models and 200 waiting (ARGS="--gpus 8")
 	$(VENV)/bin/python -m bench.scheduling.bench_decide $(ARGS)
 
 bench-waits: setup  ## how true the waits are that waiting clients are told, SIMULATED

@@ -153,7 +153,7 @@ def _row(kind: str, times: Sequence[int], whole: int) -> Row:
 def main() -> int:
     """1 where the median of requests and releases at 8 GPUs is above 50 µs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--GPUs", type=int, nargs="*", default=list(GPU_MODELS))
+    parser.add_argument("--gpus", type=int, nargs="*", default=list(GPU_MODELS))
     parser.add_argument("--models", type=int, default=64)
     parser.add_argument("--waiting", type=int, default=200)
     parser.add_argument("--warm", type=float, default=30.0, help="seconds of the machine's clock before it is timed")
