@@ -28,6 +28,7 @@ from router.domain.events import InstanceChanged, LoadedModel, ResidencyRead
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.policy import Policy
+from router.engines.ollama.rules import KIND, OllamaRules
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
@@ -167,7 +168,7 @@ async def _measure(
     small: int, tokens: int, instances: int, note: Callable[[str], None], profile: cProfile.Profile | None
 ) -> None:
     metrics = Metrics()
-    dispatcher = Dispatcher(Policy(), lambda *_: ())
+    dispatcher = Dispatcher(Policy(), {KIND: OllamaRules()})
     async with Controller(dispatcher, cast("Any", _NoDriver()), time.monotonic, (DecisionLog(metrics),)) as controller:
         urls = _fleet(dispatcher, instances)
         pool = Pool(5.0, controller.now)

@@ -33,7 +33,7 @@ from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.footprint_estimator import estimate_bytes
+from router.engines.ollama.rules import KIND, OllamaRules
 from router.scheduler.dispatcher import Dispatcher
 
 GPU_BYTES = 24 * 1024**3
@@ -56,6 +56,9 @@ def some_models(kinds: list[ModelFacts], count: int) -> list[ModelFacts]:
     ]
 
 
+_RULES = OllamaRules()
+
+
 class BusyMachine:
     """One instance a GPU and one over all; models are asked for by Zipf's law."""
 
@@ -66,7 +69,7 @@ class BusyMachine:
             queue_limit=max(512, 2 * waiting),
             constants=SchedulerConstants(unseen_margin_ratio=0.02),
         )
-        self.dispatcher = Dispatcher(self.policy, estimate_bytes)
+        self.dispatcher = Dispatcher(self.policy, {KIND: _RULES})
         self.now = 0.0
         self._post_to = post
         self._chance = random.Random(seed)
@@ -196,7 +199,7 @@ class BusyMachine:
                 pass
 
     def _load(self, load: Load) -> None:
-        sizes = estimate_bytes(load.model, self._specs[load.instance], 8192, self.snapshot())
+        sizes = _RULES.estimate_bytes(load.model, self._specs[load.instance], 8192, self.snapshot())
         self._held[load.instance, load.model.blob] = sizes
         seconds = 0.5 + load.model.weights_bytes / _LOAD_BYTES_PER_SECOND
         self._later(seconds, lambda: LoadFinished(load.load_id, sum(sizes), sum(sizes)))

@@ -21,15 +21,15 @@ from router.domain.model_names import parse_name
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import capacity_bytes
 from router.engines.ollama.blob_store import BlobStore
-from router.engines.ollama.footprint_estimator import estimate_bytes
 from router.engines.ollama.gguf_facts import read_facts
 from router.engines.ollama.instance_plan import PlanError, on_demand_like, plan_instances
-from router.engines.ollama.runner_options import default_runner_options
+from router.engines.ollama.rules import OllamaRules
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
 from router.scheduler.placement.explain import explain_shortfall
-from router.scheduler.placement.placement import NoFit, Placed, PlacementRequest, context_of, place
+from router.scheduler.placement.placement import NoFit, Placed, PlacementRequest, place
 
+_ENGINE = OllamaRules()
 _PORTS = 20_000
 """First port of the planned instances; none is opened."""
 
@@ -125,6 +125,7 @@ def _check(settings: Settings, machine: _Machine) -> PreflightResult:
         instances={spec.name: InstanceView(spec, InstanceState.READY, machine.version) for spec in specs},
         residencies={},
         reservations={},
+        engines={_ENGINE.kind: _ENGINE},
     )
     unreadable = [f"GPU {gpu.index} cannot be read: {gpu.error}" for gpu in machine.gpus if gpu.error is not None]
     return _with_models(snapshot, machine, _placed(settings), unreadable)
@@ -144,8 +145,8 @@ def _with_models(snapshot: Snapshot, machine: _Machine, names: Sequence[str], un
             continue
         found = place(
             snapshot,
-            estimate_bytes,
-            PlacementRequest(facts, default_runner_options(facts, pin, snapshot.policy.context_length)),
+            _ENGINE.estimate_bytes,
+            PlacementRequest(facts, _ENGINE.default_options(facts, pin, snapshot.policy.context_length)),
         )
         if isinstance(found, NoFit):
             problems.append(f"models.{name}: {found.message}")
@@ -166,7 +167,7 @@ class _WarmModel:
 
 def _minimum_bytes(snapshot: Snapshot, facts: ModelFacts, placed: Placed) -> Mapping[GpuUuid, int]:
     spec = replace(placed.start or snapshot.instances[placed.instance].spec, num_parallel=1)
-    sizes = estimate_bytes(facts, spec, context_of(placed.options, facts, spec), snapshot)
+    sizes = _ENGINE.estimate_bytes(facts, spec, _ENGINE.context_length(placed.options, facts, spec), snapshot)
     return dict(zip(spec.gpus, sizes, strict=True))
 
 

@@ -32,7 +32,6 @@ from router.engines.ollama.catalog import Catalog
 from router.engines.ollama.client import OllamaClient
 from router.engines.ollama.driver import OllamaDriver
 from router.engines.ollama.endpoint_support import EndpointSupport
-from router.engines.ollama.footprint_estimator import estimate_bytes
 from router.engines.ollama.instance_plan import (
     InstancePlan,
     PlanError,
@@ -42,6 +41,7 @@ from router.engines.ollama.instance_plan import (
     ports_needed,
 )
 from router.engines.ollama.model_listing import stores_of
+from router.engines.ollama.rules import KIND, OllamaRules
 from router.gpu.poller import GpuPoller
 from router.http1.parser import HEAD_BYTES_MAX
 from router.llm_api.inference_request import ModelRules
@@ -81,7 +81,7 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
         gpus = await poller.read()
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
-        dispatcher = Dispatcher(policy, estimate_bytes)
+        dispatcher = Dispatcher(policy, {KIND: OllamaRules()})
         observer = DecisionLog(metrics)
 
         def snapshot() -> Snapshot:

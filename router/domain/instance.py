@@ -27,7 +27,7 @@ class InstanceState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class InstanceSpec:
-    """One `ollama serve` as it shall be: what it sees, where it listens, what it may do at once."""
+    """One inference server as configured: its engine, GPUs, address and parallelism."""
 
     name: InstanceName
     gpus: tuple[GpuUuid, ...]
@@ -45,6 +45,8 @@ class InstanceSpec:
     """True where somebody else runs the server; the router then only uses it."""
     on_demand: bool = False
     """True where the dispatcher asked for it; it is stopped when it has been empty for a while."""
+    engine: str = "ollama"
+    """Kind of the engine that runs it; it loads only models of that engine."""
 
     @property
     def is_spread(self) -> bool:

@@ -8,7 +8,9 @@ from typing import NewType
 from router.domain.instance import InstanceName, InstanceSpec
 
 BlobDigest = NewType("BlobDigest", str)
-"""`sha256:…` of a weights file. Residency and slots belong to it, not to a model's name."""
+"""`sha256:…` of a weights file. Residency and slots belong to it, not to a model's name.
+
+A digest belongs to one engine: an engine that serves the same file as another prefixes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,13 @@ class ModelFacts:
     """Whether the store that all spawned instances share holds it."""
     attached_on: frozenset[InstanceName] | None = None
     """Attached servers whose own store holds it; None: it is not known that any lacks it."""
+    engine: str = "ollama"
+    """Kind of the engine that serves it."""
 
     def is_on(self, spec: InstanceSpec) -> bool:
-        """Whether the instance can load it."""
+        """Returns True where the instance is of the model's engine and can load it."""
+        if spec.engine != self.engine:
+            return False
         if not spec.attached:
             return self.is_shared
         return self.attached_on is None or spec.name in self.attached_on

@@ -93,20 +93,6 @@ class Policy:
     """What the operator sets, as far as decisions use it; built once from the settings."""
 
     vram_margin_bytes: int = 512 * 1024**2
-    single_slot_architectures: frozenset[str] = frozenset(
-        {
-            "mllama",
-            "qwen3vl",
-            "qwen3vlmoe",
-            "qwen35",
-            "qwen35moe",
-            "qwen3next",
-            "lfm2",
-            "lfm2moe",
-            "nemotron_h",
-        }
-    )
-    """Families that Ollama serves one request at a time (server/sched.go, v0.24 and v0.33)."""
     queue_limit: int = 512
     queue_timeout_seconds: float = 300.0
     load_timeout_seconds: float = 600.0

@@ -6,22 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.domain.footprint import Footprint
-from router.domain.gpu import Gpu, GpuProcess, GpuUuid
+from router.domain.engine_rules import EngineRules, EstimateOn
+from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
-from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
-from router.domain.model import NO_MODEL, BlobDigest, ModelFacts, TensorFacts
-from router.domain.policy import Pin, Policy
-from router.domain.request import Layout, LayoutKind, RunnerOptions, Ticket, TicketId
+from router.domain.instance import InstanceName, InstanceView
+from router.domain.model import BlobDigest
+from router.domain.policy import Policy
+from router.domain.request import RunnerOptions
 from router.domain.reservation import Reservation
-from router.domain.residency import Residency, ResidencyKey, ResidencyState
-
-__all__ = [
-    "NO_MODEL", "BlobDigest", "Demand", "Failure", "Footprint", "Gpu", "GpuProcess", "GpuUuid", "InstanceName",
-    "InstanceSpec", "InstanceState", "InstanceView", "Layout", "LayoutKind", "LoadId", "ModelFacts", "Pin", "Policy",
-    "Reservation", "Residency", "ResidencyKey", "ResidencyState", "RunnerOptions", "Snapshot", "TensorFacts", "Ticket",
-    "TicketId",
-]  # fmt: skip
+from router.domain.residency import Residency, ResidencyKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +68,19 @@ class Snapshot:
     """Weights sent for loading of late."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
     """Sets of GPUs on which an instance could not be started lately: no other is started there for now."""
+    engines: Mapping[str, EngineRules[Snapshot]] = field(
+        default_factory=dict[str, "EngineRules[Snapshot]"], repr=False, compare=False
+    )
+    """The rules of the engines in use, by kind."""
     memo: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
     """What was worked out from it already (`domain/snapshot_index.py`)."""
 
     def promised(self) -> frozenset[ResidencyKey]:
         """Loaded models whose room is promised to a load that is planned."""
         return frozenset(key for r in self.reservations.values() if r.sent_at is None for key in r.evict)
+
+
+Engines = Mapping[str, EngineRules[Snapshot]]
+"""The rules of the engines in use, by kind."""
+Estimate = EstimateOn[Snapshot]
+"""(model, instance, context in tokens, snapshot) -> bytes on each GPU of the instance, in its GPU order."""

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from router.domain.gpu import GpuUuid
 from router.domain.ids import LoadId
-from router.domain.instance import InstanceSpec
-from router.domain.model import ModelFacts
-from router.domain.policy import Policy
 from router.domain.reservation import Reservation
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import gpu_index
@@ -21,13 +18,6 @@ from router.domain.snapshot_index import gpu_index
 _UNACCOUNTED = 1.05
 """So much more than the books say is taken for ours, not for foreign use, when it is asked what a GPU could give:
 estimates are within 5 % of what loads take."""
-
-
-def slots_of(model: ModelFacts, spec: InstanceSpec, policy: Policy) -> int:
-    """Parallel requests the server gives this model: embedders and some families always get one."""
-    if model.is_embedding or model.architecture in policy.single_slot_architectures:
-        return 1
-    return spec.num_parallel
 
 
 def reserved_bytes(snapshot: Snapshot, uuid: GpuUuid, besides: LoadId | None = None) -> int:

@@ -52,13 +52,13 @@ from router.domain.model import BlobDigest
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.domain.snapshot import Snapshot
+from router.domain.snapshot import Engines, Snapshot
 from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import grant
 from router.scheduler.balancing.replica_scorer import suits
 from router.scheduler.placement import migration
-from router.scheduler.placement.footprint_prediction import FootprintPredictor
-from router.scheduler.placement.placement import Estimate, MustWait, NoFit, Placed
+from router.scheduler.placement.footprint_prediction import FootprintPredictor, estimate_unmeasured
+from router.scheduler.placement.placement import MustWait, NoFit, Placed
 from router.scheduler.placement.search import coming, seek, seek_replica
 from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerned, next_attempt
 from router.scheduler.queue.timers import can_expire, next_wake
@@ -75,11 +75,10 @@ class Dispatcher:
     `looks`: with others that are never calm the whole queue is gone through at each event; the same is decided.
     """
 
-    def __init__(self, policy: Policy, estimate: Estimate, attempts: RetryGate | None = None) -> None:
+    def __init__(self, policy: Policy, engines: Engines, attempts: RetryGate | None = None) -> None:
         self._policy = policy
-        self._estimate_unseen = estimate
-        self._fleet = FleetState(policy)
-        self._estimate = FootprintPredictor(policy, self._fleet.footprints, estimate)
+        self._fleet = FleetState(policy, engines)
+        self._estimate = FootprintPredictor(policy, self._fleet.footprints)
         self._queue = WaitQueue()
         self._loads = LoadIds()
         self._closing = False
@@ -312,7 +311,7 @@ class Dispatcher:
                 and decision.code == "model_too_large"
                 and self._policy.constants.unseen_margin_ratio
             ):
-                decision = seek(snapshot, self._estimate_unseen, unserved)  # rather a load that fails than a refusal
+                decision = seek(snapshot, estimate_unmeasured, unserved)  # rather a load that fails than a refusal
             return self._act_on(key, unserved, decision, now)
         replicas = [r for r in there if suits(snapshot, r, waiting[0])]
         self._explain(waiting, rules.describe_wait(replicas))

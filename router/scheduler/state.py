@@ -26,7 +26,7 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.domain.snapshot import Demand, Failure, Snapshot
+from router.domain.snapshot import Demand, Engines, Failure, Snapshot
 from router.domain.vram_ledger import is_settled
 from router.scheduler.balancing import pending_work
 from router.scheduler.balancing.pending_work import PendingWork, WorkShare
@@ -82,6 +82,8 @@ class FleetState:
     """Mutable, single owner. `version` grows with every change that could let a waiting ticket go on."""
 
     policy: Policy
+    engines: Engines
+    """The rules of the engines in use, by kind."""
     gpus: dict[GpuUuid, Gpu] = field(default_factory=dict[GpuUuid, Gpu])
     gpus_read_at: float = float("-inf")
     changed_at: float = float("-inf")
@@ -165,6 +167,7 @@ class FleetState:
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
             troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
+            engines=self.engines,
         )
 
     def _large_model_requested(self, now: float) -> bool:

@@ -17,7 +17,7 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket
 from router.domain.residency import ResidencyState
 from router.scheduler.dispatcher import Dispatcher
-from tests.scheduler.builders import by_weight, gpu, instance, model
+from tests.scheduler.builders import BY_WEIGHT, gpu, instance, model
 
 SMALL = model("small", 1000)
 OTHER = model("other", 1000)
@@ -137,7 +137,7 @@ async def turns(count: int = 5) -> None:
 async def stage(policy: Policy | None = None, slots: int = 2) -> AsyncGenerator[Stage]:
     driver, observer = RecordingDriver(), RecordingObserver()
     clock: Callable[[], float] = asyncio.get_running_loop().time
-    dispatcher = Dispatcher(policy or Policy(vram_margin_bytes=0), by_weight)
+    dispatcher = Dispatcher(policy or Policy(vram_margin_bytes=0), BY_WEIGHT)
     async with Controller(dispatcher, driver, clock, (observer,)) as controller:
         controller.post(GpusRead((gpu(0, 24_000),), controller.now()))
         controller.post(InstanceChanged(instance("gpu0", 0, slots=slots), InstanceState.READY))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.domain.ids import LoadId
-from router.domain.instance import InstanceSpec
 from router.domain.policy import Policy
 from router.domain.residency import ResidencyState
 from router.domain.vram_ledger import (
@@ -20,14 +18,12 @@ from router.domain.vram_ledger import (
     is_settled,
     reserved_bytes,
     resident_bytes,
-    slots_of,
     unaccounted_bytes,
 )
 from tests.scheduler.builders import (
     MIB,
     gpu,
     gpu_id,
-    instance,
     model,
     reservation,
     residency,
@@ -100,15 +96,6 @@ def test_a_reservation_ends_with_a_reading_that_began_after_the_load(
 ) -> None:
     booked = replace(reservation(1, "gpu0", A, [(0, 1)]), finished_at=finished_at)
     assert is_settled(booked, read_at) is settled
-
-
-@pytest.mark.parametrize(
-    ("changes", "slots"),
-    [({}, 4), ({"is_embedding": True}, 1), ({"architecture": "mllama"}, 1), ({"architecture": "qwen3vl"}, 1)],
-)
-def test_some_models_are_served_one_request_at_a_time(changes: dict[str, Any], slots: int) -> None:
-    spec: InstanceSpec = instance("gpu0", 0, slots=4)
-    assert slots_of(model("m", **changes), spec, Policy()) == slots
 
 
 SIZES = st.integers(0, 30_000)

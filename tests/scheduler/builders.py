@@ -15,8 +15,9 @@ from router.domain.policy import Policy
 from router.domain.request import Layout, RunnerOptions, Ticket, TicketId
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.domain.snapshot import Failure, Snapshot
+from router.domain.snapshot import Engines, Failure, Snapshot
 from router.engines.ollama.ggml_types import tensor_bytes
+from router.engines.ollama.rules import KIND, OllamaRules
 from router.llm_api.prompt_fingerprint import fingerprints
 
 MIB = 1024**2
@@ -153,6 +154,7 @@ def snapshot(
         changed_at=changed_at,
         failures=failures,
         draining=frozenset(draining),
+        engines=OLLAMA,
     )
 
 
@@ -184,3 +186,16 @@ def by_weight(of: ModelFacts, spec: InstanceSpec, context: int, facts: Snapshot)
     """An `Estimate` for tests: the weights, in equal parts over the GPUs."""
     count = len(spec.gpus)
     return tuple(of.weights_bytes // count for _ in range(count))
+
+
+class ByWeight(OllamaRules):
+    """Ollama's rules, with footprints that can be added up in the head."""
+
+    def estimate_bytes(
+        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
+    ) -> tuple[int, ...]:
+        return by_weight(model, spec, context_length, snapshot)
+
+
+BY_WEIGHT: Engines = {KIND: ByWeight()}
+OLLAMA: Engines = {KIND: OllamaRules()}

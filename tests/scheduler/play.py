@@ -50,7 +50,7 @@ from router.scheduler.queue.retry_gate import RetryGate
 from router.scheduler.queue.wait_estimate import WaitEstimate
 from router.scheduler.queue.wait_queue import WaitQueue
 from router.scheduler.state import FleetState
-from tests.scheduler.builders import by_weight, gpu_id, instance, model
+from tests.scheduler.builders import BY_WEIGHT, by_weight, gpu_id, instance, model
 from tests.scheduler.builders import ticket as ticket_of
 
 GPU_BYTES = 24
@@ -102,7 +102,7 @@ class Play:
     _tickets: int = 0
 
     def __post_init__(self) -> None:
-        self._twins = (Dispatcher(self.policy, by_weight), Dispatcher(self.policy, by_weight, Restless()))
+        self._twins = (Dispatcher(self.policy, BY_WEIGHT), Dispatcher(self.policy, BY_WEIGHT, Restless()))
         self.external = {gpu_id(number): 0 for number in range(self.gpus)}
         single = [instance(f"gpu{number}", number, slots=self.slots) for number in range(self.gpus)]
         several = [instance("spread", *range(self.gpus), slots=self.slots)] if self.gpus > 1 else []

@@ -10,7 +10,7 @@ from router.domain.policy import Policy, SchedulerConstants
 from router.domain.snapshot import Demand, Snapshot
 from router.scheduler.placement.cost import eviction_price, reload_seconds, swap_ease, worth_of_load
 from router.scheduler.state import FleetState
-from tests.scheduler.builders import model, residency, snapshot, ticket, view
+from tests.scheduler.builders import OLLAMA, model, residency, snapshot, ticket, view
 
 M = model("m", 2000)
 COPY = residency("gpu0", M, 2000)
@@ -72,7 +72,7 @@ def test_where_nothing_runs_and_nobody_else_waits_a_late_ticket_is_not_held_back
 
 def test_the_rate_of_loads_is_one_of_bytes_so_that_small_models_tell_little_of_it() -> None:
     policy = Policy(constants=SchedulerConstants(load_fixed_seconds=0.8, load_bytes_per_second=3e9))
-    fleet = FleetState(policy)
+    fleet = FleetState(policy, OLLAMA)
     fleet.loaded(300_000_000, 0.9)  # an embedder: mostly the start of its runner
     first = fleet.load_rate_bytes_per_second
     assert first is not None

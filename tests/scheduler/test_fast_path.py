@@ -26,6 +26,7 @@ from router.domain.model import NO_MODEL, BlobDigest
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.scheduler.dispatcher import Dispatcher
+from tests.scheduler.builders import OLLAMA
 
 _MODELS = tuple(replace(NO_MODEL, name=f"m{n}", digest=f"d{n}", blob=BlobDigest(f"b{n}")) for n in range(2))
 _SPECS = tuple(
@@ -39,7 +40,7 @@ class _Life:
     """One dispatcher. Where `looks`, it is asked for its next wake after every event, which opens the short way."""
 
     attempts: bool
-    dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(queue_limit=3), lambda *_: ()))
+    dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(queue_limit=3), OLLAMA))
     now: float = 0.0
     wakes: list[float | None] = field(default_factory=list[float | None])
 

@@ -16,7 +16,7 @@ from router.domain.request import RunnerOptions
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Failure, Snapshot
 from router.domain.vram_ledger import available_bytes, capacity_bytes
-from router.scheduler.placement.placement import Decision, MustWait, NoFit, Placed, PlacementRequest, context_of, place
+from router.scheduler.placement.placement import Decision, MustWait, NoFit, Placed, PlacementRequest, place
 from tests.scheduler.builders import (
     MIB,
     by_weight,
@@ -293,17 +293,6 @@ def test_where_every_place_failed_the_servers_words_and_status_are_passed_on() -
     failures = (_failure("gpu0", SMALL, words="first"), _failure("gpu1", SMALL, words="cudaMalloc failed"))
     refused = _nowhere(snapshot([gpu(0, 23_000), gpu(1, 23_000)], PAIR, failures=failures), SMALL)
     assert (refused.code, refused.status, refused.message) == ("load_failed", 500, "cudaMalloc failed")
-
-
-@pytest.mark.parametrize(
-    ("options", "trained", "context"),
-    [((), 131_072, 8192), ((), 2048, 2048), (LONG, 131_072, 2048), ((("num_ctx", 10**6),), 131_072, 131_072),
-     ((("num_ctx", 1),), 131_072, 4), (LONG, 0, 2048)],
-)  # fmt: skip
-def test_the_context_is_the_asked_one_cut_to_the_trained_one(
-    options: RunnerOptions, trained: int, context: int
-) -> None:
-    assert context_of(options, model("m", context_length=trained), instance("gpu0", 0)) == context
 
 
 # --- what must always hold --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from router.domain.instance import InstanceState
 from router.domain.policy import Policy
 from router.domain.request import Layout, LayoutKind
 from router.scheduler.dispatcher import Dispatcher
-from tests.scheduler.builders import by_weight, gpu, gpu_id, instance, model, ticket
+from tests.scheduler.builders import BY_WEIGHT, gpu, gpu_id, instance, model, ticket
 
 M = model("m", 8000)
 FAST, SLOW = 9_751_000_000, 6_000_000_000
@@ -28,7 +28,7 @@ class Fleet:
     attempts: bool = True
     """Whether the next wake is asked for after each event, which opens the short way."""
     now: float = 1000.0
-    dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(), by_weight))
+    dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(), BY_WEIGHT))
     last: int = 0
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from router.scheduler.balancing.replica_scorer import NEAR, SIDE_WEIGHT, best, w
 from router.scheduler.balancing.throughput import Throughput
 from router.scheduler.fast_path import free_replicas, serving
 from router.scheduler.state import FleetState
-from tests.scheduler.builders import gpu_id, key, model, residency, ticket, view
+from tests.scheduler.builders import OLLAMA, gpu_id, key, model, residency, ticket, view
 
 M = model("m")
 T = ticket(1, M)
@@ -35,7 +35,7 @@ def _serving(
     draining: Iterable[ResidencyKey] = (),
 ) -> Residency | None:
     """The one of the copies that serves the ticket."""
-    fleet = FleetState(Policy(), draining=frozenset(draining))
+    fleet = FleetState(Policy(), OLLAMA, draining=frozenset(draining))
     fleet.instances.update((each.spec.name, each) for each in views)
     fleet.replicas.update(((replica.instance, replica.blob), replica) for replica in replicas)
     able = serving(fleet, free_replicas(fleet, of.model.blob)[0], of)

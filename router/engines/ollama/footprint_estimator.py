@@ -11,16 +11,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from router.domain.footprint import Footprint
+from router.domain.footprint import Footprint, FootprintKey
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
-from router.domain.snapshot import Snapshot
-from router.domain.vram_ledger import capacity_bytes, slots_of
-from router.engines.ollama.memory_estimate import batch_tokens, fill_first_split, footprint_of_split, split_by
+from router.domain.snapshot import Estimate, Snapshot
+from router.domain.vram_ledger import capacity_bytes
+from router.engines.ollama.memory_estimate import (
+    batch_tokens,
+    fill_first_split,
+    footprint_of_split,
+    split_by,
+    version_number,
+)
 from router.engines.ollama.offload_rules import FORCE_SPREAD, forces_spread, may_take_one_gpu
-from router.engines.ollama.runner_options import sets_num_gpu
-from router.engines.ollama.tensor_split import shares_of
-from router.scheduler.placement.placement import Estimate
+from router.engines.ollama.runner_options import sets_num_gpu, slots_of
+from router.engines.ollama.tensor_split import shares_of, unequal_text
 
 
 def estimate_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
@@ -59,14 +64,14 @@ def may_use_single_gpu(
     if len(spec.gpus) < 2 or forces_spread(spec):
         return ()
     gpus = [snapshot.gpus[gpu].memory_total_bytes if gpu in snapshot.gpus else 0 for gpu in spec.gpus]
-    slots = slots_of(model, spec, snapshot.policy)
+    slots = slots_of(model, spec)
     return may_take_one_gpu(model, spec, version_of(spec, snapshot), context_length, slots, gpus)
 
 
 def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> Footprint:
     """The whole footprint with its parts, shared out over all GPUs. `context_length`: tokens of one slot, cut to the
     trained context."""
-    slots = slots_of(model, spec, snapshot.policy)
+    slots = slots_of(model, spec)
     version = version_of(spec, snapshot)
     batch = batch_tokens(version, context_length, slots)
     cache, flash = spec.kv_cache_type, spec.flash_attention
@@ -78,11 +83,22 @@ def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: i
 
 
 def version_of(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
-    """Of the instance; one that is to be started will be of the version that its siblings are."""
+    """The version of the instance's server; of one that is not started yet, the version of the others."""
     view = snapshot.instances.get(spec.name)
     if view is not None and view.version is not None:
         return view.version
-    return next((v.version for v in snapshot.instances.values() if v.version is not None), None)
+    others = (v for v in snapshot.instances.values() if v.spec.engine == spec.engine)
+    return next((v.version for v in others if v.version is not None), None)
+
+
+def footprint_key(
+    model: ModelFacts, spec: InstanceSpec, context_length: int, version: str | None = None
+) -> FootprintKey:
+    """What a load's size depends on. Of the server's version, only major and minor count."""
+    slots, cache, number = slots_of(model, spec), spec.kv_cache_type or "f16", version_number(version)
+    release = "" if number is None else f"{number[0]}.{number[1]}"
+    gpus, split = len(spec.gpus), unequal_text(spec)
+    return FootprintKey(model.blob, gpus, context_length, slots, cache, split, spec.flash_attention, release)
 
 
 def _fills_first(spec: InstanceSpec) -> bool:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
-from router.domain.vram_ledger import slots_of
 from router.engines.ollama.memory_estimate import (
     CUDA_CONTEXT_BYTES,
     DEFAULT_BATCH_TOKENS,
@@ -34,7 +33,7 @@ from router.engines.ollama.memory_estimate import (
     version_number,
     weights_on_gpus_bytes,
 )
-from router.engines.ollama.runner_options import sets_num_gpu
+from router.engines.ollama.runner_options import sets_num_gpu, slots_of
 
 FORCE_SPREAD = {"OLLAMA_SCHED_SPREAD": "1"}
 """What keeps a server from taking one GPU of several."""
@@ -83,7 +82,7 @@ def explain_override(model: ModelFacts, spec: InstanceSpec, context_length: int,
     if sets_num_gpu(model) or None in gpus:
         return ""
     free = [gpu.memory_free_bytes for gpu in gpus if gpu is not None]
-    answer = predict_offload(model, spec, version, context_length, slots_of(model, spec, snapshot.policy), free)
+    answer = predict_offload(model, spec, version, context_length, slots_of(model, spec), free)
     if answer is None or answer.on_gpus == answer.layers:
         return ""
     left = answer.layers - answer.on_gpus

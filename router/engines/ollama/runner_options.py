@@ -1,4 +1,4 @@
-"""Which options of a request decide the runner it needs.
+"""Which options of a request decide the runner it needs, and what context and how many slots that runner has.
 
 Ollama starts another runner when one of these differs from the loaded one's (server/sched.go, `needsReload`; seen on
 0.11.4 and 0.24.0). Values equal to the defaults are dropped, so that a request that spells a default out shares the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
 from router.domain.policy import Pin
 from router.domain.request import RunnerOptions
@@ -24,6 +25,33 @@ RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
 _BOOLEANS = frozenset({"use_mmap"})
 
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
+
+SINGLE_SLOT_ARCHITECTURES = frozenset(
+    ("lfm2", "lfm2moe", "mllama", "nemotron_h", "qwen35", "qwen35moe", "qwen3next", "qwen3vl", "qwen3vlmoe")
+)
+"""Families that Ollama serves one request at a time (server/sched.go, v0.24 and v0.33)."""
+
+
+def slots_of(model: ModelFacts, spec: InstanceSpec) -> int:
+    """Requests for the model that the server runs in parallel; embedding models and some families get one slot."""
+    if model.is_embedding or model.architecture in SINGLE_SLOT_ARCHITECTURES:
+        return 1
+    return spec.num_parallel
+
+
+def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) -> int:
+    """Tokens of context of one slot: the requested ones or the instance's default, cut to the trained context."""
+    requested = requested_context(options)
+    context = spec.context_length if requested is None else requested
+    return max(4, min(context, model.context_length) if model.context_length > 0 else context)
+
+
+def requested_context(options: RunnerOptions) -> int | None:
+    """The context that the options name, uncut."""
+    for name, value in options:
+        if name == "num_ctx":
+            return int(value)
+    return None
 
 
 def runner_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

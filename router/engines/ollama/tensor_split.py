@@ -12,8 +12,11 @@ Source: llama.cpp, `--tensor-split` (common/arg.cpp: numbers by comma or slash; 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
+from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
 from router.engines.ollama.memory_estimate import version_number
 
@@ -51,6 +54,16 @@ def shares_for(told: Shares, gpus: int) -> Shares:
     """What of these shares so many GPUs get; even ones where none are told, or none for these."""
     shares = (*told[:gpus], *(0.0,) * (gpus - len(told)))
     return shares if any(shares) else (1.0,) * gpus
+
+
+def told_shares(like: InstanceSpec, gpus: Sequence[Gpu]) -> InstanceSpec:
+    """`like` for a new instance over these GPUs, with the variable that names the shares where their memory differs."""
+    if TENSOR_SPLIT in like.environment:
+        return like
+    shares = memory_shares(tuple(gpu.memory_total_bytes for gpu in gpus))
+    if len(set(shares)) <= 1:
+        return like
+    return replace(like, environment={**like.environment, TENSOR_SPLIT: split_text(shares)})
 
 
 def shares_of(spec: InstanceSpec, version: str | None) -> Shares:

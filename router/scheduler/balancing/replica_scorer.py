@@ -17,9 +17,9 @@ from router.domain.instance import InstanceName, InstanceState, InstanceView
 from router.domain.replica_choice import Prospect
 from router.domain.request import Ticket
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.snapshot import Engines
 from router.scheduler.balancing.pending_work import OUTPUT_TOKENS, PendingWork
 from router.scheduler.balancing.throughput import STREAM_SHARE, Throughput
-from router.scheduler.placement.placement import context_of
 
 BATCH_TOKENS = 512
 """So much of each waiting prompt is in a batch."""
@@ -42,11 +42,18 @@ class Fleet(Protocol):
     @property
     def draining(self) -> Set[ResidencyKey]: ...
 
+    @property
+    def engines(self) -> Engines: ...
+
 
 def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
     """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
     view = snapshot.instances.get(residency.instance)
-    return view is not None and residency.blob == ticket.model.blob and _is_as_asked(view, residency, ticket)
+    return (
+        view is not None
+        and residency.blob == ticket.model.blob
+        and _serves_as_requested(snapshot, view, residency, ticket)
+    )
 
 
 def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
@@ -56,17 +63,17 @@ def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
         view is not None
         and view.state is InstanceState.READY
         and residency.state is ResidencyState.READY
-        and _is_as_asked(view, residency, ticket)
+        and _serves_as_requested(snapshot, view, residency, ticket)
         and (not snapshot.draining or (residency.instance, residency.blob) not in snapshot.draining)
     )
 
 
-def _is_as_asked(view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
+def _serves_as_requested(snapshot: Fleet, view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
     if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
         return False
     if residency.options == ticket.options:
         return True
-    return ticket.is_flexible and residency.context_length >= context_of(ticket.options, ticket.model, view.spec)
+    return ticket.is_flexible and snapshot.engines[view.spec.engine].can_adapt(residency, ticket, view.spec)
 
 
 def first_token_seconds(

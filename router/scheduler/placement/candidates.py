@@ -17,7 +17,6 @@ from router.domain.policy import Pin
 from router.domain.request import Layout
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import instances_over, memoise, residencies_of
-from router.engines.ollama.tensor_split import TENSOR_SPLIT, memory_shares, split_text
 
 ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
 
@@ -47,6 +46,8 @@ class Bounds:
     layout: Layout | None = None
     only_new: bool = False
     """Only instances that are or would be started on demand: those can be tuned otherwise."""
+    engine: str = "ollama"
+    """Kind of the engine that has to serve the model."""
 
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
         if self.layout is not None and not self.layout.allows(gpus):
@@ -86,7 +87,9 @@ def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Ca
     """One site for each set of so many GPUs that the bounds allow."""
     if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
         return memoise(
-            snapshot, (candidates_of_size, size, bounds.only_new), lambda: _candidates(snapshot, size, bounds)
+            snapshot,
+            (candidates_of_size, size, bounds.only_new, bounds.engine),
+            lambda: _candidates(snapshot, size, bounds),
         )
     return _candidates(snapshot, size, bounds)
 
@@ -123,7 +126,8 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
     """The instances on exactly these GPUs, or with on-demand ones the one that is free, else one to be started."""
-    there = [view for view in instances_over(snapshot, frozenset(gpus)) if view.state in ALIVE]
+    over = instances_over(snapshot, frozenset(gpus))
+    there = [view for view in over if view.state in ALIVE and view.spec.engine == bounds.engine]
     pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):
         return [] if bounds.only_new else [Candidate(view.spec) for view in there]
@@ -140,16 +144,13 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
         return []
     if (
         like is None
+        or like.engine != bounds.engine
         or len(snapshot.instances) >= snapshot.policy.constants.instances_max
         or frozenset(gpus) in snapshot.troubled
     ):
         return []
-    environment = like.environment
-    if TENSOR_SPLIT not in environment:
-        shares = memory_shares(tuple(snapshot.gpus[gpu].memory_total_bytes for gpu in gpus))
-        if len(set(shares)) > 1:
-            environment = {**environment, TENSOR_SPLIT: split_text(shares)}
-    tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", environment=environment, on_demand=True)
+    like = snapshot.engines[like.engine].tuned_for(like, [snapshot.gpus[gpu] for gpu in gpus])
+    tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
     if pin is not None and pin.num_parallel is not None:
         tuned = replace(tuned, num_parallel=pin.num_parallel)
     if pin is not None and pin.kv_cache_type is not None:

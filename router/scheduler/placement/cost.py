@@ -27,7 +27,7 @@ def reload_seconds(snapshot: Snapshot, model: ModelFacts) -> float:
     """From the decision to the first slot, on a GPU that has to be cleared first."""
     policy = snapshot.policy
     rate = snapshot.load_rate_bytes_per_second or policy.constants.load_bytes_per_second
-    return policy.constants.load_fixed_seconds + model.weights_bytes / rate
+    return snapshot.engines[model.engine].reload_seconds(model, policy.constants.load_fixed_seconds, rate)
 
 
 def rate_of(snapshot: Snapshot, model: ModelFacts) -> float:

@@ -1,9 +1,9 @@
-"""What a load will take on each GPU: as such a load has shown before, else as estimated, corrected by the nearest one.
+"""Predicts the bytes that a load takes on each GPU: measured where such a load was measured, else estimated.
 
-A load with another context, number of slots or type of cache differs from a measured one by what the estimate knows
-well, the cache; what it knows less well, contexts and buffers and the driver's own, is in the difference between the
-measured one and its estimate, and that is taken over GPU by GPU. For another number of GPUs it is not: what a load
-holds on its first GPU only, or on its last, is not known apart. It measures nothing.
+An estimate is corrected by the nearest measured load of the same weights on as many GPUs. Loads that differ in
+context, slots or cache type differ by what the estimate knows well, the cache. What it knows less well (contexts,
+buffers, the driver's own use) is in the difference between the measured load and its estimate, which is added GPU by
+GPU. For another number of GPUs it is not: what a load holds only on its first or last GPU is unknown. Measures nothing.
 """
 
 from __future__ import annotations
@@ -15,35 +15,40 @@ from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.footprint_estimator import version_of, worst_case_bytes
-from router.engines.ollama.runner_options import sets_num_gpu
-from router.scheduler.placement.measured_footprints import Footprints, is_plausible, key_of
-from router.scheduler.placement.placement import Estimate
+from router.scheduler.placement.measured_footprints import Footprints, is_plausible
+
+
+def estimate_unmeasured(
+    model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
+) -> tuple[int, ...]:
+    """An `Estimate` by the engine's rules alone."""
+    return snapshot.engines[spec.engine].estimate_bytes(model, spec, context_length, snapshot)
 
 
 class FootprintPredictor:
-    """An `Estimate` that knows what loads have shown."""
+    """An `Estimate` that uses measured footprints."""
 
-    __slots__ = ("_footprints", "_policy", "_unseen")
+    __slots__ = ("_footprints", "_policy")
 
-    def __init__(self, policy: Policy, footprints: Footprints, unseen: Estimate) -> None:
+    def __init__(self, policy: Policy, footprints: Footprints) -> None:
         self._policy = policy
         self._footprints = footprints
-        self._unseen = unseen
 
     def __call__(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
-        return worst_case_bytes(self._split, model, spec, context_length, snapshot)
+        engine = snapshot.engines[spec.engine]
+        return engine.worst_case_bytes(self._split, model, spec, context_length, snapshot)
 
     def _split(self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
-        key = key_of(model, spec, context_length, self._policy, version_of(spec, snapshot))
-        known = self._footprints.known.get(key)
-        if known is not None:
-            return known
-        sizes = self._unseen(model, spec, context_length, snapshot)
+        engine = snapshot.engines[spec.engine]
+        key = engine.footprint_key(model, spec, context_length, snapshot)
+        measured = self._footprints.known.get(key)
+        if measured is not None:
+            return measured
+        sizes = engine.estimate_bytes(model, spec, context_length, snapshot)
         nearest = self._footprints.nearest(key)
-        if nearest is not None and not sets_num_gpu(model):
+        if nearest is not None and not engine.sets_own_layers(model):
             return self._corrected(model, spec, sizes, nearest, snapshot)
         ratio = 1.0 + self._policy.constants.unseen_margin_ratio
         return tuple(int(size * ratio) for size in sizes)
@@ -51,8 +56,10 @@ class FootprintPredictor:
     def _corrected(
         self, model: ModelFacts, spec: InstanceSpec, sizes: tuple[int, ...], nearest: FootprintKey, snapshot: Snapshot
     ) -> tuple[int, ...]:
-        as_then = replace(spec, num_parallel=nearest.slots, kv_cache_type=nearest.kv_cache_type)
-        expected = self._unseen(model, as_then, nearest.context_length, snapshot)
-        shown = self._footprints.known[nearest]
-        found = tuple(size + was - meant for size, was, meant in zip(sizes, shown, expected, strict=True))
-        return found if is_plausible(found, sizes) else sizes
+        measured_spec = replace(spec, num_parallel=nearest.slots, kv_cache_type=nearest.kv_cache_type)
+        expected = estimate_unmeasured(model, measured_spec, nearest.context_length, snapshot)
+        measured = self._footprints.known[nearest]
+        corrected = tuple(
+            size + shown - estimated for size, shown, estimated in zip(sizes, measured, expected, strict=True)
+        )
+        return corrected if is_plausible(corrected, sizes) else sizes

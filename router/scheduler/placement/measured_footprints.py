@@ -13,13 +13,7 @@ from dataclasses import dataclass, field
 
 from router.domain.footprint import FootprintKey, FootprintKind
 from router.domain.gpu import GpuUuid
-from router.domain.instance import InstanceSpec
-from router.domain.model import ModelFacts
-from router.domain.policy import Policy
 from router.domain.reservation import Reservation
-from router.domain.vram_ledger import slots_of
-from router.engines.ollama.memory_estimate import version_number
-from router.engines.ollama.tensor_split import unequal_text
 from router.scheduler.lru import put
 
 _LEAST_SHARE, _MOST_SHARE = 0.5, 1.5
@@ -113,12 +107,3 @@ def is_plausible(sizes: Sequence[int], expected: Sequence[int]) -> bool:
 def _is_covered(sizes: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether no GPU shows more than was expected; less, or nothing, is there where the model is elsewhere."""
     return all(-_UNTOLD_BYTES <= size <= _MOST_SHARE * e for size, e in zip(sizes, expected, strict=True))
-
-
-def key_of(
-    model: ModelFacts, spec: InstanceSpec, context_length: int, policy: Policy, version: str | None = None
-) -> FootprintKey:
-    slots, cache, number = slots_of(model, spec, policy), spec.kv_cache_type or "f16", version_number(version)
-    of = "" if number is None else f"{number[0]}.{number[1]}"
-    gpus, split = len(spec.gpus), unequal_text(spec)
-    return FootprintKey(model.blob, gpus, context_length, slots, cache, split, spec.flash_attention, of)

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 from router.domain.gpu import GpuUuid
 from router.domain.residency import Residency, ResidencyKey
-from router.domain.snapshot import Snapshot
+from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import bytes_by_gpu, replicas_of
 from router.domain.vram_ledger import available_bytes, external_bytes
 from router.scheduler.placement.cost import other_replicas
 from router.scheduler.placement.eviction import evictable, is_pinned
-from router.scheduler.placement.placement import Estimate, Placed, PlacementRequest, place
+from router.scheduler.placement.placement import Placed, PlacementRequest, place
 from router.scheduler.reconcile.housekeeping import is_warm_wanted
 
 _EXTERNAL_MIN_MARGINS = 2

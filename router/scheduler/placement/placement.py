@@ -9,24 +9,21 @@ It decides; it changes nothing. Sizes in bytes come from the `Estimate` it is gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from router.domain.gpu import GpuUuid
-from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.request import Layout, RunnerOptions
 from router.domain.residency import ResidencyKey, ResidencyState
-from router.domain.snapshot import Failure, Snapshot
+from router.domain.snapshot import Estimate, Failure, Snapshot
 from router.domain.snapshot_index import gpus_of, promised, residencies_of, residencies_on
 from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
 from router.scheduler.placement.candidates import ALIVE, Bounds, Candidate, candidates_of_size, sizes
 from router.scheduler.placement.cost import service_seconds
 from router.scheduler.placement.eviction import choose_evictions, evictable, pin_of, price_of
 from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
-
-Estimate = Callable[[ModelFacts, InstanceSpec, int, Snapshot], tuple[int, ...]]
-"""(model, instance, context in tokens, facts) -> bytes on each GPU of the instance, in its GPU order."""
 
 Need = tuple[tuple[GpuUuid, int], ...]
 
@@ -109,31 +106,23 @@ class _Offer:
     lost_bytes: int
 
 
-def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) -> int:
-    """Tokens of context a slot gets: the asked one or the instance's default, cut to the trained one."""
-    asked = dict(options).get("num_ctx")
-    context = int(asked) if asked is not None else spec.context_length
-    return max(4, min(context, model.context_length) if model.context_length > 0 else context)
-
-
 def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> Decision:
     """Chooses where to load the wanted model. Same facts, same answer."""
-    bounds = Bounds(request.model.name, pin_of(snapshot, request.model.name), request.layout)
+    model = request.model
+    bounds = Bounds(model.name, pin_of(snapshot, model.name), request.layout, engine=model.engine)
     if bounds.pin is not None and bounds.pin.cpu:
         return _on_cpu(snapshot, request, bounds)
-    if not _any_alive(snapshot):
-        return NoFit("no_instance", "no Ollama instance is running: " + explain_states(snapshot))
-    if not any(request.model.is_on(view.spec) for view in snapshot.instances.values() if view.state in ALIVE):
-        words = f"no instance that has model '{request.model.name}' is running: "
-        return NoFit("no_instance", words + explain_states(snapshot))
+    alive = [view.spec for view in snapshot.instances.values() if view.state in ALIVE]
+    if not any(spec.engine == model.engine for spec in alive):
+        title = snapshot.engines[model.engine].title
+        return NoFit("no_instance", f"no {title} instance is running: " + explain_states(snapshot))
+    if not any(model.is_on(spec) for spec in alive):
+        message = f"no instance that has model '{model.name}' is running: "
+        return NoFit("no_instance", message + explain_states(snapshot))
     tried: list[_SizedCandidate] = []
     for fewer_slots in (False, True):
         for size in sizes(snapshot):
-            candidates = [
-                candidate
-                for candidate in candidates_of_size(snapshot, size, bounds)
-                if request.model.is_on(candidate.spec)
-            ]
+            candidates = [c for c in candidates_of_size(snapshot, size, bounds) if model.is_on(c.spec)]
             sized_candidates = [
                 _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
             ]
@@ -154,16 +143,14 @@ def _on_cpu(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> De
     return _among(snapshot, [_SizedCandidate(candidate, ()) for candidate in candidates], request)
 
 
-def _any_alive(snapshot: Snapshot) -> bool:
-    return any(view.state in ALIVE for view in snapshot.instances.values())
-
-
 def _candidate(
     snapshot: Snapshot, estimate: Estimate, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
 ) -> _SizedCandidate:
     sized = _SizedCandidate(candidate, ())
+    engine = snapshot.engines[candidate.spec.engine]
     for spec in _tunings(snapshot, candidate, request, fewer_slots):
-        needed = estimate(request.model, spec, context_of(request.options, request.model, spec), snapshot)
+        context = engine.context_length(request.options, request.model, spec)
+        needed = estimate(request.model, spec, context, snapshot)
         tuned = candidate if spec is candidate.spec else replace(candidate, spec=spec)
         sized = _SizedCandidate(tuned, tuple(zip(candidate.gpus, needed, strict=True)))
         if _could_fit(snapshot, sized):
@@ -400,8 +387,3 @@ def _fewest_lines(sized_candidates: Sequence[_SizedCandidate]) -> list[_SizedCan
     """Enough to see why: of many sets of one size only those of running instances, or else the first."""
     running = [c for c in sized_candidates if not c.candidate.is_new]
     return running or list(sized_candidates[:8])
-
-
-__all__ = [
-    "Decision", "Estimate", "InstanceView", "MustWait", "NoFit", "Placed", "PlacementRequest", "context_of", "place",
-]  # fmt: skip

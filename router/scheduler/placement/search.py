@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from router.domain.engine_rules import EngineRules
 from router.domain.instance import InstanceState
 from router.domain.model import BlobDigest
 from router.domain.policy import Policy
 from router.domain.request import RunnerOptions, Ticket
 from router.domain.residency import Residency, ResidencyState
-from router.domain.snapshot import Snapshot
+from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import replicas_of
-from router.engines.ollama.runner_options import default_context_length_of, default_runner_options, with_context
 from router.scheduler.placement.cost import reload_seconds, service_seconds, wait_bounds, worth_of_load
 from router.scheduler.placement.eviction import pin_of
-from router.scheduler.placement.placement import Decision, Estimate, NoFit, Placed, PlacementRequest, place
+from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place
 
 _REPLICA_PRICE_SHARE = 0.25
 """A further copy may cost others so much of what its own load takes."""
@@ -60,25 +60,26 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     that is enough, so that the next client does not cause a reload, or else the next step up; what was asked for where
     that does not fit.
     """
-    head = tickets[0]
+    head, default = tickets[0], policy.context_length
+    engine = snapshot.engines[head.model.engine]
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
-        return [default_runner_options(head.model, pin, policy.context_length)]
+        return [engine.default_options(head.model, pin, default)]
     if not head.is_flexible:
         return [head.options]
-    most = max(_wanted_context(policy, t) for t in tickets)
+    most = max(_context_needed(engine, default, ticket) for ticket in tickets)
     trained = head.model.context_length
-    ordinary = default_context_length_of(head.model, policy.context_length)
-    step = ordinary if most <= ordinary else _step(policy, most)
-    tried = [min(step, trained) if trained else step, most]
-    return list(dict.fromkeys(with_context(head.model, context, policy.context_length) for context in tried))
+    of_model = engine.default_context_length(head.model, default)
+    step = of_model if most <= of_model else _step(policy, most)
+    contexts = [min(step, trained) if trained else step, most]
+    return list(dict.fromkeys(engine.options_with_context(head.model, context, default) for context in contexts))
 
 
-def _wanted_context(policy: Policy, ticket: Ticket) -> int:
-    """Tokens of context that the request asks for or gets by default, cut to the trained ones."""
-    asked = int(dict(ticket.options).get("num_ctx", 0)) or ticket.context_length or policy.context_length
+def _context_needed(engine: EngineRules[Snapshot], default_context_length: int, ticket: Ticket) -> int:
+    """Tokens of context that the request names or gets by default, cut to the trained context."""
+    context = engine.requested_context(ticket.options) or ticket.context_length or default_context_length
     trained = ticket.model.context_length
-    return min(asked, trained) if trained > 0 else asked
+    return min(context, trained) if trained > 0 else context
 
 
 def _step(policy: Policy, tokens: int) -> int:

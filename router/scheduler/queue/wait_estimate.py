@@ -30,7 +30,6 @@ from router.domain.model import BlobDigest
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.domain.vram_ledger import slots_of
 from router.scheduler.balancing.replica_scorer import suits
 from router.scheduler.placement.cost import (
     rate_of,
@@ -209,7 +208,8 @@ def _later(snapshot: Snapshot, tickets: Sequence[Ticket], held: MustWait | None)
     """The copy that tickets without one will get; without slots where it cannot be said when."""
     model = tickets[0].model
     specs = [view.spec for view in snapshot.instances.values() if view.state is InstanceState.READY]
-    slots = min((slots_of(model, spec, snapshot.policy) for spec in specs if model.is_on(spec)), default=0)
+    engine = snapshot.engines[model.engine]
+    slots = min((engine.slots(model, spec) for spec in specs if model.is_on(spec)), default=0)
     at = _place_in(snapshot, tickets, held) if slots and held is not None else None
     times = [] if at is None else [at + reload_seconds(snapshot, model)] * slots
     return _Pool(times, shown_service_seconds(snapshot, model.blob))

@@ -9,11 +9,10 @@ from router.domain.actions import StopInstance
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.residency import Residency, ResidencyState
-from router.domain.snapshot import Snapshot
-from router.engines.ollama.runner_options import default_runner_options
+from router.domain.snapshot import Estimate, Snapshot
 from router.scheduler.placement.candidates import is_empty
 from router.scheduler.placement.cost import rate_of
-from router.scheduler.placement.placement import Estimate, Placed, PlacementRequest, place
+from router.scheduler.placement.placement import Placed, PlacementRequest, place
 from router.scheduler.state import FleetState
 
 _WORTH_A_LOAD_PER_SECOND = 1 / 240
@@ -71,7 +70,8 @@ def _want(snapshot: Snapshot, model: ModelFacts) -> PlacementRequest:
     """In the context it is pinned to; others leave for it only where it is pinned."""
     pin = snapshot.policy.pins.get(model.name)
     price = float("inf") if _is_pinned_warm(snapshot, model) else 0.0
-    return PlacementRequest(model, default_runner_options(model, pin, snapshot.policy.context_length), price_max=price)
+    options = snapshot.engines[model.engine].default_options(model, pin, snapshot.policy.context_length)
+    return PlacementRequest(model, options, price_max=price)
 
 
 def anticipate(

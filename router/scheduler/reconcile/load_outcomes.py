@@ -11,7 +11,6 @@ from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, Unlo
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Failure
-from router.engines.ollama.runner_options import sets_num_gpu
 from router.scheduler.placement.eviction import is_pinned
 from router.scheduler.reconcile import reservations
 from router.scheduler.reconcile import residency as rules
@@ -43,8 +42,9 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         fleet.instances.pop(name, None)
         fleet.forget_instance(name)
         return
-    if version is not None and not any(view.version for view in fleet.instances.values()):
-        reservations.drop_all(fleet)  # what loads take and how they are shared was guessed until now
+    siblings = [view for view in fleet.instances.values() if view.spec.engine == event.spec.engine]
+    if version is not None and not any(view.version for view in siblings):
+        reservations.drop_all(fleet)  # sizes and splits were guessed without the server's version
     fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
     if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
         fleet.troubled_at[frozenset(event.spec.gpus)] = now
@@ -73,7 +73,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
         key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, per_gpu_bytes=held, **sizes
     )
     is_spilled = residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes
-    if is_spilled and not sets_num_gpu(residency.model):
+    if is_spilled and not fleet.engines[residency.model.engine].sets_own_layers(residency.model):
         share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
         words = f"came out {share:.0f} % on the CPU on {residency.instance}"
         _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now)

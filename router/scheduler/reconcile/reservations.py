@@ -36,7 +36,7 @@ def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId,
     fleet.reservations[load_id] = Reservation(
         load_id, placed.instance, model.blob, placed.per_gpu_bytes, now, evict=placed.evict
     )
-    fleet.residencies[own] = rules.planned(model, placed, spec, fleet.policy, load_id, now)
+    fleet.residencies[own] = rules.planned(fleet, model, placed, spec, load_id, now)
     fleet.version += 1
     return actions
 

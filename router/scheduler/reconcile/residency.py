@@ -10,42 +10,39 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from router.domain.actions import Load, Unload
+from router.domain.engine_rules import EngineRules
 from router.domain.events import LoadedModel, ResidencyRead
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceSpec, InstanceState, InstanceView
 from router.domain.model import ModelFacts
-from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.domain.snapshot import Snapshot
-from router.domain.vram_ledger import room_bytes, slots_of
-from router.engines.ollama.footprint_estimator import may_use_single_gpu, version_of
-from router.engines.ollama.offload_rules import explain_override
-from router.engines.ollama.runner_options import explicit_options, with_context
-from router.scheduler.placement.measured_footprints import key_of
-from router.scheduler.placement.placement import Estimate, Placed, context_of
+from router.domain.snapshot import Estimate, Snapshot
+from router.domain.vram_ledger import room_bytes
+from router.scheduler.placement.placement import Placed
 from router.scheduler.state import FleetState, expiry
 
 
 def planned(
-    model: ModelFacts, placed: Placed, spec: InstanceSpec, policy: Policy, load_id: LoadId, now: float
+    fleet: FleetState, model: ModelFacts, placed: Placed, spec: InstanceSpec, load_id: LoadId, now: float
 ) -> Residency:
     """The residency of a load whose room is reserved."""
+    engine = fleet.engines[spec.engine]
     return Residency(
         instance=placed.instance,
         blob=model.blob,
         name=model.name,
         options=placed.options,
         state=ResidencyState.PLANNED,
-        slots=slots_of(model, spec, policy),
+        slots=engine.slots(model, spec),
         in_flight=0,
         per_gpu_bytes=tuple(size for _, size in placed.per_gpu_bytes),
-        context_length=context_of(placed.options, model, spec),
+        context_length=engine.context_length(placed.options, model, spec),
         loaded_at=now,
         used_at=now,
         expires_at=None,
-        keep_alive_seconds=policy.keep_alive_seconds,
+        keep_alive_seconds=fleet.policy.keep_alive_seconds,
         load_id=load_id,
         reason=placed.reason,
         model=model,
@@ -66,18 +63,19 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
     fleet.sent(residency.model.weights_bytes, now)
     spec = fleet.instances[residency.instance].spec
-    model, context, facts = residency.model, residency.context_length, fleet.snapshot(now)
-    reason = residency.reason + explain_override(model, spec, context, facts)
+    engine = fleet.engines[spec.engine]
+    model, context, snapshot = residency.model, residency.context_length, fleet.snapshot(now)
+    reason = residency.reason + engine.explain_override(model, spec, context, snapshot)
     fleet.update(key, state=ResidencyState.LOADING, reason=reason)
-    is_certain = not any(may_use_single_gpu(model, spec, context, facts))
-    measured = key_of(model, spec, context, fleet.policy, version_of(spec, facts))
+    is_certain = engine.is_split_certain(model, spec, context, snapshot)
+    measured = engine.footprint_key(model, spec, context, snapshot)
     fleet.begin_measuring(reservation, measured, is_certain=is_certain)
     return Load(
         load_id=reservation.load_id,
         instance=residency.instance,
         url=spec.url,
         model=residency.model,
-        options=explicit_options(residency.model, residency.options, spec.context_length),
+        options=engine.load_options(residency.model, residency.options, spec.context_length),
         expects_gpu=bool(spec.gpus),
         timeout_seconds=fleet.policy.load_timeout_seconds,
         reason=reason,
@@ -158,8 +156,9 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
     model = row.model
     if model is None:
         return
-    options = _options_of(row, model, view)
-    context = context_of(options, model, view.spec)
+    engine = fleet.engines[view.spec.engine]
+    options = _options_of(engine, row, model, view.spec)
+    context = engine.context_length(options, model, view.spec)
     fleet.version += 1
     fleet.residencies[(view.spec.name, model.blob)] = Residency(
         instance=view.spec.name,
@@ -167,7 +166,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
         name=row.name,
         options=options,
         state=ResidencyState.READY,
-        slots=slots_of(model, view.spec, fleet.policy),
+        slots=engine.slots(model, view.spec),
         in_flight=0,
         per_gpu_bytes=_measured(row, estimate(model, view.spec, context, fleet.snapshot(now))),
         context_length=context,
@@ -190,8 +189,10 @@ def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size * row.size_vram_bytes // total for size in estimated)
 
 
-def _options_of(row: LoadedModel, model: ModelFacts, view: InstanceView) -> RunnerOptions:
-    """As if it had been loaded by its own name: with what the Modelfile says, and the context that is listed."""
-    ordinary = context_of((), model, view.spec)
-    context = ordinary if row.context_length is None else row.context_length
-    return with_context(model, context, ordinary)
+def _options_of(
+    engine: EngineRules[Snapshot], row: LoadedModel, model: ModelFacts, spec: InstanceSpec
+) -> RunnerOptions:
+    """The model's default options with the context that the server lists."""
+    default = engine.context_length((), model, spec)
+    context = default if row.context_length is None else row.context_length
+    return engine.options_with_context(model, context, default)

@@ -13,11 +13,11 @@ from router.domain.instance import InstanceSpec, InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.footprint_estimator import estimate_bytes
+from router.engines.ollama.footprint_estimator import estimate_bytes, footprint_key
 from router.scheduler.dispatcher import Dispatcher
 from router.scheduler.placement.footprint_prediction import FootprintPredictor
-from router.scheduler.placement.measured_footprints import Footprints, key_of
-from tests.scheduler.builders import GB, MIB, gpu, gpu_id, instance, model, snapshot, ticket
+from router.scheduler.placement.measured_footprints import Footprints
+from tests.scheduler.builders import GB, MIB, OLLAMA, gpu, gpu_id, instance, model, snapshot, ticket
 
 CONTEXT = 8192
 SMALL, LARGE = gpu(0, 8_000, total_mib=8_000), gpu(1, 24_000)
@@ -76,15 +76,15 @@ def test_what_is_on_a_gpu_may_be_gone_when_the_server_looks() -> None:
 
 def test_a_split_that_was_seen_once_does_not_say_that_the_next_load_is_split() -> None:
     seen, policy = Footprints(), Policy()
-    seen.remember(key_of(MODEL, FILLED, CONTEXT, policy, NEW), (7 * GB, 7 * GB))
-    predict = FootprintPredictor(policy, seen, estimate_bytes)
+    seen.remember(footprint_key(MODEL, FILLED, CONTEXT, NEW), (7 * GB, 7 * GB))
+    predict = FootprintPredictor(policy, seen)
     assert predict(MODEL, FILLED, CONTEXT, facts()) == (whole(MODEL), 7 * GB)
     assert predict(MODEL, EVEN, CONTEXT, facts()) == (7 * GB, 7 * GB)
 
 
 def loaded(on_large: int, on_small: int, external: tuple[int, int] = (0, 0)) -> tuple[Dispatcher, list[Action]]:
     """A load that came out so, and what the reading after it brought, with what another program took meanwhile."""
-    dispatcher = Dispatcher(Policy(vram_margin_bytes=0), estimate_bytes)
+    dispatcher = Dispatcher(Policy(vram_margin_bytes=0), OLLAMA)
     dispatcher.handle(GpusRead((SMALL, LARGE), 1.0), 1.0)
     dispatcher.handle(InstanceChanged(FILLED, InstanceState.READY, version=NEW), 1.0)
     (sent,) = dispatcher.handle(Arrived(ticket(1, MODEL)), 2.0)
@@ -123,7 +123,7 @@ def test_what_another_program_took_meanwhile_is_not_taken_for_the_models_share()
 def test_what_was_planned_before_any_server_told_its_version_is_planned_anew() -> None:
     """A server from 0.30 shares by memory, as it is told; one before that evenly."""
     policy = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance("", slots=1))
-    dispatcher = Dispatcher(policy, estimate_bytes)
+    dispatcher = Dispatcher(policy, OLLAMA)
 
     def reserved() -> tuple[int, ...]:
         (one,) = dispatcher.snapshot(9.0).reservations.values()

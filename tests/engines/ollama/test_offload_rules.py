@@ -16,7 +16,7 @@ from router.lab.simulator.server_placement import Ask, Room, plan
 from router.lab.simulator.world import WORLD, LoadShape
 from router.scheduler.reconcile.residency import send
 from router.scheduler.state import FleetState
-from tests.scheduler.builders import LLAMA_70B, gpu, instance, key, model, reservation, residency, snapshot
+from tests.scheduler.builders import LLAMA_70B, OLLAMA, gpu, instance, key, model, reservation, residency, snapshot
 
 GIB = 1024**3
 GPU = int(23.68 * GIB)
@@ -75,7 +75,7 @@ def test_it_predicts_the_simulated_server_within_four_layers_a_gpu(
 
 
 def test_a_load_that_the_server_would_spill_says_what_it_overrules() -> None:
-    fleet = FleetState(snapshot().policy)
+    fleet = FleetState(snapshot().policy, OLLAMA)
     view = InstanceView(TUNED, InstanceState.READY, "0.24.0")
     fleet.instances[TUNED.name] = view
     fleet.gpus = {each.uuid: each for each in (gpu(0, 24_000), gpu(1, 24_000))}

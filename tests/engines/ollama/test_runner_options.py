@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.engines.ollama.runner_options import RUNNER_OPTIONS, runner_options, sets_num_gpu
-from tests.scheduler.builders import model
+from router.domain.request import RunnerOptions
+from router.engines.ollama.runner_options import RUNNER_OPTIONS, context_of, runner_options, sets_num_gpu, slots_of
+from tests.scheduler.builders import instance, model
 
 PLAIN = model("m")
 LONG = model("m", parameters=(("num_ctx", "4096"), ("use_mmap", "false")))
+SHORT: RunnerOptions = (("num_ctx", 2048),)
 
 
 def test_a_request_that_asks_for_nothing_shares_the_ordinary_runner() -> None:
@@ -68,3 +72,23 @@ def test_asking_again_for_the_options_one_has_changes_nothing(asked: dict[str, o
     assert list(options) == sorted(options)
     assert runner_options(PLAIN, dict(options), 8192) == options
     assert {name for name, _ in options} <= asked.keys() & RUNNER_OPTIONS.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "trained", "context"),
+    [((), 131_072, 8192), ((), 2048, 2048), (SHORT, 131_072, 2048), ((("num_ctx", 10**6),), 131_072, 131_072),
+     ((("num_ctx", 1),), 131_072, 4), (SHORT, 0, 2048)],
+)  # fmt: skip
+def test_the_context_is_the_asked_one_cut_to_the_trained_one(
+    options: RunnerOptions, trained: int, context: int
+) -> None:
+    assert context_of(options, model("m", context_length=trained), instance("gpu0", 0)) == context
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots"),
+    [({}, 4), ({"is_embedding": True}, 1), ({"architecture": "mllama"}, 1), ({"architecture": "qwen3vl"}, 1)],
+)
+def test_some_models_are_served_one_request_at_a_time(changes: dict[str, Any], slots: int) -> None:
+    spec = instance("gpu0", 0, slots=4)
+    assert slots_of(model("m", **changes), spec) == slots

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.policy import Policy
-from router.engines.ollama.footprint_estimator import estimated_footprint
+from router.engines.ollama.footprint_estimator import estimated_footprint, footprint_key
 from router.engines.ollama.memory_estimate import LayerSplit, even_split, split_by
 from router.engines.ollama.tensor_split import (
     TENSOR_SPLIT,
@@ -21,7 +21,7 @@ from router.engines.ollama.tensor_split import (
     unequal_text,
 )
 from router.scheduler.placement.candidates import Bounds, candidates_of_size
-from router.scheduler.placement.measured_footprints import Footprints, key_of
+from router.scheduler.placement.measured_footprints import Footprints
 from tests.scheduler.builders import GB, MIB, gpu, instance, model, snapshot
 
 TWO = instance("both", 0, 1)
@@ -119,27 +119,27 @@ def test_a_server_to_be_started_over_unequal_gpus_is_told_their_shares() -> None
 
 
 def test_a_footprint_of_other_shares_is_another() -> None:
-    seen, policy = Footprints(), Policy()
+    seen = Footprints()
     assert (unequal_text(TOLD), unequal_text(TWO)) == ("24,12", "")
     assert unequal_text(replace(TWO, environment={TENSOR_SPLIT: "1,1"})) == ""
-    seen.remember(key_of(M, TOLD, 8192, policy), (14 * GB, 7 * GB))
-    assert seen.known.get(key_of(M, TWO, 8192, policy)) is None
-    assert seen.nearest(key_of(M, TWO, 4096, policy)) is None
-    assert seen.nearest(key_of(M, TOLD, 4096, policy)) == key_of(M, TOLD, 8192, policy)
+    seen.remember(footprint_key(M, TOLD, 8192), (14 * GB, 7 * GB))
+    assert seen.known.get(footprint_key(M, TWO, 8192)) is None
+    assert seen.nearest(footprint_key(M, TWO, 4096)) is None
+    assert seen.nearest(footprint_key(M, TOLD, 4096)) == footprint_key(M, TOLD, 8192)
 
 
 def test_a_footprint_of_a_server_that_is_run_otherwise_or_is_of_another_version_is_another() -> None:
     """Its batch, and what it keeps of attention, may be larger."""
-    seen, policy = Footprints(), Policy()
+    seen = Footprints()
     flash = replace(TWO, flash_attention=True)
-    seen.remember(key_of(M, flash, 8192, policy, "0.24.1"), (14 * GB, 14 * GB))
+    seen.remember(footprint_key(M, flash, 8192, "0.24.1"), (14 * GB, 14 * GB))
     known, near = seen.known, seen.nearest
-    assert known.get(key_of(M, flash, 8192, policy, "0.24.0")) == (14 * GB, 14 * GB)
+    assert known.get(footprint_key(M, flash, 8192, "0.24.0")) == (14 * GB, 14 * GB)
     for spec, version in (
         (flash, "0.33.0"),
         (flash, None),
         (TWO, "0.24.1"),
         (replace(TWO, flash_attention=False), "0.24.1"),
     ):
-        assert known.get(key_of(M, spec, 8192, policy, version)) is None
-        assert near(key_of(M, spec, 4096, policy, version)) is None
+        assert known.get(footprint_key(M, spec, 8192, version)) is None
+        assert near(footprint_key(M, spec, 4096, version)) is None

@@ -18,13 +18,13 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Ticket, TicketId
-from router.engines.ollama.footprint_estimator import estimate_bytes
 from router.engines.ollama.memory_estimate import even_split
 from router.lab.emulator.catalogue import catalogue
 from router.lab.scenarios import model_facts
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
 from router.lab.simulator.world import WORLD, true_bytes
 from router.scheduler.dispatcher import Dispatcher
+from tests.scheduler.builders import OLLAMA
 
 GIB = 1024**3
 OLD, NEW = (0, 24, 0), (0, 33, 0)
@@ -69,7 +69,7 @@ def load(
     """What the router reserves for a load there, and what it remembers once it has seen what it took. `external_bytes`
     are taken by another program on each GPU in the meantime."""
     policy = Policy(context_length=server.config.context_length, constants=SchedulerConstants(unseen_margin_ratio=0.02))
-    dispatcher = Dispatcher(policy, estimate_bytes)
+    dispatcher = Dispatcher(policy, OLLAMA)
     version = ".".join(map(str, server.config.version))
     dispatcher.handle(FootprintsLoaded(known), 0.0)
     dispatcher.handle(server.reading(0.0, (0,) * server.gpus), 0.0)

@@ -43,8 +43,9 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.footprint_estimator import estimate_bytes, version_of
+from router.engines.ollama.footprint_estimator import version_of
 from router.engines.ollama.offload_rules import forces_spread
+from router.engines.ollama.rules import KIND, OllamaRules
 from router.lab.simulator.baselines.units import Unit, on_demand_policy, unit_on_demand, units_over
 from router.lab.simulator.batching import Done
 from router.lab.simulator.loaded_model import ServerConfig
@@ -95,7 +96,7 @@ class Llamayard:
         """`seen` is told of every event with its actions. `pairs`: an instance over each two GPUs as well, as somebody
         may declare them by hand."""
         self._policy = on_demand_policy(policy or Policy(), config)
-        self.dispatcher = Dispatcher(self._policy, _Remembered())
+        self.dispatcher = Dispatcher(self._policy, {KIND: _RememberingRules()})
         self._host = host
         self._seen = seen
         own = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
@@ -353,21 +354,21 @@ class Llamayard:
         self._post(InstanceChanged(unit.spec, state, reason, version))
 
 
-class _Remembered:
-    """`estimate_bytes`, asked once for what depends on no GPU's free memory: a run asks it a million times."""
+class _RememberingRules(OllamaRules):
+    """Remembers each estimate that depends on no GPU's free memory: a run asks for a million."""
 
     def __init__(self) -> None:
         self._sizes: dict[tuple[object, ...], tuple[int, ...]] = {}
 
-    def __call__(
+    def estimate_bytes(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
         if spec.is_spread and not forces_spread(spec):
-            return estimate_bytes(model, spec, context_length, snapshot)
+            return super().estimate_bytes(model, spec, context_length, snapshot)
         version = version_of(spec, snapshot)
         key = (model.blob, spec.name, len(spec.gpus), spec.num_parallel, context_length, version)
         if key not in self._sizes:
-            self._sizes[key] = estimate_bytes(model, spec, context_length, snapshot)
+            self._sizes[key] = super().estimate_bytes(model, spec, context_length, snapshot)
         return self._sizes[key]
 
 
