@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,20 +28,15 @@ from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
 from router.domain.model_names import canonical
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.catalog import Catalog
-from router.engines.ollama.client import OllamaClient
-from router.engines.ollama.driver import OllamaDriver
-from router.engines.ollama.endpoint_support import EndpointSupport
+from router.engines.base import Engine
+from router.engines.ollama.engine import OllamaEngine
 from router.engines.ollama.instance_plan import (
     InstancePlan,
     PlanError,
-    on_demand_instance,
     on_demand_like,
     plan_instances,
     ports_needed,
 )
-from router.engines.ollama.model_listing import stores_of
-from router.engines.ollama.rules import KIND, OllamaRules
 from router.gpu.poller import GpuPoller
 from router.http1.parser import HEAD_BYTES_MAX
 from router.llm_api.inference_request import ModelRules
@@ -69,26 +64,20 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
     """
     metrics = Metrics()
     lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
-    clients: dict[str, OllamaClient] = {}
     async with _client_session() as session:
-
-        def client_for(url: str) -> OllamaClient:
-            if url not in clients:
-                clients[url] = OllamaClient(session, url)
-            return clients[url]
-
         poller = GpuPoller(hardware.reader)
         gpus = await poller.read()
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
-        dispatcher = Dispatcher(policy, {KIND: OllamaRules()})
         observer = DecisionLog(metrics)
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
 
         store_lock = asyncio.Lock()
-        catalog = Catalog(lambda: stores_of(snapshot().instances.values(), client_for), time.monotonic)
+        ollama = OllamaEngine(hardware.command, plan, session, snapshot, time.monotonic, store_lock)
+        engines: dict[str, Engine] = {ollama.kind: ollama}
+        dispatcher = Dispatcher(policy, engines)
 
         def on_instance_change(event: InstanceChanged) -> None:
             controller.post(event)
@@ -96,16 +85,15 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
         def poll_gpus() -> None:
             state_poller.poll_gpus()
 
-        supervisor = Supervisor(_supervisor_config(settings, hardware), on_instance_change)
-        loader = OllamaDriver(client_for, catalog, snapshot, store_lock)
+        supervisor = Supervisor(_supervisor_config(settings, hardware), engines, on_instance_change)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
-        effects = _effects(loader, supervisor, plan, poll_gpus, footprints)
+        effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with Controller(dispatcher, effects, time.monotonic, (observer,)) as controller:
             metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
-            context = _context(settings, controller, catalog, session, store_lock)
+            context = _context(settings, controller, ollama, session, store_lock)
             state_poller = StatePoller(
-                poller, catalog, client_for, controller.snapshot, controller.post, controller.now,
-                _poll_intervals(settings), warm_models(policy), loader.clear_leftovers,
+                poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
+                warm_models(policy),
             )  # fmt: skip
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
@@ -127,7 +115,7 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
             finally:
                 if lines is not None:
                     lines.flush()
-                await catalog.close()
+                await ollama.close()
                 await poller.close()
 
 
@@ -139,9 +127,8 @@ def _instances(gpus: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec,
 
 
 def _effects(
-    loader: OllamaDriver,
+    engines: Mapping[str, Engine],
     supervisor: Supervisor,
-    plan: InstancePlan,
     poll_gpus: Callable[[], None],
     footprints: FootprintStore,
 ) -> Effects:
@@ -152,9 +139,9 @@ def _effects(
         except OSError as error:  # no free port, or no file descriptor to look for one
             supervisor.refuse(spec, f"no free port: {error}")
             return
-        supervisor.add(on_demand_instance(spec, plan, port))
+        supervisor.add(engines[spec.engine].on_demand_instance(spec, port))
 
-    return Effects(loader, start, supervisor.retire, poll_gpus, footprints.remember)
+    return Effects(engines, start, supervisor.retire, poll_gpus, footprints.remember)
 
 
 def _client_session() -> aiohttp.ClientSession:
@@ -197,7 +184,7 @@ def _client_timeouts(settings: Settings) -> ClientTimeouts:
 def _context(
     settings: Settings,
     controller: Controller,
-    catalog: Catalog,
+    ollama: OllamaEngine,
     session: aiohttp.ClientSession,
     store_lock: asyncio.Lock,
 ) -> ApiContext:
@@ -210,11 +197,11 @@ def _context(
     removing = set[str]()
     return ApiContext(
         controller=controller,
-        catalog=catalog,
+        catalog=ollama.catalog,
         session=session,
         limits=limits,
         rules=_rules(settings, removing),
-        endpoint_support=EndpointSupport(session),
+        endpoint_support=ollama.endpoint_support,
         writing=store_lock,
         removing=removing,
     )
@@ -240,7 +227,6 @@ def _origins(settings: Settings) -> OriginPolicy:
 
 def _supervisor_config(settings: Settings, hardware: Hardware) -> SupervisorConfig:
     return SupervisorConfig(
-        command=hardware.command,
         state_directory=str(Path(settings.state_directory)),
         run_id=orphan_reaper.run_id(),
         environment=hardware.environment,

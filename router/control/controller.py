@@ -32,7 +32,6 @@ from router.domain.events import (
     Cancelled,
     Event,
     LoadFailed,
-    LoadFinished,
     Released,
     ShutdownBegan,
     Ticked,
@@ -42,6 +41,7 @@ from router.domain.footprint import FootprintKey
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.request import Ticket, TicketId
 from router.domain.snapshot import Snapshot
+from router.engines.base import Loader
 from router.errors import RouterError, error_for
 from router.scheduler.dispatcher import Dispatcher
 from router.scheduler.queue.wait_estimate import WaitEstimate
@@ -54,12 +54,8 @@ _WAIT_ESTIMATE_SECONDS = 0.5
 """So long what was worked out of all waiting tickets is told to whoever asks about one."""
 
 
-class InstanceDriver(Protocol):
-    """Carries loads and unloads out. Both end by themselves within the deadline that they were given."""
-
-    async def load(self, load: Load) -> LoadFinished | LoadFailed: ...
-
-    async def unload(self, unload: Unload) -> UnloadFinished: ...
+class InstanceDriver(Loader, Protocol):
+    """Carries out what the dispatcher asks for."""
 
     def start_instance(self, spec: InstanceSpec) -> None:
         """Asks for one more instance on the GPUs of `spec`; what becomes of it comes as `InstanceChanged`."""
@@ -145,10 +141,6 @@ class Controller:
     ) -> None:
         """Gives a granted slot back; each grant must end in exactly one of these."""
         self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at))
-
-    def lease(self, ticket: Ticket) -> Lease:
-        """`async with engine.lease(ticket) as lease`: waits for a slot, holds it, gives it back."""
-        return Lease(self, ticket)
 
     def snapshot(self) -> Snapshot:
         return self._dispatcher.snapshot(self.now())
@@ -262,56 +254,6 @@ class Controller:
     def _wake(self) -> None:
         self._timer = self._due = None
         self.post(Ticked())
-
-
-class Lease:
-    """The right to use one slot of a loaded model, held by exactly one request."""
-
-    def __init__(self, controller: Controller, ticket: Ticket) -> None:
-        self._controller = controller
-        self._ticket = ticket
-        self._runner_lost = False
-        self._decision: Grant | Reject | None = None
-        self._decided = asyncio.Event()
-        self.grant: Grant | None = None
-
-    async def __aenter__(self) -> Grant:
-        """Waits for the slot.
-
-        Raises:
-            RouterError: the request was rejected (queue full, waited out, too large, …).
-        """
-        self._controller.submit(self._ticket, self._decide)
-        try:
-            await self._decided.wait()
-        except asyncio.CancelledError:
-            self._abandon()
-            raise
-        assert self._decision is not None
-        if isinstance(self._decision, Reject):
-            raise rejection(self._decision)
-        self.grant = self._decision
-        return self._decision
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._controller.release(self._ticket.id, runner_lost=self._runner_lost)
-
-    def report_runner_lost(self) -> None:
-        """The runner died under this request: the model has to be loaded anew before the slot is used again."""
-        self._runner_lost = True
-
-    def _decide(self, decision: Grant | Reject) -> None:
-        self._decision = decision
-        self._decided.set()
-
-    def _abandon(self) -> None:
-        """A grant may have come in the very moment in which the client left, before or after it was told to leave."""
-        if isinstance(self._decision, Grant):
-            self._controller.release(self._ticket.id)
-        else:
-            self._controller.cancel(self._ticket.id)
 
 
 def rejection(reject: Reject) -> RouterError:

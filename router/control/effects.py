@@ -1,37 +1,32 @@
-"""Carries out all that the engine asks of the fleet: loads and unloads, instances on demand, readings of the GPUs.
+"""Carries out what the controller asks for: loads, unloads, instances on demand, GPU readings.
 
-It only joins the parts that do these things, so that the engine knows one of them.
+Only joins the parts that do the work; a load or unload goes to the engine of its model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from router.domain.actions import Load, Unload
 from router.domain.events import LoadFailed, LoadFinished, UnloadFinished
 from router.domain.footprint import FootprintKey
 from router.domain.instance import InstanceName, InstanceSpec
-
-
-class Loader(Protocol):
-    async def load(self, load: Load) -> LoadFinished | LoadFailed: ...
-
-    async def unload(self, unload: Unload) -> UnloadFinished: ...
+from router.engines.base import Loader
 
 
 class Effects:
-    """Satisfies the engine's `InstanceDriver`. What it is given returns at once, but for the loader."""
+    """Satisfies the controller's `InstanceDriver`. All callables that it is given return at once."""
 
     def __init__(
         self,
-        loader: Loader,
+        loaders: Mapping[str, Loader],
         start: Callable[[InstanceSpec], None],
         stop: Callable[[InstanceName], None],
         read_gpus: Callable[[], None],
         remember: Callable[[FootprintKey, tuple[int, ...]], None],
     ) -> None:
-        self._loader = loader
+        """`loaders`: by the kind of the model's engine."""
+        self._loaders = loaders
         self._start = start
         self._stop = stop
         self._read_gpus = read_gpus
@@ -50,7 +45,7 @@ class Effects:
         self._read_gpus()
 
     async def load(self, load: Load) -> LoadFinished | LoadFailed:
-        return await self._loader.load(load)
+        return await self._loaders[load.model.engine].load(load)
 
     async def unload(self, unload: Unload) -> UnloadFinished:
-        return await self._loader.unload(unload)
+        return await self._loaders[unload.model.engine].unload(unload)

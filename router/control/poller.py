@@ -1,33 +1,38 @@
-"""Looks at the outside at a steady pace and posts what it sees: GPUs, each server's loaded models, the store's list.
+"""Polls GPUs, loaded models and model lists at a steady pace, and posts what it reads as events.
 
-A look that fails posts nothing and is logged once until it succeeds again: unknown is not empty. Decides nothing.
+A failed poll posts no event, because unknown is not empty; it is logged once until a poll succeeds again.
+Decides nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
-from router.domain.events import Event, GpusRead, LoadedModel, ModelDiscovered, ResidencyRead
-from router.domain.instance import InstanceState
+from router.domain.events import Event, GpusRead, ModelDiscovered, ResidencyRead
+from router.domain.gpu import Gpu
+from router.domain.instance import InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.catalog import Catalog
-from router.engines.ollama.client import OllamaError
-from router.engines.ollama.driver import ClientFor
-from router.gpu.poller import GpuPoller, GpuReadTimeout
+from router.engines.base import EngineError, ModelSource
 
 Post = Callable[[Event], None]
 
 
+class GpuSource(Protocol):
+    async def read(self) -> tuple[Gpu, ...]:
+        """Returns all GPUs. A failed reading raises an `OSError`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PollIntervals:
-    """Seconds between two looks."""
+    """Seconds between two polls."""
 
     gpu_seconds: float
     residency_seconds: float
@@ -35,58 +40,55 @@ class PollIntervals:
 
 
 class StatePoller:
-    """`run` looks until cancelled."""
+    """`run` polls until cancelled."""
 
     def __init__(
         self,
-        poller: GpuPoller,
-        catalog: Catalog,
-        client_for: ClientFor,
+        gpus: GpuSource,
+        engines: Mapping[str, ModelSource],
         snapshot: Callable[[], Snapshot],
         post: Post,
         now: Callable[[], float],
         intervals: PollIntervals,
         warm: tuple[str, ...] = (),
-        clear: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
-        """`warm`: names of models whose facts are told as soon as the store has them. `clear` tidies the store up; it
-        is called until it says that it has, or that it cannot."""
-        self._poller = poller
-        self._catalog = catalog
-        self._client_for = client_for
+        """`engines`: by kind. `warm`: names of models to report as discovered as soon as an engine has them."""
+        self._gpus = gpus
+        self._engines = engines
         self._snapshot = snapshot
         self._post = post
         self._now = now
         self._intervals = intervals
         self._warm = warm
-        self._clear = clear
-        self._told: dict[str, ModelFacts] = {}
+        self._discovered: dict[str, ModelFacts] = {}
+        self._untidied = set(engines)
+        """Engines that may still have leftovers of an earlier run."""
         self._failing: set[str] = set()
-        self._look_now = asyncio.Event()
+        self._poll_gpus_now = asyncio.Event()
         self._log = structlog.get_logger("router.watcher")
 
     async def run(self) -> None:
-        """Three steady looks side by side."""
-        async with asyncio.TaskGroup() as looks:
-            looks.create_task(self._steadily(self._intervals.gpu_seconds, "the GPUs", self.read_gpus, self._look_now))
-            looks.create_task(
-                self._steadily(self._intervals.residency_seconds, "loaded models", self._read_residencies)
-            )
-            looks.create_task(self._steadily(self._intervals.catalog_seconds, "the store", self._read_catalog))
+        """Polls the GPUs, the loaded models, and the model list of each engine."""
+        intervals = self._intervals
+        async with asyncio.TaskGroup() as polls:
+            polls.create_task(self._steadily(intervals.gpu_seconds, "the GPUs", self.read_gpus, self._poll_gpus_now))
+            polls.create_task(self._steadily(intervals.residency_seconds, "loaded models", self._read_residencies))
+            for engine in self._engines.values():
+                polls.create_task(self._poll_models(engine))
 
     async def read_gpus(self) -> None:
-        """One reading of the GPUs, posted with the time before it began."""
+        """Reads the GPUs once and posts them with the time before the reading began."""
         read_at = self._now()
-        self._post(GpusRead(await self._poller.read(), read_at))
+        self._post(GpusRead(await self._gpus.read(), read_at))
 
     def poll_gpus(self) -> None:
-        """Has the GPUs read at once, not at the next turn."""
-        self._look_now.set()
+        """Reads the GPUs now instead of at the next interval."""
+        self._poll_gpus_now.set()
 
     async def _steadily(
-        self, seconds: float, what: str, look: Callable[[], Awaitable[None]], now: asyncio.Event | None = None
+        self, seconds: float, what: str, poll: Callable[[], Awaitable[None]], now: asyncio.Event | None = None
     ) -> None:
-        """Looks at that pace, and whenever `now` is set."""
+        """Polls at that interval, and whenever `now` is set."""
         now = now or asyncio.Event()
         while True:
             with contextlib.suppress(TimeoutError):
@@ -94,52 +96,52 @@ class StatePoller:
                     await now.wait()
             now.clear()
             try:
-                await look()
-            except (GpuReadTimeout, OllamaError, OSError) as error:
+                await poll()
+            except (EngineError, OSError) as error:
                 self._failed(what, error)
             else:
                 self._succeeded(what)
 
     async def _read_residencies(self) -> None:
         views = self._snapshot().instances.values()
-        urls = [(v.spec.name, v.spec.url) for v in views if v.state is InstanceState.READY]
-        await asyncio.gather(*(self._read_residency(name, url) for name, url in urls))
+        ready = [view.spec for view in views if view.state is InstanceState.READY]
+        await asyncio.gather(*(self._read_residency(spec) for spec in ready))
 
-    async def _read_residency(self, name: str, url: str) -> None:
+    async def _read_residency(self, spec: InstanceSpec) -> None:
         read_at = self._now()
         try:
-            rows = await self._client_for(url).ps()
-            known = tuple([await self._with_facts(row) for row in rows])
-        except OllamaError as error:
-            self._failed(f"loaded models of {name}", error)
+            rows = await self._engines[spec.engine].loaded(spec)
+        except EngineError as error:
+            self._failed(f"loaded models of {spec.name}", error)
             return
-        self._succeeded(f"loaded models of {name}")
-        view = next((v for v in self._snapshot().instances.values() if v.spec.url == url), None)
+        self._succeeded(f"loaded models of {spec.name}")
+        view = next((v for v in self._snapshot().instances.values() if v.spec.url == spec.url), None)
         if view is not None:
-            self._post(ResidencyRead(view.spec.name, known, read_at))
+            self._post(ResidencyRead(view.spec.name, rows, read_at))
 
-    async def _with_facts(self, row: LoadedModel) -> LoadedModel:
-        """The row with the facts of what was loaded, whatever its name stands for today."""
-        facts = await self._catalog.facts_of(row.name, row.digest)
-        return row if facts is None else dataclasses.replace(row, model=facts)
+    async def _poll_models(self, engine: ModelSource) -> None:
+        async def poll() -> None:
+            await self._read_models(engine)
 
-    async def _read_catalog(self) -> None:
-        await self._catalog.refresh()
+        await self._steadily(self._intervals.catalog_seconds, f"the models of {engine.title}", poll)
+
+    async def _read_models(self, engine: ModelSource) -> None:
+        await engine.refresh()
         for name in self._warm:
-            facts = await self._catalog.facts(name)
-            if facts is not None and facts != self._told.get(name):
-                self._told[name] = facts
+            facts = await engine.facts(name)
+            if facts is not None and facts != self._discovered.get(name):
+                self._discovered[name] = facts
                 self._post(ModelDiscovered(facts))
-        if self._clear is not None:
-            await self._cleared(self._clear)
+        if engine.kind in self._untidied:
+            await self._tidy(engine)
 
-    async def _cleared(self, clear: Callable[[], Awaitable[bool]]) -> None:
+    async def _tidy(self, engine: ModelSource) -> None:
         try:
-            if not await clear():
+            if not await engine.tidy():
                 return
-        except OllamaError as error:
+        except EngineError as error:
             self._log.warning("leftovers_stay", why=error.message)
-        self._clear = None
+        self._untidied.discard(engine.kind)
 
     def _failed(self, what: str, error: Exception) -> None:
         if what not in self._failing:

@@ -19,7 +19,7 @@ class GpuReader(Protocol):
     def close(self) -> None: ...
 
 
-class GpuReadTimeout(Exception):
+class GpuReadTimeout(TimeoutError):
     """A reading missed its deadline. It continues in its thread, and the next `read` starts after it."""
 
 

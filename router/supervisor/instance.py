@@ -25,13 +25,7 @@ from router.domain.instance_lifecycle import (
     quick_deaths_after,
     wait_seconds,
 )
-from router.engines.ollama.health_probe import Probe, ProbeFailed
-from router.engines.ollama.log_parser import (
-    ComputeDevice,
-    gpus_problem,
-    parse_compute_line,
-    unexpected_devices,
-)
+from router.engines.base import ProbeFailed, ServerRules
 from router.supervisor.clock import Clock, run_unless_set
 from router.supervisor.orphan_reaper import process_marks
 from router.supervisor.parent_death_shim import EXIT_NOT_EXECUTED
@@ -44,8 +38,6 @@ _START_POLL_SECONDS = 0.05
 class SupervisorConfig:
     """How instances are started and watched."""
 
-    command: tuple[str, ...]
-    """The program and its arguments: `("/usr/bin/ollama", "serve")`."""
     state_directory: str
     """Marks the children, so that a later run with the same directory finds orphans of this one."""
     run_id: str
@@ -53,7 +45,7 @@ class SupervisorConfig:
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     """Environment of all children, in addition to their spec's; see `process.inheritable_environment`."""
     start_timeout_seconds: float = 60.0
-    """Until `/api/version` answers and the GPUs are reported. Ollama's GPU discovery alone may take 30 s."""
+    """Until the health probe answers and the GPUs are reported. Ollama's GPU discovery alone may take 30 s."""
     health_interval_seconds: float = 5.0
     health_timeout_seconds: float = 5.0
     health_misses_max: int = 3
@@ -71,7 +63,8 @@ class InstanceContext:
 
     config: SupervisorConfig
     clock: Clock
-    probe: Probe
+    engines: Mapping[str, ServerRules]
+    """By kind; each instance follows the rules of its engine."""
     on_change: Callable[[InstanceChanged], None]
 
 
@@ -82,6 +75,8 @@ class Instance:
         self.spec = spec
         self._context = context
         self._config = context.config
+        self._engine = context.engines[spec.engine]
+        self._command = self._engine.command(spec)
         self._log = structlog.get_logger("router.supervisor").bind(instance=spec.name)
         self._state = InstanceState.STOPPED
         self._reason = ""
@@ -92,7 +87,7 @@ class Instance:
         self._ready_at: float | None = None
         self._quick_deaths = 0
         self._last_lines: deque[str] = deque(maxlen=context.config.reason_lines_max)
-        self._devices: list[ComputeDevice] = []
+        self._gpu_report = self._engine.gpu_report(spec)
         self._device_reported = asyncio.Event()
 
     # --- state and requests ----------------------------------------------------------------------------------
@@ -161,7 +156,7 @@ class Instance:
         try:
             child = self._spawn()
         except OSError as error:
-            self._fail(f"cannot start {self._config.command[0]}: {error}")
+            self._fail(f"cannot start {self._command[0]}: {error}")
             return
         self._child = child
         try:
@@ -191,7 +186,7 @@ class Instance:
 
     def _reset_output(self) -> None:
         self._last_lines.clear()
-        self._devices.clear()
+        self._gpu_report = self._engine.gpu_report(self.spec)
         self._device_reported.clear()
         self._ready_at = None
 
@@ -202,7 +197,7 @@ class Instance:
             **self.spec.environment,
             **process_marks(config.state_directory, config.run_id, self.name),
         }
-        return ChildProcess.spawn(config.command, environment, self._on_output_line)
+        return ChildProcess.spawn(self._command, environment, self._on_output_line)
 
     async def _serve(self, child: ChildProcess) -> str:
         """Waits until the server is READY and watches it. Returns why it is no longer usable."""
@@ -228,14 +223,14 @@ class Instance:
     async def _wait_for_version(self) -> str:
         while True:
             try:
-                return await self._context.probe(self.spec.url, self._config.health_timeout_seconds)
+                return await self._engine.probe(self.spec.url, self._config.health_timeout_seconds)
             except ProbeFailed:
                 await asyncio.sleep(_START_POLL_SECONDS)
 
     async def _wait_for_gpus(self) -> str | None:
         """Returns None once all expected GPUs are reported, or a problem as soon as the server reports only the CPU."""
-        while (problem := gpus_problem(self.spec.gpus, self._devices)) is not None:
-            if any(device.is_cpu for device in self._devices):
+        while (problem := self._gpu_report.problem) is not None:
+            if self._gpu_report.is_final:
                 return problem
             self._device_reported.clear()
             await self._device_reported.wait()
@@ -243,8 +238,8 @@ class Instance:
 
     def _describe_start_timeout(self) -> str:
         timeout = f"within {self._config.start_timeout_seconds:g} s"
-        problem = gpus_problem(self.spec.gpus, self._devices)
-        return f"{problem} {timeout}" if problem and self._devices else f"was not ready {timeout}"
+        problem = self._gpu_report.problem
+        return f"{problem} {timeout}" if problem and self._gpu_report.has_devices else f"was not ready {timeout}"
 
     def _enter_ready(self, version: str) -> None:
         self._version = version
@@ -257,7 +252,7 @@ class Instance:
         while misses < self._config.health_misses_max:
             await self._context.clock.sleep(self._config.health_interval_seconds)
             try:
-                await self._context.probe(self.spec.url, self._config.health_timeout_seconds)
+                await self._engine.probe(self.spec.url, self._config.health_timeout_seconds)
                 misses = 0
             except ProbeFailed as error:
                 misses, problem = misses + 1, str(error)
@@ -278,7 +273,7 @@ class Instance:
         misses = 0
         while True:
             try:
-                version = await self._context.probe(self.spec.url, self._config.health_timeout_seconds)
+                version = await self._engine.probe(self.spec.url, self._config.health_timeout_seconds)
                 misses = 0
                 self._attached_answered(version)
             except ProbeFailed as error:
@@ -333,21 +328,18 @@ class Instance:
     def _on_output_line(self, line: str) -> None:
         self._last_lines.append(line)
         self._log.debug("instance_output", line=line)
-        device = parse_compute_line(line)
-        if device is not None:
-            self._devices.append(device)
+        if self._gpu_report.read_line(line):
             self._device_reported.set()
 
     def _warn_of_unexpected_devices(self) -> None:
-        unexpected = unexpected_devices(self.spec.gpus, self._devices)
+        unexpected = self._gpu_report.unexpected
         if unexpected:
-            names = ", ".join(f"{device.id} ({device.library})" for device in unexpected)
-            self._log.warning("instance_sees_unexpected_gpus", gpus=names)
+            self._log.warning("instance_sees_unexpected_gpus", gpus=", ".join(unexpected))
 
     def _describe_exit(self, child: ChildProcess) -> str:
         code = child.returncode or 0
         if code == EXIT_NOT_EXECUTED:
-            return f"{self._config.command[0]} cannot be executed"
+            return f"{self._command[0]} cannot be executed"
         return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
 
     def _with_last_lines(self, reason: str) -> str:

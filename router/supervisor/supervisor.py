@@ -6,14 +6,13 @@ However `run` ends, every process that it started has ended too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-import aiohttp
 import structlog
 
 from router.domain.events import InstanceChanged
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
-from router.engines.ollama.health_probe import Probe, ProbeFailed, version_probe
+from router.engines.base import ServerRules
 from router.supervisor.clock import Clock, SystemClock
 from router.supervisor.instance import Instance, InstanceContext, SupervisorConfig
 
@@ -30,12 +29,16 @@ class Supervisor:
     """
 
     def __init__(
-        self, config: SupervisorConfig, on_change: Callable[[InstanceChanged], None], clock: Clock | None = None
+        self,
+        config: SupervisorConfig,
+        engines: Mapping[str, ServerRules],
+        on_change: Callable[[InstanceChanged], None],
+        clock: Clock | None = None,
     ) -> None:
+        """`engines`: by kind, one for every kind of instance that will be added."""
         self._config = config
         self._instances: dict[InstanceName, Instance] = {}
-        self._context = InstanceContext(config, clock or SystemClock(), self._probe_version, on_change)
-        self._probe: Probe | None = None
+        self._context = InstanceContext(config, clock or SystemClock(), engines, on_change)
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[Instance, asyncio.Task[None]] = {}
         self._retiring: set[Instance] = set()
@@ -47,15 +50,13 @@ class Supervisor:
 
     async def run(self) -> None:
         """Runs the instances until `stop_all` has stopped them. Cancellation kills them."""
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-            self._probe = version_probe(session)
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                for instance in self._instances.values():
-                    self._start_task(instance, tasks)
-                await self._closing.wait()
-                for task in self._running.values():
-                    task.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for instance in self._instances.values():
+                self._start_task(instance, tasks)
+            await self._closing.wait()
+            for task in self._running.values():
+                task.cancel()
 
     def add(self, spec: InstanceSpec) -> None:
         """Adds an instance and starts it.
@@ -84,11 +85,6 @@ class Supervisor:
 
     def _start_task(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
         self._running[instance] = tasks.create_task(instance.run(), name=f"instance {instance.name}")
-
-    async def _probe_version(self, url: str, timeout_seconds: float) -> str:
-        if self._probe is None:
-            raise ProbeFailed("the supervisor is not running")
-        return await self._probe(url, timeout_seconds)
 
     # --- requests ------------------------------------------------------------------------------------------
 

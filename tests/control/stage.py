@@ -1,4 +1,4 @@
-"""An engine over a driver that records what it is asked for and ends it when a test says so."""
+"""A controller over a driver that records what it is asked for and ends it when a test says so."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from router.control.controller import Controller, Lease
-from router.domain.actions import Action, Load, Unload
+from router.control.controller import Controller, rejection
+from router.domain.actions import Action, Grant, Load, Reject, Unload
 from router.domain.events import Event, GpusRead, InstanceChanged, LoadFailed, LoadFinished, UnloadFinished
 from router.domain.footprint import FootprintKey
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
@@ -92,7 +92,7 @@ class RecordingObserver:
 
 @dataclass
 class Stage:
-    """A running engine over one GPU and one instance that is ready."""
+    """A running controller over one GPU and one instance that is ready."""
 
     controller: Controller
     driver: RecordingDriver
@@ -102,8 +102,35 @@ class Stage:
         now = self.controller.now()
         return Ticket(self.controller.new_ticket_id(), of, (), 0, None, now, now + ttft_target_seconds)
 
-    def lease(self, of: ModelFacts = SMALL, ttft_target_seconds: float = 60.0) -> Lease:
-        return self.controller.lease(self.ticket(of, ttft_target_seconds))
+    @asynccontextmanager
+    async def slot(
+        self, of: ModelFacts = SMALL, ttft_target_seconds: float = 60.0, *, runner_lost: bool = False
+    ) -> AsyncGenerator[Grant]:
+        """What a request does: waits for a slot, holds it inside the block, releases it; cancelled, it leaves."""
+        ticket = self.ticket(of, ttft_target_seconds)
+        decision: asyncio.Future[Grant | Reject] = asyncio.get_running_loop().create_future()
+        decided: list[Grant | Reject] = []
+
+        def decide(found: Grant | Reject) -> None:
+            decided.append(found)
+            if not decision.done():
+                decision.set_result(found)
+
+        self.controller.submit(ticket, decide)
+        try:
+            found = await decision
+        except asyncio.CancelledError:
+            if decided and isinstance(decided[0], Grant):
+                self.controller.release(ticket.id)
+            else:
+                self.controller.cancel(ticket.id)
+            raise
+        if isinstance(found, Reject):
+            raise rejection(found)
+        try:
+            yield found
+        finally:
+            self.controller.release(ticket.id, runner_lost=runner_lost)
 
     def taken(self) -> int:
         """Slots in use, of all models."""
@@ -119,7 +146,7 @@ class Stage:
 
     async def use(self, of: ModelFacts = SMALL) -> str:
         """One request that ends at once; the instance that served it."""
-        async with self.lease(of) as grant:
+        async with self.slot(of) as grant:
             return grant.instance
 
     def state(self, of: ModelFacts) -> ResidencyState | None:

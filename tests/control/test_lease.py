@@ -1,4 +1,4 @@
-"""A lease is given back exactly once, whenever and however its request ends."""
+"""A slot is released exactly once, whenever and however its request ends."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.scheduler.builders import model
 
 
 async def _hold(on: Stage, until: asyncio.Event) -> None:
-    async with on.lease():
+    async with on.slot():
         await until.wait()
 
 
 async def test_a_slot_is_held_inside_the_block_and_given_back_after_it() -> None:
     async with stage() as on:
         await on.load()
-        async with on.lease() as grant:
+        async with on.slot() as grant:
             assert (grant.instance, grant.url, on.taken()) == ("gpu0", "http://127.0.0.1/gpu0", 1)
         assert on.taken() == 0
 
@@ -32,7 +32,7 @@ async def test_an_error_inside_the_block_gives_the_slot_back_and_goes_on() -> No
     async with stage() as on:
         await on.load()
         with pytest.raises(InstanceLost, match="gone"):
-            async with on.lease():
+            async with on.slot():
                 raise InstanceLost("gone")
         assert on.taken() == 0
 
@@ -69,7 +69,7 @@ async def test_a_full_queue_is_told_with_when_to_come_again() -> None:
 async def test_a_deadline_ends_the_wait_by_itself() -> None:
     async with stage() as on:
         with pytest.raises(WaitTimeout, match="for model 'small': gpu0"):
-            async with on.lease(ttft_target_seconds=0.02):
+            async with on.slot(ttft_target_seconds=0.02):
                 raise AssertionError("it was granted")
         assert on.controller.waiting() == ()
 
@@ -77,9 +77,8 @@ async def test_a_deadline_ends_the_wait_by_itself() -> None:
 async def test_a_runner_that_died_under_a_request_is_reported_with_the_slot() -> None:
     async with stage() as on:
         await on.load()
-        lease = on.lease()
-        async with lease:
-            lease.report_runner_lost()
+        async with on.slot(runner_lost=True):
+            pass
         await turns()
         assert [unload.reason for unload in on.driver.unloads] == ["its runner died or hangs"]
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 import pytest
@@ -17,9 +17,10 @@ from router.domain.events import Event, GpusRead, ResidencyRead
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.snapshot import Snapshot
-from router.engines.ollama.catalog import Catalog
-from router.engines.ollama.client import OllamaClient, OllamaError
-from router.engines.ollama.model_listing import Store
+from router.engines.base import ModelSource
+from router.engines.ollama.client import OllamaError
+from router.engines.ollama.engine import OllamaEngine
+from router.engines.ollama.instance_plan import InstancePlan
 from router.gpu.poller import GpuPoller
 from tests.scheduler.builders import gpu, snapshot
 from tests.support.scripted_server import Scripted, failing, scripted
@@ -47,6 +48,15 @@ class Reader:
     def close(self) -> None: ...
 
 
+class Engine(OllamaEngine):
+    """Ollama, with a way to tidy up that a test may choose."""
+
+    clear: Clear | None = None
+
+    async def tidy(self) -> bool:
+        return await self.clear() if self.clear is not None else True
+
+
 @dataclass
 class Watch:
     server: Scripted
@@ -60,6 +70,10 @@ class Watch:
         return [event for event in self.posted if isinstance(event, ResidencyRead)]
 
 
+def _no_tuning(name: str) -> NoReturn:
+    raise AssertionError(f"no instance is started here: {name}")
+
+
 @asynccontextmanager
 async def watch(
     gpus: float = NEVER, models: float = NEVER, store: float = NEVER, clear: Clear | None = None
@@ -67,15 +81,18 @@ async def watch(
     answers = {"/api/tags": {"models": [{"name": "tiny:latest", "digest": "d1"}]},
                "/api/show": {"modelfile": f"FROM /m/sha256-{BLOB}"}, "/api/ps": {"models": []}}  # fmt: skip
     async with aiohttp.ClientSession() as session, scripted(answers) as server:
-        client, reader = OllamaClient(session, server.url), Reader()
-        poller, catalog = GpuPoller(reader), Catalog(lambda: [Store(None, client)], lambda: 0.0)
+        reader = Reader()
+        poller = GpuPoller(reader)
         spec = InstanceSpec(InstanceName("gpu0"), (), server.url)
         held: Watch
         posted: list[Event] = []
+        plan = InstancePlan("", _no_tuning)
+        engine = Engine((), plan, session, lambda: held.facts, lambda: 0.0, asyncio.Lock())
+        engine.clear = clear
+        engines: dict[str, ModelSource] = {engine.kind: engine}
         state_poller = StatePoller(
-            poller, catalog, lambda _: client, lambda: held.facts, posted.append,
-            lambda: held.now, PollIntervals(gpus, models, store), (), clear,
-        )  # fmt: skip
+            poller, engines, lambda: held.facts, posted.append, lambda: held.now, PollIntervals(gpus, models, store)
+        )
         held = Watch(
             server, reader, state_poller, snapshot([], [InstanceView(spec, InstanceState.READY)]), posted=posted
         )
@@ -86,7 +103,7 @@ async def watch(
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
-            await catalog.close()
+            await engine.close()
             await poller.close()
 
 

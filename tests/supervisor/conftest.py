@@ -20,6 +20,8 @@ import pytest
 from router.domain.events import InstanceChanged
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
+from router.engines.ollama.rules import KIND
+from router.engines.ollama.server import OllamaServer
 from router.supervisor.orphan_reaper import run_id
 from router.supervisor.ports import free_ports
 from router.supervisor.process import inheritable_environment
@@ -193,11 +195,13 @@ def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
         **fields: Any,
     ) -> AsyncGenerator[Fleet]:
         defaults: dict[str, Any] = {"command": FAKE_SERVER, "stop_timeout_seconds": 5.0, "start_timeout_seconds": 60.0}
+        options = {**defaults, **fields}
+        server = OllamaServer(options.pop("command"))
         config = SupervisorConfig(
             state_directory=str(tmp_path / "state"),
             run_id=run_id(),
             environment={**marked.environment, **(environment or {})},
-            **{**defaults, **fields},
+            **options,
         )
         changes: list[InstanceChanged] = []
         clock = ManualClock()
@@ -207,7 +211,7 @@ def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
             if also is not None:
                 also(change)
 
-        supervisor = Supervisor(config, on_change, clock)
+        supervisor = Supervisor(config, {KIND: server}, on_change, clock)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(supervisor.run())
             try:

@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 
 from router.domain.events import LoadedModel
+from router.engines.base import EngineError
 
 UNREACHABLE = 502
 """Status of an error that no server sent: no connection, or one that broke."""
@@ -27,13 +28,8 @@ _FOR_EVER = -1
 _T = TypeVar("_T")
 
 
-class OllamaError(Exception):
-    """A call that did not succeed. `status` is the server's, or UNREACHABLE or TIMED_OUT; `message` its own words."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"{status}: {message}")
-        self.status = status
-        self.message = message
+class OllamaError(EngineError):
+    """A call that did not succeed. `status` is the server's, or UNREACHABLE or TIMED_OUT; `message` is its text."""
 
 
 class TagRow(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Carries the engine's loads and unloads out on the servers, and tells what came of them.
+"""Carries loads and unloads out on the servers, and tells what came of them.
 
 A load is asked for with all layers on the GPUs, so that it comes out whole where it was planned or fails visibly; what
 the server then lists is the proof. An unload is done when the server no longer lists the model. It plans nothing and
@@ -22,6 +22,7 @@ from router.domain.instance import InstanceName, InstanceState
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.client import TIMED_OUT, UNREACHABLE, OllamaClient, OllamaError
+from router.engines.ollama.rules import KIND
 from router.engines.ollama.runner_options import sets_num_gpu
 
 ClientFor = Callable[[str], OllamaClient]
@@ -45,7 +46,7 @@ class Names(Protocol):
 
 
 class OllamaDriver:
-    """Satisfies the engine's `InstanceDriver`."""
+    """Satisfies `Loader` (`engines/base.py`)."""
 
     def __init__(
         self,
@@ -102,7 +103,8 @@ class OllamaDriver:
             OllamaError: the server could not be asked, or did not do it.
         """
         facts = self._snapshot()
-        ready = (v for v in facts.instances.values() if v.state is InstanceState.READY and not v.spec.attached)
+        ours = (v for v in facts.instances.values() if v.spec.engine == KIND and not v.spec.attached)
+        ready = (v for v in ours if v.state is InstanceState.READY)
         view = next(ready, None)
         if view is None or self._writing.locked():
             return False

@@ -1,43 +1,41 @@
-"""Asks a server for its version, the cheapest sign of life. Opens a connection of its own each time.
+"""Asks a server for its version, the cheapest health check. Opens a new connection each time.
 
 A pooled connection would not show that a server no longer accepts any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 
-Probe = Callable[[str, float], Awaitable[str]]
-"""URL of a server, deadline in seconds -> its version. Raises ProbeFailed."""
+from router.engines.base import ProbeFailed
 
 
-class ProbeFailed(Exception):
-    """No version came; the text says why."""
+async def probe_version(url: str, timeout_seconds: float) -> str:
+    """The version of the server at `url` (no path).
+
+    Raises:
+        ProbeFailed: no version came within the timeout.
+    """
+    timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+    connector = aiohttp.TCPConnector(force_close=True, limit=1)
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.get(f"{url}/api/version", allow_redirects=False) as reply,
+        ):
+            if reply.status != 200:
+                raise ProbeFailed(f"{url}/api/version answers {reply.status}")
+            return _version(await reply.json(content_type=None))
+    except TimeoutError as error:
+        raise ProbeFailed(f"{url}/api/version does not answer within {timeout_seconds:g} s") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise ProbeFailed(f"{url}/api/version: {error}") from error
 
 
-def version_probe(session: aiohttp.ClientSession) -> Probe:
-    """A probe over the session, which should not keep connections (`TCPConnector(force_close=True)`)."""
-
-    async def probe(url: str, timeout_seconds: float) -> str:
-        try:
-            timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-            async with session.get(f"{url}/api/version", timeout=timeout, allow_redirects=False) as answer:
-                if answer.status != 200:
-                    raise ProbeFailed(f"{url}/api/version answers {answer.status}")
-                return _version(await answer.json(content_type=None))
-        except TimeoutError as error:
-            raise ProbeFailed(f"{url}/api/version does not answer within {timeout_seconds:g} s") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ProbeFailed(f"{url}/api/version: {error}") from error
-
-    return probe
-
-
-def _version(answer: Any) -> str:
-    version = answer.get("version") if isinstance(answer, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] (JSON)
+def _version(reply: Any) -> str:
+    version = reply.get("version") if isinstance(reply, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] (JSON)
     if not isinstance(version, str):
-        raise ProbeFailed(f"this is no Ollama: /api/version answers {str(answer)[:100]!r}")  # pyright: ignore[reportUnknownArgumentType] (JSON)
+        raise ProbeFailed(f"this is no Ollama: /api/version answers {str(reply)[:100]!r}")  # pyright: ignore[reportUnknownArgumentType] (JSON)
     return version

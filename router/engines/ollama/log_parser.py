@@ -1,7 +1,6 @@
-"""Which GPUs a server says that it computes on, read from its `inference compute` log lines. Pure text work.
+"""Reads the GPUs that a server reports in its `inference compute` log lines. Pure text work.
 
-A server that was given a GPU it cannot see falls back to the CPU without a word of complaint; these lines are the
-only place where that shows before the first model is loaded.
+A server that cannot see its GPU falls back to the CPU silently; before the first load these lines are the only sign.
 """
 
 from __future__ import annotations
@@ -61,3 +60,35 @@ def gpus_problem(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice])
         return None
     seen = ", ".join(f"{device.id} ({device.library})" for device in reported) or "no device yet"
     return f"does not see its GPUs {', '.join(missing)}: it reports {seen}"
+
+
+class ComputeReport:
+    """The devices that one run of a server has reported. Satisfies `GpuReport`; the protocol documents the methods."""
+
+    def __init__(self, expected: Sequence[GpuUuid]) -> None:
+        self._expected = expected
+        self._devices: list[ComputeDevice] = []
+
+    def read_line(self, line: str) -> bool:
+        device = parse_compute_line(line)
+        if device is None:
+            return False
+        self._devices.append(device)
+        return True
+
+    @property
+    def problem(self) -> str | None:
+        return gpus_problem(self._expected, self._devices)
+
+    @property
+    def is_final(self) -> bool:
+        """True once the server reported the CPU, which it does only without a usable GPU."""
+        return any(device.is_cpu for device in self._devices)
+
+    @property
+    def has_devices(self) -> bool:
+        return bool(self._devices)
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        return tuple(f"{device.id} ({device.library})" for device in unexpected_devices(self._expected, self._devices))
