@@ -53,6 +53,7 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Engines, Snapshot
+from router.domain.snapshot_index import promised
 from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import grant
 from router.scheduler.balancing.replica_scorer import suits
@@ -227,12 +228,12 @@ class Dispatcher:
     # --- the queue -----------------------------------------------------------------------------------------
 
     def _pump(self, now: float, may_retry: bool) -> list[Action]:
-        self._fleet.wanted = self._queue.wanted()
+        self._fleet.set_wanted(self._queue.wanted())
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
         actions = reservations.advance(self._fleet, now)
-        self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
+        self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
         actions += self._serve_groups(self._queue.groups(), now)
         if may_retry:
             actions += self._keep(now)
@@ -261,7 +262,7 @@ class Dispatcher:
         version = self._fleet.version
         actions: list[Action] = []
         if keys:
-            self._fleet.wanted = self._queue.wanted()
+            self._fleet.set_wanted(self._queue.wanted())
             actions += self._serve_groups(keys, now)
             self._retry_gate.attempted(filter(self._queue.has_group, keys), self._fleet.version)
         if version != self._fleet.version:
@@ -328,13 +329,13 @@ class Dispatcher:
             case Placed():
                 self._explain(tickets, decision.reason)
                 if len(decision.per_gpu_bytes) > 1:
-                    self._fleet.large_blobs.add(key.blob)
+                    self._fleet.mark_large(key.blob)
                 own = self._fleet.residencies.get((decision.instance, key.blob))
                 if own is not None and own.in_flight and own.state is ResidencyState.READY:
                     self._replacing[key] = own
                 actions = reservations.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
                 actions += self._move(decision.evict, now)
-                self._fleet.draining = self._fleet.snapshot(now).promised() | self._being_replaced()
+                self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
                 return actions
             case MustWait():
                 self._explain(tickets, decision.reason)

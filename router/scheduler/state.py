@@ -79,7 +79,11 @@ class ReplicaUse:
 
 @dataclass(slots=True)
 class FleetState:
-    """Mutable, single owner. `version` grows with every change that could let a waiting ticket go on."""
+    """Mutable, single owner. `version` grows with every change that could let a waiting ticket be served.
+
+    Whatever changes something that a snapshot shows either raises `version` after the change or goes through a method
+    here, which drops the cached snapshot.
+    """
 
     policy: Policy
     engines: Engines
@@ -123,6 +127,10 @@ class FleetState:
     wake: tuple[float | None] | None = None
     """When time alone changes something next, if ever; None while that has to be worked out."""
     version: int = 0
+    _cached: Snapshot | None = None
+    """The last snapshot, while nothing that it shows has changed."""
+    _cached_version: int = -1
+    """`version` when it was built."""
 
     @property
     def residencies(self) -> dict[ResidencyKey, Residency]:
@@ -141,6 +149,7 @@ class FleetState:
 
     def use_of(self, key: ResidencyKey) -> ReplicaUse:
         """How the copy is used, to be changed."""
+        self._cached = None
         use = self.uses.get(key)
         if use is None:
             replica = self.replicas[key]
@@ -150,6 +159,15 @@ class FleetState:
         return use
 
     def snapshot(self, now: float) -> Snapshot:
+        """The state as of `now`: the last snapshot where neither time nor state has changed since."""
+        cached = self._cached
+        if cached is None or cached.now != now or self._cached_version != self.version:
+            cached = self._cached = self.build_snapshot(now)
+            self._cached_version = self.version
+        return cached
+
+    def build_snapshot(self, now: float) -> Snapshot:
+        """A new snapshot, whatever was built before."""
         return Snapshot(
             now=now,
             policy=self.policy,
@@ -176,12 +194,62 @@ class FleetState:
 
     def read(self, gpus: tuple[Gpu, ...], read_at: float) -> None:
         """The GPUs as they are now."""
+        self._cached = None
         before, self.gpus = self.gpus, {gpu.uuid: gpu for gpu in gpus}
         self.gpus_read_at = read_at
         if before.keys() != self.gpus.keys() or any(
             _memory(before[uuid]) != _memory(self.gpus[uuid]) for uuid in before
         ):
             self.version += 1
+
+    # --- changes that do not raise `version` themselves ----------------------------------------------------
+
+    def put_instance(self, view: InstanceView) -> None:
+        self._cached = None
+        self.instances[view.spec.name] = view
+
+    def put_residency(self, residency: Residency) -> None:
+        self._cached = None
+        self.residencies[residency.instance, residency.blob] = residency
+
+    def put_reservation(self, reservation: Reservation) -> None:
+        self._cached = None
+        self.reservations[reservation.load_id] = reservation
+
+    def drop_reservation(self, load_id: LoadId) -> None:
+        self._cached = None
+        self.reservations.pop(load_id, None)
+
+    def set_wanted(self, wanted: dict[BlobDigest, int]) -> None:
+        """Which models tickets wait for, and how many."""
+        if wanted != self.wanted:
+            self._cached = None
+            self.wanted = wanted
+
+    def set_draining(self, draining: frozenset[ResidencyKey]) -> None:
+        """Which replicas take no new request."""
+        if draining != self.draining:
+            self._cached = None
+            self.draining = draining
+
+    def memory_changed(self, now: float) -> None:
+        """A load or unload ended, or a server did: the last reading of the GPUs may not show it yet."""
+        self._cached = None
+        self.changed_at = now
+
+    def remember_failure(self, failure: Failure) -> None:
+        self._cached = None
+        self.failures.append(failure)
+
+    def start_failed(self, gpus: frozenset[GpuUuid], now: float) -> None:
+        """An instance over these GPUs could not be started."""
+        self._cached = None
+        self.troubled_at[gpus] = now
+
+    def mark_large(self, blob: BlobDigest) -> None:
+        """The model was placed on several GPUs."""
+        self._cached = None
+        self.large_blobs.add(blob)
 
     # --- residencies ---------------------------------------------------------------------------------------
 
@@ -274,12 +342,15 @@ class FleetState:
     def forget_failures(self, now: float) -> None:
         horizon = now - self.policy.constants.failure_memory_seconds
         if self.failures:
+            self._cached = None
             self.failures = [f for f in self.failures if f.at > horizon]
         if self.troubled_at:
+            self._cached = None
             self.troubled_at = {gpus: at for gpus, at in self.troubled_at.items() if at > horizon}
 
     def record_request(self, ticket: Ticket, now: float) -> None:
         """Counts a request for its model."""
+        self._cached = None
         blob = ticket.model.blob
         self.models[blob] = ticket.model
         self.dismissed.discard(blob)
@@ -293,12 +364,14 @@ class FleetState:
 
     def sent(self, weights_bytes: int, now: float) -> None:
         """A load of so many bytes was sent."""
+        self._cached = None
         self.sent_bytes = demand.record_request(
             self.sent_bytes, now, self.policy.constants.swap_window_seconds, float(weights_bytes)
         )
 
     def loaded(self, weights_bytes: int, seconds: float) -> None:
         """A load of so many bytes took so long: the mean rate follows, of bytes and not of loads."""
+        self._cached = None
         reading = max(0.1, seconds - self.policy.constants.load_fixed_seconds / 2)
         size, took = self._load_means or (_PRIOR_BYTES, _PRIOR_BYTES / self.policy.constants.load_bytes_per_second)
         size, took = size + _NEW_SHARE * (weights_bytes - size), took + _NEW_SHARE * (reading - took)
@@ -346,6 +419,7 @@ class FleetState:
         self.counters.released(lease.client, event.output_tokens)
         blob = lease.key[1]
         if blob in self.demand:
+            self._cached = None
             self.demand[blob] = demand.served(self.demand[blob], now - lease.granted_at)
         if lease.turn is not None:
             lease.turn.tokens += event.output_tokens

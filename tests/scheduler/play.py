@@ -45,7 +45,16 @@ from router.domain.policy import Policy
 from router.domain.request import Layout, RunnerOptions, Ticket, TicketId
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import (
+    gpu_index,
+    instances_over,
+    promised,
+    replicas_of,
+    residencies_of,
+    residencies_on,
+)
 from router.scheduler.dispatcher import Dispatcher
+from router.scheduler.placement.cost import eviction_price
 from router.scheduler.queue.retry_gate import RetryGate
 from router.scheduler.queue.wait_estimate import WaitEstimate
 from router.scheduler.queue.wait_queue import WaitQueue
@@ -54,6 +63,26 @@ from tests.scheduler.builders import BY_WEIGHT, by_weight, gpu_id, instance, mod
 from tests.scheduler.builders import ticket as ticket_of
 
 GPU_BYTES = 24
+
+
+class CheckedFleet(FleetState):
+    """Compares each snapshot that it gives, which may be an earlier one, with a new one."""
+
+    def snapshot(self, now: float) -> Snapshot:
+        found, fresh = super().snapshot(now), self.build_snapshot(now)
+        assert found == fresh
+        assert promised(found) == promised(fresh)
+        for uuid in self.gpus:
+            assert gpu_index(found, uuid) == gpu_index(fresh, uuid)
+            assert residencies_on(found, uuid) == residencies_on(fresh, uuid)
+        for residency in fresh.residencies.values():
+            assert replicas_of(found, residency.blob) == replicas_of(fresh, residency.blob)
+            assert eviction_price(found, residency) == eviction_price(fresh, residency)
+        for view in fresh.instances.values():
+            gpus = frozenset(view.spec.gpus)
+            assert instances_over(found, gpus) == instances_over(fresh, gpus)
+            assert residencies_of(found, view.spec.name) == residencies_of(fresh, view.spec.name)
+        return found
 
 
 def sized(name: str, size: int, **changes: Any) -> ModelFacts:
@@ -103,6 +132,8 @@ class Play:
 
     def __post_init__(self) -> None:
         self._twins = (Dispatcher(self.policy, BY_WEIGHT), Dispatcher(self.policy, BY_WEIGHT, Restless()))
+        for twin in self._twins:
+            twin._fleet = CheckedFleet(self.policy, BY_WEIGHT, footprints=twin._fleet.footprints)
         self.external = {gpu_id(number): 0 for number in range(self.gpus)}
         single = [instance(f"gpu{number}", number, slots=self.slots) for number in range(self.gpus)]
         several = [instance("spread", *range(self.gpus), slots=self.slots)] if self.gpus > 1 else []

@@ -42,7 +42,7 @@ def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
 def _stop(fleet: FleetState, view: InstanceView, reason: str) -> StopInstance:
     """From now on nothing is placed there, and it is not stopped twice."""
     name = view.spec.name
-    fleet.instances[name] = replace(view, state=InstanceState.STOPPING)
+    fleet.put_instance(replace(view, state=InstanceState.STOPPING))
     fleet.version += 1
     return StopInstance(name, reason)
 

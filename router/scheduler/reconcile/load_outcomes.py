@@ -45,15 +45,15 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     siblings = [view for view in fleet.instances.values() if view.spec.engine == event.spec.engine]
     if version is not None and not any(view.version for view in siblings):
         reservations.drop_all(fleet)  # sizes and splits were guessed without the server's version
-    fleet.instances[name] = InstanceView(event.spec, event.state, version, event.reason)
+    fleet.put_instance(InstanceView(event.spec, event.state, version, event.reason))
     if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
-        fleet.troubled_at[frozenset(event.spec.gpus)] = now
+        fleet.start_failed(frozenset(event.spec.gpus), now)
     if event.state in (InstanceState.READY, InstanceState.DRAINING):
         return
     if event.spec.on_demand and event.state is InstanceState.STARTING:
         return  # a plan waits for an instance that was started for it
     if any(key[0] == name for key in fleet.replicas):
-        fleet.changed_at = now  # the last reading of the GPUs still shows what it held
+        fleet.memory_changed(now)  # the last reading of the GPUs still shows what it held
     fleet.forget_instance(name)
 
 
@@ -62,7 +62,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
     if residency is None:
         return []
     key = (residency.instance, residency.blob)
-    fleet.changed_at = now
+    fleet.memory_changed(now)
     sent_at = fleet.reservations[event.load_id].sent_at
     fleet.loaded(residency.model.weights_bytes, now - (now if sent_at is None else sent_at))
     rules.finish_reservation(fleet, event.load_id, now)
@@ -86,7 +86,7 @@ def _load_failed(fleet: FleetState, event: LoadFailed, now: float) -> None:
     if residency is None:
         return
     key = (residency.instance, residency.blob)
-    fleet.changed_at = now
+    fleet.memory_changed(now)
     _remember_failure(fleet, key, event.status, event.message, now, is_lost=event.is_lost)
     fleet.forget(key)
 
@@ -95,7 +95,7 @@ def _remember_failure(
     fleet: FleetState, key: ResidencyKey, status: int, message: str, now: float, *, is_lost: bool = False
 ) -> None:
     options = fleet.residencies[key].options
-    fleet.failures.append(Failure(key[0], key[1], options, status, message, now, is_lost))
+    fleet.remember_failure(Failure(key[0], key[1], options, status, message, now, is_lost))
 
 
 def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> None:
@@ -103,7 +103,7 @@ def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> No
     residency = fleet.residencies.get(key)
     if residency is None or residency.state is not ResidencyState.UNLOADING:
         return
-    fleet.changed_at = now
+    fleet.memory_changed(now)
     if event.error is not None:
         # It stays out of use, which a model that spilled has to, and is tried again without haste.
         fleet.update(key, expires_at=now + fleet.policy.constants.room_timeout_seconds)

@@ -25,7 +25,7 @@ def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId,
     actions: list[Action] = []
     if placed.start is not None:
         spec = placed.start
-        fleet.instances[spec.name] = InstanceView(spec, InstanceState.STARTING)
+        fleet.put_instance(InstanceView(spec, InstanceState.STARTING))
         actions.append(StartInstance(spec, placed.reason))
     own = (placed.instance, model.blob)
     if own in placed.evict:
@@ -33,10 +33,9 @@ def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId,
         unloads = [key for key in placed.evict if fleet.residencies[key].is_idle]
         return [*actions, *(rules.unload(fleet, key, f"makes room for {model.name}") for key in unloads)]
     spec = fleet.instances[placed.instance].spec
-    fleet.reservations[load_id] = Reservation(
-        load_id, placed.instance, model.blob, placed.per_gpu_bytes, now, evict=placed.evict
-    )
-    fleet.residencies[own] = rules.planned(fleet, model, placed, spec, load_id, now)
+    needed = placed.per_gpu_bytes
+    fleet.put_reservation(Reservation(load_id, placed.instance, model.blob, needed, now, evict=placed.evict))
+    fleet.put_residency(rules.planned(fleet, model, placed, spec, load_id, now))
     fleet.version += 1
     return actions
 
@@ -49,7 +48,7 @@ def advance(fleet: FleetState, now: float) -> list[Action]:
             continue
         residency = fleet.residencies.get((reservation.instance, reservation.blob))
         if residency is None or residency.load_id != reservation.load_id:
-            del fleet.reservations[reservation.load_id]
+            fleet.drop_reservation(reservation.load_id)
             fleet.version += 1
             continue
         actions += _advance(fleet, reservation, residency, now)
@@ -67,7 +66,7 @@ def _advance(fleet: FleetState, reservation: Reservation, residency: Residency, 
         return actions
     if reservation.cleared_at is None:
         reservation = replace(reservation, cleared_at=now)
-        fleet.reservations[reservation.load_id] = reservation
+        fleet.put_reservation(reservation)
     if not staying and rules.has_room(fleet.snapshot(now), reservation) and _may_send(fleet):
         actions.append(rules.send(fleet, residency, reservation, now))
     elif now - (reservation.cleared_at or now) >= fleet.policy.constants.room_timeout_seconds and not _is_coming(

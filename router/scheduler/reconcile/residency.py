@@ -60,7 +60,7 @@ def has_room(snapshot: Snapshot, reservation: Reservation) -> bool:
 def send(fleet: FleetState, residency: Residency, reservation: Reservation, now: float) -> Load:
     """Moves PLANNED to LOADING and returns the load to send."""
     key = (residency.instance, residency.blob)
-    fleet.reservations[reservation.load_id] = replace(reservation, sent_at=now)
+    fleet.put_reservation(replace(reservation, sent_at=now))
     fleet.sent(residency.model.weights_bytes, now)
     spec = fleet.instances[residency.instance].spec
     engine = fleet.engines[spec.engine]
@@ -87,9 +87,9 @@ def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
     reservation = fleet.reservations.get(load_id)
     if reservation is not None:
         if reservation.per_gpu_bytes:
-            fleet.reservations[load_id] = replace(reservation, finished_at=now)
+            fleet.put_reservation(replace(reservation, finished_at=now))
         else:
-            del fleet.reservations[load_id]
+            fleet.drop_reservation(load_id)
 
 
 def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
@@ -160,7 +160,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
     options = _options_of(engine, row, model, view.spec)
     context = engine.context_length(options, model, view.spec)
     fleet.version += 1
-    fleet.residencies[(view.spec.name, model.blob)] = Residency(
+    residency = Residency(
         instance=view.spec.name,
         blob=model.blob,
         name=row.name,
@@ -179,6 +179,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
         reason=f"found loaded on {view.spec.name}",
         model=model,
     )
+    fleet.put_residency(residency)
 
 
 def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
