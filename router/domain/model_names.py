@@ -76,7 +76,7 @@ def _parse(text: str) -> Name:
 
 
 _parse_short = lru_cache(maxsize=4096)(_parse)
-"""The same names come again and again; long ones are not worth remembering."""
+"""The same names recur; long ones are not worth remembering."""
 
 
 def canonical(text: str) -> str:
@@ -85,7 +85,13 @@ def canonical(text: str) -> str:
     Raises:
         ValueError: Ollama would answer `invalid model name`.
     """
-    return parse_name(text).full
+    return _canonical_short(text) if len(text) <= _SHORT else _parse(text).full
+
+
+@lru_cache(maxsize=4096)
+def _canonical_short(text: str) -> str:
+    """Remembered whole, because a warm request looks its model up by this."""
+    return _parse(text).full
 
 
 def shortest(text: str) -> str:
