@@ -14,15 +14,6 @@ A digest belongs to one engine: an engine that serves the same file as another p
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFacts:
-    """Name, ggml type and shape of one tensor, from `/api/show`."""
-
-    name: str
-    ggml_type: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What decides a model's size and behaviour; read from `/api/tags` and `/api/show`."""
 

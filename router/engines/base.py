@@ -125,12 +125,12 @@ class ModelSource(Protocol):
 class EndpointRules(Protocol):
     """Which paths a server has."""
 
-    def serves(self, view: InstanceView, path: str) -> bool | None:
+    def known(self, view: InstanceView, path: str) -> bool | None:
         """Returns whether the server has the path; None where it has not been asked yet."""
         ...
 
-    async def ask_serves(self, view: InstanceView, path: str) -> bool:
-        """Asks the server whether it has the path.
+    async def has(self, view: InstanceView, path: str) -> bool:
+        """Asks the server whether it has the path, unless the answer is known.
 
         Raises:
             InstanceLost: it cannot be asked.
@@ -138,8 +138,11 @@ class EndpointRules(Protocol):
         ...
 
 
-class Engine(SchedulingRules, ServerRules, Loader, ModelSource, EndpointRules, Protocol):
+class Engine(SchedulingRules, ServerRules, Loader, ModelSource, Protocol):
     """Everything that the router asks of one engine."""
+
+    @property
+    def endpoint_support(self) -> EndpointRules: ...
 
     def on_demand_instance(self, spec: InstanceSpec, port: int) -> InstanceSpec:
         """Returns the instance that the dispatcher asked for, with its address and its whole environment."""

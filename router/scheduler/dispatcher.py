@@ -1,26 +1,27 @@
-"""The state machine that ties the deciding functions together: `handle(event, now) -> actions`.
+"""The scheduler's state machine: `handle(event, now) -> actions`.
 
 Theory of operation
 -------------------
-State changes in two steps. First the event is *applied*: facts are replaced (a reading of the GPUs, an instance's
-state, a load's end), a ticket joins the queue or a slot comes back. Then the queue is *pumped*:
+Each event changes the state in two steps. First it is *applied*: facts are replaced (a GPU reading, an instance's
+state, a finished load), a ticket joins the queue, or a slot becomes free. Then the queue is *pumped*:
 
-1. Plans under way go on (`core/reservations.py`): what has to leave and is idle is unloaded, loads whose room is there
-are
-   sent.
-2. For each group of waiting tickets (one weights blob that one copy could serve), tickets are granted while a loaded
-   copy has a free slot, the fairest next (`scheduler/queue/fair_share.py`) on the best copy
-   (`scheduler/balancing/replica_scorer.py`). 3. For tickets that no copy serves, loaded or on its way, a place is
-   chosen (`scheduler/placement/placement.py`) and a plan begins. For
-   tickets that have a copy but would wait longer for a slot than a load takes, a further copy may be planned.
-4. Models that shall be warm are planned again where they are missing; instances that were started on demand and have
-   been empty for long are stopped.
+1. Plans advance (`reconcile/reservations.py`): idle models that have to leave are unloaded, and loads whose room is
+   free are sent.
+2. Waiting tickets are handled in groups that one replica could serve. While a loaded replica has a free slot, the
+   fairest ticket (`queue/fair_share.py`) is granted on the best replica (`balancing/replica_scorer.py`).
+3. For tickets that no loaded or coming replica serves, a place is chosen (`placement/placement.py`) and a plan begins.
+   For tickets that would wait longer for a slot than a load takes, a further replica may be planned.
+4. Models to be kept warm are planned where they are missing. Instances that were started on demand and have been empty
+   for `instance_idle_seconds` are stopped.
 
-A reservation is dropped only when a reading of the GPUs newer than the end of the load shows the memory as used, and
-an unloaded model is forgotten only when a newer reading shows it gone: no byte is counted twice or not at all.
-Whatever a server lists that the router did not load is adopted, and what it no longer lists is forgotten.
+A reservation is dropped only when a GPU reading newer than the end of the load shows the memory as used, and an
+unloaded model is forgotten only when a newer reading shows it gone: no byte is counted twice or missed. Models that a
+server lists and the router did not load are adopted; models that it no longer lists are forgotten.
 
-Each ticket ends in exactly one of Grant, Reject or `Cancelled`. No clock, no randomness: same events, same actions.
+The rules of an engine (sizes, options, slots) come from `Snapshot.engines`; the scheduler knows no engine by name.
+
+Each ticket ends in exactly one of Grant, Reject or `Cancelled`. No clock and no randomness: the same events give the
+same actions.
 """
 
 from __future__ import annotations
@@ -71,12 +72,11 @@ from router.scheduler.state import FleetState
 
 
 class Dispatcher:
-    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls.
-
-    `looks`: with others that are never calm the whole queue is gone through at each event; the same is decided.
-    """
+    """Owns the fleet's state. Not thread-safe and not reentrant: one caller, synchronous calls."""
 
     def __init__(self, policy: Policy, engines: Engines, attempts: RetryGate | None = None) -> None:
+        """`engines`: the rules of the engines in use, by kind. `attempts`: says which groups are tried again; with one
+        that is never quiescent the whole queue is tried at each event, and the same is decided."""
         self._policy = policy
         self._fleet = FleetState(policy, engines)
         self._estimate = FootprintPredictor(policy, self._fleet.footprints)
@@ -86,7 +86,7 @@ class Dispatcher:
         self._reasons: dict[TicketId, str] = {}
         self._retry_gate = attempts or RetryGate()
         self._replacing: dict[GroupKey, Residency] = {}
-        """Copies that have to end their work, because the same weights are wanted there with other options."""
+        """Busy replicas to be replaced by one of the same weights with other options."""
         self._wake_hint = float("inf")
 
     # --- what others may read ------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Dispatcher:
         return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue)
 
     def wait_estimates(self, now: float) -> dict[TicketId, WaitEstimate]:
-        """Where each waiting ticket stands, in the order in which groups, and tickets within them, are served."""
+        """The wait estimate of each ticket, in the order in which groups, and tickets within them, are served."""
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
         lines = [QueueLine(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
         return wait_estimates(self._fleet.snapshot(now), lines, self._reasons)
@@ -240,7 +240,7 @@ class Dispatcher:
         return actions + reservations.advance(self._fleet, now)
 
     def _serve_groups(self, keys: Iterable[GroupKey], now: float) -> list[Action]:
-        """Each of these groups in its turn, from one snapshot and what it was found to mean until anything changes."""
+        """Grants or places each of these groups in turn, from one snapshot until something changes."""
         actions: list[Action] = []
         facts: Snapshot | None = None
         for key in keys:
@@ -257,7 +257,7 @@ class Dispatcher:
         return actions
 
     def _serve_those(self, blobs: Collection[BlobDigest], now: float) -> list[Action]:
-        """What `_expire` and `_pump` come to while the queue is calm."""
+        """Does what `_expire` and `_pump` would do while the queue is quiescent, for tickets of these weights only."""
         keys = self._queue.groups(blobs)
         version = self._fleet.version
         actions: list[Action] = []
@@ -276,7 +276,7 @@ class Dispatcher:
         return actions
 
     def _being_replaced(self) -> frozenset[ResidencyKey]:
-        """Busy copies whose place the same weights shall take with other options, while somebody waits for that."""
+        """Busy replicas that a waiting ticket replaces by one of the same weights with other options."""
         queue, fleet = self._queue, self._fleet
         self._replacing = {
             k: replica for k, replica in self._replacing.items() if queue.has_group(k) and fleet.has_still(replica)
@@ -302,7 +302,7 @@ class Dispatcher:
         return actions
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
-        """Starts what brings the group's model in; where a copy is there or on its way, perhaps a further one."""
+        """Plans a load of the group's model; where a replica is loaded or coming, perhaps a further one."""
         waiting, there = self._queue.group(key), coming(snapshot, key.blob)
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
@@ -347,7 +347,7 @@ class Dispatcher:
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
 
     def _move(self, leaving: Iterable[ResidencyKey], now: float) -> list[Action]:
-        """Copies on other GPUs, where there is room, of models that a plan drives out while they are asked for."""
+        """Plans replicas on other GPUs with free room for models that a plan evicts although they are in demand."""
         actions: list[Action] = []
         for key in leaving:
             placed = migration.elsewhere(self._fleet.snapshot(now), self._estimate, key)
@@ -367,7 +367,7 @@ class Dispatcher:
         return actions
 
     def _keep(self, now: float) -> list[Action]:
-        """What stands whether or not anybody waits: warm models, and instances that are no longer needed."""
+        """Housekeeping that no ticket waits for: warm models, and instances that are no longer needed."""
         if self._closing:
             return []
         self._retry_gate.forget_others(self._queue)

@@ -1,11 +1,10 @@
-"""What the dispatcher remembers: GPUs, instances, residencies, reservations, leases, demand, failures.
+"""The scheduler's state: GPUs, instances, residencies, reservations, held slots, demand, failures.
 
-Frozen values in dictionaries, replaced whole. Only the dispatcher changes them; deciding functions get a `Snapshot`
-of read-only views.
+Frozen values in dictionaries, replaced whole. Only the dispatcher changes them; deciding functions get a `Snapshot` of
+read-only views.
 
-What every request changes, the use of a copy's slots, is noted beside (`Use`) and written into the residencies when
-they are next looked at: a frozen value of twenty fields for each request and each answer would be the dearest thing
-that a request does. Nobody outside sees the difference.
+What every request changes, the use of a replica's slots, is kept apart (`ReplicaUse`) and written into the residencies
+when they are next read: replacing a frozen value of twenty fields twice per request would be its largest cost.
 """
 
 from __future__ import annotations

@@ -62,6 +62,16 @@ class SilentReport:
         return False
 
 
+class V1Only:
+    """Of servers that have the OpenAI API only."""
+
+    def known(self, view: InstanceView, path: str) -> bool | None:
+        return view.spec.engine == ECHO and path.startswith("/v1/")
+
+    async def has(self, view: InstanceView, path: str) -> bool:
+        return self.known(view, path) is True
+
+
 @dataclass
 class EchoEngine:
     """Fixed bytes on each GPU, a fixed number of slots, no options; loads and unloads end at once."""
@@ -178,13 +188,9 @@ class EchoEngine:
     async def tidy(self) -> bool:
         return True
 
-    # --- paths
-
-    def serves(self, view: InstanceView, path: str) -> bool | None:
-        return path.startswith("/v1/")
-
-    async def ask_serves(self, view: InstanceView, path: str) -> bool:
-        return path.startswith("/v1/")
+    @property
+    def endpoint_support(self) -> V1Only:
+        return V1Only()
 
 
 class OllamaAtOnce(ByWeight):

@@ -14,7 +14,7 @@ import aiohttp
 
 from router.domain.actions import Load, Unload
 from router.domain.events import LoadedModel, LoadFailed, LoadFinished, UnloadFinished
-from router.domain.instance import InstanceSpec, InstanceView
+from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.catalog import Catalog
@@ -46,7 +46,7 @@ class OllamaEngine(OllamaRules, OllamaServer):
         self._snapshot = snapshot
         self._clients: dict[str, OllamaClient] = {}
         self.catalog = Catalog(self._stores, clock)
-        self.endpoint_support = EndpointSupport(session)
+        self._endpoint_support = EndpointSupport(session)
         self._driver = OllamaDriver(self.client_for, self.catalog, snapshot, writing)
 
     def client_for(self, url: str) -> OllamaClient:
@@ -59,6 +59,10 @@ class OllamaEngine(OllamaRules, OllamaServer):
     def _stores(self) -> list[Store]:
         views = self._snapshot().instances.values()
         return stores_of((view for view in views if view.spec.engine == self.kind), self.client_for)
+
+    @property
+    def endpoint_support(self) -> EndpointSupport:
+        return self._endpoint_support
 
     async def close(self) -> None:
         await self.catalog.close()
@@ -95,11 +99,3 @@ class OllamaEngine(OllamaRules, OllamaServer):
 
     async def tidy(self) -> bool:
         return await self._driver.clear_leftovers()
-
-    # --- paths ---------------------------------------------------------------------------------------------
-
-    def serves(self, view: InstanceView, path: str) -> bool | None:
-        return self.endpoint_support.known(view, path)
-
-    async def ask_serves(self, view: InstanceView, path: str) -> bool:
-        return await self.endpoint_support.has(view, path)

@@ -34,7 +34,7 @@ SIDE_WEIGHT = 0.5
 
 
 class Fleet(Protocol):
-    """What is looked at beside the copies: a snapshot has it."""
+    """What is read besides the replicas; a snapshot and the state both have it."""
 
     @property
     def instances(self) -> Mapping[InstanceName, InstanceView]: ...
@@ -47,7 +47,7 @@ class Fleet(Protocol):
 
 
 def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """Whether the copy could serve the ticket without a reload, now or when a slot is free."""
+    """Returns True where the replica could serve the ticket without a reload, now or when a slot is free."""
     view = snapshot.instances.get(residency.instance)
     return (
         view is not None
@@ -57,7 +57,7 @@ def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
 
 
 def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """True where only a free slot may be lacking. The copy is one of the ticket's weights."""
+    """Returns True where only a free slot may be missing. The replica must be one of the ticket's weights."""
     view = snapshot.instances.get(residency.instance)
     return (
         view is not None

@@ -1,8 +1,7 @@
-"""Where a model could be loaded at all: sets of GPUs, each with a running instance or one that would be started.
+"""Where a model could be loaded: sets of GPUs, each with an instance of the model's engine, running or to be started.
 
-A set is one GPU, or several; those of several are considered only in the size that is asked for. Instances that exist
-are used where they are free: a server that holds a model of its own would judge the next one by its own estimate and
-evict by its own rule, so where instances may be started on demand each holds one model at most. It prices nothing.
+Sets of one size are considered at a time. Where instances may be started on demand, each holds one model at most: a
+server that already holds a model would size the next one by its own estimate and evict by its own rule. Prices nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def _sizes(snapshot: Snapshot) -> list[int]:
 
 
 def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
-    """One site for each set of so many GPUs that the bounds allow."""
+    """The candidates over `size` GPUs that the bounds allow."""
     if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
         return memoise(
             snapshot,
@@ -100,7 +99,7 @@ def _candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate
 
 
 def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
-    """The first of those with the same GPUs."""
+    """Each set of GPUs once, in the order in which it came first."""
     found: dict[frozenset[GpuUuid], tuple[GpuUuid, ...]] = {}
     for gpus in sets:
         found.setdefault(frozenset(gpus), gpus)
@@ -108,7 +107,7 @@ def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
 
 
 def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
-    """Sets of the instances that there are, then all further ones where instances may be started."""
+    """The GPU sets of existing instances, then all further sets where instances may be started."""
     for view in snapshot.instances.values():
         if len(view.spec.gpus) == size and view.state in ALIVE:
             yield view.spec.gpus
@@ -125,7 +124,7 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
 
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
-    """The instances on exactly these GPUs, or with on-demand ones the one that is free, else one to be started."""
+    """The instances over exactly these GPUs; with on-demand instances, the best empty one or else a new one."""
     over = instances_over(snapshot, frozenset(gpus))
     there = [view for view in over if view.state in ALIVE and view.spec.engine == bounds.engine]
     pin = bounds.pin
@@ -159,7 +158,7 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
 
 
 def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
-    """Whether the instance has the slots and the cache that the model is pinned to."""
+    """Returns True where the instance has the slots and the cache type that the model is pinned to."""
     if pin is None:
         return True
     slots = pin.num_parallel in (None, spec.num_parallel)
@@ -167,7 +166,7 @@ def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
 
 
 def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
-    """Whether nothing is loaded there, nor on its way in or out."""
+    """Returns True where nothing is loaded, loading or unloading there."""
     return not residencies_of(snapshot, name)
 
 

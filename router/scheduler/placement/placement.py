@@ -1,10 +1,10 @@
-"""Where a model that is not loaded goes: the smallest set of GPUs that holds it, on which of those, and who leaves.
+"""Chooses where a model is loaded: the smallest set of GPUs that can hold it, which instance, and what is evicted.
 
-Sizes of sets are tried from one GPU on; the first size that could hold the model even when empty is the one, and of
-its sets the one is taken that costs clients least: free room before room that idle models leave, and that before room
-that busy ones will leave. A model never lands on the CPU by accident. Every answer says why.
+Set sizes are tried from one GPU upwards; the first size that could hold the model on empty GPUs is used. Of its sets
+the cheapest for clients wins: free room first, then room of idle models, then room of busy models. A model never lands
+on the CPU by accident. Every answer has a reason.
 
-It decides; it changes nothing. Sizes in bytes come from the `Estimate` it is given.
+Changes nothing. Sizes in bytes come from the `Estimate` argument.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _Offer:
 
 
 def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> Decision:
-    """Chooses where to load the wanted model. Same facts, same answer."""
+    """Chooses where to load the model. The same snapshot gives the same answer."""
     model = request.model
     bounds = Bounds(model.name, pin_of(snapshot, model.name), request.layout, engine=model.engine)
     if bounds.pin is not None and bounds.pin.cpu:
@@ -161,9 +161,11 @@ def _candidate(
 def _tunings(
     snapshot: Snapshot, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
 ) -> list[InstanceSpec]:
-    """The site's tuning, and before it those with more slots that an instance to be started over several GPUs may get:
-    what a large model leaves free on its GPUs is of little use to others, and slots are what it is waited for. With
-    `fewer_slots` down to one, which is better than to refuse a model."""
+    """The specs to try for a candidate, the best first.
+
+    A new instance over several GPUs may get more slots than the tuning says: what a large model leaves free on its GPUs
+    is of little use to others. With `fewer_slots` the number goes down to one, which is better than a refusal.
+    """
     pin = pin_of(snapshot, request.model.name)
     chosen = pin is not None and pin.num_parallel is not None
     bonus = (

@@ -1,4 +1,4 @@
-"""What stands whether or not anybody waits: models kept warm, plans nobody wants any more, instances left empty."""
+"""What is done although no ticket waits: warm models are loaded, abandoned plans dropped, empty instances stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WORTH_A_LOAD_PER_SECOND = 1 / 240
 
 
 def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
-    """Instances that were started on demand and have been empty for long."""
+    """Stops instances that were started on demand and have been empty for `instance_idle_seconds`."""
     snapshot = fleet.snapshot(now)
     for name, view in list(fleet.instances.items()):
         if not view.spec.on_demand:
@@ -40,7 +40,7 @@ def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
 
 
 def _stop(fleet: FleetState, view: InstanceView, reason: str) -> StopInstance:
-    """From now on nothing is placed there, and it is not stopped twice."""
+    """Marks it as stopping, so that nothing is placed there and it is not stopped twice."""
     name = view.spec.name
     fleet.put_instance(replace(view, state=InstanceState.STOPPING))
     fleet.version += 1
@@ -48,7 +48,7 @@ def _stop(fleet: FleetState, view: InstanceView, reason: str) -> StopInstance:
 
 
 def abandoned(snapshot: Snapshot) -> list[Residency]:
-    """Plans whose tickets have all gone, and that nothing else wants: their room is given back."""
+    """Plans that no ticket waits for and that are not to be kept warm."""
     return [
         r
         for r in snapshot.residencies.values()
@@ -57,7 +57,7 @@ def abandoned(snapshot: Snapshot) -> list[Residency]:
 
 
 def is_warm_wanted(snapshot: Snapshot, model: ModelFacts) -> bool:
-    """Pinned to stay, or asked for so much that it is worth a load into free room."""
+    """Returns True for a model that is pinned warm, or requested often enough to be worth a load into free room."""
     return _is_pinned_warm(snapshot, model) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
 
 
@@ -80,10 +80,10 @@ def anticipate(
     dismissed: Set[BlobDigest],
     estimate: Estimate,
 ) -> Iterator[tuple[ModelFacts, Placed]]:
-    """One load that nobody waits for: a model that shall be warm or is much asked for, where room is free.
+    """Yields one load that no ticket waits for: of a model that is pinned warm or requested often, into free room.
 
-    One at a time, and none while another load is planned or under way: whoever waits goes first. Models that clients
-    have let go (`dismissed`) stay away until somebody asks for them again, unless they are pinned.
+    One at a time, and none while another load is planned or under way, so that tickets go first. Models that clients
+    unloaded (`dismissed`) are not loaded again until they are requested, unless they are pinned.
     """
     if snapshot.wanted or snapshot.reservations:
         return

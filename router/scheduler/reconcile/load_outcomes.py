@@ -1,7 +1,6 @@
-"""What the ends of loads and unloads, and changes of instances, do to the books.
+"""Applies finished loads, finished unloads and instance changes to the state; returns the actions that follow.
 
-Applied by the dispatcher, which then looks at who can go on; what they ask to be done is returned. A load that came out
-partly on the CPU is undone and remembered, never used.
+A load that came out partly on the CPU is unloaded and remembered as a failure, never used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Loads that are planned: room is promised on all GPUs at once, what stands in it leaves, then the one load is sent.
+"""Planned loads: room is reserved on all GPUs at once, what occupies it is unloaded, then the load is sent.
 
-A plan is a reservation that was not sent yet, and its residency in PLANNED. Idle models that have to leave are
-unloaded at once, busy ones take no new request and are unloaded when they are idle. While a plan stands nothing else
-is given that room. It is dropped where nobody waits for it any more, or where its room does not show in time.
+A plan is a reservation that was not sent yet, with a residency in PLANNED. Idle models that have to leave are unloaded
+at once; busy ones take no new request and are unloaded when idle. The room of a plan is given to nothing else. A plan
+is dropped when no ticket waits for it any more, or when its room does not show in time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from router.scheduler.state import FleetState
 
 
 def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId, now: float) -> list[Action]:
-    """Takes the plan into the books; returns the start of an instance where it needs one, and first unloads."""
+    """Records the plan. Returns the start of its instance where it needs one, and the first unloads."""
     actions: list[Action] = []
     if placed.start is not None:
         spec = placed.start
@@ -41,7 +41,7 @@ def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId,
 
 
 def advance(fleet: FleetState, now: float) -> list[Action]:
-    """Unloads what has become idle for a plan, sends the loads whose room is there, and drops what cannot come true."""
+    """Unloads what became idle for a plan, sends loads whose room is free, and drops plans that cannot succeed."""
     actions: list[Action] = []
     for reservation in list(fleet.reservations.values()):
         if reservation.sent_at is not None:
@@ -87,19 +87,19 @@ def _is_coming(fleet: FleetState, reservation: Reservation) -> bool:
 
 
 def drop(fleet: FleetState, residency: Residency) -> None:
-    """Gives the promised room back."""
+    """Drops a plan and releases its room."""
     fleet.forget((residency.instance, residency.blob))
 
 
 def drop_all(fleet: FleetState) -> None:
-    """Gives back what was promised to every load that was not sent yet: they are planned anew."""
+    """Drops every plan that was not sent yet, to be planned anew."""
     for reservation in list(fleet.reservations.values()):
         if reservation.sent_at is None:
             fleet.forget((reservation.instance, reservation.blob))
 
 
 def next_timeout(fleet: FleetState) -> float | None:
-    """When a plan is dropped if its room has not shown by then."""
+    """When the next plan is dropped unless its room has shown by then."""
     policy = fleet.policy
     return min(
         (r.cleared_at + policy.constants.room_timeout_seconds for r in fleet.reservations.values()
