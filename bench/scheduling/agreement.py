@@ -16,9 +16,8 @@ from pathlib import Path
 
 from bench.scheduling.bench_sched import as_answered
 from bench.scheduling.client import Answered, Player
-from bench.scheduling.servers import PRODUCT, VERSIONS, Place
-from bench.scheduling.servers import baseline as started
-from router.lab.scenarios import ScenarioSpec, baseline, scenario
+from bench.scheduling.servers import PRODUCT, VERSIONS, Place, run_baseline
+from router.lab.scenarios import ScenarioSpec, make_baseline, make_scenario
 from router.lab.simulator.metrics import FIRST_TOKEN_SECONDS, TOKENS_PER_SECOND, is_in_time
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Simulation
@@ -56,17 +55,17 @@ def answered_in_time(one: Answered) -> bool:
 
 def compare(policy: str, wanted: ScenarioSpec, speed: float) -> Compared:
     """Plays it on both."""
-    scene = replace(scenario(wanted), cold_start=True)
-    embeds = frozenset(name for name, model in scene.models.items() if model.is_embedding)
+    scenario = replace(make_scenario(wanted), cold_start=True)
+    embeds = frozenset(name for name, model in scenario.models.items() if model.is_embedding)
     with tempfile.TemporaryDirectory() as name:
         place = Place(wanted.rig, speed, Path(name))
-        with started(policy, place) as url:
-            answers = asyncio.run(Player(url, speed, embeds).play(scene.sessions))
+        with run_baseline(policy, place) as url:
+            answers = asyncio.run(Player(url, speed, embeds).play(scenario.sessions))
         loads = [str(load["model"]).removesuffix(":latest") for load in place.loads() if load["problem"] is None]
-    played = replace(scene, sessions=as_answered(scene, answers))
-    outcome = Simulation(played, baseline(policy, played)).run()
-    stays = [stay.model.removesuffix(":latest") for stay in outcome.tally.stays]
-    return Compared(answers, sorted(outcome.requests, key=lambda one: one.arrived_at), (loads, stays))
+    played = replace(scenario, sessions=as_answered(scenario, answers))
+    outcome = Simulation(played, make_baseline(policy, played)).run()
+    residency_spans = [span.model.removesuffix(":latest") for span in outcome.stats.residency_spans]
+    return Compared(answers, sorted(outcome.requests, key=lambda one: one.arrived_at), (loads, residency_spans))
 
 
 def main() -> int:

@@ -20,10 +20,9 @@ from pathlib import Path
 
 from bench.scheduling.bench_sim import FLOOR, OURS, Cell, Task, bars, mean, share, show
 from bench.scheduling.client import Answered, Player
-from bench.scheduling.servers import NGINX, VERSIONS, Place, baseline, nginx
+from bench.scheduling.servers import NGINX, VERSIONS, Place, nginx, run_baseline
 from router.domain.model import ModelFacts
-from router.lab.scenarios import ScenarioSpec, large_models, rate_of, scenario
-from router.lab.scenarios import baseline as simulated
+from router.lab.scenarios import ScenarioSpec, default_rate, large_models, make_baseline, make_scenario
 from router.lab.simulator.metrics import Report, is_in_time, jain, report, waits
 from router.lab.simulator.requests import SERVED, Request
 from router.lab.simulator.runner import Scenario, Simulation
@@ -53,8 +52,8 @@ class Run:
         return f"{self.rig}/{self.mix}"
 
     @property
-    def scene(self) -> Scenario:
-        return scenario(ScenarioSpec(self.rig, self.mix, self.seed, self.seconds))
+    def scenario(self) -> Scenario:
+        return make_scenario(ScenarioSpec(self.rig, self.mix, self.seed, self.seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +67,21 @@ class Outcome:
 
 def play(run: Run) -> Outcome:
     """Starts the contestant, plays the sessions, ends it."""
-    scene = run.scene
-    embeds = frozenset(name for name, model in scene.models.items() if model.is_embedding)
+    scenario = run.scenario
+    embeds = frozenset(name for name, model in scenario.models.items() if model.is_embedding)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-sched-") as name:
-        place = Place(run.rig, run.speed, Path(name), tuple(scene.models.values()))
-        with baseline(run.policy, place) as url:
-            answers = asyncio.run(Player(url, run.speed, embeds).play(scene.sessions))
-        made = report_of(scene, answers, place.loads())
+        place = Place(run.rig, run.speed, Path(name), tuple(scenario.models.values()))
+        with run_baseline(run.policy, place) as url:
+            answers = asyncio.run(Player(url, run.speed, embeds).play(scenario.sessions))
+        made = report_of(scenario, answers, place.loads())
     return Outcome(made, answers, time.monotonic() - began)
 
 
-def report_of(scene: Scenario, answers: Sequence[Answered], loads: Sequence[dict[str, object]]) -> Report:
+def report_of(scenario: Scenario, answers: Sequence[Answered], loads: Sequence[dict[str, object]]) -> Report:
     """The figures that the simulator gives of its runs, of what the clients saw and the emulated rig recorded."""
-    requests = [_as_request(number, one, scene.models[one.model]) for number, one in enumerate(answers)]
-    large = large_models(scene)
+    requests = [_as_request(number, one, scenario.models[one.model]) for number, one in enumerate(answers)]
+    large = large_models(scenario)
     done = [load for load in loads if load["problem"] is None]
     ended_at = max((one.ended_at for one in answers), default=0.0)
     return Report(
@@ -120,11 +119,11 @@ def _as_request(number: int, one: Answered, model: ModelFacts) -> Request:
     )
 
 
-def as_answered(scene: Scenario, answers: Sequence[Answered]) -> tuple[Session, ...]:
+def as_answered(scenario: Scenario, answers: Sequence[Answered]) -> tuple[Session, ...]:
     """The sessions with as many words and as much shared prompt as they really had."""
     by_turn = {(one.session, one.turn): one for one in answers}
     sessions: list[Session] = []
-    for session in scene.sessions:
+    for session in scenario.sessions:
         had = [(turn, by_turn[session.id, number]) for number, turn in enumerate(session.turns)]
         turns = tuple(
             replace(turn, generated_tokens=one.words, shared_tokens=one.shared_tokens) for turn, one in had
@@ -139,20 +138,20 @@ def in_simulator(policy: str, run: Run, answers: Sequence[Answered], times: int 
     Where models thrash, one load the other way changes all that follows, and real processes are never as punctual as
     simulated ones: what both do on average can be compared, what they do once cannot.
     """
-    scene = run.scene
-    sessions, large = as_answered(scene, answers), large_models(scene)
+    scenario = run.scenario
+    sessions, large = as_answered(scenario, answers), large_models(scenario)
     found: dict[int, Report] = {}
     for number in range(times):
-        played = replace(scene, sessions=later(sessions, number) if number else sessions)
-        found[number] = report(Simulation(played, simulated(policy, played)).run(), large)
+        played = replace(scenario, sessions=later(sessions, number) if number else sessions)
+        found[number] = report(Simulation(played, make_baseline(policy, played)).run(), large)
     return found
 
 
 def later(sessions: Iterable[Session], number: int) -> tuple[Session, ...]:
     """With each turn up to a second later, as chance has it; the same number is the same chance."""
-    chance = random.Random(number)
+    rng = random.Random(number)
     return tuple(
-        replace(one, turns=tuple(replace(turn, at_seconds=turn.at_seconds + chance.random()) for turn in one.turns))
+        replace(one, turns=tuple(replace(turn, at_seconds=turn.at_seconds + rng.random()) for turn in one.turns))
         for one in sessions
     )
 
@@ -182,7 +181,7 @@ def line(run: Run, outcome: Outcome, twins: dict[int, Report]) -> str:
 def finish(cell: str, found: Cell) -> int:
     """Prints a cell and its bars; how many do not hold."""
     rig, _, mix = cell.partition("/")
-    sys.stdout.write("\n".join(show(f"{cell}, {rate_of(rig, mix):.2f} requests/s", found, _MEANT)) + "\n")
+    sys.stdout.write("\n".join(show(f"{cell}, {default_rate(rig, mix):.2f} requests/s", found, _MEANT)) + "\n")
     broken = 0
     if OURS in found and any(policy in found for policy in VERSIONS):
         for words, holds in bars(Task(rig, mix, 1.0, OURS, 1), found):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.cli.simulate import play
-from router.lab.scenarios import MIXES, ScenarioSpec, baseline, flood, rate_of
+from router.lab.scenarios import MIXES, ScenarioSpec, default_rate, flood, make_baseline
 from router.lab.simulator.metrics import Report, service_jain
 from router.lab.simulator.runner import Simulation
 
@@ -49,7 +49,7 @@ class Task:
 
 
 def one(task: Task) -> tuple[Task, Report]:
-    rate = rate_of(task.rig, task.mix) * task.factor
+    rate = default_rate(task.rig, task.mix) * task.factor
     wanted = ScenarioSpec(task.rig, task.mix, task.seed, requests_per_second=rate)
     return task, play(task.policy, wanted, check=False).report
 
@@ -165,8 +165,8 @@ def flooded() -> int:
 
 
 def _flood_jain(policy: str) -> float:
-    scene = flood(_FLOOD_TO)
-    outcome = Simulation(scene, baseline(policy, scene)).run()
+    scenario = flood(_FLOOD_TO)
+    outcome = Simulation(scenario, make_baseline(policy, scenario)).run()
     return service_jain(outcome.requests, _FLOOD_FROM, _FLOOD_TO)
 
 
@@ -203,7 +203,7 @@ def main() -> int:
 def finish(task: Task, cell: Cell) -> int:
     """Prints a cell and its bars; how many do not hold."""
     sys.stdout.write(
-        "\n".join(show(f"{task.cell}, {rate_of(task.rig, task.mix) * task.factor:.2f} requests/s", cell)) + "\n"
+        "\n".join(show(f"{task.cell}, {default_rate(task.rig, task.mix) * task.factor:.2f} requests/s", cell)) + "\n"
     )
     broken = 0
     if OURS in cell and FLOOR in cell and any(policy in cell for policy in STOCK):

@@ -16,9 +16,9 @@ from router.domain.actions import Action, Grant
 from router.domain.events import Event
 from router.domain.model import ModelFacts
 from router.domain.request import TicketId
-from router.lab.scenarios import ScenarioSpec, baseline, scenario
+from router.lab.scenarios import ScenarioSpec, make_baseline, make_scenario
 from router.lab.simulator.baselines.llamayard import Llamayard
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.runner import Baseline, Scenario, Simulation
 from router.lab.simulator.workload import TraceRow, read_trace
 from router.scheduler.dispatcher import Dispatcher
@@ -63,13 +63,13 @@ def tell(cell: str, seeds: Sequence[int], rows: tuple[TraceRow, ...]) -> Told:
     told = Told()
     rig, _, mix = cell.partition("/")
     for seed in seeds:
-        one = _one_run(scenario(ScenarioSpec(rig, mix, seed), rows))
+        one = _one_run(make_scenario(ScenarioSpec(rig, mix, seed), rows))
         told.pairs += one.pairs
         told.untold += one.untold
     return told
 
 
-def _one_run(scene: Scenario) -> Told:
+def _one_run(scenario: Scenario) -> Told:
     told = Told()
     made: list[Llamayard] = []
 
@@ -77,14 +77,14 @@ def _one_run(scene: Scenario) -> Told:
         del event
         told.look(made[0].dispatcher, actions, now)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
-        router = make(host, models)
+    def watched(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
+        router = make(machine, models)
         assert isinstance(router, Llamayard)
         made.append(router)
         return router
 
-    make = baseline("llamayard", scene, seen=seen)
-    Simulation(scene, watched).run()
+    make = make_baseline("llamayard", scenario, seen=seen)
+    Simulation(scenario, watched).run()
     return told
 
 

@@ -69,7 +69,7 @@ class BusyMachine:
         self.dispatcher = Dispatcher(self.policy, estimate_bytes)
         self.now = 0.0
         self._post_to = post
-        self._chance = random.Random(seed)
+        self._rng = random.Random(seed)
         self._models = models
         self._shares = [1.0 / rank for rank in range(1, len(models) + 1)]
         self._gpus = [GpuUuid(f"GPU-{number}") for number in range(gpus)]
@@ -108,7 +108,7 @@ class BusyMachine:
             self._post(InstanceChanged(spec, InstanceState.READY, version=VERSION))
         self._later(_POLL_SECONDS, self._poll)
         for name in self._specs:
-            self._later(self._chance.uniform(0.0, _POLL_SECONDS), lambda name=name: self._listing(name))
+            self._later(self._rng.uniform(0.0, _POLL_SECONDS), lambda name=name: self._listing(name))
 
     def _later(self, seconds: float, happens: Callable[[], Event | None]) -> None:
         self._posted += 1
@@ -160,10 +160,10 @@ class BusyMachine:
 
     def _ticket(self) -> Ticket:
         self._last += 1
-        model = self._chance.choices(self._models, self._shares)[0]
+        model = self._rng.choices(self._models, self._shares)[0]
         client = f"client{self._last % _CLIENTS}"
         ticket = Ticket(TicketId(self._last), model, (), 0, None, self.now, self.now + 300.0, client,
-                        f"{client}-{self._last % 97}", prompt_tokens=self._chance.randint(50, 4000))  # fmt: skip
+                        f"{client}-{self._last % 97}", prompt_tokens=self._rng.randint(50, 4000))  # fmt: skip
         self._waiting[ticket.id] = ticket
         return ticket
 
@@ -173,7 +173,7 @@ class BusyMachine:
         match action:
             case Grant():
                 del self._waiting[action.ticket_id]
-                seconds = self._chance.expovariate(1 / 8.0) + 0.2
+                seconds = self._rng.expovariate(1 / 8.0) + 0.2
                 ended = Released(action.ticket_id, output_tokens=int(30 * seconds))
                 self._later(seconds, lambda: ended)
             case Reject():

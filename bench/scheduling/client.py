@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from router.lab.simulator.workload import THINKING_SECONDS, Session, Turn
+from router.lab.simulator.workload import THINK_TIME_SECONDS, Session, Turn
 
 CHARACTERS_A_TOKEN = 4
 _SEED = 1
@@ -77,16 +77,16 @@ class Player:
         await asyncio.sleep(max(0.0, (at - self.now()) / self.speed))
 
     async def _session(self, client: aiohttp.ClientSession, session: Session) -> None:
-        chance = random.Random(session.id)
+        rng = random.Random(session.id)
         said, ready_at = "", 0.0
         for number, turn in enumerate(session.turns):
             await self._until(max(turn.at_seconds, ready_at))
-            prompt = _prompt(said, turn, chance)
+            prompt = _prompt(said, turn, rng)
             common = len(said[: turn.shared_tokens * CHARACTERS_A_TOKEN]) // CHARACTERS_A_TOKEN
             answered = Answered(session.id, number, session.user, session.model, turn.prompt_tokens, common, self.now())
             self.answers.append(answered)
             said = prompt + await self._ask(client, answered, prompt, turn)
-            ready_at = self.now() + THINKING_SECONDS
+            ready_at = self.now() + THINK_TIME_SECONDS
 
     async def _ask(self, client: aiohttp.ClientSession, answered: Answered, prompt: str, turn: Turn) -> str:
         """The answer's text; an error is noted and has none."""
@@ -123,9 +123,9 @@ class Player:
         return "".join(text)
 
 
-def _prompt(said: str, turn: Turn, chance: random.Random) -> str:
+def _prompt(said: str, turn: Turn, rng: random.Random) -> str:
     """As long as the turn says, beginning as its session went on before."""
     size = (turn.prompt_tokens - 1) * CHARACTERS_A_TOKEN
     kept = said[: min(size, turn.shared_tokens * CHARACTERS_A_TOKEN)]
-    fresh = f"{chance.random():.8f} " + " ".join(chance.choices(_WORDS, k=size // 4 + 1))
+    fresh = f"{rng.random():.8f} " + " ".join(rng.choices(_WORDS, k=size // 4 + 1))
     return (kept + fresh)[:size] or "hi"

@@ -68,7 +68,7 @@ class Place:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def baseline(policy: str, place: Place) -> contextlib.AbstractContextManager[str]:
+def run_baseline(policy: str, place: Place) -> contextlib.AbstractContextManager[str]:
     """Runs it as long as the block; its URL."""
     makers: Mapping[str, Callable[[Place], contextlib.AbstractContextManager[str]]] = {
         **{name: lambda where, n=name: stock_server(where, VERSIONS[n]) for name in VERSIONS},

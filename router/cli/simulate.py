@@ -23,16 +23,16 @@ from router.lab.scenarios import (
     MIXES,
     ScenarioError,
     ScenarioSpec,
-    baseline,
     demand_of,
     large_models,
-    scenario,
+    make_baseline,
+    make_scenario,
 )
 from router.lab.simulator.baselines.llamayard import Llamayard
-from router.lab.simulator.fault_parser import WORDS, FaultError, with_faults
+from router.lab.simulator.fault_parser import FAULT_KINDS, FaultError, with_faults
 from router.lab.simulator.invariants import Invariants
-from router.lab.simulator.machine import Host
-from router.lab.simulator.metrics import Report, Waits, report
+from router.lab.simulator.machine import Machine
+from router.lab.simulator.metrics import Report, TtftPercentiles, report
 from router.lab.simulator.record import record
 from router.lab.simulator.runner import Baseline, Outcome, Simulation
 from router.lab.simulator.workload import TRACE, TraceError, TraceRow
@@ -66,7 +66,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, default=None, help="requests per second (default: by rig and mix)")
     add("--users", type=int, default=12, help="default 12")
     add("--fault", action="append", default=[], metavar="FAULT",
-        help=f"KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(WORDS)}; repeatable")  # fmt: skip
+        help=f"KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(FAULT_KINDS)}; repeatable")  # fmt: skip
     add("--check", action="store_true", help="check the router's invariants after every event")
     add("--cold", action="store_true", help="start with an empty page cache")
     add("--out", default="simulated", metavar="DIR", help=f"directory for JSON and pictures; {_NO_FILES} writes none")
@@ -115,18 +115,18 @@ def play(
     faults: Iterable[str] = (),
 ) -> Played:
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
-    scene = with_faults(scenario(wanted, rows), faults)
+    scenario = with_faults(make_scenario(wanted, rows), faults)
     rules = Invariants()
-    make = baseline(policy, scene, seen=rules.seen if check else None)
+    make = make_baseline(policy, scenario, seen=rules.seen if check else None)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
-        made = make(host, models)
+    def watched(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
+        made = make(machine, models)
         if check and isinstance(made, Llamayard):
-            rules.watch(made, host)
+            rules.watch(made, machine)
         return made
 
-    outcome = Simulation(scene, watched).run(rules.after_each)
-    return Played(policy, wanted, outcome, report(outcome, large_models(scene)))
+    outcome = Simulation(scenario, watched).run(rules.after_step)
+    return Played(policy, wanted, outcome, report(outcome, large_models(scenario)))
 
 
 def table(runs: list[Played]) -> str:
@@ -161,7 +161,7 @@ def notes(runs: Iterable[Played]) -> list[str]:
     return list(by_seed.values())
 
 
-def _waits(waits: Waits) -> str:
+def _waits(waits: TtftPercentiles) -> str:
     """p50/p95/p99 in seconds."""
     return f"{waits.p50:.1f}/{waits.p95:.1f}/{waits.p99:.1f}" if waits.count else "-"
 

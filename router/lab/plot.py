@@ -58,7 +58,9 @@ def draw(title: str, run: dict[str, Any], target: Path) -> None:
 
 
 def _colours(run: dict[str, Any]) -> dict[str, Any]:
-    names = sorted({stay["model"] for stay in run["stays"]} | {request["model"] for request in run["requests"]})
+    names = sorted(
+        {span["model"] for span in run["residency_spans"]} | {request["model"] for request in run["requests"]}
+    )
     palette = mpl.colormaps["tab20"]
     return {name: palette(index % 20) for index, name in enumerate(names)}
 
@@ -66,17 +68,17 @@ def _colours(run: dict[str, Any]) -> dict[str, Any]:
 def _draw_gpu(axis: Axes, gpu: dict[str, Any], run: dict[str, Any], colours: dict[str, Any]) -> None:
     """A block a stay, on top of what was there before; pale while it loads, hatched where partly on the CPU."""
     shown: list[tuple[float, float, float, float]] = []
-    for stay in run["stays"]:
-        size = stay["bytes"].get(gpu["uuid"], 0) / GB
+    for span in run["residency_spans"]:
+        size = span["bytes"].get(gpu["uuid"], 0) / GB
         if not size:
             continue
-        began = stay["began"]
-        ended = stay["ended"] if stay["ended"] is not None else run["seconds"]
-        ready = stay["ready"] if stay["ready"] is not None else ended
+        began = span["began"]
+        ended = span["ended"] if span["ended"] is not None else run["seconds"]
+        ready = span["ready"] if span["ready"] is not None else ended
         bottom = _lowest(shown, began, ended, size)
         shown.append((began, ended, bottom, bottom + size))
-        hatch = "//" if stay["host_bytes"] else None
-        colour = colours[stay["model"]]
+        hatch = "//" if span["host_bytes"] else None
+        colour = colours[span["model"]]
         axis.broken_barh([(began, ready - began)], (bottom, size), facecolor=colour, alpha=_LOADING_ALPHA, hatch=hatch)
         axis.broken_barh([(ready, ended - ready)], (bottom, size), facecolor=colour, edgecolor="white", hatch=hatch)
     axis.set_ylim(0, gpu["usable_bytes"] / GB)

@@ -22,13 +22,13 @@ from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.spec import EmulatorSpec, parse_spec
 from router.lab.emulator.store import Header
 from router.lab.simulator.baselines.floor import Floor
-from router.lab.simulator.baselines.llamayard import Llamayard, Seen
+from router.lab.simulator.baselines.llamayard import DecisionObserver, Llamayard
 from router.lab.simulator.baselines.planned import Planned
 from router.lab.simulator.baselines.stock import NginxOverServers, StockServer
 from router.lab.simulator.clairvoyant import search
 from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
-from router.lab.simulator.runner import MakeBaseline, Scenario
+from router.lab.simulator.runner import BaselineFactory, Scenario
 from router.lab.simulator.workload import (
     TRACE,
     Demand,
@@ -119,39 +119,39 @@ class ScenarioSpec:
     cold_start: bool = False
 
 
-def scenario(wanted: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
+def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
     """The machine and the sessions. `rows`: the trace where it was read already.
 
     Raises:
         ScenarioError, SpecError, TraceError: what is wrong with a name or a file.
     """
-    rig = parse_spec(wanted.rig)
-    mix = mix_named(wanted.mix, rig)
+    rig = parse_spec(spec.rig)
+    mix = parse_mix(spec.mix, rig)
     models = {name: model_facts(name) for name in mix.names}
-    demand = demand_of(wanted)
-    sessions = make_sessions(rows or read_trace(wanted.trace), mix, models, demand, wanted.seed)
+    demand = demand_of(spec)
+    sessions = make_sessions(rows or read_trace(spec.trace), mix, models, demand, spec.seed)
     return Scenario(
         gpus=sim_gpus(rig),
         models=models,
         sessions=sessions,
         seconds=demand.seconds,
         active_shares={name: _active_share(catalogue()[name]) for name in mix.names},
-        cold_start=wanted.cold_start,
+        cold_start=spec.cold_start,
         page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
     )
 
 
-def demand_of(wanted: ScenarioSpec) -> Demand:
+def demand_of(spec: ScenarioSpec) -> Demand:
     """How much is asked for. Raises ScenarioError."""
-    given = wanted.requests_per_second
-    rate = rate_of(wanted.rig, wanted.mix) if given is None else _above_nothing("rate", given)
+    given = spec.requests_per_second
+    rate = default_rate(spec.rig, spec.mix) if given is None else _require_positive("rate", given)
     least = max(_LEAST_SECONDS, _LEAST_REQUESTS / rate)
-    seconds = least if wanted.seconds is None else _above_nothing("seconds", wanted.seconds)
-    _above_nothing("users", wanted.users)
-    return Demand(seconds, rate, wanted.users)
+    seconds = least if spec.seconds is None else _require_positive("seconds", spec.seconds)
+    _require_positive("users", spec.users)
+    return Demand(seconds, rate, spec.users)
 
 
-def _above_nothing(what: str, number: float) -> float:
+def _require_positive(what: str, number: float) -> float:
     if not 0.0 < number < float("inf"):
         raise ScenarioError(f"{what}: {number:g} must be more than 0")
     return number
@@ -165,17 +165,17 @@ def flood(seconds: float = 300.0) -> Scenario:
     rig = parse_spec("3090")
     model = model_facts("llama3.1:8b")
     turns = tuple(Turn(0.0, 500, 0 if turn == 0 else 400, 200) for turn in range(200))
-    owners = ["greedy"] * 100 + [f"modest{number}" for number in range(3) for _ in range(10)]
-    sessions = tuple(Session(index, user, model.name, turns) for index, user in enumerate(owners))
+    last_allocation_id = ["greedy"] * 100 + [f"modest{number}" for number in range(3) for _ in range(10)]
+    sessions = tuple(Session(index, user, model.name, turns) for index, user in enumerate(last_allocation_id))
     return Scenario(gpus=sim_gpus(rig), models={model.name: model}, sessions=sessions, seconds=seconds)
 
 
-def rate_of(rig: str, mix: str) -> float:
+def default_rate(rig: str, mix: str) -> float:
     """Requests a second that are asked of this rig with this mix."""
     return RATES.get((rig, mix), BASE_REQUESTS_PER_SECOND)
 
 
-def mix_named(name: str, rig: EmulatorSpec) -> Mix:
+def parse_mix(name: str, rig: EmulatorSpec) -> Mix:
     """A mix by name for the size of the rig, or models by name, separated by commas, each perhaps with `=WEIGHT`."""
     total = sum(gpu.memory_total_bytes for gpu in rig.gpus)
     named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total > _LARGE_RIG_BYTES else _WIDE_48,
@@ -198,7 +198,7 @@ def _weight(part: str, text: str) -> float:
         number = float(text)
     except ValueError as error:
         raise ScenarioError(f"mix: {part!r} wants a number after =") from error
-    return _above_nothing(f"mix: the weight of {part.partition('=')[0]}", number)
+    return _require_positive(f"mix: the weight of {part.partition('=')[0]}", number)
 
 
 def sim_gpus(rig: EmulatorSpec) -> tuple[SimGpu, ...]:
@@ -238,18 +238,20 @@ def _active_share(entry: CatalogueModel) -> float:
     return active_share(Header(entry.metadata, entry.tensors, is_noise=False))
 
 
-def large_models(scene: Scenario) -> frozenset[str]:
+def large_models(scenario: Scenario) -> frozenset[str]:
     """Names of the models that no single GPU of the rig holds whole."""
-    room = max(gpu.usable_bytes for gpu in scene.gpus)
+    room = max(gpu.usable_bytes for gpu in scenario.gpus)
     config = ServerConfig()
     return frozenset(
         name
-        for name, model in scene.models.items()
+        for name, model in scenario.models.items()
         if true_bytes(WORLD, model, shape_of(model, config), (model.layers + 1,))[0] > room
     )
 
 
-def baseline(name: str, scene: Scenario, policy: Policy | None = None, seen: Seen | None = None) -> MakeBaseline:
+def make_baseline(
+    name: str, scenario: Scenario, policy: Policy | None = None, seen: DecisionObserver | None = None
+) -> BaselineFactory:
     """Makes one by name. `policy` and `seen` are llamayard's; the best plan is searched for in `scene` first.
 
     Raises:
@@ -257,20 +259,20 @@ def baseline(name: str, scene: Scenario, policy: Policy | None = None, seen: See
     """
     config = ServerConfig()
     if name == "best-plan":
-        plan = search(scene, config)
-        return lambda host, models: Planned(host, models, config, plan)
+        plan = search(scenario, config)
+        return lambda machine, models: Planned(machine, models, config, plan)
     newer = replace(config, version=(0, 33, 0))
-    makers: Mapping[str, MakeBaseline] = {
-        "stock-0.24": lambda host, _: StockServer(host, config),
-        "stock-0.33": lambda host, _: StockServer(host, newer),
-        "spread-0.24": lambda host, _: StockServer(host, replace(config, spread=True)),
-        "spread-0.33": lambda host, _: StockServer(host, replace(newer, spread=True)),
-        "nginx-round-robin": lambda host, _: NginxOverServers(host, config, least_conn=False),
-        "nginx-least-conn": lambda host, _: NginxOverServers(host, config, least_conn=True),
-        "llamayard": lambda host, _: Llamayard(host, config, policy, seen),
-        "llamayard-pairs": lambda host, _: Llamayard(host, config, policy, seen, pairs=True),
-        "llamayard-0.33": lambda host, _: Llamayard(host, newer, policy, seen),
-        "floor": lambda host, models: Floor(host, models, config),
+    makers: Mapping[str, BaselineFactory] = {
+        "stock-0.24": lambda machine, _: StockServer(machine, config),
+        "stock-0.33": lambda machine, _: StockServer(machine, newer),
+        "spread-0.24": lambda machine, _: StockServer(machine, replace(config, spread=True)),
+        "spread-0.33": lambda machine, _: StockServer(machine, replace(newer, spread=True)),
+        "nginx-round-robin": lambda machine, _: NginxOverServers(machine, config, least_conn=False),
+        "nginx-least-conn": lambda machine, _: NginxOverServers(machine, config, least_conn=True),
+        "llamayard": lambda machine, _: Llamayard(machine, config, policy, seen),
+        "llamayard-pairs": lambda machine, _: Llamayard(machine, config, policy, seen, pairs=True),
+        "llamayard-0.33": lambda machine, _: Llamayard(machine, newer, policy, seen),
+        "floor": lambda machine, models: Floor(machine, models, config),
     }
     if name not in makers:
         raise ScenarioError(f"policy: no {name!r}; there are: {', '.join(BASELINES)}")

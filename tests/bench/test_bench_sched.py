@@ -9,7 +9,7 @@ import pytest
 from bench.scheduling.bench_sched import as_answered, later, report_of, runs
 from bench.scheduling.client import Answered
 from bench.scheduling.fast_clock import scaled
-from router.lab.scenarios import ScenarioSpec, scenario
+from router.lab.scenarios import ScenarioSpec, make_scenario
 
 
 def test_a_scaled_clock_starts_where_the_true_one_is_and_runs_faster() -> None:
@@ -23,7 +23,7 @@ def answered(turn: int, model: str, first: float | None, ended: float, error: st
 
 
 def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
-    scene = scenario(ScenarioSpec("4x3090", "team"))
+    scenario = make_scenario(ScenarioSpec("4x3090", "team"))
     answers = [
         answered(0, "llama3.1:8b", 11.0, 13.0),
         answered(1, "llama3.1:8b", 21.0, 23.0),
@@ -32,7 +32,7 @@ def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
     ]
     load: dict[str, object] = {"weights_bytes": 5_000_000_000, "is_whole": True, "problem": None}
     loads = [load, {**load, "is_whole": False}, {**load, "problem": "CUDA error: out of memory"}]
-    made = report_of(scene, answers, loads)
+    made = report_of(scenario, answers, loads)
     assert (made.requests, made.in_time, made.errors) == (4, 1, 1)
     assert (made.small.p95, made.large.p95) == (50.0, 2.0)
     assert (made.loads, made.loaded_gb, made.spills, made.out_of_memory) == (2, 10.0, 1, 1)
@@ -40,13 +40,13 @@ def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
 
 
 def test_the_simulator_is_given_the_answers_that_were_said() -> None:
-    scene = scenario(ScenarioSpec("4x3090", "team", seconds=20.0))
+    scenario = make_scenario(ScenarioSpec("4x3090", "team", seconds=20.0))
     answers = [
         Answered(session.id, turn, session.user, session.model, 100, 5, 0.0, words=7)
-        for session in scene.sessions
+        for session in scenario.sessions
         for turn in range(len(session.turns))
     ]
-    turns = [turn for session in as_answered(scene, answers) for turn in session.turns]
+    turns = [turn for session in as_answered(scenario, answers) for turn in session.turns]
     assert {(turn.generated_tokens, turn.shared_tokens) for turn in turns} == {(7, 5)}
 
 
@@ -69,7 +69,7 @@ def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> Non
 
 
 def test_arrivals_are_up_to_a_second_later_and_the_same_number_is_the_same_chance() -> None:
-    sessions = scenario(ScenarioSpec("4x3090", "team", seconds=60.0)).sessions
+    sessions = make_scenario(ScenarioSpec("4x3090", "team", seconds=60.0)).sessions
     moved = later(sessions, 3)
     turns = list(zip(*([t for one in which for t in one.turns] for which in (sessions, moved)), strict=True))
     assert all(0.0 <= new.at_seconds - old.at_seconds < 1.0 for old, new in turns)

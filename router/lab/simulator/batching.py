@@ -16,7 +16,7 @@ from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timeline, Timer
 from router.lab.simulator.world import Speed
 
-Done = Callable[[Request, str], None]
+OnFinished = Callable[[Request, str], None]
 """Called with the request and why it failed; empty where it was served."""
 
 
@@ -36,7 +36,7 @@ class _Sequence:
     request: Request
     slot: Slot
     prompt_left: int
-    done: Done
+    done: OnFinished
     sent: int = 0
     cancelled: bool = False
 
@@ -59,15 +59,15 @@ class Batcher:
         timeline: Timeline,
         facts: BatchFacts,
         on_work: Callable[[bool], None],
-        slowness: Callable[[], float],
+        slowdown_factor: Callable[[], float],
     ) -> None:
         """`on_work` is told when it begins and ends to compute; `slowness` says by how much its GPUs are slower."""
         self._timeline = timeline
         self._facts = facts
         self._on_work = on_work
-        self._slowness = slowness
+        self._slowness = slowdown_factor
         self._slots = [Slot(index) for index in range(facts.slots)]
-        self._waiting: deque[tuple[Request, Done]] = deque()
+        self._waiting: deque[tuple[Request, OnFinished]] = deque()
         self._running: list[_Sequence] = []
         self._batch: list[_Sequence] = []
         self._began_at = 0.0
@@ -80,7 +80,7 @@ class Batcher:
     def in_use(self) -> int:
         return len(self._running)
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         """Takes a slot now or in its turn."""
         self._waiting.append((request, done))
         if not self._assign():
@@ -107,7 +107,7 @@ class Batcher:
                 return True
         return False
 
-    def stop(self) -> list[tuple[Request, Done]]:
+    def stop(self) -> list[tuple[Request, OnFinished]]:
         """The runner is gone: what it had, running first."""
         if self._timer is not None:
             self._timer.cancel()

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Protocol, assert_never
 
 from router.domain.gpu import GpuUuid
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 
 
 class FaultKind(StrEnum):
@@ -36,7 +36,7 @@ class Fault:
     seconds: float = 0.0
 
 
-class Breakable(Protocol):
+class FaultTarget(Protocol):
     """A contestant, as far as faults concern it."""
 
     def server_died(self, index: int) -> None:
@@ -48,39 +48,41 @@ class Breakable(Protocol):
         ...
 
 
-def plan_faults(host: Host, baseline: Breakable, faults: Iterable[Fault]) -> None:
+def schedule_faults(machine: Machine, baseline: FaultTarget, faults: Iterable[Fault]) -> None:
     """Puts all of them on the host's timeline."""
     for fault in faults:
-        _plan(host, baseline, fault)
+        _plan(machine, baseline, fault)
 
 
-def _plan(host: Host, baseline: Breakable, fault: Fault) -> None:
-    begin, end = _steps(host, baseline, fault)
+def _plan(machine: Machine, baseline: FaultTarget, fault: Fault) -> None:
+    begin, end = _steps(machine, baseline, fault)
 
     def begins() -> None:
-        host.tally.notes.append((host.timeline.now, f"{fault.kind.value} {fault.target}"))
+        machine.stats.notes.append((machine.timeline.now, f"{fault.kind.value} {fault.target}"))
         begin()
 
-    host.timeline.at(fault.at_seconds, begins)
+    machine.timeline.at(fault.at_seconds, begins)
     if fault.seconds > 0:
-        host.timeline.at(fault.at_seconds + fault.seconds, end)
+        machine.timeline.at(fault.at_seconds + fault.seconds, end)
 
 
-def _steps(host: Host, baseline: Breakable, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
+def _steps(machine: Machine, baseline: FaultTarget, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
     """What to do when it begins, and when it ends."""
-    book = host.book
-    gpu = book.gpus[fault.target % len(book.gpus)]
+    ledger = machine.ledger
+    gpu = ledger.gpus[fault.target % len(ledger.gpus)]
     match fault.kind:
         case FaultKind.DIES:
             return (lambda: baseline.server_died(fault.target)), _nothing
         case FaultKind.LOST:
-            return (lambda: _lose(host, baseline, gpu.uuid)), (lambda: book.lost.discard(gpu.uuid))
+            return (lambda: _lose(machine, baseline, gpu.uuid)), (lambda: ledger.lost.discard(gpu.uuid))
         case FaultKind.HOT:
-            return (lambda: book.slow.update({gpu.uuid: fault.amount})), (lambda: _cool(host, gpu.uuid))
+            return (lambda: ledger.slowdown_by_gpu.update({gpu.uuid: fault.amount})), (lambda: _cool(machine, gpu.uuid))
         case FaultKind.EXTERNAL:
-            return _taking(host, gpu.uuid, int(gpu.usable_bytes * fault.amount))
+            return _taking(machine, gpu.uuid, int(gpu.usable_bytes * fault.amount))
         case FaultKind.SLOW_DISK:
-            return (lambda: host.lines.set_disk_factor(fault.amount)), (lambda: host.lines.set_disk_factor(1.0))
+            return (lambda: machine.transfers.set_disk_factor(fault.amount)), (
+                lambda: machine.transfers.set_disk_factor(1.0)
+            )
         case _:
             assert_never(fault.kind)
 
@@ -89,25 +91,25 @@ def _nothing() -> None:
     return None
 
 
-def _lose(host: Host, baseline: Breakable, uuid: GpuUuid) -> None:
-    host.book.lost.add(uuid)
+def _lose(machine: Machine, baseline: FaultTarget, uuid: GpuUuid) -> None:
+    machine.ledger.lost.add(uuid)
     baseline.gpu_lost(uuid)
 
 
-def _cool(host: Host, uuid: GpuUuid) -> None:
-    host.book.slow.pop(uuid, None)
+def _cool(machine: Machine, uuid: GpuUuid) -> None:
+    machine.ledger.slowdown_by_gpu.pop(uuid, None)
 
 
-def _taking(host: Host, uuid: GpuUuid, size_bytes: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def _taking(machine: Machine, uuid: GpuUuid, size_bytes: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """Another program takes so much of a GPU, but no more than is free there: its allocation would fail."""
     taken_bytes = 0
 
     def begin() -> None:
         nonlocal taken_bytes
-        taken_bytes = min(size_bytes, host.book.free_bytes(uuid))
-        host.book.external_bytes[uuid] += taken_bytes
+        taken_bytes = min(size_bytes, machine.ledger.free_bytes(uuid))
+        machine.ledger.external_bytes[uuid] += taken_bytes
 
     def end() -> None:
-        host.book.external_bytes[uuid] -= taken_bytes
+        machine.ledger.external_bytes[uuid] -= taken_bytes
 
     return begin, end

@@ -50,7 +50,7 @@ class GpuLedger:
         self.by_uuid = {gpu.uuid: gpu for gpu in gpus}
         self.external_bytes: dict[GpuUuid, int] = dict.fromkeys(self.by_uuid, 0)
         self.lost: set[GpuUuid] = set()
-        self.slow: dict[GpuUuid, float] = {}
+        self.slowdown_by_gpu: dict[GpuUuid, float] = {}
         """By how much a hot GPU takes longer."""
         self.out_of_memory = 0
         self._held: dict[GpuUuid, dict[int, int]] = {gpu.uuid: {} for gpu in gpus}
@@ -100,8 +100,8 @@ class GpuLedger:
         since = self._busy_since.get(uuid)
         return self._busy_seconds[uuid] + (now - since if since is not None else 0.0)
 
-    def slowness(self, uuids: tuple[GpuUuid, ...]) -> float:
-        return max((self.slow.get(uuid, 1.0) for uuid in uuids), default=1.0)
+    def slowdown_factor(self, uuids: tuple[GpuUuid, ...]) -> float:
+        return max((self.slowdown_by_gpu.get(uuid, 1.0) for uuid in uuids), default=1.0)
 
     def read(self) -> tuple[Gpu, ...]:
         """All GPUs as NVML would show them now. A lost GPU keeps its place, with its error."""
@@ -122,7 +122,7 @@ class GpuLedger:
             pcie_generation_max=gpu.pcie_generation,
             pcie_width=gpu.pcie_width,
             pcie_width_max=gpu.pcie_width,
-            temperature_celsius=88 if gpu.uuid in self.slow else 68 if busy else 36,
+            temperature_celsius=88 if gpu.uuid in self.slowdown_by_gpu else 68 if busy else 36,
             utilization_ratio=0.95 if busy else 0.0,
             memory_bus_width_bits=gpu.memory_bus_width_bits,
             memory_clock_hertz=gpu.memory_clock_hertz,

@@ -17,7 +17,7 @@ from router.domain.instance import InstanceState
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 
 STALL_SECONDS = 75.0
@@ -28,7 +28,7 @@ class InvariantError(AssertionError):
     """A rule was broken."""
 
 
-class Watched(Protocol):
+class ObservedRouter(Protocol):
     """The router, as far as the rules look at it."""
 
     @property
@@ -48,14 +48,14 @@ class Invariants:
     """One run's checks. `seen` is given to `Llamayard`, `after_each` to `Simulation.run`."""
 
     def __init__(self) -> None:
-        self._router: Watched | None = None
-        self._host: Host | None = None
+        self._router: ObservedRouter | None = None
+        self._machine: Machine | None = None
         self._moved_at = 0.0
         self._decided: set[TicketId] = set()
         self._grants: dict[TicketId, ResidencyKey] = {}
 
-    def watch(self, router: Watched, host: Host) -> None:
-        self._router, self._host = router, host
+    def watch(self, router: ObservedRouter, machine: Machine) -> None:
+        self._router, self._machine = router, machine
 
     def seen(self, event: Event, actions: list[Action], now: float) -> None:
         """The actions that one event brought, before any is carried out."""
@@ -75,11 +75,11 @@ class Invariants:
         residencies = router.snapshot().residencies
         self._grants = {ticket: key for ticket, key in self._grants.items() if key in residencies}
 
-    def after_each(self) -> None:
+    def after_step(self) -> None:
         """The state between two things that happen."""
-        if self._router is None or self._host is None:
+        if self._router is None or self._machine is None:
             return
-        now = self._host.timeline.now
+        now = self._machine.timeline.now
         snapshot = self._router.snapshot()
         self._check_gpus(self._router, snapshot, now)
         _check_reservations(snapshot, now)
@@ -88,7 +88,7 @@ class Invariants:
 
     # --- rules ---------------------------------------------------------------------------------------------
 
-    def _decide(self, router: Watched, action: Grant | Reject, now: float) -> None:
+    def _decide(self, router: ObservedRouter, action: Grant | Reject, now: float) -> None:
         """A ticket ends once, in one way."""
         if action.ticket_id in self._decided:
             raise InvariantError(f"{now:.3f}: ticket {action.ticket_id} was decided twice: {action}")
@@ -104,7 +104,7 @@ class Invariants:
         if running and not excused:
             raise InvariantError(f"{now:.3f}: {unload.instance} unloads busy {unload.model.name}: {unload.reason}")
 
-    def _check_gpus(self, router: Watched, snapshot: Snapshot, now: float) -> None:
+    def _check_gpus(self, router: ObservedRouter, snapshot: Snapshot, now: float) -> None:
         """What is loaded in truth and what is reserved for loads that have taken nothing yet never exceed a GPU; what
         is on its way out, or has its room promised to a planned load, is not counted."""
         held: Counter[GpuUuid] = Counter()
@@ -129,7 +129,7 @@ class Invariants:
                 words = f"{residency.in_flight} in flight, {granted[key]} granted, {residency.slots} slots"
                 raise InvariantError(f"{now:.3f}: {residency.name} on {key[0]}: {words}")
 
-    def _check_waiting(self, router: Watched, snapshot: Snapshot, now: float) -> None:
+    def _check_waiting(self, router: ObservedRouter, snapshot: Snapshot, now: float) -> None:
         """Nobody waits beside a free slot of his model, and somebody who waits sees something move."""
         waiting = [ticket for ticket, _ in router.waiting]
         if not waiting or self._grants or _is_moving(snapshot):

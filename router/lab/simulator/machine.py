@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from router.domain.gpu import GpuUuid
 from router.lab.simulator.gpus import GpuLedger
 from router.lab.simulator.timeline import Timeline
-from router.lab.simulator.weight_transfer import LoadLines
+from router.lab.simulator.weight_transfer import WeightTransfers
 from router.lab.simulator.world import World
 
 
 @dataclass(slots=True, eq=False)
-class Stay:
+class ResidencySpan:
     """One model on one server, from the start of its load until its memory was free again."""
 
     server: str
@@ -29,7 +29,7 @@ class Stay:
 
 
 @dataclass(slots=True)
-class Tally:
+class RunStats:
     """Counts and stays of one run."""
 
     loads: int = 0
@@ -37,25 +37,25 @@ class Tally:
     spilled_loads: int = 0
     """Loads that put a part of the model on the CPU."""
     failed_loads: int = 0
-    stays: list[Stay] = field(default_factory=list[Stay])
+    residency_spans: list[ResidencySpan] = field(default_factory=list[ResidencySpan])
     notes: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     """Faults and other things worth a mark in the picture."""
 
 
 @dataclass(slots=True)
-class Host:
+class Machine:
     """One machine in one run."""
 
     timeline: Timeline
     world: World
-    book: GpuLedger
-    lines: LoadLines
-    tally: Tally
+    ledger: GpuLedger
+    transfers: WeightTransfers
+    stats: RunStats
     active_shares: Mapping[str, float] = field(default_factory=dict[str, float])
     """Name of a model -> share of its weights that a token uses; absent: all of them."""
-    owners: int = 0
+    last_allocation_id: int = 0
 
-    def new_owner(self) -> int:
+    def new_allocation_id(self) -> int:
         """A number for one runner's memory."""
-        self.owners += 1
-        return self.owners
+        self.last_allocation_id += 1
+        return self.last_allocation_id

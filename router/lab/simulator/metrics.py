@@ -14,7 +14,7 @@ _WAITED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Waits:
+class TtftPercentiles:
     """Time to the first token of a class of requests, in seconds; failed ones count as the longest."""
 
     count: int
@@ -31,8 +31,8 @@ class Report:
     in_time: int
     errors: int
     hung_up: int
-    small: Waits
-    large: Waits
+    small: TtftPercentiles
+    large: TtftPercentiles
     tokens_per_second: float
     loads: int
     loaded_gb: float
@@ -63,7 +63,7 @@ def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
     """`large_models`: names of those that no single GPU of the rig holds."""
     counted = [r for r in outcome.requests if r.outcome != HUNG_UP]
     made = sum(r.generated_tokens for r in counted if r.outcome == SERVED)
-    book, tally = outcome.book, outcome.tally
+    ledger, stats = outcome.ledger, outcome.stats
     span = max(1e-9, outcome.ended_at)
     return Report(
         requests=outcome.planned,
@@ -73,20 +73,20 @@ def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
         small=waits([r for r in counted if r.model.name not in large_models], outcome.ended_at),
         large=waits([r for r in counted if r.model.name in large_models], outcome.ended_at),
         tokens_per_second=made / span,
-        loads=tally.loads,
-        loaded_gb=tally.loaded_bytes / 1e9,
-        spills=tally.spilled_loads,
-        out_of_memory=book.out_of_memory,
+        loads=stats.loads,
+        loaded_gb=stats.loaded_bytes / 1e9,
+        spills=stats.spilled_loads,
+        out_of_memory=ledger.out_of_memory,
         jain=jain(counted),
-        busy_shares=tuple(book.busy_seconds(gpu.uuid, outcome.ended_at) / span for gpu in book.gpus),
+        busy_shares=tuple(ledger.busy_seconds(gpu.uuid, outcome.ended_at) / span for gpu in ledger.gpus),
         seconds=outcome.ended_at,
     )
 
 
-def waits(requests: Sequence[Request], ended_at: float) -> Waits:
+def waits(requests: Sequence[Request], ended_at: float) -> TtftPercentiles:
     values = sorted(r.ttft_seconds if r.outcome == SERVED and r.ttft_seconds is not None else ended_at - r.arrived_at
                     for r in requests)  # fmt: skip
-    return Waits(len(values), quantile(values, 0.50), quantile(values, 0.95), quantile(values, 0.99))
+    return TtftPercentiles(len(values), quantile(values, 0.50), quantile(values, 0.95), quantile(values, 0.99))
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -11,23 +11,23 @@ def record(outcome: Outcome) -> dict[str, object]:
     return {
         "gpus": [
             {"uuid": gpu.uuid, "index": gpu.index, "name": gpu.name, "usable_bytes": gpu.usable_bytes}
-            for gpu in outcome.book.gpus
+            for gpu in outcome.ledger.gpus
         ],
         "seconds": _ms(outcome.ended_at),
         "requests": [_request(request) for request in outcome.requests],
-        "stays": [
+        "residency_spans": [
             {
-                "server": stay.server,
-                "model": stay.model,
-                "bytes": dict(stay.bytes_by_gpu),
-                "host_bytes": stay.host_bytes,
-                "began": _ms(stay.began_at),
-                "ready": _ms(stay.ready_at),
-                "ended": _ms(stay.ended_at),
+                "server": span.server,
+                "model": span.model,
+                "bytes": dict(span.bytes_by_gpu),
+                "host_bytes": span.host_bytes,
+                "began": _ms(span.began_at),
+                "ready": _ms(span.ready_at),
+                "ended": _ms(span.ended_at),
             }
-            for stay in outcome.tally.stays
+            for span in outcome.stats.residency_spans
         ],
-        "notes": [[_ms(at), words] for at, words in outcome.tally.notes],
+        "notes": [[_ms(at), words] for at, words in outcome.stats.notes],
     }
 
 

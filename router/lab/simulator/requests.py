@@ -24,7 +24,7 @@ class Request:
     """How many of them are the beginning that the session's earlier turns left, answers included."""
     generated_tokens: int
     """Words of the answer; 0 for an embedding."""
-    ttft_target_seconds: float | None = None
+    hang_up_after_seconds: float | None = None
     """The client hangs up when its answer is not complete by then; None: never."""
     arrived_at: float = 0.0
     first_token_at: float | None = None

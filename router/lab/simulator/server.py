@@ -16,10 +16,10 @@ from functools import partial
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator import server_placement
-from router.lab.simulator.batching import Done
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.gpus import OutOfMemoryError
-from router.lab.simulator.loaded_model import Loaded, Phase, ServerConfig, shape_of
-from router.lab.simulator.machine import Host
+from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.world import LoadShape
 
@@ -42,7 +42,7 @@ class _Job:
     model: ModelFacts
     num_gpu: int
     request: Request | None
-    served: Done | None
+    served: OnFinished | None
     loaded: Callable[[LoadResult], None] | None
     gone: bool = False
     retried: bool = False
@@ -51,12 +51,12 @@ class _Job:
 class SimServer:
     """`gpus` in the order in which the server sees them; empty for one on the CPU."""
 
-    def __init__(self, host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig) -> None:
+    def __init__(self, machine: Machine, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig) -> None:
         self.name = name
         self.gpus = gpus
         self.config = config
-        self._host = host
-        self._loaded: dict[BlobDigest, Loaded] = {}
+        self._machine = machine
+        self._loaded: dict[BlobDigest, ModelRunner] = {}
         self._pending: deque[_Job] = deque()
         self._placing: _Job | None = None
         self._afterwards: list[Callable[[], None]] | None = None
@@ -67,11 +67,11 @@ class SimServer:
     # --- for clients ---------------------------------------------------------------------------------------
 
     @property
-    def loaded(self) -> tuple[Loaded, ...]:
+    def loaded(self) -> tuple[ModelRunner, ...]:
         """What `/api/ps` lists."""
         return tuple(self._loaded.values())
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         request.where = self.name
         found = self._loaded.get(request.model.blob)
         if found is not None and found.phase in (Phase.LOADING, Phase.READY):
@@ -93,7 +93,7 @@ class SimServer:
         if found is None:
             done()
             return
-        found.when_delisted.append(done)
+        found.on_delisted.append(done)
         self._expire(found)
 
     def cancel(self, request: Request) -> None:
@@ -169,7 +169,7 @@ class SimServer:
     def _later(self, seconds: float, step: Callable[[], None]) -> None:
         """The same after some time, unless the server died in between."""
         life = self._life
-        self._host.timeline.after(seconds, lambda: step() if life == self._life else None)
+        self._machine.timeline.after(seconds, lambda: step() if life == self._life else None)
 
     def _try(self, job: _Job) -> None:
         if job.gone:
@@ -179,20 +179,20 @@ class SimServer:
         if found is not None and found.phase is Phase.READY:
             self._hand_over(job, found)
         elif found is not None:
-            found.when_gone.append(lambda: self._try(job))
-        elif len(self._loaded) >= self.config.most_loaded(len(self.gpus)):
+            found.on_gone.append(lambda: self._try(job))
+        elif len(self._loaded) >= self.config.model_limit(len(self.gpus)):
             self._make_room(job)
         else:
-            self._later(self._host.world.memory_read_seconds if not self.config.is_0_30
-                        else self._host.world.memory_read_seconds_0_30, lambda: self._place(job))  # fmt: skip
+            self._later(self._machine.world.memory_read_seconds if not self.config.is_0_30
+                        else self._machine.world.memory_read_seconds_0_30, lambda: self._place(job))  # fmt: skip
 
     def _place(self, job: _Job) -> None:
         if job.gone:
             self._done_placing()
             return
         rooms = self._rooms()
-        ask = server_placement.settled(self._ask(job), rooms)
-        plan = server_placement.plan(self._host.world, ask, rooms)
+        ask = server_placement.with_fitting_batch(self._ask(job), rooms)
+        plan = server_placement.plan(self._machine.world, ask, rooms)
         if plan.error is not None:
             self._fail(job, plan.error)
         elif plan.must_evict:
@@ -207,14 +207,14 @@ class SimServer:
         if victim is None:
             self._fail(job, "out of memory: nothing is left to evict")
             return
-        victim.when_gone.append(lambda: self._try(job))
+        victim.on_gone.append(lambda: self._try(job))
         self._expire(victim)
 
     def _start(self, job: _Job, layers: tuple[int, ...], shape: LoadShape) -> None:
-        found = Loaded.plan(self._host, self.name, job.model, self.config, self.gpus, layers, shape)
+        found = ModelRunner.plan(self._machine, self.name, job.model, self.config, self.gpus, layers, shape)
         for uuid in found.uuids:
             if not any(uuid in other.uuids for other in self._loaded.values()):
-                self._first_free[uuid] = self._host.book.free_bytes(uuid)
+                self._first_free[uuid] = self._machine.ledger.free_bytes(uuid)
         try:
             found.allocate()
         except OutOfMemoryError as error:
@@ -227,26 +227,26 @@ class SimServer:
         """0.24 fails; from 0.30 all others are evicted, busy ones once idle, and the load is tried once more."""
         others = list(self._loaded.values())
         if not self.config.is_0_30 or job.retried or not others:
-            self._host.tally.failed_loads += 1
+            self._machine.stats.failed_loads += 1
             self._fail(job, f"out of memory: {message}")
             return
         job.retried = True
         staying = set(others)
 
-        def gone(one: Loaded) -> None:
+        def gone(one: ModelRunner) -> None:
             staying.discard(one)
             if not staying:
                 self._try(job)
 
         for one in others:
-            one.when_gone.append(partial(gone, one))
+            one.on_gone.append(partial(gone, one))
             self._expire(one)
 
-    def _ready(self, job: _Job, found: Loaded) -> None:
+    def _ready(self, job: _Job, found: ModelRunner) -> None:
         found.ready()
         self._hand_over(job, found)
 
-    def _hand_over(self, job: _Job, found: Loaded) -> None:
+    def _hand_over(self, job: _Job, found: ModelRunner) -> None:
         request, served = job.request, job.served
         if request is not None and served is not None:
             found.serve(request, lambda r, error: self._served(found, r, error, served))
@@ -269,8 +269,8 @@ class SimServer:
 
     # --- what it believes ----------------------------------------------------------------------------------
 
-    def _ask(self, job: _Job) -> server_placement.Ask:
-        return server_placement.Ask(
+    def _ask(self, job: _Job) -> server_placement.LoadRequest:
+        return server_placement.LoadRequest(
             model=job.model,
             shape=shape_of(job.model, self.config),
             version=self.config.version,
@@ -281,27 +281,27 @@ class SimServer:
             host_free_bytes=self.config.host_memory_bytes,
         )
 
-    def _rooms(self) -> list[server_placement.Room]:
+    def _rooms(self) -> list[server_placement.VisibleGpu]:
         return [self._room(uuid) for uuid in self.gpus]
 
-    def _room(self, uuid: GpuUuid) -> server_placement.Room:
+    def _room(self, uuid: GpuUuid) -> server_placement.VisibleGpu:
         """0.24: the smaller of the driver's word and its own books. 0.30: a GPU with a runner is not read again."""
-        gpu = self._host.book.by_uuid[uuid]
-        free = self._host.book.free_bytes(uuid)
+        gpu = self._machine.ledger.by_uuid[uuid]
+        free = self._machine.ledger.free_bytes(uuid)
         own = [one for one in self._loaded.values() if uuid in one.uuids]
         if own and self.config.is_0_30:
             free = self._first_free[uuid] - sum(one.bytes_by_gpu[uuid] for one in own)
         elif own:
-            free = min(free, gpu.usable_bytes - sum(one.believed_bytes[uuid] for one in own))
-        return server_placement.Room(gpu.usable_bytes, max(0, free), gpu.facts.bandwidth_bytes_per_second)
+            free = min(free, gpu.usable_bytes - sum(one.booked_bytes[uuid] for one in own))
+        return server_placement.VisibleGpu(gpu.usable_bytes, max(0, free), gpu.facts.bandwidth_bytes_per_second)
 
     # --- leaving -------------------------------------------------------------------------------------------
 
-    def _served(self, found: Loaded, request: Request, error: str, done: Done) -> None:
+    def _served(self, found: ModelRunner, request: Request, error: str, done: OnFinished) -> None:
         self._user_left(found)
         done(request, error)
 
-    def _user_left(self, found: Loaded) -> None:
+    def _user_left(self, found: ModelRunner) -> None:
         found.users -= 1
         if found.users == 0 and found.phase is Phase.READY:
             if found.keep_alive_seconds == 0:
@@ -309,39 +309,39 @@ class SimServer:
             else:
                 self._start_expiry(found)
 
-    def _start_expiry(self, found: Loaded) -> None:
+    def _start_expiry(self, found: ModelRunner) -> None:
         keep = found.keep_alive_seconds
         if keep != float("inf"):
-            found.expiry = self._host.timeline.after(keep, lambda: self._expired(found))
+            found.expiry = self._machine.timeline.after(keep, lambda: self._expired(found))
 
-    def _expired(self, found: Loaded) -> None:
+    def _expired(self, found: ModelRunner) -> None:
         if found.users == 0 and found.phase is Phase.READY:
             self._unload(found)
 
-    def _expire(self, found: Loaded) -> None:
+    def _expire(self, found: ModelRunner) -> None:
         """Gone as soon as nobody uses it; requests that still come for it hold it back."""
         found.keep_alive_seconds = 0.0
         if found.users == 0 and found.phase is Phase.READY:
             self._unload(found)
 
-    def _unload(self, found: Loaded) -> None:
+    def _unload(self, found: ModelRunner) -> None:
         found.phase = Phase.UNLOADING
-        world = self._host.world
+        world = self._machine.world
         whole = world.unload_seconds_0_30 if self.config.is_0_30 else world.unload_seconds
         self._later(world.kill_seconds, lambda: self._delist(found))
-        self._later(whole, lambda: _call_all(found.when_gone))
+        self._later(whole, lambda: _call_all(found.on_gone))
 
-    def _delist(self, found: Loaded) -> None:
+    def _delist(self, found: ModelRunner) -> None:
         """Its memory is free, and a request for it finds no runner."""
         found.end()
         if self._loaded.get(found.model.blob) is found:
             del self._loaded[found.model.blob]
-        _call_all(found.when_delisted)
+        _call_all(found.on_delisted)
 
-    def _gone(self, found: Loaded) -> None:
+    def _gone(self, found: ModelRunner) -> None:
         """The same at once, by death."""
         self._delist(found)
-        _call_all(found.when_gone)
+        _call_all(found.on_gone)
 
 
 def _call_all(calls: list[Callable[[], None]]) -> None:

@@ -35,7 +35,7 @@ _LARGE_BATCHES = {2048: (0.6, 2048 * MIB), 1024: (0.75, 768 * MIB)}
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class VisibleGpu:
     """One visible GPU as the server sees it."""
 
     total_bytes: int
@@ -44,7 +44,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class LoadRequest:
     """What is to be loaded, and the switches that decide about it."""
 
     model: ModelFacts
@@ -89,7 +89,7 @@ def default_context(total_vram_bytes: int, version: tuple[int, ...], overhead_by
     return 32_768 if seen < 47 * 1024 * MIB else 262_144
 
 
-def settled(ask: Ask, gpus: Sequence[Room]) -> Ask:
+def with_fitting_batch(ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> LoadRequest:
     """The same with the batch that the server takes; `plan` wants it so. From 0.30 a batch that the context would allow
     is lowered where memory is short (server/sched.go, v0.33, `automaticGenerationBatch`)."""
     if ask.version < (0, 30) or ask.is_batch_given or ask.model.is_embedding or not gpus:
@@ -98,7 +98,7 @@ def settled(ask: Ask, gpus: Sequence[Room]) -> Ask:
     return replace(ask, shape=replace(ask.shape, batch_tokens=batch))
 
 
-def plan(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
+def plan(world: World, ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
     """Where the server puts the model. With no GPUs, or `num_gpu` 0, all of it goes to the CPU."""
     if not gpus or ask.num_gpu == 0:
         return _on_cpu_too(ask, (0,) * len(gpus))
@@ -115,7 +115,7 @@ def graph_bytes(model: ModelFacts, shape: LoadShape) -> int:
     return offload_rules.graph_bytes(model, shape.context_length * shape.slots, shape.batch_tokens)
 
 
-def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
+def booked_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
     """What a server up to 0.24 books on each GPU for a runner that it has, and takes off what it believes to be free:
     its estimate on the llama.cpp engine, what is true on its own (server/sched.go, `updateFreeSpace`)."""
     if model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
@@ -129,7 +129,7 @@ def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Se
     )
 
 
-def _plan_0_24(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
+def _plan_0_24(world: World, ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
     """llm/server.go, v0.24: GPUs with most free memory first, faster ones before; the fewest that hold all layers."""
     if ask.num_gpu > ask.model.layers and not ask.has_others:
         return Plan(_even(ask.model.layers + 1, len(gpus)))
@@ -147,17 +147,17 @@ def _plan_0_24(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
     return _on_cpu_too(ask, _placed(order, _by_room(fitting, units), len(gpus)))
 
 
-def _unit_bytes(ask: Ask) -> int:
+def _unit_bytes(ask: LoadRequest) -> int:
     """One layer with its part of the cache."""
     return max(1, layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape))
 
 
-def _output_surplus(ask: Ask) -> int:
+def _output_surplus(ask: LoadRequest) -> int:
     """By how many layers' room the output layer is larger than one layer."""
     return max(0, -(-output_bytes(ask.model) // _unit_bytes(ask)) - 1)
 
 
-def _capacities(world: World, ask: Ask, gpus: Sequence[Room]) -> list[int]:
+def _capacities(world: World, ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
     """Units that the server believes each GPU can take."""
     unit = _unit_bytes(ask)
     if ask.model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
@@ -176,7 +176,7 @@ def predicted_bytes(model: ModelFacts, shape: LoadShape) -> int:
     return offload_rules.predicted_bytes(model, shape.context_length, shape.slots)
 
 
-def _plan_0_30(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
+def _plan_0_30(world: World, ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
     """server/sched.go, v0.33: one GPU within 80 % of its free memory, else all; then llama.cpp's fit."""
     chosen = _chosen_0_30(ask, gpus)
     free = sum(gpus[index].free_bytes for index in chosen)
@@ -192,7 +192,7 @@ def _plan_0_30(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
     return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(gpus)))
 
 
-def _chosen_0_30(ask: Ask, gpus: Sequence[Room]) -> list[int]:
+def _chosen_0_30(ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
     """The GPU that was asked for, the one with most room where that is enough by far, or all."""
     if 0 < ask.main_gpu < len(gpus):
         return [ask.main_gpu]
@@ -201,7 +201,7 @@ def _chosen_0_30(ask: Ask, gpus: Sequence[Room]) -> list[int]:
     return [best] if is_enough and not ask.spread else list(range(len(gpus)))
 
 
-def _fitting_batch(ask: Ask, gpus: Sequence[Room]) -> int:
+def _fitting_batch(ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> int:
     """The largest up to that of the shape which the prediction leaves room for; without flash attention never a large
     one (`automaticGenerationBatch`, `generationBatchFits`)."""
     shape = ask.shape
@@ -216,14 +216,14 @@ def _fitting_batch(ask: Ask, gpus: Sequence[Room]) -> int:
     return _LEAST_BATCH
 
 
-def _as_told(ask: Ask, units: int, gpus: int) -> tuple[int, ...]:
+def _as_told(ask: LoadRequest, units: int, gpus: int) -> tuple[int, ...]:
     """So many units, the last ones, in the shares that the server was told, as llama.cpp puts them: a GPU beyond the
     last share gets nothing, however few layers go to the GPUs (`load_tensors`)."""
     split = split_by(units - 1, shares_for(ask.tensor_split, gpus))
     return tuple(count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers))
 
 
-def _fitting(world: World, ask: Ask, gpus: Sequence[Room]) -> list[int]:
+def _fitting(world: World, ask: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
     """Units for which llama.cpp's fit, which measures, finds room on each GPU."""
     unit = _unit_bytes(ask)
     fixed = compute_buffer_bytes(ask.model, ask.shape, True) + world.cuda_context_bytes
@@ -268,18 +268,19 @@ def _placed(order: Sequence[int], units: Sequence[int], count: int) -> tuple[int
     return tuple(layers)
 
 
-def _on_cpu_too(ask: Ask, layers: tuple[int, ...]) -> Plan:
+def _on_cpu_too(ask: LoadRequest, layers: tuple[int, ...]) -> Plan:
     """The same with a refusal where host memory does not hold what is left for it (llm/server.go, v0.24)."""
     missing = max(0, ask.model.layers + 1 - sum(layers))
     unit = layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape)
     need = missing * unit
     if need <= ask.host_free_bytes:
         return Plan(layers)
-    words = f"model requires more system memory ({gib(need)}) than is available ({gib(ask.host_free_bytes)})"
-    return replace(Plan(layers), error=words)
+    needed, available = human_bytes(need), human_bytes(ask.host_free_bytes)
+    error = f"model requires more system memory ({needed}) than is available ({available})"
+    return replace(Plan(layers), error=error)
 
 
-def gib(amount: int) -> str:
+def human_bytes(amount: int) -> str:
     """As Go's `format.HumanBytes2` prints it: `71.5 GiB`."""
     for name, size in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
         if amount >= size:
@@ -287,7 +288,7 @@ def gib(amount: int) -> str:
     return f"{amount} B"
 
 
-def sizes(world: World, ask: Ask, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+def sizes(world: World, ask: LoadRequest, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """Host bytes and true bytes on each GPU of a plan; `/api/ps` shows all as `size`, the latter as `size_vram`."""
     missing = max(0, ask.model.layers + 1 - sum(layers))
     unit = layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape)

@@ -51,7 +51,7 @@ class Transfer:
     rate: float = 0.0
 
 
-class LoadLines:
+class WeightTransfers:
     """All loads under way on one host."""
 
     def __init__(self, timeline: Timeline, world: World, cache: PageCache) -> None:

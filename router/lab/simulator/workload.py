@@ -19,7 +19,7 @@ from pathlib import Path
 from router.domain.model import ModelFacts
 
 TRACE = Path(__file__).parent / "traces" / "azure-llm-2023-conv.csv.gz"
-THINKING_SECONDS = 3.0
+THINK_TIME_SECONDS = 3.0
 """A turn comes no sooner than so long after the answer before it."""
 _FRESH_TOKENS = 8
 """The least that a turn adds to what its session said before."""
@@ -55,7 +55,7 @@ class Turn:
     prompt_tokens: int
     shared_tokens: int
     generated_tokens: int
-    ttft_target_seconds: float | None = None
+    hang_up_after_seconds: float | None = None
     """Its client hangs up after so long without the whole answer."""
 
 
@@ -118,14 +118,14 @@ def make_sessions(
     rows: tuple[TraceRow, ...], mix: Mix, facts: dict[str, ModelFacts], demand: Demand, seed: int
 ) -> tuple[Session, ...]:
     """Sessions in the order of their first turns. `facts` tells contexts, and which models embed."""
-    chance = random.Random(f"{mix.name} {seed}")
-    picked = _thinned(rows, demand, chance)
-    deck = _Deck(mix, chance)
+    rng = random.Random(f"{mix.name} {seed}")
+    picked = _thinned(rows, demand, rng)
+    deck = _WeightedDeck(mix, rng)
     open_sessions: dict[str, int] = {}
     drafts: list[tuple[str, str, list[Turn]]] = []
     for at, row in picked:
-        user = f"user{chance.randrange(demand.users) + 1}"
-        if user not in open_sessions or chance.random() < 1.0 / demand.turns:
+        user = f"user{rng.randrange(demand.users) + 1}"
+        if user not in open_sessions or rng.random() < 1.0 / demand.turns:
             open_sessions[user] = len(drafts)
             drafts.append((user, deck.draw(), []))
         _, model, turns = drafts[open_sessions[user]]
@@ -133,25 +133,25 @@ def make_sessions(
     return tuple(Session(index, user, model, tuple(turns)) for index, (user, model, turns) in enumerate(drafts))
 
 
-def _thinned(rows: tuple[TraceRow, ...], demand: Demand, chance: random.Random) -> list[tuple[float, TraceRow]]:
+def _thinned(rows: tuple[TraceRow, ...], demand: Demand, rng: random.Random) -> list[tuple[float, TraceRow]]:
     """A stretch of the trace from a random place, with as many of its rows as the wanted rate asks for; a trace that is
     shorter is stretched, one that has too few rows gives all it has."""
     length = rows[-1].at_seconds
     span = min(length, demand.seconds)
-    start = chance.uniform(0.0, length - span)
+    start = rng.uniform(0.0, length - span)
     inside = [row for row in rows if start <= row.at_seconds < start + span] or [rows[0]]
     wanted = min(len(inside), demand.requests)
-    kept = sorted(chance.sample(range(len(inside)), wanted))
+    kept = sorted(rng.sample(range(len(inside)), wanted))
     stretch = demand.seconds / span if span else 1.0
     return [((inside[index].at_seconds - start) * stretch, inside[index]) for index in kept]
 
 
-class _Deck:
+class _WeightedDeck:
     """Deals models so that each comes as often as its weight says, in an order that chance decides."""
 
-    def __init__(self, mix: Mix, chance: random.Random) -> None:
+    def __init__(self, mix: Mix, rng: random.Random) -> None:
         self._mix = mix
-        self._chance = chance
+        self._rng = rng
         self._owed = dict.fromkeys(mix.names, 0.0)
         self._left: list[str] = []
 
@@ -163,7 +163,7 @@ class _Deck:
                 whole = int(self._owed[name] + 1e-9)
                 self._owed[name] -= whole
                 self._left += [name] * whole
-            self._chance.shuffle(self._left)
+            self._rng.shuffle(self._left)
         return self._left.pop()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator.gpus import GpuLedger, SimGpu
-from router.lab.simulator.machine import Host, Tally
+from router.lab.simulator.machine import Machine, RunStats
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timeline
-from router.lab.simulator.weight_transfer import LoadLines, PageCache
+from router.lab.simulator.weight_transfer import PageCache, WeightTransfers
 from router.lab.simulator.world import WORLD
 
 GIB = 1024**3
@@ -38,12 +38,12 @@ def model(name: str, gigabytes: float, *, blob: str | None = None, is_embedding:
     )
 
 
-def host(*gpus: SimGpu, warm: tuple[ModelFacts, ...] = ()) -> Host:
+def new_machine(*gpus: SimGpu, warm: tuple[ModelFacts, ...] = ()) -> Machine:
     timeline = Timeline()
     cache = PageCache(100 * GIB)
     for one in warm:
         cache.read(one.blob, one.weights_bytes)
-    return Host(timeline, WORLD, GpuLedger(gpus), LoadLines(timeline, WORLD, cache), Tally())
+    return Machine(timeline, WORLD, GpuLedger(gpus), WeightTransfers(timeline, WORLD, cache), RunStats())
 
 
 def request(
@@ -61,7 +61,7 @@ def request(
     )
 
 
-def play(machine: Host, until: float | None = None) -> None:
+def play(machine: Machine, until: float | None = None) -> None:
     """Lets time pass, to the end or until then."""
     ended = False
     if until is not None:

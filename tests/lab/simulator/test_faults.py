@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.domain.gpu import GpuUuid
-from router.lab.scenarios import ScenarioSpec, baseline, scenario
+from router.lab.scenarios import ScenarioSpec, make_baseline, make_scenario
 from router.lab.simulator.faults import Fault, FaultKind
 from router.lab.simulator.requests import SERVED
 from router.lab.simulator.runner import Outcome, Simulation
@@ -16,21 +16,21 @@ WANTED = ScenarioSpec("3090", "llama3.1:8b", seconds=120.0, requests_per_second=
 
 
 def played(fault: Fault | None, policy: str = "llamayard", wanted: ScenarioSpec = WANTED) -> Outcome:
-    scene = replace(scenario(wanted), faults=(fault,) if fault is not None else ())
-    return Simulation(scene, baseline(policy, scene)).run()
+    scenario = replace(make_scenario(wanted), faults=(fault,) if fault is not None else ())
+    return Simulation(scenario, make_baseline(policy, scenario)).run()
 
 
-def stays(outcome: Outcome) -> list[tuple[float, float | None]]:
-    return [(stay.began_at, stay.ended_at) for stay in outcome.tally.stays]
+def residency_spans(outcome: Outcome) -> list[tuple[float, float | None]]:
+    return [(span.began_at, span.ended_at) for span in outcome.stats.residency_spans]
 
 
 @pytest.mark.parametrize("policy", ["llamayard", "stock-0.24", "nginx-least-conn"])
 def test_a_server_that_dies_loses_its_models_and_is_started_again(policy: str) -> None:
     outcome = played(Fault(60.0, FaultKind.DIES), policy)
-    assert stays(outcome)[0][1] == 60.0
-    assert len(stays(outcome)) > 1
+    assert residency_spans(outcome)[0][1] == 60.0
+    assert len(residency_spans(outcome)) > 1
     assert outcome.requests[-1].outcome == SERVED
-    assert outcome.tally.notes == [(60.0, "dies 0")]
+    assert outcome.stats.notes == [(60.0, "dies 0")]
 
 
 def test_requests_without_a_word_yet_are_placed_anew_when_their_server_dies() -> None:
@@ -44,7 +44,7 @@ def test_requests_without_a_word_yet_are_placed_anew_when_their_server_dies() ->
 
 def test_a_lost_gpu_has_no_server_until_it_is_back() -> None:
     outcome = played(Fault(30.0, FaultKind.LOST, seconds=40.0))
-    begun = [began for began, _ in stays(outcome)]
+    begun = [began for began, _ in residency_spans(outcome)]
     assert not [began for began in begun if 30.0 <= began < 70.0]
     assert [began for began in begun if began >= 70.0]
 
@@ -57,34 +57,34 @@ def test_a_hot_gpu_is_slower_while_it_is_hot() -> None:
 
 
 def test_what_others_take_is_gone_for_the_time_they_take_it() -> None:
-    scene = scenario(WANTED)
+    scenario = make_scenario(WANTED)
     simulation = Simulation(
-        replace(scene, faults=(Fault(10.0, FaultKind.EXTERNAL, amount=0.5, seconds=20.0),)),
-        baseline("stock-0.24", scene),
+        replace(scenario, faults=(Fault(10.0, FaultKind.EXTERNAL, amount=0.5, seconds=20.0),)),
+        make_baseline("stock-0.24", scenario),
     )
-    book, seen = simulation.host.book, dict[float, int]()
-    uuid: GpuUuid = book.gpus[0].uuid
+    ledger, seen = simulation.machine.ledger, dict[float, int]()
+    uuid: GpuUuid = ledger.gpus[0].uuid
     for at in (9.0, 11.0, 31.0):
-        simulation.host.timeline.at(at, lambda at=at: seen.update({at: book.external_bytes[uuid]}))
+        simulation.machine.timeline.at(at, lambda at=at: seen.update({at: ledger.external_bytes[uuid]}))
     simulation.run()
-    assert seen == {9.0: 0, 11.0: book.gpus[0].usable_bytes // 2, 31.0: 0}
+    assert seen == {9.0: 0, 11.0: ledger.gpus[0].usable_bytes // 2, 31.0: 0}
 
 
 def test_others_take_no_more_than_is_free() -> None:
-    scene = replace(scenario(WANTED), faults=(Fault(60.0, FaultKind.EXTERNAL, amount=1.0, seconds=10.0),))
-    simulation = Simulation(scene, baseline("stock-0.24", scene))
-    book, used = simulation.host.book, dict[float, int]()
-    uuid: GpuUuid = book.gpus[0].uuid
+    scenario = replace(make_scenario(WANTED), faults=(Fault(60.0, FaultKind.EXTERNAL, amount=1.0, seconds=10.0),))
+    simulation = Simulation(scenario, make_baseline("stock-0.24", scenario))
+    ledger, used = simulation.machine.ledger, dict[float, int]()
+    uuid: GpuUuid = ledger.gpus[0].uuid
     for at in (59.0, 61.0, 71.0):
-        simulation.host.timeline.at(at, lambda at=at: used.update({at: book.used_bytes(uuid)}))
+        simulation.machine.timeline.at(at, lambda at=at: used.update({at: ledger.used_bytes(uuid)}))
     simulation.run()
-    assert 0 < used[59.0] == used[71.0] < used[61.0] == book.gpus[0].usable_bytes
+    assert 0 < used[59.0] == used[71.0] < used[61.0] == ledger.gpus[0].usable_bytes
 
 
 def test_a_slow_disk_makes_a_cold_load_longer() -> None:
     cold = replace(WANTED, cold_start=True)
-    calm = played(None, wanted=cold).tally.stays[0]
-    slow = played(Fault(0.0, FaultKind.SLOW_DISK, amount=0.25, seconds=10_000.0), wanted=cold).tally.stays[0]
+    calm = played(None, wanted=cold).stats.residency_spans[0]
+    slow = played(Fault(0.0, FaultKind.SLOW_DISK, amount=0.25, seconds=10_000.0), wanted=cold).stats.residency_spans[0]
     assert calm.ready_at is not None
     assert slow.ready_at is not None
     assert slow.ready_at - slow.began_at > 3 * (calm.ready_at - calm.began_at)

@@ -14,10 +14,10 @@ from router.domain.model import ModelFacts
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
-from router.lab.scenarios import ScenarioSpec, baseline, scenario
+from router.lab.scenarios import ScenarioSpec, make_baseline, make_scenario
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.invariants import InvariantError, Invariants
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Baseline, Simulation
 
@@ -49,21 +49,21 @@ class Doctored:
 
 def play(wrong: Wrong = lambda actions: actions, change: Callable[[Snapshot], Snapshot] = lambda seen: seen) -> None:
     """Plays with the rules seeing doctored actions and snapshots."""
-    scene = scenario(WANTED)
+    scenario = make_scenario(WANTED)
     rules = Invariants()
 
     def seen(event: Event, actions: list[Action], now: float) -> None:
         rules.seen(event, wrong(actions), now)
 
-    make = baseline("llamayard", scene, seen=seen)
+    make = make_baseline("llamayard", scenario, seen=seen)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
-        made = make(host, models)
+    def watched(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
+        made = make(machine, models)
         assert isinstance(made, Llamayard)
-        rules.watch(Doctored(made, change), host)
+        rules.watch(Doctored(made, change), machine)
         return made
 
-    Simulation(scene, watched).run(rules.after_each)
+    Simulation(scenario, watched).run(rules.after_step)
 
 
 def test_a_sound_run_breaks_no_rule() -> None:

@@ -9,68 +9,68 @@ from itertools import pairwise
 import pytest
 
 from router.cli.simulate import play
-from router.lab.scenarios import BASELINES, ScenarioError, ScenarioSpec, baseline, flood, scenario
+from router.lab.scenarios import BASELINES, ScenarioError, ScenarioSpec, flood, make_baseline, make_scenario
 from router.lab.simulator.metrics import report, service_jain
 from router.lab.simulator.record import record
 from router.lab.simulator.requests import HUNG_UP, SERVED
 from router.lab.simulator.runner import Simulation
-from router.lab.simulator.workload import THINKING_SECONDS, Session, Turn
+from router.lab.simulator.workload import THINK_TIME_SECONDS, Session, Turn
 
 QUICK = ScenarioSpec(seconds=60.0)
 
 
 @pytest.mark.parametrize("policy", BASELINES)
 def test_every_contestant_ends_every_request_and_does_the_same_again(policy: str) -> None:
-    scene = scenario(QUICK)
-    first, second = (Simulation(scene, baseline(policy, scene)).run() for _ in range(2))
+    scenario = make_scenario(QUICK)
+    first, second = (Simulation(scenario, make_baseline(policy, scenario)).run() for _ in range(2))
     assert record(first) == record(second)
     assert len(first.requests) == first.planned
     assert {request.outcome for request in first.requests} == {SERVED}
 
 
 def test_a_request_of_the_first_moment_finds_gpus_that_are_known() -> None:
-    scene = scenario(ScenarioSpec("2x3090", "wide", 1, 60.0))
+    scenario = make_scenario(ScenarioSpec("2x3090", "wide", 1, 60.0))
     first = Session(0, "anna", "llama3.3:70b", (Turn(0.0, 100, 0, 10),))
-    outcome = Simulation(replace(scene, sessions=(first,)), baseline("llamayard", scene)).run()
+    outcome = Simulation(replace(scenario, sessions=(first,)), make_baseline("llamayard", scenario)).run()
     assert [request.outcome for request in outcome.requests] == [SERVED]
 
 
 @pytest.mark.parametrize("rig", ["5090+4080", "4080+5090", "3090+3060+3060"])
 def test_unequal_gpus_hold_together_what_even_parts_of_would_be_too_large(rig: str) -> None:
-    scene = scenario(ScenarioSpec(rig, "llama3.3:70b", 1, 60.0, 0.05))
-    outcome = Simulation(scene, baseline("llamayard-0.33", scene)).run()
+    scenario = make_scenario(ScenarioSpec(rig, "llama3.3:70b", 1, 60.0, 0.05))
+    outcome = Simulation(scenario, make_baseline("llamayard-0.33", scenario)).run()
     assert {request.outcome for request in outcome.requests} == {SERVED}
-    found = report(outcome, frozenset(scene.models))
+    found = report(outcome, frozenset(scenario.models))
     assert (found.loads, found.spills, found.out_of_memory) == (1, 0, 0)
 
 
 def test_a_turn_waits_for_the_answer_before_it() -> None:
-    scene = scenario(QUICK)
-    outcome = Simulation(scene, baseline("nginx-round-robin", scene)).run()
+    scenario = make_scenario(QUICK)
+    outcome = Simulation(scenario, make_baseline("nginx-round-robin", scenario)).run()
     by_session: dict[int, list[tuple[float, float]]] = {}
     for request in outcome.requests:
         assert request.ended_at is not None
         by_session.setdefault(request.session, []).append((request.arrived_at, request.ended_at))
     pairs = [pair for turns in by_session.values() for pair in pairwise(turns)]
     assert pairs
-    assert all(after[0] >= before[1] + THINKING_SECONDS - 1e-9 for before, after in pairs)
+    assert all(after[0] >= before[1] + THINK_TIME_SECONDS - 1e-9 for before, after in pairs)
 
 
 @pytest.mark.parametrize("policy", ["stock-0.24", "nginx-least-conn", "llamayard", "floor"])
 def test_clients_that_hang_up_end_at_once_and_leave_no_slot_taken(policy: str) -> None:
-    scene = scenario(QUICK)
+    scenario = make_scenario(QUICK)
     sessions = tuple(
-        replace(session, turns=tuple(replace(turn, ttft_target_seconds=2.0) for turn in session.turns))
-        for session in scene.sessions
+        replace(session, turns=tuple(replace(turn, hang_up_after_seconds=2.0) for turn in session.turns))
+        for session in scenario.sessions
     )
-    outcome = Simulation(replace(scene, sessions=sessions), baseline(policy, scene)).run()
+    outcome = Simulation(replace(scenario, sessions=sessions), make_baseline(policy, scenario)).run()
     assert {request.outcome for request in outcome.requests} <= {SERVED, HUNG_UP}
     assert all((request.ended_at or 0) - request.arrived_at <= 2.0 + 1e-9 for request in outcome.requests)
 
 
 def test_an_unknown_contestant_is_an_error_that_names_those_there_are() -> None:
     with pytest.raises(ScenarioError, match="floor"):
-        baseline("olla", scenario(QUICK))
+        make_baseline("olla", make_scenario(QUICK))
 
 
 TEAM_MEASURED = {"stock-0.24": 0.877, "stock-0.33": 0.923, "nginx-least-conn": 0.41, "floor": 0.97}
@@ -101,6 +101,6 @@ def test_a_plan_made_with_the_trace_known_beats_who_does_not_know_it() -> None:
 
 
 def test_a_stock_server_serves_a_flood_in_the_order_in_which_it_comes() -> None:
-    scene = flood(120.0)
-    outcome = Simulation(scene, baseline("stock-0.24", scene)).run()
+    scenario = flood(120.0)
+    outcome = Simulation(scenario, make_baseline("stock-0.24", scenario)).run()
     assert service_jain(outcome.requests, 20.0, 120.0) < 0.5

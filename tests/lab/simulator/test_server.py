@@ -8,11 +8,11 @@ import pytest
 
 from router.domain.model import ModelFacts
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.server import LOST, LoadResult, SimServer
 from router.lab.simulator.world import WORLD, load_seconds
-from tests.lab.simulator.machines import GIB, gpu, host, model, play, request
+from tests.lab.simulator.machines import GIB, gpu, model, new_machine, play, request
 
 SMALL = model("small", 5.0)
 MIDDLE = model("middle", 9.0)
@@ -25,7 +25,7 @@ NEW, OLD = (0, 33, 0), (0, 24, 0)
 class Served:
     """A server with what came of its requests."""
 
-    machine: Host
+    machine: Machine
     server: SimServer
     ended: dict[int, str] = field(default_factory=dict[int, str])
 
@@ -46,7 +46,7 @@ class Served:
 
 def server(gpus: int = 1, version: tuple[int, ...] = OLD, max_loaded: int = 0, slots: int = 2) -> Served:
     gpus_there = tuple(gpu(index) for index in range(gpus))
-    machine = host(*gpus_there, warm=(SMALL, MIDDLE, BIG, HUGE))
+    machine = new_machine(*gpus_there, warm=(SMALL, MIDDLE, BIG, HUGE))
     config = ServerConfig(version=version, max_loaded=max_loaded, slots=slots)
     return Served(machine, SimServer(machine, "ollama", tuple(one.uuid for one in gpus_there), config))
 
@@ -113,7 +113,7 @@ def test_what_does_not_fit_lies_partly_on_the_cpu_without_a_word(version: tuple[
     asked = served.ask(0.0, 1, HUGE)
     play(served.machine, 290.0)
     assert served.ended == {1: ""}
-    assert served.machine.tally.spilled_loads == 1
+    assert served.machine.stats.spilled_loads == 1
     assert served.server.loaded[0].size_vram_bytes < served.server.loaded[0].size_bytes
     assert (asked.tokens_per_second or 0) < 5
 
@@ -163,7 +163,7 @@ def test_models_leave_after_five_idle_minutes() -> None:
     assert names(served) == ["small"]
     play(served.machine, 310.0)
     assert names(served) == []
-    assert served.machine.book.used_bytes(served.server.gpus[0]) == 0
+    assert served.machine.ledger.used_bytes(served.server.gpus[0]) == 0
 
 
 def test_no_more_models_than_the_limit() -> None:
@@ -193,7 +193,7 @@ def test_a_killed_server_loses_requests_and_frees_memory() -> None:
     served.machine.timeline.at(5.0, served.server.kill)
     play(served.machine, 6.0)
     assert served.ended == {1: LOST, 2: LOST, 3: LOST}
-    assert served.machine.book.used_bytes(served.server.gpus[0]) == 0
+    assert served.machine.ledger.used_bytes(served.server.gpus[0]) == 0
     again = served.ask(7.0, 4, SMALL)
     play(served.machine, 20.0)
     assert again.first_token_at is not None
@@ -206,7 +206,7 @@ def test_from_0_30_memory_that_a_sibling_took_is_not_seen() -> None:
     served.machine.timeline.at(5.0, lambda: sibling.load(MIDDLE, -1, lambda _: None))
     served.ask(10.0, 2, model("other", 8.5))
     play(served.machine, 30.0)
-    assert served.machine.book.out_of_memory == 1
+    assert served.machine.ledger.out_of_memory == 1
 
 
 def test_from_0_30_a_load_that_runs_out_of_memory_waits_for_all_others_to_leave_busy_ones_too() -> None:
@@ -216,7 +216,7 @@ def test_from_0_30_a_load_that_runs_out_of_memory_waits_for_all_others_to_leave_
     served.machine.timeline.at(5.0, lambda: _take(served, 14))
     asked = served.ask(6.0, 3, model("other", 5.0))
     play(served.machine, 120.0)
-    assert served.machine.book.out_of_memory == 1
+    assert served.machine.ledger.out_of_memory == 1
     assert served.ended == {1: "", 2: "", 3: ""}
     assert names(served) == ["other"]
     assert idle.ended_at is not None
@@ -228,4 +228,4 @@ def test_from_0_30_a_load_that_runs_out_of_memory_waits_for_all_others_to_leave_
 
 def _take(served: Served, gib: int) -> None:
     """Another program takes so much of the first GPU."""
-    served.machine.book.external_bytes[served.server.gpus[0]] = gib * GIB
+    served.machine.ledger.external_bytes[served.server.gpus[0]] = gib * GIB

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator.server_placement import (
-    Ask,
-    Room,
+    LoadRequest,
+    VisibleGpu,
     default_context,
-    gib,
     graph_bytes,
+    human_bytes,
     plan,
     predicted_bytes,
-    settled,
     sizes,
+    with_fitting_batch,
 )
 from router.lab.simulator.world import WORLD, LoadShape
 
@@ -36,12 +36,12 @@ LLAMA_8B = replace(
 )  # fmt: skip
 
 
-def _room(free_gib: float = 23.68, total_gib: float = 23.68, bandwidth: float = 936e9) -> Room:
-    return Room(int(total_gib * GIB), int(free_gib * GIB), bandwidth)
+def _room(free_gib: float = 23.68, total_gib: float = 23.68, bandwidth: float = 936e9) -> VisibleGpu:
+    return VisibleGpu(int(total_gib * GIB), int(free_gib * GIB), bandwidth)
 
 
-def _ask(model: ModelFacts, context: int = 8192, slots: int = 1, cache: str = "f16", **fields: object) -> Ask:
-    return Ask(model, LoadShape(context, slots, cache), **fields)  # type: ignore[arg-type]
+def _ask(model: ModelFacts, context: int = 8192, slots: int = 1, cache: str = "f16", **fields: object) -> LoadRequest:
+    return LoadRequest(model, LoadShape(context, slots, cache), **fields)  # type: ignore[arg-type]
 
 
 def test_a_small_model_takes_one_gpu_and_the_one_with_most_room() -> None:
@@ -134,9 +134,9 @@ def test_the_prediction_of_0_33_ignores_the_cache_type() -> None:
     assert predicted_bytes(LLAMA_8B, LoadShape(8192, 2)) == LLAMA_8B.weights_bytes + 2 * 32 * 8 * 128 * 8192 * 2 * 2
 
 
-def _batch(model: ModelFacts, rooms: list[Room], batch: int = 1024, flash: bool = True, **fields: object) -> int:
+def _batch(model: ModelFacts, rooms: list[VisibleGpu], batch: int = 1024, flash: bool = True, **fields: object) -> int:
     shape = LoadShape(8192, 2, "q8_0", flash, batch)
-    return settled(Ask(model, shape, **{"version": _NEW, **fields}), rooms).shape.batch_tokens  # type: ignore[arg-type]
+    return with_fitting_batch(LoadRequest(model, shape, **{"version": _NEW, **fields}), rooms).shape.batch_tokens  # type: ignore[arg-type]
 
 
 def test_0_33_takes_the_batch_of_its_context_where_the_prediction_leaves_room_for_it() -> None:
@@ -201,7 +201,7 @@ def test_an_overhead_lowers_the_default_context() -> None:
 
 @pytest.mark.parametrize(("amount", "text"), [(76_772_000_000, "71.5 GiB"), (1536, "1.5 KiB"), (512, "512 B")])
 def test_sizes_are_printed_as_go_prints_them(amount: int, text: str) -> None:
-    assert gib(amount) == text
+    assert human_bytes(amount) == text
 
 
 # --- rules ------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ _ROOMS = st.lists(
     max_size=4,
 )
 _ASKS = st.builds(
-    Ask,
+    LoadRequest,
     model=st.builds(
         lambda size, layers, kind: replace(LLAMA_70B, weights_bytes=size, layers=layers, architecture=kind,
                                            head_count_kv=(8,) * layers),
@@ -226,7 +226,7 @@ _ASKS = st.builds(
 
 
 @given(_ASKS, _ROOMS)
-def test_a_plan_never_has_more_units_than_the_model(ask: Ask, rooms: list[Room]) -> None:
+def test_a_plan_never_has_more_units_than_the_model(ask: LoadRequest, rooms: list[VisibleGpu]) -> None:
     chosen = plan(WORLD, ask, rooms)
     assert len(chosen.layers) == len(rooms)
     assert all(units >= 0 for units in chosen.layers)
@@ -236,27 +236,29 @@ def test_a_plan_never_has_more_units_than_the_model(ask: Ask, rooms: list[Room])
 
 
 @given(_ASKS, _ROOMS)
-def test_without_a_wish_0_24_never_plans_more_than_it_believes_to_fit(ask: Ask, rooms: list[Room]) -> None:
+def test_without_a_wish_0_24_never_plans_more_than_it_believes_to_fit(
+    ask: LoadRequest, rooms: list[VisibleGpu]
+) -> None:
     chosen = plan(WORLD, replace(ask, num_gpu=-1, version=(0, 24, 0)), rooms)
     unit = ask.model.weights_bytes // (2 * (ask.model.layers + 1))  # half of a layer at the least
     assert all(units * unit <= room.free_bytes for units, room in zip(chosen.layers, rooms, strict=True))
 
 
 @given(_ASKS, _ROOMS, st.sampled_from([512, 1024, 2048]))
-def test_a_batch_is_never_raised_and_settled_only_once(ask: Ask, rooms: list[Room], batch: int) -> None:
+def test_a_batch_is_never_raised_and_settled_only_once(ask: LoadRequest, rooms: list[VisibleGpu], batch: int) -> None:
     wanted = replace(ask, shape=replace(ask.shape, batch_tokens=batch))
-    memoise = settled(wanted, rooms)
+    memoise = with_fitting_batch(wanted, rooms)
     assert memoise.shape.batch_tokens <= batch
-    assert settled(memoise, rooms) == memoise
+    assert with_fitting_batch(memoise, rooms) == memoise
 
 
 @given(_ASKS, _ROOMS)
-def test_a_plan_is_the_same_every_time(ask: Ask, rooms: list[Room]) -> None:
+def test_a_plan_is_the_same_every_time(ask: LoadRequest, rooms: list[VisibleGpu]) -> None:
     assert plan(WORLD, ask, rooms) == plan(WORLD, ask, rooms)
 
 
 @given(_ASKS)
-def test_the_whole_of_a_model_on_a_gpu_leaves_nothing_on_the_host(ask: Ask) -> None:
+def test_the_whole_of_a_model_on_a_gpu_leaves_nothing_on_the_host(ask: LoadRequest) -> None:
     host, on_gpus = sizes(WORLD, ask, (ask.model.layers + 1,))
     assert (host, len(on_gpus)) == (0, 1)
     assert sizes(WORLD, ask, (0,))[1] == (0,)

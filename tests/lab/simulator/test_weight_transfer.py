@@ -6,7 +6,7 @@ import pytest
 
 from router.domain.model import BlobDigest
 from router.lab.simulator.timeline import Timeline
-from router.lab.simulator.weight_transfer import LoadLines, PageCache
+from router.lab.simulator.weight_transfer import PageCache, WeightTransfers
 from router.lab.simulator.world import WORLD, load_seconds
 
 GB = 10**9
@@ -20,14 +20,14 @@ class Loads:
         self.cache = PageCache(cache_bytes)
         for name in warm:
             self.cache.read(BlobDigest(name), GB)
-        self.lines = LoadLines(self.timeline, WORLD, self.cache)
+        self.transfers = WeightTransfers(self.timeline, WORLD, self.cache)
         self.ended: dict[str, float] = {}
 
     def start(self, name: str, size: int = 10 * GB) -> None:
         def done() -> None:
             self.ended[name] = self.timeline.now
 
-        self.lines.start(BlobDigest(name), size, True, done)
+        self.transfers.start(BlobDigest(name), size, True, done)
 
     def play(self) -> dict[str, float]:
         while self.timeline.step():
@@ -80,13 +80,13 @@ def test_the_cache_forgets_what_was_read_longest_ago() -> None:
 def test_a_slow_disk_slows_the_load_under_way() -> None:
     loads = Loads()
     loads.start("a", 4 * GB)
-    loads.timeline.at(1.4, lambda: loads.lines.set_disk_factor(0.5))
+    loads.timeline.at(1.4, lambda: loads.transfers.set_disk_factor(0.5))
     assert loads.play() == {"a": pytest.approx(1.4 + 2.0)}
 
 
 def test_an_aborted_load_ends_nothing_and_frees_its_share() -> None:
     loads = Loads()
     loads.start("a", 4 * GB)
-    other = loads.lines.start(BlobDigest("b"), 100 * GB, True, lambda: loads.ended.update(b=0.0))
-    loads.timeline.at(1.4, lambda: loads.lines.abort(other))
+    other = loads.transfers.start(BlobDigest("b"), 100 * GB, True, lambda: loads.ended.update(b=0.0))
+    loads.timeline.at(1.4, lambda: loads.transfers.abort(other))
     assert loads.play() == {"a": pytest.approx(1.4 + 1.5)}

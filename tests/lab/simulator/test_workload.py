@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from router.lab.emulator.spec import parse_spec
-from router.lab.scenarios import mix_named, model_facts
+from router.lab.scenarios import model_facts, parse_mix
 from router.lab.simulator.workload import Demand, Session, TraceError, TraceRow, make_sessions, read_trace
 
 ROWS = read_trace()
-TEAM = mix_named("team", parse_spec("4x3090"))
+TEAM = parse_mix("team", parse_spec("4x3090"))
 FACTS = {name: model_facts(name) for name in TEAM.names}
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
-from router.lab.simulator.batching import Done
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.gpus import SimGpu
-from router.lab.simulator.loaded_model import Loaded, Phase, ServerConfig, shape_of
-from router.lab.simulator.machine import Host
+from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.world import true_bytes
 
@@ -21,18 +21,18 @@ from router.lab.simulator.world import true_bytes
 class Floor:
     """Every model of the mix, loaded before the first request."""
 
-    def __init__(self, host: Host, models: Mapping[str, ModelFacts], config: ServerConfig) -> None:
-        self._loaded: dict[BlobDigest, Loaded] = {}
+    def __init__(self, machine: Machine, models: Mapping[str, ModelFacts], config: ServerConfig) -> None:
+        self._loaded: dict[BlobDigest, ModelRunner] = {}
         for model in models.values():
-            gpus, layers = _best_layout(host, model, config)
-            loaded = Loaded.plan(host, "floor", model, config, gpus, layers, shape_of(model, config))
+            gpus, layers = _best_layout(machine, model, config)
+            loaded = ModelRunner.plan(machine, "floor", model, config, gpus, layers, shape_of(model, config))
             loaded.phase = Phase.READY
             self._loaded[model.blob] = loaded
 
     def start(self) -> None:
         """All is there."""
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         request.where = "floor"
         self._loaded[request.model.blob].serve(request, done)
 
@@ -46,13 +46,15 @@ class Floor:
         """Nor this."""
 
 
-def _best_layout(host: Host, model: ModelFacts, config: ServerConfig) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]]:
+def _best_layout(
+    machine: Machine, model: ModelFacts, config: ServerConfig
+) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]]:
     """The fewest GPUs that hold all layers in even parts, fastest first; all GPUs where even those do not."""
-    order = sorted(host.book.gpus, key=_by_speed)
+    order = sorted(machine.ledger.gpus, key=_by_speed)
     for count in range(1, len(order) + 1):
         chosen = order[:count]
         layers = even_units(model.layers + 1, count)
-        sizes = true_bytes(host.world, model, shape_of(model, config), layers)
+        sizes = true_bytes(machine.world, model, shape_of(model, config), layers)
         if all(size <= gpu.usable_bytes for size, gpu in zip(sizes, chosen, strict=True)):
             return tuple(gpu.uuid for gpu in chosen), layers
     return tuple(gpu.uuid for gpu in order), even_units(model.layers + 1, len(order))

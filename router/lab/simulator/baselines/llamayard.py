@@ -45,10 +45,10 @@ from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.footprint_estimator import estimate_bytes, version_of
 from router.engines.ollama.offload_rules import forces_spread
-from router.lab.simulator.baselines.units import Unit, on_demand_policy, unit_on_demand, units_over
-from router.lab.simulator.batching import Done
+from router.lab.simulator.baselines.units import SimInstance, instances_over, on_demand_instance, on_demand_policy
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.server import LOST, LoadResult, SimServer
 from router.lab.simulator.timeline import Timer
@@ -66,7 +66,7 @@ _UNLOAD_POLL_SECONDS = 0.05
 _EARLIEST_WAKE_SECONDS = 0.01
 _ATTEMPTS = 3
 
-Seen = Callable[[Event, list[Action], float], None]
+DecisionObserver = Callable[[Event, list[Action], float], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +74,7 @@ class _Held:
     """One request between its arrival and its end."""
 
     request: Request
-    done: Done
+    done: OnFinished
     ticket: TicketId
     server: SimServer | None = None
     attempts: int = 1
@@ -85,10 +85,10 @@ class Llamayard:
 
     def __init__(
         self,
-        host: Host,
+        machine: Machine,
         config: ServerConfig,
         policy: Policy | None = None,
-        seen: Seen | None = None,
+        seen: DecisionObserver | None = None,
         *,
         pairs: bool = False,
     ) -> None:
@@ -96,11 +96,11 @@ class Llamayard:
         may declare them by hand."""
         self._policy = on_demand_policy(policy or Policy(), config)
         self.dispatcher = Dispatcher(self._policy, _Remembered())
-        self._host = host
+        self._machine = machine
         self._seen = seen
         own = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
         self._config = own
-        self._units = {unit.spec.name: unit for unit in units_over(host, own, pairs=pairs)}
+        self._units = {unit.spec.name: unit for unit in instances_over(machine, own, pairs=pairs)}
         self._held: dict[TicketId, _Held] = {}
         self._tickets: dict[Request, TicketId] = {}
         self._wake: Timer | None = None
@@ -109,12 +109,12 @@ class Llamayard:
 
     def start(self) -> None:
         """As the product does, which reads its GPUs before it takes a request."""
-        self._post(GpusRead(self._host.book.read(), self._now))
+        self._post(GpusRead(self._machine.ledger.read(), self._now))
         for unit in list(self._units.values()):
             self._start(unit)
         self._poll()
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         self._arrive(_Held(request, done, TicketId(0)))
 
     def cancel(self, request: Request) -> None:
@@ -129,7 +129,7 @@ class Llamayard:
             self._post(Released(held.ticket))
 
     def snapshot(self) -> Snapshot:
-        return self.dispatcher.snapshot(self._host.timeline.now)
+        return self.dispatcher.snapshot(self._machine.timeline.now)
 
     @property
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
@@ -153,7 +153,7 @@ class Llamayard:
         """An instance dies and is started again, later each time."""
         self._kill(list(self._units.values())[index % len(self._units)])
 
-    def _kill(self, unit: Unit) -> None:
+    def _kill(self, unit: SimInstance) -> None:
         if unit.state is not InstanceState.READY:
             return
         unit.lives += 1
@@ -162,7 +162,7 @@ class Llamayard:
         wait = min(60.0, 2.0 ** len([at for at in unit.deaths if self._now - at < 120.0]))
         unit.deaths.append(self._now)
         life = unit.lives
-        self._host.timeline.after(wait, lambda: self._start(unit) if unit.lives == life else None)
+        self._machine.timeline.after(wait, lambda: self._start(unit) if unit.lives == life else None)
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
         for unit in list(self._units.values()):
@@ -173,7 +173,7 @@ class Llamayard:
 
     @property
     def _now(self) -> float:
-        return self._host.timeline.now
+        return self._machine.timeline.now
 
     def _post(self, event: Event) -> None:
         now = self._now
@@ -191,7 +191,7 @@ class Llamayard:
         due = self.dispatcher.next_wake()
         if due is not None and due != float("inf"):
             delay = max(_EARLIEST_WAKE_SECONDS, due - self._now)
-            self._wake = self._host.timeline.after(delay, lambda: self._post(Ticked()))
+            self._wake = self._machine.timeline.after(delay, lambda: self._post(Ticked()))
 
     def _arrive(self, held: _Held) -> None:
         request = held.request
@@ -244,7 +244,7 @@ class Llamayard:
                 assert_never(action)
 
     def _begin_instance(self, spec: InstanceSpec) -> None:
-        unit = unit_on_demand(self._host, spec, self._config)
+        unit = on_demand_instance(self._machine, spec, self._config)
         self._units[spec.name] = unit
         self._soon(lambda: self._start(unit))
 
@@ -295,17 +295,17 @@ class Llamayard:
     def _unload(self, unload: Unload) -> None:
         def gone() -> None:
             ended = UnloadFinished(unload.instance, unload.blob)
-            self._host.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(ended))
+            self._machine.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(ended))
 
         self._units[unload.instance].server.unload(unload.blob, gone)
 
     def _soon(self, call: Callable[[], None]) -> None:
-        self._host.timeline.after(0.002, call)
+        self._machine.timeline.after(0.002, call)
 
     # --- watching ------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
-        self._host.timeline.after(_POLL_SECONDS, self._poll)
+        self._machine.timeline.after(_POLL_SECONDS, self._poll)
         self._read_gpus()
         for unit in list(self._units.values()):
             rows = self._listed(unit)
@@ -316,10 +316,10 @@ class Llamayard:
 
     def _read_gpus(self) -> None:
         read_at = self._now
-        gpus = self._host.book.read()
-        self._host.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
+        gpus = self._machine.ledger.read()
+        self._machine.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
 
-    def _listed(self, unit: Unit) -> tuple[LoadedModel, ...]:
+    def _listed(self, unit: SimInstance) -> tuple[LoadedModel, ...]:
         return tuple(
             LoadedModel(
                 name=one.model.name,
@@ -332,22 +332,22 @@ class Llamayard:
             for one in unit.server.loaded
         )
 
-    def _start(self, unit: Unit) -> None:
+    def _start(self, unit: SimInstance) -> None:
         if self._units.get(unit.spec.name) is not unit:
             return
-        if any(uuid in self._host.book.lost for uuid in unit.spec.gpus):
+        if any(uuid in self._machine.ledger.lost for uuid in unit.spec.gpus):
             self._change(unit, InstanceState.BACKOFF, "its GPU is lost")
-            self._host.timeline.after(5.0, lambda: self._start(unit))
+            self._machine.timeline.after(5.0, lambda: self._start(unit))
             return
         self._change(unit, InstanceState.STARTING, "")
         life = unit.lives
-        self._host.timeline.after(_START_SECONDS, lambda: self._started(unit, life))
+        self._machine.timeline.after(_START_SECONDS, lambda: self._started(unit, life))
 
-    def _started(self, unit: Unit, life: int) -> None:
+    def _started(self, unit: SimInstance, life: int) -> None:
         if unit.lives == life and unit.state is InstanceState.STARTING:
             self._change(unit, InstanceState.READY, "")
 
-    def _change(self, unit: Unit, state: InstanceState, reason: str) -> None:
+    def _change(self, unit: SimInstance, state: InstanceState, reason: str) -> None:
         unit.state = state
         version = ".".join(map(str, unit.server.config.version)) if state is InstanceState.READY else None
         self._post(InstanceChanged(unit.spec, state, reason, version))

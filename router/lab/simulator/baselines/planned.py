@@ -14,9 +14,9 @@ from itertools import combinations
 from router.domain.gpu import GpuUuid
 from router.domain.model import ModelFacts
 from router.lab.simulator.baselines.floor import even_units
-from router.lab.simulator.batching import Done
-from router.lab.simulator.loaded_model import Loaded, Phase, ServerConfig, shape_of
-from router.lab.simulator.machine import Host
+from router.lab.simulator.batching import OnFinished
+from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.world import true_bytes
 
@@ -27,7 +27,7 @@ _AFTERWARDS_SECONDS = 10.0
 class Plan:
     """Names of the models that shall be loaded in each stretch, the most wanted first."""
 
-    stretches: tuple[tuple[str, ...], ...]
+    intervals: tuple[tuple[str, ...], ...]
     seconds: float
     """Length of a stretch."""
 
@@ -35,20 +35,20 @@ class Plan:
 class Planned:
     """Carries a plan out; models that find no room in their stretch are left out until there is some."""
 
-    def __init__(self, host: Host, models: Mapping[str, ModelFacts], config: ServerConfig, plan: Plan) -> None:
-        self._host = host
+    def __init__(self, machine: Machine, models: Mapping[str, ModelFacts], config: ServerConfig, plan: Plan) -> None:
+        self._machine = machine
         self._models = models
         self._config = config
         self._plan = plan
-        self._loaded: dict[str, Loaded] = {}
+        self._loaded: dict[str, ModelRunner] = {}
         self._leaving: set[str] = set()
         self._wanted: tuple[str, ...] = ()
-        self._waiting: dict[str, list[tuple[Request, Done]]] = {name: [] for name in models}
+        self._waiting: dict[str, list[tuple[Request, OnFinished]]] = {name: [] for name in models}
 
     def start(self) -> None:
         self._begin_stretch(0)
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         request.where = "plan"
         name = request.model.name
         if name in self._loaded and name not in self._leaving:
@@ -72,9 +72,9 @@ class Planned:
     # --- carrying out --------------------------------------------------------------------------------------
 
     def _begin_stretch(self, index: int) -> None:
-        stretches = self._plan.stretches
-        is_planned = index < len(stretches)
-        self._wanted = stretches[index] if is_planned else self._by_need()
+        intervals = self._plan.intervals
+        is_planned = index < len(intervals)
+        self._wanted = intervals[index] if is_planned else self._by_need()
         for name, found in list(self._loaded.items()):
             if name not in self._wanted:
                 self._leaving.add(name)
@@ -84,7 +84,7 @@ class Planned:
                 self._flush(name)
         self._place()
         seconds = self._plan.seconds if is_planned else _AFTERWARDS_SECONDS
-        self._host.timeline.after(seconds, lambda: self._begin_stretch(index + 1))
+        self._machine.timeline.after(seconds, lambda: self._begin_stretch(index + 1))
 
     def _by_need(self) -> tuple[str, ...]:
         """Whoever has waited longest, then what is loaded."""
@@ -102,7 +102,9 @@ class Planned:
         if layout is None:
             return
         gpus, layers = layout
-        found = Loaded.plan(self._host, "plan", model, self._config, gpus, layers, shape_of(model, self._config))
+        found = ModelRunner.plan(
+            self._machine, "plan", model, self._config, gpus, layers, shape_of(model, self._config)
+        )
         found.allocate()
         self._loaded[name] = found
         found.begin(lambda: self._ready(name, found))
@@ -110,21 +112,21 @@ class Planned:
 
     def _room_for(self, model: ModelFacts) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]] | None:
         """The smallest set of GPUs with room for even parts; of those the one that is left with least."""
-        book, shape = self._host.book, shape_of(model, self._config)
-        gpus = [gpu.uuid for gpu in book.gpus]
+        ledger, shape = self._machine.ledger, shape_of(model, self._config)
+        gpus = [gpu.uuid for gpu in ledger.gpus]
         for count in range(1, len(gpus) + 1):
             layers = even_units(model.layers + 1, count)
-            sizes = true_bytes(self._host.world, model, shape, layers)
+            sizes = true_bytes(self._machine.world, model, shape, layers)
             fitting = [
                 chosen
                 for chosen in combinations(gpus, count)
-                if all(book.free_bytes(uuid) >= size for uuid, size in zip(chosen, sizes, strict=True))
+                if all(ledger.free_bytes(uuid) >= size for uuid, size in zip(chosen, sizes, strict=True))
             ]
             if fitting:
-                return min(fitting, key=lambda chosen: sum(book.free_bytes(uuid) for uuid in chosen)), layers
+                return min(fitting, key=lambda chosen: sum(ledger.free_bytes(uuid) for uuid in chosen)), layers
         return None
 
-    def _ready(self, name: str, found: Loaded) -> None:
+    def _ready(self, name: str, found: ModelRunner) -> None:
         found.ready()
         self._leave_if_idle(name, found)
 
@@ -133,7 +135,7 @@ class Planned:
         for request, done in entries:
             self._serve(name, request, done)
 
-    def _serve(self, name: str, request: Request, done: Done) -> None:
+    def _serve(self, name: str, request: Request, done: OnFinished) -> None:
         found = self._loaded[name]
 
         def ended(served: Request, error: str) -> None:
@@ -142,22 +144,22 @@ class Planned:
 
         found.serve(request, ended)
 
-    def _left(self, name: str, found: Loaded) -> None:
+    def _left(self, name: str, found: ModelRunner) -> None:
         found.users -= 1
         self._leave_if_idle(name, found)
 
-    def _leave_if_idle(self, name: str, found: Loaded) -> None:
+    def _leave_if_idle(self, name: str, found: ModelRunner) -> None:
         if name in self._leaving and found.users == 0 and found.phase is Phase.READY:
             found.phase = Phase.UNLOADING
-            self._host.timeline.after(self._host.world.kill_seconds, lambda: self._gone(name, found))
+            self._machine.timeline.after(self._machine.world.kill_seconds, lambda: self._gone(name, found))
 
-    def _gone(self, name: str, found: Loaded) -> None:
+    def _gone(self, name: str, found: ModelRunner) -> None:
         found.end()
         del self._loaded[name]
         self._leaving.discard(name)
         self._place()
 
 
-def stretches(count: int, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+def intervals(count: int, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """The same in each of so many stretches."""
     return (tuple(names),) * count

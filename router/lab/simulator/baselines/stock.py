@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from router.domain.gpu import GpuUuid
-from router.lab.simulator.batching import Done
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.server import SimServer
 
@@ -18,13 +18,13 @@ from router.lab.simulator.server import SimServer
 class StockServer:
     """One server that sees all GPUs."""
 
-    def __init__(self, host: Host, config: ServerConfig) -> None:
-        self._server = SimServer(host, "ollama", tuple(gpu.uuid for gpu in host.book.gpus), config)
+    def __init__(self, machine: Machine, config: ServerConfig) -> None:
+        self._server = SimServer(machine, "ollama", tuple(gpu.uuid for gpu in machine.ledger.gpus), config)
 
     def start(self) -> None:
         """A stock server loads nothing before it is asked."""
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         self._server.submit(request, done)
 
     def cancel(self, request: Request) -> None:
@@ -53,15 +53,17 @@ class NginxOverServers:
     `least_conn` breaks ties by turns, as nginx does among peers of equal weight.
     """
 
-    def __init__(self, host: Host, config: ServerConfig, least_conn: bool) -> None:
+    def __init__(self, machine: Machine, config: ServerConfig, least_conn: bool) -> None:
         self._least_conn = least_conn
         self._turn = 0
-        self._upstreams = [_Upstream(SimServer(host, f"gpu{gpu.index}", (gpu.uuid,), config)) for gpu in host.book.gpus]
+        self._upstreams = [
+            _Upstream(SimServer(machine, f"gpu{gpu.index}", (gpu.uuid,), config)) for gpu in machine.ledger.gpus
+        ]
 
     def start(self) -> None:
         """Nothing to do."""
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         upstream = self._pick()
         upstream.requests.add(request)
 

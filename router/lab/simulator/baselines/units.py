@@ -14,12 +14,12 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.policy import Policy
 from router.engines.ollama.tensor_split import TENSOR_SPLIT, Shares, memory_shares, parsed_split, split_text
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.server import SimServer
 
 
 @dataclass(slots=True)
-class Unit:
+class SimInstance:
     """One instance."""
 
     spec: InstanceSpec
@@ -32,22 +32,22 @@ class Unit:
     listed_at: float = 0.0
 
 
-def units_over(host: Host, config: ServerConfig, *, pairs: bool) -> list[Unit]:
+def instances_over(machine: Machine, config: ServerConfig, *, pairs: bool) -> list[SimInstance]:
     """One instance a GPU and one over all: even on equal GPUs, else filled first, the fastest GPU first."""
-    gpus = host.book.gpus
-    units = [_unit(host, f"gpu{gpu.index}", (gpu.uuid,), config, even=False) for gpu in gpus]
+    gpus = machine.ledger.gpus
+    units = [_unit(machine, f"gpu{gpu.index}", (gpu.uuid,), config, even=False) for gpu in gpus]
     if len(gpus) > 1:
         even = len({(gpu.name, gpu.memory_total_bytes) for gpu in gpus}) == 1
         order = sorted(gpus, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
         uuids = tuple(gpu.uuid for gpu in (gpus if even else order))
-        units.append(_unit(host, "spread", uuids, config, even=even))
+        units.append(_unit(machine, "spread", uuids, config, even=even))
     for one, other in combinations(gpus, 2) if pairs and len(gpus) > 2 else ():
-        units.append(_unit(host, f"pair{one.index}{other.index}", (one.uuid, other.uuid), config, even=True))
+        units.append(_unit(machine, f"pair{one.index}{other.index}", (one.uuid, other.uuid), config, even=True))
     return units
 
 
-def _unit(host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
-    totals = {gpu.uuid: gpu.memory_total_bytes for gpu in host.book.gpus}
+def _unit(machine: Machine, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> SimInstance:
+    totals = {gpu.uuid: gpu.memory_total_bytes for gpu in machine.ledger.gpus}
     shares = memory_shares(tuple(totals[uuid] for uuid in gpus))
     own = _own(config, shares, even=even)
     spec = InstanceSpec(
@@ -60,16 +60,16 @@ def _unit(host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig
         flash_attention=config.flash_attention,
         environment=_variables(shares, even=even),
     )
-    return Unit(spec, SimServer(host, name, gpus, own))
+    return SimInstance(spec, SimServer(machine, name, gpus, own))
 
 
-def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit:
+def on_demand_instance(machine: Machine, spec: InstanceSpec, config: ServerConfig) -> SimInstance:
     """One that the dispatcher asked for."""
     even = len(spec.gpus) > 1
     shares = parsed_split(spec.environment.get(TENSOR_SPLIT, "")) or (1.0,) * len(spec.gpus)
     named = replace(spec, url=f"sim://{spec.name}", environment=_variables(shares, even=even))
     tuned = replace(config, slots=spec.num_parallel, kv_cache_type=spec.kv_cache_type)
-    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(tuned, shares, even=even)))
+    return SimInstance(named, SimServer(machine, spec.name, spec.gpus, _own(tuned, shares, even=even)))
 
 
 def _variables(shares: Shares, *, even: bool) -> dict[str, str]:
