@@ -23,7 +23,7 @@ from bench.scheduling.client import Answered, Player
 from bench.scheduling.servers import NGINX, VERSIONS, Place, nginx, run_baseline
 from router.domain.model import ModelFacts
 from router.lab.scenarios import ScenarioSpec, default_rate, large_models, make_baseline, make_scenario
-from router.lab.simulator.metrics import Report, is_in_time, jain, report, waits
+from router.lab.simulator.metrics import Report, is_in_time, jain, report, ttft_percentiles
 from router.lab.simulator.requests import SERVED, Request
 from router.lab.simulator.runner import Scenario, Simulation
 from router.lab.simulator.workload import Session
@@ -89,8 +89,8 @@ def report_of(scenario: Scenario, answers: Sequence[Answered], loads: Sequence[d
         in_time=sum(is_in_time(one) for one in requests),
         errors=sum(one.outcome != SERVED for one in requests),
         hung_up=0,
-        small=waits([one for one in requests if one.model.name not in large], ended_at),
-        large=waits([one for one in requests if one.model.name in large], ended_at),
+        small=ttft_percentiles([one for one in requests if one.model.name not in large], ended_at),
+        large=ttft_percentiles([one for one in requests if one.model.name in large], ended_at),
         tokens_per_second=sum(one.words for one in answers if not one.error) / max(1e-9, ended_at),
         loads=len(done),
         loaded_gb=sum(float(str(load["weights_bytes"])) for load in done) / 1e9,

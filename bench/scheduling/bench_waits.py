@@ -73,7 +73,7 @@ def _one_run(scenario: Scenario) -> Told:
     told = Told()
     made: list[Llamayard] = []
 
-    def seen(event: Event, actions: list[Action], now: float) -> None:
+    def observe(event: Event, actions: list[Action], now: float) -> None:
         del event
         told.look(made[0].dispatcher, actions, now)
 
@@ -83,7 +83,7 @@ def _one_run(scenario: Scenario) -> Told:
         made.append(router)
         return router
 
-    make = make_baseline("llamayard", scenario, seen=seen)
+    make = make_baseline("llamayard", scenario, observer=observe)
     Simulation(scenario, watched).run()
     return told
 

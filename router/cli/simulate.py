@@ -117,7 +117,7 @@ def play(
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
     scenario = with_faults(make_scenario(wanted, rows), faults)
     rules = Invariants()
-    make = make_baseline(policy, scenario, seen=rules.seen if check else None)
+    make = make_baseline(policy, scenario, observer=rules.check_actions if check else None)
 
     def watched(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
         made = make(machine, models)
@@ -125,7 +125,7 @@ def play(
             rules.watch(made, machine)
         return made
 
-    outcome = Simulation(scenario, watched).run(rules.after_step)
+    outcome = Simulation(scenario, watched).run(rules.check_state)
     return Played(policy, wanted, outcome, report(outcome, large_models(scenario)))
 
 

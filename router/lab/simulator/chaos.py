@@ -69,7 +69,7 @@ def check(seed: int) -> str:
 
     def seen(event: Event, actions: list[Action], now: float) -> None:
         digest.update(f"{now!r} {event!r} {actions!r}".encode())
-        rules.seen(event, actions, now)
+        rules.check_actions(event, actions, now)
 
     def make(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
         del models
@@ -77,7 +77,7 @@ def check(seed: int) -> str:
         rules.watch(router, machine)
         return router
 
-    outcome = Simulation(world.scenario, make).run(rules.after_step)
+    outcome = Simulation(world.scenario, make).run(rules.check_state)
     unfinished = [request.id for request in outcome.requests if request.outcome == UNFINISHED]
     if unfinished:
         raise InvariantError(f"requests {unfinished} never ended")

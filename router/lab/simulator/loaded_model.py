@@ -1,4 +1,4 @@
-"""One model loaded in a simulated server: what it holds, what its server believes that it holds, and who uses it."""
+"""A model runner of a simulated server: the memory it holds, the memory its server books for it, and its requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import Enum
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator import server_placement
-from router.lab.simulator.batching import Batcher, BatchFacts, OnFinished
+from router.lab.simulator.batching import Batcher, BatchParameters, OnFinished
 from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_for
 from router.lab.simulator.machine import Machine, ResidencySpan
 from router.lab.simulator.requests import Request
@@ -17,13 +17,13 @@ from router.lab.simulator.timeline import Timer
 from router.lab.simulator.weight_transfer import Transfer
 from router.lab.simulator.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
 
-_FIVE_MINUTES = 300.0
+_DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """How one server is run. The defaults are the two lines of a good admin: flash attention and a q8_0 cache, two
-    slots of 8,192 tokens."""
+    """Settings of one server. The defaults are those of a well-tuned stock server: flash attention, a q8_0 cache and
+    two slots of 8,192 tokens."""
 
     version: tuple[int, ...] = (0, 24, 0)
     slots: int = 2
@@ -32,9 +32,9 @@ class ServerConfig:
     flash_attention: bool = True
     spread: bool = False
     tensor_split: tuple[float, ...] = ()
-    keep_alive_seconds: float = _FIVE_MINUTES
+    keep_alive_seconds: float = _DEFAULT_KEEP_ALIVE_SECONDS
     max_loaded: int = 0
-    """0: three models a GPU."""
+    """`OLLAMA_MAX_LOADED_MODELS`; 0: three per GPU."""
     host_memory_bytes: int = 120 * 1024**3
 
     @property
@@ -46,11 +46,11 @@ class ServerConfig:
 
 
 def shape_of(model: ModelFacts, config: ServerConfig) -> LoadShape:
-    """How this server loads this model where memory is no matter."""
-    asked = RequestedShape(
+    """The shape in which this server loads this model when memory is not short."""
+    requested = RequestedShape(
         config.version, config.context_length, config.slots, config.kv_cache_type, config.flash_attention
     )
-    return shape_for(model, asked)
+    return shape_for(model, requested)
 
 
 class Phase(Enum):
@@ -62,7 +62,7 @@ class Phase(Enum):
 
 @dataclass(slots=True, eq=False)
 class ModelRunner:
-    """A runner. `users` counts requests that hold it back from leaving, waiting ones too."""
+    """One runner process. `users` counts the running and waiting requests that block its unloading."""
 
     machine: Machine
     server: str
@@ -73,7 +73,7 @@ class ModelRunner:
     host_bytes: int
     batcher: Batcher
     keep_alive_seconds: float
-    owner: int
+    allocation_id: int
     phase: Phase = Phase.LOADING
     users: int = 0
     expiry: Timer | None = None
@@ -82,7 +82,7 @@ class ModelRunner:
     waiting_for_load: list[tuple[Request, OnFinished]] = field(default_factory=list[tuple[Request, OnFinished]])
     on_delisted: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     on_gone: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
-    """Somewhat later: its server goes on only when it has seen the memory free."""
+    """Called after `on_delisted`: the server proceeds only once it has seen the memory freed."""
 
     @classmethod
     def plan(
@@ -95,31 +95,31 @@ class ModelRunner:
         layers: tuple[int, ...],
         shape: LoadShape,
     ) -> ModelRunner:
-        """The runner for this layout, without its memory yet."""
-        sizes = true_bytes(machine.world, model, shape, layers)
-        used = tuple(uuid for uuid, count in zip(gpus, layers, strict=True) if count > 0)
+        """Creates a runner for this layout; its memory is not allocated yet."""
+        bytes_per_gpu = true_bytes(machine.world, model, shape, layers)
+        used_gpus = tuple(uuid for uuid, count in zip(gpus, layers, strict=True) if count > 0)
         facts = [machine.ledger.by_uuid[uuid].facts for uuid in gpus]
         share = machine.active_shares.get(model.name, 1.0)
-        pace = speed(machine.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
-        missing = max(0, model.layers + 1 - sum(layers))
+        runner_speed = speed(machine.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
+        cpu_layers = max(0, model.layers + 1 - sum(layers))
         return cls(
             machine=machine,
             server=server,
             model=model,
-            uuids=used,
-            bytes_by_gpu={uuid: size for uuid, size in zip(gpus, sizes, strict=True) if size},
+            uuids=used_gpus,
+            bytes_by_gpu={uuid: size for uuid, size in zip(gpus, bytes_per_gpu, strict=True) if size},
             booked_bytes=dict(
                 zip(gpus, server_placement.booked_bytes(machine.world, model, shape, layers), strict=True)
             ),
-            host_bytes=missing * (layer_bytes(model) + kv_layer_bytes(model, shape)),
+            host_bytes=cpu_layers * (layer_bytes(model) + kv_layer_bytes(model, shape)),
             batcher=Batcher(
                 machine.timeline,
-                BatchFacts(pace, shape.slots, kept_tokens(model, shape, config.version)),
-                lambda works: _mark(machine, used, works),
-                lambda: machine.ledger.slowdown_factor(used),
+                BatchParameters(runner_speed, shape.slots, kept_tokens(model, shape, config.version)),
+                lambda is_working: _record_work(machine, used_gpus, is_working),
+                lambda: machine.ledger.slowdown_factor(used_gpus),
             ),
             keep_alive_seconds=config.keep_alive_seconds,
-            owner=machine.new_allocation_id(),
+            allocation_id=machine.new_allocation_id(),
         )
 
     @property
@@ -135,11 +135,11 @@ class ModelRunner:
         return self.size_vram_bytes + self.host_bytes
 
     def allocate(self) -> None:
-        """Takes its memory. Raises OutOfMemoryError, having taken none."""
-        self.machine.ledger.allocate(self.owner, self.bytes_by_gpu)
+        """Allocates its memory on all GPUs or on none. Raises OutOfMemoryError."""
+        self.machine.ledger.allocate(self.allocation_id, self.bytes_by_gpu)
 
     def begin(self, done: Callable[[], None]) -> None:
-        """Reads its weights; its memory is taken."""
+        """Starts the weight transfer; call after `allocate`."""
         stats = self.machine.stats
         stats.loads += 1
         stats.loaded_bytes += self.model.weights_bytes
@@ -151,7 +151,7 @@ class ModelRunner:
         self.transfer = self.machine.transfers.start(self.blob, self.model.weights_bytes, bool(self.uuids), done)
 
     def ready(self) -> None:
-        """Its weights are read: who came early is served."""
+        """The weights are loaded: submits the requests that waited for them."""
         self.phase = Phase.READY
         self.transfer = None
         if self.span is not None:
@@ -171,7 +171,7 @@ class ModelRunner:
             self.batcher.submit(request, done)
 
     def cancel(self, request: Request) -> bool:
-        """True where the request was here; it no longer counts as a user."""
+        """Removes a request; the caller adjusts `users`. Returns False if the request is unknown."""
         for entry in self.waiting_for_load:
             if entry[0] is request:
                 self.waiting_for_load.remove(entry)
@@ -179,25 +179,25 @@ class ModelRunner:
         return self.batcher.cancel(request)
 
     def drop(self) -> list[tuple[Request, OnFinished]]:
-        """The runner dies: what it had. Their ends do not count as users leaving."""
+        """Ends the runner process. Returns its unfinished requests; `users` is unchanged."""
         if self.transfer is not None:
             self.machine.transfers.abort(self.transfer)
-        lost = self.batcher.stop() + self.waiting_for_load
+        unfinished = self.batcher.stop() + self.waiting_for_load
         self.waiting_for_load = []
-        return lost
+        return unfinished
 
     def end(self) -> None:
-        """Its memory is free again."""
+        """Frees its memory."""
         self.phase = Phase.GONE
-        self.machine.ledger.release(self.owner)
+        self.machine.ledger.release(self.allocation_id)
         if self.expiry is not None:
             self.expiry.cancel()
         if self.span is not None:
             self.span.ended_at = self.machine.timeline.now
 
 
-def _mark(machine: Machine, uuids: tuple[GpuUuid, ...], works: bool) -> None:
-    if works:
+def _record_work(machine: Machine, uuids: tuple[GpuUuid, ...], is_working: bool) -> None:
+    if is_working:
         machine.ledger.work_began(uuids, machine.timeline.now)
     else:
         machine.ledger.work_ended(uuids, machine.timeline.now)

@@ -1,6 +1,6 @@
-"""What all servers of a simulated machine share: time, GPUs, loads under way, and a record of what happened.
+"""The shared state of one simulated machine: clock, GPU memory, weight transfers and run statistics.
 
-It decides nothing; servers and contestants write into the record, the report reads it.
+Servers and baselines write the statistics; `router.lab.simulator.metrics` reads them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from router.lab.simulator.world import World
 
 @dataclass(slots=True, eq=False)
 class ResidencySpan:
-    """One model on one server, from the start of its load until its memory was free again."""
+    """One model on one server, from the start of its load until its memory is freed. Times in seconds of the run."""
 
     server: str
     model: str
@@ -30,21 +30,21 @@ class ResidencySpan:
 
 @dataclass(slots=True)
 class RunStats:
-    """Counts and stays of one run."""
+    """Load counters, residency spans and annotations of one run."""
 
     loads: int = 0
     loaded_bytes: int = 0
     spilled_loads: int = 0
-    """Loads that put a part of the model on the CPU."""
+    """Loads that put part of a model on the CPU."""
     failed_loads: int = 0
     residency_spans: list[ResidencySpan] = field(default_factory=list[ResidencySpan])
     notes: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
-    """Faults and other things worth a mark in the picture."""
+    """(seconds, text): faults, marked in the picture."""
 
 
 @dataclass(slots=True)
 class Machine:
-    """One machine in one run."""
+    """One simulated machine during one run."""
 
     timeline: Timeline
     world: World
@@ -52,10 +52,10 @@ class Machine:
     transfers: WeightTransfers
     stats: RunStats
     active_shares: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Name of a model -> share of its weights that a token uses; absent: all of them."""
+    """Model name -> share of its weights that one token reads; absent: 1.0."""
     last_allocation_id: int = 0
 
     def new_allocation_id(self) -> int:
-        """A number for one runner's memory."""
+        """Returns a new id for one runner's memory in the ledger."""
         self.last_allocation_id += 1
         return self.last_allocation_id

@@ -1,7 +1,7 @@
-"""One run: a machine, a workload, a contestant and what goes wrong, played in virtual time.
+"""Runs one simulation: a machine, a workload, a baseline and faults, in virtual time.
 
-It opens no socket and reads no clock; with the same scenario and contestant it does the same, to the byte. What a run
-means is `router.lab.simulator.metrics`.
+Deterministic: the same scenario and baseline give the same run, byte for byte. `router.lab.simulator.metrics` computes
+the figures of a run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from router.lab.simulator.world import WORLD, World
 
 GIB = 1024**3
 _GRACE_SECONDS = 900.0
-"""So long after the last arrival a run may go on until all requests have ended."""
+"""How long after the last arrival a run may continue until all requests have ended."""
 UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All that decides a run, but for the contestant."""
+    """All inputs of a run except the baseline."""
 
     gpus: tuple[SimGpu, ...]
     models: Mapping[str, ModelFacts]
@@ -40,22 +40,22 @@ class Scenario:
     world: World = WORLD
     page_cache_bytes: int = 112 * GIB
     cold_start: bool = False
-    """True: no model's file is in the page cache at the start."""
+    """Whether the page cache is empty at the start."""
 
 
 class Baseline(FaultTarget, Protocol):
-    """Whatever takes requests and serves them on a host."""
+    """A scheduling policy that serves requests on a machine."""
 
     def start(self) -> None:
-        """Called once, at the beginning."""
+        """Called once, at the start of the run."""
         ...
 
     def submit(self, request: Request, done: OnFinished) -> None:
-        """`done` is called once, unless the request is cancelled before."""
+        """`done` is called once, unless the request is cancelled first."""
         ...
 
     def cancel(self, request: Request) -> None:
-        """The client went away."""
+        """The client disconnected."""
         ...
 
 
@@ -64,18 +64,18 @@ BaselineFactory = Callable[[Machine, Mapping[str, ModelFacts]], Baseline]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run left behind."""
+    """The result of a run."""
 
     requests: tuple[Request, ...]
     stats: RunStats
     ledger: GpuLedger
     ended_at: float
     planned: int
-    """How many requests the sessions have; those after one that never ended did not arrive."""
+    """Number of turns in all sessions. Turns after one that never ended did not arrive."""
 
 
 class Simulation:
-    """Plays one scenario. `run` may be called once."""
+    """Simulates one scenario. `run` may be called once."""
 
     def __init__(self, scenario: Scenario, make_baseline: BaselineFactory) -> None:
         timeline = Timeline()
@@ -89,17 +89,17 @@ class Simulation:
         self.baseline = make_baseline(self.machine, scenario.models)
         self._scenario = scenario
         self._requests: list[Request] = []
-        self._open = 0
+        self._unfinished = 0
 
     def run(self, after_step: Callable[[], None] | None = None) -> Outcome:
-        """Plays to the end. `after_each` is called after each thing that happens."""
+        """Runs to the end. `after_step` is called after each timeline event."""
         timeline, scenario = self.machine.timeline, self._scenario
         self.baseline.start()
         schedule_faults(self.machine, self.baseline, scenario.faults)
         for session in scenario.sessions:
-            self._plan_turn(session, 0, 0.0)
+            self._schedule_turn(session, 0, 0.0)
         limit = scenario.seconds + _GRACE_SECONDS
-        while self._open and timeline.step():
+        while self._unfinished and timeline.step():
             if after_step is not None:
                 after_step()
             if timeline.now > limit:
@@ -110,9 +110,9 @@ class Simulation:
         planned = sum(len(session.turns) for session in scenario.sessions)
         return Outcome(tuple(self._requests), self.machine.stats, self.machine.ledger, timeline.now, planned)
 
-    def _plan_turn(self, session: Session, index: int, not_before: float) -> None:
+    def _schedule_turn(self, session: Session, index: int, not_before: float) -> None:
         if index < len(session.turns):
-            self._open += 1
+            self._unfinished += 1
             due = max(session.turns[index].at_seconds, not_before)
             self.machine.timeline.at(due, lambda: self._arrive(session, index))
 
@@ -145,5 +145,5 @@ class Simulation:
             raise AssertionError(f"request {request.id} ended twice: {request.outcome}, then {outcome}")
         request.outcome = outcome
         request.ended_at = self.machine.timeline.now
-        self._open -= 1
-        self._plan_turn(session, index + 1, self.machine.timeline.now + THINK_TIME_SECONDS)
+        self._unfinished -= 1
+        self._schedule_turn(session, index + 1, self.machine.timeline.now + THINK_TIME_SECONDS)

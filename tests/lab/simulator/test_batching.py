@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.lab.simulator.batching import Batcher, BatchFacts
+from router.lab.simulator.batching import Batcher, BatchParameters
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timeline
 from router.lab.simulator.world import Speed
@@ -16,14 +16,14 @@ SPEED = Speed(step_seconds=0.01, stream_share=0.08, prefill_seconds_per_token=0.
 MODEL = model("m", 5)
 
 
-def batcher(timeline: Timeline, slots: int = 2, kept_tokens: int = 0) -> Batcher:
-    return Batcher(timeline, BatchFacts(SPEED, slots, kept_tokens), lambda _: None, lambda: 1.0)
+def batcher(timeline: Timeline, slots: int = 2, host_cache_tokens: int = 0) -> Batcher:
+    return Batcher(timeline, BatchParameters(SPEED, slots, host_cache_tokens), lambda _: None, lambda: 1.0)
 
 
-def served(requests: list[Request], slots: int = 2, kept_tokens: int = 0) -> list[Request]:
+def served(requests: list[Request], slots: int = 2, host_cache_tokens: int = 0) -> list[Request]:
     """Plays requests that arrive at their own times."""
     timeline = Timeline()
-    one = batcher(timeline, slots, kept_tokens)
+    one = batcher(timeline, slots, host_cache_tokens)
 
     def end(ended: Request, error: str) -> None:
         assert not error
@@ -111,17 +111,17 @@ def test_a_turn_finds_its_prompt_in_the_slot_that_it_had() -> None:
 
 
 def test_with_one_slot_another_session_evicts_the_prompt_unless_host_memory_keeps_it() -> None:
-    def again(kept_tokens: int) -> float:
+    def again(host_cache_tokens: int) -> float:
         first = request(1, MODEL, prompt=1000, words=10, session=7)
         other = request(2, MODEL, prompt=1000, words=10, session=8)
         last = request(3, MODEL, prompt=1100, words=10, session=7, shared=1010)
         other.arrived_at, last.arrived_at = 5.0, 10.0
-        served([first, other, last], slots=1, kept_tokens=kept_tokens)
+        served([first, other, last], slots=1, host_cache_tokens=host_cache_tokens)
         assert last.first_token_at is not None
         return last.first_token_at - 10.0
 
-    assert again(kept_tokens=0) == pytest.approx(1.1)
-    assert again(kept_tokens=100_000) == pytest.approx(0.09)
+    assert again(host_cache_tokens=0) == pytest.approx(1.1)
+    assert again(host_cache_tokens=100_000) == pytest.approx(0.09)
 
 
 def test_a_client_that_leaves_gives_its_slot_to_the_next_after_the_step() -> None:

@@ -52,10 +52,10 @@ def play(wrong: Wrong = lambda actions: actions, change: Callable[[Snapshot], Sn
     scenario = make_scenario(WANTED)
     rules = Invariants()
 
-    def seen(event: Event, actions: list[Action], now: float) -> None:
-        rules.seen(event, wrong(actions), now)
+    def observe(event: Event, actions: list[Action], now: float) -> None:
+        rules.check_actions(event, wrong(actions), now)
 
-    make = make_baseline("llamayard", scenario, seen=seen)
+    make = make_baseline("llamayard", scenario, observer=observe)
 
     def watched(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
         made = make(machine, models)
@@ -63,7 +63,7 @@ def play(wrong: Wrong = lambda actions: actions, change: Callable[[Snapshot], Sn
         rules.watch(Doctored(made, change), machine)
         return made
 
-    Simulation(scenario, watched).run(rules.after_step)
+    Simulation(scenario, watched).run(rules.check_state)
 
 
 def test_a_sound_run_breaks_no_rule() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.lab.simulator.metrics import is_in_time, jain, jain_index, quantile, service_jain, waits
+from router.lab.simulator.metrics import is_in_time, jain, jain_index, quantile, service_jain, ttft_percentiles
 from router.lab.simulator.requests import HUNG_UP, SERVED, Request
 from tests.lab.simulator.machines import model, request
 
@@ -44,7 +44,7 @@ def test_quantiles_are_the_nearest_rank() -> None:
 
 
 def test_a_failed_request_counts_as_a_wait_to_the_end() -> None:
-    found = waits([ended(1, 1.0), ended(2, 1.0, outcome="load_failed")], 100.0)
+    found = ttft_percentiles([ended(1, 1.0), ended(2, 1.0, outcome="load_failed")], 100.0)
     assert (found.count, found.p50, found.p99) == (2, 1.0, 100.0)
 
 

@@ -10,7 +10,7 @@ from router.domain.model import ModelFacts
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
-from router.lab.simulator.server import LOST, LoadResult, SimServer
+from router.lab.simulator.server import RUNNER_LOST, LoadResult, SimServer
 from router.lab.simulator.world import WORLD, load_seconds
 from tests.lab.simulator.machines import GIB, gpu, model, new_machine, play, request
 
@@ -192,7 +192,7 @@ def test_a_killed_server_loses_requests_and_frees_memory() -> None:
     served.ask(4.0, 3, BIG)
     served.machine.timeline.at(5.0, served.server.kill)
     play(served.machine, 6.0)
-    assert served.ended == {1: LOST, 2: LOST, 3: LOST}
+    assert served.ended == {1: RUNNER_LOST, 2: RUNNER_LOST, 3: RUNNER_LOST}
     assert served.machine.ledger.used_bytes(served.server.gpus[0]) == 0
     again = served.ask(7.0, 4, SMALL)
     play(served.machine, 20.0)

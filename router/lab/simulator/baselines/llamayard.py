@@ -50,7 +50,7 @@ from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
-from router.lab.simulator.server import LOST, LoadResult, SimServer
+from router.lab.simulator.server import RUNNER_LOST, LoadResult, SimServer
 from router.lab.simulator.timeline import Timer
 from router.scheduler.dispatcher import Dispatcher
 
@@ -268,7 +268,7 @@ class Llamayard:
         del self._tickets[held.request]
         request = held.request
         tokens = 0 if error else request.generated_tokens
-        self._post(Released(held.ticket, error == LOST, tokens, request.first_token_at))
+        self._post(Released(held.ticket, error == RUNNER_LOST, tokens, request.first_token_at))
         if error and held.request.first_token_at is None and held.attempts < _ATTEMPTS:
             held.attempts += 1
             self._arrive(held)
@@ -283,7 +283,7 @@ class Llamayard:
 
         def ended(result: LoadResult) -> None:
             if result.error:
-                is_lost = result.error == LOST
+                is_lost = result.error == RUNNER_LOST
                 self._post(LoadFailed(load.load_id, 502 if is_lost else 500, result.error, is_lost=is_lost))
             else:
                 self._post(LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes))

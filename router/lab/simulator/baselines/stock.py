@@ -1,6 +1,6 @@
-"""Stock servers: one over all GPUs, or one a GPU behind nginx as most guides set it up.
+"""Stock baselines: one Ollama server over all GPUs, or one per GPU behind nginx.
 
-They get what a good admin gives them (`ServerConfig`'s defaults) and behave as `router.lab.simulator.server` says.
+Both use the well-tuned defaults of `ServerConfig`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class StockServer:
         self._server = SimServer(machine, "ollama", tuple(gpu.uuid for gpu in machine.ledger.gpus), config)
 
     def start(self) -> None:
-        """A stock server loads nothing before it is asked."""
+        """A stock server loads nothing before the first request."""
 
     def submit(self, request: Request, done: OnFinished) -> None:
         self._server.submit(request, done)
@@ -31,12 +31,12 @@ class StockServer:
         self._server.cancel(request)
 
     def server_died(self, index: int) -> None:
-        """Its service manager starts it again at once."""
+        """The service manager restarts it at once."""
         del index
         self._server.kill()
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
-        """Its runners die; a GPU that is lost has no free memory, so it goes on with the others."""
+        """Its runners crash; a lost GPU has no free memory, so the server continues with the others."""
         del uuid
         self._server.kill()
 
@@ -48,9 +48,9 @@ class _Upstream:
 
 
 class NginxOverServers:
-    """One server a GPU; nginx passes each request to the next one, or to the one with the fewest connections.
+    """One server per GPU; nginx balances round robin or by least connections.
 
-    `least_conn` breaks ties by turns, as nginx does among peers of equal weight.
+    `least_conn` breaks ties round robin, as nginx does among peers of equal weight.
     """
 
     def __init__(self, machine: Machine, config: ServerConfig, least_conn: bool) -> None:
