@@ -1,7 +1,7 @@
-"""Small worlds made at random, in which everything goes wrong that can, and every rule is checked all the time.
+"""Chaos testing: small random scenarios with faults, in which every invariant is checked after every event.
 
-`check(seed)` plays one; the same seed plays the same. `python -m router.lab.simulator.chaos --first 1 --count 1000`
-plays many and prints for each that breaks a rule the command that replays it. Its models and GPUs are made up.
+`check(seed)` runs one scenario, deterministically. `python -m router.lab.simulator.chaos --first 1 --count 1000` runs
+many and prints, for each violation, the command that replays it. Models and GPUs are synthetic.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SECONDS = 40.0
 
 @dataclass(frozen=True, slots=True)
 class RandomScenario:
-    """One scenario with what the router and its servers are told."""
+    """One scenario with the settings of the router and its servers."""
 
     scenario: Scenario
     config: ServerConfig
@@ -42,7 +42,7 @@ class RandomScenario:
 
 
 def random_scenario(seed: int) -> RandomScenario:
-    """The world of that seed."""
+    """Generates the scenario for a seed."""
     rng = random.Random(seed)
     gpus = _gpus(rng)
     models = _models(rng, gpus)
@@ -62,28 +62,32 @@ def random_scenario(seed: int) -> RandomScenario:
 
 
 def check(seed: int) -> str:
-    """Plays that world; a digest of all that the router saw and did. Raises InvariantError."""
-    world = random_scenario(seed)
-    rules = Invariants()
+    """Runs the scenario of a seed. Returns a digest of all events and actions of the router.
+
+    Raises:
+        InvariantError: an invariant is violated.
+    """
+    generated = random_scenario(seed)
+    invariants = Invariants()
     digest = hashlib.sha256()
 
-    def seen(event: Event, actions: list[Action], now: float) -> None:
+    def observe(event: Event, actions: list[Action], now: float) -> None:
         digest.update(f"{now!r} {event!r} {actions!r}".encode())
-        rules.check_actions(event, actions, now)
+        invariants.check_actions(event, actions, now)
 
     def make(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
         del models
-        router = Llamayard(machine, world.config, world.policy, seen)
-        rules.watch(router, machine)
+        router = Llamayard(machine, generated.config, generated.policy, observe)
+        invariants.watch(router, machine)
         return router
 
-    outcome = Simulation(world.scenario, make).run(rules.check_state)
+    outcome = Simulation(generated.scenario, make).run(invariants.check_state)
     unfinished = [request.id for request in outcome.requests if request.outcome == UNFINISHED]
     if unfinished:
         raise InvariantError(f"requests {unfinished} never ended")
-    crowded = any(fault.kind is FaultKind.EXTERNAL for fault in world.scenario.faults)
-    if outcome.ledger.out_of_memory and not crowded:
-        raise InvariantError(f"{outcome.ledger.out_of_memory} loads ran out of memory though nobody else took any")
+    has_external_use = any(fault.kind is FaultKind.EXTERNAL for fault in generated.scenario.faults)
+    if outcome.ledger.out_of_memory and not has_external_use:
+        raise InvariantError(f"{outcome.ledger.out_of_memory} loads ran out of memory without external memory use")
     return digest.hexdigest()
 
 
@@ -93,7 +97,7 @@ def _gpus(rng: random.Random) -> tuple[SimGpu, ...]:
         SimGpu(
             uuid=GpuUuid(f"GPU-{index}"),
             index=index,
-            name=f"made up with {size} GiB",
+            name=f"synthetic {size} GiB GPU",
             memory_total_bytes=size * GIB,
             memory_reserved_bytes=GIB // 4,
             memory_bus_width_bits=384,
@@ -149,8 +153,8 @@ def _sessions(rng: random.Random, models: Mapping[str, ModelFacts]) -> tuple[Ses
 
 def _turn(rng: random.Random, at: float) -> Turn:
     prompt = rng.randint(1, 4000)
-    patience = rng.uniform(0.0, 20.0) if rng.random() < 0.2 else None
-    return Turn(at, prompt, rng.randint(0, prompt - 1), rng.randint(1, 400), patience)
+    hang_up_after_seconds = rng.uniform(0.0, 20.0) if rng.random() < 0.2 else None
+    return Turn(at, prompt, rng.randint(0, prompt - 1), rng.randint(1, 400), hang_up_after_seconds)
 
 
 def _faults(rng: random.Random, gpus: int) -> tuple[Fault, ...]:
@@ -168,7 +172,7 @@ def replay_command(seed: int) -> str:
 
 
 def failure(seed: int) -> str | None:
-    """What is broken in that world, with the command that replays it; None where all rules hold."""
+    """The violation in the scenario of this seed, with the command that replays it; None if all invariants hold."""
     try:
         check(seed)
     except AssertionError as error:
@@ -177,7 +181,7 @@ def failure(seed: int) -> str | None:
 
 
 def main() -> int:
-    """1 where any seed broke a rule."""
+    """Returns 1 if any seed violates an invariant."""
     parser = argparse.ArgumentParser(prog="python -m router.lab.simulator.chaos", description=__doc__)
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--count", type=int, default=1000)
@@ -185,11 +189,11 @@ def main() -> int:
     given = parser.parse_args()
     seeds = range(given.first, given.first + given.count)
     with multiprocessing.Pool(given.jobs) as pool:
-        broken = [words for words in pool.imap(failure, seeds, chunksize=20) if words is not None]
-    for words in broken:
-        sys.stdout.write(words + "\n")
-    sys.stdout.write(f"{len(broken)} of {given.count} small worlds broke a rule\n")
-    return 1 if broken else 0
+        failures = [message for message in pool.imap(failure, seeds, chunksize=20) if message is not None]
+    for message in failures:
+        sys.stdout.write(message + "\n")
+    sys.stdout.write(f"{len(failures)} of {given.count} random scenarios violated an invariant\n")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

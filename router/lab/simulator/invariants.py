@@ -35,7 +35,7 @@ class ObservedRouter(Protocol):
     def waiting(self) -> tuple[tuple[Ticket, str], ...]: ...
 
     @property
-    def held(self) -> Mapping[TicketId, Request]: ...
+    def open_requests(self) -> Mapping[TicketId, Request]: ...
 
     def snapshot(self) -> Snapshot: ...
 
@@ -93,7 +93,7 @@ class Invariants:
         if action.ticket_id in self._decided:
             raise InvariantError(f"{now:.3f}: ticket {action.ticket_id} was decided twice: {action}")
         self._decided.add(action.ticket_id)
-        request = router.held.get(action.ticket_id)
+        request = router.open_requests.get(action.ticket_id)
         if isinstance(action, Grant) and request is not None:
             self._grants[action.ticket_id] = (action.instance, request.model.blob)
 

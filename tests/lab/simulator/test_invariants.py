@@ -37,8 +37,8 @@ class Doctored:
         return self._router.waiting
 
     @property
-    def held(self) -> Mapping[TicketId, Request]:
-        return self._router.held
+    def open_requests(self) -> Mapping[TicketId, Request]:
+        return self._router.open_requests
 
     def snapshot(self) -> Snapshot:
         return self._change(self._router.snapshot())
