@@ -38,8 +38,11 @@ class Memory:
         directory = self._config.emulator_dir
         driver_free_bytes = vram.free_bytes(directory) if directory is not None else {}
         return [
-            VisibleGpu(gpu.memory_total_bytes, self._free(gpu.uuid, gpu.memory_total_bytes, driver_free_bytes, own_bytes),
-                 gpu.bandwidth_bytes_per_second)
+            VisibleGpu(
+                gpu.memory_total_bytes,
+                self._free(gpu.uuid, gpu.memory_total_bytes, driver_free_bytes, own_bytes),
+                gpu.bandwidth_bytes_per_second,
+            )
             for gpu in self._config.gpus
         ]  # fmt: skip
 
