@@ -50,7 +50,7 @@ def is_answer_in_time(one: MeasuredRequest) -> bool:
     if one.error or one.ttft_seconds > FIRST_TOKEN_SECONDS:
         return False
     first = one.first_token_at or 0.0
-    return one.words < 2 or (one.words - 1) / max(1e-9, one.ended_at - first) >= TOKENS_PER_SECOND
+    return one.generated_tokens < 2 or (one.generated_tokens - 1) / max(1e-9, one.ended_at - first) >= TOKENS_PER_SECOND
 
 
 def compare(policy: str, spec: ScenarioSpec, speed: float) -> Comparison:
@@ -96,7 +96,7 @@ def main() -> int:
                 one.ended_at - one.arrived_at,
                 (other.ended_at or 0.0) - other.arrived_at,
             )
-            line = f"{one.arrived_at:7.1f} {one.model:<24}{one.prompt_tokens:>6}{one.words:>5}"
+            line = f"{one.arrived_at:7.1f} {one.model:<24}{one.prompt_tokens:>6}{one.generated_tokens:>5}"
             line += f"  TTFT {one.ttft_seconds:7.2f} {ttft:7.2f}"
             line += f"  total {emulated_seconds:7.2f} {simulated_seconds:7.2f}  {one.error}"
             out.write(f"  {line}\n")

@@ -91,7 +91,7 @@ def report_of(scenario: Scenario, answers: Sequence[MeasuredRequest], loads: Seq
         hung_up=0,
         small=ttft_percentiles([one for one in requests if one.model.name not in large], ended_at),
         large=ttft_percentiles([one for one in requests if one.model.name in large], ended_at),
-        tokens_per_second=sum(one.words for one in answers if not one.error) / max(1e-9, ended_at),
+        tokens_per_second=sum(one.generated_tokens for one in answers if not one.error) / max(1e-9, ended_at),
         loads=len(done),
         loaded_gb=sum(float(str(load["weights_bytes"])) for load in done) / 1e9,
         spills=sum(not load["is_whole"] for load in done),
@@ -111,7 +111,7 @@ def _as_request(number: int, one: MeasuredRequest, model: ModelFacts) -> Request
         model=model,
         prompt_tokens=one.prompt_tokens,
         shared_tokens=one.shared_tokens,
-        generated_tokens=one.words,
+        generated_tokens=one.generated_tokens,
         arrived_at=one.arrived_at,
         first_token_at=one.first_token_at,
         ended_at=one.ended_at,
@@ -126,8 +126,9 @@ def with_measured_answers(scenario: Scenario, answers: Sequence[MeasuredRequest]
     for session in scenario.sessions:
         measured_turns = [(turn, by_turn[session.id, number]) for number, turn in enumerate(session.turns)]
         turns = tuple(
-            replace(turn, generated_tokens=one.words, shared_tokens=one.shared_tokens) for turn, one in measured_turns
-        )  # fmt: skip
+            replace(turn, generated_tokens=one.generated_tokens, shared_tokens=one.shared_tokens)
+            for turn, one in measured_turns
+        )
         sessions.append(replace(session, turns=turns))
     return tuple(sessions)
 

@@ -38,7 +38,7 @@ class MeasuredRequest:
     arrived_at: float
     first_token_at: float | None = None
     ended_at: float = 0.0
-    words: int = 0
+    generated_tokens: int = 0
     error: str = ""
 
     @property
@@ -119,7 +119,7 @@ class Player:
                 if row.get("response"):
                     measured.first_token_at = measured.first_token_at or self.now()
                     text.append(row["response"])
-                measured.words = row.get("eval_count", measured.words)
+                measured.generated_tokens = row.get("eval_count", measured.generated_tokens)
                 measured.error = row.get("error", measured.error)
         measured.ended_at = self.now()
         return "".join(text)

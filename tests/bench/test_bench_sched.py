@@ -1,4 +1,4 @@
-"""What the bench over emulated servers measures: a fast clock, figures of answers and loads, and whose turn it is."""
+"""The benchmark over emulated servers: scaled clock, figures from answers and loads, and the order of runs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from bench.scheduling.fast_clock import scaled
 from router.lab.scenarios import ScenarioSpec, make_scenario
 
 
-def test_a_scaled_clock_starts_where_the_true_one_is_and_runs_faster() -> None:
+def test_a_scaled_clock_starts_at_the_real_time_and_runs_faster() -> None:
     readings = iter([100.0, 100.0, 100.5])
     clock = scaled(lambda: next(readings), 8.0)
     assert [clock(), clock()] == [100.0, 104.0]
 
 
 def answered(turn: int, model: str, first: float | None, ended: float, error: str = "") -> MeasuredRequest:
-    return MeasuredRequest(0, turn, "anna", model, 100, 0, 10.0, first, ended, words=21, error=error)
+    return MeasuredRequest(0, turn, "anna", model, 100, 0, 10.0, first, ended, generated_tokens=21, error=error)
 
 
-def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
+def test_figures_come_from_client_measurements_and_recorded_loads() -> None:
     scenario = make_scenario(ScenarioSpec("4x3090", "team"))
     answers = [
         answered(0, "llama3.1:8b", 11.0, 13.0),
@@ -39,10 +39,10 @@ def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
     assert made.tokens_per_second == pytest.approx(63 / 60)
 
 
-def test_the_simulator_is_given_the_answers_that_were_said() -> None:
+def test_the_simulator_gets_the_measured_answer_lengths() -> None:
     scenario = make_scenario(ScenarioSpec("4x3090", "team", seconds=20.0))
     answers = [
-        MeasuredRequest(session.id, turn, session.user, session.model, 100, 5, 0.0, words=7)
+        MeasuredRequest(session.id, turn, session.user, session.model, 100, 5, 0.0, generated_tokens=7)
         for session in scenario.sessions
         for turn in range(len(session.turns))
     ]
@@ -50,7 +50,7 @@ def test_the_simulator_is_given_the_answers_that_were_said() -> None:
     assert {(turn.generated_tokens, turn.shared_tokens) for turn in turns} == {(7, 5)}
 
 
-def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> None:
+def test_policies_rotate_and_nginx_runs_a_limited_number_of_seeds() -> None:
     arguments = argparse.Namespace(
         seeds=[1, 2],
         cells=["4x3090/team"],
@@ -68,7 +68,7 @@ def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> Non
     ]
 
 
-def test_arrivals_are_up_to_a_second_later_and_the_same_number_is_the_same_chance() -> None:
+def test_arrivals_are_delayed_by_up_to_a_second_deterministically() -> None:
     sessions = make_scenario(ScenarioSpec("4x3090", "team", seconds=60.0)).sessions
     moved = delay_arrivals(sessions, 3)
     turns = list(zip(*([t for one in which for t in one.turns] for which in (sessions, moved)), strict=True))

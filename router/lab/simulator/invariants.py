@@ -146,7 +146,7 @@ class Invariants:
             free = residency.state is ResidencyState.READY and residency.in_flight < residency.slots
             ready = view is not None and view.state is InstanceState.READY
             if residency.blob in blobs and free and ready and key not in snapshot.draining:
-                raise InvariantError(f"{now:.3f}: a request for {residency.name} waits beside a free slot on {key[0]}")
+                raise InvariantError(f"{now:.3f}: a request for {residency.name} waits despite a free slot on {key[0]}")
 
 
 def _has_transitions(snapshot: Snapshot) -> bool:

@@ -1,4 +1,4 @@
-"""Small machines, models and requests for the simulator's tests."""
+"""Factories for machines, models and requests in the simulator's tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gpu(index: int, gib: int = 24) -> SimGpu:
 
 
 def model(name: str, gigabytes: float, *, blob: str | None = None, is_embedding: bool = False) -> ModelFacts:
-    """A llama of that size with 32 layers."""
+    """A llama model of this size with 32 layers."""
     return ModelFacts(
         name=name,
         digest=name,
@@ -47,22 +47,28 @@ def new_machine(*gpus: SimGpu, warm: tuple[ModelFacts, ...] = ()) -> Machine:
 
 
 def request(
-    number: int, wanted: ModelFacts, *, prompt: int = 100, words: int = 10, session: int | None = None, shared: int = 0
+    number: int,
+    facts: ModelFacts,
+    *,
+    prompt: int = 100,
+    tokens: int = 10,
+    session: int | None = None,
+    shared: int = 0,
 ) -> Request:
     return Request(
         id=number,
         user="user",
         session=number if session is None else session,
         turn=0,
-        model=wanted,
+        model=facts,
         prompt_tokens=prompt,
         shared_tokens=shared,
-        generated_tokens=words,
+        generated_tokens=tokens,
     )
 
 
 def play(machine: Machine, until: float | None = None) -> None:
-    """Lets time pass, to the end or until then."""
+    """Advances the clock until no timer is left, or until this time."""
     ended = False
     if until is not None:
 
