@@ -36,8 +36,8 @@ from router.lab.simulator.server_placement import (
     booked_bytes,
     default_context,
     plan,
-    with_fitting_batch,
     sizes,
+    with_fitting_batch,
 )
 from router.lab.simulator.world import GpuModel, World
 
@@ -88,9 +88,9 @@ class Loader:
 
     def default_context(self) -> int:
         """Context length if neither the request nor the Modelfile sets one."""
-        total_seconds = sum(gpu.memory_total_bytes for gpu in self._config.gpus)
+        total_bytes = sum(gpu.memory_total_bytes for gpu in self._config.gpus)
         return self._config.context_length or default_context(
-            total_seconds, self._config.version, self._config.overhead_bytes if self._config.gpus else 0
+            total_bytes, self._config.version, self._config.overhead_bytes if self._config.gpus else 0
         )
 
     async def start(

@@ -44,7 +44,7 @@ class Memory:
                 gpu.bandwidth_bytes_per_second,
             )
             for gpu in self._config.gpus
-        ]  # fmt: skip
+        ]
 
     def _free(self, uuid: str, total: int, driver_free_bytes: dict[str, int], own_bytes: dict[str, int]) -> int:
         used = own_bytes.get(uuid, 0)
