@@ -42,11 +42,11 @@ _NO_FILES = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class RunResult:
     """One run with its results."""
 
     policy: str
-    wanted: ScenarioSpec
+    spec: ScenarioSpec
     outcome: Outcome
     report: Report
 
@@ -108,14 +108,14 @@ def _spec(arguments: argparse.Namespace, seed: int) -> ScenarioSpec:
 
 def play(
     policy: str,
-    wanted: ScenarioSpec,
+    spec: ScenarioSpec,
     rows: tuple[TraceRow, ...] | None = None,
     *,
     check: bool = False,
     faults: Iterable[str] = (),
-) -> Played:
+) -> RunResult:
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
-    scenario = with_faults(make_scenario(wanted, rows), faults)
+    scenario = with_faults(make_scenario(spec, rows), faults)
     rules = Invariants()
     make = make_baseline(policy, scenario, observer=rules.check_actions if check else None)
 
@@ -126,16 +126,16 @@ def play(
         return made
 
     outcome = Simulation(scenario, watched).run(rules.check_state)
-    return Played(policy, wanted, outcome, report(outcome, large_models(scenario)))
+    return RunResult(policy, spec, outcome, report(outcome, large_models(scenario)))
 
 
-def table(runs: list[Played]) -> str:
+def table(runs: list[RunResult]) -> str:
     """One line per run."""
     head = (
         f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one GPU':<22}"
         f"{'several GPUs':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  GPUs busy"
     )
-    return "\n".join([head, *(_line(run.policy, run.wanted.seed, run.report) for run in runs)]) + "\n"
+    return "\n".join([head, *(_line(run.policy, run.spec.seed, run.report) for run in runs)]) + "\n"
 
 
 def _line(policy: str, seed: int, result: Report) -> str:
@@ -147,14 +147,14 @@ def _line(policy: str, seed: int, result: Report) -> str:
     )
 
 
-def notes(runs: Iterable[Played]) -> list[str]:
+def notes(runs: Iterable[RunResult]) -> list[str]:
     """A sentence for each seed whose trace has too few requests."""
     by_seed: dict[int, str] = {}
     for run in runs:
-        demand, available = demand_of(run.wanted), run.outcome.planned
+        demand, available = demand_of(run.spec), run.outcome.planned
         if available < demand.requests:
-            by_seed[run.wanted.seed] = (
-                f"seed {run.wanted.seed}: the trace has {available} requests for {demand.seconds:g} s "
+            by_seed[run.spec.seed] = (
+                f"seed {run.spec.seed}: the trace has {available} requests for {demand.seconds:g} s "
                 f"({available / demand.seconds:.2f} per second), fewer than the requested {demand.requests} "
                 f"({demand.requests_per_second:g} per second)"
             )
@@ -166,17 +166,17 @@ def _waits(waits: TtftPercentiles) -> str:
     return f"{waits.p50:.1f}/{waits.p95:.1f}/{waits.p99:.1f}" if waits.count else "-"
 
 
-def _summary(run: Played) -> dict[str, object]:
-    return {"policy": run.policy, "rig": run.wanted.rig, "mix": run.wanted.mix, "seed": run.wanted.seed,
+def _summary(run: RunResult) -> dict[str, object]:
+    return {"policy": run.policy, "rig": run.spec.rig, "mix": run.spec.mix, "seed": run.spec.seed,
             **run.report.as_dict()}  # fmt: skip
 
 
-def _write(runs: list[Played], folder: Path) -> None:
+def _write(runs: list[RunResult], folder: Path) -> None:
     """Writes a JSON file and a picture per run."""
     folder.mkdir(parents=True, exist_ok=True)
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     for run in runs:
-        spec = run.wanted
+        spec = run.spec
         name = f"{spec.rig}-{spec.mix}-{run.policy}-{spec.seed}".replace("/", "_").replace(":", "_")
         title = f"SIMULATED {spec.rig}, {spec.mix}, {run.policy}, seed {spec.seed}: "
         title += f"{run.report.in_time_share:.0%} in time, {run.report.loaded_gb:.0f} GB loaded"
