@@ -52,7 +52,7 @@ test-py:  ## the suite without the real Ollama on another Python: make test-py P
 pytest: setup
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-sim: setup  ## ten thousand small worlds in which everything goes wrong, every rule checked; minutes (ARGS="--count 1000")
+sim: setup  ## ten thousand random scenarios with faults, every invariant checked; minutes (ARGS="--count 1000")
 	$(VENV)/bin/python -m router.lab.simulator.chaos --first 1 --count 10000 --jobs 2 $(ARGS)
 
 bench-sim: setup  ## the router against stock servers and nginx, all rigs and mixes SIMULATED (ARGS="--seeds 3 --cells 4x3090/team")
@@ -61,10 +61,10 @@ bench-sim: setup  ## the router against stock servers and nginx, all rigs and mi
 bench-sched: setup real-nginx  ## the same as real processes over EMULATED servers; under an hour (ARGS="--seeds 1 --cells 4x3090/wide")
 	$(VENV)/bin/python -m bench.scheduling.bench_sched $(ARGS)
 
-bench-decide: setup  ## what one decision costs at 8 to 1,000 GPUs, with 64 models and 200 waiting (ARGS="--gpus 8")
+bench-decide: setup  ## latency of one scheduling decision on 8 to 1,000 GPUs, with 64 models and 200 waiting requests (ARGS="--gpus 8")
 	$(VENV)/bin/python -m bench.scheduling.bench_decide $(ARGS)
 
-bench-waits: setup  ## how true the waits are that waiting clients are told, SIMULATED
+bench-waits: setup  ## accuracy of the wait estimates that waiting clients get, SIMULATED
 	$(VENV)/bin/python -m bench.scheduling.bench_waits $(ARGS)
 
 clients: setup real-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
@@ -73,7 +73,7 @@ clients: setup real-ollama client-packages  ## further clients: anthropic, LangC
 leaks: setup  ## a hundred thousand requests that are broken off at random: nothing may be left over; minutes
 	ABORTS=100000 $(VENV)/bin/python -m pytest -q tests/proxy/test_leaks.py $(ARGS)
 
-bench-relay: setup  ## the relay beside nginx, HAProxy and LiteLLM, as far as they are here (ARGS="--rounds 3 --only nginx,llamayard")
+bench-relay: setup  ## the proxy compared with nginx, HAProxy and LiteLLM, as far as they are installed (ARGS="--rounds 3 --only nginx,llamayard")
 	$(VENV)/bin/python -m bench.proxy.bench $(ARGS)
 
 bench-litellm:  ## LiteLLM for bench-relay, from PyPI, in an environment of its own

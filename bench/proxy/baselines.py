@@ -1,4 +1,4 @@
-"""The proxies that are compared: how each is started before the compiled server, and what it costs while it works."""
+"""The compared proxies: how each is started in front of the compiled server, and its CPU and memory use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 
 UPSTREAM_PORT = 28500
 UPSTREAM_PORTS = 6
-"""One server on several ports: a router sees as many instances, each with the most slots that its settings allow."""
+"""One server on several ports, so that a router sees several instances, each with the maximal number of slots."""
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent.parent
@@ -26,8 +26,8 @@ _START_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where things are, and which cores whoever runs on."""
+class Workspace:
+    """Paths of the binaries and the CPU cores of each side."""
 
     folder: Path
     upstream: Path
@@ -36,8 +36,8 @@ class Place:
     other_cores: frozenset[int]
 
 
-def build(folder: Path) -> Place:
-    """Compiles the server and the client where they are older than their sources."""
+def build(folder: Path) -> Workspace:
+    """Compiles the server and the load generator if they are older than their sources."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("upstream", "load"):
@@ -46,7 +46,7 @@ def build(folder: Path) -> Place:
             subprocess.run(["cc", "-O2", "-o", str(target), str(source)], check=True)
     cores = sorted(os.sched_getaffinity(0))
     others = frozenset(cores[1:]) or frozenset(cores)
-    return Place(folder, folder / "upstream", folder / "load", frozenset(cores[:1]), others)
+    return Workspace(folder, folder / "upstream", folder / "load", frozenset(cores[:1]), others)
 
 
 def _spawn(
@@ -60,9 +60,11 @@ def _spawn(
         )  # fmt: skip
 
 
-def start_upstream(place: Place) -> subprocess.Popen[bytes]:
+def start_upstream(workspace: Workspace) -> subprocess.Popen[bytes]:
     process = _spawn(
-        [str(place.upstream), str(UPSTREAM_PORT), str(UPSTREAM_PORTS)], place.other_cores, place.folder / "upstream.log"
+        [str(workspace.upstream), str(UPSTREAM_PORT), str(UPSTREAM_PORTS)],
+        workspace.other_cores,
+        workspace.folder / "upstream.log",
     )
     _await_port(UPSTREAM_PORT)
     return process
@@ -82,11 +84,11 @@ def _await_port(port: int) -> None:
 class Baseline:
     """One proxy on its port."""
 
-    place: Place
+    workspace: Workspace
     name: str
     port: int
     is_slow: bool = False
-    """So much slower that only small requests are compared."""
+    """Too slow for all phases but the small requests."""
     target: str = "/api/chat"
     process: subprocess.Popen[bytes] | None = None
     children: list[psutil.Process] = field(default_factory=list[psutil.Process])
@@ -102,7 +104,7 @@ class Baseline:
 
     def start(self) -> None:
         self.process = _spawn(
-            self.command(), self.place.proxy_cores, self.place.folder / f"{self.name}.log", self.environment()
+            self.command(), self.workspace.proxy_cores, self.workspace.folder / f"{self.name}.log", self.environment()
         )
         _await_port(self.port)
         end = time.monotonic() + _START_SECONDS
@@ -130,7 +132,7 @@ class Baseline:
 
 
 class Direct(Baseline):
-    """The server itself: what the machine gives without a proxy."""
+    """The server itself, without a proxy."""
 
     def start(self) -> None:
         pass
@@ -138,11 +140,11 @@ class Direct(Baseline):
 
 class Nginx(Baseline):
     def is_ready(self) -> bool:
-        """Its worker is there, whose time is what counts."""
+        """Whether its worker process, whose CPU time is measured, is running."""
         return self.process is not None and bool(psutil.Process(self.process.pid).children())
 
     def command(self) -> list[str]:
-        folder = self.place.folder / "nginx"
+        folder = self.workspace.folder / "nginx"
         folder.mkdir(exist_ok=True)
         servers = " ".join(f"server 127.0.0.1:{UPSTREAM_PORT + n};" for n in range(UPSTREAM_PORTS))
         config = folder / "nginx.conf"
@@ -172,7 +174,7 @@ http {{
 class Haproxy(Baseline):
     def command(self) -> list[str]:
         servers = "\n".join(f"  server s{n} 127.0.0.1:{UPSTREAM_PORT + n}" for n in range(UPSTREAM_PORTS))
-        config = self.place.folder / "haproxy.cfg"
+        config = self.workspace.folder / "haproxy.cfg"
         config.write_text(
             f"""global
   nbthread 1
@@ -196,30 +198,30 @@ backend servers
 
 
 class Floor(Baseline):
-    """Python passing bytes from socket to socket: what no relay in Python can be below."""
+    """Copies bytes between sockets in Python: the minimum cost of any Python proxy."""
 
     def command(self) -> list[str]:
         return [sys.executable, "-m", "bench.proxy.floor", str(self.port), str(UPSTREAM_PORT)]
 
 
 class Llamayard(Baseline):
-    """As it ships; its log goes to a file."""
+    """llamayard with its default settings; its log goes to a file."""
 
     def command(self) -> list[str]:
         instances = "\n".join(
             f'  - {{name: u{n}, url: "http://127.0.0.1:{UPSTREAM_PORT + n}", num_parallel: 1024}}'
             for n in range(UPSTREAM_PORTS)
         )
-        config = self.place.folder / "llamayard.yaml"
+        config = self.workspace.folder / "llamayard.yaml"
         config.write_text(
             f"server: {{host: 127.0.0.1, port: {self.port}}}\ndiscover: false\n"
-            f"state_directory: {self.place.folder}/state\ninstances:\n{instances}\n",
+            f"state_directory: {self.workspace.folder}/state\ninstances:\n{instances}\n",
             "utf-8",
         )
         return [sys.executable, "-m", "router", "serve", "--config", str(config)]
 
     def is_ready(self) -> bool:
-        """All instances are there, and what they have loaded is known."""
+        """Whether all instances are ready and their loaded models are known."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as reply:
                 text = reply.read().decode()
@@ -229,20 +231,23 @@ class Llamayard(Baseline):
 
 
 class Litellm(Baseline):
-    """From PyPI, in an environment of its own: `make bench-litellm` makes it. It asks nobody but the server."""
+    """LiteLLM from PyPI in its own environment (`make bench-litellm`), without external requests."""
 
     def environment(self) -> Mapping[str, str]:
-        own = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-        return {**os.environ, **own}
+        variables = {
+            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        }
+        return {**os.environ, **variables}
 
     def command(self) -> list[str]:
-        config = self.place.folder / "litellm.yaml"
+        config = self.workspace.folder / "litellm.yaml"
         config.write_text(
             "model_list:\n  - model_name: bench\n    litellm_params:\n      model: ollama_chat/bench\n"
             f"      api_base: http://127.0.0.1:{UPSTREAM_PORT}\nlitellm_settings:\n  telemetry: false\n",
             "utf-8",
         )
-        binary = _litellm(self.place)
+        binary = _litellm(self.workspace)
         return [str(binary), "--config", str(config), "--port", str(self.port), "--host", "127.0.0.1"]
 
 
@@ -250,26 +255,26 @@ def _nginx() -> str | None:
     return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 
-def _litellm(place: Place) -> Path:
-    return place.folder.parent / "bench-litellm" / "bin" / "litellm"
+def _litellm(workspace: Workspace) -> Path:
+    return workspace.folder.parent / "bench-litellm" / "bin" / "litellm"
 
 
-def available(name: str, place: Place) -> str | None:
-    """Why a contestant cannot take part, None where it can."""
+def unavailable_reason(name: str, workspace: Workspace) -> str | None:
+    """The reason why a baseline cannot run here; None if it can."""
     if name == "nginx" and _nginx() is None:
-        return "install it: make nginx"
+        return "not installed: make nginx"
     if name == "haproxy" and shutil.which("haproxy") is None:
         return "not installed"
-    if name == "litellm" and not _litellm(place).exists():
-        return "make bench-litellm"
+    if name == "litellm" and not _litellm(workspace).exists():
+        return "not installed: make bench-litellm"
     return None
 
 
-BASELINES: Mapping[str, Callable[[Place], Baseline]] = {
-    "direct": lambda place: Direct(place, "direct", UPSTREAM_PORT),
-    "nginx": lambda place: Nginx(place, "nginx", UPSTREAM_PORT + 100),
-    "haproxy": lambda place: Haproxy(place, "haproxy", UPSTREAM_PORT + 101),
-    "litellm": lambda place: Litellm(place, "litellm", UPSTREAM_PORT + 102, True, "/v1/chat/completions"),
-    "floor": lambda place: Floor(place, "floor", UPSTREAM_PORT + 104),
-    "llamayard": lambda place: Llamayard(place, "llamayard", UPSTREAM_PORT + 103),
+BASELINES: Mapping[str, Callable[[Workspace], Baseline]] = {
+    "direct": lambda workspace: Direct(workspace, "direct", UPSTREAM_PORT),
+    "nginx": lambda workspace: Nginx(workspace, "nginx", UPSTREAM_PORT + 100),
+    "haproxy": lambda workspace: Haproxy(workspace, "haproxy", UPSTREAM_PORT + 101),
+    "litellm": lambda workspace: Litellm(workspace, "litellm", UPSTREAM_PORT + 102, True, "/v1/chat/completions"),
+    "floor": lambda workspace: Floor(workspace, "floor", UPSTREAM_PORT + 104),
+    "llamayard": lambda workspace: Llamayard(workspace, "llamayard", UPSTREAM_PORT + 103),
 }

@@ -1,12 +1,12 @@
-/* Load for a benchmark of relays: one thread, epoll; prints one line of JSON.
+/* Load generator for the proxy benchmark: one thread, epoll; prints one line of JSON.
  *
- * usage: load PORT small CONNECTIONS SECONDS [TARGET]  requests one after the other on each connection, as fast as they go
- *        load PORT paced RATE SECONDS [TARGET]         RATE requests a second over 8 connections, each timed
- *        load PORT first RATE SECONDS                  the same with streams of one token: `first_us` is what counts
- *        load PORT streams COUNT TOKENS RATE BURST     COUNT streams at once, each to its end
+ * usage: load PORT small CONNECTIONS SECONDS [TARGET]  closed loop: one request after another on each connection
+ *        load PORT paced RATE SECONDS [TARGET]         open loop: RATE requests per second over 8 connections
+ *        load PORT first RATE SECONDS                  the same with streams of one token; see `first_us`
+ *        load PORT streams COUNT TOKENS RATE BURST     COUNT concurrent streams, each to its end
  *        load PORT bodies CONNECTIONS SECONDS BYTES    requests with a body of that size
  *
- * Replies are read whole (chunks or length); anything that is not 200 or does not end well counts as failed.
+ * Replies are read completely (chunked or Content-Length); a status other than 200 or a broken reply counts as failed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -39,7 +39,7 @@ typedef struct {
 } conn;
 
 static int mode, port, epoll_fd, connections;
-/* Bodies differ in length from one request to the next, as those of real clients do. */
+/* Body lengths vary between requests, as with real clients. */
 #define VARIANTS 16
 static char *requests[VARIANTS];
 static long request_len[VARIANTS];
@@ -120,7 +120,7 @@ static void ask(conn *c) {
 }
 
 static void line_ends(conn *c, uint64_t now) {
-    static long place; /* lines are alike: where it was last time is where it is */
+    static long place; /* lines are alike, so try the previous offset first */
     c->line[c->line_len] = 0;
     char *at = place < c->line_len && !memcmp(c->line + place, "\"content\":\"", 11) ? c->line + place
         : strstr(c->line, "\"content\":\"");
@@ -159,7 +159,7 @@ static void head_ends(conn *c) {
     else { c->left = length ? atol(length + 17) : 0; c->state = c->left ? SIZED : DONE; }
 }
 
-/* Takes the bytes of replies; true when one reply is whole. */
+/* Parses reply bytes; returns the number consumed and sets *whole when a reply is complete. */
 static long take(conn *c, const char *data, long size, uint64_t now, int *whole) {
     long i = 0;
     static char hex[64];
@@ -204,7 +204,7 @@ static void finished(conn *c, uint64_t now) {
     c->busy = 0;
 }
 
-/* A whole request whose prompt is so many bytes longer. */
+/* Builds a request whose prompt is `more` bytes longer. */
 static char *written(const char *target, const char *front, const char *back, long more, long *length) {
     long body = (long)(strlen(front) + strlen(back)) + more;
     char *text = malloc((size_t)body + 1024), *at = text;

@@ -1,13 +1,13 @@
-/* A server fast enough not to be what a benchmark of relays measures: one thread, epoll, no allocation a token.
+/* Fast upstream server for the proxy benchmark: one thread, epoll, no allocation per token.
  *
  * usage: upstream FIRST_PORT PORTS
  *
- * Management paths answer what one small loaded model answers, so that a router takes it for a server. Any POST whose
- * target has a query answers by it, and keeps its connection:
- *   ?t=N&r=R&b=B   a chunked NDJSON stream of N tokens, R writes a second, B tokens a write (B chunks in one write);
- *                  each token carries the nanosecond at which it was written, as 16 hexadecimal figures
+ * Management paths answer like a server with one small loaded model. A POST answers by its query and keeps the
+ * connection open:
+ *   ?t=N&r=R&b=B   a chunked NDJSON stream of N tokens, R writes per second, B tokens per write (B chunks in one write);
+ *                  each token contains its write time in nanoseconds, as 16 hexadecimal digits
  *   ?s=1           one short JSON answer
- * A POST without a query gets the short answer too. Request bodies are read and thrown away.
+ * A POST without a query gets the short answer too. Request bodies are read and discarded.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -36,7 +36,7 @@ typedef struct conn {
     long tokens_left;
     int burst;
     uint64_t period_ns, due_ns;
-    struct conn *next, *prev; /* in its slot of the wheel */
+    struct conn *next, *prev; /* timer wheel slot list */
     int slot;
 } conn;
 
@@ -167,7 +167,7 @@ static void answer(conn *c) {
         send_all(c, head, strlen(head));
         if (c->closed) return;
         if (!rate) { while (c->tokens_left && !c->closed) { int was = c->slot; next_tokens(c); unlink_timer(c); (void)was; } return; }
-        c->due_ns = now_ns() + (uint64_t)(rand() % 1000) * c->period_ns / 1000; /* streams are not in step */
+        c->due_ns = now_ns() + (uint64_t)(rand() % 1000) * c->period_ns / 1000; /* desynchronise the streams */
         set_timer(c);
         return;
     }

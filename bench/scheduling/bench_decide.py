@@ -1,7 +1,7 @@
-"""What one decision of the core costs: the time of one event through `Dispatcher.handle`, on a machine that is full.
+"""Benchmarks the latency of scheduling decisions: one event through `Dispatcher.handle` on a saturated machine.
 
-`make bench-decide` runs it: 64 models, 200 tickets that always wait, at 8 GPUs and more, by kind of event. The time is
-what `router/control/controller.py` spends in the core for one event, the next wake included; carrying out is not in it.
+`make bench-decide`: 64 models and 200 waiting requests on 8 or more GPUs, by kind of event. The time is what
+`router/control/controller.py` spends in the scheduler per event, including `next_wake`, without executing the actions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.scheduling.busy_machine import BusyMachine, some_models
+from bench.scheduling.busy_machine import BusyMachine, make_models
 from router.domain.actions import Action, Grant
 from router.domain.events import (
     Arrived,
@@ -36,30 +36,30 @@ GPU_MODELS = (8, 32, 128, 512, 1000)
 KINDS = ("llama3.1:8b", "llama3.2:3b", "qwen2.5:14b", "qwen2.5:7b", "qwen2.5-coder:32b", "gemma2:27b",
          "nomic-embed-text:latest", "llama3.3:70b")  # fmt: skip
 LIMIT_MICROSECONDS = 50.0
-_ALL, _REQUESTS = "all events, as they come", "requests and releases"
+_ALL, _REQUESTS = "all events", "requests and releases"
 
 
 @dataclass(slots=True)
 class Times:
-    """Nanoseconds by kind of event."""
+    """Durations in nanoseconds by kind of event, recorded while `is_on`."""
 
-    taken: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    durations: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     is_on: bool = False
 
     def post(self, dispatcher: Dispatcher, event: Event, now: float) -> list[Action]:
-        replicas = len(_copies(dispatcher, event, now)) if self.is_on and isinstance(event, Arrived) else 0
+        replicas = len(_replicas(dispatcher, event, now)) if self.is_on and isinstance(event, Arrived) else 0
         began = time.perf_counter_ns()
         actions = dispatcher.handle(event, now)
         dispatcher.next_wake()
         took = time.perf_counter_ns() - began
         if self.is_on:
-            self.taken.setdefault(_kind(event, actions, replicas), []).append(took)
+            self.durations.setdefault(_kind(event, actions, replicas), []).append(took)
         return actions
 
 
-def _copies(dispatcher: Dispatcher, event: Arrived, now: float) -> list[object]:
-    found = dispatcher.snapshot(now).residencies.values()
-    return [r for r in found if r.blob == event.ticket.model.blob and r.state is not ResidencyState.UNLOADING]
+def _replicas(dispatcher: Dispatcher, event: Arrived, now: float) -> list[object]:
+    results = dispatcher.snapshot(now).residencies.values()
+    return [r for r in results if r.blob == event.ticket.model.blob and r.state is not ResidencyState.UNLOADING]
 
 
 def _kind(event: Event, actions: list[Action], replicas: int) -> str:
@@ -67,37 +67,37 @@ def _kind(event: Event, actions: list[Action], replicas: int) -> str:
     match event:
         case Arrived():
             if granted:
-                return "request, served at once"
+                return "request, granted at once"
             return "request, waits for a slot" if replicas else "request, needs a load"
         case Released():
-            return "release, the next is granted" if granted else "release, nobody can go on"
+            return "release, next request granted" if granted else "release, no request granted"
         case GpusRead():
-            return "reading of the GPUs"
+            return "GPU reading"
         case ResidencyRead():
-            return "listing of a server"
+            return "model list of a server"
         case LoadFinished() | UnloadFinished():
-            return "end of a load or unload"
+            return "load or unload finished"
         case Ticked():
-            return "time"
+            return "timer"
         case _:
             return "other"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Events of one kind; microseconds."""
+    """Latencies of one kind of event, in microseconds."""
 
     kind: str
     events: int
     median: float
     p95: float
     share: float
-    """Of the time of all."""
+    """Share of the total time of all events."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One machine."""
+class MachineResult:
+    """Results for one number of GPUs."""
 
     gpus: int
     state: str
@@ -107,77 +107,78 @@ class Measured:
         return next(row for row in self.rows if row.kind == kind)
 
     def lines(self) -> list[str]:
-        head = f"  {'':<32}{'events':>8}{'median':>12}{'p95':>12}{'share of time':>16}"
-        return [f"\n{self.gpus} gpus: {self.state}", head, *map(_line, self.rows)]
+        head = f"  {'event':<32}{'count':>8}{'median':>12}{'p95':>12}{'share of time':>16}"
+        return [f"\n{self.gpus} GPUs: {self.state}", head, *map(_line, self.rows)]
 
 
 def _line(row: Row) -> str:
     return f"  {row.kind:<32}{row.events:>8}{row.median:>9.1f} µs{row.p95:>9.1f} µs{row.share:>16.0%}"
 
 
-def measure(gpus: int, given: argparse.Namespace) -> Measured:
-    """Plays a machine with so many GPUs until it is full, and then times it."""
+def measure(gpus: int, args: argparse.Namespace) -> MachineResult:
+    """Runs a machine with this many GPUs until it is saturated, then measures."""
     times = Times()
-    models = some_models([model_facts(name) for name in KINDS], given.models)
-    machine = BusyMachine(gpus, models, given.waiting, given.seed, times.post)
-    machine.play(given.warm)
+    models = make_models([model_facts(name) for name in KINDS], args.models)
+    machine = BusyMachine(gpus, models, args.waiting, args.seed, times.post)
+    machine.play(args.warm)
     gc.collect()
-    gc.freeze()  # as the router does once it has started
+    gc.freeze()  # as the router does after its start
     times.is_on = True
-    machine.play(given.warm + given.seconds)
-    facts = machine.snapshot()
-    resident = {r.blob for r in facts.residencies.values() if r.state is ResidencyState.READY}
+    machine.play(args.warm + args.seconds)
+    snapshot = machine.snapshot()
+    resident = {r.blob for r in snapshot.residencies.values() if r.state is ResidencyState.READY}
     state = (
-        f"{len(resident)} of {given.models} models resident, {len(facts.residencies)} copies on "
-        f"{len(facts.instances)} instances, {len(machine.dispatcher.waiting)} waiting for {len(facts.wanted)} models, "
-        f"{machine.rejected} rejected"
+        f"{len(resident)} of {args.models} models resident, {len(snapshot.residencies)} replicas on "
+        f"{len(snapshot.instances)} instances, {len(machine.dispatcher.waiting)} requests waiting for "
+        f"{len(snapshot.wanted)} models, {machine.rejected} rejected"
     )
-    return Measured(gpus, state, rows_of(times.taken))
+    return MachineResult(gpus, state, rows_of(times.durations))
 
 
-def rows_of(taken: dict[str, list[int]]) -> tuple[Row, ...]:
-    """Of nanoseconds by kind of event: all together, what requests bring, then each kind, the most frequent first."""
-    everything = [each for kind in taken.values() for each in kind]
-    requests = [each for kind, times in taken.items() if kind.startswith(("request", "release")) for each in times]
-    kinds = sorted(taken.items(), key=lambda kind: -len(kind[1]))
-    return tuple(_row(kind, times, sum(everything))
-                 for kind, times in [(_ALL, everything), (_REQUESTS, requests), *kinds] if times)  # fmt: skip
+def rows_of(durations: dict[str, list[int]]) -> tuple[Row, ...]:
+    """Rows from nanoseconds by kind: all events, requests and releases, then each kind, most frequent first."""
+    all_durations = [duration for kind in durations.values() for duration in kind]
+    by_request = [times for kind, times in durations.items() if kind.startswith(("request", "release"))]
+    requests = [duration for times in by_request for duration in times]
+    kinds = sorted(durations.items(), key=lambda kind: -len(kind[1]))
+    return tuple(_row(kind, times, sum(all_durations))
+                 for kind, times in [(_ALL, all_durations), (_REQUESTS, requests), *kinds] if times)  # fmt: skip
 
 
-def _row(kind: str, times: Sequence[int], whole: int) -> Row:
+def _row(kind: str, times: Sequence[int], total: int) -> Row:
     ordered = sorted(times)
     p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    return Row(kind, len(times), statistics.median(ordered) / 1000, p95 / 1000, sum(times) / whole)
+    return Row(kind, len(times), statistics.median(ordered) / 1000, p95 / 1000, sum(times) / total)
 
 
 def main() -> int:
-    """1 where the median of requests and releases at 8 GPUs is above 50 µs."""
+    """Returns 1 if the median of requests and releases exceeds 50 µs at the first number of GPUs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, nargs="*", default=list(GPU_MODELS))
     parser.add_argument("--models", type=int, default=64)
     parser.add_argument("--waiting", type=int, default=200)
-    parser.add_argument("--warm", type=float, default=30.0, help="seconds of the machine's clock before it is timed")
-    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of the machine's clock that are timed")
+    parser.add_argument("--warm", type=float, default=30.0, help="warm-up, in seconds of the machine's clock")
+    parser.add_argument("--seconds", type=float, default=30.0, help="measured time, in seconds of the machine's clock")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
-    given = parser.parse_args()
-    found: list[Measured] = []
-    for gpus in given.gpus:
-        found.append(measure(gpus, given))
-        sys.stdout.write("\n".join(found[-1].lines()) + "\n")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    args = parser.parse_args()
+    results: list[MachineResult] = []
+    for gpus in args.gpus:
+        results.append(measure(gpus, args))
+        sys.stdout.write("\n".join(results[-1].lines()) + "\n")
         sys.stdout.flush()
-    sys.stdout.write("\ngrowth, median and p95 of requests and releases:\n")
-    for one in found:
-        row = one.row(_REQUESTS)
-        sys.stdout.write(f"  {one.gpus:>5} GPUs{row.median:>10.1f} µs{row.p95:>10.1f} µs\n")
-    if given.out is not None:
-        rows = [{"gpus": one.gpus, "kind": row.kind, "events": row.events, "median_microseconds": row.median,
-                 "p95_microseconds": row.p95} for one in found for row in one.rows]  # fmt: skip
-        given.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    first = found[0].row(_REQUESTS)
+    sys.stdout.write("\nscaling of requests and releases, median and p95:\n")
+    for result in results:
+        row = result.row(_REQUESTS)
+        sys.stdout.write(f"  {result.gpus:>5} GPUs{row.median:>10.1f} µs{row.p95:>10.1f} µs\n")
+    if args.out is not None:
+        rows = [{"gpus": result.gpus, "kind": row.kind, "events": row.events, "median_microseconds": row.median,
+                 "p95_microseconds": row.p95} for result in results for row in result.rows]  # fmt: skip
+        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    first = results[0].row(_REQUESTS)
     holds = first.median <= LIMIT_MICROSECONDS
-    words = f"median {first.median:.1f} µs <= {LIMIT_MICROSECONDS:.0f} µs at {found[0].gpus} GPUs"
-    sys.stdout.write(f"\n{'holds ' if holds else 'BROKEN'}  {words}\n")
+    criterion = f"median {first.median:.1f} µs <= {LIMIT_MICROSECONDS:.0f} µs at {results[0].gpus} GPUs"
+    sys.stdout.write(f"\n{'PASS' if holds else 'FAIL'}  {criterion}\n")
     return 0 if holds else 1
 
 

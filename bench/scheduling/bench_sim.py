@@ -1,6 +1,6 @@
-"""The whole matrix in the simulator: rigs x mixes x contestants x seeds, a table a cell, and the bars that must hold.
+"""Benchmarks the router and its baselines in the simulator: rigs x mixes x policies x seeds, with acceptance criteria.
 
-`make bench-sim` runs it; `--seeds 3 --cells 4x3090/team` is a quick look. Everything it prints is SIMULATED.
+`make bench-sim`; `--seeds 3 --cells 4x3090/team` is a quick run. Everything it prints is SIMULATED.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router.cli.simulate import play
-from router.lab.scenarios import MIXES, ScenarioSpec, baseline, flood, rate_of
+from router.lab.scenarios import MIXES, ScenarioSpec, default_rate, flood, make_baseline
 from router.lab.simulator.metrics import Report, service_jain
 from router.lab.simulator.runner import Simulation
 
 RIGS = ("2x3090", "4090+3090", "4x3090", "2xa6000")
 STOCK = ("stock-0.24", "stock-0.33", "spread-0.24", "spread-0.33")
-OTHERS = (*STOCK, "nginx-round-robin", "nginx-least-conn")
-OURS = "llamayard"
+BASELINES = (*STOCK, "nginx-round-robin", "nginx-least-conn")
+ROUTER = "llamayard"
 FLOOR = "floor"
 BEST_PLAN = "best-plan"
 _PLANNED_SEEDS = 3
-"""For so many seeds a plan is searched for; that takes hundreds of runs."""
-ALL = (FLOOR, BEST_PLAN, *OTHERS, OURS)
+"""Number of seeds for best-plan; each search takes hundreds of simulations."""
+ALL = (FLOOR, BEST_PLAN, *BASELINES, ROUTER)
 QUARTER = 0.25
 _TIGHT_RIGS = ("2x3090", "4090+3090")
 _FLOOD_FROM, _FLOOD_TO = 30.0, 300.0
-_LEAST_JAIN = 0.95
+_MINIMUM_JAIN = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Task:
     rig: str
     mix: str
     factor: float
-    """Times the rate that is set for rig and mix."""
+    """Multiple of the default rate of the rig and mix."""
     policy: str
     seed: int
 
@@ -48,22 +48,22 @@ class Task:
         return f"{self.rig}/{self.mix}" + ("" if self.factor == 1 else f" at {self.factor:g} of the rate")
 
 
-def one(task: Task) -> tuple[Task, Report]:
-    rate = rate_of(task.rig, task.mix) * task.factor
-    wanted = ScenarioSpec(task.rig, task.mix, task.seed, requests_per_second=rate)
-    return task, play(task.policy, wanted, check=False).report
+def run_task(task: Task) -> tuple[Task, Report]:
+    rate = default_rate(task.rig, task.mix) * task.factor
+    selected = ScenarioSpec(task.rig, task.mix, task.seed, requests_per_second=rate)
+    return task, play(task.policy, selected, check=False).report
 
 
 def tasks(seeds: int, cells: Iterable[str], policies: Iterable[str]) -> list[Task]:
-    wanted = set(cells)
+    selected = set(cells)
     return [
         Task(rig, mix, factor, policy, seed)
         for rig in RIGS
         for mix in MIXES
         for factor in (1.0, QUARTER)
-        if not wanted or f"{rig}/{mix}" in wanted
+        if not selected or f"{rig}/{mix}" in selected
         for policy in policies
-        if factor == 1.0 or policy in (FLOOR, OURS, *STOCK[:2])
+        if factor == 1.0 or policy in (FLOOR, ROUTER, *STOCK[:2])
         for seed in range(1, (min(seeds, _PLANNED_SEEDS) if policy == BEST_PLAN else seeds) + 1)
     ]
 
@@ -72,31 +72,31 @@ Cell = dict[str, dict[int, Report]]
 """Policy -> seed -> report."""
 
 
-def share(reports: dict[int, Report]) -> float:
+def mean_in_time(reports: dict[int, Report]) -> float:
     return statistics.fmean(report.in_time_share for report in reports.values())
 
 
 def mean(reports: dict[int, Report], figure: str) -> float:
-    """Of a figure by its name; `small.p95` looks into the waits."""
+    """Mean of a figure by name; `small.p95` is a percentile of the time to first token."""
     head, _, tail = figure.partition(".")
     values = [getattr(report, head) for report in reports.values()]
     return statistics.fmean(float(getattr(value, tail) if tail else value) for value in values)
 
 
-def show(name: str, cell: Cell, kind: str = "SIMULATED") -> list[str]:
-    """`kind`: what the figures are of, since they are not of real servers."""
+def format_cell(name: str, cell: Cell, kind: str = "SIMULATED") -> list[str]:
+    """Formats a cell as a table; `kind` says where the figures come from (simulated or emulated servers)."""
     lines = [f"\n{name}  ({kind}, {max(map(len, cell.values()))} seeds)"]
     lines.append(
-        f"  {'policy':<18}{'in time, mean (min-max)':<26}{'one GPU p50/p95/p99':<24}{'several GPUs':<24}"
+        f"  {'policy':<18}{'in time, mean (min-max)':<26}{'TTFT, one GPU p50/p95/p99':<27}{'several GPUs':<24}"
         f"{'tok/s':>6}{'GB':>7}{'spills':>7}{'OOM':>5}{'errors':>7}{'Jain':>6}  GPUs busy"
     )
     for policy, reports in cell.items():
         shares = [report.in_time_share for report in reports.values()]
-        in_time = f"{share(reports):.1%} ({min(shares):.0%}-{max(shares):.0%})"
+        in_time = f"{mean_in_time(reports):.1%} ({min(shares):.0%}-{max(shares):.0%})"
         small, large = (_waits(reports, kind) for kind in ("small", "large"))
         busy = [statistics.fmean(column) for column in zip(*(r.busy_shares for r in reports.values()), strict=True)]
         lines.append(
-            f"  {policy:<18}{in_time:<26}{small:<24}{large:<24}"
+            f"  {policy:<18}{in_time:<26}{small:<27}{large:<24}"
             f"{mean(reports, 'tokens_per_second'):>6.0f}{mean(reports, 'loaded_gb'):>7.0f}"
             f"{mean(reports, 'spills'):>7.1f}{mean(reports, 'out_of_memory'):>5.1f}"
             f"{mean(reports, 'errors'):>7.1f}{mean(reports, 'jain'):>6.2f}  "
@@ -109,109 +109,111 @@ def _waits(reports: dict[int, Report], kind: str) -> str:
     return "/".join(f"{mean(reports, f'{kind}.{part}'):.1f}" for part in ("p50", "p95", "p99"))
 
 
-def bars(task: Task, cell: Cell) -> list[tuple[str, bool]]:
-    """Each bar in words, and whether it holds."""
-    ours = cell[OURS]
-    stock = max((cell[policy] for policy in STOCK if policy in cell), key=share)
+def criteria(task: Task, cell: Cell) -> list[tuple[str, bool]]:
+    """The acceptance criteria of a cell: (text, whether it holds)."""
+    ours = cell[ROUTER]
+    stock = max((cell[policy] for policy in STOCK if policy in cell), key=mean_in_time)
     if task.factor != 1.0:
-        return _quarter_bars(ours, cell)
-    found: list[tuple[str, bool]] = []
-    gap_ours, gap_stock = share(cell[FLOOR]) - share(ours), share(cell[FLOOR]) - share(stock)
+        return _quarter_rate_criteria(ours, cell)
+    results: list[tuple[str, bool]] = []
+    gap_ours, gap_stock = (
+        mean_in_time(cell[FLOOR]) - mean_in_time(ours),
+        mean_in_time(cell[FLOOR]) - mean_in_time(stock),
+    )
     limit = 2 / 3 if task.rig in _TIGHT_RIGS else 1 / 2
-    words = f"gap {gap_ours:.1%} <= {limit:.2f} x {gap_stock:.1%} of the best stock server"
-    found.append((words, gap_ours <= max(limit * gap_stock, 0.0) + 1e-9))
+    text = f"gap to the floor {gap_ours:.1%} <= {limit:.2f} x {gap_stock:.1%} of the best stock server"
+    results.append((text, gap_ours <= max(limit * gap_stock, 0.0) + 1e-9))
     worst = max(
-        max(cell[policy][seed].in_time_share for policy in OTHERS if seed in cell.get(policy, {}))
+        max(cell[policy][seed].in_time_share for policy in BASELINES if seed in cell.get(policy, {}))
         - report.in_time_share
         for seed, report in ours.items()
     )
-    found.append((f"worst seed {worst:+.1%} behind the best other <= 1.0%", worst <= 0.01 + 1e-9))
+    results.append((f"worst seed: {worst:+.1%} behind the best baseline <= 1.0%", worst <= 0.01 + 1e-9))
     if task.mix in ("team", "wide"):
         small, theirs = mean(ours, "small.p95"), mean(stock, "small.p95")
-        found.append((f"one GPU: p95 {small:.1f} s <= a third of {theirs:.1f} s", small <= theirs / 3))
+        results.append((f"one GPU: TTFT p95 {small:.1f} s <= 1/3 of {theirs:.1f} s", small <= theirs / 3))
     large, theirs = mean(ours, "large.p95"), mean(stock, "large.p95")
-    found.append((f"several GPUs: p95 {large:.1f} s <= {theirs:.1f} s", large <= theirs + 1e-9))
+    results.append((f"several GPUs: TTFT p95 {large:.1f} s <= {theirs:.1f} s", large <= theirs + 1e-9))
     if task.mix == "wide":
         loaded, theirs = mean(ours, "loaded_gb"), mean(stock, "loaded_gb")
-        found.append((f"{loaded:.0f} GB loaded <= 2/3 of {theirs:.0f}", loaded <= theirs * 2 / 3))
-    bad = {name: mean(ours, name) for name in ("spills", "out_of_memory", "errors")}
-    found.append((f"no spill, no out-of-memory, no error: {bad}", not any(bad.values())))
-    found.append((f"Jain {mean(ours, 'jain'):.3f} >= {_LEAST_JAIN}", mean(ours, "jain") >= _LEAST_JAIN))
-    return found
+        results.append((f"{loaded:.0f} GB loaded <= 2/3 of {theirs:.0f}", loaded <= theirs * 2 / 3))
+    failures = {name: mean(ours, name) for name in ("spills", "out_of_memory", "errors")}
+    results.append((f"no spill, no out-of-memory, no error: {failures}", not any(failures.values())))
+    results.append((f"Jain {mean(ours, 'jain'):.3f} >= {_MINIMUM_JAIN}", mean(ours, "jain") >= _MINIMUM_JAIN))
+    return results
 
 
-def _quarter_bars(ours: dict[int, Report], cell: Cell) -> list[tuple[str, bool]]:
-    """At a quarter of the rate nothing is worse than stock, first tokens included (within a tenth of a second)."""
+def _quarter_rate_criteria(ours: dict[int, Report], cell: Cell) -> list[tuple[str, bool]]:
+    """At a quarter of the rate nothing is worse than stock; TTFT within a tenth of a second."""
     stock = [cell[policy] for policy in STOCK if policy in cell]
-    best = max(share(reports) for reports in stock)
-    found = [(f"in time {share(ours):.1%} >= {best:.1%}", share(ours) >= best - 1e-9)]
+    best = max(mean_in_time(reports) for reports in stock)
+    results = [(f"in time {mean_in_time(ours):.1%} >= {best:.1%}", mean_in_time(ours) >= best - 1e-9)]
     for kind in ("small", "large"):
         for part in ("p50", "p95"):
             figure = f"{kind}.{part}"
-            least = min(mean(reports, figure) for reports in stock)
-            words = f"{figure} {mean(ours, figure):.2f} s <= {least:.2f} s"
-            found.append((words, mean(ours, figure) <= least + 0.1))
-    return found
+            best_stock = min(mean(reports, figure) for reports in stock)
+            text = f"TTFT {figure} {mean(ours, figure):.2f} s <= {best_stock:.2f} s"
+            results.append((text, mean(ours, figure) <= best_stock + 0.1))
+    return results
 
 
-def flooded() -> int:
-    """Prints who is served how much while all always wait; 1 where the router is not fair then."""
-    shares = {policy: _flood_jain(policy) for policy in (STOCK[0], OURS)}
-    sys.stdout.write("\nflood, 3090: service between backlogged users, one with ten times the sessions  (SIMULATED)\n")
+def check_flood_fairness() -> int:
+    """Prints the service fairness between backlogged users. Returns whether the router fails the criterion."""
+    shares = {policy: _flood_jain(policy) for policy in (STOCK[0], ROUTER)}
+    sys.stdout.write("\nflood, 3090: fairness between backlogged users, one with ten times the sessions  (SIMULATED)\n")
     sys.stdout.write("".join(f"  {policy:<18}Jain {value:.3f}\n" for policy, value in shares.items()))
-    holds = shares[OURS] >= _LEAST_JAIN
-    sys.stdout.write(f"    {'holds ' if holds else 'BROKEN'}  Jain {shares[OURS]:.3f} >= {_LEAST_JAIN}\n")
+    holds = shares[ROUTER] >= _MINIMUM_JAIN
+    sys.stdout.write(f"    {'PASS' if holds else 'FAIL'}  Jain {shares[ROUTER]:.3f} >= {_MINIMUM_JAIN}\n")
     return not holds
 
 
 def _flood_jain(policy: str) -> float:
-    scene = flood(_FLOOD_TO)
-    outcome = Simulation(scene, baseline(policy, scene)).run()
+    scenario = flood(_FLOOD_TO)
+    outcome = Simulation(scenario, make_baseline(policy, scenario)).run()
     return service_jain(outcome.requests, _FLOOD_FROM, _FLOOD_TO)
 
 
 def main() -> int:
-    """1 where a bar does not hold."""
+    """Returns 1 if a criterion fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--cells", nargs="*", default=[], metavar="RIG/MIX")
     parser.add_argument("--policies", nargs="*", default=list(ALL))
-    parser.add_argument("--out", type=Path, help="where the figures of every run go, as JSON")
-    given = parser.parse_args()
-    wanted = tasks(given.seeds, given.cells, given.policies)
+    parser.add_argument("--out", type=Path, help="write the figures of every run to this JSON file")
+    args = parser.parse_args()
+    selected = tasks(args.seeds, args.cells, args.policies)
     cells: dict[str, Cell] = {}
-    firsts: dict[str, Task] = {}
+    first_tasks: dict[str, Task] = {}
     rows: list[dict[str, object]] = []
-    left = {task.cell: sum(other.cell == task.cell for other in wanted) for task in wanted}
+    remaining = {task.cell: sum(other.cell == task.cell for other in selected) for task in selected}
     failed = 0
-    with multiprocessing.Pool(given.jobs) as pool:
-        for task, report in pool.imap(one, wanted, chunksize=2):
-            firsts.setdefault(task.cell, task)
+    with multiprocessing.Pool(args.jobs) as pool:
+        for task, report in pool.imap(run_task, selected, chunksize=2):
+            first_tasks.setdefault(task.cell, task)
             cells.setdefault(task.cell, {}).setdefault(task.policy, {})[task.seed] = report
             rows.append({"cell": task.cell, "policy": task.policy, "seed": task.seed, **report.as_dict()})
-            left[task.cell] -= 1
-            if left[task.cell] == 0:
-                failed += finish(firsts[task.cell], cells[task.cell])
-    failed += flooded()
-    if given.out is not None:
-        given.out.write_text(json.dumps({"simulated": True, "runs": rows}, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(f"\n{failed} bars do not hold\n")
+            remaining[task.cell] -= 1
+            if remaining[task.cell] == 0:
+                failed += report_cell(first_tasks[task.cell], cells[task.cell])
+    failed += check_flood_fairness()
+    if args.out is not None:
+        args.out.write_text(json.dumps({"simulated": True, "runs": rows}, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(f"\n{failed} criteria failed\n")
     return 1 if failed else 0
 
 
-def finish(task: Task, cell: Cell) -> int:
-    """Prints a cell and its bars; how many do not hold."""
-    sys.stdout.write(
-        "\n".join(show(f"{task.cell}, {rate_of(task.rig, task.mix) * task.factor:.2f} requests/s", cell)) + "\n"
-    )
-    broken = 0
-    if OURS in cell and FLOOR in cell and any(policy in cell for policy in STOCK):
-        for words, holds in bars(task, cell):
-            sys.stdout.write(f"    {'holds ' if holds else 'BROKEN'}  {words}\n")
-            broken += not holds
+def report_cell(task: Task, cell: Cell) -> int:
+    """Prints a cell and its criteria. Returns the number of failed criteria."""
+    rate = default_rate(task.rig, task.mix) * task.factor
+    sys.stdout.write("\n".join(format_cell(f"{task.cell}, {rate:.2f} requests/s", cell)) + "\n")
+    failed_criteria = 0
+    if ROUTER in cell and FLOOR in cell and any(policy in cell for policy in STOCK):
+        for criterion, holds in criteria(task, cell):
+            sys.stdout.write(f"    {'PASS' if holds else 'FAIL'}  {criterion}\n")
+            failed_criteria += not holds
     sys.stdout.flush()
-    return broken
+    return failed_criteria
 
 
 if __name__ == "__main__":

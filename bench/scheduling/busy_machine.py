@@ -1,9 +1,8 @@
-"""A machine in memory that is always asked for more than it can serve: what the deciding core is timed on.
+"""A saturated in-memory machine for benchmarking the scheduler.
 
-GPUs, instances, loads and requests under a clock of its own; whatever the dispatcher asks for comes true after as
-long as it would take. So many tickets always wait: one that is granted is followed by the next. The same seed plays the
-same.
-It measures nothing and judges nothing; sizes are exactly what the core estimates.
+It has GPUs, instances, loads and requests under a virtual clock. Every action of the dispatcher takes effect after a
+realistic delay. A fixed number of tickets always waits: each granted one is replaced. Loaded models use exactly the
+estimated memory. Deterministic for a seed.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ _POLL_SECONDS = 1.0
 _CLIENTS = 12
 
 Post = Callable[[Dispatcher, Event, float], list[Action]]
-"""Hands the event to the dispatcher; whoever passes it in may look at what that takes."""
+"""Passes the event to the dispatcher; the caller can time it."""
 
 
-def some_models(kinds: list[ModelFacts], count: int) -> list[ModelFacts]:
-    """So many models of the sizes of `kinds`, each with weights of its own."""
+def make_models(kinds: list[ModelFacts], count: int) -> list[ModelFacts]:
+    """Creates `count` models with the sizes of `kinds` and distinct weights."""
     return [
         replace(
             kinds[number % len(kinds)], name=f"model{number}", digest=f"{number:064x}", blob=BlobDigest(f"b{number}")
@@ -60,7 +59,7 @@ _RULES = OllamaRules()
 
 
 class BusyMachine:
-    """One instance a GPU and one over all; models are asked for by Zipf's law."""
+    """One instance per GPU and one over all GPUs; models are requested by Zipf's law."""
 
     def __init__(self, gpus: int, models: list[ModelFacts], waiting: int, seed: int, post: Post) -> None:
         self.policy = Policy(
@@ -72,30 +71,30 @@ class BusyMachine:
         self.dispatcher = Dispatcher(self.policy, {KIND: _RULES})
         self.now = 0.0
         self._post_to = post
-        self._chance = random.Random(seed)
+        self._rng = random.Random(seed)
         self._models = models
-        self._shares = [1.0 / rank for rank in range(1, len(models) + 1)]
+        self._popularity = [1.0 / rank for rank in range(1, len(models) + 1)]
         self._gpus = [GpuUuid(f"GPU-{number}") for number in range(gpus)]
-        self._held: dict[ResidencyKey, tuple[int, ...]] = {}
+        self._bytes_held: dict[ResidencyKey, tuple[int, ...]] = {}
         self._specs = {spec.name: spec for spec in _instances(self._gpus)}
         self._queue: list[tuple[float, int, Callable[[], Event | None]]] = []
         self._posted = 0
-        self._last = 0
+        self._last_ticket = 0
         self._waiting: dict[TicketId, Ticket] = {}
-        self._wanted = waiting
-        self._facts = {model.blob: model for model in models}
+        self._queue_length = waiting
+        self._models_by_blob = {model.blob: model for model in models}
         self._tick_at: float | None = None
         self.rejected = 0
         self._start()
 
     def play(self, until: float) -> None:
-        """Lets that much happen."""
+        """Runs until this time."""
         while self._queue and self._queue[0][0] <= until:
-            self.now, _, happens = heapq.heappop(self._queue)
-            event = happens()
+            self.now, _, callback = heapq.heappop(self._queue)
+            event = callback()
             if event is not None:
                 self._post(event)
-            while len(self._waiting) < self._wanted:
+            while len(self._waiting) < self._queue_length:
                 self._post(Arrived(self._ticket()))
             self._set_timer()
         self.now = until
@@ -103,23 +102,23 @@ class BusyMachine:
     def snapshot(self) -> Snapshot:
         return self.dispatcher.snapshot(self.now)
 
-    # --- what happens ----------------------------------------------------------------------------------------
+    # --- events ----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._post(self._reading())
+        self._post(self._gpu_reading())
         for spec in self._specs.values():
             self._post(InstanceChanged(spec, InstanceState.READY, version=VERSION))
         self._later(_POLL_SECONDS, self._poll)
         for name in self._specs:
-            self._later(self._chance.uniform(0.0, _POLL_SECONDS), lambda name=name: self._listing(name))
+            self._later(self._rng.uniform(0.0, _POLL_SECONDS), lambda name=name: self._model_list(name))
 
-    def _later(self, seconds: float, happens: Callable[[], Event | None]) -> None:
+    def _later(self, seconds: float, callback: Callable[[], Event | None]) -> None:
         self._posted += 1
-        heapq.heappush(self._queue, (self.now + seconds, self._posted, happens))
+        heapq.heappush(self._queue, (self.now + seconds, self._posted, callback))
 
     def _post(self, event: Event) -> None:
         for action in self._post_to(self.dispatcher, event, self.now):
-            self._carry_out(action)
+            self._execute(action)
 
     def _set_timer(self) -> None:
         due = self.dispatcher.next_wake()
@@ -135,11 +134,11 @@ class BusyMachine:
 
     def _poll(self) -> Event:
         self._later(_POLL_SECONDS, self._poll)
-        return self._reading()
+        return self._gpu_reading()
 
-    def _reading(self) -> GpusRead:
+    def _gpu_reading(self) -> GpusRead:
         used = dict.fromkeys(self._gpus, 0)
-        for key, sizes in self._held.items():
+        for key, sizes in self._bytes_held.items():
             for gpu, size in zip(self._specs[key[0]].gpus, sizes, strict=True):
                 used[gpu] += size
         gpus = (
@@ -148,35 +147,36 @@ class BusyMachine:
         )
         return GpusRead(tuple(gpus), self.now)
 
-    def _listing(self, name: InstanceName) -> Event | None:
+    def _model_list(self, name: InstanceName) -> Event | None:
         if name not in self._specs:
             return None
-        self._later(_POLL_SECONDS, lambda: self._listing(name))
-        known = self.dispatcher.snapshot(self.now).residencies
-        rows = tuple(
-            LoadedModel(self._facts[key[1]].name, self._facts[key[1]].digest, sum(sizes), sum(sizes), 8192,
-                        self._facts[key[1]])
-            for key, sizes in self._held.items()
-            if key[0] == name and known[key].state not in (ResidencyState.PLANNED, ResidencyState.LOADING)
-        )  # fmt: skip
+        self._later(_POLL_SECONDS, lambda: self._model_list(name))
+        residencies = self.dispatcher.snapshot(self.now).residencies
+        in_transition = (ResidencyState.PLANNED, ResidencyState.LOADING)
+        loaded = [
+            (self._models_by_blob[key[1]], sum(sizes))
+            for key, sizes in self._bytes_held.items()
+            if key[0] == name and residencies[key].state not in in_transition
+        ]
+        rows = tuple(LoadedModel(model.name, model.digest, size, size, 8192, model) for model, size in loaded)
         return ResidencyRead(name, rows, self.now)
 
     def _ticket(self) -> Ticket:
-        self._last += 1
-        model = self._chance.choices(self._models, self._shares)[0]
-        client = f"client{self._last % _CLIENTS}"
-        ticket = Ticket(TicketId(self._last), model, (), 0, None, self.now, self.now + 300.0, client,
-                        f"{client}-{self._last % 97}", prompt_tokens=self._chance.randint(50, 4000))  # fmt: skip
+        self._last_ticket += 1
+        model = self._rng.choices(self._models, self._popularity)[0]
+        client = f"client{self._last_ticket % _CLIENTS}"
+        ticket = Ticket(TicketId(self._last_ticket), model, (), 0, None, self.now, self.now + 300.0, client,
+                        f"{client}-{self._last_ticket % 97}", prompt_tokens=self._rng.randint(50, 4000))  # fmt: skip
         self._waiting[ticket.id] = ticket
         return ticket
 
-    # --- what is asked for -----------------------------------------------------------------------------------
+    # --- actions ---------------------------------------------------------------------------------------------
 
-    def _carry_out(self, action: Action) -> None:
+    def _execute(self, action: Action) -> None:
         match action:
             case Grant():
                 del self._waiting[action.ticket_id]
-                seconds = self._chance.expovariate(1 / 8.0) + 0.2
+                seconds = self._rng.expovariate(1 / 8.0) + 0.2
                 ended = Released(action.ticket_id, output_tokens=int(30 * seconds))
                 self._later(seconds, lambda: ended)
             case Reject():
@@ -189,23 +189,23 @@ class BusyMachine:
             case StartInstance():
                 self._specs[action.spec.name] = action.spec
                 self._later(0.3, lambda: InstanceChanged(action.spec, InstanceState.READY, version=VERSION))
-                self._later(0.6, lambda: self._listing(action.spec.name))
+                self._later(0.6, lambda: self._model_list(action.spec.name))
             case StopInstance():
                 spec = self._specs.pop(action.instance)
                 self._later(0.1, lambda: InstanceChanged(spec, InstanceState.STOPPED))
             case ReadGpus():
-                self._later(0.01, self._reading)
+                self._later(0.01, self._gpu_reading)
             case _:
                 pass
 
     def _load(self, load: Load) -> None:
         sizes = _RULES.estimate_bytes(load.model, self._specs[load.instance], 8192, self.snapshot())
-        self._held[load.instance, load.model.blob] = sizes
+        self._bytes_held[load.instance, load.model.blob] = sizes
         seconds = 0.5 + load.model.weights_bytes / _LOAD_BYTES_PER_SECOND
         self._later(seconds, lambda: LoadFinished(load.load_id, sum(sizes), sum(sizes)))
 
     def _unloaded(self, key: ResidencyKey) -> Event:
-        self._held.pop(key, None)
+        self._bytes_held.pop(key, None)
         return UnloadFinished(key[0], key[1])
 
 

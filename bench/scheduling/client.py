@@ -1,8 +1,8 @@
-"""Plays sessions over HTTP against anything that speaks Ollama's API, in a clock that may run fast.
+"""HTTP load generator: runs sessions against any server with Ollama's API, optionally with a scaled clock.
 
-Sessions are closed within themselves as in the simulator: a turn comes at its time or 3 s after the answer before it,
-in emulated seconds. Prompts are made-up words, four characters a token as the emulated servers count; those of a
-session begin alike. It measures; it starts no server and judges nothing.
+Sessions are closed-loop as in the simulator: a turn is sent at its time or 3 s after the previous answer, in emulated
+seconds. Prompts are synthetic words, four characters per token as the emulated servers count; prompts of a session
+share a prefix.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 
 import aiohttp
 
-from router.lab.simulator.workload import THINKING_SECONDS, Session, Turn
+from router.lab.simulator.workload import THINK_TIME_SECONDS, Session, Turn
 
 CHARACTERS_A_TOKEN = 4
 _SEED = 1
-"""An emulated model that is given a seed says the same to the same prompt, so all contestants have the same work."""
+"""With a seed, an emulated model gives the same answer to the same prompt, so every policy has the same work."""
 _WORDS = ("alpha", "bravo", "delta", "golf", "hotel", "kilo", "lima", "oscar", "papa", "tango", "victor", "zulu")
 
 
 @dataclass(slots=True)
-class Answered:
-    """One request as its client saw it; times in emulated seconds since the start."""
+class MeasuredRequest:
+    """Client-side measurements of one request; times in emulated seconds since the start."""
 
     session: int
     turn: int
@@ -38,7 +38,7 @@ class Answered:
     arrived_at: float
     first_token_at: float | None = None
     ended_at: float = 0.0
-    words: int = 0
+    generated_tokens: int = 0
     error: str = ""
 
     @property
@@ -48,22 +48,22 @@ class Answered:
 
 @dataclass(slots=True)
 class Player:
-    """Plays against `url`; `speed`: emulated seconds in one real second."""
+    """Runs sessions against `url`; `speed`: emulated seconds per real second."""
 
     url: str
     speed: float
     embedding_models: frozenset[str] = frozenset()
     timeout_seconds: float = 600.0
-    answers: list[Answered] = field(default_factory=list[Answered])
+    answers: list[MeasuredRequest] = field(default_factory=list[MeasuredRequest])
     _began: float = 0.0
 
-    async def play(self, sessions: Sequence[Session]) -> list[Answered]:
-        """All sessions to their ends; answers in the order of arrival."""
+    async def play(self, sessions: Sequence[Session]) -> list[MeasuredRequest]:
+        """Runs all sessions to the end. Returns measurements in order of arrival."""
         self._began = time.monotonic()
-        limits = aiohttp.ClientTimeout(total=self.timeout_seconds)
+        timeout = aiohttp.ClientTimeout(total=self.timeout_seconds)
         connector = aiohttp.TCPConnector(limit=0)
         async with (
-            aiohttp.ClientSession(timeout=limits, connector=connector) as client,
+            aiohttp.ClientSession(timeout=timeout, connector=connector) as client,
             asyncio.TaskGroup() as tasks,
         ):
             for session in sessions:
@@ -77,55 +77,57 @@ class Player:
         await asyncio.sleep(max(0.0, (at - self.now()) / self.speed))
 
     async def _session(self, client: aiohttp.ClientSession, session: Session) -> None:
-        chance = random.Random(session.id)
-        said, ready_at = "", 0.0
+        rng = random.Random(session.id)
+        history, ready_at = "", 0.0
         for number, turn in enumerate(session.turns):
             await self._until(max(turn.at_seconds, ready_at))
-            prompt = _prompt(said, turn, chance)
-            common = len(said[: turn.shared_tokens * CHARACTERS_A_TOKEN]) // CHARACTERS_A_TOKEN
-            answered = Answered(session.id, number, session.user, session.model, turn.prompt_tokens, common, self.now())
-            self.answers.append(answered)
-            said = prompt + await self._ask(client, answered, prompt, turn)
-            ready_at = self.now() + THINKING_SECONDS
+            prompt = _prompt(history, turn, rng)
+            common = len(history[: turn.shared_tokens * CHARACTERS_A_TOKEN]) // CHARACTERS_A_TOKEN
+            measured = MeasuredRequest(
+                session.id, number, session.user, session.model, turn.prompt_tokens, common, self.now()
+            )
+            self.answers.append(measured)
+            history = prompt + await self._send(client, measured, prompt, turn)
+            ready_at = self.now() + THINK_TIME_SECONDS
 
-    async def _ask(self, client: aiohttp.ClientSession, answered: Answered, prompt: str, turn: Turn) -> str:
-        """The answer's text; an error is noted and has none."""
+    async def _send(self, client: aiohttp.ClientSession, measured: MeasuredRequest, prompt: str, turn: Turn) -> str:
+        """Sends one request. Returns the answer text; empty on error, which is recorded."""
         try:
-            if answered.model in self.embedding_models:
-                body: dict[str, Any] = {"model": answered.model, "input": prompt}
+            if measured.model in self.embedding_models:
+                body: dict[str, Any] = {"model": measured.model, "input": prompt}
                 async with client.post(self.url + "/api/embed", json=body) as reply:
-                    answered.error = "" if reply.status == 200 else f"{reply.status}: {(await reply.text())[:200]}"
-                answered.first_token_at = answered.ended_at = self.now()
+                    measured.error = "" if reply.status == 200 else f"{reply.status}: {(await reply.text())[:200]}"
+                measured.first_token_at = measured.ended_at = self.now()
                 return ""
-            body = {"model": answered.model, "prompt": prompt, "raw": True,
+            body = {"model": measured.model, "prompt": prompt, "raw": True,
                     "options": {"num_predict": turn.generated_tokens, "seed": _SEED}}  # fmt: skip
-            headers = {"X-Session-ID": f"{answered.user}-{answered.session}"}
+            headers = {"X-Session-ID": f"{measured.user}-{measured.session}"}
             async with client.post(self.url + "/api/generate", json=body, headers=headers) as reply:
-                return await self._read(reply, answered)
+                return await self._read(reply, measured)
         except (aiohttp.ClientError, TimeoutError) as error:
-            answered.error = f"{type(error).__name__}: {error}"
-            answered.ended_at = self.now()
+            measured.error = f"{type(error).__name__}: {error}"
+            measured.ended_at = self.now()
             return ""
 
-    async def _read(self, reply: aiohttp.ClientResponse, answered: Answered) -> str:
+    async def _read(self, reply: aiohttp.ClientResponse, measured: MeasuredRequest) -> str:
         text: list[str] = []
         if reply.status != 200:
-            answered.error = f"{reply.status}: {(await reply.text())[:200]}"
+            measured.error = f"{reply.status}: {(await reply.text())[:200]}"
         else:
             async for line in reply.content:
                 row = json.loads(line)
                 if row.get("response"):
-                    answered.first_token_at = answered.first_token_at or self.now()
+                    measured.first_token_at = measured.first_token_at or self.now()
                     text.append(row["response"])
-                answered.words = row.get("eval_count", answered.words)
-                answered.error = row.get("error", answered.error)
-        answered.ended_at = self.now()
+                measured.generated_tokens = row.get("eval_count", measured.generated_tokens)
+                measured.error = row.get("error", measured.error)
+        measured.ended_at = self.now()
         return "".join(text)
 
 
-def _prompt(said: str, turn: Turn, chance: random.Random) -> str:
-    """As long as the turn says, beginning as its session went on before."""
+def _prompt(history: str, turn: Turn, rng: random.Random) -> str:
+    """A prompt of the turn's length that starts with the session's history."""
     size = (turn.prompt_tokens - 1) * CHARACTERS_A_TOKEN
-    kept = said[: min(size, turn.shared_tokens * CHARACTERS_A_TOKEN)]
-    fresh = f"{chance.random():.8f} " + " ".join(chance.choices(_WORDS, k=size // 4 + 1))
-    return (kept + fresh)[:size] or "hi"
+    shared_prefix = history[: min(size, turn.shared_tokens * CHARACTERS_A_TOKEN)]
+    new_text = f"{rng.random():.8f} " + " ".join(rng.choices(_WORDS, k=size // 4 + 1))
+    return (shared_prefix + new_text)[:size] or "hi"

@@ -1,9 +1,9 @@
-"""The router itself, unchanged, in a clock that runs fast: `python -m bench.scheduling.fast_clock 8 rig=4x3090`.
+"""Runs the unchanged router with a scaled clock: `python -m bench.scheduling.fast_clock 8 rig=4x3090`.
 
-All that it waits for and measures, its polls, patience, half-lives and deadlines, is in seconds; over emulated servers
-that run eight times as fast they must be emulated seconds, or another router would be measured. So this process's
-monotonic clock and the waiting of its event loop are scaled. It runs asyncio's own loop, not uvloop, which cannot be
-scaled; the router's own work is not made faster, so it weighs SPEED times as much as in truth.
+The router's polls, timeouts, half-lives and deadlines are in seconds. Over emulated servers that run eight times as
+fast they must be emulated seconds, so this process scales its monotonic clock and its event loop's waits. It uses
+asyncio's own loop because uvloop cannot be scaled. The router's CPU work is not scaled, so it weighs SPEED times
+as much.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _USAGE = "usage: python -m bench.scheduling.fast_clock SPEED [KEY=VALUE …]"
 
 
 class FastSelector(selectors.DefaultSelector):
-    """Waits so many times less than it is told to."""
+    """A selector that divides every timeout by `speed`."""
 
     def __init__(self, speed: float) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class FastSelector(selectors.DefaultSelector):
 
 
 def scaled(clock: Callable[[], float], speed: float) -> Callable[[], float]:
-    """The clock, running so many times as fast from now on."""
+    """Returns a clock that runs `speed` times as fast from now on."""
     began = clock()
     return lambda: began + (clock() - began) * speed
 
 
 def main(arguments: list[str]) -> int:
-    """Serves with the settings that are given, and no others, until it is told to stop."""
-    if not arguments or any("=" not in pair for pair in arguments[1:]):
+    """Serves with the given settings until it is stopped; no configuration file is read."""
+    if not arguments or arguments[0].startswith("-") or any("=" not in pair for pair in arguments[1:]):
         sys.stderr.write(_USAGE + "\n")
         return 2
     speed = float(arguments[0])

@@ -1,7 +1,7 @@
-"""The contestants as real processes over EMULATED GPUs: a stock server, one a GPU behind nginx, the router itself.
+"""Starts the benchmarked systems as real processes over EMULATED GPUs: stock server, nginx over servers, the router.
 
-Each is started in a folder of its own, with the machine's page cache as warm as it gets, and is ended with all that it
-started. Whatever was loaded is read from the emulated rig's record afterwards. It plays nothing and judges nothing.
+Each runs in its own folder with a warm page cache and is stopped with all its child processes. The loads are read from
+the emulator's record afterwards.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ TUNED = {
     "OLLAMA_NOPRUNE": "1",
     "OLLAMA_NO_CLOUD": "1",
 }
-PRODUCT = "llamayard"
-VERSIONS = {"stock-0.24": "0.24.0", "stock-0.33": "0.33.0"}
+ROUTER = "llamayard"
+STOCK_VERSIONS = {"stock-0.24": "0.24.0", "stock-0.33": "0.33.0"}
 NGINX = {"nginx-round-robin": "", "nginx-least-conn": "least_conn;"}
 _START_SECONDS = 60.0
 _SETTLING_SECONDS = 1.0
-"""Real seconds until a server that answers has found its GPUs as well."""
+"""Real seconds after a server's first answer until it has discovered its GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One run."""
+class RunSetup:
+    """Settings and folder of one run."""
 
     rig: str
     speed: float
     folder: Path
     warm: tuple[ModelFacts, ...] = ()
-    """Models whose files lie in the page cache at the start."""
+    """Models whose files are in the page cache at the start."""
 
     @property
     def rig_directory(self) -> Path:
@@ -63,117 +63,117 @@ class Place:
         return self.folder / "server.log"
 
     def loads(self) -> list[dict[str, object]]:
-        """What was loaded, or could not be, in order: see `router.lab.emulator.loader`."""
+        """Successful and failed loads in order; see `router.lab.emulator.loader`."""
         path = self.rig_directory / LOADS_FILE
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def baseline(policy: str, place: Place) -> contextlib.AbstractContextManager[str]:
-    """Runs it as long as the block; its URL."""
-    makers: Mapping[str, Callable[[Place], contextlib.AbstractContextManager[str]]] = {
-        **{name: lambda where, n=name: stock_server(where, VERSIONS[n]) for name in VERSIONS},
-        **{name: lambda where, n=name: behind_nginx(where, NGINX[n]) for name in NGINX},
-        PRODUCT: product,
+def run_baseline(policy: str, setup: RunSetup) -> contextlib.AbstractContextManager[str]:
+    """Context manager: runs the policy's servers and yields the URL."""
+    makers: Mapping[str, Callable[[RunSetup], contextlib.AbstractContextManager[str]]] = {
+        **{name: lambda target, n=name: stock_server(target, STOCK_VERSIONS[n]) for name in STOCK_VERSIONS},
+        **{name: lambda target, n=name: behind_nginx(target, NGINX[n]) for name in NGINX},
+        ROUTER: llamayard_router,
     }
-    return makers[policy](place)
+    return makers[policy](setup)
 
 
 @contextlib.contextmanager
-def stock_server(place: Place, version: str) -> Generator[str]:
-    """One over all GPUs of the rig, tuned as a good admin does."""
-    prepared = _prepared(place, version)
-    with _server(place, prepared, {}) as url:
+def stock_server(setup: RunSetup, version: str) -> Generator[str]:
+    """One well-tuned stock server over all GPUs."""
+    prepared = _prepared(setup, version)
+    with _server(setup, prepared, {}) as url:
         time.sleep(_SETTLING_SECONDS)
         yield url
 
 
 @contextlib.contextmanager
-def behind_nginx(place: Place, method: str) -> Generator[str]:
-    """A server of 0.24 a GPU, and a real nginx before them."""
-    prepared = _prepared(place, VERSIONS["stock-0.24"])
+def behind_nginx(setup: RunSetup, method: str) -> Generator[str]:
+    """One 0.24 server per GPU behind a real nginx."""
+    prepared = _prepared(setup, STOCK_VERSIONS["stock-0.24"])
     with contextlib.ExitStack() as running:
-        uuids = parse_spec(place.rig).uuids
-        urls = [running.enter_context(_server(place, prepared, {"CUDA_VISIBLE_DEVICES": uuid})) for uuid in uuids]
+        uuids = parse_spec(setup.rig).uuids
+        urls = [running.enter_context(_server(setup, prepared, {"CUDA_VISIBLE_DEVICES": uuid})) for uuid in uuids]
         port = free_port()
-        config = place.folder / "nginx.conf"
-        config.write_text(_nginx_conf(place.folder, port, urls, method), encoding="utf-8")
-        command = [nginx() or "nginx", "-c", str(config), "-p", str(place.folder)]
-        url = running.enter_context(_running(command, {}, place, port))
+        config = setup.folder / "nginx.conf"
+        config.write_text(_nginx_conf(setup.folder, port, urls, method), encoding="utf-8")
+        command = [nginx() or "nginx", "-c", str(config), "-p", str(setup.folder)]
+        url = running.enter_context(_running(command, {}, setup, port))
         time.sleep(_SETTLING_SECONDS)
         yield url
 
 
 @contextlib.contextmanager
-def product(place: Place) -> Generator[str]:
-    """The router itself over emulated servers, with the same two lines, in a clock as fast as theirs."""
-    _warm(place)
+def llamayard_router(setup: RunSetup) -> Generator[str]:
+    """The router over emulated servers, with the same tuning and a clock scaled like theirs."""
+    _warm(setup)
     port = free_port()
-    environment = {"LLAMAYARD_RIG_SPEED": repr(place.speed), "PYTHONPATH": str(PACKAGE_ROOT)}
+    environment = {"LLAMAYARD_RIG_SPEED": repr(setup.speed), "PYTHONPATH": str(PACKAGE_ROOT)}
     keys = {
-        "rig": place.rig,
+        "rig": setup.rig,
         "server.port": str(port),
-        "state_directory": str(place.folder / "state"),
+        "state_directory": str(setup.folder / "state"),
         "ollama.flash_attention": "true",
         "ollama.kv_cache_type": "q8_0",
     }
-    command = [sys.executable, "-m", "bench.scheduling.fast_clock", f"{place.speed:g}"]
-    with _running([*command, *(f"{key}={value}" for key, value in keys.items())], environment, place, port) as url:
+    command = [sys.executable, "-m", "bench.scheduling.fast_clock", f"{setup.speed:g}"]
+    with _running([*command, *(f"{key}={value}" for key, value in keys.items())], environment, setup, port) as url:
         _wait_until(lambda: _is_ready(url))
         yield url
 
 
 def nginx() -> str | None:
-    """The executable, where it is installed."""
+    """Path of the nginx executable; None if it is not installed."""
     return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 
 def free_port() -> int:
-    """Below those that clients' connections take, so that none of them takes it before a server does."""
+    """A free port below the ephemeral range, so that no client connection takes it first."""
     return free_ports(1)[0]
 
 
-# --- parts ---
+# --- helpers ---
 
 
-def _prepared(place: Place, version: str) -> PreparedEmulator:
-    _warm(place)
-    variables = {"LLAMAYARD_RIG_SPEED": repr(place.speed), "LLAMAYARD_RIG_VERSION": version}
-    return prepare_emulator(place.rig, place.rig_directory, variables)
+def _prepared(setup: RunSetup, version: str) -> PreparedEmulator:
+    _warm(setup)
+    variables = {"LLAMAYARD_RIG_SPEED": repr(setup.speed), "LLAMAYARD_RIG_VERSION": version}
+    return prepare_emulator(setup.rig, setup.rig_directory, variables)
 
 
-def _warm(place: Place) -> None:
-    if place.warm:
-        cached = {str(model.blob): model.weights_bytes for model in place.warm}
-        write_json(place.rig_directory / "pagecache.json", cached)
+def _warm(setup: RunSetup) -> None:
+    if setup.warm:
+        cached = {str(model.blob): model.weights_bytes for model in setup.warm}
+        write_json(setup.rig_directory / "pagecache.json", cached)
 
 
 @contextlib.contextmanager
-def _server(place: Place, prepared: PreparedEmulator, more: Mapping[str, str]) -> Generator[str]:
+def _server(setup: RunSetup, prepared: PreparedEmulator, extra_environment: Mapping[str, str]) -> Generator[str]:
     port = free_port()
     environment = {
         **TUNED,
         **prepared.environment,
-        **more,
+        **extra_environment,
         "OLLAMA_MODELS": str(prepared.models_directory),
         "OLLAMA_HOST": f"127.0.0.1:{port}",
-        # The emulated server's idle timers run in real time whatever the speed.
-        "OLLAMA_KEEP_ALIVE": f"{300 / place.speed}s",
+        # The emulated server's idle timers run in real time at any speed.
+        "OLLAMA_KEEP_ALIVE": f"{300 / setup.speed}s",
     }
-    with _running(prepared.command, environment, place, port) as url:
+    with _running(prepared.command, environment, setup, port) as url:
         yield url
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], environment: Mapping[str, str], place: Place, port: int) -> Generator[str]:
-    """The program until the block ends; what it says goes to the place's log."""
-    full = {"PATH": os.defpath, "HOME": str(place.folder), **environment}
+def _running(command: Sequence[str], environment: Mapping[str, str], setup: RunSetup, port: int) -> Generator[str]:
+    """Runs a program during the block; its output goes to the run's log."""
+    full = {"PATH": os.defpath, "HOME": str(setup.folder), **environment}
     url = f"http://127.0.0.1:{port}"
-    with place.log.open("ab") as log:
+    with setup.log.open("ab") as log:
         process = subprocess.Popen(command, env=full, stdout=log, stderr=log, cwd=PACKAGE_ROOT, start_new_session=True)
     try:
-        _wait_until(lambda: process.poll() is not None or _asked(url + "/api/version") is not None)
+        _wait_until(lambda: process.poll() is not None or _get_json(url + "/api/version") is not None)
         if process.returncode is not None:
-            raise RuntimeError(f"{command[0]} ended: {place.log.read_text('utf-8')[-2000:]}")
+            raise RuntimeError(f"{command[0]} ended: {setup.log.read_text('utf-8')[-2000:]}")
         yield url
     finally:
         process.terminate()
@@ -184,8 +184,8 @@ def _running(command: Sequence[str], environment: Mapping[str, str], place: Plac
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _asked(url: str) -> Any:
-    """The JSON that is there; None where nothing answers."""
+def _get_json(url: str) -> Any:
+    """The JSON at `url`; None if nothing answers."""
     try:
         with urllib.request.urlopen(url, timeout=2) as reply:
             return json.loads(reply.read())
@@ -194,17 +194,17 @@ def _asked(url: str) -> Any:
 
 
 def _is_ready(url: str) -> bool:
-    """Whether the router has all its instances up."""
-    status: dict[str, Any] = _asked(url + "/llamayard/status") or {}
+    """Whether all instances of the router are ready."""
+    status: dict[str, Any] = _get_json(url + "/llamayard/status") or {}
     states: list[str] = [one["state"] for one in status.get("instances", ())]
     return bool(states) and all(state == "ready" for state in states)
 
 
-def _wait_until(is_so: Callable[[], bool]) -> None:
+def _wait_until(condition: Callable[[], bool]) -> None:
     limit = time.monotonic() + _START_SECONDS
-    while not is_so():
+    while not condition():
         if time.monotonic() > limit:
-            raise TimeoutError(f"a contestant is not ready within {_START_SECONDS:g} s")
+            raise TimeoutError(f"not ready within {_START_SECONDS:g} s")
         time.sleep(0.05)
 
 

@@ -23,16 +23,16 @@ from router.lab.scenarios import (
     MIXES,
     ScenarioError,
     ScenarioSpec,
-    baseline,
     demand_of,
     large_models,
-    scenario,
+    make_baseline,
+    make_scenario,
 )
 from router.lab.simulator.baselines.llamayard import Llamayard
-from router.lab.simulator.fault_parser import WORDS, FaultError, with_faults
+from router.lab.simulator.fault_parser import FAULT_KINDS, FaultError, with_faults
 from router.lab.simulator.invariants import Invariants
-from router.lab.simulator.machine import Host
-from router.lab.simulator.metrics import Report, Waits, report
+from router.lab.simulator.machine import Machine
+from router.lab.simulator.metrics import Report, TtftPercentiles, report
 from router.lab.simulator.record import record
 from router.lab.simulator.runner import Baseline, Outcome, Simulation
 from router.lab.simulator.workload import TRACE, TraceError, TraceRow
@@ -42,11 +42,11 @@ _NO_FILES = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class RunResult:
     """One run with its results."""
 
     policy: str
-    wanted: ScenarioSpec
+    spec: ScenarioSpec
     outcome: Outcome
     report: Report
 
@@ -66,7 +66,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, default=None, help="requests per second (default: by rig and mix)")
     add("--users", type=int, default=12, help="default 12")
     add("--fault", action="append", default=[], metavar="FAULT",
-        help=f"KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(WORDS)}; repeatable")  # fmt: skip
+        help=f"KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(FAULT_KINDS)}; repeatable")  # fmt: skip
     add("--check", action="store_true", help="check the router's invariants after every event")
     add("--cold", action="store_true", help="start with an empty page cache")
     add("--out", default="simulated", metavar="DIR", help=f"directory for JSON and pictures; {_NO_FILES} writes none")
@@ -108,34 +108,34 @@ def _spec(arguments: argparse.Namespace, seed: int) -> ScenarioSpec:
 
 def play(
     policy: str,
-    wanted: ScenarioSpec,
+    spec: ScenarioSpec,
     rows: tuple[TraceRow, ...] | None = None,
     *,
     check: bool = False,
     faults: Iterable[str] = (),
-) -> Played:
+) -> RunResult:
     """One run. `check`: an InvariantError as soon as the router breaks a rule."""
-    scene = with_faults(scenario(wanted, rows), faults)
+    scenario = with_faults(make_scenario(spec, rows), faults)
     rules = Invariants()
-    make = baseline(policy, scene, seen=rules.seen if check else None)
+    make = make_baseline(policy, scenario, observer=rules.check_actions if check else None)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
-        made = make(host, models)
+    def watched(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
+        made = make(machine, models)
         if check and isinstance(made, Llamayard):
-            rules.watch(made, host)
+            rules.watch(made, machine)
         return made
 
-    outcome = Simulation(scene, watched).run(rules.after_each)
-    return Played(policy, wanted, outcome, report(outcome, large_models(scene)))
+    outcome = Simulation(scenario, watched).run(rules.check_state)
+    return RunResult(policy, spec, outcome, report(outcome, large_models(scenario)))
 
 
-def table(runs: list[Played]) -> str:
+def table(runs: list[RunResult]) -> str:
     """One line per run."""
     head = (
         f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one GPU':<22}"
         f"{'several GPUs':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  GPUs busy"
     )
-    return "\n".join([head, *(_line(run.policy, run.wanted.seed, run.report) for run in runs)]) + "\n"
+    return "\n".join([head, *(_line(run.policy, run.spec.seed, run.report) for run in runs)]) + "\n"
 
 
 def _line(policy: str, seed: int, result: Report) -> str:
@@ -147,36 +147,36 @@ def _line(policy: str, seed: int, result: Report) -> str:
     )
 
 
-def notes(runs: Iterable[Played]) -> list[str]:
+def notes(runs: Iterable[RunResult]) -> list[str]:
     """A sentence for each seed whose trace has too few requests."""
     by_seed: dict[int, str] = {}
     for run in runs:
-        demand, available = demand_of(run.wanted), run.outcome.planned
+        demand, available = demand_of(run.spec), run.outcome.planned
         if available < demand.requests:
-            by_seed[run.wanted.seed] = (
-                f"seed {run.wanted.seed}: the trace has {available} requests for {demand.seconds:g} s "
+            by_seed[run.spec.seed] = (
+                f"seed {run.spec.seed}: the trace has {available} requests for {demand.seconds:g} s "
                 f"({available / demand.seconds:.2f} per second), fewer than the requested {demand.requests} "
                 f"({demand.requests_per_second:g} per second)"
             )
     return list(by_seed.values())
 
 
-def _waits(waits: Waits) -> str:
+def _waits(waits: TtftPercentiles) -> str:
     """p50/p95/p99 in seconds."""
     return f"{waits.p50:.1f}/{waits.p95:.1f}/{waits.p99:.1f}" if waits.count else "-"
 
 
-def _summary(run: Played) -> dict[str, object]:
-    return {"policy": run.policy, "rig": run.wanted.rig, "mix": run.wanted.mix, "seed": run.wanted.seed,
+def _summary(run: RunResult) -> dict[str, object]:
+    return {"policy": run.policy, "rig": run.spec.rig, "mix": run.spec.mix, "seed": run.spec.seed,
             **run.report.as_dict()}  # fmt: skip
 
 
-def _write(runs: list[Played], folder: Path) -> None:
+def _write(runs: list[RunResult], folder: Path) -> None:
     """Writes a JSON file and a picture per run."""
     folder.mkdir(parents=True, exist_ok=True)
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     for run in runs:
-        spec = run.wanted
+        spec = run.spec
         name = f"{spec.rig}-{spec.mix}-{run.policy}-{spec.seed}".replace("/", "_").replace(":", "_")
         title = f"SIMULATED {spec.rig}, {spec.mix}, {run.policy}, seed {spec.seed}: "
         title += f"{run.report.in_time_share:.0%} in time, {run.report.loaded_gb:.0f} GB loaded"

@@ -1,10 +1,10 @@
-"""Draws a simulated run: each GPU's memory by model over time, and who waited and ran. `python -m … RUN.json OUT.svg`.
+"""Draws a simulated run: GPU memory by model over time, and waiting and streaming requests.
 
-It reads the JSON that `llamayard simulate --out` writes and nothing else, in a process of its own, so that nobody else
-needs matplotlib (the extra `sim`).
+Usage: `python -m router.lab.plot RUN.json OUT.svg`, with the JSON that `llamayard simulate --out` writes. It runs in
+its own process so that only it needs matplotlib (the extra `sim`).
 """
 
-# matplotlib leaves the types of its keyword arguments open:
+# matplotlib does not type its keyword arguments:
 # pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 
 
 def draw(title: str, run: dict[str, Any], target: Path) -> None:
-    """Writes the picture; its kind follows from the file's name (svg, png, pdf)."""
+    """Writes the picture in the format of the file name (svg, png, pdf)."""
     mpl.rcParams["svg.hashsalt"] = "llamayard"  # the same run gives the same file
     gpus: list[dict[str, Any]] = run["gpus"]
     heights = [1.0] * len(gpus) + [1.2]
@@ -58,25 +58,27 @@ def draw(title: str, run: dict[str, Any], target: Path) -> None:
 
 
 def _colours(run: dict[str, Any]) -> dict[str, Any]:
-    names = sorted({stay["model"] for stay in run["stays"]} | {request["model"] for request in run["requests"]})
+    names = sorted(
+        {span["model"] for span in run["residency_spans"]} | {request["model"] for request in run["requests"]}
+    )
     palette = mpl.colormaps["tab20"]
     return {name: palette(index % 20) for index, name in enumerate(names)}
 
 
 def _draw_gpu(axis: Axes, gpu: dict[str, Any], run: dict[str, Any], colours: dict[str, Any]) -> None:
-    """A block a stay, on top of what was there before; pale while it loads, hatched where partly on the CPU."""
-    shown: list[tuple[float, float, float, float]] = []
-    for stay in run["stays"]:
-        size = stay["bytes"].get(gpu["uuid"], 0) / GB
+    """One block per residency span, stacked; pale while loading, hatched if partly on the CPU."""
+    blocks: list[tuple[float, float, float, float]] = []
+    for span in run["residency_spans"]:
+        size = span["bytes"].get(gpu["uuid"], 0) / GB
         if not size:
             continue
-        began = stay["began"]
-        ended = stay["ended"] if stay["ended"] is not None else run["seconds"]
-        ready = stay["ready"] if stay["ready"] is not None else ended
-        bottom = _lowest(shown, began, ended, size)
-        shown.append((began, ended, bottom, bottom + size))
-        hatch = "//" if stay["host_bytes"] else None
-        colour = colours[stay["model"]]
+        began = span["began"]
+        ended = span["ended"] if span["ended"] is not None else run["seconds"]
+        ready = span["ready"] if span["ready"] is not None else ended
+        bottom = _lowest(blocks, began, ended, size)
+        blocks.append((began, ended, bottom, bottom + size))
+        hatch = "//" if span["host_bytes"] else None
+        colour = colours[span["model"]]
         axis.broken_barh([(began, ready - began)], (bottom, size), facecolor=colour, alpha=_LOADING_ALPHA, hatch=hatch)
         axis.broken_barh([(ready, ended - ready)], (bottom, size), facecolor=colour, edgecolor="white", hatch=hatch)
     axis.set_ylim(0, gpu["usable_bytes"] / GB)
@@ -84,11 +86,11 @@ def _draw_gpu(axis: Axes, gpu: dict[str, Any], run: dict[str, Any], colours: dic
     axis.tick_params(labelsize=7)
 
 
-def _lowest(shown: list[tuple[float, float, float, float]], began: float, ended: float, size: float) -> float:
-    """The lowest height at which the block overlaps no other."""
-    others = sorted((low, high) for start, end, low, high in shown if start < ended and began < end)
+def _lowest(blocks: list[tuple[float, float, float, float]], began: float, ended: float, size: float) -> float:
+    """The lowest position at which the block overlaps no other."""
+    overlapping = sorted((low, high) for start, end, low, high in blocks if start < ended and began < end)
     bottom = 0.0
-    for low, high in others:
+    for low, high in overlapping:
         if low - bottom >= size:
             break
         bottom = max(bottom, high)
@@ -103,15 +105,18 @@ def _draw_queue(axis: Axes, run: dict[str, Any]) -> None:
         first = request["first_token"] if request["first_token"] is not None else ended
         waiting += [(request["arrived"], 1), (first, -1)]
         running += [(first, 1), (ended, -1)]
-    for steps, label, colour in ((waiting, "wait for a first token", "tab:red"), (running, "stream", "tab:green")):
-        times, counts = _summed(steps)
+    for steps, label, colour in (
+        (waiting, "waiting for the first token", "tab:red"),
+        (running, "streaming", "tab:green"),
+    ):
+        times, counts = _running_counts(steps)
         axis.step(times, counts, where="post", label=label, color=colour, linewidth=1.0)
     axis.set_ylabel("requests", fontsize=8)
     axis.legend(fontsize=7, loc="upper right", frameon=False)
     axis.tick_params(labelsize=7)
 
 
-def _summed(steps: list[tuple[float, int]]) -> tuple[list[float], list[int]]:
+def _running_counts(steps: list[tuple[float, int]]) -> tuple[list[float], list[int]]:
     times, counts, count = [0.0], [0], 0
     for at, change in sorted(steps, key=lambda step: (step[0], -step[1])):
         count += change

@@ -1,6 +1,6 @@
-"""Rigs, mixes and contestants by name: puts the catalogue's models and the rig's GPUs into what the simulator plays.
+"""Builds simulator scenarios and baselines by name, from the emulator's rigs and model catalogue.
 
-It is the one place where the emulated rig and the simulator meet. It runs nothing.
+This is the only module that connects the emulator and the simulator.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.spec import EmulatorSpec, parse_spec
 from router.lab.emulator.store import Header
 from router.lab.simulator.baselines.floor import Floor
-from router.lab.simulator.baselines.llamayard import Llamayard, Seen
+from router.lab.simulator.baselines.llamayard import DecisionObserver, Llamayard
 from router.lab.simulator.baselines.planned import Planned
 from router.lab.simulator.baselines.stock import NginxOverServers, StockServer
 from router.lab.simulator.clairvoyant import search
 from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
-from router.lab.simulator.runner import MakeBaseline, Scenario
+from router.lab.simulator.runner import BaselineFactory, Scenario
 from router.lab.simulator.workload import (
     TRACE,
     Demand,
@@ -42,7 +42,7 @@ from router.lab.simulator.workload import (
 from router.lab.simulator.world import WORLD, true_bytes
 
 _CACHED_SHARE = 0.8
-"""So much of the host's memory holds files that were read, as in the emulated rig."""
+"""Share of host memory used as page cache, as in the emulator."""
 BASE_REQUESTS_PER_SECOND = 0.46
 RATES: Mapping[tuple[str, str], float] = {
     ("2x3090", "small"): 0.92,
@@ -62,10 +62,10 @@ RATES: Mapping[tuple[str, str], float] = {
     ("2xa6000", "wide"): 0.46,
     ("2xa6000", "large"): 0.22,
 }
-"""Requests a second at which the better stock server gets 60 to 85 % in time, measured over seeds 1 to 3, where any
-rate does: small models are no trouble at any, and six models fit two A6000 whatever the rate."""
-_LEAST_REQUESTS = 120
-_LEAST_SECONDS = 480.0
+"""(rig, mix) -> requests per second at which the better stock server serves 60 to 85 % in time, measured over seeds 1
+to 3. Where no rate does (the small mix; six models that fit two A6000s), any rate."""
+_MINIMUM_REQUESTS = 120
+_MINIMUM_SECONDS = 480.0
 
 _TEAM = ("llama3.3:70b", "qwen2.5-coder:32b", "qwen2.5:14b", "llama3.1:8b", "llama3.2:3b", "nomic-embed-text:latest")
 _WIDE_96 = (
@@ -100,85 +100,85 @@ BASELINES = (
 
 
 class ScenarioError(ValueError):
-    """A name that nothing has, or a number that means nothing; says what there is."""
+    """An unknown name or an invalid number; the message lists the valid names."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioSpec:
-    """A scenario by its names."""
+    """A scenario by name: rig, mix, seed and load."""
 
     rig: str = "4x3090"
     mix: str = "team"
     seed: int = 1
     seconds: float | None = None
-    """How long requests arrive; None: 480 s, or as long as 120 requests take."""
+    """Duration of arrivals; None: 480 s, or longer if 120 requests take longer."""
     requests_per_second: float | None = None
-    """None: as set for this rig and mix."""
+    """None: the default rate of this rig and mix."""
     users: int = 12
     trace: Path = TRACE
     cold_start: bool = False
 
 
-def scenario(wanted: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
-    """The machine and the sessions. `rows`: the trace where it was read already.
+def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
+    """Builds the scenario. `rows`: the parsed trace; None: read it from `spec.trace`.
 
     Raises:
-        ScenarioError, SpecError, TraceError: what is wrong with a name or a file.
+        ScenarioError, SpecError, TraceError: a name, number or file is invalid.
     """
-    rig = parse_spec(wanted.rig)
-    mix = mix_named(wanted.mix, rig)
+    rig = parse_spec(spec.rig)
+    mix = parse_mix(spec.mix, rig)
     models = {name: model_facts(name) for name in mix.names}
-    demand = demand_of(wanted)
-    sessions = make_sessions(rows or read_trace(wanted.trace), mix, models, demand, wanted.seed)
+    demand = demand_of(spec)
+    sessions = make_sessions(rows or read_trace(spec.trace), mix, models, demand, spec.seed)
     return Scenario(
         gpus=sim_gpus(rig),
         models=models,
         sessions=sessions,
         seconds=demand.seconds,
         active_shares={name: _active_share(catalogue()[name]) for name in mix.names},
-        cold_start=wanted.cold_start,
+        cold_start=spec.cold_start,
         page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
     )
 
 
-def demand_of(wanted: ScenarioSpec) -> Demand:
-    """How much is asked for. Raises ScenarioError."""
-    given = wanted.requests_per_second
-    rate = rate_of(wanted.rig, wanted.mix) if given is None else _above_nothing("rate", given)
-    least = max(_LEAST_SECONDS, _LEAST_REQUESTS / rate)
-    seconds = least if wanted.seconds is None else _above_nothing("seconds", wanted.seconds)
-    _above_nothing("users", wanted.users)
-    return Demand(seconds, rate, wanted.users)
+def demand_of(spec: ScenarioSpec) -> Demand:
+    """The load that the spec describes. Raises ScenarioError."""
+    rate = spec.requests_per_second
+    rate = default_rate(spec.rig, spec.mix) if rate is None else _require_positive("rate", rate)
+    default_seconds = max(_MINIMUM_SECONDS, _MINIMUM_REQUESTS / rate)
+    seconds = default_seconds if spec.seconds is None else _require_positive("seconds", spec.seconds)
+    _require_positive("users", spec.users)
+    return Demand(seconds, rate, spec.users)
 
 
-def _above_nothing(what: str, number: float) -> float:
+def _require_positive(name: str, number: float) -> float:
     if not 0.0 < number < float("inf"):
-        raise ScenarioError(f"{what}: {number:g} must be more than 0")
+        raise ScenarioError(f"{name}: {number:g} must be more than 0")
     return number
 
 
 def flood(seconds: float = 300.0) -> Scenario:
-    """Four users who never stop asking one model on one GPU, the first with ten times the sessions of each other.
+    """Four users who are always backlogged on one model and one GPU; the first has ten times as many sessions.
 
-    The others have ten each, so that all of them always wait, though the router fills the GPU with copies.
+    The others have ten each, enough to stay backlogged even when the router fills the GPU with replicas.
     """
     rig = parse_spec("3090")
     model = model_facts("llama3.1:8b")
     turns = tuple(Turn(0.0, 500, 0 if turn == 0 else 400, 200) for turn in range(200))
-    owners = ["greedy"] * 100 + [f"modest{number}" for number in range(3) for _ in range(10)]
-    sessions = tuple(Session(index, user, model.name, turns) for index, user in enumerate(owners))
+    last_allocation_id = ["greedy"] * 100 + [f"modest{number}" for number in range(3) for _ in range(10)]
+    sessions = tuple(Session(index, user, model.name, turns) for index, user in enumerate(last_allocation_id))
     return Scenario(gpus=sim_gpus(rig), models={model.name: model}, sessions=sessions, seconds=seconds)
 
 
-def rate_of(rig: str, mix: str) -> float:
-    """Requests a second that are asked of this rig with this mix."""
+def default_rate(rig: str, mix: str) -> float:
+    """Default requests per second for this rig and mix."""
     return RATES.get((rig, mix), BASE_REQUESTS_PER_SECOND)
 
 
-def mix_named(name: str, rig: EmulatorSpec) -> Mix:
-    """A mix by name for the size of the rig, or models by name, separated by commas, each perhaps with `=WEIGHT`."""
-    total = sum(gpu.memory_total_bytes for gpu in rig.gpus)
-    named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total > _LARGE_RIG_BYTES else _WIDE_48,
+def parse_mix(name: str, rig: EmulatorSpec) -> Mix:
+    """Parses a mix name, or comma-separated model names with optional `=WEIGHT`. Raises ScenarioError."""
+    total_bytes = sum(gpu.memory_total_bytes for gpu in rig.gpus)
+    named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total_bytes > _LARGE_RIG_BYTES else _WIDE_48,
              "large": _LARGE}  # fmt: skip
     if name in named:
         return Mix(name, tuple((model, 1.0) for model in named[name]))
@@ -187,7 +187,7 @@ def mix_named(name: str, rig: EmulatorSpec) -> Mix:
         model, equals, weight = part.partition("=")
         if model not in catalogue():
             raise ScenarioError(
-                f"mix: no mix or model {model!r}; mixes: {', '.join(MIXES)}; models: {', '.join(catalogue())}"
+                f"mix: unknown mix or model {model!r}; mixes: {', '.join(MIXES)}; models: {', '.join(catalogue())}"
             )
         models.append((model, _weight(part, weight) if equals else 1.0))
     return Mix(name, tuple(models))
@@ -197,8 +197,8 @@ def _weight(part: str, text: str) -> float:
     try:
         number = float(text)
     except ValueError as error:
-        raise ScenarioError(f"mix: {part!r} wants a number after =") from error
-    return _above_nothing(f"mix: the weight of {part.partition('=')[0]}", number)
+        raise ScenarioError(f"mix: {part!r}: expected a number after =") from error
+    return _require_positive(f"mix: the weight of {part.partition('=')[0]}", number)
 
 
 def sim_gpus(rig: EmulatorSpec) -> tuple[SimGpu, ...]:
@@ -221,13 +221,13 @@ def sim_gpus(rig: EmulatorSpec) -> tuple[SimGpu, ...]:
 
 
 def model_facts(name: str) -> ModelFacts:
-    """What the router reads of a catalogue model from an emulated server."""
+    """The facts that the router reads about a catalogue model from an emulated server."""
     entry = catalogue()[name]
     digest = hashlib.sha256(weights_text(entry).encode()).hexdigest()
     tensors = [{"name": n, "type": kind, "shape": shape} for n, kind, shape in entry.tensors]
-    told = {"modelfile": f"FROM /blobs/sha256-{digest}", "model_info": entry.metadata, "tensors": tensors,
+    reply_json = {"modelfile": f"FROM /blobs/sha256-{digest}", "model_info": entry.metadata, "tensors": tensors,
             "capabilities": entry.capabilities}  # fmt: skip
-    reply = msgspec.json.decode(json.dumps(told).encode(), type=ShowReply)
+    reply = msgspec.json.decode(json.dumps(reply_json).encode(), type=ShowReply)
     facts = read_facts(TagRow(name, digest, entry.size_bytes), reply)
     if facts is None:
         raise ScenarioError(f"the catalogue's {name} has no weights")
@@ -238,40 +238,44 @@ def _active_share(entry: CatalogueModel) -> float:
     return active_share(Header(entry.metadata, entry.tensors, is_noise=False))
 
 
-def large_models(scene: Scenario) -> frozenset[str]:
-    """Names of the models that no single GPU of the rig holds whole."""
-    room = max(gpu.usable_bytes for gpu in scene.gpus)
+def large_models(scenario: Scenario) -> frozenset[str]:
+    """Names of the models that fit on no single GPU of the scenario."""
+    largest_gpu_bytes = max(gpu.usable_bytes for gpu in scenario.gpus)
     config = ServerConfig()
     return frozenset(
         name
-        for name, model in scene.models.items()
-        if true_bytes(WORLD, model, shape_of(model, config), (model.layers + 1,))[0] > room
+        for name, model in scenario.models.items()
+        if true_bytes(WORLD, model, shape_of(model, config), (model.layers + 1,))[0] > largest_gpu_bytes
     )
 
 
-def baseline(name: str, scene: Scenario, policy: Policy | None = None, seen: Seen | None = None) -> MakeBaseline:
-    """Makes one by name. `policy` and `seen` are llamayard's; the best plan is searched for in `scene` first.
+def make_baseline(
+    name: str, scenario: Scenario, policy: Policy | None = None, observer: DecisionObserver | None = None
+) -> BaselineFactory:
+    """Returns a factory for the named baseline. `policy` and `observer` apply to llamayard only.
+
+    For `best-plan` this first searches for a plan for `scenario`.
 
     Raises:
-        ScenarioError: there is none of that name.
+        ScenarioError: the name is unknown.
     """
     config = ServerConfig()
     if name == "best-plan":
-        plan = search(scene, config)
-        return lambda host, models: Planned(host, models, config, plan)
-    newer = replace(config, version=(0, 33, 0))
-    makers: Mapping[str, MakeBaseline] = {
-        "stock-0.24": lambda host, _: StockServer(host, config),
-        "stock-0.33": lambda host, _: StockServer(host, newer),
-        "spread-0.24": lambda host, _: StockServer(host, replace(config, spread=True)),
-        "spread-0.33": lambda host, _: StockServer(host, replace(newer, spread=True)),
-        "nginx-round-robin": lambda host, _: NginxOverServers(host, config, least_conn=False),
-        "nginx-least-conn": lambda host, _: NginxOverServers(host, config, least_conn=True),
-        "llamayard": lambda host, _: Llamayard(host, config, policy, seen),
-        "llamayard-pairs": lambda host, _: Llamayard(host, config, policy, seen, pairs=True),
-        "llamayard-0.33": lambda host, _: Llamayard(host, newer, policy, seen),
-        "floor": lambda host, models: Floor(host, models, config),
+        plan = search(scenario, config)
+        return lambda machine, models: Planned(machine, models, config, plan)
+    config_0_33 = replace(config, version=(0, 33, 0))
+    makers: Mapping[str, BaselineFactory] = {
+        "stock-0.24": lambda machine, _: StockServer(machine, config),
+        "stock-0.33": lambda machine, _: StockServer(machine, config_0_33),
+        "spread-0.24": lambda machine, _: StockServer(machine, replace(config, spread=True)),
+        "spread-0.33": lambda machine, _: StockServer(machine, replace(config_0_33, spread=True)),
+        "nginx-round-robin": lambda machine, _: NginxOverServers(machine, config, least_conn=False),
+        "nginx-least-conn": lambda machine, _: NginxOverServers(machine, config, least_conn=True),
+        "llamayard": lambda machine, _: Llamayard(machine, config, policy, observer),
+        "llamayard-pairs": lambda machine, _: Llamayard(machine, config, policy, observer, pairs=True),
+        "llamayard-0.33": lambda machine, _: Llamayard(machine, config_0_33, policy, observer),
+        "floor": lambda machine, models: Floor(machine, models, config),
     }
     if name not in makers:
-        raise ScenarioError(f"policy: no {name!r}; there are: {', '.join(BASELINES)}")
+        raise ScenarioError(f"policy: unknown {name!r}; policies: {', '.join(BASELINES)}")
     return makers[name]

@@ -1,4 +1,4 @@
-"""What the bench over emulated servers measures: a fast clock, figures of answers and loads, and whose turn it is."""
+"""The benchmark over emulated servers: scaled clock, figures from answers and loads, and the order of runs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import argparse
 
 import pytest
 
-from bench.scheduling.bench_sched import as_answered, later, report_of, runs
-from bench.scheduling.client import Answered
+from bench.scheduling.bench_sched import delay_arrivals, planned_runs, report_of, with_measured_answers
+from bench.scheduling.client import MeasuredRequest
 from bench.scheduling.fast_clock import scaled
-from router.lab.scenarios import ScenarioSpec, scenario
+from router.lab.scenarios import ScenarioSpec, make_scenario
 
 
-def test_a_scaled_clock_starts_where_the_true_one_is_and_runs_faster() -> None:
+def test_a_scaled_clock_starts_at_the_real_time_and_runs_faster() -> None:
     readings = iter([100.0, 100.0, 100.5])
     clock = scaled(lambda: next(readings), 8.0)
     assert [clock(), clock()] == [100.0, 104.0]
 
 
-def answered(turn: int, model: str, first: float | None, ended: float, error: str = "") -> Answered:
-    return Answered(0, turn, "anna", model, 100, 0, 10.0, first, ended, words=21, error=error)
+def answered(turn: int, model: str, first: float | None, ended: float, error: str = "") -> MeasuredRequest:
+    return MeasuredRequest(0, turn, "anna", model, 100, 0, 10.0, first, ended, generated_tokens=21, error=error)
 
 
-def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
-    scene = scenario(ScenarioSpec("4x3090", "team"))
+def test_figures_come_from_client_measurements_and_recorded_loads() -> None:
+    scenario = make_scenario(ScenarioSpec("4x3090", "team"))
     answers = [
         answered(0, "llama3.1:8b", 11.0, 13.0),
         answered(1, "llama3.1:8b", 21.0, 23.0),
@@ -32,26 +32,26 @@ def test_figures_come_of_what_clients_saw_and_the_rig_recorded() -> None:
     ]
     load: dict[str, object] = {"weights_bytes": 5_000_000_000, "is_whole": True, "problem": None}
     loads = [load, {**load, "is_whole": False}, {**load, "problem": "CUDA error: out of memory"}]
-    made = report_of(scene, answers, loads)
+    made = report_of(scenario, answers, loads)
     assert (made.requests, made.in_time, made.errors) == (4, 1, 1)
     assert (made.small.p95, made.large.p95) == (50.0, 2.0)
     assert (made.loads, made.loaded_gb, made.spills, made.out_of_memory) == (2, 10.0, 1, 1)
     assert made.tokens_per_second == pytest.approx(63 / 60)
 
 
-def test_the_simulator_is_given_the_answers_that_were_said() -> None:
-    scene = scenario(ScenarioSpec("4x3090", "team", seconds=20.0))
+def test_the_simulator_gets_the_measured_answer_lengths() -> None:
+    scenario = make_scenario(ScenarioSpec("4x3090", "team", seconds=20.0))
     answers = [
-        Answered(session.id, turn, session.user, session.model, 100, 5, 0.0, words=7)
-        for session in scene.sessions
+        MeasuredRequest(session.id, turn, session.user, session.model, 100, 5, 0.0, generated_tokens=7)
+        for session in scenario.sessions
         for turn in range(len(session.turns))
     ]
-    turns = [turn for session in as_answered(scene, answers) for turn in session.turns]
+    turns = [turn for session in with_measured_answers(scenario, answers) for turn in session.turns]
     assert {(turn.generated_tokens, turn.shared_tokens) for turn in turns} == {(7, 5)}
 
 
-def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> None:
-    given = argparse.Namespace(
+def test_policies_rotate_and_nginx_runs_a_limited_number_of_seeds() -> None:
+    arguments = argparse.Namespace(
         seeds=[1, 2],
         cells=["4x3090/team"],
         policies=["stock-0.24", "nginx-least-conn", "llamayard"],
@@ -59,7 +59,7 @@ def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> Non
         speed=8.0,
         seconds=60.0,
     )
-    assert [(run.seed, run.policy) for run in runs(given)] == [
+    assert [(run.seed, run.policy) for run in planned_runs(arguments)] == [
         (1, "stock-0.24"),
         (1, "nginx-least-conn"),
         (1, "llamayard"),
@@ -68,10 +68,10 @@ def test_contestants_take_turns_and_nginx_plays_as_many_seeds_as_it_may() -> Non
     ]
 
 
-def test_arrivals_are_up_to_a_second_later_and_the_same_number_is_the_same_chance() -> None:
-    sessions = scenario(ScenarioSpec("4x3090", "team", seconds=60.0)).sessions
-    moved = later(sessions, 3)
+def test_arrivals_are_delayed_by_up_to_a_second_deterministically() -> None:
+    sessions = make_scenario(ScenarioSpec("4x3090", "team", seconds=60.0)).sessions
+    moved = delay_arrivals(sessions, 3)
     turns = list(zip(*([t for one in which for t in one.turns] for which in (sessions, moved)), strict=True))
     assert all(0.0 <= new.at_seconds - old.at_seconds < 1.0 for old, new in turns)
     assert max(new.at_seconds - old.at_seconds for old, new in turns) > 0.5
-    assert moved == later(sessions, 3) != later(sessions, 4)
+    assert moved == delay_arrivals(sessions, 3) != delay_arrivals(sessions, 4)

@@ -20,7 +20,7 @@ def test_it_prints_a_table_and_writes_json_and_picture(tmp_path: Path, capsys: p
     run = json.loads((out / "4x3090-team-llamayard-1.json").read_text(encoding="utf-8"))
     assert run["simulated"] is True
     assert len(run["run"]["gpus"]) == 4
-    assert run["run"]["stays"]
+    assert run["run"]["residency_spans"]
     assert run["summary"]["requests"] == len(run["run"]["requests"])
     picture = (out / "4x3090-team-llamayard-1.svg").read_text(encoding="utf-8")
     assert "<svg" in picture
@@ -87,7 +87,7 @@ def test_models_by_name_with_weights(capsys: pytest.CaptureFixture[str]) -> None
         (["--rate", "0"], "rate: 0 must be more than 0"),
         (["--users", "0"], "users: 0 must be more than 0"),
         (["--mix", "llama3.1:8b=-1"], "mix: the weight of llama3.1:8b: -1 must be more than 0"),
-        (["--mix", "llama3.1:8b=x"], "mix: 'llama3.1:8b=x' wants a number after ="),
+        (["--mix", "llama3.1:8b=x"], "mix: 'llama3.1:8b=x': expected a number after ="),
         (["--fault", "melts@10"], "slow-disk"),
         (["--fault", "lost"], "KIND@SECONDS"),
         (["--fault", "lost@1.2.3"], "1.2.3"),

@@ -16,7 +16,7 @@ from router.domain.keep_alive import parse_keep_alive
 from router.engines.ollama.tensor_split import TENSOR_SPLIT, parsed_split
 from router.lab.emulator import vram
 from router.lab.emulator.spec import VERSIONS
-from router.lab.simulator.server_placement import gib
+from router.lab.simulator.server_placement import human_bytes
 
 DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
@@ -233,11 +233,11 @@ def log_devices(config: Config, host_free_bytes: int, host_total_bytes: int) -> 
             driver="12.8",
             pci_id=f"0000:{index + 1:02x}:00.0",
             type="discrete",
-            total=gib(gpu.memory_total_bytes),
-            available=gib(free),
+            total=human_bytes(gpu.memory_total_bytes),
+            available=human_bytes(free),
         )
     if not config.gpus:
-        sizes = {"total": gib(host_total_bytes), "available": gib(host_free_bytes)}
+        sizes = {"total": human_bytes(host_total_bytes), "available": human_bytes(host_free_bytes)}
         names = {"name": "cpu", "description": "cpu", "libdirs": "ollama", "driver": "", "pci_id": "", "type": ""}
         log("INFO", "inference compute", id="cpu", library="cpu", compute="", **names, **sizes)
 

@@ -30,14 +30,14 @@ from router.lab.simulator import world as worlds
 from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_for
 from router.lab.simulator.server_placement import (
     OLLAMA_ENGINE_ARCHITECTURES,
-    Ask,
+    LoadRequest,
     Plan,
-    Room,
-    believed_bytes,
+    VisibleGpu,
+    booked_bytes,
     default_context,
     plan,
-    settled,
     sizes,
+    with_fitting_batch,
 )
 from router.lab.simulator.world import GpuModel, World
 
@@ -88,9 +88,9 @@ class Loader:
 
     def default_context(self) -> int:
         """Context length if neither the request nor the Modelfile sets one."""
-        total_seconds = sum(gpu.memory_total_bytes for gpu in self._config.gpus)
+        total_bytes = sum(gpu.memory_total_bytes for gpu in self._config.gpus)
         return self._config.context_length or default_context(
-            total_seconds, self._config.version, self._config.overhead_bytes if self._config.gpus else 0
+            total_bytes, self._config.version, self._config.overhead_bytes if self._config.gpus else 0
         )
 
     async def start(
@@ -109,7 +109,7 @@ class Loader:
         header = self._context.store.header(stored.weights.digest)
         facts = facts_of(stored, header)
         rooms = self._context.memory.rooms(others)
-        ask = settled(self._placement_request(facts, options, others), rooms)
+        ask = with_fitting_batch(self._placement_request(facts, options, others), rooms)
         chosen_plan = self._plan_or_raise(ask, rooms)
         blob = self._context.store.blob(stored.weights.digest)
         self._next_port += 1
@@ -117,7 +117,7 @@ class Loader:
         log("INFO", "starting runner", model=stored.name.shortest, pid=process.pid, layers=chosen_plan.layers)
         return self._loaded(stored, header, facts, options, ask, chosen_plan, process, session_seconds)
 
-    def _plan_or_raise(self, ask: Ask, rooms: Sequence[Room]) -> Plan:
+    def _plan_or_raise(self, ask: LoadRequest, rooms: Sequence[VisibleGpu]) -> Plan:
         chosen_plan = plan(self._world, ask, rooms)
         if chosen_plan.must_evict:
             raise MustEvictError
@@ -125,7 +125,7 @@ class Loader:
             raise LoadError(chosen_plan.error)
         return chosen_plan
 
-    def _placement_request(self, facts: ModelFacts, options: Options, others: list[LoadedModel]) -> Ask:
+    def _placement_request(self, facts: ModelFacts, options: Options, others: list[LoadedModel]) -> LoadRequest:
         config = self._config
         requested_shape = RequestedShape(
             version=config.version,
@@ -138,7 +138,7 @@ class Loader:
         shape = shape_for(facts, requested_shape)
         if shape.kv_cache_type != config.kv_cache_type:
             log("WARN", "quantized kv cache requested but flash attention is not enabled", type=config.kv_cache_type)
-        return Ask(
+        return LoadRequest(
             model=facts,
             shape=shape,
             is_batch_given=options.is_batch_given,
@@ -162,7 +162,7 @@ class Loader:
         header: Header,
         facts: ModelFacts,
         options: Options,
-        ask: Ask,
+        ask: LoadRequest,
         chosen_plan: Plan,
         process: RunnerProcess,
         session_seconds: float,
@@ -183,7 +183,7 @@ class Loader:
             size_bytes=host + sum(gpus.values()),
             layers=chosen_plan.layers,
             bytes_by_gpu=gpus,
-            believed_by_gpu=self._by_gpu(believed_bytes(self._world, facts, ask.shape, chosen_plan.layers)),
+            believed_by_gpu=self._by_gpu(booked_bytes(self._world, facts, ask.shape, chosen_plan.layers)),
             host_bytes=host,
             session_seconds=session_seconds,
             slot_count=ask.shape.slots,
@@ -269,7 +269,7 @@ class Loader:
             raise LoadError("llama runner process has terminated: cudaMalloc failed: out of memory")
         share = 1.0 - 0.1 * (attempt + 1)
         rooms = [
-            Room(room.total_bytes, int(room.free_bytes * share), room.bandwidth_bytes_per_second)
+            VisibleGpu(room.total_bytes, int(room.free_bytes * share), room.bandwidth_bytes_per_second)
             for room in self._context.memory.rooms(others)
         ]
         ask = self._placement_request(loaded.facts, options, others)

@@ -14,7 +14,7 @@ from pathlib import Path
 from router.lab.emulator import vram
 from router.lab.emulator.config import Config
 from router.lab.emulator.loaded_model import LoadedModel
-from router.lab.simulator.server_placement import Room
+from router.lab.simulator.server_placement import VisibleGpu
 
 _CACHE = "pagecache.json"
 _CACHED_SHARE = 0.8
@@ -28,7 +28,7 @@ class Memory:
         self._config = config
         self._last_free_bytes: dict[str, int] = {}
 
-    def rooms(self, loaded: Iterable[LoadedModel]) -> list[Room]:
+    def rooms(self, loaded: Iterable[LoadedModel]) -> list[VisibleGpu]:
         """Total and free memory of each visible GPU, in order."""
         own_bytes: dict[str, int] = {}
         for model in loaded:
@@ -38,10 +38,13 @@ class Memory:
         directory = self._config.emulator_dir
         driver_free_bytes = vram.free_bytes(directory) if directory is not None else {}
         return [
-            Room(gpu.memory_total_bytes, self._free(gpu.uuid, gpu.memory_total_bytes, driver_free_bytes, own_bytes),
-                 gpu.bandwidth_bytes_per_second)
+            VisibleGpu(
+                gpu.memory_total_bytes,
+                self._free(gpu.uuid, gpu.memory_total_bytes, driver_free_bytes, own_bytes),
+                gpu.bandwidth_bytes_per_second,
+            )
             for gpu in self._config.gpus
-        ]  # fmt: skip
+        ]
 
     def _free(self, uuid: str, total: int, driver_free_bytes: dict[str, int], own_bytes: dict[str, int]) -> int:
         used = own_bytes.get(uuid, 0)

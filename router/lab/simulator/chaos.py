@@ -1,7 +1,7 @@
-"""Small worlds made at random, in which everything goes wrong that can, and every rule is checked all the time.
+"""Chaos testing: small random scenarios with faults, in which every invariant is checked after every event.
 
-`check(seed)` plays one; the same seed plays the same. `python -m router.lab.simulator.chaos --first 1 --count 1000`
-plays many and prints for each that breaks a rule the command that replays it. Its models and GPUs are made up.
+`check(seed)` runs one scenario, deterministically. `python -m router.lab.simulator.chaos --first 1 --count 1000` runs
+many and prints, for each violation, the command that replays it. Models and GPUs are synthetic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from router.lab.simulator.faults import Fault, FaultKind
 from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.invariants import InvariantError, Invariants
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.runner import UNFINISHED, Baseline, Scenario, Simulation
 from router.lab.simulator.workload import Session, Turn
 
@@ -33,67 +33,71 @@ _SECONDS = 40.0
 
 
 @dataclass(frozen=True, slots=True)
-class SmallWorld:
-    """One scenario with what the router and its servers are told."""
+class RandomScenario:
+    """One scenario with the settings of the router and its servers."""
 
     scenario: Scenario
     config: ServerConfig
     policy: Policy
 
 
-def small_world(seed: int) -> SmallWorld:
-    """The world of that seed."""
-    chance = random.Random(seed)
-    gpus = _gpus(chance)
-    models = _models(chance, gpus)
+def random_scenario(seed: int) -> RandomScenario:
+    """Generates the scenario for a seed."""
+    rng = random.Random(seed)
+    gpus = _gpus(rng)
+    models = _models(rng, gpus)
     scenario = Scenario(
         gpus=gpus,
         models=models,
-        sessions=_sessions(chance, models),
+        sessions=_sessions(rng, models),
         seconds=_SECONDS,
-        cold_start=chance.random() < 0.5,
-        page_cache_bytes=chance.choice((16, 64)) * GIB,
-        faults=_faults(chance, len(gpus)),
+        cold_start=rng.random() < 0.5,
+        page_cache_bytes=rng.choice((16, 64)) * GIB,
+        faults=_faults(rng, len(gpus)),
     )
-    config = ServerConfig(version=chance.choice(((0, 24, 0), (0, 33, 0))), slots=chance.choice((1, 2, 2, 4)))
-    policy = Policy(queue_timeout_seconds=60.0, queue_limit=chance.choice((4, 64, 512)),
-                    keep_alive_seconds=chance.choice((-1.0, -1.0, 5.0)))  # fmt: skip
-    return SmallWorld(scenario, config, policy)
+    config = ServerConfig(version=rng.choice(((0, 24, 0), (0, 33, 0))), slots=rng.choice((1, 2, 2, 4)))
+    policy = Policy(queue_timeout_seconds=60.0, queue_limit=rng.choice((4, 64, 512)),
+                    keep_alive_seconds=rng.choice((-1.0, -1.0, 5.0)))  # fmt: skip
+    return RandomScenario(scenario, config, policy)
 
 
 def check(seed: int) -> str:
-    """Plays that world; a digest of all that the router saw and did. Raises InvariantError."""
-    world = small_world(seed)
-    rules = Invariants()
+    """Runs the scenario of a seed. Returns a digest of all events and actions of the router.
+
+    Raises:
+        InvariantError: an invariant is violated.
+    """
+    generated = random_scenario(seed)
+    invariants = Invariants()
     digest = hashlib.sha256()
 
-    def seen(event: Event, actions: list[Action], now: float) -> None:
+    def observe(event: Event, actions: list[Action], now: float) -> None:
         digest.update(f"{now!r} {event!r} {actions!r}".encode())
-        rules.seen(event, actions, now)
+        invariants.check_actions(event, actions, now)
 
-    def make(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
+    def make(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
         del models
-        router = Llamayard(host, world.config, world.policy, seen)
-        rules.watch(router, host)
+        router = Llamayard(machine, generated.config, generated.policy, observe)
+        invariants.watch(router, machine)
         return router
 
-    outcome = Simulation(world.scenario, make).run(rules.after_each)
+    outcome = Simulation(generated.scenario, make).run(invariants.check_state)
     unfinished = [request.id for request in outcome.requests if request.outcome == UNFINISHED]
     if unfinished:
         raise InvariantError(f"requests {unfinished} never ended")
-    crowded = any(fault.kind is FaultKind.EXTERNAL for fault in world.scenario.faults)
-    if outcome.book.out_of_memory and not crowded:
-        raise InvariantError(f"{outcome.book.out_of_memory} loads ran out of memory though nobody else took any")
+    has_external_use = any(fault.kind is FaultKind.EXTERNAL for fault in generated.scenario.faults)
+    if outcome.ledger.out_of_memory and not has_external_use:
+        raise InvariantError(f"{outcome.ledger.out_of_memory} loads ran out of memory without external memory use")
     return digest.hexdigest()
 
 
-def _gpus(chance: random.Random) -> tuple[SimGpu, ...]:
-    sizes = chance.choice(((24,), (24, 24), (24, 24, 24, 24), (8, 24), (12, 12), (24, 12, 8)))
+def _gpus(rng: random.Random) -> tuple[SimGpu, ...]:
+    sizes = rng.choice(((24,), (24, 24), (24, 24, 24, 24), (8, 24), (12, 12), (24, 12, 8)))
     return tuple(
         SimGpu(
             uuid=GpuUuid(f"GPU-{index}"),
             index=index,
-            name=f"made up with {size} GiB",
+            name=f"synthetic {size} GiB GPU",
             memory_total_bytes=size * GIB,
             memory_reserved_bytes=GIB // 4,
             memory_bus_width_bits=384,
@@ -104,62 +108,62 @@ def _gpus(chance: random.Random) -> tuple[SimGpu, ...]:
     )
 
 
-def _models(chance: random.Random, gpus: Sequence[SimGpu]) -> dict[str, ModelFacts]:
+def _models(rng: random.Random, gpus: Sequence[SimGpu]) -> dict[str, ModelFacts]:
     largest = max(gpu.memory_total_bytes for gpu in gpus)
     total = sum(gpu.memory_total_bytes for gpu in gpus)
-    shares = [chance.uniform(0.03, 0.9) * largest for _ in range(chance.randint(2, 4))]
-    shares.append(chance.uniform(0.5, 0.85) * total)
-    if chance.random() < 0.2:
+    shares = [rng.uniform(0.03, 0.9) * largest for _ in range(rng.randint(2, 4))]
+    shares.append(rng.uniform(0.5, 0.85) * total)
+    if rng.random() < 0.2:
         shares.append(1.5 * total)
-    return {f"model{index}": _model(chance, index, int(size)) for index, size in enumerate(shares)}
+    return {f"model{index}": _model(rng, index, int(size)) for index, size in enumerate(shares)}
 
 
-def _model(chance: random.Random, index: int, weights_bytes: int) -> ModelFacts:
-    layers = chance.choice((16, 32, 64))
+def _model(rng: random.Random, index: int, weights_bytes: int) -> ModelFacts:
+    layers = rng.choice((16, 32, 64))
     return ModelFacts(
         name=f"model{index}",
         digest=f"{index:064x}",
-        blob=BlobDigest(f"sha256:{chance.getrandbits(64):064x}"),
+        blob=BlobDigest(f"sha256:{rng.getrandbits(64):064x}"),
         weights_bytes=weights_bytes,
-        architecture=chance.choice(("llama", "llama", "qwen2", "qwen3")),
+        architecture=rng.choice(("llama", "llama", "qwen2", "qwen3")),
         layers=layers,
         embedding_length=2048,
         head_count=16,
-        head_count_kv=(chance.choice((2, 4, 8)),) * layers,
+        head_count_kv=(rng.choice((2, 4, 8)),) * layers,
         key_length=128,
         value_length=128,
         vocabulary_size=64_000,
         context_length=32_768,
-        is_embedding=chance.random() < 0.1,
+        is_embedding=rng.random() < 0.1,
     )
 
 
-def _sessions(chance: random.Random, models: Mapping[str, ModelFacts]) -> tuple[Session, ...]:
+def _sessions(rng: random.Random, models: Mapping[str, ModelFacts]) -> tuple[Session, ...]:
     names = list(models)
     sessions: list[Session] = []
-    for number in range(chance.randint(4, 16)):
-        at = chance.uniform(0.0, _SECONDS)
-        turns = tuple(_turn(chance, at + step) for step in range(chance.randint(1, 3)))
-        model = chance.choice(names)
+    for number in range(rng.randint(4, 16)):
+        at = rng.uniform(0.0, _SECONDS)
+        turns = tuple(_turn(rng, at + step) for step in range(rng.randint(1, 3)))
+        model = rng.choice(names)
         if models[model].is_embedding:
             turns = tuple(replace(turn, generated_tokens=0, shared_tokens=0) for turn in turns)
-        sessions.append(Session(number, f"user{chance.randrange(4)}", model, turns))
+        sessions.append(Session(number, f"user{rng.randrange(4)}", model, turns))
     return tuple(sessions)
 
 
-def _turn(chance: random.Random, at: float) -> Turn:
-    prompt = chance.randint(1, 4000)
-    patience = chance.uniform(0.0, 20.0) if chance.random() < 0.2 else None
-    return Turn(at, prompt, chance.randint(0, prompt - 1), chance.randint(1, 400), patience)
+def _turn(rng: random.Random, at: float) -> Turn:
+    prompt = rng.randint(1, 4000)
+    hang_up_after_seconds = rng.uniform(0.0, 20.0) if rng.random() < 0.2 else None
+    return Turn(at, prompt, rng.randint(0, prompt - 1), rng.randint(1, 400), hang_up_after_seconds)
 
 
-def _faults(chance: random.Random, gpus: int) -> tuple[Fault, ...]:
+def _faults(rng: random.Random, gpus: int) -> tuple[Fault, ...]:
     faults: list[Fault] = []
-    for _ in range(chance.choice((0, 0, 1, 2, 3))):
-        kind = chance.choice(list(FaultKind))
-        amount = {FaultKind.HOT: 3.0, FaultKind.EXTERNAL: chance.uniform(0.1, 0.9), FaultKind.SLOW_DISK: 0.2}
-        at, seconds = chance.uniform(0.0, _SECONDS), chance.uniform(1.0, 30.0)
-        faults.append(Fault(at, kind, chance.randrange(gpus + 1), amount.get(kind, 1.0), seconds))
+    for _ in range(rng.choice((0, 0, 1, 2, 3))):
+        kind = rng.choice(list(FaultKind))
+        amount = {FaultKind.HOT: 3.0, FaultKind.EXTERNAL: rng.uniform(0.1, 0.9), FaultKind.SLOW_DISK: 0.2}
+        at, seconds = rng.uniform(0.0, _SECONDS), rng.uniform(1.0, 30.0)
+        faults.append(Fault(at, kind, rng.randrange(gpus + 1), amount.get(kind, 1.0), seconds))
     return tuple(faults)
 
 
@@ -168,7 +172,7 @@ def replay_command(seed: int) -> str:
 
 
 def failure(seed: int) -> str | None:
-    """What is broken in that world, with the command that replays it; None where all rules hold."""
+    """The violation in the scenario of this seed, with the command that replays it; None if all invariants hold."""
     try:
         check(seed)
     except AssertionError as error:
@@ -177,7 +181,7 @@ def failure(seed: int) -> str | None:
 
 
 def main() -> int:
-    """1 where any seed broke a rule."""
+    """Returns 1 if any seed violates an invariant."""
     parser = argparse.ArgumentParser(prog="python -m router.lab.simulator.chaos", description=__doc__)
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--count", type=int, default=1000)
@@ -185,11 +189,11 @@ def main() -> int:
     given = parser.parse_args()
     seeds = range(given.first, given.first + given.count)
     with multiprocessing.Pool(given.jobs) as pool:
-        broken = [words for words in pool.imap(failure, seeds, chunksize=20) if words is not None]
-    for words in broken:
-        sys.stdout.write(words + "\n")
-    sys.stdout.write(f"{len(broken)} of {given.count} small worlds broke a rule\n")
-    return 1 if broken else 0
+        failures = [message for message in pool.imap(failure, seeds, chunksize=20) if message is not None]
+    for message in failures:
+        sys.stdout.write(message + "\n")
+    sys.stdout.write(f"{len(failures)} of {given.count} random scenarios violated an invariant\n")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

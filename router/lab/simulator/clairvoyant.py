@@ -1,8 +1,7 @@
-"""Looks for a good residency plan with the whole trace known: what can be had beside what the floor says cannot.
+"""Clairvoyant scheduling: searches for a good residency plan with the whole trace known in advance.
 
-From a few plain plans (the most asked for first, the largest, the smallest, what each stretch asks) it changes one
-thing at random and keeps what is no worse. No claim that there is none better: it is what a search of so many tries
-finds.
+Local search from a few simple plans (most requested model first, largest, smallest, demand per interval): it mutates
+the plan at random and keeps every change that is no worse. The result shows what is achievable; it is not an optimum.
 """
 
 from __future__ import annotations
@@ -10,68 +9,70 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from router.lab.simulator.baselines.planned import Plan, Planned, stretches
+from router.lab.simulator.baselines.planned import Plan, Planned, intervals
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.metrics import is_in_time
 from router.lab.simulator.runner import Scenario, Simulation
 
-STRETCH_SECONDS = 20.0
+INTERVAL_SECONDS = 20.0
 TRIES = 300
 
 Score = tuple[int, int]
-"""Requests in time, then bytes not loaded."""
+"""(requests in time, negated loaded bytes); higher is better."""
 
 
 def search(scenario: Scenario, config: ServerConfig, tries: int = TRIES, seed: int = 1) -> Plan:
-    """The best plan that so many tries found; the same for the same seed."""
-    chance = random.Random(seed)
-    best, score = max(((plan, _score(scenario, config, plan)) for plan in _plain(scenario)), key=lambda one: one[1])
+    """Returns the best plan found in `tries` mutations; deterministic for a seed."""
+    rng = random.Random(seed)
+    best, score = max(
+        ((plan, _score(scenario, config, plan)) for plan in _initial_plans(scenario)), key=lambda scored: scored[1]
+    )
     for _ in range(tries):
-        changed = _changed(best, list(scenario.models), chance)
-        if changed == best:
+        candidate = _mutate(best, list(scenario.models), rng)
+        if candidate == best:
             continue
-        found = _score(scenario, config, changed)
-        if found >= score:
-            best, score = changed, found
+        candidate_score = _score(scenario, config, candidate)
+        if candidate_score >= score:
+            best, score = candidate, candidate_score
     return best
 
 
 def _score(scenario: Scenario, config: ServerConfig, plan: Plan) -> Score:
-    outcome = Simulation(scenario, lambda host, models: Planned(host, models, config, plan)).run()
-    return sum(is_in_time(request) for request in outcome.requests), -outcome.tally.loaded_bytes
+    outcome = Simulation(scenario, lambda machine, models: Planned(machine, models, config, plan)).run()
+    return sum(is_in_time(request) for request in outcome.requests), -outcome.stats.loaded_bytes
 
 
-def _plain(scenario: Scenario) -> list[Plan]:
-    count = max(1, round(scenario.seconds / STRETCH_SECONDS))
-    asked = Counter(session.model for session in scenario.sessions for _ in session.turns)
-    by_demand = [name for name, _ in asked.most_common()]
+def _initial_plans(scenario: Scenario) -> list[Plan]:
+    count = max(1, round(scenario.seconds / INTERVAL_SECONDS))
+    requested = Counter(session.model for session in scenario.sessions for _ in session.turns)
+    by_demand = [name for name, _ in requested.most_common()]
     by_size = sorted(scenario.models, key=lambda name: -scenario.models[name].weights_bytes)
-    plans = [stretches(count, by_demand), stretches(count, by_size), stretches(count, reversed(by_size))]
-    plans.append(_by_stretch(scenario, count))
-    return [Plan(one, STRETCH_SECONDS) for one in plans]
+    plans = [intervals(count, by_demand), intervals(count, by_size), intervals(count, reversed(by_size))]
+    plans.append(_by_interval(scenario, count))
+    return [Plan(entry, INTERVAL_SECONDS) for entry in plans]
 
 
-def _by_stretch(scenario: Scenario, count: int) -> tuple[tuple[str, ...], ...]:
-    """What is asked for in a stretch, most first."""
-    asked: list[Counter[str]] = [Counter() for _ in range(count)]
+def _by_interval(scenario: Scenario, count: int) -> tuple[tuple[str, ...], ...]:
+    """The models requested in each interval, most requested first."""
+    requested: list[Counter[str]] = [Counter() for _ in range(count)]
     for session in scenario.sessions:
         for turn in session.turns:
-            asked[min(count - 1, int(turn.at_seconds / STRETCH_SECONDS))][session.model] += 1
-    return tuple(tuple(name for name, _ in one.most_common()) for one in asked)
+            requested[min(count - 1, int(turn.at_seconds / INTERVAL_SECONDS))][session.model] += 1
+    return tuple(tuple(name for name, _ in entry.most_common()) for entry in requested)
 
 
-def _changed(plan: Plan, names: list[str], chance: random.Random) -> Plan:
-    """A model comes, goes or gets another rank in some stretches that follow each other."""
-    begin = chance.randrange(len(plan.stretches))
-    end = min(len(plan.stretches), begin + chance.choice((1, 1, 2, 3, 5, 8, len(plan.stretches))))
-    name, change = chance.choice(names), chance.randrange(3)
-    changed = list(plan.stretches)
+def _mutate(plan: Plan, names: list[str], rng: random.Random) -> Plan:
+    """Adds, removes or reranks one model in some consecutive intervals."""
+    begin = rng.randrange(len(plan.intervals))
+    end = min(len(plan.intervals), begin + rng.choice((1, 1, 2, 3, 5, 8, len(plan.intervals))))
+    name, change = rng.choice(names), rng.randrange(3)
+    candidate = list(plan.intervals)
     for index in range(begin, end):
-        rest = tuple(other for other in changed[index] if other != name)
+        others = tuple(other for other in candidate[index] if other != name)
         if change == 0:
-            changed[index] = rest
+            candidate[index] = others
         elif change == 1:
-            changed[index] = (name, *rest)
+            candidate[index] = (name, *others)
         else:
-            changed[index] = (*rest, name)
-    return Plan(tuple(changed), plan.seconds)
+            candidate[index] = (*others, name)
+    return Plan(tuple(candidate), plan.seconds)

@@ -1,7 +1,7 @@
-"""What shall go wrong in a run, in the words of a command line: `lost@60+30:1`, `hot@60+120=3`, `hang-up@0+600=8`.
+"""Parses fault descriptions of the command line: `lost@60+30:1`, `hot@60+120=3`, `hang-up@0+600=8`.
 
-`KIND@SECONDS`, then in any order `+SECONDS` (how long), `:NUMBER` (which GPU or server) and `=AMOUNT`. Clients that
-hang up are part of the workload, so they change the sessions; everything else is a `Fault`. It carries nothing out.
+The form is `KIND@SECONDS`, then in any order `+SECONDS` (duration), `:NUMBER` (fault_kind GPU or server) and `=AMOUNT`.
+`hang-up` changes the sessions of the workload; every other kind becomes a `Fault`.
 """
 
 from __future__ import annotations
@@ -16,62 +16,65 @@ from router.lab.simulator.workload import Session, Turn
 
 HANG_UP = "hang-up"
 _AMOUNTS = {FaultKind.HOT: 3.0, FaultKind.EXTERNAL: 0.5, FaultKind.SLOW_DISK: 0.2}
-"""What AMOUNT is where it is left out; other kinds have none."""
-_TTFT_TARGET_SECONDS = 10.0
+"""Default AMOUNT by kind; other kinds take none."""
+_HANG_UP_AFTER_SECONDS = 10.0
 _NAMES = {kind.value.replace(" ", "-"): kind for kind in FaultKind}
-WORDS = (*_NAMES, HANG_UP)
-_FORM = re.compile(r"(?P<kind>[a-z-]+)@(?P<at>[0-9.]+)(?P<rest>(?:[+:=][0-9.]+)*)")
-_UNTIL_THE_END_SECONDS = 1e9
+FAULT_KINDS = (*_NAMES, HANG_UP)
+_PATTERN = re.compile(r"(?P<kind>[a-z-]+)@(?P<at>[0-9.]+)(?P<rest>(?:[+:=][0-9.]+)*)")
+_WHOLE_RUN_SECONDS = 1e9
 
 
 class FaultError(ValueError):
-    """What is asked for is no fault; says what is."""
+    """The text describes no fault; the message lists the kinds."""
 
 
 @dataclass(frozen=True, slots=True)
-class HangUps:
-    """Clients whose request falls due in this time leave when their answer takes longer than their patience."""
+class HangUpWindow:
+    """Clients whose turn is due in this window disconnect if the whole answer takes longer than the limit."""
 
     from_seconds: float
     to_seconds: float
-    ttft_target_seconds: float
+    hang_up_after_seconds: float
 
-    def of(self, session: Session) -> Session:
-        return replace(session, turns=tuple(self._of(turn) for turn in session.turns))
+    def apply(self, session: Session) -> Session:
+        return replace(session, turns=tuple(self._apply_to_turn(turn) for turn in session.turns))
 
-    def _of(self, turn: Turn) -> Turn:
+    def _apply_to_turn(self, turn: Turn) -> Turn:
         is_due = self.from_seconds <= turn.at_seconds < self.to_seconds
-        return replace(turn, ttft_target_seconds=self.ttft_target_seconds) if is_due else turn
+        return replace(turn, hang_up_after_seconds=self.hang_up_after_seconds) if is_due else turn
 
 
-def with_faults(scene: Scenario, words: Iterable[str]) -> Scenario:
-    """The scenario in which that goes wrong too.
+def with_faults(scenario: Scenario, descriptions: Iterable[str]) -> Scenario:
+    """Adds the described faults to the scenario.
 
     Raises:
-        FaultError: words that are no fault.
+        FaultError: a description is invalid.
     """
-    for each in words:
-        found = parse(each)
-        if isinstance(found, Fault):
-            scene = replace(scene, faults=(*scene.faults, found))
+    for description in descriptions:
+        parsed = parse(description)
+        if isinstance(parsed, Fault):
+            scenario = replace(scenario, faults=(*scenario.faults, parsed))
         else:
-            scene = replace(scene, sessions=tuple(map(found.of, scene.sessions)))
-    return scene
+            scenario = replace(scenario, sessions=tuple(map(parsed.apply, scenario.sessions)))
+    return scenario
 
 
-def parse(words: str) -> Fault | HangUps:
+def parse(description: str) -> Fault | HangUpWindow:
     """Raises FaultError."""
-    match = _FORM.fullmatch(words)
+    match = _PATTERN.fullmatch(description)
     kind = match["kind"] if match is not None else ""
-    if match is None or kind not in WORDS:
-        raise FaultError(f"fault: {words!r} is none: KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(WORDS)}")
+    if match is None or kind not in FAULT_KINDS:
+        raise FaultError(
+            f"fault: {description!r}: expected KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT]; "
+            f"kinds: {', '.join(FAULT_KINDS)}"
+        )
     parts = {part[0]: part[1:] for part in re.findall(r"[+:=][0-9.]+", match["rest"])}
     try:
-        at, lasts = float(match["at"]), float(parts.get("+", _UNTIL_THE_END_SECONDS))
+        at, duration = float(match["at"]), float(parts.get("+", _WHOLE_RUN_SECONDS))
         if kind == HANG_UP:
-            return HangUps(at, at + lasts, float(parts.get("=", _TTFT_TARGET_SECONDS)))
-        which = _NAMES[kind]
-        amount = float(parts.get("=", _AMOUNTS.get(which, 1.0)))
-        return Fault(at, which, int(parts.get(":", 0)), amount, 0.0 if which is FaultKind.DIES else lasts)
+            return HangUpWindow(at, at + duration, float(parts.get("=", _HANG_UP_AFTER_SECONDS)))
+        fault_kind = _NAMES[kind]
+        amount = float(parts.get("=", _AMOUNTS.get(fault_kind, 1.0)))
+        return Fault(at, fault_kind, int(parts.get(":", 0)), amount, 0.0 if fault_kind is FaultKind.DIES else duration)
     except ValueError as error:
-        raise FaultError(f"fault: {words!r}: {error}") from error
+        raise FaultError(f"fault: {description!r}: {error}") from error

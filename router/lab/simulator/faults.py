@@ -1,6 +1,6 @@
-"""What goes wrong in a run, and when: servers die, GPUs get lost or hot, others take memory, disks are slow.
+"""Fault injection: crashed servers, lost or throttled GPUs, external VRAM use and slow disks.
 
-Clients that hang up are part of the workload (`Turn.ttft_target_seconds`). It only carries faults out.
+Clients that hang up are part of the workload instead (`Turn.hang_up_after_seconds`).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from enum import StrEnum
 from typing import Protocol, assert_never
 
 from router.domain.gpu import GpuUuid
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 
 
 class FaultKind(StrEnum):
     DIES = "dies"
-    """The `target`-th server dies; it is started again as its contestant does that."""
+    """The `target`-th server crashes; the baseline restarts it in its own way."""
     LOST = "lost"
     """The `target`-th GPU is lost for `seconds`."""
     HOT = "hot"
-    """The `target`-th GPU computes `amount` times slower for `seconds`."""
+    """The `target`-th GPU is throttled: it takes `amount` times as long for `seconds`."""
     EXTERNAL = "foreign"
-    """Another program takes `amount` of the `target`-th GPU's memory, as a share, or what is free, for `seconds`."""
+    """Another program allocates a share `amount` of the `target`-th GPU's memory, if free, for `seconds`."""
     SLOW_DISK = "slow disk"
-    """The disk gives `amount` of its rate for `seconds`."""
+    """The disk reads at `amount` times its normal rate for `seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,78 +36,84 @@ class Fault:
     seconds: float = 0.0
 
 
-class Breakable(Protocol):
-    """A contestant, as far as faults concern it."""
+class FaultTarget(Protocol):
+    """The part of a baseline that faults act on."""
 
     def server_died(self, index: int) -> None:
-        """The server of that number dies, counted round the servers there are."""
+        """Crashes one server; `index` is taken modulo the number of servers."""
         ...
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
-        """Whatever ran on the GPU is dead."""
+        """Ends everything that runs on this GPU."""
         ...
 
 
-def plan_faults(host: Host, baseline: Breakable, faults: Iterable[Fault]) -> None:
-    """Puts all of them on the host's timeline."""
+def schedule_faults(machine: Machine, baseline: FaultTarget, faults: Iterable[Fault]) -> None:
+    """Schedules all faults on the machine's timeline."""
     for fault in faults:
-        _plan(host, baseline, fault)
+        _schedule(machine, baseline, fault)
 
 
-def _plan(host: Host, baseline: Breakable, fault: Fault) -> None:
-    begin, end = _steps(host, baseline, fault)
+def _schedule(machine: Machine, baseline: FaultTarget, fault: Fault) -> None:
+    begin, end = _callbacks(machine, baseline, fault)
 
-    def begins() -> None:
-        host.tally.notes.append((host.timeline.now, f"{fault.kind.value} {fault.target}"))
+    def start() -> None:
+        machine.stats.notes.append((machine.timeline.now, f"{fault.kind.value} {fault.target}"))
         begin()
 
-    host.timeline.at(fault.at_seconds, begins)
+    machine.timeline.at(fault.at_seconds, start)
     if fault.seconds > 0:
-        host.timeline.at(fault.at_seconds + fault.seconds, end)
+        machine.timeline.at(fault.at_seconds + fault.seconds, end)
 
 
-def _steps(host: Host, baseline: Breakable, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What to do when it begins, and when it ends."""
-    book = host.book
-    gpu = book.gpus[fault.target % len(book.gpus)]
+def _callbacks(machine: Machine, baseline: FaultTarget, fault: Fault) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The callbacks at the start and at the end of the fault."""
+    ledger = machine.ledger
+    gpu = ledger.gpus[fault.target % len(ledger.gpus)]
     match fault.kind:
         case FaultKind.DIES:
-            return (lambda: baseline.server_died(fault.target)), _nothing
+            return (lambda: baseline.server_died(fault.target)), _do_nothing
         case FaultKind.LOST:
-            return (lambda: _lose(host, baseline, gpu.uuid)), (lambda: book.lost.discard(gpu.uuid))
+            return (lambda: _lose_gpu(machine, baseline, gpu.uuid)), (lambda: ledger.lost.discard(gpu.uuid))
         case FaultKind.HOT:
-            return (lambda: book.slow.update({gpu.uuid: fault.amount})), (lambda: _cool(host, gpu.uuid))
+            return (lambda: ledger.slowdown_by_gpu.update({gpu.uuid: fault.amount})), (
+                lambda: _end_throttling(machine, gpu.uuid)
+            )
         case FaultKind.EXTERNAL:
-            return _taking(host, gpu.uuid, int(gpu.usable_bytes * fault.amount))
+            return _external_allocation(machine, gpu.uuid, int(gpu.usable_bytes * fault.amount))
         case FaultKind.SLOW_DISK:
-            return (lambda: host.lines.set_disk_factor(fault.amount)), (lambda: host.lines.set_disk_factor(1.0))
+            return (lambda: machine.transfers.set_disk_factor(fault.amount)), (
+                lambda: machine.transfers.set_disk_factor(1.0)
+            )
         case _:
             assert_never(fault.kind)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     return None
 
 
-def _lose(host: Host, baseline: Breakable, uuid: GpuUuid) -> None:
-    host.book.lost.add(uuid)
+def _lose_gpu(machine: Machine, baseline: FaultTarget, uuid: GpuUuid) -> None:
+    machine.ledger.lost.add(uuid)
     baseline.gpu_lost(uuid)
 
 
-def _cool(host: Host, uuid: GpuUuid) -> None:
-    host.book.slow.pop(uuid, None)
+def _end_throttling(machine: Machine, uuid: GpuUuid) -> None:
+    machine.ledger.slowdown_by_gpu.pop(uuid, None)
 
 
-def _taking(host: Host, uuid: GpuUuid, size_bytes: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Another program takes so much of a GPU, but no more than is free there: its allocation would fail."""
-    taken_bytes = 0
+def _external_allocation(
+    machine: Machine, uuid: GpuUuid, size_bytes: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """An external allocation, limited to what is free at its start."""
+    allocated_bytes = 0
 
     def begin() -> None:
-        nonlocal taken_bytes
-        taken_bytes = min(size_bytes, host.book.free_bytes(uuid))
-        host.book.external_bytes[uuid] += taken_bytes
+        nonlocal allocated_bytes
+        allocated_bytes = min(size_bytes, machine.ledger.free_bytes(uuid))
+        machine.ledger.external_bytes[uuid] += allocated_bytes
 
     def end() -> None:
-        host.book.external_bytes[uuid] -= taken_bytes
+        machine.ledger.external_bytes[uuid] -= allocated_bytes
 
     return begin, end

@@ -1,6 +1,6 @@
-"""The simulated GPUs: who holds how many bytes where, what they look like to NVML, and how long they were busy.
+"""Simulated GPUs: memory allocations, busy time and the readings that NVML would give.
 
-An allocation is made on all its GPUs or on none. It knows no server and makes no decision.
+An allocation succeeds on all its GPUs or on none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from router.lab.simulator.world import GpuModel
 
 @dataclass(frozen=True, slots=True)
 class SimGpu:
-    """One GPU as it was built."""
+    """Hardware properties of one GPU."""
 
     uuid: GpuUuid
     index: int
@@ -39,19 +39,19 @@ class SimGpu:
 
 
 class OutOfMemoryError(Exception):
-    """A GPU has no room for an allocation; nothing was taken on any GPU."""
+    """A GPU lacks memory for an allocation; nothing was allocated on any GPU."""
 
 
 class GpuLedger:
-    """Memory and busy time of all GPUs of a rig."""
+    """Memory allocations and busy time of all GPUs of a machine."""
 
     def __init__(self, gpus: tuple[SimGpu, ...]) -> None:
         self.gpus = gpus
         self.by_uuid = {gpu.uuid: gpu for gpu in gpus}
         self.external_bytes: dict[GpuUuid, int] = dict.fromkeys(self.by_uuid, 0)
         self.lost: set[GpuUuid] = set()
-        self.slow: dict[GpuUuid, float] = {}
-        """By how much a hot GPU takes longer."""
+        self.slowdown_by_gpu: dict[GpuUuid, float] = {}
+        """Throttled GPU -> factor by which its work takes longer."""
         self.out_of_memory = 0
         self._held: dict[GpuUuid, dict[int, int]] = {gpu.uuid: {} for gpu in gpus}
         self._used: dict[GpuUuid, int] = dict.fromkeys(self.by_uuid, 0)
@@ -60,7 +60,7 @@ class GpuLedger:
         self._busy_seconds: dict[GpuUuid, float] = dict.fromkeys(self.by_uuid, 0.0)
 
     def free_bytes(self, uuid: GpuUuid) -> int:
-        """What the driver calls free; a lost GPU has nothing."""
+        """Free bytes as the driver reports them; 0 for a lost GPU."""
         if uuid in self.lost:
             return 0
         return max(0, self.by_uuid[uuid].usable_bytes - self._used[uuid] - self.external_bytes[uuid])
@@ -68,21 +68,25 @@ class GpuLedger:
     def used_bytes(self, uuid: GpuUuid) -> int:
         return self._used[uuid] + self.external_bytes[uuid]
 
-    def allocate(self, owner: int, wanted: Mapping[GpuUuid, int]) -> None:
-        """Gives the owner these bytes on top of nothing. Raises OutOfMemoryError."""
-        for uuid, size in wanted.items():
+    def allocate(self, allocation_id: int, bytes_by_gpu: Mapping[GpuUuid, int]) -> None:
+        """Allocates these bytes under a new id.
+
+        Raises:
+            OutOfMemoryError: a GPU has too little free memory; nothing is allocated.
+        """
+        for uuid, size in bytes_by_gpu.items():
             if size > self.free_bytes(uuid):
                 self.out_of_memory += uuid not in self.lost
-                raise OutOfMemoryError(f"GPU {self.by_uuid[uuid].index}: {size} bytes wanted")
-        for uuid, size in wanted.items():
+                raise OutOfMemoryError(f"GPU {self.by_uuid[uuid].index}: {size} bytes requested")
+        for uuid, size in bytes_by_gpu.items():
             if size > 0:
-                self._held[uuid][owner] = size
+                self._held[uuid][allocation_id] = size
                 self._used[uuid] += size
 
-    def release(self, owner: int) -> None:
-        """Takes back all that the owner holds; nothing where it holds nothing."""
+    def release(self, allocation_id: int) -> None:
+        """Frees the allocation on all GPUs; an unknown id is ignored."""
         for uuid, holders in self._held.items():
-            self._used[uuid] -= holders.pop(owner, 0)
+            self._used[uuid] -= holders.pop(allocation_id, 0)
 
     def work_began(self, uuids: tuple[GpuUuid, ...], now: float) -> None:
         for uuid in uuids:
@@ -97,14 +101,14 @@ class GpuLedger:
                 self._busy_seconds[uuid] += now - self._busy_since.pop(uuid)
 
     def busy_seconds(self, uuid: GpuUuid, now: float) -> float:
-        since = self._busy_since.get(uuid)
-        return self._busy_seconds[uuid] + (now - since if since is not None else 0.0)
+        busy_since = self._busy_since.get(uuid)
+        return self._busy_seconds[uuid] + (now - busy_since if busy_since is not None else 0.0)
 
-    def slowness(self, uuids: tuple[GpuUuid, ...]) -> float:
-        return max((self.slow.get(uuid, 1.0) for uuid in uuids), default=1.0)
+    def slowdown_factor(self, uuids: tuple[GpuUuid, ...]) -> float:
+        return max((self.slowdown_by_gpu.get(uuid, 1.0) for uuid in uuids), default=1.0)
 
     def read(self) -> tuple[Gpu, ...]:
-        """All GPUs as NVML would show them now. A lost GPU keeps its place, with its error."""
+        """All GPUs as NVML would report them now. A lost GPU is listed with an error."""
         return tuple(self._gpu(gpu) for gpu in self.gpus)
 
     def _gpu(self, gpu: SimGpu) -> Gpu:
@@ -122,7 +126,7 @@ class GpuLedger:
             pcie_generation_max=gpu.pcie_generation,
             pcie_width=gpu.pcie_width,
             pcie_width_max=gpu.pcie_width,
-            temperature_celsius=88 if gpu.uuid in self.slow else 68 if busy else 36,
+            temperature_celsius=88 if gpu.uuid in self.slowdown_by_gpu else 68 if busy else 36,
             utilization_ratio=0.95 if busy else 0.0,
             memory_bus_width_bits=gpu.memory_bus_width_bits,
             memory_clock_hertz=gpu.memory_clock_hertz,

@@ -1,9 +1,8 @@
-"""In what shape a server of some version loads a model: its slots, its flash attention, its cache's type, its batch.
+"""The shape in which each server version loads a model: slots, flash attention, KV cache type and batch size.
 
-Simulated and emulated servers both ask here, so that they cannot differ. Up to 0.24 the model decides whether it has
-flash attention, and without that its cache is f16; from 0.30 both are passed to llama-server as they were asked for.
-What a batch comes to where memory is short is `router.lab.simulator.server_placement`'s to say. Pure, and no GPU is
-known here.
+Shared by the simulated and the emulated servers. Up to 0.24 the model decides whether flash attention is used, and
+without it the cache is f16; from 0.30 both settings are passed to llama-server as requested. How the batch shrinks when
+memory is short is in `router.lab.simulator.server_placement`. Pure.
 
 Sources: Ollama v0.24, `llm/server.go`, `fs/ggml/ggml.go`, `server/sched.go`; v0.33, `server/sched.go`,
 `llm/llama_server.go`.
@@ -21,51 +20,54 @@ from router.lab.simulator.world import LoadShape, kv_layer_bytes
 ONE_SLOT = frozenset(
     ("mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "nemotron_h")
 )
-"""Families that a real server gives one slot, whatever is asked (server/sched.go, v0.24)."""
+"""Architectures that always get one slot (server/sched.go, v0.24)."""
 _KEPT_PROMPT_BYTES = 8 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
 class RequestedShape:
-    """What a server is set to, and the batch that a request names."""
+    """A server's settings and the batch size of a request."""
 
     version: tuple[int, ...]
     context_length: int
     slots: int
     kv_cache_type: str
     flash_attention: bool | None
-    """None: left to the server."""
+    """None: the server's default."""
     batch_tokens: int | None = None
-    """None: left to the server."""
+    """None: the server's default."""
 
 
-def shape_for(model: ModelFacts, asked: RequestedShape) -> LoadShape:
-    """With the batch that the server takes where memory is no matter."""
-    slots = 1 if model.is_embedding or model.architecture in ONE_SLOT else asked.slots
-    context = min(asked.context_length, model.context_length or asked.context_length)
-    version = ".".join(map(str, asked.version))
-    given = asked.batch_tokens
-    has_flash = uses_flash_attention(model, asked.flash_attention, version)
+def shape_for(model: ModelFacts, requested: RequestedShape) -> LoadShape:
+    """The load shape, with the batch size used when memory is not short."""
+    slots = 1 if model.is_embedding or model.architecture in ONE_SLOT else requested.slots
+    context = min(requested.context_length, model.context_length or requested.context_length)
+    version = ".".join(map(str, requested.version))
+    requested_batch = requested.batch_tokens
+    flash_attention_used = uses_flash_attention(model, requested.flash_attention, version)
     return LoadShape(
         context_length=context,
         slots=slots,
-        kv_cache_type=_cache_type(model, asked, version, has_flash=has_flash),
-        flash_attention=has_flash,
-        batch_tokens=batch_tokens(version, context, slots) if given is None else max(1, given),
+        kv_cache_type=_cache_type(model, requested, version, flash_attention_used=flash_attention_used),
+        flash_attention=flash_attention_used,
+        batch_tokens=batch_tokens(version, context, slots) if requested_batch is None else max(1, requested_batch),
     )
 
 
 def kept_tokens(model: ModelFacts, shape: LoadShape, version: tuple[int, ...]) -> int:
-    """How many tokens of evicted prompts a runner keeps in host memory: 8 GiB of their cache, from 0.30 (llama-server's
-    `--cache-ram`)."""
+    """Tokens of evicted prompts kept in host memory: 8 GiB of them from 0.30 (llama-server's `--cache-ram`), else 0."""
     if version < (0, 30):
         return 0
-    token = kv_layer_bytes(model, shape) * model.layers // max(1, shape.context_length * shape.slots)
-    return _KEPT_PROMPT_BYTES // max(1, token)
+    bytes_per_token = kv_layer_bytes(model, shape) * model.layers // max(1, shape.context_length * shape.slots)
+    return _KEPT_PROMPT_BYTES // max(1, bytes_per_token)
 
 
-def _cache_type(model: ModelFacts, asked: RequestedShape, version: str, *, has_flash: bool) -> str:
-    """Ollama's own engine, and from 0.30 llama-server, takes a quantised type wherever it uses flash attention,
-    llama.cpp's before that only where it was asked for."""
-    is_taken = has_flash and (model.architecture in OLLAMA_ENGINE_ARCHITECTURES or asked.version >= (0, 30))
-    return effective_kv_cache_type(model, asked.kv_cache_type, is_taken or asked.flash_attention, version)
+def _cache_type(model: ModelFacts, requested: RequestedShape, version: str, *, flash_attention_used: bool) -> str:
+    """Ollama's own engine, and from 0.30 llama-server, uses a quantised cache whenever flash attention is on; the older
+    llama.cpp engine only when flash attention was requested explicitly."""
+    is_quantised_allowed = flash_attention_used and (
+        model.architecture in OLLAMA_ENGINE_ARCHITECTURES or requested.version >= (0, 30)
+    )
+    return effective_kv_cache_type(
+        model, requested.kv_cache_type, is_quantised_allowed or requested.flash_attention, version
+    )

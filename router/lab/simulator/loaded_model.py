@@ -1,4 +1,4 @@
-"""One model loaded in a simulated server: what it holds, what its server believes that it holds, and who uses it."""
+"""A model runner of a simulated server: the memory it holds, the memory its server books for it, and its requests."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from enum import Enum
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator import server_placement
-from router.lab.simulator.batching import Batcher, BatchFacts, Done
+from router.lab.simulator.batching import Batcher, BatchParameters, OnFinished
 from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_for
-from router.lab.simulator.machine import Host, Stay
+from router.lab.simulator.machine import Machine, ResidencySpan
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timer
 from router.lab.simulator.weight_transfer import Transfer
 from router.lab.simulator.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
 
-_FIVE_MINUTES = 300.0
+_DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """How one server is run. The defaults are the two lines of a good admin: flash attention and a q8_0 cache, two
-    slots of 8,192 tokens."""
+    """Settings of one server. The defaults are those of a well-tuned stock server: flash attention, a q8_0 cache and
+    two slots of 8,192 tokens."""
 
     version: tuple[int, ...] = (0, 24, 0)
     slots: int = 2
@@ -32,25 +32,25 @@ class ServerConfig:
     flash_attention: bool = True
     spread: bool = False
     tensor_split: tuple[float, ...] = ()
-    keep_alive_seconds: float = _FIVE_MINUTES
+    keep_alive_seconds: float = _DEFAULT_KEEP_ALIVE_SECONDS
     max_loaded: int = 0
-    """0: three models a GPU."""
+    """`OLLAMA_MAX_LOADED_MODELS`; 0: three per GPU."""
     host_memory_bytes: int = 120 * 1024**3
 
     @property
     def is_0_30(self) -> bool:
         return self.version >= (0, 30)
 
-    def most_loaded(self, gpus: int) -> int:
+    def model_limit(self, gpus: int) -> int:
         return self.max_loaded or 3 * max(1, gpus)
 
 
 def shape_of(model: ModelFacts, config: ServerConfig) -> LoadShape:
-    """How this server loads this model where memory is no matter."""
-    asked = RequestedShape(
+    """The shape in which this server loads this model when memory is not short."""
+    requested = RequestedShape(
         config.version, config.context_length, config.slots, config.kv_cache_type, config.flash_attention
     )
-    return shape_for(model, asked)
+    return shape_for(model, requested)
 
 
 class Phase(Enum):
@@ -61,65 +61,65 @@ class Phase(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Loaded:
-    """A runner. `users` counts requests that hold it back from leaving, waiting ones too."""
+class ModelRunner:
+    """One runner process. `users` counts the running and waiting requests that block its unloading."""
 
-    host: Host
+    machine: Machine
     server: str
     model: ModelFacts
     uuids: tuple[GpuUuid, ...]
     bytes_by_gpu: dict[GpuUuid, int]
-    believed_bytes: dict[GpuUuid, int]
+    booked_bytes: dict[GpuUuid, int]
     host_bytes: int
     batcher: Batcher
     keep_alive_seconds: float
-    owner: int
+    allocation_id: int
     phase: Phase = Phase.LOADING
     users: int = 0
     expiry: Timer | None = None
     transfer: Transfer | None = None
-    stay: Stay | None = None
-    early: list[tuple[Request, Done]] = field(default_factory=list[tuple[Request, Done]])
-    when_delisted: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
-    when_gone: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
-    """Somewhat later: its server goes on only when it has seen the memory free."""
+    span: ResidencySpan | None = None
+    waiting_for_load: list[tuple[Request, OnFinished]] = field(default_factory=list[tuple[Request, OnFinished]])
+    on_delisted: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    on_gone: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """Called after `on_delisted`: the server proceeds only once it has seen the memory freed."""
 
     @classmethod
     def plan(
         cls,
-        host: Host,
+        machine: Machine,
         server: str,
         model: ModelFacts,
         config: ServerConfig,
         gpus: tuple[GpuUuid, ...],
         layers: tuple[int, ...],
         shape: LoadShape,
-    ) -> Loaded:
-        """The runner for this layout, without its memory yet."""
-        sizes = true_bytes(host.world, model, shape, layers)
-        used = tuple(uuid for uuid, count in zip(gpus, layers, strict=True) if count > 0)
-        facts = [host.book.by_uuid[uuid].facts for uuid in gpus]
-        share = host.active_shares.get(model.name, 1.0)
-        pace = speed(host.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
-        missing = max(0, model.layers + 1 - sum(layers))
+    ) -> ModelRunner:
+        """Creates a runner for this layout; its memory is not allocated yet."""
+        bytes_per_gpu = true_bytes(machine.world, model, shape, layers)
+        used_gpus = tuple(uuid for uuid, count in zip(gpus, layers, strict=True) if count > 0)
+        facts = [machine.ledger.by_uuid[uuid].facts for uuid in gpus]
+        share = machine.active_shares.get(model.name, 1.0)
+        runner_speed = speed(machine.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
+        cpu_layers = max(0, model.layers + 1 - sum(layers))
         return cls(
-            host=host,
+            machine=machine,
             server=server,
             model=model,
-            uuids=used,
-            bytes_by_gpu={uuid: size for uuid, size in zip(gpus, sizes, strict=True) if size},
-            believed_bytes=dict(
-                zip(gpus, server_placement.believed_bytes(host.world, model, shape, layers), strict=True)
+            uuids=used_gpus,
+            bytes_by_gpu={uuid: size for uuid, size in zip(gpus, bytes_per_gpu, strict=True) if size},
+            booked_bytes=dict(
+                zip(gpus, server_placement.booked_bytes(machine.world, model, shape, layers), strict=True)
             ),
-            host_bytes=missing * (layer_bytes(model) + kv_layer_bytes(model, shape)),
+            host_bytes=cpu_layers * (layer_bytes(model) + kv_layer_bytes(model, shape)),
             batcher=Batcher(
-                host.timeline,
-                BatchFacts(pace, shape.slots, kept_tokens(model, shape, config.version)),
-                lambda works: _mark(host, used, works),
-                lambda: host.book.slowness(used),
+                machine.timeline,
+                BatchParameters(runner_speed, shape.slots, kept_tokens(model, shape, config.version)),
+                lambda is_working: _record_work(machine, used_gpus, is_working),
+                lambda: machine.ledger.slowdown_factor(used_gpus),
             ),
             keep_alive_seconds=config.keep_alive_seconds,
-            owner=host.new_owner(),
+            allocation_id=machine.new_allocation_id(),
         )
 
     @property
@@ -135,67 +135,69 @@ class Loaded:
         return self.size_vram_bytes + self.host_bytes
 
     def allocate(self) -> None:
-        """Takes its memory. Raises OutOfMemoryError, having taken none."""
-        self.host.book.allocate(self.owner, self.bytes_by_gpu)
+        """Allocates its memory on all GPUs or on none. Raises OutOfMemoryError."""
+        self.machine.ledger.allocate(self.allocation_id, self.bytes_by_gpu)
 
     def begin(self, done: Callable[[], None]) -> None:
-        """Reads its weights; its memory is taken."""
-        tally = self.host.tally
-        tally.loads += 1
-        tally.loaded_bytes += self.model.weights_bytes
-        tally.spilled_loads += bool(self.uuids) and self.host_bytes > 0
-        self.stay = Stay(self.server, self.model.name, self.bytes_by_gpu, self.host_bytes, self.host.timeline.now)
-        tally.stays.append(self.stay)
-        self.transfer = self.host.lines.start(self.blob, self.model.weights_bytes, bool(self.uuids), done)
+        """Starts the weight transfer; call after `allocate`."""
+        stats = self.machine.stats
+        stats.loads += 1
+        stats.loaded_bytes += self.model.weights_bytes
+        stats.spilled_loads += bool(self.uuids) and self.host_bytes > 0
+        self.span = ResidencySpan(
+            self.server, self.model.name, self.bytes_by_gpu, self.host_bytes, self.machine.timeline.now
+        )
+        stats.residency_spans.append(self.span)
+        self.transfer = self.machine.transfers.start(self.blob, self.model.weights_bytes, bool(self.uuids), done)
 
     def ready(self) -> None:
-        """Its weights are read: who came early is served."""
+        """The weights are loaded: submits the requests that waited for them."""
         self.phase = Phase.READY
         self.transfer = None
-        if self.stay is not None:
-            self.stay.ready_at = self.host.timeline.now
-        early, self.early = self.early, []
-        for request, done in early:
+        if self.span is not None:
+            self.span.ready_at = self.machine.timeline.now
+        waiting_for_load, self.waiting_for_load = self.waiting_for_load, []
+        for request, done in waiting_for_load:
             self.batcher.submit(request, done)
 
-    def serve(self, request: Request, done: Done) -> None:
+    def serve(self, request: Request, done: OnFinished) -> None:
         self.users += 1
         if self.expiry is not None:
             self.expiry.cancel()
             self.expiry = None
         if self.phase is Phase.LOADING:
-            self.early.append((request, done))
+            self.waiting_for_load.append((request, done))
         else:
             self.batcher.submit(request, done)
 
     def cancel(self, request: Request) -> bool:
-        """True where the request was here; it no longer counts as a user."""
-        for entry in self.early:
+        """Removes a request; the caller adjusts `users`. Returns False if the request is unknown."""
+        for entry in self.waiting_for_load:
             if entry[0] is request:
-                self.early.remove(entry)
+                self.waiting_for_load.remove(entry)
                 return True
         return self.batcher.cancel(request)
 
-    def drop(self) -> list[tuple[Request, Done]]:
-        """The runner dies: what it had. Their ends do not count as users leaving."""
+    def drop(self) -> list[tuple[Request, OnFinished]]:
+        """Ends the runner process. Returns its unfinished requests; `users` is unchanged."""
         if self.transfer is not None:
-            self.host.lines.abort(self.transfer)
-        lost = self.batcher.stop() + self.early
-        self.early = []
-        return lost
+            self.machine.transfers.abort(self.transfer)
+        unfinished = self.batcher.stop() + self.waiting_for_load
+        self.waiting_for_load = []
+        return unfinished
 
     def end(self) -> None:
-        """Its memory is free again."""
+        """Frees its memory."""
         self.phase = Phase.GONE
-        self.host.book.release(self.owner)
+        self.machine.ledger.release(self.allocation_id)
         if self.expiry is not None:
             self.expiry.cancel()
-        if self.stay is not None:
-            self.stay.ended_at = self.host.timeline.now
+        if self.span is not None:
+            self.span.ended_at = self.machine.timeline.now
 
 
-def _mark(host: Host, uuids: tuple[GpuUuid, ...], works: bool) -> None:
-    if works:
-        host.book.work_began(uuids, host.timeline.now)
+def _record_work(machine: Machine, uuids: tuple[GpuUuid, ...], is_working: bool) -> None:
+    if is_working:
+        machine.ledger.work_began(uuids, machine.timeline.now)
     else:
-        host.book.work_ended(uuids, host.timeline.now)
+        machine.ledger.work_ended(uuids, machine.timeline.now)

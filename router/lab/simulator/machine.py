@@ -1,6 +1,6 @@
-"""What all servers of a simulated machine share: time, GPUs, loads under way, and a record of what happened.
+"""The shared state of one simulated machine: clock, GPU memory, weight transfers and run statistics.
 
-It decides nothing; servers and contestants write into the record, the report reads it.
+Servers and baselines write the statistics; `router.lab.simulator.metrics` reads them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from router.domain.gpu import GpuUuid
 from router.lab.simulator.gpus import GpuLedger
 from router.lab.simulator.timeline import Timeline
-from router.lab.simulator.weight_transfer import LoadLines
+from router.lab.simulator.weight_transfer import WeightTransfers
 from router.lab.simulator.world import World
 
 
 @dataclass(slots=True, eq=False)
-class Stay:
-    """One model on one server, from the start of its load until its memory was free again."""
+class ResidencySpan:
+    """One model on one server, from the start of its load until its memory is freed. Times in seconds of the run."""
 
     server: str
     model: str
@@ -29,33 +29,33 @@ class Stay:
 
 
 @dataclass(slots=True)
-class Tally:
-    """Counts and stays of one run."""
+class RunStats:
+    """Load counters, residency spans and annotations of one run."""
 
     loads: int = 0
     loaded_bytes: int = 0
     spilled_loads: int = 0
-    """Loads that put a part of the model on the CPU."""
+    """Loads that put part of a model on the CPU."""
     failed_loads: int = 0
-    stays: list[Stay] = field(default_factory=list[Stay])
+    residency_spans: list[ResidencySpan] = field(default_factory=list[ResidencySpan])
     notes: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
-    """Faults and other things worth a mark in the picture."""
+    """(seconds, text): faults, marked in the picture."""
 
 
 @dataclass(slots=True)
-class Host:
-    """One machine in one run."""
+class Machine:
+    """One simulated machine during one run."""
 
     timeline: Timeline
     world: World
-    book: GpuLedger
-    lines: LoadLines
-    tally: Tally
+    ledger: GpuLedger
+    transfers: WeightTransfers
+    stats: RunStats
     active_shares: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Name of a model -> share of its weights that a token uses; absent: all of them."""
-    owners: int = 0
+    """Model name -> share of its weights that one token reads; absent: 1.0."""
+    last_allocation_id: int = 0
 
-    def new_owner(self) -> int:
-        """A number for one runner's memory."""
-        self.owners += 1
-        return self.owners
+    def new_allocation_id(self) -> int:
+        """Returns a new id for one runner's memory in the ledger."""
+        self.last_allocation_id += 1
+        return self.last_allocation_id

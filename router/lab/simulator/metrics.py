@@ -1,4 +1,4 @@
-"""What a run means: shares in time, waits by class of model, bytes loaded, fairness, busy GPUs. Pure."""
+"""Figures of a run: share in time, time to first token, bytes loaded, fairness, GPU utilisation. Pure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _WAITED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Waits:
-    """Time to the first token of a class of requests, in seconds; failed ones count as the longest."""
+class TtftPercentiles:
+    """Time to first token of a class of requests, in seconds. A failed request counts as waiting to the end."""
 
     count: int
     p50: float
@@ -25,14 +25,14 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run in figures."""
+    """The figures of one run."""
 
     requests: int
     in_time: int
     errors: int
     hung_up: int
-    small: Waits
-    large: Waits
+    small: TtftPercentiles
+    large: TtftPercentiles
     tokens_per_second: float
     loads: int
     loaded_gb: float
@@ -52,7 +52,7 @@ class Report:
 
 
 def is_in_time(request: Request) -> bool:
-    """First token within 10 s, then at least 6.7 tokens/s, and an answer at all."""
+    """Served, first token within 10 s, then at least 6.7 tokens/s."""
     ttft, rate = request.ttft_seconds, request.tokens_per_second
     if request.outcome != SERVED or ttft is None:
         return False
@@ -60,56 +60,61 @@ def is_in_time(request: Request) -> bool:
 
 
 def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
-    """`large_models`: names of those that no single GPU of the rig holds."""
+    """`large_models`: names of the models that no single GPU holds."""
     counted = [r for r in outcome.requests if r.outcome != HUNG_UP]
-    made = sum(r.generated_tokens for r in counted if r.outcome == SERVED)
-    book, tally = outcome.book, outcome.tally
-    span = max(1e-9, outcome.ended_at)
+    generated_tokens = sum(r.generated_tokens for r in counted if r.outcome == SERVED)
+    ledger, stats = outcome.ledger, outcome.stats
+    duration = max(1e-9, outcome.ended_at)
     return Report(
         requests=outcome.planned,
         in_time=sum(is_in_time(r) for r in counted),
         errors=sum(r.outcome != SERVED for r in counted) + outcome.planned - len(outcome.requests),
         hung_up=len(outcome.requests) - len(counted),
-        small=waits([r for r in counted if r.model.name not in large_models], outcome.ended_at),
-        large=waits([r for r in counted if r.model.name in large_models], outcome.ended_at),
-        tokens_per_second=made / span,
-        loads=tally.loads,
-        loaded_gb=tally.loaded_bytes / 1e9,
-        spills=tally.spilled_loads,
-        out_of_memory=book.out_of_memory,
+        small=ttft_percentiles([r for r in counted if r.model.name not in large_models], outcome.ended_at),
+        large=ttft_percentiles([r for r in counted if r.model.name in large_models], outcome.ended_at),
+        tokens_per_second=generated_tokens / duration,
+        loads=stats.loads,
+        loaded_gb=stats.loaded_bytes / 1e9,
+        spills=stats.spilled_loads,
+        out_of_memory=ledger.out_of_memory,
         jain=jain(counted),
-        busy_shares=tuple(book.busy_seconds(gpu.uuid, outcome.ended_at) / span for gpu in book.gpus),
+        busy_shares=tuple(ledger.busy_seconds(gpu.uuid, outcome.ended_at) / duration for gpu in ledger.gpus),
         seconds=outcome.ended_at,
     )
 
 
-def waits(requests: Sequence[Request], ended_at: float) -> Waits:
+def ttft_percentiles(requests: Sequence[Request], ended_at: float) -> TtftPercentiles:
     values = sorted(r.ttft_seconds if r.outcome == SERVED and r.ttft_seconds is not None else ended_at - r.arrived_at
                     for r in requests)  # fmt: skip
-    return Waits(len(values), quantile(values, 0.50), quantile(values, 0.95), quantile(values, 0.99))
+    return TtftPercentiles(len(values), quantile(values, 0.50), quantile(values, 0.95), quantile(values, 0.99))
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Of sorted values, the nearest rank; 0 of none."""
+    """Nearest-rank quantile of sorted values; 0 if there are none."""
     if not values:
         return 0.0
     return values[min(len(values) - 1, max(0, -(-int(share * 1000) * len(values) // 1000) - 1))]
 
 
 def jain(requests: Sequence[Request]) -> float:
-    """Jain's index of the shares of requests in time, over the users of whom any request had to wait; 1 is equal."""
+    """Jain's index of the users' shares of requests in time, over the users with any request that waited; 1 is fair."""
     by_user: dict[str, list[Request]] = {}
     for request in requests:
         by_user.setdefault(request.user, []).append(request)
     waited = [
-        own for own in by_user.values() if any((r.ttft_seconds or _WAITED_SECONDS) >= _WAITED_SECONDS for r in own)
+        group
+        for group in by_user.values()
+        if any((r.ttft_seconds or _WAITED_SECONDS) >= _WAITED_SECONDS for r in group)
     ]
-    return jain_index([sum(is_in_time(r) for r in own) / len(own) for own in waited])
+    return jain_index([sum(is_in_time(r) for r in group) / len(group) for group in waited])
 
 
 def service_jain(requests: Sequence[Request], begin: float, end: float) -> float:
-    """Jain's index of the service that each user got in a time in which all were backlogged: of the answers that ended
-    in it, the tokens, those of the prompt counting once and the others twice (virtual token counters, 2401.00588)."""
+    """Jain's index of the service each user got in a window in which all are backlogged.
+
+    Service is the tokens of answers that ended in the window; generated tokens count twice (virtual token counter,
+    arXiv 2401.00588).
+    """
     service = dict.fromkeys(sorted({request.user for request in requests}), 0.0)
     for request in requests:
         if request.outcome == SERVED and request.ended_at is not None and begin <= request.ended_at < end:
@@ -118,6 +123,6 @@ def service_jain(requests: Sequence[Request], begin: float, end: float) -> float
 
 
 def jain_index(values: Sequence[float]) -> float:
-    """(sum x)^2 / (n * sum x^2); 1 where there is nothing to share."""
+    """(sum x)^2 / (n * sum x^2); 1 if all values are 0."""
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0

@@ -1,4 +1,4 @@
-"""A run as JSON-ready values: requests, stays on GPUs, marks; what the picture is drawn from and others may read."""
+"""Converts a run to JSON-ready values: GPUs, requests, residency spans and annotations. `router.lab.plot` draws it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from router.lab.simulator.runner import Outcome
 
 
 def record(outcome: Outcome) -> dict[str, object]:
-    """Times in seconds of the run, sizes in bytes; rounded to milliseconds."""
+    """Times in seconds of the run, rounded to milliseconds; sizes in bytes."""
     return {
         "gpus": [
             {"uuid": gpu.uuid, "index": gpu.index, "name": gpu.name, "usable_bytes": gpu.usable_bytes}
-            for gpu in outcome.book.gpus
+            for gpu in outcome.ledger.gpus
         ],
-        "seconds": _ms(outcome.ended_at),
+        "seconds": _round_ms(outcome.ended_at),
         "requests": [_request(request) for request in outcome.requests],
-        "stays": [
+        "residency_spans": [
             {
-                "server": stay.server,
-                "model": stay.model,
-                "bytes": dict(stay.bytes_by_gpu),
-                "host_bytes": stay.host_bytes,
-                "began": _ms(stay.began_at),
-                "ready": _ms(stay.ready_at),
-                "ended": _ms(stay.ended_at),
+                "server": span.server,
+                "model": span.model,
+                "bytes": dict(span.bytes_by_gpu),
+                "host_bytes": span.host_bytes,
+                "began": _round_ms(span.began_at),
+                "ready": _round_ms(span.ready_at),
+                "ended": _round_ms(span.ended_at),
             }
-            for stay in outcome.tally.stays
+            for span in outcome.stats.residency_spans
         ],
-        "notes": [[_ms(at), words] for at, words in outcome.tally.notes],
+        "notes": [[_round_ms(at), text] for at, text in outcome.stats.notes],
     }
 
 
@@ -42,12 +42,12 @@ def _request(request: Request) -> dict[str, object]:
         "prompt_tokens": request.prompt_tokens,
         "shared_tokens": request.shared_tokens,
         "generated_tokens": request.generated_tokens,
-        "arrived": _ms(request.arrived_at),
-        "first_token": _ms(request.first_token_at),
-        "ended": _ms(request.ended_at),
+        "arrived": _round_ms(request.arrived_at),
+        "first_token": _round_ms(request.first_token_at),
+        "ended": _round_ms(request.ended_at),
         "outcome": request.outcome,
     }
 
 
-def _ms(seconds: float | None) -> float | None:
+def _round_ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)

@@ -1,4 +1,4 @@
-"""One request of a simulated client, from its arrival to its end, and the record of how it went."""
+"""One simulated request: what the client sends and how it was served."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HUNG_UP = "hung up"
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Mutable: whoever serves it writes its times (seconds of the run) and its outcome."""
+    """Mutable: the serving side writes the times (seconds of the run) and the outcome."""
 
     id: int
     user: str
@@ -21,18 +21,18 @@ class Request:
     model: ModelFacts
     prompt_tokens: int
     shared_tokens: int
-    """How many of them are the beginning that the session's earlier turns left, answers included."""
+    """Prompt prefix shared with the session's earlier turns, answers included."""
     generated_tokens: int
-    """Words of the answer; 0 for an embedding."""
-    ttft_target_seconds: float | None = None
-    """The client hangs up when its answer is not complete by then; None: never."""
+    """Length of the answer; 0 for an embedding."""
+    hang_up_after_seconds: float | None = None
+    """The client disconnects if the answer is incomplete by then; None: never."""
     arrived_at: float = 0.0
     first_token_at: float | None = None
     ended_at: float | None = None
     outcome: str = ""
-    """Empty while it runs; SERVED, HUNG_UP, or the error's code."""
+    """Empty while it runs, then SERVED, HUNG_UP or an error code."""
     where: str = ""
-    """Which server answered it."""
+    """Name of the server that answered it."""
 
     @property
     def ttft_seconds(self) -> float | None:
@@ -40,7 +40,7 @@ class Request:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the words after the first; None where there are none."""
+        """Decode rate after the first token; None for fewer than two tokens."""
         if self.first_token_at is None or self.ended_at is None or self.generated_tokens < 2:
             return None
         return (self.generated_tokens - 1) / max(1e-9, self.ended_at - self.first_token_at)

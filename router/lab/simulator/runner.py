@@ -1,7 +1,7 @@
-"""One run: a machine, a workload, a contestant and what goes wrong, played in virtual time.
+"""Runs one simulation: a machine, a workload, a baseline and faults, in virtual time.
 
-It opens no socket and reads no clock; with the same scenario and contestant it does the same, to the byte. What a run
-means is `router.lab.simulator.metrics`.
+Deterministic: the same scenario and baseline give the same run, byte for byte. `router.lab.simulator.metrics` computes
+the figures of a run.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from router.domain.model import ModelFacts
-from router.lab.simulator.batching import Done
-from router.lab.simulator.faults import Breakable, Fault, plan_faults
+from router.lab.simulator.batching import OnFinished
+from router.lab.simulator.faults import Fault, FaultTarget, schedule_faults
 from router.lab.simulator.gpus import GpuLedger, SimGpu
-from router.lab.simulator.machine import Host, Tally
+from router.lab.simulator.machine import Machine, RunStats
 from router.lab.simulator.requests import HUNG_UP, SERVED, Request
 from router.lab.simulator.timeline import Timeline
-from router.lab.simulator.weight_transfer import LoadLines, PageCache
-from router.lab.simulator.workload import THINKING_SECONDS, Session
+from router.lab.simulator.weight_transfer import PageCache, WeightTransfers
+from router.lab.simulator.workload import THINK_TIME_SECONDS, Session
 from router.lab.simulator.world import WORLD, World
 
 GIB = 1024**3
 _GRACE_SECONDS = 900.0
-"""So long after the last arrival a run may go on until all requests have ended."""
+"""How long after the last arrival a run may continue until all requests have ended."""
 UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All that decides a run, but for the contestant."""
+    """All inputs of a run except the baseline."""
 
     gpus: tuple[SimGpu, ...]
     models: Mapping[str, ModelFacts]
@@ -40,81 +40,81 @@ class Scenario:
     world: World = WORLD
     page_cache_bytes: int = 112 * GIB
     cold_start: bool = False
-    """True: no model's file is in the page cache at the start."""
+    """Whether the page cache is empty at the start."""
 
 
-class Baseline(Breakable, Protocol):
-    """Whatever takes requests and serves them on a host."""
+class Baseline(FaultTarget, Protocol):
+    """A scheduling policy that serves requests on a machine."""
 
     def start(self) -> None:
-        """Called once, at the beginning."""
+        """Called once, at the start of the run."""
         ...
 
-    def submit(self, request: Request, done: Done) -> None:
-        """`done` is called once, unless the request is cancelled before."""
+    def submit(self, request: Request, done: OnFinished) -> None:
+        """`done` is called once, unless the request is cancelled first."""
         ...
 
     def cancel(self, request: Request) -> None:
-        """The client went away."""
+        """The client disconnected."""
         ...
 
 
-MakeBaseline = Callable[[Host, Mapping[str, ModelFacts]], Baseline]
+BaselineFactory = Callable[[Machine, Mapping[str, ModelFacts]], Baseline]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run left behind."""
+    """The result of a run."""
 
     requests: tuple[Request, ...]
-    tally: Tally
-    book: GpuLedger
+    stats: RunStats
+    ledger: GpuLedger
     ended_at: float
     planned: int
-    """How many requests the sessions have; those after one that never ended did not arrive."""
+    """Number of turns in all sessions. Turns after one that never ended did not arrive."""
 
 
 class Simulation:
-    """Plays one scenario. `run` may be called once."""
+    """Simulates one scenario. `run` may be called once."""
 
-    def __init__(self, scenario: Scenario, make_baseline: MakeBaseline) -> None:
+    def __init__(self, scenario: Scenario, make_baseline: BaselineFactory) -> None:
         timeline = Timeline()
         cache = PageCache(scenario.page_cache_bytes)
-        book = GpuLedger(scenario.gpus)
-        lines = LoadLines(timeline, scenario.world, cache)
+        ledger = GpuLedger(scenario.gpus)
+        transfers = WeightTransfers(timeline, scenario.world, cache)
         if not scenario.cold_start:
             for model in scenario.models.values():
                 cache.read(model.blob, model.weights_bytes)
-        self.host = Host(timeline, scenario.world, book, lines, Tally(), scenario.active_shares)
-        self.baseline = make_baseline(self.host, scenario.models)
+        self.machine = Machine(timeline, scenario.world, ledger, transfers, RunStats(), scenario.active_shares)
+        self.baseline = make_baseline(self.machine, scenario.models)
         self._scenario = scenario
         self._requests: list[Request] = []
-        self._open = 0
+        self._unfinished = 0
 
-    def run(self, after_each: Callable[[], None] | None = None) -> Outcome:
-        """Plays to the end. `after_each` is called after each thing that happens."""
-        timeline, scenario = self.host.timeline, self._scenario
+    def run(self, after_step: Callable[[], None] | None = None) -> Outcome:
+        """Runs to the end. `after_step` is called after each timeline event."""
+        timeline, scenario = self.machine.timeline, self._scenario
         self.baseline.start()
-        plan_faults(self.host, self.baseline, scenario.faults)
+        schedule_faults(self.machine, self.baseline, scenario.faults)
         for session in scenario.sessions:
-            self._plan_turn(session, 0, 0.0)
+            self._schedule_turn(session, 0, 0.0)
         limit = scenario.seconds + _GRACE_SECONDS
-        while self._open and timeline.step():
-            if after_each is not None:
-                after_each()
+        while self._unfinished and timeline.step():
+            if after_step is not None:
+                after_step()
             if timeline.now > limit:
                 break
         for request in self._requests:
             if not request.outcome:
                 request.outcome = UNFINISHED
         planned = sum(len(session.turns) for session in scenario.sessions)
-        return Outcome(tuple(self._requests), self.host.tally, self.host.book, timeline.now, planned)
+        return Outcome(tuple(self._requests), self.machine.stats, self.machine.ledger, timeline.now, planned)
 
-    def _plan_turn(self, session: Session, index: int, not_before: float) -> None:
+    def _schedule_turn(self, session: Session, index: int, not_before: float) -> None:
         if index < len(session.turns):
-            self._open += 1
+            self._unfinished += 1
             due = max(session.turns[index].at_seconds, not_before)
-            self.host.timeline.at(due, lambda: self._arrive(session, index))
+            self.machine.timeline.at(due, lambda: self._arrive(session, index))
 
     def _arrive(self, session: Session, index: int) -> None:
         turn = session.turns[index]
@@ -127,12 +127,12 @@ class Simulation:
             prompt_tokens=turn.prompt_tokens,
             shared_tokens=turn.shared_tokens,
             generated_tokens=turn.generated_tokens,
-            ttft_target_seconds=turn.ttft_target_seconds,
-            arrived_at=self.host.timeline.now,
+            hang_up_after_seconds=turn.hang_up_after_seconds,
+            arrived_at=self.machine.timeline.now,
         )
         self._requests.append(request)
-        if request.ttft_target_seconds is not None:
-            self.host.timeline.after(request.ttft_target_seconds, lambda: self._hang_up(request, session, index))
+        if request.hang_up_after_seconds is not None:
+            self.machine.timeline.after(request.hang_up_after_seconds, lambda: self._hang_up(request, session, index))
         self.baseline.submit(request, lambda r, error: self._ended(r, error or SERVED, session, index))
 
     def _hang_up(self, request: Request, session: Session, index: int) -> None:
@@ -144,6 +144,6 @@ class Simulation:
         if request.outcome:
             raise AssertionError(f"request {request.id} ended twice: {request.outcome}, then {outcome}")
         request.outcome = outcome
-        request.ended_at = self.host.timeline.now
-        self._open -= 1
-        self._plan_turn(session, index + 1, self.host.timeline.now + THINKING_SECONDS)
+        request.ended_at = self.machine.timeline.now
+        self._unfinished -= 1
+        self._schedule_turn(session, index + 1, self.machine.timeline.now + THINK_TIME_SECONDS)

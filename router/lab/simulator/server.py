@@ -1,9 +1,9 @@
-"""One simulated Ollama server: its loop, its loads and evictions, by the behaviour of 0.24 or of 0.33.
+"""One simulated Ollama server: its scheduling loop, loads and evictions, as in version 0.24 or 0.33.
 
-The loop places one request at a time, and nothing else is placed while it reads memory, evicts, waits for a busy model
-or reads weights. Requests for a loaded model pass by the loop and wait for a slot. What it *believes* of sizes comes
-from `router.lab.simulator.server_placement`, what is true from `router.lab.simulator.world`. Used by every contestant,
-the router's too.
+The loop places one request at a time; nothing else is placed while it reads memory, evicts, waits for a busy model or
+loads weights. Requests for a loaded model bypass the loop and wait for a slot. The server's memory estimates come from
+`router.lab.simulator.server_placement`, the true sizes from `router.lab.simulator.world`. Every baseline uses it,
+including the simulated router.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from functools import partial
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator import server_placement
-from router.lab.simulator.batching import Done
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.gpus import OutOfMemoryError
-from router.lab.simulator.loaded_model import Loaded, Phase, ServerConfig, shape_of
-from router.lab.simulator.machine import Host
+from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.world import LoadShape
 
-LOST = "runner lost"
+RUNNER_LOST = "runner lost"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """How a load ended; `error` empty where it went well."""
+    """Result of a load; `error` is empty on success."""
 
     size_bytes: int = 0
     size_vram_bytes: int = 0
@@ -37,226 +37,226 @@ class LoadResult:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """Something that needs its model loaded: a request, or a load by itself."""
+    """A queued request or explicit load whose model is not loaded."""
 
     model: ModelFacts
     num_gpu: int
     request: Request | None
-    served: Done | None
+    served: OnFinished | None
     loaded: Callable[[LoadResult], None] | None
-    gone: bool = False
-    retried: bool = False
+    is_cancelled: bool = False
+    is_retried: bool = False
 
 
 class SimServer:
-    """`gpus` in the order in which the server sees them; empty for one on the CPU."""
+    """One server process over `gpus`, in the server's device order; no GPUs: a CPU server."""
 
-    def __init__(self, host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig) -> None:
+    def __init__(self, machine: Machine, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig) -> None:
         self.name = name
         self.gpus = gpus
         self.config = config
-        self._host = host
-        self._loaded: dict[BlobDigest, Loaded] = {}
+        self._machine = machine
+        self._loaded: dict[BlobDigest, ModelRunner] = {}
         self._pending: deque[_Job] = deque()
-        self._placing: _Job | None = None
+        self._current: _Job | None = None
         self._afterwards: list[Callable[[], None]] | None = None
-        """While the queue is gone through: what is to be called then, the last first."""
+        """Callbacks to run after the current pass over the queue, last first; None outside a pass."""
         self._first_free: dict[GpuUuid, int] = {}
-        self._life = 0
+        self._generation = 0
 
-    # --- for clients ---------------------------------------------------------------------------------------
+    # --- client interface ----------------------------------------------------------------------------------
 
     @property
-    def loaded(self) -> tuple[Loaded, ...]:
-        """What `/api/ps` lists."""
+    def loaded(self) -> tuple[ModelRunner, ...]:
+        """The models that `/api/ps` lists."""
         return tuple(self._loaded.values())
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         request.where = self.name
-        found = self._loaded.get(request.model.blob)
-        if found is not None and found.phase in (Phase.LOADING, Phase.READY):
-            found.serve(request, lambda r, error: self._served(found, r, error, done))
+        runner = self._loaded.get(request.model.blob)
+        if runner is not None and runner.phase in (Phase.LOADING, Phase.READY):
+            runner.serve(request, lambda r, error: self._request_ended(runner, r, error, done))
             return
-        self._queue(_Job(request.model, -1, request, done, None))
+        self._enqueue(_Job(request.model, -1, request, done, None))
 
     def load(self, model: ModelFacts, num_gpu: int, done: Callable[[LoadResult], None]) -> None:
-        """A request without a prompt; `num_gpu` -1 leaves it to the server."""
-        found = self._loaded.get(model.blob)
-        if found is not None and found.phase is Phase.READY:
-            done(LoadResult(found.size_bytes, found.size_vram_bytes))
+        """Loads a model without a prompt; `num_gpu` -1: the server decides."""
+        runner = self._loaded.get(model.blob)
+        if runner is not None and runner.phase is Phase.READY:
+            done(LoadResult(runner.size_bytes, runner.size_vram_bytes))
             return
-        self._queue(_Job(model, num_gpu, None, None, done))
+        self._enqueue(_Job(model, num_gpu, None, None, done))
 
     def unload(self, blob: BlobDigest, done: Callable[[], None]) -> None:
-        """`keep_alive` 0: gone when idle; `done` when it is no longer listed."""
-        found = self._loaded.get(blob)
-        if found is None:
+        """Like `keep_alive` 0: unloads the model once idle; `done` is called when it is no longer listed."""
+        runner = self._loaded.get(blob)
+        if runner is None:
             done()
             return
-        found.when_delisted.append(done)
-        self._expire(found)
+        runner.on_delisted.append(done)
+        self._expire_now(runner)
 
     def cancel(self, request: Request) -> None:
-        """The client left. During a load this aborts the load; where it waits for one, its place is lost."""
+        """The client disconnected: aborts the load made for this request, or removes it from the queue."""
         for job in self._pending:
             if job.request is request:
-                job.gone = True
+                job.is_cancelled = True
                 return
-        if self._placing is not None and self._placing.request is request:
-            self._abandon(self._placing)
+        if self._current is not None and self._current.request is request:
+            self._abandon(self._current)
             return
-        for found in list(self._loaded.values()):
-            if found.cancel(request):
-                self._user_left(found)
+        for runner in list(self._loaded.values()):
+            if runner.cancel(request):
+                self._release_user(runner)
 
     def kill(self) -> None:
-        """The server dies with all its runners: memory is free at once, and every request ends."""
-        jobs = [*([self._placing] if self._placing else []), *self._pending]
+        """Crashes the server with all its runners: frees their memory at once and fails every request."""
+        jobs = [*([self._current] if self._current else []), *self._pending]
         for job in jobs:
-            job.gone = True
+            job.is_cancelled = True
         self._pending.clear()
-        self._placing = None
-        self._life += 1
-        lost = [entry for found in self._loaded.values() for entry in found.drop()]
-        for found in list(self._loaded.values()):
-            self._gone(found)
-        for request, done in lost:
-            done(request, LOST)
+        self._current = None
+        self._generation += 1
+        unfinished = [entry for runner in self._loaded.values() for entry in runner.drop()]
+        for runner in list(self._loaded.values()):
+            self._remove(runner)
+        for request, done in unfinished:
+            done(request, RUNNER_LOST)
         for job in jobs:
-            self._end_job(job, LOST)
+            self._end_job(job, RUNNER_LOST)
 
-    # --- the loop ------------------------------------------------------------------------------------------
+    # --- scheduling loop -----------------------------------------------------------------------------------
 
-    def _queue(self, job: _Job) -> None:
+    def _enqueue(self, job: _Job) -> None:
         self._pending.append(job)
-        self._next()
+        self._place_next()
 
-    def _next(self) -> None:
-        """Places what waits, until something takes time. Those placed at once end here and not inside each other."""
+    def _place_next(self) -> None:
+        """Places queued jobs until one takes time. Callbacks of jobs that end at once run after the pass."""
         if self._afterwards is not None:
             return
         afterwards: list[Callable[[], None]] = []
         self._afterwards = afterwards
-        while self._placing is None and self._pending:
+        while self._current is None and self._pending:
             job = self._pending.popleft()
-            if not job.gone:
-                self._placing = job
-                self._try(job)
+            if not job.is_cancelled:
+                self._current = job
+                self._try_place(job)
         self._afterwards = None
         while afterwards:
             afterwards.pop()()
 
     def _done_placing(self, afterwards: Callable[[], None] | None = None) -> None:
-        """The next is placed, and `afterwards` called once that and all after it have been looked at."""
-        self._placing = None
+        """Continues with the next job; `afterwards` is called after the pass over the queue."""
+        self._current = None
         if self._afterwards is None:
-            self._next()
+            self._place_next()
             if afterwards is not None:
                 afterwards()
         elif afterwards is not None:
             self._afterwards.append(afterwards)
 
     def _abandon(self, job: _Job) -> None:
-        """The client of the request that is being placed left. Others who came for the same load queue for another."""
-        job.gone = True
-        found = self._loaded.get(job.model.blob)
-        if found is not None and found.phase is Phase.LOADING:
-            others = found.drop()
-            self._gone(found)
-            self._pending.extend(_Job(request.model, -1, request, done, None) for request, done in others)
+        """Drops the job being placed. Other requests waiting for its load are queued again."""
+        job.is_cancelled = True
+        runner = self._loaded.get(job.model.blob)
+        if runner is not None and runner.phase is Phase.LOADING:
+            other_runners = runner.drop()
+            self._remove(runner)
+            self._pending.extend(_Job(request.model, -1, request, done, None) for request, done in other_runners)
             self._done_placing()
 
-    def _later(self, seconds: float, step: Callable[[], None]) -> None:
-        """The same after some time, unless the server died in between."""
-        life = self._life
-        self._host.timeline.after(seconds, lambda: step() if life == self._life else None)
+    def _after(self, seconds: float, step: Callable[[], None]) -> None:
+        """Calls `step` after a delay, unless the server crashes first."""
+        generation = self._generation
+        self._machine.timeline.after(seconds, lambda: step() if generation == self._generation else None)
 
-    def _try(self, job: _Job) -> None:
-        if job.gone:
+    def _try_place(self, job: _Job) -> None:
+        if job.is_cancelled:
             self._done_placing()
             return
-        found = self._loaded.get(job.model.blob)
-        if found is not None and found.phase is Phase.READY:
-            self._hand_over(job, found)
-        elif found is not None:
-            found.when_gone.append(lambda: self._try(job))
-        elif len(self._loaded) >= self.config.most_loaded(len(self.gpus)):
+        runner = self._loaded.get(job.model.blob)
+        if runner is not None and runner.phase is Phase.READY:
+            self._hand_over(job, runner)
+        elif runner is not None:
+            runner.on_gone.append(lambda: self._try_place(job))
+        elif len(self._loaded) >= self.config.model_limit(len(self.gpus)):
             self._make_room(job)
         else:
-            self._later(self._host.world.memory_read_seconds if not self.config.is_0_30
-                        else self._host.world.memory_read_seconds_0_30, lambda: self._place(job))  # fmt: skip
+            self._after(self._machine.world.memory_read_seconds if not self.config.is_0_30
+                        else self._machine.world.memory_read_seconds_0_30, lambda: self._place(job))  # fmt: skip
 
     def _place(self, job: _Job) -> None:
-        if job.gone:
+        if job.is_cancelled:
             self._done_placing()
             return
-        rooms = self._rooms()
-        ask = server_placement.settled(self._ask(job), rooms)
-        plan = server_placement.plan(self._host.world, ask, rooms)
+        gpus = self._visible_gpus()
+        load_request = server_placement.with_fitting_batch(self._load_request(job), gpus)
+        plan = server_placement.plan(self._machine.world, load_request, gpus)
         if plan.error is not None:
             self._fail(job, plan.error)
         elif plan.must_evict:
             self._make_room(job)
         else:
-            self._start(job, plan.layers, ask.shape)
+            self._start(job, plan.layers, load_request.shape)
 
     def _make_room(self, job: _Job) -> None:
-        """Unloads the idle model with the shortest keep-alive, ties by blob; none idle: waits for the first of all."""
+        """Evicts the idle model with the shortest keep-alive, ties by blob; if none is idle, waits for the first."""
         runners = sorted(self._loaded.values(), key=lambda one: (one.keep_alive_seconds, one.model.blob))
         victim = next((one for one in runners if one.users == 0), runners[0] if runners else None)
         if victim is None:
             self._fail(job, "out of memory: nothing is left to evict")
             return
-        victim.when_gone.append(lambda: self._try(job))
-        self._expire(victim)
+        victim.on_gone.append(lambda: self._try_place(job))
+        self._expire_now(victim)
 
     def _start(self, job: _Job, layers: tuple[int, ...], shape: LoadShape) -> None:
-        found = Loaded.plan(self._host, self.name, job.model, self.config, self.gpus, layers, shape)
-        for uuid in found.uuids:
+        runner = ModelRunner.plan(self._machine, self.name, job.model, self.config, self.gpus, layers, shape)
+        for uuid in runner.uuids:
             if not any(uuid in other.uuids for other in self._loaded.values()):
-                self._first_free[uuid] = self._host.book.free_bytes(uuid)
+                self._first_free[uuid] = self._machine.ledger.free_bytes(uuid)
         try:
-            found.allocate()
+            runner.allocate()
         except OutOfMemoryError as error:
             self._out_of_memory(job, str(error))
             return
-        self._loaded[job.model.blob] = found
-        found.begin(lambda: self._ready(job, found))
+        self._loaded[job.model.blob] = runner
+        runner.begin(lambda: self._ready(job, runner))
 
     def _out_of_memory(self, job: _Job, message: str) -> None:
-        """0.24 fails; from 0.30 all others are evicted, busy ones once idle, and the load is tried once more."""
-        others = list(self._loaded.values())
-        if not self.config.is_0_30 or job.retried or not others:
-            self._host.tally.failed_loads += 1
+        """0.24 fails; from 0.30 all other models are evicted, busy ones once idle, and the load is retried once."""
+        other_runners = list(self._loaded.values())
+        if not self.config.is_0_30 or job.is_retried or not other_runners:
+            self._machine.stats.failed_loads += 1
             self._fail(job, f"out of memory: {message}")
             return
-        job.retried = True
-        staying = set(others)
+        job.is_retried = True
+        still_loaded = set(other_runners)
 
-        def gone(one: Loaded) -> None:
-            staying.discard(one)
-            if not staying:
-                self._try(job)
+        def unloaded(one: ModelRunner) -> None:
+            still_loaded.discard(one)
+            if not still_loaded:
+                self._try_place(job)
 
-        for one in others:
-            one.when_gone.append(partial(gone, one))
-            self._expire(one)
+        for one in other_runners:
+            one.on_gone.append(partial(unloaded, one))
+            self._expire_now(one)
 
-    def _ready(self, job: _Job, found: Loaded) -> None:
-        found.ready()
-        self._hand_over(job, found)
+    def _ready(self, job: _Job, runner: ModelRunner) -> None:
+        runner.ready()
+        self._hand_over(job, runner)
 
-    def _hand_over(self, job: _Job, found: Loaded) -> None:
+    def _hand_over(self, job: _Job, runner: ModelRunner) -> None:
         request, served = job.request, job.served
         if request is not None and served is not None:
-            found.serve(request, lambda r, error: self._served(found, r, error, served))
-        elif found.users == 0:
-            self._start_expiry(found)
+            runner.serve(request, lambda r, error: self._request_ended(runner, r, error, served))
+        elif runner.users == 0:
+            self._start_expiry(runner)
         loaded = job.loaded
         if loaded is None:
             self._done_placing()
         else:
-            self._done_placing(lambda: loaded(LoadResult(found.size_bytes, found.size_vram_bytes)))
+            self._done_placing(lambda: loaded(LoadResult(runner.size_bytes, runner.size_vram_bytes)))
 
     def _fail(self, job: _Job, error: str) -> None:
         self._done_placing(lambda: self._end_job(job, error))
@@ -267,10 +267,10 @@ class SimServer:
         elif job.loaded is not None:
             job.loaded(LoadResult(error=error))
 
-    # --- what it believes ----------------------------------------------------------------------------------
+    # --- memory estimates ----------------------------------------------------------------------------------
 
-    def _ask(self, job: _Job) -> server_placement.Ask:
-        return server_placement.Ask(
+    def _load_request(self, job: _Job) -> server_placement.LoadRequest:
+        return server_placement.LoadRequest(
             model=job.model,
             shape=shape_of(job.model, self.config),
             version=self.config.version,
@@ -281,71 +281,72 @@ class SimServer:
             host_free_bytes=self.config.host_memory_bytes,
         )
 
-    def _rooms(self) -> list[server_placement.Room]:
-        return [self._room(uuid) for uuid in self.gpus]
+    def _visible_gpus(self) -> list[server_placement.VisibleGpu]:
+        return [self._visible_gpu(uuid) for uuid in self.gpus]
 
-    def _room(self, uuid: GpuUuid) -> server_placement.Room:
-        """0.24: the smaller of the driver's word and its own books. 0.30: a GPU with a runner is not read again."""
-        gpu = self._host.book.by_uuid[uuid]
-        free = self._host.book.free_bytes(uuid)
-        own = [one for one in self._loaded.values() if uuid in one.uuids]
-        if own and self.config.is_0_30:
-            free = self._first_free[uuid] - sum(one.bytes_by_gpu[uuid] for one in own)
-        elif own:
-            free = min(free, gpu.usable_bytes - sum(one.believed_bytes[uuid] for one in own))
-        return server_placement.Room(gpu.usable_bytes, max(0, free), gpu.facts.bandwidth_bytes_per_second)
+    def _visible_gpu(self, uuid: GpuUuid) -> server_placement.VisibleGpu:
+        """The free memory the server assumes. 0.24: the smaller of the driver's value and its own bookkeeping. 0.30: a
+        GPU with a runner is not read again."""
+        gpu = self._machine.ledger.by_uuid[uuid]
+        free = self._machine.ledger.free_bytes(uuid)
+        runners_here = [one for one in self._loaded.values() if uuid in one.uuids]
+        if runners_here and self.config.is_0_30:
+            free = self._first_free[uuid] - sum(one.bytes_by_gpu[uuid] for one in runners_here)
+        elif runners_here:
+            free = min(free, gpu.usable_bytes - sum(one.booked_bytes[uuid] for one in runners_here))
+        return server_placement.VisibleGpu(gpu.usable_bytes, max(0, free), gpu.facts.bandwidth_bytes_per_second)
 
-    # --- leaving -------------------------------------------------------------------------------------------
+    # --- unloading -----------------------------------------------------------------------------------------
 
-    def _served(self, found: Loaded, request: Request, error: str, done: Done) -> None:
-        self._user_left(found)
+    def _request_ended(self, runner: ModelRunner, request: Request, error: str, done: OnFinished) -> None:
+        self._release_user(runner)
         done(request, error)
 
-    def _user_left(self, found: Loaded) -> None:
-        found.users -= 1
-        if found.users == 0 and found.phase is Phase.READY:
-            if found.keep_alive_seconds == 0:
-                self._unload(found)
+    def _release_user(self, runner: ModelRunner) -> None:
+        runner.users -= 1
+        if runner.users == 0 and runner.phase is Phase.READY:
+            if runner.keep_alive_seconds == 0:
+                self._unload(runner)
             else:
-                self._start_expiry(found)
+                self._start_expiry(runner)
 
-    def _start_expiry(self, found: Loaded) -> None:
-        keep = found.keep_alive_seconds
-        if keep != float("inf"):
-            found.expiry = self._host.timeline.after(keep, lambda: self._expired(found))
+    def _start_expiry(self, runner: ModelRunner) -> None:
+        keep_alive_seconds = runner.keep_alive_seconds
+        if keep_alive_seconds != float("inf"):
+            runner.expiry = self._machine.timeline.after(keep_alive_seconds, lambda: self._keep_alive_expired(runner))
 
-    def _expired(self, found: Loaded) -> None:
-        if found.users == 0 and found.phase is Phase.READY:
-            self._unload(found)
+    def _keep_alive_expired(self, runner: ModelRunner) -> None:
+        if runner.users == 0 and runner.phase is Phase.READY:
+            self._unload(runner)
 
-    def _expire(self, found: Loaded) -> None:
-        """Gone as soon as nobody uses it; requests that still come for it hold it back."""
-        found.keep_alive_seconds = 0.0
-        if found.users == 0 and found.phase is Phase.READY:
-            self._unload(found)
+    def _expire_now(self, runner: ModelRunner) -> None:
+        """Unloads the model once idle; later requests for it still delay that."""
+        runner.keep_alive_seconds = 0.0
+        if runner.users == 0 and runner.phase is Phase.READY:
+            self._unload(runner)
 
-    def _unload(self, found: Loaded) -> None:
-        found.phase = Phase.UNLOADING
-        world = self._host.world
-        whole = world.unload_seconds_0_30 if self.config.is_0_30 else world.unload_seconds
-        self._later(world.kill_seconds, lambda: self._delist(found))
-        self._later(whole, lambda: _call_all(found.when_gone))
+    def _unload(self, runner: ModelRunner) -> None:
+        runner.phase = Phase.UNLOADING
+        world = self._machine.world
+        unload_seconds = world.unload_seconds_0_30 if self.config.is_0_30 else world.unload_seconds
+        self._after(world.kill_seconds, lambda: self._delist(runner))
+        self._after(unload_seconds, lambda: _call_all(runner.on_gone))
 
-    def _delist(self, found: Loaded) -> None:
-        """Its memory is free, and a request for it finds no runner."""
-        found.end()
-        if self._loaded.get(found.model.blob) is found:
-            del self._loaded[found.model.blob]
-        _call_all(found.when_delisted)
+    def _delist(self, runner: ModelRunner) -> None:
+        """Frees the runner's memory; requests no longer find it."""
+        runner.end()
+        if self._loaded.get(runner.model.blob) is runner:
+            del self._loaded[runner.model.blob]
+        _call_all(runner.on_delisted)
 
-    def _gone(self, found: Loaded) -> None:
-        """The same at once, by death."""
-        self._delist(found)
-        _call_all(found.when_gone)
+    def _remove(self, runner: ModelRunner) -> None:
+        """Removes a crashed runner at once."""
+        self._delist(runner)
+        _call_all(runner.on_gone)
 
 
 def _call_all(calls: list[Callable[[], None]]) -> None:
-    waiting = calls.copy()
+    pending_calls = calls.copy()
     calls.clear()
-    for call in waiting:
+    for call in pending_calls:
         call()

@@ -1,8 +1,8 @@
-"""What a server believes of a model's size, and where it therefore puts it.
+"""How an Ollama server estimates a model's memory and places its layers.
 
-Two generations: v0.24 and before estimate widely and take the fewest GPUs that hold all layers; from v0.30 a rough
-prediction meets an 80 % rule, then llama.cpp fits what it can. Each function names its rule's source. The truth is
-`router.lab.simulator.world`; the two differ on purpose. Pure: same facts, same plan.
+Two generations: up to v0.24 a generous estimate and the fewest GPUs that hold all layers; from v0.30 a rough prediction
+with an 80 % rule, then llama.cpp's fit. Each function names its source. The true sizes are in
+`router.lab.simulator.world` and differ on purpose. Pure: the same inputs give the same plan.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from router.lab.simulator.world import (
 
 KEPT_FREE_BYTES = CUDA_CONTEXT_BYTES
 """`minimumMemory` of a CUDA GPU (discover, v0.24)."""
-_LEAST_BATCH, _SMALL_GPU_BATCH = 512, 256
+_MINIMUM_BATCH, _SMALL_GPU_BATCH = 512, 256
 _SMALL_GPU_BYTES = 8 * 1024**3
 _LARGE_BATCHES = {2048: (0.6, 2048 * MIB), 1024: (0.75, 768 * MIB)}
-"""Batch -> of the free memory, what the prediction may be for it, and what it takes beside that."""
+"""Batch size -> (maximal share of free memory for the prediction, extra bytes the batch needs)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class VisibleGpu:
     """One visible GPU as the server sees it."""
 
     total_bytes: int
@@ -44,35 +44,35 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What is to be loaded, and the switches that decide about it."""
+class LoadRequest:
+    """The model to load and the settings that affect its placement."""
 
     model: ModelFacts
     shape: LoadShape
     version: tuple[int, ...] = (0, 24, 0)
     num_gpu: int = -1
-    """Layers wanted on the GPUs; -1: as the server decides."""
+    """Requested layers on the GPUs; -1: the server decides."""
     main_gpu: int = 0
     spread: bool = False
     tensor_split: tuple[float, ...] = ()
-    """`LLAMA_ARG_TENSOR_SPLIT`, which llama-server (from 0.30) heeds: shares of the GPUs; empty: by free memory."""
+    """`LLAMA_ARG_TENSOR_SPLIT`, used by llama-server (from 0.30): shares of the GPUs; empty: by free memory."""
     overhead_bytes: int = 0
     has_others: bool = False
-    """Other models are loaded in the same server."""
+    """Whether other models are loaded in the same server."""
     is_batch_given: bool = False
-    """The request names its batch."""
+    """Whether the request sets `num_batch`."""
     host_free_bytes: int = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Units (layers, then the output layer) on each GPU in the order given; the rest is on the CPU."""
+    """Units (layers, then the output layer) on each GPU, in the order given; the rest is on the CPU."""
 
     layers: tuple[int, ...]
     must_evict: bool = False
-    """Nothing is placed before another model is gone."""
+    """Another model must be evicted first."""
     error: str | None = None
-    """The server refuses at once, with this text and status 500."""
+    """Set if the server refuses the load, with status 500 and this message."""
 
     @property
     def on_gpus(self) -> int:
@@ -80,44 +80,48 @@ class Plan:
 
 
 def default_context(total_vram_bytes: int, version: tuple[int, ...], overhead_bytes: int = 0) -> int:
-    """Tokens where nothing names a context: by all VRAM the server sees (server/routes.go, v0.24); 4,096 before."""
+    """Default context length in tokens, by the total visible VRAM (server/routes.go, v0.24); before 0.15: 4,096."""
     if version < (0, 15):
         return 4096
-    seen = total_vram_bytes - overhead_bytes
-    if seen < 23 * 1024 * MIB:
+    visible_bytes = total_vram_bytes - overhead_bytes
+    if visible_bytes < 23 * 1024 * MIB:
         return 4096
-    return 32_768 if seen < 47 * 1024 * MIB else 262_144
+    return 32_768 if visible_bytes < 47 * 1024 * MIB else 262_144
 
 
-def settled(ask: Ask, gpus: Sequence[Room]) -> Ask:
-    """The same with the batch that the server takes; `plan` wants it so. From 0.30 a batch that the context would allow
-    is lowered where memory is short (server/sched.go, v0.33, `automaticGenerationBatch`)."""
-    if ask.version < (0, 30) or ask.is_batch_given or ask.model.is_embedding or not gpus:
-        return ask
-    batch = _fitting_batch(ask, [gpus[index] for index in _chosen_0_30(ask, gpus)])
-    return replace(ask, shape=replace(ask.shape, batch_tokens=batch))
+def with_fitting_batch(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> LoadRequest:
+    """Returns the request with the batch size the server will use; call before `plan`.
+
+    From 0.30 the batch is lowered when memory is short (server/sched.go, v0.33, `automaticGenerationBatch`).
+    """
+    if request.version < (0, 30) or request.is_batch_given or request.model.is_embedding or not gpus:
+        return request
+    batch = _fitting_batch(request, [gpus[index] for index in _selected_gpus_0_30(request, gpus)])
+    return replace(request, shape=replace(request.shape, batch_tokens=batch))
 
 
-def plan(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
-    """Where the server puts the model. With no GPUs, or `num_gpu` 0, all of it goes to the CPU."""
-    if not gpus or ask.num_gpu == 0:
-        return _on_cpu_too(ask, (0,) * len(gpus))
-    if ask.version >= (0, 30):
-        return _plan_0_30(world, ask, gpus)
-    return _plan_0_24(world, ask, gpus)
+def plan(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
+    """Places the model. Without GPUs, or with `num_gpu` 0, all of it goes to the CPU."""
+    if not gpus or request.num_gpu == 0:
+        return _check_host_memory(request, (0,) * len(gpus))
+    if request.version >= (0, 30):
+        return _plan_0_30(world, request, gpus)
+    return _plan_0_24(world, request, gpus)
 
 
 # --- up to 0.24 -------------------------------------------------------------------------------------------
 
 
 def graph_bytes(model: ModelFacts, shape: LoadShape) -> int:
-    """The compute graph as v0.24 estimates it for the llama.cpp engine; flash attention does not lower it."""
+    """Compute graph estimate of v0.24 for the llama.cpp engine; flash attention does not lower it."""
     return offload_rules.graph_bytes(model, shape.context_length * shape.slots, shape.batch_tokens)
 
 
-def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
-    """What a server up to 0.24 books on each GPU for a runner that it has, and takes off what it believes to be free:
-    its estimate on the llama.cpp engine, what is true on its own (server/sched.go, `updateFreeSpace`)."""
+def booked_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
+    """Bytes that a server up to 0.24 books on each GPU for a loaded runner and subtracts from free memory.
+
+    The estimate for the llama.cpp engine, the true size for Ollama's own engine (server/sched.go, `updateFreeSpace`).
+    """
     if model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
         return true_bytes(world, model, shape, layers)
     unit = layer_bytes(model) + kv_layer_bytes(model, shape)
@@ -129,130 +133,136 @@ def believed_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Se
     )
 
 
-def _plan_0_24(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
-    """llm/server.go, v0.24: GPUs with most free memory first, faster ones before; the fewest that hold all layers."""
-    if ask.num_gpu > ask.model.layers and not ask.has_others:
-        return Plan(_even(ask.model.layers + 1, len(gpus)))
+def _plan_0_24(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
+    """The fewest GPUs that hold all layers, fastest first, then most free memory (llm/server.go, v0.24)."""
+    if request.num_gpu > request.model.layers and not request.has_others:
+        return Plan(_even(request.model.layers + 1, len(gpus)))
     order = sorted(range(len(gpus)), key=lambda i: (-gpus[i].bandwidth_bytes_per_second, -gpus[i].free_bytes, i))
-    total = ask.model.layers + 1
-    wanted = total if ask.num_gpu < 0 else min(ask.num_gpu, total)
-    for count in range(len(gpus) if ask.spread else 1, len(gpus) + 1):
-        units = _capacities(world, ask, [gpus[i] for i in order[:count]])
-        if sum(units) >= wanted + (_output_surplus(ask) if wanted == total else 0):
-            return _on_cpu_too(ask, _placed(order[:count], _by_room(wanted, units), len(gpus)))
-    if ask.has_others:
+    total = request.model.layers + 1
+    requested_units = total if request.num_gpu < 0 else min(request.num_gpu, total)
+    for count in range(len(gpus) if request.spread else 1, len(gpus) + 1):
+        units = _capacities(world, request, [gpus[i] for i in order[:count]])
+        if sum(units) >= requested_units + (_output_surplus(request) if requested_units == total else 0):
+            return _check_host_memory(
+                request, _in_gpu_order(order[:count], _by_capacity(requested_units, units), len(gpus))
+            )
+    if request.has_others:
         return Plan((0,) * len(gpus), must_evict=True)
-    units = _capacities(world, ask, [gpus[i] for i in order])
-    fitting = min(sum(units), ask.model.layers, wanted)
-    return _on_cpu_too(ask, _placed(order, _by_room(fitting, units), len(gpus)))
+    units = _capacities(world, request, [gpus[i] for i in order])
+    fitting = min(sum(units), request.model.layers, requested_units)
+    return _check_host_memory(request, _in_gpu_order(order, _by_capacity(fitting, units), len(gpus)))
 
 
-def _unit_bytes(ask: Ask) -> int:
-    """One layer with its part of the cache."""
-    return max(1, layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape))
+def _unit_bytes(request: LoadRequest) -> int:
+    """One layer with its share of the KV cache."""
+    return max(1, layer_bytes(request.model) + kv_layer_bytes(request.model, request.shape))
 
 
-def _output_surplus(ask: Ask) -> int:
-    """By how many layers' room the output layer is larger than one layer."""
-    return max(0, -(-output_bytes(ask.model) // _unit_bytes(ask)) - 1)
+def _output_surplus(request: LoadRequest) -> int:
+    """Extra units that the output layer takes compared to one layer."""
+    return max(0, -(-output_bytes(request.model) // _unit_bytes(request)) - 1)
 
 
-def _capacities(world: World, ask: Ask, gpus: Sequence[Room]) -> list[int]:
-    """Units that the server believes each GPU can take."""
-    unit = _unit_bytes(ask)
-    if ask.model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
-        kept = compute_buffer_bytes(ask.model, ask.shape, True) + world.cuda_context_bytes
+def _capacities(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
+    """Units that fit on each GPU by the server's estimate."""
+    unit = _unit_bytes(request)
+    if request.model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
+        reserved_bytes = compute_buffer_bytes(request.model, request.shape, True) + world.cuda_context_bytes
     else:
-        kept = graph_bytes(ask.model, ask.shape) + unit
-    kept += KEPT_FREE_BYTES + ask.overhead_bytes
-    return [max(0, (gpu.free_bytes - kept) // unit) for gpu in gpus]
+        reserved_bytes = graph_bytes(request.model, request.shape) + unit
+    reserved_bytes += KEPT_FREE_BYTES + request.overhead_bytes
+    return [max(0, (gpu.free_bytes - reserved_bytes) // unit) for gpu in gpus]
 
 
 # --- from 0.30 --------------------------------------------------------------------------------------------
 
 
 def predicted_bytes(model: ModelFacts, shape: LoadShape) -> int:
-    """The prediction of v0.30 to v0.33: the file and an f16 cache, by width over heads and the fewest KV heads."""
+    """Prediction of v0.30 to v0.33: file size plus an f16 cache, by width / heads and the fewest KV heads."""
     return offload_rules.predicted_bytes(model, shape.context_length, shape.slots)
 
 
-def _plan_0_30(world: World, ask: Ask, gpus: Sequence[Room]) -> Plan:
-    """server/sched.go, v0.33: one GPU within 80 % of its free memory, else all; then llama.cpp's fit."""
-    chosen = _chosen_0_30(ask, gpus)
-    free = sum(gpus[index].free_bytes for index in chosen)
-    if ask.has_others and predicted_bytes(ask.model, ask.shape) > ONE_GPU_SHARE * free:
+def _plan_0_30(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
+    """One GPU if the prediction is within 80 % of its free memory, else all; then llama.cpp's fit (server/sched.go,
+    v0.33)."""
+    selected = _selected_gpus_0_30(request, gpus)
+    free = sum(gpus[index].free_bytes for index in selected)
+    if request.has_others and predicted_bytes(request.model, request.shape) > ONE_GPU_SHARE * free:
         return Plan((0,) * len(gpus), must_evict=True)
-    total = ask.model.layers + 1
-    if ask.num_gpu >= 0:
-        wanted = min(ask.num_gpu, total)
-        if len(chosen) > 1 and any(ask.tensor_split[: len(gpus)]):
-            return Plan(_as_told(ask, wanted, len(gpus)))
-        return Plan(_placed(chosen, _by_room(wanted, [gpus[index].free_bytes for index in chosen]), len(gpus)))
-    units = _fitting(world, ask, [gpus[i] for i in chosen])
-    return _on_cpu_too(ask, _placed(chosen, _by_room(min(total, sum(units)), units), len(gpus)))
+    total = request.model.layers + 1
+    if request.num_gpu >= 0:
+        requested_units = min(request.num_gpu, total)
+        if len(selected) > 1 and any(request.tensor_split[: len(gpus)]):
+            return Plan(_by_tensor_split(request, requested_units, len(gpus)))
+        free_bytes = [gpus[index].free_bytes for index in selected]
+        return Plan(_in_gpu_order(selected, _by_capacity(requested_units, free_bytes), len(gpus)))
+    units = _fitting(world, request, [gpus[i] for i in selected])
+    return _check_host_memory(request, _in_gpu_order(selected, _by_capacity(min(total, sum(units)), units), len(gpus)))
 
 
-def _chosen_0_30(ask: Ask, gpus: Sequence[Room]) -> list[int]:
-    """The GPU that was asked for, the one with most room where that is enough by far, or all."""
-    if 0 < ask.main_gpu < len(gpus):
-        return [ask.main_gpu]
+def _selected_gpus_0_30(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
+    """Indices of the GPUs to use: `main_gpu` if set, the one with most free memory if the 80 % rule holds, else all."""
+    if 0 < request.main_gpu < len(gpus):
+        return [request.main_gpu]
     best = max(range(len(gpus)), key=lambda i: (gpus[i].free_bytes, -i))
-    is_enough = predicted_bytes(ask.model, ask.shape) <= ONE_GPU_SHARE * gpus[best].free_bytes
-    return [best] if is_enough and not ask.spread else list(range(len(gpus)))
+    fits_one_gpu = predicted_bytes(request.model, request.shape) <= ONE_GPU_SHARE * gpus[best].free_bytes
+    return [best] if fits_one_gpu and not request.spread else list(range(len(gpus)))
 
 
-def _fitting_batch(ask: Ask, gpus: Sequence[Room]) -> int:
-    """The largest up to that of the shape which the prediction leaves room for; without flash attention never a large
-    one (`automaticGenerationBatch`, `generationBatchFits`)."""
-    shape = ask.shape
+def _fitting_batch(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> int:
+    """The largest batch, up to the shape's, that fits next to the prediction; without flash attention never a large one
+    (`automaticGenerationBatch`, `generationBatchFits`)."""
+    shape = request.shape
     if not shape.flash_attention:
         is_small = any(min(gpu.total_bytes, gpu.free_bytes) <= _SMALL_GPU_BYTES for gpu in gpus)
-        return _SMALL_GPU_BATCH if is_small and shape.context_length * shape.slots > 4096 else _LEAST_BATCH
+        return _SMALL_GPU_BATCH if is_small and shape.context_length * shape.slots > 4096 else _MINIMUM_BATCH
     free = sum(gpu.free_bytes for gpu in gpus)
-    predicted = predicted_bytes(ask.model, shape)
+    predicted = predicted_bytes(request.model, shape)
     for batch, (share, extra) in _LARGE_BATCHES.items():
         if batch <= shape.batch_tokens and predicted <= share * free and predicted + extra <= ONE_GPU_SHARE * free:
             return batch
-    return _LEAST_BATCH
+    return _MINIMUM_BATCH
 
 
-def _as_told(ask: Ask, units: int, gpus: int) -> tuple[int, ...]:
-    """So many units, the last ones, in the shares that the server was told, as llama.cpp puts them: a GPU beyond the
-    last share gets nothing, however few layers go to the GPUs (`load_tensors`)."""
-    split = split_by(units - 1, shares_for(ask.tensor_split, gpus))
+def _by_tensor_split(request: LoadRequest, units: int, gpus: int) -> tuple[int, ...]:
+    """Splits the last `units` units by the configured tensor split, as llama.cpp does (`load_tensors`).
+
+    A GPU beyond the last share gets nothing.
+    """
+    split = split_by(units - 1, shares_for(request.tensor_split, gpus))
     return tuple(count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers))
 
 
-def _fitting(world: World, ask: Ask, gpus: Sequence[Room]) -> list[int]:
-    """Units for which llama.cpp's fit, which measures, finds room on each GPU."""
-    unit = _unit_bytes(ask)
-    fixed = compute_buffer_bytes(ask.model, ask.shape, True) + world.cuda_context_bytes
-    found: list[int] = []
+def _fitting(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
+    """Units that llama.cpp's fit places on each GPU; it measures true sizes."""
+    unit = _unit_bytes(request)
+    fixed = compute_buffer_bytes(request.model, request.shape, True) + world.cuda_context_bytes
+    capacities: list[int] = []
     for index, gpu in enumerate(gpus):
         surplus = 0 if index else world.first_gpu_bytes
-        found.append(max(0, (gpu.free_bytes - FIT_TARGET_BYTES - fixed - surplus) // unit))
-    return found
+        capacities.append(max(0, (gpu.free_bytes - FIT_TARGET_BYTES - fixed - surplus) // unit))
+    return capacities
 
 
 # --- shared -----------------------------------------------------------------------------------------------
 
 
 def _even(units: int, gpus: int) -> tuple[int, ...]:
-    """As even as whole units can be, more on the first GPUs."""
+    """As even as possible; the first GPUs get the remainder."""
     each, rest = divmod(units, gpus)
     return tuple(each + (index < rest) for index in range(gpus))
 
 
-def _by_room(units: int, room: Sequence[int]) -> list[int]:
-    """Shared in proportion to the room of each GPU, never over it; equal rooms share evenly."""
-    whole = sum(room)
-    if whole <= 0:
-        return [0] * len(room)
-    shares = [min(space, units * space // whole) for space in room]
+def _by_capacity(units: int, capacity: Sequence[int]) -> list[int]:
+    """Splits units in proportion to each GPU's capacity and never above it; equal GPUs share evenly."""
+    total_capacity = sum(capacity)
+    if total_capacity <= 0:
+        return [0] * len(capacity)
+    shares = [min(gpu_capacity, units * gpu_capacity // total_capacity) for gpu_capacity in capacity]
     while sum(shares) < units:
         index = min(
-            (i for i in range(len(room)) if shares[i] < room[i]),
-            key=lambda i: (shares[i] + 1) / room[i],
+            (i for i in range(len(capacity)) if shares[i] < capacity[i]),
+            key=lambda i: (shares[i] + 1) / capacity[i],
             default=None,
         )
         if index is None:
@@ -261,34 +271,35 @@ def _by_room(units: int, room: Sequence[int]) -> list[int]:
     return shares
 
 
-def _placed(order: Sequence[int], units: Sequence[int], count: int) -> tuple[int, ...]:
+def _in_gpu_order(order: Sequence[int], units: Sequence[int], count: int) -> tuple[int, ...]:
     layers = [0] * count
     for index, amount in zip(order, units, strict=True):
         layers[index] = amount
     return tuple(layers)
 
 
-def _on_cpu_too(ask: Ask, layers: tuple[int, ...]) -> Plan:
-    """The same with a refusal where host memory does not hold what is left for it (llm/server.go, v0.24)."""
-    missing = max(0, ask.model.layers + 1 - sum(layers))
-    unit = layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape)
-    need = missing * unit
-    if need <= ask.host_free_bytes:
+def _check_host_memory(request: LoadRequest, layers: tuple[int, ...]) -> Plan:
+    """The plan, refused if host memory cannot hold the layers left for the CPU (llm/server.go, v0.24)."""
+    cpu_units = max(0, request.model.layers + 1 - sum(layers))
+    unit = layer_bytes(request.model) + kv_layer_bytes(request.model, request.shape)
+    needed_bytes = cpu_units * unit
+    if needed_bytes <= request.host_free_bytes:
         return Plan(layers)
-    words = f"model requires more system memory ({gib(need)}) than is available ({gib(ask.host_free_bytes)})"
-    return replace(Plan(layers), error=words)
+    needed, available = human_bytes(needed_bytes), human_bytes(request.host_free_bytes)
+    error = f"model requires more system memory ({needed}) than is available ({available})"
+    return replace(Plan(layers), error=error)
 
 
-def gib(amount: int) -> str:
-    """As Go's `format.HumanBytes2` prints it: `71.5 GiB`."""
+def human_bytes(amount: int) -> str:
+    """Formats bytes like Go's `format.HumanBytes2`: `71.5 GiB`."""
     for name, size in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
         if amount >= size:
             return f"{amount / size:.1f} {name}"
     return f"{amount} B"
 
 
-def sizes(world: World, ask: Ask, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """Host bytes and true bytes on each GPU of a plan; `/api/ps` shows all as `size`, the latter as `size_vram`."""
-    missing = max(0, ask.model.layers + 1 - sum(layers))
-    unit = layer_bytes(ask.model) + kv_layer_bytes(ask.model, ask.shape)
-    return missing * unit, true_bytes(world, ask.model, ask.shape, layers)
+def sizes(world: World, request: LoadRequest, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Host bytes and true bytes per GPU of a plan; in `/api/ps`, `size` is their total and `size_vram` the GPU part."""
+    cpu_units = max(0, request.model.layers + 1 - sum(layers))
+    unit = layer_bytes(request.model) + kv_layer_bytes(request.model, request.shape)
+    return cpu_units * unit, true_bytes(world, request.model, request.shape, layers)

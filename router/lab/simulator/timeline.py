@@ -1,7 +1,6 @@
-"""Virtual time: a heap of what is due, and a clock that jumps from one to the next.
+"""Virtual clock: a heap of timers, and a time that jumps from one timer to the next.
 
-What is due at the same time happens in the order in which it was asked for, so that a run is the same each time. It
-knows nothing of servers, GPUs or requests.
+Timers due at the same time fire in the order in which they were set, so a run is deterministic.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Callable
 
 
 class Timer:
-    """Something due; `cancel` makes it never happen."""
+    """A pending callback; `cancel` prevents it."""
 
     __slots__ = ("_call", "due")
 
@@ -23,7 +22,7 @@ class Timer:
         self._call = None
 
     def fire(self) -> bool:
-        """Does it; False where it was cancelled."""
+        """Calls the callback. Returns False if the timer was cancelled."""
         call, self._call = self._call, None
         if call is None:
             return False
@@ -32,25 +31,25 @@ class Timer:
 
 
 class Timeline:
-    """The clock of one run, in seconds since its start."""
+    """The virtual clock of one run, in seconds since its start."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self._heap: list[tuple[float, int, Timer]] = []
-        self._asked = 0
+        self._timer_count = 0
 
     def at(self, due: float, call: Callable[[], None]) -> Timer:
-        """Calls at that time, or now if it has passed."""
+        """Sets a timer for that time, or for now if it has passed."""
         timer = Timer(max(due, self.now), call)
-        self._asked += 1
-        heapq.heappush(self._heap, (timer.due, self._asked, timer))
+        self._timer_count += 1
+        heapq.heappush(self._heap, (timer.due, self._timer_count, timer))
         return timer
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
         return self.at(self.now + seconds, call)
 
     def step(self) -> bool:
-        """Does the next thing that is due; False when nothing is left."""
+        """Advances to the next timer and fires it. Returns False if no timer is left."""
         while self._heap:
             due, _, timer = heapq.heappop(self._heap)
             self.now = max(self.now, due)

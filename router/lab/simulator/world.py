@@ -1,9 +1,8 @@
-"""The world that servers and GPUs live in, as numbers: how long things take and how much memory they hold.
+"""Cost model of the simulated hardware: how long things take and how much memory they use.
 
-The simulator and the emulated server both ask here, so that a trace played on either takes the same time. All
-figures that a measurement could correct stand in one table, `WORLD`. Pure functions of their arguments: no clock, no
-file, no random source. What a *server* believes of a model's size, and where it therefore puts it, is
-`router.lab.simulator.server_placement`; here is what is true.
+Shared by the simulator and the emulated server, so that a trace takes the same time on both. Every constant that a
+measurement could correct is in one table, `WORLD`. These are the true sizes; a *server's* estimates are in
+`router.lab.simulator.server_placement`. Pure functions.
 """
 
 from __future__ import annotations
@@ -19,74 +18,74 @@ MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Constants of the cost model; units in the names. Defaults: see `WORLD`."""
+    """Constants of the cost model; the names carry the units."""
 
     load_fixed_seconds: float = 0.4
     load_fixed_cpu_seconds: float = 0.25
-    """Start of a runner. Seen on a CPU with 0.4 MB and with 100 MB of weights: 0.28 s; 0.4 s with a GPU."""
+    """Runner start-up. Measured on a CPU with 0.4 MB and with 100 MB of weights: 0.28 s; with a GPU: 0.4 s."""
     warm_bytes_per_second: float = 4.9e9
     cold_bytes_per_second: float = 2.0e9
     """Public measurements: 3 to 6 GB/s from a warm page cache, 1 to 3 from a disk; 42.5 GB warm in about 9 s."""
     host_bytes_per_second: float = 12e9
-    """What loads side by side get in all from the page cache: half of what two channels of DDR4-3200 copy (51 GB/s read
-    and written). Assumed; loads from the disk share `cold_bytes_per_second`."""
+    """Total rate of concurrent loads from the page cache: half of what two channels of DDR4-3200 copy (51 GB/s read and
+    written). Assumed. Loads from disk share `cold_bytes_per_second`."""
     memory_read_seconds: float = 0.45
     memory_read_seconds_0_30: float = 0.2
-    """What a server with GPUs spends on reading free memory before each try (server/sched.go, v0.24 and v0.33)."""
+    """Time a server with GPUs spends reading free memory before each attempt (server/sched.go, v0.24 and v0.33)."""
     unload_seconds: float = 0.8
     unload_seconds_0_30: float = 0.65
-    """Killing a runner and waiting until its memory is back; with the reading above 1.25 s (0.33: 0.85)."""
+    """Killing a runner and waiting until its memory is freed; 1.25 s (0.33: 0.85 s) with the reading above."""
     kill_seconds: float = 0.25
-    """The part of it after which a killed runner is no longer listed and its memory is free. Assumed; the rest is the
-    server's polling, each 250 ms."""
+    """Time until a killed runner is no longer listed and its memory is freed. Assumed; the rest of `unload_seconds` is
+    the server's polling, every 250 ms."""
 
     discovery_seconds: float = 0.5
     discovery_cpu_seconds: float = 0.05
     """From the start of a server until it has reported its devices, which may take up to 30 s."""
     pull_bytes_per_second: float = 117e6
-    """A download over a line of 1 Gbit/s, less the frames' overhead."""
+    """A download over 1 Gbit/s, minus framing overhead."""
 
     decode_efficiency: float = 0.823
     decode_seconds_per_layer: float = 73e-6
-    """A step reads all weights at this share of the GPU's bandwidth and adds a fixed time a layer. The two follow from
+    """A step reads all weights at this share of the GPU's bandwidth and adds a fixed time per layer. Both are fitted to
     two measurements on 3090s (936 GB/s): 120 tokens/s with an 8B and 16.6 with a 70B, both Q4_K_M."""
     decode_experts_share: float = 0.714
-    """What a mixture of experts reaches of that: 21.1 tokens/s with Mixtral 8x22B (Q4_K_M, 85.6 GB) on four 3090s."""
+    """Further factor for a mixture of experts: 21.1 tokens/s with Mixtral 8x22B (Q4_K_M, 85.6 GB) on four 3090s."""
     stream_share: float = 0.08
-    """A further stream in a batch makes a step longer by so much."""
+    """Each further stream in a batch lengthens a step by this share."""
     prefill_efficiency: float = 1.82
-    """Prompt evaluation in floating point operations (two a parameter and token) per FP32 operation of the GPU's
-    data sheet: 4,030 tokens/s with an 8B on a 3090 (35.6 TFLOPS). Above 1 because the tensor cores do it."""
+    """Prompt evaluation in floating point operations (two per parameter and token) per FP32 operation of the GPU's data
+    sheet: 4,030 tokens/s with an 8B on a 3090 (35.6 TFLOPS). Above 1 because tensor cores are used."""
     prefill_split_share: float = 0.82
-    """What is left of that where layers lie on several gpus: 375 tokens/s with a 70B on two 3090."""
+    """Factor when layers are split over several GPUs: 375 tokens/s with a 70B on two 3090s."""
 
     cpu_thread_bytes_per_second: float = 2.06e9
     cpu_thread_prefill_flops: float = 4.1e9
     cpu_threads: int = 16
     cpu_bytes_per_second: float = 40e9
-    """Seen with 103 MB of f16 weights and one thread: 50 ms a token, 25 ms a token of prompt; in all no faster than
-    two channels of DDR4."""
+    """Measured with 103 MB of f16 weights and one thread: 50 ms per token, 25 ms per prompt token; in total no faster
+    than two channels of DDR4."""
     offload_bytes_per_second: float = 12e9
-    """Where a server has GPUs, a batch of prompt is evaluated on one even for the layers that are on the CPU: their
-    weights stream over PCIe each time, at half of what PCIe 4.0 x16 carries, as they are not pinned. Assumed."""
+    """On a server with GPUs a prompt batch is evaluated on a GPU even for layers on the CPU: their weights are streamed
+    over PCIe each time, at half the rate of PCIe 4.0 x16 because they are not pinned. Assumed."""
     cpu_fraction_work: float = 0.1
-    """Share of a step that an emulated runner on the CPU really computes, so that its CPU time moves."""
+    """Share of a step that an emulated CPU runner really computes, so that its CPU time increases."""
 
     cuda_context_bytes: int = 420_000_000
-    """CUDA's own use on each GPU where a process has a context; 0.3 to 0.5 GB by driver and GPU."""
+    """A CUDA context on each GPU; 0.3 to 0.5 GB by driver and GPU."""
     first_gpu_bytes: int = 500_000_000
-    """What the first GPU of a set holds beyond its share: 70B Q4_K_M at 8,192 tokens took 23.8 + 22.4 GB on two 3090
-    and 46.1 GB on one A6000, where weights, cache and the terms here give 23.4 + 22.9 and 45.8."""
+    """What the first GPU of a set holds beyond its share: a 70B Q4_K_M at 8,192 tokens took 23.8 + 22.4 GB on two 3090s
+    and 46.1 GB on one A6000; weights, cache and the terms here give 23.4 + 22.9 and 45.8."""
 
 
 WORLD = World()
-_FINE_BITS = 7.5
-"""Above what Q6_K takes, the finest table of the usual four-bit files, an element."""
+_FINE_TABLE_BITS = 7.5
+"""Bits per element: above Q6_K, the finest table type in common four-bit files."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:
-    """What decides a GPU's speed."""
+    """The figures that determine a GPU's speed."""
 
     bandwidth_bytes_per_second: float
     fp32_teraflops: float
@@ -94,7 +93,7 @@ class GpuModel:
 
 @dataclass(frozen=True, slots=True)
 class LoadShape:
-    """How a model is loaded: its context, how many share it, what the cache is made of."""
+    """How a model is loaded: context length per slot, slots, KV cache type, flash attention and batch size."""
 
     context_length: int
     slots: int = 1
@@ -104,42 +103,45 @@ class LoadShape:
 
 
 def kv_layer_bytes(model: ModelFacts, shape: LoadShape) -> int:
-    """KV cache of the largest layer: context x slots x (key + value length) x KV heads x bytes an element.
+    """KV cache of the largest layer: context x slots x (key + value length) x KV heads x bytes per element.
 
-    Source: fs/ggml (v0.24); grew with 1 to 4 slots as computed on a running server. Raises ValueError for a cache type
-    that ggml lacks.
+    Source: fs/ggml (v0.24); verified with 1 to 4 slots on a running server.
+
+    Raises:
+        ValueError: ggml has no such cache type.
     """
-    heads = max(model.head_count_kv, default=0)
-    row = cache_bytes(shape.kv_cache_type, model.key_length * heads)
-    row += cache_bytes(shape.kv_cache_type, model.value_length * heads)
-    return row * max(4, shape.context_length) * shape.slots
+    kv_heads = max(model.head_count_kv, default=0)
+    bytes_per_token = cache_bytes(shape.kv_cache_type, model.key_length * kv_heads)
+    bytes_per_token += cache_bytes(shape.kv_cache_type, model.value_length * kv_heads)
+    return bytes_per_token * max(4, shape.context_length) * shape.slots
 
 
 def input_bytes(model: ModelFacts) -> int:
-    """The token embedding table, which stays in host memory: as told, or 4.5 bits an element."""
-    told = model.input_bytes
-    return min(told if told is not None else model.vocabulary_size * model.embedding_length * 9 // 16, _half(model))
+    """Token embedding table, kept in host memory: as reported, else 4.5 bits per element."""
+    default_bytes = model.vocabulary_size * model.embedding_length * 9 // 16
+    return min(default_bytes if model.input_bytes is None else model.input_bytes, _half_of_weights(model))
 
 
 def output_bytes(model: ModelFacts) -> int:
-    """The output layer: as told, or 6.5625 bits an element."""
-    told = model.output_bytes
-    return min(told if told is not None else model.vocabulary_size * model.embedding_length * 105 // 128, _half(model))
+    """Output layer: as reported, else 6.5625 bits per element."""
+    default_bytes = model.vocabulary_size * model.embedding_length * 105 // 128
+    return min(default_bytes if model.output_bytes is None else model.output_bytes, _half_of_weights(model))
 
 
-def _half(model: ModelFacts) -> int:
+def _half_of_weights(model: ModelFacts) -> int:
     return model.weights_bytes // 2
 
 
 def layer_bytes(model: ModelFacts) -> int:
-    """Weights of one layer, all taken as equal."""
+    """Weights of one layer; all layers are assumed equal."""
     return max(0, model.weights_bytes - input_bytes(model) - output_bytes(model)) // max(1, model.layers)
 
 
 def compute_buffer_bytes(model: ModelFacts, shape: LoadShape, has_output: bool) -> int:
-    """Scratch memory of one GPU for a batch: logits where the output layer is, attention elsewhere.
+    """Compute buffer of one GPU for a batch: logits on the GPU with the output layer, attention elsewhere.
 
-    Without flash attention the scores of all heads are kept: 4 x B x context x heads (llama graph of v0.24's estimate).
+    Without flash attention the scores of all heads are stored: 4 x batch x context x heads (v0.24's llama graph
+    estimate).
     """
     unit = 4 * shape.batch_tokens
     context = shape.context_length * shape.slots
@@ -150,10 +152,10 @@ def compute_buffer_bytes(model: ModelFacts, shape: LoadShape, has_output: bool) 
 
 
 def true_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
-    """What a loaded model really holds on each GPU.
+    """Bytes a loaded model really uses on each GPU.
 
-    `layers` counts units on each GPU, in order, the output layer being the last of all `model.layers + 1`; fewer in
-    sum means that the rest is on the CPU. A GPU without a layer holds nothing.
+    `layers` counts units on each GPU, in order; the output layer is the last of all `model.layers + 1`. If their sum is
+    smaller, the rest is on the CPU. A GPU without a layer holds nothing.
     """
     unit = layer_bytes(model) + kv_layer_bytes(model, shape)
     has_output = sum(layers) > model.layers
@@ -171,30 +173,30 @@ def true_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequen
 
 
 def _first_gpu(world: World, model: ModelFacts) -> int:
-    """No more than a tenth of the model: small ones do not show such a surplus."""
+    """At most a tenth of the model: small models show no such surplus."""
     return min(world.first_gpu_bytes, model.weights_bytes // 10)
 
 
 def load_seconds(world: World, weights_bytes: int, warm: bool, on_gpus: bool = True) -> float:
-    """From the start of the runner to the first request it can serve."""
+    """Time from a runner's start until it can serve a request."""
     fixed = world.load_fixed_seconds if on_gpus else world.load_fixed_cpu_seconds
     return fixed + weights_bytes / (world.warm_bytes_per_second if warm else world.cold_bytes_per_second)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast a loaded model is, in emulated seconds."""
+    """Speed of a loaded model, in emulated seconds."""
 
     step_seconds: float
     """One token of one stream."""
     stream_share: float
-    """What each further stream adds to a step, as a share of it."""
+    """Share of a step that each further stream adds."""
     prefill_seconds_per_token: float
     batch_tokens: int
     is_cpu: bool
 
     def step(self, streams: int) -> float:
-        """One token of each of `streams` streams."""
+        """Duration of one token for each of `streams` streams."""
         return self.step_seconds * (1 + self.stream_share * max(0, streams - 1))
 
 
@@ -207,10 +209,13 @@ def speed(
     active_share: float = 1.0,
     batch: int = 512,
 ) -> Speed:
-    """Tokens by GPU and model. `layers` as for `true_bytes`; `threads` 0: all; `active_share`: of the weights, what
-    a token uses (below 1 for mixtures of experts); `batch`: prompt tokens that are evaluated at once."""
+    """Speed of a model on these GPUs.
+
+    `layers` as for `true_bytes`; `threads` 0: all; `active_share`: share of the weights that one token reads (below 1
+    for mixtures of experts); `batch`: prompt tokens evaluated at once.
+    """
     total = model.layers + 1
-    read = max(1, model.weights_bytes - input_bytes(model)) * active_share
+    bytes_per_step = max(1, model.weights_bytes - input_bytes(model)) * active_share
     parameters = _parameters(model) * active_share
     placed = [(gpu, count) for gpu, count in zip(gpus, layers, strict=True) if count > 0]
     on_cpu = max(0, total - sum(count for _, count in placed)) / total
@@ -220,23 +225,23 @@ def speed(
     split = world.prefill_split_share if len(placed) > 1 else 1.0
     for gpu, count in placed:
         share = count / total
-        step += read * share / (gpu.bandwidth_bytes_per_second * efficiency)
+        step += bytes_per_step * share / (gpu.bandwidth_bytes_per_second * efficiency)
         prefill += 2 * parameters * share / (gpu.fp32_teraflops * 1e12 * world.prefill_efficiency * split)
     used = threads or world.cpu_threads
     cpu_rate = min(world.cpu_bytes_per_second, used * world.cpu_thread_bytes_per_second)
-    step += read * on_cpu / cpu_rate
+    step += bytes_per_step * on_cpu / cpu_rate
     if gpus and on_cpu:
         gpu = (placed[0][0] if placed else gpus[0]).fp32_teraflops * 1e12
         prefill += 2 * parameters * on_cpu / (gpu * world.prefill_efficiency)
-        prefill += read * on_cpu / (world.offload_bytes_per_second * batch)
+        prefill += bytes_per_step * on_cpu / (world.offload_bytes_per_second * batch)
     else:
         prefill += 2 * parameters * on_cpu / (used * world.cpu_thread_prefill_flops)
     return Speed(step, world.stream_share, prefill, batch, is_cpu=not placed)
 
 
 def _parameters(model: ModelFacts) -> float:
-    """Parameters by the file's size: 4.85 bits each as in Q4_K_M, or as many as a coarser table shows that it has."""
+    """Parameter count from the file size: 4.85 bits each as in Q4_K_M, or the bits per element of a finer table."""
     table = model.vocabulary_size * model.embedding_length
-    told = min((size for size in (model.input_bytes, model.output_bytes) if size), default=0)
-    bits = told * 8 / table if table else 0.0
-    return max(1.0, model.weights_bytes * 8 / (bits if bits > _FINE_BITS else 4.85))
+    reported_bytes = min((size for size in (model.input_bytes, model.output_bytes) if size), default=0)
+    bits = reported_bytes * 8 / table if table else 0.0
+    return max(1.0, model.weights_bytes * 8 / (bits if bits > _FINE_TABLE_BITS else 4.85))

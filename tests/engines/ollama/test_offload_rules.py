@@ -12,7 +12,7 @@ from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.residency import ResidencyState
 from router.engines.ollama.offload_rules import explain_override, may_take_one_gpu, predict_offload, predicted_bytes
-from router.lab.simulator.server_placement import Ask, Room, plan
+from router.lab.simulator.server_placement import LoadRequest, VisibleGpu, plan
 from router.lab.simulator.world import WORLD, LoadShape
 from router.scheduler.reconcile.residency import send
 from router.scheduler.state import FleetState
@@ -68,8 +68,8 @@ def test_it_predicts_the_simulated_server_within_four_layers_a_gpu(
     free = [gib * GIB for gib in free_gib]
     answer = predict_offload(of, spec, version, context, slots, free)
     number = tuple(int(part) for part in version.split("."))
-    ask = Ask(of, LoadShape(context, slots, cache), version=number)
-    simulated = plan(WORLD, ask, [Room(gib, gib, 936e9) for gib in free])
+    ask = LoadRequest(of, LoadShape(context, slots, cache), version=number)
+    simulated = plan(WORLD, ask, [VisibleGpu(gib, gib, 936e9) for gib in free])
     assert answer is not None
     assert answer.on_gpus == pytest.approx(simulated.on_gpus, abs=4 * len(free))
 

@@ -13,7 +13,7 @@ from router.lab.scenarios import model_facts, sim_gpus
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.server import LoadResult, SimServer
 from tests.lab.emulator.conftest import Box, make_box
-from tests.lab.simulator.machines import host, play
+from tests.lab.simulator.machines import new_machine, play
 from tests.support.ollama_server import OllamaServer
 from tests.support.waiting import eventually_sync
 
@@ -29,7 +29,7 @@ def simulated(version: str, names: Iterable[str]) -> list[Allocations]:
     """The server's allocations after each load."""
     gpus = sim_gpus(parse_spec(GPUS))
     models = {name: model_facts(name) for name in names}
-    machine = host(*gpus, warm=tuple(models.values()))
+    machine = new_machine(*gpus, warm=tuple(models.values()))
     config = ServerConfig(version=tuple(int(part) for part in version.split(".")))
     server = SimServer(machine, "ollama", tuple(gpu.uuid for gpu in gpus), config)
     allocations: list[Allocations] = []

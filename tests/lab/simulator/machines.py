@@ -1,14 +1,14 @@
-"""Small machines, models and requests for the simulator's tests."""
+"""Factories for machines, models and requests in the simulator's tests."""
 
 from __future__ import annotations
 
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
 from router.lab.simulator.gpus import GpuLedger, SimGpu
-from router.lab.simulator.machine import Host, Tally
+from router.lab.simulator.machine import Machine, RunStats
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timeline
-from router.lab.simulator.weight_transfer import LoadLines, PageCache
+from router.lab.simulator.weight_transfer import PageCache, WeightTransfers
 from router.lab.simulator.world import WORLD
 
 GIB = 1024**3
@@ -19,7 +19,7 @@ def gpu(index: int, gib: int = 24) -> SimGpu:
 
 
 def model(name: str, gigabytes: float, *, blob: str | None = None, is_embedding: bool = False) -> ModelFacts:
-    """A llama of that size with 32 layers."""
+    """A llama model of this size with 32 layers."""
     return ModelFacts(
         name=name,
         digest=name,
@@ -38,31 +38,37 @@ def model(name: str, gigabytes: float, *, blob: str | None = None, is_embedding:
     )
 
 
-def host(*gpus: SimGpu, warm: tuple[ModelFacts, ...] = ()) -> Host:
+def new_machine(*gpus: SimGpu, warm: tuple[ModelFacts, ...] = ()) -> Machine:
     timeline = Timeline()
     cache = PageCache(100 * GIB)
     for one in warm:
         cache.read(one.blob, one.weights_bytes)
-    return Host(timeline, WORLD, GpuLedger(gpus), LoadLines(timeline, WORLD, cache), Tally())
+    return Machine(timeline, WORLD, GpuLedger(gpus), WeightTransfers(timeline, WORLD, cache), RunStats())
 
 
 def request(
-    number: int, wanted: ModelFacts, *, prompt: int = 100, words: int = 10, session: int | None = None, shared: int = 0
+    number: int,
+    facts: ModelFacts,
+    *,
+    prompt: int = 100,
+    tokens: int = 10,
+    session: int | None = None,
+    shared: int = 0,
 ) -> Request:
     return Request(
         id=number,
         user="user",
         session=number if session is None else session,
         turn=0,
-        model=wanted,
+        model=facts,
         prompt_tokens=prompt,
         shared_tokens=shared,
-        generated_tokens=words,
+        generated_tokens=tokens,
     )
 
 
-def play(machine: Host, until: float | None = None) -> None:
-    """Lets time pass, to the end or until then."""
+def play(machine: Machine, until: float | None = None) -> None:
+    """Advances the clock until no timer is left, or until this time."""
     ended = False
     if until is not None:
 

@@ -1,4 +1,4 @@
-"""Slots, batches and prompt caches of a loaded model: against a plain simulation that does one batch after another."""
+"""Slots, batches and prompt caches of a model runner, compared with a reference that runs one batch at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.lab.simulator.batching import Batcher, BatchFacts
+from router.lab.simulator.batching import Batcher, BatchParameters
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timeline
 from router.lab.simulator.world import Speed
@@ -16,14 +16,14 @@ SPEED = Speed(step_seconds=0.01, stream_share=0.08, prefill_seconds_per_token=0.
 MODEL = model("m", 5)
 
 
-def batcher(timeline: Timeline, slots: int = 2, kept_tokens: int = 0) -> Batcher:
-    return Batcher(timeline, BatchFacts(SPEED, slots, kept_tokens), lambda _: None, lambda: 1.0)
+def batcher(timeline: Timeline, slots: int = 2, host_cache_tokens: int = 0) -> Batcher:
+    return Batcher(timeline, BatchParameters(SPEED, slots, host_cache_tokens), lambda _: None, lambda: 1.0)
 
 
-def served(requests: list[Request], slots: int = 2, kept_tokens: int = 0) -> list[Request]:
-    """Plays requests that arrive at their own times."""
+def served(requests: list[Request], slots: int = 2, host_cache_tokens: int = 0) -> list[Request]:
+    """Runs requests that arrive at their own times."""
     timeline = Timeline()
-    one = batcher(timeline, slots, kept_tokens)
+    one = batcher(timeline, slots, host_cache_tokens)
 
     def end(ended: Request, error: str) -> None:
         assert not error
@@ -40,7 +40,7 @@ def served(requests: list[Request], slots: int = 2, kept_tokens: int = 0) -> lis
 
 
 def step_by_step(requests: list[Request], slots: int) -> dict[int, tuple[float, float]]:
-    """First token and end of each request, one batch after another; no caches."""
+    """Reference: first token and end of each request, one batch at a time, without caches."""
     waiting = sorted(requests, key=lambda r: (r.arrived_at, r.id))
     running: list[list[int]] = []
     times: dict[int, tuple[float, float]] = {}
@@ -80,30 +80,32 @@ def step_by_step(requests: list[Request], slots: int) -> dict[int, tuple[float, 
     ),
     st.integers(1, 3),
 )
-def test_steps_taken_at_once_end_when_they_would_one_by_one(asked: list[tuple[float, int, int]], slots: int) -> None:
-    requests = [request(number, MODEL, prompt=prompt, words=words) for number, (_, prompt, words) in enumerate(asked)]
-    for one, (at, _, _) in zip(requests, asked, strict=True):
-        one.arrived_at = at + 0.000137 * one.id  # no two at once: who is first would decide
+def test_merged_steps_end_at_the_same_times_as_single_steps(arrivals: list[tuple[float, int, int]], slots: int) -> None:
+    requests = [
+        request(number, MODEL, prompt=prompt, tokens=tokens) for number, (_, prompt, tokens) in enumerate(arrivals)
+    ]
+    for one, (at, _, _) in zip(requests, arrivals, strict=True):
+        one.arrived_at = at + 0.000137 * one.id  # distinct arrival times, so that the order is unambiguous
     expected = step_by_step(requests, slots)
     for one in served(requests, slots):
         assert (one.first_token_at, one.ended_at) == pytest.approx(expected[one.id], abs=1e-6)
 
 
-def test_a_long_prompt_stalls_the_stream_beside_it() -> None:
-    alone = served([request(1, MODEL, prompt=10, words=200)])[0]
-    stream, long = request(1, MODEL, prompt=10, words=200), request(2, MODEL, prompt=4096, words=1)
+def test_a_long_prompt_stalls_a_concurrent_stream() -> None:
+    alone = served([request(1, MODEL, prompt=10, tokens=200)])[0]
+    stream, long = request(1, MODEL, prompt=10, tokens=200), request(2, MODEL, prompt=4096, tokens=1)
     long.arrived_at = 1.0
-    beside = served([stream, long])[0]
+    concurrent = served([stream, long])[0]
     assert alone.ended_at is not None
-    assert beside.ended_at is not None
-    # Eight batches of 512 tokens of prompt, of which each takes 0.512 s and gives the stream one word.
-    assert beside.ended_at - alone.ended_at == pytest.approx(8 * 0.512, abs=0.05)
+    assert concurrent.ended_at is not None
+    # Eight batches of 512 prompt tokens; each takes 0.512 s and gives the stream one token.
+    assert concurrent.ended_at - alone.ended_at == pytest.approx(8 * 0.512, abs=0.05)
 
 
-def test_a_turn_finds_its_prompt_in_the_slot_that_it_had() -> None:
-    first = request(1, MODEL, prompt=1000, words=10, session=7)
-    other = request(2, MODEL, prompt=1000, words=10, session=8)
-    again = request(3, MODEL, prompt=1100, words=10, session=7, shared=1010)
+def test_a_turn_reuses_the_prompt_cache_of_its_previous_slot() -> None:
+    first = request(1, MODEL, prompt=1000, tokens=10, session=7)
+    other = request(2, MODEL, prompt=1000, tokens=10, session=8)
+    again = request(3, MODEL, prompt=1100, tokens=10, session=7, shared=1010)
     other.arrived_at, again.arrived_at = 5.0, 10.0
     served([first, other, again])
     assert again.ttft_seconds is not None or again.first_token_at is not None
@@ -111,23 +113,23 @@ def test_a_turn_finds_its_prompt_in_the_slot_that_it_had() -> None:
 
 
 def test_with_one_slot_another_session_evicts_the_prompt_unless_host_memory_keeps_it() -> None:
-    def again(kept_tokens: int) -> float:
-        first = request(1, MODEL, prompt=1000, words=10, session=7)
-        other = request(2, MODEL, prompt=1000, words=10, session=8)
-        last = request(3, MODEL, prompt=1100, words=10, session=7, shared=1010)
+    def again(host_cache_tokens: int) -> float:
+        first = request(1, MODEL, prompt=1000, tokens=10, session=7)
+        other = request(2, MODEL, prompt=1000, tokens=10, session=8)
+        last = request(3, MODEL, prompt=1100, tokens=10, session=7, shared=1010)
         other.arrived_at, last.arrived_at = 5.0, 10.0
-        served([first, other, last], slots=1, kept_tokens=kept_tokens)
+        served([first, other, last], slots=1, host_cache_tokens=host_cache_tokens)
         assert last.first_token_at is not None
         return last.first_token_at - 10.0
 
-    assert again(kept_tokens=0) == pytest.approx(1.1)
-    assert again(kept_tokens=100_000) == pytest.approx(0.09)
+    assert again(host_cache_tokens=0) == pytest.approx(1.1)
+    assert again(host_cache_tokens=100_000) == pytest.approx(0.09)
 
 
-def test_a_client_that_leaves_gives_its_slot_to_the_next_after_the_step() -> None:
+def test_a_cancelled_request_frees_its_slot_after_the_step() -> None:
     timeline = Timeline()
     one = batcher(timeline, slots=1)
-    leaving, next_one = request(1, MODEL, prompt=10, words=1000), request(2, MODEL, prompt=10, words=1)
+    leaving, next_one = request(1, MODEL, prompt=10, tokens=1000), request(2, MODEL, prompt=10, tokens=1)
     ended: list[int] = []
     one.submit(leaving, lambda r, _: ended.append(r.id))
     one.submit(next_one, lambda r, _: ended.append(r.id))
@@ -138,10 +140,10 @@ def test_a_client_that_leaves_gives_its_slot_to_the_next_after_the_step() -> Non
     assert next_one.first_token_at == pytest.approx(1.0, abs=0.03)
 
 
-def test_a_client_that_leaves_during_its_prompt_is_noticed_when_the_prompt_is_done() -> None:
+def test_a_request_cancelled_during_prefill_ends_after_its_prompt() -> None:
     timeline = Timeline()
     one = batcher(timeline, slots=1)
-    leaving, next_one = request(1, MODEL, prompt=4096, words=1000), request(2, MODEL, prompt=10, words=1)
+    leaving, next_one = request(1, MODEL, prompt=4096, tokens=1000), request(2, MODEL, prompt=10, tokens=1)
     one.submit(leaving, lambda *_: None)
     one.submit(next_one, lambda *_: None)
     timeline.at(0.1, lambda: assert_true(one.cancel(leaving)))

@@ -1,7 +1,6 @@
-"""After one load the router knows what the next one takes, to 3 % of each GPU: all of the catalogue.
+"""After one measured load the router predicts the next one to 3 % on each GPU, for the whole catalogue.
 
-What a load takes comes from `router/lab/simulator/world.py`, which adds up other terms than the router's own estimate
-does.
+The true sizes come from `router/lab/simulator/world.py`, which uses other terms than the router's estimate.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Footprints = tuple[tuple[FootprintKey, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Server:
-    """One over so many GPUs, each of which holds any model of the catalogue."""
+    """A server over `gpus` GPUs, each large enough for any model of the catalogue."""
 
     gpus: int
     config: ServerConfig
@@ -52,7 +51,7 @@ class Server:
             environment={"OLLAMA_SCHED_SPREAD": "1"},
         )
 
-    def takes(self, model: ModelFacts) -> tuple[int, ...]:
+    def true_bytes_of(self, model: ModelFacts) -> tuple[int, ...]:
         split = even_split(model.layers, self.gpus)
         units = [count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers)]
         return true_bytes(WORLD, model, shape_of(model, self.config), units)
@@ -64,41 +63,41 @@ class Server:
 
 
 def load(
-    server: Server, model: ModelFacts, known: Footprints = (), external_bytes: int = 0
+    server: Server, model: ModelFacts, stored_footprints: Footprints = (), external_bytes: int = 0
 ) -> tuple[tuple[int, ...], Footprints]:
-    """What the router reserves for a load there, and what it remembers once it has seen what it took. `external_bytes`
-    are taken by another program on each GPU in the meantime."""
+    """Returns the bytes reserved for a load and the footprints remembered afterwards. `external_bytes`: allocated
+    on each GPU by another program meanwhile."""
     policy = Policy(context_length=server.config.context_length, constants=SchedulerConstants(unseen_margin_ratio=0.02))
     dispatcher = Dispatcher(policy, OLLAMA)
     version = ".".join(map(str, server.config.version))
-    dispatcher.handle(FootprintsLoaded(known), 0.0)
+    dispatcher.handle(FootprintsLoaded(stored_footprints), 0.0)
     dispatcher.handle(server.reading(0.0, (0,) * server.gpus), 0.0)
     dispatcher.handle(InstanceChanged(server.spec, InstanceState.READY, version=version), 0.0)
     (sent,) = dispatcher.handle(Arrived(Ticket(TicketId(1), model, (), 0, None, 1.0, 300.0)), 1.0)
     assert isinstance(sent, Load)
     reserved = tuple(size for _, size in dispatcher.snapshot(1.0).reservations[sent.load_id].per_gpu_bytes)
-    taken = server.takes(model)
+    taken = server.true_bytes_of(model)
     dispatcher.handle(LoadFinished(sent.load_id, sum(taken), sum(taken)), 9.0)
-    told = dispatcher.handle(server.reading(10.0, tuple(size + external_bytes for size in taken)), 10.1)
-    return reserved, tuple((one.key, one.per_gpu_bytes) for one in told if isinstance(one, Remember))
+    actions = dispatcher.handle(server.reading(10.0, tuple(size + external_bytes for size in taken)), 10.1)
+    return reserved, tuple((one.key, one.per_gpu_bytes) for one in actions if isinstance(one, Remember))
 
 
 def worst(predicted: tuple[int, ...], taken: tuple[int, ...]) -> float:
-    return max(abs(said - is_so) / is_so for said, is_so in zip(predicted, taken, strict=True))
+    return max(abs(estimate - truth) / truth for estimate, truth in zip(predicted, taken, strict=True))
 
 
-def ordinary(gpus: int, version: tuple[int, ...] = OLD) -> Server:
+def make_server(gpus: int, version: tuple[int, ...] = OLD) -> Server:
     return Server(gpus, ServerConfig(version=version))
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 @pytest.mark.parametrize("version", [OLD, NEW])
 def test_the_same_load_again_is_predicted_to_the_byte(gpus: int, version: tuple[int, ...]) -> None:
-    server = ordinary(gpus, version)
+    server = make_server(gpus, version)
     first = {name: load(server, model_facts(name)) for name in MODELS}
     again = {name: load(server, model_facts(name), learned)[0] for name, (_, learned) in first.items()}
-    assert again == {name: server.takes(model_facts(name)) for name in MODELS}
-    assert max(worst(reserved, server.takes(model_facts(name))) for name, (reserved, _) in first.items()) > 0.03
+    assert again == {name: server.true_bytes_of(model_facts(name)) for name in MODELS}
+    assert max(worst(reserved, server.true_bytes_of(model_facts(name))) for name, (reserved, _) in first.items()) > 0.03
 
 
 CHANGES: tuple[dict[str, object], ...] = (
@@ -108,8 +107,7 @@ CHANGES: tuple[dict[str, object], ...] = (
     {"kv_cache_type": "f16"},
 )
 FAR: tuple[dict[str, object], ...] = ({"context_length": 2048}, {"context_length": 32768})
-"""From 0.30 these have another batch, and so another buffer on each GPU: what a small model takes on one of two GPUs
-is then up to 11 % off."""
+"""From 0.30 these change the batch and so the compute buffer: the error for a small model on two GPUs is up to 11 %."""
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -119,27 +117,27 @@ is then up to 11 % off."""
 def test_another_context_slots_or_cache_is_predicted_to_3_percent_of_each_gpu(
     gpus: int, version: tuple[int, ...], change: dict[str, object]
 ) -> None:
-    server = ordinary(gpus, version)
+    server = make_server(gpus, version)
     other = Server(gpus, replace(server.config, **change))  # type: ignore[arg-type]
     off: dict[str, float] = {}
     for name in MODELS:
         model = model_facts(name)
         _, learned = load(server, model)
         predicted, _ = load(other, model, learned)
-        off[name] = worst(predicted, other.takes(model))
+        off[name] = worst(predicted, other.true_bytes_of(model))
     assert {name: error for name, error in off.items() if error > 0.03} == {}
 
 
-def test_a_load_that_was_measured_elsewhere_does_not_spoil_the_estimate_for_more_gpus() -> None:
-    """What is on the first GPU only is not known apart, so that for more GPUs the estimate stands as it was."""
-    one, two = ordinary(1), ordinary(2)
+def test_a_measurement_on_one_gpu_does_not_change_the_estimate_for_more_gpus() -> None:
+    """The first GPU's extra bytes cannot be separated, so the estimate for more GPUs is unchanged."""
+    one, two = make_server(1), make_server(2)
     for name in MODELS:
         model = model_facts(name)
         _, learned = load(one, model)
         assert load(two, model, learned)[0] == load(two, model)[0]
 
 
-def test_what_another_program_takes_while_a_model_loads_is_not_believed_to_be_the_models() -> None:
-    server, model = ordinary(1), model_facts("qwen2.5-coder:32b")
+def test_external_memory_allocated_during_a_load_is_not_attributed_to_the_model() -> None:
+    server, model = make_server(1), model_facts("qwen2.5-coder:32b")
     assert load(server, model, external_bytes=GIB // 2)[1]
     assert load(server, model, external_bytes=6 * GIB)[1] == ()

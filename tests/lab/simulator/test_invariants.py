@@ -1,4 +1,4 @@
-"""The rules notice when they are broken: the events of a sound run, with one thing made wrong."""
+"""The invariants detect violations: a correct run in which one action or snapshot is altered."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from router.domain.model import ModelFacts
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
-from router.lab.scenarios import ScenarioSpec, baseline, scenario
+from router.lab.scenarios import ScenarioSpec, make_baseline, make_scenario
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.invariants import InvariantError, Invariants
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Baseline, Simulation
 
-WANTED = ScenarioSpec("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.3)
-Wrong = Callable[[list[Action]], list[Action]]
+SPEC = ScenarioSpec("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.3)
+AlterActions = Callable[[list[Action]], list[Action]]
 
 
-class Doctored:
-    """The router, whose snapshots the rules see changed."""
+class AlteredRouter:
+    """A router whose snapshots are altered before they are checked."""
 
-    def __init__(self, router: Llamayard, change: Callable[[Snapshot], Snapshot]) -> None:
+    def __init__(self, router: Llamayard, alter_snapshot: Callable[[Snapshot], Snapshot]) -> None:
         self._router = router
-        self._change = change
+        self._change = alter_snapshot
 
     @property
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         return self._router.waiting
 
     @property
-    def held(self) -> Mapping[TicketId, Request]:
-        return self._router.held
+    def open_requests(self) -> Mapping[TicketId, Request]:
+        return self._router.open_requests
 
     def snapshot(self) -> Snapshot:
         return self._change(self._router.snapshot())
@@ -47,85 +47,88 @@ class Doctored:
         return self._router.bytes_held(key)
 
 
-def play(wrong: Wrong = lambda actions: actions, change: Callable[[Snapshot], Snapshot] = lambda seen: seen) -> None:
-    """Plays with the rules seeing doctored actions and snapshots."""
-    scene = scenario(WANTED)
-    rules = Invariants()
+def play(
+    alter_actions: AlterActions = lambda actions: actions,
+    alter_snapshot: Callable[[Snapshot], Snapshot] = lambda snapshot: snapshot,
+) -> None:
+    """Runs with the invariants checking altered actions and snapshots."""
+    scenario = make_scenario(SPEC)
+    invariants = Invariants()
 
-    def seen(event: Event, actions: list[Action], now: float) -> None:
-        rules.seen(event, wrong(actions), now)
+    def observe(event: Event, actions: list[Action], now: float) -> None:
+        invariants.check_actions(event, alter_actions(actions), now)
 
-    make = baseline("llamayard", scene, seen=seen)
+    factory = make_baseline("llamayard", scenario, observer=observe)
 
-    def watched(host: Host, models: Mapping[str, ModelFacts]) -> Baseline:
-        made = make(host, models)
-        assert isinstance(made, Llamayard)
-        rules.watch(Doctored(made, change), host)
-        return made
+    def make_and_attach(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
+        router = factory(machine, models)
+        assert isinstance(router, Llamayard)
+        invariants.watch(AlteredRouter(router, alter_snapshot), machine)
+        return router
 
-    Simulation(scene, watched).run(rules.after_each)
+    Simulation(scenario, make_and_attach).run(invariants.check_state)
 
 
-def test_a_sound_run_breaks_no_rule() -> None:
+def test_a_correct_run_violates_nothing() -> None:
     play()
 
 
-def test_a_ticket_that_is_granted_twice_is_noticed() -> None:
+def test_a_ticket_granted_twice_is_detected() -> None:
     with pytest.raises(InvariantError, match="decided twice"):
         play(lambda actions: [*actions, *(a for a in actions if isinstance(a, Grant))])
 
 
-def test_a_ticket_that_is_granted_and_rejected_is_noticed() -> None:
+def test_a_ticket_granted_and_rejected_is_detected() -> None:
     with pytest.raises(InvariantError, match="decided twice"):
         play(lambda actions: [*actions, *(Reject(a.ticket_id, "x", "x") for a in actions if isinstance(a, Grant))])
 
 
-def test_an_unload_of_a_busy_model_is_noticed() -> None:
+def test_an_unload_of_a_busy_model_is_detected() -> None:
     loads: list[Load] = []
 
-    def wrong(actions: list[Action]) -> list[Action]:
+    def alter_actions(actions: list[Action]) -> list[Action]:
         loads.extend(action for action in actions if isinstance(action, Load))
         granted = [action for action in actions if isinstance(action, Grant)]
-        return [*actions, *(Unload(one.instance, one.url, load.model, load.model.blob, "on a whim")
+        return [*actions, *(Unload(one.instance, one.url, load.model, load.model.blob, "test")
                             for one in granted for load in loads if load.instance == one.instance)]  # fmt: skip
 
     with pytest.raises(InvariantError, match="unloads busy"):
-        play(wrong)
+        play(alter_actions)
 
 
-def test_more_than_a_gpu_holds_is_noticed() -> None:
-    def grown(seen: Snapshot) -> Snapshot:
+def test_more_reserved_than_a_gpu_holds_is_detected() -> None:
+    def grown(snapshot: Snapshot) -> Snapshot:
         larger = {
             key: replace(one, per_gpu_bytes=tuple((gpu, 3 * size) for gpu, size in one.per_gpu_bytes))
-            for key, one in seen.reservations.items()
+            for key, one in snapshot.reservations.items()
         }
-        return replace(seen, reservations=larger)
+        return replace(snapshot, reservations=larger)
 
     with pytest.raises(InvariantError, match="held and reserved"):
-        play(change=grown)
+        play(alter_snapshot=grown)
 
 
-def test_a_reservation_on_some_of_the_gpus_is_noticed() -> None:
-    def halved(seen: Snapshot) -> Snapshot:
-        halves = {key: replace(one, per_gpu_bytes=one.per_gpu_bytes[:1]) for key, one in seen.reservations.items()}
-        return replace(seen, reservations=halves)
+def test_a_reservation_on_only_some_gpus_is_detected() -> None:
+    def halved(snapshot: Snapshot) -> Snapshot:
+        halves = {key: replace(one, per_gpu_bytes=one.per_gpu_bytes[:1]) for key, one in snapshot.reservations.items()}
+        return replace(snapshot, reservations=halves)
 
     with pytest.raises(InvariantError, match="does not cover"):
-        play(change=halved)
+        play(alter_snapshot=halved)
 
 
-def test_slots_that_nobody_was_granted_are_noticed() -> None:
-    def taken(seen: Snapshot) -> Snapshot:
-        more = {key: replace(one, in_flight=one.in_flight + 1) for key, one in seen.residencies.items()}
-        return replace(seen, residencies=more)
+def test_slots_in_use_without_a_grant_are_detected() -> None:
+    def taken(snapshot: Snapshot) -> Snapshot:
+        more = {key: replace(one, in_flight=one.in_flight + 1) for key, one in snapshot.residencies.items()}
+        return replace(snapshot, residencies=more)
 
     with pytest.raises(InvariantError, match="in flight"):
-        play(change=taken)
+        play(alter_snapshot=taken)
 
 
-def test_a_request_that_waits_beside_a_free_slot_is_noticed() -> None:
-    def roomier(seen: Snapshot) -> Snapshot:
-        return replace(seen, residencies={key: replace(one, slots=9) for key, one in seen.residencies.items()})
+def test_a_request_that_waits_while_a_slot_is_free_is_detected() -> None:
+    def roomier(snapshot: Snapshot) -> Snapshot:
+        return replace(snapshot, residencies={key: replace(one, slots=9) for key, one in snapshot.residencies.items()})
 
-    with pytest.raises(InvariantError, match="waits beside a free slot"):
-        play(change=roomier)
+    with pytest.raises(InvariantError, match="waits despite a free slot"):
+        play(alter_snapshot=roomier)

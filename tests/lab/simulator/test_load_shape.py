@@ -1,4 +1,4 @@
-"""In what shape servers of each version load a model: what their sources say, as cases."""
+"""Load shapes by server version: examples from the servers' sources."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from router.lab.simulator.loaded_model import ServerConfig, shape_of
 
 OLDEST, OLD, NEW = (0, 11, 4), (0, 24, 0), (0, 33, 0)
 GEMMA2, LLAMA = model_facts("gemma2:27b"), model_facts("llama3.1:8b")
-ASKED = RequestedShape(OLD, 8192, 2, "q8_0", flash_attention=True)
+REQUESTED = RequestedShape(OLD, 8192, 2, "q8_0", flash_attention=True)
 
 
 @pytest.mark.parametrize(("version", "cache", "flash"), [(OLD, "f16", False), (NEW, "q8_0", True)])
 def test_gemma2_has_flash_attention_and_a_quantised_cache_from_0_30_only(
     version: tuple[int, ...], cache: str, flash: bool
 ) -> None:
-    shape = shape_for(GEMMA2, replace(ASKED, version=version))
+    shape = shape_for(GEMMA2, replace(REQUESTED, version=version))
     assert (shape.kv_cache_type, shape.flash_attention) == (cache, flash)
     assert shape == replace(shape_of(GEMMA2, ServerConfig(version=version)))
 
 
 @pytest.mark.parametrize(
-    ("version", "asked", "flash"),
+    ("version", "requested", "flash"),
     [(OLDEST, None, False), (OLDEST, True, True), (OLD, None, True), (OLD, False, False), (NEW, None, True),
      (NEW, False, False)],
 )  # fmt: skip
-def test_flash_attention_left_to_the_server_goes_by_its_version(
-    version: tuple[int, ...], asked: bool | None, flash: bool
+def test_default_flash_attention_depends_on_the_version(
+    version: tuple[int, ...], requested: bool | None, flash: bool
 ) -> None:
-    assert shape_for(LLAMA, replace(ASKED, version=version, flash_attention=asked)).flash_attention == flash
+    assert shape_for(LLAMA, replace(REQUESTED, version=version, flash_attention=requested)).flash_attention == flash
 
 
 @pytest.mark.parametrize(
     ("version", "architecture", "cache"), [(OLD, "llama", "f16"), (OLD, "qwen3", "q8_0"), (NEW, "llama", "q8_0")]
 )
-def test_a_quantised_cache_without_the_word_flash_is_ignored_by_the_llama_cpp_engine_of_0_24(
+def test_the_llama_cpp_engine_of_0_24_ignores_a_quantised_cache_without_requested_flash_attention(
     version: tuple[int, ...], architecture: str, cache: str
 ) -> None:
     model = replace(LLAMA, architecture=architecture)
-    assert shape_for(model, replace(ASKED, version=version, flash_attention=None)).kv_cache_type == cache
+    assert shape_for(model, replace(REQUESTED, version=version, flash_attention=None)).kv_cache_type == cache
 
 
-def test_embedding_models_and_some_families_have_one_slot() -> None:
+def test_embedding_models_and_some_architectures_have_one_slot() -> None:
     models = (LLAMA, replace(LLAMA, is_embedding=True), replace(LLAMA, architecture="qwen3vl"))
-    assert [shape_for(one, ASKED).slots for one in models] == [2, 1, 1]
+    assert [shape_for(one, REQUESTED).slots for one in models] == [2, 1, 1]
 
 
-def test_the_batch_goes_by_the_context_from_0_30_unless_it_is_given() -> None:
-    asked = [ASKED, replace(ASKED, version=NEW), replace(ASKED, version=NEW, batch_tokens=64)]
-    assert [shape_for(LLAMA, one).batch_tokens for one in asked] == [512, 1024, 64]
+def test_from_0_30_the_batch_depends_on_the_context_unless_it_is_requested() -> None:
+    requested = [REQUESTED, replace(REQUESTED, version=NEW), replace(REQUESTED, version=NEW, batch_tokens=64)]
+    assert [shape_for(LLAMA, one).batch_tokens for one in requested] == [512, 1024, 64]

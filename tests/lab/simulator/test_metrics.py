@@ -1,20 +1,20 @@
-"""What the figures of a run mean."""
+"""The figures of a run."""
 
 from __future__ import annotations
 
 import pytest
 
-from router.lab.simulator.metrics import is_in_time, jain, jain_index, quantile, service_jain, waits
+from router.lab.simulator.metrics import is_in_time, jain, jain_index, quantile, service_jain, ttft_percentiles
 from router.lab.simulator.requests import HUNG_UP, SERVED, Request
 from tests.lab.simulator.machines import model, request
 
 MODEL = model("m", 5)
 
 
-def ended(number: int, ttft: float, *, words: int = 101, rate: float = 50.0, outcome: str = SERVED) -> Request:
-    one = request(number, MODEL, words=words)
+def ended(number: int, ttft: float, *, tokens: int = 101, rate: float = 50.0, outcome: str = SERVED) -> Request:
+    one = request(number, MODEL, tokens=tokens)
     one.first_token_at = ttft
-    one.ended_at = ttft + (words - 1) / rate if words > 1 else ttft
+    one.ended_at = ttft + (tokens - 1) / rate if tokens > 1 else ttft
     one.outcome = outcome
     return one
 
@@ -26,8 +26,8 @@ def ended(number: int, ttft: float, *, words: int = 101, rate: float = 50.0, out
         (ended(1, 10.1), False),
         (ended(1, 1.0, rate=6.8), True),
         (ended(1, 1.0, rate=6.6), False),
-        (ended(1, 1.0, words=1), True),
-        (ended(1, 1.0, words=0), True),
+        (ended(1, 1.0, tokens=1), True),
+        (ended(1, 1.0, tokens=0), True),
         (ended(1, 1.0, outcome="load_failed"), False),
         (ended(1, 1.0, outcome=HUNG_UP), False),
     ],
@@ -43,18 +43,18 @@ def test_quantiles_are_the_nearest_rank() -> None:
     assert quantile([], 0.5) == 0.0
 
 
-def test_a_failed_request_counts_as_a_wait_to_the_end() -> None:
-    found = waits([ended(1, 1.0), ended(2, 1.0, outcome="load_failed")], 100.0)
-    assert (found.count, found.p50, found.p99) == (2, 1.0, 100.0)
+def test_a_failed_request_counts_as_waiting_to_the_end() -> None:
+    percentiles = ttft_percentiles([ended(1, 1.0), ended(2, 1.0, outcome="load_failed")], 100.0)
+    assert (percentiles.count, percentiles.p50, percentiles.p99) == (2, 1.0, 100.0)
 
 
-def test_jain_is_one_for_equals_and_one_over_n_for_one_who_has_it_all() -> None:
+def test_jain_is_one_for_equal_shares_and_one_over_n_for_a_single_winner() -> None:
     assert jain_index([3.0, 3.0, 3.0]) == pytest.approx(1.0)
     assert jain_index([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
     assert jain_index([]) == 1.0
 
 
-def test_users_who_never_waited_do_not_make_the_others_look_equal() -> None:
+def test_users_who_never_waited_are_left_out_of_jain() -> None:
     happy, served, starved = ended(1, 0.1), ended(2, 5.0), ended(3, 50.0)
     happy.user, served.user, starved.user = "a", "b", "c"
     assert jain([happy, served, starved]) == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""Whole runs: sessions, hang-ups, sameness, and what each contestant makes of them."""
+"""Whole runs: sessions, disconnects, determinism, and the results of each baseline."""
 
 from __future__ import annotations
 
@@ -9,98 +9,98 @@ from itertools import pairwise
 import pytest
 
 from router.cli.simulate import play
-from router.lab.scenarios import BASELINES, ScenarioError, ScenarioSpec, baseline, flood, scenario
+from router.lab.scenarios import BASELINES, ScenarioError, ScenarioSpec, flood, make_baseline, make_scenario
 from router.lab.simulator.metrics import report, service_jain
 from router.lab.simulator.record import record
 from router.lab.simulator.requests import HUNG_UP, SERVED
 from router.lab.simulator.runner import Simulation
-from router.lab.simulator.workload import THINKING_SECONDS, Session, Turn
+from router.lab.simulator.workload import THINK_TIME_SECONDS, Session, Turn
 
 QUICK = ScenarioSpec(seconds=60.0)
 
 
 @pytest.mark.parametrize("policy", BASELINES)
-def test_every_contestant_ends_every_request_and_does_the_same_again(policy: str) -> None:
-    scene = scenario(QUICK)
-    first, second = (Simulation(scene, baseline(policy, scene)).run() for _ in range(2))
+def test_every_baseline_ends_every_request_and_is_deterministic(policy: str) -> None:
+    scenario = make_scenario(QUICK)
+    first, second = (Simulation(scenario, make_baseline(policy, scenario)).run() for _ in range(2))
     assert record(first) == record(second)
     assert len(first.requests) == first.planned
     assert {request.outcome for request in first.requests} == {SERVED}
 
 
-def test_a_request_of_the_first_moment_finds_gpus_that_are_known() -> None:
-    scene = scenario(ScenarioSpec("2x3090", "wide", 1, 60.0))
+def test_a_request_at_time_zero_finds_the_gpus_read() -> None:
+    scenario = make_scenario(ScenarioSpec("2x3090", "wide", 1, 60.0))
     first = Session(0, "anna", "llama3.3:70b", (Turn(0.0, 100, 0, 10),))
-    outcome = Simulation(replace(scene, sessions=(first,)), baseline("llamayard", scene)).run()
+    outcome = Simulation(replace(scenario, sessions=(first,)), make_baseline("llamayard", scenario)).run()
     assert [request.outcome for request in outcome.requests] == [SERVED]
 
 
 @pytest.mark.parametrize("rig", ["5090+4080", "4080+5090", "3090+3060+3060"])
-def test_unequal_gpus_hold_together_what_even_parts_of_would_be_too_large(rig: str) -> None:
-    scene = scenario(ScenarioSpec(rig, "llama3.3:70b", 1, 60.0, 0.05))
-    outcome = Simulation(scene, baseline("llamayard-0.33", scene)).run()
+def test_unequal_gpus_hold_a_model_whose_even_split_does_not_fit(rig: str) -> None:
+    scenario = make_scenario(ScenarioSpec(rig, "llama3.3:70b", 1, 60.0, 0.05))
+    outcome = Simulation(scenario, make_baseline("llamayard-0.33", scenario)).run()
     assert {request.outcome for request in outcome.requests} == {SERVED}
-    found = report(outcome, frozenset(scene.models))
+    found = report(outcome, frozenset(scenario.models))
     assert (found.loads, found.spills, found.out_of_memory) == (1, 0, 0)
 
 
-def test_a_turn_waits_for_the_answer_before_it() -> None:
-    scene = scenario(QUICK)
-    outcome = Simulation(scene, baseline("nginx-round-robin", scene)).run()
+def test_a_turn_waits_for_the_previous_answer() -> None:
+    scenario = make_scenario(QUICK)
+    outcome = Simulation(scenario, make_baseline("nginx-round-robin", scenario)).run()
     by_session: dict[int, list[tuple[float, float]]] = {}
     for request in outcome.requests:
         assert request.ended_at is not None
         by_session.setdefault(request.session, []).append((request.arrived_at, request.ended_at))
     pairs = [pair for turns in by_session.values() for pair in pairwise(turns)]
     assert pairs
-    assert all(after[0] >= before[1] + THINKING_SECONDS - 1e-9 for before, after in pairs)
+    assert all(after[0] >= before[1] + THINK_TIME_SECONDS - 1e-9 for before, after in pairs)
 
 
 @pytest.mark.parametrize("policy", ["stock-0.24", "nginx-least-conn", "llamayard", "floor"])
-def test_clients_that_hang_up_end_at_once_and_leave_no_slot_taken(policy: str) -> None:
-    scene = scenario(QUICK)
+def test_clients_that_hang_up_end_at_once_and_free_their_slots(policy: str) -> None:
+    scenario = make_scenario(QUICK)
     sessions = tuple(
-        replace(session, turns=tuple(replace(turn, ttft_target_seconds=2.0) for turn in session.turns))
-        for session in scene.sessions
+        replace(session, turns=tuple(replace(turn, hang_up_after_seconds=2.0) for turn in session.turns))
+        for session in scenario.sessions
     )
-    outcome = Simulation(replace(scene, sessions=sessions), baseline(policy, scene)).run()
+    outcome = Simulation(replace(scenario, sessions=sessions), make_baseline(policy, scenario)).run()
     assert {request.outcome for request in outcome.requests} <= {SERVED, HUNG_UP}
     assert all((request.ended_at or 0) - request.arrived_at <= 2.0 + 1e-9 for request in outcome.requests)
 
 
-def test_an_unknown_contestant_is_an_error_that_names_those_there_are() -> None:
+def test_an_unknown_baseline_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ScenarioError, match="floor"):
-        baseline("olla", scenario(QUICK))
+        make_baseline("olla", make_scenario(QUICK))
 
 
 TEAM_MEASURED = {"stock-0.24": 0.877, "stock-0.33": 0.923, "nginx-least-conn": 0.41, "floor": 0.97}
-"""In-time shares of the team mix on four emulated 3090, means over three seeds (one for nginx): emulated servers over
-real HTTP and another dealing of the same trace."""
+"""In-time shares of the team mix on four emulated 3090s, means over three seeds (one for nginx): emulated servers over
+real HTTP, with another sample of the same trace."""
 TOLERANCE = 0.1
 
 
 @pytest.mark.parametrize("policy", TEAM_MEASURED)
-def test_stock_servers_do_as_the_emulated_ones_did(policy: str) -> None:
+def test_stock_servers_match_the_emulated_ones(policy: str) -> None:
     shares = [
         play(policy, ScenarioSpec(seed=seed, requests_per_second=0.46)).report.in_time_share for seed in (1, 2, 3)
     ]
     assert statistics.fmean(shares) == pytest.approx(TEAM_MEASURED[policy], abs=TOLERANCE)
 
 
-def test_three_small_models_are_no_trouble_to_anybody() -> None:
+def test_every_policy_serves_three_small_models_in_time() -> None:
     for policy in ("stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard"):
         report = play(policy, ScenarioSpec(mix="small", requests_per_second=0.92)).report
         assert report.in_time_share == 1.0, policy
         assert report.spills == report.out_of_memory == report.errors == 0
 
 
-def test_a_plan_made_with_the_trace_known_beats_who_does_not_know_it() -> None:
-    wanted = ScenarioSpec("4090+3090", "team")
-    plan, stock, floor = (play(policy, wanted).report for policy in ("best-plan", "stock-0.24", "floor"))
+def test_a_clairvoyant_plan_beats_a_stock_server() -> None:
+    spec = ScenarioSpec("4090+3090", "team")
+    plan, stock, floor = (play(policy, spec).report for policy in ("best-plan", "stock-0.24", "floor"))
     assert stock.in_time_share < plan.in_time_share <= floor.in_time_share
 
 
-def test_a_stock_server_serves_a_flood_in_the_order_in_which_it_comes() -> None:
-    scene = flood(120.0)
-    outcome = Simulation(scene, baseline("stock-0.24", scene)).run()
+def test_a_stock_server_is_unfair_under_a_flood() -> None:
+    scenario = flood(120.0)
+    outcome = Simulation(scenario, make_baseline("stock-0.24", scenario)).run()
     assert service_jain(outcome.requests, 20.0, 120.0) < 0.5

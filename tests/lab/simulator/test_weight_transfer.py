@@ -1,4 +1,4 @@
-"""How long loads take, alone and side by side."""
+"""Duration of loads, alone and concurrent."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import pytest
 
 from router.domain.model import BlobDigest
 from router.lab.simulator.timeline import Timeline
-from router.lab.simulator.weight_transfer import LoadLines, PageCache
+from router.lab.simulator.weight_transfer import PageCache, WeightTransfers
 from router.lab.simulator.world import WORLD, load_seconds
 
 GB = 10**9
 
 
 class Loads:
-    """Loads that note when they ended."""
+    """Starts loads and records when they end."""
 
     def __init__(self, warm: tuple[str, ...] = (), cache_bytes: int = 1000 * GB) -> None:
         self.timeline = Timeline()
         self.cache = PageCache(cache_bytes)
         for name in warm:
             self.cache.read(BlobDigest(name), GB)
-        self.lines = LoadLines(self.timeline, WORLD, self.cache)
+        self.transfers = WeightTransfers(self.timeline, WORLD, self.cache)
         self.ended: dict[str, float] = {}
 
     def start(self, name: str, size: int = 10 * GB) -> None:
         def done() -> None:
             self.ended[name] = self.timeline.now
 
-        self.lines.start(BlobDigest(name), size, True, done)
+        self.transfers.start(BlobDigest(name), size, True, done)
 
     def play(self) -> dict[str, float]:
         while self.timeline.step():
@@ -36,13 +36,13 @@ class Loads:
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_one_load_takes_what_the_world_says(warm: bool) -> None:
+def test_a_single_load_takes_the_time_of_the_cost_model(warm: bool) -> None:
     loads = Loads(warm=("a",) if warm else ())
     loads.start("a")
     assert loads.play() == {"a": pytest.approx(load_seconds(WORLD, 10 * GB, warm))}
 
 
-def test_what_was_read_once_is_warm_afterwards() -> None:
+def test_a_file_is_warm_after_its_first_read() -> None:
     loads = Loads()
     loads.start("a")
     loads.play()
@@ -59,7 +59,7 @@ def test_two_cold_loads_share_the_disk() -> None:
     assert loads.play() == {"a": pytest.approx(both), "b": pytest.approx(both)}
 
 
-def test_two_warm_loads_do_not_hinder_each_other_and_four_do() -> None:
+def test_two_warm_loads_run_at_full_speed_and_four_do_not() -> None:
     two, four = Loads(warm=("a", "b")), Loads(warm=("a", "b", "c", "d"))
     for name in "ab":
         two.start(name)
@@ -69,7 +69,7 @@ def test_two_warm_loads_do_not_hinder_each_other_and_four_do() -> None:
     assert four.play()["d"] == pytest.approx(0.4 + 40 * GB / WORLD.host_bytes_per_second)
 
 
-def test_the_cache_forgets_what_was_read_longest_ago() -> None:
+def test_the_page_cache_evicts_the_least_recently_read_file() -> None:
     loads = Loads(cache_bytes=25 * GB)
     for name in "abc":
         loads.start(name)
@@ -77,16 +77,16 @@ def test_the_cache_forgets_what_was_read_longest_ago() -> None:
     assert [loads.cache.holds(BlobDigest(name)) for name in "abc"] == [False, True, True]
 
 
-def test_a_slow_disk_slows_the_load_under_way() -> None:
+def test_a_slow_disk_slows_a_running_load() -> None:
     loads = Loads()
     loads.start("a", 4 * GB)
-    loads.timeline.at(1.4, lambda: loads.lines.set_disk_factor(0.5))
+    loads.timeline.at(1.4, lambda: loads.transfers.set_disk_factor(0.5))
     assert loads.play() == {"a": pytest.approx(1.4 + 2.0)}
 
 
-def test_an_aborted_load_ends_nothing_and_frees_its_share() -> None:
+def test_an_aborted_load_calls_nothing_and_frees_its_bandwidth() -> None:
     loads = Loads()
     loads.start("a", 4 * GB)
-    other = loads.lines.start(BlobDigest("b"), 100 * GB, True, lambda: loads.ended.update(b=0.0))
-    loads.timeline.at(1.4, lambda: loads.lines.abort(other))
+    other = loads.transfers.start(BlobDigest("b"), 100 * GB, True, lambda: loads.ended.update(b=0.0))
+    loads.timeline.at(1.4, lambda: loads.transfers.abort(other))
     assert loads.play() == {"a": pytest.approx(1.4 + 1.5)}

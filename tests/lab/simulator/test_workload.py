@@ -1,4 +1,4 @@
-"""Sessions made of a trace."""
+"""Sessions generated from a trace."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from router.lab.emulator.spec import parse_spec
-from router.lab.scenarios import mix_named, model_facts
+from router.lab.scenarios import model_facts, parse_mix
 from router.lab.simulator.workload import Demand, Session, TraceError, TraceRow, make_sessions, read_trace
 
 ROWS = read_trace()
-TEAM = mix_named("team", parse_spec("4x3090"))
+TEAM = parse_mix("team", parse_spec("4x3090"))
 FACTS = {name: model_facts(name) for name in TEAM.names}
 
 
@@ -20,7 +20,7 @@ def sessions(seed: int, demand: Demand | None = None) -> tuple[Session, ...]:
     return make_sessions(ROWS, TEAM, FACTS, demand or Demand(), seed)
 
 
-def test_the_built_in_trace_is_an_hour_of_requests() -> None:
+def test_the_built_in_trace_covers_an_hour() -> None:
     assert len(ROWS) == 19_366
     assert 3400 < ROWS[-1].at_seconds < 3700
     assert ROWS[0] == TraceRow(0.0, 374, 44)
@@ -36,7 +36,7 @@ def test_a_trace_is_read_plain_and_gzipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "TIMESTAMP,ContextTokens,GeneratedTokens\nnow,1,2\n"])
-def test_what_is_no_trace_is_said_to_be_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_trace_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TraceError, match="bad"):
@@ -45,12 +45,12 @@ def test_what_is_no_trace_is_said_to_be_none(tmp_path: Path, text: str) -> None:
         read_trace(tmp_path / "missing.csv")
 
 
-def test_the_same_seed_gives_the_same_sessions_and_another_one_others() -> None:
+def test_sessions_depend_only_on_the_seed() -> None:
     assert sessions(1) == sessions(1)
     assert sessions(1) != sessions(2)
 
 
-def test_as_many_requests_come_as_are_asked_for_by_so_many_users() -> None:
+def test_the_number_of_requests_and_users_matches_the_demand() -> None:
     made = sessions(3, Demand(seconds=600.0, requests_per_second=0.5, users=12))
     turns = [turn for session in made for turn in session.turns]
     assert len(turns) == 300
@@ -64,7 +64,7 @@ def test_each_model_gets_its_share_of_the_sessions() -> None:
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_turns_of_a_session_are_in_order_and_share_their_beginning() -> None:
+def test_turns_of_a_session_are_in_order_and_share_a_prefix() -> None:
     shared = 0
     for session in sessions(1):
         assert [turn.at_seconds for turn in session.turns] == sorted(turn.at_seconds for turn in session.turns)

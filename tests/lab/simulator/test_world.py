@@ -1,4 +1,4 @@
-"""Times and sizes of the world, held to what was measured: the multi-GPU guide's figures and public benchmarks."""
+"""The cost model against measurements: a multi-GPU guide's figures and public benchmarks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Models = dict[str, tuple[ModelFacts, float]]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """Facts and active share of the catalogue's models."""
+    """Facts and active share of every catalogue model."""
     store, found = Store(tmp_path_factory.mktemp("store")), Models()
     for name, entry in catalogue().items():
         store.install(entry)
@@ -64,7 +64,7 @@ def _even(model: ModelFacts, count: int) -> tuple[int, ...]:
     [(1, [46.1]), (2, [23.8, 22.4]), (2, [23.6, 22.6])],
     ids=["A6000", "2x3090", "2x4090"],
 )
-def test_a_70b_holds_what_was_measured_on_each_gpu(models: Models, gpus: int, measured_gb: list[float]) -> None:
+def test_a_70b_uses_the_measured_memory_on_each_gpu(models: Models, gpus: int, measured_gb: list[float]) -> None:
     model, _ = models["llama3.3:70b"]
     sizes = true_bytes(WORLD, model, _8K, _even(model, gpus))
     assert [size / _GB for size in sizes] == pytest.approx(measured_gb, rel=0.05)
@@ -77,7 +77,7 @@ def test_a_70b_with_32k_takes_about_twelve_gb_on_each_of_four_gpus(models: Model
 
 
 def test_two_24_gb_gpus_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> None:
-    """The guide puts the limit below 16K; the world leaves 0.6 GB of each GPU there, which is no margin to run on."""
+    """The guide puts the limit below 16K; the model leaves 0.6 GB free per GPU there, too little margin in practice."""
     model, _ = models["llama3.3:70b"]
     usable = GPU_MODELS["3090"].memory_total_bytes - GPU_MODELS["3090"].memory_reserved_bytes
     left = {context: usable - max(true_bytes(WORLD, model, LoadShape(context), _even(model, 2)))
@@ -96,7 +96,7 @@ def test_two_24_gb_gpus_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> N
         ("mixtral:8x22b", "3090+3090+3090+3090", 21.1),
     ],
 )
-def test_tokens_come_as_fast_as_measured(models: Models, name: str, gpus: str, measured: float) -> None:
+def test_decode_speed_is_as_measured(models: Models, name: str, gpus: str, measured: float) -> None:
     """Within 10 %."""
     model, share = models[name]
     placed = _gpus(gpus)
@@ -104,8 +104,8 @@ def test_tokens_come_as_fast_as_measured(models: Models, name: str, gpus: str, m
     assert 1 / step == pytest.approx(measured, rel=0.1)
 
 
-def test_the_guides_two_4090s_are_faster_than_ours(models: Models) -> None:
-    """22.6 tokens/s of 42.5 GB would be 95 % of the GPUs' bandwidth; the world keeps to what 3090s reach of theirs."""
+def test_two_4090s_are_slower_than_in_the_guide(models: Models) -> None:
+    """22.6 tokens/s of 42.5 GB would be 95 % of the bandwidth; the cost model uses the efficiency measured on 3090s."""
     model, _ = models["llama3.3:70b"]
     step = speed(WORLD, model, _gpus("4090+4090"), _even(model, 2)).step(1)
     assert 16.6 < 1 / step < 22.6
@@ -114,14 +114,14 @@ def test_the_guides_two_4090s_are_faster_than_ours(models: Models) -> None:
 @pytest.mark.parametrize(
     ("name", "gpus", "measured"), [("llama3.1:8b", "3090", 4030.0), ("llama3.3:70b", "3090+3090", 375.0)]
 )
-def test_prompts_are_read_as_fast_as_measured(models: Models, name: str, gpus: str, measured: float) -> None:
+def test_prefill_speed_is_as_measured(models: Models, name: str, gpus: str, measured: float) -> None:
     model, _ = models[name]
     placed = _gpus(gpus)
     seconds = speed(WORLD, model, placed, _even(model, len(placed))).prefill_seconds_per_token
     assert 1 / seconds == pytest.approx(measured, rel=0.1)
 
 
-def test_more_gpus_are_not_more_speed(models: Models) -> None:
+def test_more_gpus_are_not_faster(models: Models) -> None:
     model, _ = models["llama3.1:8b"]
     one = speed(WORLD, model, _gpus("3090"), _even(model, 1))
     two = speed(WORLD, model, _gpus("3090+3090"), _even(model, 2))
@@ -131,8 +131,8 @@ def test_more_gpus_are_not_more_speed(models: Models) -> None:
 
 def test_a_further_stream_costs_eight_per_cent_of_a_step(models: Models) -> None:
     model, _ = models["llama3.1:8b"]
-    pace = speed(WORLD, model, _gpus("3090"), _even(model, 1))
-    assert pace.step(2) / pace.step(1) == pytest.approx(1.08)
+    model_speed = speed(WORLD, model, _gpus("3090"), _even(model, 1))
+    assert model_speed.step(2) / model_speed.step(1) == pytest.approx(1.08)
 
 
 def test_layers_on_the_cpu_slow_every_token(models: Models) -> None:
@@ -142,8 +142,8 @@ def test_layers_on_the_cpu_slow_every_token(models: Models) -> None:
     assert steps[-1] > 5 * steps[0]
 
 
-def test_weights_on_the_cpu_are_streamed_once_a_batch_of_a_prompt(models: Models) -> None:
-    """What a larger batch saves is half of what the streaming of the layers takes a token."""
+def test_weights_on_the_cpu_are_streamed_once_per_prompt_batch(models: Models) -> None:
+    """Doubling the batch saves half of the streaming time per token."""
     model, _ = models["llama3.3:70b"]
     whole, half = (speed(WORLD, model, _gpus("3090"), (40,), batch=size) for size in (512, 1024))
     streamed = (model.weights_bytes - input_bytes(model)) * 41 / 81 / WORLD.offload_bytes_per_second
@@ -152,21 +152,21 @@ def test_weights_on_the_cpu_are_streamed_once_a_batch_of_a_prompt(models: Models
     assert (whole.batch_tokens, half.batch_tokens) == (512, 1024)
 
 
-def test_the_tests_own_model_takes_fifty_milliseconds_a_token_on_one_thread() -> None:
-    """103 MB of f16 weights, seen on a real 0.24.0 with `num_thread 1`; a prompt costs half of that a token."""
+def test_the_test_model_takes_fifty_milliseconds_per_token_on_one_thread() -> None:
+    """Measured: 103 MB of f16 weights on a real 0.24.0 with `num_thread 1`; a prompt token takes half as long."""
     model = ModelFacts(
         name="big:latest", digest="", blob=BlobDigest("sha256:0"), weights_bytes=103_107_000, architecture="llama",
         layers=8, embedding_length=768, head_count=24, head_count_kv=(8,) * 8, key_length=32, value_length=32,
         vocabulary_size=771, context_length=8192, input_bytes=0, output_bytes=771 * 768 * 2,
     )  # fmt: skip
-    pace = speed(WORLD, model, [], (), threads=1)
-    assert pace.is_cpu
-    assert pace.step(1) == pytest.approx(0.05, rel=0.1)
-    assert pace.prefill_seconds_per_token == pytest.approx(0.025, rel=0.1)
+    model_speed = speed(WORLD, model, [], (), threads=1)
+    assert model_speed.is_cpu
+    assert model_speed.step(1) == pytest.approx(0.05, rel=0.1)
+    assert model_speed.prefill_seconds_per_token == pytest.approx(0.025, rel=0.1)
 
 
 @pytest.mark.parametrize(("warm", "low", "high"), [(True, 8.0, 10.5), (False, 14.0, 43.0)])
-def test_a_70b_loads_in_the_time_that_was_measured(warm: bool, low: float, high: float) -> None:
+def test_a_70b_loads_in_the_measured_time(warm: bool, low: float, high: float) -> None:
     assert low < load_seconds(WORLD, catalogue()["llama3.3:70b"].size_bytes, warm) < high
 
 
@@ -188,10 +188,10 @@ _SHAPES = st.builds(
 
 
 @given(_FACTS, _SHAPES, st.integers(1, 4))
-def test_a_split_model_holds_no_less_than_a_whole_one(model: ModelFacts, shape: LoadShape, count: int) -> None:
+def test_a_split_model_uses_no_less_memory_than_a_whole_one(model: ModelFacts, shape: LoadShape, count: int) -> None:
     whole = sum(true_bytes(WORLD, model, shape, (model.layers + 1,)))
     split = true_bytes(WORLD, model, shape, _even(model, count))
-    assert sum(split) >= whole - count * model.layers  # rounding, a byte a layer
+    assert sum(split) >= whole - count * model.layers  # rounding: one byte per layer
     assert [size > 0 for size in split] == [units > 0 for units in _even(model, count)]
 
 
@@ -214,7 +214,7 @@ def test_a_longer_context_and_more_slots_never_need_less(model: ModelFacts, shap
 
 
 @given(_FACTS)
-def test_the_parts_of_a_model_are_no_more_than_its_file(model: ModelFacts) -> None:
+def test_the_parts_of_a_model_do_not_exceed_its_file(model: ModelFacts) -> None:
     assert 0 <= layer_bytes(model) * model.layers + output_bytes(model) <= model.weights_bytes
 
 

@@ -1,7 +1,7 @@
-"""What no scheduler can beat by moving models: all of them resident, each with its slots, and nothing to wait for else.
+"""The floor: a lower bound on waiting that no placement of single replicas can beat.
 
-Each model stands alone on the fastest GPU that holds it, else on the smallest set of fastest GPUs that does; memory
-is not counted, as if each had a machine of its own. It has one copy of each model.
+Every model is resident from the start, with one replica on the fastest GPU that holds it, else on the smallest set of
+fastest GPUs. Memory is not counted, as if each model had its own machine, so requests wait only for slots.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from collections.abc import Mapping
 
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
-from router.lab.simulator.batching import Done
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.gpus import SimGpu
-from router.lab.simulator.loaded_model import Loaded, Phase, ServerConfig, shape_of
-from router.lab.simulator.machine import Host
+from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.world import true_bytes
 
 
 class Floor:
-    """Every model of the mix, loaded before the first request."""
+    """All models of the mix, loaded before the first request."""
 
-    def __init__(self, host: Host, models: Mapping[str, ModelFacts], config: ServerConfig) -> None:
-        self._loaded: dict[BlobDigest, Loaded] = {}
+    def __init__(self, machine: Machine, models: Mapping[str, ModelFacts], config: ServerConfig) -> None:
+        self._loaded: dict[BlobDigest, ModelRunner] = {}
         for model in models.values():
-            gpus, layers = _best_layout(host, model, config)
-            loaded = Loaded.plan(host, "floor", model, config, gpus, layers, shape_of(model, config))
+            gpus, layers = _best_layout(machine, model, config)
+            loaded = ModelRunner.plan(machine, "floor", model, config, gpus, layers, shape_of(model, config))
             loaded.phase = Phase.READY
             self._loaded[model.blob] = loaded
 
     def start(self) -> None:
-        """All is there."""
+        """All models are loaded already."""
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         request.where = "floor"
         self._loaded[request.model.blob].serve(request, done)
 
@@ -40,19 +40,21 @@ class Floor:
         self._loaded[request.model.blob].cancel(request)
 
     def server_died(self, index: int) -> None:
-        """Nothing goes wrong for the floor."""
+        """Faults do not affect the floor."""
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
-        """Nor this."""
+        """Faults do not affect the floor."""
 
 
-def _best_layout(host: Host, model: ModelFacts, config: ServerConfig) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]]:
-    """The fewest GPUs that hold all layers in even parts, fastest first; all GPUs where even those do not."""
-    order = sorted(host.book.gpus, key=_by_speed)
+def _best_layout(
+    machine: Machine, model: ModelFacts, config: ServerConfig
+) -> tuple[tuple[GpuUuid, ...], tuple[int, ...]]:
+    """An even split over the fewest GPUs that hold it, fastest first; over all GPUs if none does."""
+    order = sorted(machine.ledger.gpus, key=_by_speed)
     for count in range(1, len(order) + 1):
         chosen = order[:count]
         layers = even_units(model.layers + 1, count)
-        sizes = true_bytes(host.world, model, shape_of(model, config), layers)
+        sizes = true_bytes(machine.world, model, shape_of(model, config), layers)
         if all(size <= gpu.usable_bytes for size, gpu in zip(sizes, chosen, strict=True)):
             return tuple(gpu.uuid for gpu in chosen), layers
     return tuple(gpu.uuid for gpu in order), even_units(model.layers + 1, len(order))
@@ -63,6 +65,6 @@ def _by_speed(gpu: SimGpu) -> tuple[float, int]:
 
 
 def even_units(units: int, parts: int) -> tuple[int, ...]:
-    """As even as whole units can be, more in the first parts."""
+    """As even as possible; the first parts get the remainder."""
     each, rest = divmod(units, parts)
     return tuple(each + (index < rest) for index in range(parts))

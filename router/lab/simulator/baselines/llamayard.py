@@ -1,8 +1,8 @@
-"""llamayard itself: the deciding core, unchanged, over one simulated server a GPU and one over all of them.
+"""The simulated router: the real scheduler over simulated servers, one per GPU and one over all GPUs.
 
-This is what the engine, the driver, the watcher and the gateway do in the product, in virtual time: events go into
-`Dispatcher.handle`, its actions are carried out on the servers, and what comes of them is posted again. It decides
-nothing itself.
+It does in virtual time what the controller, the Ollama driver, the pollers and the proxy do in the product: it passes
+events to `Dispatcher.handle`, executes the resulting actions on the servers and posts their results as new events. All
+decisions are the scheduler's.
 """
 
 from __future__ import annotations
@@ -46,104 +46,106 @@ from router.domain.snapshot import Snapshot
 from router.engines.ollama.footprint_estimator import version_of
 from router.engines.ollama.offload_rules import forces_spread
 from router.engines.ollama.rules import KIND, OllamaRules
-from router.lab.simulator.baselines.units import Unit, on_demand_policy, unit_on_demand, units_over
-from router.lab.simulator.batching import Done
+from router.lab.simulator.baselines.units import SimInstance, instances_over, on_demand_instance, on_demand_policy
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
-from router.lab.simulator.server import LOST, LoadResult, SimServer
+from router.lab.simulator.server import RUNNER_LOST, LoadResult, SimServer
 from router.lab.simulator.timeline import Timer
 from router.scheduler.dispatcher import Dispatcher
 
 _POLL_SECONDS = 1.0
-_OLD_NEWS_SECONDS = 5.0
-"""Each instance is looked at each second, but what it lists is told again only so often where nothing changed: that
-halves the time of a run, and the core has nothing to learn from it."""
+_REPOST_SECONDS = 5.0
+"""Instances are polled every second, but an unchanged model list is posted only this often. This halves a run's time;
+the scheduler learns nothing from a repeated list."""
 _START_SECONDS = 0.3
 _READING_SECONDS = 0.01
-"""A reading of the GPUs, from its beginning to its event."""
+"""Delay between a GPU reading and its event."""
 _UNLOAD_POLL_SECONDS = 0.05
-"""Half the driver's poll: what it takes on average to see that a model is gone."""
+"""Half the driver's poll interval: the mean delay until it notices that a model is unloaded."""
 _EARLIEST_WAKE_SECONDS = 0.01
 _ATTEMPTS = 3
 
-Seen = Callable[[Event, list[Action], float], None]
+DecisionObserver = Callable[[Event, list[Action], float], None]
 
 
 @dataclass(slots=True, eq=False)
-class _Held:
-    """One request between its arrival and its end."""
+class _OpenRequest:
+    """A request from its arrival to its end."""
 
     request: Request
-    done: Done
+    done: OnFinished
     ticket: TicketId
     server: SimServer | None = None
     attempts: int = 1
 
 
 class Llamayard:
-    """The product over a simulated machine."""
+    """The router over a simulated machine."""
 
     def __init__(
         self,
-        host: Host,
+        machine: Machine,
         config: ServerConfig,
         policy: Policy | None = None,
-        seen: Seen | None = None,
+        observer: DecisionObserver | None = None,
         *,
         pairs: bool = False,
     ) -> None:
-        """`seen` is told of every event with its actions. `pairs`: an instance over each two GPUs as well, as somebody
-        may declare them by hand."""
+        """`observer` is called with every event and its actions. `pairs`: also one instance per pair of GPUs, as a user
+        could configure them."""
         self._policy = on_demand_policy(policy or Policy(), config)
-        self.dispatcher = Dispatcher(self._policy, {KIND: _RememberingRules()})
-        self._host = host
-        self._seen = seen
-        own = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
-        self._config = own
-        self._units = {unit.spec.name: unit for unit in units_over(host, own, pairs=pairs)}
-        self._held: dict[TicketId, _Held] = {}
+        self.dispatcher = Dispatcher(self._policy, {KIND: _CachedRules()})
+        self._machine = machine
+        self._observer = observer
+        instance_config = replace(config, keep_alive_seconds=float("inf"), max_loaded=100_000, spread=False)
+        self._config = instance_config
+        self._instances = {
+            instance.spec.name: instance for instance in instances_over(machine, instance_config, pairs=pairs)
+        }
+        self._open_requests: dict[TicketId, _OpenRequest] = {}
         self._tickets: dict[Request, TicketId] = {}
         self._wake: Timer | None = None
 
-    # --- what the simulation asks --------------------------------------------------------------------------
+    # --- Baseline interface --------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """As the product does, which reads its GPUs before it takes a request."""
-        self._post(GpusRead(self._host.book.read(), self._now))
-        for unit in list(self._units.values()):
-            self._start(unit)
+        """Reads the GPUs before the first request, as the product does."""
+        self._post(GpusRead(self._machine.ledger.read(), self._now))
+        for instance in list(self._instances.values()):
+            self._start(instance)
         self._poll()
 
-    def submit(self, request: Request, done: Done) -> None:
-        self._arrive(_Held(request, done, TicketId(0)))
+    def submit(self, request: Request, done: OnFinished) -> None:
+        self._arrive(_OpenRequest(request, done, TicketId(0)))
 
     def cancel(self, request: Request) -> None:
         ticket = self._tickets.pop(request, None)
-        held = self._held.pop(ticket, None) if ticket is not None else None
-        if held is None:
+        open_request = self._open_requests.pop(ticket, None) if ticket is not None else None
+        if open_request is None:
             return
-        if held.server is None:
-            self._post(Cancelled(held.ticket))
+        if open_request.server is None:
+            self._post(Cancelled(open_request.ticket))
         else:
-            held.server.cancel(request)
-            self._post(Released(held.ticket))
+            open_request.server.cancel(request)
+            self._post(Released(open_request.ticket))
 
     def snapshot(self) -> Snapshot:
-        return self.dispatcher.snapshot(self._host.timeline.now)
+        return self.dispatcher.snapshot(self._machine.timeline.now)
 
     @property
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         return self.dispatcher.waiting
 
     @property
-    def held(self) -> Mapping[TicketId, Request]:
-        """Requests that wait or run, by their tickets."""
-        return {ticket: held.request for ticket, held in self._held.items()}
+    def open_requests(self) -> Mapping[TicketId, Request]:
+        """Waiting and running requests by ticket."""
+        return {ticket: open_request.request for ticket, open_request in self._open_requests.items()}
 
     def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
-        """What a model's runner really holds on each GPU; empty where it has none."""
-        for runner in self._units[key[0]].server.loaded:
+        """Bytes that the model's runner really holds on each GPU; empty if there is none."""
+        for runner in self._instances[key[0]].server.loaded:
             if runner.blob == key[1]:
                 return runner.bytes_by_gpu
         return {}
@@ -151,38 +153,38 @@ class Llamayard:
     # --- faults --------------------------------------------------------------------------------------------
 
     def server_died(self, index: int) -> None:
-        """An instance dies and is started again, later each time."""
-        self._kill(list(self._units.values())[index % len(self._units)])
+        """Crashes an instance; it restarts with exponential backoff."""
+        self._crash(list(self._instances.values())[index % len(self._instances)])
 
-    def _kill(self, unit: Unit) -> None:
-        if unit.state is not InstanceState.READY:
+    def _crash(self, instance: SimInstance) -> None:
+        if instance.state is not InstanceState.READY:
             return
-        unit.lives += 1
-        self._change(unit, InstanceState.BACKOFF, "died by signal 9")
-        unit.server.kill()
-        wait = min(60.0, 2.0 ** len([at for at in unit.deaths if self._now - at < 120.0]))
-        unit.deaths.append(self._now)
-        life = unit.lives
-        self._host.timeline.after(wait, lambda: self._start(unit) if unit.lives == life else None)
+        instance.generation += 1
+        self._set_state(instance, InstanceState.BACKOFF, "died by signal 9")
+        instance.server.kill()
+        wait = min(60.0, 2.0 ** len([at for at in instance.crash_times if self._now - at < 120.0]))
+        instance.crash_times.append(self._now)
+        generation = instance.generation
+        self._machine.timeline.after(wait, lambda: self._start(instance) if instance.generation == generation else None)
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
-        for unit in list(self._units.values()):
-            if uuid in unit.spec.gpus and self._units.get(unit.spec.name) is unit:
-                self._kill(unit)
+        for instance in list(self._instances.values()):
+            if uuid in instance.spec.gpus and self._instances.get(instance.spec.name) is instance:
+                self._crash(instance)
 
-    # --- the way in ----------------------------------------------------------------------------------------
+    # --- events --------------------------------------------------------------------------------------------
 
     @property
     def _now(self) -> float:
-        return self._host.timeline.now
+        return self._machine.timeline.now
 
     def _post(self, event: Event) -> None:
         now = self._now
         actions = self.dispatcher.handle(event, now)
-        if self._seen is not None:
-            self._seen(event, actions, now)
+        if self._observer is not None:
+            self._observer(event, actions, now)
         for action in actions:
-            self._carry_out(action)
+            self._execute(action)
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -192,21 +194,21 @@ class Llamayard:
         due = self.dispatcher.next_wake()
         if due is not None and due != float("inf"):
             delay = max(_EARLIEST_WAKE_SECONDS, due - self._now)
-            self._wake = self._host.timeline.after(delay, lambda: self._post(Ticked()))
+            self._wake = self._machine.timeline.after(delay, lambda: self._post(Ticked()))
 
-    def _arrive(self, held: _Held) -> None:
-        request = held.request
-        held.ticket = TicketId(request.id * 10 + held.attempts)
-        held.server = None
-        self._held[held.ticket] = held
-        self._tickets[request] = held.ticket
-        self._post(Arrived(self._ticket(held)))
+    def _arrive(self, open_request: _OpenRequest) -> None:
+        request = open_request.request
+        open_request.ticket = TicketId(request.id * 10 + open_request.attempts)
+        open_request.server = None
+        self._open_requests[open_request.ticket] = open_request
+        self._tickets[request] = open_request.ticket
+        self._post(Arrived(self._ticket(open_request)))
 
-    def _ticket(self, held: _Held) -> Ticket:
-        """As the gateway reads a chat request that names its conversation and no option."""
-        request = held.request
+    def _ticket(self, open_request: _OpenRequest) -> Ticket:
+        """The ticket of a chat request with a session id and without options."""
+        request = open_request.request
         return Ticket(
-            id=held.ticket,
+            id=open_request.ticket,
             model=request.model,
             options=(),
             context_length=0,
@@ -215,20 +217,20 @@ class Llamayard:
             deadline=request.arrived_at + self._policy.queue_timeout_seconds,
             client=request.user,
             session=f"{request.user}-{request.session}",
-            prompt_tokens=_guessed(request),
+            prompt_tokens=_estimated_prompt_tokens(request),
         )
 
-    # --- the way out ---------------------------------------------------------------------------------------
+    # --- actions -------------------------------------------------------------------------------------------
 
-    def _carry_out(self, action: Action) -> None:
+    def _execute(self, action: Action) -> None:
         match action:
             case Grant():
                 self._grant(action)
             case Reject():
-                held = self._held.pop(action.ticket_id, None)
-                if held is not None:
-                    del self._tickets[held.request]
-                    held.done(held.request, action.code)
+                open_request = self._open_requests.pop(action.ticket_id, None)
+                if open_request is not None:
+                    del self._tickets[open_request.request]
+                    open_request.done(open_request.request, action.code)
             case Load():
                 self._load(action)
             case Unload():
@@ -240,122 +242,126 @@ class Llamayard:
             case Remember():
                 pass
             case ReadGpus():
-                self._soon(self._read_gpus)
+                self._call_soon(self._read_gpus)
             case _:
                 assert_never(action)
 
     def _begin_instance(self, spec: InstanceSpec) -> None:
-        unit = unit_on_demand(self._host, spec, self._config)
-        self._units[spec.name] = unit
-        self._soon(lambda: self._start(unit))
+        instance = on_demand_instance(self._machine, spec, self._config)
+        self._instances[spec.name] = instance
+        self._call_soon(lambda: self._start(instance))
 
     def _end_instance(self, name: InstanceName) -> None:
-        unit = self._units.pop(name)
-        unit.lives += 1
-        unit.server.kill()
-        self._soon(lambda: self._change(unit, InstanceState.STOPPED, "no longer needed"))
+        instance = self._instances.pop(name)
+        instance.generation += 1
+        instance.server.kill()
+        self._call_soon(lambda: self._set_state(instance, InstanceState.STOPPED, "no longer needed"))
 
     def _grant(self, grant: Grant) -> None:
-        held = self._held.get(grant.ticket_id)
-        if held is None:
+        open_request = self._open_requests.get(grant.ticket_id)
+        if open_request is None:
             self._post(Released(grant.ticket_id))
             return
-        held.server = self._units[grant.instance].server
-        held.server.submit(held.request, lambda _, error: self._answered(held, error))
+        open_request.server = self._instances[grant.instance].server
+        open_request.server.submit(open_request.request, lambda _, error: self._answered(open_request, error))
 
-    def _answered(self, held: _Held, error: str) -> None:
-        if self._held.pop(held.ticket, None) is None:
+    def _answered(self, open_request: _OpenRequest, error: str) -> None:
+        if self._open_requests.pop(open_request.ticket, None) is None:
             return
-        del self._tickets[held.request]
-        request = held.request
+        del self._tickets[open_request.request]
+        request = open_request.request
         tokens = 0 if error else request.generated_tokens
-        self._post(Released(held.ticket, error == LOST, tokens, request.first_token_at))
-        if error and held.request.first_token_at is None and held.attempts < _ATTEMPTS:
-            held.attempts += 1
-            self._arrive(held)
+        self._post(Released(open_request.ticket, error == RUNNER_LOST, tokens, request.first_token_at))
+        if error and open_request.request.first_token_at is None and open_request.attempts < _ATTEMPTS:
+            open_request.attempts += 1
+            self._arrive(open_request)
         else:
-            held.done(held.request, error)
+            open_request.done(open_request.request, error)
 
     def _load(self, load: Load) -> None:
-        unit = self._units[load.instance]
-        if unit.state is not InstanceState.READY:
-            self._soon(lambda: self._post(LoadFailed(load.load_id, 502, "cannot connect", is_lost=True)))
+        instance = self._instances[load.instance]
+        if instance.state is not InstanceState.READY:
+            self._call_soon(lambda: self._post(LoadFailed(load.load_id, 502, "cannot connect", is_lost=True)))
             return
 
-        def ended(result: LoadResult) -> None:
+        def finished(result: LoadResult) -> None:
             if result.error:
-                is_lost = result.error == LOST
+                is_lost = result.error == RUNNER_LOST
                 self._post(LoadFailed(load.load_id, 502 if is_lost else 500, result.error, is_lost=is_lost))
             else:
                 self._post(LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes))
 
-        unit.server.load(
-            load.model, load.model.layers + 1 if load.expects_gpu else -1, lambda r: self._soon(lambda: ended(r))
+        instance.server.load(
+            load.model,
+            load.model.layers + 1 if load.expects_gpu else -1,
+            lambda r: self._call_soon(lambda: finished(r)),
         )
 
     def _unload(self, unload: Unload) -> None:
         def gone() -> None:
-            ended = UnloadFinished(unload.instance, unload.blob)
-            self._host.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(ended))
+            finished = UnloadFinished(unload.instance, unload.blob)
+            self._machine.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(finished))
 
-        self._units[unload.instance].server.unload(unload.blob, gone)
+        self._instances[unload.instance].server.unload(unload.blob, gone)
 
-    def _soon(self, call: Callable[[], None]) -> None:
-        self._host.timeline.after(0.002, call)
+    def _call_soon(self, call: Callable[[], None]) -> None:
+        self._machine.timeline.after(0.002, call)
 
-    # --- watching ------------------------------------------------------------------------------------------
+    # --- polling and instance states -----------------------------------------------------------------------
 
     def _poll(self) -> None:
-        self._host.timeline.after(_POLL_SECONDS, self._poll)
+        self._machine.timeline.after(_POLL_SECONDS, self._poll)
         self._read_gpus()
-        for unit in list(self._units.values()):
-            rows = self._listed(unit)
-            is_news = rows != unit.listed or self._now - unit.listed_at >= _OLD_NEWS_SECONDS
-            if unit.state is InstanceState.READY and is_news:
-                unit.listed, unit.listed_at = rows, self._now
-                self._post(ResidencyRead(unit.spec.name, rows, self._now))
+        for instance in list(self._instances.values()):
+            loaded_models = self._loaded_models(instance)
+            has_changed = loaded_models != instance.last_list or self._now - instance.last_list_at >= _REPOST_SECONDS
+            if instance.state is InstanceState.READY and has_changed:
+                instance.last_list, instance.last_list_at = loaded_models, self._now
+                self._post(ResidencyRead(instance.spec.name, loaded_models, self._now))
 
     def _read_gpus(self) -> None:
         read_at = self._now
-        gpus = self._host.book.read()
-        self._host.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
+        gpus = self._machine.ledger.read()
+        self._machine.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
 
-    def _listed(self, unit: Unit) -> tuple[LoadedModel, ...]:
+    def _loaded_models(self, instance: SimInstance) -> tuple[LoadedModel, ...]:
         return tuple(
             LoadedModel(
-                name=one.model.name,
-                digest=one.model.digest,
-                size_bytes=one.size_bytes,
-                size_vram_bytes=one.size_vram_bytes,
-                context_length=min(unit.spec.context_length, one.model.context_length or unit.spec.context_length),
-                model=one.model,
+                name=runner.model.name,
+                digest=runner.model.digest,
+                size_bytes=runner.size_bytes,
+                size_vram_bytes=runner.size_vram_bytes,
+                context_length=min(
+                    instance.spec.context_length, runner.model.context_length or instance.spec.context_length
+                ),
+                model=runner.model,
             )
-            for one in unit.server.loaded
+            for runner in instance.server.loaded
         )
 
-    def _start(self, unit: Unit) -> None:
-        if self._units.get(unit.spec.name) is not unit:
+    def _start(self, instance: SimInstance) -> None:
+        if self._instances.get(instance.spec.name) is not instance:
             return
-        if any(uuid in self._host.book.lost for uuid in unit.spec.gpus):
-            self._change(unit, InstanceState.BACKOFF, "its GPU is lost")
-            self._host.timeline.after(5.0, lambda: self._start(unit))
+        if any(uuid in self._machine.ledger.lost for uuid in instance.spec.gpus):
+            self._set_state(instance, InstanceState.BACKOFF, "its GPU is lost")
+            self._machine.timeline.after(5.0, lambda: self._start(instance))
             return
-        self._change(unit, InstanceState.STARTING, "")
-        life = unit.lives
-        self._host.timeline.after(_START_SECONDS, lambda: self._started(unit, life))
+        self._set_state(instance, InstanceState.STARTING, "")
+        generation = instance.generation
+        self._machine.timeline.after(_START_SECONDS, lambda: self._started(instance, generation))
 
-    def _started(self, unit: Unit, life: int) -> None:
-        if unit.lives == life and unit.state is InstanceState.STARTING:
-            self._change(unit, InstanceState.READY, "")
+    def _started(self, instance: SimInstance, generation: int) -> None:
+        if instance.generation == generation and instance.state is InstanceState.STARTING:
+            self._set_state(instance, InstanceState.READY, "")
 
-    def _change(self, unit: Unit, state: InstanceState, reason: str) -> None:
-        unit.state = state
-        version = ".".join(map(str, unit.server.config.version)) if state is InstanceState.READY else None
-        self._post(InstanceChanged(unit.spec, state, reason, version))
+    def _set_state(self, instance: SimInstance, state: InstanceState, reason: str) -> None:
+        instance.state = state
+        version = ".".join(map(str, instance.server.config.version)) if state is InstanceState.READY else None
+        self._post(InstanceChanged(instance.spec, state, reason, version))
 
 
-class _RememberingRules(OllamaRules):
-    """Remembers each estimate that depends on no GPU's free memory: a run asks for a million."""
+class _CachedRules(OllamaRules):
+    """Memoises estimates that do not depend on free memory: a run needs a million of them."""
 
     def __init__(self) -> None:
         self._sizes: dict[tuple[object, ...], tuple[int, ...]] = {}
@@ -372,6 +378,6 @@ class _RememberingRules(OllamaRules):
         return self._sizes[key]
 
 
-def _guessed(request: Request) -> int:
-    """The gateway knows the prompt's text, not its tokens: up to a quarter too few or too many, by the request."""
+def _estimated_prompt_tokens(request: Request) -> int:
+    """Prompt tokens as the router estimates them from the text: off by up to a quarter, fixed per request."""
     return max(1, round(request.prompt_tokens * (0.75 + request.id * 7919 % 51 / 100)))

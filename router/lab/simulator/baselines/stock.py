@@ -1,6 +1,6 @@
-"""Stock servers: one over all GPUs, or one a GPU behind nginx as most guides set it up.
+"""Stock baselines: one Ollama server over all GPUs, or one per GPU behind nginx.
 
-They get what a good admin gives them (`ServerConfig`'s defaults) and behave as `router.lab.simulator.server` says.
+Both use the well-tuned defaults of `ServerConfig`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from router.domain.gpu import GpuUuid
-from router.lab.simulator.batching import Done
+from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.server import SimServer
 
@@ -18,25 +18,25 @@ from router.lab.simulator.server import SimServer
 class StockServer:
     """One server that sees all GPUs."""
 
-    def __init__(self, host: Host, config: ServerConfig) -> None:
-        self._server = SimServer(host, "ollama", tuple(gpu.uuid for gpu in host.book.gpus), config)
+    def __init__(self, machine: Machine, config: ServerConfig) -> None:
+        self._server = SimServer(machine, "ollama", tuple(gpu.uuid for gpu in machine.ledger.gpus), config)
 
     def start(self) -> None:
-        """A stock server loads nothing before it is asked."""
+        """A stock server loads nothing before the first request."""
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         self._server.submit(request, done)
 
     def cancel(self, request: Request) -> None:
         self._server.cancel(request)
 
     def server_died(self, index: int) -> None:
-        """Its service manager starts it again at once."""
+        """The service manager restarts it at once."""
         del index
         self._server.kill()
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
-        """Its runners die; a GPU that is lost has no free memory, so it goes on with the others."""
+        """Its runners crash; a lost GPU has no free memory, so the server continues with the others."""
         del uuid
         self._server.kill()
 
@@ -48,20 +48,22 @@ class _Upstream:
 
 
 class NginxOverServers:
-    """One server a GPU; nginx passes each request to the next one, or to the one with the fewest connections.
+    """One server per GPU; nginx balances round robin or by least connections.
 
-    `least_conn` breaks ties by turns, as nginx does among peers of equal weight.
+    `least_conn` breaks ties round robin, as nginx does among peers of equal weight.
     """
 
-    def __init__(self, host: Host, config: ServerConfig, least_conn: bool) -> None:
+    def __init__(self, machine: Machine, config: ServerConfig, least_conn: bool) -> None:
         self._least_conn = least_conn
         self._turn = 0
-        self._upstreams = [_Upstream(SimServer(host, f"gpu{gpu.index}", (gpu.uuid,), config)) for gpu in host.book.gpus]
+        self._upstreams = [
+            _Upstream(SimServer(machine, f"gpu{gpu.index}", (gpu.uuid,), config)) for gpu in machine.ledger.gpus
+        ]
 
     def start(self) -> None:
         """Nothing to do."""
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: OnFinished) -> None:
         upstream = self._pick()
         upstream.requests.add(request)
 

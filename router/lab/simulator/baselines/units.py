@@ -1,6 +1,6 @@
-"""The instances that the simulated router has: which servers over which GPUs, and how far each has come.
+"""The instances of the simulated router: a simulated server, its GPUs and its state.
 
-It mirrors what `router/engines/ollama/instance_plan.py` plans from discovery. It starts nothing.
+Mirrors the instances that `router/engines/ollama/instance_plan.py` plans for discovered GPUs.
 """
 
 from __future__ import annotations
@@ -14,42 +14,46 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.policy import Policy
 from router.engines.ollama.tensor_split import TENSOR_SPLIT, Shares, memory_shares, parsed_split, split_text
 from router.lab.simulator.loaded_model import ServerConfig
-from router.lab.simulator.machine import Host
+from router.lab.simulator.machine import Machine
 from router.lab.simulator.server import SimServer
 
 
 @dataclass(slots=True)
-class Unit:
-    """One instance."""
+class SimInstance:
+    """One instance of the simulated router."""
 
     spec: InstanceSpec
     server: SimServer
     state: InstanceState = InstanceState.STOPPED
-    lives: int = 0
-    deaths: list[float] = field(default_factory=list[float])
-    listed: tuple[LoadedModel, ...] = ()
-    """As last told, and when."""
-    listed_at: float = 0.0
+    generation: int = 0
+    crash_times: list[float] = field(default_factory=list[float])
+    last_list: tuple[LoadedModel, ...] = ()
+    """The model list posted last."""
+    last_list_at: float = 0.0
 
 
-def units_over(host: Host, config: ServerConfig, *, pairs: bool) -> list[Unit]:
-    """One instance a GPU and one over all: even on equal GPUs, else filled first, the fastest GPU first."""
-    gpus = host.book.gpus
-    units = [_unit(host, f"gpu{gpu.index}", (gpu.uuid,), config, even=False) for gpu in gpus]
+def instances_over(machine: Machine, config: ServerConfig, *, pairs: bool) -> list[SimInstance]:
+    """One instance per GPU and one over all: split evenly over equal GPUs, else filled fastest GPU first."""
+    gpus = machine.ledger.gpus
+    instances = [_instance(machine, f"gpu{gpu.index}", (gpu.uuid,), config, even=False) for gpu in gpus]
     if len(gpus) > 1:
         even = len({(gpu.name, gpu.memory_total_bytes) for gpu in gpus}) == 1
         order = sorted(gpus, key=lambda c: (-c.facts.bandwidth_bytes_per_second, -c.memory_total_bytes, c.index))
         uuids = tuple(gpu.uuid for gpu in (gpus if even else order))
-        units.append(_unit(host, "spread", uuids, config, even=even))
-    for one, other in combinations(gpus, 2) if pairs and len(gpus) > 2 else ():
-        units.append(_unit(host, f"pair{one.index}{other.index}", (one.uuid, other.uuid), config, even=True))
-    return units
+        instances.append(_instance(machine, "spread", uuids, config, even=even))
+    for first, second in combinations(gpus, 2) if pairs and len(gpus) > 2 else ():
+        instances.append(
+            _instance(machine, f"pair{first.index}{second.index}", (first.uuid, second.uuid), config, even=True)
+        )
+    return instances
 
 
-def _unit(host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool) -> Unit:
-    totals = {gpu.uuid: gpu.memory_total_bytes for gpu in host.book.gpus}
+def _instance(
+    machine: Machine, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig, *, even: bool
+) -> SimInstance:
+    totals = {gpu.uuid: gpu.memory_total_bytes for gpu in machine.ledger.gpus}
     shares = memory_shares(tuple(totals[uuid] for uuid in gpus))
-    own = _own(config, shares, even=even)
+    server_config = _server_config(config, shares, even=even)
     spec = InstanceSpec(
         name=InstanceName(name),
         gpus=gpus,
@@ -58,34 +62,35 @@ def _unit(host: Host, name: str, gpus: tuple[GpuUuid, ...], config: ServerConfig
         context_length=config.context_length,
         kv_cache_type=config.kv_cache_type,
         flash_attention=config.flash_attention,
-        environment=_variables(shares, even=even),
+        environment=_environment(shares, even=even),
     )
-    return Unit(spec, SimServer(host, name, gpus, own))
+    return SimInstance(spec, SimServer(machine, name, gpus, server_config))
 
 
-def unit_on_demand(host: Host, spec: InstanceSpec, config: ServerConfig) -> Unit:
-    """One that the dispatcher asked for."""
+def on_demand_instance(machine: Machine, spec: InstanceSpec, config: ServerConfig) -> SimInstance:
+    """An instance that the scheduler starts on demand."""
     even = len(spec.gpus) > 1
     shares = parsed_split(spec.environment.get(TENSOR_SPLIT, "")) or (1.0,) * len(spec.gpus)
-    named = replace(spec, url=f"sim://{spec.name}", environment=_variables(shares, even=even))
-    tuned = replace(config, slots=spec.num_parallel, kv_cache_type=spec.kv_cache_type)
-    return Unit(named, SimServer(host, spec.name, spec.gpus, _own(tuned, shares, even=even)))
+    named_spec = replace(spec, url=f"sim://{spec.name}", environment=_environment(shares, even=even))
+    tuned_config = replace(config, slots=spec.num_parallel, kv_cache_type=spec.kv_cache_type)
+    return SimInstance(
+        named_spec, SimServer(machine, spec.name, spec.gpus, _server_config(tuned_config, shares, even=even))
+    )
 
 
-def _variables(shares: Shares, *, even: bool) -> dict[str, str]:
+def _environment(shares: Shares, *, even: bool) -> dict[str, str]:
     spread = {"OLLAMA_SCHED_SPREAD": "1" if even else "0"}
     return {**spread, TENSOR_SPLIT: split_text(shares)} if len(shares) > 1 else spread
 
 
-def _own(config: ServerConfig, shares: Shares, *, even: bool) -> ServerConfig:
-    """As `router/engines/ollama/instance_plan.py` has it: an instance over several GPUs shares layers by their
-    memory."""
+def _server_config(config: ServerConfig, shares: Shares, *, even: bool) -> ServerConfig:
+    """As in `router/engines/ollama/instance_plan.py`: an instance over several GPUs splits layers by their memory."""
     return replace(config, spread=even, tensor_split=shares if len(shares) > 1 else ())
 
 
 def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
-    """The policy with instances on demand, tuned like the others, as the product has it over GPUs."""
-    like = InstanceSpec(
+    """The policy with on-demand instances enabled, with the same settings as the fixed ones."""
+    template = InstanceSpec(
         name=InstanceName(""),
         gpus=(),
         url="",
@@ -99,6 +104,6 @@ def on_demand_policy(policy: Policy, config: ServerConfig) -> Policy:
         policy,
         constants=replace(policy.constants, unseen_margin_ratio=0.02),
         instances_on_demand=True,
-        on_demand_like=like,
+        on_demand_like=template,
         context_length=config.context_length,
     )
