@@ -22,7 +22,7 @@ from typing import Any, cast
 import uvloop
 
 from router.admission.origin_check import OriginPolicy, Origins
-from router.api.context import Limits
+from router.admission.pipeline import admission_pipeline
 from router.control.controller import Controller
 from router.domain.events import InstanceChanged, LoadedModel, ResidencyRead
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
@@ -30,13 +30,14 @@ from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.policy import Policy
 from router.engines.ollama.rules import KIND, OllamaRules
 from router.llm_api.inference_request import ModelRules
+from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, configure_logs
 from router.observability.metrics import Metrics
 from router.proxy.client_connection import ClientConnection
-from router.proxy.context import ClientTimeouts, ProxyContext, Tasks
+from router.proxy.context import ProxyContext, Tasks
 from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool, UpstreamConnection
 from router.scheduler.dispatcher import Dispatcher
@@ -129,26 +130,27 @@ class _NoDriver:
     async def unload(self, unload: Any) -> Any: ...
 
 
-def _desk(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyContext:
+def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyContext:
     def no_instance() -> InstanceView:
         raise AssertionError("every request of this profile can be routed")
+
+    origins = OriginPolicy(Origins(("http://localhost",)), True, frozenset())
+    limits, table = RequestLimits(2**28, 300.0, 600.0, 300.0), RouteTable()
 
     return ProxyContext(
         controller=controller,
         catalog=_Catalog(),
         pool=pool,
-        request_log=AccessLog(metrics, controller.now, RequestLines("info", len)),  # written, and thrown away
-        origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
-        limits=Limits(2**28, 300.0, 600.0, 300.0),
+        request_log=AccessLog(metrics, controller.now, RequestLines("info", len)),  # formatted, then discarded
+        pipeline=admission_pipeline(origins, limits, dict, table),
+        limits=limits,
         rules=ModelRules(8192, heartbeat_seconds=15.0),
         endpoint_support=_Abilities(),
         primary=no_instance,
-        gpus=dict,
         has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
-        timeouts=ClientTimeouts(),
-        table=RouteTable(),
+        table=table,
         tasks=Tasks(),
     )
 
@@ -172,13 +174,13 @@ async def _measure(
     async with Controller(dispatcher, cast("Any", _NoDriver()), time.monotonic, (DecisionLog(metrics),)) as controller:
         urls = _fleet(dispatcher, instances)
         pool = Pool(5.0, controller.now)
-        desk = _desk(controller, metrics, pool)
+        context = _context(controller, metrics, pool)
         behind: dict[str, UpstreamConnection] = {}
         for url in urls:
             connection = behind[url] = UpstreamConnection(pool, url)
             connection.connection_made(_Transport())
             pool.release(connection)
-        client = ClientConnection(desk, ProxyServer(desk))
+        client = ClientConnection(context, ProxyServer(context))
         client.connection_made(_Transport())
 
         requests = itertools.cycle(_REQUESTS)

@@ -1,7 +1,7 @@
-"""Who asks, and on what terms, read from a request's headers. Pure; it authenticates nobody.
+"""Reads who a request is from, and its priority and layout, from its headers. Pure; authenticates nobody.
 
-What a client says of itself only shares out slots and finds caches, so that a false word gains nothing but another's
-place in the queue. Keys are secrets: only a digest of them is ever kept, logged or shown.
+What a client says of itself only affects fairness and cache affinity, so a false claim gains nothing but another
+client's place in the queue. Keys are secrets: only a digest of them is ever kept, logged or shown.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.request import Layout, LayoutKind
 from router.errors import BadRequest, LayoutUnavailable
+from router.http1.headers import HeaderLookup
 
-Header = Callable[[str], str | None]
-"""A request's header by its name in lower case, None where it is absent."""
+GpuLookup = Callable[[], Mapping[GpuUuid, Gpu]]
+"""The GPUs there are now."""
 
 LAYOUT_HEADER = "X-Llamayard-Layout"
 PRIORITY_HEADER = "X-Llamayard-Priority"
@@ -24,54 +24,56 @@ PRIORITY_HEADER = "X-Llamayard-Priority"
 NO_KEYS = frozenset(
     {"", "ollama", "unused", "none", "null", "dummy", "x", "no-key", "not-needed", "sk-no-key-required"}
 )
-"""Made-up keys that manuals tell people to write where a client demands one: they tell nobody from anybody."""
+"""Placeholder keys from client manuals: they do not distinguish one client from another."""
 
 _PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 _SCHEMES = frozenset({"bearer", "basic"})
-_NAME_CHARACTERS = 64
+_NAME_CHARACTERS_MAX = 64
 _DIGEST_CHARACTERS = 12
-_ODD = re.compile(r"[^\w.@:+-]", re.ASCII)
-_LAYOUT_WORDS = "single, spread, or gpu: with a GPU's UUID or index"
+_UNSAFE = re.compile(r"[^\w.@:+-]", re.ASCII)
+_LAYOUT_FORMS = "single, spread, or gpu: with a GPU's UUID or index"
 
 
-@dataclass(frozen=True, slots=True)
-class ClientIdentity:
-    """Who asks, and on what terms."""
-
-    client: str = ""
-    """For fairness and logs: `key:` and a digest, `user:` and a name, both, or the address."""
-    session: str = ""
-    """The conversation; "" where the client does not tell."""
-    priority: int = 0
-    layout: Layout | None = None
+def client_of(header: HeaderLookup, address: str) -> str:
+    """The key (`Authorization`, or Anthropic's `X-Api-Key`) and the user named by the client; else its address."""
+    key = _key_digest(header("authorization") or header("x-api-key"))
+    user = _sanitized(header("x-openwebui-user-id"))
+    parts = [f"key:{key}"] if key else []
+    parts += [f"user:{user}"] if user else []
+    return "/".join(parts) or address
 
 
-def identify_client(header: Header, address: str, gpus: Callable[[], Mapping[GpuUuid, Gpu]]) -> ClientIdentity:
-    """The asker by its headers, else by its address.
+def session_of(header: HeaderLookup) -> str:
+    """The conversation that the request belongs to; "" where the client names none."""
+    return _sanitized(header("x-session-id")) or _sanitized(header("x-openwebui-chat-id"))
 
-    Raises:
-        BadRequest: a header of the router's own that cannot be read.
-        LayoutUnavailable: the layout names a GPU that is not there.
+
+def priority_of(header: HeaderLookup) -> int:
     """
-    layout = header(LAYOUT_HEADER.lower())
-    return ClientIdentity(
-        client=client_of(header, address),
-        session=_plain(header("x-session-id")) or _plain(header("x-openwebui-chat-id")),
-        priority=_priority(header(PRIORITY_HEADER.lower())),
-        layout=parse_layout(layout, gpus()) if layout else None,
-    )
+    Raises:
+        BadRequest: the header names no priority.
+    """
+    text = header(PRIORITY_HEADER.lower())
+    if text is None:
+        return 0
+    name = text.strip().lower()
+    if name not in _PRIORITIES:
+        raise BadRequest(f"{PRIORITY_HEADER}: unknown priority {text.strip()!r}; use low, normal or high")
+    return _PRIORITIES[name]
 
 
-def client_of(header: Header, address: str) -> str:
-    """A key (`Authorization`, or Anthropic's `X-Api-Key`) and the user that it asks for, as told; else the address."""
-    key, user = _secret(header("authorization") or header("x-api-key")), _plain(header("x-openwebui-user-id"))
-    known = [f"key:{key}"] if key else []
-    known += [f"user:{user}"] if user else []
-    return "/".join(known) or address
+def layout_of(header: HeaderLookup, gpus: GpuLookup) -> Layout | None:
+    """
+    Raises:
+        BadRequest: the header names no layout.
+        LayoutUnavailable: it names a GPU that does not exist.
+    """
+    text = header(LAYOUT_HEADER.lower())
+    return parse_layout(text, gpus()) if text else None
 
 
 def parse_layout(text: str, gpus: Mapping[GpuUuid, Gpu]) -> Layout:
-    """`single`, `spread`, `gpu:0`, `gpu:GPU-8a0c…`.
+    """Parses `single`, `spread`, `gpu:0` or `gpu:GPU-8a0c…`.
 
     Raises:
         BadRequest: none of these.
@@ -82,25 +84,16 @@ def parse_layout(text: str, gpus: Mapping[GpuUuid, Gpu]) -> Layout:
     if kind in ("single", "spread") and not gpu:
         return Layout(LayoutKind(kind))
     if kind != "gpu" or not gpu:
-        raise BadRequest(f"{LAYOUT_HEADER}: {text.strip()!r} is no layout: write {_LAYOUT_WORDS}")
+        raise BadRequest(f"{LAYOUT_HEADER}: unknown layout {text.strip()!r}; use {_LAYOUT_FORMS}")
     found = next((g for g in gpus.values() if gpu in (str(g.index), g.uuid) or gpu.lower() == g.uuid.lower()), None)
     if found is None:
-        there = ", ".join(f"{g.index} ({g.uuid})" for g in sorted(gpus.values(), key=lambda g: g.index)) or "none"
-        raise LayoutUnavailable(f"{LAYOUT_HEADER}: there is no GPU {gpu!r}; GPUs here: {there}")
+        present = ", ".join(f"{g.index} ({g.uuid})" for g in sorted(gpus.values(), key=lambda g: g.index)) or "none"
+        raise LayoutUnavailable(f"{LAYOUT_HEADER}: there is no GPU {gpu!r}; GPUs here: {present}")
     return Layout(LayoutKind.GPU, found.uuid)
 
 
-def _priority(text: str | None) -> int:
-    if text is None:
-        return 0
-    word = text.strip().lower()
-    if word not in _PRIORITIES:
-        raise BadRequest(f"{PRIORITY_HEADER}: {text.strip()!r} is no priority: write low, normal or high")
-    return _PRIORITIES[word]
-
-
-def _secret(authorization: str | None) -> str:
-    """A digest of the key; "" where there is none that tells anybody apart."""
+def _key_digest(authorization: str | None) -> str:
+    """A digest of the key; "" where there is none, or only a placeholder."""
     scheme, _, key = (authorization or "").strip().partition(" ")
     key = key.strip() or ("" if scheme.lower() in _SCHEMES else scheme)
     if key.lower() in NO_KEYS:
@@ -108,6 +101,6 @@ def _secret(authorization: str | None) -> str:
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:_DIGEST_CHARACTERS]
 
 
-def _plain(text: str | None) -> str:
-    """Fit for logs: plain characters, not too many."""
-    return _ODD.sub("", text or "")[:_NAME_CHARACTERS]
+def _sanitized(text: str | None) -> str:
+    """Fit for logs: plain characters, bounded length."""
+    return _UNSAFE.sub("", text or "")[:_NAME_CHARACTERS_MAX]

@@ -1,8 +1,8 @@
-"""Who may call from a browser: the checks of Host and Origin that an Ollama server makes itself.
+"""The checks of Host and Origin that an Ollama server makes itself: which web pages may call this endpoint.
 
-A proxy sets Host, so the server behind it can no longer tell a page that reached it by DNS rebinding from a local
-program: whoever sets Host must check it. The answers are those of Ollama, to the header (`cors-*`, `host-*` and
-`options-no-origin` in the recordings). It authenticates nobody: what sends no Origin is let through.
+A proxy sets Host, so the server behind it cannot distinguish a page that reached it by DNS rebinding from a local
+program. The proxy must therefore check it. Responses match Ollama's down to the headers (`cors-*`, `host-*` and
+`options-no-origin` in the recordings). It authenticates nobody: requests without Origin pass.
 
 Sources: allowedHostsMiddleware in server/routes.go and AllowedOrigins in envconfig/config.go (v0.11.4 to v0.24);
 gin-contrib/cors v1.7.2, whose order (Origin first, then Host) and pattern matching are kept.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import psutil
 
-Pairs = tuple[tuple[str, str], ...]
+from router.http1.response_writer import HeaderPairs, LocalResponse
 
 ALLOW_HEADERS = (
     "Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,X-Stainless-Arch,X-Stainless-Async,"
@@ -36,20 +36,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A whole answer that ends the request here."""
-
-    status: int
-    headers: Pairs
-    body: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
-    """`answer` ends the request where it is set; else `headers` go on whatever answer the request gets."""
+    """A `response` ends the request; otherwise `headers` belong on whatever response the request gets."""
 
-    answer: Answer | None = None
-    headers: Pairs = ()
+    response: LocalResponse | None = None
+    headers: HeaderPairs = ()
 
 
 class Origins:
@@ -59,30 +50,30 @@ class Origins:
         ValueError: a pattern with more than one `*`.
     """
 
-    __slots__ = ("_all", "_exact", "_wildcards")
+    __slots__ = ("_exact", "_wildcards", "allow_all")
 
     def __init__(self, patterns: Iterable[str]) -> None:
         given = [pattern.strip() for pattern in patterns]
-        bad = [pattern for pattern in given if pattern.count("*") > 1]
-        if bad:
-            raise ValueError(f"server.cors_origins: only one * is allowed in {bad[0]!r}")
-        self._all = "*" in given
+        invalid = [pattern for pattern in given if pattern.count("*") > 1]
+        if invalid:
+            raise ValueError(f"server.cors_origins: only one * is allowed in {invalid[0]!r}")
+        self.allow_all = "*" in given
         self._exact = frozenset(pattern.lower() for pattern in given)
         self._wildcards = tuple((head, tail) for head, star, tail in (p.partition("*") for p in given) if star)
 
-    @property
-    def allow_all(self) -> bool:
-        return self._all
-
     def allow(self, origin: str) -> bool:
-        """As gin-contrib/cors has it: plain ones in lower case, patterns by their head and tail as written."""
-        if self._all or origin in self._exact:
+        """Matches as gin-contrib/cors does: plain origins in lower case, patterns by prefix and suffix as written."""
+        if self.allow_all or origin in self._exact:
             return True
         return any(origin.startswith(head) and origin.endswith(tail) for head, tail in self._wildcards)
 
 
 class OriginPolicy:
-    """Judges one request's Host and Origin."""
+    """Judges one request's Host and Origin.
+
+    Args:
+        own_names: the machine's names and addresses.
+    """
 
     __slots__ = ("_bound_to_loopback", "_origins", "_own_names")
 
@@ -92,50 +83,51 @@ class OriginPolicy:
         self._own_names = frozenset(name.lower() for name in own_names)
 
     def judge(self, method: str, host: str | None, origin: str | None, allow: Sequence[str] = ()) -> Verdict:
-        """`allow` are the methods of the request's route, empty where there is no such path."""
+        """`allow`: the methods of the request's route, empty for an unknown path."""
         host = host or ""
-        # Routing comes first in Ollama: what it says of the methods stays on the answer.
-        routed: Pairs = (("Allow", ", ".join(allow)),) if allow and method not in allow else ()
+        # Ollama routes first, so the response keeps the Allow header that routing added.
+        routed: HeaderPairs = (("Allow", ", ".join(allow)),) if allow and method not in allow else ()
         cross = origin if origin and origin not in (f"http://{host}", f"https://{host}") else None
-        headers: Pairs = ()
+        headers: HeaderPairs = ()
         if cross is not None:
             if not self._origins.allow(cross):
-                return Verdict(Answer(403, routed))
+                return Verdict(LocalResponse(403, routed))
             if method == "OPTIONS":
-                return Verdict(Answer(204, (*self._preflight(cross), *routed)))
+                return Verdict(LocalResponse(204, (*self._preflight(cross), *routed)))
             headers = self._allowed(cross)
         if not host_allowed(host, self._bound_to_loopback, self._own_names):
-            return Verdict(Answer(403, (*headers, *routed)))
+            return Verdict(LocalResponse(403, (*headers, *routed)))
         return self._options(host, routed) if method == "OPTIONS" else Verdict(None, headers)
 
-    def _allowed(self, origin: str) -> Pairs:
+    def _allowed(self, origin: str) -> HeaderPairs:
         if self._origins.allow_all:
             return (("Access-Control-Allow-Origin", "*"),)
         return (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"))
 
-    def _preflight(self, origin: str) -> Pairs:
-        every = self._origins.allow_all
-        vary = () if every else ("Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")
+    def _preflight(self, origin: str) -> HeaderPairs:
+        all_origins = self._origins.allow_all
+        vary = () if all_origins else ("Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")
         return (
             ("Access-Control-Allow-Headers", ALLOW_HEADERS),
             ("Access-Control-Allow-Methods", ALLOW_METHODS),
-            ("Access-Control-Allow-Origin", "*" if every else origin),
+            ("Access-Control-Allow-Origin", "*" if all_origins else origin),
             ("Access-Control-Max-Age", str(MAX_AGE_SECONDS)),
             *(("Vary", name) for name in vary),
         )
 
-    def _options(self, host: str, routed: Pairs) -> Verdict:
-        """OPTIONS that is no preflight: a listener on loopback answers 204 to names, and 405 (or 404) to addresses."""
+    def _options(self, host: str, routed: HeaderPairs) -> Verdict:
+        """OPTIONS that is not a preflight: on loopback 204 for host names, and 405 (or 404) for addresses."""
         name = _without_port(host)
         if self._bound_to_loopback and not _is_local_address(name, self._own_names):
-            return Verdict(Answer(204, routed))
+            return Verdict(LocalResponse(204, routed))
         return Verdict(method_not_allowed(routed[0][1].split(", ")) if routed else not_found())
 
 
 def host_allowed(host_header: str, bound_to_loopback: bool, own_names: Collection[str]) -> bool:
-    """Whether a Host header is this machine's; on a listener that is open to the network any is, as in Ollama.
+    """Whether a Host header names this machine. On a listener that is open to the network any does, as in Ollama.
 
-    `own_names` are the machine's own names and addresses, in lower case.
+    Args:
+        own_names: the machine's names and addresses, in lower case.
     """
     if not bound_to_loopback:
         return True
@@ -144,25 +136,25 @@ def host_allowed(host_header: str, bound_to_loopback: bool, own_names: Collectio
 
 
 def machine_names() -> frozenset[str]:
-    """This machine's host name and the addresses of its interfaces, in lower case, as they are now."""
-    addresses = (address.address for found in psutil.net_if_addrs().values() for address in found)
+    """This machine's current host name and interface addresses, in lower case."""
+    addresses = (one.address for interface in psutil.net_if_addrs().values() for one in interface)
     return frozenset((socket.gethostname().lower(), *(address.partition("%")[0].lower() for address in addresses)))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is reachable from this machine only."""
+    """Whether a listening address is reachable from this machine only."""
     address = _address(host)
     return host == "localhost" if address is None else address.is_loopback
 
 
-def not_found() -> Answer:
-    """Ollama's answer to a path that it does not know."""
-    return Answer(404, (("Content-Type", "text/plain"),), b"404 page not found")
+def not_found() -> LocalResponse:
+    """Ollama's response to an unknown path."""
+    return LocalResponse(404, (("Content-Type", "text/plain"),), b"404 page not found")
 
 
-def method_not_allowed(allow: Sequence[str]) -> Answer:
-    """Ollama's answer to a method that a known path does not take."""
-    return Answer(405, (("Allow", ", ".join(allow)), ("Content-Type", "text/plain")), b"405 method not allowed")
+def method_not_allowed(allow: Sequence[str]) -> LocalResponse:
+    """Ollama's response to a known path with the wrong method."""
+    return LocalResponse(405, (("Allow", ", ".join(allow)), ("Content-Type", "text/plain")), b"405 method not allowed")
 
 
 def _is_local_name(name: str, own_names: Collection[str]) -> bool:
@@ -174,10 +166,10 @@ def _is_local_address(host: str, own_names: Collection[str]) -> bool:
     if address is None:
         return False
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    plain = mapped or address
-    if plain.is_loopback or address in _UNSPECIFIED or str(address) in own_names:
+    address_v4 = mapped or address
+    if address_v4.is_loopback or address in _UNSPECIFIED or str(address) in own_names:
         return True
-    return any(plain in network for network in _PRIVATE_NETWORKS)
+    return any(address_v4 in network for network in _PRIVATE_NETWORKS)
 
 
 def _address(text: str) -> Address | None:
@@ -188,10 +180,10 @@ def _address(text: str) -> Address | None:
 
 
 def _without_port(host: str) -> str:
-    """The host of Go's net.SplitHostPort, or all of it where that finds fault."""
+    """The host as Go's net.SplitHostPort splits it; all of `host` where that fails."""
     if host.startswith("["):
         inside, bracket, rest = host[1:].partition("]")
-        good = bracket and rest.startswith(":") and rest.count(":") == 1 and not set("[]") & set(inside + rest)
-        return inside if good else host
+        valid = bracket and rest.startswith(":") and rest.count(":") == 1 and not set("[]") & set(inside + rest)
+        return inside if valid else host
     name, colon, _ = host.rpartition(":")
     return name if colon and ":" not in name and not set("[]") & set(host) else host

@@ -1,7 +1,4 @@
-"""The router's own endpoints: alive, ready, metrics, and the whole state as JSON.
-
-Read-only: nothing here changes what the router does.
-"""
+"""The router's own endpoints: health, readiness, metrics, and the whole state as JSON. Read-only."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
 from router.api.context import ApiContext
-from router.api.responses import json_answer, text_answer
+from router.api.responses import json_response, text_response
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceView
 from router.domain.request import Ticket
@@ -29,7 +26,7 @@ from router.domain.vram_ledger import (
     resident_bytes,
     unaccounted_bytes,
 )
-from router.http1.headers import request_id
+from router.http1.headers import sanitized_request_id
 from router.observability.metrics import Metrics
 from router.observability.request_record import RequestRecord
 from router.scheduler.queue.wait_estimate import WaitEstimate
@@ -38,33 +35,33 @@ _QUEUE_SHOWN_MAX = 1000
 
 
 class AdminHandler:
-    """`emulated`: the title of an emulated rig, "" over real GPUs."""
+    """`emulated`: the title of an emulated rig, "" for real GPUs."""
 
     def __init__(self, context: ApiContext, metrics: Metrics, emulated: str) -> None:
         self._context = context
         self._metrics = metrics
         self._emulated = emulated
 
-    async def __call__(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
-        extra = info.reply_headers(None)
-        match info.route:
+    async def __call__(self, request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:
+        extra = record.response_headers()
+        match record.route:
             case "/health":
-                return text_answer("ok\n", extra)
+                return text_response("ok\n", extra)
             case "/ready":
                 return self._ready(extra)
             case "/metrics":
                 headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_PLAIN_0_0_4, **extra}
                 return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
             case _:
-                asked = request_id(request.query.get("request_id"), str)
-                return json_answer(self._waiting(asked) if asked else self._status(), extra)
+                wanted_id = sanitized_request_id(request.query.get("request_id"))
+                return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)
 
     def _ready(self, extra: Mapping[str, str]) -> web.StreamResponse:
-        """200 once any instance serves; 503 before, while stopping, and when all are down."""
+        """200 while any instance is ready; 503 before, while draining, and when all are down."""
         names = [view.spec.name for view in self._context.ready_instances()]
         if names and not self._context.controller.is_closing:
-            return text_answer(f"ready: {', '.join(names)}\n", extra)
-        return text_answer("not ready: no instance serves; see /llamayard/status\n", extra, status=503)
+            return text_response(f"ready: {', '.join(names)}\n", extra)
+        return text_response("not ready: no instance is ready; see /llamayard/status\n", extra, status=503)
 
     def _status(self) -> dict[str, Any]:
         snapshot = self._context.controller.snapshot()
@@ -79,10 +76,10 @@ class AdminHandler:
         }
 
     def _waiting(self, request_id: str = "") -> dict[str, Any]:
-        """The queue, in the order in which it is served; with `request_id` only the requests of that name."""
+        """The queue in the order of service; with `request_id` only requests with that id."""
         controller = self._context.controller
         snapshot, tickets = controller.snapshot(), {ticket.id: ticket for ticket, _ in controller.waiting()}
-        rows = [(tickets[number], wait_estimate) for number, wait_estimate in controller.wait_estimates().items()]
+        rows = [(tickets[ticket_id], wait_estimate) for ticket_id, wait_estimate in controller.wait_estimates().items()]
         shown = [row for row in rows if row[0].request_id == request_id] if request_id else rows
         return {
             "queue": {"waiting": len(rows), "limit": snapshot.policy.queue_limit},
@@ -91,7 +88,7 @@ class AdminHandler:
 
 
 def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
-    """All that was read of the GPU, and the ledger's view of it."""
+    """All readings of the GPU, and its ledger."""
     return {
         **asdict(gpu),
         "memory_bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,

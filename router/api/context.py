@@ -1,7 +1,7 @@
-"""What the handlers of the gateway share: the engine, the catalog, ways to the instances, limits and rules.
+"""What the API handlers share: the controller, the catalog, access to the instances, limits and rules.
 
-A plain value handed to each handler's constructor. Its two pieces of state belong to model management: the lock on the
-store's one writer, and the models that are being deleted.
+A plain value for each handler's constructor. Its two pieces of state belong to model management: the lock of the
+store's single writer, and the models that are being deleted.
 """
 
 from __future__ import annotations
@@ -20,33 +20,25 @@ from router.engines.ollama.catalog import Catalog
 from router.engines.ollama.endpoint_support import EndpointSupport
 from router.errors import NoInstance, ShuttingDown, WaitTimeout
 from router.llm_api.inference_request import ModelRules
+from router.llm_api.limits import RequestLimits
 
-_COME_BACK_SECONDS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_body_bytes: int
-    queue_timeout_seconds: float
-    first_byte_timeout_seconds: float
-    idle_timeout_seconds: float
-    connect_timeout_seconds: float = 5.0
+_SHUTDOWN_RETRY_AFTER_SECONDS = 5
 
 
 @asynccontextmanager
-async def store_turn(writing: asyncio.Lock, limits: Limits) -> AsyncGenerator[None]:
-    """Inside, nobody else changes the shared store. For changes that tell nothing while they wait.
+async def store_turn(writing: asyncio.Lock, limits: RequestLimits) -> AsyncGenerator[None]:
+    """Exclusive write access to the shared store, for changes that report no progress while they wait.
 
     Raises:
-        WaitTimeout: others have been at it for as long as a request may wait: a pull may take hours.
+        WaitTimeout: other changes took as long as a request may wait; a pull may take hours.
     """
     seconds = limits.queue_timeout_seconds
     try:
         async with asyncio.timeout(seconds):
             await writing.acquire()
     except TimeoutError as error:
-        words = f"another change of the store, such as a pull, has gone on for {seconds:g} s (queue.timeout_seconds)"
-        raise WaitTimeout(f"{words}; nothing was changed, ask again when it has ended") from error
+        cause = f"another change of the store, such as a pull, has run for {seconds:g} s (queue.timeout_seconds)"
+        raise WaitTimeout(f"{cause}; nothing was changed; retry when it has ended") from error
     try:
         yield
     finally:
@@ -58,37 +50,33 @@ class ApiContext:
     controller: Controller
     catalog: Catalog
     session: aiohttp.ClientSession
-    limits: Limits
+    limits: RequestLimits
     rules: ModelRules
     endpoint_support: EndpointSupport
     writing: asyncio.Lock
-    """Held by whoever changes the shared store."""
+    """Held while the shared store is changed."""
     removing: set[str]
     """Models that are being deleted, as `rules.removing` sees them."""
 
-    @property
-    def default_context_length(self) -> int:
-        return self.rules.default_context_length
-
     def instances(self) -> list[InstanceView]:
-        """All of them in a stated order: spawned before attached, then by name."""
+        """All instances: spawned before attached, then by name."""
         return sorted(self.controller.snapshot().instances.values(), key=lambda v: (v.spec.attached, v.spec.name))
 
     def ready_instances(self) -> list[InstanceView]:
-        """Those that answer, in the same order."""
+        """Ready instances, in the same order."""
         return [view for view in self.instances() if view.state is InstanceState.READY]
 
     def primary(self) -> InstanceView:
-        """The one instance that management and unroutable requests go to: of the spawned ones, if there are any.
+        """The instance for management and for requests that cannot be routed.
 
-        An attached server never takes their place, because its store is another.
+        A spawned one if there are any: an attached server never replaces them, because its store is another.
 
         Raises:
             NoInstance: none is ready.
-            ShuttingDown: nothing may begin any more.
+            ShuttingDown: the router is draining.
         """
         if self.controller.is_closing:
-            raise ShuttingDown("the router is shutting down", retry_after_seconds=_COME_BACK_SECONDS)
+            raise ShuttingDown("the router is shutting down", retry_after_seconds=_SHUTDOWN_RETRY_AFTER_SECONDS)
         spawns = any(not view.spec.attached for view in self.instances())
         ready = [view for view in self.ready_instances() if not (spawns and view.spec.attached)]
         if not ready:
@@ -96,7 +84,7 @@ class ApiContext:
         return ready[0]
 
     def holder(self, facts: ModelFacts | None) -> InstanceView:
-        """An instance that can be asked about the model: the primary, if that has it or nobody is known to.
+        """An instance to query about the model: the primary, if it has the model or none is known to.
 
         Raises:
             NoInstance, ShuttingDown: as `primary`.

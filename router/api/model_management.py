@@ -1,12 +1,13 @@
 """Model management: pull, create, copy, delete, push and blobs, through one instance, one write at a time.
 
-All spawned instances share one store, so what one of them writes the others see at once. Two servers that write at the
-same time do not know of each other's unfinished files, therefore one writes, and changes queue here but for uploads of
-what is not there yet; pulls of one model are one pull (`api/shared_pulls.py`). After each the catalog forgets what it
-knew, and weights that a name no longer means leave the GPUs and the store: the servers are told to prune nothing,
-because they would prune each other's downloads.
+All spawned instances share one store, so each sees the others' writes at once. Two servers that write at the same time
+would not know of each other's unfinished files. Therefore one instance writes, and changes queue here, except for
+uploads of new blobs; concurrent pulls of one model become one pull (`api/shared_pulls.py`). After each change the
+catalog is invalidated, and weights that no name refers to any more are removed from the GPUs and the store: the servers
+do not prune, because they would prune each other's downloads.
 
-A delete first lets running requests end, lets none begin, and unloads. What only an attached server has is not managed.
+A delete first waits for running requests, admits no new ones, and unloads. Models that only an attached server has are
+not managed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from aiohttp import hdrs, web
 from yarl import URL
 
 from router.api.context import ApiContext, store_turn
-from router.api.passthrough import pass_on
+from router.api.forwarding import read_body
+from router.api.passthrough import forward
 from router.api.shared_pulls import Pulls
 from router.domain.events import UnloadRequested
 from router.domain.model import ModelFacts
@@ -30,155 +32,159 @@ from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, Wai
 from router.llm_api.body_reader import last_value, parse_body
 from router.llm_api.inference_request import refuse_cloud
 from router.llm_api.json_members import text_of
-from router.observability.request_record import RequestRecord, read_body
+from router.observability.request_record import RequestRecord
 
-_ASK_SECONDS = 10.0
-_STORE_SECONDS = 60.0
-_AGAIN_SECONDS = 1.0
-_WORTH_READING_BYTES = 262144
-"""What is left unread of a request is read to its end up to that, as Go does; after more the connection is closed."""
+_BLOB_QUERY_TIMEOUT_SECONDS = 10.0
+_STORE_TIMEOUT_SECONDS = 60.0
+_UNLOAD_RETRY_SECONDS = 1.0
+_UNREAD_BYTES_MAX = 262144
+"""Up to this much of an unread request body is discarded, as Go does; with more the connection is closed."""
 
 
 class ModelManagementHandler:
-    """Answers every route that changes the store."""
+    """Serves every route that changes the store."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
         self._pulls = Pulls(context)
-        self._clearing: set[asyncio.Task[None]] = set()
+        self._cleanups: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("router.store")
 
-    async def __call__(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
+    async def __call__(self, request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:
         if request.path.startswith("/api/blobs/"):
-            return await self._blob(request, info)
+            return await self._blob(request, record)
         context, path = self._context, request.path
-        body = await read_body(request, context.limits.max_body_bytes)
-        seen = parse_body(body, path)
-        info.model = seen.model or ""
-        if path != "/api/delete":  # what stands for a cloud model here may go
-            refuse_cloud(info.model, cloud=context.rules.cloud)
+        body = await read_body(request, context.limits)
+        parsed = parse_body(body, path)
+        record.model = parsed.model or ""
+        if path != "/api/delete":  # a cloud model's local stub may be deleted
+            refuse_cloud(record.model, cloud=context.rules.cloud)
         if path == "/api/push":
-            return await pass_on(context, request, body, info)  # it reads the store
-        changed = _destination(body) if path == "/api/copy" and info.model else info.model
-        before = await context.catalog.facts(changed) if changed else None
+            return await forward(context, request, body, record)  # it only reads the store
+        changed_name = _destination(body) if path == "/api/copy" and record.model else record.model
+        before = await context.catalog.facts(changed_name) if changed_name else None
         if path == "/api/delete":
-            return await self._delete(request, body, before, info)
+            return await self._delete(request, body, before, record)
         try:
-            if path == "/api/pull" and info.model:
-                return await self._pulls.serve(request, body, seen, info)
+            if path == "/api/pull" and record.model:
+                return await self._pulls.serve(request, body, parsed, record)
             async with store_turn(context.writing, context.limits):
-                return await pass_on(context, request, body, info)
+                return await forward(context, request, body, record)
         finally:
             context.catalog.forget_all()
             if before is not None and before.is_shared:
-                self._start(self._clear_away(before, changed))
+                self._start(self._remove_old_weights(before, changed_name))
 
     async def close(self) -> None:
-        """Ends what goes on behind the answers."""
-        for task in self._clearing:
+        """Cancels background cleanups."""
+        for task in self._cleanups:
             task.cancel()
-        await asyncio.gather(*self._clearing, return_exceptions=True)
+        await asyncio.gather(*self._cleanups, return_exceptions=True)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
-        """Behind the answer: a client that has it may leave, and would take the work along."""
+        """In the background: a client that leaves must not cancel the cleanup."""
         task = asyncio.get_running_loop().create_task(work)
-        self._clearing.add(task)
-        task.add_done_callback(self._clearing.discard)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
 
     # --- blobs ---------------------------------------------------------------------------------------------
 
-    async def _blob(self, request: web.BaseRequest, info: RequestRecord) -> web.StreamResponse:
-        """Uploads stream through unread: weights are far larger than any limit on a request that is kept."""
+    async def _blob(self, request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:
+        """Streams uploads through unread: weights are far larger than any limit on a body held in memory."""
         if request.method == hdrs.METH_HEAD:
-            return await pass_on(self._context, request, b"", info)
+            return await forward(self._context, request, b"", record)
         if await self._has_blob(request):
-            # As a server does: answered at once and unread, which spares the client the upload.
-            present = web.Response(headers=info.reply_headers(None))
-            if (request.content_length or _WORTH_READING_BYTES) >= _WORTH_READING_BYTES:
+            # Responds at once without reading, as a server does, which spares the client the upload.
+            present = web.Response(headers=record.response_headers())
+            if (request.content_length or _UNREAD_BYTES_MAX) >= _UNREAD_BYTES_MAX:
                 present.force_close()
             return present
-        # It takes no turn: nothing that is there changes, and a slow client would hold all others up.
-        return await pass_on(self._context, request, request.content.iter_any(), info)
+        # Needs no store turn: nothing existing changes, and a slow client would block all others.
+        return await forward(self._context, request, request.content.iter_any(), record)
 
     async def _has_blob(self, request: web.BaseRequest) -> bool:
         url = URL(self._context.primary().spec.url + request.raw_path, encoded=True)
         try:
-            async with asyncio.timeout(_ASK_SECONDS), self._context.session.head(url) as reply:
+            async with asyncio.timeout(_BLOB_QUERY_TIMEOUT_SECONDS), self._context.session.head(url) as reply:
                 return reply.status == web.HTTPOk.status_code
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise InstanceLost(f"the instance could not be asked for the blob: {error}") from error
+            raise InstanceLost(f"the instance could not be queried for the blob: {error}") from error
 
     # --- deleting ------------------------------------------------------------------------------------------
 
     async def _delete(
-        self, request: web.BaseRequest, body: bytes, facts: ModelFacts | None, info: RequestRecord
+        self, request: web.BaseRequest, body: bytes, facts: ModelFacts | None, record: RequestRecord
     ) -> web.StreamResponse:
         context = self._context
         if facts is None:
-            return await self._deleted(request, body, info)
+            return await self._deleted(request, body, record)
         primary = context.primary()
         if not facts.is_on(primary.spec):
-            where = ", ".join(sorted(facts.attached_on or ()))
-            raise Forbidden(f"model '{facts.name}' is only on {where}, which something else runs: delete it there")
+            owners = ", ".join(sorted(facts.attached_on or ()))
+            raise Forbidden(
+                f"model '{facts.name}' is only on {owners}, which the router does not manage: delete it there"
+            )
         names = await context.catalog.names_of(facts.blob)
         if any(name != facts.name for name in names):
-            return await self._deleted(request, body, info)  # the weights stay, and so may what runs on them
+            return await self._deleted(
+                request, body, record
+            )  # other names keep the weights, so nothing must be unloaded
         context.removing.add(facts.name)
         try:
             await self._unload(facts)
-            return await self._deleted(request, body, info)
+            return await self._deleted(request, body, record)
         finally:
             context.removing.discard(facts.name)
 
-    async def _deleted(self, request: web.BaseRequest, body: bytes, info: RequestRecord) -> web.StreamResponse:
+    async def _deleted(self, request: web.BaseRequest, body: bytes, record: RequestRecord) -> web.StreamResponse:
         async with store_turn(self._context.writing, self._context.limits):
             try:
-                return await pass_on(self._context, request, body, info)
+                return await forward(self._context, request, body, record)
             finally:
                 self._context.catalog.forget_all()
 
     async def _unload(self, facts: ModelFacts) -> None:
-        """Returns when no instance holds the weights any more; running requests of them may end first.
+        """Returns once no instance has the weights loaded; running requests may finish first.
 
         Raises:
-            WaitTimeout: some instance still holds it; then nothing is deleted.
+            WaitTimeout: an instance still has them loaded; nothing is deleted.
         """
         controller, blob, seconds = self._context.controller, facts.blob, self._context.limits.queue_timeout_seconds
         until = controller.now() + seconds
         while controller.now() < until:
-            # Asked again and again: a request that was let in before may ask for another keep_alive.
+            # Repeated, because a request admitted earlier may set another keep_alive.
             controller.post(UnloadRequested(blob, even_pinned=True))
             if await controller.until(
-                lambda snapshot: all(key[1] != blob for key in snapshot.residencies), _AGAIN_SECONDS
+                lambda snapshot: all(key[1] != blob for key in snapshot.residencies), _UNLOAD_RETRY_SECONDS
             ):
                 return
         raise WaitTimeout(f"model '{facts.name}' is still in use after {seconds:.0f} s and was not deleted")
 
-    # --- weights that no name means any more -----------------------------------------------------------------
+    # --- unreferenced weights --------------------------------------------------------------------------------
 
-    async def _clear_away(self, before: ModelFacts, name: str) -> None:
-        """After a name was given other weights: the old ones leave the GPUs, and the store where nothing names them.
+    async def _remove_old_weights(self, before: ModelFacts, name: str) -> None:
+        """Removes a name's former weights from the GPUs, and from the store if no other name refers to them.
 
-        Never fails: what the client asked for is done. What is loaded is unloaded by the driver, which removes the
-        files as well; what is not loaded is removed here.
+        Never fails: the client's request has already succeeded. Loaded weights are unloaded by the driver, which
+        removes the files as well; others are removed here.
         """
         context = self._context
         try:
-            today = await context.catalog.facts(name)
-            if (today is not None and today.blob == before.blob) or await context.catalog.names_of(before.blob):
+            current = await context.catalog.facts(name)
+            if (current is not None and current.blob == before.blob) or await context.catalog.names_of(before.blob):
                 return
             context.controller.post(UnloadRequested(before.blob, even_pinned=True))
             if any(key[1] == before.blob for key in context.controller.snapshot().residencies):
                 return
             client = OllamaClient(context.session, context.primary().spec.url)
             async with context.writing:
-                await client.create(temporary_tag_for(before.blob), before.blob, _STORE_SECONDS)
+                await client.create(temporary_tag_for(before.blob), before.blob, _STORE_TIMEOUT_SECONDS)
                 await client.delete(temporary_tag_for(before.blob))
         except (OllamaError, NoInstance, ShuttingDown) as error:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)
 
 
 def _destination(body: bytes) -> str:
-    """The name that a copy gives; "" where the server will refuse it."""
+    """The target name of a copy; "" if the server will reject it."""
     value = last_value(body, "destination")
     return text_of(value) if value.startswith(b'"') else ""

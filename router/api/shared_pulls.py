@@ -1,8 +1,8 @@
-"""Downloads that several clients share: whoever asks for a model that is being pulled joins, and sees its progress.
+"""Pulls shared by several clients: a client that requests a model being pulled joins that pull and sees its progress.
 
-One request goes to the server for all of them, under the lock of the store's writer. A client that joins late is shown
-the last line of each step so far; one that reads slowly misses lines of progress, never a step. When the last client
-has left, the download is given up, as a server does; what was fetched stays in the store for the next try.
+One request goes to the server for all of them, under the store's write lock. A client that joins late gets the last
+line of each step so far; one that reads slowly misses progress lines, but never a step. When the last client has left,
+the pull is cancelled, as a server does; the fetched parts stay in the store for the next attempt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from router.api.context import ApiContext
 from router.engines.ollama.model_listing import key_of
 from router.errors import InstanceLost, RouterError, WaitTimeout
 from router.llm_api.body_reader import ParsedBody, last_value
-from router.llm_api.errors import NDJSON
+from router.llm_api.errors import NDJSON, internal_error
 from router.llm_api.json_edit import set_member
 from router.observability.request_record import RequestRecord
 
@@ -39,25 +39,25 @@ class _Line(msgspec.Struct):
 
 
 class Pulls:
-    """All downloads under way."""
+    """All pulls in progress."""
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
         self._running: dict[tuple[str, bool], _Pull] = {}
 
     async def serve(
-        self, request: web.BaseRequest, body: bytes, seen: ParsedBody, info: RequestRecord
+        self, request: web.BaseRequest, body: bytes, parsed: ParsedBody, record: RequestRecord
     ) -> web.StreamResponse:
-        """Answers one client of a pull, new or under way."""
-        name = seen.model or ""
+        """Serves one client of a new or running pull."""
+        name = parsed.model or ""
         key = (key_of(name) or name, _is_insecure(body))
         pull = self._running.get(key)
         if pull is None or pull.is_over:
-            pull = self._running[key] = _Pull(self._context, set_member(body, "stream", b"true"))
+            pull = self._running[key] = _Pull(self._context, set_member(body, "stream", b"true"), record.request_id)
         async with pull.joined() as pieces:
             try:
                 return await (
-                    _once(pieces, pull, info) if seen.stream is False else _streamed(request, pieces, pull, info)
+                    _once(pieces, pull, record) if parsed.stream is False else _streamed(request, pieces, pull, record)
                 )
             finally:
                 if pull.clients == 1 and self._running.get(key) is pull:
@@ -65,17 +65,19 @@ class Pulls:
 
 
 class _Pull:
-    """One download: a task of its own, and the clients that follow it."""
+    """One pull: its own task, and the clients that follow it."""
 
-    def __init__(self, context: ApiContext, body: bytes) -> None:
+    def __init__(self, context: ApiContext, body: bytes, request_id: str) -> None:
+        """`request_id`: of the client that started it."""
         self._context = context
         self._body = body
+        self._request_id = request_id
         self._steps: dict[_Step, bytes] = {}
         self._followers: set[_Follower] = set()
         self._task = asyncio.get_running_loop().create_task(self._run())
         self.status = web.HTTPOk.status_code
         self.refusal: tuple[str, bytes] = ("", b"")
-        """Content type and body of an answer with another status."""
+        """Content type and body of a reply with another status."""
         self.last = b""
         """Its last line."""
         self.failure: RouterError | None = None
@@ -114,10 +116,10 @@ class _Pull:
         except RouterError as error:
             self.failure = error
         except (aiohttp.ClientError, OSError) as error:
-            self.failure = InstanceLost(f"the instance died while it pulled: {error}")
-        except Exception:  # the outermost edge of a task: whoever follows must not take the end for a success
-            structlog.get_logger("router.gateway").exception("pull_crashed")
-            self.failure = RouterError("the router met an error of its own; its log tells")
+            self.failure = InstanceLost(f"the instance died during the pull: {error}")
+        except Exception:  # the outermost edge of a task: followers must not mistake the end for success
+            structlog.get_logger("router.api").exception("pull_crashed", request_id=self._request_id)
+            self.failure = internal_error(self._request_id)
         finally:
             for follower in self._followers:
                 follower.end()
@@ -140,93 +142,93 @@ class _Pull:
                 return await content.readuntil(b"\n")
         except asyncio.IncompleteReadError as error:
             return error.partial
-        except (ValueError, HttpProcessingError) as error:  # a line longer than the reader takes
-            raise InstanceLost(f"the instance's answer cannot be read: {error}") from error
+        except (ValueError, HttpProcessingError) as error:  # a line longer than the reader accepts
+            raise InstanceLost(f"invalid reply from the instance: {error}") from error
         except TimeoutError as error:
             raise WaitTimeout(f"the pull was silent for {seconds:.0f} s (stream.idle_timeout_seconds)") from error
 
     def _publish(self, line: bytes) -> None:
         self.last = line
         step = _step(line)
-        self._steps.pop(step, None)  # the newest stands last
+        self._steps.pop(step, None)  # the newest goes last
         self._steps[step] = line
         for follower in self._followers:
             follower.put(step, line)
 
 
 class _Follower:
-    """What one client has not been sent yet: of each step only its newest line."""
+    """Lines not yet sent to one client: only the newest of each step."""
 
     def __init__(self, steps: dict[_Step, bytes]) -> None:
         self._pending = dict(steps)
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._ended = False
         if steps:
-            self._news.set()
+            self._changed.set()
 
     def put(self, step: _Step, line: bytes) -> None:
         self._pending.pop(step, None)
         self._pending[step] = line
-        self._news.set()
+        self._changed.set()
 
     def end(self) -> None:
         self._ended = True
-        self._news.set()
+        self._changed.set()
 
     async def next(self) -> list[bytes]:
-        """Lines to send now; none once the download is over."""
-        await self._news.wait()
+        """Lines to send now; none once the pull is over."""
+        await self._changed.wait()
         lines = list(self._pending.values())
         self._pending.clear()
         if not self._ended:
-            self._news.clear()
+            self._changed.clear()
         return lines
 
 
 async def _streamed(
-    request: web.BaseRequest, pieces: _Follower, pull: _Pull, info: RequestRecord
+    request: web.BaseRequest, pieces: _Follower, pull: _Pull, record: RequestRecord
 ) -> web.StreamResponse:
     lines = await pieces.next()
     if not lines:
-        return _refused(pull, info)
-    response = web.StreamResponse(headers={"Content-Type": NDJSON, **info.reply_headers(None)})
+        return _refused(pull, record)
+    response = web.StreamResponse(headers={"Content-Type": NDJSON, **record.response_headers()})
     await response.prepare(request)
     while lines:
         for line in lines:
             await response.write(line)
         lines = await pieces.next()
     if pull.failure is not None:
-        info.error_code = pull.failure.code
+        record.error_code = pull.failure.code
         await response.write(msgspec.json.encode({"error": pull.failure.message}) + b"\n")
     await response.write_eof()
     return response
 
 
-async def _once(pieces: _Follower, pull: _Pull, info: RequestRecord) -> web.StreamResponse:
-    """As a server waits for its own stream: the last line is the answer, an error has status 500."""
+async def _once(pieces: _Follower, pull: _Pull, record: RequestRecord) -> web.StreamResponse:
+    """Waits for the whole pull, as a server does: the last line is the response; an error has status 500."""
     while await pieces.next():
         continue
     if pull.failure is not None or pull.status != web.HTTPOk.status_code:
-        return _refused(pull, info)
+        return _refused(pull, record)
     body = pull.last.rstrip(b"\n")
     status = 500 if _decoded(body).error else 200
     return web.Response(
-        status=status, body=body, headers={"Content-Type": "application/json", **info.reply_headers(None)}
+        status=status, body=body, headers={"Content-Type": "application/json", **record.response_headers()}
     )
 
 
-def _refused(pull: _Pull, info: RequestRecord) -> web.StreamResponse:
-    """The server's own answer where it was no stream, or the error that came before any."""
+def _refused(pull: _Pull, record: RequestRecord) -> web.StreamResponse:
+    """The server's own reply if it was not a stream, or the error before it."""
     if pull.failure is not None:
         raise pull.failure
     content_type, body = pull.refusal
-    headers = {**info.reply_headers(None), "Content-Type": content_type}
+    headers = {**record.response_headers(), "Content-Type": content_type}
     return web.Response(status=pull.status, body=body, headers=headers)
 
 
 def _step(line: bytes) -> _Step:
-    told = _decoded(line)
-    return told.error or told.status, told.digest
+    decoded = _decoded(line)
+    return decoded.error or decoded.status, decoded.digest
 
 
 def _decoded(line: bytes) -> _Line:
@@ -237,5 +239,5 @@ def _decoded(line: bytes) -> _Line:
 
 
 def _is_insecure(body: bytes) -> bool:
-    """Whether a registry without TLS will do: such a pull is not shared with one that insists on it."""
+    """Whether it accepts a registry without TLS: it is not shared with a pull that requires TLS."""
     return last_value(body, "insecure") == b"true"

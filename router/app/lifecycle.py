@@ -94,7 +94,6 @@ class Router:
             kill.cancel()
         await self.library.shutdown(timeout=1.0)
         await self.proxy.close()
-        await self.api_server.close()
         log.info("stopped")
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:

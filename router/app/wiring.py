@@ -14,8 +14,9 @@ import aiohttp
 from aiohttp import web
 
 from router.admission.origin_check import OriginPolicy, Origins, is_loopback, machine_names
-from router.api.app import ApiServer
-from router.api.context import ApiContext, Limits
+from router.admission.pipeline import admission_pipeline
+from router.api.app import ApiHandlers, ApiServer
+from router.api.context import ApiContext
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
 from router.config.policy import policy_of, warm_models
@@ -26,7 +27,9 @@ from router.control.poller import PollIntervals, StatePoller
 from router.domain.events import FootprintsLoaded, InstanceChanged
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
+from router.domain.model import ModelFacts
 from router.domain.model_names import canonical
+from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
 from router.engines.base import Engine
 from router.engines.ollama.engine import OllamaEngine
@@ -40,13 +43,16 @@ from router.engines.ollama.instance_plan import (
 from router.gpu.poller import GpuPoller
 from router.http1.parser import HEAD_BYTES_MAX
 from router.llm_api.inference_request import ModelRules
+from router.llm_api.limits import RequestLimits
 from router.llm_api.model_aliases import ANY, substitutes
+from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, writes_json
 from router.observability.metrics import FleetMetricsCollector, Metrics
-from router.proxy.context import ClientTimeouts
-from router.proxy.server import proxy_factory
+from router.proxy.context import ProxyContext, Tasks
+from router.proxy.server import ProxyServer
+from router.proxy.upstream_pool import Pool
 from router.scheduler.dispatcher import Dispatcher
 from router.storage.footprint_store import FootprintStore
 from router.supervisor import orphan_reaper
@@ -95,19 +101,14 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
             )  # fmt: skip
+            handlers = ApiHandlers(context, metrics, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 await state_poller.read_gpus()
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
-                access = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
-                origins = _origins(settings)
-                debug = settings.server.debug_headers
-                api_server = ApiServer(context, origins, metrics, access, hardware.title, debug)
-                library = _library(api_server)
-                proxy = proxy_factory(
-                    context, origins, access, library, _client_timeouts(settings), debug_headers=debug
-                )
+                access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
+                api_server, library, proxy = _entrances(settings, context, handlers, access_log)
                 yield Router(
                     controller, supervisor, state_poller, api_server, proxy, library, tls, hardware.title,
                     settings.server.drain_timeout_seconds,
@@ -115,6 +116,7 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
             finally:
                 if lines is not None:
                     lines.flush()
+                await handlers.close()
                 await ollama.close()
                 await poller.close()
 
@@ -172,12 +174,40 @@ def _library(api_server: ApiServer) -> web.Server:
     )
 
 
-def _client_timeouts(settings: Settings) -> ClientTimeouts:
-    server = settings.server
-    return ClientTimeouts(
-        head_seconds=server.head_timeout_seconds,
-        body_seconds=server.body_timeout_seconds,
-        idle_seconds=server.connection_timeout_seconds,
+def _entrances(
+    settings: Settings, context: ApiContext, handlers: ApiHandlers, access_log: AccessLog
+) -> tuple[ApiServer, web.Server, ProxyServer]:
+    """aiohttp's handler and server, and the raw proxy in front of them: both with the same admission pipeline."""
+    controller, debug_headers = context.controller, settings.server.debug_headers
+    pipeline = admission_pipeline(_origins(settings), context.limits, lambda: controller.snapshot().gpus, RouteTable())
+    api_server = ApiServer(pipeline, handlers.by_kind, access_log, controller.now, debug_headers=debug_headers)
+    library = _library(api_server)
+    proxy_context = ProxyContext(
+        controller=controller,
+        catalog=context.catalog,
+        pool=Pool(context.limits.connect_timeout_seconds, controller.now),
+        request_log=access_log,
+        pipeline=pipeline,
+        limits=context.limits,
+        rules=context.rules,
+        endpoint_support=context.endpoint_support,
+        primary=context.primary,
+        has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
+        debug_headers=debug_headers,
+        make_handler=library,
+        table=RouteTable(),
+        tasks=Tasks(),
+    )
+    return api_server, library, ProxyServer(proxy_context)
+
+
+def _has_free_slot(snapshot: Snapshot, facts: ModelFacts) -> bool:
+    return any(
+        replica.blob == facts.blob
+        and not replica.options
+        and replica.state is ResidencyState.READY
+        and replica.in_flight < replica.slots
+        for replica in snapshot.residencies.values()
     )
 
 
@@ -188,11 +218,14 @@ def _context(
     session: aiohttp.ClientSession,
     store_lock: asyncio.Lock,
 ) -> ApiContext:
-    limits = Limits(
+    limits = RequestLimits(
         max_body_bytes=settings.server.max_body_bytes,
         queue_timeout_seconds=settings.queue.timeout_seconds,
         first_byte_timeout_seconds=settings.stream.first_byte_timeout_seconds,
         idle_timeout_seconds=settings.stream.idle_timeout_seconds,
+        head_timeout_seconds=settings.server.head_timeout_seconds,
+        body_timeout_seconds=settings.server.body_timeout_seconds,
+        connection_timeout_seconds=settings.server.connection_timeout_seconds,
     )
     removing = set[str]()
     return ApiContext(

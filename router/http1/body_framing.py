@@ -1,13 +1,11 @@
-"""Where an HTTP/1.1 message's body ends, exactly, whatever pieces its bytes come in.
+"""Finds the exact end of an HTTP/1.1 message body, however its bytes are split into pieces.
 
-Each kind of body is a small machine with one method, `feed(data, start)`: it looks at `data` from `start` on and
-returns the index of the first byte that is not the message's any more, or `MORE` while the message goes on. It keeps no
-copy of the body and changes no byte: a relay passes on what came. `Chunked` can also hand out the payload, for
-receivers that know no chunks.
+Each kind of body is a small state machine with one method, `feed(data, start)`: it scans `data` from `start` on and
+returns the index of the first byte after the message, or `MORE` until then. It neither copies nor changes the body: a
+relay forwards the bytes as they came. `Chunked` can also collect the payload, for receivers that do not support chunks.
 
-Strictness (RFC 9112, 7.1): lines end in CRLF, sizes are plain hexadecimal, chunk data is followed by CRLF; whatever is
-not so is an error and never guessed at, because two readers that guess differently is how requests are smuggled.
-Heads are not parsed here.
+Strictness (RFC 9112, 7.1): lines end in CRLF, sizes are plain hexadecimal, chunk data is followed by CRLF. Anything
+else is an error and never guessed at: parsers that guess differently are how requests are smuggled.
 """
 
 from __future__ import annotations
@@ -17,10 +15,10 @@ from functools import lru_cache
 from typing import Final, Protocol
 
 MORE: Final = -1
-"""The message goes on after these bytes."""
+"""The message continues after these bytes."""
 
 LINE_BYTES_MAX: Final = 4096
-"""Longest chunk-size line, extensions included, and longest trailer line."""
+"""The longest chunk-size line, including extensions, and the longest trailer line."""
 
 TRAILER_BYTES_MAX: Final = 16384
 """All trailer lines together."""
@@ -31,28 +29,28 @@ _CRLF: Final = b"\r\n"
 
 
 _RUN: Final = 8
-"""From so many chunks in one piece on, those alike are passed over at once."""
+"""With at least this many chunks in one piece, equal ones are skipped together."""
 
 _RUN_STEP_MAX: Final = 4096
 
 
 @lru_cache(maxsize=256)
-def _alike(line: bytes, length: int) -> re.Pattern[bytes]:
+def _equal_chunks(line: bytes, length: int) -> re.Pattern[bytes]:
     return re.compile(rb"(?:%b(?s:.){%d}\r\n)++" % (re.escape(line), length))
 
 
 class FramingError(ValueError):
-    """The bytes are no well-formed body: where it ends cannot be known."""
+    """The body is malformed: its end cannot be determined."""
 
 
 class Body(Protocol):
-    """A body whose end is looked for."""
+    """A body whose end is to be found."""
 
     chunks: int
-    """Chunks with data in them that were seen to begin; 0 for bodies that have none."""
+    """Non-empty chunks begun so far; 0 for other kinds of body."""
 
     def feed(self, data: bytes, start: int = 0) -> int:
-        """The index in `data` after the message's last byte, or `MORE`; not to be called after that.
+        """Returns the index in `data` after the message's last byte, or `MORE`. Must not be called after the end.
 
         Raises:
             FramingError: malformed.
@@ -60,12 +58,12 @@ class Body(Protocol):
         ...
 
     def closed(self) -> bool:
-        """Whether the message is whole if the connection ends now."""
+        """Whether the message is complete if the connection closes now."""
         ...
 
 
 class NoBody:
-    """A message without a body: it ends where its head ends."""
+    """No body: the message ends with its head."""
 
     __slots__ = ("chunks",)
 
@@ -81,7 +79,7 @@ class NoBody:
 
 
 class UntilClose:
-    """A body that lasts until its sender closes the connection: only of a reply."""
+    """A reply body that ends when the sender closes the connection."""
 
     __slots__ = ("chunks",)
 
@@ -121,10 +119,10 @@ class Sized:
 class Chunked:
     """A body in chunks, with extensions and trailers.
 
-    Between two pieces it is in one of four places: inside chunk data (`_left` > 0 counts what of it and of its CRLF is
-    still to come), in a size line, in the trailers, or at the end. A line that a piece cuts in two is held (at most
-    `LINE_BYTES_MAX`) and looked at again with the next piece. A chunk header like the one before it, as every token of
-    a stream has, is recognised by comparing bytes.
+    Between two pieces it is in one of four states: inside chunk data (`_left` > 0 counts the bytes of it and of its
+    CRLF still to come), in a size line, in the trailers, or at the end. An incomplete line is held (at most
+    `LINE_BYTES_MAX`) and scanned again with the next piece. A size line equal to the one before it, as with every token
+    of a stream, is recognised by comparing bytes.
     """
 
     __slots__ = ("_held", "_in_trailers", "_left", "_line", "_step", "_trailer_bytes", "chunks", "payload")
@@ -132,12 +130,12 @@ class Chunked:
     def __init__(self, payload: list[bytes] | None = None) -> None:
         self.chunks = 0
         self.payload = payload
-        """Where it is a list, data is appended to it without its framing."""
+        """If a list, chunk data is appended to it without framing."""
         self._left = 0
         self._held = b""
         self._in_trailers = False
         self._trailer_bytes = 0
-        self._line = b"\xff"  # no header begins so
+        self._line = b"\xff"  # matches no size line
         self._step = 0
 
     def closed(self) -> bool:
@@ -145,11 +143,11 @@ class Chunked:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether a whole chunk of our own could stand here."""
+        """Whether a whole chunk could be inserted here."""
         return self._left == 0 and not self._held and not self._in_trailers
 
     def feed(self, data: bytes, start: int = 0) -> int:
-        if len(data) == self._step and not start and self._is_alike(data):
+        if len(data) == self._step and not start and self._is_equal_chunk(data):
             self.chunks += 1
             return MORE
         held = len(self._held)
@@ -160,8 +158,8 @@ class Chunked:
             return end if end == MORE else end - held + start
         return self._scan(data, start)
 
-    def _is_alike(self, data: bytes) -> bool:
-        """The way of almost every token: one whole chunk, as large as the one before it."""
+    def _is_equal_chunk(self, data: bytes) -> bool:
+        """The common case of a token: one whole chunk of the same size as the one before."""
         between = not (self._left or self._held or self._in_trailers) and self.payload is None
         return between and data.startswith(self._line) and data.endswith(_CRLF)
 
@@ -189,16 +187,16 @@ class Chunked:
         return MORE
 
     def _run(self, data: bytes, position: int) -> int:
-        """Passes over chunks that are all alike, of which at least the first is whole; the position after them."""
+        """Skips chunks of equal size, of which at least the first is whole; returns the position after them."""
         line, step = self._line, self._step
-        found = _alike(line, step - len(line) - 2).match(data, position)
+        found = _equal_chunks(line, step - len(line) - 2).match(data, position)
         if found is None:
             raise FramingError("chunk data does not end in CRLF")
         self.chunks += (found.end() - position) // step
         return found.end()
 
     def _header(self, data: bytes, position: int, size: int) -> int:
-        """Reads a size line and as much of its chunk as there is; the position after that."""
+        """Reads a size line and the available part of its chunk; returns the position after that."""
         found = _SIZE.match(data, position)
         if found is None:
             self._hold(data, position)
@@ -217,7 +215,7 @@ class Chunked:
         return self._skip(data, begin, size)
 
     def _skip(self, data: bytes, position: int, size: int) -> int:
-        """Passes over chunk data and the CRLF after it."""
+        """Skips chunk data and the CRLF after it."""
         here = size - position
         left = self._left
         taken = here if here < left else left
@@ -225,7 +223,7 @@ class Chunked:
         data_end = end if taken <= left - 2 else position + left - 2
         if self.payload is not None and data_end > position:
             self.payload.append(data[position:data_end])
-        # Of the CRLF only what has come can be compared: `expected` is the part of it that lies in this piece.
+        # `expected` is the part of the CRLF that lies in this piece.
         if taken > left - 2:
             first = max(position, data_end)
             expected = _CRLF[2 - min(left, 2) :][: end - first]
@@ -249,7 +247,7 @@ class Chunked:
         return MORE
 
     def _hold(self, data: bytes, position: int) -> None:
-        """Keeps the beginning of a line for the next piece, unless it can no longer become a valid one."""
+        """Keeps the beginning of a line for the next piece, unless it can no longer become a valid line."""
         rest = data[position:]
         newline = rest.find(b"\n")
         if newline >= 0 or len(rest) > LINE_BYTES_MAX or not self._may_begin_line(rest):
@@ -257,7 +255,7 @@ class Chunked:
         self._held = rest
 
     def _may_begin_line(self, rest: bytes) -> bool:
-        """Whether `rest`, which has no line feed in it, may be the beginning of a valid line."""
+        """Whether `rest`, which contains no line feed, may begin a valid line."""
         if rest == b"\r":
             return self._in_trailers
         whole = rest if rest.endswith(b"\r") else rest + b"\r"

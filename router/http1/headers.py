@@ -1,8 +1,7 @@
-"""What of a head goes on, in both directions, and what belongs to one connection only (RFC 9110, 7.6.1).
+"""Which headers a proxy forwards, in both directions, and which belong to one connection only (RFC 9110, 7.6.1).
 
-Works on raw pairs, whose order and spelling it keeps. It adds no `X-Forwarded-*` and no `Via`: the servers behind
-neither read them nor need to know who asked. It validates nothing that the parser has validated, but never writes a
-line break into a head.
+Works on raw pairs and keeps their order and spelling. It adds no `X-Forwarded-*` and no `Via`: upstream servers do not
+read them. It does not repeat the parser's validation, but never writes a line break into a head.
 """
 
 from __future__ import annotations
@@ -14,37 +13,40 @@ from functools import lru_cache
 
 Headers = list[tuple[bytes, bytes]]
 
+HeaderLookup = Callable[[str], str | None]
+"""The first value of a request's header by its name in lower case, decoded as Latin-1; None where it is absent."""
+
 REQUEST_ID_CHARACTERS = 128
-"""A longer one is cut."""
+"""A longer one is truncated."""
 
 _HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
 _NEVER_BY_NAME = frozenset((b"content-length", b"content-type", b"content-encoding", b"host"))
-"""What a Connection header may not name away: these say what the message is."""
+"""Headers that a Connection header cannot remove, because they describe the message itself."""
 
-_OURS = frozenset(
+_NOT_FORWARDED = frozenset(
     (
         b"host",
         b"content-length",
-        b"expect",  # answered here: the body is read before it is sent on
-        b"origin",  # judged here, by this endpoint's list and not by the server's
+        b"expect",  # handled by the proxy, which reads the body before forwarding it
+        b"origin",  # checked by the proxy against its own list, not the server's
         b"access-control-request-method",
         b"access-control-request-headers",
         b"access-control-request-private-network",
     )
 )
 _BODILESS = frozenset((b"GET", b"HEAD", b"OPTIONS"))
-_ODD = re.compile(r"[^A-Za-z0-9._:/+=@-]")
-_NOTHING = frozenset[bytes]()
+_UNSAFE = re.compile(r"[^A-Za-z0-9._:/+=@-]")
+_NO_NAMES = frozenset[bytes]()
 
 
 def upstream_headers(raw: Iterable[tuple[bytes, bytes]], host: bytes | None = None) -> Headers:
-    """The request's headers for the server, without its framing, which the sender makes anew.
+    """The request's headers for the server, without framing, which the sender writes itself.
 
-    `host` becomes the Host header where it is given; the client's never goes on, having been checked here.
+    `host` becomes the Host header if given; the client's own is never forwarded.
     """
     pairs = list(raw)
-    private = _private(pairs)
-    kept = [pair for pair in pairs if _goes_on(pair[0])]
+    private = _named_by_connection(pairs)
+    kept = [pair for pair in pairs if _is_forwarded(pair[0])]
     if private:
         kept = [pair for pair in kept if _lower(pair[0]) not in private]
     return kept if host is None else [(b"Host", host), *kept]
@@ -53,23 +55,24 @@ def upstream_headers(raw: Iterable[tuple[bytes, bytes]], host: bytes | None = No
 def request_head(
     method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes]], host: bytes, body_bytes: int | None
 ) -> bytes:
-    """A whole HTTP/1.1 request head for the server, its blank line included.
+    """A whole HTTP/1.1 request head for the server, including the blank line.
 
-    `body_bytes` is the length of the body, None for one of unknown length, which is to be sent in chunks.
+    Args:
+        body_bytes: the length of the body; None if unknown, which is then sent in chunks.
 
     Raises:
-        ValueError: a part has a line break or NUL in it, or the target a blank.
+        ValueError: a part contains a line break or NUL, or the target a space.
     """
-    begun = begun_request(method, target, raw, host)
+    lines = request_lines(method, target, raw, host)
     if body_bytes is None:
-        return begun + b"Transfer-Encoding: chunked\r\n\r\n"
+        return lines + b"Transfer-Encoding: chunked\r\n\r\n"
     if body_bytes or method not in _BODILESS:
-        return b"%sContent-Length: %d\r\n\r\n" % (begun, body_bytes)
-    return begun + b"\r\n"
+        return b"%sContent-Length: %d\r\n\r\n" % (lines, body_bytes)
+    return lines + b"\r\n"
 
 
-def begun_request(method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes]], host: bytes) -> bytes:
-    """The lines of a request head but for its framing and its end.
+def request_lines(method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes]], host: bytes) -> bytes:
+    """The lines of a request head without framing and the blank line.
 
     Raises:
         ValueError: as for `request_head`.
@@ -79,18 +82,18 @@ def begun_request(method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes
     head, breaks = b"\r\n".join(lines), len(lines) - 1
     clean = head.count(b"\n") == breaks == head.count(b"\r") and b"\0" not in head
     if b" " in target or b" " in method or not clean:
-        raise ValueError("a request head with a line break, NUL or stray blank in it is not sent")
+        raise ValueError("a request head containing a line break, NUL or stray space is not sent")
     return head
 
 
 def reply_headers(raw: Iterable[tuple[bytes, bytes]], *, keep_framing: bool = False) -> Headers:
     """The reply's headers for the client.
 
-    `keep_framing` leaves Transfer-Encoding in, for a relay that passes the body's chunks on as they came. Where a reply
-    has both framings its Content-Length means nothing and is dropped (RFC 9112, 6.3).
+    `keep_framing` keeps Transfer-Encoding, for a relay that forwards the body's chunks unchanged. Where a reply has
+    both framings, its Content-Length is meaningless and dropped (RFC 9112, 6.3).
     """
     pairs = list(raw)
-    private = _private(pairs)
+    private = _named_by_connection(pairs)
     kept: Headers = []
     chunked = False
     for pair in pairs:
@@ -106,17 +109,21 @@ def reply_headers(raw: Iterable[tuple[bytes, bytes]], *, keep_framing: bool = Fa
 
 
 def header(raw: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
-    """The first value of a header, as Go's Header.Get gives it; `name` in lower case."""
+    """The first value of a header, like Go's Header.Get; `name` in lower case."""
     return next((value for key, value in raw if key.lower() == name), None)
 
 
 def request_id(given: str | None, make: Callable[[], str] = lambda: uuid.uuid4().hex) -> str:
-    """The client's X-Request-ID, fit for logs and headers, or a new one where it gave none that is fit."""
-    kept = _ODD.sub("", given or "")[:REQUEST_ID_CHARACTERS]
-    return kept or make()
+    """The client's X-Request-ID, sanitized for logs and headers; a new one where it sent none."""
+    return sanitized_request_id(given) or make()
 
 
-# The same few names come with every message: what they mean is worked out once.
+def sanitized_request_id(given: str | None) -> str:
+    """The client's X-Request-ID, fit for logs and headers; "" where nothing of it is."""
+    return _UNSAFE.sub("", given or "")[:REQUEST_ID_CHARACTERS]
+
+
+# The same few names come with every message, so their meaning is cached.
 
 
 @lru_cache(maxsize=1024)
@@ -125,10 +132,10 @@ def _lower(name: bytes) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _goes_on(name: bytes) -> bool:
-    """Whether a request's header goes to the server, unless Connection names it."""
+def _is_forwarded(name: bytes) -> bool:
+    """Whether a request's header is forwarded, unless Connection names it."""
     lower = name.lower()
-    return not (lower in _OURS or lower.startswith(b"x-llamayard-") or _is_hop_by_hop(lower))
+    return not (lower in _NOT_FORWARDED or lower.startswith(b"x-llamayard-") or _is_hop_by_hop(lower))
 
 
 @lru_cache(maxsize=1024)
@@ -136,9 +143,9 @@ def _is_hop_by_hop(lower: bytes) -> bool:
     return lower in _HOP_BY_HOP or lower.startswith(b"proxy-")
 
 
-def _private(pairs: Headers) -> frozenset[bytes]:
-    """The headers that Connection names as this connection's own."""
+def _named_by_connection(pairs: Headers) -> frozenset[bytes]:
+    """Headers that Connection declares hop-by-hop."""
     named = [value for name, value in pairs if _lower(name) == b"connection"]
     if not named:
-        return _NOTHING
+        return _NO_NAMES
     return frozenset(token.strip().lower() for value in named for token in value.split(b",")) - _NEVER_BY_NAME

@@ -1,10 +1,9 @@
-"""Reads the heads of requests and replies with llhttp, strictly, and says how the body after each is framed.
+"""Parses request and reply heads strictly with llhttp, and determines how the body after each is framed.
 
-llhttp refuses what two readers could read differently: bare line feeds, folded lines, blanks before a colon, two
-lengths, a length beside chunks. The checks it leaves to its user are made here (RFC 9112, 3.2 and 6): one Host,
-versions 1.0 and 1.1, `chunked` and nothing else. A parser is fed with one head and never with what follows it, so that
-a body's end is found in one place only, `router/http1/body_framing.py`. Nothing is decided here about where a request
-goes.
+llhttp rejects whatever two parsers could read differently: bare line feeds, folded lines, spaces before a colon, two
+lengths, a length together with chunks. The checks that it leaves to its user are made here (RFC 9112, 3.2 and 6): one
+Host, versions 1.0 and 1.1, no transfer encoding but `chunked`. A parser is fed one head and never the bytes after it,
+so that the end of a body is found in one place only, `router/http1/body_framing.py`.
 """
 
 from __future__ import annotations
@@ -18,37 +17,37 @@ import httptools
 from router.http1.body_framing import Body, Chunked, NoBody, Sized, UntilClose
 
 HEAD_BYTES_MAX = 65536
-"""A longer head of a request is answered 431, one of a reply ends the exchange."""
+"""A longer request head gets 431; a longer reply head ends the exchange."""
 
 NAME_BYTES_MAX = 256
-"""A longer name of a header is answered 431."""
+"""A longer header name gets 431."""
 
 _BLANK = b"\r\n\r\n"
 _TOKEN = re.compile(rb"[A-Za-z]+ /")
 
 
 class HeadError(Exception):
-    """A head that cannot be taken. `status` is what its sender is told where it is a client."""
+    """An invalid head. `status` is for the response, where the sender is a client."""
 
-    def __init__(self, status: int, words: str) -> None:
-        super().__init__(words)
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status
-        self.words = words
+        self.message = message
 
 
 class _Head:
-    """What both kinds have: feeding until the blank line, headers in order, framing.
+    """Common to both kinds: feeding until the blank line, headers in order, framing.
 
-    What is usual stands in the class and not in each head.
+    Defaults are class attributes, so that a typical head stores little of its own.
     """
 
     minor = 1
-    """The version's second figure: HTTP/1.0 or HTTP/1.1."""
+    """The minor version: HTTP/1.0 or HTTP/1.1."""
     length: int | None = None
     chunked = False
     keep_alive = True
-    """Whether the connection may go on after this message, as far as its head says."""
-    _odd = ""
+    """Whether the head lets the connection stay open after this message."""
+    _unsupported = ""
     _complete = False
     _size = 0
     _tail = b""
@@ -56,15 +55,15 @@ class _Head:
 
     def __init__(self) -> None:
         self.headers: list[tuple[bytes, bytes]] = []
-        """As they came, in order."""
+        """In order of arrival."""
 
     def feed(self, data: bytes, start: int = 0) -> int:
-        """Takes the bytes from `start` on; the index after the head's last byte, or -1 while it goes on.
+        """Parses the bytes from `start` on; returns the index after the head's last byte, or -1 until then.
 
-        Not to be called again after that.
+        Must not be called again once the head is complete.
 
         Raises:
-            HeadError: not a head that can be taken.
+            HeadError: the head is invalid.
         """
         end = self._end(data, start)
         if end >= 0:
@@ -80,8 +79,8 @@ class _Head:
         except httptools.HttpParserUpgrade:
             self._upgrades()
         except httptools.HttpParserInvalidMethodError as error:
-            known = _TOKEN.match(piece) is not None
-            raise HeadError(501 if known else 400, "Not Implemented" if known else "Bad Request") from error
+            is_token = _TOKEN.match(piece) is not None
+            raise HeadError(501 if is_token else 400, "Not Implemented" if is_token else "Bad Request") from error
         except httptools.HttpParserError as error:
             raise HeadError(400, "Bad Request") from error
         if end < 0:
@@ -89,16 +88,16 @@ class _Head:
         if not self._complete:
             raise HeadError(400, "Bad Request")
         parser, self._parser = self._parser, None  # the parser refers back to this object
-        self._judge(parser)
+        self._validate(parser)
         return end
 
     @property
     def is_begun(self) -> bool:
-        """Whether a part of it has been read, but not all."""
+        """Whether part of it has been parsed."""
         return self._size > 0
 
     def _end(self, data: bytes, start: int) -> int:
-        """Where the blank line ends that may have begun in an earlier piece; -1 where it is not there yet."""
+        """The index after the blank line, which may have begun in an earlier piece; -1 if it has not come yet."""
         tail = self._tail
         if tail:
             across = (tail + data[start : start + 3]).find(_BLANK)
@@ -107,26 +106,26 @@ class _Head:
         end = data.find(_BLANK, start)
         return end + 4 if end >= 0 else end
 
-    def _judge(self, parser: Any) -> None:
+    def _validate(self, parser: Any) -> None:
         raise NotImplementedError
 
     def _upgrades(self) -> None:
         pass
 
-    def _heed(self, lower: str, value: bytes) -> None:
-        """A header that says how the body is framed."""
+    def _note_framing(self, lower: str, value: bytes) -> None:
+        """Records a header that frames the body."""
         if lower == "content-length":
             self.length = int(value)
         elif lower == "transfer-encoding":
             self.chunked = True
             if value.strip().lower() != b"chunked":
-                self._odd = "unsupported transfer encoding"
+                self._unsupported = "unsupported transfer encoding"
 
     # --- called by the parser --------------------------------------------------------------------------------
 
     def on_headers_complete(self) -> None:
         self._complete = True
-        # Asked here, because a message without a body is over after this, and the parser has forgotten its headers.
+        # Read here: after a message without a body the parser has already forgotten its headers.
         self.keep_alive = self._parser.should_keep_alive()
 
 
@@ -137,11 +136,11 @@ class RequestHead(_Head):
     target = b""
     hosts = 0
     raw = b""
-    """All of its bytes, where it is remembered (`router/proxy/header_cache.py`)."""
-    notes: Any = None
-    """What others have made of it, for the next request with a head like it."""
+    """All of its bytes, where its user caches it."""
+    derived: Any = None
+    """Whatever its user derives from it; kept by `resized`."""
     upgrade = False
-    """Whether another protocol is asked for."""
+    """Whether it asks for another protocol."""
     _long_name = False
 
     def __init__(self) -> None:
@@ -154,29 +153,29 @@ class RequestHead(_Head):
         return self.chunked or bool(self.length)
 
     @property
-    def awaits_word(self) -> bool:
-        """Whether its body will only come after `100 Continue`."""
+    def expects_continue(self) -> bool:
+        """Whether its body comes only after `100 Continue`."""
         return self.minor == 1 and "expect" in self._values and self.has_body
 
     def resized(self, length: int | None, raw: bytes) -> RequestHead:
-        """The same head with another length of the body. Its `headers` go on saying the first."""
+        """The same head with another body length. Its `headers` keep the original length."""
         other = RequestHead.__new__(RequestHead)
         other.__dict__.update(self.__dict__)
         other.length, other.raw = length, raw
         return other
 
     def body(self, payload: list[bytes] | None = None) -> Body:
-        """What finds the end of the request; `payload` as for `Chunked`."""
+        """Finds the end of the request; `payload` as for `Chunked`."""
         if self.chunked:
             return Chunked(payload)
         return Sized(self.length) if self.length else NoBody()
 
     def text(self, name: str) -> str | None:
-        """The first value of a header as Go's Header.Get gives it; `name` in lower case."""
+        """The first value of a header, like Go's Header.Get; `name` in lower case."""
         value = self._values.get(name)
         return None if value is None else value.decode("latin-1")
 
-    def _judge(self, parser: Any) -> None:
+    def _validate(self, parser: Any) -> None:
         version = parser.get_http_version()
         if version != "1.1":
             if version != "1.0":
@@ -185,12 +184,12 @@ class RequestHead(_Head):
         self.method = parser.get_method()
         if self._long_name:
             raise HeadError(431, "Request Header Fields Too Large")
-        if self._odd:
-            raise HeadError(501, f"Not Implemented: {self._odd}")
+        if self._unsupported:
+            raise HeadError(501, f"Not Implemented: {self._unsupported}")
         if self.hosts != 1 and (self.hosts or self.minor):
-            raise HeadError(400, "Bad Request: exactly one Host header is needed")
+            raise HeadError(400, "Bad Request: exactly one Host header is required")
         if self.chunked and not self.minor:
-            raise HeadError(400, "Bad Request: HTTP/1.0 has no chunks")
+            raise HeadError(400, "Bad Request: HTTP/1.0 does not support chunks")
         if self.minor and "expect" in self._values and self._values["expect"].strip().lower() != b"100-continue":
             raise HeadError(417, "Expectation Failed")
 
@@ -210,11 +209,11 @@ class RequestHead(_Head):
         lower = _lower(name)
         if lower not in self._values:
             self._values[lower] = value
-        if lower in _HEEDED:
+        if lower in _FRAMING:
             if lower == "host":
                 self.hosts += 1
             else:
-                self._heed(lower, value)
+                self._note_framing(lower, value)
 
 
 class ReplyHead(_Head):
@@ -223,31 +222,32 @@ class ReplyHead(_Head):
     status = 0
     reason = b""
     is_stream: bool | None = None
-    """Whether its content type is a stream's, where that has been looked at."""
-    lines: bytes | None = None
-    """How it is written for clients, where that has been worked out: see `router/http1/response_writer.py`."""
+    """Whether its content type is that of a stream; None until someone checks."""
+    lines = b""
+    """Its lines for clients without the headers in `lines_without`: see `router/http1/response_writer.py`."""
+    lines_without: tuple[str, ...] | None = None
 
     def __init__(self) -> None:
         self.headers = []
         self._parser = httptools.HttpResponseParser(self)
 
     def body(self, *, without: bool = False, payload: list[bytes] | None = None) -> Body:
-        """What finds the end of the reply; `without`: it answers HEAD and has none, whatever its headers say."""
+        """Finds the end of the reply. `without`: it answers HEAD and has no body, whatever its headers say."""
         if without or self.status < 200 or self.status in (204, 304):
             return NoBody()
         if self.chunked:
             return Chunked(payload)
         return UntilClose() if self.length is None else Sized(self.length)
 
-    def _judge(self, parser: Any) -> None:
+    def _validate(self, parser: Any) -> None:
         version = parser.get_http_version()
         if version != "1.1":
             if version != "1.0":
                 raise HeadError(502, f"the reply's version is {version}")
             self.minor = 0
         self.status = parser.get_status_code()
-        if self._odd:
-            raise HeadError(502, f"the reply has an {self._odd}")
+        if self._unsupported:
+            raise HeadError(502, f"the reply has an {self._unsupported}")
 
     # --- called by the parser --------------------------------------------------------------------------------
 
@@ -257,16 +257,16 @@ class ReplyHead(_Head):
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name, value))
         if len(name) > NAME_BYTES_MAX:
-            self._odd = "overlong name of a header"
+            self._unsupported = "overlong header name"
         if len(name) in _FRAMING_LENGTHS:
-            self._heed(name.lower().decode("latin-1"), value)
+            self._note_framing(name.lower().decode("latin-1"), value)
 
 
 @lru_cache(maxsize=1024)
 def _lower(name: bytes) -> str:
-    """The same few names come with every message."""
+    """Cached, because the same few names come with every message."""
     return name.lower().decode("latin-1")
 
 
-_HEEDED = frozenset(("content-length", "transfer-encoding", "host"))
+_FRAMING = frozenset(("content-length", "transfer-encoding", "host"))
 _FRAMING_LENGTHS = frozenset((len("content-length"), len("transfer-encoding")))

@@ -1,85 +1,97 @@
-"""The bytes of answers' heads: those relayed, and whole answers that the router gives itself.
+"""Writes response heads and whole responses as bytes.
 
-It only writes; what is said is decided elsewhere. Names and values come from a parser or from the router's own code,
-and a line break in them would end the head early, so it is refused.
+What they say is decided elsewhere. Header names and values come from a parser or from the program itself. A line break
+in one would end the head early, so writing it raises ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 
 from router.http1.headers import Headers, reply_headers
 from router.http1.parser import ReplyHead, RequestHead
 
+HeaderPairs = tuple[tuple[str, str], ...]
+
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
-_USUAL: Set[str] = frozenset(("Server", "X-Request-ID", "X-Llamayard-Instance"))
-"""Headers that almost every relayed answer gets, and no others."""
 
 _KEEP = b"Connection: keep-alive\r\n"
 _CLOSE = b"Connection: close\r\n"
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
+@dataclass(frozen=True, slots=True)
+class LocalResponse:
+    """A whole response that was made here. Its sender adds length, date and connection."""
+
+    status: int
+    headers: HeaderPairs
+    body: bytes = b""
+
+
 def chunk(piece: bytes) -> bytes:
-    """One chunk of a body; the piece must not be empty."""
+    """One chunk of a body; `piece` must not be empty."""
     return b"%x\r\n%s\r\n" % (len(piece), piece)
 
 
-def whole_answer(
-    request: RequestHead | None, status: int, headers: Iterable[tuple[str, str]], body: bytes, *, keep: bool
-) -> bytes:
-    """A whole answer with its length. `keep`: the connection goes on after it."""
-    lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b"Unknown")), *map(_line, headers)]
+def whole_response(request: RequestHead | None, response: LocalResponse, *, keep: bool) -> bytes:
+    """A response with its length. `keep`: the connection stays open after it."""
+    status = response.status
+    lines = [b"HTTP/1.1 %d %s\r\n" % (status, _REASONS.get(status, b"Unknown")), *map(_line, response.headers)]
     if status >= 200 and status != 204:
-        lines.append(b"Content-Length: %d\r\n" % len(body))
-    lines.append(connection_line(request, keep=keep))
-    bodiless = request is not None and request.method == b"HEAD"
-    return b"".join((*lines, b"\r\n", b"" if bodiless else body))
+        lines.append(b"Content-Length: %d\r\n" % len(response.body))
+    lines.append(_connection_line(request, keep=keep))
+    has_body = request is None or request.method != b"HEAD"
+    return b"".join((*lines, b"\r\n", response.body if has_body else b""))
 
 
-def reply_head(reply: ReplyHead, own: Mapping[str, str], request: RequestHead, *, keep: bool) -> bytes:
-    """The head of a relayed answer: the server's headers, as far as they go on, and our own, which win over them."""
-    if request.minor and own.keys() == _USUAL:
-        begun = reply.lines
-        if begun is None:
-            begun = reply.lines = _begun(reply, own, keep_framing=True)
+def relayed_head(reply: ReplyHead, added: Mapping[str, str], request: RequestHead, *, keep: bool) -> bytes:
+    """The head of a relayed response: the upstream's end-to-end headers, and `added`, which take precedence."""
+    names = tuple(added)
+    if request.minor and reply.lines_without == names:
+        lines = reply.lines
     else:
-        begun = _begun(reply, own, keep_framing=bool(request.minor))
-    text = "\r\n".join([f"{name}: {value}" for name, value in own.items()])
-    if text.count("\n") != len(own) - 1 or text.count("\r") != len(own) - 1:
-        raise ValueError("a line break in a header of our own")
-    return b"%s%s\r\n%s\r\n" % (begun, text.encode("latin-1", "replace"), connection_line(request, keep=keep))
+        lines = _upstream_lines(reply, added, keep_framing=bool(request.minor))
+        if request.minor:
+            reply.lines_without, reply.lines = names, lines
+    text = "".join(map("%s: %s\r\n".__mod__, added.items()))
+    if text.count("\n") != len(added) or text.count("\r") != len(added):
+        raise ValueError("a line break in an added header")
+    if keep and request.minor:
+        return b"%s%s\r\n" % (lines, text.encode("latin-1", "replace"))
+    return b"%s%s%s\r\n" % (lines, text.encode("latin-1", "replace"), _connection_line(request, keep=keep))
 
 
-def _begun(reply: ReplyHead, own: Mapping[str, str], *, keep_framing: bool) -> bytes:
-    """The lines of the server's: all but our own, and the end."""
-    ours = {_lower(name) for name in own}
-    headers = [pair for pair in reply_headers(reply.headers, keep_framing=keep_framing) if _lower(pair[0]) not in ours]
-    lines = [b"HTTP/1.1 %d %s" % (reply.status, reply.reason), *[b"%s: %s" % pair for pair in headers], b""]
-    return b"\r\n".join(lines)
+def _upstream_lines(reply: ReplyHead, added: Mapping[str, str], *, keep_framing: bool) -> bytes:
+    """The status line and the upstream's headers without those in `added`."""
+    replaced = {_lower(name) for name in added}
+    headers = reply_headers(reply.headers, keep_framing=keep_framing)
+    kept = [b"%s: %s" % pair for pair in headers if _lower(pair[0]) not in replaced]
+    return b"\r\n".join((b"HTTP/1.1 %d %s" % (reply.status, reply.reason), *kept, b""))
 
 
 def interim_head(reply: ReplyHead, headers: Headers) -> bytes:
-    """The head of an answer before the answer (1xx)."""
+    """The head of an interim response (1xx)."""
     lines = [b"HTTP/1.1 %d %s" % (reply.status, reply.reason), *(b"%s: %s" % pair for pair in headers), b"", b""]
     return b"\r\n".join(lines)
 
 
-def begun_head(headers: Iterable[tuple[str, str]], request: RequestHead, *, keep: bool) -> bytes:
-    """The head of an answer whose reply has not come yet: chunks follow, or for HTTP/1.0 bytes until the close."""
+def early_head(headers: Iterable[tuple[str, str]], request: RequestHead, *, keep: bool) -> bytes:
+    """The head of a response sent before the upstream's reply: chunks follow, or for HTTP/1.0 bytes until the close."""
     lines = [b"HTTP/1.1 200 OK\r\n", *map(_line, headers)]
     if request.minor:
         lines.append(b"Transfer-Encoding: chunked\r\n")
-    lines.append(connection_line(request, keep=keep))
+    lines.append(_connection_line(request, keep=keep))
     lines.append(b"\r\n")
     return b"".join(lines)
 
 
-def connection_line(request: RequestHead | None, *, keep: bool) -> bytes:
-    """What must be said of the connection: nothing where HTTP/1.1 goes on."""
+def _connection_line(request: RequestHead | None, *, keep: bool) -> bytes:
+    """The Connection header; none where HTTP/1.1 stays open."""
     if not keep:
         return _CLOSE
     return _KEEP if request is not None and not request.minor else b""

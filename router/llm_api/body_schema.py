@@ -1,6 +1,6 @@
-"""What each route reads from its body, as data: the names and types of the fields of Go's request structs.
+"""What each route reads from its body: names and types of the fields of Go's request structs.
 
-Only fields that routing needs are here. A path that is not in the table is read for its `model` alone.
+Only fields that routing needs are listed. Of a path that is not in the table only `model` is read.
 
 Sources: api/types.go, server/routes.go, openai/openai.go (v0.11.4); anthropic/anthropic.go, middleware (v0.24).
 """
@@ -13,7 +13,7 @@ from enum import Enum
 
 
 class Emptiness(Enum):
-    """When a prompt counts as none, so that the server only loads the model."""
+    """When a prompt counts as empty, so that the server only loads the model."""
 
     NEVER = "never"
     STRING = "an empty string"
@@ -22,7 +22,7 @@ class Emptiness(Enum):
 
 
 class Streaming(Enum):
-    """Whether `stream` is a field, and what null does to a value that was read before it."""
+    """Whether `stream` is a field, and what null does to an earlier value."""
 
     NONE = "no such field"
     POINTER = "null resets it"
@@ -30,56 +30,60 @@ class Streaming(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class BodySchema:
     models: tuple[str, ...] = ("model",)
     """Fields that name the model; the first that is not empty counts."""
     is_ollama: bool = False
-    """Whether `keep_alive` and `options` are fields: the compatible APIs have neither."""
+    """Whether `keep_alive` and `options` are fields; the compatible APIs have neither."""
     stream: Streaming = Streaming.NONE
     limits: tuple[str, ...] = ()
-    """Fields that bound the answer's tokens, where `options` does not."""
+    """Fields that limit the output tokens, if `options` does not."""
     prompt: str = ""
     """The field whose emptiness makes a request load-only."""
     empty: Emptiness = Emptiness.NEVER
     absent_is_empty: bool = True
     texts: tuple[str, ...] = ()
     """Fields that the model reads."""
+    settings: frozenset[str] = field(init=False)
+    """Fields other than the model, `stream` and the prompt."""
     names: frozenset[str] = field(init=False)
-    """All of them."""
+    """All of these fields."""
 
     def __post_init__(self) -> None:
-        own = {"keep_alive", "options"} if self.is_ollama else set[str]()
-        if self.stream is not Streaming.NONE:
-            own.add("stream")
-        names = {*own, *self.models, *self.limits, *self.texts}
+        settings = {"keep_alive", "options"} if self.is_ollama else set(self.limits)
+        stream = {"stream"} if self.stream is not Streaming.NONE else set[str]()
+        names = {*settings, *stream, *self.models, *self.limits, *self.texts}
+        object.__setattr__(self, "settings", frozenset(settings))
         object.__setattr__(self, "names", frozenset(names | {self.prompt} - {""}))
 
 
-def _ollama(prompt: str, empty: Emptiness, *texts: str, stream: Streaming = Streaming.NONE) -> Reading:
-    return Reading(is_ollama=True, stream=stream, prompt=prompt, empty=empty, texts=(prompt, *texts))
+def _ollama(prompt: str, empty: Emptiness, *texts: str, stream: Streaming = Streaming.NONE) -> BodySchema:
+    return BodySchema(is_ollama=True, stream=stream, prompt=prompt, empty=empty, texts=(prompt, *texts))
 
 
 _POINTER, _VALUE = Streaming.POINTER, Streaming.VALUE
 
-READINGS: Mapping[str, Reading] = {
+SCHEMAS: Mapping[str, BodySchema] = {
     "/api/generate": _ollama("prompt", Emptiness.STRING, "suffix", "system", "template", "context", stream=_POINTER),
     "/api/chat": _ollama("messages", Emptiness.LIST, "tools", stream=_POINTER),
     "/api/embed": _ollama("input", Emptiness.EITHER),
     "/api/embeddings": _ollama("prompt", Emptiness.STRING),
-    "/api/show": Reading(models=("model", "name")),
-    "/api/delete": Reading(models=("model", "name")),
-    "/api/pull": Reading(models=("model", "name"), stream=_POINTER),
-    "/api/push": Reading(models=("model", "name"), stream=_POINTER),
-    "/api/create": Reading(models=("model", "name"), stream=_POINTER),
-    "/api/copy": Reading(models=("source",)),
-    "/v1/chat/completions": Reading(
+    "/api/show": BodySchema(models=("model", "name")),
+    "/api/delete": BodySchema(models=("model", "name")),
+    "/api/pull": BodySchema(models=("model", "name"), stream=_POINTER),
+    "/api/push": BodySchema(models=("model", "name"), stream=_POINTER),
+    "/api/create": BodySchema(models=("model", "name"), stream=_POINTER),
+    "/api/copy": BodySchema(models=("source",)),
+    "/v1/chat/completions": BodySchema(
         stream=_VALUE, limits=("max_completion_tokens", "max_tokens"), texts=("messages", "tools")
     ),
-    "/v1/completions": Reading(
+    "/v1/completions": BodySchema(
         stream=_VALUE, limits=("max_tokens",), prompt="prompt", empty=Emptiness.STRING, texts=("prompt", "suffix")
     ),
-    # No input is refused there, and an empty string is embedded.
-    "/v1/embeddings": Reading(prompt="input", empty=Emptiness.LIST, absent_is_empty=False, texts=("input",)),
-    "/v1/responses": Reading(stream=_POINTER, limits=("max_output_tokens",), texts=("input", "instructions", "tools")),
-    "/v1/messages": Reading(stream=_VALUE, limits=("max_tokens",), texts=("messages", "system", "tools")),
+    # An absent input is an error there, and an empty string is embedded.
+    "/v1/embeddings": BodySchema(prompt="input", empty=Emptiness.LIST, absent_is_empty=False, texts=("input",)),
+    "/v1/responses": BodySchema(
+        stream=_POINTER, limits=("max_output_tokens",), texts=("input", "instructions", "tools")
+    ),
+    "/v1/messages": BodySchema(stream=_VALUE, limits=("max_tokens",), texts=("messages", "system", "tools")),
 }

@@ -1,43 +1,33 @@
-"""Which API a path belongs to, and how that API's clients are told of an error, before and after bytes are out.
+"""Which API a path belongs to, and how an error looks in that API, before and after bytes of a response are out.
 
-Statuses and words come with the error; here they only get their form, which is Ollama's own for each API (v0.24). It
-knows no HTTP library, so that a raw relay can use it as well.
+Status and message come with the error. Only their form is decided here: Ollama's own for each API (v0.24).
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
 
 from router.errors import RouterError
+from router.http1.response_writer import LocalResponse
 
 
 class Api(Enum):
-    """One of the three APIs that a server speaks."""
+    """One of the three APIs that an Ollama server has."""
 
     OLLAMA = "ollama"
     OPENAI = "openai"
     ANTHROPIC = "anthropic"
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorReply:
-    """A whole answer; length, date and connection are the sender's."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-
-
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
 
 CODE_HEADER = "X-Llamayard-Error"
-"""Carries the stable code, which Ollama's own shape has no place for."""
+"""Carries the stable error code, for which Ollama's own shape has no field."""
 
 _OPENAI_TYPES: Mapping[int, str] = {400: "invalid_request_error", 404: "not_found_error"}
 _ANTHROPIC_TYPES: Mapping[int, str] = {
@@ -51,9 +41,9 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
 }
 """As openai.NewError and anthropic.NewError have them; any other status is an `api_error`."""
 
-_BEFORE_THE_HANDLER = frozenset((400, 413, 415))
-"""Refused while the body is read. Ollama's `/v1/*` names a charset there and ends without a newline; later it does the
-opposite (`error-v1-*-bad-json` and `error-v1-*-unknown-model` in the recordings)."""
+_READING_STATUSES = frozenset((400, 413, 415))
+"""Statuses of errors from reading the body. For these Ollama's `/v1/*` names a charset and ends without a newline; for
+later errors it does the opposite (`error-v1-*-bad-json` and `error-v1-*-unknown-model` in the recordings)."""
 
 _GO_ESCAPES = ((b"<", b"\\u003c"), (b">", b"\\u003e"), (b"&", b"\\u0026"))
 _LINE_SEPARATORS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"))
@@ -66,26 +56,31 @@ def api_of(path: str) -> Api:
     return Api.OPENAI if path.startswith("/v1/") else Api.OLLAMA
 
 
-def error_reply(api: Api, error: RouterError, request_id: str | None = None) -> ErrorReply:
-    """`error` as the whole answer to a request of `api`. `request_id` is told where the shape has a place for it."""
-    early = api is Api.OLLAMA or error.status in _BEFORE_THE_HANDLER
-    content_type = "application/json; charset=utf-8" if early else "application/json"
+def error_reply(api: Api, error: RouterError, request_id: str | None = None) -> LocalResponse:
+    """`error` as a whole response. `request_id` appears where the API's shape has a field for it."""
+    is_reading_error = api is Api.OLLAMA or error.status in _READING_STATUSES
+    content_type = "application/json; charset=utf-8" if is_reading_error else "application/json"
     headers = [("Content-Type", content_type), (CODE_HEADER, error.code)]
     if error.retry_after_seconds is not None:
         headers.append(("Retry-After", str(error.retry_after_seconds)))
     body = _json(_content(api, error, request_id))
-    return ErrorReply(error.status, tuple(headers), body if early else body + b"\n")
+    return LocalResponse(error.status, tuple(headers), body if is_reading_error else body + b"\n")
+
+
+def internal_error(request_id: str) -> RouterError:
+    """For an exception that nobody expected; it must be logged with its traceback."""
+    return RouterError(f"internal router error; see the log (request_id={request_id})")
 
 
 def stream_error(api: Api, content_type: str, error: RouterError, *, sent: bytes = b"\n\n") -> bytes:
-    """What ends a stream visibly once bytes are out; `sent` is the end of what was sent, to close a broken line first.
+    """Bytes that end a stream with an error. `sent`: the end of what was sent, to close a broken line first.
 
     NDJSON gets an error line, OpenAI's events a last one with `error` and no `[DONE]`, Anthropic's an `error` event.
-    Empty where the answer is no stream (one JSON object): nothing can be added to that, so its connection must be cut.
+    Empty if the response is one JSON object: nothing can be added to that, so its connection must be cut.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == NDJSON:
-        line = _json({"error": _words(error)}) + b"\n"
+        line = _json({"error": _message(error)}) + b"\n"
         return line if sent.endswith(b"\n") else b"\n" + line
     if kind != SSE:
         return b""
@@ -96,27 +91,27 @@ def stream_error(api: Api, content_type: str, error: RouterError, *, sent: bytes
 
 def _content(api: Api, error: RouterError, request_id: str | None) -> dict[str, object]:
     if api is Api.OLLAMA:
-        return {"error": _words(error)}
+        return {"error": _message(error)}
     if api is Api.OPENAI:
         kind = _OPENAI_TYPES.get(error.status, "api_error")
-        return {"error": {"message": _words(error), "type": kind, "param": None, "code": error.code}}
+        return {"error": {"message": _message(error), "type": kind, "param": None, "code": error.code}}
     kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
     identity = request_id or secrets.token_hex(12)
     return {
         "type": "error",
-        "error": {"type": kind, "message": _words(error)},
+        "error": {"type": kind, "message": _message(error)},
         "request_id": identity if identity.startswith("req_") else f"req_{identity}",
     }
 
 
 def _json(content: dict[str, object]) -> bytes:
-    """JSON as Go writes it: no blanks, non-ASCII as it is, what HTML or JavaScript could trip over escaped."""
+    """JSON as Go writes it: no spaces, non-ASCII unescaped, characters special to HTML or JavaScript escaped."""
     text = msgspec.json.encode(content)
     for plain, escaped in (*_GO_ESCAPES, *_LINE_SEPARATORS):
         text = text.replace(plain, escaped)
     return text
 
 
-def _words(error: RouterError) -> str:
-    """The message, with a mark for half of a surrogate pair in words that were passed on."""
+def _message(error: RouterError) -> str:
+    """The message, with lone surrogates from a server's message replaced."""
     return error.message.encode(errors="replace").decode()

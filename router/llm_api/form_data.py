@@ -1,8 +1,8 @@
-"""The model in a multipart form, as `/v1/audio/*` takes it: found by its part, and replaced without touching another.
+"""Finds and replaces the model in a multipart form, as `/v1/audio/*` takes it, without touching other parts.
 
-Read as Go's mime/multipart reads it: parts stand between lines of the boundary that Content-Type names, what stands
-before the first is skipped, and the first part of a name counts. A part with a file name is a file, not a field. It
-keeps no part, and judges nothing: a form that it cannot read is the server's to refuse.
+Parsed as Go's mime/multipart does: parts are separated by lines of the boundary that Content-Type names, anything
+before the first is skipped, and the first part of a name counts. A part with a file name is a file, not a field. A form
+that cannot be parsed is for the server to reject.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HEAD_BYTES_MAX = 16384
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Where a field's value stands in the body."""
+    """The position of a field's value in the body."""
 
     start: int
     end: int
@@ -29,11 +29,11 @@ def is_form(content_type: str | None) -> bool:
 
 
 def find_field(body: bytes, content_type: str, name: str) -> Field | None:
-    """The first field of that name; None where there is none, or the form cannot be read."""
-    named = _BOUNDARY.search(content_type)
-    if named is None:
+    """The first field of that name; None if there is none, or the form cannot be parsed."""
+    boundary = _BOUNDARY.search(content_type)
+    if boundary is None:
         return None
-    delimiter = b"--" + (named[1] or named[2]).encode("latin-1", "replace")
+    delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1", "replace")
     for start, end in _parts(body, delimiter):
         split = body.find(b"\r\n\r\n", start, min(end, start + _HEAD_BYTES_MAX))
         if split >= 0 and _is_field(body[start:split], name):
@@ -42,19 +42,19 @@ def find_field(body: bytes, content_type: str, name: str) -> Field | None:
 
 
 def replaced(body: bytes, field: Field, value: str) -> bytes:
-    """`body` with another value in that field."""
+    """`body` with `value` in that field."""
     return body[: field.start] + value.encode() + body[field.end :]
 
 
 def _parts(body: bytes, delimiter: bytes) -> list[tuple[int, int]]:
-    """Where each part's headers begin and its value ends."""
+    """For each part the start of its headers and the end of its value."""
     position = 0 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter) + 2
     if position < 2 and not body.startswith(delimiter):
         return []
     parts: list[tuple[int, int]] = []
     while True:
         start = position + len(delimiter)
-        if not body.startswith(b"\r\n", start):  # the last one ends in two dashes
+        if not body.startswith(b"\r\n", start):  # the last delimiter ends in two dashes
             return parts
         end = body.find(b"\r\n" + delimiter, start)
         if end < 0:

@@ -1,8 +1,8 @@
-"""Changes one member of a JSON object and leaves every other byte of the body as it was.
+"""Changes one member of a JSON object and leaves every other byte of the body unchanged.
 
-It refuses to re-encode: what a client wrote, down to its blanks and the way its numbers are spelt, is what the server
-gets. A member that is written more than once, in other letter case or with escapes, is made one, because whoever reads
-the changed body next must not be able to see another value than the one set here.
+It never re-encodes: the server gets what the client wrote, including its spaces and number formats. A member that is
+written more than once, in another letter case or with escapes, becomes one, because no parser of the changed body may
+find another value than the one set here.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ import json
 import re
 from collections.abc import Callable
 
-from router.llm_api.json_members import Member, scan
-from router.llm_api.key_folding import fold
+from router.llm_api.json_members import Member, fold, scan
 
-Named = Callable[[str], bool]
+KeyTest = Callable[[str], bool]
 
 _PLAIN = re.compile(rb'[ \t\n\r]*:[ \t\n\r]*("[^"\\]*"|-?[0-9][0-9.eE+-]*)')
-"""A member's value, from behind its name."""
+"""What follows a member's name: the colon and a plain value."""
 
 
 def set_member(body: bytes, name: str, value: bytes) -> bytes:
-    """`body` with its top-level member `name` set to the JSON text `value`; appended where there is none.
+    """`body` with its top-level member `name` set to the JSON text `value`; appended if absent.
 
-    `name` is matched as Go matches a struct's field: without regard to case. Of several, the last is kept.
+    `name` matches as a struct's field does in Go: case-insensitively. Of several, the last is kept.
 
     Raises:
         ValueError: `body` does not begin with a JSON object.
     """
-    return _edited(body, _like(name), name, value)
+    return _edited(body, lambda key: fold(key) == name, name, value)
 
 
 def set_only(body: bytes, name: str, value: bytes) -> bytes:
-    """What `set_member` gives, for a body that is known to have one member on its top level that Go takes for `name`,
-    written in that case; then most bodies need not be gone through.
+    """Like `set_member`, for a body known to have exactly one top-level member `name`, written in that case.
+
+    Most of these bodies need not be scanned.
 
     Raises:
         ValueError: `body` does not begin with a JSON object.
@@ -45,19 +45,10 @@ def set_only(body: bytes, name: str, value: bytes) -> bytes:
     return body[: found.start(1)] + value + body[found.end(1) :] if found else set_member(body, name, value)
 
 
-def remove_member(body: bytes, name: str) -> bytes:
-    """`body` without its top-level member `name`, in whatever case and however often it is written.
-
-    Raises:
-        ValueError: `body` does not begin with a JSON object.
-    """
-    return _edited(body, _like(name), name, None)
-
-
 def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:
-    """`body` with `name` set to the JSON text `value` in its member `outer`, which is made where it is absent or null.
+    """`body` with `name` set to the JSON text `value` in its member `outer`, which is created if absent or null.
 
-    `outer` is matched without regard to case, `name` exactly: Go reads `outer` as a map, whose keys keep their case.
+    `outer` matches case-insensitively, `name` exactly: Go reads `outer` as a map, whose keys are case-sensitive.
 
     Raises:
         ValueError: `body` does not begin with a JSON object, or `outer` is neither an object nor null.
@@ -71,7 +62,7 @@ def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:
 
 
 def remove_nested(body: bytes, outer: str, name: str) -> bytes:
-    """`body` without `name` in its member `outer`; names as for `set_nested`.
+    """`body` without `name` in its member `outer`; names match as in `set_nested`.
 
     Raises:
         ValueError: `body` does not begin with a JSON object, or `outer` is neither an object nor null.
@@ -84,18 +75,14 @@ def remove_nested(body: bytes, outer: str, name: str) -> bytes:
     return body[:start] + _edited(body[start:end], name.__eq__, name, None) + body[end:]
 
 
-def _like(name: str) -> Named:
-    return lambda key: fold(key) == name
-
-
 def _quoted(name: str) -> bytes:
     return json.dumps(name).encode()
 
 
-def _edited(text: bytes, named: Named, name: str, value: bytes | None) -> bytes:
-    """The object `text` with the last member that is `named` set to `value`, or removed for None; others removed."""
+def _edited(text: bytes, matches: KeyTest, name: str, value: bytes | None) -> bytes:
+    """The object `text` with the last matching member set to `value`, or removed for None; other matches removed."""
     found = scan(text)
-    hits = [index for index, member in enumerate(found.members) if named(member.key)]
+    hits = [index for index, member in enumerate(found.members) if matches(member.key)]
     kept = hits[-1] if hits and value is not None else None
     edits = _removals(found.members, {index for index in hits if index != kept})
     if value is not None:
@@ -107,7 +94,7 @@ def _edited(text: bytes, named: Named, name: str, value: bytes | None) -> bytes:
 
 
 Edit = tuple[int, int, bytes]
-"""From, to, and what stands there instead."""
+"""Start, end, and the replacement of the bytes between them."""
 
 
 def _insertion(members: tuple[Member, ...], inside: int, name: str, value: bytes) -> Edit:
@@ -125,14 +112,14 @@ def _replacement(text: bytes, member: Member, name: str, value: bytes) -> Edit:
     return member.start, member.value_end, quoted + b":" + value
 
 
-def _removals(members: tuple[Member, ...], gone: set[int]) -> list[Edit]:
-    """Each with the comma before it, or the one after it where no member is left before it."""
+def _removals(members: tuple[Member, ...], removed: set[int]) -> list[Edit]:
+    """Each with the comma before it, or the one after it if no member is left before it."""
     edits: list[Edit] = []
-    led = False
+    has_predecessor = False
     for index, member in enumerate(members):
-        if index not in gone:
-            led = True
-        elif led:
+        if index not in removed:
+            has_predecessor = True
+        elif has_predecessor:
             edits.append((members[index - 1].value_end, member.value_end, b""))
         elif index + 1 < len(members):
             edits.append((member.start, members[index + 1].start, b""))
@@ -158,7 +145,7 @@ def _values(body: bytes, outer: str) -> list[Member]:
 
 
 def _span(body: bytes, outer: str) -> tuple[int, int] | None:
-    """Where the object `outer` stands, once there is at most one; None where it is absent or null."""
+    """The position of the object `outer`, of which there is at most one; None if absent or null."""
     members = _values(body, outer)
     if not members or body[members[0].value_start : members[0].value_end] == b"null":
         return None
@@ -166,7 +153,7 @@ def _span(body: bytes, outer: str) -> tuple[int, int] | None:
 
 
 def _with_one(body: bytes, outer: str) -> bytes:
-    """`body` with at most one member `outer`: Go merges maps that are given more than once, and null empties them."""
+    """`body` with at most one member `outer`: Go merges repeated maps, and null empties them."""
     members = _values(body, outer)
     if len(members) < 2:
         return body

@@ -1,8 +1,10 @@
-"""Finds the members of one JSON object by position, seeing exactly those that Go's encoding/json would see.
+"""Finds the members of one JSON object by position: exactly those that Go's encoding/json finds.
 
-It refuses to interpret: values are spans of the given bytes, neither decoded nor changed, and what lies inside a nested
-value is only skipped. Whatever Go accepts is found here; some of what Go refuses is found here too, which is harmless,
-because a server gives it its own answer. Nothing recurses and the work is bounded, so no body can stall the caller.
+Values are spans of the given bytes, neither decoded nor changed, and nested values are only skipped. Whatever Go
+accepts is found here; some of what Go rejects is found too, which is harmless, because the server responds to that
+itself. Nothing recurses and the work is bounded, so no body can stall the caller.
+
+Key folding: encoding/json/fold.go (Go 1.21 and later).
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from dataclasses import dataclass
 import msgspec
 
 TOKENS_MAX = 200_000
-"""Members of the object plus brackets inside its values, for bodies that need the slow way; about 0.1 s of work."""
+"""Members of the object plus brackets inside its values, for bodies that need the slow scanner; about 0.1 s of work."""
 
 MEMBERS_MAX = 10_000
-"""Members of the object, however it was read."""
+"""Members of the object, with either scanner."""
 
 DEPTH_MAX = 10_000
-"""Nesting beyond which Go refuses (encoding/json/scanner.go, maxNestingDepth)."""
+"""Nesting beyond which Go rejects (encoding/json/scanner.go, maxNestingDepth)."""
 
 _WS = rb"[ \t\n\r]*+"
 _STRING = rb'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
@@ -39,19 +41,21 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _REPLACEMENT = "\ufffd"
+_FOLDS_TO_ASCII = str.maketrans({"\u017f": "s", "\u212a": "k"})
+"""Long s and the Kelvin sign: the only runes beyond ASCII that fold to ASCII letters."""
 
 
 class Malformed(ValueError):
-    """Not an object that Go would read."""
+    """Not an object that Go would accept."""
 
 
 class TooComplex(ValueError):
-    """Go might read it, but it has more parts than are looked at here."""
+    """Go might accept it, but it has more parts than this module scans."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One `"key": value`, with the positions of the key's first quote and of the value."""
+    """One `"key": value`: the positions of the key's first quote and of the value."""
 
     key: str
     start: int
@@ -61,7 +65,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """The members in the order of the bytes, duplicates included."""
+    """The members in byte order, including duplicates."""
 
     members: tuple[Member, ...]
     inside: int
@@ -69,11 +73,11 @@ class Scan:
 
 
 def scan(body: bytes) -> Scan:
-    """The members of the object that is the first JSON value of `body`; bytes after it are ignored, as by Go.
+    """The members of the object that is the first JSON value of `body`; bytes after it are ignored, as in Go.
 
     Raises:
-        Malformed: Go would refuse the bytes too, or their first value is no object.
-        TooComplex: more parts than are looked at.
+        Malformed: Go would reject the bytes too, or their first value is not an object.
+        TooComplex: it has more parts than this module scans.
     """
     return _scan_ordinary(body) or _Scanner(body).scan()
 
@@ -81,8 +85,7 @@ def scan(body: bytes) -> Scan:
 def text_of(literal: bytes) -> str:
     """The string of a valid JSON string literal as Go reads it.
 
-    Each byte that is not UTF-8 and each surrogate without its other half becomes U+FFFD (encoding/json/decode.go,
-    unquoteBytes).
+    Each invalid UTF-8 byte and each lone surrogate becomes U+FFFD (encoding/json/decode.go, unquoteBytes).
     """
     if b"\\" not in literal and literal.isascii():
         return literal[1:-1].decode("ascii")
@@ -90,11 +93,16 @@ def text_of(literal: bytes) -> str:
     return _SURROGATES.sub(_REPLACEMENT, json.loads(text))
 
 
-def _scan_ordinary(body: bytes) -> Scan | None:
-    """The fast way, for objects without repeated or escaped keys; None where it cannot tell.
+def fold(key: str) -> str:
+    """Folds a key as Go does, so that it equals the (lower-case) name of the field that Go would assign."""
+    return key.lower() if key.isascii() else key.translate(_FOLDS_TO_ASCII).lower()
 
-    The decoder keeps the last of equal keys. Each key and value that it found is therefore looked for at its place:
-    if the bytes are used up without a gap, there was nothing else.
+
+def _scan_ordinary(body: bytes) -> Scan | None:
+    """The fast scanner, for objects without repeated or escaped keys; None if it cannot decide.
+
+    The decoder keeps the last of equal keys. Therefore each key and value is compared with the bytes at its expected
+    position: if they cover the object without a gap, there is nothing else in it.
     """
     try:
         found = _DECODER.decode(body)
@@ -114,23 +122,23 @@ def _scan_ordinary(body: bytes) -> Scan | None:
             if comma is None:
                 return None
             position = comma.end()
-        named = _PLAIN_KEY.match(body, position)
+        key_match = _PLAIN_KEY.match(body, position)
         value = bytes(raw)
-        if named is None or named[1] != key.encode() or not body.startswith(value, named.end()):
+        if key_match is None or key_match[1] != key.encode() or not body.startswith(value, key_match.end()):
             return None
-        position = named.end() + len(value)
-        members.append(Member(key, named.start(1) - 1, named.end(), position))
+        position = key_match.end() + len(value)
+        members.append(Member(key, key_match.start(1) - 1, key_match.end(), position))
     return Scan(tuple(members), inside) if _END.fullmatch(body, position) else None
 
 
 class _Scanner:
-    """The slow way: everything that Go takes, however it is written."""
+    """The slow scanner: everything that Go accepts, however it is written."""
 
-    __slots__ = ("_body", "_left")
+    __slots__ = ("_body", "_tokens_left")
 
     def __init__(self, body: bytes) -> None:
         self._body = body
-        self._left = TOKENS_MAX
+        self._tokens_left = TOKENS_MAX
 
     def scan(self) -> Scan:
         opened = _OPEN.match(self._body)
@@ -154,12 +162,12 @@ class _Scanner:
             position = after.end()
 
     def _member(self, position: int) -> Member:
-        self._spend()
-        named = _KEY.match(self._body, position)
-        if named is None:
+        self._count_token()
+        key_match = _KEY.match(self._body, position)
+        if key_match is None:
             raise Malformed(f"expected a key at byte {position}")
-        start = named.end()
-        return Member(text_of(named[1]), position, start, self._skip(start))
+        start = key_match.end()
+        return Member(text_of(key_match[1]), position, start, self._skip(start))
 
     def _skip(self, position: int) -> int:
         """The end of the value that starts at `position`."""
@@ -173,10 +181,10 @@ class _Scanner:
     def _skip_container(self, position: int) -> int:
         depth = 1  # the object around it
         while True:
-            self._spend()
+            self._count_token()
             bracket = _BRACKET.match(self._body, position)
             if bracket is None:
-                raise Malformed("a list or object does not end")
+                raise Malformed("an unterminated list or object")
             position = bracket.end()
             depth += 1 if self._body[position - 1] in b"[{" else -1
             if depth == 1:
@@ -184,7 +192,7 @@ class _Scanner:
             if depth > DEPTH_MAX:
                 raise Malformed(f"nested deeper than {DEPTH_MAX}")
 
-    def _spend(self) -> None:
-        self._left -= 1
-        if self._left < 0:
+    def _count_token(self) -> None:
+        self._tokens_left -= 1
+        if self._tokens_left < 0:
             raise TooComplex(f"the body has more than {TOKENS_MAX} members and brackets")

@@ -1,8 +1,8 @@
-"""The beginning of what a model shall read, as it stands in a request's body, told apart by fingerprints.
+"""Fingerprints of the beginning of a prompt, as it is written in a request's body.
 
-Where the text begins is looked for, not parsed: from the first member on that the model reads, the bytes of a body are
-what its conversation's next body begins with as well. It is a hint by which a copy with a warm cache is found; it never
-fails, and judges no body. Worked out only for requests that several copies could serve.
+The start of the prompt is searched for, not parsed: from the first member that the model reads on, the bytes of a body
+are also the beginning of the conversation's next body. The fingerprints are a hint for finding a replica with a warm
+prompt cache. They never fail, and are computed only for requests that several replicas could serve.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ import re
 import zlib
 from collections.abc import Mapping
 
-from router.llm_api.body_schema import READINGS
+from router.llm_api.body_schema import SCHEMAS
 from router.scheduler.balancing.prefix_affinity import BYTES_PER_TOKEN, LENGTHS
 
-LOOKED_AT_BYTES = 4096
-"""A first member further back is not found: an image may stand before it."""
+SEARCHED_BYTES = 4096
+"""A first member after this is not found: an image may precede it."""
 TOKENS_MIN = LENGTHS[0] // BYTES_PER_TOKEN
-"""A shorter prompt has no fingerprint."""
+"""Shorter prompts have no fingerprints."""
 
-_BEGINS: Mapping[str, re.Pattern[bytes]] = {
-    path: re.compile(rb'"(?:%b)"[ \t\r\n]*:' % "|".join(map(re.escape, reading.texts)).encode())
-    for path, reading in READINGS.items()
-    if reading.texts
+_PROMPT_STARTS: Mapping[str, re.Pattern[bytes]] = {
+    path: re.compile(rb'"(?:%b)"[ \t\r\n]*:' % "|".join(map(re.escape, schema.texts)).encode())
+    for path, schema in SCHEMAS.items()
+    if schema.texts
 }
 
 
 def fingerprints_of(path: str, body: bytes) -> tuple[int, ...]:
-    """Those of the body's text to the server's handler of `path`; none where none is found."""
-    begins = _BEGINS.get(path)
-    found = begins.search(body, 0, LOOKED_AT_BYTES) if begins is not None else None
+    """Fingerprints of the prompt in a request to `path`; empty if no prompt is found."""
+    start = _PROMPT_STARTS.get(path)
+    found = start.search(body, 0, SEARCHED_BYTES) if start is not None else None
     return () if found is None else fingerprints(memoryview(body)[found.end() :])
 
 
 def fingerprints(text: bytes | memoryview) -> tuple[int, ...]:
-    """Of the beginnings of a text, as long as `LENGTHS`, as far as it is as long; the same in every process.
+    """One for each prefix of `text` with a length in `LENGTHS`; the same in every process.
 
-    They may collide, by chance or because somebody wants them to: then a copy is preferred for nothing.
+    They may collide, by chance or on purpose: then a replica is preferred without benefit.
     """
     prints: list[int] = []
-    before = value = 0
+    start = value = 0
     size = len(text)
     for length in LENGTHS:
         if length > size:
             break
-        value = zlib.crc32(text[before:length], value)
+        value = zlib.crc32(text[start:length], value)
         prints.append(value)
-        before = length
+        start = length
     return tuple(prints)

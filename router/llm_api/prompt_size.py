@@ -1,15 +1,15 @@
-"""How many bytes of a body the model will read as text. A hint for estimates; it never fails and decides nothing."""
+"""Estimates how many bytes of a body the model reads as text. It never fails."""
 
 from __future__ import annotations
 
 import msgspec
 
 EXACT_BYTES = 16_384
-"""Below this an image can hardly be in it, and the size of the JSON is taken as it is."""
+"""A shorter value can hardly contain an image, so the size of its JSON is used."""
 
 
 class _Part(msgspec.Struct):
-    """One part of a message's content; its images under the names that the three APIs use."""
+    """One part of a message's content; images under the names of the three APIs."""
 
     image_url: msgspec.Raw = msgspec.Raw(b"")
     source: msgspec.Raw = msgspec.Raw(b"")
@@ -25,7 +25,7 @@ _DECODER = msgspec.json.Decoder(list[_Message])
 
 
 def prompt_size(body: bytes, start: int, end: int) -> int:
-    """Bytes of the JSON value at `start` to `end`, without the images and sound in a list of messages."""
+    """Bytes of the JSON value from `start` to `end`, without images and audio in a list of messages."""
     size = end - start
     if size < EXACT_BYTES or not body.startswith(b"[", start):
         return size
@@ -33,10 +33,10 @@ def prompt_size(body: bytes, start: int, end: int) -> int:
         messages = _DECODER.decode(memoryview(body)[start:end])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return size
-    return size - sum(_unread(message) for message in messages)
+    return size - sum(_media_bytes(message) for message in messages)
 
 
-def _unread(message: _Message) -> int:
+def _media_bytes(message: _Message) -> int:
     parts = message.content if isinstance(message.content, list) else ()
     return _size(message.images) + sum(_size(p.image_url) + _size(p.source) + _size(p.input_audio) for p in parts)
 

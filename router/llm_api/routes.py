@@ -1,7 +1,7 @@
-"""Every path the router answers, as data: its methods and how it is answered.
+"""Every path of the router, with its methods and how it is served.
 
-The table is the only place that knows paths. What is not in it does not pass: an Ollama server answers `/debug/pprof`
-and the like to anybody, a router in front of a team must not.
+The table is the only list of paths. Anything else is refused: an Ollama server serves `/debug/pprof` and the like to
+anybody, which a router in front of a team must not.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from enum import Enum
 
 
 class Kind(Enum):
-    """How a route is answered."""
+    """How a route is served."""
 
     LEASED = "leased"
-    """Takes a slot of the model named in the body, and streams that instance's answer."""
+    """Takes a slot of the model named in the body, and streams that instance's reply."""
     SHOW = "show"
     """About one model, from an instance that has it."""
     MERGED = "merged"
-    """Answered by the router for the whole fleet."""
+    """Served by the router for the whole fleet."""
     MANAGED = "managed"
     """Changes the shared store: through one instance, one at a time."""
     PASSED = "passed"
-    """Passed to one instance as it is."""
+    """Passed to one instance unchanged."""
     REFUSED = "refused"
     """Acts on the server's own cloud account: never through a shared endpoint."""
     ADMIN = "admin"
@@ -46,10 +46,12 @@ KIND_WORDS: Mapping[Kind, str] = {
 @dataclass(frozen=True, slots=True)
 class Route:
     path: str
-    """The path; a last `*` stands for one more segment."""
+    """The path; a trailing `*` matches one more segment."""
     methods: tuple[str, ...]
-    """In the order in which a server's `Allow` has them."""
+    """In the order of a server's `Allow` header."""
     kind: Kind
+    streams_body: bool = False
+    """Whether the body passes through unread, with no limit on its size."""
 
 
 ROUTES: tuple[Route, ...] = (
@@ -68,7 +70,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/delete", ("DELETE",), Kind.MANAGED),
     Route("/api/pull", ("POST",), Kind.MANAGED),
     Route("/api/push", ("POST",), Kind.MANAGED),
-    Route("/api/blobs/*", ("HEAD", "POST"), Kind.MANAGED),
+    Route("/api/blobs/*", ("HEAD", "POST"), Kind.MANAGED, streams_body=True),
     Route("/api/me", ("POST",), Kind.REFUSED),
     Route("/api/signout", ("POST",), Kind.REFUSED),
     Route("/api/user/keys/*", ("DELETE",), Kind.REFUSED),
@@ -101,20 +103,20 @@ class RouteTable:
         self._prefixes = {route.path[:-1]: route for route in routes if route.path.endswith("*")}
 
     def find(self, path: str) -> Route | None:
-        """The route of a clean path, whatever the method; None where there is none.
+        """The route of a clean path, for any method; None if there is none.
 
-        A path with `.` or `..` in it is not clean: whoever resolves it behind us may end elsewhere.
+        A path with `.` or `..` is not clean: a server that resolves it may serve another path.
         """
         route = self._exact.get(path)
         if route is None and not {".", ".."} & set(path.split("/")):
             head, _, last = path.rpartition("/")
             route = self._prefixes.get(head + "/") if last else None
             if route is None and path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
-                route = self._prefixes["/v1/models/"]  # model names have slashes
+                route = self._prefixes["/v1/models/"]  # model names contain slashes
         return route
 
     def clean(self, path: str) -> str | None:
-        """The path a server would redirect this one to (double slashes, a last slash), or None."""
+        """The path that a server would redirect this one to (double slashes, a trailing slash), or None."""
         parts = [part for part in path.split("/") if part]
         cleaned = "/" + "/".join(parts)
         return cleaned if cleaned != path and self.find(cleaned) is not None else None

@@ -1,4 +1,4 @@
-"""One log line and one round of metrics for each request, and the count of requests under way."""
+"""Writes one log line and counts one round of metrics for each request, and counts the requests in progress."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _PROBES = frozenset({"/", "/health", "/ready", "/metrics"})
 """Routes that monitors and load balancers request every few seconds."""
 _PROBE_RESULTS = frozenset({200, 503})
 
-Write = Callable[[str, dict[str, object]], None]
+WriteLine = Callable[[str, dict[str, object]], None]
 """Takes a level and the values of one line, of which `event` is its name."""
 
 
-def _to_the_log(level: str, values: dict[str, object]) -> None:
+def _write_to_structlog(level: str, values: dict[str, object]) -> None:
     getattr(structlog.get_logger("router.access"), level)(**values)
 
 
 class AccessLog:
-    """`began` and `ended` enclose every request; `idle` is set while none is under way."""
+    """`began` and `ended` must enclose every request. `idle` is set while none is in progress."""
 
-    def __init__(self, metrics: Metrics, now: Callable[[], float], write: Write = _to_the_log) -> None:
+    def __init__(self, metrics: Metrics, now: Callable[[], float], write: WriteLine = _write_to_structlog) -> None:
         self._model_label = metrics.model_label
         self._tally = metrics.requests
         self._now = now
@@ -39,56 +39,47 @@ class AccessLog:
             self.idle.clear()
         self._tally.running += 1
 
-    def ended(self, info: RequestRecord, method: str, path: str, status: int) -> None:
-        self._tally.running -= 1
-        if not self._tally.running:
+    def ended(self, record: RequestRecord, method: str, path: str, status: int) -> None:
+        tally, arrived_at = self._tally, record.arrived_at
+        tally.running -= 1
+        if not tally.running:
             self.idle.set()
+        duration_seconds = self._now() - arrived_at
         values: dict[str, object] = {
             "event": "request",
-            "request_id": info.request_id,
-            "client": info.client,
+            "request_id": record.request_id,
+            "client": record.client,
             "method": method,
             "path": path,
             "status": status,
+            "duration_seconds": round(duration_seconds, 6),
         }
-        self._measure(info, status, values)
-        self._write(_level(info.route, status), values)
-
-    def _measure(self, info: RequestRecord, status: int, values: dict[str, object]) -> None:
-        """Counts the request and adds what its log line tells beside the request itself."""
-        exchange, tally = info.exchange, self._tally
-        model = self._model_label(info.model) if info.instance is not None else ""
-        tally.record_response(info.route, model, status)
-        duration = self._now() - info.arrived_at
-        values["duration_seconds"] = round(duration, 6)
-        if info.model:
-            values["model"] = info.model
-        if info.error_code:
-            values["error"] = info.error_code
-        if info.instance is None or info.granted_at is None:
-            return
-        waited = info.granted_at - info.arrived_at
-        values["instance"] = info.instance
-        values["queue_seconds"] = round(waited, 6)
-        tally.record_served(model, waited, duration)
-        if exchange is None or exchange.first_byte_at is None:
-            return
-        first = exchange.first_byte_at - info.arrived_at
-        tokens = tokens_of(exchange.tail)
-        tally.record_output(model, first, tokens.prompt, tokens.output)
-        values["time_to_first_token_seconds"] = round(first, 6)
-        values["bytes"] = exchange.bytes_out
-        if tokens.prompt is not None:
-            values["prompt_tokens"] = tokens.prompt
-        if tokens.output is not None:
-            values["output_tokens"] = tokens.output
-        streamed = (exchange.last_byte_at or 0.0) - exchange.first_byte_at
-        if exchange.chunks > 1 and streamed > 0:
-            values["chunks_per_second"] = round((exchange.chunks - 1) / streamed, 1)
-
-
-def _level(route: str, status: int) -> str:
-    """Returns the log level of a request; a probe that works as documented is logged at debug."""
-    if route in _PROBES and status in _PROBE_RESULTS:
-        return "debug"
-    return "info" if status < 500 else "warning"
+        if record.model:
+            values["model"] = record.model
+        if record.error_code:
+            values["error"] = record.error_code
+        instance, granted_at, first_byte_at = record.instance, record.granted_at, record.first_byte_at
+        model = self._model_label(record.model) if instance is not None else ""
+        tally.record_response(record.route, model, status)
+        if instance is not None and granted_at is not None:
+            queue_seconds = granted_at - arrived_at
+            values["instance"] = instance
+            values["queue_seconds"] = round(queue_seconds, 6)
+            tally.record_served(model, queue_seconds, duration_seconds)
+            if first_byte_at is not None:
+                time_to_first_token_seconds = first_byte_at - arrived_at
+                tokens = tokens_of(record.tail)
+                tally.record_output(model, time_to_first_token_seconds, tokens.prompt, tokens.output)
+                values["time_to_first_token_seconds"] = round(time_to_first_token_seconds, 6)
+                values["bytes"] = record.bytes_out
+                if tokens.prompt is not None:
+                    values["prompt_tokens"] = tokens.prompt
+                if tokens.output is not None:
+                    values["output_tokens"] = tokens.output
+                streamed_seconds = (record.last_byte_at or 0.0) - first_byte_at
+                if record.chunks > 1 and streamed_seconds > 0:
+                    values["chunks_per_second"] = round((record.chunks - 1) / streamed_seconds, 1)
+        level = "info" if status < 500 else "warning"
+        if record.route in _PROBES and status in _PROBE_RESULTS:
+            level = "debug"  # a probe with an ordinary result
+        self._write(level, values)

@@ -1,45 +1,52 @@
-"""One request's own facts on its way through the gateway, and reading its body within limits."""
+"""The facts of one request that its response headers, its access-log line and its metrics need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import msgspec
-from aiohttp import web
 
-from router.api.forwarding import Exchange
 from router.domain.actions import Grant
 from router.domain.instance import InstanceName
-from router.errors import BodyTooLarge
+
+DEBUG_HEADER = "x-llamayard-debug"
 
 
 class RequestRecord(msgspec.Struct):
-    """Grows as the request goes; ends in one access-log line and one round of metrics."""
+    """Filled in while the request is processed. Times are seconds on the controller's clock."""
 
     request_id: str
     client: str
+    """`ClientIdentity.client`."""
     route: str
     arrived_at: float
     wants_reason: bool = False
+    """Whether the response says why its instance was chosen."""
     model: str = ""
     instance: InstanceName | None = None
     granted_at: float | None = None
     error_code: str = ""
-    cors: tuple[tuple[str, str], ...] = ()
-    """Headers that let a browser's page read the answer."""
-    notes: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
-    """Headers that tell what of the request was not passed on."""
-    exchange: Exchange | None = None
+    cors_headers: tuple[tuple[str, str], ...] = ()
+    """Let a browser's page read the response."""
+    substitution_headers: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
+    """Name the model that answers instead of the requested one, and options that were not forwarded."""
+    first_byte_at: float | None = None
+    """When the first byte of the reply's body came from the instance; None where none came."""
+    last_byte_at: float | None = None
+    bytes_out: int = 0
+    """Bytes of the reply's body, with its framing where it was relayed with it."""
+    chunks: int = 0
+    """Non-empty HTTP chunks of the reply: for a stream about its tokens."""
+    tail: bytes = b""
+    """The end of the reply, enough to read token counts from its last line."""
 
-    def granted(self, grant: Grant, now: float) -> None:
-        self.instance = grant.instance
-        self.granted_at = now
-
-    def reply_headers(self, grant: Grant | None) -> dict[str, str]:
-        """Who answered, and on request why there."""
+    def response_headers(self, grant: Grant | None = None) -> dict[str, str]:
+        """Headers of the router's own: the request id, the instance that answers, and on request why."""
         headers = {"Server": "llamayard", "X-Request-ID": self.request_id}
-        headers.update(self.cors)
-        headers.update(self.notes)
+        if self.cors_headers:
+            headers.update(self.cors_headers)
+        if self.substitution_headers:
+            headers.update(self.substitution_headers)
         if grant is not None:
             headers["X-Llamayard-Instance"] = grant.instance
             if self.wants_reason:
@@ -47,24 +54,6 @@ class RequestRecord(msgspec.Struct):
         return headers
 
 
-async def read_body(request: web.BaseRequest, max_bytes: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        BodyTooLarge: it is longer than `server.max_body_bytes`.
-    """
-    declared = request.content_length
-    if declared is not None and declared > max_bytes:
-        raise _too_large(max_bytes)
-    pieces: list[bytes] = []
-    size = 0
-    async for piece in request.content.iter_any():
-        size += len(piece)
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {max_bytes} bytes (server.max_body_bytes)")
+def asks_for_reason(debug_header: str | None) -> bool:
+    """Whether a request's `X-Llamayard-Debug` is on."""
+    return (debug_header or "") not in ("", "0", "false")

@@ -1,32 +1,32 @@
-"""The raw relay: requests that take a slot, from the client's socket to a server's and back, byte for byte.
+"""The raw proxy: requests that take a slot, from the client's socket to a server's and back, byte for byte.
 
 Theory of operation
 -------------------
-Every connection to the endpoint starts here, under the relay's own `asyncio.Protocol`. Of each request only the head is
-parsed, once, strictly, by llhttp, and of its body only the members that routing needs are read. A request for a model
-gets its slot from the engine and its connection from a pool, and from then on bytes are bytes: what the server writes
-is written to the client, and nothing of it is parsed but where it ends. All other requests are handed to aiohttp on the
-same connection, one at a time, and the connection comes back when the answer is out.
+Every connection to the endpoint starts here, under the proxy's own `asyncio.Protocol`. Of each request only the head is
+parsed, once, strictly, by llhttp, and of its body only the members that routing needs. A request for a model passes
+admission, gets a slot from the controller and a connection from a pool. After that the proxy only moves bytes: what the
+server writes is written to the client, and only its end is looked for. All other requests are handed to aiohttp on the
+same connection, one at a time, and the connection returns once the response is out.
 
-What makes it fast is what it leaves out: no HTTP library on the way of a request that is relayed, no task, timer or
-queue for a request, no copy of a large body, no JSON but the few members, no system call but two reads and two writes.
-What is the same from one request of a client to the next (its head, what a model and `stream` come to, the head of the
-reply) is known again by its bytes. Bytes leave before the books are closed, and nothing of a request refers back to it,
-so that its memory is used again while it is warm.
+It is fast because of what it leaves out: no HTTP library on the path of a relayed request; no task, timer or queue per
+request; no copy of a large body; no JSON but the few members; no system calls but two reads and two writes. What
+repeats from one request of a client to the next is cached by its bytes: request heads with everything derived from
+them, reply heads, and routing plans by model and `stream`. Bytes leave before the request is recorded, and no reference
+cycles remain after a request, so that its memory is reused while it is in the CPU's cache.
 
-What it never leaves out: each grant is given back exactly once; each request ends in the books exactly once; a client
-that leaves stops its server's work wherever its request stands; nothing is retried once a byte of an answer is out, and
-an answer that cannot be completed is never made to look complete.
+Invariants: each grant is released exactly once. Each request ends in the access log exactly once. A client that leaves
+stops its server's work in every phase. Nothing is retried once a byte of a response is out, and a response that cannot
+be completed is never made to look complete.
 
-    service      accepts, looks at deadlines, drains            desk        what all connections share
-    connection   one client's connection, request by request    handover    aiohttp on the same connection
-    intake       a request's body; reduced, glance: what it says of the request; usual: what came of one like it
-    exchange     one leased request: lease, server, retries     early       the same for a body that is still coming
-    reply        one reply on its way to the client             upstream    connections to servers, pooled
-    framing      where bodies end                               heads       what heads say
-    replies, pauses, parties, heartbeats, memory: small parts of these
+    server             accepts, checks deadlines, drains      context          what all connections share
+    client_connection  one connection, request by request     aiohttp_bridge   aiohttp on the same connection
+    request_body       reads a request's body                 head_cache       what is known of a head in advance
+    exchange           one request: slot, server, retries     streaming_upload the same while its body still comes
+    response_stream    one reply on its way to the client     upstream_pool    connections to servers
+    heartbeat, flow_control, memory_trim, interfaces          small parts of these
 
-Time: deadlines are looked at for all connections together, now and then; a timer each would cost more than a token.
-Memory: a client is paused when its server does not take its body, a server when its client does not take its answer;
-what waits between them is one read and the transport's buffer. Bodies are kept until the answer begins, for a retry.
+Time: the deadlines of all connections are checked together, periodically; a timer each would cost more than a token.
+Memory: reading from a client pauses while its server does not take its body, and reading from a server while its client
+does not take its response; only one read and the transport's buffer wait between them. Bodies are kept until the
+response begins, for a retry.
 """

@@ -1,11 +1,11 @@
-"""Requests that are not the relay's, answered by the HTTP library on the same connection.
+"""Lets aiohttp serve requests of other kinds on the proxy's own connection.
 
-The library's own protocol for one connection gets a transport that stands before the real one. Through it the bytes
-of its answers are watched, so that the end of each is known by the framing on the wire, not by anything inside the
-library; then the connection is the relay's again. The library gets one request at a time, parsed and judged before:
-what the two parsers think of a head can differ only in what the stricter one refuses.
+aiohttp's protocol gets a transport in front of the real one. Through it the bytes of its responses are scanned, so that
+the end of each is found by its framing on the wire, not by anything inside aiohttp. Then the connection belongs to the
+proxy again. aiohttp gets one request at a time, whose head the proxy has parsed: the two parsers can only differ in
+what the stricter one rejects.
 
-An answer that switches protocols, or whose end only a close shows, keeps the connection for good.
+A response that switches protocols, or that only a close ends, leaves the connection to aiohttp permanently.
 """
 
 from __future__ import annotations
@@ -18,72 +18,69 @@ from typing import Any, Final, Protocol
 from router.http1.body_framing import MORE, Body, FramingError, NoBody
 from router.http1.parser import HeadError, ReplyHead, RequestHead
 
-_NOTHING: Final = NoBody()
+_NO_BODY: Final = NoBody()
 
 
 class Host(Protocol):
-    """The connection that is lent."""
+    """The client's connection."""
 
-    def handed_back(self, *, keep: bool) -> None:
-        """The answer is out and its request has come whole. `keep`: the answer lets the connection go on."""
+    def bridge_done(self, *, keep: bool) -> None:
+        """Request and response are complete. `keep`: the response lets the connection stay open."""
         ...
 
-    def library_pauses(self, *, paused: bool) -> None:
-        """The library wants no more bytes of the request for now, or again."""
+    def bridge_paused(self, *, paused: bool) -> None:
+        """aiohttp stops, or resumes, taking the request."""
         ...
 
-    def library_left(self) -> None:
-        """The library is done with the connection while it has no request of it: the connection goes on without."""
+    def bridge_closed(self) -> None:
+        """aiohttp closed its protocol between requests: the connection continues without it."""
         ...
 
 
 class AiohttpBridge:
-    """One connection's side of the library, kept for all requests that are handed over on it."""
+    """aiohttp's protocol for one connection, kept for all requests handed over on it."""
 
     def __init__(self, host: Host, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
         self._host = host
         self._transport = transport
         self._protocol = protocol
-        self._front = _Front(transport, self)
-        self._request: Body = _NOTHING
+        self._transport_for_aiohttp = _BridgeTransport(transport, self)
+        self._request: Body = _NO_BODY
         self._request_ended = True
         self._without_body = False
         self._reply = ReplyHead()
         self._reply_body: Body | None = None
         self._reply_ended = True
-        self.answering = False
-        """Whether a byte of the present answer is out."""
-        self.kept = False
-        """Whether the connection stays with the library for good."""
+        self.is_permanent = False
+        """Whether the connection stays with aiohttp."""
         self._write_paused = False
-        self._protocol.connection_made(self._front)
+        self._protocol.connection_made(self._transport_for_aiohttp)
 
     @property
-    def wants_body(self) -> bool:
-        """Whether the request has not come whole yet."""
-        return not (self._request_ended or self.kept)
+    def awaits_body(self) -> bool:
+        """Whether the request is incomplete."""
+        return not (self._request_ended or self.is_permanent)
 
     # --- from the connection ---------------------------------------------------------------------------------
 
     def begin(self, head: RequestHead, raw_head: bytes) -> None:
-        """The next request; its body follows through `lend`."""
+        """Starts the next request; its body follows through `feed`."""
         self._request = head.body()
         self._request_ended = self._request.feed(b"") != MORE
         self._without_body = head.method == b"HEAD"
         self._reply = ReplyHead()
         self._reply_body = None
         self._reply_ended = False
-        self.answering = False
-        self.kept = head.upgrade
+        self.is_permanent = head.upgrade
         self._protocol.data_received(raw_head)
 
-    def lend(self, data: bytes) -> bytes:
-        """Bytes after the head; gives back what is not this request's any more.
+    def feed(self, data: bytes) -> bytes:
+        """Takes bytes after the head; returns those after this request.
 
         Raises:
             FramingError: the request's body is malformed.
         """
-        if self.kept:
+        if self.is_permanent:
             self._protocol.data_received(data)
             return b""
         if self._request_ended or not data:
@@ -108,35 +105,34 @@ class AiohttpBridge:
             self._write_paused = False
             self._protocol.resume_writing()
 
-    def lost(self, error: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
         self._protocol.connection_lost(error)
 
-    # --- from the library ------------------------------------------------------------------------------------
+    # --- from aiohttp ----------------------------------------------------------------------------------------
 
     def written(self, data: bytes) -> None:
-        """Looks where the answer ends in what the library writes."""
-        if self.kept or self._reply_ended:
+        """Scans for the end of the response in what aiohttp writes."""
+        if self.is_permanent or self._reply_ended:
             return
-        self.answering = True
         try:
             position = 0 if self._reply_body is not None else self._read_heads(data)
-            if position < 0 or self._reply_body is None or self.kept:
+            if position < 0 or self._reply_body is None or self.is_permanent:
                 return
             if self._reply_body.feed(data, position) != MORE:
                 self._reply_ended = True
                 self._maybe_done()
         except (HeadError, FramingError):
-            self.kept = True  # what cannot be followed cannot be taken back
+            self.is_permanent = True  # without the end of the response the connection cannot be taken back
 
     def _read_heads(self, data: bytes) -> int:
-        """The index after the final head; -1 while that has not come."""
+        """The index after the final head; -1 until that has come."""
         position = 0
         while True:
             position = self._reply.feed(data, position)
             if position < 0:
                 return position
             if self._reply.status == 101:
-                self.kept = True
+                self.is_permanent = True
                 return position
             if self._reply.status >= 200:
                 self._reply_body = self._reply.body(without=self._without_body)
@@ -146,29 +142,29 @@ class AiohttpBridge:
                 return -1
 
     def closed(self) -> None:
-        """The library closes: for good within a request, else only its own part in the connection."""
-        if self._request_ended and self._reply_ended and not self.kept:
-            self._host.library_left()
-            asyncio.get_running_loop().call_soon(self.lost, None)
+        """aiohttp closes: within a request the connection, otherwise only its own protocol."""
+        if self._request_ended and self._reply_ended and not self.is_permanent:
+            self._host.bridge_closed()
+            asyncio.get_running_loop().call_soon(self.connection_lost, None)
         else:
             self._transport.close()
 
-    def pauses(self, *, paused: bool) -> None:
-        self._host.library_pauses(paused=paused)
+    def set_paused(self, *, paused: bool) -> None:
+        self._host.bridge_paused(paused=paused)
 
     def _maybe_done(self) -> None:
         if self._request_ended and self._reply_ended and not self._transport.is_closing():
-            # Not at once: the library is in the middle of its write.
-            asyncio.get_running_loop().call_soon(partial(self._host.handed_back, keep=self._reply.keep_alive))
+            # Not at once: aiohttp is in the middle of its write.
+            asyncio.get_running_loop().call_soon(partial(self._host.bridge_done, keep=self._reply.keep_alive))
 
 
-class _Front(asyncio.Transport):
-    """The real transport as the library sees it."""
+class _BridgeTransport(asyncio.Transport):
+    """The real transport as aiohttp sees it."""
 
-    def __init__(self, real: asyncio.Transport, state_poller: AiohttpBridge) -> None:
+    def __init__(self, real: asyncio.Transport, bridge: AiohttpBridge) -> None:
         super().__init__()
         self._real = real
-        self._watcher = state_poller
+        self._bridge = bridge
         self._protocol: asyncio.BaseProtocol | None = None
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
@@ -178,7 +174,7 @@ class _Front(asyncio.Transport):
         return self._real.is_closing()
 
     def close(self) -> None:
-        self._watcher.closed()
+        self._bridge.closed()
 
     def abort(self) -> None:
         self._real.abort()
@@ -194,10 +190,10 @@ class _Front(asyncio.Transport):
         return self._real.is_reading()
 
     def pause_reading(self) -> None:
-        self._watcher.pauses(paused=True)
+        self._bridge.set_paused(paused=True)
 
     def resume_reading(self) -> None:
-        self._watcher.pauses(paused=False)
+        self._bridge.set_paused(paused=False)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         self._real.set_write_buffer_limits(high, low)
@@ -210,7 +206,7 @@ class _Front(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         self._real.write(data)
-        self._watcher.written(bytes(data))
+        self._bridge.written(bytes(data))
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview[Any]]) -> None:
         self.write(b"".join(list_of_data))

@@ -1,22 +1,22 @@
-"""A client's connection: reads requests one after the other, and gives each to whoever answers it.
+"""A client's connection: reads requests one after the other, and passes each to whatever serves it.
 
 Theory of operation
 -------------------
-The connection is at any time in one place:
+The connection is always in one state:
 
-    HEAD      between two requests, or inside a head
-    BODY      inside the body of a request that the relay answers itself
-    BUSY      that request is whole; its `ProxyExchange` works on the answer
-    HANDED    a request of any other kind is with the HTTP library (`router/proxy/aiohttp_bridge.py`)
-    LINGER    the answer was sent before the request had come whole; what comes is thrown away, then it is closed
+    HEAD      between two requests, or within a head
+    BODY      within the body of a request that the proxy serves itself
+    BUSY      that request is complete; its `ProxyExchange` works on the response
+    BRIDGED   a request of any other kind is with aiohttp (`router/proxy/aiohttp_bridge.py`)
+    LINGER    the response was sent before the request was complete; the rest is discarded, then the connection closes
 
-Requests are answered one at a time in the order they came. What a client sends ahead is kept, at most `AHEAD_BYTES_MAX`
-of it, then nothing more is read: a hang-up behind it shows when an answer cannot be written. Up to that the connection
-is always read, so that a hang-up shows at once wherever the request stands. Half a close counts as one: an Ollama
-server itself takes a client that says it will send no more for gone, and ends its generation.
+Requests are served one at a time in the order of arrival. At most `AHEAD_BYTES_MAX` of later requests are buffered,
+then reading pauses; a hang-up after that shows only when a response cannot be written. Up to then the connection is
+always read, so that a hang-up shows at once in every phase of a request. A half-close counts as one: an Ollama server
+also treats a client that has closed its sending side as gone, and stops generating.
 
-Why reading pauses stands in `router/proxy/flow_control.py`. Deadlines are not timers: `check` is called for every
-connection now and then with the time.
+Reasons to pause reading are listed in `router/proxy/flow_control.py`. Deadlines are not timers: `check` is called
+periodically for every connection.
 
 It parses no body, and decides nothing about models, slots or servers.
 """
@@ -30,31 +30,32 @@ from typing import Final, cast
 
 import structlog
 
-from router.admission.origin_check import Answer
 from router.errors import RouterError, WaitTimeout
 from router.http1.body_framing import FramingError
 from router.http1.parser import HeadError, RequestHead
-from router.http1.response_writer import CONTINUE, whole_answer
+from router.http1.response_writer import CONTINUE, LocalResponse, whole_response
+from router.observability.request_record import RequestRecord
 from router.proxy.aiohttp_bridge import AiohttpBridge
-from router.proxy.context import HeadInfo, Listener, ProxyContext
+from router.proxy.context import ProxyContext
 from router.proxy.exchange import ProxyExchange
 from router.proxy.flow_control import FlowControl, Reason
-from router.proxy.interfaces import Send, nowhere
-from router.proxy.request_body import LONG_BYTES, UNREAD_BYTES_MAX, RequestBodyReader, is_worth_reading
+from router.proxy.head_cache import HeadFacts
+from router.proxy.interfaces import Listener, Send, discard
+from router.proxy.request_body import LONG_BODY_BYTES, RequestBodyReader, is_worth_reading
 from router.proxy.streaming_upload import StreamingUpload
 
 AHEAD_BYTES_MAX: Final = 65536
-"""So much that belongs to later requests is kept."""
+"""Bytes buffered that belong to later requests."""
 
-HEAD, BODY, BUSY, HANDED, LINGER = range(5)
+HEAD, BODY, BUSY, BRIDGED, LINGER = range(5)
 _NEVER: Final = float("inf")
 
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_ahead", "_context", "_due", "_exchange", "_half_closed", "_handed", "_head", "_intake", "_keep", "_known",
-        "_listener", "_pauses", "_peer", "_raw", "_running", "_state", "_then", "_transport", "send",
-        "write_paused",
+        "_after_body", "_ahead", "_body_reader", "_bridge", "_context", "_due", "_exchange", "_flow", "_half_closed",
+        "_head", "_head_pieces", "_keep", "_last_cached", "_listener", "_peer", "_reading", "_state", "_transport",
+        "send", "write_paused",
     )  # fmt: skip
 
     def __init__(self, context: ProxyContext, listener: Listener) -> None:
@@ -62,104 +63,105 @@ class ClientConnection(asyncio.Protocol):
         self._listener = listener
         self._state = HEAD
         self._transport = cast("asyncio.Transport", None)
-        self.send: Send = nowhere
+        self.send: Send = discard
         self._peer = ""
         self._head: RequestHead | None = None
-        """The one being read, or that of the request being answered."""
-        self._known: RequestHead | None = None
-        """The last that was known already: a client's heads are often all the same."""
-        self._raw: list[bytes] = []  # the pieces of a head that did not come whole
-        self._intake: RequestBodyReader | None = None
-        self._then: Callable[[], None] | None = None
-        """What answers a refused request once the rest of it has been read."""
+        """The head being parsed, or that of the request being served."""
+        self._last_cached: RequestHead | None = None
+        """The last head found in the cache: a client's heads are often all the same."""
+        self._head_pieces: list[bytes] = []
+        """Pieces of a head that did not come at once."""
+        self._body_reader: RequestBodyReader | None = None
+        self._after_body: Callable[[], None] | None = None
+        """Responds to a refused request once the rest of it has been read."""
         self._ahead = b""
-        self._running = False
+        self._reading = False
         self._exchange: ProxyExchange | None = None
-        self._handed: AiohttpBridge | None = None
+        self._bridge: AiohttpBridge | None = None
         self._keep = True
         self._half_closed = False
         self.write_paused = False
-        self._pauses = cast("FlowControl", None)
+        self._flow = cast("FlowControl", None)
         self._due = _NEVER
 
-    # --- the transport's calls -------------------------------------------------------------------------------
+    # --- from the transport ----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self.send = self._transport.write
-        if transport.get_extra_info("sslcontext") is None:  # bytes leave at once, not when the books are closed as well
+        if transport.get_extra_info("sslcontext") is None:  # bytes leave at once, before the request is recorded
             self._transport.set_write_buffer_limits(0)
-        self._pauses = FlowControl(self._transport)
+        self._flow = FlowControl(self._transport)
         peer: object = transport.get_extra_info("peername")
         self._peer = str(cast("tuple[object, ...]", peer)[0]) if isinstance(peer, tuple) else ""
-        self._due = self._context.controller.now() + self._context.timeouts.idle_seconds
+        self._due = self._context.controller.now() + self._context.limits.connection_timeout_seconds
         self._listener.opened(self)
 
     def data_received(self, data: bytes) -> None:
         state = self._state
         try:
             if state == HEAD:
-                self._run(self._ahead + data if self._ahead else data)
+                self._read_requests(self._ahead + data if self._ahead else data)
             elif state == BODY:
                 self._read_body(data)
-            elif state == HANDED:
-                self._lend(data)
+            elif state == BRIDGED:
+                self._feed_bridge(data)
             elif state == BUSY:
-                self._keep_ahead(data)
+                self._buffer_ahead(data)
         except Exception:  # the outermost edge of a connection
             self._crashed()
 
     def eof_received(self) -> bool:
-        if self._state == HANDED and self._transport.can_write_eof():
+        if self._state == BRIDGED and self._transport.can_write_eof():
             self._half_closed = True
-            self._due = self._context.controller.now() + self._context.timeouts.half_closed_seconds
+            self._due = self._context.controller.now() + self._context.limits.half_closed_timeout_seconds
             return True
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.lost(self)
-        self.send = nowhere
+        self.send = discard
         if self._exchange is not None:
             self._exchange.client_gone()
-        if self._handed is not None:
-            self._handed.lost(exc)
-        self._exchange = self._handed = None
+        if self._bridge is not None:
+            self._bridge.connection_lost(exc)
+        self._exchange = self._bridge = None
         self._state, self._due = LINGER, _NEVER
 
     def pause_writing(self) -> None:
         self.write_paused = True
         if self._exchange is not None:
             self._exchange.pause()
-        if self._handed is not None and self._state == HANDED:
-            self._handed.pause_writing()
+        if self._bridge is not None and self._state == BRIDGED:
+            self._bridge.pause_writing()
 
     def resume_writing(self) -> None:
         self.write_paused = False
         if self._exchange is not None:
             self._exchange.resume()
-        if self._handed is not None:
-            self._handed.resume_writing()
-        self._pauses.set(Reason.UNTAKEN, on=False)
+        if self._bridge is not None:
+            self._bridge.resume_writing()
+        self._flow.set(Reason.RESPONSES_UNREAD, on=False)
         if self._state == HEAD and self._ahead:
             self.data_received(b"")
 
-    # --- requests one after the other ------------------------------------------------------------------------
+    # --- one request after the other -------------------------------------------------------------------------
 
-    def _run(self, data: bytes) -> None:
-        """Reads requests out of `data` until one of them is being answered, or the bytes end."""
+    def _read_requests(self, data: bytes) -> None:
+        """Reads requests from `data` until one of them is being served, or the bytes end."""
         self._ahead = data
-        if self._running:
+        if self._reading:
             return
-        self._running = True
+        self._reading = True
         try:
             while self._ahead and self._state == HEAD:
-                if self.write_paused:  # earlier answers are not taken: no new ones
-                    self._pauses.set(Reason.UNTAKEN, on=True)
+                if self.write_paused:  # the client does not read earlier responses: no new ones
+                    self._flow.set(Reason.RESPONSES_UNREAD, on=True)
                     return
                 piece, self._ahead = self._ahead, b""
                 self._read_head(piece)
         finally:
-            self._running = False
+            self._reading = False
 
     def _read_head(self, data: bytes) -> None:
         head = self._head
@@ -168,47 +170,38 @@ class ClientConnection(asyncio.Protocol):
                 data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
                 if not data:
                     return
-            known = self._known
-            if known is None or not data.startswith(known.raw):
-                self._known = known = self._context.heads.find(self._peer, data)
-            if known is not None:
-                self._begin(known, data, len(known.raw), known.notes)
+            cached = self._last_cached
+            if cached is None or not data.startswith(cached.raw):
+                self._last_cached = cached = self._context.heads.find(self._peer, data)
+            if cached is not None:
+                self._begin(cached, cached.derived, data, len(cached.raw))
                 return
             self._head = head = RequestHead()
-            self._due = self._context.controller.now() + self._context.timeouts.head_seconds
+            self._due = self._context.controller.now() + self._context.limits.head_timeout_seconds
         try:
             end = head.feed(data)
         except HeadError as error:
             self._refuse_head(error)
             return
         if end < 0:
-            self._raw.append(data)
+            self._head_pieces.append(data)
             return
-        notes = self._context.leased_route(head)
-        if not self._raw and notes is not None:
+        facts = self._context.leased_head(head)
+        if facts is None:
+            self._hand_over(head, data, end)
+            return
+        if not self._head_pieces:
             self._context.heads.remember(self._peer, head, data[:end])
-        self._begin(head, data, end, notes)
+        self._begin(head, facts, data, end)
 
-    def _begin(self, head: RequestHead, data: bytes, end: int, notes: HeadInfo | None) -> None:
-        """The head is whole and ends there in `data`."""
-        self._head = head
-        self._due = _NEVER
-        self._keep = head.keep_alive
-        rest = data[end:] if end < len(data) else b""
-        raw, self._raw = self._raw, []
-        if notes is None:
-            self._hand_over(head, b"".join((*raw, data[:end])), rest)
-        else:
-            self._take(head, notes, rest)
-
-    def _keep_ahead(self, data: bytes) -> None:
+    def _buffer_ahead(self, data: bytes) -> None:
         self._ahead += data
         if len(self._ahead) > AHEAD_BYTES_MAX:
-            self._pauses.set(Reason.AHEAD, on=True)
+            self._flow.set(Reason.AHEAD, on=True)
 
-    def answered(self, *, keep: bool) -> None:
-        """The answer is out: the next request, or the end."""
-        if self._state == BODY:  # it came before the request had
+    def response_ended(self, *, keep: bool) -> None:
+        """The response is out: reads the next request, or closes."""
+        if self._state == BODY:  # the request is not complete yet
             self._linger()
             return
         self._exchange = self._head = None
@@ -217,55 +210,68 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
             return
         self._state = HEAD
-        self._due = self._context.controller.now() + self._context.timeouts.idle_seconds
+        self._due = self._context.controller.now() + self._context.limits.connection_timeout_seconds
         if self._ahead:
-            self._pauses.set(Reason.AHEAD, on=False)
-            if not self._running:
+            self._flow.set(Reason.AHEAD, on=False)
+            if not self._reading:
                 asyncio.get_running_loop().call_soon(self.data_received, b"")
 
-    # --- requests of our own ---------------------------------------------------------------------------------
+    # --- requests that the proxy serves itself ---------------------------------------------------------------
 
-    def _take(self, head: RequestHead, notes: HeadInfo, rest: bytes) -> None:
-        context, path = self._context, notes.path
-        info = context.info(notes, self._peer)
-        self._state, self._then, intake = BODY, None, None
-        length = head.length or 0
-        if length < LONG_BYTES:
-            exchange = ProxyExchange(context, self, head, path, info)
+    def _begin(self, head: RequestHead, facts: HeadFacts, data: bytes, end: int) -> None:
+        """The head is complete and ends at `end` in `data`: admits the request and starts its exchange."""
+        context, limits, length = self._context, self._context.limits, head.length or 0
+        self._head = head
+        self._head_pieces = []
+        self._keep = head.keep_alive
+        self._after_body = None
+        rest = data[end:]
+        admission = facts.admission
+        if admission is None or length > limits.max_body_bytes:
+            admission = context.admit(head, facts, self._peer)
+        identity = admission.client_identity
+        record = RequestRecord(
+            facts.request_id or context.new_request_id(),
+            identity.client,
+            facts.route.path,
+            context.controller.now(),
+            facts.wants_reason,
+            cors_headers=admission.cors_headers,
+        )
+        self._state, self._due = BODY, _NEVER
+        reader = None
+        if length < LONG_BODY_BYTES:
+            exchange = ProxyExchange(context, self, head, facts, record, identity)
         else:
-            intake = RequestBodyReader(head, context.limits.max_body_bytes)
-            exchange = StreamingUpload(context, self, head, path, info, intake)
+            reader = RequestBodyReader(head, limits)
+            exchange = StreamingUpload(context, self, head, facts, record, identity, reader)
             self._listener.long_bodies += 1
         self._exchange = exchange
-        try:
-            is_good = notes.is_good and length <= context.limits.max_body_bytes
-            answer = None if is_good else context.judge(head, notes, info)
-        except RouterError as error:
-            self._refuse(head, rest, partial(exchange.fail, error))
-            return
-        if answer is not None:
-            self._refuse(head, rest, partial(exchange.answer, answer))
+        if admission.error is not None:
+            self._refuse(head, rest, partial(exchange.fail, admission.error))
+        elif admission.response is not None:
+            self._refuse(head, rest, partial(exchange.respond, admission.response))
         elif head.chunked or len(rest) < length:
-            self._take_in(head, rest, intake or RequestBodyReader(head, context.limits.max_body_bytes))
+            self._start_body(head, rest, reader or RequestBodyReader(head, limits))
         else:
             self._state = BUSY
             self._ahead = rest[length:]
             exchange.begin(rest[:length])
 
-    def _take_in(self, head: RequestHead, rest: bytes, intake: RequestBodyReader) -> None:
-        self._intake = intake
-        self._due = self._context.controller.now() + self._context.timeouts.body_seconds
-        if head.awaits_word and not rest:
+    def _start_body(self, head: RequestHead, rest: bytes, reader: RequestBodyReader) -> None:
+        self._body_reader = reader
+        self._due = self._context.controller.now() + self._context.limits.body_timeout_seconds
+        if head.expects_continue and not rest:
             self.send(CONTINUE)
         if rest:
             self._read_body(rest)
 
     def _read_body(self, data: bytes) -> None:
-        intake, exchange = self._intake, self._exchange
-        assert intake is not None
+        reader, exchange = self._body_reader, self._exchange
+        assert reader is not None
         assert exchange is not None
         try:
-            ahead = intake.feed(data)
+            ahead = reader.feed(data)
         except FramingError as error:
             self._refuse_head(HeadError(400, f"Bad Request: {error}"))
             return
@@ -274,107 +280,110 @@ class ClientConnection(asyncio.Protocol):
             exchange.fail(error)
             return
         if ahead is None:
-            self._due = self._context.controller.now() + self._context.timeouts.body_seconds
-            if self._then is None:
-                exchange.more()
+            self._due = self._context.controller.now() + self._context.limits.body_timeout_seconds
+            if self._after_body is None:
+                exchange.body_progressed()
             return
         self._ahead = ahead
         self._state = BUSY
         self._due = _NEVER
-        self._intake = None
-        if self._then is not None:
-            self._then()
+        self._body_reader = None
+        if self._after_body is not None:
+            self._after_body()
         else:
-            exchange.begin(b"" if intake.is_long else intake.joined())
+            exchange.begin(b"" if reader.is_long else reader.joined())
 
-    def _refuse(self, head: RequestHead, rest: bytes, then: Callable[[], None]) -> None:
-        """The answer is known before the body has come: a short one is read first, a long one is cut off."""
+    def _refuse(self, head: RequestHead, rest: bytes, respond: Callable[[], None]) -> None:
+        """Responds before the body is complete: a short body is read first, a long one is cut off."""
         if not head.has_body:
             self._state = BUSY
             self._ahead = rest
-            then()
+            respond()
         elif is_worth_reading(head):
-            self._then = then
-            self._take_in(head, rest, RequestBodyReader(head, UNREAD_BYTES_MAX, throw_away=True))
+            self._after_body = respond
+            self._start_body(head, rest, RequestBodyReader(head, self._context.limits, discards=True))
         else:
             self._keep = False
-            then()
+            respond()
 
     def _refuse_head(self, error: HeadError) -> None:
-        """What cannot be parsed cannot be answered in the form of an API, and nothing after it can be trusted."""
+        """An unparsable request gets no API's error shape, and nothing after it can be trusted."""
         if self._exchange is not None:
             self._exchange.client_gone()
-        text = f"{error.status} {error.words}".encode()
-        self.send(whole_answer(None, error.status, (("Content-Type", "text/plain; charset=utf-8"),), text, keep=False))
+        headers = (("Content-Type", "text/plain; charset=utf-8"),)
+        response = LocalResponse(error.status, headers, f"{error.status} {error.message}".encode())
+        self.send(whole_response(None, response, keep=False))
         self._linger()
 
     def _linger(self) -> None:
-        """Closes so that the answer is seen: a close with unread bytes would reset it away."""
+        """Closes so that the client sees the response: a close with unread bytes would reset the connection."""
         self._exchange = None
         self._state = LINGER
-        self._due = self._context.controller.now() + self._context.timeouts.linger_seconds
+        self._due = self._context.controller.now() + self._context.limits.linger_timeout_seconds
         if self._transport.can_write_eof():
             self._transport.write_eof()
 
-    # --- the exchange's calls --------------------------------------------------------------------------------
+    # --- from the exchange -----------------------------------------------------------------------------------
 
     def may_keep(self) -> bool:
         return self._keep and not self._listener.closing and self._state != BODY
 
-    def answer(self, answer: Answer) -> None:
-        keep, unread = self.may_keep(), self._state == BODY
-        self.send(whole_answer(self._head, answer.status, answer.headers, answer.body, keep=keep))
-        if unread:
+    def respond(self, response: LocalResponse) -> None:
+        keep, is_incomplete = self.may_keep(), self._state == BODY
+        self.send(whole_response(self._head, response, keep=keep))
+        if is_incomplete:
             self._linger()
         else:
-            self.answered(keep=keep)
+            self.response_ended(keep=keep)
 
     def body_blocked(self, *, blocked: bool) -> None:
-        self._pauses.set(Reason.BLOCKED, on=blocked)
+        self._flow.set(Reason.UPSTREAM_FULL, on=blocked)
 
     def abort(self) -> None:
         self._transport.abort()
 
-    # --- requests for the HTTP library -----------------------------------------------------------------------
+    # --- requests for aiohttp --------------------------------------------------------------------------------
 
-    def _hand_over(self, head: RequestHead, raw: bytes, rest: bytes) -> None:
-        if self._handed is None:
-            self._handed = AiohttpBridge(self, self._transport, self._context.make_handler())
-        self._state = HANDED
+    def _hand_over(self, head: RequestHead, data: bytes, end: int) -> None:
+        raw_head = b"".join((*self._head_pieces, data[:end]))
+        self._head_pieces = []
+        self._keep = head.keep_alive
+        self._state, self._due = BRIDGED, _NEVER
+        if self._bridge is None:
+            self._bridge = AiohttpBridge(self, self._transport, self._context.make_handler())
         if self.write_paused:
-            self._handed.pause_writing()
-        self._handed.begin(head, raw)
-        self._lend(rest)
+            self._bridge.pause_writing()
+        self._bridge.begin(head, raw_head)
+        self._feed_bridge(data[end:])
 
-    def _lend(self, data: bytes) -> None:
-        handed = self._handed
-        assert handed is not None
+    def _feed_bridge(self, data: bytes) -> None:
+        bridge = self._bridge
+        assert bridge is not None
         try:
-            ahead = handed.lend(data)
+            ahead = bridge.feed(data)
         except FramingError:
             self._transport.abort()
             return
         if ahead:
-            self._keep_ahead(ahead)
-        self._due = (
-            self._context.controller.now() + self._context.timeouts.body_seconds if handed.wants_body else _NEVER
-        )
+            self._buffer_ahead(ahead)
+        timeout_seconds = self._context.limits.body_timeout_seconds
+        self._due = self._context.controller.now() + timeout_seconds if bridge.awaits_body else _NEVER
 
-    def handed_back(self, *, keep: bool) -> None:
-        if self._state == HANDED and not self._transport.is_closing():
-            self._pauses.set(Reason.LIBRARY, on=False)
-            self.answered(keep=self._keep and keep)
+    def bridge_done(self, *, keep: bool) -> None:
+        if self._state == BRIDGED and not self._transport.is_closing():
+            self._flow.set(Reason.AIOHTTP_FULL, on=False)
+            self.response_ended(keep=self._keep and keep)
 
-    def library_left(self) -> None:
-        self._handed = None
+    def bridge_closed(self) -> None:
+        self._bridge = None
 
-    def library_pauses(self, *, paused: bool) -> None:
-        self._pauses.set(Reason.LIBRARY, on=paused)
+    def bridge_paused(self, *, paused: bool) -> None:
+        self._flow.set(Reason.AIOHTTP_FULL, on=paused)
 
-    # --- time, pauses, ends ----------------------------------------------------------------------------------
+    # --- deadlines and ends ----------------------------------------------------------------------------------
 
     def check(self, now: float) -> None:
-        """Looks at the deadlines; to be called now and then."""
+        """Checks the deadlines; to be called periodically."""
         if self._exchange is not None:
             self._exchange.check(now)
         if self._state == BUSY or now < self._due or self._transport.is_closing():
@@ -385,13 +394,13 @@ class ClientConnection(asyncio.Protocol):
             self._exchange.fail(WaitTimeout("the request's body stopped coming", status=408))
         elif self._state == HEAD and self._head is not None:
             self._refuse_head(HeadError(408, "Request Timeout"))
-        elif self._state == HANDED:
+        elif self._state == BRIDGED:
             self._transport.abort()
         else:
             self._transport.close()
 
     def drain(self) -> None:
-        """No new request: a connection that has none is closed."""
+        """Closes the connection if it has no request."""
         if self._state == HEAD and self._head is None:
             self._transport.close()
 

@@ -1,15 +1,15 @@
-"""One leased request, from its whole body until its answer is out: the lease, the server, the retries, the books.
+"""One inference request, from its complete body until its response is out: slot, server, retries, record.
 
-What the request means is worked out by `llm_api/inference_request.py`, step by step as it says there. Phases: ASKING
-what the servers can and what the model is; WAITING in the engine's queue, whose deadline is the engine's (cold loads
-included); OPENING a connection; then ASKED, which belongs to a `ResponseStream`, until ENDED. A client that waits long
-may get heartbeats until the reply begins; its answer's head is then out, and what goes wrong later is told within the
-stream.
+What the request means is worked out by `llm_api/inference_request.py`, in the steps listed there. Phases: RESOLVING
+what the servers support and what the model is; WAITING in the controller's queue, which enforces the deadline
+(including cold loads); CONNECTING to the server; then RELAYING, where a `ResponseStream` is in charge, until ENDED. A
+client that waits long may get heartbeats until the reply begins. Its response's head is then out, and later errors are
+reported within the stream.
 
-Nothing is retried once a byte of a server's answer has gone to the client. Before that, a pooled connection that its
-server closed as it was used again is replaced by a fresh one, once, within the same slot; and a runner or server that
-died is reported to the engine, and the request takes its place in the queue again, at most `ATTEMPTS` times in all.
-Each grant is given back exactly once, whatever happens, and each request ends in the books exactly once.
+Nothing is retried once a byte of a server's reply has gone to the client. Before that, a pooled connection that the
+server had already closed is replaced by a new one, once, within the same slot. A runner or server that died is reported
+to the controller, and the request is queued again, at most `ATTEMPTS` times in all. Each grant is released exactly
+once, and each request ends in the access log exactly once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from router.admission.client_identity import ClientIdentity
-from router.admission.origin_check import Answer
-from router.api.forwarding import Exchange as Record
 from router.control.controller import rejection
 from router.domain.actions import Grant, Reject
+from router.domain.client_identity import ClientIdentity
 from router.domain.events import UnloadRequested
 from router.domain.instance import InstanceView
 from router.domain.model import ModelFacts
@@ -35,167 +33,189 @@ from router.engines.ollama.client import OllamaError
 from router.engines.ollama.endpoint_support import refuse_missing
 from router.errors import InstanceLost, RouterError
 from router.http1.parser import RequestHead
+from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
-from router.llm_api.errors import api_of, error_reply
+from router.llm_api.errors import api_of, error_reply, internal_error
 from router.llm_api.fast_body_reader import parse_body_fast
 from router.llm_api.heartbeat_format import Heartbeat
-from router.llm_api.inference_request import InferenceRequest
-from router.llm_api.routing_request import RoutingRequest, reply_notes, unloaded
+from router.llm_api.inference_request import InferenceRequest, is_plain, read_request, unload_reply
 from router.observability.request_record import RequestRecord
-from router.proxy.context import HeadInfo, ProxyContext
+from router.proxy.context import ProxyContext
+from router.proxy.head_cache import HeadFacts
 from router.proxy.heartbeat import HeartbeatSender
 from router.proxy.interfaces import Requester
-from router.proxy.plan_cache import again, recall, remember
 from router.proxy.response_stream import ResponseStream
 from router.proxy.upstream_pool import Opening, UpstreamConnection
 
 ATTEMPTS: Final = 3
 ONE_WRITE_BYTES_MAX: Final = 65536
+"""Up to this length head and body are sent in one write."""
 CLIENT_GONE: Final = 499
-"""nginx's status for a client that left before its answer; only logs and metrics see it."""
+"""nginx's status for a client that left before its response; only logs and metrics see it."""
 
-ASKING, WAITING, OPENING, ASKED, ENDED = range(5)
+RESOLVING, WAITING, CONNECTING, RELAYING, ENDED = range(5)
+_NEVER: Final = float("inf")
 
 
 class ProxyExchange:
-    """Tells its client what to send, and is told what happens on either side."""
+    """Serves one request of `client`. Defaults are class attributes, so that most requests store little."""
 
-    _phase = ASKING
+    _phase = RESOLVING
     _attempt = 1
-    _fresh = False
-    _asked: InferenceRequest | None = None
-    _client_identity = ClientIdentity()
-    _heart: HeartbeatSender | None = None
+    _was_stale = False
+    """Whether a pooled connection turned out to be closed: then a new one is opened."""
+    _request: InferenceRequest | None = None
+    _heartbeat: Heartbeat | None = None
+    _heartbeat_due = _NEVER
+    _heartbeat_sender: HeartbeatSender | None = None
     _task: asyncio.Task[None] | None = None
     _lease: TicketId | None = None
-    """The ticket that waits, or the slot that is held."""
+    """The waiting ticket, or the slot that is held."""
     _grant: Grant | None = None
-    _wanted: RoutingRequest | None = None
     _opening: Opening | None = None
     _reply: ResponseStream | None = None
-    _seen: ParsedBody | None = None
-    """What the body says, where that is known already."""
+    _parsed: ParsedBody | None = None
+    """What the body says, if it has been parsed already."""
     _body = b""
-    """What is sent on."""
+    """As it is forwarded."""
 
     def __init__(
-        self, context: ProxyContext, client: Requester, head: RequestHead, path: str, info: RequestRecord
+        self,
+        context: ProxyContext,
+        client: Requester,
+        head: RequestHead,
+        facts: HeadFacts,
+        record: RequestRecord,
+        client_identity: ClientIdentity,
     ) -> None:
         self._context = context
         self._client = client
         self._head = head
-        self._path = path
-        self._info = info
+        self._facts = facts
+        self._record = record
+        self._client_identity = client_identity
         context.request_log.began()
 
-    # --- what it is about ------------------------------------------------------------------------------------
+    # --- what it asks for ------------------------------------------------------------------------------------
 
     def begin(self, body: bytes) -> None:
-        """The whole body has come."""
+        """The body is complete."""
         self._body = body
-        notes: HeadInfo = self._head.notes
         try:
-            view = self._context.primary() if notes.is_young else None
-            if view is None or self._context.endpoint_support.known(view, self._path):
-                self._look()
+            if self._facts.is_young:
+                self._check_support()
             else:
-                self._start(self._ask_ability(view))
+                self._resolve()
         except RouterError as error:
             self.fail(error)
 
-    def more(self) -> None:
+    def body_progressed(self) -> None:
         """A part of the body has come."""
 
-    async def _ask_ability(self, view: InstanceView) -> None:
-        if await self._context.endpoint_support.has(view, self._path):
-            self._look()
+    def _check_support(self) -> None:
+        """For paths that older servers do not have."""
+        view = self._context.primary()
+        if self._context.endpoint_support.known(view, self._facts.path):
+            self._resolve()
         else:
-            refuse_missing(view, self._path)
+            self._start(self._query_support(view))
+
+    async def _query_support(self, view: InstanceView) -> None:
+        if await self._context.endpoint_support.has(view, self._facts.path):
+            self._resolve()
+        else:
+            refuse_missing(view, self._facts.path)
             self._connect(view.spec.url)
 
-    def _look(self) -> None:
-        context, head, info = self._context, self._head, self._info
-        notes: HeadInfo = head.notes
-        body, path = self._body, self._path
-        seen = self._seen or (None if notes.is_form else parse_body_fast(body, path) or parse_body(body, path))
-        if seen is not None and self._is_usual(seen, notes):
+    def _resolve(self) -> None:
+        context, facts, body = self._context, self._facts, self._body
+        path, parsed = facts.path, self._parsed
+        if parsed is None and not facts.is_form:
+            parsed = parse_body_fast(body, path) or parse_body(body, path)
+        cached = facts.plans.get((parsed.model, parsed.stream)) if parsed is not None else None
+        if cached is None or parsed is None or not is_plain(parsed):
+            self._read(parsed)
             return
-        self._asked = request = InferenceRequest(
-            context.rules, path, body, head.text, info.client, context.gpus, seen, notes.client_identity
+        plan, heartbeat = cached
+        model = parsed.model or ""
+        if context.catalog.known(model) is not plan.facts or plan.facts.name in context.rules.removing:
+            self._read(parsed)
+            return
+        self._request = request = InferenceRequest(
+            path=path,
+            rules=context.rules,
+            client_identity=self._client_identity,
+            original_body=body,
+            body=body,
+            parsed=parsed,
+            requested_model=model,
+            model=model,
+            plan=plan,
         )
-        self._client_identity = request.client_identity
-        if request.client_identity.layout is None:  # GPUs come and go
-            notes.client_identity = request.client_identity
-        info.client = request.client_identity.client
-        info.notes = request.notes
-        self._expect(request.heartbeat)
-        self._find(request)
-
-    def _is_usual(self, seen: ParsedBody, notes: HeadInfo) -> bool:
-        """Whether one like it has come before: then it is on its way."""
-        usual = recall(notes.usual, seen)
-        if usual is None:
-            return False
-        context = self._context
-        routing = again(usual, context.catalog.known(seen.model or ""), seen, self._body, context.rules)
-        if routing is None:
-            return False
-        self._client_identity, self._wanted = usual.client_identity, routing
-        self._info.client, self._info.model = usual.client_identity.client, routing.facts.name
-        self._expect(usual.heartbeat)
-        self._submit(routing)
-        return True
-
-    def _expect(self, heartbeat: Heartbeat | None) -> None:
+        self._record.model = plan.facts.name
         if heartbeat is not None:
-            self._heart = HeartbeatSender(heartbeat, self._client, self._head, self._context.controller.now())
+            self._heartbeat = heartbeat
+            self._heartbeat_due = context.controller.now() + heartbeat.seconds
+        self._submit(request)
 
-    def _find(self, request: InferenceRequest) -> None:
-        """The model that was asked for, or the next that may stand in for it."""
+    def _read(self, parsed: ParsedBody | None) -> None:
+        """The full path, for a request that no cached plan fits."""
+        context = self._context
+        self._request = request = read_request(
+            context.rules, self._facts.path, self._body, self._head.text, self._client_identity, parsed
+        )
+        self._record.substitution_headers = request.substitution_headers
+        heartbeat = self._heartbeat = request.heartbeat
+        if heartbeat is not None:
+            self._heartbeat_due = context.controller.now() + heartbeat.seconds
+        self._find_model(request)
+
+    def _find_model(self, request: InferenceRequest) -> None:
+        """Looks up the requested model, or the next that may answer instead."""
         if not request.model:
-            self._as_it_is(request)
+            self._forward_unchanged(request)
             return
         facts = self._context.catalog.known(request.model)
         if facts is None:
-            self._phase = ASKING
-            self._start(self._ask_facts(request))
+            self._phase = RESOLVING
+            self._start(self._fetch_facts(request))
         else:
-            self._routing(request, facts)
+            self._plan(request, facts)
 
-    async def _ask_facts(self, request: InferenceRequest) -> None:
+    async def _fetch_facts(self, request: InferenceRequest) -> None:
         facts = await self._context.catalog.facts(request.model)
         if facts is not None:
-            self._routing(request, facts)
-        elif request.instead("model_not_found"):
-            self._find(request)
+            self._plan(request, facts)
+        elif request.try_fallback("model_not_found"):
+            self._find_model(request)
         elif request.error is not None:
             self.fail(request.error)
         else:
-            self._as_it_is(request)
+            self._forward_unchanged(request)
 
-    def _routing(self, request: InferenceRequest, facts: ModelFacts) -> None:
-        self._info.model = facts.name
+    def _plan(self, request: InferenceRequest, facts: ModelFacts) -> None:
+        self._record.model = facts.name
         try:
-            if request.unloads():
+            if request.only_unloads():
                 self._context.controller.post(UnloadRequested(facts.blob))
-                said = msgspec.json.encode(unloaded(self._path, request.named, datetime.now(UTC)))
-                self.answer(Answer(200, (("Content-Type", "application/json; charset=utf-8"),), said))
+                reply = unload_reply(self._facts.path, request.requested_model, datetime.now(UTC))
+                headers = (("Content-Type", "application/json; charset=utf-8"),)
+                self.respond(LocalResponse(200, headers, msgspec.json.encode(reply)))
                 return
-            self._wanted = routing = request.routing(facts)
+            plan = request.plan_for(facts)
         except RouterError as error:
-            self._refused(error)
+            self._refuse(error)
             return
-        notes = reply_notes(routing)
-        self._info.notes = {**request.notes, **notes} if notes else request.notes
-        remember(self._head.notes.usual, request, routing, self._context.rules)
-        self._submit(routing)
+        if request.is_repeatable:
+            self._facts.add_plan((request.parsed.model, request.parsed.stream), plan, request.heartbeat)
+        self._submit(request)
 
-    def _refused(self, error: RouterError) -> None:
-        """This model does not answer; perhaps another may instead."""
-        request = self._asked
-        if request is not None and request.instead(error.code, error):
+    def _refuse(self, error: RouterError) -> None:
+        """This model cannot answer; perhaps a fallback can."""
+        request = self._request
+        if request is not None and request.try_fallback(error.code, error):
             self._attempt = 1
-            self._find(request)
+            self._find_model(request)
         else:
             self.fail((request.error if request is not None else None) or error)
 
@@ -206,47 +226,56 @@ class ProxyExchange:
         try:
             await work
         except OllamaError as error:
-            self.fail(InstanceLost(f"the instance cannot be asked: {error.message}"))
+            self.fail(InstanceLost(f"the instance could not be queried: {error.message}"))
         except RouterError as error:
             self.fail(error)
         except Exception:  # the outermost edge of a task
-            structlog.get_logger("router.proxy").exception("request_crashed", request_id=self._info.request_id)
-            self.fail(RouterError("the router met an error of its own; its log tells"))
+            request_id = self._record.request_id
+            structlog.get_logger("router.proxy").exception("request_crashed", request_id=request_id)
+            self.fail(internal_error(request_id))
 
     # --- to the server ---------------------------------------------------------------------------------------
 
-    def _submit(self, routing: RoutingRequest) -> None:
-        controller, seconds = self._context.controller, self._context.limits.queue_timeout_seconds
+    def _submit(self, request: InferenceRequest) -> None:
+        context = self._context
+        controller, limits = context.controller, context.limits
+        now = controller.now()
         self._phase = WAITING
-        self._lease = number = controller.new_ticket_id()
-        ticket = routing.ticket(number, self._client_identity, controller.now(), seconds, self._info.request_id)
+        self._lease = ticket_id = controller.new_ticket_id()
+        ticket = request.ticket(ticket_id, now, limits.queue_timeout_seconds, self._record.request_id)
         controller.submit(ticket, self._decided)
-        if self._phase == WAITING and self._heart is not None and self._heart.waits(ticket.arrived_at):
-            self.check(ticket.arrived_at)
+        if self._phase == WAITING and self._heartbeat is not None and self._heartbeat.reports_progress:
+            self._heartbeat_due = now  # the first report is due at once
+            self.check(now)
 
     def _decided(self, decision: Grant | Reject) -> None:
         if isinstance(decision, Reject):
             self._lease = None
-            self._refused(rejection(decision))
+            self._refuse(rejection(decision))
             return
         self._grant = decision
-        self._info.granted(decision, self._context.controller.now())
-        if self._wanted is not None:
-            self._body = self._wanted.body_for(decision)
+        record, request = self._record, self._request
+        record.instance = decision.instance
+        record.granted_at = self._context.controller.now()
+        if request is not None:
+            plan = request.plan
+            fits = plan is None or decision.options == plan.options
+            self._body = request.body if fits else request.body_for(decision)
         self._connect(decision.url)
 
-    def _as_it_is(self, request: InferenceRequest) -> None:
-        """To one instance, without a slot: it answers with words of its own."""
-        self._info.notes = {}
-        self._body = request.original
+    def _forward_unchanged(self, request: InferenceRequest) -> None:
+        """To one instance, without a slot: it responds in its own words."""
+        self._record.substitution_headers = {}
+        self._body = request.original_body
+        request.plan = None
         try:
             self._connect(self._context.primary().spec.url)
         except RouterError as error:
             self.fail(error)
 
     def _connect(self, url: str) -> None:
-        self._phase = OPENING
-        connection = None if self._fresh else self._context.pool.take(url)
+        self._phase = CONNECTING
+        connection = None if self._was_stale else self._context.pool.take(url)
         if connection is not None:
             self._send(connection)
         else:
@@ -254,21 +283,20 @@ class ProxyExchange:
 
     def _send(self, connection: UpstreamConnection) -> None:
         self._opening = None
-        self._phase = ASKED
-        context, head, body = self._context, self._head, self._body
+        self._phase = RELAYING
+        context, facts, body, url = self._context, self._facts, self._body, connection.url
         self._reply = reply = ResponseStream(
-            self, self._client, head, self._path, connection, context.limits, context.controller.now
+            self, self._client, self._head, facts.path, connection, context.limits, context.controller.now
         )
-        if self._heart is not None:
-            reply.begun = self._heart.begun
-        reply.last = self._attempt == ATTEMPTS
-        notes: HeadInfo = head.notes
-        begun = notes.begun.get(connection.url) or notes.begin(head, connection.url, context.pool)
-        first = b"%sContent-Length: %d\r\n\r\n" % (begun, len(body))
+        if self._heartbeat_sender is not None:
+            reply.head_sent = self._heartbeat_sender.head_sent
+        reply.is_last_attempt = self._attempt == ATTEMPTS
+        lines = facts.upstream_lines.get(url) or facts.add_upstream_lines(self._head, url, context.pool.authority(url))
+        head = b"%sContent-Length: %d\r\n\r\n" % (lines, len(body))
         if len(body) <= ONE_WRITE_BYTES_MAX:
-            connection.transport.write(first + body)
+            connection.transport.write(head + body)
         else:
-            connection.transport.writelines((first, body))
+            connection.transport.writelines((head, body))
 
     def _unreachable(self, error: Exception) -> None:
         self._opening = None
@@ -276,130 +304,139 @@ class ProxyExchange:
 
     # --- from the server -------------------------------------------------------------------------------------
 
-    def own_headers(self) -> Mapping[str, str]:
-        return self._info.reply_headers(self._grant)
-
-    def reply_begins(self) -> None:
-        self._heart = None
-        self._asked = None
+    def response_begins(self) -> Mapping[str, str]:
+        headers = self._record.response_headers(self._grant)
+        self._heartbeat_due = _NEVER
         self._body = b""
-        self._wanted = self._grant = None  # what a thousand streams need no more is a megabyte
+        # A thousand streams do not need these any more: about a megabyte.
+        self._heartbeat = self._heartbeat_sender = self._request = self._grant = None
+        return headers
 
     def request_blocked(self, *, blocked: bool) -> None:
         pass  # the whole request is written already
 
     def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:
-        if stale and not self._fresh:
-            self._fresh = True
+        if stale and not self._was_stale:
+            self._was_stale = True
             reply = self._reply
             assert reply is not None
             self._connect(reply.connection.url)
             return
-        routing = self._wanted
-        self._give_back(runner_lost=True)
-        self._fresh = False
-        if routing is None or self._attempt == ATTEMPTS:
-            self._refused(error)
+        request = self._request
+        self._release(runner_lost=True)
+        self._was_stale = False
+        if request is None or request.plan is None or self._attempt == ATTEMPTS:
+            self._refuse(error)
             return
         log = structlog.get_logger("router.request")
-        log.warning("tried again", request_id=self._info.request_id, model=self._info.model, why=str(error))
+        log.warning("retrying", request_id=self._record.request_id, model=self._record.model, reason=str(error))
         self._attempt += 1
-        self._submit(routing)
+        self._submit(request)
 
     def reply_failed(self, error: RouterError, *, hangs: bool = False) -> None:
-        self._give_back(runner_lost=hangs)
-        self._refused(error)
+        self._release(runner_lost=hangs)
+        self._refuse(error)
 
     def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
-        self._info.error_code = error.code
-        self._give_back(runner_lost=died)
-        self._finish_record(self._reply.status if self._reply else 0)
-        self._client.answered(keep=keep)
+        self._record.error_code = error.code
+        self._release(runner_lost=died)
+        self._finish(self._reply.status if self._reply else 0)
+        self._client.response_ended(keep=keep)
 
     def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:
-        reply = self._reply
+        reply, client = self._reply, self._client
         assert reply is not None
         if reusable:
-            if self._client.write_paused:
+            if client.write_paused:
                 reply.resume()
             self._context.pool.release(reply.connection)
         else:
             reply.connection.abort()
-        self._give_back(runner_lost=died)
-        self._finish_record(reply.status)
-        self._client.answered(keep=keep)
+        self._release(runner_lost=died)
+        self._finish(reply.status)
+        client.response_ended(keep=keep)
 
     # --- endings ---------------------------------------------------------------------------------------------
 
     def fail(self, error: RouterError) -> None:
-        """Ends with an error in the shape of the API that was called. No byte of a server's answer is out."""
+        """Ends with an error in the shape of the API that was called. No byte of a server's reply is out."""
         if self._phase == ENDED:
             return
-        self._info.error_code = error.code
-        heart = self._heart
-        if heart is not None and heart.begun:
-            self._finish_record(error.status)
-            self._client.answered(keep=heart.end(error) and self._client.may_keep())
+        record, sender = self._record, self._heartbeat_sender
+        record.error_code = error.code
+        if sender is not None and sender.head_sent:
+            self._finish(error.status)
+            self._client.response_ended(keep=sender.end(error) and self._client.may_keep())
             return
-        reply = error_reply(api_of(self._path), error, self._info.request_id)
-        self.answer(Answer(reply.status, reply.headers, reply.body))
+        self.respond(error_reply(api_of(self._facts.path), error, record.request_id))
 
-    def answer(self, answer: Answer) -> None:
-        """Ends with a whole answer of the router's own."""
-        headers = (*answer.headers, *self._info.reply_headers(None).items())
-        self._finish_record(answer.status)
-        self._client.answer(Answer(answer.status, headers, answer.body))
+    def respond(self, response: LocalResponse) -> None:
+        """Ends with a whole response of the router's own."""
+        headers = (*response.headers, *self._record.response_headers().items())
+        self._finish(response.status)
+        self._client.respond(LocalResponse(response.status, headers, response.body))
 
     def client_gone(self) -> None:
-        """Wherever it stands, it ends: the ticket is withdrawn, or the generation stopped and the slot given back."""
+        """Ends in any phase: withdraws the ticket, or stops the server's work and releases the slot."""
         if self._phase == ENDED:
             return
         if self._task is not None:
             self._task.cancel()
         if self._opening is not None:
             self._opening.cancel()
-        if self._phase == ASKED and self._reply is not None:
+        if self._phase == RELAYING and self._reply is not None:
             self._reply.cancel()
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._context.controller.cancel(lease)
-        self._give_back(runner_lost=False)
-        self._finish_record(CLIENT_GONE)
+        self._release(runner_lost=False)
+        self._finish(CLIENT_GONE)
 
-    def _give_back(self, *, runner_lost: bool) -> None:
-        """The slot, where one is held."""
+    def _release(self, *, runner_lost: bool) -> None:
+        """Releases the slot, if one is held."""
         lease, reply = self._lease, self._reply
         self._lease = self._grant = None
-        if lease is not None:
-            tokens, first = (reply.chunks, reply.first_byte_at) if reply is not None else (0, None)  # a chunk a token
-            self._context.controller.release(lease, runner_lost=runner_lost, output_tokens=tokens, first_byte_at=first)
-
-    def _finish_record(self, status: int) -> None:
-        self._phase = ENDED
-        info, reply = self._info, self._reply
-        if reply is not None:
-            first, last = reply.first_byte_at, reply.last_byte_at
-            info.exchange = Record(
-                self._context.controller.now, reply.status, first, last, reply.bytes_out, reply.chunks, reply.tail()
+        if lease is None:
+            return
+        if reply is None:
+            self._context.controller.release(lease, runner_lost=runner_lost)
+        else:  # a chunk is about a token
+            self._context.controller.release(
+                lease, runner_lost=runner_lost, output_tokens=reply.chunks, first_byte_at=reply.first_byte_at
             )
-            self._reply = None  # they refer to each other, and what is not in use must be free at once, to be used warm
-        self._context.request_log.ended(info, self._head.method.decode(), self._path, status)
+
+    def _finish(self, status: int) -> None:
+        self._phase = ENDED
+        record, reply = self._record, self._reply
+        if reply is not None:
+            record.first_byte_at, record.last_byte_at = reply.first_byte_at, reply.last_byte_at
+            record.bytes_out, record.chunks, record.tail = reply.bytes_out, reply.chunks, reply.tail
+            self._reply = None  # breaks a reference cycle, so that memory is free at once and reused while it is cached
+        self._context.request_log.ended(record, "POST", self._facts.path, status)
 
     # --- from the client's connection ------------------------------------------------------------------------
 
     def pause(self) -> None:
-        if self._phase == ASKED and self._reply is not None:
+        if self._phase == RELAYING and self._reply is not None:
             self._reply.pause()
 
     def resume(self) -> None:
-        if self._phase == ASKED and self._reply is not None:
+        if self._phase == RELAYING and self._reply is not None:
             self._reply.resume()
 
     def check(self, now: float) -> None:
-        """Looks at the deadlines; to be called now and then."""
-        if (heart := self._heart) is not None and heart.is_due(now):
-            heart.beat(now, self._info.reply_headers(None), self._context.controller, self._lease, self._grant)
-            if self._reply is not None:
-                self._reply.begun = True
-        if self._phase == ASKED and self._reply is not None:
+        """Checks the deadlines; to be called periodically."""
+        if now >= self._heartbeat_due:
+            self._beat(now)
+        if self._phase == RELAYING and self._reply is not None:
             self._reply.check(now)
+
+    def _beat(self, now: float) -> None:
+        heartbeat, sender = self._heartbeat, self._heartbeat_sender
+        assert heartbeat is not None
+        if sender is None:
+            sender = self._heartbeat_sender = HeartbeatSender(heartbeat, self._client, self._head)
+        self._heartbeat_due = now + heartbeat.seconds
+        sender.beat(self._record.response_headers(), self._context.controller, self._lease, self._grant)
+        if self._reply is not None:
+            self._reply.head_sent = sender.head_sent

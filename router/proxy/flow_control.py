@@ -1,4 +1,4 @@
-"""Why a client's connection is not read for now: any of several reasons pauses it, the end of the last resumes it."""
+"""Pauses reading from a client's connection while at least one reason to do so is set."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from enum import IntFlag
 
 class Reason(IntFlag):
     AHEAD = 1
-    """It sent more of later requests than is kept."""
-    LIBRARY = 2
-    """The HTTP library takes no more of the request for now."""
-    UNTAKEN = 4
-    """It does not take its answers."""
-    BLOCKED = 8
+    """The client sent more of later requests than is buffered."""
+    AIOHTTP_FULL = 2
+    """aiohttp takes no more of the request for now."""
+    RESPONSES_UNREAD = 4
+    """The client does not read its responses."""
+    UPSTREAM_FULL = 8
     """The server takes no more of the request's body for now."""
 
 
 class FlowControl:
-    """`set` reasons on and off."""
+    """One connection's reasons, set on and off."""
 
     __slots__ = ("_reasons", "_transport")
 
@@ -27,11 +27,11 @@ class FlowControl:
         self._reasons = 0
 
     def set(self, reason: Reason, *, on: bool) -> None:
-        before = self._reasons
-        self._reasons = before | reason if on else before & ~reason
-        if bool(before) == bool(self._reasons) or self._transport.is_closing():
+        previous = self._reasons
+        self._reasons = previous | reason if on else previous & ~reason
+        if bool(previous) == bool(self._reasons) or self._transport.is_closing():
             return
-        if before:
+        if previous:
             self._transport.resume_reading()
         else:
             self._transport.pause_reading()

@@ -1,6 +1,6 @@
-"""Gives memory that is free back to the system: glibc keeps what large bodies needed once, for as long as it runs.
+"""Returns free memory to the system: otherwise glibc keeps what large bodies once needed.
 
-Nothing but that; where the C library has no such call it does nothing.
+Does nothing where the C library has no `malloc_trim`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def trimmer() -> Callable[[], object]:
-    """What gives it back: milliseconds of work for each hundred megabytes, best done in a thread."""
+    """Returns a function that takes milliseconds per hundred megabytes; best called in a thread."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):

@@ -1,7 +1,7 @@
-"""Takes in the body of one request that the relay answers itself: whole, within a limit, or only to be thrown away.
+"""Reads the body of one request that the proxy serves itself: into memory within a limit, or only to discard it.
 
-Chunks are taken off, so that the body can be read and sent on with its length. A long body is read while it comes, by
-what is left of it without its long strings (`router/llm_api/json_skimmer.py`). It waits for nobody and sends nothing.
+Chunks are decoded, so that the body can be parsed and forwarded with its length. A long body is parsed as it comes,
+without its long strings (`router/llm_api/json_skimmer.py`).
 """
 
 from __future__ import annotations
@@ -10,78 +10,73 @@ from typing import Final
 
 from msgspec import structs
 
-from router.errors import BodyTooLarge
 from router.http1.body_framing import MORE
 from router.http1.parser import RequestHead
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.fast_body_reader import parse_body_fast
 from router.llm_api.json_skimmer import JsonSkimmer
+from router.llm_api.limits import RequestLimits
 
 UNREAD_BYTES_MAX: Final = 65536
-"""A refused request whose body is no longer than that is read to its end, and its connection kept."""
+"""A refused request with a body up to this length is read to its end, and its connection stays open."""
 
 SMALL_PIECES_MAX: Final = 1024
 
-LONG_BYTES: Final = 262_144
-"""A body of that length is long."""
+LONG_BODY_BYTES: Final = 262_144
+"""A body of at least this length is long."""
 
 
 class RequestBodyReader:
-    """`feed` it until it gives something; then the body is whole: `joined`, or `pieces` in order."""
+    """Feed it until `feed` returns bytes; then the body is complete: `joined`, or `pieces` in order."""
 
     __slots__ = (
-        "_compacted",
-        "_limit_bytes",
-        "_machine",
-        "_reduced",
-        "_size",
-        "_thrown_away",
-        "count",
-        "holds_still",
-        "length",
-        "pieces",
-    )
+        "_body", "_body_bytes", "_compacted", "_discards", "_limits", "_skimmer", "_stores_pieces", "count", "length",
+        "pieces", "pieces_frozen",
+    )  # fmt: skip
 
-    def __init__(self, head: RequestHead, limit_bytes: int, *, throw_away: bool = False) -> None:
+    def __init__(self, head: RequestHead, limits: RequestLimits, *, discards: bool = False) -> None:
+        """`discards`: nothing of the body is kept."""
         self.pieces: list[bytes] = []
         self.count = 0
-        self.holds_still = False
-        """Whether somebody counts the pieces: then they stay as they are."""
+        """Pieces fed so far."""
+        self.pieces_frozen = False
+        """Whether `pieces` must not be compacted, because their indexes are in use."""
         self.length = head.length or 0
-        self._machine = head.body(self.pieces if head.chunked and not throw_away else None)
-        self._limit_bytes = limit_bytes
-        self._thrown_away = throw_away or head.chunked
-        self._size = 0
+        self._body = head.body(self.pieces if head.chunked and not discards else None)
+        self._limits = limits
+        self._discards = discards
+        self._stores_pieces = not (discards or head.chunked)  # decoded chunks are added by `_body`
+        self._body_bytes = 0
         self._compacted = 0
-        self._reduced = JsonSkimmer() if self.length >= LONG_BYTES and not throw_away else None
+        self._skimmer = JsonSkimmer() if self.length >= LONG_BODY_BYTES and not discards else None
 
     @property
     def is_long(self) -> bool:
-        return self._reduced is not None
+        return self._skimmer is not None
 
     def feed(self, data: bytes) -> bytes | None:
-        """What came after the body's end, or None while it goes on.
+        """Returns the bytes after the body's end, or None until then.
 
         Raises:
             FramingError: its chunks are malformed.
-            BodyTooLarge: it is longer than `server.max_body_bytes`; no more must be fed.
+            BodyTooLarge: it is longer than `server.max_body_bytes`; must not be fed any more.
         """
-        end = self._machine.feed(data)
+        end = self._body.feed(data)
         piece = data if end == MORE else data[:end]
-        if not self._thrown_away:
+        if self._stores_pieces:
             self.pieces.append(piece)
-            if self._reduced is not None:
-                self._reduced.feed(piece)
+            if self._skimmer is not None:
+                self._skimmer.feed(piece)
         self.count += 1
-        self._size += len(piece)
-        if self._size > self._limit_bytes:
-            raise too_large(self._limit_bytes)
-        if len(self.pieces) - self._compacted > SMALL_PIECES_MAX and not self.holds_still:
+        self._body_bytes += len(piece)
+        if not self._discards:
+            self._limits.check_body_size(self._body_bytes)
+        if len(self.pieces) - self._compacted > SMALL_PIECES_MAX and not self.pieces_frozen:
             self._compact()
         return None if end == MORE else data[end:]
 
     def _compact(self) -> None:
-        """Makes one of many pieces: a body that comes byte by byte would take forty times its size."""
+        """Joins many pieces into one: a body that comes byte by byte would take forty times its size."""
         self.pieces[self._compacted :] = [b"".join(self.pieces[self._compacted :])]
         self._compacted += 1
 
@@ -90,31 +85,27 @@ class RequestBodyReader:
         self.pieces[:] = [body]
         return body
 
-    def forget(self) -> None:
-        """Nobody will want the body again."""
+    def release(self) -> None:
+        """Frees the body, which is not needed any more."""
         self.pieces = []
 
     def model(self) -> str | None:
-        """The model that the body begins with, if it does."""
-        return None if self._reduced is None else self._reduced.model()
+        """The model, if the body begins with it."""
+        return None if self._skimmer is None else self._skimmer.model()
 
-    def seen(self, path: str) -> ParsedBody:
-        """What the whole body says; its members are looked for in what is left without long strings.
+    def parse(self, path: str) -> ParsedBody:
+        """Parses the complete body; if long, without its long strings.
 
         Raises:
-            BadRequest: it has too many parts to be looked at within bounds.
+            BadRequest: it has too many parts to be parsed within bounds.
         """
-        text = None if self._reduced is None else self._reduced.text()
-        if text is None or self._reduced is None:
+        text = None if self._skimmer is None else self._skimmer.text()
+        if text is None or self._skimmer is None:
             return parse_body(self.joined(), path)
-        seen = parse_body_fast(text, path) or parse_body(text, path)
-        return structs.replace(seen, prompt_bytes=seen.prompt_bytes + self._reduced.text_bytes)
+        parsed = parse_body_fast(text, path) or parse_body(text, path)
+        return structs.replace(parsed, prompt_bytes=parsed.prompt_bytes + self._skimmer.text_bytes)
 
 
 def is_worth_reading(head: RequestHead) -> bool:
-    """Whether the body of a refused request is better read than cut off; one that awaits our word will not come."""
-    return not head.chunked and (head.length or 0) <= UNREAD_BYTES_MAX and not head.awaits_word
-
-
-def too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {limit_bytes} bytes (server.max_body_bytes)")
+    """Whether to read a refused request's body to its end; one that awaits `100 Continue` never comes."""
+    return not head.chunked and (head.length or 0) <= UNREAD_BYTES_MAX and not head.expects_continue

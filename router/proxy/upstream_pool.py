@@ -1,8 +1,8 @@
-"""Connections to the servers behind, kept open between requests: one pool an instance, no limit on those in use.
+"""Connections to the servers, kept open between requests, with no limit on those in use.
 
-A limit on connections would queue streams where nobody sees it; slots are what bounds them. An idle connection on which
-anything comes, or which its server closes, is dropped at once. Whoever takes a connection gets what comes on it through
-`Receiver`, and gives it back only when the last byte of a whole reply has come. Nothing is retried here.
+A limit on connections would queue streams invisibly; slots bound them instead. An idle connection on which anything
+comes, or which its server closes, is dropped at once. The user of a connection gets its bytes through `Receiver`, and
+releases it only after the last byte of a whole reply. Nothing is retried here.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
 from router.http1.parser import ReplyHead
-from router.proxy.interfaces import Send, nowhere
+from router.proxy.interfaces import Send, discard
 
 TOKEN_ENDS: Final = (b'"done":false}\n\r\n', b'"finish_reason":null}]}\n\n\r\n', b'"}}\n\n\r\n')
-"""How a token ends in each API, and no last line: what is looked for at the end of an answer is not in such a piece."""
+"""How a token ends in each API, but never a last line: such a piece contains nothing that the tail is read for."""
 ONE_CHUNK: Final = 1 << 40
 _SIZE_LINES: Final = {len(b"%x\r\n" % size) + size + 2: b"%x\r\n" % size for size in range(16, 2048)}
-"""How long a whole chunk is, and its size line, which no other chunk as long has: for such as tokens come in."""
+"""Length of a whole chunk -> its size line, for sizes in which tokens come."""
 _NO_LINE: Final = b"\xff"
 
 IDLE_MAX = 1024
-"""Idle connections kept for one instance."""
+"""Idle connections per instance."""
 
 IDLE_SECONDS = 15.0
-"""An idle connection is closed after that: a thousand of them hold some five megabytes, and a new one costs little."""
+"""Idle connections are closed after this: a thousand take about five megabytes, and a new one is cheap."""
 
 
-_REMEMBERED_MAX = 256
-_REMEMBERED_BYTES_MAX = 1024
+_HEADS_MAX = 256
+_HEAD_BYTES_MAX = 1024
 
 
 class Receiver(Protocol):
-    """Whoever asked on a connection."""
+    """Gets the reply on a connection."""
 
     def reply_bytes(self, data: bytes) -> None: ...
 
@@ -45,43 +45,43 @@ class Receiver(Protocol):
         ...
 
     def upstream_full(self) -> None:
-        """What was written stays in this process: write no more for now."""
+        """The server does not take what was written: write no more for now."""
         ...
 
     def upstream_drained(self) -> None: ...
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One connection to a server. It passes tokens on by itself where its receiver has said so."""
+    """One connection to a server. Passes tokens on by itself after `pass_tokens`."""
 
-    __slots__ = ("idle_since", "passed", "pool", "quick", "receiver", "reused", "send", "transport", "url")
+    __slots__ = ("idle_since", "passed", "passes_tokens", "pool", "receiver", "reused", "send", "transport", "url")
 
     def __init__(self, pool: Pool, url: str) -> None:
         self.pool = pool
         self.url = url
         self.receiver: Receiver | None = None
         self.reused = False
-        """Whether it has carried a request before: then its server may have closed it already."""
+        """Whether it has carried a request before: its server may already have closed it."""
         self.idle_since = 0.0
-        self.quick = False
-        """Whether a piece that is one whole token goes to `send` and needs no closer look: the receiver's to say."""
+        self.passes_tokens = False
+        """Whether a piece that is one whole token goes directly to `send`. Set by the receiver."""
         self.passed = 0
-        """Bytes that went so, and in the upper bits how many chunks: one number, because each token changes it."""
-        self.send: Send = nowhere
+        """Bytes passed directly, and in the upper bits the number of chunks: one number, as each token changes it."""
+        self.send: Send = discard
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.quick and data.startswith(_SIZE_LINES.get(len(data), _NO_LINE)) and data.endswith(TOKEN_ENDS):
-            # The way of every token. Little is touched, and nothing kept: memory that stays is memory that is cold.
+        if self.passes_tokens and data.startswith(_SIZE_LINES.get(len(data), _NO_LINE)) and data.endswith(TOKEN_ENDS):
+            # The path of every token: touches little memory and keeps nothing.
             self.passed += ONE_CHUNK + len(data)
             self.send(data)
             return
         receiver = self.receiver
         if receiver is None:
-            self.abort()  # nothing was asked
+            self.abort()  # nothing was requested
         else:
             receiver.reply_bytes(data)
 
@@ -100,19 +100,19 @@ class UpstreamConnection(asyncio.Protocol):
             self.receiver.upstream_drained()
 
     def pass_tokens(self, send: Send) -> None:
-        """From here on, until `taken_back`."""
+        """Passes whole tokens to `send` until `stop_passing`."""
         self.send = send
-        self.quick = True
+        self.passes_tokens = True
 
-    def taken_back(self) -> int:
-        """Every piece is the receiver's again; returns what was `passed`, which is forgotten here."""
+    def stop_passing(self) -> int:
+        """The receiver gets every piece again; returns and resets `passed`."""
         passed, self.passed = self.passed, 0
-        self.quick = False
-        self.send = nowhere
+        self.passes_tokens = False
+        self.send = discard
         return passed
 
     def abort(self) -> None:
-        """Drops it at once; its server stops what it does for it. Nobody is told."""
+        """Closes it at once, which stops the server's work. The receiver is not notified."""
         self.receiver = None
         self.transport.abort()
 
@@ -126,21 +126,21 @@ class _Address:
 
 
 class Opening:
-    """A connection that is being made; `cancel` makes its outcome nobody's."""
+    """A connection being made. After `cancel` its outcome is ignored."""
 
-    __slots__ = ("failed", "opened", "wanted")
+    __slots__ = ("cancelled", "failed", "opened")
 
     def __init__(self, opened: Callable[[UpstreamConnection], None], failed: Callable[[Exception], None]) -> None:
         self.opened = opened
         self.failed = failed
-        self.wanted = True
+        self.cancelled = False
 
     def cancel(self) -> None:
-        self.wanted = False
+        self.cancelled = True
 
 
 class Pool:
-    """Connections by instance. To be used within one event loop; `close` ends what is left."""
+    """Connections by instance. Use within one event loop, and `close` at the end."""
 
     def __init__(self, connect_timeout_seconds: float, now: Callable[[], float]) -> None:
         self._connect_timeout_seconds = connect_timeout_seconds
@@ -150,7 +150,7 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self.heads: dict[bytes, ReplyHead] = {}
-        """Heads of replies that were read before: many replies begin alike."""
+        """Parsed reply heads by their bytes: many replies begin alike."""
 
     @property
     def idle_count(self) -> int:
@@ -161,11 +161,11 @@ class Pool:
         return len(self._tasks)
 
     def authority(self, url: str) -> bytes:
-        """What the Host header of a request to `url` says."""
+        """The Host header for requests to `url`."""
         return self._address(url).authority
 
     def take(self, url: str) -> UpstreamConnection | None:
-        """The idle connection that was used last, or None."""
+        """The most recently used idle connection, or None."""
         idle = self._idle.get(url)
         while idle:
             connection = idle.pop()
@@ -176,7 +176,7 @@ class Pool:
     def open(
         self, url: str, opened: Callable[[UpstreamConnection], None], failed: Callable[[Exception], None]
     ) -> Opening:
-        """Begins to connect; one of the callbacks is called later, unless the opening is cancelled."""
+        """Starts to connect; calls one of the callbacks later, unless cancelled."""
         opening = Opening(opened, failed)
         task = asyncio.get_running_loop().create_task(self._open(url, opening))
         self._tasks.add(task)
@@ -184,7 +184,7 @@ class Pool:
         return opening
 
     def release(self, connection: UpstreamConnection) -> None:
-        """For the next request. The whole reply must have come, and the whole request must have gone."""
+        """Returns a connection for the next request. The whole reply must have come and the whole request been sent."""
         connection.receiver = None
         idle = self._idle.setdefault(connection.url, [])
         if self._closed or len(idle) >= IDLE_MAX or connection.transport.is_closing():
@@ -195,27 +195,27 @@ class Pool:
         idle.append(connection)
 
     def remember(self, raw: bytes, head: ReplyHead) -> None:
-        """A reply's head that came whole, to be known again."""
-        if len(raw) <= _REMEMBERED_BYTES_MAX:
-            if len(self.heads) >= _REMEMBERED_MAX:
+        """Caches a reply's head that came in one piece."""
+        if len(raw) <= _HEAD_BYTES_MAX:
+            if len(self.heads) >= _HEADS_MAX:
                 self.heads.clear()
             self.heads[raw] = head
 
     def lost(self, connection: UpstreamConnection) -> None:
-        """A connection is gone; where it was idle it is forgotten."""
+        """Removes a closed connection if it was idle."""
         idle = self._idle.get(connection.url)
         if idle and connection in idle:
             idle.remove(connection)
 
     def sweep(self, now: float) -> int:
-        """Closes what has been idle for too long, and says how many: the oldest stand first."""
+        """Closes connections that have been idle for too long; returns how many."""
         closed = 0
-        for idle in self._idle.values():
-            old = next((n for n, each in enumerate(idle) if now - each.idle_since <= IDLE_SECONDS), len(idle))
-            for connection in idle[:old]:
+        for idle in self._idle.values():  # the oldest first
+            expired = next((n for n, each in enumerate(idle) if now - each.idle_since <= IDLE_SECONDS), len(idle))
+            for connection in idle[:expired]:
                 connection.abort()
-            del idle[:old]
-            closed += old
+            del idle[:expired]
+            closed += expired
         return closed
 
     async def close(self) -> None:
@@ -236,10 +236,10 @@ class Pool:
                     lambda: UpstreamConnection(self, url), address.host, address.port, ssl=address.tls
                 )
         except (OSError, TimeoutError) as error:
-            if opening.wanted:
+            if not opening.cancelled:
                 opening.failed(error)
             return
-        if opening.wanted:
+        if not opening.cancelled:
             opening.opened(connection)
         else:
             self.release(connection)

@@ -30,12 +30,12 @@ def test_each_recorded_request_is_judged_as_the_real_server_judged_it(recording:
     route = RouteTable().find(path)
     assert route is not None
     verdict = policy().judge(method, sent.get("host"), sent.get("origin"), route.methods)
-    ours = verdict.headers if verdict.answer is None else verdict.answer.headers
-    uninteresting = {"Date", "Content-Length", *(() if verdict.answer else ("Content-Type",))}
+    ours = verdict.headers if verdict.response is None else verdict.response.headers
+    uninteresting = {"Date", "Content-Length", *(() if verdict.response else ("Content-Type",))}
     assert sorted(ours) == sorted((name, value) for name, value in head.headers if name not in uninteresting)
-    assert (verdict.answer.status if verdict.answer else 200) == head.status
-    if verdict.answer is not None:
-        assert verdict.answer.body == b"".join(recording.reply.chunks)  # type: ignore[attr-defined]
+    assert (verdict.response.status if verdict.response else 200) == head.status
+    if verdict.response is not None:
+        assert verdict.response.body == b"".join(recording.reply.chunks)  # type: ignore[attr-defined]
 
 
 def test_the_recordings_are_there() -> None:
@@ -62,12 +62,12 @@ def test_the_recordings_are_there() -> None:
 def test_programs_of_this_machine_may_call_and_other_pages_may_not(origin: str, allowed: bool) -> None:
     assert DEFAULTS.allow(origin) is allowed
     verdict = policy().judge("POST", "localhost:11434", origin, ("POST",))
-    assert (verdict.answer is None) is allowed
+    assert (verdict.response is None) is allowed
     if allowed:
         assert verdict.headers == (("Access-Control-Allow-Origin", origin), ("Vary", "Origin"))
     else:
-        assert verdict.answer is not None
-        assert (verdict.answer.status, verdict.answer.body) == (403, b"")
+        assert verdict.response is not None
+        assert (verdict.response.status, verdict.response.body) == (403, b"")
 
 
 def test_origins_may_be_added_and_a_star_allows_all() -> None:
@@ -90,14 +90,14 @@ def test_a_pattern_with_two_stars_is_refused_by_name() -> None:
 def test_a_page_of_this_very_endpoint_is_no_stranger() -> None:
     for scheme in ("http", "https"):
         verdict = policy(Origins([])).judge("POST", "localhost:11434", f"{scheme}://localhost:11434", ("POST",))
-        assert verdict.answer is None
+        assert verdict.response is None
         assert verdict.headers == ()
-    assert policy(Origins([])).judge("POST", "localhost:11434", "http://localhost", ("POST",)).answer is not None
+    assert policy(Origins([])).judge("POST", "localhost:11434", "http://localhost", ("POST",)).response is not None
 
 
 def test_what_sends_no_origin_is_let_through() -> None:
     verdict = policy(Origins([])).judge("POST", "localhost", None, ("POST",))
-    assert (verdict.answer, verdict.headers) == (None, ())
+    assert (verdict.response, verdict.headers) == (None, ())
 
 
 @pytest.mark.parametrize(
@@ -139,18 +139,18 @@ def test_on_loopback_only_this_machines_names_are_answered(host: str, allowed: b
     assert host_allowed(host, LOOPBACK, {"mine", "203.0.113.7"}) is allowed
     assert host_allowed(host, OPEN, set()) is True
     verdict = policy(DEFAULTS, LOOPBACK, "mine", "203.0.113.7").judge("POST", host, None, ("POST",))
-    assert (verdict.answer is None) is allowed
+    assert (verdict.response is None) is allowed
 
 
 def test_the_origin_is_judged_before_the_host() -> None:
     verdict = policy().judge("POST", "evil.example", "http://localhost:1", ("POST",))
-    assert verdict.answer is not None
-    assert verdict.answer.status == 403
-    assert ("Access-Control-Allow-Origin", "http://localhost:1") in verdict.answer.headers
+    assert verdict.response is not None
+    assert verdict.response.status == 403
+    assert ("Access-Control-Allow-Origin", "http://localhost:1") in verdict.response.headers
 
 
 def test_options_without_an_origin_is_405_or_404() -> None:
-    known, unknown = (policy().judge("OPTIONS", "127.0.0.1", None, allow).answer for allow in (("POST",), ()))
+    known, unknown = (policy().judge("OPTIONS", "127.0.0.1", None, allow).response for allow in (("POST",), ()))
     assert known is not None
     assert unknown is not None
     assert (known.status, unknown.status) == (405, 404)
@@ -175,5 +175,5 @@ def test_this_machine_knows_its_own_names() -> None:
 @given(st.text(max_size=20), st.none() | st.text(max_size=20), st.sampled_from(("GET", "POST", "OPTIONS", "HEAD")))
 def test_any_host_and_origin_is_judged(host: str, origin: str | None, method: str) -> None:
     verdict = policy().judge(method, host, origin, ("POST",))
-    assert verdict.answer is None or verdict.answer.status in (204, 403, 404, 405)
+    assert verdict.response is None or verdict.response.status in (204, 403, 404, 405)
     assert isinstance(host_allowed(host, LOOPBACK, ()), bool)

@@ -70,7 +70,7 @@ async def test_a_line_that_nobody_can_read_is_an_error_and_no_success(stream: bo
         text = await reply.read()
     assert reply.status == (200 if stream else 500)
     last = text.splitlines()[-1]
-    assert last.startswith(b'{"error":"the instance\'s answer cannot be read: ')
+    assert last.startswith(b'{"error":"invalid reply from the instance: ')
     assert text.startswith(_STATUS) == stream
 
 

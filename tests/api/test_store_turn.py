@@ -6,12 +6,13 @@ import asyncio
 
 import pytest
 
-from router.api.context import Limits, store_turn
+from router.api.context import store_turn
 from router.errors import WaitTimeout
+from router.llm_api.limits import RequestLimits
 
 
-def _limits(seconds: float) -> Limits:
-    return Limits(1, seconds, 60.0, 60.0)
+def _limits(seconds: float) -> RequestLimits:
+    return RequestLimits(1, seconds, 60.0, 60.0)
 
 
 async def test_one_has_the_store_at_a_time() -> None:
@@ -31,7 +32,7 @@ async def test_one_has_the_store_at_a_time() -> None:
 async def test_who_waits_too_long_is_told_for_what_and_changes_nothing() -> None:
     writing = asyncio.Lock()
     async with writing:
-        with pytest.raises(WaitTimeout, match=r"such as a pull, has gone on for 0\.01 s \(queue\.timeout_seconds\)"):
+        with pytest.raises(WaitTimeout, match=r"such as a pull, has run for 0\.01 s \(queue\.timeout_seconds\)"):
             async with store_turn(writing, _limits(0.01)):
                 raise AssertionError("the store was not free")
         assert writing.locked()

@@ -39,7 +39,7 @@ async def _answer(request: web.Request) -> web.StreamResponse:
         await response.write(heartbeat.piece)
         if heartbeat.content_type == SSE:
             await response.write(
-                heartbeat.telling(WaitEstimate(position, 4.5 * position, "it is being loaded on gpu0"))
+                heartbeat.progress_piece(WaitEstimate(position, 4.5 * position, "it is being loaded on gpu0"))
             )
     if json.loads(body)["model"] == "fails":
         await response.write(heartbeat.late_error(_ERROR))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from router.errors import BadRequest, UnsupportedEncoding
-from router.llm_api.body_reader import RUNNER_OPTION_NAMES, ParsedBody, parse_body, refuse_encoded
+from router.errors import BadRequest
+from router.llm_api.body_reader import RUNNER_OPTION_NAMES, ParsedBody, parse_body
 from router.llm_api.json_members import MEMBERS_MAX, TOKENS_MAX
 from tests.llm_api.bodies import BODIES
 from tests.llm_api.go_oracle import GoOracle
@@ -213,24 +213,3 @@ def test_a_body_of_too_many_brackets_is_refused_and_not_worked_through() -> None
     many = b'{"model":"a","model":"b","x":[' + b",".join([b"[]"] * (TOKENS_MAX // 2 + 1)) + b"]}"
     with pytest.raises(BadRequest, match="members and brackets"):
         parse_body(many, "/api/chat")
-
-
-@pytest.mark.parametrize(
-    ("path", "encoding", "refused"),
-    [
-        ("/v1/chat/completions", "zstd", True),
-        ("/v1/messages", "gzip, ZSTD", True),
-        ("/api/chat", "zstd", False),
-        ("/v1/chat/completions", "gzip", False),
-        ("/v1/chat/completions", None, False),
-        ("/v1/chat/completions", "", False),
-    ],
-)
-def test_a_packed_body_is_refused_where_a_server_would_unpack_it(
-    path: str, encoding: str | None, refused: bool
-) -> None:
-    if refused:
-        with pytest.raises(UnsupportedEncoding, match="without Content-Encoding"):
-            refuse_encoded(path, encoding)
-    else:
-        refuse_encoded(path, encoding)

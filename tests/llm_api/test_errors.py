@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.errors import BadRequest, ModelNotFound, QueueFull, RouterError, WaitTimeout
-from router.llm_api.errors import Api, ErrorReply, api_of, error_reply, stream_error
+from router.http1.response_writer import LocalResponse
+from router.llm_api.errors import Api, api_of, error_reply, stream_error
 from tests.contract.recording import recordings
 
 RECORDED = {recording.name.removeprefix("0.24.0/"): recording for recording in recordings()}
@@ -22,7 +23,7 @@ def _recorded(name: str) -> tuple[int, str | None, bytes]:
     return reply.head.status, reply.head.header("Content-Type"), b"".join(reply.chunks)
 
 
-def _content_type(reply: ErrorReply) -> str:
+def _content_type(reply: LocalResponse) -> str:
     return dict(reply.headers)["Content-Type"]
 
 

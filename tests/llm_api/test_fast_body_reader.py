@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from router.errors import BadRequest
 from router.llm_api.body_reader import ParsedBody, parse_body
-from router.llm_api.body_schema import READINGS
+from router.llm_api.body_schema import SCHEMAS
 from router.llm_api.fast_body_reader import parse_body_fast
 from tests.llm_api.bodies import BODIES
 
-_PATHS = st.sampled_from((*READINGS, "/api/unknown"))
+_PATHS = st.sampled_from((*SCHEMAS, "/api/unknown"))
 
 
 @given(BODIES, _PATHS)

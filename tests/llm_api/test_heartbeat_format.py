@@ -107,14 +107,14 @@ def test_a_late_error_is_an_event_of_its_own(path: str) -> None:
 def test_an_event_stream_that_asks_is_told_in_a_comment(path: str, seconds: float | None, told: bytes) -> None:
     kept = beat(path, progress="1")
     assert kept is not None
-    assert (kept.tells, kept.seconds) == (True, 2.0)
-    assert kept.telling(WaitEstimate(2, seconds, "a\r\nb\n\nc")) == told
+    assert (kept.reports_progress, kept.seconds) == (True, 2.0)
+    assert kept.progress_piece(WaitEstimate(2, seconds, "a\r\nb\n\nc")) == told
 
 
 def test_nobody_is_told_who_does_not_ask_or_has_no_place_for_it() -> None:
     for kept in (beat("/v1/messages"), beat("/v1/messages", progress=" Off"), beat("/api/chat", progress="1")):
         assert kept is not None
-        assert (kept.tells, kept.seconds) == (False, 10.0)
+        assert (kept.reports_progress, kept.seconds) == (False, 10.0)
     assert beat("/v1/messages", header="off", progress="1") is None
     assert beat("/v1/messages", seconds=None, progress="1") is None
     often = beat("/v1/messages", seconds=0.5, progress="1")
@@ -128,7 +128,7 @@ def test_nobody_is_told_who_does_not_ask_or_has_no_place_for_it() -> None:
         (b'{"error":"model is gone"}', "model is gone"),
         (b'{"error":{"message":"model is gone","type":"api_error"}}', "model is gone"),
         (b"404 page not found", "404 page not found"),
-        (b"", "the server answered with status 404"),
+        (b"", "the server responded with status 404"),
         (b'{"error":7}', '{"error":7}'),
     ],
 )

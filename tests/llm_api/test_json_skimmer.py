@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from router.llm_api.body_reader import parse_body
-from router.llm_api.json_skimmer import LONG_BYTES, QUOTES_MAX, JsonSkimmer
+from router.llm_api.json_skimmer import LONG_STRING_BYTES, QUOTES_MAX, JsonSkimmer
 
 _ODD = ('say "hi"', "back\\slash", 'both \\" of "\\\\', "\\" * 7, "", "ä\u2028")
 _TEXTS = st.text(max_size=20) | st.sampled_from(_ODD)
 _UNITS = st.sampled_from(("x", '\\"' + "y" * 50, "ab\\"))
-_STRINGS = _TEXTS | st.builds(lambda unit, tail: unit * (LONG_BYTES // len(unit) + 2) + tail, _UNITS, _TEXTS)
+_STRINGS = _TEXTS | st.builds(lambda unit, tail: unit * (LONG_STRING_BYTES // len(unit) + 2) + tail, _UNITS, _TEXTS)
 _MESSAGE = {"role": st.just("user"), "content": _STRINGS, "images": st.lists(_STRINGS, max_size=2)}
 _MESSAGES = st.lists(st.fixed_dictionaries(_MESSAGE), max_size=2)
 _BODIES = st.fixed_dictionaries(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.llm_api.body_schema import READINGS
+from router.llm_api.body_schema import SCHEMAS
 from router.llm_api.routes import KIND_WORDS, ROUTES, Kind, RouteTable
 
 TABLE = RouteTable()
@@ -75,7 +75,7 @@ def test_a_route_stands_once_and_is_said_in_words() -> None:
 
 
 def test_every_path_with_a_reading_of_its_body_is_a_route_that_takes_bodies() -> None:
-    for path in READINGS:
+    for path in SCHEMAS:
         route = TABLE.find(path)
         assert route is not None, path
         assert set(route.methods) <= {"POST", "DELETE"}, path

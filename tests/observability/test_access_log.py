@@ -9,7 +9,6 @@ import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.api.forwarding import Exchange
 from router.domain.instance import InstanceName
 from router.observability.access_log import AccessLog
 from router.observability.logging import RequestLines
@@ -18,14 +17,15 @@ from router.observability.request_record import RequestRecord
 
 
 def _served(arrived_at: float = 0.0, time_to_first_token: float = 0.3) -> RequestRecord:
-    info = RequestRecord("r1", "127.0.0.1", "/api/chat", arrived_at, model="tiny:latest", instance=InstanceName("gpu0"))
-    info.granted_at = arrived_at + 0.1
-    info.exchange = record = Exchange(started=lambda: 0.0)
+    record = RequestRecord(
+        "r1", "127.0.0.1", "/api/chat", arrived_at, model="tiny:latest", instance=InstanceName("gpu0")
+    )
+    record.granted_at = arrived_at + 0.1
     first_byte_at = arrived_at + time_to_first_token
     record.first_byte_at, record.last_byte_at = first_byte_at, first_byte_at + 1.0
     record.bytes_out, record.chunks = 77, 11
     record.tail = b'{"done":true,"prompt_eval_count":3,"eval_count":10}'
-    return info
+    return record
 
 
 def _samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -89,11 +89,10 @@ def test_probes_that_work_are_logged_at_debug(route: str, status: int, level: st
 def test_a_response_without_token_counts_is_logged_without_them() -> None:
     lines = list[dict[str, object]]()
     log = AccessLog(Metrics(), lambda: 2.0, lambda _, values: lines.append(values))
-    info = _served()
-    assert info.exchange is not None
-    info.exchange.tail = b""
+    record = _served()
+    record.tail = b""
     log.began()
-    log.ended(info, "POST", "/api/chat", 200)
+    log.ended(record, "POST", "/api/chat", 200)
     assert {"time_to_first_token_seconds", "prompt_tokens", "output_tokens"} & lines[0].keys() == {
         "time_to_first_token_seconds"
     }

@@ -13,7 +13,7 @@ from typing import cast
 from aiohttp import web
 
 from router.admission.origin_check import OriginPolicy, Origins
-from router.api.context import Limits
+from router.admission.pipeline import AdmissionPipeline, admission_pipeline
 from router.domain.actions import Grant, Reject
 from router.domain.events import Event
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
@@ -21,9 +21,10 @@ from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.request import Ticket, TicketId
 from router.errors import NoInstance
 from router.llm_api.inference_request import ModelRules
+from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import RouteTable
 from router.observability.request_record import RequestRecord
-from router.proxy.context import ClientTimeouts, ProxyContext, Tasks
+from router.proxy.context import ProxyContext, Tasks
 from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool
 from router.scheduler.queue.wait_estimate import WaitEstimate
@@ -31,7 +32,7 @@ from tests.support.rawhttp import Address
 from tests.support.waiting import eventually
 
 MODEL = replace(NO_MODEL, name="tiny:latest", blob=BlobDigest("sha256:tiny"))
-LIMITS = Limits(
+LIMITS = RequestLimits(
     max_body_bytes=2**20, queue_timeout_seconds=30.0, first_byte_timeout_seconds=30.0, idle_timeout_seconds=30.0
 )
 OK = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{"done":true}'
@@ -252,9 +253,9 @@ class ScriptedBooks:
     def began(self) -> None:
         self.running += 1
 
-    def ended(self, info: RequestRecord, method: str, path: str, status: int) -> None:
+    def ended(self, record: RequestRecord, method: str, path: str, status: int) -> None:
         self.running -= 1
-        self.entries.append((info, status))
+        self.entries.append((record, status))
 
     @property
     def statuses(self) -> list[int]:
@@ -308,7 +309,14 @@ async def _library(request: web.BaseRequest, handed: list[str]) -> web.StreamRes
     return web.Response(text=f"{request.method} {request.path} {len(body)}")
 
 
-def make_desk(
+def pipeline_with(limits: RequestLimits) -> AdmissionPipeline:
+    """As of a router that listens on loopback, with one allowed origin and no GPUs."""
+    return admission_pipeline(
+        OriginPolicy(Origins(("http://localhost",)), True, frozenset()), limits, dict, RouteTable()
+    )
+
+
+def make_context(
     controller: ScriptedEngine, catalog: ScriptedCatalog, request_log: ScriptedBooks, pool: Pool
 ) -> ProxyContext:
     """Over scripts, with no server to fall back on."""
@@ -321,16 +329,14 @@ def make_desk(
         catalog=catalog,
         pool=pool,
         request_log=request_log,
-        origins=OriginPolicy(Origins(("http://localhost",)), True, frozenset()),
+        pipeline=pipeline_with(LIMITS),
         limits=LIMITS,
         rules=ModelRules(default_context_length=8192),
         endpoint_support=ScriptedAbilities(),
         primary=nobody,
-        gpus=dict,
         has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
-        timeouts=ClientTimeouts(),
         table=RouteTable(),
         tasks=Tasks(),
     )
@@ -339,8 +345,7 @@ def make_desk(
 @contextlib.asynccontextmanager
 async def staged(
     *,
-    limits: Limits = LIMITS,
-    timeouts: ClientTimeouts | None = None,
+    limits: RequestLimits = LIMITS,
     primary: bool = True,
     rules: ModelRules = ModelRules(default_context_length=8192),  # noqa: B008
     tls: ssl.SSLContext | None = None,
@@ -364,13 +369,13 @@ async def staged(
     )
     pool = Pool(5.0, controller.now)
     context = replace(
-        make_desk(controller, catalog, request_log, pool),
+        make_context(controller, catalog, request_log, pool),
+        pipeline=pipeline_with(limits),
         limits=limits,
         rules=rules,
         endpoint_support=ScriptedAbilities(),
         primary=first,
         make_handler=library,
-        timeouts=timeouts or ClientTimeouts(),
     )
     proxy = ProxyServer(context)
     front = await loop.create_server(proxy, "127.0.0.1", 0, ssl=tls)

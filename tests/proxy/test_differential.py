@@ -235,7 +235,7 @@ def test_tokens_are_passed_and_counted_whether_they_come_one_by_one_or_cut(
         through, bench = _relayed([*pieces, b"0\r\n\r\n"])
         assert Wired.of(through).rest == body
         assert (bench.request_log.running, bench.controller.held, bench.pool.idle_count) == (0, set(), 1)
-        record = bench.request_log.entries[0][0].exchange
+        record = bench.request_log.entries[0][0]
         assert record is not None
         assert (record.chunks, record.bytes_out) == (len(chunks), len(body))
         assert tokens_of(record.tail).output == 7

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from router.domain.model import BlobDigest
 from router.http1.parser import HeadError, RequestHead
-from router.proxy import plan_cache
-from router.proxy.header_cache import KNOWN_BYTES_MAX, KNOWN_MAX, HeaderCache
+from router.proxy.head_cache import HEAD_BYTES_MAX, HEADS_MAX, PLANS_MAX, HeadCache, HeadFacts
 from router.proxy.server import ProxyServer
-from tests.proxy.stage import MODEL
+from tests.proxy.stage import MODEL, pipeline_with
 from tests.proxy.wire import URL, Bench
 
 _PEER = "127.0.0.1"
@@ -56,7 +55,7 @@ def _said(head: RequestHead) -> tuple[object, ...]:
     headers = [pair for pair in head.headers if pair[0].lower() != b"content-length"]
     return (
         (head.method, head.target, head.minor, headers, head.hosts, head.text("content-type")),
-        (head.length, head.chunked, head.keep_alive, head.has_body, head.awaits_word),
+        (head.length, head.chunked, head.keep_alive, head.has_body, head.expects_continue),
     )
 
 
@@ -71,7 +70,7 @@ def test_a_known_head_says_what_a_parse_of_it_says(
         all_lines = [*lines[:place], *([name + digits] if name else []), *lines[place:]]
         return b"\r\n".join((b"POST /api/chat HTTP/" + version, *all_lines, b"", b""))
 
-    known, before = HeaderCache(), _parsed(head(first))
+    known, before = HeadCache(), _parsed(head(first))
     if before is not None:
         known.remember(_PEER, before, head(first))
     found, parsed = known.find(_PEER, head(second) + body), _parsed(head(second))
@@ -84,7 +83,7 @@ def test_a_known_head_says_what_a_parse_of_it_says(
 
 
 def test_a_head_is_known_at_the_address_alone_that_it_came_from() -> None:
-    known, raw = HeaderCache(), _HEAD % (b"7", b"secret")
+    known, raw = HeadCache(), _HEAD % (b"7", b"secret")
     head = _parsed(raw)
     assert head is not None
     known.remember(_PEER, head, raw)
@@ -95,8 +94,8 @@ def test_a_head_is_known_at_the_address_alone_that_it_came_from() -> None:
 
 
 def test_what_was_used_last_is_kept_and_what_is_long_is_not() -> None:
-    known = HeaderCache()
-    raws = [_HEAD % (b"7", b"%d" % number) for number in range(KNOWN_MAX + 1)]
+    known = HeadCache()
+    raws = [_HEAD % (b"7", b"%d" % number) for number in range(HEADS_MAX + 1)]
     for number, raw in enumerate(raws):
         head = _parsed(raw)
         assert head is not None
@@ -104,7 +103,7 @@ def test_what_was_used_last_is_kept_and_what_is_long_is_not() -> None:
         assert known.find(_PEER, raws[0]) is not None, number
     assert known.find(_PEER, raws[1]) is None
     assert known.find(_PEER, raws[2]) is not None
-    long = _HEAD % (b"7", b"x" * KNOWN_BYTES_MAX)
+    long = _HEAD % (b"7", b"x" * HEAD_BYTES_MAX)
     head = _parsed(long)
     assert head is not None
     known.remember(_PEER, head, long)
@@ -137,8 +136,9 @@ def test_a_body_that_is_too_long_is_refused_though_shorter_ones_were_taken() -> 
     async def check() -> None:
         bench = Bench()
         context = bench.proxy.context
+        limits = replace(context.limits, max_body_bytes=200)
         bench.client = type(bench.client)(
-            replace(context, limits=replace(context.limits, max_body_bytes=200)), ProxyServer(context)
+            replace(context, limits=limits, pipeline=pipeline_with(limits)), ProxyServer(context)
         )
         bench.client.connection_made(bench.to_client)
         for words in ("a", "a" * 300, "a"):
@@ -150,7 +150,7 @@ def test_a_body_that_is_too_long_is_refused_though_shorter_ones_were_taken() -> 
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("count", [1, plan_cache.KNOWN_MAX + 3])
+@pytest.mark.parametrize("count", [1, PLANS_MAX + 3])
 def test_what_is_remembered_of_requests_is_little(count: int) -> None:
     async def check() -> None:
         bench = Bench()
@@ -161,9 +161,9 @@ def test_what_is_remembered_of_requests_is_little(count: int) -> None:
             bench.answer([_ANSWER])
         head = bench.proxy.context.heads.find(_PEER, _request("m00", "hello"))
         assert head is not None
-        assert set(head.notes.begun) == {URL}
-        kept = head.notes.usual
-        assert [model for model, _ in kept] == [f"m{n:02}" for n in range(count)][-plan_cache.KNOWN_MAX :]
-        assert {each.routing.body for each in kept.values()} == {b""}
+        facts = head.derived
+        assert isinstance(facts, HeadFacts)
+        assert set(facts.upstream_lines) == {URL}
+        assert [model for model, _ in facts.plans] == [f"m{n:02}" for n in range(count)][-PLANS_MAX:]
 
     asyncio.run(check())

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from router.proxy.context import ClientTimeouts
 from tests.proxy.stage import LIMITS, MODEL, OK, Stage, Turn, by_turn, closing, replying, rests, staged
 from tests.support.rawhttp import Connection, connect
 from tests.support.waiting import eventually
@@ -86,7 +85,10 @@ async def test_a_body_that_is_not_json_after_all_gets_the_servers_own_words() ->
 
 
 async def test_a_slow_sender_keeps_no_slot() -> None:
-    async with staged(timeouts=ClientTimeouts(slot_seconds=0.2)) as stage, connect(stage.address) as connection:
+    async with (
+        staged(limits=replace(LIMITS, upload_slot_timeout_seconds=0.2)) as stage,
+        connect(stage.address) as connection,
+    ):
         raw = _raw(_body())
         await _half(stage, connection, raw)
         await eventually(lambda: not stage.controller.held, what="the slot to be given back")

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from router.llm_api.inference_request import ModelRules
-from router.proxy.context import ClientTimeouts
 from tests.proxy.stage import LIMITS, OK, Turn, replying, rests, staged, then_waiting
 from tests.support.rawhttp import call, connect, request_bytes
 from tests.support.waiting import eventually
@@ -21,24 +20,27 @@ _DEAD = b'{"error":"llama runner process no longer running: 2"}'
 _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(_DEAD) + _DEAD
 
 
-_HASTY = ClientTimeouts(head_seconds=0.2, body_seconds=0.2, linger_seconds=0.2)
+_HASTY = replace(LIMITS, head_timeout_seconds=0.2, body_timeout_seconds=0.2, linger_timeout_seconds=0.2)
 
 
 async def test_an_idle_connection_is_closed() -> None:
-    async with staged(timeouts=ClientTimeouts(idle_seconds=0.5)) as stage, connect(stage.address) as connection:
+    async with (
+        staged(limits=replace(LIMITS, connection_timeout_seconds=0.5)) as stage,
+        connect(stage.address) as connection,
+    ):
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
         assert await connection.at_eof()
 
 
 async def test_a_head_that_does_not_come_is_not_waited_for() -> None:
-    async with staged(timeouts=_HASTY) as stage, connect(stage.address) as connection:
+    async with staged(limits=_HASTY) as stage, connect(stage.address) as connection:
         await connection.send(b"POST /api/generate HTTP/1.1\r\nHost: a\r\n")
         assert (await connection.reply()).status == 408
         assert await connection.at_eof()
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    async with staged(timeouts=_HASTY) as stage:
+    async with staged(limits=_HASTY) as stage:
         for path in ("/api/generate", "/api/show"):
             async with connect(stage.address) as connection:
                 await connection.send(request_bytes("POST", path, _ASK)[:-3])

@@ -43,7 +43,7 @@ async def test_a_stream_is_relayed_chunk_by_chunk_and_counted() -> None:
         assert [len(chunk) for chunk in reply.chunks] == [15, 15, 50]
         assert reply.chunked
         (entry,) = stage.request_log.entries
-        record = entry[0].exchange
+        record = entry[0]
         assert record is not None
         assert record.tail.endswith(b'"eval_count":2}')
         assert record.first_byte_at is not None

@@ -68,10 +68,10 @@ def test_tokens_pass_by_the_receiver_who_said_so_and_everything_else_reaches_him
     connection.data_received(TOKEN)
     connection.data_received(LAST)
     assert (receiver.got, sent) == ([TOKEN, LAST], [TOKEN, TOKEN])
-    assert connection.taken_back() == 2 * (ONE_CHUNK + len(TOKEN))
+    assert connection.stop_passing() == 2 * (ONE_CHUNK + len(TOKEN))
     connection.data_received(TOKEN)
     assert (receiver.got, sent) == ([TOKEN, LAST, TOKEN], [TOKEN, TOKEN])
-    assert connection.taken_back() == 0
+    assert connection.stop_passing() == 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from router.llm_api.inference_request import ModelRules
 from router.proxy.client_connection import ClientConnection
 from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool, UpstreamConnection
-from tests.proxy.stage import ScriptedBooks, ScriptedCatalog, ScriptedEngine, make_desk
+from tests.proxy.stage import ScriptedBooks, ScriptedCatalog, ScriptedEngine, make_context
 
 URL = "http://127.0.0.1:9"
 
@@ -58,7 +58,7 @@ class Bench:
     def __init__(self, rules: ModelRules | None = None) -> None:
         self.controller, self.request_log, self.catalog = ScriptedEngine([URL]), ScriptedBooks(), ScriptedCatalog()
         self.pool = Pool(5.0, self.controller.now)
-        context = make_desk(self.controller, self.catalog, self.request_log, self.pool)
+        context = make_context(self.controller, self.catalog, self.request_log, self.pool)
         self.proxy = ProxyServer(context if rules is None else replace(context, rules=rules))
         self.server = UpstreamConnection(self.pool, URL)
         self.to_server = Wire()

@@ -1,0 +1,173 @@
+"""Admission: the checks that every request passes before its body is read, whichever way it came in.
+
+The raw proxy and aiohttp each build an `AdmissionRequest` from their own form of a request head and run the same
+`AdmissionPipeline`: an ordered tuple of small pure steps. A step takes the request and what earlier steps decided, and
+returns it with its own decision added; it may end the request with a response, or by raising a `RouterError`, which
+becomes an error in the shape of the API that was called. Each check exists here and nowhere else.
+
+To add a check (API keys, access lists, rate limits), write one more `Step` and put it into `admission_pipeline`. A step
+whose decision can differ for the next request with the same head must return `is_reusable=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from router.admission.client_identity import GpuLookup, client_of, layout_of, priority_of, session_of
+from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
+from router.domain.client_identity import ClientIdentity
+from router.errors import RouterError, UnsupportedEncoding
+from router.http1.headers import HeaderLookup
+from router.http1.response_writer import HeaderPairs, LocalResponse
+from router.llm_api.limits import RequestLimits
+from router.llm_api.routes import Kind, Route, RouteTable
+
+_REDIRECT_REASONS: Final = {301: "Moved Permanently", 307: "Temporary Redirect"}
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionRequest:
+    """A request's head in terms of no HTTP library."""
+
+    method: str
+    path: str
+    """Decoded, without the query."""
+    route: Route | None
+    """Found by `RouteTable.find`; None for an unknown path."""
+    header: HeaderLookup
+    client_address: str
+    body_bytes: int | None
+    """The declared Content-Length; None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What was decided. Where neither `response` nor `error` is set, the request is admitted."""
+
+    client_identity: ClientIdentity
+    cors_headers: HeaderPairs = ()
+    """For whatever response the request gets, so that a browser lets its page read it."""
+    response: LocalResponse | None = None
+    """Ends the request as it is."""
+    error: RouterError | None = None
+    """Ends the request, in the shape of the API that was called."""
+    is_reusable: bool = True
+    """Whether the same head from the same address is admitted again, unless its body is too long."""
+
+    @property
+    def is_admitted(self) -> bool:
+        return self.response is None and self.error is None
+
+
+Step = Callable[[AdmissionRequest, Admission], Admission]
+"""Raises `RouterError` to refuse the request."""
+
+
+class AdmissionPipeline:
+    """Runs its steps in order, up to the first that ends the request."""
+
+    __slots__ = ("_steps",)
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self._steps = steps
+
+    def admit(self, request: AdmissionRequest) -> Admission:
+        admission = Admission(ClientIdentity(client=request.client_address))
+        for step in self._steps:
+            try:
+                admission = step(request, admission)
+            except RouterError as error:
+                return replace(admission, error=error)
+            if admission.response is not None:
+                break
+        return admission
+
+
+def admission_pipeline(
+    origins: OriginPolicy, limits: RequestLimits, gpus: GpuLookup, table: RouteTable
+) -> AdmissionPipeline:
+    """The checks of this router, in order."""
+    return AdmissionPipeline(
+        (identify_client, check_origin(origins), check_route(table), check_body(limits), read_terms(gpus))
+    )
+
+
+def identify_client(request: AdmissionRequest, admission: Admission) -> Admission:
+    """Who the request is from. Refuses nobody."""
+    header = request.header
+    identity = ClientIdentity(client_of(header, request.client_address), session_of(header))
+    return replace(admission, client_identity=identity)
+
+
+def check_origin(policy: OriginPolicy) -> Step:
+    """Host and Origin, as an Ollama server checks them; answers preflights."""
+
+    def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        header, route = request.header, request.route
+        verdict = policy.judge(
+            request.method, header("host"), header("origin"), route.methods if route is not None else ()
+        )
+        return replace(admission, cors_headers=verdict.headers, response=verdict.response)
+
+    return step
+
+
+def check_route(table: RouteTable) -> Step:
+    """Refuses unknown paths and methods; redirects where only slashes are wrong, as Ollama's router does."""
+
+    def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        route = request.route
+        if route is not None:
+            if request.method in route.methods:
+                return admission
+            return replace(admission, response=method_not_allowed(route.methods))
+        clean_path = table.clean(request.path)
+        response = not_found() if clean_path is None else _redirect(request, clean_path)
+        return replace(admission, response=response)
+
+    return step
+
+
+def check_body(limits: RequestLimits) -> Step:
+    """Refuses bodies that are too long by their Content-Length, or encoded so that the router cannot read them.
+
+    Ollama decodes zstd on `/v1/*` from v0.17 on, and no other encoding anywhere: the router would inspect other bytes
+    than the server.
+    """
+
+    def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        if request.path.startswith("/v1/") and "zstd" in (request.header("content-encoding") or "").lower():
+            raise UnsupportedEncoding("zstd request bodies are not supported: send the body without Content-Encoding")
+        if request.body_bytes is not None and request.route is not None and not request.route.streams_body:
+            limits.check_body_size(request.body_bytes)
+        return admission
+
+    return step
+
+
+def read_terms(gpus: GpuLookup) -> Step:
+    """Priority and layout of requests that take a slot."""
+
+    def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        if request.route is None or request.route.kind is not Kind.LEASED:
+            return admission
+        priority, layout = priority_of(request.header), layout_of(request.header, gpus)
+        if not priority and layout is None:
+            return admission
+        identity = replace(admission.client_identity, priority=priority, layout=layout)
+        # GPUs come and go: the same layout may be refused later.
+        return replace(admission, client_identity=identity, is_reusable=admission.is_reusable and layout is None)
+
+    return step
+
+
+def _redirect(request: AdmissionRequest, path: str) -> LocalResponse:
+    only_last_slash = request.path.rstrip("/") == path and request.method == "GET"
+    status = 301 if only_last_slash else 307
+    location = ("Location", path)
+    if request.method not in ("GET", "HEAD"):
+        return LocalResponse(status, (location,))
+    body = f'<a href="{path}">{_REDIRECT_REASONS[status]}</a>.\n\n'
+    return LocalResponse(status, (("Content-Type", "text/html; charset=utf-8"), location), body.encode())
