@@ -27,6 +27,7 @@ from router.engines.ollama.model_metadata import needs_verbose, read_facts
 _T = TypeVar("_T")
 _NOT_FOUND = 404
 _SEEN_DIGESTS_MAX = 4096
+_WRITTEN_NAMES_MAX = 1024
 _SIDE_BY_SIDE = 8
 """Models whose facts are read at once where all of them are wanted."""
 
@@ -41,6 +42,8 @@ class Catalog:
         self._clock = clock
         self._listing = Listing(stores)
         self._known: dict[str, ModelFacts] = {}
+        self._by_written_name: dict[str, ModelFacts] = {}
+        """Memo of `known`, so that a name is parsed once; emptied whenever `_known` changes."""
         self._seen: dict[str, ModelFacts] = {}
         """By digest, whatever its name means today."""
         self._fetches: dict[str, asyncio.Task[ModelFacts | None]] = {}
@@ -55,8 +58,14 @@ class Catalog:
 
     def known(self, name: str) -> ModelFacts | None:
         """Remembered facts of a name in any form; asks nobody."""
+        facts = self._by_written_name.get(name)
+        if facts is not None:
+            return facts
         key = key_of(name)
-        return None if key is None else self._known.get(key)
+        facts = None if key is None else self._known.get(key)
+        if facts is not None and len(self._by_written_name) < _WRITTEN_NAMES_MAX:
+            self._by_written_name[name] = facts
+        return facts
 
     async def facts(self, name: str) -> ModelFacts | None:
         """Facts of a name in any form. None: not a name, no such model, a cloud model's stub, or no server to ask.
@@ -124,6 +133,7 @@ class Catalog:
                 self._forget(key)
             elif (facts.is_shared, facts.attached_on) != (listed.is_shared, listed.attached_on):
                 self._known[key] = replace(facts, is_shared=listed.is_shared, attached_on=listed.attached_on)
+                self._by_written_name.clear()
 
     def forget(self, name: str) -> None:
         """Drops what is remembered of a name in any form; a fetch under way is answered but not remembered."""
@@ -144,6 +154,7 @@ class Catalog:
 
     def _forget(self, key: str) -> None:
         self._known.pop(key, None)
+        self._by_written_name.clear()
         self._fetches.pop(key, None)
 
     def _start_fetch(self, key: str) -> asyncio.Task[ModelFacts | None]:
@@ -160,6 +171,7 @@ class Catalog:
                 self._remember_digest(facts)
                 if self._fetches.get(key) is me:
                     self._known[key] = facts
+                    self._by_written_name.clear()
             return facts
         finally:
             if self._fetches.get(key) is me:
