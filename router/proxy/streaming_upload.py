@@ -22,7 +22,7 @@ from router.llm_api.body_reader import ParsedBody
 from router.llm_api.inference_request import read_request
 from router.observability.request_record import RequestRecord
 from router.proxy.context import ProxyContext
-from router.proxy.exchange import RELAYING, RESOLVING, WAITING, ProxyExchange
+from router.proxy.exchange import ENDED, RELAYING, RESOLVING, WAITING, ProxyExchange
 from router.proxy.head_cache import HeadFacts
 from router.proxy.interfaces import Requester
 from router.proxy.request_body import RequestBodyReader
@@ -190,6 +190,15 @@ class StreamingUpload(ProxyExchange):
         if self._early:
             self._request = None  # no fallback
         super().reply_failed(error, hangs=hangs)
+
+    def fail(self, error: RouterError) -> None:
+        if self._early and self._phase != ENDED:
+            if self._reply is not None and self._reply.has_begun:
+                self.client_gone()
+                self._client.abort()
+                return
+            self._undo(runner_lost=False)
+        super().fail(error)
 
     def check(self, now: float) -> None:
         if now >= self._undo_at:

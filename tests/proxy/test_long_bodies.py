@@ -99,6 +99,15 @@ async def test_a_slow_sender_keeps_no_slot() -> None:
         await rests(stage)
 
 
+async def test_a_body_that_stops_coming_gives_its_early_slot_back() -> None:
+    limits = replace(LIMITS, body_timeout_seconds=0.2, upload_slot_timeout_seconds=30.0)
+    async with staged(limits=limits) as stage, connect(stage.address) as connection:
+        await _half(stage, connection, _raw(_body()))
+        assert (await connection.reply()).status == 408
+        await rests(stage)
+        await eventually(lambda: stage.upstream.open == 0, what="the server's connection to be cut")
+
+
 async def test_without_a_free_slot_the_body_is_waited_for_first() -> None:
     async with staged() as stage, connect(stage.address) as connection:
         stage.controller.urls = []
