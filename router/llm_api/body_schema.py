@@ -7,6 +7,7 @@ Sources: api/types.go, server/routes.go, openai/openai.go (v0.11.4); anthropic/a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -29,6 +30,15 @@ class Streaming(Enum):
     VALUE = "null leaves it"
 
 
+_EMPTY_LIST = rb"\[[ \t\n\r]*+\]"
+_EMPTY_PROMPTS: Mapping[Emptiness, re.Pattern[bytes] | None] = {
+    Emptiness.NEVER: None,
+    Emptiness.STRING: re.compile(rb'""'),
+    Emptiness.LIST: re.compile(_EMPTY_LIST),
+    Emptiness.EITHER: re.compile(rb'""|' + _EMPTY_LIST),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class BodySchema:
     models: tuple[str, ...] = ("model",)
@@ -42,6 +52,8 @@ class BodySchema:
     """The field whose emptiness makes a request load-only."""
     empty: Emptiness = Emptiness.NEVER
     absent_is_empty: bool = True
+    empty_prompt: re.Pattern[bytes] | None = field(init=False)
+    """Matches an empty prompt's JSON; None if a prompt never counts as empty."""
     texts: tuple[str, ...] = ()
     """Fields that the model reads."""
     settings: frozenset[str] = field(init=False)
@@ -53,6 +65,7 @@ class BodySchema:
         settings = {"keep_alive", "options"} if self.is_ollama else set(self.limits)
         stream = {"stream"} if self.stream is not Streaming.NONE else set[str]()
         names = {*settings, *stream, *self.models, *self.limits, *self.texts}
+        object.__setattr__(self, "empty_prompt", _EMPTY_PROMPTS[self.empty])
         object.__setattr__(self, "settings", frozenset(settings))
         object.__setattr__(self, "names", frozenset(names | {self.prompt} - {""}))
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import msgspec
 
 from router.llm_api.body_reader import RUNNER_OPTION_NAMES, ParsedBody
-from router.llm_api.body_schema import SCHEMAS, BodySchema, Emptiness
+from router.llm_api.body_schema import SCHEMAS, BodySchema
 from router.llm_api.json_members import fold
 from router.llm_api.prompt_size import EXACT_BYTES
 
@@ -24,7 +24,6 @@ _MEMBERS_MAX = 100
 _INTEGER = re.compile(rb"-?[1-9][0-9]{0,14}|0")
 _DECIMAL = re.compile(rb"-?[0-9]{1,9}\.[0-9]{1,9}")
 _PLAIN_STRING = re.compile(rb'"([\x20\x21\x23-\x5b\x5d-\x7f]*)"')
-_EMPTY_LIST = re.compile(rb"\[[ \t\n\r]*+\]")
 _BOOLEANS: Mapping[bytes, bool] = {b"true": True, b"false": False}
 _ORDINARY_KEYS = frozenset(("format", "think", "raw", "images", "temperature", "top_p", "stop", "seed", "tool_choice",
                             "response_format", "stream_options", "user", "n", "truncate", "dimensions"))  # fmt: skip
@@ -68,13 +67,18 @@ def parse_body_fast(body: bytes, path: str) -> ParsedBody | None:
         keep_alive = limit = None
         if not schema.settings.isdisjoint(values):
             options, keep_alive, limit = _settings(schema, values)
+        prompt, empty_prompt = values.get(schema.prompt), schema.empty_prompt
+        if prompt is None or empty_prompt is None:
+            is_load_only = empty_prompt is not None and schema.absent_is_empty
+        else:
+            is_load_only = empty_prompt.fullmatch(prompt) is not None
         return ParsedBody(
             model=model[1].decode("ascii"),
             stream=stream,
             keep_alive=keep_alive,
             options=options,
             output_tokens_max=int(limit) if isinstance(limit, int | float) and not isinstance(limit, bool) else None,
-            is_load_only=schema.empty is not Emptiness.NEVER and _is_load_only(schema, values),
+            is_load_only=is_load_only,
             prompt_bytes=prompt_bytes,
         )
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -99,15 +103,6 @@ def _options(value: bytes) -> dict[str, object]:
     members = _DECODER.decode(value)
     relevant = {name: bytes(raw) for name, raw in members.items() if name in _OPTION_NAMES}
     return {name: _scalar(raw) for name, raw in relevant.items() if raw != b"null"}
-
-
-def _is_load_only(schema: BodySchema, values: Mapping[str, bytes]) -> bool:
-    prompt = values.get(schema.prompt)
-    if prompt is None:
-        return schema.absent_is_empty
-    if prompt.startswith(b'"'):
-        return len(prompt) == 2 and schema.empty is not Emptiness.LIST
-    return schema.empty is not Emptiness.STRING and _EMPTY_LIST.match(prompt) is not None
 
 
 def _scalar(raw: bytes) -> object:

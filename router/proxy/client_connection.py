@@ -76,6 +76,7 @@ class ClientConnection(asyncio.Protocol):
         """Responds to a refused request once the rest of it has been read."""
         self._ahead = b""
         self._reading = False
+        """Whether `data_received` is reading requests; it is called again from within."""
         self._exchange: ProxyExchange | None = None
         self._bridge: AiohttpBridge | None = None
         self._keep = True
@@ -101,7 +102,17 @@ class ClientConnection(asyncio.Protocol):
         state = self._state
         try:
             if state == HEAD:
-                self._read_requests(self._ahead + data if self._ahead else data)
+                self._ahead = self._ahead + data if self._ahead else data
+                if self._reading:
+                    return
+                self._reading = True
+                while self._ahead and self._state == HEAD:
+                    if self.write_paused:  # the client does not read earlier responses: no new ones
+                        self._flow.set(Reason.RESPONSES_UNREAD, on=True)
+                        break
+                    piece, self._ahead = self._ahead, b""
+                    self._read_head(piece)
+                self._reading = False
             elif state == BODY:
                 self._read_body(data)
             elif state == BRIDGED:
@@ -146,22 +157,6 @@ class ClientConnection(asyncio.Protocol):
             self.data_received(b"")
 
     # --- one request after the other -------------------------------------------------------------------------
-
-    def _read_requests(self, data: bytes) -> None:
-        """Reads requests from `data` until one of them is being served, or the bytes end."""
-        self._ahead = data
-        if self._reading:
-            return
-        self._reading = True
-        try:
-            while self._ahead and self._state == HEAD:
-                if self.write_paused:  # the client does not read earlier responses: no new ones
-                    self._flow.set(Reason.RESPONSES_UNREAD, on=True)
-                    return
-                piece, self._ahead = self._ahead, b""
-                self._read_head(piece)
-        finally:
-            self._reading = False
 
     def _read_head(self, data: bytes) -> None:
         head = self._head

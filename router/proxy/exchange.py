@@ -339,8 +339,7 @@ class ProxyExchange:
 
     def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
         self._record.error_code = error.code
-        self._release(runner_lost=died)
-        self._finish(self._reply.status if self._reply else 0)
+        self._finish(self._reply.status if self._reply else 0, runner_lost=died)
         self._client.response_ended(keep=keep)
 
     def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:
@@ -352,8 +351,7 @@ class ProxyExchange:
             self._context.pool.release(reply.connection)
         else:
             reply.connection.abort()
-        self._release(runner_lost=died)
-        self._finish(reply.status)
+        self._finish(reply.status, runner_lost=died)
         client.response_ended(keep=keep)
 
     # --- endings ---------------------------------------------------------------------------------------------
@@ -389,25 +387,24 @@ class ProxyExchange:
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._context.controller.cancel(lease)
-        self._release(runner_lost=False)
         self._finish(CLIENT_GONE)
 
     def _release(self, *, runner_lost: bool) -> None:
-        """Releases the slot, if one is held."""
-        lease, reply = self._lease, self._reply
-        self._lease = self._grant = None
-        if lease is None:
-            return
-        if reply is None:
+        """Releases the slot, if one is held, of a request that does not end yet."""
+        lease, self._lease, self._grant = self._lease, None, None
+        if lease is not None:
             self._context.controller.release(lease, runner_lost=runner_lost)
-        else:  # a chunk is about a token
-            self._context.controller.release(
-                lease, runner_lost=runner_lost, output_tokens=reply.chunks, first_byte_at=reply.first_byte_at
-            )
 
-    def _finish(self, status: int) -> None:
+    def _finish(self, status: int, *, runner_lost: bool = False) -> None:
+        """Releases the slot, if one is held, and ends the request in the access log."""
         self._phase = ENDED
         record, reply = self._record, self._reply
+        lease, self._lease, self._grant = self._lease, None, None
+        if lease is not None:  # a chunk is about a token
+            tokens, first_byte_at = (0, None) if reply is None else (reply.chunks, reply.first_byte_at)
+            self._context.controller.release(
+                lease, runner_lost=runner_lost, output_tokens=tokens, first_byte_at=first_byte_at
+            )
         if reply is not None:
             record.first_byte_at, record.last_byte_at = reply.first_byte_at, reply.last_byte_at
             record.bytes_out, record.chunks, record.tail = reply.bytes_out, reply.chunks, reply.tail

@@ -97,7 +97,21 @@ class ResponseStream:
         if self._phase == _RELAYED:
             self._relay(data)
         elif self._phase == _AWAITED:
-            self._read_head(data)
+            if self._received:
+                self._read_head(data)
+                return
+            self._received = True
+            start = data.find(b"\r\n\r\n") + 4
+            cached = self.connection.pool.heads.get(data[:start]) if start > 3 else None
+            if cached is None:
+                self._reply = ReplyHead()
+                self._read_head(data)
+                return
+            self._reply = cached
+            if cached.status == 200 and cached.length == len(data) - start and not self.head_sent:
+                self._relay_whole(cached, data, start)
+            else:
+                self._head_read(data, start)
         elif self._phase == _HELD:
             self._hold(data)
 
@@ -139,19 +153,6 @@ class ResponseStream:
 
     def _read_head(self, data: bytes) -> None:
         start = 0
-        if not self._received:
-            self._received = True
-            start = data.find(b"\r\n\r\n") + 4
-            cached = self.connection.pool.heads.get(data[:start]) if start > 3 else None
-            if cached is not None:
-                self._reply = cached
-                if cached.status == 200 and cached.length == len(data) - start and not self.head_sent:
-                    self._relay_whole(cached, data, start)
-                else:
-                    self._head_read(data, start)
-                return
-            start = 0
-            self._reply = ReplyHead()
         while True:
             is_begun = self._reply.is_begun
             try:

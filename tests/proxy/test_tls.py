@@ -58,7 +58,7 @@ async def test_a_client_that_leaves_over_tls_ends_its_generation() -> None:
 
 
 def test_a_certificate_and_its_key_are_given_together() -> None:
-    with pytest.raises(ConfigError, match="together"):
+    with pytest.raises(ConfigError, match="set both tls_certificate and tls_key"):
         load_settings(None, {"HOME": "/nowhere", "LLAMAYARD_SERVER__TLS_KEY": "~/key.pem"})
     both = {"LLAMAYARD_SERVER__TLS_KEY": "~/key.pem", "LLAMAYARD_SERVER__TLS_CERTIFICATE": "/c.pem"}
     server = load_settings(None, {"HOME": "/nowhere", **both}).server
