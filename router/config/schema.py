@@ -9,11 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from router.config.keys import accepts_null
+from router.config.keys import accepts_null, holds_int
 from router.config.parsing import (
     BYTES_PATTERN,
+    DURATION_PATTERN,
+    duration_seconds,
     keep_alive_seconds,
     keys_as_text,
     parse_bytes,
@@ -47,8 +58,19 @@ Bytes = Annotated[
     Field(ge=0),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": BYTES_PATTERN}]}),
 ]
-Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
-PollSeconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+_DURATION_SCHEMA = {"type": "string", "pattern": DURATION_PATTERN}
+Seconds = Annotated[
+    float,
+    BeforeValidator(duration_seconds),
+    Field(gt=0, le=7 * 86400, allow_inf_nan=False),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 7 * 86400}, _DURATION_SCHEMA]}),
+]
+PollSeconds = Annotated[
+    float,
+    BeforeValidator(duration_seconds),
+    Field(gt=0, le=3600, allow_inf_nan=False),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 3600}, _DURATION_SCHEMA]}),
+]
 KeepAlive = Annotated[
     float,
     BeforeValidator(keep_alive_seconds),
@@ -88,6 +110,15 @@ class _Section(BaseModel):
     @classmethod
     def _null_unsets_a_key(cls, data: Any) -> Any:
         return without_unset(cls, data)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1."""
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and holds_int(field.annotation):
+            raise ValueError("must be a number, not true or false")
+        return value
 
 
 class ServerSettings(_Section):

@@ -82,7 +82,7 @@ def configuration_document() -> str:
         "",
         "An unknown key is refused; the message names the most similar key, or the new name of a renamed one.",
         "`llamayard check-config` shows every key's effective value and where it was set. Bytes may have a unit",
-        "(`512MiB`, `2GB`); durations are in seconds.",
+        "(`512MiB`, `2GB`); seconds may be written as a duration (`90s`, `5m`, `1h30m`).",
         "",
         "Editors with a YAML language server complete and check a file that begins with",
         "`# yaml-language-server: $schema=PATH`, where PATH leads to",
