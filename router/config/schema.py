@@ -335,6 +335,12 @@ class ModelSettings(_Section):
         description="Loaded at startup, reloaded if it is lost, and never evicted for other models.",
     )
 
+    @model_validator(mode="after")
+    def _names_each_gpu_once(self) -> Self:
+        if len(set(self.gpus)) != len(self.gpus):
+            raise ValueError("gpus lists a GPU twice")
+        return self
+
 
 class FallbackSettings(_Section):
     """Which models answer in place of another one, and when. The response headers name the model that answered."""

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Generator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -23,7 +24,8 @@ from router.cli.status import render_status
 from router.config.keys import dotted_keys
 from router.config.settings import Settings, load_settings
 
-HOME = {"HOME": "/home/someone", "PATH": "/nonexistent"}
+HOME = {"HOME": tempfile.gettempdir(), "PATH": "/nonexistent"}
+"""A home that any user can write, as the state directory must be."""
 Captured = pytest.CaptureFixture[str]
 
 
@@ -40,7 +42,8 @@ def test_check_config_shows_every_key_with_its_value_and_source(tmp_path: Path, 
     config.write_text("queue: {limit: 7}\nollama: {env: {A: b}}\n", encoding="utf-8")
     environment = {**HOME, "LLAMAYARD_LOG__LEVEL": "debug", "LLAMAYARD_OLLAMA__ENV__C": "d"}
     assert main(["check-config", "--config", str(config), "--port", "0"], environment) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    head, *lines, verdict = capsys.readouterr().out.splitlines()
+    assert verdict == "configuration is valid"
     shown = {line.partition(" = ")[0]: line.partition(" = ")[2] for line in lines}
     assert head == f"# file: {config}"
     assert list(shown) == list(dotted_keys(Settings))
@@ -56,7 +59,7 @@ def test_check_config_fails_with_every_problem(tmp_path: Path, capsys: Captured)
     config.write_text("server: {prot: 1}\n", encoding="utf-8")
     assert main(["check-config", "--config", str(config), "--set", "queue.limit=x"], HOME) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == "2 errors\n"
     first, second = captured.err.splitlines()
     assert first == "llamayard: server.prot: unknown key; did you mean `server.port`?"
     assert second.startswith("llamayard: queue.limit: 'x' (flag)")
@@ -94,7 +97,42 @@ def test_serve_without_ollama_says_what_to_do(capsys: Captured) -> None:
     assert "--rig" in reported
 
 
-@pytest.mark.parametrize("key", ["server.prot=1", "queue.limit=x", "ollama.env={OLLAMA_NUM_PARALLEL: many}"])
+def test_check_config_as_json_has_the_documented_shape(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("queue: {limit: 7}\naliases: {a: gone}\n", encoding="utf-8")
+    assert main(["check-config", "--json", "--config", str(config)], HOME) == 0
+    document = json.loads(capsys.readouterr().out)
+    (warning,) = document["warnings"]
+    assert warning.startswith("aliases.a: gone is not among the models in ")
+    assert list(document["keys"]) == list(dotted_keys(Settings))
+    assert document["keys"]["queue.limit"] == {"value": 7, "origin": str(config)}
+    assert document["keys"]["server.port"] == {"value": 11434, "origin": "default"}
+    assert {key: document[key] for key in document if key not in ("warnings", "keys")} == {
+        "valid": True, "verdict": "configuration is valid, 1 warning", "file": str(config), "errors": [],
+        "unchecked": [],
+    }  # fmt: skip
+    assert main(["check-config", "--json", "--set", "queue.limit=x"], HOME) == 2
+    captured = capsys.readouterr()
+    refused = json.loads(captured.out)
+    assert (captured.err, refused["valid"], refused["verdict"], refused["keys"]) == ("", False, "1 error", {})
+    assert refused["errors"] == ["queue.limit: 'x' (flag) cannot be used: must be a whole number from 0 to 1000000"]
+
+
+def test_check_config_changed_shows_only_keys_that_differ_from_their_default(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("queue: {limit: 7, timeout_seconds: 300}\n", encoding="utf-8")
+    assert main(["check-config", "--changed", "--config", str(config)], HOME) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"# file: {config}", f"queue.limit = 7  # {config}", "configuration is valid",
+    ]  # fmt: skip
+    assert main(["check-config", "--changed", "--json", "--config", str(config)], HOME) == 0
+    assert list(json.loads(capsys.readouterr().out)["keys"]) == ["queue.limit"]
+
+
+@pytest.mark.parametrize("key", [
+    "server.prot=1", "queue.limit=x", "ollama.env={OLLAMA_NUM_PARALLEL: many}", "state_directory=/dev/null",
+    "server.host=no-such-host.invalid", "instances=[{url: 'http://127.0.0.1:11434'}]", "models={a: {gpus: [0, 0]}}",
+])  # fmt: skip
 def test_check_config_and_serve_end_with_the_same_code(key: str, capsys: Captured) -> None:
     assert main(["check-config", "--rig", "h100", "--set", key], HOME) == 2
     checked = capsys.readouterr().err
@@ -113,7 +151,7 @@ def test_a_wrong_command_ends_in_its_usage_and_code_2(arguments: list[str], caps
 def test_the_module_ends_with_the_commands_code(root: Path) -> None:
     command = [sys.executable, "-m", "router", "check-config", "--port", "x"]
     ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=300, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
+    assert (ended.returncode, ended.stdout) == (2, "1 error\n")
 
 
 def test_simulate_runs_and_refuses_unknown_gpus_with_code_2(capsys: Captured) -> None:
@@ -195,7 +233,9 @@ def test_log_lines_for_a_closed_pipe_are_dropped_and_the_program_continues(root:
 @pytest.mark.parametrize(
     ("pair", "reported"),
     [
-        ("state_directory=/dev/null/x", "state_directory: the emulated rig cannot be written there"),
+        ("state_directory=/dev/null/x", "state_directory: /dev/null/x: /dev/null is a file, not a directory"),
+        ("models={m: {layout: cpu}}", "models.m: layout: cpu needs an instance on the CPU, and there is none"),
+        ("placement.vram_margin_bytes=999GiB", "placement.vram_margin_bytes: 1072668082176 bytes (999.0 GiB) leave no"),
         ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
         ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
     ],

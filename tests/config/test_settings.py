@@ -443,3 +443,26 @@ def test_a_yaml_error_names_the_file_the_line_and_the_column_once(tmp_path: Path
     assert (
         problem == f"{config}: is not valid YAML: line 3, column 1: expected ',' or ']', but got 'the end of the text'"
     )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"models": {"llama3": {"gpus": ["0"]}, "library/Llama3:latest": {"gpus": ["1"]}}},
+        {"fallbacks": {"llama3": {"to": ["a"]}, "library/Llama3:latest": {"to": ["b"]}}},
+        {"aliases": {"llama3": "a", "library/Llama3:latest": "b"}},
+    ],
+)
+def test_two_spellings_of_one_model_with_different_values_are_refused(overrides: dict[str, Any]) -> None:
+    (key,) = overrides
+    assert problems_of(overrides=overrides) == [
+        f"configuration: {key}: 'llama3' and 'library/Llama3:latest' are two spellings of one model with different "
+        "values: keep one entry"
+    ]
+    first, _ = overrides[key].values()
+    load_settings(None, HOME, {key: dict.fromkeys(overrides[key], first)})
+
+
+def test_a_model_is_pinned_to_each_gpu_once() -> None:
+    (problem,) = problems_of(overrides={"models": {"a": {"gpus": [0, 0]}}})
+    assert problem == "models.a (flag): gpus lists a GPU twice"
