@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show GPUs, instances, models and queue of the running router")
     _add_configuration(status)
     status.add_argument("--json", action="store_true", help="print the status as JSON")
+    status.add_argument(
+        "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
+    )
     status.set_defaults(run=_status)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"

@@ -20,7 +20,8 @@ from router import __version__
 from router.app.lifecycle import endpoint_url
 from router.cli.main import AUTO_RIG, main
 from router.cli.serve import with_rig_if_needed
-from router.cli.status import render_status
+from router.cli.status import StatusError, watch
+from router.cli.status_tables import render_status
 from router.config.keys import dotted_keys
 from router.config.settings import Settings, load_settings
 
@@ -272,64 +273,7 @@ def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
     assert with_rig_if_needed(both, HOME, AUTO_RIG).rig == AUTO_RIG
 
 
-STATUS: dict[str, Any] = {
-    "emulated": "EMULATED rig 2x3090",
-    "gpus": [
-        {
-            "uuid": "GPU-1",
-            "index": 0,
-            "name": "RTX 3090",
-            "memory_total_bytes": 24 * 1024**3,
-            "memory_used_bytes": 1024**3,
-            "memory_free_bytes": 23 * 1024**3,
-            "temperature_celsius": None,
-        }
-    ],
-    "instances": [
-        {"name": "gpu0", "state": "ready", "gpus": ["GPU-1"], "url": "http://127.0.0.1:1", "version": "0.24.0"}
-    ],
-    "models": [
-        {
-            "name": "tiny:latest",
-            "instance": "gpu0",
-            "state": "ready",
-            "slots": 2,
-            "in_flight": 1,
-            "per_gpu_bytes": [2**30],
-        }
-    ],
-    "reservations": [],
-    "queue": {"waiting": 3, "limit": 512},
-    "waiting": [
-        {"position": 1, "expected_wait_seconds": 11.6, "request_id": "r1", "model": "a:latest", "waited_seconds": 2.4},
-        {"position": 2, "expected_wait_seconds": None, "request_id": "r2", "model": "a:latest", "reason": "its turn"},
-    ],
-}
-
-
-def test_status_shows_waiting_requests_with_their_eta() -> None:
-    rows = [line.split() for line in render_status(STATUS).splitlines()[-3:]]
-    assert rows[0] == ["MODEL", "POSITION", "WAITED", "ETA", "REQUEST", "REASON"]
-    assert rows[1] == ["a:latest", "1", "2", "s", "12", "s", "r1", "-"]
-    assert rows[2] == ["a:latest", "2", "-", "-", "r2", "its", "turn"]
-    assert "WAITING" not in render_status({**STATUS, "waiting": []})
-
-
-def test_status_prints_tables_with_a_dash_for_a_missing_value() -> None:
-    lines = render_status({**STATUS, "waiting": []}).splitlines()
-    assert lines[0] == "EMULATED rig 2x3090"
-    assert lines[2:5] == [
-        "GPUS",
-        "  GPU  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
-        "  0    RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
-    ]
-    assert "  gpu0      ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
-    assert "  tiny:latest  gpu0      ready  1/2    1.0 GiB  -        -" in lines
-    assert lines[-5:] == ["RESERVATIONS", "  none", "", "QUEUE", "  waiting 3, limit 512"]
-
-
-def test_an_empty_status_is_printed() -> None:
-    assert render_status({}).count("none") == 4
+STATUS: dict[str, Any] = {"gpus": [], "queue": {"waiting": 3, "limit": 512}}
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -381,6 +325,7 @@ def test_the_logged_address_is_a_valid_url(host: str, url: str) -> None:
     ("status", "body", "reported"),
     [
         (404, b"404 page not found", "perhaps a stock Ollama"),
+        (404, b"404 page not found", "add --port"),
         (200, b"hello", "not JSON"),
         (200, b"[]", "not a JSON object"),
     ],
@@ -397,4 +342,34 @@ def test_status_reports_that_nothing_listens(router: HTTPServer, capsys: Capture
     router.shutdown()
     router.server_close()
     assert main(["status", "--port", str(port)], HOME) == 1
-    assert f"no answer from 127.0.0.1:{port}" in capsys.readouterr().err
+    reported = capsys.readouterr().err
+    assert f"no answer from 127.0.0.1:{port}" in reported
+    assert "if the router listens elsewhere, add --port, --host, or the --config" in reported
+
+
+def test_watch_prints_the_status_until_ctrl_c_even_while_the_router_is_down(capsys: Captured) -> None:
+    readings = iter(["one", StatusError("no answer"), "two"])
+
+    def read() -> str:
+        reading = next(readings)
+        if isinstance(reading, StatusError):
+            raise reading
+        return reading
+
+    pauses = iter([None, None])
+
+    def pause() -> None:
+        if next(pauses, KeyboardInterrupt) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watch(read, pause, "<clear>")
+    assert capsys.readouterr().out == "<clear>one\n<clear>llamayard: no answer\n<clear>two\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reported"), [("soon", "write a number of seconds"), ("0", "must be from 0.1 to 3600")]
+)
+def test_a_wrong_interval_is_refused(text: str, reported: str, capsys: Captured) -> None:
+    assert main(["status", "--watch", text], HOME) == 2
+    assert capsys.readouterr().err.startswith(f"llamayard: --watch {text}: {reported}")
