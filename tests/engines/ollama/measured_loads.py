@@ -14,7 +14,14 @@ from router.domain.footprint import Footprint
 from router.domain.model import ModelFacts
 from router.engines.ollama.architectures import Backend
 from router.engines.ollama.client import ShowReply, TagRow
-from router.engines.ollama.memory_estimate import LayerSplit, LoadParameters, batch_tokens, even_split, footprint
+from router.engines.ollama.memory_estimate import (
+    LayerSplit,
+    LoadParameters,
+    batch_tokens,
+    even_split,
+    footprint,
+    uses_flash_attention,
+)
 from router.engines.ollama.model_metadata import read_facts
 
 MIB = 1024**2
@@ -33,6 +40,8 @@ class MeasuredLoad:
     estimate: Footprint
     backend: Backend
     gpus: int
+    parameters: LoadParameters
+    flash_attention: bool
 
     @property
     def host_bytes(self) -> int:
@@ -69,4 +78,5 @@ def _load(case: dict[str, Any], facts: ModelFacts) -> MeasuredLoad:
     if case["layers_by_gpu"] is not None:
         split = LayerSplit(tuple(case["layers_by_gpu"][0]), case["layers_by_gpu"][1])
     estimate = footprint(facts, split, load)
-    return MeasuredLoad(case["id"], case["kind"], facts, case["measured"], estimate, backend, case["gpus"])
+    used = uses_flash_attention(facts, flash, version)
+    return MeasuredLoad(case["id"], case["kind"], facts, case["measured"], estimate, backend, case["gpus"], load, used)
