@@ -76,7 +76,7 @@ HYBRIDS = frozenset(("falcon-h1", "granitehybrid", "jamba", "lfm2", "lfm2moe", "
                      "nemotron_h_omni", "plamo2", "qwen35", "qwen35moe", "qwen3next"))  # fmt: skip
 """Architectures in which some layers keep a recurrent state instead of a cache."""
 
-OLLAMA_ENGINE = frozenset(
+OLLAMA_ENGINE_ARCHITECTURES = frozenset(
     ("bert", "deepseek2", "deepseekocr", "gemma3", "gemma3n", "gemma4", "glm4moelite", "glmocr", "gpt-oss", "gptoss",
      "laguna", "lfm2", "lfm2moe", "llama4", "mistral3", "mllama", "nemotron_h", "nemotron_h_moe", "nemotron_h_omni",
      "nomic-bert", "olmo3", "qwen25vl", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl",
@@ -100,6 +100,6 @@ def is_known(facts: ModelFacts) -> bool:
 
 def backend_of(facts: ModelFacts, version: ServerVersion) -> Backend:
     """Which program a server of that version runs the model in."""
-    if version < LLAMA_SERVER_SINCE and facts.architecture in OLLAMA_ENGINE:
+    if version < LLAMA_SERVER_SINCE and facts.architecture in OLLAMA_ENGINE_ARCHITECTURES:
         return Backend.OLLAMA_ENGINE
     return Backend.LLAMA_CPP

@@ -1,7 +1,7 @@
 """Working memory of a model's compute graph on each GPU, by backend and server version.
 
-Notation: b batch, C context of one slot, E width, F feed-forward length, V vocabulary, H heads, d key length; elements of
-4 bytes. Fitted to the buffer sizes that real servers logged (docs/footprints.md).
+Notation: b batch, C context of one slot, E width, F feed-forward length, V vocabulary, H heads, d key length; elements
+of 4 bytes. Fitted to the buffer sizes that real servers logged (docs/footprints.md).
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def _older_graph_bytes(facts: ModelFacts, shape: GraphShape) -> int:
     """
     batch = min(shape.batch, shape.context_length * shape.slots)
     tokens = _mask_tokens(facts, shape)
-    logits = 0 if cache_rules(facts.architecture).is_encoder else _widths(facts) + facts.vocabulary_size
+    logits = 0 if cache_rules(facts.architecture).is_encoder else facts.embedding_length + facts.vocabulary_size
     if shape.flash_attention:
         return max(4 * batch * 2 * _feed_forward(facts) + 6 * batch * tokens, 4 * batch * logits)
     return max(4 * batch * (1 + _attention_width(facts) + tokens * (1 + facts.head_count)), 4 * batch * logits)
 
 
 def _recent_graph_bytes(facts: ModelFacts, shape: GraphShape) -> int:
-    """llama.cpp from 0.31: max(4b(3F + 4E) + 2bC, 4 slots V) with flash attention (85 MiB for qwen3:4b at 8k, exact)."""
+    """llama.cpp from 0.31: max(4b(3F + 4E) + 2bC, 4 slots V) with flash attention (exact for qwen3:4b: 85 MiB)."""
     batch = min(shape.batch, shape.context_length * shape.slots)
     tokens = _mask_tokens(facts, shape)
     outputs = 0 if cache_rules(facts.architecture).is_encoder else 4 * shape.slots * facts.vocabulary_size
@@ -153,10 +153,6 @@ def _mask_tokens(facts: ModelFacts, shape: GraphShape) -> int:
 def _attention_width(facts: ModelFacts) -> int:
     """Activations of one token in attention: 2E and the queries twice, which are wider than E in some models."""
     return 2 * facts.embedding_length + 2 * max(facts.embedding_length, facts.head_count * facts.key_length)
-
-
-def _widths(facts: ModelFacts) -> int:
-    return facts.embedding_length
 
 
 def _feed_forward(facts: ModelFacts) -> int:

@@ -1,7 +1,7 @@
 """Bytes of the KV cache, of recurrent state and of the draft context, layer by layer.
 
-Held to the cache sizes that real servers logged (docs/footprints.md): exact to 1 % for all architectures in the table of
-`engines/ollama/architectures.py`.
+Held to the cache sizes that real servers logged (docs/footprints.md): exact to 1 % for all architectures in the table
+of `engines/ollama/architectures.py`.
 """
 
 from __future__ import annotations

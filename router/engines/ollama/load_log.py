@@ -1,8 +1,8 @@
 """What a server's own output says of a load: bytes by GPU and part, slots, context and batch. Pure text work.
 
-A server that the router spawned writes these lines to the pipe that the router reads anyway. They are exact for this one
-load, whatever else moves on the GPU meanwhile, and they know what `/api/ps` leaves out: a draft context, the second cache
-of sliding layers, an image encoder's graph.
+A server that the router spawned writes these lines to the pipe that the router reads anyway. They are exact for this
+one load, whatever else moves on the GPU meanwhile, and they know what `/api/ps` leaves out: a draft context, the second
+cache of sliding layers, an image encoder's graph.
 
 Two formats:
 
@@ -36,7 +36,8 @@ _BUFFER = re.compile(
     r"\s*(?P<mib>[\d.]+)\s*MiB"
 )
 _ENGINE_PART = re.compile(
-    r'msg="(?P<part>model weights|kv cache|compute graph)" device=(?P<device>\S+) size="?(?P<size>[\d.]+) (?P<unit>\w+)"?'
+    r'msg="(?P<part>model weights|kv cache|compute graph)" device=(?P<device>\S+) '
+    r'size="?(?P<size>[\d.]+) (?P<unit>\w+)"?'
 )
 _NEW_CONTEXT = "llama_context: constructing llama_context"
 _FITTED = re.compile(

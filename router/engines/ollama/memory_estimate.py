@@ -171,7 +171,14 @@ def fill_first_split(facts: ModelFacts, free_bytes: Sequence[int], load: LoadPar
 
     `free_bytes`: what each GPU may be given. None where not all layers and the output fit. Errors as `footprint`.
     """
-    pieces = _pieces(facts, load, len(free_bytes))
+    for gpus in (1, len(free_bytes)):  # over several, buffers are larger
+        split = _filled(_pieces(facts, load, gpus), free_bytes)
+        if split is None or _gpus_in_use(split) <= gpus:
+            return split
+    return None
+
+
+def _filled(pieces: _Pieces, free_bytes: Sequence[int]) -> LayerSplit | None:
     counts = [0] * len(free_bytes)
     left = [free - pieces.fixed_bytes for free in free_bytes]
     gpu = 0
@@ -182,7 +189,8 @@ def fill_first_split(facts: ModelFacts, free_bytes: Sequence[int], load: LoadPar
             return None
         left[gpu] -= size
         counts[gpu] += 1
-    output_gpu = next((k for k in range(gpu, len(left)) if left[k] >= pieces.output_bytes), None)
+    output = pieces.output_bytes + pieces.projector_bytes + pieces.draft_bytes
+    output_gpu = next((k for k in range(gpu, len(left)) if left[k] >= output), None)
     return None if output_gpu is None else LayerSplit(tuple(counts), output_gpu)
 
 

@@ -179,7 +179,7 @@ def _capacities(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) 
 
 def predicted_bytes(model: ModelFacts, shape: LoadShape) -> int:
     """Prediction of v0.30 to v0.33: file size plus an f16 cache, by width / heads and the fewest KV heads."""
-    return offload_rules.predicted_bytes(model, shape.context_length, shape.slots)
+    return offload_rules.predicted_bytes(model, shape.context_length * shape.slots)
 
 
 def _plan_0_30(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:

@@ -1,9 +1,9 @@
 """What a loaded model really holds on each GPU of the simulated and the emulated machine.
 
 Written apart from the router's estimator (`engines/ollama/memory_estimate.py`), from which nothing is imported: an
-estimator that shares its formulas with the world that it is tried in can never be seen to be wrong. The figures here are
-fitted to the loads in docs/measured/loads.json (tests/lab/simulator/test_true_footprint.py), and each load deviates from
-them by a few percent that nobody can know beforehand (`deviation`).
+estimator that shares its formulas with the world that it is tried in can never be seen to be wrong. The figures here
+are fitted to the loads in docs/measured/loads.json (tests/lab/simulator/test_true_footprint.py), and each load deviates
+from them by a few percent that nobody can know beforehand (`deviation`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a server's output says of its loads, read from recorded output of real servers and from lines as they print them."""
+"""What a server's output says of its loads, read from recorded output of real servers and from lines as they print
+them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ MARGIN_RATIO, MARGIN_MIB = 0.02, 512
 """Kept free of every load: `unseen_margin_ratio` of the estimate, and `placement.vram_margin_bytes` on each GPU."""
 
 OPEN = {
-    "gemma4-e4b-4cards": "4.5 GiB on the last of four GPUs are not explained: a safety there, and too much on two others",
+    "gemma4-e4b-4cards": "4.5 GiB on the last of four GPUs are not explained: a safety there, too much on two others",
     "qwen3.5-27b-32k": "1.3 GB less than weights and cache add up to; the metadata does not tell why",
 }
 """Loads that no formula meets, with what keeps it from them. They are never estimated too small all the same."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.residency import ResidencyState
-from router.engines.ollama.offload_rules import explain_override, may_take_one_gpu, predict_offload, predicted_bytes
+from router.engines.ollama.memory_estimate import predicted_bytes
+from router.engines.ollama.offload_rules import explain_override, may_take_one_gpu, predict_offload
 from router.lab.simulator.server_placement import LoadRequest, VisibleGpu, plan
 from router.lab.simulator.world import WORLD, LoadShape
 from router.scheduler.reconcile.residency import send
@@ -117,4 +118,4 @@ def test_a_model_may_go_to_one_gpu_of_several_that_holds_it(
 
 
 def test_the_prediction_of_0_33_is_the_file_and_an_f16_cache() -> None:
-    assert predicted_bytes(LLAMA_8B, 8192, 2) == LLAMA_8B.weights_bytes + 2 * 32 * 8 * 128 * 8192 * 2 * 2
+    assert predicted_bytes(LLAMA_8B, 8192 * 2) == LLAMA_8B.weights_bytes + 2 * 32 * 8 * 128 * 8192 * 2 * 2
