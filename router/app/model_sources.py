@@ -19,10 +19,10 @@ import msgspec
 
 from router.domain.model import ModelFacts
 from router.domain.model_names import Name, parse_name
-from router.engines.ollama.manifest_reader import StoredModel, StoreError, find_model, manifest_path
 from router.engines.ollama.client import ShowReply, TagRow
-from router.engines.ollama.gguf_show import active_share, show_reply, tensors_bytes
 from router.engines.ollama.gguf_header import Header, Tensor, read_header
+from router.engines.ollama.gguf_show import active_share, show_reply, tensors_bytes
+from router.engines.ollama.manifest_reader import StoredModel, StoreError, find_model, manifest_path
 from router.engines.ollama.model_metadata import needs_verbose, read_facts
 from router.lab.emulator.catalogue import MAGIC, catalogue
 

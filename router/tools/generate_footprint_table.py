@@ -22,7 +22,7 @@ from router.domain.model import ModelFacts
 from router.engines.ollama.architectures import (
     CACHE_RULES,
     HYBRIDS,
-    OLLAMA_ENGINE,
+    OLLAMA_ENGINE_ARCHITECTURES,
     PLAIN_ATTENTION,
     Backend,
     CacheRules,
@@ -189,7 +189,7 @@ def architecture_table() -> list[str]:
     ]
     groups: dict[tuple[str, str], list[str]] = {}
     for kind, rules_text in rows:
-        runs_on = "Ollama's own engine" if kind in OLLAMA_ENGINE else "llama.cpp"
+        runs_on = "Ollama's own engine" if kind in OLLAMA_ENGINE_ARCHITECTURES else "llama.cpp"
         groups.setdefault((rules_text, runs_on), []).append(kind)
     return lines + [f"| {', '.join(kinds)} | {rules} | {runs_on} |" for (rules, runs_on), kinds in groups.items()]
 
@@ -202,7 +202,7 @@ def _rules_text(kind: str, rules: CacheRules) -> str:
         text += f" ({rules.window_tokens:,} tokens if the file names none)"
     if rules.engine_memory_tokens:
         text += f"; Ollama's own engine keeps at least {rules.engine_memory_tokens:,} tokens of it"
-    if rules.sliding_since > (0, 0, 0) and kind not in OLLAMA_ENGINE:
+    if rules.sliding_since > (0, 0, 0) and kind not in OLLAMA_ENGINE_ARCHITECTURES:
         major, minor, _ = rules.sliding_since
         text += f"; before {major}.{minor} the whole context in every layer"
     return text

@@ -15,8 +15,8 @@ import pytest
 from router.app.model_sources import find_source
 from router.cli.plan import main
 from router.domain.model_names import parse_name
-from router.engines.ollama.blob_store import manifest_path
 from router.engines.ollama.gguf_show import show_reply
+from router.engines.ollama.manifest_reader import manifest_path
 from router.gpu.nvml import NoGpus, open_nvml
 from router.lab.emulator.catalogue import catalogue
 from tests.support.sparse_model import LLAMA_70B, put_into_store

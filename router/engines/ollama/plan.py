@@ -26,7 +26,9 @@ from router.engines.ollama.memory_estimate import (
     split_by,
     uses_flash_attention,
 )
+from router.engines.ollama.runner_options import SINGLE_SLOT_ARCHITECTURES
 from router.engines.ollama.server_version import LLAMA_SERVER_SINCE, version_or_default
+from router.engines.ollama.tensor_split import memory_shares
 
 KNOWN_MARGIN_RATIO = 0.02
 """Safety margin of a load that was never measured, as a ratio of the estimate."""
@@ -41,8 +43,6 @@ _CONTEXT_MIN_TOKENS = 4
 _UNTRAINED_CONTEXT_TOKENS = 1_048_576
 """Searched up to here where the model does not tell its trained context."""
 
-_GIB = 1024**3
-_KEPT_GIB = 2
 _BLACKWELL = (12, 0)
 
 
@@ -227,7 +227,7 @@ def context_length_of(facts: ModelFacts, options: PlanOptions) -> int:
 
 def slots_of(facts: ModelFacts, options: PlanOptions) -> int:
     """Slots that a server gives the model: embedding models and some architectures always get one."""
-    has_one_slot = facts.is_embedding or facts.architecture in options.policy.single_slot_architectures
+    has_one_slot = facts.is_embedding or facts.architecture in SINGLE_SLOT_ARCHITECTURES
     return 1 if has_one_slot else options.slots
 
 
@@ -242,11 +242,10 @@ def _is_blackwell(gpu: Gpu) -> bool:
 
 
 def layer_shares(gpus: Sequence[Gpu], version: str | None) -> tuple[float, ...]:
-    """In what shares the router has a server split layers: from 0.30 by whole GiB of memory less what every GPU keeps,
-    before evenly (`engines/ollama/tensor_split.py`)."""
-    sizes = tuple(float(max(1, round(gpu.memory_total_bytes / _GIB) - _KEPT_GIB)) for gpu in gpus)
-    is_even = version_or_default(version) < LLAMA_SERVER_SINCE or len(set(sizes)) <= 1
-    return (1.0,) * len(gpus) if is_even else sizes
+    """In what shares the router has a server split layers: by memory from 0.30, before evenly."""
+    if version_or_default(version) < LLAMA_SERVER_SINCE:
+        return (1.0,) * len(gpus)
+    return memory_shares(tuple(gpu.memory_total_bytes for gpu in gpus)) or (1.0,) * len(gpus)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ GPU_MODELS: Mapping[str, GpuSpec] = {
 """GPU models by their name in a specification.
 
 Memory, bus, clock, FP32 rate and power limit come from NVIDIA's data sheets and architecture white papers (GA102,
-AD102, GB202, A100, H100). Totals are as `nvidia-smi` prints them, with ECC on where that is the default. Reserved bytes are
-rounded readings from current drivers and vary by some tens of MiB."""
+AD102, GB202, A100, H100). Totals are as `nvidia-smi` prints them, with ECC on where that is the default. Reserved bytes
+are rounded readings from current drivers and vary by some tens of MiB."""
 
 GPU_ALIASES: Mapping[str, str] = {
     "h100-80": "h100",

@@ -50,7 +50,9 @@ def shape_for(model: ModelFacts, requested: RequestedShape) -> LoadShape:
         slots=slots,
         kv_cache_type=_cache_type(model, requested, version, flash_attention_used=flash_attention_used),
         flash_attention=flash_attention_used,
-        batch_tokens=batch_tokens(model, context, slots, version) if requested_batch is None else max(1, requested_batch),
+        batch_tokens=batch_tokens(model, context, slots, version)
+        if requested_batch is None
+        else max(1, requested_batch),
     )
 
 
