@@ -37,7 +37,7 @@ from router.domain.events import (
     Ticked,
     UnloadFinished,
 )
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import MeasuredFootprint
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.request import Ticket, TicketId
 from router.domain.snapshot import Snapshot
@@ -65,7 +65,7 @@ class InstanceDriver(Loader, Protocol):
         """Asks for the end of an instance that was started on demand."""
         ...
 
-    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
+    def remember(self, footprint: MeasuredFootprint) -> None:
         """Keeps a measured footprint for later runs."""
         ...
 
@@ -212,7 +212,7 @@ class Controller:
             case StopInstance():
                 self._driver.stop_instance(action.instance)
             case Remember():
-                self._driver.remember(action.key, action.per_gpu_bytes)
+                self._driver.remember(action.footprint)
             case ReadGpus():
                 self._driver.read_gpus()
             case _:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import MeasuredFootprint
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.model import BlobDigest, ModelFacts
@@ -91,8 +91,7 @@ class StopInstance:
 class Remember:
     """A footprint was measured: keep it for later runs."""
 
-    key: FootprintKey
-    per_gpu_bytes: tuple[int, ...]
+    footprint: MeasuredFootprint
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
@@ -119,10 +119,20 @@ class UnloadRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadMeasured:
+    """What a server's own output said of a load that has just come up; posted before the load's end is."""
+
+    instance: InstanceName
+    blob: BlobDigest
+    gpus: tuple[GpuFootprint, ...]
+    """Bytes by part on each GPU of the instance, in its order, without CUDA contexts."""
+
+
+@dataclass(frozen=True, slots=True)
 class FootprintsLoaded:
     """Footprints that earlier runs have measured."""
 
-    footprints: tuple[tuple[FootprintKey, tuple[int, ...]], ...]
+    footprints: tuple[MeasuredFootprint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +157,7 @@ Event = (
     | UnloadFinished
     | UnloadRequested
     | ModelDiscovered
+    | LoadMeasured
     | FootprintsLoaded
     | Ticked
     | ShutdownBegan

@@ -88,3 +88,13 @@ class FootprintKey(NamedTuple):
     @property
     def kind(self) -> FootprintKind:
         return self.blob, self.gpus, self.split, self.flash_attention, self.version
+
+
+class MeasuredFootprint(NamedTuple):
+    """What one load was seen to take."""
+
+    key: FootprintKey
+    per_gpu_bytes: tuple[int, ...]
+    """CUDA contexts included."""
+    parts: tuple[GpuFootprint, ...] = ()
+    """By part on each GPU, where the server's own output told it; with the CUDA contexts as measured."""

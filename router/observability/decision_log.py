@@ -62,7 +62,11 @@ class DecisionLog:
             case StopInstance():
                 self._log.info("stop_instance", instance=action.instance, reason=action.reason)
             case Remember():
-                self._log.info("footprint_measured", blob=action.key.blob, per_gpu_bytes=action.per_gpu_bytes)
+                found = action.footprint
+                source = "server" if found.parts else "gpus"
+                self._log.info(
+                    "footprint_measured", blob=found.key.blob, per_gpu_bytes=found.per_gpu_bytes, source=source
+                )
             case ReadGpus():
                 pass
             case Load():

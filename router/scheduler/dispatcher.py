@@ -40,6 +40,7 @@ from router.domain.events import (
     InstanceChanged,
     LoadFailed,
     LoadFinished,
+    LoadMeasured,
     ModelDiscovered,
     Released,
     ResidencyRead,
@@ -143,10 +144,12 @@ class Dispatcher:
         match event:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
-                return [Remember(key, sizes) for key, sizes in self._fleet.settle()]
+                return [Remember(found) for found in self._fleet.settle()]
             case FootprintsLoaded():
-                for key, sizes in event.footprints:
-                    self._fleet.footprints.remember(key, sizes)
+                for found in event.footprints:
+                    self._fleet.footprints.remember(found)
+            case LoadMeasured():
+                self._fleet.load_measured(event)
             case InstanceChanged():
                 load_outcomes.instance_changed(self._fleet, event, now)
             case ResidencyRead():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from router.domain.events import InstanceChanged
+from router.domain.events import InstanceChanged, LoadMeasured
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.instance_lifecycle import (
     RestartPolicy,
@@ -66,6 +66,8 @@ class InstanceContext:
     engines: Mapping[str, ServerRules]
     """By kind; each instance follows the rules of its engine."""
     on_change: Callable[[InstanceChanged], None]
+    on_load: Callable[[LoadMeasured], None]
+    """Called with what a server's output says of each load."""
 
 
 class Instance:
@@ -88,6 +90,7 @@ class Instance:
         self._quick_deaths = 0
         self._last_lines: deque[str] = deque(maxlen=context.config.reason_lines_max)
         self._gpu_report = self._engine.gpu_report(spec)
+        self._load_reader = self._engine.load_reader(spec)
         self._device_reported = asyncio.Event()
 
     # --- state and requests ----------------------------------------------------------------------------------

@@ -84,6 +84,12 @@ OLLAMA_ENGINE_ARCHITECTURES = frozenset(
 )  # fmt: skip
 """What a server up to 0.24 runs on its own engine (OllamaEngineRequired, v0.24)."""
 
+KNOWN_MARGIN_RATIO = 0.02
+"""Safety margin of a load that was never measured, as a ratio of its estimate: of 33 loads of real servers the lowest
+estimate was 1.6 % under (docs/footprints.md)."""
+UNKNOWN_MARGIN_RATIO = 0.10
+"""The same for an architecture that the table lacks."""
+
 _NO_RULES = CacheRules()
 
 

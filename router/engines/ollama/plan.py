@@ -15,7 +15,7 @@ from router.domain.footprint import GpuFootprint
 from router.domain.gpu import Gpu
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
-from router.engines.ollama.architectures import is_known
+from router.engines.ollama.architectures import KNOWN_MARGIN_RATIO, UNKNOWN_MARGIN_RATIO, is_known
 from router.engines.ollama.memory_estimate import (
     BLACKWELL_CONTEXT_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -29,11 +29,6 @@ from router.engines.ollama.memory_estimate import (
 from router.engines.ollama.runner_options import SINGLE_SLOT_ARCHITECTURES
 from router.engines.ollama.server_version import LLAMA_SERVER_SINCE, version_or_default
 from router.engines.ollama.tensor_split import memory_shares
-
-KNOWN_MARGIN_RATIO = 0.02
-"""Safety margin of a load that was never measured, as a ratio of the estimate."""
-UNKNOWN_MARGIN_RATIO = 0.10
-"""The same for an architecture that the table lacks."""
 
 SLOTS_MAX = 1024
 """`ollama.num_parallel` takes no more."""
