@@ -317,8 +317,9 @@ class FleetState:
     def load_measured(self, event: LoadMeasured) -> None:
         """Keeps what a server's output said of a load until the load's end is settled."""
         residency = self.residencies.get((event.instance, event.blob))
-        if residency is not None and residency.load_id in self.measuring:
-            self.load_reports[residency.load_id] = event.gpus
+        load_id = residency.load_id if residency is not None else None
+        if load_id is not None and load_id in self.measuring:
+            self.load_reports[load_id] = event.gpus
 
     def _used(self) -> dict[GpuUuid, int]:
         return {uuid: gpu.memory_used_bytes for uuid, gpu in self.gpus.items()}

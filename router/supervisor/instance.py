@@ -190,6 +190,7 @@ class Instance:
     def _reset_output(self) -> None:
         self._last_lines.clear()
         self._gpu_report = self._engine.gpu_report(self.spec)
+        self._load_reader = self._engine.load_reader(self.spec)
         self._device_reported.clear()
         self._ready_at = None
 
@@ -333,6 +334,9 @@ class Instance:
         self._log.debug("instance_output", line=line)
         if self._gpu_report.read_line(line):
             self._device_reported.set()
+        measured = self._load_reader.read_line(line)
+        if measured is not None:
+            self._context.on_load(measured)
 
     def _warn_of_unexpected_devices(self) -> None:
         unexpected = self._gpu_report.unexpected

@@ -324,7 +324,7 @@ class Play:
                 assert all(key[0] != action.instance for key in self.held), "an instance is stopped that holds memory"
                 self.stopped.append(action.instance)
             case Remember():
-                self.remembered[action.key] = action.per_gpu_bytes
+                self.remembered[action.footprint.key] = action.footprint.per_gpu_bytes
             case ReadGpus():
                 pass
 

@@ -32,8 +32,8 @@ _NO_VISION_GRAPH = frozenset({"gemma4"})
 _CLIP_GRAPH_BYTES = 720 * MIB
 """The image encoder's graph in llama-server: 0.7 GiB seen for qwen2.5vl:3b."""
 _LAST_GPU_UNEXPLAINED_BATCH_LOGITS = 9
-"""gemma4 over several GPUs: 4.5 GiB more on the last GPU than the formula gives, nine times the logits of a batch; not
-explained, so kept as a safety."""
+"""gemma4 over several GPUs, seen once before 0.30: 4.5 GiB more on the last GPU than the formula gives, nine times the
+logits of a batch; not explained, so kept as a safety there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ def compute_buffer_bytes(facts: ModelFacts, shape: GraphShape) -> int:
 
 def unexplained_bytes(facts: ModelFacts, shape: GraphShape) -> int:
     """Bytes more on the GPU of the output layer that were seen and are not explained."""
-    if facts.architecture in ("gemma3n", "gemma4") and shape.gpus > 1 and shape.backend is Backend.LLAMA_CPP:
+    is_llama_cpp = shape.backend is Backend.LLAMA_CPP and shape.version < LLAMA_SERVER_SINCE
+    if facts.architecture in ("gemma3n", "gemma4") and shape.gpus > 1 and is_llama_cpp:
         return _LAST_GPU_UNEXPLAINED_BATCH_LOGITS * 4 * min(shape.batch, 512) * facts.vocabulary_size
     return 0
 

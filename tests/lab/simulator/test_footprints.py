@@ -11,7 +11,7 @@ import pytest
 
 from router.domain.actions import Load, Remember
 from router.domain.events import Arrived, FootprintsLoaded, GpusRead, InstanceChanged, LoadFinished
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import MeasuredFootprint
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -28,7 +28,7 @@ from tests.scheduler.builders import OLLAMA
 GIB = 1024**3
 OLD, NEW = (0, 24, 0), (0, 33, 0)
 MODELS = tuple(catalogue())
-Footprints = tuple[tuple[FootprintKey, tuple[int, ...]], ...]
+Footprints = tuple[MeasuredFootprint, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load(
     taken = server.true_bytes_of(model)
     dispatcher.handle(LoadFinished(sent.load_id, sum(taken), sum(taken)), 9.0)
     actions = dispatcher.handle(server.reading(10.0, tuple(size + external_bytes for size in taken)), 10.1)
-    return reserved, tuple((one.key, one.per_gpu_bytes) for one in actions if isinstance(one, Remember))
+    return reserved, tuple(one.footprint for one in actions if isinstance(one, Remember))
 
 
 def worst(predicted: tuple[int, ...], taken: tuple[int, ...]) -> float:
