@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.domain.request import TicketId
-from router.scheduler.balancing.pending_work import PendingWork, WorkShare, begin, end, expected_output, learn, telling
+from router.scheduler.balancing.pending_work import (
+    PendingWork,
+    WorkShare,
+    begin,
+    end,
+    expected_output,
+    learn,
+    sample_tokens,
+)
 from router.scheduler.balancing.throughput import STREAM_SHARE, ThroughputModel
 from tests.scheduler.builders import gpu, gpu_id, instance, key, model, ticket
 
@@ -99,6 +107,6 @@ def test_what_shows_nothing_teaches_nothing() -> None:
 
 
 def test_a_prompt_tells_if_it_is_long_and_new_and_the_first() -> None:
-    assert telling(4000, 0, -1.0) == 4000
-    assert telling(4000, 3000, 0.0) == 4000
-    assert telling(100, 0, -1.0) == telling(4000, 5000, -1.0) == telling(4000, 0, 0.5) == 0
+    assert sample_tokens(4000, 0, -1.0) == 4000
+    assert sample_tokens(4000, 3000, 0.0) == 4000
+    assert sample_tokens(100, 0, -1.0) == sample_tokens(4000, 5000, -1.0) == sample_tokens(4000, 0, 0.5) == 0
