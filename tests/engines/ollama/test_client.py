@@ -84,9 +84,9 @@ async def test_a_list_that_cannot_be_read_is_an_error_and_not_an_empty_list(
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (500, b"", "status 500 without a word"),
+        (500, b"", "status 500 without an error message"),
         (404, b'{"error":"model \'x\' not found"}', "model 'x' not found"),
-        (503, b"<html>", "status 503 without a word"),
+        (503, b"<html>", "status 503 without an error message"),
     ],
 )
 async def test_a_refusal_keeps_the_servers_status_and_words(

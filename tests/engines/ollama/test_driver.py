@@ -198,7 +198,7 @@ async def test_an_unload_that_does_not_show_by_the_deadline_failed() -> None:
         on.list("tiny:latest", "d1")
         done = await on.driver.unload(unload(TINY))
         assert done.error is not None
-        assert "still listed 0.3 s after" in done.error
+        assert "still loaded 0.3 s after" in done.error
 
 
 async def test_an_unload_that_is_refused_failed_with_the_servers_words() -> None:

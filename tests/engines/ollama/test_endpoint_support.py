@@ -65,6 +65,6 @@ async def test_a_server_that_cannot_be_asked_is_lost_and_not_remembered() -> Non
 
 
 def test_a_missing_api_is_named_with_the_version_and_a_missing_path_is_not() -> None:
-    with pytest.raises(NotSupported, match=r"Ollama 0\.11\.4, which has no /v1/responses"):
+    with pytest.raises(NotSupported, match=r"Ollama 0\.11\.4, which does not have /v1/responses"):
         refuse_missing(_view("http://a", "0.11.4"), "/v1/responses")
     refuse_missing(_view("http://a", "0.11.4"), "/v1/images/generations")
