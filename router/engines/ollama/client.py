@@ -32,7 +32,7 @@ class OllamaError(EngineError):
 
 
 class TagRow(msgspec.Struct, frozen=True):
-    """One model of `/api/tags`. `digest` is that of the manifest, without `sha256:`; `size` is the sum of its layers."""
+    """A call failed. `status` is the HTTP status of the server, or UNREACHABLE or TIMED_OUT."""
 
     name: str
     digest: str = ""
