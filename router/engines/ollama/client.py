@@ -32,7 +32,7 @@ class OllamaError(EngineError):
 
 
 class TagRow(msgspec.Struct, frozen=True):
-    """A call failed. `status` is the HTTP status of the server, or UNREACHABLE or TIMED_OUT."""
+    """One model of `/api/tags`. `digest`: of the manifest, without `sha256:`; `size`: the sum of all its layers."""
 
     name: str
     digest: str = ""
