@@ -292,7 +292,7 @@ async def machine(specs: Sequence[InstanceSpec] = SPECS) -> AsyncGenerator[Machi
         yield found
 
 
-def test_the_second_engine_answers_all_that_is_asked_of_one() -> None:
+def test_the_second_engine_satisfies_the_protocol() -> None:
     engine: Engine = EchoEngine()
     assert engine.kind == ECHO
 

@@ -19,7 +19,7 @@ def _lost(ago_seconds: float, *, is_lost: bool = True) -> Failure:
     return Failure(InstanceName("gpu0"), SMALL.blob, (), 502, "gone", NOW - ago_seconds, is_lost)
 
 
-def test_it_is_tried_once_more_once_it_must_have_shown_how_it_is() -> None:
+def test_a_lost_load_is_retried_after_a_health_check_must_have_happened() -> None:
     def decided(*failures: Failure) -> object:
         return place(snapshot(GPU_MODELS, PAIR, failures=failures), by_weight, PlacementRequest(SMALL))
 
@@ -32,7 +32,7 @@ def test_it_is_tried_once_more_once_it_must_have_shown_how_it_is() -> None:
     assert refused.instance == "gpu1"
 
 
-def test_where_there_is_no_other_it_is_waited_for_and_refused_after_the_second_time() -> None:
+def test_without_another_place_requests_wait_and_fail_after_the_second_loss() -> None:
     def decided(*failures: Failure) -> object:
         return place(snapshot(GPU_MODELS[:1], PAIR[:1], failures=failures), by_weight, PlacementRequest(SMALL))
 
