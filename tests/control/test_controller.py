@@ -1,4 +1,4 @@
-"""The single writer: what it starts, what it reports back, what it leaves behind."""
+"""The controller: what it starts, what it reports, and what it cancels at its end."""
 
 from __future__ import annotations
 

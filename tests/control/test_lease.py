@@ -1,4 +1,4 @@
-"""A slot is released exactly once, whenever and however its request ends."""
+"""A slot is released exactly once, however its request ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steady look at the outside: posted with the time before it began, and silent where nothing could be seen."""
+"""The pollers post readings with the time before the reading, and nothing if it fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Reader:
 
 
 class Engine(OllamaEngine):
-    """Ollama, with a way to tidy up that a test may choose."""
+    """Ollama with a replaceable cleanup."""
 
     clear: Clear | None = None
 

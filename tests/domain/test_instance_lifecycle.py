@@ -1,4 +1,4 @@
-"""The table of an instance's life and the arithmetic of starting it again."""
+"""The transitions of an instance and the waits between restarts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`keep_alive` as a running 0.11.4 reads it: values and error texts below were answered by that server."""
+"""Parses `keep_alive` like Ollama 0.11.4: the values and error texts were recorded from that server."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_settings_may_write_plain_seconds_as_text(text: str, seconds: float) -> 
     assert parse_keep_alive(text) == seconds
 
 
-def test_infinite_numbers_and_nan_are_refused() -> None:
+def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="Unsupported type"):
         parse_keep_alive(float("nan"))
 

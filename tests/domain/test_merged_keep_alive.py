@@ -1,4 +1,4 @@
-"""How several clients' `keep_alive` of one model become one."""
+"""Merges the `keep_alive` of several requests for one model."""
 
 from __future__ import annotations
 

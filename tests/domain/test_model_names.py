@@ -1,4 +1,4 @@
-"""One model, many spellings. What is the same, other or invalid here is so on running servers."""
+"""Canonical names. The cases were verified on running servers."""
 
 from __future__ import annotations
 

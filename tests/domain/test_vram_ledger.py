@@ -1,4 +1,4 @@
-"""Who holds which bytes of a GPU: sources that never overlap, so that no byte counts twice or not at all."""
+"""VRAM accounting: no byte is counted twice or missed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_memory_used_by_other_programs_is_external_and_not_capacity() -> None:
     facts = snapshot([gpu(0, 15_000), gpu(1, 22_000)], VIEWS, ours)
     assert resident_bytes(facts, G0) == 6000 * MIB
     assert external_bytes(facts, G0) == 3000 * MIB
-    assert capacity_bytes(facts, G0) == (15_000 + 6300) * MIB  # 5 % more than the books say is taken for ours
+    assert (
+        capacity_bytes(facts, G0) == (15_000 + 6300) * MIB
+    )  # up to 5 % more than our accounting is attributed to our models
     assert external_bytes(facts, G1) == 0
     assert capacity_bytes(facts, G1) == 24_000 * MIB
 
@@ -82,7 +84,7 @@ def test_an_unloading_model_still_holds_its_memory_and_a_loading_one_does_not_ye
 
 
 def test_the_memory_of_a_running_load_is_not_external() -> None:
-    """Of 8,000 reserved MiB the driver shows 5,000 as used already."""
+    """The driver reports 5,000 of 8,000 reserved MiB as used already."""
     facts = snapshot([gpu(0, 19_000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 8000)], sent_at=1.0)])
     assert capacity_bytes(facts, G0) == 24_000 * MIB
 

@@ -1,4 +1,4 @@
-"""What evictions cost and loads are worth, in seconds that clients wait in vain."""
+"""Prices of evictions and values of loads, in seconds of waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of requests: loads shared, slots bounded, failures passed on, room made, nobody starved."""
+"""The dispatcher: shared loads, limited slots, errors of loads, evictions, no starvation."""
 
 from __future__ import annotations
 
@@ -337,7 +337,7 @@ def test_a_runner_that_died_under_a_request_is_unloaded_before_its_model_is_used
 
 
 def test_gpus_are_never_given_more_than_they_have() -> None:
-    """What the world of these tests checks at each load, once as an example."""
+    """`Play` checks this at each load; here is one example."""
     play = Play(1).begin()
     play.arrive(WHOLE)
     play.arrive(SMALL)

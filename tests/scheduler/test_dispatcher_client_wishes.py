@@ -1,4 +1,4 @@
-"""Requests that are content with a copy loaded otherwise, and requests that insist on certain GPUs."""
+"""Flexible requests, which a replica with other options can serve, and requests with a layout."""
 
 from __future__ import annotations
 

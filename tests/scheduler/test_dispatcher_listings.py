@@ -1,4 +1,4 @@
-"""What servers list changes what is believed to be loaded, unless the listing is older than what is known."""
+"""Lists of loaded models update the state, unless they are older than it."""
 
 from __future__ import annotations
 

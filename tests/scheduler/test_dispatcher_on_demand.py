@@ -1,4 +1,4 @@
-"""Instances that are started for a set of GPUs when a model needs them, and what models are pinned to."""
+"""Instances on demand, and pins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _play(gpus: int, policy: Policy = POLICY) -> Play:
 
 
 def _run(play: Play, of: ModelFacts, **how: object) -> TicketId:
-    """A request that is served, its instance started where it needs one."""
+    """Serves one request; starts its instance if necessary."""
     ticket = play.arrive(of, **how)  # type: ignore[arg-type]
     play.bring_up()
     play.work_through()

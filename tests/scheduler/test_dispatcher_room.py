@@ -1,4 +1,4 @@
-"""How room is made and given back: reservations, evictions, drains, keep_alive."""
+"""Reservations, evictions, drains and keep_alive."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def two() -> Play:
 
 
 def _idle(play: Play, of: object, **how: float) -> TicketId:
-    """Loads a model, and lets its request end."""
+    """Loads a model and ends its request, so that it is idle."""
     ticket = play.arrive(of, **how)  # type: ignore[arg-type]
     play.work_through()
     play.release(ticket)
@@ -55,7 +55,7 @@ def test_a_reservation_is_kept_until_the_gpus_were_read_after_the_load(one: Play
     one.read_gpus(progress=0.5)
     assert list(one.snapshot().reservations) == [load]
     one.finish_load(load)
-    one.read_gpus()  # began in the very moment in which the load ended: it may have looked before
+    one.read_gpus()  # began at the same time as the load ended, so it may not include the load
     assert list(one.snapshot().reservations) == [load]
     one.now += 0.1
     one.read_gpus()
@@ -283,7 +283,7 @@ def test_while_several_requests_use_a_model_the_longest_keep_alive_counts(one: P
     assert one.next_wake == one.now + 600.0
 
 
-# --- unloads that a client asks for -----------------------------------------------------------------------------
+# --- unloads requested by clients -------------------------------------------------------------------------------
 
 
 def test_an_idle_model_is_unloaded_at_once_when_a_client_asks(two: Play) -> None:

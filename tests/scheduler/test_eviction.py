@@ -1,4 +1,4 @@
-"""Who leaves so that another fits: enough, no more than needed, and nobody who is at work."""
+"""Which models are evicted: enough, no more than necessary, and no busy ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who of several waiting clients is next."""
+"""Which client is served next."""
 
 from __future__ import annotations
 

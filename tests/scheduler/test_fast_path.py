@@ -1,4 +1,4 @@
-"""The dispatcher's short way does what its long way does: the same lives, played through both."""
+"""The fast path does the same as the full path: random event sequences are played through both."""
 
 from __future__ import annotations
 

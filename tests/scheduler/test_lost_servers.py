@@ -1,4 +1,4 @@
-"""A server that is lost with a load is asked once more when it is back: who waits goes on waiting."""
+"""A load lost with its server is retried once when the server is back; its requests keep waiting."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_without_another_place_requests_wait_and_fail_after_the_second_loss() ->
 
 
 def _lose(play: Play) -> None:
-    """The server ends with the load, which the driver may see first, and comes back."""
+    """The server exits during the load and comes back. The driver may notice it before the supervisor."""
     (load,) = play.loads
     play.fail_load(load, 502, "server disconnected", is_lost=True)
     play.change_instance("gpu0", InstanceState.BACKOFF, "ended with signal 15")

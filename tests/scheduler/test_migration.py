@@ -1,4 +1,4 @@
-"""Models move to other GPUs where they would else only go: for a large model's plan, and for others' memory."""
+"""Models move to other GPUs instead of only being unloaded: for a plan, or because of external VRAM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _ask(play: Play, model: object, times: int) -> None:
 
 
 def _go_on(play: Play, times: int) -> None:
-    """The GPUs are read every five seconds, and what is asked for comes true."""
+    """Reads the GPUs every five seconds and carries out all actions."""
     for _ in range(times):
         play.now += 5.0
         play.read_gpus()

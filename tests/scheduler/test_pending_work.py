@@ -1,4 +1,4 @@
-"""What copies have been given to do, from grants to releases."""
+"""The pending work of replicas, from grants to releases."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.scheduler.builders import gpu, gpu_id, instance, key, model, ticket
 M = model("m", 8000)
 
 
-def share(prompt_seconds: float = 1.0, output: int = 100, told: int = 0, concurrent: int = 0) -> WorkShare:
-    return WorkShare(prompt_seconds, output, told, concurrent)
+def share(prompt_seconds: float = 1.0, output: int = 100, samples: int = 0, concurrent: int = 0) -> WorkShare:
+    return WorkShare(prompt_seconds, output, samples, concurrent)
 
 
 def test_prompts_add_up_and_are_done_with_time() -> None:
@@ -80,7 +80,7 @@ GRANTED = 1000.0
 
 
 def _learned(one: WorkShare, first_after: float, ends_after: float, output_tokens: int) -> tuple[float, float]:
-    """By how much the copy is taken to be slower, at prompts and at steps, after the request than before."""
+    """Factors by which the request made the replica's estimated prompt and step times longer."""
     speeds, spec = ThroughputModel(), instance("gpu0", 0)
     throughput = speeds.throughput(spec, M, GPU_MODELS)
     prompt, step = throughput.prompt_seconds, throughput.step_seconds
@@ -90,22 +90,22 @@ def _learned(one: WorkShare, first_after: float, ends_after: float, output_token
 
 
 def test_a_stream_corrects_the_speed_of_prompts_and_steps() -> None:
-    assert _learned(share(told=4000), 60.0, 600.0, 100) == pytest.approx((1.6, 1.6))
-    assert _learned(share(told=4000), 0.0, 0.0, 100) == pytest.approx((0.8, 0.8))
+    assert _learned(share(samples=4000), 60.0, 600.0, 100) == pytest.approx((1.6, 1.6))
+    assert _learned(share(samples=4000), 0.0, 0.0, 100) == pytest.approx((0.8, 0.8))
 
 
 def test_a_stream_as_fast_as_expected_changes_nothing() -> None:
     throughput = ThroughputModel().throughput(instance("gpu0", 0), M, GPU_MODELS)
     first, steps = 4000 * throughput.prompt_seconds + throughput.step_seconds, 99 * throughput.step_seconds
-    assert _learned(share(told=4000), first, steps, 100) == pytest.approx((1.0, 1.0))
-    concurrent = share(told=4000, concurrent=2)
+    assert _learned(share(samples=4000), first, steps, 100) == pytest.approx((1.0, 1.0))
+    concurrent = share(samples=4000, concurrent=2)
     assert _learned(concurrent, first, steps * (1 + 2 * STREAM_SHARE), 100) == pytest.approx((1.0, 1.0))
 
 
 def test_a_stream_without_valid_times_changes_nothing() -> None:
-    assert _learned(share(told=4000), 60.0, 600.0, 1) == (1.0, 1.0)  # it did not stream
-    assert _learned(share(told=4000), -60.0, 600.0, 100) == (1.0, 1.0)  # the times of another life
-    assert _learned(share(told=0), 60.0, 600.0, 100)[0] == 1.0
+    assert _learned(share(samples=4000), 60.0, 600.0, 1) == (1.0, 1.0)  # it did not stream
+    assert _learned(share(samples=4000), -60.0, 600.0, 100) == (1.0, 1.0)  # times of an earlier replica
+    assert _learned(share(samples=0), 60.0, 600.0, 100)[0] == 1.0
 
 
 def test_only_long_uncached_first_prompts_are_samples() -> None:

@@ -1,4 +1,4 @@
-"""Where a load goes: one GPU where it fits, else all, else nowhere, and never on the CPU by accident."""
+"""Where a model is loaded: on one GPU if it fits, otherwise on several, and never on the CPU by accident."""
 
 from __future__ import annotations
 
@@ -295,14 +295,14 @@ def test_if_every_place_failed_the_servers_error_and_status_are_returned() -> No
     assert (refused.code, refused.status, refused.message) == ("load_failed", 500, "cudaMalloc failed")
 
 
-# --- what must always hold --------------------------------------------------------------------------------------
+# --- invariants -------------------------------------------------------------------------------------------------
 
 MODELS = tuple(model(f"m{number}") for number in range(4))
 
 
 @st.composite
 def fleets(draw: st.DrawFn) -> Snapshot:
-    """One to three GPUs, an instance on each and one over all, with whatever may be loaded or reserved there."""
+    """One to three GPUs, an instance on each and one over all, with random residencies and reservations."""
     count = draw(st.integers(1, 3))
     states = st.sampled_from((InstanceState.READY,) * 4 + tuple(InstanceState))
     gpus: list[Gpu] = []

@@ -1,4 +1,4 @@
-"""Models that only some servers have, and requests that insist on certain GPUs."""
+"""Models that only some servers have, and requests with a layout."""
 
 from __future__ import annotations
 

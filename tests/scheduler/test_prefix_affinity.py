@@ -1,4 +1,4 @@
-"""What is remembered of who was served where, and for how long."""
+"""What is recorded of served prompts, and its limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of two loaded copies a request is granted, in the dispatcher, with all that has gone before."""
+"""The dispatcher's choice among replicas, depending on earlier requests."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FAST, SLOW = 9_751_000_000, 6_000_000_000
 
 @dataclass(slots=True)
 class Fleet:
-    """Copies of one model on `gpu0`, `gpu1`, …, with two slots each."""
+    """Replicas of one model on `gpu0`, `gpu1`, …, with two slots each."""
 
     clocks: tuple[int, ...] = (FAST, FAST)
     slots: int = 2
     attempts: bool = True
-    """Whether the next wake is asked for after each event, which opens the short way."""
+    """True if `next_wake` is called after each event, which enables the fast path."""
     now: float = 1000.0
     dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(), BY_WEIGHT))
     last: int = 0
@@ -60,7 +60,7 @@ class Fleet:
         on: int | None = None,
         said: str = "",
     ) -> Grant:
-        """`on`: the only GPU that will do. `said`: the text of a prompt that is as long."""
+        """A request. `on`: the only GPU that it allows. `said`: the text of its prompt, which determines its length."""
         self.now += 0.001
         self.last += 1
         made = ticket(
@@ -73,7 +73,7 @@ class Fleet:
         return grant
 
     def answer(self, grant: Grant, seconds: float = 1.0, output: int = 0, first_after: float | None = None) -> None:
-        """It ends so long from now, its first byte `first_after` from now."""
+        """Ends a request after some seconds; its first byte comes `first_after` seconds from now."""
         first = None if first_after is None else self.now + first_after
         self.now += seconds
         self._post(Released(grant.ticket_id, False, output, first))
@@ -101,7 +101,7 @@ def test_requests_go_where_fewer_tokens_are_ahead_not_where_fewer_requests_are(a
 
 
 def test_a_long_prompt_goes_where_it_stalls_few(attempts: bool) -> None:
-    """A short one rather goes beside three streams than behind another prompt."""
+    """A short prompt prefers three concurrent streams to a long prompt ahead."""
     for prompt, goes in ((10, "gpu0"), (6000, "gpu1")):
         fleet = Fleet(slots=5, attempts=attempts)
         for _ in range(3):
@@ -138,7 +138,7 @@ def test_a_conversation_returns_to_its_replica(attempts: bool) -> None:
 
 
 def test_a_conversation_moves_if_the_work_ahead_takes_longer_than_a_cold_prompt(attempts: bool) -> None:
-    """A batch has room for a part of each prompt: behind a long one a short turn waits for one batch."""
+    """A batch has a part of each prompt, so behind a long prompt a short turn waits for one batch."""
     for said, goes in ((400, "gpu1"), (3000, "gpu0")):
         fleet = Fleet(attempts=attempts)
         fleet.answer(fleet.ask(said, session="talk", on=0))
@@ -172,7 +172,7 @@ def test_a_grant_says_why_this_replica_was_chosen(attempts: bool) -> None:
 
 
 SYSTEM = "You are a patient assistant of a small firm. " * 60
-"""2,700 bytes that all prompts share."""
+"""2,700 bytes that all prompts have in common."""
 
 
 def _talk(user: str, turns: int) -> str:

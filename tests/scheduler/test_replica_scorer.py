@@ -1,4 +1,4 @@
-"""Which loaded copy serves, and which cannot."""
+"""Which replica serves a request, and which cannot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _serving(
     views: Iterable[InstanceView] = VIEWS,
     draining: Iterable[ResidencyKey] = (),
 ) -> Residency | None:
-    """The one of the copies that serves the ticket."""
+    """The replica that serves the ticket."""
     fleet = FleetState(Policy(), OLLAMA, draining=frozenset(draining))
     fleet.instances.update((each.spec.name, each) for each in views)
     fleet.replicas.update(((replica.instance, replica.blob), replica) for replica in replicas)

@@ -1,4 +1,4 @@
-"""How fast copies are, guessed and learned."""
+"""The speed of replicas: estimated, then measured."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_speeds_stay_within_their_limits(corrections: list[tuple[float, float]])
 FAST, SLOW = instance("gpu0", 0), instance("gpu1", 1)
 
 
-def _seen(speeds: ThroughputModel, *specs: InstanceSpec, of: ModelFacts = M) -> list[tuple[float, float]]:
+def _speeds(speeds: ThroughputModel, *specs: InstanceSpec, of: ModelFacts = M) -> list[tuple[float, float]]:
     return [
         (throughput.prompt_seconds, throughput.step_seconds)
         for throughput in (speeds.throughput(spec, of, GPU_MODELS) for spec in specs)
@@ -73,23 +73,23 @@ def _seen(speeds: ThroughputModel, *specs: InstanceSpec, of: ModelFacts = M) -> 
 
 
 def test_an_unmeasured_replica_uses_its_gpu_and_the_correction_of_its_model() -> None:
-    untaught, speeds = ThroughputModel(), ThroughputModel()
-    (fast, slow) = _seen(untaught, FAST, SLOW)
+    unmeasured, speeds = ThroughputModel(), ThroughputModel()
+    (fast, slow) = _speeds(unmeasured, FAST, SLOW)
     assert fast < slow
-    _seen(speeds, FAST)
+    _speeds(speeds, FAST)
     for _ in range(3):
         speeds.correct(key("gpu0", M), 1.5, 0.9)
-    for before, after in zip((fast, slow), _seen(speeds, FAST, SLOW), strict=True):
+    for before, after in zip((fast, slow), _speeds(speeds, FAST, SLOW), strict=True):
         assert after == pytest.approx((before[0] * 1.5**3, before[1] * 0.9**3))
     other = model("other", 8000)
-    assert _seen(speeds, FAST, of=other) == _seen(untaught, FAST, of=other)
+    assert _speeds(speeds, FAST, of=other) == _speeds(unmeasured, FAST, of=other)
 
 
 def test_each_replica_keeps_its_own_measurements() -> None:
     speeds = ThroughputModel()
-    before = _seen(speeds, FAST, SLOW)
+    before = _speeds(speeds, FAST, SLOW)
     speeds.correct(key("gpu1", M), 1.5, 1.5)
-    after = _seen(speeds, FAST, SLOW)
+    after = _speeds(speeds, FAST, SLOW)
     assert after[0] == before[0]
     assert after[1] > before[1]
 
@@ -107,4 +107,4 @@ def test_what_is_remembered_has_a_bound() -> None:
         speeds.throughput(FAST, named, GPU_MODELS)
         speeds.correct(key("gpu0", named), 2.0, 2.0)
     assert len(speeds.known) == 1000
-    assert _seen(speeds, FAST, of=model("m1199")) > _seen(speeds, FAST, of=model("m0"))
+    assert _speeds(speeds, FAST, of=model("m1199")) > _speeds(speeds, FAST, of=model("m0"))

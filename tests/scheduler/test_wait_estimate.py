@@ -1,4 +1,4 @@
-"""Where waiting tickets stand: positions among those who want the same copies, waits that can be done in the head."""
+"""Positions and waits of waiting tickets, with numbers that are easy to check."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def _line(count: int, of: ModelFacts = A, first: int = 1, held: MustWait | None 
     return QueueLine(tickets, held)
 
 
-def _seen(facts: Snapshot, *lines: QueueLine) -> list[tuple[int, float | None]]:
+def _positions_and_waits(facts: Snapshot, *lines: QueueLine) -> list[tuple[int, float | None]]:
     """Positions and waits, in the order in which they are served."""
     found = wait_estimates(facts, lines, {})
     return [(found[each.id].position, found[each.id].expected_wait_seconds) for line in lines for each in line.tickets]
 
 
 def _waits(facts: Snapshot, *lines: QueueLine) -> list[float | None]:
-    return [wait for _, wait in _seen(facts, *lines)]
+    return [wait for _, wait in _positions_and_waits(facts, *lines)]
 
 
-# --- slots of copies that are there -----------------------------------------------------------------------------
+# --- slots of loaded replicas -----------------------------------------------------------------------------------
 
 
 def test_a_running_request_takes_half_a_service_time_more_and_each_waiting_one_a_whole() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
-    assert _seen(facts, _line(3)) == [(1, 5.0), (2, 15.0), (3, 25.0)]
+    assert _positions_and_waits(facts, _line(3)) == [(1, 5.0), (2, 15.0), (3, 25.0)]
 
 
 def test_slots_and_replicas_share_the_wait() -> None:
@@ -71,31 +71,38 @@ def test_slots_and_replicas_share_the_wait() -> None:
 
 def test_the_wait_for_a_busy_slot_is_unknown_until_a_request_has_ended() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=2, in_flight=2), held_seconds={})
-    assert _seen(facts, _line(2)) == [(1, None), (2, None)]
+    assert _positions_and_waits(facts, _line(2)) == [(1, None), (2, None)]
 
 
 def test_tickets_for_another_model_are_not_ahead() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1), residency("gpu1", B, 1000, slots=1, in_flight=1))
-    assert _seen(facts, _line(2), _line(2, B, first=3)) == [(1, 5.0), (2, 15.0), (1, 10.0), (2, 30.0)]
+    assert _positions_and_waits(facts, _line(2), _line(2, B, first=3)) == [(1, 5.0), (2, 15.0), (1, 10.0), (2, 30.0)]
 
 
 def test_a_ticket_of_an_earlier_group_for_the_same_replica_is_ahead() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
-    assert _seen(facts, _line(2), _line(1, first=3, is_flexible=True)) == [(1, 5.0), (2, 15.0), (3, 25.0)]
+    assert _positions_and_waits(facts, _line(2), _line(1, first=3, is_flexible=True)) == [
+        (1, 5.0),
+        (2, 15.0),
+        (3, 25.0),
+    ]
 
 
 def test_a_ticket_for_another_layout_is_not_ahead() -> None:
     facts = _facts(*(residency(f"gpu{number}", A, 3000, slots=1, in_flight=1) for number in range(2)))
     there = [Layout(LayoutKind.GPU, gpu) for spec in ("gpu0", "gpu1") for gpu in facts.instances[spec].spec.gpus]  # type: ignore[index]
-    assert _seen(facts, *(_line(1, first=number, layout=where) for number, where in enumerate(there))) == [(1, 5.0)] * 2
+    assert (
+        _positions_and_waits(facts, *(_line(1, first=number, layout=where) for number, where in enumerate(there)))
+        == [(1, 5.0)] * 2
+    )
 
 
 def test_a_draining_replica_gives_no_slot() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1), draining=frozenset({key("gpu0", A)}))
-    assert _seen(facts, _line(1)) == [(1, None)]
+    assert _positions_and_waits(facts, _line(1)) == [(1, None)]
 
 
-# --- copies on their way ------------------------------------------------------------------------------------------
+# --- loading replicas ---------------------------------------------------------------------------------------------
 
 
 def _coming(state: ResidencyState, **reserved: object) -> Snapshot:
@@ -108,7 +115,7 @@ def _coming(state: ResidencyState, **reserved: object) -> Snapshot:
 
 def test_a_running_load_gives_its_slots_at_its_expected_end() -> None:
     facts = _coming(ResidencyState.LOADING, sent_at=999.0)
-    assert _seen(facts, _line(3)) == [(1, 3.0), (2, 3.0), (3, 13.0)]
+    assert _positions_and_waits(facts, _line(3)) == [(1, 3.0), (2, 3.0), (3, 13.0)]
     assert _waits(replace(facts, demand={}), _line(3)) == [3.0, 3.0, None]
 
 
@@ -135,8 +142,8 @@ def _without_place(held: MustWait | None, waited: float = 0.0, **changes: Any) -
     return _waits(facts, _line(3, held=held))
 
 
-def _asked_for(requests_at_once: float) -> dict[BlobDigest, Demand]:
-    """So many requests of `b` at a time, of late, each for twenty seconds."""
+def _with_demand(requests_at_once: float) -> dict[BlobDigest, Demand]:
+    """A recent demand of `b` that keeps this number of slots busy, for twenty seconds per request."""
     rate = requests_at_once / 20.0
     weight = rate * POLICY.constants.demand_half_life_seconds / math.log(2.0)
     return {A.blob: Demand(1.0, 0.0, 10.0), B.blob: Demand(weight, 1000.0, 20.0)}
@@ -144,20 +151,20 @@ def _asked_for(requests_at_once: float) -> dict[BlobDigest, Demand]:
 
 def test_busy_models_in_the_way_become_idle_later_with_more_demand_until_drained() -> None:
     held = MustWait("", (key("gpu1", B),))
-    assert _without_place(held, demand=_asked_for(0.0)) == [10.0 + LOADS_IN, 10.0 + LOADS_IN, 20.0 + LOADS_IN]
-    memoise = _without_place(held, demand=_asked_for(1.0))[0]
+    assert _without_place(held, demand=_with_demand(0.0)) == [10.0 + LOADS_IN, 10.0 + LOADS_IN, 20.0 + LOADS_IN]
+    memoise = _without_place(held, demand=_with_demand(1.0))[0]
     assert memoise == pytest.approx(10.0 * math.e + LOADS_IN)
     stops = POLICY.constants.drain_after_seconds + 10.0 + LOADS_IN
-    assert _without_place(held, demand=_asked_for(9.0))[0] == stops
-    assert _without_place(held, demand=_asked_for(9.0), waited=20.0)[0] == stops - 20.0
-    assert _without_place(held, demand=_asked_for(9.0), draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
+    assert _without_place(held, demand=_with_demand(9.0))[0] == stops
+    assert _without_place(held, demand=_with_demand(9.0), waited=20.0)[0] == stops - 20.0
+    assert _without_place(held, demand=_with_demand(9.0), draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
 
 
 def test_a_model_over_several_gpus_waits_less_for_its_room() -> None:
     gpus = {each.uuid: each for each in (gpu(number, 2000, 2000) for number in range(2))}
     share = POLICY.constants.large_wait_share
     assert _without_place(MustWait(""), gpus=gpus)[0] == share * POLICY.starving_after_seconds + LOADS_IN
-    busy, always = MustWait("", (key("gpu1", B),)), _asked_for(9.0)
+    busy, always = MustWait("", (key("gpu1", B),)), _with_demand(9.0)
     assert (
         _without_place(busy, gpus=gpus, demand=always)[0]
         == share * POLICY.constants.drain_after_seconds + 10.0 + LOADS_IN
@@ -203,7 +210,7 @@ def test_a_ticket_has_a_reason_before_its_first_search() -> None:
     assert said == ["as told", "1 of 1 slots are in use on gpu0", "waits for room"]
 
 
-# --- whatever there is ---------------------------------------------------------------------------------------------
+# --- random situations ---------------------------------------------------------------------------------------------
 
 STATES = [ResidencyState.READY, ResidencyState.LOADING, ResidencyState.PLANNED, ResidencyState.UNLOADING]
 
@@ -257,14 +264,14 @@ def test_in_a_line_positions_and_waits_grow_and_results_are_deterministic(
     assert wait_estimates(replace(facts), lines, {TicketId(10): "because"}) == found
 
 
-# --- against what then happens ---------------------------------------------------------------------------------------
+# --- compared with actual waits --------------------------------------------------------------------------------------
 
 
 HOLDS_SECONDS = 10.0
 
 
 def _let_run(play: Play, seconds: float, granted: dict[TicketId, float]) -> None:
-    """Lets each request hold its slot for ten seconds; `granted`: when each was seen to have it."""
+    """Lets each request hold its slot for ten seconds; `granted`: when each got it."""
     until = play.now + seconds
     while play.now < until:
         for number in list(play.leases):
@@ -274,7 +281,7 @@ def _let_run(play: Play, seconds: float, granted: dict[TicketId, float]) -> None
 
 
 def _with_one_served(play: Play, of: ModelFacts) -> Play:
-    """Loads the model and has a request of it end."""
+    """Loads the model and ends one request of it."""
     play.arrive(of)
     play.work_through()
     _let_run(play, 2 * HOLDS_SECONDS, {})

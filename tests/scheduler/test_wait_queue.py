@@ -1,4 +1,4 @@
-"""The queue keeps order, by groups, whatever comes and goes; checked against a plain list."""
+"""The queue keeps its order by groups; compared with a plain list."""
 
 from __future__ import annotations
 

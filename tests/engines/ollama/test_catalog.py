@@ -1,4 +1,4 @@
-"""What the catalog knows of the store, when it asks, and what it forgets."""
+"""What the catalog caches, when it reads, and what it drops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router's own client of a server: what it asks for, and that no failure looks like an answer."""
+"""The client of one server: what it sends, and that no failure looks like a result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECORDED = Path(__file__).parents[2] / "contract" / "recordings" / "0.24.0"
 
 
 def recorded(name: str) -> Any:
-    """The JSON that a real 0.24.0 answered."""
+    """A recorded answer of a real 0.24.0."""
     answer = json.loads((RECORDED / f"{name}.json").read_text("utf-8"))["response"]
     text = answer.get("body") or "".join(text for _, text in answer["chunks_ms_text"] if text)
     return json.loads(text)

@@ -1,4 +1,4 @@
-"""Loads and unloads on a server: what is asked for, what counts as done, and names that mean another model by now."""
+"""Loads and unloads: what is sent, what counts as done, and names that mean another model now."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def unload(of: ModelFacts) -> Unload:
 
 @dataclass
 class Names:
-    """What the store says that names and digests mean."""
+    """The catalog: what names and digests mean."""
 
     by_name: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
     by_digest: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
@@ -76,7 +76,7 @@ class Bench:
         return web.json_response({"models": self.loaded})
 
     def goes_on_unload(self, then: Callable[[], None] | None = None) -> None:
-        """The server unloads at once whatever it is asked to."""
+        """Makes the server unload at once."""
 
         def answer(body: Any) -> web.Response:
             if body["keep_alive"] == 0:
@@ -130,7 +130,7 @@ async def test_layers_are_left_alone_without_gpus_and_where_the_model_says_how_m
 
 @pytest.mark.parametrize("was_seen", [True, False])
 async def test_a_load_listed_under_another_name_of_the_weights_counts(was_seen: bool) -> None:
-    """Also where nobody has asked for that name yet, as it is when a server is attached that has loaded it before."""
+    """Even if the name was never requested, for example when an attached server had loaded it before."""
     async with bench() as on:
         alias = replace(TINY, name="alias:latest", digest="d2")
         (on.names.by_digest if was_seen else on.names.by_name)["d2" if was_seen else "alias:latest"] = alias

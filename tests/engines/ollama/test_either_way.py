@@ -1,4 +1,4 @@
-"""A server of several GPUs that is not told to spread may take one of them alone: both are reserved until it shows."""
+"""A server over several GPUs without forced spread may use one of them alone: both are reserved until it is known."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_a_model_that_the_server_finds_too_large_for_one_gpu_is_split(version: s
 
 
 def test_a_gpu_is_reserved_as_a_whole_at_most() -> None:
-    """So that a model which just does not fit one GPU is not refused where its server splits it after all."""
+    """So that a model that barely exceeds one GPU is not refused if its server splits it after all."""
     of = model("m", 21_450)
     assert whole(of, OLD) > 24_000 * MIB
     assert bytes_of(FILLED, of, OLD) == (24_000 * MIB, bytes_of(EVEN, of, OLD)[1])
 
 
 def test_memory_in_use_on_a_gpu_may_be_free_at_the_time_of_the_load() -> None:
-    """The last reading may be older than the end of a server that held memory there."""
+    """The last reading may be older than the exit of a server that used memory there."""
     assert bytes_of(FILLED, MODEL, NEW, SMALL, gpu(1, 6_000)) == bytes_of(FILLED, MODEL)
 
 
@@ -83,7 +83,7 @@ def test_one_split_load_does_not_mean_that_the_next_is_split() -> None:
 
 
 def loaded(on_large: int, on_small: int, external: tuple[int, int] = (0, 0)) -> tuple[Dispatcher, list[Action]]:
-    """A load that came out so, and what the reading after it brought, with what another program took meanwhile."""
+    """A finished load with these sizes, the next reading, and memory that another program allocated meanwhile."""
     dispatcher = Dispatcher(Policy(vram_margin_bytes=0), OLLAMA)
     dispatcher.handle(GpusRead((SMALL, LARGE), 1.0), 1.0)
     dispatcher.handle(InstanceChanged(FILLED, InstanceState.READY, version=NEW), 1.0)
@@ -121,7 +121,7 @@ def test_memory_taken_by_another_program_is_not_attributed_to_the_model() -> Non
 
 
 def test_a_plan_made_before_the_version_was_known_is_made_again() -> None:
-    """A server from 0.30 shares by memory, as it is told; one before that evenly."""
+    """A server from 0.30 on uses the configured shares; an older one splits evenly."""
     policy = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance("", slots=1))
     dispatcher = Dispatcher(policy, OLLAMA)
 

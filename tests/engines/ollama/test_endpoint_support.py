@@ -1,4 +1,4 @@
-"""Whether the servers have a young endpoint is asked once for each version, and an API that lacks is told clearly."""
+"""New endpoints are checked once per server version, and a missing API is refused clearly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from router.errors import InstanceLost, NotSupported
 
 @asynccontextmanager
 async def _server(asked: list[str]) -> AsyncGenerator[str]:
-    """Has `/v1/messages`, which refuses an empty request, and no other path."""
+    """A server with `/v1/messages`, which refuses an empty request, and no other path."""
 
     async def answer(request: web.BaseRequest) -> web.Response:
         asked.append(request.path)

@@ -1,4 +1,4 @@
-"""Sizes of ggml's types against the `gguf` package, which is ggml's own word on them."""
+"""Sizes of ggml types, compared with ggml's own `gguf` package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What servers say of their GPUs, in the words of several versions."""
+"""The log lines about GPUs of several server versions."""
 
 from __future__ import annotations
 

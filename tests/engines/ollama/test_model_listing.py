@@ -1,4 +1,4 @@
-"""Several stores as one list: who comes first, what is the same model, and what stands while a server is silent."""
+"""Several stores as one list: precedence, same models, and servers that do not answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from router.engines.ollama.model_listing import Listing, Store, stores_of
 
 
 class Lister(OllamaClient):
-    """A client that lists what it is told to."""
+    """A client with a given list."""
 
     def __init__(self, **digests: str) -> None:
         self.rows = tuple(TagRow(f"{name}:latest", digest) for name, digest in digests.items())

@@ -1,4 +1,4 @@
-"""What servers would do by themselves: as is known of 0.24 and 0.33, and as the simulated servers place models."""
+"""What servers do by themselves: as known of 0.24 and 0.33, and like the simulated servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which options of a request ask for a runner of their own, and which do not."""
+"""Which options of a request need another runner."""
 
 from __future__ import annotations
 

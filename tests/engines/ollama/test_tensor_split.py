@@ -1,4 +1,4 @@
-"""In what shares layers go to unequal GPUs, who is told so, and who heeds it."""
+"""Shares of layers on unequal GPUs, and which servers use them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_footprints_with_other_shares_are_different() -> None:
 
 
 def test_footprints_of_other_settings_or_versions_are_different() -> None:
-    """Its batch, and what it keeps of attention, may be larger."""
+    """Its batch and attention buffers may be larger."""
     seen = Footprints()
     flash = replace(TWO, flash_attention=True)
     seen.remember(footprint_key(M, flash, 8192, "0.24.1"), (14 * GB, 14 * GB))
