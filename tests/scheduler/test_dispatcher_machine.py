@@ -1,4 +1,4 @@
-"""Random lives of a fleet: whatever happens in whatever order, the promises of the dispatcher hold after each event."""
+"""Random event sequences: the invariants of the dispatcher hold after each event."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOWN = (InstanceState.BACKOFF, InstanceState.STARTING, InstanceState.FATAL, Inst
 
 
 class Fleet(RuleBasedStateMachine):
-    """One to four GPUs and the instance over all of them."""
+    """One to four GPUs, and an instance over all of them."""
 
     play: Play
 
@@ -139,7 +139,7 @@ class Fleet(RuleBasedStateMachine):
         views = self.play.snapshot().instances.values()
         return sorted(found.spec.name for found in views if found.state is not InstanceState.READY)
 
-    # --- promises ----------------------------------------------------------------------------------------------
+    # --- invariants --------------------------------------------------------------------------------------------
 
     def loaded(self) -> list[ResidencyKey]:
         facts = self.play.snapshot()
@@ -187,7 +187,7 @@ class Fleet(RuleBasedStateMachine):
             assert self.play.next_wake is not None
 
     def teardown(self) -> None:
-        """Once everything works, everybody gets an answer."""
+        """Once everything works, every ticket ends."""
         if not hasattr(self, "play"):
             return
         play = self.play

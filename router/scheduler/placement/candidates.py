@@ -1,7 +1,7 @@
 """Where a model could be loaded: sets of GPUs, each with an instance of the model's engine, running or to be started.
 
-Sets of one size are considered at a time. Where instances may be started on demand, each holds one model at most: a
-server that already holds a model would size the next one by its own estimate and evict by its own rule. Prices nothing.
+Sets of one size are considered at a time. If instances are started on demand, each holds at most one model, because a
+server that already holds one would size the next by its own estimate and evict by its own rules.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from router.domain.snapshot_index import instances_over, memoise, residencies_of
 ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
 
 _WIDE_GPUS_MAX = 10
-"""Sets of several GPUs are tried among so many GPUs, the ones with most room: 252 sets at most."""
+"""Sets of several GPUs are formed from at most this many GPUs, those with the most free memory: at most 252 sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One set of GPUs and the instance that would load there."""
+    """One set of GPUs and the instance that would load the model there."""
 
     spec: InstanceSpec
     is_new: bool = False
-    """Whether the instance would have to be started first."""
+    """True if the instance has to be started first."""
 
     @property
     def gpus(self) -> tuple[GpuUuid, ...]:
@@ -44,11 +44,12 @@ class Bounds:
     pin: Pin | None = None
     layout: Layout | None = None
     only_new: bool = False
-    """Only instances that are or would be started on demand: those can be tuned otherwise."""
+    """Use only instances that are, or would be, started on demand, because their slots can be chosen."""
     engine: str = "ollama"
     """Kind of the engine that has to serve the model."""
 
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
+        """Returns True if pins, layout and exclusive GPUs allow this set."""
         if self.layout is not None and not self.layout.allows(gpus):
             return False
         if any(self.name not in snapshot.policy.exclusive_gpus.get(gpu, (self.name,)) for gpu in gpus):
@@ -64,14 +65,14 @@ class Bounds:
 
 
 def has_gpus(snapshot: Snapshot) -> bool:
-    """Whether anything here runs on GPUs: then nothing lands on the CPU unless it is pinned there."""
+    """Returns True if any instance uses GPUs; the CPU is then used only by models pinned to it."""
     return any(view.spec.gpus for view in snapshot.instances.values() if view.state in ALIVE) or (
         snapshot.policy.instances_on_demand and bool(snapshot.gpus)
     )
 
 
 def sizes(snapshot: Snapshot) -> list[int]:
-    """Numbers of GPUs that a set may have, smallest first; 0 where there are no GPUs at all."""
+    """Possible numbers of GPUs in a set, smallest first; 0 (the CPU) only if there are no GPUs."""
     return memoise(snapshot, sizes, lambda: _sizes(snapshot))
 
 
@@ -83,7 +84,7 @@ def _sizes(snapshot: Snapshot) -> list[int]:
 
 
 def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
-    """The candidates over `size` GPUs that the bounds allow."""
+    """The candidates over exactly `size` GPUs that the bounds allow."""
     if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
         return memoise(
             snapshot,
@@ -99,7 +100,7 @@ def _candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate
 
 
 def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
-    """Each set of GPUs once, in the order in which it came first."""
+    """Each set of GPUs once, in the order of first occurrence."""
     found: dict[frozenset[GpuUuid], tuple[GpuUuid, ...]] = {}
     for gpus in sets:
         found.setdefault(frozenset(gpus), gpus)
@@ -107,7 +108,7 @@ def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
 
 
 def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
-    """The GPU sets of existing instances, then all further sets where instances may be started."""
+    """The GPU sets of existing instances, then, with on-demand instances, all others of this size."""
     for view in snapshot.instances.values():
         if len(view.spec.gpus) == size and view.state in ALIVE:
             yield view.spec.gpus
@@ -124,7 +125,7 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
 
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
-    """The instances over exactly these GPUs; with on-demand instances, the best empty one or else a new one."""
+    """The instances over exactly these GPUs; with on-demand instances, the best empty one or a new one."""
     over = instances_over(snapshot, frozenset(gpus))
     there = [view for view in over if view.state in ALIVE and view.spec.engine == bounds.engine]
     pin = bounds.pin
@@ -158,7 +159,7 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
 
 
 def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
-    """Returns True where the instance has the slots and the cache type that the model is pinned to."""
+    """Returns True if the instance has the slots and the cache type of the pin."""
     if pin is None:
         return True
     slots = pin.num_parallel in (None, spec.num_parallel)
@@ -166,12 +167,12 @@ def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
 
 
 def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
-    """Returns True where nothing is loaded, loading or unloading there."""
+    """Returns True if no model is planned, loading, loaded or unloading there."""
     return not residencies_of(snapshot, name)
 
 
 def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:
-    """`gpu0.2`, `gpu1+gpu3`: the GPUs, and a number from the second instance on the same GPUs on."""
+    """The GPUs, and a number from the second instance over the same GPUs on: `gpu1+gpu3`, `gpu0.2`."""
     base = "+".join(f"gpu{snapshot.gpus[gpu].index}" for gpu in gpus)
     if base not in snapshot.instances:
         return InstanceName(base)
