@@ -20,12 +20,21 @@ from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Estimate, Failure, Snapshot
 from router.domain.snapshot_index import gpus_of, promised, residencies_of, residencies_on
 from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
-from router.scheduler.placement.candidates import ALIVE, Bounds, Candidate, candidates_of_size, sizes
+from router.scheduler.placement.candidates import (
+    ALIVE,
+    Bounds,
+    Candidate,
+    against_preferences,
+    candidates_of_size,
+    is_exclusive_to,
+    sizes,
+)
 from router.scheduler.placement.cost import service_seconds
 from router.scheduler.placement.eviction import choose_evictions, evictable, pin_of, price_of
 from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
 
 Need = tuple[tuple[GpuUuid, int], ...]
+_Preference = tuple[int, int, int, int, float, float, int, int, str]
 
 _LOST_SECONDS = 1.0
 """So long after a server was lost with a load it may still be taken for ready."""
@@ -197,9 +206,7 @@ def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: Placem
     dear = [o for c in usable if (o := _offer(snapshot, c, at_any_price, busy=False)) is not None]
     offers = [o for o in dear if o.price <= request.price_max]
     if offers:
-        return _taken(
-            snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.sized))), request
-        )
+        return _taken(snapshot, min(offers, key=lambda o: _offer_rank(snapshot, o, request)), request)
     if dear:
         return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.sized.name)), request)
     return _wait(snapshot, there, request)
@@ -228,8 +235,10 @@ def _fits_now(
     ]
     if not free:
         return None
-    best = min(free, key=lambda c: _preference(snapshot, c))
-    return _placed(best, (), f"{best.name}: {explain_fit(snapshot, best.need)}", request)
+    best = min(free, key=lambda c: _preference(snapshot, c, request))
+    name, gpus = request.model.name, best.candidate.gpus
+    preferred = "; exclusive to it" if gpus and all(is_exclusive_to(snapshot, gpu, name) for gpu in gpus) else ""
+    return _placed(best, (), f"{best.name}: {explain_fit(snapshot, best.need)}{preferred}", request)
 
 
 def _placed(sized: _SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str, request: PlacementRequest) -> Placed:
@@ -239,9 +248,15 @@ def _placed(sized: _SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str
     )
 
 
-def _preference(snapshot: Snapshot, sized: _SizedCandidate) -> tuple[int, int, int, float, float, int, int, str]:
-    """Where there is a choice: not where others wait to be put, least busy GPUs, least filled, the faster, those with
-    the faster links, the roomier, and an instance that runs already; then by name."""
+def _offer_rank(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> tuple[float, int, int, _Preference]:
+    """The cheapest first; at one price as configured, then by what is lost."""
+    preference = _preference(snapshot, offer.sized, request)
+    return (offer.price, preference[0], offer.lost_bytes, preference)
+
+
+def _preference(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> _Preference:
+    """Where there is a choice: as configured, not where others wait to be put, least busy GPUs, least filled, the
+    faster, those with the faster links, the roomier, and an instance that runs already; then by name."""
     gpus = set(sized.candidate.gpus)
     keys = dict.fromkeys(residencies_of(snapshot, sized.name))
     for gpu in gpus:
@@ -252,7 +267,8 @@ def _preference(snapshot: Snapshot, sized: _SizedCandidate) -> tuple[int, int, i
     room = sum(available_bytes(snapshot, g) for g in gpus)
     packed = _packing(snapshot, sized)
     busy = 0 if packed else sum(r.in_flight for r in mates)
-    return (packed, busy, len(mates), -speed, -link, -room, int(sized.candidate.is_new), sized.name)
+    against = against_preferences(snapshot, sized.candidate.gpus, request.model.name)
+    return (against, packed, busy, len(mates), -speed, -link, -room, int(sized.candidate.is_new), sized.name)
 
 
 def _packing(snapshot: Snapshot, sized: _SizedCandidate) -> int:
