@@ -196,6 +196,21 @@ def test_a_model_goes_to_its_exclusive_gpu_first_though_another_is_faster_and_ro
     assert placed.reason == "gpu1: GPU 1 needs 9.8 of 19.5 GiB free; exclusive to it"
 
 
+@pytest.mark.parametrize(
+    ("state", "instance_name"),
+    [(InstanceState.STARTING, None), (InstanceState.BACKOFF, "gpu0"), (InstanceState.FATAL, "gpu0")],
+)
+def test_a_model_waits_for_the_start_of_the_instance_on_its_exclusive_gpu(
+    state: InstanceState, instance_name: str | None
+) -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small"})})
+    facts = snapshot([gpu(0, 24_000), gpu(1, 24_000)], (view("gpu0", 0), view("gpu1", 1, state=state)), policy=policy)
+    if instance_name is None:
+        assert _waits(facts, SMALL).reason.startswith("gpu1: waits for its start")
+    else:
+        assert _placed(facts, SMALL).instance == instance_name
+
+
 def test_its_exclusive_gpu_goes_before_a_gpu_that_would_be_packed() -> None:
     policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small"})})
     facts = replace(snapshot([gpu(0, 12_000), gpu(1, 24_000)], PAIR, policy=policy), large_model_requested=True)

@@ -198,6 +198,9 @@ def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: Placem
         return NoFit("load_failed", failures[-1].message, failures[-1].status)
     out = request.not_on | {f.instance for f in failures} | _just_lost(snapshot, request)
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
+    preferred = _preferred_start(snapshot, [c for c in group if c.name not in out], there, request)
+    if preferred is not None:
+        return MustWait(f"{preferred.name}: waits for its start, since the configuration prefers its GPUs")
     usable = [c for c in there if not _in_transit(snapshot, c, request)]
     now = _fits_now(snapshot, usable, request)
     if now is not None:
@@ -216,6 +219,30 @@ def _is_up(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
     """An instance that would be started for it counts; one that is coming is waited for."""
     view = snapshot.instances.get(sized.name)
     return sized.candidate.is_new or (view is not None and (view.state is InstanceState.READY or view.spec.on_demand))
+
+
+def _preferred_start(
+    snapshot: Snapshot,
+    sized_candidates: Sequence[_SizedCandidate],
+    there: Sequence[_SizedCandidate],
+    request: PlacementRequest,
+) -> _SizedCandidate | None:
+    """An instance that is starting and that the configuration prefers to all that are up; None where there is none."""
+    if not there or not (snapshot.policy.exclusive_gpus or snapshot.policy.pins):
+        return None
+    name = request.model.name
+    least = min(against_preferences(snapshot, c.candidate.gpus, name) for c in there)
+    return next(
+        (
+            c
+            for c in sized_candidates
+            if not c.candidate.is_new
+            and snapshot.instances[c.name].state is InstanceState.STARTING
+            and against_preferences(snapshot, c.candidate.gpus, name) < least
+            and all(available_bytes(snapshot, gpu) >= size for gpu, size in c.need)
+        ),
+        None,
+    )
 
 
 def _in_transit(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> bool:
