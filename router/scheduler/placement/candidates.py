@@ -139,7 +139,24 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     if free:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
         return [Candidate(best.spec)]
-    like = snapshot.policy.on_demand_like
+    return _to_be_started(snapshot, gpus, bounds)
+
+
+def new_candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
+    """Instances that could be started over `size` GPUs, whatever runs there already; they can be tuned otherwise."""
+    if not (snapshot.policy.instances_on_demand and size):
+        return []
+    sets = memoise(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
+    return [
+        candidate
+        for gpus in sets
+        if bounds.allows(snapshot, gpus)
+        for candidate in _to_be_started(snapshot, gpus, bounds)
+    ]
+
+
+def _to_be_started(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
+    like, pin = snapshot.policy.on_demand_like, bounds.pin
     if any(gpu not in snapshot.gpus for gpu in gpus):
         return []
     if (

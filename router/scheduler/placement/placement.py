@@ -27,6 +27,7 @@ from router.scheduler.placement.candidates import (
     against_preferences,
     candidates_of_size,
     is_exclusive_to,
+    new_candidates,
     sizes,
 )
 from router.scheduler.placement.cost import service_seconds
@@ -54,6 +55,8 @@ class PlacementRequest:
     """Nothing is unloaded that costs more seconds than this."""
     not_on: frozenset[InstanceName] = frozenset()
     """Instances that have a copy already."""
+    repeats_spill: bool = False
+    """Whether a load that spilled is tried there again."""
     supersedes: frozenset[ResidencyKey] = frozenset()
     """Copies that the new one makes useless: they cost nothing to unload."""
 
@@ -136,6 +139,9 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
                 _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
             ]
             group = [c for c in sized_candidates if not c.need or _could_fit(snapshot, c)]
+            if group and _spilled_once(snapshot, group, request):
+                smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request)
+                return _among(snapshot, smaller or group, replace(request, repeats_spill=True))
             if group:
                 return _among(snapshot, group, request)
             tried += [] if fewer_slots else sized_candidates
@@ -187,16 +193,37 @@ def _tunings(
     return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
 
 
+def _with_fewer_slots(
+    snapshot: Snapshot, estimate: Estimate, size: int, bounds: Bounds, request: PlacementRequest, fewer_by: int = 1
+) -> list[_SizedCandidate]:
+    """New instances over `size` GPUs on which the model has so many slots fewer and could fit; none where it has one
+    slot anyway, or where the number is configured."""
+    model, pin, found = request.model, bounds.pin, list[_SizedCandidate]()
+    if pin is not None and pin.num_parallel is not None:
+        return found
+    for candidate in new_candidates(snapshot, size, bounds):
+        engine = snapshot.engines[candidate.spec.engine]
+        spec = replace(candidate.spec, num_parallel=candidate.spec.num_parallel - fewer_by)
+        if not model.is_on(spec) or spec.num_parallel < 1 or engine.slots(model, spec) != spec.num_parallel:
+            continue
+        needed = estimate(model, spec, engine.context_length(request.options, model, spec), snapshot)
+        sized = _SizedCandidate(replace(candidate, spec=spec), tuple(zip(candidate.gpus, needed, strict=True)))
+        if _could_fit(snapshot, sized):
+            found.append(sized)
+    return found
+
+
 def _could_fit(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
     return all(capacity_bytes(snapshot, gpu) >= size for gpu, size in sized.need)
 
 
 def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: PlacementRequest) -> Decision:
     """One of the candidates that could hold it, or what is waited for."""
-    failures = [f for f in (_failure(snapshot, c, request) for c in group) if f is not None]
+    failures = {c.name: f for c in group if (f := _failure(snapshot, c, request)) is not None}
     if len(failures) == len(group):
-        return NoFit("load_failed", failures[-1].message, failures[-1].status)
-    out = request.not_on | {f.instance for f in failures} | _just_lost(snapshot, request)
+        last = failures[group[-1].name]
+        return NoFit("load_failed", last.message, last.status)
+    out = request.not_on | failures.keys() | _just_lost(snapshot, request)
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
     preferred = _preferred_start(snapshot, [c for c in group if c.name not in out], there, request)
     if preferred is not None:
@@ -394,9 +421,23 @@ def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
 
 def _failure(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> Failure | None:
     """Why this load is not tried there again."""
-    load = (sized.name, request.model.blob, request.options)
-    found = [f for f in snapshot.failures if (f.instance, f.blob, f.options) == load]
-    return None if not found or (len(found) == 1 and found[0].is_lost) else found[-1]
+    gpus = frozenset(sized.candidate.gpus)
+    found = [
+        f
+        for f in snapshot.failures
+        if (f.blob, f.options) == (request.model.blob, request.options)
+        and (f.instance == sized.name or (f.is_spilled and frozenset(gpus_of(snapshot, f.instance)) == gpus))
+    ]
+    if len(found) == 1 and (found[0].is_lost or (found[0].is_spilled and request.repeats_spill)):
+        return None
+    return found[-1] if found else None
+
+
+def _spilled_once(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: PlacementRequest) -> bool:
+    """Returns True where all of these have failed, and one of them because the load spilled, the only one that did."""
+    spilled = [f for f in snapshot.failures if f.blob == request.model.blob and f.is_spilled]
+    failures = [_failure(snapshot, c, request) for c in group] if len(spilled) == 1 else []
+    return bool(failures) and None not in failures and spilled[0] in failures
 
 
 def _just_lost(snapshot: Snapshot, request: PlacementRequest) -> set[InstanceName]:
