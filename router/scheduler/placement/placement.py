@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.request import Layout, RunnerOptions
-from router.domain.residency import ResidencyKey, ResidencyState
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Estimate, Failure, Snapshot
-from router.domain.snapshot_index import gpus_of, promised, residencies_of, residencies_on
+from router.domain.snapshot_index import gpus_of, promised, replicas_of, residencies_of, residencies_on
 from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
 from router.scheduler.placement.candidates import (
     ALIVE,
@@ -30,8 +31,8 @@ from router.scheduler.placement.candidates import (
     new_candidates,
     sizes,
 )
-from router.scheduler.placement.cost import service_seconds
-from router.scheduler.placement.eviction import choose_evictions, evictable, pin_of, price_of
+from router.scheduler.placement.cost import fewer_slots_price, service_seconds, swap_price
+from router.scheduler.placement.eviction import choose_evictions, evictable, is_pinned, pin_of, price_of
 from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
 
 Need = tuple[tuple[GpuUuid, int], ...]
@@ -55,6 +56,8 @@ class PlacementRequest:
     """Nothing is unloaded that costs more seconds than this."""
     not_on: frozenset[InstanceName] = frozenset()
     """Instances that have a copy already."""
+    may_use_fewer_slots: bool = False
+    """Whether it may get fewer slots than configured, in free room, where that costs less than swaps that follow."""
     repeats_spill: bool = False
     """Whether a load that spilled is tried there again."""
     supersedes: frozenset[ResidencyKey] = frozenset()
@@ -82,6 +85,8 @@ class MustWait:
     reason: str
     drain: tuple[ResidencyKey, ...] = ()
     price: float | None = None
+    too_dear: tuple[ResidencyKey, ...] = ()
+    """The idle models whose price that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +148,8 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
                 smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request)
                 return _among(snapshot, smaller or group, replace(request, repeats_spill=True))
             if group:
-                return _among(snapshot, group, request)
+                decision = _among(snapshot, group, request)
+                return _next_to_others(snapshot, estimate, size, bounds, request, decision) or decision
             tried += [] if fewer_slots else sized_candidates
         bounds = replace(bounds, only_new=True)
     return _nowhere(snapshot, tried, request)
@@ -191,6 +197,49 @@ def _tunings(
     if not bonus and least == own.num_parallel:
         return [own]
     return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
+
+
+def _next_to_others(
+    snapshot: Snapshot, estimate: Estimate, size: int, bounds: Bounds, request: PlacementRequest, decision: Decision
+) -> Placed | None:
+    """Free room for the model with fewer slots, where swaps would cost more: `decision` has others leave that come back
+    and drive it out again. None where there is none."""
+    if not request.may_use_fewer_slots or isinstance(decision, NoFit) or replicas_of(snapshot, request.model.blob):
+        return None
+    like = snapshot.policy.on_demand_like
+    slots = like.num_parallel if like is not None else 0
+    leaving = _leaving(snapshot, decision)
+    for fewer in range(slots, 0, -1):
+        price = fewer_slots_price(snapshot, request.model, slots, fewer)
+        if price >= swap_price(snapshot, request.model, leaving):
+            return None
+        smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request, slots - fewer)
+        found = _fits_now(snapshot, [c for c in smaller if _failure(snapshot, c, request) is None], request)
+        stuck = would_swap(snapshot, decision, found) if found is not None else []
+        if found is not None and price < swap_price(snapshot, request.model, stuck):
+            names = ", ".join(r.name for r in stuck)
+            return replace(found, reason=f"{found.reason}; with fewer slots ({fewer}), so that {names} need not leave")
+    return None
+
+
+def would_swap(snapshot: Snapshot, decision: Placed | MustWait, instead: Placed) -> list[Residency]:
+    """Models that would leave by `decision` and that, without a place elsewhere, would drive the new one out again when
+    they come back, where `instead` leaves them alone."""
+    gpus = frozenset(gpu for gpu, _ in instead.per_gpu_bytes)
+    return [r for r in _leaving(snapshot, decision) if not _has_place_outside(snapshot, r, gpus)]
+
+
+def _leaving(snapshot: Snapshot, decision: Placed | MustWait) -> list[Residency]:
+    keys = decision.evict if isinstance(decision, Placed) else (*decision.drain, *decision.too_dear)
+    return [r for key in keys if (r := snapshot.residencies.get(key)) is not None and not is_pinned(snapshot, r)]
+
+
+def _has_place_outside(snapshot: Snapshot, residency: Residency, gpus: frozenset[GpuUuid]) -> bool:
+    """Returns True where other GPUs could hold the model, so that it need not come back to these."""
+    bounds, size = Bounds(residency.name, pin_of(snapshot, residency.name)), max(residency.per_gpu_bytes, default=0)
+    others = [g for g in snapshot.gpus if g not in gpus and capacity_bytes(snapshot, g) >= size]
+    width = len(residency.per_gpu_bytes)
+    return any(bounds.allows(snapshot, chosen) for chosen in combinations(others, width))
 
 
 def _with_fewer_slots(
@@ -383,7 +432,7 @@ def _too_dear(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> M
     words = (
         f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
     )
-    return MustWait(f"{offer.sized.name}: {words}", price=offer.price)
+    return MustWait(f"{offer.sized.name}: {words}", price=offer.price, too_dear=offer.evict)
 
 
 def _taken(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> Placed:
