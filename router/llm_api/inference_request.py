@@ -35,7 +35,7 @@ from router.domain.keep_alive import parse_keep_alive
 from router.domain.model import ModelFacts
 from router.domain.model_names import canonical, is_cloud
 from router.domain.request import RunnerOptions, Ticket, TicketId
-from router.engines.ollama.runner_options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options
+from router.engines.ollama.runner_options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options, written_context
 from router.errors import BadRequest, Forbidden, ModelNotFound, RouterError
 from router.http1.headers import HeaderLookup
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -142,6 +142,7 @@ class InferenceRequest(msgspec.Struct):
             self.substitution_headers[DROPPED_OPTIONS_HEADER] = ", ".join(dropped)
         else:
             self.substitution_headers.pop(DROPPED_OPTIONS_HEADER, None)
+        self._write_context_as_loaded(facts, options)
         if keep_alive_seconds is not None:
             # The server must never unload by itself a model that the router counts on: the timers are the router's.
             set_keep_alive = set_member if parsed.ambiguous else set_only
@@ -152,9 +153,18 @@ class InferenceRequest(msgspec.Struct):
             context_length=_context_length(options),
             keep_alive_seconds=keep_alive_seconds,
             is_flexible=protected and self.path.startswith("/api/"),
-            default_context_length=rules.default_context_length,
+            default_context_length=written_context(facts, (), rules.default_context_length),
         )
         return self.plan
+
+    def _write_context_as_loaded(self, facts: ModelFacts, options: RunnerOptions) -> None:
+        """Rewrites a `num_ctx` beyond the trained context as the load wrote it: older servers compare the numbers."""
+        written = self.parsed.options.get("num_ctx")
+        if not isinstance(written, int | float) or isinstance(written, bool):
+            return
+        context = written_context(facts, options, self.rules.default_context_length)
+        if int(written) != context:
+            self.body = set_nested(self.body, "options", "num_ctx", str(context).encode())
 
     @property
     def is_repeatable(self) -> bool:

@@ -42,6 +42,15 @@ def test_a_plain_request_stays_as_it_is() -> None:
     assert request.is_repeatable is False  # these rules have aliases
 
 
+@pytest.mark.parametrize(("asked", "written"), [(32_768, 8192), (4096, 8192), (8192, 8192), (2048, 2048)])
+def test_a_context_of_the_same_effect_is_written_as_the_load_wrote_it(asked: int, written: int) -> None:
+    """The model is trained for 4,096 tokens; servers before 0.30 would reload it for another number."""
+    request = request_for({"model": "tiny", "messages": [], "options": {"num_ctx": asked, "seed": 1}})
+    plan = request.plan_for(facts("tiny:latest"))
+    assert plan.options == ((("num_ctx", 2048),) if asked == 2048 else ())
+    assert json.loads(request.body)["options"] == {"num_ctx": written, "seed": 1}
+
+
 def test_an_alias_goes_to_the_server_under_its_models_name_and_to_the_client_in_a_header() -> None:
     body = b'{ "MODEL": "no", "model": "gpt-4o", "messages": [ ] }'
     request = request_for(body)

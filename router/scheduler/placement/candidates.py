@@ -15,7 +15,7 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.policy import Pin
 from router.domain.request import Layout
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import instances_over, memoise, residencies_of
+from router.domain.snapshot_index import instances_over, memoise, residencies_of, residencies_on
 
 ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
 
@@ -139,7 +139,24 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     if free:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
         return [Candidate(best.spec)]
-    like = snapshot.policy.on_demand_like
+    return _to_be_started(snapshot, gpus, bounds)
+
+
+def new_candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
+    """Instances that could be started over `size` GPUs, whatever runs there already; they can be tuned otherwise."""
+    if not (snapshot.policy.instances_on_demand and size):
+        return []
+    sets = memoise(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
+    return [
+        candidate
+        for gpus in sets
+        if bounds.allows(snapshot, gpus)
+        for candidate in _to_be_started(snapshot, gpus, bounds)
+    ]
+
+
+def _to_be_started(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
+    like, pin = snapshot.policy.on_demand_like, bounds.pin
     if any(gpu not in snapshot.gpus for gpu in gpus):
         return []
     if (
@@ -169,6 +186,36 @@ def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
 def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
     """Returns True if no model is planned, loading, loaded or unloading there."""
     return not residencies_of(snapshot, name)
+
+
+def against_preferences(snapshot: Snapshot, gpus: Sequence[GpuUuid], name: str) -> int:
+    """Counts the GPUs of a set that the configuration would rather give to others; 0 is best.
+
+    A model with exclusive GPUs prefers those. A GPU that another model is pinned to is left free until that model is
+    there.
+    """
+    policy = snapshot.policy
+    if not (policy.exclusive_gpus or policy.pins):
+        return 0
+    pinned = memoise(snapshot, _unplaced_pins, lambda: _unplaced_pins(snapshot))
+    has_own = any(name in names for names in policy.exclusive_gpus.values())
+    foreign = sum(not is_exclusive_to(snapshot, gpu, name) for gpu in gpus) if has_own else 0
+    return foreign + sum(bool(pinned.get(gpu, frozenset()) - {name}) for gpu in gpus)
+
+
+def is_exclusive_to(snapshot: Snapshot, gpu: GpuUuid, name: str) -> bool:
+    """Returns True where the GPU is exclusive to the model, alone or with others."""
+    return name in snapshot.policy.exclusive_gpus.get(gpu, ())
+
+
+def _unplaced_pins(snapshot: Snapshot) -> dict[GpuUuid, frozenset[str]]:
+    """For each GPU the models that are pinned to it and not there, neither loaded nor on their way."""
+    found: dict[GpuUuid, frozenset[str]] = {}
+    for name, pin in snapshot.policy.pins.items():
+        for gpu in pin.gpus:
+            if all(snapshot.residencies[key].name != name for key in residencies_on(snapshot, gpu)):
+                found[gpu] = found.get(gpu, frozenset()) | {name}
+    return found
 
 
 def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:

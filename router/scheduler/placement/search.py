@@ -16,9 +16,9 @@ from router.domain.request import RunnerOptions, Ticket
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import replicas_of
-from router.scheduler.placement.cost import reload_seconds, service_seconds, wait_bounds, worth_of_load
+from router.scheduler.placement.cost import reload_seconds, service_seconds, swap_price, wait_bounds, worth_of_load
 from router.scheduler.placement.eviction import pin_of
-from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place
+from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place, would_swap
 
 _REPLICA_PRICE_SHARE = 0.25
 """A further copy may cost others so much of what its own load takes."""
@@ -34,16 +34,36 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
         may_drain=waited >= wait_bounds(snapshot, head.model).drain_after_seconds,
         may_evict_young=waited >= policy.ttft_target_seconds,
         price_max=_price_max(snapshot, tickets, waited),
+        may_use_fewer_slots=True,
         supersedes=frozenset((r.instance, r.blob) for r in replicas_of(snapshot, head.model.blob) if head.is_flexible),
     )
     decision: Decision | None = None
-    for options in _options_to_try(policy, snapshot, tickets):
+    to_try = _options_to_try(policy, snapshot, tickets)
+    for index, options in enumerate(to_try):
         found = place(snapshot, estimate, replace(request, options=options))
         if not isinstance(found, NoFit) or found.code != "model_too_large":
-            return found
+            smaller = [replace(request, options=less) for less in to_try[index + 1 :]]
+            return _without_swaps(snapshot, estimate, found, smaller) or found
         decision = decision or found
     assert decision is not None
     return decision
+
+
+def _without_swaps(
+    snapshot: Snapshot, estimate: Estimate, found: Decision, smaller: Sequence[PlacementRequest]
+) -> Placed | None:
+    """Free room with the smaller context, where the larger one has models leave that would drive it out again."""
+    if isinstance(found, NoFit) or not (found.evict if isinstance(found, Placed) else found.drain or found.too_dear):
+        return None
+    for request in smaller:
+        instead = place(snapshot, estimate, request)
+        if not isinstance(instead, Placed) or instead.evict:
+            continue
+        stuck = would_swap(snapshot, found, instead)
+        if swap_price(snapshot, request.model, stuck) > 0.0:
+            names = ", ".join(r.name for r in stuck)
+            return replace(instead, reason=f"{instead.reason}; with less context, so that {names} need not leave")
+    return None
 
 
 def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> float:

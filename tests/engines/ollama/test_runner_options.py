@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.domain.request import RunnerOptions
-from router.engines.ollama.runner_options import RUNNER_OPTIONS, context_of, runner_options, sets_num_gpu, slots_of
+from router.engines.ollama.runner_options import (
+    RUNNER_OPTIONS,
+    context_of,
+    explicit_options,
+    runner_options,
+    sets_num_gpu,
+    slots_of,
+    with_context,
+    written_context,
+)
 from tests.scheduler.builders import instance, model
 
 PLAIN = model("m")
@@ -54,6 +63,42 @@ def test_placement_and_sampling_options_do_not_affect_the_runner(asked: dict[str
 )
 def test_values_of_a_wrong_type_are_ignored(asked: dict[str, object]) -> None:
     assert runner_options(PLAIN, asked, 8192) == ()
+
+
+@pytest.mark.parametrize(
+    ("trained", "default", "in_modelfile", "asked", "options", "written"),
+    [
+        (2048, 8192, None, None, (), 8192),
+        (2048, 8192, None, 2048, (), 8192),
+        (2048, 8192, None, 32_768, (), 8192),
+        (2048, 8192, None, 1024, (("num_ctx", 1024),), 1024),
+        (2048, 1024, None, 4096, (("num_ctx", 2048),), 2048),
+        (2048, 1024, None, 2048, (("num_ctx", 2048),), 2048),
+        (2048, 8192, 4096, None, (), 4096),
+        (2048, 8192, 4096, 8192, (), 4096),
+        (2048, 1024, 4096, None, (("num_ctx", 4096),), 4096),
+        (2048, 1024, 4096, 2048, (("num_ctx", 4096),), 4096),
+        (2048, 1024, 4096, 1024, (), 1024),
+        (131_072, 8192, 16_384, None, (("num_ctx", 16_384),), 16_384),
+        (131_072, 8192, 16_384, 8192, (), 8192),
+        (0, 8192, None, 32_768, (("num_ctx", 32_768),), 32_768),
+    ],
+)
+def test_contexts_of_the_same_effect_are_one_spelling(
+    trained: int, default: int, in_modelfile: int | None, asked: int | None, options: RunnerOptions, written: int
+) -> None:
+    """`written`: what the load says, or the server takes where it says nothing."""
+    parameters = () if in_modelfile is None else (("num_ctx", str(in_modelfile)),)
+    facts = model("m", context_length=trained, parameters=parameters)
+    assert runner_options(facts, {} if asked is None else {"num_ctx": asked}, default) == options
+    assert written_context(facts, options, default) == written
+    loaded = dict(explicit_options(facts, options, default)).get("num_ctx", in_modelfile or default)
+    assert loaded == written
+
+
+def test_the_trained_context_is_no_spelling_of_its_own_where_the_default_is_more() -> None:
+    facts = model("m", context_length=2048)
+    assert with_context(facts, 2048, 8192) == with_context(facts, 8192, 8192) == ()
 
 
 def test_a_modelfile_may_set_num_gpu() -> None:
