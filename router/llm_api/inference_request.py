@@ -8,6 +8,7 @@ Whoever serves inference requests follows these steps:
     no facts                   -> `request.try_fallback("model_not_found")`: True: look up the new `request.model`;
                                   False: as without a model
     request.only_unloads()     -> post `UnloadRequested(facts.blob)` and respond with `unload_reply(...)`
+    request.refused_option()   -> send `request.body` to a server without a slot: it refuses it before it loads
     request.plan_for(facts)    # RouterError: respond with it
     submit `request.ticket(...)`
     Reject                     -> `request.try_fallback(code, error)`: True: again from the facts; False: its `error`
@@ -35,7 +36,13 @@ from router.domain.keep_alive import parse_keep_alive
 from router.domain.model import ModelFacts
 from router.domain.model_names import canonical, is_cloud
 from router.domain.request import RunnerOptions, Ticket, TicketId
-from router.engines.ollama.runner_options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options, written_context
+from router.engines.ollama.runner_options import (
+    PLACEMENT_OPTIONS,
+    RUNNER_OPTIONS,
+    refused_option,
+    runner_options,
+    written_context,
+)
 from router.errors import BadRequest, Forbidden, ModelNotFound, RouterError
 from router.http1.headers import HeaderLookup
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -121,6 +128,15 @@ class InferenceRequest(msgspec.Struct):
             BadRequest: its `keep_alive` is not a duration.
         """
         return self.parsed.is_load_only and _keep_alive_of(self.parsed) == 0
+
+    def refused_option(self) -> str | None:
+        """The server's message about a runner option whose type it refuses; None where it accepts all of them.
+
+        The placement options are checked like the others: a request that is refused must not succeed because the
+        router drops the option, or because a loaded replica has another value.
+        """
+        options = self.parsed.options
+        return refused_option(options) if options else None
 
     def plan_for(self, facts: ModelFacts) -> RoutingPlan:
         """Sets `plan`, and edits `body` accordingly.

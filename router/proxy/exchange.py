@@ -202,6 +202,10 @@ class ProxyExchange:
                 headers = (("Content-Type", "application/json; charset=utf-8"),)
                 self.respond(LocalResponse(200, headers, msgspec.json.encode(reply)))
                 return
+            message = request.refused_option()
+            if message is not None:
+                self._let_server_refuse(request, facts, message)
+                return
             plan = request.plan_for(facts)
         except RouterError as error:
             self._refuse(error)
@@ -272,6 +276,17 @@ class ProxyExchange:
             self._connect(self._context.primary().spec.url)
         except RouterError as error:
             self.fail(error)
+
+    def _let_server_refuse(self, request: InferenceRequest, facts: ModelFacts, message: str) -> None:
+        """A server refuses the request before it loads anything, in its own words and order of checks."""
+        primary = self._context.primary()
+        if not facts.is_on(primary.spec):
+            headers = (("Content-Type", "application/json; charset=utf-8"),)
+            self.respond(LocalResponse(500, headers, msgspec.json.encode({"error": message})))
+            return
+        self._body = request.body
+        request.plan = None
+        self._connect(primary.spec.url)
 
     def _connect(self, url: str) -> None:
         self._phase = CONNECTING
