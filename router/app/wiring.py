@@ -225,6 +225,8 @@ def _context(
         idle_timeout_seconds=settings.stream.idle_timeout_seconds,
         head_timeout_seconds=settings.server.head_timeout_seconds,
         body_timeout_seconds=settings.server.body_timeout_seconds,
+        body_total_timeout_seconds=settings.server.body_total_timeout_seconds,
+        body_bytes_per_second_min=settings.server.body_bytes_per_second_min,
         connection_timeout_seconds=settings.server.connection_timeout_seconds,
     )
     removing = set[str]()

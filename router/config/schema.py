@@ -153,6 +153,16 @@ class ServerSettings(_Section):
     body_timeout_seconds: Seconds = Field(
         default=60.0, description="Longest pause while receiving a request's body; then the connection is closed."
     )
+    body_total_timeout_seconds: Seconds = Field(
+        default=3600.0, description="Longest time to receive a whole request body; blob uploads are not limited."
+    )
+    body_bytes_per_second_min: int = Field(
+        default=500,
+        ge=1,
+        le=1_000_000_000,
+        description="Lowest average rate of a request's body, blob uploads included, measured after "
+        "body_timeout_seconds; a slower sender is cut off.",
+    )
     connection_timeout_seconds: Seconds = Field(
         default=3600.0,
         description="How long an idle client connection stays open; long, because clients reuse old connections.",

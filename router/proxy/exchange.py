@@ -50,6 +50,8 @@ from router.proxy.upstream_pool import Opening, UpstreamConnection
 ATTEMPTS: Final = 3
 ONE_WRITE_BYTES_MAX: Final = 65536
 """Up to this length head and body are sent in one write."""
+STEP_BYTES: Final = 262_144
+"""A longer body is written in such steps, as far as its server takes it: a transport may copy what it cannot send."""
 CLIENT_GONE: Final = 499
 """nginx's status for a client that left before its response; only logs and metrics see it."""
 
@@ -78,6 +80,10 @@ class ProxyExchange:
     """What the body says, if it has been parsed already."""
     _body = b""
     """As it is forwarded."""
+    _unsent: memoryview | None = None
+    """The rest of a body that is written in steps."""
+    _is_blocked = False
+    """Whether the server takes no more of the request for now."""
 
     def __init__(
         self,
@@ -310,8 +316,20 @@ class ProxyExchange:
         head = b"%sContent-Length: %d\r\n\r\n" % (lines, len(body))
         if len(body) <= ONE_WRITE_BYTES_MAX:
             connection.transport.write(head + body)
-        else:
-            connection.transport.writelines((head, body))
+            return
+        reply.request_sent = self._is_blocked = False
+        self._unsent = memoryview(body)
+        connection.transport.write(head)
+        self._write_unsent()
+
+    def _write_unsent(self) -> None:
+        unsent, reply = self._unsent, self._reply
+        while unsent is not None and reply is not None and not self._is_blocked:
+            self._unsent = unsent[STEP_BYTES:] if len(unsent) > STEP_BYTES else None
+            reply.connection.transport.write(unsent[:STEP_BYTES])
+            if self._unsent is None:
+                reply.mark_request_sent()
+            unsent = self._unsent
 
     def _unreachable(self, error: Exception) -> None:
         self._opening = None
@@ -328,7 +346,9 @@ class ProxyExchange:
         return headers
 
     def request_blocked(self, *, blocked: bool) -> None:
-        pass  # the whole request is written already
+        self._is_blocked = blocked
+        if not blocked:
+            self._write_unsent()
 
     def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:
         if stale and not self._was_stale:
@@ -338,6 +358,7 @@ class ProxyExchange:
             self._connect(reply.connection.url)
             return
         request = self._request
+        self._unsent = None
         self._release(runner_lost=True)
         self._was_stale = False
         if request is None or request.plan is None or self._attempt == ATTEMPTS:
@@ -413,6 +434,7 @@ class ProxyExchange:
     def _finish(self, status: int, *, runner_lost: bool = False) -> None:
         """Releases the slot, if one is held, and ends the request in the access log."""
         self._phase = ENDED
+        self._unsent = None
         record, reply = self._record, self._reply
         lease, self._lease, self._grant = self._lease, None, None
         if lease is not None:  # a chunk is about a token
