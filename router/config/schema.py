@@ -212,6 +212,13 @@ class OllamaSettings(_Section):
         description="Context tokens per request. Always set, because a server over several GPUs would otherwise "
         "use 131,072.",
     )
+    context_length_max: int | None = Field(
+        default=None,
+        ge=4,
+        le=2**24,
+        description="Largest context that a long prompt may raise a model's context to; unset: the trained context. "
+        "The value of context_length turns it off.",
+    )
     flash_attention: bool | None = Field(
         default=None, description="Flash attention on or off; unset: Ollama chooses by model and GPU."
     )

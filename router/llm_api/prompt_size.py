@@ -38,7 +38,7 @@ def prompt_size(body: bytes, start: int, end: int) -> int:
 
 def _media_bytes(message: _Message) -> int:
     content = memoryview(message.content)
-    parts = _PARTS.decode(content) if content[:1] == b"[" else ()
+    parts = _PARTS.decode(content) if bytes(content[:1]) == b"[" else ()
     return _size(message.images) + sum(_size(p.image_url) + _size(p.source) + _size(p.input_audio) for p in parts)
 
 

@@ -259,19 +259,36 @@ class ProxyExchange:
             self.check(now)
 
     def _decided(self, decision: Grant | Reject) -> None:
+        record, request = self._record, self._request
         if isinstance(decision, Reject):
             self._lease = None
-            self._refuse(rejection(decision))
+            if request is not None and request.keep_context(decision.code):
+                self._submit(request)
+            else:
+                self._refuse(rejection(decision))
             return
         self._grant = decision
-        record, request = self._record, self._request
         record.instance = decision.instance
         record.granted_at = self._context.controller.now()
         if request is not None:
             plan = request.plan
             fits = plan is None or decision.options == plan.options
             self._body = request.body if fits else request.body_for(decision)
+            if plan is not None and request.parsed.prompt_bytes > plan.prompt_bytes_max:
+                self._note_context(request, decision)
         self._connect(decision.url)
+
+    def _note_context(self, request: InferenceRequest, grant: Grant) -> None:
+        if request.note_context(grant.context_length):
+            log = structlog.get_logger("router.request")
+            log.warning(
+                "prompt_exceeds_context",
+                request_id=self._record.request_id,
+                model=self._record.model,
+                context_length=grant.context_length,
+                prompt_bytes=request.parsed.prompt_bytes,
+            )
+        self._record.substitution_headers = request.substitution_headers
 
     def _forward_unchanged(self, request: InferenceRequest) -> None:
         """To one instance, without a slot: it responds in its own words."""

@@ -144,7 +144,8 @@ class StreamingUpload(ProxyExchange):
             return
         if self._early:
             same_model = parsed.model == (self._request.model if self._request is not None else None)
-            if same_model and not parsed.options and parsed.keep_alive is None and not parsed.unreadable:
+            is_plain = not parsed.options and parsed.keep_alive is None and not parsed.unreadable
+            if same_model and is_plain and self._is_context_enough(parsed):
                 if self._reply is not None:
                     self._write(self._reply, self._reader.stored_bytes)
                 return
@@ -153,6 +154,11 @@ class StreamingUpload(ProxyExchange):
             self._undo(runner_lost=False)
         self._parsed = parsed
         super().begin(self._reader.body())
+
+    def _is_context_enough(self, parsed: ParsedBody) -> bool:
+        """Whether the prompt fits into the default context, as far as that can be said."""
+        plan = self._request.plan if self._request is not None else None
+        return plan is None or parsed.prompt_bytes <= plan.prompt_bytes_max
 
     # --- when it goes wrong ----------------------------------------------------------------------------------
 

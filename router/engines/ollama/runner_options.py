@@ -57,6 +57,16 @@ def requested_context(options: RunnerOptions) -> int | None:
     return None
 
 
+def differ_in_context_only(one: RunnerOptions, other: RunnerOptions) -> bool:
+    """Whether two runners differ in nothing but their context, if in anything."""
+    return [pair for pair in one if pair[0] != "num_ctx"] == [pair for pair in other if pair[0] != "num_ctx"]
+
+
+def sets_context(facts: ModelFacts) -> bool:
+    """True where the Modelfile says how much context a runner has."""
+    return any(name == "num_ctx" for name, _ in facts.parameters)
+
+
 def runner_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """The parameters of a Modelfile that affect a runner, as in `ModelFacts.parameters`: the last value of each name.
 
