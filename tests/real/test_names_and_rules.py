@@ -170,6 +170,21 @@ async def test_an_option_of_the_wrong_type_is_answered_as_by_a_server(product: P
     assert routed.header("X-Llamayard-Dropped-Options") is None
 
 
+@pytest.mark.parametrize("fields", [{}, {"truncate": False}])
+async def test_a_text_to_embed_is_cut_to_the_context_that_its_request_names(
+    product: Product, fields: dict[str, Any]
+) -> None:
+    text = {"model": "embed", "input": ["short", "a text of more tokens than that. " * 10]}
+    whole = await call(product.address, "POST", "/api/embed", text)
+    cut = {**text, **fields, "options": {"num_ctx": 64}}
+    routed = await call(product.address, "POST", "/api/embed", cut)
+    direct = await call(Address("127.0.0.1", next(iter(product.servers()))), "POST", "/api/embed", cut)
+    assert (whole.status, routed.status) == (200, direct.status)
+    assert routed.json().get("embeddings") == direct.json().get("embeddings")
+    assert routed.json().get("prompt_eval_count") == direct.json().get("prompt_eval_count")
+    assert whole.json()["prompt_eval_count"] > routed.json().get("prompt_eval_count", 0)
+
+
 async def test_the_client_identity_is_logged_without_the_key(configured: Product) -> None:
     headers = (("Authorization", "Bearer sk-very-secret"), ("X-OpenWebUI-User-Id", "anna"), ("X-Request-ID", "my-id"))
     reply = await _generate(configured, "tiny", headers)
