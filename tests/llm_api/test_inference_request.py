@@ -264,17 +264,17 @@ def test_a_raised_context_keeps_the_other_options_of_its_request() -> None:
 
 @pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings"])
 def test_a_replica_with_more_context_embeds_only_texts_that_fit_into_the_named_one(path: str) -> None:
-    named = {"options": {"num_ctx": 512}}
-    assert _ticket_for(path, 500, **named)[1].is_flexible
-    assert not _ticket_for(path, 600, **named)[1].is_flexible
-    assert _ticket_for(path, 600, trained=512, **named)[1].is_flexible  # no replica has more
+    named = {"num_ctx": 512}
+    assert _ticket_for(path, 500, options=named)[1].is_flexible
+    assert not _ticket_for(path, 600, options=named)[1].is_flexible
+    assert _ticket_for(path, 600, trained=512, options=named)[1].is_flexible  # no replica has more
     assert _ticket_for(path, 100_000)[1].is_flexible
     assert _ticket_for(path, 100_000)[1].options == ()
 
 
 def test_each_text_of_a_list_is_embedded_for_itself() -> None:
-    texts, named = ["x" * 300] * 50, {"options": {"num_ctx": 512}}
+    texts = ["x" * 300] * 50
     for inputs, is_flexible in ((texts, True), ([*texts, "y" * 600], False), ([*texts, 7], False)):
-        request = request_for({"model": "tiny", "input": inputs, **named}, "/api/embed")
+        request = request_for({"model": "tiny", "input": inputs, "options": {"num_ctx": 512}}, "/api/embed")
         request.plan_for(replace(facts("tiny:latest"), context_length=_TRAINED))
         assert request.ticket(TicketId(1), 0.0, 60.0).is_flexible == is_flexible
