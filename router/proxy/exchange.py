@@ -451,7 +451,8 @@ class ProxyExchange:
     def _finish(self, status: int, *, runner_lost: bool = False) -> None:
         """Releases the slot, if one is held, and ends the request in the access log."""
         self._phase = ENDED
-        self._unsent = None
+        if self._unsent is not None:
+            self._unsent = None
         record, reply = self._record, self._reply
         lease, self._lease, self._grant = self._lease, None, None
         if lease is not None:  # a chunk is about a token
