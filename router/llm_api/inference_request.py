@@ -69,6 +69,8 @@ _GENERATING = frozenset(
 _TRUNCATING = frozenset(("/api/embed", "/api/embeddings"))
 """Where a text that is longer than the context is cut to it, so that the context changes the answer."""
 _NO_LIMIT = 1 << 62
+_KEPT_BYTES_MAX = 1 << 20
+"""The original of a longer body is not kept once it is edited."""
 _TEXT_BYTES_PER_TOKEN = 10 / 3
 """Of a prompt's JSON, so that a prompt is rather taken to be longer than it is: English prose has 4 to 5, source 3."""
 _OUTPUT_TOKENS = 1024
@@ -132,7 +134,7 @@ class InferenceRequest(msgspec.Struct):
     rules: ModelRules
     client_identity: ClientIdentity
     original_body: bytes
-    """As the client sent it."""
+    """As the client sent it; of a long body that was edited, the edited one, so that memory holds it once."""
     body: bytes
     """As it is forwarded, except for `body_for`."""
     parsed: ParsedBody
@@ -195,6 +197,8 @@ class InferenceRequest(msgspec.Struct):
             # The server must never unload by itself a model that the router counts on: the timers are the router's.
             set_keep_alive = set_member if parsed.ambiguous else set_only
             self.body = set_keep_alive(self.body, "keep_alive", b"-1")
+        if len(self.body) > _KEPT_BYTES_MAX:
+            self.original_body = self.body  # the same edits, made again for a fallback, change nothing
         is_ollama = self.path.startswith("/api/")
         prompt_bytes_max, raised_context_max = self._context_limits(facts, options, protected)
         self.keeps_context = False
@@ -296,7 +300,10 @@ class InferenceRequest(msgspec.Struct):
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether `plan` and `heartbeat` hold for every request whose head, model and `stream` are the same."""
+        """Whether `plan` and `heartbeat` hold for every request whose head, model and `stream` are the same.
+
+        Of a body that `plan_for` edited `is_plain` is false, also of a long one.
+        """
         return (
             self.body is self.original_body
             and not self.substitution_headers

@@ -42,7 +42,7 @@ def set_only(body: bytes, name: str, value: bytes) -> bytes:
     if b"\\u00" in body or body.count(quoted) != 1:
         return set_member(body, name, value)
     found = _PLAIN.match(body, body.index(quoted) + len(quoted))
-    return body[: found.start(1)] + value + body[found.end(1) :] if found else set_member(body, name, value)
+    return _spliced(body, found.span(1), value) if found else set_member(body, name, value)
 
 
 def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:

@@ -153,7 +153,9 @@ class StreamingUpload(ProxyExchange):
                 return  # the server replied without waiting for the rest, which is not sent
             self._undo(runner_lost=False)
         self._parsed = parsed
-        super().begin(self._reader.body())
+        whole = self._reader.body()
+        self._reader.release()
+        super().begin(whole)
 
     def _is_context_enough(self, parsed: ParsedBody) -> bool:
         """Whether the prompt fits into the default context, as far as that can be said."""
