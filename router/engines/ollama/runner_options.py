@@ -27,6 +27,7 @@ RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
 _BOOLEANS = frozenset({"use_mmap"})
 
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
+_OPTION_NAMES = frozenset((*RUNNER_OPTIONS, *PLACEMENT_OPTIONS))
 
 SINGLE_SLOT_ARCHITECTURES = frozenset(
     ("lfm2", "lfm2moe", "mllama", "nemotron_h", "qwen35", "qwen35moe", "qwen3next", "qwen3vl", "qwen3vlmoe")
@@ -56,6 +57,16 @@ def requested_context(options: RunnerOptions) -> int | None:
     return None
 
 
+def differ_in_context_only(one: RunnerOptions, other: RunnerOptions) -> bool:
+    """Whether two runners differ in nothing but their context, if in anything."""
+    return [pair for pair in one if pair[0] != "num_ctx"] == [pair for pair in other if pair[0] != "num_ctx"]
+
+
+def sets_context(facts: ModelFacts) -> bool:
+    """True where the Modelfile says how much context a runner has."""
+    return any(name == "num_ctx" for name, _ in facts.parameters)
+
+
 def runner_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """The parameters of a Modelfile that affect a runner, as in `ModelFacts.parameters`: the last value of each name.
 
@@ -76,7 +87,7 @@ def _plain_number(text: str) -> str:
 def runner_options(facts: ModelFacts, requested: Mapping[str, object], default_context_length: int) -> RunnerOptions:
     """The options that a request needs of its runner: `requested`, then those of the Modelfile, without defaults.
 
-    Values of a wrong type are left out, because the server answers them with an error.
+    Values of a type that Ollama refuses are left out; see `refused_option`.
     """
     merged: dict[str, int | bool] = {}
     modelfile_options = ((name, _parsed(text)) for name, text in facts.parameters)
@@ -147,6 +158,22 @@ def explicit_options(facts: ModelFacts, options: RunnerOptions, default_context_
     overridden = {name: defaults[name] for name, _ in runner_options(facts, {}, default_context_length)}
     restored = {name: value for name, value in overridden.items() if value is not None}
     return tuple(sorted({**restored, **dict(options)}.items()))
+
+
+def refused_option(requested: Mapping[str, object]) -> str | None:
+    """The server's message about the first runner option of a type that it refuses; None where all are accepted.
+
+    Source: api/types.go, `Options.FromMap` (v0.34): numbers with a fraction are cut off, and null counts as absent.
+    """
+    for name, given in requested.items():
+        if given is None or name not in _OPTION_NAMES:
+            continue
+        is_boolean = isinstance(given, bool)
+        if name in _BOOLEANS and not is_boolean:
+            return f'option "{name}" must be of type boolean'
+        if name not in _BOOLEANS and (is_boolean or not isinstance(given, int | float)):
+            return f'option "{name}" must be of type integer'
+    return None
 
 
 def sets_num_gpu(facts: ModelFacts) -> bool:

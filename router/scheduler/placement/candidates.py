@@ -47,6 +47,8 @@ class Bounds:
     """Use only instances that are, or would be, started on demand, because their slots can be chosen."""
     engine: str = "ollama"
     """Kind of the engine that has to serve the model."""
+    default_context: int | None = None
+    """Only instances that give requests this context by default; None: those with the usual one."""
 
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
         """Returns True if pins, layout and exclusive GPUs allow this set."""
@@ -88,7 +90,7 @@ def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Ca
     if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
         return memoise(
             snapshot,
-            (candidates_of_size, size, bounds.only_new, bounds.engine),
+            (candidates_of_size, size, bounds.only_new, bounds.engine, bounds.default_context),
             lambda: _candidates(snapshot, size, bounds),
         )
     return _candidates(snapshot, size, bounds)
@@ -128,6 +130,7 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     """The instances over exactly these GPUs; with on-demand instances, the best empty one or a new one."""
     over = instances_over(snapshot, frozenset(gpus))
     there = [view for view in over if view.state in ALIVE and view.spec.engine == bounds.engine]
+    there = [view for view in there if _gives_context(snapshot, view.spec, bounds.default_context)]
     pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):
         return [] if bounds.only_new else [Candidate(view.spec) for view in there]
@@ -168,11 +171,27 @@ def _to_be_started(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds
         return []
     like = snapshot.engines[like.engine].tuned_for(like, [snapshot.gpus[gpu] for gpu in gpus])
     tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
+    if bounds.default_context is not None:
+        tuned = replace(tuned, context_length=bounds.default_context)
     if pin is not None and pin.num_parallel is not None:
         tuned = replace(tuned, num_parallel=pin.num_parallel)
     if pin is not None and pin.kv_cache_type is not None:
         tuned = replace(tuned, kv_cache_type=pin.kv_cache_type)
     return [Candidate(tuned, is_new=True)]
+
+
+def _gives_context(snapshot: Snapshot, spec: InstanceSpec, default_context: int | None) -> bool:
+    if default_context is not None:
+        return spec.context_length == default_context
+    return widened_context(snapshot, spec) is None
+
+
+def widened_context(snapshot: Snapshot, spec: InstanceSpec) -> int | None:
+    """The default context of an instance that was started on demand to have another one than usual, else None."""
+    like = snapshot.policy.on_demand_like
+    if not spec.on_demand or like is None or spec.context_length == like.context_length:
+        return None
+    return spec.context_length
 
 
 def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:

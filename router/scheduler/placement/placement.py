@@ -62,6 +62,8 @@ class PlacementRequest:
     """Whether a load that spilled is tried there again."""
     supersedes: frozenset[ResidencyKey] = frozenset()
     """Copies that the new one makes useless: they cost nothing to unload."""
+    default_context: int | None = None
+    """The context that the instance must give requests by default; None: the usual one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,13 @@ class _Offer:
 def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> Decision:
     """Chooses where to load the model. The same snapshot gives the same answer."""
     model = request.model
-    bounds = Bounds(model.name, pin_of(snapshot, model.name), request.layout, engine=model.engine)
+    bounds = Bounds(
+        model.name,
+        pin_of(snapshot, model.name),
+        request.layout,
+        engine=model.engine,
+        default_context=request.default_context,
+    )
     if bounds.pin is not None and bounds.pin.cpu:
         return _on_cpu(snapshot, request, bounds)
     alive = [view.spec for view in snapshot.instances.values() if view.state in ALIVE]

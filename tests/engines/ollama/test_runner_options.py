@@ -13,6 +13,7 @@ from router.engines.ollama.runner_options import (
     RUNNER_OPTIONS,
     context_of,
     explicit_options,
+    refused_option,
     runner_options,
     sets_num_gpu,
     slots_of,
@@ -137,3 +138,19 @@ def test_the_context_is_the_requested_one_limited_to_the_trained_one(
 def test_some_models_are_served_one_request_at_a_time(changes: dict[str, Any], slots: int) -> None:
     spec = instance("gpu0", 0, slots=4)
     assert slots_of(model("m", **changes), spec) == slots
+
+
+@pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_thread", "num_gpu", "main_gpu"])
+@pytest.mark.parametrize("value", ["32768", "", True, b"[1]", b"{}"])
+def test_an_integer_option_of_another_type_is_refused_in_the_servers_words(name: str, value: object) -> None:
+    assert refused_option({name: value}) == f'option "{name}" must be of type integer'
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0.0, b"[]"])
+def test_a_boolean_option_of_another_type_is_refused_in_the_servers_words(value: object) -> None:
+    assert refused_option({"use_mmap": value}) == 'option "use_mmap" must be of type boolean'
+
+
+@pytest.mark.parametrize("options", [{}, {"num_ctx": 4096.7}, {"num_gpu": -1, "use_mmap": False}, {"unknown": "x"}])
+def test_options_that_a_server_accepts_are_accepted(options: dict[str, object]) -> None:
+    assert refused_option(options) is None
