@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,31 @@ def test_a_model_is_loaded_on_its_exclusive_gpu_and_stays_when_another_comes(pro
     placed = _replicas(product)
     assert placed["llama3.1:8b"] == ["gpu1"]
     assert placed["qwen2.5-coder:32b"][0].startswith("gpu0")
+
+
+@pytest.fixture
+def equal_gpus(tmp_path: Path) -> Generator[Product]:
+    config = {"log": {"format": "json"}, "state_directory": str(tmp_path / "state")}
+    with running(prepare(tmp_path, config, {"LLAMAYARD_RIG_SPEED": "20"}, ("--rig", "2x3090"))) as router:
+        yield router
+
+
+def _ask_in_turn(product: Product, turns: int) -> None:
+    large = {"model": "llama3.3:70b", "prompt": "hi", "stream": False, "options": {"num_predict": 1}}
+    for _ in range(turns):
+        assert product.call("POST", "/api/generate", large)[0] == 200
+        assert product.call("POST", "/api/embed", {"model": _EMBEDDER, "input": "a text"})[0] == 200
+
+
+def test_a_70b_and_an_embedding_model_that_are_asked_in_turn_do_not_evict_each_other_for_ever(
+    equal_gpus: Product,
+) -> None:
+    """Two slots of the 70B fill both GPUs; with one slot there is room for both models."""
+    _ask_in_turn(equal_gpus, 1)  # measures both
+    equal_gpus.signal(signal.SIGTERM)
+    equal_gpus.wait()
+    equal_gpus.start()
+    _ask_in_turn(equal_gpus, 5)
+    assert set(_replicas(equal_gpus)) == {"llama3.3:70b", f"{_EMBEDDER}:latest"}
+    events = [json.loads(line)["event"] for line in equal_gpus.log_text().splitlines() if line.startswith("{")]
+    assert events.count("loaded") <= 4
