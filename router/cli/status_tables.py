@@ -203,7 +203,7 @@ _GPUS = (
     Column("NAME", _gpu_name, is_elastic=True),
     Column("TOTAL", _gib("memory_total_bytes")),
     Column("USED", _gib("memory_used_bytes")),
-    Column("EXTERNAL", _gib("external_bytes", "foreign_bytes")),
+    Column("EXTERNAL", _gib("external_bytes")),
     Column("FREE", _gib("memory_free_bytes")),
     Column("LOAD", _utilization),
     Column("POWER", _power),

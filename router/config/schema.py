@@ -153,6 +153,16 @@ class ServerSettings(_Section):
     body_timeout_seconds: Seconds = Field(
         default=60.0, description="Longest pause while receiving a request's body; then the connection is closed."
     )
+    body_total_timeout_seconds: Seconds = Field(
+        default=3600.0, description="Longest time to receive a whole request body; blob uploads are not limited."
+    )
+    body_bytes_per_second_min: int = Field(
+        default=500,
+        ge=1,
+        le=1_000_000_000,
+        description="Lowest average rate of a request's body, blob uploads included, measured after "
+        "body_timeout_seconds; a slower sender is cut off.",
+    )
     connection_timeout_seconds: Seconds = Field(
         default=3600.0,
         description="How long an idle client connection stays open; long, because clients reuse old connections.",
@@ -201,6 +211,13 @@ class OllamaSettings(_Section):
         le=2**24,
         description="Context tokens per request. Always set, because a server over several GPUs would otherwise "
         "use 131,072.",
+    )
+    context_length_max: int | None = Field(
+        default=None,
+        ge=4,
+        le=2**24,
+        description="Largest context that a long prompt may raise a model's context to; unset: the trained context. "
+        "The value of context_length turns it off.",
     )
     flash_attention: bool | None = Field(
         default=None, description="Flash attention on or off; unset: Ollama chooses by model and GPU."

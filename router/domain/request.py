@@ -66,6 +66,8 @@ class Ticket:
     is_flexible: bool = False
     """True if a replica with other runner options can serve it when its context is large enough: the router then adapts
     the request."""
+    takes_default_context: bool = False
+    """True if its body cannot name a context: its server gives it the default context of the instance."""
     layout: Layout | None = None
     fingerprints: Callable[[], tuple[int, ...]] | None = field(default=None, compare=False, repr=False)
     """Computes the fingerprints of its prompt (`scheduler/balancing/prefix_affinity.py`); None if it has none."""

@@ -53,4 +53,16 @@ class Residency:
         return self.state is ResidencyState.READY and self.in_flight == 0
 
 
+_ROUNDING_SHARE = 0.005
+
+
+def is_spill(model: ModelFacts, size_bytes: int, size_vram_bytes: int) -> bool:
+    """Returns True where a loaded model is partly on the CPU.
+
+    Only whole layers go to the CPU: less than half a layer, or 0.5 % of all, is a server's rounding.
+    """
+    half_layer = model.weights_bytes / (model.layers + 1) / 2
+    return size_bytes - size_vram_bytes > max(_ROUNDING_SHARE * size_bytes, half_layer)
+
+
 ResidencyKey = tuple[InstanceName, BlobDigest]

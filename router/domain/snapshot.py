@@ -41,6 +41,8 @@ class Failure:
     at: float
     is_lost: bool = False
     """True if the server exited or could not be reached; such a load is retried once. False if it refused the load."""
+    is_spilled: bool = False
+    """True if the load came out partly on the CPU and was undone; the model is planned once more, smaller or there."""
 
 
 @dataclass(frozen=True, slots=True)

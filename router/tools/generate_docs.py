@@ -29,6 +29,7 @@ _WIDTH = 116
 _SAMPLES: Mapping[str, object] = {
     "server.tls_certificate": "/etc/llamayard/certificate.pem",
     "server.tls_key": "/etc/llamayard/key.pem",
+    "ollama.context_length_max": 65_536,
     "ollama.flash_attention": True,
     "discover": True,
     "rig": "2x3090",

@@ -158,6 +158,9 @@ class EchoEngine:
     def load_options(self, model: ModelFacts, options: RunnerOptions, default_context_length: int) -> RunnerOptions:
         return options
 
+    def gives_by_default(self, replica: Residency, ticket: Ticket, spec: InstanceSpec) -> bool:
+        return replica.options == ticket.options
+
     def can_adapt(self, replica: Residency, ticket: Ticket, spec: InstanceSpec) -> bool:
         return True
 

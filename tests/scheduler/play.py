@@ -186,13 +186,20 @@ class Play:
         is_flexible: bool = False,
         layout: Layout | None = None,
         client: str = "",
+        default_context: int | None = None,
     ) -> TicketId:
+        """`default_context`: it cannot name a context, and needs this one; 0: the usual one."""
         self._tickets += 1
         made = ticket_of(
             self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
             deadline=self.now + ttft_target_seconds, is_flexible=is_flexible, layout=layout,
         )  # fmt: skip
-        made = replace(made, client=client)
+        made = replace(
+            made,
+            client=client,
+            takes_default_context=default_context is not None,
+            context_length=default_context or 0,
+        )
         self.waiting[made.id] = made
         self.post(Arrived(made))
         return made.id
@@ -339,7 +346,11 @@ class Play:
         assert facts.instances[grant.instance].state is InstanceState.READY
         assert key in self.held or key in self.dead
         found = facts.residencies[key]
-        assert found.options == ticket.options or ticket.is_flexible
+        if ticket.takes_default_context:
+            given = facts.instances[grant.instance].spec.context_length
+            assert found.context_length == min(given, ticket.model.context_length) >= ticket.context_length
+        else:
+            assert found.options == ticket.options or ticket.is_flexible
         assert ticket.layout is None or ticket.layout.allows(facts.instances[grant.instance].spec.gpus)
         assert (grant.options, grant.context_length) == (found.options, found.context_length)
         self.leases[ticket.id] = (key, found.load_id)

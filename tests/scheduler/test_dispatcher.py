@@ -11,8 +11,8 @@ from router.domain.ids import LoadId
 from router.domain.instance import InstanceState
 from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
-from router.domain.residency import ResidencyState
-from tests.scheduler.builders import key
+from router.domain.residency import ResidencyState, is_spill
+from tests.scheduler.builders import key, model
 from tests.scheduler.play import GPU_BYTES, Play, sized, with_policy
 
 SMALL, OTHER, WHOLE, PAIR = sized("small", 10), sized("other", 10), sized("whole", 20), sized("pair", 40)
@@ -237,12 +237,32 @@ def test_a_load_that_spilled_to_the_cpu_is_undone_and_never_used(one: Play) -> N
     (unload,) = [action for action in one.finish_load(_only_load(one), on_cpu=1) if action in one.unloads.values()]
     assert isinstance(unload, Unload)
     assert unload.reason == "came out 10 % on the CPU on gpu0"
+    assert one.leases == {}
+    one.finish_unload(key("gpu0", SMALL))
+    one.advance(0.1)
+    one.read_gpus()
+    assert ticket in one.waiting  # planned anew once before its client is told
+    one.finish_load(_only_load(one), on_cpu=1)
     refused = one.rejection(ticket)
     assert (refused.code, refused.status) == ("load_failed", 502)
     assert refused.message == "model 'small' came out 10 % on the CPU on gpu0"
     assert one.leases == {}
     one.work_through()
     assert one.residency("gpu0", SMALL) is None
+
+
+def test_a_load_that_spilled_once_is_sent_again_and_used(one: Play) -> None:
+    ticket = one.arrive(SMALL)
+    one.finish_load(_only_load(one), on_cpu=1)
+    one.work_through()
+    assert (one.grant(ticket).instance, one.loads_sent) == ("gpu0", 2)
+
+
+@pytest.mark.parametrize(("missing", "spilled"), [(1, False), (15_000, False), (15_200, True), (30_303, True)])
+def test_less_than_half_a_layer_on_the_cpu_is_rounding(missing: int, spilled: bool) -> None:
+    """32 layers and the output: each is a 33rd of the weights."""
+    assert is_spill(model("m", weights_bytes=1_000_000), 1_000_000, 1_000_000 - missing) == spilled
+    assert not is_spill(model("m", weights_bytes=0), 1000, 995)
 
 
 def test_a_load_that_spilled_on_one_gpu_is_tried_on_the_other(two: Play) -> None:

@@ -53,6 +53,7 @@ class Fleet(RuleBasedStateMachine):
         patience=st.sampled_from((300.0, 300.0, 60.0, 2.0)),
         is_flexible=st.sampled_from((False, False, True)),
         layout=st.sampled_from(LAYOUTS),
+        default_context=st.sampled_from((None, None, None, 0, 4096)),
     )
     def some_arrive(
         self,
@@ -63,9 +64,15 @@ class Fleet(RuleBasedStateMachine):
         patience: float,
         is_flexible: bool,
         layout: Layout | None,
+        default_context: int | None,
     ) -> None:
+        if default_context is not None:
+            options, is_flexible = (("num_ctx", default_context),) if default_context else (), False
         for _ in range(count):
-            self.play.arrive(MODELS[of], options, keep, patience, is_flexible=is_flexible, layout=layout)
+            self.play.arrive(
+                MODELS[of], options, keep, patience, is_flexible=is_flexible, layout=layout,
+                default_context=default_context,
+            )  # fmt: skip
 
     @rule(of=st.sampled_from(("tiny", "small", "pair")))
     def one_arrives_and_is_served(self, of: str) -> None:

@@ -47,6 +47,28 @@ def test_a_second_model_on_a_gpu_gets_a_server_of_its_own() -> None:
     assert (one.grant(first).instance, one.grant(second).instance) == ("gpu0", "gpu0.2")
 
 
+def test_a_load_that_spilled_is_planned_anew_with_a_slot_less() -> None:
+    one = _play(1)
+    ticket = one.arrive(SMALL)
+    one.finish_load(next(iter(one.loads)), on_cpu=1)
+    assert one.specs[InstanceName("gpu0.2")].num_parallel == 1
+    one.bring_up()
+    one.work_through()
+    assert one.grant(ticket).instance == "gpu0.2"
+
+
+def test_a_load_that_spilled_twice_is_refused() -> None:
+    one = _play(1)
+    ticket = one.arrive(SMALL)
+    for _ in range(2):
+        one.finish_load(next(iter(one.loads)), on_cpu=1)
+        one.bring_up()
+        one.finish_unload(next(iter(one.unloads)))
+        one.advance(0.1)
+        one.read_gpus()
+    assert (one.rejection(ticket).status, one.loads_sent) == (502, 2)
+
+
 def test_an_instance_that_stays_empty_is_stopped_once() -> None:
     one = _play(1, replace(POLICY, instance_idle_seconds=1000.0))
     one.release(_run(one, SMALL))

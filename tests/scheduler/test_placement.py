@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceState, InstanceView
 from router.domain.model import ModelFacts
-from router.domain.policy import Policy, SchedulerConstants
+from router.domain.policy import Pin, Policy, SchedulerConstants
 from router.domain.request import RunnerOptions
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Failure, Snapshot
@@ -184,6 +184,75 @@ def test_the_requests_of_a_spread_model_count_on_each_of_its_gpus() -> None:
     gpus = [gpu(number, 20_000) for number in range(3)]
     facts = snapshot(gpus, views, [residency("spread", LARGE, 1000, 1000, in_flight=1)])
     assert _placed(facts, SMALL).instance == "gpu2"
+
+
+# --- as configured ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_goes_to_its_exclusive_gpu_first_though_another_is_faster_and_roomier() -> None:
+    gpus = [gpu(0, 24_000, clock_hertz=10_000), gpu(1, 20_000, clock_hertz=5_000)]
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small", "other"})})
+    placed = _placed(snapshot(gpus, PAIR, policy=policy), SMALL)
+    assert placed.reason == "gpu1: GPU 1 needs 9.8 of 19.5 GiB free; exclusive to it"
+
+
+@pytest.mark.parametrize(
+    ("state", "instance_name"),
+    [(InstanceState.STARTING, None), (InstanceState.BACKOFF, "gpu0"), (InstanceState.FATAL, "gpu0")],
+)
+def test_a_model_waits_for_the_start_of_the_instance_on_its_exclusive_gpu(
+    state: InstanceState, instance_name: str | None
+) -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small"})})
+    facts = snapshot([gpu(0, 24_000), gpu(1, 24_000)], (view("gpu0", 0), view("gpu1", 1, state=state)), policy=policy)
+    if instance_name is None:
+        assert _waits(facts, SMALL).reason.startswith("gpu1: waits for its start")
+    else:
+        assert _placed(facts, SMALL).instance == instance_name
+
+
+def test_its_exclusive_gpu_goes_before_a_gpu_that_would_be_packed() -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small"})})
+    facts = replace(snapshot([gpu(0, 12_000), gpu(1, 24_000)], PAIR, policy=policy), large_model_requested=True)
+    assert _placed(facts, SMALL).instance == "gpu1"
+
+
+def test_where_its_exclusive_gpu_is_full_a_model_goes_to_free_room_elsewhere() -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small", "old"})})
+    there = [residency("gpu1", OLD, 20_000)]
+    placed = _placed(snapshot([gpu(0, 12_000), gpu(1, 4_000)], PAIR, there, policy=policy), SMALL)
+    assert (placed.instance, placed.evict) == ("gpu0", ())
+
+
+def test_at_the_same_price_models_make_room_on_the_exclusive_gpu() -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small", "old"})})
+    there = [residency("gpu0", IDLE, 20_000), residency("gpu1", OLD, 23_000)]
+    placed = _placed(snapshot([gpu(0, 4_000), gpu(1, 1_000)], PAIR, there, policy=policy), SMALL)
+    assert (placed.instance, placed.evict) == ("gpu1", (key("gpu1", OLD),))
+
+
+def test_of_several_sets_the_one_with_most_exclusive_gpus_wins() -> None:
+    names = frozenset({"large"})
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): names, gpu_id(3): names})
+    views = [view(f"gpu{a}+gpu{b}", a, b) for a in range(4) for b in range(a + 1, 4)]
+    facts = snapshot([gpu(number, 24_000, clock_hertz=10_000 - number) for number in range(4)], views, policy=policy)
+    assert _placed(facts, LARGE).instance == "gpu1+gpu3"
+
+
+@pytest.mark.parametrize(("is_there", "instance_name"), [(False, "gpu1"), (True, "gpu0")])
+def test_a_gpu_is_left_to_the_model_that_is_pinned_to_it_until_that_is_loaded(
+    is_there: bool, instance_name: str
+) -> None:
+    policy = Policy(vram_margin_bytes=0, pins={"old": Pin(gpus=(gpu_id(0),))})
+    there = [residency("gpu0", OLD, 1_000), residency("gpu1", IDLE, 1_000)] if is_there else []
+    gpus = [gpu(0, 23_000, clock_hertz=10_000), gpu(1, 23_000, clock_hertz=5_000)]
+    assert _placed(snapshot(gpus, PAIR, there, policy=policy), SMALL).instance == instance_name
+
+
+def test_a_gpu_that_another_model_is_pinned_to_is_used_where_no_other_has_room() -> None:
+    policy = Policy(vram_margin_bytes=0, pins={"old": Pin(gpus=(gpu_id(0),))})
+    there = [residency("gpu1", IDLE, 20_000)]
+    assert _placed(snapshot([gpu(0, 24_000), gpu(1, 4_000)], PAIR, there, policy=policy), SMALL).instance == "gpu0"
 
 
 # --- making room ------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 Ollama starts another runner if one of them differs from the loaded one (server/sched.go, `needsReload`; verified on
 0.11.4 and 0.24.0). Values equal to the default are dropped, so that a request that sets a default explicitly shares the
-runner with one that does not. `num_gpu` and `main_gpu` are never included, because the router decides the placement.
+runner with one that does not. A context above the trained one is cut to it, so both are written in one way; before 0.30
+a server compares the numbers as written, so bodies repeat what the load wrote (`written_context`). `num_gpu` and
+`main_gpu` are never included, because the router decides the placement.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
 _BOOLEANS = frozenset({"use_mmap"})
 
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
+_OPTION_NAMES = frozenset((*RUNNER_OPTIONS, *PLACEMENT_OPTIONS))
 
 SINGLE_SLOT_ARCHITECTURES = frozenset(
     ("lfm2", "lfm2moe", "mllama", "nemotron_h", "qwen35", "qwen35moe", "qwen3next", "qwen3vl", "qwen3vlmoe")
@@ -54,6 +57,16 @@ def requested_context(options: RunnerOptions) -> int | None:
     return None
 
 
+def differ_in_context_only(one: RunnerOptions, other: RunnerOptions) -> bool:
+    """Whether two runners differ in nothing but their context, if in anything."""
+    return [pair for pair in one if pair[0] != "num_ctx"] == [pair for pair in other if pair[0] != "num_ctx"]
+
+
+def sets_context(facts: ModelFacts) -> bool:
+    """True where the Modelfile says how much context a runner has."""
+    return any(name == "num_ctx" for name, _ in facts.parameters)
+
+
 def runner_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """The parameters of a Modelfile that affect a runner, as in `ModelFacts.parameters`: the last value of each name.
 
@@ -74,7 +87,7 @@ def _plain_number(text: str) -> str:
 def runner_options(facts: ModelFacts, requested: Mapping[str, object], default_context_length: int) -> RunnerOptions:
     """The options that a request needs of its runner: `requested`, then those of the Modelfile, without defaults.
 
-    Values of a wrong type are left out, because the server answers them with an error.
+    Values of a type that Ollama refuses are left out; see `refused_option`.
     """
     merged: dict[str, int | bool] = {}
     modelfile_options = ((name, _parsed(text)) for name, text in facts.parameters)
@@ -83,7 +96,40 @@ def runner_options(facts: ModelFacts, requested: Mapping[str, object], default_c
         if name in RUNNER_OPTIONS and value is not None:
             merged[name] = value
     defaults = {**RUNNER_OPTIONS, "num_ctx": default_context_length}
+    if "num_ctx" in merged:
+        merged["num_ctx"] = _one_spelling(facts, merged["num_ctx"], default_context_length)
     return tuple(sorted((name, value) for name, value in merged.items() if value != defaults[name]))
+
+
+def _one_spelling(facts: ModelFacts, context_length: int, default_context_length: int) -> int:
+    """The number that stands for all with the same effect: the default, else the Modelfile's, else the cut one."""
+
+    def cut(number: int) -> int:
+        return min(number, facts.context_length) if facts.context_length > 0 else number
+
+    named = _modelfile_context(facts)
+    for number in (default_context_length, default_context_length if named is None else named):
+        if cut(number) == cut(context_length):
+            return number
+    return cut(context_length)
+
+
+def _modelfile_context(facts: ModelFacts) -> int | None:
+    """The `num_ctx` of the Modelfile, as written."""
+    written = dict(facts.parameters).get("num_ctx")
+    value = None if written is None else _typed("num_ctx", _parsed(written))
+    return None if value is None else int(value)
+
+
+def written_context(facts: ModelFacts, options: RunnerOptions, default_context_length: int) -> int:
+    """The `num_ctx` as a runner with these options was loaded: a request that writes another one would reload it."""
+    requested = requested_context(options)
+    if requested is not None:
+        return requested
+    named = _modelfile_context(facts)
+    if named is not None and _one_spelling(facts, named, default_context_length) == default_context_length:
+        return named  # the load wrote none, and the server took the Modelfile's
+    return default_context_length
 
 
 def default_context_length_of(facts: ModelFacts, default_context_length: int) -> int:
@@ -93,9 +139,7 @@ def default_context_length_of(facts: ModelFacts, default_context_length: int) ->
 
 def with_context(facts: ModelFacts, context_length: int, default_context_length: int) -> RunnerOptions:
     """The runner options of the Modelfile with another context."""
-    others = (pair for pair in runner_options(facts, {}, default_context_length) if pair[0] != "num_ctx")
-    context = (("num_ctx", context_length),) if context_length != default_context_length else ()
-    return tuple(sorted((*others, *context)))
+    return runner_options(facts, {"num_ctx": context_length}, default_context_length)
 
 
 def default_runner_options(facts: ModelFacts, pin: Pin | None, default_context_length: int) -> RunnerOptions:
@@ -114,6 +158,22 @@ def explicit_options(facts: ModelFacts, options: RunnerOptions, default_context_
     overridden = {name: defaults[name] for name, _ in runner_options(facts, {}, default_context_length)}
     restored = {name: value for name, value in overridden.items() if value is not None}
     return tuple(sorted({**restored, **dict(options)}.items()))
+
+
+def refused_option(requested: Mapping[str, object]) -> str | None:
+    """The server's message about the first runner option of a type that it refuses; None where all are accepted.
+
+    Source: api/types.go, `Options.FromMap` (v0.34): numbers with a fraction are cut off, and null counts as absent.
+    """
+    for name, given in requested.items():
+        if given is None or name not in _OPTION_NAMES:
+            continue
+        is_boolean = isinstance(given, bool)
+        if name in _BOOLEANS and not is_boolean:
+            return f'option "{name}" must be of type boolean'
+        if name not in _BOOLEANS and (is_boolean or not isinstance(given, int | float)):
+            return f'option "{name}" must be of type integer'
+    return None
 
 
 def sets_num_gpu(facts: ModelFacts) -> bool:

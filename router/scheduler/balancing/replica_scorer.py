@@ -75,8 +75,10 @@ def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
 def _serves_as_requested(snapshot: Fleet, view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
     if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
         return False
-    if residency.options == ticket.options:
+    if residency.options == ticket.options and not (ticket.takes_default_context and ticket.context_length):
         return True
+    if ticket.takes_default_context:
+        return snapshot.engines[view.spec.engine].gives_by_default(residency, ticket, view.spec)
     return ticket.is_flexible and snapshot.engines[view.spec.engine].can_adapt(residency, ticket, view.spec)
 
 

@@ -15,7 +15,7 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.policy import Pin
 from router.domain.request import Layout
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import instances_over, memoise, residencies_of
+from router.domain.snapshot_index import instances_over, memoise, residencies_of, residencies_on
 
 ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
 
@@ -47,6 +47,8 @@ class Bounds:
     """Use only instances that are, or would be, started on demand, because their slots can be chosen."""
     engine: str = "ollama"
     """Kind of the engine that has to serve the model."""
+    default_context: int | None = None
+    """Only instances that give requests this context by default; None: those with the usual one."""
 
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
         """Returns True if pins, layout and exclusive GPUs allow this set."""
@@ -88,7 +90,7 @@ def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Ca
     if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
         return memoise(
             snapshot,
-            (candidates_of_size, size, bounds.only_new, bounds.engine),
+            (candidates_of_size, size, bounds.only_new, bounds.engine, bounds.default_context),
             lambda: _candidates(snapshot, size, bounds),
         )
     return _candidates(snapshot, size, bounds)
@@ -128,6 +130,7 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     """The instances over exactly these GPUs; with on-demand instances, the best empty one or a new one."""
     over = instances_over(snapshot, frozenset(gpus))
     there = [view for view in over if view.state in ALIVE and view.spec.engine == bounds.engine]
+    there = [view for view in there if _gives_context(snapshot, view.spec, bounds.default_context)]
     pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):
         return [] if bounds.only_new else [Candidate(view.spec) for view in there]
@@ -139,7 +142,24 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     if free:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
         return [Candidate(best.spec)]
-    like = snapshot.policy.on_demand_like
+    return _to_be_started(snapshot, gpus, bounds)
+
+
+def new_candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
+    """Instances that could be started over `size` GPUs, whatever runs there already; they can be tuned otherwise."""
+    if not (snapshot.policy.instances_on_demand and size):
+        return []
+    sets = memoise(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
+    return [
+        candidate
+        for gpus in sets
+        if bounds.allows(snapshot, gpus)
+        for candidate in _to_be_started(snapshot, gpus, bounds)
+    ]
+
+
+def _to_be_started(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
+    like, pin = snapshot.policy.on_demand_like, bounds.pin
     if any(gpu not in snapshot.gpus for gpu in gpus):
         return []
     if (
@@ -151,11 +171,27 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
         return []
     like = snapshot.engines[like.engine].tuned_for(like, [snapshot.gpus[gpu] for gpu in gpus])
     tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
+    if bounds.default_context is not None:
+        tuned = replace(tuned, context_length=bounds.default_context)
     if pin is not None and pin.num_parallel is not None:
         tuned = replace(tuned, num_parallel=pin.num_parallel)
     if pin is not None and pin.kv_cache_type is not None:
         tuned = replace(tuned, kv_cache_type=pin.kv_cache_type)
     return [Candidate(tuned, is_new=True)]
+
+
+def _gives_context(snapshot: Snapshot, spec: InstanceSpec, default_context: int | None) -> bool:
+    if default_context is not None:
+        return spec.context_length == default_context
+    return widened_context(snapshot, spec) is None
+
+
+def widened_context(snapshot: Snapshot, spec: InstanceSpec) -> int | None:
+    """The default context of an instance that was started on demand to have another one than usual, else None."""
+    like = snapshot.policy.on_demand_like
+    if not spec.on_demand or like is None or spec.context_length == like.context_length:
+        return None
+    return spec.context_length
 
 
 def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
@@ -169,6 +205,36 @@ def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
 def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
     """Returns True if no model is planned, loading, loaded or unloading there."""
     return not residencies_of(snapshot, name)
+
+
+def against_preferences(snapshot: Snapshot, gpus: Sequence[GpuUuid], name: str) -> int:
+    """Counts the GPUs of a set that the configuration would rather give to others; 0 is best.
+
+    A model with exclusive GPUs prefers those. A GPU that another model is pinned to is left free until that model is
+    there.
+    """
+    policy = snapshot.policy
+    if not (policy.exclusive_gpus or policy.pins):
+        return 0
+    pinned = memoise(snapshot, _unplaced_pins, lambda: _unplaced_pins(snapshot))
+    has_own = any(name in names for names in policy.exclusive_gpus.values())
+    foreign = sum(not is_exclusive_to(snapshot, gpu, name) for gpu in gpus) if has_own else 0
+    return foreign + sum(bool(pinned.get(gpu, frozenset()) - {name}) for gpu in gpus)
+
+
+def is_exclusive_to(snapshot: Snapshot, gpu: GpuUuid, name: str) -> bool:
+    """Returns True where the GPU is exclusive to the model, alone or with others."""
+    return name in snapshot.policy.exclusive_gpus.get(gpu, ())
+
+
+def _unplaced_pins(snapshot: Snapshot) -> dict[GpuUuid, frozenset[str]]:
+    """For each GPU the models that are pinned to it and not there, neither loaded nor on their way."""
+    found: dict[GpuUuid, frozenset[str]] = {}
+    for name, pin in snapshot.policy.pins.items():
+        for gpu in pin.gpus:
+            if all(snapshot.residencies[key].name != name for key in residencies_on(snapshot, gpu)):
+                found[gpu] = found.get(gpu, frozenset()) | {name}
+    return found
 
 
 def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:

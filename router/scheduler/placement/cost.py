@@ -8,6 +8,7 @@ one new request does not evict a model in constant use; several requests, or one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -81,6 +82,41 @@ def _is_otherwise_idle(snapshot: Snapshot, tickets: int) -> bool:
     if sum(snapshot.wanted.values()) > tickets:
         return False
     return memoise(snapshot, _is_otherwise_idle, lambda: not any(r.in_flight for r in snapshot.residencies.values()))
+
+
+def swap_price(snapshot: Snapshot, model: ModelFacts, leaving: Iterable[Residency]) -> float:
+    """Seconds that clients are expected to lose within the half-life of demand if these leave for the model, each comes
+    back in turn, and the model then has to leave for it.
+    """
+    horizon = snapshot.policy.constants.demand_half_life_seconds
+    rate, reload = rate_of(snapshot, model), reload_seconds(snapshot, model)
+    return sum(
+        horizon * min(rate, rate_of(snapshot, r.model)) * (reload + reload_seconds(snapshot, r.model))
+        for r in leaving
+        if r.blob != model.blob and not other_replicas(snapshot, r)
+    )
+
+
+def fewer_slots_price(snapshot: Snapshot, model: ModelFacts, slots: int, fewer: int) -> float:
+    """Seconds that the model's clients are expected to wait longer for a slot within the half-life of demand, those
+    who wait now included, if it gets `fewer` instead of `slots`; infinite where that could not keep up."""
+    held = shown_service_seconds(snapshot, model.blob) or _DEFAULT_SERVICE_SECONDS
+    rate, waiting = rate_of(snapshot, model), snapshot.wanted.get(model.blob, 0)
+    later = snapshot.policy.constants.demand_half_life_seconds * rate
+
+    def seconds(number: int) -> float:
+        return later * _queueing_seconds(rate, held, number) + held * sum(k // number for k in range(waiting))
+
+    less = seconds(fewer)
+    return less - seconds(slots) if less < float("inf") else less
+
+
+def _queueing_seconds(rate: float, held: float, slots: int) -> float:
+    """Mean wait for one of the slots (Sakasegawa's approximation of M/M/n, 1977)."""
+    load = rate * held / slots
+    if load >= 1.0:
+        return float("inf")
+    return held * load ** (math.sqrt(2.0 * (slots + 1)) - 1.0) / (slots * (1.0 - load))
 
 
 class WaitBounds(NamedTuple):

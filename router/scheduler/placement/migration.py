@@ -14,6 +14,7 @@ from router.domain.residency import Residency, ResidencyKey
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import bytes_by_gpu, replicas_of
 from router.domain.vram_ledger import available_bytes, external_bytes
+from router.scheduler.placement.candidates import widened_context
 from router.scheduler.placement.cost import other_replicas
 from router.scheduler.placement.eviction import evictable, is_pinned
 from router.scheduler.placement.placement import Placed, PlacementRequest, place
@@ -81,7 +82,11 @@ def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) ->
     if len(replicas_of(snapshot, residency.blob)) > 1 or is_pinned(snapshot, residency):
         return None
     request = PlacementRequest(
-        residency.model, residency.options, price_max=0.0, not_on=frozenset({residency.instance})
+        residency.model,
+        residency.options,
+        price_max=0.0,
+        not_on=frozenset({residency.instance}),
+        default_context=widened_context(snapshot, snapshot.instances[residency.instance].spec),
     )
     found = place(snapshot, estimate, request)
     return found if isinstance(found, Placed) and found.per_gpu_bytes and not found.evict else None

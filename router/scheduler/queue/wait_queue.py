@@ -24,10 +24,12 @@ class GroupKey(NamedTuple):
     options: RunnerOptions | None
     """None: any, because the requests are adapted to the replica."""
     layout: Layout | None
+    takes_default_context: bool = False
 
 
 def group_of(ticket: Ticket) -> GroupKey:
-    return GroupKey(ticket.model.blob, None if ticket.is_flexible else ticket.options, ticket.layout)
+    options = None if ticket.is_flexible else ticket.options
+    return GroupKey(ticket.model.blob, options, ticket.layout, ticket.takes_default_context)
 
 
 class WaitQueue:

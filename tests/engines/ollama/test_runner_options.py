@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.domain.request import RunnerOptions
-from router.engines.ollama.runner_options import RUNNER_OPTIONS, context_of, runner_options, sets_num_gpu, slots_of
+from router.engines.ollama.runner_options import (
+    RUNNER_OPTIONS,
+    context_of,
+    explicit_options,
+    refused_option,
+    runner_options,
+    sets_num_gpu,
+    slots_of,
+    with_context,
+    written_context,
+)
 from tests.scheduler.builders import instance, model
 
 PLAIN = model("m")
@@ -56,6 +66,42 @@ def test_values_of_a_wrong_type_are_ignored(asked: dict[str, object]) -> None:
     assert runner_options(PLAIN, asked, 8192) == ()
 
 
+@pytest.mark.parametrize(
+    ("trained", "default", "in_modelfile", "asked", "options", "written"),
+    [
+        (2048, 8192, None, None, (), 8192),
+        (2048, 8192, None, 2048, (), 8192),
+        (2048, 8192, None, 32_768, (), 8192),
+        (2048, 8192, None, 1024, (("num_ctx", 1024),), 1024),
+        (2048, 1024, None, 4096, (("num_ctx", 2048),), 2048),
+        (2048, 1024, None, 2048, (("num_ctx", 2048),), 2048),
+        (2048, 8192, 4096, None, (), 4096),
+        (2048, 8192, 4096, 8192, (), 4096),
+        (2048, 1024, 4096, None, (("num_ctx", 4096),), 4096),
+        (2048, 1024, 4096, 2048, (("num_ctx", 4096),), 4096),
+        (2048, 1024, 4096, 1024, (), 1024),
+        (131_072, 8192, 16_384, None, (("num_ctx", 16_384),), 16_384),
+        (131_072, 8192, 16_384, 8192, (), 8192),
+        (0, 8192, None, 32_768, (("num_ctx", 32_768),), 32_768),
+    ],
+)
+def test_contexts_of_the_same_effect_are_one_spelling(
+    trained: int, default: int, in_modelfile: int | None, asked: int | None, options: RunnerOptions, written: int
+) -> None:
+    """`written`: what the load says, or the server takes where it says nothing."""
+    parameters = () if in_modelfile is None else (("num_ctx", str(in_modelfile)),)
+    facts = model("m", context_length=trained, parameters=parameters)
+    assert runner_options(facts, {} if asked is None else {"num_ctx": asked}, default) == options
+    assert written_context(facts, options, default) == written
+    loaded = dict(explicit_options(facts, options, default)).get("num_ctx", in_modelfile or default)
+    assert loaded == written
+
+
+def test_the_trained_context_is_no_spelling_of_its_own_where_the_default_is_more() -> None:
+    facts = model("m", context_length=2048)
+    assert with_context(facts, 2048, 8192) == with_context(facts, 8192, 8192) == ()
+
+
 def test_a_modelfile_may_set_num_gpu() -> None:
     assert sets_num_gpu(model("m", parameters=(("num_gpu", "10"),)))
     assert not sets_num_gpu(LONG)
@@ -92,3 +138,19 @@ def test_the_context_is_the_requested_one_limited_to_the_trained_one(
 def test_some_models_are_served_one_request_at_a_time(changes: dict[str, Any], slots: int) -> None:
     spec = instance("gpu0", 0, slots=4)
     assert slots_of(model("m", **changes), spec) == slots
+
+
+@pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_thread", "num_gpu", "main_gpu"])
+@pytest.mark.parametrize("value", ["32768", "", True, b"[1]", b"{}"])
+def test_an_integer_option_of_another_type_is_refused_in_the_servers_words(name: str, value: object) -> None:
+    assert refused_option({name: value}) == f'option "{name}" must be of type integer'
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0.0, b"[]"])
+def test_a_boolean_option_of_another_type_is_refused_in_the_servers_words(value: object) -> None:
+    assert refused_option({"use_mmap": value}) == 'option "use_mmap" must be of type boolean'
+
+
+@pytest.mark.parametrize("options", [{}, {"num_ctx": 4096.7}, {"num_gpu": -1, "use_mmap": False}, {"unknown": "x"}])
+def test_options_that_a_server_accepts_are_accepted(options: dict[str, object]) -> None:
+    assert refused_option(options) is None
