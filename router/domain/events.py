@@ -93,6 +93,8 @@ class LoadFailed:
     message: str
     is_lost: bool = False
     """Whether the server ended or could not be asked, instead of refusing."""
+    is_memory_short: bool = False
+    """Whether the GPUs had too little memory for it."""
 
 
 @dataclass(frozen=True, slots=True)
