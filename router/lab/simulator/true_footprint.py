@@ -82,6 +82,8 @@ def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...])
     units = unit_bytes(model, shape)
     with_layers = [index for index, count in enumerate(layers) if count > 0]
     graph = _graph_mib(model, shape, len(with_layers)) * MIB
+    # llama-server puts the image encoder on its first GPU, the own engine beside the output layer (`output.bts`).
+    encoder_gpu = (with_layers[0] if _has_clip(model, shape) else with_layers[-1]) if with_layers else -1
     sizes: list[int] = []
     start = 0
     for index, count in enumerate(layers):
@@ -89,7 +91,7 @@ def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...])
         size = sum(units[start:stop])
         if count > 0:
             size += graph + shape.cuda_context_bytes
-            size += _encoder_bytes(model, shape) if index == with_layers[0] else 0
+            size += _encoder_bytes(model, shape) if index == encoder_gpu else 0
             size += _draft_bytes(model, shape) if stop == len(units) else 0
         sizes.append(int(size * shape.size_ratio))
         start = stop
