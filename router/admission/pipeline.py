@@ -18,7 +18,7 @@ from typing import Final
 from router.admission.client_identity import GpuLookup, client_of, layout_of, priority_of, session_of
 from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
 from router.domain.client_identity import ClientIdentity
-from router.errors import RouterError, UnsupportedEncoding
+from router.errors import RouterError
 from router.http1.headers import HeaderLookup
 from router.http1.response_writer import HeaderPairs, LocalResponse
 from router.llm_api.limits import RequestLimits
@@ -131,15 +131,9 @@ def check_route(table: RouteTable) -> Step:
 
 
 def check_body(limits: RequestLimits) -> Step:
-    """Refuses bodies that are too long by their Content-Length, or encoded so that the router cannot read them.
-
-    Ollama decodes zstd on `/v1/*` from v0.17 on, and no other encoding anywhere: the router would inspect other bytes
-    than the server.
-    """
+    """Refuses bodies that are too long by their Content-Length."""
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
-        if request.path.startswith("/v1/") and "zstd" in (request.header("content-encoding") or "").lower():
-            raise UnsupportedEncoding("zstd request bodies are not supported: send the body without Content-Encoding")
         if request.body_bytes is not None and request.route is not None and not request.route.streams_body:
             limits.check_body_size(request.body_bytes)
         return admission

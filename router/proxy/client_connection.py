@@ -235,7 +235,7 @@ class ClientConnection(asyncio.Protocol):
         )
         self._state, self._due = BODY, _NEVER
         reader = None
-        if length < LONG_BODY_BYTES:
+        if length < LONG_BODY_BYTES or facts.is_zstd:
             exchange = ProxyExchange(context, self, head, facts, record, identity)
         else:
             reader = RequestBodyReader(head, limits)
@@ -247,7 +247,7 @@ class ClientConnection(asyncio.Protocol):
         elif admission.response is not None:
             self._refuse(head, rest, partial(exchange.respond, admission.response))
         elif head.chunked or len(rest) < length:
-            self._start_body(head, rest, reader or RequestBodyReader(head, limits))
+            self._start_body(head, rest, reader or RequestBodyReader(head, limits, skims=False))
         else:
             self._state = BUSY
             self._ahead = rest[length:]

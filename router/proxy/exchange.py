@@ -35,6 +35,7 @@ from router.errors import InstanceLost, RouterError
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
+from router.llm_api.content_encoding import DECOMPRESSED_BYTES_MAX, decompressed
 from router.llm_api.errors import api_of, error_reply, internal_error
 from router.llm_api.fast_body_reader import parse_body_fast
 from router.llm_api.heartbeat_format import Heartbeat
@@ -102,12 +103,23 @@ class ProxyExchange:
         """The body is complete."""
         self._body = body
         try:
-            if self._facts.is_young:
+            if self._facts.is_zstd and body:
+                self._start(self._decompress(body))
+            elif self._facts.is_young:
                 self._check_support()
             else:
                 self._resolve()
         except RouterError as error:
             self.fail(error)
+
+    async def _decompress(self, body: bytes) -> None:
+        """In a thread: a few bytes may decompress to many, and must not delay other requests."""
+        bytes_max = min(DECOMPRESSED_BYTES_MAX, self._context.limits.max_body_bytes)
+        self._body = await asyncio.to_thread(decompressed, body, bytes_max)
+        if self._facts.is_young:
+            self._check_support()
+        else:
+            self._resolve()
 
     def body_progressed(self) -> None:
         """A part of the body has come."""
@@ -351,6 +363,8 @@ class ProxyExchange:
             self._context.pool.release(reply.connection)
         else:
             reply.connection.abort()
+        if reply.error_code:
+            self._record.error_code = reply.error_code
         self._finish(reply.status, runner_lost=died)
         client.response_ended(keep=keep)
 

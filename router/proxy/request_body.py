@@ -34,8 +34,8 @@ class RequestBodyReader:
         "pieces", "pieces_frozen",
     )  # fmt: skip
 
-    def __init__(self, head: RequestHead, limits: RequestLimits, *, discards: bool = False) -> None:
-        """`discards`: nothing of the body is kept."""
+    def __init__(self, head: RequestHead, limits: RequestLimits, *, discards: bool = False, skims: bool = True) -> None:
+        """`discards`: nothing of the body is kept. `skims`: a long body is parsed as it comes."""
         self.pieces: list[bytes] = []
         self.count = 0
         """Pieces fed so far."""
@@ -48,7 +48,7 @@ class RequestBodyReader:
         self._stores_pieces = not (discards or head.chunked)  # decoded chunks are added by `_body`
         self._body_bytes = 0
         self._compacted = 0
-        self._skimmer = JsonSkimmer() if self.length >= LONG_BODY_BYTES and not discards else None
+        self._skimmer = JsonSkimmer() if skims and self.length >= LONG_BODY_BYTES and not discards else None
 
     @property
     def is_long(self) -> bool:
