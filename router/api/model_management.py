@@ -30,7 +30,7 @@ from router.engines.ollama.client import OllamaClient, OllamaError
 from router.engines.ollama.driver import temporary_tag_for
 from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
 from router.llm_api.body_reader import last_value, parse_body
-from router.llm_api.inference_request import refuse_cloud
+from router.llm_api.inference_request import refuse_cloud, refuse_conflict
 from router.llm_api.json_members import text_of
 from router.observability.request_record import RequestRecord
 
@@ -56,6 +56,7 @@ class ModelManagementHandler:
         context, path = self._context, request.path
         body = await read_body(request, context.limits)
         parsed = parse_body(body, path)
+        refuse_conflict(parsed)
         record.model = parsed.model or ""
         if path != "/api/delete":  # a cloud model's local stub may be deleted
             refuse_cloud(record.model, cloud=context.rules.cloud)

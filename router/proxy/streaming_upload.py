@@ -142,7 +142,8 @@ class StreamingUpload(ProxyExchange):
             self.fail(error)
             return
         if self._early:
-            same_model = parsed.model == (self._request.model if self._request is not None else None)
+            early_model = self._request.model if self._request is not None else None
+            same_model = parsed.model == early_model and not parsed.conflict
             if same_model and not parsed.options and parsed.keep_alive is None and not parsed.unreadable:
                 if self._reply is not None:
                     self._write(self._reply, len(self._reader.pieces))
