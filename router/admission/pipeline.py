@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Final
 
 from router.admission.client_identity import GpuLookup, client_of, layout_of, priority_of, session_of
@@ -40,6 +41,8 @@ class AdmissionRequest:
     client_address: str
     body_bytes: int | None
     """The declared Content-Length; None where there is none."""
+    target: str = ""
+    """As written, with the query, in origin form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +109,26 @@ def check_origin(policy: OriginPolicy) -> Step:
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         header, route = request.header, request.route
-        verdict = policy.judge(
-            request.method, header("host"), header("origin"), route.methods if route is not None else ()
-        )
+        allow = route.methods if route is not None and route.lists_methods else ()
+        verdict = policy.judge(request.method, header("host"), header("origin"), allow)
         return replace(admission, cors_headers=verdict.headers, response=verdict.response)
 
     return step
 
 
 def check_route(table: RouteTable) -> Step:
-    """Refuses unknown paths and methods; redirects where only slashes are wrong, as Ollama's router does."""
+    """Refuses unknown paths and methods; redirects unclean paths, as Ollama's router does."""
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         route = request.route
         if route is not None:
             if request.method in route.methods:
                 return admission
-            return replace(admission, response=method_not_allowed(route.methods))
-        clean_path = table.clean(request.path)
-        response = not_found() if clean_path is None else _redirect(request, clean_path)
+            return replace(
+                admission, response=method_not_allowed(route.methods) if route.lists_methods else not_found()
+            )
+        redirection = table.redirection(request.method, request.target or request.path)
+        response = not_found() if redirection is None else _redirect(request.method, *redirection)
         return replace(admission, response=response)
 
     return step
@@ -157,11 +161,9 @@ def read_terms(gpus: GpuLookup) -> Step:
     return step
 
 
-def _redirect(request: AdmissionRequest, path: str) -> LocalResponse:
-    only_last_slash = request.path.rstrip("/") == path and request.method == "GET"
-    status = 301 if only_last_slash else 307
-    location = ("Location", path)
-    if request.method not in ("GET", "HEAD"):
+def _redirect(method: str, status: int, url: str) -> LocalResponse:
+    location = ("Location", url)
+    if method not in ("GET", "HEAD"):
         return LocalResponse(status, (location,))
-    body = f'<a href="{path}">{_REDIRECT_REASONS[status]}</a>.\n\n'
+    body = f'<a href="{escape(url)}">{_REDIRECT_REASONS[status]}</a>.\n\n'
     return LocalResponse(status, (("Content-Type", "text/html; charset=utf-8"), location), body.encode())

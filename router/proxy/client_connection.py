@@ -340,7 +340,7 @@ class ClientConnection(asyncio.Protocol):
     # --- requests for aiohttp --------------------------------------------------------------------------------
 
     def _hand_over(self, head: RequestHead, data: bytes, end: int) -> None:
-        raw_head = b"".join((*self._head_pieces, data[:end]))
+        raw_head = head.rewritten() if head.was_absolute else b"".join((*self._head_pieces, data[:end]))
         self._head_pieces = []
         self._keep = head.keep_alive
         self._state, self._due = BRIDGED, _NEVER
