@@ -19,9 +19,10 @@ from typing import Final
 from router.admission.client_identity import GpuLookup, client_of, layout_of, priority_of, session_of
 from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
 from router.domain.client_identity import ClientIdentity
-from router.errors import RouterError
+from router.errors import Forbidden, RouterError
 from router.http1.headers import HeaderLookup
 from router.http1.response_writer import HeaderPairs, LocalResponse
+from router.llm_api.errors import CODE_HEADER
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, Route, RouteTable
 
@@ -54,6 +55,8 @@ class Admission:
     """For whatever response the request gets, so that a browser lets its page read it."""
     response: LocalResponse | None = None
     """Ends the request as it is."""
+    refusal: str = ""
+    """For the log, where `response` refuses the request (403): the offending header with its value."""
     error: RouterError | None = None
     """Ends the request, in the shape of the API that was called."""
     is_reusable: bool = True
@@ -111,7 +114,10 @@ def check_origin(policy: OriginPolicy) -> Step:
         header, route = request.header, request.route
         allow = route.methods if route is not None and route.lists_methods else ()
         verdict = policy.judge(request.method, header("host"), header("origin"), allow)
-        return replace(admission, cors_headers=verdict.headers, response=verdict.response)
+        response = verdict.response
+        if verdict.refusal and response is not None:
+            response = replace(response, headers=(*response.headers, (CODE_HEADER, Forbidden.code)))
+        return replace(admission, cors_headers=verdict.headers, response=response, refusal=verdict.refusal)
 
     return step
 

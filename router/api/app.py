@@ -97,6 +97,8 @@ class ApiServer:
         self._access_log.began()
         status = 0
         try:
+            if admission.refusal:
+                record.refuse(admission.refusal)
             if admission.response is not None:
                 response = aiohttp_response(admission.response, record.response_headers())
             elif admission.error is not None:

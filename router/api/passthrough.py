@@ -47,6 +47,7 @@ class ShowHandler:
         refuse_conflict(parsed)
         name = parsed.model
         if not name:
+            record.is_unrouted = True
             return await forward(self._context, request, body, record)
         target = self._context.rules.substitutes.target(name)
         raw_path = None
@@ -58,7 +59,9 @@ class ShowHandler:
             else:
                 body = set_member(body, "model", json.dumps(target).encode())
         refuse_cloud(name, cloud=self._context.rules.cloud)
-        view = self._context.holder(await self._context.catalog.facts(name))
+        facts = await self._context.catalog.facts(name)
+        record.is_unrouted = facts is None
+        view = self._context.holder(facts)
         return await forward(self._context, request, body, record, view, raw_path)
 
 

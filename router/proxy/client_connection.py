@@ -245,6 +245,8 @@ class ClientConnection(asyncio.Protocol):
         if admission.error is not None:
             self._refuse(head, rest, partial(exchange.fail, admission.error))
         elif admission.response is not None:
+            if admission.refusal:
+                record.refuse(admission.refusal)
             self._refuse(head, rest, partial(exchange.respond, admission.response))
         elif head.chunked or len(rest) < length:
             self._start_body(head, rest, reader or RequestBodyReader(head, limits, skims=False))
@@ -304,7 +306,7 @@ class ClientConnection(asyncio.Protocol):
     def _refuse_head(self, error: HeadError) -> None:
         """An unparsable request gets no API's error shape, and nothing after it can be trusted."""
         if self._exchange is not None:
-            self._exchange.client_gone()
+            self._exchange.client_gone(error.status)
         headers = (("Content-Type", "text/plain; charset=utf-8"),)
         response = LocalResponse(error.status, headers, f"{error.status} {error.message}".encode())
         self.send(whole_response(None, response, keep=False))

@@ -278,6 +278,7 @@ class ProxyExchange:
     def _forward_unchanged(self, request: InferenceRequest) -> None:
         """To one instance, without a slot: it responds in its own words."""
         self._record.substitution_headers = {}
+        self._record.is_unrouted = True
         self._body = request.original_body
         request.plan = None
         try:
@@ -318,6 +319,8 @@ class ProxyExchange:
 
     def response_begins(self) -> Mapping[str, str]:
         headers = self._record.response_headers(self._grant)
+        if self._record.is_unrouted and self._reply is not None:
+            headers |= self._record.unrouted_headers(self._reply.status)
         self._heartbeat_due = _NEVER
         self._body = b""
         # A thousand streams do not need these any more: about a megabyte.
@@ -388,8 +391,11 @@ class ProxyExchange:
         self._finish(response.status)
         self._client.respond(LocalResponse(response.status, headers, response.body))
 
-    def client_gone(self) -> None:
-        """Ends in any phase: withdraws the ticket, or stops the server's work and releases the slot."""
+    def client_gone(self, status: int = CLIENT_GONE) -> None:
+        """Ends in any phase: withdraws the ticket, or stops the server's work and releases the slot.
+
+        `status`: what the client was sent instead of a response to this request.
+        """
         if self._phase == ENDED:
             return
         if self._task is not None:
@@ -401,7 +407,7 @@ class ProxyExchange:
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._context.controller.cancel(lease)
-        self._finish(CLIENT_GONE)
+        self._finish(status)
 
     def _release(self, *, runner_lost: bool) -> None:
         """Releases the slot, if one is held, of a request that does not end yet."""

@@ -36,7 +36,9 @@ _MASKS = (
     (rb"(lookup \S+ on )[^:\s]+(:\d+)?: .*?(\"|\\n)", rb"\1<resolver>\3"),
 )
 _GENERATED = re.compile(rb'"(response|content|thinking|reasoning|text|delta|context|embeddings?|token)":')
-_IGNORED_HEADERS = frozenset({"date", "content-length", "transfer-encoding", "connection", "server", "x-request-id"})
+_IGNORED_HEADERS = frozenset(
+    {"date", "content-length", "transfer-encoding", "connection", "server", "x-accel-buffering", "x-request-id"}
+)
 """Headers that are compared elsewhere or added by the router, like `X-Llamayard-*`."""
 
 

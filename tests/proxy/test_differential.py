@@ -18,7 +18,7 @@ from tests.proxy.wire import Bench
 
 _REQUEST = b'POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16\r\n\r\n{"model":"tiny"}'
 _OLD_REQUEST = b'POST /api/chat HTTP/1.0\r\nContent-Length: 16\r\n\r\n{"model":"tiny"}'
-_OURS = ("x-request-id", "x-llamayard-instance", "server")
+_OURS = ("x-request-id", "x-llamayard-instance", "server", "x-accel-buffering")
 _HOP = ("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "proxy-authenticate", "x-hop")
 
 
