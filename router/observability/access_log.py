@@ -62,8 +62,8 @@ class AccessLog:
         if record.error_code:
             values["error"] = record.error_code
             (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
-        if record.refusal:
-            values["refused"] = record.refusal
+            if record.refusal:
+                values["refused"] = record.refusal
         instance, granted_at, first_byte_at = record.instance, record.granted_at, record.first_byte_at
         model = self._model_label(record.model) if instance is not None else ""
         tally.record_response(record.route, model, status)
