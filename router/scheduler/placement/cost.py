@@ -100,7 +100,7 @@ def swap_price(snapshot: Snapshot, model: ModelFacts, leaving: Iterable[Residenc
 def fewer_slots_price(snapshot: Snapshot, model: ModelFacts, slots: int, fewer: int) -> float:
     """Seconds that the model's clients are expected to wait longer for a slot within the half-life of demand, those
     who wait now included, if it gets `fewer` instead of `slots`; infinite where that could not keep up."""
-    held = shown_service_seconds(snapshot, model.blob) or _GUESSED_SERVICE_SECONDS
+    held = shown_service_seconds(snapshot, model.blob) or _DEFAULT_SERVICE_SECONDS
     rate, waiting = rate_of(snapshot, model), snapshot.wanted.get(model.blob, 0)
     later = snapshot.policy.constants.demand_half_life_seconds * rate
 
