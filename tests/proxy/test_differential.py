@@ -143,7 +143,7 @@ def _bodies(draw: st.DrawFn, *last: bytes) -> tuple[bytes, bytes, bool]:
 def _replies(draw: st.DrawFn) -> tuple[bytes, bool]:
     status = draw(st.sampled_from((b"200 OK", b"200 OK", b"404 Not Found", b"500 Internal Server Error", b"299 ")))
     interim = draw(st.sampled_from(_INTERIM))
-    fields = draw(_FIELDS)
+    fields: list[bytes] = [*draw(_FIELDS)]
     is_stream = b"Content-Type: application/x-ndjson" in fields
     framing, body, closes = draw(_bodies(b'\n{"done":true}\n') if is_stream else _bodies())
     fields.append(framing)
