@@ -78,7 +78,6 @@ class DecisionLog:
                 self._metrics.unloads.labels(self._metrics.model_label(action.model.name), action.instance).inc()
                 self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
             case Reject():
-                self._metrics.rejections.labels(action.code).inc()
                 self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
 
     def _log_load_end(self, event: LoadFinished | LoadFailed, now: float) -> None:
