@@ -125,6 +125,7 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "blob": residency.blob,
         "slots": residency.slots,
         "in_flight": residency.in_flight,
+        "unload_failures": residency.unload_failures,
         "per_gpu_bytes": list(residency.per_gpu_bytes),
         "context_length": residency.context_length,
         "options": dict(residency.options),

@@ -143,7 +143,7 @@ def _effects(
             return
         supervisor.add(engines[spec.engine].on_demand_instance(spec, port))
 
-    return Effects(engines, start, supervisor.retire, poll_gpus, footprints.remember)
+    return Effects(engines, start, supervisor.retire, supervisor.restart, poll_gpus, footprints.remember)
 
 
 def _client_session() -> aiohttp.ClientSession:

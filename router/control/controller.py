@@ -20,9 +20,11 @@ from router.domain.actions import (
     Action,
     Grant,
     Load,
+    Notice,
     ReadGpus,
     Reject,
     Remember,
+    RestartInstance,
     StartInstance,
     StopInstance,
     Unload,
@@ -63,6 +65,10 @@ class InstanceDriver(Loader, Protocol):
 
     def stop_instance(self, name: InstanceName) -> None:
         """Asks for the end of an instance that was started on demand."""
+        ...
+
+    def restart_instance(self, name: InstanceName, reason: str) -> None:
+        """Asks for the end of an instance's server, and for the next one unless it was started on demand."""
         ...
 
     def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
@@ -211,6 +217,10 @@ class Controller:
                 self._driver.start_instance(action.spec)
             case StopInstance():
                 self._driver.stop_instance(action.instance)
+            case RestartInstance():
+                self._driver.restart_instance(action.instance, action.reason)
+            case Notice():
+                pass  # for observers
             case Remember():
                 self._driver.remember(action.key, action.per_gpu_bytes)
             case ReadGpus():

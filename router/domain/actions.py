@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,6 +89,22 @@ class StopInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class RestartInstance:
+    """Its server is stopped, with whatever it still runs; one that is not on demand is started again."""
+
+    instance: InstanceName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that the operator should know: a warning in the log."""
+
+    event: str
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """A footprint was measured: keep it for later runs."""
 
@@ -100,4 +117,4 @@ class ReadGpus:
     """Memory has changed by our own doing: read the GPUs now, not at the next turn."""
 
 
-Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | Remember | ReadGpus
+Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | RestartInstance | Notice | Remember | ReadGpus

@@ -40,6 +40,9 @@ class SchedulerConstants:
     room_timeout_seconds: float = 15.0
     """How long freed VRAM may take to become visible before the load is planned again: a driver frees a large model
     within seconds, so after this something else uses the memory."""
+    restart_drain_seconds: float = 60.0
+    """How long running requests may delay the restart of a server that cannot unload a model: long enough for most
+    responses, while everybody who needs its memory waits."""
     settle_seconds: float = 3.0
     """After a load or unload no model is called too large for this long: the driver may still report old values."""
     drain_after_seconds: float = 75.0

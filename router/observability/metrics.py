@@ -70,6 +70,12 @@ class Metrics:
         )
         self.load_bytes = Counter("llamayard_load_bytes", "Bytes of model weights loaded.", registry=registry)
         self.unloads = Counter("llamayard_unloads", "Models unloaded.", ("model", "instance"), registry=registry)
+        self.unload_failures = Counter(
+            "llamayard_unload_failures",
+            "Unloads that failed; after two in a row the server is restarted.",
+            ("model", "instance"),
+            registry=registry,
+        )
         self.rejections = Counter("llamayard_rejections", "Requests rejected, by code.", ("code",), registry=registry)
         for code in ERROR_CODES:
             self.rejections.labels(code)

@@ -66,7 +66,7 @@ from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerne
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
-from router.scheduler.reconcile import housekeeping, load_outcomes, reservations
+from router.scheduler.reconcile import housekeeping, load_outcomes, reservations, stuck_unloads
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
 
@@ -123,9 +123,9 @@ class Dispatcher:
             at_once = fast_path.handle(self._fleet, event, now)
             if at_once is not None:
                 return at_once
-        is_quiescent = not (self._replacing or self._closing) and self._retry_gate.is_quiescent(
-            self._fleet, self._queue, now
-        )
+        fleet = self._fleet
+        is_excluded = self._replacing or self._closing or fleet.restarts_due
+        is_quiescent = not is_excluded and self._retry_gate.is_quiescent(fleet, self._queue, now)
         version, blobs = self._fleet.version, concerned(self._fleet, event) if is_quiescent else None
         self._fleet.wake = None
         self._wake_hint = now + RETRY_SECONDS
@@ -232,7 +232,7 @@ class Dispatcher:
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
-        actions = reservations.advance(self._fleet, now)
+        actions = reservations.advance(self._fleet, now) + stuck_unloads.restart_drained(self._fleet, now)
         self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
         actions += self._serve_groups(self._queue.groups(), now)
         if may_retry:

@@ -24,7 +24,7 @@ _NEVER = float("inf")
 
 def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
     """What the event brings, where the queue is empty and nobody shuts down; None where the long way must be gone."""
-    if fleet.reservations or fleet.draining or fleet.wake is None:
+    if fleet.reservations or fleet.draining or fleet.restarts_due or fleet.wake is None:
         return None
     wake = fleet.wake[0]
     if wake is not None and wake <= now:

@@ -83,6 +83,8 @@ class Instance:
         self._version: str | None = None
         self._state_changed = asyncio.Event()
         self._stop = asyncio.Event()
+        self._restart = asyncio.Event()
+        self._restart_reason = ""
         self._child: ChildProcess | None = None
         self._ready_at: float | None = None
         self._quick_deaths = 0
@@ -115,6 +117,11 @@ class Instance:
         """Requests a stop: SIGTERM, then SIGKILL after `stop_timeout_seconds`."""
         self._stop.set()
         self._stop_if_fatal()
+
+    def restart(self, reason: str) -> None:
+        """Requests that a READY server is killed and started again; it does not count as a quick death."""
+        self._restart_reason = reason
+        self._restart.set()
 
     def kill(self) -> None:
         """Requests a stop with SIGKILL, at once."""
@@ -189,6 +196,7 @@ class Instance:
         self._gpu_report = self._engine.gpu_report(self.spec)
         self._device_reported.clear()
         self._ready_at = None
+        self._restart.clear()
 
     def _spawn(self) -> ChildProcess:
         config = self._config
@@ -218,7 +226,7 @@ class Instance:
             return problem
         self._warn_of_unexpected_devices()
         self._enter_ready(version)
-        return await self._check_health()
+        return await run_unless_set(self._restart, self._check_health()) or self._restart_reason
 
     async def _wait_for_version(self) -> str:
         while True:
@@ -299,6 +307,8 @@ class Instance:
     def _fail(self, reason: str) -> None:
         uptime = 0.0 if self._ready_at is None else self._context.clock.now() - self._ready_at
         policy = self._config.restart
+        if self._restart.is_set():
+            uptime = policy.quick_death_seconds
         self._quick_deaths = quick_deaths_after(self._quick_deaths, uptime, policy)
         if is_fatal(self._quick_deaths, policy):
             self._transition(

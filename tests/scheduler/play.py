@@ -14,9 +14,11 @@ from router.domain.actions import (
     Action,
     Grant,
     Load,
+    Notice,
     ReadGpus,
     Reject,
     Remember,
+    RestartInstance,
     StartInstance,
     StopInstance,
     Unload,
@@ -125,6 +127,9 @@ class Play:
     starting: list[InstanceName] = field(default_factory=list[InstanceName])
     """Asked for and not there yet."""
     stopped: list[InstanceName] = field(default_factory=list[InstanceName])
+    restarting: list[InstanceName] = field(default_factory=list[InstanceName])
+    """To be restarted, and still running."""
+    notices: list[Notice] = field(default_factory=list[Notice])
     remembered: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
     last: list[Action] = field(default_factory=list[Action])
     _twins: tuple[Dispatcher, Dispatcher] = field(init=False)
@@ -171,7 +176,11 @@ class Play:
         return self.post(GpusRead(tuple(self._gpu(number, progress) for number in range(self.gpus)), self.now))
 
     def change_instance(self, name: str, state: InstanceState, reason: str = "") -> list[Action]:
-        spec = self.specs[InstanceName(name)]
+        spec, draining = self.specs[InstanceName(name)], self._twins[0]._fleet.restarts_due
+        if state is InstanceState.READY and (name in draining or name in self.restarting):
+            self.change_instance(name, InstanceState.BACKOFF)  # its server has ended before
+        if name in self.restarting:
+            self.restarting.remove(InstanceName(name))
         if state not in (InstanceState.READY, InstanceState.DRAINING):
             self._lose(InstanceName(name))
         return self.post(InstanceChanged(spec, state, reason))
@@ -246,6 +255,14 @@ class Play:
             self.dead.add(key)
         return self.list_models(key[0])
 
+    def finish_restarts(self) -> None:
+        """Servers that are to be restarted have ended, and those that are always there answer again."""
+        for name in list(self.restarting):
+            if self.specs[name].on_demand:
+                self.change_instance(name, InstanceState.STOPPED)
+            else:
+                self.change_instance(name, InstanceState.READY)
+
     # --- in one go ---------------------------------------------------------------------------------------------
 
     def work_through(self, rounds: int = 30) -> None:
@@ -257,6 +274,7 @@ class Play:
                 self.finish_unload(key)
             for load in list(self.loads):
                 self.finish_load(load)
+            self.finish_restarts()
             self.now += 0.1
             self.read_gpus()
             if not self.loads and not self.unloads:
@@ -323,6 +341,10 @@ class Play:
             case StopInstance():
                 assert all(key[0] != action.instance for key in self.held), "an instance is stopped that holds memory"
                 self.stopped.append(action.instance)
+            case RestartInstance():
+                self.restarting.append(action.instance)
+            case Notice():
+                self.notices.append(action)
             case Remember():
                 self.remembered[action.key] = action.per_gpu_bytes
             case ReadGpus():

@@ -54,7 +54,7 @@ class OllamaDriver:
         names: Names,
         snapshot: Callable[[], Snapshot],
         writing: asyncio.Lock,
-        unload_timeout_seconds: float = 60.0,
+        unload_timeout_seconds: float = 30.0,
     ) -> None:
         """`writing` is held by whoever changes the shared store. `unload_timeout_seconds`: how long a model may stay
         listed."""

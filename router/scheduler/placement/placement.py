@@ -122,7 +122,7 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
     tried: list[_SizedCandidate] = []
     for fewer_slots in (False, True):
         for size in sizes(snapshot):
-            candidates = [c for c in candidates_of_size(snapshot, size, bounds) if model.is_on(c.spec)]
+            candidates = [c for c in candidates_of_size(snapshot, size, bounds) if _may_load(snapshot, c, model)]
             sized_candidates = [
                 _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
             ]
@@ -141,6 +141,12 @@ def _on_cpu(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> De
     if not candidates:
         return NoFit("model_too_large", f"model '{request.model.name}' is pinned to the CPU and no instance runs there")
     return _among(snapshot, [_SizedCandidate(candidate, ()) for candidate in candidates], request)
+
+
+def _may_load(snapshot: Snapshot, candidate: Candidate, model: ModelFacts) -> bool:
+    """Whether the server has the model, and no replica of it that it fails to unload."""
+    here = snapshot.residencies.get((candidate.spec.name, model.blob))
+    return model.is_on(candidate.spec) and not (here is not None and here.is_stuck)
 
 
 def _candidate(

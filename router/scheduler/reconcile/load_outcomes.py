@@ -11,7 +11,7 @@ from router.domain.instance import InstanceState, InstanceView
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Failure
 from router.scheduler.placement.eviction import is_pinned
-from router.scheduler.reconcile import reservations
+from router.scheduler.reconcile import reservations, stuck_unloads
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState, expiry
 
@@ -26,8 +26,7 @@ def apply_to_loads(
             _load_failed(fleet, event, now)
             return [ReadGpus()]
         case UnloadFinished():
-            _unload_finished(fleet, event, now)
-            return [ReadGpus()]
+            return [*_unload_finished(fleet, event, now), ReadGpus()]
         case UnloadRequested():
             return _unload_asked(fleet, event, now)
 
@@ -39,12 +38,14 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     fleet.version += 1
     if event.spec.on_demand and event.state is InstanceState.STOPPED:
         fleet.instances.pop(name, None)
+        fleet.restarts_due.pop(name, None)
         fleet.forget_instance(name)
         return
     siblings = [view for view in fleet.instances.values() if view.spec.engine == event.spec.engine]
     if version is not None and not any(view.version for view in siblings):
         reservations.drop_all(fleet)  # sizes and splits were guessed without the server's version
     fleet.put_instance(InstanceView(event.spec, event.state, version, event.reason))
+    fleet.restarts_due.pop(name, None)
     if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
         fleet.start_failed(frozenset(event.spec.gpus), now)
     if event.state in (InstanceState.READY, InstanceState.DRAINING):
@@ -97,20 +98,19 @@ def _remember_failure(
     fleet.remember_failure(Failure(key[0], key[1], options, status, message, now, is_lost))
 
 
-def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> None:
+def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> list[Action]:
     key = (event.instance, event.blob)
     residency = fleet.residencies.get(key)
     if residency is None or residency.state is not ResidencyState.UNLOADING:
-        return
+        return []
     fleet.memory_changed(now)
     if event.error is not None:
-        # It stays out of use, which a model that spilled has to, and is tried again without haste.
-        fleet.update(key, expires_at=now + fleet.policy.constants.room_timeout_seconds)
-        return
+        return stuck_unloads.unload_failed(fleet, key, event.error, now)
     fleet.touched(event.instance)
     fleet.update(key, unloaded_at=now)
     if not residency.per_gpu_bytes:
         fleet.forget(key)
+    return []
 
 
 def _unload_asked(fleet: FleetState, event: UnloadRequested, now: float) -> list[Action]:
