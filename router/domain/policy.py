@@ -43,6 +43,10 @@ class SchedulerConstants:
     restart_drain_seconds: float = 60.0
     """How long running requests may delay the restart of a server that cannot unload a model: long enough for most
     responses, while everybody who needs its memory waits."""
+    restart_grace_seconds: float = 60.0
+    """How long requests wait for a server of ours that is down: a restart takes seconds, discovery of GPUs up to 30."""
+    attached_grace_seconds: float = 5.0
+    """The same for an attached server, whose restart is nobody's duty here: one or two health checks."""
     settle_seconds: float = 3.0
     """After a load or unload no model is called too large for this long: the driver may still report old values."""
     drain_after_seconds: float = 75.0

@@ -206,6 +206,7 @@ class FleetMetricsCollector(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         snapshot = self._snapshot()
         yield GaugeMetricFamily("llamayard_requests_waiting", "Requests waiting for a slot.", self._waiting_count())
+        yield _lost_family(snapshot)
         yield from _gpu_families(snapshot)
         yield from _vram_ledger_families(snapshot)
         states = GaugeMetricFamily(
@@ -247,10 +248,25 @@ def _gpu_labels(gpu: Gpu) -> tuple[str, str, str]:
     return gpu.uuid, str(gpu.index), gpu.name
 
 
+def _lost_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_gpu_lost", "1 while the GPU cannot be read, else 0; its other metrics are then left out.",
+        labels=_GPU_LABELS,
+    )  # fmt: skip
+    for gpu in snapshot.gpus.values():
+        family.add_metric(_gpu_labels(gpu), float(gpu.error is not None))
+    return family
+
+
+def _readable(snapshot: Snapshot) -> Iterable[Gpu]:
+    """GPUs whose figures are those of now."""
+    return (gpu for gpu in snapshot.gpus.values() if gpu.error is None)
+
+
 def _gpu_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
     for name, (help_text, read_value) in _GPU_GAUGES.items():
         family = GaugeMetricFamily(f"llamayard_gpu_{name}", help_text, labels=_GPU_LABELS)
-        for gpu in snapshot.gpus.values():
+        for gpu in _readable(snapshot):
             value = read_value(gpu)
             if value is not None:
                 family.add_metric(_gpu_labels(gpu), float(value))
@@ -260,6 +276,6 @@ def _gpu_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
 def _vram_ledger_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
     for name, (help_text, count_bytes) in _VRAM_LEDGER_GAUGES.items():
         family = GaugeMetricFamily(f"llamayard_gpu_memory_{name}_bytes", help_text, labels=_GPU_LABELS)
-        for gpu in snapshot.gpus.values():
+        for gpu in _readable(snapshot):
             family.add_metric(_gpu_labels(gpu), float(count_bytes(snapshot, gpu.uuid)))
         yield family

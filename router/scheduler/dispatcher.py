@@ -66,9 +66,12 @@ from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerne
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
-from router.scheduler.reconcile import housekeeping, load_outcomes, reservations, stuck_unloads
+from router.scheduler.reconcile import housekeeping, load_outcomes, lost_gpus, reservations, stuck_unloads
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
+
+_RESTART_SECONDS = 5
+"""A server that is down is not back sooner."""
 
 
 class Dispatcher:
@@ -143,12 +146,14 @@ class Dispatcher:
         match event:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
-                return [Remember(key, sizes) for key, sizes in self._fleet.settle()]
+                measured = [Remember(key, sizes) for key, sizes in self._fleet.settle()]
+                return [*measured, *lost_gpus.mark_instances(self._fleet, now)]
             case FootprintsLoaded():
                 for key, sizes in event.footprints:
                     self._fleet.footprints.remember(key, sizes)
             case InstanceChanged():
                 load_outcomes.instance_changed(self._fleet, event, now)
+                return lost_gpus.mark_instances(self._fleet, now)
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
             case ModelDiscovered():
@@ -388,4 +393,6 @@ class Dispatcher:
         self._queue.remove(ticket.id)
         self._reasons.pop(ticket.id, None)
         retry = self._retry_after() if code in ("queue_full", "shutting_down", "no_instance", "wait_timeout") else None
+        if code == "no_instance":
+            retry = max(_RESTART_SECONDS, retry or 0)
         return Reject(ticket.id, code, message, retry, status)

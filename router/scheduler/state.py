@@ -116,6 +116,8 @@ class FleetState:
     """Weights sent for loading, as a count that decays."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
     """When an instance on these GPUs last could not be started or died."""
+    lost_since: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
+    """Since when a GPU of the instance cannot be read."""
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])

@@ -143,6 +143,7 @@ class Instance:
 
     async def _supervise(self) -> None:
         """Starts and restarts the server until the instance is STOPPED or FATAL."""
+        self._quick_deaths = 0
         while True:
             self._transition(Trigger.START)
             await self._run_process()

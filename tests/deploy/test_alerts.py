@@ -18,7 +18,7 @@ from router.observability.metrics import FleetMetricsCollector, Metrics
 from tests.scheduler.builders import gpu, snapshot, view
 
 RULES = "deploy/prometheus-alerts.yaml"
-NOT_YET_EXPORTED = frozenset({"llamayard_gpu_lost", "llamayard_warm_models_missing"})
+NOT_YET_EXPORTED = frozenset({"llamayard_warm_models_missing"})
 PLAYED = "tests/deploy/alerts.test.yaml"
 
 

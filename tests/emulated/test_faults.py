@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
 from router.lab.emulator.faults import write_faults
+from router.lab.emulator.vram import set_lost
 from tests.support.product import Product, prepare, running
 from tests.support.rawhttp import Reply, call
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.rig
 
@@ -35,3 +38,30 @@ async def test_a_server_that_cannot_unload_is_restarted_for_who_waits(tmp_path: 
         metrics = (await call(product.address, "GET", "/metrics")).body.decode()
         assert 'llamayard_unload_failures_total{instance="gpu0",model="llama3.1:8b"} 2.0' in metrics
         assert "restart_instance" in product.log_text()
+
+
+async def test_a_lost_gpu_is_told_everywhere_and_used_again_when_it_is_back(tmp_path: Path) -> None:
+    rig = tmp_path / "state" / "rig"
+    with running(_product(tmp_path, "2x3090")) as product:
+        assert (await _ask(product, "llama3.1:8b")).status == 200
+        lost = product.call("GET", "/llamayard/status")[1]["gpus"][1]["uuid"]
+        set_lost(rig, lost)
+        await eventually(lambda: _text(product, "/ready").endswith("GPU 1 is lost: GPU is lost\n"), what="lost")
+        assert _text(product, "/ready").startswith("ready: gpu0;")
+        row = product.call("GET", "/llamayard/status")[1]["gpus"][1]
+        assert (row["lost"], row["memory_free_bytes"], row["available_bytes"]) == (True, None, 0)
+        metrics = _text(product, "/metrics")
+        assert f'llamayard_gpu_lost{{gpu="{lost}",index="1",' in metrics
+        assert f'llamayard_gpu_memory_free_bytes{{gpu="{lost}"' not in metrics
+        reply = await _ask(product, "llama3.3:70b")
+        assert (reply.status, reply.header("X-Llamayard-Error")) == (503, "no_instance")
+        assert int(reply.header("Retry-After") or 0) > 0
+        assert "GPU 1 is lost" in reply.json()["error"]
+        set_lost(rig, lost, lost=False)
+        await eventually(lambda: "lost" not in _text(product, "/ready"), what="the GPU back")
+        assert (await _ask(product, "llama3.3:70b")).status == 200
+
+
+def _text(product: Product, path: str) -> str:
+    with urlopen(f"http://{product.address.host}:{product.address.port}{path}", timeout=10) as reply:
+        return reply.read().decode()

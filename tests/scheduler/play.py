@@ -126,6 +126,8 @@ class Play:
     loads_sent: int = 0
     starting: list[InstanceName] = field(default_factory=list[InstanceName])
     """Asked for and not there yet."""
+    lost: set[GpuUuid] = field(default_factory=set[GpuUuid])
+    """GPUs that cannot be read."""
     stopped: list[InstanceName] = field(default_factory=list[InstanceName])
     restarting: list[InstanceName] = field(default_factory=list[InstanceName])
     """To be restarted, and still running."""
@@ -399,7 +401,8 @@ class Play:
         loading = {(load.instance, load.model.blob) for load in self.loads.values()}
         ours = sum(int(sizes.get(gpu, 0) * (progress if key in loading else 1.0)) for key, sizes in self.held.items())
         used = self.external[gpu] + ours
-        return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used)
+        error = "GPU is lost" if gpu in self.lost else None
+        return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used, error=error)
 
 
 def with_policy(policy: Policy, **changes: object) -> Policy:

@@ -20,10 +20,11 @@ from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Estimate, Failure, Snapshot
 from router.domain.snapshot_index import gpus_of, promised, residencies_of, residencies_on
 from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
-from router.scheduler.placement.candidates import ALIVE, Bounds, Candidate, candidates_of_size, sizes
+from router.scheduler.placement.candidates import Bounds, Candidate, candidates_of_size, is_alive, sizes
 from router.scheduler.placement.cost import service_seconds
 from router.scheduler.placement.eviction import choose_evictions, evictable, pin_of, price_of
 from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
+from router.scheduler.placement.unavailable import explain_unavailable
 
 Need = tuple[tuple[GpuUuid, int], ...]
 
@@ -112,7 +113,7 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
     bounds = Bounds(model.name, pin_of(snapshot, model.name), request.layout, engine=model.engine)
     if bounds.pin is not None and bounds.pin.cpu:
         return _on_cpu(snapshot, request, bounds)
-    alive = [view.spec for view in snapshot.instances.values() if view.state in ALIVE]
+    alive = [view.spec for view in snapshot.instances.values() if is_alive(snapshot, view)]
     if not any(spec.engine == model.engine for spec in alive):
         title = snapshot.engines[model.engine].title
         return NoFit("no_instance", f"no {title} instance is running: " + explain_states(snapshot))
@@ -131,6 +132,9 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
                 return _among(snapshot, group, request)
             tried += [] if fewer_slots else sized_candidates
         bounds = replace(bounds, only_new=True)
+    gone = explain_unavailable(snapshot, estimate, model, request.options, replace(bounds, only_new=False))
+    if gone is not None:
+        return NoFit("no_instance", f"model '{model.name}' fits nowhere now: {gone}")
     return _nowhere(snapshot, tried, request)
 
 

@@ -39,7 +39,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     decision: Decision | None = None
     for options in _options_to_try(policy, snapshot, tickets):
         found = place(snapshot, estimate, replace(request, options=options))
-        if not isinstance(found, NoFit) or found.code != "model_too_large":
+        if not isinstance(found, NoFit) or found.code not in ("model_too_large", "no_instance"):
             return found
         decision = decision or found
     assert decision is not None

@@ -44,7 +44,8 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     siblings = [view for view in fleet.instances.values() if view.spec.engine == event.spec.engine]
     if version is not None and not any(view.version for view in siblings):
         reservations.drop_all(fleet)  # sizes and splits were guessed without the server's version
-    fleet.put_instance(InstanceView(event.spec, event.state, version, event.reason))
+    down_since = _down_since(before, event.state, now)
+    fleet.put_instance(InstanceView(event.spec, event.state, version, event.reason, down_since))
     fleet.restarts_due.pop(name, None)
     if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
         fleet.start_failed(frozenset(event.spec.gpus), now)
@@ -55,6 +56,13 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     if any(key[0] == name for key in fleet.replicas):
         fleet.memory_changed(now)  # the last reading of the GPUs still shows what it held
     fleet.forget_instance(name)
+
+
+def _down_since(before: InstanceView | None, state: InstanceState, now: float) -> float | None:
+    starts_first = before is None or (before.down_since is None and before.state is not InstanceState.READY)
+    if state is InstanceState.READY or (state is InstanceState.STARTING and starts_first):
+        return None
+    return now if before is None or before.down_since is None else before.down_since
 
 
 def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[Action]:

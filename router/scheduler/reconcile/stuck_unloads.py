@@ -47,7 +47,7 @@ def _drain(fleet: FleetState, key: ResidencyKey, view: InstanceView, now: float,
     if view.state is InstanceState.DRAINING:
         return []
     reason = f"is drained and restarted: {fleet.residencies[key].name} cannot be unloaded: {error}"
-    fleet.put_instance(replace(view, state=InstanceState.DRAINING, reason=reason))
+    fleet.put_instance(replace(view, state=InstanceState.DRAINING, reason=reason, down_since=now))
     fleet.restarts_due[name] = now + fleet.policy.constants.restart_drain_seconds
     for reservation in list(fleet.reservations.values()):
         if reservation.sent_at is None and reservation.instance == name:
