@@ -192,6 +192,8 @@ def _entrances(
         rules=context.rules,
         endpoint_support=context.endpoint_support,
         primary=context.primary,
+        ready_primary=context.ready_primary,
+        find_model=context.find_model,
         has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
         debug_headers=debug_headers,
         make_handler=library,

@@ -176,6 +176,11 @@ class Controller:
     def begin_shutdown(self) -> None:
         self.post(ShutdownBegan())
 
+    @property
+    def watcher_count(self) -> int:
+        """How many wait in `until`."""
+        return len(self._until)
+
     async def until(self, is_so: Callable[[Snapshot], bool], deadline_seconds: float) -> bool:
         """Waits until the state is so, which is looked at after each event; False where it is not by the deadline."""
         if is_so(self.snapshot()):

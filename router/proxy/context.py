@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import re
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -62,6 +62,10 @@ class ProxyContext:
     endpoint_support: EndpointSupport
     primary: Callable[[], InstanceView]
     """The instance for requests that cannot be routed. Raises NoInstance or ShuttingDown if there is none."""
+    ready_primary: Callable[[], Awaitable[InstanceView]]
+    """The same, after waiting for servers that are starting or being restarted."""
+    find_model: Callable[[str], Awaitable[ModelFacts | None]]
+    """Facts of a model; None only where no server has it. Raises NoInstance while one that may have it is down."""
     has_free_slot: Callable[[ModelFacts], bool]
     """Whether a replica of the model, without options of its own, could serve a request now. A hint."""
     debug_headers: bool

@@ -31,7 +31,7 @@ from router.domain.model import ModelFacts
 from router.domain.request import TicketId
 from router.engines.ollama.client import OllamaError
 from router.engines.ollama.endpoint_support import refuse_missing
-from router.errors import InstanceLost, RouterError
+from router.errors import InstanceLost, NoInstance, RouterError
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -114,13 +114,18 @@ class ProxyExchange:
 
     def _check_support(self) -> None:
         """For paths that older servers do not have."""
-        view = self._context.primary()
+        try:
+            view = self._context.primary()
+        except NoInstance:
+            self._start(self._query_support(None))
+            return
         if self._context.endpoint_support.known(view, self._facts.path):
             self._resolve()
         else:
             self._start(self._query_support(view))
 
-    async def _query_support(self, view: InstanceView) -> None:
+    async def _query_support(self, view: InstanceView | None) -> None:
+        view = view or await self._context.ready_primary()
         if await self._context.endpoint_support.has(view, self._facts.path):
             self._resolve()
         else:
@@ -183,7 +188,11 @@ class ProxyExchange:
             self._plan(request, facts)
 
     async def _fetch_facts(self, request: InferenceRequest) -> None:
-        facts = await self._context.catalog.facts(request.model)
+        try:
+            facts = await self._context.find_model(request.model)
+        except NoInstance as error:
+            self._refuse(error)
+            return
         if facts is not None:
             self._plan(request, facts)
         elif request.try_fallback("model_not_found"):
@@ -270,8 +279,14 @@ class ProxyExchange:
         request.plan = None
         try:
             self._connect(self._context.primary().spec.url)
+        except NoInstance:
+            self._phase = RESOLVING
+            self._start(self._forward_when_ready())
         except RouterError as error:
             self.fail(error)
+
+    async def _forward_when_ready(self) -> None:
+        self._connect((await self._context.ready_primary()).spec.url)
 
     def _connect(self, url: str) -> None:
         self._phase = CONNECTING

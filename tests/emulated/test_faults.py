@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -65,3 +67,34 @@ async def test_a_lost_gpu_is_told_everywhere_and_used_again_when_it_is_back(tmp_
 def _text(product: Product, path: str) -> str:
     with urlopen(f"http://{product.address.host}:{product.address.port}{path}", timeout=10) as reply:
         return reply.read().decode()
+
+
+async def test_requests_that_come_before_the_first_server_is_ready_wait_for_it(tmp_path: Path) -> None:
+    product = _product(tmp_path, "3090")
+    try:
+        product.start(ready=False)
+        await eventually(lambda: _answers(product), what="the router listens")
+        show = call(product.address, "POST", "/api/show", {"model": "llama3.1:8b"})
+        unknown = _ask(product, "nobody-has-it")
+        replies = await asyncio.gather(_ask(product, "llama3.1:8b"), show, unknown)
+        assert [reply.status for reply in replies] == [200, 200, 404]
+    finally:
+        product.destroy()
+
+
+async def test_a_model_whose_servers_are_down_is_never_unknown(tmp_path: Path) -> None:
+    with running(_product(tmp_path, "3090", stream={"heartbeat_seconds": 300.0})) as product:
+        write_faults(tmp_path / "state" / "rig", [{"server": "refuse_start"}])
+        for server in product.servers().values():
+            server.kill()
+        await eventually(lambda: product.call("GET", "/ready")[0] == 503, what="no server")
+        show = call(product.address, "POST", "/api/show", {"model": "llama3.1:8b"})
+        replies = await asyncio.gather(_ask(product, "llama3.1:8b"), show, call(product.address, "GET", "/api/tags"))
+        assert [(reply.status, reply.header("X-Llamayard-Error")) for reply in replies] == [(503, "no_instance")] * 3
+        assert all(int(reply.header("Retry-After") or 0) > 0 for reply in replies)
+
+
+def _answers(product: Product) -> bool:
+    with contextlib.suppress(OSError):
+        return product.call("GET", "/health")[0] == 200
+    return False

@@ -324,6 +324,9 @@ def make_context(
     def nobody() -> InstanceView:
         raise NoInstance("no Ollama instance is ready")
 
+    async def nobody_comes() -> InstanceView:
+        return nobody()
+
     return ProxyContext(
         controller=controller,
         catalog=catalog,
@@ -334,6 +337,8 @@ def make_context(
         rules=ModelRules(default_context_length=8192),
         endpoint_support=ScriptedAbilities(),
         primary=nobody,
+        ready_primary=nobody_comes,
+        find_model=catalog.facts,
         has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
@@ -362,6 +367,9 @@ async def staged(
             raise NoInstance("no Ollama instance is ready")
         return InstanceView(InstanceSpec(InstanceName("gpu0"), (), upstream.url), InstanceState.READY)
 
+    async def first_ready() -> InstanceView:
+        return first()
+
     quiet = logging.Logger("quiet")  # clients that leave are what these tests are about
     quiet.addHandler(logging.NullHandler())
     library = web.Server(
@@ -375,6 +383,7 @@ async def staged(
         rules=rules,
         endpoint_support=ScriptedAbilities(),
         primary=first,
+        ready_primary=first_ready,
         make_handler=library,
     )
     proxy = ProxyServer(context)

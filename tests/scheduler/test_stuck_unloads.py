@@ -71,8 +71,14 @@ def test_a_server_that_fails_unloads_takes_no_new_work_and_its_running_requests_
     assert one.restarting == []
     assert one.snapshot().instances[GPU0].state is InstanceState.DRAINING
     assert "other cannot be unloaded: Stopping..." in one.snapshot().instances[GPU0].reason
+    late = one.arrive(SMALL)
+    assert late in one.waiting
     one.release(running)
     assert one.restarting == [GPU0]
+    one.work_through()
+    one.advance(1.0)
+    one.work_through()
+    assert one.grant(late).instance == GPU0
 
 
 def test_requests_that_do_not_end_delay_the_restart_for_a_limited_time() -> None:

@@ -56,6 +56,10 @@ class Catalog:
         """When the last complete reading of the stores began; None before the first."""
         return self._read_at
 
+    def unheard(self) -> tuple[str, ...]:
+        """Attached servers whose models are not known, because they have not answered since the start."""
+        return self._listing.unheard()
+
     def known(self, name: str) -> ModelFacts | None:
         """Remembered facts of a name in any form; asks nobody."""
         facts = self._by_written_name.get(name)

@@ -80,6 +80,11 @@ class Listing:
             _add(listed, rows, client, name)
         return listed
 
+    def unheard(self) -> tuple[InstanceName, ...]:
+        """Attached servers that have never answered."""
+        names = (store.attached for store in self._stores())
+        return tuple(name for name in names if name is not None and name not in self._last)
+
     async def _look(self, name: InstanceName, client: OllamaClient | None) -> OllamaError | None:
         """Reads an attached server's list; what it last said stands where it says nothing."""
         if client is None:
