@@ -76,6 +76,7 @@ class AdminHandler:
             "instances": [_instance(view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
+            "warm_missing": [{"model": name, "reason": why} for name, why in snapshot.warm_missing.items()],
             **self._waiting(),
         }
 

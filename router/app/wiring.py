@@ -26,7 +26,7 @@ from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
 from router.domain.events import FootprintsLoaded, InstanceChanged
 from router.domain.gpu import Gpu
-from router.domain.instance import InstanceSpec
+from router.domain.instance import InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.model_names import canonical
 from router.domain.residency import ResidencyState
@@ -87,6 +87,8 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
 
         def on_instance_change(event: InstanceChanged) -> None:
             controller.post(event)
+            if event.state is InstanceState.READY:
+                state_poller.poll_models()
 
         def poll_gpus() -> None:
             state_poller.poll_gpus()

@@ -68,6 +68,8 @@ class Snapshot:
     """Weights sent for loading of late."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
     """Sets of GPUs on which an instance could not be started lately: no other is started there for now."""
+    warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Models with `keep_warm` that are not loaded, by name, each with the reason."""
     engines: Mapping[str, EngineRules[Snapshot]] = field(
         default_factory=dict[str, "EngineRules[Snapshot]"], repr=False, compare=False
     )

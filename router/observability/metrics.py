@@ -216,6 +216,13 @@ class FleetMetricsCollector(Collector):
             for state in InstanceState:
                 states.add_metric((view.spec.name, state.value), float(view.state is state))
         yield states
+        missing = GaugeMetricFamily(
+            "llamayard_warm_models_missing", "1 while a model with keep_warm is not loaded, else 0.", labels=("model",)
+        )
+        for name, pin in snapshot.policy.pins.items():
+            if pin.keep_warm:
+                missing.add_metric((name,), float(name in snapshot.warm_missing))
+        yield missing
         slots_used = GaugeMetricFamily(
             "llamayard_model_slots_used", "Slots in use, for each loaded model.", labels=("model", "instance")
         )

@@ -66,7 +66,7 @@ from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerne
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
-from router.scheduler.reconcile import housekeeping, load_outcomes, lost_gpus, reservations, stuck_unloads
+from router.scheduler.reconcile import housekeeping, load_outcomes, lost_gpus, reservations, stuck_unloads, warm_models
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
 
@@ -138,6 +138,8 @@ class Dispatcher:
             actions += self._serve_those(blobs, now)
         else:
             actions += self._expire(now)
+            if not (self._closing or isinstance(event, Arrived | Released | Cancelled | ResidencyRead)):
+                actions += warm_models.begin_loads(self._fleet, self._estimate, self._loads.next, now)
             actions += self._pump(now, may_retry=isinstance(event, Ticked | GpusRead | ModelDiscovered))
             self._retry_gate.all_attempted(self._queue.unsorted(), self._fleet.version)
         return actions
@@ -157,7 +159,9 @@ class Dispatcher:
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
             case ModelDiscovered():
-                self._fleet.models[event.model.blob] = event.model
+                fleet = self._fleet
+                fleet.models[event.model.blob] = fleet.warm_models[event.model.name] = event.model
+                fleet.version += 1
             case Ticked():
                 pass
             case ShutdownBegan():
@@ -309,6 +313,10 @@ class Dispatcher:
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Plans a load of the group's model; where a replica is loaded or coming, perhaps a further one."""
         waiting, there = self._queue.group(key), coming(snapshot, key.blob)
+        if not there and warm_models.awaits_discovery(self._fleet, waiting[0].model, now):
+            self._explain(waiting, "waits until the models to be kept warm are found")
+            self._retry_gate.failed(key, self._fleet.version, now + RETRY_SECONDS)
+            return []
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
             decision = seek(snapshot, self._estimate, unserved)

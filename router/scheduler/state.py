@@ -116,6 +116,14 @@ class FleetState:
     """Weights sent for loading, as a count that decays."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
     """When an instance on these GPUs last could not be started or died."""
+    warm_models: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
+    """Models with `keep_warm` that a server has, by name."""
+    warm_missing: dict[str, str] = field(default_factory=dict[str, str])
+    """Those that are not loaded, each with the reason."""
+    warm_refusals: dict[str, str] = field(default_factory=dict[str, str])
+    """Those of them that were reported as not fitting, each with what was reported."""
+    first_ready_at: float | None = None
+    """When the first instance was ready."""
     lost_since: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Since when a GPU of the instance cannot be read."""
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
@@ -188,6 +196,7 @@ class FleetState:
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
             troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
+            warm_missing=MappingProxyType(self.warm_missing),
             engines=self.engines,
         )
 
@@ -228,6 +237,12 @@ class FleetState:
         if wanted != self.wanted:
             self._cached = None
             self.wanted = wanted
+
+    def set_warm_missing(self, missing: dict[str, str]) -> None:
+        """Which models with `keep_warm` are not loaded, and why."""
+        if missing != self.warm_missing:
+            self._cached = None
+            self.warm_missing = missing
 
     def set_draining(self, draining: frozenset[ResidencyKey]) -> None:
         """Which replicas take no new request."""

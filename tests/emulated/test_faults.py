@@ -94,7 +94,24 @@ async def test_a_model_whose_servers_are_down_is_never_unknown(tmp_path: Path) -
         assert all(int(reply.header("Retry-After") or 0) > 0 for reply in replies)
 
 
+def _missing(product: Product) -> list[dict[str, str]]:
+    return product.call("GET", "/llamayard/status")[1]["warm_missing"]
+
+
 def _answers(product: Product) -> bool:
     with contextlib.suppress(OSError):
         return product.call("GET", "/health")[0] == 200
     return False
+
+
+async def test_warm_models_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    models = {name: {"keep_warm": True} for name in ("qwen2.5-coder:32b", "deepseek-r1:32b", "gemma2:27b")}
+    with running(_product(tmp_path, "2x3090", models=models)) as product:
+        await eventually(lambda: "warm_model_missing" in product.log_text(), what="the warning")
+        await eventually(lambda: len(_missing(product)) == 1, what="two warm models")
+        (missing,) = _missing(product)
+        assert "fits nowhere" in missing["reason"]
+        model = missing["model"]
+        assert f'llamayard_warm_models_missing{{model="{model}"}} 1.0' in _text(product, "/metrics")
+        loaded = {row["name"] for row in product.call("GET", "/llamayard/status")[1]["models"]}
+        assert loaded == set(models) - {model}

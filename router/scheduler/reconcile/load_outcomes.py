@@ -44,6 +44,8 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     siblings = [view for view in fleet.instances.values() if view.spec.engine == event.spec.engine]
     if version is not None and not any(view.version for view in siblings):
         reservations.drop_all(fleet)  # sizes and splits were guessed without the server's version
+    if event.state is InstanceState.READY and fleet.first_ready_at is None:
+        fleet.first_ready_at = now
     down_since = _down_since(before, event.state, now)
     fleet.put_instance(InstanceView(event.spec, event.state, version, event.reason, down_since))
     fleet.restarts_due.pop(name, None)
