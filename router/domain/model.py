@@ -46,6 +46,8 @@ class ModelFacts:
     """Whether the store that all spawned instances share holds it."""
     attached_on: frozenset[InstanceName] | None = None
     """Attached servers whose own store holds it; None: it is not known that any lacks it."""
+    is_opaque: bool = False
+    """Whether the format of its weights is unknown: its size is its weights' until the GPUs show what it takes."""
     engine: str = "ollama"
     """Kind of the engine that serves it."""
 

@@ -222,6 +222,10 @@ class ProxyExchange:
     def _refuse(self, error: RouterError) -> None:
         """This model cannot answer; perhaps a fallback can."""
         request = self._request
+        plan = request.plan if request is not None else None
+        if request is not None and plan is not None and plan.facts.is_opaque and error.code == "load_failed":
+            self._forward_unchanged(request)  # a server may serve what it does not load in advance
+            return
         if request is not None and request.try_fallback(error.code, error):
             self._attempt = 1
             self._find_model(request)

@@ -19,8 +19,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import structlog
+
 from router.domain.model import BlobDigest, ModelFacts
-from router.engines.ollama.client import OllamaError
+from router.engines.ollama.client import OllamaError, TagRow
 from router.engines.ollama.model_listing import Listed, Listing, Store, key_of
 from router.engines.ollama.model_metadata import needs_verbose, read_facts
 
@@ -46,6 +48,13 @@ class Catalog:
         """Memo of `known`, so that a name is parsed once; emptied whenever `_known` changes."""
         self._seen: dict[str, ModelFacts] = {}
         """By digest, whatever its name means today."""
+        self._without_facts: dict[str, str] = {}
+        """Names without facts (a cloud model's stub), each with the digest that was looked at."""
+        self._unknown_digests: set[str] = set()
+        """Digests that servers have loaded and no name stands for, since the list was last read."""
+        self._warned: set[str] = set()
+        """Digests of opaque models that were reported."""
+        self._log = structlog.get_logger("router.catalog")
         self._fetches: dict[str, asyncio.Task[ModelFacts | None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._readings = _Readings(self._read_rows, self._start)
@@ -82,6 +91,8 @@ class Catalog:
             return None
         if key in self._known:
             return self._known[key]
+        if key in self._without_facts:
+            return None
         under_way = self._fetches.get(key)
         if under_way is not None:
             facts = await asyncio.shield(under_way)
@@ -99,8 +110,13 @@ class Catalog:
         seen = self.seen(digest)
         if seen is not None:
             return seen
+        if digest in self._unknown_digests:
+            return None
         facts = await self.facts(name)
-        return facts if facts is not None and facts.digest == digest else None
+        if facts is not None and facts.digest == digest:
+            return facts
+        self._unknown_digests.add(digest)
+        return None
 
     def seen(self, digest: str) -> ModelFacts | None:
         """Facts of a digest that was read at any time; asks nobody."""
@@ -131,6 +147,10 @@ class Catalog:
         rows = await asyncio.shield(self._readings.begin())
         if rows is None:
             return
+        self._unknown_digests.clear()
+        for key, digest in list(self._without_facts.items()):
+            if key not in rows or rows[key].row.digest != digest:
+                del self._without_facts[key]
         for key, facts in list(self._known.items()):
             listed = rows.get(key)
             if listed is None or listed.row.digest != facts.digest:
@@ -147,7 +167,8 @@ class Catalog:
 
     def forget_all(self) -> None:
         """Drops everything remembered: the store was changed in ways that a name does not tell (copy, create)."""
-        for key in {*self._known, *self._fetches}:
+        self._unknown_digests.clear()
+        for key in {*self._known, *self._without_facts, *self._fetches}:
             self._forget(key)
 
     async def close(self) -> None:
@@ -158,6 +179,7 @@ class Catalog:
 
     def _forget(self, key: str) -> None:
         self._known.pop(key, None)
+        self._without_facts.pop(key, None)
         self._by_written_name.clear()
         self._fetches.pop(key, None)
 
@@ -172,6 +194,7 @@ class Catalog:
             listed = None if rows is None else rows.get(key)
             facts = None if listed is None else await self._ask(listed)
             if facts is not None:
+                self._warn_of_opaque(facts)
                 self._remember_digest(facts)
                 if self._fetches.get(key) is me:
                     self._known[key] = facts
@@ -181,6 +204,12 @@ class Catalog:
             if self._fetches.get(key) is me:
                 del self._fetches[key]
 
+    def _warn_of_opaque(self, facts: ModelFacts) -> None:
+        if facts.is_opaque and facts.digest not in self._warned:
+            self._warned.add(facts.digest)
+            why = "its server does not describe its weights; it is placed by their size until it was measured"
+            self._log.warning("model_format_unknown", model=facts.name, digest=facts.digest, reason=why)
+
     def _remember_digest(self, facts: ModelFacts) -> None:
         self._seen[facts.digest] = facts
         while len(self._seen) > _SEEN_DIGESTS_MAX:
@@ -189,7 +218,7 @@ class Catalog:
     async def _ask(self, listed: Listed) -> ModelFacts | None:
         client, row = listed.client, listed.row
         if row.remote_host:
-            return None
+            return self._remember_stub(row)
         try:
             reply = await client.show(row.name)
             if needs_verbose(reply):
@@ -199,7 +228,14 @@ class Catalog:
                 return None
             raise
         facts = read_facts(row, reply)
-        return facts and replace(facts, is_shared=listed.is_shared, attached_on=listed.attached_on)
+        if facts is None:
+            return self._remember_stub(row)
+        return replace(facts, is_shared=listed.is_shared, attached_on=listed.attached_on)
+
+    def _remember_stub(self, row: TagRow) -> None:
+        key = key_of(row.name)
+        if key is not None:
+            self._without_facts[key] = row.digest
 
     async def _read_rows(self) -> Mapping[str, Listed] | None:
         began_at = self._clock()

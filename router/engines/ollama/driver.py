@@ -169,8 +169,8 @@ def is_temporary_tag(name: str) -> bool:
 
 
 def _layers(load: Load) -> int | None:
-    """All layers and the output, unless the model's own file says how many."""
-    if not load.expects_gpu or sets_num_gpu(load.model):
+    """All layers and the output, unless the model's own file says how many or nobody knows them."""
+    if not load.expects_gpu or load.model.is_opaque or sets_num_gpu(load.model):
         return None
     return load.model.layers + 1
 
