@@ -144,9 +144,10 @@ class Controller:
         runner_lost: bool = False,
         output_tokens: int = 0,
         first_byte_at: float | None = None,
+        silent_seconds: float = 0.0,
     ) -> None:
         """Gives a granted slot back; each grant must end in exactly one of these."""
-        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at))
+        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at, silent_seconds))
 
     def snapshot(self) -> Snapshot:
         return self._dispatcher.snapshot(self.now())

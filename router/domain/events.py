@@ -77,6 +77,8 @@ class Released:
     """As the server counted them; 0 where it did not tell."""
     first_byte_at: float | None = None
     """When the first byte of its answer came; None where none came, or nobody looked."""
+    silent_seconds: float = 0.0
+    """How long its replica had sent no byte to anybody when its client gave up; 0 where it ended otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,8 @@ class ProxyContext:
     tasks: Tasks
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
+    progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
+    """When a response of an instance and a model last made progress, to about a second."""
     leased_targets: dict[bytes, tuple[Route, str]] = field(default_factory=dict[bytes, tuple[Route, str]])
     """Targets of routes that take a slot, with their decoded paths."""
 

@@ -53,6 +53,9 @@ ONE_WRITE_BYTES_MAX: Final = 65536
 CLIENT_GONE: Final = 499
 """nginx's status for a client that left before its response; only logs and metrics see it."""
 
+_SILENCE_SECONDS: Final = 5.0
+"""A shorter silence is none: a client that leaves between two tokens, or before a usual first one."""
+
 RESOLVING, WAITING, CONNECTING, RELAYING, ENDED = range(5)
 _NEVER: Final = float("inf")
 
@@ -331,6 +334,9 @@ class ProxyExchange:
         self._heartbeat = self._heartbeat_sender = self._request = self._grant = None
         return headers
 
+    def progressed(self, now: float) -> None:
+        self._context.progress_at[self._record.instance or "", self._record.model] = now
+
     def request_blocked(self, *, blocked: bool) -> None:
         pass  # the whole request is written already
 
@@ -401,12 +407,24 @@ class ProxyExchange:
             self._task.cancel()
         if self._opening is not None:
             self._opening.cancel()
+        silent_seconds = self._silent_seconds()
         if self._phase == RELAYING and self._reply is not None:
             self._reply.cancel()
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._context.controller.cancel(lease)
-        self._finish(CLIENT_GONE)
+        self._finish(CLIENT_GONE, silent_seconds=silent_seconds)
+
+    def _silent_seconds(self) -> float:
+        """How long the replica has sent no byte to anybody, as far as this request waits for one."""
+        record, reply, context = self._record, self._reply, self._context
+        if self._phase != RELAYING or reply is None or self._client.write_paused:
+            return 0.0
+        since = max(record.granted_at or 0.0, context.progress_at.get((record.instance or "", record.model), 0.0))
+        if reply.first_byte_at is not None:
+            since = max(since, reply.first_byte_at)
+        silent_seconds = context.controller.now() - since if record.granted_at is not None else 0.0
+        return silent_seconds if silent_seconds >= _SILENCE_SECONDS else 0.0
 
     def _release(self, *, runner_lost: bool) -> None:
         """Releases the slot, if one is held, of a request that does not end yet."""
@@ -414,7 +432,7 @@ class ProxyExchange:
         if lease is not None:
             self._context.controller.release(lease, runner_lost=runner_lost)
 
-    def _finish(self, status: int, *, runner_lost: bool = False) -> None:
+    def _finish(self, status: int, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> None:
         """Releases the slot, if one is held, and ends the request in the access log."""
         self._phase = ENDED
         record, reply = self._record, self._reply
@@ -422,7 +440,11 @@ class ProxyExchange:
         if lease is not None:  # a chunk is about a token
             tokens, first_byte_at = (0, None) if reply is None else (reply.chunks, reply.first_byte_at)
             self._context.controller.release(
-                lease, runner_lost=runner_lost, output_tokens=tokens, first_byte_at=first_byte_at
+                lease,
+                runner_lost=runner_lost,
+                output_tokens=tokens,
+                first_byte_at=first_byte_at,
+                silent_seconds=silent_seconds,
             )
         if reply is not None:
             record.first_byte_at, record.last_byte_at = reply.first_byte_at, reply.last_byte_at

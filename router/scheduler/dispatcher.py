@@ -66,7 +66,15 @@ from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerne
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
-from router.scheduler.reconcile import housekeeping, load_outcomes, lost_gpus, reservations, stuck_unloads, warm_models
+from router.scheduler.reconcile import (
+    housekeeping,
+    load_outcomes,
+    lost_gpus,
+    reservations,
+    silence,
+    stuck_unloads,
+    warm_models,
+)
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
 
@@ -213,7 +221,9 @@ class Dispatcher:
     def _released(self, event: Released, now: float) -> list[Action]:
         replica = self._fleet.release(event, now)
         self._fleet.version += bool(self._replacing)
-        if event.runner_lost and replica is not None and replica.state is ResidencyState.READY:
+        if replica is None or replica.state is not ResidencyState.READY:
+            return []
+        if event.runner_lost or (event.silent_seconds and silence.hangs(self._fleet, replica, event, now)):
             # The server still lists it, and would load it again inside the next request: unload it properly.
             return [rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs")]
         return []

@@ -34,7 +34,7 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
         if wake is not None:
             fleet.wake = None  # what would have left may stay now
         return actions
-    if not isinstance(event, Released) or event.runner_lost:
+    if not isinstance(event, Released) or event.runner_lost or event.silent_seconds:
         return None
     leaves = _release(fleet, event, now)
     if leaves is None:

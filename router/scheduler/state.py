@@ -62,6 +62,14 @@ class LeaseRecord(NamedTuple):
     """Where its model had several copies."""
 
 
+class Silence(NamedTuple):
+    """What clients of one replica that gave up have seen since its last response."""
+
+    seconds: float
+    until: float
+    """What is counted ends here."""
+
+
 def _memory(gpu: Gpu) -> tuple[int, int, str | None]:
     return gpu.memory_free_bytes, gpu.memory_used_bytes, gpu.error
 
@@ -124,6 +132,10 @@ class FleetState:
     """Those of them that were reported as not fitting, each with what was reported."""
     first_ready_at: float | None = None
     """When the first instance was ready."""
+    slowest_seconds: dict[ResidencyKey, float] = field(default_factory=dict[ResidencyKey, float])
+    """The longest that a request which was answered has held a slot of the replica."""
+    silences: dict[ResidencyKey, Silence] = field(default_factory=dict[ResidencyKey, Silence])
+    """What clients that gave up have seen of it since it last answered (`reconcile/silence.py`)."""
     lost_since: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Since when a GPU of the instance cannot be read."""
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
@@ -281,6 +293,8 @@ class FleetState:
         """Drops a residency and what hangs on it. Leases stay: their requests end in their own time."""
         residency = self.residencies.pop(key, None)
         self.works.pop(key, None)
+        self.slowest_seconds.pop(key, None)
+        self.silences.pop(key, None)
         self.version += 1
         if residency is not None and residency.load_id is not None:
             self.reservations.pop(residency.load_id, None)
@@ -435,6 +449,8 @@ class FleetState:
         if not self.clients[lease.client]:
             del self.clients[lease.client]
         self.counters.released(lease.client, event.output_tokens)
+        if event.first_byte_at is not None and not event.silent_seconds:
+            self._answered(lease, now)
         blob = lease.key[1]
         if blob in self.demand:
             self._cached = None
@@ -444,6 +460,12 @@ class FleetState:
         if lease.share is not None:
             self._end_share(lease, lease.share, event, now)
         return lease
+
+    def _answered(self, lease: LeaseRecord, now: float) -> None:
+        seconds = now - lease.granted_at
+        if seconds > self.slowest_seconds.get(lease.key, 0.0):
+            self.slowest_seconds[lease.key] = seconds
+        self.silences.pop(lease.key, None)
 
     def _end_share(self, lease: LeaseRecord, share: WorkShare, event: Released, now: float) -> None:
         key, first_at = lease.key, event.first_byte_at

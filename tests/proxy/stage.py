@@ -165,6 +165,8 @@ class ScriptedEngine:
     held: set[TicketId] = field(default_factory=set[TicketId])
     tickets: list[Ticket] = field(default_factory=list[Ticket])
     lost: list[TicketId] = field(default_factory=list[TicketId])
+    silent: list[float] = field(default_factory=list[float])
+    """Seconds of silence that were reported."""
     cancelled: int = 0
     posted: list[Event] = field(default_factory=list[Event])
     standing: WaitEstimate | None = None
@@ -204,7 +206,10 @@ class ScriptedEngine:
         runner_lost: bool = False,
         output_tokens: int = 0,
         first_byte_at: float | None = None,
+        silent_seconds: float = 0.0,
     ) -> None:
+        if silent_seconds:
+            self.silent.append(silent_seconds)
         self.held.remove(ticket_id)  # KeyError where a slot is given back twice
         if runner_lost:
             self.lost.append(ticket_id)

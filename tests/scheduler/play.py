@@ -213,9 +213,11 @@ class Play:
         self.endings[ticket] = None
         return self.post(Cancelled(ticket))
 
-    def release(self, ticket: TicketId, *, runner_lost: bool = False) -> list[Action]:
+    def release(self, ticket: TicketId, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> list[Action]:
+        """The request ends: answered in full, or given up by its client after so much silence."""
         del self.leases[ticket]
-        return self.post(Released(ticket, runner_lost))
+        first_byte_at = None if runner_lost or silent_seconds else self.now
+        return self.post(Released(ticket, runner_lost, 0, first_byte_at, silent_seconds))
 
     def finish_load(self, load: LoadId, on_cpu: int = 0) -> list[Action]:
         """It ended well, `on_cpu` of its bytes on the CPU."""
