@@ -1,8 +1,7 @@
 """Shows where the router's own time goes, without sockets: `make profile`.
 
-The real connection, exchange, engine, dispatcher, metrics and access log run over transports that only count bytes, so
-that what is left is the time of our own code. Prints microseconds a small request (one after the other, and after
-idling) and a token, then the functions that cost most.
+The real connection, exchange, controller, dispatcher, metrics and access log run over transports that only count bytes.
+Prints microseconds per small request (back to back, and after idling) and per token, then the most expensive functions.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ _HEAD = (
 )
 _BODIES = tuple(_BODY % (b"x" * 7 * number) for number in range(16))
 _REQUESTS = tuple(_HEAD % len(body) + body for body in _BODIES)
-"""Of as many lengths, as those of real clients are."""
+"""Requests of different lengths, like those of real clients."""
 _SMALL = b'{"model":"bench:latest","message":{"role":"assistant","content":"Hi."},"done":true,"eval_count":4}'
 _REPLY = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
@@ -77,7 +76,7 @@ _BATCH = 200
 
 
 class _Transport(asyncio.Transport):
-    """Takes everything and keeps nothing."""
+    """Counts the written bytes and discards them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,9 +180,9 @@ async def _measure(
         urls = _fleet(dispatcher, instances)
         pool = Pool(5.0, controller.now)
         context = _context(controller, metrics, pool)
-        behind: dict[str, UpstreamConnection] = {}
+        upstreams: dict[str, UpstreamConnection] = {}
         for url in urls:
-            connection = behind[url] = UpstreamConnection(pool, url)
+            connection = upstreams[url] = UpstreamConnection(pool, url)
             connection.connection_made(_Transport())
             pool.release(connection)
         client = ClientConnection(context, ProxyServer(context))
@@ -193,15 +192,15 @@ async def _measure(
 
         def one(*pieces: bytes) -> None:
             client.data_received(next(requests))
-            asked = next(c for c in behind.values() if c.receiver is not None)
+            upstream = next(c for c in upstreams.values() if c.receiver is not None)
             for piece in pieces:
-                asked.data_received(piece)
+                upstream.data_received(piece)
 
         for _ in range(200):
             one(_REPLY)
         if profile is not None:
             profile.enable()
-        note(f"{_best(lambda: one(_REPLY), small):.1f} us a small request, {instances} instances")
+        note(f"{_best(lambda: one(_REPLY), small):.1f} us per small request, {instances} instances")
         if profile is not None:
             profile.disable()
         else:
@@ -210,14 +209,14 @@ async def _measure(
         pieces = _BATCH * 10
         stream = [_TOKEN] * pieces
         cost = _best(lambda: one(_STREAM_HEAD, *stream, _END), tokens // pieces, 1) / pieces
-        note(f"{cost:.3f} us a token, a chunk a piece")
+        note(f"{cost:.3f} us per token, one chunk per read")
         bursts = [_TOKEN * 100] * (pieces // 100)
         cost = _best(lambda: one(_STREAM_HEAD, *bursts, _END), tokens // pieces, 1) / pieces
-        note(f"{cost:.3f} us a token, a hundred chunks a piece")
+        note(f"{cost:.3f} us per token, a hundred chunks per read")
 
 
 def _best(work: Callable[[], None], times: int, batch: int = _BATCH) -> float:
-    """Microseconds of CPU of one, in the best batch: what others do on the machine only adds."""
+    """CPU microseconds per call in the best batch, because other processes only make it slower."""
     best = float("inf")
     for _ in range(max(1, times // batch)):
         began = time.process_time()
@@ -228,7 +227,7 @@ def _best(work: Callable[[], None], times: int, batch: int = _BATCH) -> float:
 
 
 def _after(idle_seconds: float, work: Callable[[], None]) -> float:
-    """Microseconds of CPU of one, each after so long a sleep, the median: others have used the caches meanwhile."""
+    """Median CPU microseconds per call, each after a sleep, when other processes have used the CPU caches."""
     taken: list[float] = []
     for _ in range(_IDLE_TIMES):
         time.sleep(idle_seconds)
@@ -247,7 +246,7 @@ _PARTS = {
 
 
 def _shares(stats: pstats.Stats) -> list[str]:
-    """How the time of a small request is shared out; what a part calls outside the router counts to it."""
+    """Share of each part in the time of a small request, including what it calls outside the router."""
     times = dict.fromkeys(_PARTS, 0.0)
     rows = cast("Any", stats).stats
     for (file, _, name), (_, _, own, _, callers) in rows.items():
@@ -268,9 +267,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--instances", type=int, default=2)
-    parser.add_argument(
-        "--functions", type=int, default=40, help="how many of the dearest functions are shown; 0: none"
-    )
+    parser.add_argument("--functions", type=int, default=40, help="number of most expensive functions to show; 0: none")
     given = parser.parse_args()
     configure_logs("json", "info")
     lines: list[str] = []

@@ -23,7 +23,7 @@ from bench.scheduling.client import MeasuredRequest, Player
 from bench.scheduling.servers import NGINX, STOCK_VERSIONS, RunSetup, nginx, run_baseline
 from router.domain.model import ModelFacts
 from router.lab.scenarios import ScenarioSpec, default_rate, large_models, make_baseline, make_scenario
-from router.lab.simulator.metrics import Report, is_in_time, jain, report, ttft_percentiles
+from router.lab.simulator.metrics import REFUSED, Report, is_in_time, jain, report, ttft_percentiles
 from router.lab.simulator.requests import SERVED, Request
 from router.lab.simulator.runner import Scenario, Simulation
 from router.lab.simulator.workload import Session
@@ -88,6 +88,7 @@ def report_of(scenario: Scenario, answers: Sequence[MeasuredRequest], loads: Seq
         requests=len(requests),
         in_time=sum(is_in_time(one) for one in requests),
         errors=sum(one.outcome != SERVED for one in requests),
+        refused=sum(one.outcome in REFUSED for one in requests),
         hung_up=0,
         small=ttft_percentiles([one for one in requests if one.model.name not in large], ended_at),
         large=ttft_percentiles([one for one in requests if one.model.name in large], ended_at),

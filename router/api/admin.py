@@ -103,8 +103,8 @@ def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
         "memory_bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,
         "resident_bytes": resident_bytes(snapshot, gpu.uuid),
         "reserved_bytes": reserved_bytes(snapshot, gpu.uuid),
-        "foreign_bytes": external_bytes(snapshot, gpu.uuid),
-        "drift_bytes": unaccounted_bytes(snapshot, gpu.uuid),
+        "external_bytes": external_bytes(snapshot, gpu.uuid),
+        "unaccounted_bytes": unaccounted_bytes(snapshot, gpu.uuid),
         "available_bytes": max(0, available_bytes(snapshot, gpu.uuid)),
     }
 

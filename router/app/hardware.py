@@ -110,6 +110,7 @@ class EmulatedMachine:
     models_directory: Path
     facts: Callable[[str], ModelFacts | None]
     """Facts of a model by its name; None if it is in no emulated store."""
+    is_installed: Callable[[str], bool]
 
 
 @contextlib.contextmanager
@@ -129,7 +130,11 @@ def temporary_emulator(settings: Settings, text: str, environment: Mapping[str, 
         def facts(name: str) -> ModelFacts | None:
             return next((found for store in stores if (found := _emulated_facts(store, name)) is not None), None)
 
-        yield EmulatedMachine(rig.reader.read(), rig.environment[VERSION_VARIABLE], user_store.folder, facts)
+        def is_installed(name: str) -> bool:
+            return any(store.get(parse_name(name)) is not None for store in stores)
+
+        version = rig.environment[VERSION_VARIABLE]
+        yield EmulatedMachine(rig.reader.read(), version, user_store.folder, facts, is_installed)
 
 
 def _emulated_facts(store: Store, name: str) -> ModelFacts | None:

@@ -86,7 +86,7 @@ class Router:
         if not await _finishes_first(self.api_server.drained(), at_once, self.drain_timeout_seconds):
             log.warning("requests_cut")
         if at_once.is_set():
-            self.supervisor.kill_all()
+            await self._kill()
         async with asyncio.TaskGroup() as group:
             stop = group.create_task(self.supervisor.stop_all())
             kill = group.create_task(self._kill_when(at_once))
@@ -98,6 +98,11 @@ class Router:
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:
         await at_once.wait()
+        await self._kill()
+
+    async def _kill(self) -> None:
+        """Cuts clients off before their servers are killed: otherwise they would be told that the instance died."""
+        await self.proxy.close()
         self.supervisor.kill_all()
 
 

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import errno
 import socket
-import ssl
 
 import structlog
 
-from router.app.hardware import detect_hardware
+from router.app.fleet_checks import check_fleet
+from router.app.hardware import Hardware, detect_hardware, instance_plan
+from router.app.startup_checks import tls_context
 from router.app.wiring import build
 from router.config.settings import ConfigError, Settings
 from router.observability.logging import configure_logs
@@ -27,17 +28,27 @@ async def serve(settings: Settings) -> None:
     """
     configure_logs(settings.log.format, settings.log.level)
     log = structlog.get_logger("router")
-    tls = _tls(settings)
+    tls = tls_context(settings)
     try:
         listener = _listen(settings)
     except OSError as error:
         raise ConfigError([_listen_problem(settings, error)]) from error
     with contextlib.closing(listener):
         hardware = await asyncio.to_thread(detect_hardware, settings)
+        await asyncio.to_thread(_refuse_contradictions, settings, hardware)
         for orphan in await asyncio.to_thread(orphan_reaper.reap_orphans, str(settings.state_directory)):
             log.warning("swept", pid=orphan.pid, instance=orphan.instance, command=orphan.command)
         async with build(settings, hardware, tls) as router:
             await router.run(listener)
+
+
+def _refuse_contradictions(settings: Settings, hardware: Hardware) -> None:
+    """Raises ConfigError: rules that the GPUs and instances of this machine cannot satisfy."""
+    problems = check_fleet(
+        settings, hardware.reader.read(), instance_plan(settings, hardware.models_directory)
+    ).problems
+    if problems:
+        raise ConfigError(list(problems))
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -64,20 +75,3 @@ def _listen_problem(settings: Settings, error: OSError) -> str:
         f"server.port: port {port} on {host} is in use, perhaps by the stock Ollama service: free it with "
         f"`sudo systemctl disable --now ollama`, or use another port: `--port {port + 1}`"
     )
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    """TLS context of the endpoint; None without TLS.
-
-    Raises:
-        ConfigError: a file cannot be used.
-    """
-    certificate, key = settings.server.tls_certificate, settings.server.tls_key
-    if certificate is None or key is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:  # ssl.SSLError is one too
-        raise ConfigError([f"server.tls_certificate, server.tls_key: {certificate}, {key}: {error}"]) from error
-    return context

@@ -229,6 +229,8 @@ def _context(
         idle_timeout_seconds=settings.stream.idle_timeout_seconds,
         head_timeout_seconds=settings.server.head_timeout_seconds,
         body_timeout_seconds=settings.server.body_timeout_seconds,
+        body_total_timeout_seconds=settings.server.body_total_timeout_seconds,
+        body_bytes_per_second_min=settings.server.body_bytes_per_second_min,
         connection_timeout_seconds=settings.server.connection_timeout_seconds,
     )
     removing = set[str]()
@@ -251,6 +253,8 @@ def _rules(settings: Settings, removing: set[str]) -> ModelRules:
         default_context_length=settings.ollama.context_length,
         substitutes=substitutes(settings.aliases, fallbacks, listed=settings.server.list_aliases),
         passes={name: entry.options == "pass" for name, entry in rules.items()},
+        context_lengths={name: entry.context_length for name, entry in rules.items() if entry.context_length},
+        context_length_max=settings.ollama.context_length_max,
         cloud=settings.ollama.cloud,
         heartbeat_seconds=settings.stream.heartbeat_seconds,
         removing=removing,

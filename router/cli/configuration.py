@@ -39,13 +39,23 @@ def inputs_of(arguments: argparse.Namespace, environment: Mapping[str, str] | No
     )
 
 
-def _flags(arguments: argparse.Namespace) -> dict[str, object]:
+def set_flags(pairs: Iterable[str]) -> dict[str, object]:
+    """`["queue.limit=64"]` -> `{"queue.limit": "64"}`.
+
+    Raises:
+        ConfigError: one has no value.
+    """
     flags: dict[str, object] = {}
-    for pair in cast("list[str]", arguments.set):
+    for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise ConfigError([f"--set {pair}: write KEY=VALUE, such as queue.limit=64"])
         flags[key.strip()] = value
+    return flags
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, object]:
+    flags = set_flags(cast("list[str]", arguments.set))
     named = {"server.host": arguments.host, "server.port": arguments.port, "rig": arguments.rig}
     return {**flags, **{key: value for key, value in named.items() if value is not None}}
 

@@ -67,9 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show GPUs, instances, models and queue of the running router")
     _add_configuration(status)
     status.add_argument("--json", action="store_true", help="print the status as JSON")
+    status.add_argument(
+        "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
+    )
     status.set_defaults(run=_status)
-    check = commands.add_parser("check-config", help="show every key's effective value and where it was set")
+    check = commands.add_parser(
+        "check-config", help="check the configuration; show every key's value and where it was set"
+    )
     _add_configuration(check)
+    check.add_argument("--changed", action="store_true", help="show only keys that differ from their default")
+    check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(run=_check_config)
     commands.add_parser("simulate", help="compare the router with stock servers on SIMULATED GPUs")
     version = commands.add_parser("version", help="print the version")

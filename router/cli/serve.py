@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import uvloop
 
 from router.app.serve import serve
+from router.app.startup_checks import startup_problems
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_MISUSED, EXIT_OK
 from router.config.instance_options import tuning_problems
@@ -23,7 +24,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None, au
         settings = inputs.settings()
         if arguments.auto:
             settings = with_rig_if_needed(settings, inputs.environment, auto_rig)
-        problems = tuning_problems(settings)
+        problems = [*tuning_problems(settings), *startup_problems(settings)]
         if lacks_ollama(settings, inputs.environment):
             problems.append(
                 f"ollama.binary: there is no program `{settings.ollama.binary}` on PATH: install Ollama, set its path "

@@ -1,7 +1,7 @@
 """`llamayard simulate`: compares the router with other policies on simulated GPUs, in virtual time.
 
-Prints a table or JSON and writes a JSON file and a picture per run. Needs no GPU, server or socket. All output is
-marked as simulated.
+Prints a table or JSON; with `--output`, writes a JSON file and a picture per run. Needs no GPU, server or
+socket. All output is marked as simulated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from router.cli.configuration import print_problems, set_flags
 from router.cli.exit_codes import EXIT_MISUSED, EXIT_OK
+from router.cli.simulate_settings import server_config, simulated_policy
+from router.config.settings import ConfigError, Settings, load_settings
 from router.domain.model import ModelFacts
 from router.lab.emulator.spec import SpecError
 from router.lab.scenarios import (
@@ -30,9 +33,11 @@ from router.lab.scenarios import (
 )
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.fault_parser import FAULT_KINDS, FaultError, with_faults
+from router.lab.simulator.gpus import GpuLedger
 from router.lab.simulator.invariants import Invariants
+from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.machine import Machine
-from router.lab.simulator.metrics import Report, TtftPercentiles, report
+from router.lab.simulator.metrics import Report, TtftPercentiles, mean_report, report
 from router.lab.simulator.record import record
 from router.lab.simulator.runner import Baseline, Outcome, Simulation
 from router.lab.simulator.workload import TRACE, TraceError, TraceRow
@@ -69,34 +74,56 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"KIND@SECONDS[+SECONDS][:NUMBER][=AMOUNT], of {', '.join(FAULT_KINDS)}; repeatable")  # fmt: skip
     add("--check", action="store_true", help="check the router's invariants after every event")
     add("--cold", action="store_true", help="start with an empty page cache")
-    add("--out", default="simulated", metavar="DIR", help=f"directory for JSON and pictures; {_NO_FILES} writes none")
+    add("--output", "--out", metavar="DIR", help="write a JSON file and a picture of each run there (default: none)")
+    add("--config", type=Path, metavar="FILE", help="YAML file whose settings the router and the servers get")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. queue.limit=64; repeatable")
     add("--json", action="store_true", help="print JSON instead of the table")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
+        settings = _settings(arguments)
         runs = [
-            play(policy, _spec(arguments, seed), check=arguments.check, faults=arguments.fault)
+            play(policy, _spec(arguments, seed), check=arguments.check, faults=arguments.fault, settings=settings)
             for seed in arguments.seed or [1]
             for policy in arguments.policy or _DEFAULT_POLICIES
         ]  # fmt: skip
     except (FaultError, ScenarioError, SpecError, TraceError) as error:
-        sys.stderr.write(f"llamayard: {error}\n")
+        print_problems([str(error)])
+        return EXIT_MISUSED
+    except ConfigError as error:
+        print_problems(error.problems)
         return EXIT_MISUSED
     if arguments.json:
-        document = {"simulated": True, "notes": notes(runs), "runs": [_summary(run) for run in runs]}
+        document = {
+            "simulated": True,
+            "notes": notes(runs),
+            "runs": [_summary(run) for run in runs],
+            "means": {policy: report.as_dict() for policy, report in means(runs).items()},
+        }
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         lines = "".join(f"{note}\n" for note in notes(runs))
         sys.stdout.write(f"SIMULATED {arguments.rig}, mix {arguments.mix}\n{table(runs)}{lines}")
-    if arguments.out == _NO_FILES:
+    if arguments.output in (None, _NO_FILES):
         return EXIT_OK
     try:
-        _write(runs, Path(arguments.out))
+        _write(runs, Path(arguments.output))
     except OSError as error:
-        sys.stderr.write(f"llamayard: out: {arguments.out}: {error.strerror}; --out {_NO_FILES} writes no files\n")
+        print_problems([f"--output {arguments.output}: cannot be written: {error.strerror}"])
         return EXIT_MISUSED
     return EXIT_OK
+
+
+def _settings(arguments: argparse.Namespace) -> Settings | None:
+    """The settings of `--config` and `--set`; None without them. The environment is not read.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    if arguments.config is None and not arguments.set:
+        return None
+    return load_settings(arguments.config, {}, set_flags(arguments.set))
 
 
 def _spec(arguments: argparse.Namespace, seed: int) -> ScenarioSpec:
@@ -113,11 +140,23 @@ def play(
     *,
     check: bool = False,
     faults: Iterable[str] = (),
+    settings: Settings | None = None,
 ) -> RunResult:
-    """One run. `check`: an InvariantError as soon as the router breaks a rule."""
+    """One run. `check`: an InvariantError as soon as the router breaks a rule.
+
+    Raises:
+        ConfigError: the settings do not fit the simulated GPUs.
+    """
     scenario = with_faults(make_scenario(spec, rows), faults)
     rules = Invariants()
-    make = make_baseline(policy, scenario, observer=rules.check_actions if check else None)
+    config = ServerConfig() if settings is None else server_config(settings)
+    make = make_baseline(
+        policy,
+        scenario,
+        policy=None if settings is None else simulated_policy(settings, GpuLedger(scenario.gpus).read()),
+        observer=rules.check_actions if check else None,
+        config=config,
+    )
 
     def watched(machine: Machine, models: Mapping[str, ModelFacts]) -> Baseline:
         made = make(machine, models)
@@ -129,21 +168,31 @@ def play(
     return RunResult(policy, spec, outcome, report(outcome, large_models(scenario)))
 
 
+def means(runs: Iterable[RunResult]) -> dict[str, Report]:
+    """The mean over the seeds of each policy that ran with several."""
+    by_policy: dict[str, list[Report]] = {}
+    for run in runs:
+        by_policy.setdefault(run.policy, []).append(run.report)
+    return {policy: mean_report(reports) for policy, reports in by_policy.items() if len(reports) > 1}
+
+
 def table(runs: list[RunResult]) -> str:
-    """One line per run."""
+    """One line per run, then one with the means of each policy that ran with several seeds."""
     head = (
-        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'errors':>7}  {'TTFT one GPU':<22}"
+        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'refused':>8}{'failed':>7}  {'TTFT one GPU':<22}"
         f"{'several GPUs':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  GPUs busy"
     )
-    return "\n".join([head, *(_line(run.policy, run.spec.seed, run.report) for run in runs)]) + "\n"
+    lines = [_line(run.policy, str(run.spec.seed), run.report) for run in runs]
+    lines += [_line(policy, "mean", report) for policy, report in means(runs).items()]
+    return "\n".join([head, *lines]) + "\n"
 
 
-def _line(policy: str, seed: int, result: Report) -> str:
+def _line(policy: str, seed: str, result: Report) -> str:
     busy = " ".join(f"{share:.0%}" for share in result.busy_shares)
     return (
-        f"{policy:<18}{seed:>5}{result.requests:>9}{result.in_time_share:>9.1%}{result.errors:>7}  "
-        f"{_waits(result.small):<22}{_waits(result.large):<22}{result.tokens_per_second:>6.0f}"
-        f"{result.loaded_gb:>6.0f}{result.spills:>7}{result.out_of_memory:>4}{result.jain:>6.2f}  {busy}"
+        f"{policy:<18}{seed:>5}{result.requests:>9.5g}{result.in_time_share:>9.1%}{result.refused:>8.4g}"
+        f"{result.failed:>7.4g}  {_waits(result.small):<22}{_waits(result.large):<22}{result.tokens_per_second:>6.0f}"
+        f"{result.loaded_gb:>6.0f}{result.spills:>7.4g}{result.out_of_memory:>4.3g}{result.jain:>6.2f}  {busy}"
     )
 
 
@@ -187,7 +236,7 @@ def _write(runs: list[RunResult], folder: Path) -> None:
             command = [sys.executable, "-m", "router.lab.plot", str(path), str(path.with_suffix(".svg"))]
             subprocess.run(command, check=True)
     if not has_matplotlib:
-        sys.stderr.write("llamayard: no pictures without matplotlib: pip install 'llamayard[sim]'\n")
+        print_problems(["no pictures without matplotlib: pip install 'llamayard[sim]'"])
 
 
 def main(arguments: Sequence[str]) -> int:

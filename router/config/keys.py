@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import UnionType
-from typing import Union, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 RENAMED_KEYS: Mapping[str, str] = {
     "placement.loads_at_once": "placement.concurrent_loads_max",
@@ -50,6 +53,61 @@ def named_section_of(annotation: object) -> type[BaseModel] | None:
 def accepts_null(annotation: object) -> bool:
     """Whether null is a value of the field; elsewhere null unsets the key."""
     return type(None) in get_args(annotation)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a number must be."""
+
+    is_whole: bool = False
+    unit: str = ""
+    """`seconds`, `bytes` or nothing."""
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+
+    def text(self) -> str:
+        """`whole number from 0 to 65535`, `number of more than 0 and at most 3600 seconds`."""
+        kind = "whole number" if self.is_whole else "number"
+        unit = f" {self.unit}" if self.unit else ""
+        most = "" if self.maximum is None else f" and at most {self.maximum:.15g}"
+        if self.minimum is not None and self.maximum is not None:
+            return f"{kind} from {self.minimum:.15g} to {self.maximum:.15g}{unit}"
+        if self.above is not None:
+            return f"{kind} of more than {self.above:.15g}{most}{unit}"
+        if self.minimum is not None:
+            return f"{kind} of at least {self.minimum:.15g}{unit}"
+        return f"{kind} of{unit}" if unit else kind
+
+
+def bounds_at(location: Sequence[int | str], settings: type[BaseModel]) -> Bounds:
+    """The bounds of the number at a location such as `("server", "port")`; none if it is no field."""
+    names = [part for part in location if isinstance(part, str)]
+    info = _section_at(location[:-1], settings).model_fields.get(names[-1]) if names else None
+    if info is None:
+        return Bounds()
+    metadata = list(_metadata(info))
+    return Bounds(
+        is_whole=holds_int(info.annotation),
+        unit=next((unit for unit in ("seconds", "bytes") if names[-1].endswith(f"_{unit}")), ""),
+        minimum=next((cast("float", item.ge) for item in metadata if isinstance(item, Ge)), None),
+        above=next((cast("float", item.gt) for item in metadata if isinstance(item, Gt)), None),
+        maximum=next((cast("float", item.le) for item in metadata if isinstance(item, Le)), None),
+    )
+
+
+def _metadata(info: FieldInfo) -> Iterator[Any]:
+    """Metadata of a field, also that of `X` in `X | None`."""
+    parts = [inner for part in get_args(info.annotation) for inner in getattr(part, "__metadata__", ())]
+    for item in (*info.metadata, *parts):
+        yield from getattr(item, "metadata", None) or (item,)
+
+
+def holds_int(annotation: object) -> bool:
+    """Whether the type is int, or int with metadata or null."""
+    if annotation is int:
+        return True
+    return get_origin(annotation) in (Annotated, Union, UnionType) and any(map(holds_int, get_args(annotation)))
 
 
 def nearest_key(location: Sequence[int | str], settings: type[BaseModel]) -> str:

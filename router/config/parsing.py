@@ -6,11 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import cast
 
-from router.domain.keep_alive import parse_keep_alive
+from router.domain.keep_alive import parse_go_duration, parse_keep_alive
 
+DURATION_PATTERN = r"^\s*\+?(\d+(\.\d+)?|(\d*\.?\d+(ns|us|µs|μs|ms|s|m|h))+)\s*$"
+"""A number of seconds, or a duration as Go writes it, as an ECMAScript regular expression for the JSON Schema."""
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 _DECIMAL = re.compile(r"[+-]?\d+(?:\.\d+)?")
+_SECONDS_HINT = "write a number of seconds or a duration such as 90s, 5m or 1h30m"
 _KEEP_ALIVE_HINT = "write a duration such as 5m, a number of seconds, or -1 for no limit"
+_BYTES_HINT = "write bytes as a number or with a unit, such as 512MiB or 2GB"
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 BYTES_PATTERN = r"^\s*\d+(\.\d+)?\s*([kKmMgG][iI]?)?[bB]?\s*$"
 """The same as an ECMAScript regular expression, which has no flag inside, for the JSON Schema."""
@@ -18,11 +22,13 @@ BYTES_PATTERN = r"^\s*\d+(\.\d+)?\s*([kKmMgG][iI]?)?[bB]?\s*$"
 
 def parse_bytes(value: object) -> object:
     """`512MiB`, `2GB`, `1073741824` -> bytes; numbers are returned unchanged. Raises ValueError for other text."""
+    if isinstance(value, bool):
+        raise ValueError(_BYTES_HINT)
     if not isinstance(value, str):
         return value
     match = _BYTES.fullmatch(value)
     if match is None:
-        raise ValueError("write bytes as a number or with a unit, such as 512MiB or 2GB")
+        raise ValueError(_BYTES_HINT)
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
@@ -32,6 +38,21 @@ def bytes_text(value: int) -> str:
         if value and value % size == 0:
             return f"{value // size}{unit}"
     return str(value)
+
+
+def duration_seconds(value: object) -> object:
+    """`5m`, `1h30m`, `300`, `"300"` -> seconds; numbers are returned unchanged. Raises ValueError for other text."""
+    if isinstance(value, bool):
+        raise ValueError(_SECONDS_HINT)
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if _DECIMAL.fullmatch(text):
+        return float(text)
+    try:
+        return parse_go_duration(text)
+    except ValueError as error:
+        raise ValueError(_SECONDS_HINT) from error
 
 
 def keep_alive_seconds(value: object) -> object:

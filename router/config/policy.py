@@ -23,9 +23,11 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
     """The scheduler's policy. `like`: options of instances that are started on demand.
 
     Raises:
-        ConfigError: a pin names a GPU that does not exist or an invalid model name, or contradicts itself.
+        ConfigError: a pin names a GPU that does not exist or an invalid model name, or rules contradict each other.
     """
     placement = settings.placement
+    pins = {_name(name): _pin(name, rules, gpus) for name, rules in settings.models.items() if name != ANY_MODEL}
+    exclusive = _exclusive_gpus(settings, gpus)
     return Policy(
         vram_margin_bytes=placement.vram_margin_bytes,
         queue_limit=settings.queue.limit,
@@ -39,11 +41,8 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
         starving_after_seconds=placement.starving_after_seconds,
         concurrent_loads_max=placement.concurrent_loads_max,
         context_length=settings.ollama.context_length,
-        pins={_name(name): _pin(name, rules, gpus) for name, rules in settings.models.items() if name != ANY_MODEL},
-        exclusive_gpus={
-            _gpu(text, "placement.exclusive_gpus", gpus): frozenset(_name(name) for name in names)
-            for text, names in settings.placement.exclusive_gpus.items()
-        },
+        pins=pins,
+        exclusive_gpus=exclusive,
         constants=SchedulerConstants(unseen_margin_ratio=UNSEEN_MARGIN_RATIO),
     )
 
@@ -51,6 +50,18 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
 def warm_models(policy: Policy) -> tuple[str, ...]:
     """Names of the models to load at startup and keep loaded."""
     return tuple(sorted(name for name, pin in policy.pins.items() if pin.keep_warm))
+
+
+def _exclusive_gpus(settings: Settings, gpus: Sequence[Gpu]) -> dict[GpuUuid, frozenset[str]]:
+    key = "placement.exclusive_gpus"
+    exclusive: dict[GpuUuid, frozenset[str]] = {}
+    spellings: dict[GpuUuid, str] = {}
+    for text, names in settings.placement.exclusive_gpus.items():
+        uuid = _gpu(text, key, gpus)
+        if uuid in exclusive:
+            raise ConfigError([f"{key}: {spellings[uuid]!r} and {text!r} are the same GPU: keep one entry"])
+        exclusive[uuid], spellings[uuid] = frozenset(_name(name) for name in names), text
+    return exclusive
 
 
 def _name(name: str) -> str:
@@ -63,6 +74,8 @@ def _name(name: str) -> str:
 def _pin(name: str, rules: ModelSettings, gpus: Sequence[Gpu]) -> Pin:
     key = f"models.{name}"
     pinned = tuple(_gpu(text, f"{key}.gpus", gpus) for text in rules.gpus)
+    if len(set(pinned)) != len(pinned):
+        raise ConfigError([f"{key}.gpus: {', '.join(rules.gpus)} name one GPU twice"])
     if pinned and rules.layout == "cpu":
         raise ConfigError([f"{key}: gpus and layout: cpu exclude each other"])
     if len(pinned) == 1 and rules.layout == "spread":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from router.config.keys import RENAMED_KEYS, nearest_key
+from router.config.keys import RENAMED_KEYS, Bounds, bounds_at, nearest_key
 
 ENVIRONMENT_PREFIX = "LLAMAYARD_"
 
@@ -17,6 +17,24 @@ _PATTERN_HINTS = {
     r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$": "use letters, digits, `_`, `.` and `-`, starting with a letter or digit",
 }
 """Pattern of a field -> what to write."""
+
+_KIND_HINTS = {
+    "bool_": "must be true or false",
+    "dict_": "must be a mapping of keys",
+    "mapping_": "must be a mapping of keys",
+    "model_": "must be a mapping of keys",
+    "path_": "must be a path",
+    "string_too_short": "must not be empty",
+    "string_": "must be text",
+    "tuple_": "must be a list, such as [a, b]",
+    "list_": "must be a list, such as [a, b]",
+}
+"""Beginning of pydantic's type of error -> what to write."""
+
+_UNKNOWN_HINT = "has the wrong type; docs/configuration.md describes the key"
+_KEY = "[key]"
+"""Where pydantic locates an error in the name of a mapping's entry."""
+_VALUE_LENGTH_MAX = 200
 
 
 class ConfigError(Exception):
@@ -38,15 +56,22 @@ def origin_of(dotted: str, origins: Mapping[str, str]) -> str | None:
     return ", ".join(dict.fromkeys(found)) or None
 
 
+def _nearest_origin(location: tuple[int | str, ...], origins: Mapping[str, str]) -> str | None:
+    """Where the value at a location, or the nearest key that contains it, was set."""
+    prefixes = (_dotted(location[:end]) for end in range(len(location), 0, -1))
+    return next((origin for prefix in prefixes if (origin := origin_of(prefix, origins))), None)
+
+
 def explain(error: ValidationError, settings: type[BaseModel], origins: Mapping[str, str]) -> list[str]:
     """One sentence for each error: unknown and renamed keys first, then wrong values."""
     unknown: list[str] = []
     wrong: list[str] = []
     for detail in error.errors():
-        dotted = ".".join(str(part) for part in detail["loc"])
-        origin = origin_of(dotted, origins)
+        location = detail["loc"]
+        dotted = _dotted(location)
+        origin = _nearest_origin(location, origins)
         if detail["type"] != "extra_forbidden":
-            wrong.append(_wrong_value(dotted, detail, origin))
+            wrong.append(_wrong_value(location, detail, bounds_at(location, settings), origin))
         elif dotted in RENAMED_KEYS:
             unknown.append(_renamed(dotted, RENAMED_KEYS[dotted], origin))
         else:
@@ -59,27 +84,49 @@ def _renamed(dotted: str, new: str, origin: str | None) -> str:
     return f"{dotted}{source}: renamed; use `{new}` (environment: {environment_variable(new)})"
 
 
-def _wrong_value(dotted: str, detail: ErrorDetails, origin: str | None) -> str:
-    """`server.port: '99999' (environment LLAMAYARD_SERVER__PORT) cannot be used: should be …`."""
+def _wrong_value(location: tuple[int | str, ...], detail: ErrorDetails, bounds: Bounds, origin: str | None) -> str:
+    """`server.port: '99999' (environment LLAMAYARD_SERVER__PORT) cannot be used: must be …`."""
+    dotted = _dotted(location)
     source = f" ({origin})" if origin else ""
-    value: object = detail["input"]
-    if not dotted or (isinstance(value, Mapping) and detail["type"] == "value_error"):
-        return f"{dotted or 'configuration'}{source}: {_hint(detail)}"
-    return f"{dotted}: {value!r}{source} cannot be used: {_hint(detail)}"
+    value = cast("object", detail["input"])
+    if detail["type"] == "missing":
+        return f"{dotted}{source}: is missing and has no default"
+    if not dotted or (detail["type"] == "value_error" and isinstance(detail["input"], Mapping)):
+        return f"{dotted or 'configuration'}{source}: {_hint(detail, bounds)}"
+    return f"{dotted}: {_value_text(value)}{source} cannot be used: {_hint(detail, bounds)}"
 
 
-def _hint(detail: ErrorDetails) -> str:
-    """What would be right."""
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if part != _KEY)
+
+
+def _value_text(value: object) -> str:
+    """The value as in YAML where Python writes it otherwise; long ones are cut."""
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    return "null" if value is None else text if len(text) <= _VALUE_LENGTH_MAX else f"{text[:_VALUE_LENGTH_MAX]}…"
+
+
+def _hint(detail: ErrorDetails, bounds: Bounds) -> str:
+    """What would be right. No text of pydantic's own reaches the user."""
     context: dict[str, Any] = detail.get("ctx", {})
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     match detail["type"]:
+        case "value_error":
+            return detail["msg"].removeprefix("Value error, ")
         case "string_pattern_mismatch":
-            return _PATTERN_HINTS.get(str(context.get("pattern")), message)
-        case "model_type" | "dict_type" | "model_attributes_type":
-            return "must be a mapping of keys"
-        case "tuple_type":
-            return "must be a list, such as [a, b]"
+            return _PATTERN_HINTS.get(str(context.get("pattern")), "must be written in another form")
         case "too_short":
             return f"must have {context['min_length']} or more entries"
-        case _:
-            return message
+        case "literal_error":
+            return f"must be {context['expected']}"
+        case "string_type" if detail["loc"][-1:] == (_KEY,):
+            return f'must be text: write "{detail["input"]}" in quotes'
+        case "string_type":
+            return f'must be text: write "{detail["input"]}" in quotes' if _is_number(detail) else "must be text"
+        case kind if kind.startswith(("int_", "float_", "finite_", "greater_", "less_")):
+            return f"must be a {bounds.text()}"
+        case kind:
+            return next((hint for name, hint in _KIND_HINTS.items() if kind.startswith(name)), _UNKNOWN_HINT)
+
+
+def _is_number(detail: ErrorDetails) -> bool:
+    return isinstance(detail["input"], int | float) and not isinstance(detail["input"], bool)

@@ -9,11 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from router.config.keys import accepts_null
+from router.config.keys import accepts_null, holds_int
 from router.config.parsing import (
     BYTES_PATTERN,
+    DURATION_PATTERN,
+    duration_seconds,
     keep_alive_seconds,
     keys_as_text,
     parse_bytes,
@@ -47,8 +58,19 @@ Bytes = Annotated[
     Field(ge=0),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": BYTES_PATTERN}]}),
 ]
-Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
-PollSeconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+_DURATION_SCHEMA = {"type": "string", "pattern": DURATION_PATTERN}
+Seconds = Annotated[
+    float,
+    BeforeValidator(duration_seconds),
+    Field(gt=0, le=7 * 86400, allow_inf_nan=False),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 7 * 86400}, _DURATION_SCHEMA]}),
+]
+PollSeconds = Annotated[
+    float,
+    BeforeValidator(duration_seconds),
+    Field(gt=0, le=3600, allow_inf_nan=False),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 3600}, _DURATION_SCHEMA]}),
+]
 KeepAlive = Annotated[
     float,
     BeforeValidator(keep_alive_seconds),
@@ -89,6 +111,15 @@ class _Section(BaseModel):
     def _null_unsets_a_key(cls, data: Any) -> Any:
         return without_unset(cls, data)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1."""
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and holds_int(field.annotation):
+            raise ValueError("must be a number, not true or false")
+        return value
+
 
 class ServerSettings(_Section):
     """The endpoint that clients use."""
@@ -121,6 +152,16 @@ class ServerSettings(_Section):
     head_timeout_seconds: Seconds = Field(default=30.0, description="Longest time to receive a request's headers.")
     body_timeout_seconds: Seconds = Field(
         default=60.0, description="Longest pause while receiving a request's body; then the connection is closed."
+    )
+    body_total_timeout_seconds: Seconds = Field(
+        default=3600.0, description="Longest time to receive a whole request body; blob uploads are not limited."
+    )
+    body_bytes_per_second_min: int = Field(
+        default=500,
+        ge=1,
+        le=1_000_000_000,
+        description="Lowest average rate of a request's body, blob uploads included, measured after "
+        "body_timeout_seconds; a slower sender is cut off.",
     )
     connection_timeout_seconds: Seconds = Field(
         default=3600.0,
@@ -170,6 +211,13 @@ class OllamaSettings(_Section):
         le=2**24,
         description="Context tokens per request. Always set, because a server over several GPUs would otherwise "
         "use 131,072.",
+    )
+    context_length_max: int | None = Field(
+        default=None,
+        ge=4,
+        le=2**24,
+        description="Largest context that a long prompt may raise a model's context to; unset: the trained context. "
+        "The value of context_length turns it off.",
     )
     flash_attention: bool | None = Field(
         default=None, description="Flash attention on or off; unset: Ollama chooses by model and GPU."
@@ -303,6 +351,12 @@ class ModelSettings(_Section):
         default=False,
         description="Loaded at startup, reloaded if it is lost, and never evicted for other models.",
     )
+
+    @model_validator(mode="after")
+    def _names_each_gpu_once(self) -> Self:
+        if len(set(self.gpus)) != len(self.gpus):
+            raise ValueError("gpus lists a GPU twice")
+        return self
 
 
 class FallbackSettings(_Section):

@@ -130,6 +130,9 @@ class Settings(BaseSettings):
         _check_names("models", self.models)
         _check_names("fallbacks", [*self.fallbacks, *fallback_names])
         _check_names("aliases", [*self.aliases, *self.aliases.values()])
+        _check_spellings("models", self.models)
+        _check_spellings("fallbacks", self.fallbacks)
+        _check_spellings("aliases", self.aliases)
         aliases = {canonical(name) for name in self.aliases if name != "*"}
         chained = next((name for name, target in self.aliases.items() if canonical(target) in aliases), None)
         if chained is not None:
@@ -145,6 +148,17 @@ def _check_names(key: str, names: Iterable[str]) -> None:
                 canonical(name)
         except ValueError as error:
             raise ValueError(f"{key}: {error}: write the name as `ollama list` shows it") from error
+
+
+def _check_spellings(key: str, entries: Mapping[str, object]) -> None:
+    """Raises ValueError for two entries of one model that differ: only one of them would apply."""
+    first: dict[str, str] = {}
+    for name, entry in entries.items():
+        earlier = first.setdefault(name if name == "*" else canonical(name), name)
+        if entries[earlier] != entry:
+            raise ValueError(
+                f"{key}: {earlier!r} and {name!r} are two spellings of one model with different values: keep one entry"
+            )
 
 
 def find_config(given: Path | None, directory: Path) -> Path | None:

@@ -122,12 +122,22 @@ def _read_yaml(path: Path) -> Tree:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from error
     except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: is not valid YAML: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"{path}: is not valid YAML: {_yaml_problem(error)}"]) from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError([f"{path}: must be a mapping of keys such as `server:`, not a {type(loaded).__name__}"])
     return {str(key): value for key, value in cast("dict[object, object]", loaded).items()}
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """`line 3, column 7: expected ',' or ']'`, without PyYAML's name of the source and its excerpt."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split()).replace('"<unicode string>", ', "")
+    mark = error.problem_mark or error.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    problem = (error.problem or error.context or "cannot be parsed").replace("<stream end>", "the end of the text")
+    return f"{place}{problem}"
 
 
 def _parsed(value: object, origin: str) -> object:
@@ -141,7 +151,7 @@ def _parsed(value: object, origin: str) -> object:
     try:
         return cast("object", yaml.load(value, _Loader))
     except yaml.YAMLError as error:
-        raise ConfigError([f"{origin}: is not a YAML list or mapping: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"{origin}: is not a YAML list or mapping: {value!r}: {_yaml_problem(error)}"]) from error
 
 
 def _add(tree: Tree, path: Sequence[str], value: object, origin: str) -> None:

@@ -1,4 +1,4 @@
-"""What the scheduler may ask for: a closed union of actions, carried out by the controller."""
+"""What the scheduler can request: a closed union of actions that the controller carries out."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Grant(NamedTuple):
     instance: InstanceName
     url: str
     replica_reason: str
-    """Why its model is loaded there."""
+    """Why the model was loaded there."""
     used: int
-    """Slots that were in use already."""
+    """Slots in use before this grant."""
     slots: int
     choice: Choice | None = None
-    """Where there were several copies."""
+    """How the replica was chosen; None if there was only one."""
     options: RunnerOptions = ()
-    """The loaded copy's, to which a flexible request is adapted."""
+    """Options of the replica, to which a flexible request is adapted."""
     context_length: int = 0
-    """The loaded copy's, in tokens of one slot."""
+    """Context of the replica in tokens per slot."""
 
     @property
     def reason(self) -> str:
-        """Put into words when it is read, which few are."""
-        words = self.choice.words() if self.choice is not None else ""
-        return f"{self.replica_reason}; {self.used} of {self.slots} slots were in use{words}"
+        """Text for `X-Llamayard-Reason`; built only when it is read, because few are."""
+        comparison = self.choice.words() if self.choice is not None else ""
+        return f"{self.replica_reason}; {self.used} of {self.slots} slots were in use{comparison}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Reject:
     message: str
     retry_after_seconds: int | None = None
     status: int | None = None
-    """The server's own status where its words are passed on."""
+    """HTTP status of the server, if its error is passed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class StartInstance:
-    """One more server, over the GPUs of `spec`; its port and the rest of its environment are the starter's."""
+    """Start another server over the GPUs of `spec`. The supervisor chooses its port and adds the environment."""
 
     spec: InstanceSpec
     reason: str
@@ -82,7 +82,7 @@ class StartInstance:
 
 @dataclass(frozen=True, slots=True)
 class StopInstance:
-    """An instance that was started on demand and is empty."""
+    """Stop an instance that was started on demand and is empty."""
 
     instance: InstanceName
     reason: str
@@ -106,7 +106,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """A footprint was measured: keep it for later runs."""
+    """Store a measured footprint for later runs."""
 
     key: FootprintKey
     per_gpu_bytes: tuple[int, ...]
@@ -114,7 +114,7 @@ class Remember:
 
 @dataclass(frozen=True, slots=True)
 class ReadGpus:
-    """Memory has changed by our own doing: read the GPUs now, not at the next turn."""
+    """Read the GPUs now instead of at the next interval, because the router has changed their memory use."""
 
 
 Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | RestartInstance | Notice | Remember | ReadGpus

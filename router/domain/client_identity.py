@@ -1,4 +1,4 @@
-"""Who a request is from, and on what terms it asks for a slot."""
+"""The client of a request, and its scheduling terms."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from router.domain.request import Layout
 
 @dataclass(frozen=True, slots=True)
 class ClientIdentity:
+    """What admission reads from a request's key, headers and address."""
+
     client: str = ""
-    """For fairness and logs: `key:` and a digest, `user:` and a name, both joined by `/`, or the address."""
+    """For fairness and logs: `key:DIGEST`, `user:NAME`, both joined by `/`, or the address."""
     session: str = ""
-    """The conversation; "" where the client names none."""
+    """Id of the conversation; "" if the client sends none."""
     priority: int = 0
-    """Larger goes first."""
+    """Larger values are served first."""
     layout: Layout | None = None
-    """Where the request insists on being served."""
+    """Layout that the request requires; None for any."""

@@ -127,6 +127,11 @@ class EngineRules(Protocol[FactsT]):
         """Returns True where a replica with other options can serve a flexible ticket."""
         ...
 
+    def gives_by_default(self, replica: Residency, ticket: Ticket, spec: InstanceSpec) -> bool:
+        """Returns True where the replica has the context that its server gives a request which cannot name one, and
+        that is enough for the ticket: the server then serves it without a reload."""
+        ...
+
     # --- instances -----------------------------------------------------------------------------------------
 
     def tuned_for(self, like: InstanceSpec, gpus: Sequence[Gpu]) -> InstanceSpec:

@@ -1,7 +1,7 @@
-"""The two closed unions of the deciding core: what can happen, and what it may ask for.
+"""What the scheduler handles: a closed union of events.
 
-The engine turns the outside into events, calls the dispatcher, and carries the actions out. Nothing else passes
-between the two.
+The controller turns what it observes into events, calls the dispatcher, and carries out the actions that it returns
+(`domain/actions.py`). They exchange nothing else. Times are seconds of the controller's monotonic clock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from router.domain.request import Ticket, TicketId
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """One row of an instance's `/api/ps`."""
+    """One model that an instance lists as loaded (Ollama: a row of `/api/ps`)."""
 
     name: str
     digest: str
@@ -26,12 +26,12 @@ class LoadedModel:
     size_vram_bytes: int
     context_length: int | None
     model: ModelFacts | None = None
-    """Facts of that name where the catalog has them."""
+    """Facts of the model, if the catalog has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpusRead:
-    """The GPUs, read at `read_at` (the time *before* the reading began)."""
+    """A reading of all GPUs. `read_at` is the time *before* the reading began."""
 
     gpus: tuple[Gpu, ...]
     read_at: float
@@ -39,6 +39,8 @@ class GpusRead:
 
 @dataclass(frozen=True, slots=True)
 class InstanceChanged:
+    """An instance has a new state."""
+
     spec: InstanceSpec
     state: InstanceState
     reason: str = ""
@@ -47,7 +49,10 @@ class InstanceChanged:
 
 @dataclass(frozen=True, slots=True)
 class ResidencyRead:
-    """An instance's `/api/ps`, asked for at `read_at`. Failed polls post nothing: unknown is not empty."""
+    """The loaded models of an instance. `read_at` is the time before the request.
+
+    A failed poll posts no event, because unknown is not empty.
+    """
 
     instance: InstanceName
     models: tuple[LoadedModel, ...]
@@ -56,6 +61,8 @@ class ResidencyRead:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
+    """A request wants a slot."""
+
     ticket: Ticket
 
 
@@ -68,21 +75,23 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A granted slot comes back, however its request ended."""
+    """A granted slot is free again, however its request ended."""
 
     ticket_id: TicketId
     runner_lost: bool = False
-    """The model's runner died under the request: what `/api/ps` still says of it is not to be trusted."""
+    """The model's runner died during the request, so the server may still list a model that is gone."""
     output_tokens: int = 0
-    """As the server counted them; 0 where it did not tell."""
+    """As counted by the server; 0 if it did not report them."""
     first_byte_at: float | None = None
-    """When the first byte of its answer came; None where none came, or nobody looked."""
+    """When the first byte of the response arrived; None if none did, or if it was not recorded."""
     silent_seconds: float = 0.0
     """How long its replica had sent no byte to anybody when its client gave up; 0 where it ended otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadFinished:
+    """The server has loaded the model. Sizes are those that it reports."""
+
     load_id: LoadId
     size_bytes: int
     size_vram_bytes: int
@@ -90,15 +99,20 @@ class LoadFinished:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
+    """The load ended with an error."""
+
     load_id: LoadId
     status: int
+    """HTTP status of the server's error, or one chosen by the controller."""
     message: str
     is_lost: bool = False
-    """Whether the server ended or could not be asked, instead of refusing."""
+    """True if the server exited or could not be reached; False if it refused the load."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadFinished:
+    """The unload has ended; `error` is None if it succeeded."""
+
     instance: InstanceName
     blob: BlobDigest
     error: str | None = None
@@ -106,35 +120,35 @@ class UnloadFinished:
 
 @dataclass(frozen=True, slots=True)
 class ModelDiscovered:
-    """The facts of a model that shall be warm, whether or not anybody has asked for it yet."""
+    """Facts of a model with `keep_warm`; it may not have been requested yet."""
 
     model: ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadRequested:
-    """A client wants a model gone from every instance once its running requests end."""
+    """A client wants a model unloaded from every instance when its running requests have ended."""
 
     blob: BlobDigest
     even_pinned: bool = False
-    """For a model that is deleted: what is pinned to stay warm leaves too."""
+    """Unload it even with `keep_warm`, because the model is being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class FootprintsLoaded:
-    """Footprints that earlier runs have measured."""
+    """Footprints that earlier runs measured."""
 
     footprints: tuple[tuple[FootprintKey, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Ticked:
-    """Time passed: deadlines, expiries."""
+    """Time passed: check deadlines and expiries."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShutdownBegan:
-    """No new work; what waits is rejected, what runs may end."""
+    """Accept no new work, reject waiting tickets, and let running requests end."""
 
 
 Event = (

@@ -1,4 +1,4 @@
-"""Bytes of VRAM that a loaded model takes on each GPU."""
+"""Bytes of VRAM that a loaded model uses on each GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from router.domain.model import BlobDigest
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a loaded model takes: bytes on each GPU of a placement, in the placement's GPU order."""
+    """An estimated footprint. `per_gpu_bytes` is in the GPU order of the placement; the parts are totals."""
 
     per_gpu_bytes: tuple[int, ...]
     weights_bytes: int
@@ -24,7 +24,7 @@ class Footprint:
 
 
 FootprintKind = tuple[BlobDigest, int, str, bool | None, str]
-"""All of a `FootprintKey` but context, slots and cache type."""
+"""A `FootprintKey` without context, slots and cache type."""
 
 
 class FootprintKey(NamedTuple):
@@ -36,10 +36,10 @@ class FootprintKey(NamedTuple):
     slots: int
     kv_cache_type: str
     split: str = ""
-    """Shares of the GPUs where they are not even, as `LLAMA_ARG_TENSOR_SPLIT` has them."""
+    """Shares of the GPUs in the format of `LLAMA_ARG_TENSOR_SPLIT`; "" if they are equal."""
     flash_attention: bool | None = None
     version: str = ""
-    """Of the server, as far as what it takes may differ by it: `0.33`; "" where it has not told."""
+    """The part of the server's version that footprints depend on, e.g. `0.33`; "" if it is unknown."""
 
     @property
     def kind(self) -> FootprintKind:

@@ -11,7 +11,7 @@ GpuUuid = NewType("GpuUuid", str)
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """One process that holds memory on a GPU, as NVML tells it."""
+    """One process that holds memory on a GPU, as reported by NVML."""
 
     pid: int
     used_bytes: int | None
@@ -41,18 +41,18 @@ class Gpu:
     memory_clock_hertz: int | None = None
     processes: tuple[GpuProcess, ...] = ()
     error: str | None = None
-    """Why the GPU could not be read ("GPU is lost"); memory figures are then the last known ones."""
+    """Why the GPU could not be read ("GPU is lost"); its memory figures are then the last ones read."""
 
     @property
     def bandwidth_bytes_per_second(self) -> float | None:
-        """Theoretical memory bandwidth: two transfers a clock (DDR) over the bus's whole width."""
+        """Theoretical memory bandwidth: two transfers per clock (DDR) over the full bus width."""
         if self.memory_bus_width_bits is None or self.memory_clock_hertz is None:
             return None
         return 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
 
     @property
     def link_bytes_per_second(self) -> float | None:
-        """What the PCIe link gives at most: 250 MB/s a lane in the first generation, about twice that in each next."""
+        """Maximum rate of the PCIe link: 250 MB/s per lane in generation 1, doubled by each later generation."""
         if self.pcie_generation_max is None or self.pcie_width_max is None:
             return None
         return 0.25e9 * 2.0 ** (self.pcie_generation_max - 1) * self.pcie_width_max

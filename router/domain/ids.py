@@ -1,4 +1,4 @@
-"""Identifiers that count up, so that the same events give the same ids."""
+"""Load ids: counted, not random, so that the same events give the same ids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ LoadId = NewType("LoadId", int)
 
 
 class LoadIds:
+    """Gives out load ids from 1 on. Mutable, owned by the dispatcher."""
+
     __slots__ = ("_last",)
 
     def __init__(self) -> None:

@@ -10,11 +10,11 @@ from typing import NewType
 from router.domain.gpu import GpuUuid
 
 InstanceName = NewType("InstanceName", str)
-"""`gpu0`, `gpu1`, …, `spread`, `cpu`, or the name given by hand."""
+"""`gpu0`, `gpu1`, …, `spread`, `cpu`, or a configured name."""
 
 
 class InstanceState(StrEnum):
-    """Where a supervised server is in its life; moved only by the table in `domain/instance_lifecycle.py`."""
+    """State of a supervised server; it changes only by the table in `domain/instance_lifecycle.py`."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -31,22 +31,22 @@ class InstanceSpec:
 
     name: InstanceName
     gpus: tuple[GpuUuid, ...]
-    """GPUs in the order of preference given to the server; empty for one that runs on the CPU."""
+    """GPUs in the order in which the server lists them; empty for the CPU."""
     url: str
     """`http://127.0.0.1:PORT`, no path."""
     num_parallel: int = 2
     context_length: int = 8192
     kv_cache_type: str = "f16"
     flash_attention: bool | None = None
-    """None: the server's own choice ("auto")."""
+    """None: the server decides ("auto")."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Whole extra environment of a spawned server; empty for an attached one."""
+    """Environment variables that the router adds for a spawned server; empty for an attached one."""
     attached: bool = False
-    """True where somebody else runs the server; the router then only uses it."""
+    """True if something else runs the server, and the router only uses it."""
     on_demand: bool = False
-    """True where the dispatcher asked for it; it is stopped when it has been empty for a while."""
+    """True if the scheduler started it; it is stopped when it has been empty for `instance_idle_seconds`."""
     engine: str = "ollama"
-    """Kind of the engine that runs it; it loads only models of that engine."""
+    """Kind of its engine; it loads only models of that engine."""
 
     @property
     def is_spread(self) -> bool:
@@ -55,7 +55,7 @@ class InstanceSpec:
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
-    """What the deciding functions may know of an instance."""
+    """An instance as the scheduler sees it."""
 
     spec: InstanceSpec
     state: InstanceState

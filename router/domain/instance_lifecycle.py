@@ -1,7 +1,7 @@
-"""The life of an instance: its states, what moves it between them, and when to give up. Pure data and functions.
+"""The lifecycle of an instance: its states, the transitions between them, and when to give up. Pure.
 
-`TABLE` is the only place that says which move is possible; the supervisor asks it, the documentation is drawn from it.
-Knows no clock and no process: how long a server lived, and any jitter, are passed in.
+`TABLE` alone defines the possible transitions: the supervisor follows it, and the diagram in the documentation is
+generated from it. There is no clock and no process here: uptimes and jitter are passed in.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from router.domain.instance import InstanceState
 
 
 class Trigger(StrEnum):
-    """What can happen to an instance, or be asked of it."""
+    """What can happen to an instance, or be requested of it."""
 
     START = "start"
-    """Asked for, or the wait after a failure is over."""
+    """A start was requested, or the wait after a failure is over."""
     ANSWERED = "answered"
-    """Answers `/api/version` and reported the GPUs that it was given."""
+    """It answers its health check and has reported the GPUs that it was given."""
     FAILED = "failed"
-    """Died, could not start, or stopped answering; to be tried again."""
+    """It died, could not start, or stopped answering; it will be started again."""
     GAVE_UP = "gave up"
-    """Failed once too often; stays down until it is asked to start."""
+    """It failed too often; it stays down until a start is requested."""
     DRAIN = "drain"
     """Takes no new request; running ones may end."""
     STOP = "stop"
     EXITED = "exited"
-    """Its process group is gone, and it was meant to be, or nobody wants it any more."""
+    """Its process group is gone, as requested or because it is no longer needed."""
 
 
 _S = InstanceState
@@ -56,12 +56,12 @@ TABLE: Mapping[tuple[InstanceState, Trigger], InstanceState] = MappingProxyType(
         (_S.FATAL, _T.STOP): _S.STOPPED,
     }
 )
-"""State x trigger -> state; a pair that is absent is impossible. `BACKOFF` with `ANSWERED` is an attached server that
-came back by itself: nothing was started, so it never was `STARTING`."""
+"""(state, trigger) -> next state; absent pairs are impossible. `BACKOFF` with `ANSWERED` is an attached server that
+came back: the router did not start it, so it was never `STARTING`."""
 
 
 class ImpossibleMove(AssertionError):
-    """A trigger in a state that has no such move: a mistake in the caller, never caught to go on."""
+    """A trigger that has no transition from the current state: a bug in the caller, never caught."""
 
 
 def can_move(state: InstanceState, trigger: Trigger) -> bool:
@@ -69,7 +69,11 @@ def can_move(state: InstanceState, trigger: Trigger) -> bool:
 
 
 def next_state(state: InstanceState, trigger: Trigger) -> InstanceState:
-    """Where the trigger leads from this state; ImpossibleMove where the table has no such move."""
+    """The state after the trigger.
+
+    Raises:
+        ImpossibleMove: the table has no such transition.
+    """
     found = TABLE.get((state, trigger))
     if found is None:
         possible = ", ".join(sorted(t for s, t in TABLE if s is state))
@@ -79,15 +83,15 @@ def next_state(state: InstanceState, trigger: Trigger) -> InstanceState:
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """How patiently a failing instance is started again."""
+    """When a failing instance is started again, and when it is given up."""
 
     first_wait_seconds: float = 1.0
     factor: float = 2.0
     wait_limit_seconds: float = 60.0
     quick_death_seconds: float = 30.0
-    """A life in READY shorter than this counts as a quick death; one that never got there lived 0 s."""
+    """A shorter time in READY counts as a quick death. A server that never became READY was there for 0 s."""
     quick_deaths_max: int = 5
-    """So many quick deaths in a row, and it is FATAL."""
+    """Number of quick deaths in a row that makes the instance FATAL."""
 
     def __post_init__(self) -> None:
         if self.first_wait_seconds < 0 or self.wait_limit_seconds < self.first_wait_seconds:
@@ -99,7 +103,7 @@ class RestartPolicy:
 
 
 def quick_deaths_after(quick_deaths: int, ready_seconds: float, policy: RestartPolicy) -> int:
-    """The number of quick deaths in a row, after one more death that followed `ready_seconds` in READY."""
+    """The number of quick deaths in a row after another death, which came `ready_seconds` after READY."""
     return quick_deaths + 1 if ready_seconds < policy.quick_death_seconds else 0
 
 
@@ -108,9 +112,9 @@ def is_fatal(quick_deaths: int, policy: RestartPolicy) -> bool:
 
 
 def wait_seconds(quick_deaths: int, policy: RestartPolicy, jitter_ratio: float = 0.0) -> float:
-    """How long to wait before the next start: `first * factor ** (quick deaths - 1)`, capped, then stretched by jitter.
+    """Seconds to wait before the next start: `first * factor ** (quick deaths - 1)`, capped, times 1 + `jitter_ratio`.
 
-    `jitter_ratio` in [0, 1) is drawn by the caller; the wait grows by that part of itself, the cap with it.
+    `jitter_ratio` is a random number in [0, 1), drawn by the caller. It is applied after the cap.
     """
     wait, limit = policy.first_wait_seconds, policy.wait_limit_seconds
     for _ in range(quick_deaths - 1):
@@ -121,6 +125,6 @@ def wait_seconds(quick_deaths: int, policy: RestartPolicy, jitter_ratio: float =
 
 
 def state_diagram() -> str:
-    """The table as a mermaid state diagram, one arrow a move, in the table's order."""
+    """The table as a mermaid state diagram: one arrow per transition, in the order of the table."""
     arrows = [f"    {source} --> {target}: {trigger}" for (source, trigger), target in TABLE.items()]
     return "\n".join(["stateDiagram-v2", f"    [*] --> {InstanceState.STOPPED}", *arrows]) + "\n"

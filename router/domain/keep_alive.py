@@ -1,7 +1,6 @@
-"""Ollama's `keep_alive`: a number of seconds, or a duration as Go writes it; negative means for ever.
+"""Ollama's `keep_alive`: a number of seconds, or a duration in Go's notation; negative means for ever.
 
-After `api.Duration.UnmarshalJSON` and Go's `time.ParseDuration` (time/format.go), whose error texts are kept. It knows
-no timers: what a duration leads to is decided elsewhere.
+Source: `api.Duration.UnmarshalJSON` and Go's `time.ParseDuration` (time/format.go), with the same error texts.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 FOR_EVER = -1.0
-"""What every negative duration becomes."""
+"""The value of every negative duration."""
 
 _NANOSECONDS: Mapping[str, int] = {
     "ns": 1,
@@ -29,13 +28,13 @@ _PLAIN = re.compile(r"[+-]?[0-9]+")
 
 
 def parse_keep_alive(value: object, *, plain_seconds: bool = True) -> float | None:
-    """Seconds; -1.0 for ever; None for an absent value.
+    """Seconds; -1.0 for ever; None if `value` is None.
 
-    `value` is what stood in JSON, YAML or a variable. `plain_seconds`: text such as "300" or "-1" counts as seconds, as
-    in `OLLAMA_KEEP_ALIVE`; in a request's JSON the server refuses it (but for "0"), so pass False there.
+    `value` comes from JSON, YAML or an environment variable. `plain_seconds`: text like "300" or "-1" means seconds, as
+    in `OLLAMA_KEEP_ALIVE`. Pass False for the JSON of a request, where the server refuses this text except "0".
 
     Raises:
-        ValueError: not a duration; the text is the server's, such as `time: invalid duration "soon"`.
+        ValueError: not a duration, with the text of the server, e.g. `time: invalid duration "soon"`.
     """
     if value is None:
         return None
@@ -49,24 +48,24 @@ def parse_keep_alive(value: object, *, plain_seconds: bool = True) -> float | No
     return seconds if seconds >= 0 else FOR_EVER
 
 
-def merged_keep_alive(current: float, asked: float | None, *, others_hold: bool) -> float:
-    """The `keep_alive` of a loaded model once one more request has it, in seconds, negative for ever.
+def merged_keep_alive(current: float, requested: float | None, *, others_hold: bool) -> float:
+    """The `keep_alive` of a loaded model after another request for it, in seconds; negative means for ever.
 
-    While others hold the model the longest wins, so that no client takes it from under another's plans; alone, the
-    last word counts, as in Ollama. A request that says nothing leaves what was. Pins are above all of it.
+    While other requests use the model, the longest value wins, so that no client shortens it for another. Otherwise the
+    newest request decides, as in Ollama. None leaves the value as it is. Pins are applied by the caller.
     """
-    if asked is None:
+    if requested is None:
         return current
     if not others_hold:
-        return asked
-    return FOR_EVER if current < 0 or asked < 0 else max(current, asked)
+        return requested
+    return FOR_EVER if current < 0 or requested < 0 else max(current, requested)
 
 
 def parse_go_duration(text: str) -> float:
-    """Seconds of `1h30m`, `-1.5s`, `300ms`, `0`: Go's `time.ParseDuration`.
+    """Seconds of a duration like `1h30m`, `-1.5s`, `300ms` or `0`, parsed like Go's `time.ParseDuration`.
 
     Raises:
-        ValueError: with Go's text: invalid duration, missing unit, unknown unit.
+        ValueError: with Go's text: invalid duration, missing unit or unknown unit.
     """
     rest = text[1:] if text[:1] in ("-", "+") else text
     if rest == "0":
@@ -106,7 +105,7 @@ def _invalid(text: str) -> ValueError:
 
 
 def _quoted(text: str) -> str:
-    """As Go's time package quotes: control and non-ASCII bytes as `\\xNN`."""
+    """Quoted like in Go's time package: control and non-ASCII bytes as `\\xNN`."""
     escaped = "".join(_escaped(character) for character in text)
     return f'"{escaped}"'
 
@@ -120,7 +119,7 @@ def _escaped(character: str) -> str:
 
 
 def _go_type(value: object) -> str:
-    """The name that Go gives to the type of a decoded JSON value; lists and objects may be as they were written."""
+    """Go's name for the type of a decoded JSON value. Lists and objects may also be given as JSON bytes."""
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, Mapping) or (isinstance(value, bytes) and value.startswith(b"{")):

@@ -1,4 +1,4 @@
-"""A model as its files describe it: its weights, layers and abilities. Sizes are integer bytes."""
+"""A model as its files describe it: weights, layers, parameters. Sizes are integer bytes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import NewType
 from router.domain.instance import InstanceName, InstanceSpec
 
 BlobDigest = NewType("BlobDigest", str)
-"""`sha256:…` of a weights file. Residency and slots belong to it, not to a model's name.
+"""`sha256:…` of a weights file. Residency and slots belong to the weights, not to a model's name.
 
-A digest belongs to one engine: an engine that serves the same file as another prefixes it."""
+A digest belongs to one engine: if two engines serve the same file, one of them adds a prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What decides a model's size and behaviour; read from `/api/tags` and `/api/show`."""
+    """What a model's size and behaviour depend on; for Ollama read from `/api/tags` and `/api/show`."""
 
     name: str
-    """Shortest form with its tag, e.g. `llama3.3:70b`, as `/api/tags` prints it."""
+    """Shortest form with the tag, as in `/api/tags`, e.g. `llama3.3:70b`."""
     digest: str
-    """The manifest's digest."""
+    """Digest of the manifest."""
     blob: BlobDigest
     weights_bytes: int
     architecture: str
@@ -28,31 +28,31 @@ class ModelFacts:
     embedding_length: int
     head_count: int
     head_count_kv: tuple[int, ...]
-    """KV heads of each layer (one value per layer; layers without attention have 0)."""
+    """KV heads, one value per layer; 0 for layers without attention."""
     key_length: int
     value_length: int
     vocabulary_size: int
     context_length: int
-    """The trained context in tokens; a larger asked one is cut to it."""
+    """Trained context in tokens; a larger requested context is reduced to it."""
     sliding_window: int | None = None
     parameters: tuple[tuple[str, str], ...] = ()
-    """PARAMETER lines of the Modelfile that matter to a runner, sorted: `("num_ctx", "4096")`."""
+    """PARAMETER lines of the Modelfile that affect a runner, sorted: `("num_ctx", "4096")`."""
     is_embedding: bool = False
     input_bytes: int | None = None
-    """Token embedding table, which stays in host memory, where the tensor table told its size."""
+    """Size of the token embedding table, which stays in host memory; None if the tensor table was not read."""
     output_bytes: int | None = None
-    """Output layer, which goes to the last GPU."""
+    """Size of the output layer, which is on the last GPU; None if the tensor table was not read."""
     is_shared: bool = True
-    """Whether the store that all spawned instances share holds it."""
+    """True if it is in the model store that all spawned instances share."""
     attached_on: frozenset[InstanceName] | None = None
-    """Attached servers whose own store holds it; None: it is not known that any lacks it."""
+    """Attached servers that have it in their own store; None: assume that all have it."""
     is_opaque: bool = False
     """Whether the format of its weights is unknown: its size is its weights' until the GPUs show what it takes."""
     engine: str = "ollama"
     """Kind of the engine that serves it."""
 
     def is_on(self, spec: InstanceSpec) -> bool:
-        """Returns True where the instance is of the model's engine and can load it."""
+        """Returns True if the instance has the model's engine and can load the model."""
         if spec.engine != self.engine:
             return False
         if not spec.attached:
@@ -61,4 +61,4 @@ class ModelFacts:
 
 
 NO_MODEL = ModelFacts("", "", BlobDigest(""), 0, "", 0, 0, 0, (), 0, 0, 0, 0)
-"""Stands where no facts are needed, as in tests of the books alone."""
+"""Placeholder where no facts are needed, e.g. in tests of the accounting alone."""

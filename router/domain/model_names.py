@@ -1,9 +1,9 @@
-"""Model names in every form that Ollama takes, and one identity for each.
+"""Parses model names in every form that Ollama accepts, and gives each a canonical form.
 
-A written name is `[scheme://][host/][namespace/]model[:tag][:source]`, as `types/model/name.go` (v0.11.4 to v0.24) and
-`internal/modelref/modelref.go` (v0.24) read it: letter case and blanks around it are ignored, `:latest` and
-`registry.ollama.ai/library` are left out where they are meant, and a source suffix says where the model runs: `:local`,
-`:cloud`, or a tag that ends in `-cloud`. It says what a name means, not whether such a model exists.
+A name is `[scheme://][host/][namespace/]model[:tag][:source]`, parsed like `types/model/name.go` (v0.11.4 to v0.24) and
+`internal/modelref/modelref.go` (v0.24): letter case and surrounding blanks are ignored, the defaults `:latest` and
+`registry.ollama.ai/library` can be omitted, and the source suffix says where the model runs: `:local`, `:cloud`, or a
+tag that ends in `-cloud`. Whether the model exists is not checked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Name:
 
     @property
     def shortest(self) -> str:
-        """As `/api/tags` prints it: with its tag, without the defaults before it."""
+        """As in `/api/tags`: with the tag, without default host and namespace."""
         if self.host != DEFAULT_HOST:
             return self.full
         if self.namespace != DEFAULT_NAMESPACE:
@@ -47,7 +47,7 @@ class Name:
 
 
 def parse_name(text: str) -> Name:
-    """The one identity of a written name.
+    """The canonical name.
 
     Raises:
         ValueError: Ollama would answer `invalid model name`.
@@ -61,7 +61,7 @@ def _parse(text: str) -> Name:
         raise ValueError(f"invalid model name: {text!r}: use either :local or :cloud, not both")
     rest, tag = _cut_tag(base)
     if source == "cloud":
-        tag = f"{tag}-cloud" if tag else "cloud"  # as the stored names of such models are spelled
+        tag = f"{tag}-cloud" if tag else "cloud"  # as in the stored names of these models
     tag = DEFAULT_TAG if tag is None else tag
     parts = rest.rsplit("/", 2)
     model = parts[-1]
@@ -76,11 +76,11 @@ def _parse(text: str) -> Name:
 
 
 _parse_short = lru_cache(maxsize=4096)(_parse)
-"""The same names recur; long ones are not worth remembering."""
+"""Cached because the same names recur; long names are not cached."""
 
 
 def canonical(text: str) -> str:
-    """The key under which every form of a name is one: `registry.ollama.ai/library/tiny:latest`.
+    """One key for all forms of a name: `registry.ollama.ai/library/tiny:latest`.
 
     Raises:
         ValueError: Ollama would answer `invalid model name`.
@@ -90,7 +90,7 @@ def canonical(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _canonical_short(text: str) -> str:
-    """Remembered whole, because a warm request looks its model up by this."""
+    """Cached as text, because every request looks its model up by it."""
     return _parse(text).full
 
 
@@ -104,7 +104,7 @@ def shortest(text: str) -> str:
 
 
 def is_cloud(text: str) -> bool:
-    """True for names that ollama.com runs: `gpt-oss:20b:cloud`, `gpt-oss:20b-cloud`, `qwen3:cloud`. Never raises."""
+    """True if ollama.com runs the model: `gpt-oss:20b:cloud`, `gpt-oss:20b-cloud`, `qwen3:cloud`. Never raises."""
     return _cut_source(text.strip())[1] == "cloud"
 
 
@@ -120,7 +120,7 @@ def _cut_source(text: str) -> tuple[str, str]:
 
 
 def _cut_tag(text: str) -> tuple[str, str | None]:
-    """The name without its tag, and the tag or None; a colon before the last slash belongs to a host's port."""
+    """The name without its tag, and the tag or None. A colon before the last slash belongs to the port of a host."""
     if text.rfind(":") <= text.rfind("/"):
         return text, None
     rest, _, tag = text.rpartition(":")

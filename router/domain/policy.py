@@ -11,12 +11,12 @@ from router.domain.instance import InstanceSpec
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Where a model has to be, and how it is treated; None and empty: the router's choice."""
+    """Settings of one model; None or empty: the router decides."""
 
     gpus: tuple[GpuUuid, ...] = ()
-    """One GPU, or several to spread over: exactly these."""
+    """Use exactly these: one GPU, or several to spread over."""
     spread: bool = False
-    """Over several GPUs even where one would do."""
+    """Use several GPUs even if one is enough."""
     cpu: bool = False
     context_length: int | None = None
     num_parallel: int | None = None
@@ -24,7 +24,7 @@ class Pin:
     priority: int = 0
     replicas_max: int | None = None
     keep_warm: bool = False
-    """Loaded at start and again when it is lost, and never unloaded to make room."""
+    """Loaded at startup, loaded again if it is lost, and never evicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class SchedulerConstants:
     large_wait_share: float = 0.75
     """Share of both wait bounds for a model that no single GPU holds: its load takes longer, so it starts earlier."""
     instances_max: int = 64
-    """Limit on instances on demand, against an endless row of processes; more than the sets of GPUs used on 8 GPUs."""
+    """Limit on the number of instances, against endless process starts; more than the sets of GPUs used on 8 GPUs."""
     load_fixed_seconds: float = 0.8
     """Part of a load's duration that does not depend on its size: unloading and starting a runner. Measured."""
     load_bytes_per_second: float = 3e9
@@ -100,7 +100,7 @@ class SchedulerConstants:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator sets, as far as decisions use it; built once from the settings."""
+    """The operator's settings that decisions use; built once from the configuration."""
 
     vram_margin_bytes: int = 512 * 1024**2
     queue_limit: int = 512
@@ -108,20 +108,20 @@ class Policy:
     load_timeout_seconds: float = 600.0
     keep_alive_seconds: float = -1.0
     starving_after_seconds: float = 75.0
-    """A ticket that has waited so long gets its place whatever that costs others."""
+    """After this wait a ticket gets its place at any price."""
     instances_on_demand: bool = False
-    """Whether instances over any set of GPUs may be started, each for one model."""
+    """True if instances over any set of GPUs may be started, each for one model."""
     on_demand_like: InstanceSpec | None = None
-    """Slots, context and cache of an instance started on demand."""
+    """Template of instances started on demand: slots, context, cache type."""
     instance_idle_seconds: float = 60.0
-    """An instance started on demand is stopped when it has been empty for so long."""
+    """An instance started on demand is stopped after it has been empty for this long."""
     concurrent_loads_max: int = 4
     ttft_target_seconds: float = 10.0
-    """A first token should not take longer: who would miss that by waiting goes before what is merely cheap."""
+    """Target for the time to the first token; also the unit of prices (`scheduler/placement/cost.py`)."""
     context_length: int = 8192
-    """Tokens of context that an instance gives where nothing is asked for."""
+    """Default context in tokens of a slot, if the request asks for none."""
     pins: Mapping[str, Pin] = field(default_factory=dict[str, "Pin"])
-    """By the shortest form of a model's name, with its tag."""
+    """Keyed by the shortest form of the model's name, with its tag."""
     exclusive_gpus: Mapping[GpuUuid, frozenset[str]] = field(default_factory=dict[GpuUuid, frozenset[str]])
     """GPUs that only these models may use."""
     constants: SchedulerConstants = SchedulerConstants()

@@ -1,4 +1,4 @@
-"""How the replicas of a model ranked for one request, and which one was chosen."""
+"""The ranking of a model's replicas for one request, and the chosen one."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from router.domain.instance import InstanceName
 
 
 class Prospect(NamedTuple):
-    """How one copy ranks for one request among those with as much to wait for: the least is best."""
+    """Rank of one replica among those with about the same expected wait; the smallest tuple is the best."""
 
     missing_tokens: int
-    """Of its prompt, which the copy does not hold in its cache as far as is known."""
+    """Tokens of the prompt that the replica probably has not cached."""
     in_flight: int
     is_other: bool
-    """Not the one that served this client last."""
+    """True if another replica served this client last."""
     used_at: float
     instance: InstanceName
 
 
 class Choice(NamedTuple):
-    """One copy among others, and what is to be told of it; made into words only where somebody reads them."""
+    """The chosen replica and its alternatives; turned into text only when it is read."""
 
     chosen: int
-    """Which of them."""
+    """Index into `prospects`."""
     prospects: tuple[Prospect, ...]
     seconds: tuple[float, ...]
-    """Of waiting, expected of each: `waiting_seconds`."""
+    """Expected wait of each (`replica_scorer.waiting_seconds`)."""
     prompt_tokens: int
 
     def words(self) -> str:
-        """Why that one, as the end of a grant's reason; "" where there was no choice."""
+        """Why this replica was chosen, to be appended to the reason of a grant; "" if there was only one."""
         if len(self.prospects) == 1:
             return ""
-        held = self.prompt_tokens - self.prospects[self.chosen].missing_tokens
-        kept = f", {held} tokens of the prompt in its cache" if held else ""
-        both = zip(self.seconds, self.prospects, strict=True)
-        least, other = min(each for index, each in enumerate(both) if index != self.chosen)
-        expected = f"about {self.seconds[self.chosen]:.2f} s of waiting{kept}"
+        cached_tokens = self.prompt_tokens - self.prospects[self.chosen].missing_tokens
+        cached = f", {cached_tokens} tokens of the prompt in its cache" if cached_tokens else ""
+        scored = zip(self.seconds, self.prospects, strict=True)
+        least, other = min(each for index, each in enumerate(scored) if index != self.chosen)
+        expected = f"about {self.seconds[self.chosen]:.2f} s of waiting{cached}"
         return f"; {expected}, and {least:.2f} s on {other.instance}"

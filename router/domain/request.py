@@ -1,4 +1,4 @@
-"""A request that wants a slot: the ticket that waits for it, and where it insists on being served."""
+"""A request that wants a slot: its ticket and the layout that it requires."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ TicketId = NewType("TicketId", int)
 
 
 RunnerOptions = tuple[tuple[str, int | bool], ...]
-"""Options of a load that make Ollama start another runner when they differ, sorted by name."""
+"""Options that require a reload when they change, sorted by name."""
 
 
 class LayoutKind(StrEnum):
     SINGLE = "single"
-    """One GPU, whichever."""
+    """Any single GPU."""
     SPREAD = "spread"
     """Several GPUs."""
     GPU = "gpu"
-    """One GPU, that one."""
+    """One given GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a request insists on being served: sums differ between layouts, and so do answers to the same seed."""
+    """The layout that a request requires: floating-point sums, and so answers to the same seed, differ by layout."""
 
     kind: LayoutKind
     gpu: GpuUuid | None = None
 
     def allows(self, gpus: tuple[GpuUuid, ...]) -> bool:
-        """Whether an instance over these GPUs will do."""
+        """Returns True if an instance over these GPUs matches."""
         if self.kind is LayoutKind.SPREAD:
             return len(gpus) > 1
         return len(gpus) == 1 and (self.gpu is None or gpus[0] == self.gpu)
@@ -47,27 +47,29 @@ class Ticket:
     id: TicketId
     model: ModelFacts
     options: RunnerOptions
-    """What the request says, its Modelfile's parameters included; defaults are left out."""
+    """Options of the request and of its Modelfile, without those that equal the default."""
     context_length: int
-    """Tokens of context asked for; 0: what the instance gives by default."""
+    """Requested context in tokens; 0: the default of the instance."""
     keep_alive_seconds: float | None
-    """None: the request said nothing; negative: for ever; 0: unload when idle."""
+    """None: not set by the request; negative: for ever; 0: unload when idle."""
     arrived_at: float
     deadline: float
     client: str = ""
-    """Who asks, for fairness: a key, a user or an address."""
+    """Client identity for fairness: a key, a user or an address."""
     session: str = ""
-    """The conversation, whose earlier turns some copy may still hold in its cache."""
+    """Id of the conversation, whose earlier turns a replica may still have cached; "" if unknown."""
     priority: int = 0
-    """Larger goes first."""
+    """Larger values are served first."""
     prompt_tokens: int = 0
-    """A guess from the size of the prompt's text."""
+    """Estimated from the size of the prompt's text."""
     output_tokens_max: int | None = None
     is_flexible: bool = False
-    """A copy with other runner options will do if its context is large enough: the gateway adapts the request."""
+    """True if a replica with other runner options can serve it when its context is large enough: the router then adapts
+    the request."""
+    takes_default_context: bool = False
+    """True if its body cannot name a context: its server gives it the default context of the instance."""
     layout: Layout | None = None
     fingerprints: Callable[[], tuple[int, ...]] | None = field(default=None, compare=False, repr=False)
-    """Works out those of its prompt where they are wanted (`scheduler/balancing/prefix_affinity.py`); None for a
-    prompt without."""
+    """Computes the fingerprints of its prompt (`scheduler/balancing/prefix_affinity.py`); None if it has none."""
     request_id: str = ""
-    """What the client calls its request, to be shown."""
+    """The client's id of the request; only displayed."""

@@ -1,4 +1,4 @@
-"""VRAM set aside for a load under way."""
+"""VRAM reserved for a load that is planned or running."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from router.domain.residency import ResidencyKey
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Bytes set aside on all GPUs of a placement for a load under way; all of them or none."""
+    """Bytes reserved for one load on all GPUs of its placement. Reservations are made and dropped as a whole."""
 
     load_id: LoadId
     instance: InstanceName
@@ -21,10 +21,10 @@ class Reservation:
     per_gpu_bytes: tuple[tuple[GpuUuid, int], ...]
     made_at: float
     sent_at: float | None = None
-    """When the load was sent to the server; None while room is being made."""
+    """When the load was sent to the server; None while it is planned."""
     finished_at: float | None = None
-    """When the load ended well; kept until a reading of the GPUs newer than that shows the bytes used."""
+    """When the load succeeded; the reservation is kept until a newer reading of the GPUs shows the bytes as used."""
     evict: tuple[ResidencyKey, ...] = ()
-    """What has to leave first; busy models among them take no new request and leave when they are idle."""
+    """Models to unload first. Busy ones take no new request and are unloaded when they are idle."""
     cleared_at: float | None = None
-    """When the last of those began to leave; the room has to show soon after."""
+    """When the last of these began to unload; the freed memory has to become visible within `room_timeout_seconds`."""

@@ -1,4 +1,4 @@
-"""A model loaded, loading or unloading on an instance."""
+"""A model that is planned, loading, loaded or unloading on an instance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STUCK_AFTER_FAILURES = 2
 
 class ResidencyState(StrEnum):
     PLANNED = "planned"
-    """Its room is reserved, and what stands in it is being unloaded."""
+    """Its room is reserved; models that are in the way are being unloaded."""
     LOADING = "loading"
     READY = "ready"
     UNLOADING = "unloading"
@@ -24,31 +24,31 @@ class ResidencyState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """One model loaded (or on its way in or out) on one instance."""
+    """One model on one instance: a replica, or one that is planned, loading or unloading."""
 
     instance: InstanceName
     blob: BlobDigest
     name: str
-    """The name it was loaded under; aliases share it."""
+    """The name under which it was loaded; aliases share the residency."""
     options: RunnerOptions
     state: ResidencyState
     slots: int
     in_flight: int
     per_gpu_bytes: tuple[int, ...]
-    """In the instance's GPU order; the estimate until a measurement replaces it."""
+    """In the GPU order of the instance; an estimate until it is measured."""
     context_length: int
     loaded_at: float
     used_at: float
     expires_at: float | None
-    """When the router unloads it if idle; None: never by time. While UNLOADING: when a failed unload is sent again."""
+    """When it is unloaded if it stays idle; None: never. While UNLOADING: when a failed unload is sent again."""
     keep_alive_seconds: float = -1.0
     unloaded_at: float | None = None
-    """When its unload ended; it is forgotten once the GPUs were read after that."""
+    """When its unload ended; the residency is dropped after the next reading of the GPUs."""
     load_id: LoadId | None = None
     size_bytes: int = 0
     size_vram_bytes: int = 0
     reason: str = ""
-    """Why it stands where it stands."""
+    """Why it was loaded on this instance."""
     model: ModelFacts = NO_MODEL
     unload_failures: int = 0
     """Unloads that have failed in a row."""
@@ -61,6 +61,18 @@ class Residency:
     def is_stuck(self) -> bool:
         """Whether its server has failed to unload it repeatedly."""
         return self.unload_failures >= STUCK_AFTER_FAILURES
+
+
+_ROUNDING_SHARE = 0.005
+
+
+def is_spill(model: ModelFacts, size_bytes: int, size_vram_bytes: int) -> bool:
+    """Returns True where a loaded model is partly on the CPU.
+
+    Only whole layers go to the CPU: less than half a layer, or 0.5 % of all, is a server's rounding.
+    """
+    half_layer = model.weights_bytes / (model.layers + 1) / 2
+    return size_bytes - size_vram_bytes > max(_ROUNDING_SHARE * size_bytes, half_layer)
 
 
 ResidencyKey = tuple[InstanceName, BlobDigest]

@@ -19,17 +19,19 @@ from router.domain.residency import Residency, ResidencyKey
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """How much a model is asked for: a count that decays, and how long its requests take."""
+    """How often a model is requested and how long its requests take."""
 
     weight: float = 0.0
+    """Number of requests, decayed to `at`."""
     at: float = 0.0
+    """Time of the last request."""
     service_seconds: float | None = None
-    """Mean time that a request holds a slot."""
+    """Mean time that a request holds a slot; None until the first one has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A load that went wrong lately: not tried again there until it is forgotten."""
+    """A recent failed load; not retried there until it is dropped after `failure_memory_seconds`."""
 
     instance: InstanceName
     blob: BlobDigest
@@ -38,12 +40,14 @@ class Failure:
     message: str
     at: float
     is_lost: bool = False
-    """Whether the server ended or could not be asked, instead of refusing: such a load is sent there once more."""
+    """True if the server exited or could not be reached; such a load is retried once. False if it refused the load."""
+    is_spilled: bool = False
+    """True if the load came out partly on the CPU and was undone; the model is planned once more, smaller or there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything a decision is made from. The mappings are read-only views that hold still during one decision."""
+    """Everything a decision is made from. The mappings are read-only views that do not change during one decision."""
 
     now: float
     policy: Policy
@@ -53,21 +57,21 @@ class Snapshot:
     residencies: Mapping[ResidencyKey, Residency]
     reservations: Mapping[LoadId, Reservation]
     changed_at: float = float("-inf")
-    """When a load or unload last ended: memory may take a moment to show it."""
+    """When a load or unload last ended: GPU readings may take a moment to show it."""
     failures: tuple[Failure, ...] = ()
     draining: frozenset[ResidencyKey] = frozenset()
-    """Residencies that take no new request because their room is wanted."""
+    """Residencies that take no new request because their room is needed."""
     demand: Mapping[BlobDigest, Demand] = field(default_factory=dict[BlobDigest, Demand])
     wanted: Mapping[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
-    """Models that tickets wait for, and how many."""
+    """Number of waiting tickets by model."""
     large_model_requested: bool = False
-    """Whether a model that no single GPU holds was asked for of late."""
+    """True if a model that no single GPU holds was requested recently."""
     load_rate_bytes_per_second: float | None = None
-    """What loads have shown of late."""
+    """Measured rate of recent loads; None before the first one."""
     loaded_bytes_per_second: float = 0.0
-    """Weights sent for loading of late."""
+    """Recent mean of the weights loaded per second on the whole machine: how busy it is with swaps."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
-    """Sets of GPUs on which an instance could not be started lately: no other is started there for now."""
+    """Sets of GPUs on which an instance recently failed to start: no other instance is started there for now."""
     warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])
     """Models with `keep_warm` that are not loaded, by name, each with the reason."""
     engines: Mapping[str, EngineRules[Snapshot]] = field(
@@ -75,10 +79,10 @@ class Snapshot:
     )
     """The rules of the engines in use, by kind."""
     memo: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
-    """What was worked out from it already (`domain/snapshot_index.py`)."""
+    """Values already computed from this snapshot (`domain/snapshot_index.py`)."""
 
     def promised(self) -> frozenset[ResidencyKey]:
-        """Loaded models whose room is promised to a load that is planned."""
+        """Loaded models that planned loads will evict."""
         return frozenset(key for r in self.reservations.values() if r.sent_at is None for key in r.evict)
 
 

@@ -1,7 +1,7 @@
-"""Sums and indices over one snapshot, worked out in one pass and kept with it.
+"""Sums and indices over one snapshot, each computed once and kept in the snapshot.
 
-A place is sought for many models at once, on many sets of GPUs each, from the same facts: what every candidate would
-count again is counted here once. A snapshot holds still, so what was worked out from it stays true. It decides nothing.
+A search looks at many candidates for many models, and each needs the same sums. Because a snapshot does not change,
+the results stay valid.
 """
 
 from __future__ import annotations
@@ -16,61 +16,64 @@ from router.domain.model import BlobDigest
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 
-Worked = TypeVar("Worked")
+_Result = TypeVar("_Result")
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
 @dataclass(slots=True)
 class GpuTotals:
-    """Bytes on one GPU, by whose they are."""
+    """Bytes on one GPU by kind."""
 
     reserved: int = 0
-    """For loads that the last reading of the GPUs cannot show yet."""
+    """Reserved for loads that the last reading of the GPUs does not show yet."""
     loading: int = 0
-    """The part of it whose load was sent."""
+    """The part of `reserved` whose loads were sent."""
     resident: int = 0
+    """Held by loaded and unloading models."""
     leaving: int = 0
-    """Of models on their way out, and of those whose room is promised."""
+    """Held by models that are unloading, or that planned loads will evict."""
     staying: int = 0
+    """Held by all other loaded models."""
     kept: int = 0
-    """Of models that are pinned to stay."""
+    """Held by models with `keep_warm`."""
 
 
-NOTHING = GpuTotals()
+_NO_TOTALS = GpuTotals()
 
 
-def memoise(snapshot: Snapshot, what: object, work_out: Callable[[], Worked]) -> Worked:
-    """The value that was worked out for this snapshot before, else what `work_out` gives now."""
-    found = snapshot.memo.get(what)
+def memoise(snapshot: Snapshot, key: object, compute: Callable[[], _Result]) -> _Result:
+    """The value stored in this snapshot under `key`; computed at the first call."""
+    found = snapshot.memo.get(key)
     if found is None:
-        found = snapshot.memo[what] = work_out()
+        found = snapshot.memo[key] = compute()
     return found
 
 
 def gpu_index(snapshot: Snapshot, gpu: GpuUuid) -> GpuTotals:
-    sums: Mapping[GpuUuid, GpuTotals] = memoise(snapshot, gpu_index, lambda: _all_sums(snapshot))
-    return sums.get(gpu, NOTHING)
+    """The totals of one GPU."""
+    totals: Mapping[GpuUuid, GpuTotals] = memoise(snapshot, gpu_index, lambda: _totals_by_gpu(snapshot))
+    return totals.get(gpu, _NO_TOTALS)
 
 
 def gpus_of(snapshot: Snapshot, name: InstanceName) -> Sequence[GpuUuid]:
-    """Of the instance, in its order; none of one that is gone."""
+    """GPUs of the instance in its order; empty if the instance is gone."""
     view = snapshot.instances.get(name)
     return view.spec.gpus if view is not None else ()
 
 
 def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:
-    """What the model holds of each GPU of its instance."""
+    """Bytes that the model holds on each GPU of its instance."""
     return zip(gpus_of(snapshot, residency.instance), residency.per_gpu_bytes, strict=False)
 
 
 def promised(snapshot: Snapshot) -> frozenset[ResidencyKey]:
-    """Loaded models whose room is promised to a load that is planned."""
+    """Loaded models that planned loads will evict."""
     return memoise(snapshot, promised, snapshot.promised)
 
 
 def replicas_of(snapshot: Snapshot, blob: BlobDigest) -> Sequence[Residency]:
-    """Residencies of these weights, in whatever state."""
+    """Residencies of these weights, in any state."""
     by_blob: Mapping[BlobDigest, list[Residency]] = memoise(
         snapshot, replicas_of, lambda: _grouped((r.blob, r) for r in snapshot.residencies.values())
     )
@@ -78,7 +81,7 @@ def replicas_of(snapshot: Snapshot, blob: BlobDigest) -> Sequence[Residency]:
 
 
 def residencies_of(snapshot: Snapshot, name: InstanceName) -> Sequence[ResidencyKey]:
-    """What is loaded on that instance, or on its way in or out."""
+    """Residencies on one instance, in any state."""
     by_name: Mapping[InstanceName, list[ResidencyKey]] = memoise(
         snapshot, residencies_of, lambda: _grouped((key[0], key) for key in snapshot.residencies)
     )
@@ -86,7 +89,7 @@ def residencies_of(snapshot: Snapshot, name: InstanceName) -> Sequence[Residency
 
 
 def residencies_on(snapshot: Snapshot, gpu: GpuUuid) -> Sequence[ResidencyKey]:
-    """The same for all instances that have this GPU."""
+    """Residencies on all instances that use this GPU."""
     by_gpu: Mapping[GpuUuid, list[ResidencyKey]] = memoise(
         snapshot,
         residencies_on,
@@ -101,7 +104,7 @@ def lost_gpus(gpus: Mapping[GpuUuid, Gpu], spec: InstanceSpec) -> list[Gpu]:
 
 
 def instances_over(snapshot: Snapshot, gpus: frozenset[GpuUuid]) -> Sequence[InstanceView]:
-    """Instances on exactly these GPUs, in the order of the snapshot."""
+    """Instances over exactly these GPUs, in the order of the snapshot."""
     by_gpus: Mapping[frozenset[GpuUuid], list[InstanceView]] = memoise(
         snapshot,
         instances_over,
@@ -110,36 +113,36 @@ def instances_over(snapshot: Snapshot, gpus: frozenset[GpuUuid]) -> Sequence[Ins
     return by_gpus.get(gpus, ())
 
 
-def _all_sums(snapshot: Snapshot) -> dict[GpuUuid, GpuTotals]:
-    sums: dict[GpuUuid, GpuTotals] = {}
+def _totals_by_gpu(snapshot: Snapshot) -> dict[GpuUuid, GpuTotals]:
+    by_gpu: dict[GpuUuid, GpuTotals] = {}
     for reservation in snapshot.reservations.values():
         for gpu, size in reservation.per_gpu_bytes:
-            found = sums.setdefault(gpu, GpuTotals())
-            found.reserved += size
+            totals = by_gpu.setdefault(gpu, GpuTotals())
+            totals.reserved += size
             if reservation.sent_at is not None:
-                found.loading += size
-    room = promised(snapshot)
+                totals.loading += size
+    promised_keys = promised(snapshot)
     for key, residency in snapshot.residencies.items():
         pin = snapshot.policy.pins.get(residency.name)
         is_kept = pin is not None and pin.keep_warm
         for gpu, size in bytes_by_gpu(snapshot, residency):
-            _add(sums.setdefault(gpu, GpuTotals()), residency.state, size, key in room, is_kept)
-    return sums
+            _add(by_gpu.setdefault(gpu, GpuTotals()), residency.state, size, key in promised_keys, is_kept)
+    return by_gpu
 
 
-def _add(sums: GpuTotals, state: ResidencyState, size: int, is_promised: bool, is_kept: bool) -> None:
+def _add(totals: GpuTotals, state: ResidencyState, size: int, is_promised: bool, is_kept: bool) -> None:
     if state in (ResidencyState.READY, ResidencyState.UNLOADING):
-        sums.resident += size
+        totals.resident += size
     if state is ResidencyState.UNLOADING or is_promised:
-        sums.leaving += size
+        totals.leaving += size
     elif state is ResidencyState.READY:
-        sums.staying += size
+        totals.staying += size
     if is_kept:
-        sums.kept += size
+        totals.kept += size
 
 
 def _grouped(pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, list[_Value]]:
-    found: dict[_Key, list[_Value]] = {}
+    groups: dict[_Key, list[_Value]] = {}
     for key, value in pairs:
-        found.setdefault(key, []).append(value)
-    return found
+        groups.setdefault(key, []).append(value)
+    return groups

@@ -1,10 +1,8 @@
-"""VRAM and slot accounting over a snapshot: what each GPU has left, and who holds what.
+"""VRAM accounting over a snapshot: what each GPU has left, and what uses it. All figures are bytes.
 
-The figures come from three sources that never overlap: what the driver shows as free, what loads under way have
-reserved but not yet taken, and a margin. The router's own books, not a server's estimate, are the authority, because
-from v0.30 an Ollama server does not read again what a sibling took on its GPU.
-
-It only answers questions; state is changed by the dispatcher.
+Available memory is what the driver reports as free, minus reservations that no reading shows yet, minus a margin; no
+byte is counted twice. The router decides by its own accounting and not by a server's estimate, because an Ollama server
+from v0.30 on does not notice what another server has used on its GPU.
 """
 
 from __future__ import annotations
@@ -16,21 +14,24 @@ from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import gpu_index
 
 _UNACCOUNTED = 1.05
-"""So much more than the books say is taken for ours, not for foreign use, when it is asked what a GPU could give:
-estimates are within 5 % of what loads take."""
+"""Used memory up to this ratio of what our models are known to hold is attributed to them and not to other programs:
+estimates are within 5 % of what loads use."""
 
 
 def reserved_bytes(snapshot: Snapshot, uuid: GpuUuid, besides: LoadId | None = None) -> int:
-    """Bytes on `uuid` set aside for loads whose memory the last reading of the GPUs cannot show yet."""
+    """Bytes reserved on `uuid` for loads that the last reading of the GPUs does not show yet, except load `besides`."""
     reserved = gpu_index(snapshot, uuid).reserved
-    left_out = snapshot.reservations.get(besides) if besides is not None else None
-    if left_out is None:
+    excluded = snapshot.reservations.get(besides) if besides is not None else None
+    if excluded is None:
         return reserved
-    return reserved - sum(size for owner, size in left_out.per_gpu_bytes if owner == uuid)
+    return reserved - sum(size for owner, size in excluded.per_gpu_bytes if owner == uuid)
 
 
 def available_bytes(snapshot: Snapshot, uuid: GpuUuid, besides: LoadId | None = None) -> int:
-    """What a new load may take of `uuid` now: live free less the margin less reservations; may be negative."""
+    """Bytes of `uuid` that a new load may use now: free minus margin minus reservations. May be negative.
+
+    0 if the GPU is unknown or could not be read.
+    """
     gpu = snapshot.gpus.get(uuid)
     if gpu is None or gpu.error is not None:
         return 0
@@ -39,9 +40,9 @@ def available_bytes(snapshot: Snapshot, uuid: GpuUuid, besides: LoadId | None = 
 
 
 def room_bytes(snapshot: Snapshot, uuid: GpuUuid, planned: Reservation) -> int:
-    """What a planned load may take of `uuid` now: what loads under way and plans older than it leave of it.
+    """Bytes of `uuid` that a planned load may use now: free minus margin minus running loads and older plans.
 
-    A younger plan never holds an older one up, nor takes the room that was cleared for it.
+    Younger plans are not subtracted: they must not delay an older one or take the room that was cleared for it.
     """
     gpu = snapshot.gpus.get(uuid)
     if gpu is None or gpu.error is not None:
@@ -58,19 +59,19 @@ def room_bytes(snapshot: Snapshot, uuid: GpuUuid, planned: Reservation) -> int:
 
 
 def resident_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """Bytes on `uuid` held by models that are loaded, as far as the router knows."""
+    """Bytes on `uuid` that the router's loaded and unloading models hold, by its own accounting."""
     return gpu_index(snapshot, uuid).resident
 
 
 def leaving_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """Bytes on `uuid` that models on their way out give back, and those whose room is promised to a planned load."""
-    sums, gpu = gpu_index(snapshot, uuid), snapshot.gpus.get(uuid)
-    # What the driver no longer shows as used has come back already.
-    return max(0, min(sums.leaving, gpu.memory_used_bytes - sums.staying)) if gpu is not None else 0
+    """Bytes on `uuid` that will be freed by models that are unloading, or that planned loads will evict."""
+    totals, gpu = gpu_index(snapshot, uuid), snapshot.gpus.get(uuid)
+    # Bytes that the driver no longer reports as used are already free.
+    return max(0, min(totals.leaving, gpu.memory_used_bytes - totals.staying)) if gpu is not None else 0
 
 
 def external_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """Bytes on `uuid` in use by others: what the driver shows used less what the router's models hold."""
+    """Bytes on `uuid` used by other programs: what the driver reports as used minus what the router's models hold."""
     gpu = snapshot.gpus.get(uuid)
     if gpu is None:
         return 0
@@ -78,15 +79,14 @@ def external_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
 
 
 def unbooked_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """Bytes in use on `uuid` that are in no book and yet, being few, are taken for our models': they go with them."""
+    """The part of `external_bytes` that is small enough to be attributed to our models, and is freed with them."""
     return min(external_bytes(snapshot, uuid), int(resident_bytes(snapshot, uuid) * (_UNACCOUNTED - 1)))
 
 
 def unaccounted_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """By how much the books have `uuid` hold more than the driver shows as used: 0 where they agree.
+    """By how many bytes our accounting for `uuid` exceeds what the driver reports as used; 0 normally.
 
-    What the driver shows and the books do not have is foreign use. With an unload under way both may be off for one
-    reading.
+    The opposite difference is external use (`external_bytes`). During an unload both may be wrong for one reading.
     """
     gpu = snapshot.gpus.get(uuid)
     if gpu is None:
@@ -95,20 +95,20 @@ def unaccounted_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
 
 
 def capacity_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """What `uuid` could give if every model of ours left it and every load under way were gone.
+    """Bytes that `uuid` could give if all our models without `keep_warm` were unloaded and no load were running.
 
-    With a load under way part of its memory already shows as used; that part is not taken for foreign use, so
-    capacity is never understated because of our own doing.
+    The memory of a running load is partly used already. It is attributed to that load and not to other programs, so
+    that our own loads never reduce the capacity.
     """
     gpu = snapshot.gpus.get(uuid)
     if gpu is None or gpu.error is not None:
         return 0
-    sums = gpu_index(snapshot, uuid)
-    ours = int((sums.resident + sums.loading) * _UNACCOUNTED)
-    usable = gpu.memory_free_bytes + min(gpu.memory_used_bytes, ours) - sums.kept
+    totals = gpu_index(snapshot, uuid)
+    ours = int((totals.resident + totals.loading) * _UNACCOUNTED)
+    usable = gpu.memory_free_bytes + min(gpu.memory_used_bytes, ours) - totals.kept
     return max(0, usable - snapshot.policy.vram_margin_bytes)
 
 
 def is_settled(reservation: Reservation, gpus_read_at: float) -> bool:
-    """True once the GPUs were read after the load ended: the driver's figures now contain it."""
+    """Returns True if the GPUs were read after the load ended, so that the driver's figures contain it."""
     return reservation.finished_at is not None and gpus_read_at > reservation.finished_at

@@ -19,6 +19,9 @@ from router.http1.body_framing import Body, Chunked, NoBody, Sized, UntilClose
 HEAD_BYTES_MAX = 65536
 """A longer request head gets 431; a longer reply head ends the exchange."""
 
+LENGTH_MAX = 2**63 - 1
+"""The largest Content-Length that a Go server reads; a longer one gets 400, as there."""
+
 NAME_BYTES_MAX = 256
 """A longer header name gets 431."""
 
@@ -182,6 +185,8 @@ class RequestHead(_Head):
                 raise HeadError(505, "HTTP Version Not Supported")
             self.minor = 0
         self.method = parser.get_method()
+        if self.length is not None and self.length > LENGTH_MAX:
+            raise HeadError(400, "Bad Request")
         if self._long_name:
             raise HeadError(431, "Request Header Fields Too Large")
         if self._unsupported:

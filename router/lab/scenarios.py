@@ -250,16 +250,22 @@ def large_models(scenario: Scenario) -> frozenset[str]:
 
 
 def make_baseline(
-    name: str, scenario: Scenario, policy: Policy | None = None, observer: DecisionObserver | None = None
+    name: str,
+    scenario: Scenario,
+    policy: Policy | None = None,
+    observer: DecisionObserver | None = None,
+    config: ServerConfig | None = None,
 ) -> BaselineFactory:
     """Returns a factory for the named baseline. `policy` and `observer` apply to llamayard only.
+
+    `config`: options of the servers; None: those of a well-tuned stock server.
 
     For `best-plan` this first searches for a plan for `scenario`.
 
     Raises:
         ScenarioError: the name is unknown.
     """
-    config = ServerConfig()
+    config = config or ServerConfig()
     if name == "best-plan":
         plan = search(scenario, config)
         return lambda machine, models: Planned(machine, models, config, plan)

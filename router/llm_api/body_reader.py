@@ -26,6 +26,7 @@ from router.llm_api.prompt_size import prompt_size
 RUNNER_OPTION_NAMES = frozenset(("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap"))
 """Options whose change makes a server reload the model. Matched exactly, because `options` is a map in Go."""
 
+_STRINGS = msgspec.json.Decoder(list[str])
 _NULL = b"null"
 _NULL_BODY = re.compile(rb"[ \t\n\r]*+null")
 _EMPTY_LIST = re.compile(rb"\[[ \t\n\r]*+\]")
@@ -81,6 +82,18 @@ def last_value(body: bytes, name: str) -> bytes:
         if fold(one.key) == name and not body.startswith(_NULL, one.value_start):
             found = body[one.value_start : one.value_end]
     return found
+
+
+def longest_text(body: bytes, name: str) -> int:
+    """Bytes of the longest string of a member, which is a string or a list of them; of all of it otherwise."""
+    try:
+        value = last_value(body, name)
+    except (Malformed, TooComplex):
+        return len(body)
+    try:
+        return max((len(text.encode(errors="replace")) for text in _STRINGS.decode(value)), default=0)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return len(value)
 
 
 def _members(body: bytes) -> tuple[Member, ...]:

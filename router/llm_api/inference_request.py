@@ -8,9 +8,11 @@ Whoever serves inference requests follows these steps:
     no facts                   -> `request.try_fallback("model_not_found")`: True: look up the new `request.model`;
                                   False: as without a model
     request.only_unloads()     -> post `UnloadRequested(facts.blob)` and respond with `unload_reply(...)`
+    request.refused_option()   -> send `request.body` to a server without a slot: it refuses it before it loads
     request.plan_for(facts)    # RouterError: respond with it
     submit `request.ticket(...)`
-    Reject                     -> `request.try_fallback(code, error)`: True: again from the facts; False: its `error`
+    Reject                     -> `request.keep_context(code)`: True: submit the ticket again;
+                                  `request.try_fallback(code, error)`: True: again from the facts; False: its `error`
     Grant                      -> send `request.body_for(grant)`, and put `request.substitution_headers` on the response
 
 The body is forwarded byte for byte, except for the members that the router controls: `keep_alive` (its own timers
@@ -35,10 +37,17 @@ from router.domain.keep_alive import parse_keep_alive
 from router.domain.model import ModelFacts
 from router.domain.model_names import canonical, is_cloud
 from router.domain.request import RunnerOptions, Ticket, TicketId
-from router.engines.ollama.runner_options import PLACEMENT_OPTIONS, RUNNER_OPTIONS, runner_options
+from router.engines.ollama.runner_options import (
+    PLACEMENT_OPTIONS,
+    RUNNER_OPTIONS,
+    refused_option,
+    runner_options,
+    sets_context,
+    written_context,
+)
 from router.errors import BadRequest, Forbidden, ModelNotFound, RouterError
 from router.http1.headers import HeaderLookup
-from router.llm_api.body_reader import ParsedBody, parse_body
+from router.llm_api.body_reader import ParsedBody, longest_text, parse_body
 from router.llm_api.form_data import find_field, is_form, replaced
 from router.llm_api.heartbeat_format import Heartbeat, heartbeat_for
 from router.llm_api.json_edit import remove_nested, set_member, set_nested, set_only
@@ -51,6 +60,25 @@ MODEL_HEADER = "X-Llamayard-Model"
 FALLBACK_HEADER = "X-Llamayard-Fallback"
 """The reason for a fallback, as in the configuration."""
 DROPPED_OPTIONS_HEADER = "X-Llamayard-Dropped-Options"
+CONTEXT_HEADER = "X-Llamayard-Context"
+"""The context in tokens that a prompt gets which is probably longer: the server drops its beginning."""
+
+_GENERATING = frozenset(
+    ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+)
+_TRUNCATING = frozenset(("/api/embed", "/api/embeddings"))
+"""Where a text that is longer than the context is cut to it, so that the context changes the answer."""
+_NO_LIMIT = 1 << 62
+_KEPT_BYTES_MAX = 1 << 20
+"""The original of a longer body is not kept once it is edited."""
+_TEXT_BYTES_PER_TOKEN = 10 / 3
+"""Of a prompt's JSON, so that a prompt is rather taken to be longer than it is: English prose has 4 to 5, source 3."""
+_OUTPUT_TOKENS = 1024
+"""Expected at most, whatever a request allows: many allow as much as the model can."""
+_SPECIAL_TOKENS = 8
+"""A token is at least a byte of text, except for these, which a tokenizer adds at both ends."""
+_KEEPS_CONTEXT: Set[str] = frozenset(("queue_full", "wait_timeout", "shutting_down"))
+"""Rejections that a smaller context would not change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +89,10 @@ class ModelRules:
     substitutes: Substitutes = field(default_factory=Substitutes)
     passes: Mapping[str, bool] = field(default_factory=dict[str, bool])
     """Canonical name or `ANY` -> whether options are forwarded unchanged (`models.NAME.options: pass`)."""
+    context_lengths: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Canonical name -> the context that the model is pinned to (`models.NAME.context_length`)."""
+    context_length_max: int | None = None
+    """A prompt does not raise the context beyond this; None: the trained context."""
     cloud: bool = False
     heartbeat_seconds: float | None = None
     removing: Set[str] = frozenset()
@@ -86,6 +118,13 @@ class RoutingPlan(msgspec.Struct, frozen=True):
     is_flexible: bool
     """Whether a replica with other runner options may serve; only `/api` bodies can be adapted to it."""
     default_context_length: int
+    takes_default_context: bool = False
+    """As `Ticket.takes_default_context`."""
+    prompt_bytes_max: int = _NO_LIMIT
+    """A longer prompt is probably longer than the context that it gets by default. No limit where the request names
+    its context, or where nothing is generated."""
+    raised_context_max: int = 0
+    """Up to here a long prompt raises its context; 0 where it does not."""
 
 
 class InferenceRequest(msgspec.Struct):
@@ -95,7 +134,7 @@ class InferenceRequest(msgspec.Struct):
     rules: ModelRules
     client_identity: ClientIdentity
     original_body: bytes
-    """As the client sent it."""
+    """As the client sent it; of a long body that was edited, the edited one, so that memory holds it once."""
     body: bytes
     """As it is forwarded, except for `body_for`."""
     parsed: ParsedBody
@@ -113,6 +152,8 @@ class InferenceRequest(msgspec.Struct):
     error: RouterError | None = None
     """The error of the requested model, where fallbacks were tried."""
     tried_models: tuple[str, ...] = ()
+    keeps_context: bool = False
+    """Whether a long prompt is served with the default context all the same."""
 
     def only_unloads(self) -> bool:
         """Whether it only asks for its model to be unloaded.
@@ -121,6 +162,15 @@ class InferenceRequest(msgspec.Struct):
             BadRequest: its `keep_alive` is not a duration.
         """
         return self.parsed.is_load_only and _keep_alive_of(self.parsed) == 0
+
+    def refused_option(self) -> str | None:
+        """The server's message about a runner option whose type it refuses; None where it accepts all of them.
+
+        The placement options are checked like the others: a request that is refused must not succeed because the
+        router drops the option, or because a loaded replica has another value.
+        """
+        options = self.parsed.options
+        return refused_option(options) if options else None
 
     def plan_for(self, facts: ModelFacts) -> RoutingPlan:
         """Sets `plan`, and edits `body` accordingly.
@@ -142,23 +192,118 @@ class InferenceRequest(msgspec.Struct):
             self.substitution_headers[DROPPED_OPTIONS_HEADER] = ", ".join(dropped)
         else:
             self.substitution_headers.pop(DROPPED_OPTIONS_HEADER, None)
+        self._write_context_as_loaded(facts, options)
         if keep_alive_seconds is not None:
             # The server must never unload by itself a model that the router counts on: the timers are the router's.
             set_keep_alive = set_member if parsed.ambiguous else set_only
             self.body = set_keep_alive(self.body, "keep_alive", b"-1")
+        if len(self.body) > _KEPT_BYTES_MAX:
+            self.original_body = self.body  # the same edits, made again for a fallback, change nothing
+        is_ollama = self.path.startswith("/api/")
+        prompt_bytes_max, raised_context_max = self._context_limits(facts, options, protected)
+        self.keeps_context = False
         self.plan = RoutingPlan(
             facts=facts,
             options=options,
             context_length=_context_length(options),
             keep_alive_seconds=keep_alive_seconds,
-            is_flexible=protected and self.path.startswith("/api/"),
-            default_context_length=rules.default_context_length,
+            is_flexible=protected and is_ollama and not self._is_truncated(facts),
+            default_context_length=written_context(facts, (), rules.default_context_length),
+            takes_default_context=not is_ollama and not sets_context(facts),
+            prompt_bytes_max=prompt_bytes_max,
+            raised_context_max=raised_context_max,
         )
         return self.plan
 
+    def _write_context_as_loaded(self, facts: ModelFacts, options: RunnerOptions) -> None:
+        """Rewrites a `num_ctx` beyond the trained context as the load wrote it: older servers compare the numbers."""
+        written = self.parsed.options.get("num_ctx")
+        if not isinstance(written, int | float) or isinstance(written, bool):
+            return
+        context = written_context(facts, options, self.rules.default_context_length)
+        if int(written) != context:
+            self.body = set_nested(self.body, "options", "num_ctx", str(context).encode())
+
+    def _context_limits(self, facts: ModelFacts, options: RunnerOptions, protected: bool) -> tuple[int, int]:
+        """`prompt_bytes_max` and `raised_context_max` of the plan."""
+        rules = self.rules
+        if self.path not in _GENERATING or "num_ctx" in self.parsed.options:
+            return _NO_LIMIT, 0
+        pinned = rules.context_lengths.get(canonical(facts.name)) if rules.context_lengths else None
+        context = pinned or _context_length(options) or rules.default_context_length
+        trained = facts.context_length or context
+        most = trained if rules.context_length_max is None else min(trained, rules.context_length_max)
+        is_fixed = pinned is not None or sets_context(facts) or not protected or most <= context
+        return int(min(context, trained) * _TEXT_BYTES_PER_TOKEN), 0 if is_fixed else most
+
+    def _is_truncated(self, facts: ModelFacts) -> bool:
+        """Whether a text to be embedded might be longer than the context that the request itself names.
+
+        A replica with a larger context would then give another answer; without truncation (`truncate: false`) the
+        server refuses such a text, which another replica would not.
+        """
+        context = self.parsed.options.get("num_ctx")
+        if self.path not in _TRUNCATING or not isinstance(context, int | float):
+            return False
+        if 0 < facts.context_length <= context or self.parsed.prompt_bytes + _SPECIAL_TOKENS <= context:
+            return False
+        return longest_text(self.body, "input" if self.path == "/api/embed" else "prompt") + _SPECIAL_TOKENS > context
+
+    def _raised_context(self, plan: RoutingPlan) -> int:
+        """The context that holds a long prompt and what is expected of its output; 0 where it is not raised."""
+        tokens = int(self.parsed.prompt_bytes / _TEXT_BYTES_PER_TOKEN)
+        output_tokens = self.parsed.output_tokens_max
+        if output_tokens is None or not 0 <= output_tokens < _OUTPUT_TOKENS:
+            output_tokens = _OUTPUT_TOKENS
+        context = plan.default_context_length
+        while context < tokens + output_tokens:
+            context *= 2
+        return min(context, plan.raised_context_max)
+
+    def keep_context(self, code: str) -> bool:
+        """Gives up a raised context after the request was rejected with that stable error code.
+
+        Returns False where it had none, or where a smaller context would not help.
+        """
+        if self.keeps_context or code in _KEEPS_CONTEXT or not self.raises_context:
+            return False
+        self.keeps_context = True
+        return True
+
+    @property
+    def raises_context(self) -> bool:
+        """Whether its prompt raises the context that it asks for."""
+        plan = self.plan
+        return (
+            plan is not None
+            and plan.raised_context_max > 0
+            and self.parsed.prompt_bytes > plan.prompt_bytes_max
+            and not self.keeps_context
+        )
+
+    def note_context(self, context_length: int) -> bool:
+        """Puts the granted context into the response's headers if it is probably too small for the prompt.
+
+        Returns whether it did.
+        """
+        plan = self.plan
+        is_short = (
+            plan is not None
+            and self.parsed.prompt_bytes > plan.prompt_bytes_max
+            and 0 < context_length < self.parsed.prompt_bytes / _TEXT_BYTES_PER_TOKEN
+        )
+        if is_short:
+            self.substitution_headers[CONTEXT_HEADER] = str(context_length)
+        else:
+            self.substitution_headers.pop(CONTEXT_HEADER, None)
+        return is_short
+
     @property
     def is_repeatable(self) -> bool:
-        """Whether `plan` and `heartbeat` hold for every request whose head, model and `stream` are the same."""
+        """Whether `plan` and `heartbeat` hold for every request whose head, model and `stream` are the same.
+
+        Of a body that `plan_for` edited `is_plain` is false, also of a long one.
+        """
         return (
             self.body is self.original_body
             and not self.substitution_headers
@@ -171,11 +316,15 @@ class InferenceRequest(msgspec.Struct):
         plan, identity, parsed = self.plan, self.client_identity, self.parsed
         assert plan is not None
         prompt_tokens = parsed.prompt_bytes // BYTES_PER_TOKEN
+        options, context_length = plan.options, plan.context_length
+        if parsed.prompt_bytes > plan.prompt_bytes_max and self.raises_context:
+            context_length = self._raised_context(plan)
+            options = tuple(sorted({**dict(plan.options), "num_ctx": context_length}.items()))
         return Ticket(
             id=ticket_id,
             model=plan.facts,
-            options=plan.options,
-            context_length=plan.context_length,
+            options=options,
+            context_length=context_length,
             keep_alive_seconds=plan.keep_alive_seconds,
             arrived_at=now,
             deadline=now + timeout_seconds,
@@ -185,6 +334,7 @@ class InferenceRequest(msgspec.Struct):
             prompt_tokens=prompt_tokens,
             output_tokens_max=parsed.output_tokens_max,
             is_flexible=plan.is_flexible,
+            takes_default_context=plan.takes_default_context,
             layout=identity.layout,
             fingerprints=self.fingerprints if prompt_tokens >= TOKENS_MIN else None,
             request_id=request_id,

@@ -42,7 +42,7 @@ def set_only(body: bytes, name: str, value: bytes) -> bytes:
     if b"\\u00" in body or body.count(quoted) != 1:
         return set_member(body, name, value)
     found = _PLAIN.match(body, body.index(quoted) + len(quoted))
-    return body[: found.start(1)] + value + body[found.end(1) :] if found else set_member(body, name, value)
+    return _spliced(body, found.span(1), value) if found else set_member(body, name, value)
 
 
 def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:
@@ -57,8 +57,7 @@ def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:
     span = _span(body, outer)
     if span is None:
         return set_member(body, outer, b"{" + _quoted(name) + b":" + value + b"}")
-    start, end = span
-    return body[:start] + _edited(body[start:end], name.__eq__, name, value) + body[end:]
+    return _spliced(body, span, _edited(body[slice(*span)], name.__eq__, name, value))
 
 
 def remove_nested(body: bytes, outer: str, name: str) -> bytes:
@@ -71,8 +70,13 @@ def remove_nested(body: bytes, outer: str, name: str) -> bytes:
     span = _span(body, outer)
     if span is None:
         return body
-    start, end = span
-    return body[:start] + _edited(body[start:end], name.__eq__, name, None) + body[end:]
+    return _spliced(body, span, _edited(body[slice(*span)], name.__eq__, name, None))
+
+
+def _spliced(body: bytes, span: tuple[int, int], replacement: bytes) -> bytes:
+    """`body` with other bytes at `span`; nothing of a long body is copied but into the result."""
+    view = memoryview(body)
+    return b"".join((view[: span[0]], replacement, view[span[1] :]))
 
 
 def _quoted(name: str) -> bytes:
@@ -131,12 +135,13 @@ def _removals(members: tuple[Member, ...], removed: set[int]) -> list[Edit]:
 def _applied(text: bytes, edits: list[Edit]) -> bytes:
     if not edits:
         return text
-    pieces: list[bytes] = []
+    view = memoryview(text)
+    pieces: list[bytes | memoryview] = []
     position = 0
     for start, end, replacement in sorted(edits):
-        pieces += (text[position:start], replacement)
+        pieces += (view[position:start], replacement)
         position = end
-    pieces.append(text[position:])
+    pieces.append(view[position:])
     return b"".join(pieces)
 
 

@@ -24,6 +24,8 @@ MEMBERS_MAX = 10_000
 DEPTH_MAX = 10_000
 """Nesting beyond which Go rejects (encoding/json/scanner.go, maxNestingDepth)."""
 
+_STEP_BYTES = 1 << 20
+
 _WS = rb"[ \t\n\r]*+"
 _STRING = rb'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
 _NUMBER = rb"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+"
@@ -123,12 +125,20 @@ def _scan_ordinary(body: bytes) -> Scan | None:
                 return None
             position = comma.end()
         key_match = _PLAIN_KEY.match(body, position)
-        value = bytes(raw)
-        if key_match is None or key_match[1] != key.encode() or not body.startswith(value, key_match.end()):
+        value = memoryview(raw)
+        if key_match is None or key_match[1] != key.encode() or not _is_at(body, value, key_match.end()):
             return None
         position = key_match.end() + len(value)
         members.append(Member(key, key_match.start(1) - 1, key_match.end(), position))
     return Scan(tuple(members), inside) if _END.fullmatch(body, position) else None
+
+
+def _is_at(body: bytes, value: memoryview, position: int) -> bool:
+    """Whether `value` is in `body` at that position. Compares in steps, so that a long value is not copied whole."""
+    return all(
+        body.startswith(bytes(value[start : start + _STEP_BYTES]), position + start)
+        for start in range(0, len(value), _STEP_BYTES)
+    )
 
 
 class _Scanner:

@@ -4,7 +4,7 @@ Images make bodies long, and the members that routing reads are short. A string 
 replaced by a mark, so that a body of megabytes is parsed like one of a few hundred bytes, with the same members.
 Strings are found by their quotes alone, which is correct for every body that a server accepts; for any other the result
 does not matter, because the server rejects it. It gives up on bodies with many quotes, for which it would cost more
-than parsing them whole.
+than parsing them whole, and on bodies of which much would stay, such as lists of numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ LONG_STRING_BYTES: Final = 16384
 
 QUOTES_MAX: Final = 4096
 
+KEPT_BYTES_MAX: Final = 4 << 20
+"""Of what is between strings, in the whole body."""
+
 _MARK = b"~"
 _FIRST_MODEL = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*"model"[ \t\r\n]*:[ \t\r\n]*"([^"\\\x00-\x1f]+)"[ \t\r\n]*,')
 _TEXTS: Final = tuple(
@@ -27,10 +30,13 @@ _TEXTS: Final = tuple(
 class JsonSkimmer:
     """Feed it every piece in order; then call `text`."""
 
-    __slots__ = ("_escapes_next", "_held", "_held_bytes", "_in_string", "_parts", "_quotes_left", "text_bytes")
+    __slots__ = (
+        "_escapes_next", "_held", "_held_bytes", "_in_string", "_kept_bytes", "_parts", "_quotes_left", "text_bytes",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
+        self._kept_bytes = 0
         self._in_string = False
         self._held: list[bytes] = []
         """The current string, while it is not long."""
@@ -47,7 +53,7 @@ class JsonSkimmer:
             quote = piece.find(b'"', position)
             if quote < 0:
                 rest = piece[position:] if position else piece
-                self._hold(rest) if self._in_string else self._parts.append(rest)
+                self._hold(rest) if self._in_string else self._keep(rest)
                 return
             self._quotes_left -= 1
             if self._in_string:
@@ -57,9 +63,16 @@ class JsonSkimmer:
                 else:
                     self._end_string()
             else:
-                self._parts.append(piece[position : quote + 1])
+                self._keep(piece[position : quote + 1])
                 self._in_string = True
             position = quote + 1
+
+    def _keep(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._kept_bytes += len(data)
+        if self._kept_bytes > KEPT_BYTES_MAX:
+            self._quotes_left = 0
+            self._parts.clear()
 
     def text(self) -> bytes | None:
         """The body without its long strings; None if it gave up."""

@@ -24,6 +24,10 @@ class RequestLimits:
     """From a request head's first byte to its last."""
     body_timeout_seconds: float = 60.0
     """Between two pieces of a request's body."""
+    body_total_timeout_seconds: float = 3600.0
+    """From a body's first byte to its last, except for uploads that are streamed."""
+    body_bytes_per_second_min: float = 500.0
+    """Least average rate of a body, after `body_timeout_seconds` in which it may be slower."""
     connection_timeout_seconds: float = 3600.0
     """Between two requests on a client's connection; long, because clients such as Go's keep theirs for as long."""
     half_closed_timeout_seconds: float = 2.0

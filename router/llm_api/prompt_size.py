@@ -18,10 +18,11 @@ class _Part(msgspec.Struct):
 
 class _Message(msgspec.Struct):
     images: msgspec.Raw = msgspec.Raw(b"")
-    content: str | list[_Part] | None = None
+    content: msgspec.Raw = msgspec.Raw(b"")
 
 
 _DECODER = msgspec.json.Decoder(list[_Message])
+_PARTS = msgspec.json.Decoder(list[_Part])
 
 
 def prompt_size(body: bytes, start: int, end: int) -> int:
@@ -30,14 +31,14 @@ def prompt_size(body: bytes, start: int, end: int) -> int:
     if size < EXACT_BYTES or not body.startswith(b"[", start):
         return size
     try:
-        messages = _DECODER.decode(memoryview(body)[start:end])
+        return size - sum(_media_bytes(message) for message in _DECODER.decode(memoryview(body)[start:end]))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return size
-    return size - sum(_media_bytes(message) for message in messages)
 
 
 def _media_bytes(message: _Message) -> int:
-    parts = message.content if isinstance(message.content, list) else ()
+    content = memoryview(message.content)
+    parts = _PARTS.decode(content) if bytes(content[:1]) == b"[" else ()
     return _size(message.images) + sum(_size(p.image_url) + _size(p.source) + _size(p.input_audio) for p in parts)
 
 

@@ -22,7 +22,7 @@ from router.domain.actions import (
 from router.domain.events import Arrived, Event, GpusRead, LoadFailed, LoadFinished, Released, UnloadFinished
 from router.domain.gpu import GpuUuid
 from router.domain.ids import LoadId
-from router.domain.residency import ResidencyKey
+from router.domain.residency import ResidencyKey, is_spill
 from router.observability.metrics import Metrics
 
 
@@ -103,7 +103,7 @@ class DecisionLog:
             self._metrics.loads.labels(model, load.instance, "failed").inc()
             self._log.error("load_failed", **values, status=event.status, error=event.message)
             return
-        spilled = load.expects_gpu and event.size_vram_bytes < event.size_bytes
+        spilled = load.expects_gpu and is_spill(load.model, event.size_bytes, event.size_vram_bytes)
         self._metrics.loads.labels(model, load.instance, "spilled" if spilled else "loaded").inc()
         self._metrics.load_duration_seconds.labels(model).observe(duration_seconds)
         self._metrics.load_bytes.inc(load.model.weights_bytes)

@@ -36,6 +36,7 @@ from router.http1.parser import HeadError, RequestHead
 from router.http1.response_writer import CONTINUE, LocalResponse, whole_response
 from router.observability.request_record import RequestRecord
 from router.proxy.aiohttp_bridge import AiohttpBridge
+from router.proxy.body_deadline import BodyDeadline
 from router.proxy.context import ProxyContext
 from router.proxy.exchange import ProxyExchange
 from router.proxy.flow_control import FlowControl, Reason
@@ -47,15 +48,18 @@ from router.proxy.streaming_upload import StreamingUpload
 AHEAD_BYTES_MAX: Final = 65536
 """Bytes buffered that belong to later requests."""
 
+_UPLOADS: Final = b"/api/blobs/"
+"""Bodies of any length, streamed."""
+
 HEAD, BODY, BUSY, BRIDGED, LINGER = range(5)
 _NEVER: Final = float("inf")
 
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_after_body", "_ahead", "_body_reader", "_bridge", "_context", "_due", "_exchange", "_flow", "_half_closed",
-        "_head", "_head_pieces", "_keep", "_last_cached", "_listener", "_peer", "_reading", "_state", "_transport",
-        "send", "write_paused",
+        "_after_body", "_ahead", "_body_deadline", "_body_reader", "_bridge", "_context", "_due", "_exchange",
+        "_flow", "_half_closed", "_head", "_head_pieces", "_keep", "_last_cached", "_listener", "_peer", "_reading",
+        "_state", "_transport", "send", "write_paused",
     )  # fmt: skip
 
     def __init__(self, context: ProxyContext, listener: Listener) -> None:
@@ -72,6 +76,8 @@ class ClientConnection(asyncio.Protocol):
         self._head_pieces: list[bytes] = []
         """Pieces of a head that did not come at once."""
         self._body_reader: RequestBodyReader | None = None
+        self._body_deadline: BodyDeadline | None = None
+        """Of a body that is still coming."""
         self._after_body: Callable[[], None] | None = None
         """Responds to a refused request once the rest of it has been read."""
         self._ahead = b""
@@ -136,7 +142,7 @@ class ClientConnection(asyncio.Protocol):
             self._exchange.client_gone()
         if self._bridge is not None:
             self._bridge.connection_lost(exc)
-        self._exchange = self._bridge = None
+        self._exchange = self._bridge = self._body_deadline = None
         self._state, self._due = LINGER, _NEVER
 
     def pause_writing(self) -> None:
@@ -255,7 +261,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _start_body(self, head: RequestHead, rest: bytes, reader: RequestBodyReader) -> None:
         self._body_reader = reader
-        self._due = self._context.controller.now() + self._context.limits.body_timeout_seconds
+        self._expect_body(is_bounded=True)
         if head.expects_continue and not rest:
             self.send(CONTINUE)
         if rest:
@@ -275,18 +281,28 @@ class ClientConnection(asyncio.Protocol):
             exchange.fail(error)
             return
         if ahead is None:
-            self._due = self._context.controller.now() + self._context.limits.body_timeout_seconds
+            self._body_received(len(data))
             if self._after_body is None:
                 exchange.body_progressed()
             return
         self._ahead = ahead
         self._state = BUSY
         self._due = _NEVER
-        self._body_reader = None
+        self._body_reader = self._body_deadline = None
         if self._after_body is not None:
             self._after_body()
         else:
-            exchange.begin(b"" if reader.is_long else reader.joined())
+            exchange.begin(b"" if reader.is_long else reader.body())
+
+    def _expect_body(self, *, is_bounded: bool) -> None:
+        self._body_deadline = BodyDeadline(self._context.limits, self._context.controller.now(), is_bounded=is_bounded)
+        self._due = self._body_deadline.due
+
+    def _body_received(self, piece_bytes: int) -> None:
+        deadline = self._body_deadline
+        if deadline is not None:
+            deadline.received(piece_bytes, self._context.controller.now())
+            self._due = deadline.due
 
     def _refuse(self, head: RequestHead, rest: bytes, respond: Callable[[], None]) -> None:
         """Responds before the body is complete: a short body is read first, a long one is cut off."""
@@ -312,7 +328,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Closes so that the client sees the response: a close with unread bytes would reset the connection."""
-        self._exchange = None
+        self._exchange = self._body_deadline = None
         self._state = LINGER
         self._due = self._context.controller.now() + self._context.limits.linger_timeout_seconds
         if self._transport.can_write_eof():
@@ -349,6 +365,8 @@ class ClientConnection(asyncio.Protocol):
         if self.write_paused:
             self._bridge.pause_writing()
         self._bridge.begin(head, raw_head)
+        if self._bridge.awaits_body:
+            self._expect_body(is_bounded=not head.target.startswith(_UPLOADS))
         self._feed_bridge(data[end:])
 
     def _feed_bridge(self, data: bytes) -> None:
@@ -361,8 +379,10 @@ class ClientConnection(asyncio.Protocol):
             return
         if ahead:
             self._buffer_ahead(ahead)
-        timeout_seconds = self._context.limits.body_timeout_seconds
-        self._due = self._context.controller.now() + timeout_seconds if bridge.awaits_body else _NEVER
+        if bridge.awaits_body:
+            self._body_received(len(data))
+        else:
+            self._body_deadline, self._due = None, _NEVER
 
     def bridge_done(self, *, keep: bool) -> None:
         if self._state == BRIDGED and not self._transport.is_closing():
@@ -381,12 +401,16 @@ class ClientConnection(asyncio.Protocol):
         """Checks the deadlines; to be called periodically."""
         if self._exchange is not None:
             self._exchange.check(now)
+        deadline = self._body_deadline
+        if deadline is not None and self._flow.is_paused:
+            deadline.not_read(now)
+            self._due = deadline.due
         if self._state == BUSY or now < self._due or self._transport.is_closing():
             return
         if self._state == BODY:
             self._keep = False
             assert self._exchange is not None
-            self._exchange.fail(WaitTimeout("the request's body stopped coming", status=408))
+            self._exchange.fail(WaitTimeout("the request's body stopped coming or is too slow", status=408))
         elif self._state == HEAD and self._head is not None:
             self._refuse_head(HeadError(408, "Request Timeout"))
         elif self._state == BRIDGED:

@@ -50,6 +50,8 @@ from router.proxy.upstream_pool import Opening, UpstreamConnection
 ATTEMPTS: Final = 3
 ONE_WRITE_BYTES_MAX: Final = 65536
 """Up to this length head and body are sent in one write."""
+STEP_BYTES: Final = 262_144
+"""A longer body is written in such steps, as far as its server takes it: a transport may copy what it cannot send."""
 CLIENT_GONE: Final = 499
 """nginx's status for a client that left before its response; only logs and metrics see it."""
 
@@ -81,6 +83,10 @@ class ProxyExchange:
     """What the body says, if it has been parsed already."""
     _body = b""
     """As it is forwarded."""
+    _unsent: memoryview | None = None
+    """The rest of a body that is written in steps."""
+    _is_blocked = False
+    """Whether the server takes no more of the request for now."""
 
     def __init__(
         self,
@@ -214,6 +220,10 @@ class ProxyExchange:
                 headers = (("Content-Type", "application/json; charset=utf-8"),)
                 self.respond(LocalResponse(200, headers, msgspec.json.encode(reply)))
                 return
+            message = request.refused_option()
+            if message is not None:
+                self._let_server_refuse(request, facts, message)
+                return
             plan = request.plan_for(facts)
         except RouterError as error:
             self._refuse(error)
@@ -265,19 +275,36 @@ class ProxyExchange:
             self.check(now)
 
     def _decided(self, decision: Grant | Reject) -> None:
+        record, request = self._record, self._request
         if isinstance(decision, Reject):
             self._lease = None
-            self._refuse(rejection(decision))
+            if request is not None and request.keep_context(decision.code):
+                self._submit(request)
+            else:
+                self._refuse(rejection(decision))
             return
         self._grant = decision
-        record, request = self._record, self._request
         record.instance = decision.instance
         record.granted_at = self._context.controller.now()
         if request is not None:
             plan = request.plan
             fits = plan is None or decision.options == plan.options
             self._body = request.body if fits else request.body_for(decision)
+            if plan is not None and request.parsed.prompt_bytes > plan.prompt_bytes_max:
+                self._note_context(request, decision)
         self._connect(decision.url)
+
+    def _note_context(self, request: InferenceRequest, grant: Grant) -> None:
+        if request.note_context(grant.context_length):
+            log = structlog.get_logger("router.request")
+            log.warning(
+                "prompt_exceeds_context",
+                request_id=self._record.request_id,
+                model=self._record.model,
+                context_length=grant.context_length,
+                prompt_bytes=request.parsed.prompt_bytes,
+            )
+        self._record.substitution_headers = request.substitution_headers
 
     def _forward_unchanged(self, request: InferenceRequest) -> None:
         """To one instance, without a slot: it responds in its own words."""
@@ -294,6 +321,17 @@ class ProxyExchange:
 
     async def _forward_when_ready(self) -> None:
         self._connect((await self._context.ready_primary()).spec.url)
+
+    def _let_server_refuse(self, request: InferenceRequest, facts: ModelFacts, message: str) -> None:
+        """A server refuses the request before it loads anything, in its own words and order of checks."""
+        primary = self._context.primary()
+        if not facts.is_on(primary.spec):
+            headers = (("Content-Type", "application/json; charset=utf-8"),)
+            self.respond(LocalResponse(500, headers, msgspec.json.encode({"error": message})))
+            return
+        self._body = request.body
+        request.plan = None
+        self._connect(primary.spec.url)
 
     def _connect(self, url: str) -> None:
         self._phase = CONNECTING
@@ -317,8 +355,20 @@ class ProxyExchange:
         head = b"%sContent-Length: %d\r\n\r\n" % (lines, len(body))
         if len(body) <= ONE_WRITE_BYTES_MAX:
             connection.transport.write(head + body)
-        else:
-            connection.transport.writelines((head, body))
+            return
+        reply.request_sent = self._is_blocked = False
+        self._unsent = memoryview(body)
+        connection.transport.write(head)
+        self._write_unsent()
+
+    def _write_unsent(self) -> None:
+        unsent, reply = self._unsent, self._reply
+        while unsent is not None and reply is not None and not self._is_blocked:
+            self._unsent = unsent[STEP_BYTES:] if len(unsent) > STEP_BYTES else None
+            reply.connection.transport.write(unsent[:STEP_BYTES])
+            if self._unsent is None:
+                reply.mark_request_sent()
+            unsent = self._unsent
 
     def _unreachable(self, error: Exception) -> None:
         self._opening = None
@@ -338,7 +388,9 @@ class ProxyExchange:
         self._context.progress_at[self._record.instance or "", self._record.model] = now
 
     def request_blocked(self, *, blocked: bool) -> None:
-        pass  # the whole request is written already
+        self._is_blocked = blocked
+        if not blocked:
+            self._write_unsent()
 
     def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:
         if stale and not self._was_stale:
@@ -348,6 +400,7 @@ class ProxyExchange:
             self._connect(reply.connection.url)
             return
         request = self._request
+        self._unsent = None
         self._release(runner_lost=True)
         self._was_stale = False
         if request is None or request.plan is None or self._attempt == ATTEMPTS:
@@ -435,6 +488,8 @@ class ProxyExchange:
     def _finish(self, status: int, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> None:
         """Releases the slot, if one is held, and ends the request in the access log."""
         self._phase = ENDED
+        if self._unsent is not None:
+            self._unsent = None
         record, reply = self._record, self._reply
         lease, self._lease, self._grant = self._lease, None, None
         if lease is not None:  # a chunk is about a token

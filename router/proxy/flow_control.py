@@ -26,6 +26,10 @@ class FlowControl:
         self._transport = transport
         self._reasons = 0
 
+    @property
+    def is_paused(self) -> bool:
+        return bool(self._reasons)
+
     def set(self, reason: Reason, *, on: bool) -> None:
         previous = self._reasons
         self._reasons = previous | reason if on else previous & ~reason

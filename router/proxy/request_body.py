@@ -1,11 +1,13 @@
 """Reads the body of one request that the proxy serves itself: into memory within a limit, or only to discard it.
 
 Chunks are decoded, so that the body can be parsed and forwarded with its length. A long body is parsed as it comes,
-without its long strings (`router/llm_api/json_skimmer.py`).
+without its long strings (`router/llm_api/json_skimmer.py`). A body is in memory once: its pieces are appended to one
+buffer, and `body` returns that buffer's bytes without a copy.
 """
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import Final
 
 from msgspec import structs
@@ -20,39 +22,43 @@ from router.llm_api.limits import RequestLimits
 UNREAD_BYTES_MAX: Final = 65536
 """A refused request with a body up to this length is read to its end, and its connection stays open."""
 
-SMALL_PIECES_MAX: Final = 1024
-
 LONG_BODY_BYTES: Final = 262_144
 """A body of at least this length is long."""
 
 
 class RequestBodyReader:
-    """Feed it until `feed` returns bytes; then the body is complete: `joined`, or `pieces` in order."""
+    """Feed it until `feed` returns bytes; then `body` is complete."""
 
     __slots__ = (
-        "_body", "_body_bytes", "_compacted", "_discards", "_limits", "_skimmer", "_stores_pieces", "count", "length",
-        "pieces", "pieces_frozen",
+        "_body", "_chunks", "_discards", "_limits", "_skimmer", "_stored", "count", "last_piece_at", "length",
+        "received_bytes",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, limits: RequestLimits, *, discards: bool = False) -> None:
         """`discards`: nothing of the body is kept."""
-        self.pieces: list[bytes] = []
         self.count = 0
         """Pieces fed so far."""
-        self.pieces_frozen = False
-        """Whether `pieces` must not be compacted, because their indexes are in use."""
         self.length = head.length or 0
-        self._body = head.body(self.pieces if head.chunked and not discards else None)
+        self.received_bytes = 0
+        """With the framing of chunks."""
+        self.last_piece_at = 0
+        """Where the last piece begins in the body."""
+        self._stored = BytesIO()
+        self._chunks: list[bytes] | None = [] if head.chunked and not discards else None
+        """Decoded data of the last piece."""
+        self._body = head.body(self._chunks)
         self._limits = limits
         self._discards = discards
-        self._stores_pieces = not (discards or head.chunked)  # decoded chunks are added by `_body`
-        self._body_bytes = 0
-        self._compacted = 0
         self._skimmer = JsonSkimmer() if self.length >= LONG_BODY_BYTES and not discards else None
 
     @property
     def is_long(self) -> bool:
         return self._skimmer is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the body so far, without framing."""
+        return self._stored.tell()
 
     def feed(self, data: bytes) -> bytes | None:
         """Returns the bytes after the body's end, or None until then.
@@ -63,31 +69,36 @@ class RequestBodyReader:
         """
         end = self._body.feed(data)
         piece = data if end == MORE else data[:end]
-        if self._stores_pieces:
-            self.pieces.append(piece)
-            if self._skimmer is not None:
-                self._skimmer.feed(piece)
         self.count += 1
-        self._body_bytes += len(piece)
+        self.received_bytes += len(piece)
         if not self._discards:
-            self._limits.check_body_size(self._body_bytes)
-        if len(self.pieces) - self._compacted > SMALL_PIECES_MAX and not self.pieces_frozen:
-            self._compact()
+            self._limits.check_body_size(self.received_bytes)
+            self._store(piece)
         return None if end == MORE else data[end:]
 
-    def _compact(self) -> None:
-        """Joins many pieces into one: a body that comes byte by byte would take forty times its size."""
-        self.pieces[self._compacted :] = [b"".join(self.pieces[self._compacted :])]
-        self._compacted += 1
+    def _store(self, piece: bytes) -> None:
+        stored, chunks = self._stored, self._chunks
+        self.last_piece_at = stored.tell()
+        if chunks is not None:
+            stored.writelines(chunks)
+            chunks.clear()
+            return
+        stored.write(piece)
+        if self._skimmer is not None:
+            self._skimmer.feed(piece)
 
-    def joined(self) -> bytes:
-        body = b"".join(self.pieces)
-        self.pieces[:] = [body]
-        return body
+    def body(self) -> bytes:
+        """What has been stored. The buffer shares its bytes as long as nothing is fed."""
+        return self._stored.getvalue()
+
+    def part(self, start: int, end: int) -> bytes:
+        """Bytes of the body that have been stored, copied."""
+        with self._stored.getbuffer() as view:
+            return bytes(view[start:end])
 
     def release(self) -> None:
         """Frees the body, which is not needed any more."""
-        self.pieces = []
+        self._stored = BytesIO()
 
     def model(self) -> str | None:
         """The model, if the body begins with it."""
@@ -101,7 +112,7 @@ class RequestBodyReader:
         """
         text = None if self._skimmer is None else self._skimmer.text()
         if text is None or self._skimmer is None:
-            return parse_body(self.joined(), path)
+            return parse_body(self.body(), path)
         parsed = parse_body_fast(text, path) or parse_body(text, path)
         return structs.replace(parsed, prompt_bytes=parsed.prompt_bytes + self._skimmer.text_bytes)
 

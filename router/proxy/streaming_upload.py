@@ -6,7 +6,7 @@ JSON value, which is in the piece held back. Once the body is complete it is par
 same model and nothing else that the router must act on, the rest is sent. Otherwise (another `model` further back,
 runner options, a `keep_alive` to replace) the server's connection is cut, the slot released, and the request takes the
 ordinary path. So does one whose body takes longer than `upload_slot_timeout_seconds`, and one whose server fails in the
-meantime. The pieces are kept until the reply begins.
+meantime. The body is kept until the reply begins.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StreamingUpload(ProxyExchange):
         self._is_complete = False
         """Whether the whole body has come."""
         self._written = 0
-        """Pieces sent to the server."""
+        """Bytes of the body sent to the server."""
         self._undo_at = float("inf")
 
     # --- while the body comes --------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class StreamingUpload(ProxyExchange):
             if model is not None:
                 self._begin_early(model)
         elif self._early and self._reply is not None:
-            self._write(self._reply, len(self._reader.pieces) - 1)
+            self._write(self._reply, self._reader.last_piece_at)
 
     def _begin_early(self, model: str) -> None:
         """Takes a slot if one is free; anything unusual is left until the body is complete."""
@@ -81,7 +81,7 @@ class StreamingUpload(ProxyExchange):
             return
         if request.substitution_headers or plan.options:
             return
-        self._early = self._reader.pieces_frozen = True
+        self._early = True
         self._request = request
         self._record.model = facts.name
         self._undo_at = context.controller.now() + context.limits.upload_slot_timeout_seconds
@@ -114,18 +114,19 @@ class StreamingUpload(ProxyExchange):
         host = context.pool.authority(connection.url)
         connection.transport.write(request_head(head.method, head.target, head.headers, host, reader.length))
         self._written = 0
-        self._write(reply, len(reader.pieces) - (not self._is_complete))
+        self._write(reply, reader.stored_bytes if self._is_complete else reader.last_piece_at)
 
     def _write(self, reply: ResponseStream, until: int) -> None:
-        pieces = self._reader.pieces
-        for piece in pieces[self._written : until]:
-            reply.connection.transport.write(piece)
-        self._written = max(self._written, until)
+        if until > self._written:
+            reply.connection.transport.write(self._reader.part(self._written, until))
+            self._written = until
         if self._is_complete:
             reply.mark_request_sent()
 
     def request_blocked(self, *, blocked: bool) -> None:
-        self._client.body_blocked(blocked=blocked)
+        super().request_blocked(blocked=blocked)
+        if not self._is_complete:
+            self._client.body_blocked(blocked=blocked)
 
     # --- once it is complete ---------------------------------------------------------------------------------
 
@@ -143,15 +144,23 @@ class StreamingUpload(ProxyExchange):
             return
         if self._early:
             same_model = parsed.model == (self._request.model if self._request is not None else None)
-            if same_model and not parsed.options and parsed.keep_alive is None and not parsed.unreadable:
+            is_plain = not parsed.options and parsed.keep_alive is None and not parsed.unreadable
+            if same_model and is_plain and self._is_context_enough(parsed):
                 if self._reply is not None:
-                    self._write(self._reply, len(self._reader.pieces))
+                    self._write(self._reply, self._reader.stored_bytes)
                 return
             if self._reply is not None and self._reply.has_begun:
                 return  # the server replied without waiting for the rest, which is not sent
             self._undo(runner_lost=False)
         self._parsed = parsed
-        super().begin(self._reader.joined())
+        whole = self._reader.body()
+        self._reader.release()
+        super().begin(whole)
+
+    def _is_context_enough(self, parsed: ParsedBody) -> bool:
+        """Whether the prompt fits into the default context, as far as that can be said."""
+        plan = self._request.plan if self._request is not None else None
+        return plan is None or parsed.prompt_bytes <= plan.prompt_bytes_max
 
     # --- when it goes wrong ----------------------------------------------------------------------------------
 
@@ -164,7 +173,7 @@ class StreamingUpload(ProxyExchange):
             self._reply.cancel()
             self._reply = None
         self._release(runner_lost=runner_lost)
-        self._early = self._reader.pieces_frozen = False
+        self._early = False
         self._request = None
         self._phase = RESOLVING
         self._undo_at = float("inf")

@@ -236,8 +236,12 @@ class Dispatcher:
             waited, why = now - ticket.arrived_at, self._reasons.get(ticket.id, "its turn")
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))
+        # What is promised to a plan leaves for it, whichever path an event takes.
+        leaving = promised(self._fleet.snapshot(now)) if self._fleet.reservations else frozenset[ResidencyKey]()
         for key, residency in list(self._fleet.residencies.items()):
-            if residency.expires_at is not None and residency.expires_at <= now and can_expire(residency, self._queue):
+            if key in leaving or residency.expires_at is None or residency.expires_at > now:
+                continue
+            if can_expire(residency, self._queue):
                 again = residency.state is ResidencyState.UNLOADING
                 why = "an unload before this one failed" if again else "its keep_alive ended"
                 self._fleet.dismissed.add(residency.blob)

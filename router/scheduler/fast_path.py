@@ -1,9 +1,8 @@
-"""The short way of the dispatcher, for the two events that every request brings while nothing waits and nothing loads.
+"""The dispatcher's fast path, for the two events of every request while nothing waits and nothing loads.
 
-It gives the very actions and leaves the very state of the long way (`router/scheduler/dispatcher.py`), at a tenth of
-the cost; a test plays random lives through both. Whatever it is not sure to do alike it leaves to the long way, by
-giving None. It reads the copies without writing their use into them first, which is what the long way would spend its
-time on.
+It returns the same actions and leaves the same state as the full path (`router/scheduler/dispatcher.py`), at a tenth of
+the cost; a test plays random event sequences through both. It returns None to fall back to the full path. It reads
+`FleetState.uses` directly instead of writing it into the residencies, which is the main cost of the full path.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ _NEVER = float("inf")
 
 
 def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
-    """What the event brings, where the queue is empty and nobody shuts down; None where the long way must be gone."""
+    """The actions of an event, or None to fall back to the full path.
+
+    Called only while the queue is empty and there is no shutdown.
+    """
     if fleet.reservations or fleet.draining or fleet.restarts_due or fleet.wake is None:
         return None
     wake = fleet.wake[0]
@@ -32,20 +34,20 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
     if isinstance(event, Arrived):
         actions = _arrive(fleet, event.ticket, now)
         if wake is not None:
-            fleet.wake = None  # what would have left may stay now
+            fleet.wake = None  # the replica that would expire next may be in use now
         return actions
     if not isinstance(event, Released) or event.runner_lost or event.silent_seconds:
         return None
-    leaves = _release(fleet, event, now)
-    if leaves is None:
+    expires_at = _release(fleet, event, now)
+    if expires_at is None:
         return None
-    if leaves < (_NEVER if wake is None else wake):
-        fleet.wake = (leaves,)
+    if expires_at < (_NEVER if wake is None else wake):
+        fleet.wake = (expires_at,)
     return []
 
 
 def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | None:
-    """Grants the ticket at once; None where no copy can take it."""
+    """Grants the ticket; None if no replica can serve it now."""
     free, replicas = free_replicas(fleet, ticket.model.blob)
     able = serving(fleet, free, ticket)
     if not able:
@@ -55,26 +57,27 @@ def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | Non
 
 
 def free_replicas(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKey], int]:
-    """Copies of these weights that have a slot left, and how many there are in all."""
-    found: list[ResidencyKey] = []
+    """Replicas of these weights with a free slot, and the number of all their replicas."""
+    free: list[ResidencyKey] = []
     uses, replicas = fleet.uses, 0
     for key, replica in fleet.replicas.items():
         if key[1] == blob:
             replicas += 1
             if (uses.get(key) or replica).in_flight < replica.slots:
-                found.append(key)
-    return found, replicas
+                free.append(key)
+    return free, replicas
 
 
 def serving(fleet: FleetState, free: Sequence[ResidencyKey], ticket: Ticket) -> list[ResidencyKey]:
-    """Those of these, copies of its weights, that can serve the ticket now."""
+    """The replicas among `free`, which have the ticket's weights, that can serve it now."""
     replicas = fleet.replicas
     return [key for key in free if can_take(fleet, replicas[key], ticket)]
 
 
 def _release(fleet: FleetState, event: Released, now: float) -> float | None:
-    """Takes a slot back. When its copy is to leave if it stays idle, `_NEVER` where time alone changes nothing; None
-    where the copy is to leave at once, and nothing was done.
+    """Frees a slot. Returns when its replica expires, or `_NEVER`.
+
+    Returns None, and does nothing, if the replica has to be unloaded at once.
     """
     lease = fleet.leases.get(event.ticket_id)
     replica = fleet.replicas.get(lease.key) if lease is not None else None
@@ -82,11 +85,11 @@ def _release(fleet: FleetState, event: Released, now: float) -> float | None:
         fleet.end_lease(event, now)
         return _NEVER
     use = fleet.use_of(lease.key)
-    leaves = use.expires_at
+    expires_at = use.expires_at
     if use.in_flight == 1 and replica.state is ResidencyState.READY:
-        leaves = expiry(use.keep_alive_seconds, now)
-    if leaves is not None and leaves <= now:
+        expires_at = expiry(use.keep_alive_seconds, now)
+    if expires_at is not None and expires_at <= now:
         return None
     fleet.end_lease(event, now)
-    use.in_flight, use.used_at, use.expires_at = use.in_flight - 1, now, leaves
-    return _NEVER if leaves is None else leaves
+    use.in_flight, use.used_at, use.expires_at = use.in_flight - 1, now, expires_at
+    return _NEVER if expires_at is None else expires_at

@@ -1,4 +1,4 @@
-"""A memory that forgets what was put in longest ago: a plain dictionary, and the one way to write to it."""
+"""A bounded dictionary that drops the oldest entries: a plain `dict`, written only with `put`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
-def put(known: dict[_Key, _Value], key: _Key, value: _Value, most: int) -> None:
-    """Makes it the newest, and forgets the oldest of more than `most`."""
-    known.pop(key, None)
-    known[key] = value
-    if len(known) > most:
-        del known[next(iter(known))]
+def put(table: dict[_Key, _Value], key: _Key, value: _Value, size_max: int) -> None:
+    """Writes an entry as the newest one, and drops the oldest one if there are more than `size_max`."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > size_max:
+        del table[next(iter(table))]

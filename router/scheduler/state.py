@@ -39,27 +39,27 @@ from router.scheduler.queue.fair_share import TokenCounters
 _NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
 _MODELS_MAX = 1_000
 _NEW_SHARE = 0.3
-"""Of the newest load in the mean rate of loads."""
+"""Weight of the newest load in the mean load rate."""
 _PRIOR_BYTES = 8e9
-"""The rate that is assumed counts as one load of so many bytes: a first small one tells little."""
+"""The default load rate counts as one load of this size, because a first small load is not representative."""
 
 
 def expiry(keep_alive_seconds: float, now: float) -> float | None:
-    """When a model that is idle from now on is to leave; None for never."""
+    """When a model that is idle from now on expires; None for never."""
     return None if keep_alive_seconds < 0 else now + keep_alive_seconds
 
 
 class LeaseRecord(NamedTuple):
-    """One slot that is held."""
+    """One slot in use."""
 
     key: ResidencyKey
     loaded_at: float
-    """Of the copy: one that came to the same place after it has nothing to do with this slot."""
+    """Load time of the replica, which tells it from one loaded later on the same instance."""
     client: str
     granted_at: float
     turn: Turn | None = None
     share: WorkShare | None = None
-    """Where its model had several copies."""
+    """None if the model had only one replica."""
 
 
 class Silence(NamedTuple):
@@ -76,7 +76,7 @@ def _memory(gpu: Gpu) -> tuple[int, int, str | None]:
 
 @dataclass(slots=True)
 class ReplicaUse:
-    """How a copy is used, where that is newer than its residency."""
+    """Current use of a replica; newer than the same fields of its residency."""
 
     in_flight: int
     used_at: float
@@ -86,10 +86,10 @@ class ReplicaUse:
 
 @dataclass(slots=True)
 class FleetState:
-    """Mutable, single owner. `version` grows with every change that could let a waiting ticket be served.
+    """The whole state. Mutable, owned by the dispatcher. `version` grows with changes that may help a waiting ticket.
 
-    Whatever changes something that a snapshot shows either raises `version` after the change or goes through a method
-    here, which drops the cached snapshot.
+    Every change of a value that snapshots contain must either increase `version` afterwards, or be made by a method of
+    this class, which drops the cached snapshot.
     """
 
     policy: Policy
@@ -100,7 +100,7 @@ class FleetState:
     changed_at: float = float("-inf")
     instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
     replicas: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
-    """The residencies, but for what `uses` says of them: for who knows that, else see `residencies`."""
+    """The residencies without the newer values in `uses`. Use `residencies` unless you read both."""
     uses: dict[ResidencyKey, ReplicaUse] = field(default_factory=dict[ResidencyKey, ReplicaUse])
     reservations: dict[LoadId, Reservation] = field(default_factory=dict[LoadId, Reservation])
     leases: dict[TicketId, LeaseRecord] = field(default_factory=dict[TicketId, LeaseRecord])
@@ -108,22 +108,22 @@ class FleetState:
     failures: list[Failure] = field(default_factory=list[Failure])
     demand: dict[BlobDigest, Demand] = field(default_factory=dict[BlobDigest, Demand])
     models: dict[BlobDigest, ModelFacts] = field(default_factory=dict[BlobDigest, ModelFacts])
-    """Facts of models that were asked for, by the name last used."""
+    """Facts of requested models, with the name that was used last."""
     dismissed: set[BlobDigest] = field(default_factory=set[BlobDigest])
-    """Models that clients have let go since they were last asked for: nobody loads them again unasked."""
+    """Models that clients have unloaded since the last request for them: not loaded again without a request."""
     prefix_affinity: PrefixAffinity = field(default_factory=PrefixAffinity)
     speeds: ThroughputModel = field(default_factory=ThroughputModel)
     works: dict[ResidencyKey, PendingWork] = field(default_factory=dict[ResidencyKey, PendingWork])
-    """Of copies that were chosen among several."""
+    """Pending work of replicas that were chosen among several."""
     wanted: dict[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
     large_blobs: set[BlobDigest] = field(default_factory=set[BlobDigest])
     """Models that no single GPU holds."""
     _load_means: tuple[float, float] | None = None
-    """Bytes and seconds of a load, as loads have shown; None before the first."""
+    """Mean bytes and seconds of a load; None before the first one."""
     sent_bytes: Demand = field(default_factory=Demand)
-    """Weights sent for loading, as a count that decays."""
+    """Bytes of weights sent for loading, decayed."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
-    """When an instance on these GPUs last could not be started or died."""
+    """When an instance on these GPUs last died or failed to start."""
     warm_models: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
     """Models with `keep_warm` that a server has, by name."""
     warm_missing: dict[str, str] = field(default_factory=dict[str, str])
@@ -141,23 +141,23 @@ class FleetState:
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
-    """When an instance started on demand was first seen empty."""
+    """Since when an instance started on demand is empty."""
     footprints: Footprints = field(default_factory=Footprints)
     measuring: dict[LoadId, MeasurementStart] = field(default_factory=dict[LoadId, MeasurementStart])
     clients: dict[str, int] = field(default_factory=dict[str, int])
-    """Who holds slots, and how many."""
+    """Number of slots in use by client."""
     counters: TokenCounters = field(default_factory=TokenCounters)
     wake: tuple[float | None] | None = None
-    """When time alone changes something next, if ever; None while that has to be worked out."""
+    """When something changes next by time alone, if ever; None while it has to be recomputed."""
     version: int = 0
     _cached: Snapshot | None = None
-    """The last snapshot, while nothing that it shows has changed."""
+    """The last snapshot; None after a change of its content."""
     _cached_version: int = -1
-    """`version` when it was built."""
+    """`version` when the last snapshot was built."""
 
     @property
     def residencies(self) -> dict[ResidencyKey, Residency]:
-        """As they are now; may be changed."""
+        """The current residencies; the dictionary may be changed."""
         if self.uses:
             for key, use in self.uses.items():
                 self.replicas[key] = replace(
@@ -171,7 +171,7 @@ class FleetState:
         return self.replicas
 
     def use_of(self, key: ResidencyKey) -> ReplicaUse:
-        """How the copy is used, to be changed."""
+        """Use of the replica, to be changed by the caller."""
         self._cached = None
         use = self.uses.get(key)
         if use is None:
@@ -182,7 +182,7 @@ class FleetState:
         return use
 
     def snapshot(self, now: float) -> Snapshot:
-        """The state as of `now`: the last snapshot where neither time nor state has changed since."""
+        """The state as of `now`; the same object as before if neither the time nor the state has changed."""
         cached = self._cached
         if cached is None or cached.now != now or self._cached_version != self.version:
             cached = self._cached = self.build_snapshot(now)
@@ -190,7 +190,7 @@ class FleetState:
         return cached
 
     def build_snapshot(self, now: float) -> Snapshot:
-        """A new snapshot, whatever was built before."""
+        """A new snapshot, without the cache."""
         return Snapshot(
             now=now,
             policy=self.policy,
@@ -217,7 +217,7 @@ class FleetState:
         return any(now - self.demand[blob].at < horizon for blob in self.large_blobs if blob in self.demand)
 
     def read(self, gpus: tuple[Gpu, ...], read_at: float) -> None:
-        """The GPUs as they are now."""
+        """Replaces the GPUs by a new reading."""
         self._cached = None
         before, self.gpus = self.gpus, {gpu.uuid: gpu for gpu in gpus}
         self.gpus_read_at = read_at
@@ -245,7 +245,7 @@ class FleetState:
         self.reservations.pop(load_id, None)
 
     def set_wanted(self, wanted: dict[BlobDigest, int]) -> None:
-        """Which models tickets wait for, and how many."""
+        """Sets the number of waiting tickets by model."""
         if wanted != self.wanted:
             self._cached = None
             self.wanted = wanted
@@ -257,13 +257,13 @@ class FleetState:
             self.warm_missing = missing
 
     def set_draining(self, draining: frozenset[ResidencyKey]) -> None:
-        """Which replicas take no new request."""
+        """Sets which replicas take no new request."""
         if draining != self.draining:
             self._cached = None
             self.draining = draining
 
     def memory_changed(self, now: float) -> None:
-        """A load or unload ended, or a server did: the last reading of the GPUs may not show it yet."""
+        """A load or an unload has ended, or a server exited: the last reading of the GPUs may not show it yet."""
         self._cached = None
         self.changed_at = now
 
@@ -272,7 +272,7 @@ class FleetState:
         self.failures.append(failure)
 
     def start_failed(self, gpus: frozenset[GpuUuid], now: float) -> None:
-        """An instance over these GPUs could not be started."""
+        """An instance over these GPUs failed to start."""
         self._cached = None
         self.troubled_at[gpus] = now
 
@@ -284,13 +284,14 @@ class FleetState:
     # --- residencies ---------------------------------------------------------------------------------------
 
     def update(self, key: ResidencyKey, **changes: Any) -> Residency:
+        """Replaces fields of a residency; returns the new value."""
         residency = replace(self.residencies[key], **changes)
         self.residencies[key] = residency
         self.version += 1
         return residency
 
     def forget(self, key: ResidencyKey) -> None:
-        """Drops a residency and what hangs on it. Leases stay: their requests end in their own time."""
+        """Drops a residency, its load and its pending work. Leases stay until their requests end."""
         residency = self.residencies.pop(key, None)
         self.works.pop(key, None)
         self.slowest_seconds.pop(key, None)
@@ -307,12 +308,12 @@ class FleetState:
             self.forget(key)
 
     def has_still(self, replica: Residency) -> bool:
-        """Whether that copy is there, and no other that came to its place after it."""
-        now = self.residencies.get((replica.instance, replica.blob))
-        return now is not None and now.loaded_at == replica.loaded_at
+        """Returns True if this replica still exists, and was not replaced by a later load."""
+        current = self.residencies.get((replica.instance, replica.blob))
+        return current is not None and current.loaded_at == replica.loaded_at
 
     def has_drained(self, blobs: Collection[BlobDigest]) -> bool:
-        """Whether a copy of these weights that takes no more requests is idle."""
+        """Returns True if a draining replica of these weights is idle."""
         for key in self.draining:
             replica = self.replicas.get(key) if key[1] in blobs else None
             if (
@@ -327,14 +328,16 @@ class FleetState:
         return next((r for r in self.residencies.values() if r.load_id == load_id), None)
 
     def touched(self, name: InstanceName) -> None:
-        """Memory changes on the GPUs of that instance by our own doing."""
+        """The router changes memory on the GPUs of this instance: measurements there become invalid."""
         view = self.instances.get(name)
         if view is not None:
             self.footprints.touched(view.spec.gpus)
 
     def begin_measuring(self, reservation: Reservation, key: FootprintKey, *, is_certain: bool) -> None:
-        """The load is sent: what its GPUs show as used from here to its end is its footprint, if it is alone.
-        `is_certain`: it is known how the server shares it out."""
+        """Starts to measure the footprint of a load that is sent now, unless another load runs on its GPUs.
+
+        `is_certain`: it is known how the server splits it over the GPUs.
+        """
         self.touched(reservation.instance)
         gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
         others = (r for r in self.reservations.values() if r.sent_at is not None and r.load_id != reservation.load_id)
@@ -345,19 +348,21 @@ class FleetState:
         return {uuid: gpu.memory_used_bytes for uuid, gpu in self.gpus.items()}
 
     def settle(self) -> list[tuple[FootprintKey, tuple[int, ...]]]:
-        """Lets go of reservations and unloaded models that the newest reading of the GPUs already reflects; returns
-        the footprints that it has shown."""
-        shown: list[tuple[FootprintKey, tuple[int, ...]]] = []
+        """Drops reservations and unloaded models that the newest reading of the GPUs already includes.
+
+        Returns the footprints that were measured with it.
+        """
+        measured: list[tuple[FootprintKey, tuple[int, ...]]] = []
         for load_id, reservation in list(self.reservations.items()):
             if is_settled(reservation, self.gpus_read_at):
                 del self.reservations[load_id]
                 self.version += 1
-                shown += self._measured(reservation)
+                measured += self._measured(reservation)
         for key, residency in list(self.residencies.items()):
             ended = residency.unloaded_at
             if ended is not None and (self.gpus_read_at > ended or not residency.per_gpu_bytes):
                 self.forget(key)
-        return shown
+        return measured
 
     def _measured(self, reservation: Reservation) -> list[tuple[FootprintKey, tuple[int, ...]]]:
         before, residency = self.measuring.pop(reservation.load_id, None), self.by_load(reservation.load_id)
@@ -369,9 +374,10 @@ class FleetState:
         self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
         return [(before.key, sizes)] if before.is_certain else []
 
-    # --- memory of what happened ---------------------------------------------------------------------------
+    # --- history -------------------------------------------------------------------------------------------
 
     def forget_failures(self, now: float) -> None:
+        """Drops failures older than `failure_memory_seconds`."""
         horizon = now - self.policy.constants.failure_memory_seconds
         if self.failures:
             self._cached = None
@@ -389,43 +395,47 @@ class FleetState:
         before = self.demand.get(blob) or Demand(at=now)
         self.demand[blob] = demand.record_request(before, now, self.policy.constants.demand_half_life_seconds)
         if len(self.demand) > _MODELS_MAX:
-            coldest = min(self.demand, key=lambda known: (self.demand[known].at, known))
-            del self.demand[coldest]
-            self.models.pop(coldest, None)
-            self.dismissed.discard(coldest)
+            oldest = min(self.demand, key=lambda key: (self.demand[key].at, key))
+            del self.demand[oldest]
+            self.models.pop(oldest, None)
+            self.dismissed.discard(oldest)
 
     def sent(self, weights_bytes: int, now: float) -> None:
-        """A load of so many bytes was sent."""
+        """A load of `weights_bytes` was sent."""
         self._cached = None
         self.sent_bytes = demand.record_request(
             self.sent_bytes, now, self.policy.constants.swap_window_seconds, float(weights_bytes)
         )
 
     def loaded(self, weights_bytes: int, seconds: float) -> None:
-        """A load of so many bytes took so long: the mean rate follows, of bytes and not of loads."""
+        """A load of `weights_bytes` took `seconds`. Updates the mean load rate, in which large loads weigh more."""
         self._cached = None
-        reading = max(0.1, seconds - self.policy.constants.load_fixed_seconds / 2)
-        size, took = self._load_means or (_PRIOR_BYTES, _PRIOR_BYTES / self.policy.constants.load_bytes_per_second)
-        size, took = size + _NEW_SHARE * (weights_bytes - size), took + _NEW_SHARE * (reading - took)
-        self._load_means = (size, took)
+        read_seconds = max(0.1, seconds - self.policy.constants.load_fixed_seconds / 2)
+        mean_bytes, mean_seconds = self._load_means or (
+            _PRIOR_BYTES,
+            _PRIOR_BYTES / self.policy.constants.load_bytes_per_second,
+        )
+        mean_bytes += _NEW_SHARE * (weights_bytes - mean_bytes)
+        mean_seconds += _NEW_SHARE * (read_seconds - mean_seconds)
+        self._load_means = (mean_bytes, mean_seconds)
 
     @property
     def load_rate_bytes_per_second(self) -> float | None:
-        """As loads have shown; None before the first."""
+        """Measured mean rate; None before the first load."""
         return None if self._load_means is None else self._load_means[0] / self._load_means[1]
 
     # --- slots ---------------------------------------------------------------------------------------------
 
     def take_slot(self, ticket: Ticket, key: ResidencyKey, now: float, share: WorkShare | None = None) -> ReplicaUse:
-        """Leases one slot of the copy to the ticket. `share`: where the model has several copies."""
+        """Leases one slot of the replica to the ticket. `share`: None if the model has only one replica."""
         replica = self.replicas[key]
         turn = self.prefix_affinity.served(ticket, replica) if ticket.session else None
         self.leases[ticket.id] = LeaseRecord(key, replica.loaded_at, ticket.client, now, turn, share)
         if share is not None:
-            own = self.works.get(key)
-            if own is None:
-                own = self.works[key] = PendingWork()
-            pending_work.begin(own, share, now)
+            work = self.works.get(key)
+            if work is None:
+                work = self.works[key] = PendingWork()
+            pending_work.begin(work, share, now)
             self.prefix_affinity.chosen(ticket, replica, share.fingerprints)
         self.clients[ticket.client] = self.clients.get(ticket.client, 0) + 1
         self.counters.granted(ticket)
@@ -441,7 +451,7 @@ class FleetState:
         return use
 
     def end_lease(self, event: Released, now: float) -> LeaseRecord | None:
-        """Takes the lease out of the books and counts what it was given."""
+        """Removes the lease and counts what its request has used; None if there is no such lease."""
         lease = self.leases.pop(event.ticket_id, None)
         if lease is None:
             return None
@@ -477,7 +487,7 @@ class FleetState:
             pending_work.learn(self.speeds, key, share, (lease.granted_at, first_at, now), event.output_tokens)
 
     def release(self, event: Released, now: float) -> Residency | None:
-        """Ends a lease; returns the copy that it was on where that still stands, its use left out."""
+        """Ends a lease. Returns its replica, without the newer values in `uses`; None if it no longer exists."""
         lease = self.end_lease(event, now)
         replica = self.replicas.get(lease.key) if lease is not None else None
         if lease is None or replica is None or replica.loaded_at != lease.loaded_at:
@@ -488,5 +498,5 @@ class FleetState:
         if not use.in_flight and is_ready:
             use.expires_at = expiry(use.keep_alive_seconds, now)
         if not is_ready or (not use.in_flight and lease.key not in self.draining):
-            self.version += 1  # else only those who wait for this copy can go on, or for its leaving
+            self.version += 1  # otherwise only tickets that wait for this replica, or for its unload, can proceed
         return replica

@@ -29,6 +29,7 @@ _WIDTH = 116
 _SAMPLES: Mapping[str, object] = {
     "server.tls_certificate": "/etc/llamayard/certificate.pem",
     "server.tls_key": "/etc/llamayard/key.pem",
+    "ollama.context_length_max": 65_536,
     "ollama.flash_attention": True,
     "discover": True,
     "rig": "2x3090",
@@ -82,7 +83,7 @@ def configuration_document() -> str:
         "",
         "An unknown key is refused; the message names the most similar key, or the new name of a renamed one.",
         "`llamayard check-config` shows every key's effective value and where it was set. Bytes may have a unit",
-        "(`512MiB`, `2GB`); durations are in seconds.",
+        "(`512MiB`, `2GB`); seconds may be written as a duration (`90s`, `5m`, `1h30m`).",
         "",
         "Editors with a YAML language server complete and check a file that begins with",
         "`# yaml-language-server: $schema=PATH`, where PATH leads to",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from router.app.preflight import PreflightResult, check_pins
+from router.app.preflight import PreflightResult, check_machine
 from router.cli.main import main
 from router.config.settings import load_settings
 from router.domain.gpu import Gpu
@@ -35,11 +35,18 @@ class TwoGpus:
         """Nothing to close."""
 
 
+class TwoEmptyGpus(TwoGpus):
+    """Two empty 24 GB GPUs."""
+
+    def read(self) -> tuple[Gpu, ...]:
+        return (gpu(0, 24_000), gpu(1, 24_000))
+
+
 def _check(folder: Path, reader: GpuReader | NoGpus = NO_DRIVER, **tree: object) -> PreflightResult:
     path = folder / "c.yaml"
     own = {"state_directory": str(folder / "state"), "ollama": {"models": str(folder / "models")}}
     path.write_text(yaml.safe_dump({**own, **tree}), encoding="utf-8")
-    return check_pins(load_settings(path, {}), {}, lambda: reader)
+    return check_machine(load_settings(path, {}), {}, lambda: reader)
 
 
 def test_a_model_that_its_gpu_cannot_hold_is_refused_with_the_bytes(tmp_path: Path) -> None:
@@ -121,7 +128,7 @@ def test_the_driver_is_not_opened_without_rules_about_gpus(tmp_path: Path) -> No
 
     path = tmp_path / "c.yaml"
     path.write_text("models: {m: {priority: 1}}", encoding="utf-8")
-    assert check_pins(load_settings(path, {}), {}, never) == PreflightResult()
+    assert check_machine(load_settings(path, {}), {}, never) == PreflightResult()
 
 
 def test_names_of_the_same_weights_count_once(tmp_path: Path) -> None:
@@ -143,7 +150,7 @@ def _command(tmp_path: Path, text: str) -> int:
 def test_the_command_refuses_over_an_emulated_rig_with_its_catalogue(tmp_path: Path, capsys: Captured) -> None:
     assert _command(tmp_path, "models: {'llama3.3:70b': {gpus: [0]}}") == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == "1 error\n"
     assert captured.err.startswith(
         "llamayard: models.llama3.3:70b: model 'llama3.3:70b' fits nowhere: gpu0: GPU 0 needs"
     )
@@ -152,8 +159,12 @@ def test_the_command_refuses_over_an_emulated_rig_with_its_catalogue(tmp_path: P
 def test_the_command_prints_rules_of_models_and_what_it_did_not_check(tmp_path: Path, capsys: Captured) -> None:
     text = "models: {'llama3.3:70b': {gpus: [0, 1]}, mine: {gpus: [0]}}\nfallbacks: {a: {to: [b]}}\n"
     assert _command(tmp_path, text) == 0
-    *_, last = lines = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    *_, last, verdict = lines = captured.out.splitlines()
     assert last.startswith("# not checked: whether models.mine fits: ")
+    assert verdict == "configuration is valid, 1 warning"
+    (warning,) = captured.err.splitlines()
+    assert warning.startswith("llamayard: warning: fallbacks.a.to: b is not among the models in ")
     shown = {line.partition(" = ")[0]: line for line in lines}
     assert '{"llama3.3:70b": {"gpus": ["0", "1"]}, "mine": {"gpus": ["0"]}}' in shown["models"]
     assert '{"a": {"to": ["b"]}}' in shown["fallbacks"]
@@ -162,3 +173,57 @@ def test_the_command_prints_rules_of_models_and_what_it_did_not_check(tmp_path: 
 def test_an_invalid_rig_is_refused(tmp_path: Path, capsys: Captured) -> None:
     assert main(["check-config", "--rig", "2x3091"], {"HOME": str(tmp_path)}) == 2
     assert "3090" in capsys.readouterr().err
+
+
+THREE = {f"eight{number}": replace(LLAMA_8B, layers=100 - number) for number in range(3)}
+"""Each takes so much of a 24 GB GPU that two and half of another one fit nowhere."""
+
+
+def test_warm_models_that_the_gpus_cannot_all_hold_are_a_warning_with_the_bytes(tmp_path: Path) -> None:
+    for name, spec in THREE.items():
+        put_into_store(tmp_path / "models", name, spec)
+    warm: dict[str, dict[str, object]] = {name: {"keep_warm": True} for name in THREE}
+    two = dict(list(warm.items())[:2])
+    assert _check(tmp_path, TwoEmptyGpus(), models=two) == PreflightResult()
+    found = _check(tmp_path, TwoEmptyGpus(), models=warm)
+    assert (found.problems, found.unchecked) == ((), ())
+    (warning,) = found.warnings
+    assert warning.startswith("the models with keep_warm cannot all be held at the same time: they need models.eight0 ")
+    assert warning.count(" bytes (") == 5
+    assert "the GPUs can give: GPU 0 " in warning
+
+
+def test_a_pinned_warm_model_leaves_its_gpu_to_the_others(tmp_path: Path) -> None:
+    for name, spec in THREE.items():
+        put_into_store(tmp_path / "models", name, spec)
+    models = {"eight0": {"keep_warm": True}, "eight1": {"keep_warm": True, "gpus": [0]}}
+    assert _check(tmp_path, TwoEmptyGpus(), models=models) == PreflightResult()
+    both = {"eight0": {"keep_warm": True, "gpus": [0]}, "eight1": {"keep_warm": True, "gpus": [0]}}
+    (problem,) = _check(tmp_path, TwoEmptyGpus(), models=both).problems
+    assert "models.eight0 and models.eight1 cannot be kept warm together: GPU 0 needs " in problem
+
+
+def test_aliases_and_fallbacks_to_absent_models_are_warnings(tmp_path: Path) -> None:
+    put_into_store(tmp_path / "models", "eight", LLAMA_8B)
+    found = _check(
+        tmp_path,
+        aliases={"gpt-4o": "eight", "gpt-4": "gone"},
+        fallbacks={"eight": {"to": ["gpt-4o", "lost:7b"]}},
+    )
+    folder = tmp_path / "models"
+    assert found.warnings == (
+        f"aliases.gpt-4: gone is not among the models in {folder}",
+        f"fallbacks.eight.to: lost:7b is not among the models in {folder}",
+    )
+    attached = {"instances": [{"url": "http://127.0.0.1:11999"}], "aliases": {"a": "gone"}}
+    assert _check(tmp_path, **attached) == PreflightResult()
+
+
+def test_a_context_above_the_trained_one_is_a_warning(tmp_path: Path) -> None:
+    put_into_store(tmp_path / "models", "eight", LLAMA_8B)
+    assert _check(tmp_path, models={"eight": {"context_length": LLAMA_8B.context}}) == PreflightResult()
+    found = _check(tmp_path, models={"eight": {"context_length": 262_144}})
+    assert found.warnings == (
+        "models.eight.context_length: 262144 tokens are more than the 131072 that the model was trained for: "
+        "it gets 131072",
+    )

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Generator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -19,11 +20,13 @@ from router import __version__
 from router.app.lifecycle import endpoint_url
 from router.cli.main import AUTO_RIG, main
 from router.cli.serve import with_rig_if_needed
-from router.cli.status import render_status
+from router.cli.status import StatusError, watch
+from router.cli.status_tables import render_status
 from router.config.keys import dotted_keys
 from router.config.settings import Settings, load_settings
 
-HOME = {"HOME": "/home/someone", "PATH": "/nonexistent"}
+HOME = {"HOME": tempfile.gettempdir(), "PATH": "/nonexistent"}
+"""A home that any user can write, as the state directory must be."""
 Captured = pytest.CaptureFixture[str]
 
 
@@ -40,7 +43,8 @@ def test_check_config_shows_every_key_with_its_value_and_source(tmp_path: Path, 
     config.write_text("queue: {limit: 7}\nollama: {env: {A: b}}\n", encoding="utf-8")
     environment = {**HOME, "LLAMAYARD_LOG__LEVEL": "debug", "LLAMAYARD_OLLAMA__ENV__C": "d"}
     assert main(["check-config", "--config", str(config), "--port", "0"], environment) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    head, *lines, verdict = capsys.readouterr().out.splitlines()
+    assert verdict == "configuration is valid"
     shown = {line.partition(" = ")[0]: line.partition(" = ")[2] for line in lines}
     assert head == f"# file: {config}"
     assert list(shown) == list(dotted_keys(Settings))
@@ -56,7 +60,7 @@ def test_check_config_fails_with_every_problem(tmp_path: Path, capsys: Captured)
     config.write_text("server: {prot: 1}\n", encoding="utf-8")
     assert main(["check-config", "--config", str(config), "--set", "queue.limit=x"], HOME) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == "2 errors\n"
     first, second = captured.err.splitlines()
     assert first == "llamayard: server.prot: unknown key; did you mean `server.port`?"
     assert second.startswith("llamayard: queue.limit: 'x' (flag)")
@@ -94,7 +98,42 @@ def test_serve_without_ollama_says_what_to_do(capsys: Captured) -> None:
     assert "--rig" in reported
 
 
-@pytest.mark.parametrize("key", ["server.prot=1", "queue.limit=x", "ollama.env={OLLAMA_NUM_PARALLEL: many}"])
+def test_check_config_as_json_has_the_documented_shape(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("queue: {limit: 7}\naliases: {a: gone}\n", encoding="utf-8")
+    assert main(["check-config", "--json", "--config", str(config)], HOME) == 0
+    document = json.loads(capsys.readouterr().out)
+    (warning,) = document["warnings"]
+    assert warning.startswith("aliases.a: gone is not among the models in ")
+    assert list(document["keys"]) == list(dotted_keys(Settings))
+    assert document["keys"]["queue.limit"] == {"value": 7, "origin": str(config)}
+    assert document["keys"]["server.port"] == {"value": 11434, "origin": "default"}
+    assert {key: document[key] for key in document if key not in ("warnings", "keys")} == {
+        "valid": True, "verdict": "configuration is valid, 1 warning", "file": str(config), "errors": [],
+        "unchecked": [],
+    }  # fmt: skip
+    assert main(["check-config", "--json", "--set", "queue.limit=x"], HOME) == 2
+    captured = capsys.readouterr()
+    refused = json.loads(captured.out)
+    assert (captured.err, refused["valid"], refused["verdict"], refused["keys"]) == ("", False, "1 error", {})
+    assert refused["errors"] == ["queue.limit: 'x' (flag) cannot be used: must be a whole number from 0 to 1000000"]
+
+
+def test_check_config_changed_shows_only_keys_that_differ_from_their_default(tmp_path: Path, capsys: Captured) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("queue: {limit: 7, timeout_seconds: 300}\n", encoding="utf-8")
+    assert main(["check-config", "--changed", "--config", str(config)], HOME) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"# file: {config}", f"queue.limit = 7  # {config}", "configuration is valid",
+    ]  # fmt: skip
+    assert main(["check-config", "--changed", "--json", "--config", str(config)], HOME) == 0
+    assert list(json.loads(capsys.readouterr().out)["keys"]) == ["queue.limit"]
+
+
+@pytest.mark.parametrize("key", [
+    "server.prot=1", "queue.limit=x", "ollama.env={OLLAMA_NUM_PARALLEL: many}", "state_directory=/dev/null",
+    "server.host=no-such-host.invalid", "instances=[{url: 'http://127.0.0.1:11434'}]", "models={a: {gpus: [0, 0]}}",
+])  # fmt: skip
 def test_check_config_and_serve_end_with_the_same_code(key: str, capsys: Captured) -> None:
     assert main(["check-config", "--rig", "h100", "--set", key], HOME) == 2
     checked = capsys.readouterr().err
@@ -113,7 +152,7 @@ def test_a_wrong_command_ends_in_its_usage_and_code_2(arguments: list[str], caps
 def test_the_module_ends_with_the_commands_code(root: Path) -> None:
     command = [sys.executable, "-m", "router", "check-config", "--port", "x"]
     ended = subprocess.run(command, cwd=root, env=HOME, capture_output=True, text=True, timeout=300, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
+    assert (ended.returncode, ended.stdout) == (2, "1 error\n")
 
 
 def test_simulate_runs_and_refuses_unknown_gpus_with_code_2(capsys: Captured) -> None:
@@ -195,7 +234,9 @@ def test_log_lines_for_a_closed_pipe_are_dropped_and_the_program_continues(root:
 @pytest.mark.parametrize(
     ("pair", "reported"),
     [
-        ("state_directory=/dev/null/x", "state_directory: the emulated rig cannot be written there"),
+        ("state_directory=/dev/null/x", "state_directory: /dev/null/x: /dev/null is a file, not a directory"),
+        ("models={m: {layout: cpu}}", "models.m: layout: cpu needs an instance on the CPU, and there is none"),
+        ("placement.vram_margin_bytes=999GiB", "placement.vram_margin_bytes: 1072668082176 bytes (999.0 GiB) leave no"),
         ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
         ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
     ],
@@ -232,64 +273,7 @@ def test_auto_leaves_a_chosen_rig_and_attached_servers_alone() -> None:
     assert with_rig_if_needed(both, HOME, AUTO_RIG).rig == AUTO_RIG
 
 
-STATUS: dict[str, Any] = {
-    "emulated": "EMULATED rig 2x3090",
-    "gpus": [
-        {
-            "uuid": "GPU-1",
-            "index": 0,
-            "name": "RTX 3090",
-            "memory_total_bytes": 24 * 1024**3,
-            "memory_used_bytes": 1024**3,
-            "memory_free_bytes": 23 * 1024**3,
-            "temperature_celsius": None,
-        }
-    ],
-    "instances": [
-        {"name": "gpu0", "state": "ready", "gpus": ["GPU-1"], "url": "http://127.0.0.1:1", "version": "0.24.0"}
-    ],
-    "models": [
-        {
-            "name": "tiny:latest",
-            "instance": "gpu0",
-            "state": "ready",
-            "slots": 2,
-            "in_flight": 1,
-            "per_gpu_bytes": [2**30],
-        }
-    ],
-    "reservations": [],
-    "queue": {"waiting": 3, "limit": 512},
-    "waiting": [
-        {"position": 1, "expected_wait_seconds": 11.6, "request_id": "r1", "model": "a:latest", "waited_seconds": 2.4},
-        {"position": 2, "expected_wait_seconds": None, "request_id": "r2", "model": "a:latest", "reason": "its turn"},
-    ],
-}
-
-
-def test_status_shows_waiting_requests_with_their_eta() -> None:
-    rows = [line.split() for line in render_status(STATUS).splitlines()[-3:]]
-    assert rows[0] == ["MODEL", "POSITION", "WAITED", "ETA", "REQUEST", "REASON"]
-    assert rows[1] == ["a:latest", "1", "2", "s", "12", "s", "r1", "-"]
-    assert rows[2] == ["a:latest", "2", "-", "-", "r2", "its", "turn"]
-    assert "WAITING" not in render_status({**STATUS, "waiting": []})
-
-
-def test_status_prints_tables_with_a_dash_for_a_missing_value() -> None:
-    lines = render_status({**STATUS, "waiting": []}).splitlines()
-    assert lines[0] == "EMULATED rig 2x3090"
-    assert lines[2:5] == [
-        "GPUS",
-        "  GPU  NAME      TOTAL     USED     FREE      °C  UUID   ERROR",
-        "  0    RTX 3090  24.0 GiB  1.0 GiB  23.0 GiB  -   GPU-1  -",
-    ]
-    assert "  gpu0      ready  0.24.0   http://127.0.0.1:1  GPU-1  -" in lines
-    assert "  tiny:latest  gpu0      ready  1/2    1.0 GiB  -        -" in lines
-    assert lines[-5:] == ["RESERVATIONS", "  none", "", "QUEUE", "  waiting 3, limit 512"]
-
-
-def test_an_empty_status_is_printed() -> None:
-    assert render_status({}).count("none") == 4
+STATUS: dict[str, Any] = {"gpus": [], "queue": {"waiting": 3, "limit": 512}}
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -341,6 +325,7 @@ def test_the_logged_address_is_a_valid_url(host: str, url: str) -> None:
     ("status", "body", "reported"),
     [
         (404, b"404 page not found", "perhaps a stock Ollama"),
+        (404, b"404 page not found", "add --port"),
         (200, b"hello", "not JSON"),
         (200, b"[]", "not a JSON object"),
     ],
@@ -357,4 +342,34 @@ def test_status_reports_that_nothing_listens(router: HTTPServer, capsys: Capture
     router.shutdown()
     router.server_close()
     assert main(["status", "--port", str(port)], HOME) == 1
-    assert f"no answer from 127.0.0.1:{port}" in capsys.readouterr().err
+    reported = capsys.readouterr().err
+    assert f"no answer from 127.0.0.1:{port}" in reported
+    assert "if the router listens elsewhere, add --port, --host, or the --config" in reported
+
+
+def test_watch_prints_the_status_until_ctrl_c_even_while_the_router_is_down(capsys: Captured) -> None:
+    readings = iter(["one", StatusError("no answer"), "two"])
+
+    def read() -> str:
+        reading = next(readings)
+        if isinstance(reading, StatusError):
+            raise reading
+        return reading
+
+    pauses = iter([None, None])
+
+    def pause() -> None:
+        if next(pauses, KeyboardInterrupt) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watch(read, pause, "<clear>")
+    assert capsys.readouterr().out == "<clear>one\n<clear>llamayard: no answer\n<clear>two\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reported"), [("soon", "write a number of seconds"), ("0", "must be from 0.1 to 3600")]
+)
+def test_a_wrong_interval_is_refused(text: str, reported: str, capsys: Captured) -> None:
+    assert main(["status", "--watch", text], HOME) == 2
+    assert capsys.readouterr().err.startswith(f"llamayard: --watch {text}: {reported}")

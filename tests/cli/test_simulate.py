@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,12 +94,16 @@ def test_models_by_name_with_weights(capsys: pytest.CaptureFixture[str]) -> None
         (["--fault", "melts@10"], "slow-disk"),
         (["--fault", "lost"], "KIND@SECONDS"),
         (["--fault", "lost@1.2.3"], "1.2.3"),
+        (["--set", "queue.limit"], "write KEY=VALUE"),
+        (["--set", "queue.limit=x"], "queue.limit: 'x' (flag) cannot be used"),
+        (["--config", "/nonexistent/c.yaml"], "/nonexistent/c.yaml: cannot be read"),
+        (["--set", "models={m: {gpus: [7]}}"], "models.m.gpus: '7' is no GPU"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
     flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["simulate", "--out", "-", *flags], {}) == 2
+    assert main(["simulate", *flags], {}) == 2
     error = capsys.readouterr().err
     assert error.startswith("llamayard: ")
     assert word in error
@@ -125,3 +132,61 @@ def test_a_fault_changes_the_run(tmp_path: Path) -> None:
         main(["simulate", "--seconds", "40", "--policy", "stock-0.24", *faults, "--out", str(folder)], {})
         texts.append((folder / "4x3090-team-stock-0.24-1.json").read_text(encoding="utf-8"))
     assert texts[0] != texts[1]
+
+
+def _figures(capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, Any]]:
+    arguments = ["simulate", "--json", "--policy", "llamayard", "--seconds", "60", *flags]
+    assert main(arguments, {}) == 0
+    return json.loads(capsys.readouterr().out)["runs"]
+
+
+def test_nothing_is_written_unless_it_is_asked_for(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "router", "simulate", "--seconds", "20", "--policy", "floor"]
+    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(root)}, check=True, capture_output=True, timeout=120)
+    assert list(tmp_path.iterdir()) == []
+    assert main(["simulate", "--seconds", "20", "--policy", "floor", "--output", str(tmp_path / "runs")], {}) == 0
+    assert (tmp_path / "runs" / "4x3090-team-floor-1.json").is_file()
+    assert main(["simulate", "--seconds", "20", "--policy", "floor", "--output", "/dev/null/x"], {}) == 2
+    assert "--output /dev/null/x: cannot be written" in capsys.readouterr().err
+
+
+def test_refused_requests_are_apart_and_do_not_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    (run,) = _figures(capsys, "--rig", "3090", "--mix", "llama3.1:8b,llama3.3:70b", "--rate", "0.3")
+    assert run["refused"] > 0
+    assert (run["failed"], run["served"] + run["refused"]) == (0, run["requests"])
+    assert run["large"]["count"] == 0
+    assert run["small"]["p99"] < 60.0
+
+
+def test_several_seeds_have_a_row_of_means(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--seconds", "30", "--policy", "floor", "--policy", "llamayard"]
+    assert main([*arguments, "--seed", "1", "--seed", "2"], {}) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        ["floor", "1"], ["llamayard", "1"], ["floor", "2"], ["llamayard", "2"],
+        ["floor", "mean"], ["llamayard", "mean"],
+    ]  # fmt: skip
+    counts = [float(row[2]) for row in rows]
+    assert counts[4] == (counts[0] + counts[2]) / 2
+    assert main([*arguments, "--seed", "1"], {}) == 0
+    assert "mean" not in capsys.readouterr().out
+    assert main([*arguments, "--seed", "1", "--seed", "2", "--json"], {}) == 0
+    data = json.loads(capsys.readouterr().out)
+    floor = [run for run in data["runs"] if run["policy"] == "floor"]
+    assert data["means"]["floor"]["jain"] == pytest.approx(sum(run["jain"] for run in floor) / 2)
+    assert list(data["means"]) == ["floor", "llamayard"]
+
+
+def test_settings_of_the_user_change_the_router_and_the_servers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = _figures(capsys)
+    assert _figures(capsys, "--set", "queue.limit=512") == plain
+    assert _figures(capsys, "--set", "queue.limit=0")[0]["refused"] > 0
+    config = tmp_path / "c.yaml"
+    config.write_text("ollama: {num_parallel: 8}\n", encoding="utf-8")
+    assert _figures(capsys, "--config", str(config)) != plain
+    pinned = _figures(capsys, "--mix", "llama3.1:8b", "--set", "models={'llama3.1:8b': {gpus: [2], replicas_max: 1}}")
+    assert [share > 0 for share in pinned[0]["busy_shares"]] == [False, False, True, False]

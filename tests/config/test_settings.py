@@ -344,3 +344,125 @@ def test_a_variable_that_ollama_would_ignore_is_refused(variables: dict[str, str
     with pytest.raises(ConfigError, match=reported):
         tuning(settings, "gpu1")
     assert tuning(settings, "gpu0").kv_cache_type == "f16"
+
+
+@pytest.mark.parametrize("key", [key for key in dotted_keys(Settings) if key.endswith("_seconds")])
+def test_every_key_in_seconds_accepts_a_duration_as_keep_alive_does(key: str) -> None:
+    section, _, name = key.partition(".")
+    for text, seconds in (("90s", 90.0), ("1m30s", 90.0), (" 90 ", 90.0), (90, 90.0)):
+        assert getattr(getattr(load_settings(None, HOME, {key: text}), section), name) == seconds
+
+
+def test_a_wrong_duration_is_reported_with_an_example() -> None:
+    (problem,) = problems_of(overrides={"queue.timeout_seconds": "5 minutes"})
+    assert problem == (
+        "queue.timeout_seconds: '5 minutes' (flag) cannot be used: "
+        "write a number of seconds or a duration such as 90s, 5m or 1h30m"
+    )
+    (problem,) = problems_of(overrides={"queue.timeout_seconds": "-5m"})
+    assert problem.endswith("must be a number of more than 0 and at most 604800 seconds")
+
+
+NUMBERS = ("queue.limit", "queue.timeout_seconds", "server.max_body_bytes", "ollama.keep_alive", "poll.gpu_seconds")
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [True, False])
+def test_true_and_false_are_no_numbers(key: str, value: bool) -> None:
+    (problem,) = problems_of(overrides={key: value})
+    assert problem.startswith(f"{key}: {str(value).lower()} (flag) cannot be used: ")
+
+
+WRONG_VALUES: tuple[object, ...] = (
+    "",
+    "x",
+    "-1",
+    "1e99",
+    -1,
+    1.5,
+    1e99,
+    float("nan"),
+    True,
+    [],
+    [[1]],
+    {},
+    {"x": {}},
+    {1: 2},
+)
+PYDANTIC_TEXTS = (
+    "Input", "valid integer", "valid number", "valid string", "valid boolean", "unable to", "Field required",
+    "String should", "should be", "should have", "pathlib", "unicode string", "[key]", "Value error",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", list(dotted_keys(Settings)))
+def test_no_text_of_a_library_reaches_the_user(key: str) -> None:
+    for value in WRONG_VALUES:
+        try:
+            load_settings(None, HOME, {key: value})
+        except ConfigError as error:
+            for problem in error.problems:
+                assert not [text for text in PYDANTIC_TEXTS if text in problem], problem
+                assert problem.startswith((key, key.partition(".")[0], "configuration"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"queue.limit": "x"}, "queue.limit: 'x' (flag) cannot be used: must be a whole number from 0 to 1000000"),
+        ({"queue.limit": 1.5}, "queue.limit: 1.5 (flag) cannot be used: must be a whole number from 0 to 1000000"),
+        (
+            {"placement.vram_margin_bytes": -1},
+            "placement.vram_margin_bytes: -1 (flag) cannot be used: must be a whole number of at least 0 bytes",
+        ),
+        ({"server.debug_headers": "x"}, "server.debug_headers: 'x' (flag) cannot be used: must be true or false"),
+        ({"server.host": ""}, "server.host: '' (flag) cannot be used: must not be empty"),
+        ({"server.host": 3}, 'server.host: 3 (flag) cannot be used: must be text: write "3" in quotes'),
+        ({"server.tls_key": 3}, "server.tls_key: 3 (flag) cannot be used: must be a path"),
+        ({"models": {1: {}}}, 'models.1: 1 (flag) cannot be used: must be text: write "1" in quotes'),
+        ({"fallbacks": {"a": {}}}, "fallbacks.a.to (flag): is missing and has no default"),
+        (
+            {"models": {"a": {"num_parallel": 0}}},
+            "models.a.num_parallel: 0 (flag) cannot be used: must be a whole number from 1 to 1024",
+        ),
+        ({"ollama.env": {"A": [1]}}, "ollama.env.A: [1] (flag) cannot be used: must be text"),
+        (
+            {"ollama.env": "[a"},
+            "flag ollama.env: is not a YAML list or mapping: '[a': "
+            "line 1, column 3: expected ',' or ']', but got 'the end of the text'",
+        ),
+    ],
+)
+def test_a_wrong_value_is_explained_in_one_sentence(overrides: dict[str, Any], problem: str) -> None:
+    assert problems_of(overrides=overrides) == [problem]
+
+
+def test_a_yaml_error_names_the_file_the_line_and_the_column_once(tmp_path: Path) -> None:
+    config = written(tmp_path, "queue:\n  limit: [1\n")
+    (problem,) = problems_of(config)
+    assert (
+        problem == f"{config}: is not valid YAML: line 3, column 1: expected ',' or ']', but got 'the end of the text'"
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"models": {"llama3": {"gpus": ["0"]}, "library/Llama3:latest": {"gpus": ["1"]}}},
+        {"fallbacks": {"llama3": {"to": ["a"]}, "library/Llama3:latest": {"to": ["b"]}}},
+        {"aliases": {"llama3": "a", "library/Llama3:latest": "b"}},
+    ],
+)
+def test_two_spellings_of_one_model_with_different_values_are_refused(overrides: dict[str, Any]) -> None:
+    (key,) = overrides
+    assert problems_of(overrides=overrides) == [
+        f"configuration: {key}: 'llama3' and 'library/Llama3:latest' are two spellings of one model with different "
+        "values: keep one entry"
+    ]
+    first, _ = overrides[key].values()
+    load_settings(None, HOME, {key: dict.fromkeys(overrides[key], first)})
+
+
+def test_a_model_is_pinned_to_each_gpu_once() -> None:
+    (problem,) = problems_of(overrides={"models": {"a": {"gpus": [0, 0]}}})
+    assert problem == "models.a (flag): gpus lists a GPU twice"

@@ -1,4 +1,4 @@
-"""A controller over a driver that records what it is asked for and ends it when a test says so."""
+"""A controller over a driver that records loads and unloads, and ends them when the test says so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER = model("other", 1000)
 
 
 class RecordingDriver:
-    """Loads and unloads stay under way until they are told how to end."""
+    """Loads and unloads run until the test ends them."""
 
     def __init__(self) -> None:
         self.loads: list[Load] = []
@@ -96,7 +96,7 @@ class RecordingObserver:
 
 @dataclass
 class Stage:
-    """A running controller over one GPU and one instance that is ready."""
+    """A running controller over one GPU and one ready instance."""
 
     controller: Controller
     driver: RecordingDriver
@@ -110,7 +110,7 @@ class Stage:
     async def slot(
         self, of: ModelFacts = SMALL, ttft_target_seconds: float = 60.0, *, runner_lost: bool = False
     ) -> AsyncGenerator[Grant]:
-        """What a request does: waits for a slot, holds it inside the block, releases it; cancelled, it leaves."""
+        """Waits for a slot, holds it during the block and releases it; cancels its ticket if it is cancelled."""
         ticket = self.ticket(of, ttft_target_seconds)
         decision: asyncio.Future[Grant | Reject] = asyncio.get_running_loop().create_future()
         decided: list[Grant | Reject] = []
@@ -141,7 +141,7 @@ class Stage:
         return sum(found.in_flight for found in self.controller.snapshot().residencies.values())
 
     async def load(self, of: ModelFacts = SMALL) -> None:
-        """Has a model loaded and idle."""
+        """Loads a model; it is idle afterwards."""
         task = asyncio.ensure_future(self.use(of))
         await turns()
         self.driver.end_load()
@@ -149,7 +149,7 @@ class Stage:
         assert self.state(of) is ResidencyState.READY
 
     async def use(self, of: ModelFacts = SMALL) -> str:
-        """One request that ends at once; the instance that served it."""
+        """Makes one request that ends at once; returns the instance that served it."""
         async with self.slot(of) as grant:
             return grant.instance
 
@@ -159,7 +159,7 @@ class Stage:
 
 
 async def turns(count: int = 5) -> None:
-    """Lets the event loop go round: enough for whatever is ready to be done."""
+    """Runs the event loop for some turns, enough for everything that is ready."""
     for _ in range(count):
         await asyncio.sleep(0)
 

@@ -1,4 +1,4 @@
-"""The single writer: what it starts, what it reports back, what it leaves behind."""
+"""The controller: what it starts, what it reports, and what it cancels at its end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_loads_of_different_models_run_at_the_same_time() -> None:
         assert await tasks[0] == "gpu0"
 
 
-async def test_a_driver_that_raises_ends_the_load_and_not_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_driver_that_raises_ends_the_load_and_not_the_controller(capsys: pytest.CaptureFixture[str]) -> None:
     async with stage(Policy(vram_margin_bytes=0, constants=SchedulerConstants(failure_memory_seconds=0.0))) as on:
         tickets: list[Grant | Reject] = []
         on.controller.submit(on.ticket(), tickets.append)
@@ -54,7 +54,7 @@ async def test_a_driver_that_raises_ends_the_load_and_not_the_engine(capsys: pyt
         assert await task == "gpu0"
 
 
-async def test_a_driver_that_raises_ends_the_unload_with_its_words(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_driver_that_raises_ends_the_unload_with_its_message(capsys: pytest.CaptureFixture[str]) -> None:
     async with stage(Policy(vram_margin_bytes=0, keep_alive_seconds=0.0)) as on:
         task = asyncio.ensure_future(on.use())
         await turns()
@@ -69,14 +69,14 @@ async def test_a_driver_that_raises_ends_the_unload_with_its_words(capsys: pytes
         capsys.readouterr()
 
 
-async def test_an_observer_sees_every_event_with_what_came_of_it_in_order() -> None:
+async def test_an_observer_sees_every_event_with_its_actions_in_order() -> None:
     async with stage() as on:
         await on.load()
         kinds = [(type(event), [type(action) for action in actions]) for event, actions in on.observer.seen]
         assert kinds == [(Arrived, [Load]), (LoadFinished, [ReadGpus, Grant]), (Released, [])]
 
 
-async def test_a_decision_is_told_once_and_not_after_a_cancel() -> None:
+async def test_a_decision_is_delivered_once_and_not_after_a_cancel() -> None:
     async with stage() as on:
         told: list[Grant | Reject] = []
         kept, cancelled = on.ticket(), on.ticket()
@@ -110,7 +110,7 @@ async def test_ticket_numbers_are_never_given_twice() -> None:
         assert numbers == sorted(set(numbers))
 
 
-async def test_leaving_the_engine_ends_its_loads_and_unloads() -> None:
+async def test_closing_the_controller_cancels_its_loads_and_unloads() -> None:
     async with stage(Policy(vram_margin_bytes=0, keep_alive_seconds=0.0)) as on:
         await_first = asyncio.ensure_future(on.use())
         await turns()
@@ -146,7 +146,7 @@ async def test_waiting_for_a_state_ends_with_it_or_with_the_deadline() -> None:
         assert await waiting
 
 
-async def test_who_no_longer_waits_for_a_state_is_no_longer_asked() -> None:
+async def test_a_cancelled_wait_for_a_state_is_no_longer_checked() -> None:
     async with stage() as on:
         asked: list[float] = []
         waiting = asyncio.ensure_future(on.controller.until(lambda facts: bool(asked.append(facts.now)), 10.0))
@@ -159,7 +159,7 @@ async def test_who_no_longer_waits_for_a_state_is_no_longer_asked() -> None:
         assert len(asked) == before
 
 
-async def test_each_waiting_ticket_can_be_asked_for_where_it_stands() -> None:
+async def test_each_waiting_ticket_has_a_wait_estimate() -> None:
     async with stage(slots=1) as on:
         await on.load()
         held, first, second = (on.ticket() for _ in range(3))

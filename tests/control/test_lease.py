@@ -1,4 +1,4 @@
-"""A slot is released exactly once, whenever and however its request ends."""
+"""A slot is released exactly once, however its request ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def _hold(on: Stage, until: asyncio.Event) -> None:
         await until.wait()
 
 
-async def test_a_slot_is_held_inside_the_block_and_given_back_after_it() -> None:
+async def test_a_slot_is_held_inside_the_block_and_released_after_it() -> None:
     async with stage() as on:
         await on.load()
         async with on.slot() as grant:
@@ -28,7 +28,7 @@ async def test_a_slot_is_held_inside_the_block_and_given_back_after_it() -> None
         assert on.taken() == 0
 
 
-async def test_an_error_inside_the_block_gives_the_slot_back_and_goes_on() -> None:
+async def test_an_error_inside_the_block_releases_the_slot_and_propagates() -> None:
     async with stage() as on:
         await on.load()
         with pytest.raises(InstanceLost, match="gone"):
@@ -37,7 +37,7 @@ async def test_an_error_inside_the_block_gives_the_slot_back_and_goes_on() -> No
         assert on.taken() == 0
 
 
-async def test_a_rejection_is_the_error_that_the_client_meets() -> None:
+async def test_a_rejection_raises_the_error_for_the_client() -> None:
     async with stage(Policy(vram_margin_bytes=0, constants=SchedulerConstants(settle_seconds=0.0))) as on:
         with pytest.raises(ModelTooLarge, match="fits nowhere") as refusal:
             await on.use(model("huge", 100_000))
@@ -45,7 +45,7 @@ async def test_a_rejection_is_the_error_that_the_client_meets() -> None:
         assert on.controller.waiting() == ()
 
 
-async def test_a_failed_load_is_told_with_the_servers_status() -> None:
+async def test_a_failed_load_has_the_servers_status() -> None:
     async with stage() as on:
         task = asyncio.ensure_future(on.use())
         await turns()
@@ -55,7 +55,7 @@ async def test_a_failed_load_is_told_with_the_servers_status() -> None:
         assert refusal.value.status == 500
 
 
-async def test_a_full_queue_is_told_with_when_to_come_again() -> None:
+async def test_a_full_queue_error_has_a_retry_time() -> None:
     async with stage(Policy(vram_margin_bytes=0, queue_limit=1)) as on:
         waiting = asyncio.ensure_future(on.use())
         await turns()
@@ -83,7 +83,7 @@ async def test_a_runner_that_died_under_a_request_is_reported_with_the_slot() ->
         assert [unload.reason for unload in on.driver.unloads] == ["its runner died or hangs"]
 
 
-async def test_a_client_that_leaves_while_it_waits_leaves_the_queue_and_not_the_load() -> None:
+async def test_a_client_that_disconnects_leaves_the_queue_and_the_load_continues() -> None:
     async with stage() as on:
         task = asyncio.ensure_future(on.use())
         await turns()
@@ -99,7 +99,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_queue_and_not_the_
         assert len(on.driver.loads) == 1
 
 
-async def test_a_grant_that_comes_after_the_hang_up_in_the_same_turn_is_given_back() -> None:
+async def test_a_grant_after_the_disconnect_in_the_same_turn_is_released() -> None:
     async with stage(slots=1) as on:
         await on.load()
         done = asyncio.Event()
@@ -116,7 +116,7 @@ async def test_a_grant_that_comes_after_the_hang_up_in_the_same_turn_is_given_ba
         assert await on.use() == "gpu0"
 
 
-async def test_a_grant_that_came_before_the_hang_up_in_the_same_turn_is_given_back() -> None:
+async def test_a_grant_before_the_disconnect_in_the_same_turn_is_released() -> None:
     async with stage(slots=1) as on:
         await on.load()
         ticket = on.ticket()
@@ -131,7 +131,7 @@ async def test_a_grant_that_came_before_the_hang_up_in_the_same_turn_is_given_ba
         assert (on.taken(), on.controller.waiting()) == (0, ())
 
 
-async def test_a_grant_between_the_hang_up_and_its_being_noticed_is_given_back() -> None:
+async def test_a_grant_before_the_disconnect_is_noticed_is_released() -> None:
     async with stage(slots=1) as on:
         await on.load()
         ticket = on.ticket()
@@ -146,7 +146,7 @@ async def test_a_grant_between_the_hang_up_and_its_being_noticed_is_given_back()
         assert await on.use() == "gpu0"
 
 
-async def test_a_rejection_between_the_hang_up_and_its_being_noticed_is_no_trouble() -> None:
+async def test_a_rejection_before_the_disconnect_is_noticed_is_harmless() -> None:
     async with stage() as on:
         task = asyncio.ensure_future(on.use())
         await turns()

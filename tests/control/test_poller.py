@@ -1,4 +1,4 @@
-"""The steady look at the outside: posted with the time before it began, and silent where nothing could be seen."""
+"""The pollers post readings with the time before the reading, and nothing if it fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Reader:
 
 
 class Engine(OllamaEngine):
-    """Ollama, with a way to tidy up that a test may choose."""
+    """Ollama with a replaceable cleanup."""
 
     clear: Clear | None = None
 
@@ -113,7 +113,7 @@ async def test_gpus_are_posted_with_the_time_before_the_reading() -> None:
         assert on.posted == [GpusRead((gpu(0, 1),), 10.0)]
 
 
-async def test_gpus_are_read_again_and_again_and_a_failure_is_no_end(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_gpus_are_read_regularly_even_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     async with watch(gpus=SOON) as on:
         await eventually(lambda: len(on.posted) >= 2)
         on.reader.error = OSError("no such device")
@@ -128,7 +128,7 @@ async def test_gpus_are_read_again_and_again_and_a_failure_is_no_end(capsys: pyt
     assert "no such device" in told
 
 
-async def test_loaded_models_are_posted_with_their_facts_and_the_time_before_the_question() -> None:
+async def test_loaded_models_are_posted_with_their_facts_and_the_time_before_the_request() -> None:
     async with watch(models=SOON) as on:
 
         async def ps(_: Any) -> web.Response:
@@ -147,7 +147,7 @@ async def test_loaded_models_are_posted_with_their_facts_and_the_time_before_the
 
 
 @pytest.mark.parametrize("path", ["/api/ps", "/api/tags"])
-async def test_a_server_that_cannot_say_is_not_taken_for_an_empty_one(path: str) -> None:
+async def test_a_failed_poll_is_not_taken_for_an_empty_server(path: str) -> None:
     async with watch(models=SOON) as on:
         row = {"name": "tiny:latest", "digest": "d1", "size": 5, "size_vram": 5}
         on.server.answers["/api/ps"] = {"models": [row]}
@@ -157,7 +157,7 @@ async def test_a_server_that_cannot_say_is_not_taken_for_an_empty_one(path: str)
         assert len(on.readings()) <= before + 1
 
 
-async def test_only_servers_that_are_ready_are_asked() -> None:
+async def test_only_ready_servers_are_polled() -> None:
     async with watch(models=SOON) as on:
         await eventually(on.readings)
         spec = next(iter(on.facts.instances.values())).spec
@@ -172,7 +172,7 @@ async def test_only_servers_that_are_ready_are_asked() -> None:
 
 
 @pytest.mark.parametrize("answers", [[False, True], [OllamaError(500, "no")]])
-async def test_the_store_is_tidied_up_until_that_is_done_or_fails(
+async def test_the_store_is_cleaned_until_that_succeeds_or_fails(
     answers: list[bool | OllamaError], capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[None] = []
@@ -192,7 +192,7 @@ async def test_the_store_is_tidied_up_until_that_is_done_or_fails(
     assert capsys.readouterr().out.count("leftovers_stay") == (answers[-1] is not True)
 
 
-async def test_the_list_of_models_is_looked_at_by_itself() -> None:
+async def test_the_list_of_models_is_refreshed_regularly() -> None:
     async with watch(store=SOON) as on:
         await eventually(lambda: on.server.paths().count("/api/tags") >= 2)
         on.server.answers["/api/tags"] = failing(500)

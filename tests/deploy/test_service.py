@@ -89,7 +89,7 @@ def test_the_image_has_an_ollama_that_splits_layers_by_gpu_memory(root: Path) ->
 
 def test_the_service_starts_with_the_users_file(root: Path, tmp_path: Path, program: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(f"ollama: {{models: {tmp_path}}}\n", encoding="utf-8")
+    config.write_text(f"ollama: {{models: {tmp_path}}}\nstate_directory: {tmp_path}/state\n", encoding="utf-8")
     started = _start(root, program, config)
     assert (started.returncode, started.stdout) == (0, f"serve --config {config}\n"), started.stderr
 

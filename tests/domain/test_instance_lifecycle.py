@@ -1,4 +1,4 @@
-"""The table of an instance's life and the arithmetic of starting it again."""
+"""The transitions of an instance and the waits between restarts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_stopped_can_be_reached_from_every_state() -> None:
 
 
 @given(st.sampled_from(S), st.sampled_from(T))
-def test_what_the_table_does_not_name_is_refused(state: InstanceState, trigger: Trigger) -> None:
+def test_a_transition_that_is_not_in_the_table_is_refused(state: InstanceState, trigger: Trigger) -> None:
     if (state, trigger) in TABLE:
         assert next_state(state, trigger) is TABLE[state, trigger]
     else:
@@ -81,7 +81,7 @@ def test_waits_double_up_to_the_limit() -> None:
 
 
 @given(st.integers(0, 10_000), st.floats(0, 0.99), st.floats(1, 50), st.floats(0, 100))
-def test_no_wait_exceeds_its_limit_and_jitter_only_stretches(
+def test_waits_stay_within_the_limit_and_jitter_only_adds(
     deaths: int, jitter: float, factor: float, first: float
 ) -> None:
     policy = RestartPolicy(first_wait_seconds=first, factor=factor, wait_limit_seconds=100)
@@ -110,12 +110,12 @@ def test_only_quick_deaths_in_a_row_are_fatal() -> None:
         {"quick_deaths_max": 0},
     ],
 )
-def test_a_senseless_policy_is_refused(wrong: dict[str, float]) -> None:
+def test_an_invalid_policy_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RestartPolicy(**wrong)  # pyright: ignore[reportArgumentType] (a mapping of several types)
 
 
-def test_the_diagram_has_an_arrow_for_every_move() -> None:
+def test_the_diagram_has_an_arrow_for_every_transition() -> None:
     lines = state_diagram().splitlines()
     assert lines[:2] == ["stateDiagram-v2", "    [*] --> stopped"]
     assert set(lines[2:]) == {f"    {source} --> {target}: {trigger}" for (source, trigger), target in TABLE.items()}

@@ -1,4 +1,4 @@
-"""`keep_alive` as a running 0.11.4 reads it: values and error texts below were answered by that server."""
+"""Parses `keep_alive` like Ollama 0.11.4: the values and error texts were recorded from that server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from router.domain.keep_alive import parse_go_duration, parse_keep_alive
         ("24h", 86400.0),
     ],
 )
-def test_values_that_a_request_may_carry(value: object, seconds: float | None) -> None:
+def test_valid_values_of_a_request(value: object, seconds: float | None) -> None:
     assert parse_keep_alive(value, plain_seconds=False) == seconds
     assert parse_keep_alive(value) == seconds
 
@@ -60,7 +60,7 @@ def test_values_that_a_request_may_carry(value: object, seconds: float | None) -
         ({"a": 1}, "Unsupported type: 'map[string]interface {}'"),
     ],
 )
-def test_values_that_a_request_may_not_carry_are_refused_in_the_servers_words(value: object, words: str) -> None:
+def test_invalid_values_of_a_request_are_refused_with_the_servers_error(value: object, words: str) -> None:
     with pytest.raises(ValueError) as refusal:
         parse_keep_alive(value, plain_seconds=False)
     assert str(refusal.value) == words
@@ -71,7 +71,7 @@ def test_settings_may_write_plain_seconds_as_text(text: str, seconds: float) -> 
     assert parse_keep_alive(text) == seconds
 
 
-def test_numbers_without_an_end_are_refused() -> None:
+def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="Unsupported type"):
         parse_keep_alive(float("nan"))
 

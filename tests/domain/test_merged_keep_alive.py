@@ -1,4 +1,4 @@
-"""How several clients' `keep_alive` of one model become one."""
+"""Merges the `keep_alive` of several requests for one model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from router.domain.keep_alive import FOR_EVER, merged_keep_alive
         (0.0, 0.0, 0.0, 0.0),
     ],
 )
-def test_the_last_word_counts_alone_and_the_longest_among_several(
+def test_the_newest_value_wins_alone_and_the_longest_among_several(
     current: float, asked: float | None, alone: float, shared: float
 ) -> None:
     assert merged_keep_alive(current, asked, others_hold=False) == alone

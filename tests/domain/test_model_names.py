@@ -1,4 +1,4 @@
-"""One model, many spellings. What is the same, other or invalid here is so on running servers."""
+"""Canonical names. The cases were verified on running servers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ INVALID = [
 
 
 @pytest.mark.parametrize("written", INVALID)
-def test_what_a_server_cannot_read_is_no_name(written: str) -> None:
+def test_names_that_a_server_cannot_parse_are_invalid(written: str) -> None:
     with pytest.raises(ValueError, match="invalid model name"):
         parse_name(written)
 
@@ -100,7 +100,7 @@ def test_what_a_server_cannot_read_is_no_name(written: str) -> None:
         ("tiny:", False),
     ],
 )
-def test_cloud_models_are_told_by_their_source_suffix(written: str, cloud: bool) -> None:
+def test_cloud_models_are_recognised_by_their_source_suffix(written: str, cloud: bool) -> None:
     assert is_cloud(written) is cloud
 
 
@@ -110,7 +110,7 @@ def test_both_spellings_of_a_cloud_model_are_one_name() -> None:
 
 
 @given(st.text(max_size=40))
-def test_a_key_is_its_own_key(written: str) -> None:
+def test_the_canonical_form_of_a_canonical_form_is_itself(written: str) -> None:
     try:
         key = canonical(written)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Who holds which bytes of a GPU: sources that never overlap, so that no byte counts twice or not at all."""
+"""VRAM accounting: no byte is counted twice or missed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ G0, G1 = gpu_id(0), gpu_id(1)
 VIEWS = (view("gpu0", 0), view("gpu1", 1), view("spread", 0, 1))
 
 
-def test_what_a_load_may_take_is_what_is_free_less_margin_and_reservations() -> None:
+def test_available_is_free_minus_margin_minus_reservations() -> None:
     booked = [reservation(1, "gpu0", A, [(0, 3000)]), reservation(2, "spread", B, [(0, 500), (1, 700)])]
     facts = snapshot([gpu(0, 10_000), gpu(1, 10_000)], VIEWS, [], booked, policy=Policy(vram_margin_bytes=512 * MIB))
     assert reserved_bytes(facts, G0) == 3500 * MIB
@@ -45,29 +45,31 @@ def test_what_a_load_may_take_is_what_is_free_less_margin_and_reservations() -> 
     assert available_bytes(facts, G1) == (10_000 - 512 - 700) * MIB
 
 
-def test_more_may_be_reserved_than_is_free_and_that_shows_as_less_than_nothing() -> None:
+def test_available_is_negative_if_more_is_reserved_than_free() -> None:
     facts = snapshot([gpu(0, 1000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 3000)])])
     assert available_bytes(facts, G0) == -2000 * MIB
 
 
-def test_a_gpu_that_is_lost_or_unknown_gives_nothing() -> None:
+def test_a_lost_or_unknown_gpu_has_nothing_available() -> None:
     lost = replace(gpu(0, 10_000), error="GPU is lost")
     facts = snapshot([lost], VIEWS)
     assert available_bytes(facts, G0) == capacity_bytes(facts, G0) == 0
     assert available_bytes(facts, G1) == capacity_bytes(facts, G1) == external_bytes(facts, G1) == 0
 
 
-def test_what_is_used_beyond_our_models_is_foreign_and_no_capacity() -> None:
+def test_memory_used_by_other_programs_is_external_and_not_capacity() -> None:
     ours = [residency("gpu0", A, 4000), residency("spread", B, 2000, 2000)]
     facts = snapshot([gpu(0, 15_000), gpu(1, 22_000)], VIEWS, ours)
     assert resident_bytes(facts, G0) == 6000 * MIB
     assert external_bytes(facts, G0) == 3000 * MIB
-    assert capacity_bytes(facts, G0) == (15_000 + 6300) * MIB  # 5 % more than the books say is taken for ours
+    assert (
+        capacity_bytes(facts, G0) == (15_000 + 6300) * MIB
+    )  # up to 5 % more than our accounting is attributed to our models
     assert external_bytes(facts, G1) == 0
     assert capacity_bytes(facts, G1) == 24_000 * MIB
 
 
-def test_what_the_books_have_and_the_driver_does_not_show_is_drift() -> None:
+def test_memory_that_the_driver_does_not_report_as_used_is_unaccounted() -> None:
     ours = [residency("gpu0", A, 4000), residency("spread", B, 2000, 2000)]
     facts = snapshot([gpu(0, 18_500), gpu(1, 10_000)], VIEWS, ours)
     assert unaccounted_bytes(facts, G0) == 500 * MIB
@@ -75,14 +77,14 @@ def test_what_the_books_have_and_the_driver_does_not_show_is_drift() -> None:
     assert external_bytes(facts, G0) == 0
 
 
-def test_a_model_on_its_way_out_still_holds_its_memory_and_one_on_its_way_in_does_not_yet() -> None:
+def test_an_unloading_model_still_holds_its_memory_and_a_loading_one_does_not_yet() -> None:
     states = {state: residency("gpu0", A, 1000, state=state) for state in ResidencyState}
     held = {state for state, found in states.items() if resident_bytes(snapshot([gpu(0, 0)], VIEWS, [found]), G0)}
     assert held == {ResidencyState.READY, ResidencyState.UNLOADING}
 
 
-def test_a_load_half_done_is_not_taken_for_foreign_use() -> None:
-    """Of 8,000 reserved MiB the driver shows 5,000 as used already."""
+def test_the_memory_of_a_running_load_is_not_external() -> None:
+    """The driver reports 5,000 of 8,000 reserved MiB as used already."""
     facts = snapshot([gpu(0, 19_000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 8000)], sent_at=1.0)])
     assert capacity_bytes(facts, G0) == 24_000 * MIB
 

@@ -1,4 +1,4 @@
-"""A second engine beside Ollama: its models are placed, loaded, served and evicted on its own instances only."""
+"""A second engine next to Ollama: its models are placed, loaded, served and evicted on its own instances only."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ GPU_MIB = 10_000
 
 
 class SilentReport:
-    """Of a server that says nothing of its GPUs."""
+    """Report of a server that does not log its GPUs."""
 
     problem: str | None = None
     is_final = False
@@ -63,7 +63,7 @@ class SilentReport:
 
 
 class V1Only:
-    """Of servers that have the OpenAI API only."""
+    """Servers that have only the OpenAI API."""
 
     def known(self, view: InstanceView, path: str) -> bool | None:
         return view.spec.engine == ECHO and path.startswith("/v1/")
@@ -142,6 +142,9 @@ class EchoEngine:
 
     def load_options(self, model: ModelFacts, options: RunnerOptions, default_context_length: int) -> RunnerOptions:
         return options
+
+    def gives_by_default(self, replica: Residency, ticket: Ticket, spec: InstanceSpec) -> bool:
+        return replica.options == ticket.options
 
     def can_adapt(self, replica: Residency, ticket: Ticket, spec: InstanceSpec) -> bool:
         return True
@@ -230,7 +233,7 @@ class Machine:
     clock: ManualClock
 
     def read_gpus(self) -> None:
-        """As the driver would show them after what is loaded now."""
+        """Posts the GPUs as the driver would report them with the models loaded now."""
         residencies = self.controller.snapshot().residencies.values()
         used = dict.fromkeys((gpu_id(0), gpu_id(1)), 0)
         for residency in residencies:
@@ -292,7 +295,7 @@ async def machine(specs: Sequence[InstanceSpec] = SPECS) -> AsyncGenerator[Machi
         yield found
 
 
-def test_the_second_engine_answers_all_that_is_asked_of_one() -> None:
+def test_the_second_engine_satisfies_the_protocol() -> None:
     engine: Engine = EchoEngine()
     assert engine.kind == ECHO
 

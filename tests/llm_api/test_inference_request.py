@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +13,7 @@ from router.domain.actions import Grant
 from router.domain.client_identity import ClientIdentity
 from router.domain.instance import InstanceName
 from router.domain.model import BlobDigest, ModelFacts
-from router.domain.request import TicketId
+from router.domain.request import Ticket, TicketId
 from router.errors import BadRequest, Forbidden, ModelNotFound, QueueFull, RouterError
 from router.llm_api.inference_request import InferenceRequest, ModelRules, read_request, unload_reply
 from router.llm_api.model_aliases import substitutes
@@ -40,6 +41,15 @@ def test_a_plain_request_stays_as_it_is() -> None:
     assert request.plan_for(facts("tiny:latest")) is request.plan
     assert request.body is request.original_body
     assert request.is_repeatable is False  # these rules have aliases
+
+
+@pytest.mark.parametrize(("asked", "written"), [(32_768, 8192), (4096, 8192), (8192, 8192), (2048, 2048)])
+def test_a_context_of_the_same_effect_is_written_as_the_load_wrote_it(asked: int, written: int) -> None:
+    """The model is trained for 4,096 tokens; servers before 0.30 would reload it for another number."""
+    request = request_for({"model": "tiny", "messages": [], "options": {"num_ctx": asked, "seed": 1}})
+    plan = request.plan_for(facts("tiny:latest"))
+    assert plan.options == ((("num_ctx", 2048),) if asked == 2048 else ())
+    assert json.loads(request.body)["options"] == {"num_ctx": written, "seed": 1}
 
 
 def test_an_alias_goes_to_the_server_under_its_models_name_and_to_the_client_in_a_header() -> None:
@@ -170,3 +180,101 @@ def test_a_forms_model_is_read_and_replaced_in_the_form() -> None:
 
 def test_a_form_without_a_model_is_the_servers_to_refuse() -> None:
     assert request_for(b"--b--\r\n", "/v1/audio/transcriptions", content_type=_FORM).model == ""
+
+
+_TRAINED = 131_072
+
+
+def _ticket_for(
+    path: str, prompt_bytes: int, rules: ModelRules = _RULES, trained: int = _TRAINED, **fields: Any
+) -> tuple[InferenceRequest, Ticket]:
+    """Of a request whose prompt's JSON has so many bytes."""
+    prompt = {"/api/embed": "input", "/v1/responses": "input", "/api/embeddings": "prompt", "/api/generate": "prompt"}
+    text = "x" * (prompt_bytes - 2)
+    request = request_for({"model": "tiny", prompt.get(path, "messages"): text, **fields}, path, rules)
+    parameters = fields.get("parameters", ())
+    request.plan_for(replace(facts("tiny:latest"), context_length=trained, parameters=parameters))
+    return request, request.ticket(TicketId(1), 0.0, 60.0)
+
+
+_GENERATING = ["/api/generate", "/api/chat", "/v1/chat/completions", "/v1/responses", "/v1/messages"]
+
+
+@pytest.mark.parametrize("path", _GENERATING)
+def test_a_prompt_that_is_longer_than_the_context_asks_for_the_step_that_holds_it(path: str) -> None:
+    for prompt_bytes, context in ((20_000, 0), (100_000, 32_768), (120_000, 65_536), (900_000, _TRAINED)):
+        ticket = _ticket_for(path, prompt_bytes)[1]
+        assert ticket.context_length == context
+        assert ticket.options == ((("num_ctx", context),) if context else ())
+        assert ticket.takes_default_context == path.startswith("/v1/")
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+def test_the_body_of_a_raised_prompt_names_the_context_of_its_replica(path: str) -> None:
+    request, _ = _ticket_for(path, 100_000)
+    grant = Grant(TicketId(1), InstanceName("a"), "http://a", "", 0, 1, None, (("num_ctx", 65_536),), 65_536)
+    assert json.loads(request.body_for(grant))["options"] == {"num_ctx": 65_536}
+    assert not request.note_context(65_536)
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/chat/completions"])
+def test_a_prompt_whose_context_was_refused_asks_for_the_default_once_and_says_so(path: str) -> None:
+    request, _ = _ticket_for(path, 100_000)
+    assert not request.keep_context("queue_full")
+    assert request.keep_context("model_too_large")
+    ticket = request.ticket(TicketId(2), 0.0, 60.0)
+    assert (ticket.options, ticket.context_length) == ((), 0)
+    assert request.note_context(8192)
+    assert request.substitution_headers["X-Llamayard-Context"] == "8192"
+    assert not request.keep_context("model_too_large")
+
+
+@pytest.mark.parametrize(
+    ("fields", "rules"),
+    [
+        ({"parameters": (("num_ctx", "4096"),)}, _RULES),
+        ({}, ModelRules(8192, passes={"*": True})),
+        ({}, ModelRules(8192, context_lengths={"registry.ollama.ai/library/tiny:latest": 16_384})),
+        ({}, ModelRules(8192, context_length_max=8192)),
+    ],
+    ids=["Modelfile", "options: pass", "pinned", "context_length_max"],
+)
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/chat/completions"])
+def test_a_context_that_somebody_chose_is_not_raised_and_a_longer_prompt_says_so(
+    path: str, fields: dict[str, Any], rules: ModelRules
+) -> None:
+    request, ticket = _ticket_for(path, 100_000, rules, **fields)
+    plan = request.plan
+    assert plan is not None
+    assert ticket.options == plan.options
+    assert not request.keep_context("model_too_large")
+    assert request.note_context(8192)
+
+
+def test_a_context_that_the_request_names_is_its_own_affair() -> None:
+    request, ticket = _ticket_for("/api/generate", 100_000, options={"num_ctx": 2048})
+    assert ticket.options == (("num_ctx", 2048),)
+    assert not request.note_context(2048)
+
+
+def test_a_raised_context_keeps_the_other_options_of_its_request() -> None:
+    ticket = _ticket_for("/api/generate", 100_000, options={"num_batch": 128})[1]
+    assert ticket.options == (("num_batch", 128), ("num_ctx", 32_768))
+
+
+@pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings"])
+def test_a_replica_with_more_context_embeds_only_texts_that_fit_into_the_named_one(path: str) -> None:
+    named = {"num_ctx": 512}
+    assert _ticket_for(path, 500, options=named)[1].is_flexible
+    assert not _ticket_for(path, 600, options=named)[1].is_flexible
+    assert _ticket_for(path, 600, trained=512, options=named)[1].is_flexible  # no replica has more
+    assert _ticket_for(path, 100_000)[1].is_flexible
+    assert _ticket_for(path, 100_000)[1].options == ()
+
+
+def test_each_text_of_a_list_is_embedded_for_itself() -> None:
+    texts = ["x" * 300] * 50
+    for inputs, is_flexible in ((texts, True), ([*texts, "y" * 600], False), ([*texts, 7], False)):
+        request = request_for({"model": "tiny", "input": inputs, "options": {"num_ctx": 512}}, "/api/embed")
+        request.plan_for(replace(facts("tiny:latest"), context_length=_TRAINED))
+        assert request.ticket(TicketId(1), 0.0, 60.0).is_flexible == is_flexible

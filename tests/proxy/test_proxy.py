@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from router.domain.events import UnloadRequested
-from tests.proxy.stage import MODEL, OK, Stage, Turn, replying, staged
+from router.domain.instance import InstanceName
+from tests.proxy.stage import MODEL, OK, Stage, Turn, replying, rests, staged
 from tests.support.rawhttp import call, connect, exchange, request_bytes
 from tests.support.waiting import eventually
 
@@ -305,3 +308,31 @@ async def test_a_bodiless_request_to_close_is_honoured_by_both_halves() -> None:
             async with connect(stage.address) as connection:
                 await connection.call("POST", path, None, (("Connection", "close"),))
                 assert await connection.at_eof()
+
+
+_REFUSED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}"
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat", "/api/embed", "/api/embeddings"])
+@pytest.mark.parametrize(
+    "options", [{"num_ctx": "32768"}, {"num_gpu": "all"}, {"main_gpu": True}, {"use_mmap": 1}, {"num_batch": [1]}]
+)
+async def test_an_option_of_the_wrong_type_goes_to_a_server_unchanged_and_without_a_slot(
+    path: str, options: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", "prompt": "x", "input": "x", "messages": [], "options": options, "keep_alive": 60}
+    async with staged() as stage:
+        stage.upstream.script = replying(_REFUSED)
+        reply = await call(stage.address, "POST", path, body)
+        assert (reply.status, reply.body, stage.controller.tickets) == (500, b"{}", [])
+        assert json.loads(stage.upstream.turns[0].body) == body
+        await rests(stage)
+
+
+async def test_an_option_of_the_wrong_type_is_refused_by_the_router_where_no_server_may_be_asked() -> None:
+    async with staged() as stage:
+        stage.catalog.models["tiny"] = replace(MODEL, is_shared=False, attached_on=frozenset({InstanceName("far")}))
+        reply = await call(stage.address, "POST", "/api/generate", {**_ASK, "options": {"num_gpu": "all"}})
+        assert (reply.status, reply.json()) == (500, {"error": 'option "num_gpu" must be of type integer'})
+        assert stage.upstream.turns == []
+        await rests(stage)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import tracemalloc
+from io import BytesIO
+
 import pytest
 
 from router.errors import BodyTooLarge
 from router.http1.parser import RequestHead
 from router.llm_api.limits import RequestLimits
-from router.proxy.request_body import LONG_BODY_BYTES, SMALL_PIECES_MAX, RequestBodyReader
+from router.proxy.request_body import LONG_BODY_BYTES, RequestBodyReader
 
 
 def _limits(max_body_bytes: int) -> RequestLimits:
@@ -20,31 +25,60 @@ def _head(framing: bytes) -> RequestHead:
     return head
 
 
-def test_a_body_that_comes_byte_by_byte_is_kept_in_few_pieces() -> None:
-    size = 50 * SMALL_PIECES_MAX
-    reader = RequestBodyReader(_head(b"Content-Length: %d" % size), _limits(2**20))
-    for number in range(size):
-        ahead = reader.feed(bytes((number % 256,)))
-        assert (ahead is None) == (number < size - 1)
-        assert len(reader.pieces) < 2 * SMALL_PIECES_MAX
-    assert reader.joined() == bytes(number % 256 for number in range(size))
+def _held_bytes(reader: RequestBodyReader) -> int:
+    """Memory of the buffer, and of the pieces that are still to be appended to it."""
+    return sum(sys.getsizeof(each) for each in gc.get_referents(reader) if isinstance(each, BytesIO | list))
 
 
-def test_chunks_of_one_byte_are_kept_in_few_pieces() -> None:
+@pytest.mark.parametrize("step", [1, 1000, 65_536])
+def test_a_body_is_in_memory_once_however_small_its_pieces(step: int) -> None:
+    size = 50_000 if step == 1 else 4_000_000
+    body = b'{"model":"tiny","prompt":"' + b"x" * (size - 28) + b'"}'
+    reader = RequestBodyReader(_head(b"Content-Length: %d" % size), _limits(2**23))
+    for start in range(0, size, step):
+        ahead = reader.feed(body[start : start + step])
+        assert (ahead is None) == (start + step < size)
+        assert _held_bytes(reader) < 1.15 * (start + step) + 4096
+    assert reader.body() == body
+    assert reader.body() is reader.body()
+    assert reader.parse("/api/generate").model == "tiny"
+
+
+def test_chunks_of_one_byte_are_in_memory_once() -> None:
     reader = RequestBodyReader(_head(b"Transfer-Encoding: chunked"), _limits(2**20))
-    for _ in range(20 * SMALL_PIECES_MAX):
+    for _ in range(20_000):
         assert reader.feed(b"1\r\nx\r\n") is None
-    assert len(reader.pieces) < 2 * SMALL_PIECES_MAX
+    assert _held_bytes(reader) < 1.15 * 20_000 + 4096
     assert reader.feed(b"0\r\n\r\nnext") == b"next"
-    assert reader.joined() == b"x" * 20 * SMALL_PIECES_MAX
+    assert reader.body() == b"x" * 20_000
 
 
-def test_pieces_that_are_counted_stay_as_they_are() -> None:
+def test_parts_of_a_body_are_there_while_it_comes() -> None:
     reader = RequestBodyReader(_head(b"Content-Length: %d" % LONG_BODY_BYTES), _limits(2**20))
-    reader.pieces_frozen = True
-    for _ in range(2 * SMALL_PIECES_MAX):
-        reader.feed(b"x")
-    assert len(reader.pieces) == 2 * SMALL_PIECES_MAX
+    for piece in (b"abc", b"defg"):
+        reader.feed(piece)
+    assert (reader.last_piece_at, reader.stored_bytes) == (3, 7)
+    assert reader.part(1, 5) == b"bcde"
+    reader.release()
+    assert reader.body() == b""
+
+
+def test_parsing_a_long_body_takes_no_second_copy() -> None:
+    """Not even with more strings than are followed while it comes, nor with one long list of numbers."""
+    numbers = ",".join(["1"] * 3_000_000)
+    messages = ",".join('{"role":"user","content":"%s"}' % ("x" * 1000) for _ in range(5000))
+    for prompt in (f'"messages":[{messages}]', f'"messages":[{numbers}]'):
+        body = f'{{"model":"tiny",{prompt}}}'.encode()
+        reader = RequestBodyReader(_head(b"Content-Length: %d" % len(body)), _limits(2**23))
+        tracemalloc.start()
+        try:
+            for start in range(0, len(body), 65_536):
+                reader.feed(body[start : start + 65_536])
+            assert reader.parse("/api/chat").model == "tiny"
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 1.15 * len(body) + 5 * 2**20
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 2000", b"Transfer-Encoding: chunked"])
@@ -58,4 +92,4 @@ def test_a_body_to_be_thrown_away_is_not_kept() -> None:
     reader = RequestBodyReader(_head(b"Content-Length: 10"), _limits(5), discards=True)
     assert reader.feed(b"x" * 9) is None
     assert reader.feed(b"xnext") == b"next"
-    assert reader.pieces == []
+    assert (reader.stored_bytes, reader.body()) == (0, b"")

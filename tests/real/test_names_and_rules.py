@@ -11,7 +11,7 @@ import pytest
 
 from tests.real.conftest import two_instances
 from tests.support.product import Product, prepare, running
-from tests.support.rawhttp import Reply, call
+from tests.support.rawhttp import Address, Reply, call
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.ollama
@@ -156,6 +156,33 @@ async def test_a_model_that_passes_options_gets_the_requested_context(configured
     reply = await _generate(configured, "other", options={"num_ctx": 1024, "num_predict": 2, "num_gpu": 0})
     assert (reply.status, reply.header("X-Llamayard-Dropped-Options")) == (200, None)
     assert _contexts(configured, "other:latest") == [1024]
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat", "/api/embed", "/api/embeddings"])
+@pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_thread", "num_gpu", "main_gpu", "use_mmap"])
+async def test_an_option_of_the_wrong_type_is_answered_as_by_a_server(product: Product, path: str, name: str) -> None:
+    assert (await _generate(product, "tiny")).status == 200
+    body = {"model": "tiny", "prompt": "x", "input": "x", "messages": _HI, "options": {name: "32"}}
+    direct = await call(Address("127.0.0.1", next(iter(product.servers()))), "POST", path, body)
+    routed = await call(product.address, "POST", path, body)
+    assert direct.status == 500
+    assert (routed.status, routed.json()) == (direct.status, direct.json())
+    assert routed.header("X-Llamayard-Dropped-Options") is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"truncate": False}])
+async def test_a_text_to_embed_is_cut_to_the_context_that_its_request_names(
+    product: Product, fields: dict[str, Any]
+) -> None:
+    text = {"model": "embed", "input": ["short", "a text of more tokens than that. " * 10]}
+    whole = await call(product.address, "POST", "/api/embed", text)
+    cut = {**text, **fields, "options": {"num_ctx": 64}}
+    routed = await call(product.address, "POST", "/api/embed", cut)
+    direct = await call(Address("127.0.0.1", next(iter(product.servers()))), "POST", "/api/embed", cut)
+    assert (whole.status, routed.status) == (200, direct.status)
+    assert routed.json().get("embeddings") == direct.json().get("embeddings")
+    assert routed.json().get("prompt_eval_count") == direct.json().get("prompt_eval_count")
+    assert whole.json()["prompt_eval_count"] > routed.json().get("prompt_eval_count", 0)
 
 
 async def test_the_client_identity_is_logged_without_the_key(configured: Product) -> None:

@@ -1,6 +1,6 @@
-"""Facts for the tests of the deciding core: small GPUs, models and instances, and snapshots made of them.
+"""Builders for the tests of the scheduler: small GPUs, models, instances and snapshots.
 
-Sizes are in MiB where a test speaks of them, so that sums can be done in the head.
+Sizes are in MiB, so that sums are easy to check.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LLAMA_70B = ModelFacts(
     input_bytes=tensor_bytes("Q4_K", (8192, 128_256)),
     output_bytes=(tensor_bytes("Q6_K", (8192, 128_256)) or 0) + (tensor_bytes("F32", (8192,)) or 0),
 )
-"""Llama 3.3 70B Q4_K_M, as `/api/tags` and `/api/show` tell it."""
+"""Llama 3.3 70B Q4_K_M, as reported by `/api/tags` and `/api/show`."""
 
 
 def gpu_id(number: int) -> GpuUuid:
@@ -100,7 +100,7 @@ def residency(
     options: RunnerOptions = (),
     load: int | None = None,
 ) -> Residency:
-    """`of` on the instance `on`, with so many MiB on each of its GPUs."""
+    """The model `of` on the instance `on`; `mib`: its size on each GPU of the instance."""
     return Residency(
         instance=InstanceName(on),
         blob=of.blob,
@@ -120,7 +120,7 @@ def residency(
 
 
 def reservation(load: int, on: str, of: ModelFacts, needs: Iterable[tuple[int, int]], **times: float) -> Reservation:
-    """`needs`: GPU number and MiB."""
+    """A reservation; `needs`: pairs of GPU number and MiB."""
     needed = tuple((gpu_id(number), size * MIB) for number, size in needs)
     return Reservation(LoadId(load), InstanceName(on), of.blob, needed, times.get("made_at", 0.0),
                        times.get("sent_at"), times.get("finished_at"))  # fmt: skip
@@ -142,7 +142,7 @@ def snapshot(
     draining: Iterable[ResidencyKey] = (),
     policy: Policy | None = None,
 ) -> Snapshot:
-    """Without a margin unless `policy` has one, so that what is free may be used."""
+    """A snapshot without margin, unless `policy` has one, so that all free memory is available."""
     return Snapshot(
         now=now,
         policy=policy or Policy(vram_margin_bytes=0),
@@ -174,7 +174,7 @@ def ticket(
     output_tokens_max: int | None = None,
     prompt: bytes = b"",
 ) -> Ticket:
-    """`prompt` gives its fingerprints, not its size."""
+    """A ticket; `prompt` determines its fingerprints, but not `prompt_tokens`."""
     return Ticket(
         TicketId(number), of, options, 0, keep_alive_seconds, arrived_at, deadline, client, session,
         prompt_tokens=prompt_tokens, output_tokens_max=output_tokens_max, is_flexible=is_flexible, layout=layout,
@@ -183,13 +183,13 @@ def ticket(
 
 
 def by_weight(of: ModelFacts, spec: InstanceSpec, context: int, facts: Snapshot) -> tuple[int, ...]:
-    """An `Estimate` for tests: the weights, in equal parts over the GPUs."""
+    """An `Estimate` for tests: the weights, split evenly over the GPUs."""
     count = len(spec.gpus)
     return tuple(of.weights_bytes // count for _ in range(count))
 
 
 class ByWeight(OllamaRules):
-    """Ollama's rules, with footprints that can be added up in the head."""
+    """Ollama's rules with simple footprints (`by_weight`)."""
 
     def estimate_bytes(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot

@@ -1,8 +1,8 @@
-"""A small world around a dispatcher: GPUs with true memory, servers that load and unload, requests that come and go.
+"""A small simulated machine around a dispatcher: GPUs with real memory use, servers, loads and requests.
 
-Whoever plays chooses what happens next. Each event goes to two dispatchers, which must answer alike though one of them
-never takes the queue for calm; each action is
-carried out on the world, which refuses what must never be asked for. One unit of memory is one byte.
+The test decides what happens next. Each event is sent to two dispatchers, one of which never treats the queue as
+quiescent; both must return the same actions. Each action is carried out on the machine, which fails the test if the
+action is not allowed. Memory sizes are small numbers of bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ GPU_BYTES = 24
 
 
 class CheckedFleet(FleetState):
-    """Compares each snapshot that it gives, which may be an earlier one, with a new one."""
+    """Compares each snapshot, which may be a cached one, with a new one."""
 
     def snapshot(self, now: float) -> Snapshot:
         found, fresh = super().snapshot(now), self.build_snapshot(now)
@@ -88,12 +88,12 @@ class CheckedFleet(FleetState):
 
 
 def sized(name: str, size: int, **changes: Any) -> ModelFacts:
-    """A model of so many bytes."""
+    """A model whose weights have `size` bytes."""
     return model(name, weights_bytes=size, **changes)
 
 
-class Restless(RetryGate):
-    """With these the queue is gone through at each event, whatever it changed."""
+class NeverQuiescent(RetryGate):
+    """Makes the dispatcher handle the whole queue at each event."""
 
     def is_quiescent(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
         return False
@@ -101,7 +101,7 @@ class Restless(RetryGate):
 
 @dataclass(slots=True)
 class Play:
-    """`gpus`: how many; with two or more there is a spread instance too."""
+    """The machine. `gpus`: number of GPUs; with two or more there is also a spread instance."""
 
     gpus: int = 1
     policy: Policy = field(default_factory=lambda: Policy(vram_margin_bytes=0))
@@ -110,22 +110,22 @@ class Play:
     external: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
     specs: dict[InstanceName, InstanceSpec] = field(default_factory=dict[InstanceName, InstanceSpec])
     held: dict[ResidencyKey, dict[GpuUuid, int]] = field(default_factory=dict[ResidencyKey, dict[GpuUuid, int]])
-    """What truly takes memory, from the moment a load is sent until its unload ended."""
+    """Real memory use, from the time a load is sent until its unload has ended."""
     loads: dict[LoadId, Load] = field(default_factory=dict[LoadId, Load])
-    """Sent and not ended."""
+    """Running loads."""
     unloads: dict[ResidencyKey, Unload] = field(default_factory=dict[ResidencyKey, Unload])
     waiting: dict[TicketId, Ticket] = field(default_factory=dict[TicketId, Ticket])
     leases: dict[TicketId, tuple[ResidencyKey, LoadId | None]] = field(
         default_factory=dict[TicketId, tuple[ResidencyKey, LoadId | None]]
     )
-    """Granted and not given back: of which residency, and which load brought that in."""
+    """Slots in use: their residency, and the load that it came from."""
     endings: dict[TicketId, Grant | Reject | None] = field(default_factory=dict[TicketId, Grant | Reject | None])
-    """How each ticket ended; None for one that was cancelled."""
+    """How each ticket ended; None if it was cancelled."""
     dead: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
-    """Runners that died, of which the dispatcher may not know yet."""
+    """Runners that died; the dispatcher may not know it yet."""
     loads_sent: int = 0
     starting: list[InstanceName] = field(default_factory=list[InstanceName])
-    """Asked for and not there yet."""
+    """Instances that were requested and are not ready yet."""
     lost: set[GpuUuid] = field(default_factory=set[GpuUuid])
     """GPUs that cannot be read."""
     stopped: list[InstanceName] = field(default_factory=list[InstanceName])
@@ -138,7 +138,7 @@ class Play:
     _tickets: int = 0
 
     def __post_init__(self) -> None:
-        self._twins = (Dispatcher(self.policy, BY_WEIGHT), Dispatcher(self.policy, BY_WEIGHT, Restless()))
+        self._twins = (Dispatcher(self.policy, BY_WEIGHT), Dispatcher(self.policy, BY_WEIGHT, NeverQuiescent()))
         for twin in self._twins:
             twin._fleet = CheckedFleet(self.policy, BY_WEIGHT, footprints=twin._fleet.footprints)
         self.external = {gpu_id(number): 0 for number in range(self.gpus)}
@@ -149,23 +149,23 @@ class Play:
         self.read_gpus()
 
     def begin(self) -> Play:
-        """All instances answer."""
+        """Makes all instances ready."""
         for name in self.specs:
             self.change_instance(name, InstanceState.READY)
         return self
 
-    # --- what happens ------------------------------------------------------------------------------------------
+    # --- events ------------------------------------------------------------------------------------------------
 
     def post(self, event: Event) -> list[Action]:
         before = self.snapshot()
         self.last, again = (twin.handle(event, self.now) for twin in self._twins)
-        assert self.last == again, "the same events must give the same actions, however much of the queue was looked at"
+        assert self.last == again, "the same events must give the same actions, however much of the queue was handled"
         for action in self.last:
             self._carry_out(action, before)
         return self.last
 
     def bring_up(self) -> None:
-        """Instances that were asked for answer."""
+        """Makes requested instances ready."""
         while self.starting:
             self.change_instance(self.starting.pop(0), InstanceState.READY)
 
@@ -174,7 +174,7 @@ class Play:
         return self.post(Ticked())
 
     def read_gpus(self, progress: float = 1.0) -> list[Action]:
-        """A reading of the GPUs; loads under way show this part of their memory."""
+        """Posts a reading of the GPUs. `progress`: share of their memory that running loads use already."""
         return self.post(GpusRead(tuple(self._gpu(number, progress) for number in range(self.gpus)), self.now))
 
     def change_instance(self, name: str, state: InstanceState, reason: str = "") -> list[Action]:
@@ -197,13 +197,20 @@ class Play:
         is_flexible: bool = False,
         layout: Layout | None = None,
         client: str = "",
+        default_context: int | None = None,
     ) -> TicketId:
+        """`default_context`: it cannot name a context, and needs this one; 0: the usual one."""
         self._tickets += 1
         made = ticket_of(
             self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
             deadline=self.now + ttft_target_seconds, is_flexible=is_flexible, layout=layout,
         )  # fmt: skip
-        made = replace(made, client=client)
+        made = replace(
+            made,
+            client=client,
+            takes_default_context=default_context is not None,
+            context_length=default_context or 0,
+        )
         self.waiting[made.id] = made
         self.post(Arrived(made))
         return made.id
@@ -220,7 +227,7 @@ class Play:
         return self.post(Released(ticket, runner_lost, 0, first_byte_at, silent_seconds))
 
     def finish_load(self, load: LoadId, on_cpu: int = 0) -> list[Action]:
-        """It ended well, `on_cpu` of its bytes on the CPU."""
+        """Ends a load successfully, with `on_cpu` of its bytes on the CPU."""
         sent = self.loads.pop(load)
         size = max(1, sent.model.weights_bytes)
         return self.post(LoadFinished(load, size, size - on_cpu if sent.expects_gpu else 0))
@@ -242,7 +249,7 @@ class Play:
         return self.post(UnloadRequested(of.blob))
 
     def list_models(self, name: str) -> list[Action]:
-        """The server's `/api/ps`, which lists what is loaded there in full."""
+        """Posts the loaded models of an instance, without those that are still loading."""
         loading = {(load.instance, load.model.blob) for load in self.loads.values()}
         known = self.snapshot().residencies
         rows = [
@@ -253,7 +260,7 @@ class Play:
         return self.post(ResidencyRead(InstanceName(name), tuple(rows), self.now))
 
     def lose_runner(self, key: ResidencyKey) -> list[Action]:
-        """A loaded model's process dies, and its server notices: it is no longer listed."""
+        """The runner of a loaded model dies; its server no longer lists it."""
         self.now += 0.01
         if self.held.pop(key, None) is not None:
             self.dead.add(key)
@@ -267,10 +274,10 @@ class Play:
             else:
                 self.change_instance(name, InstanceState.READY)
 
-    # --- in one go ---------------------------------------------------------------------------------------------
+    # --- steps -------------------------------------------------------------------------------------------------
 
     def work_through(self, rounds: int = 30) -> None:
-        """Lets all that is under way end well, and the GPUs be read, until nothing more is asked for."""
+        """Ends all loads and unloads successfully and reads the GPUs, until nothing is left to do."""
         for _ in range(rounds):
             self.now += 0.1
             self.read_gpus()
@@ -284,7 +291,7 @@ class Play:
             if not self.loads and not self.unloads:
                 return
 
-    # --- what is ------------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         return self._twins[0].snapshot(self.now)
@@ -298,10 +305,10 @@ class Play:
 
     def reason(self, ticket: TicketId) -> str:
         """What a waiting ticket waits for."""
-        return next((words for waiting, words in self._twins[0].waiting if waiting.id == ticket), "")
+        return next((reason for waiting, reason in self._twins[0].waiting if waiting.id == ticket), "")
 
     def wait_estimate(self, ticket: TicketId) -> WaitEstimate:
-        """How a waiting ticket stands."""
+        """Position and expected wait of a ticket."""
         found, again = (twin.wait_estimates(self.now) for twin in self._twins)
         assert found == again
         return found[ticket]
@@ -314,7 +321,7 @@ class Play:
         return self._twins[0].next_wake()
 
     def free_bytes(self, gpu: GpuUuid) -> int:
-        """True room: loads under way count whole."""
+        """Really free bytes; running loads count with their full size."""
         return GPU_BYTES - self.external[gpu] - sum(sizes.get(gpu, 0) for sizes in self.held.values())
 
     def grant(self, ticket: TicketId) -> Grant:
@@ -327,7 +334,7 @@ class Play:
         assert isinstance(found, Reject), found
         return found
 
-    # --- carrying out --------------------------------------------------------------------------------------------
+    # --- actions -------------------------------------------------------------------------------------------------
 
     def _carry_out(self, action: Action, before: Snapshot) -> None:
         match action:
@@ -365,7 +372,11 @@ class Play:
         assert facts.instances[grant.instance].state is InstanceState.READY
         assert key in self.held or key in self.dead
         found = facts.residencies[key]
-        assert found.options == ticket.options or ticket.is_flexible
+        if ticket.takes_default_context:
+            given = facts.instances[grant.instance].spec.context_length
+            assert found.context_length == min(given, ticket.model.context_length) >= ticket.context_length
+        else:
+            assert found.options == ticket.options or ticket.is_flexible
         assert ticket.layout is None or ticket.layout.allows(facts.instances[grant.instance].spec.gpus)
         assert (grant.options, grant.context_length) == (found.options, found.context_length)
         self.leases[ticket.id] = (key, found.load_id)
@@ -385,15 +396,15 @@ class Play:
     def _unload(self, unload: Unload, before: Snapshot) -> None:
         key = (unload.instance, unload.blob)
         assert key not in self.unloads, f"{key} is being unloaded already"
-        stood = before.residencies.get(key)
-        again = stood is not None and stood.state is ResidencyState.UNLOADING
-        own_fault = again or unload.reason.startswith(("its runner died", "came out"))
-        busy = sum(1 for lease in self.leases.values() if stood and lease == (key, stood.load_id))
-        assert own_fault or not busy, f"{key} was unloaded with {busy} requests: {unload.reason}"
+        residency = before.residencies.get(key)
+        is_repeated = residency is not None and residency.state is ResidencyState.UNLOADING
+        is_failed = is_repeated or unload.reason.startswith(("its runner died", "came out"))
+        busy = sum(1 for lease in self.leases.values() if residency and lease == (key, residency.load_id))
+        assert is_failed or not busy, f"{key} was unloaded with {busy} requests: {unload.reason}"
         self.unloads[key] = unload
 
     def _lose(self, name: InstanceName) -> None:
-        """Its processes are gone, and with them its memory, its loads and its unloads."""
+        """Removes an instance's memory use, loads and unloads, because its processes are gone."""
         self.held = {key: sizes for key, sizes in self.held.items() if key[0] != name}
         self.loads = {load_id: load for load_id, load in self.loads.items() if load.instance != name}
         self.unloads = {key: unload for key, unload in self.unloads.items() if key[0] != name}
@@ -408,5 +419,5 @@ class Play:
 
 
 def with_policy(policy: Policy, **changes: object) -> Policy:
-    """The policy with other numbers."""
+    """The policy with some values replaced."""
     return replace(policy, **changes)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What evictions cost and loads are worth, in seconds that clients wait in vain."""
+"""Prices of evictions and values of loads, in seconds of waiting."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_an_eviction_costs_a_late_token_for_each_request_expected_while_the_mode
     assert math.isclose(eviction_price(_facts(), COPY), 0.1 * away * POLICY.ttft_target_seconds)
 
 
-def test_a_model_that_nobody_asks_for_costs_nothing_and_one_that_is_waited_for_more() -> None:
+def test_a_model_without_requests_costs_nothing_and_one_with_waiting_requests_more() -> None:
     assert eviction_price(_facts(0.0), COPY) == 0.0
     waited_for = eviction_price(_facts(wanted={M.blob: 2}), COPY)
     assert math.isclose(waited_for - eviction_price(_facts(), COPY), 2 * POLICY.ttft_target_seconds)
 
 
-def test_a_spare_copy_is_nearly_free() -> None:
+def test_evicting_a_spare_replica_is_nearly_free() -> None:
     alone, spare = eviction_price(_facts(), COPY), eviction_price(_facts(0.1, COPY, residency("gpu1", M, 2000)), COPY)
     assert math.isclose(spare, alone / 10)
 
@@ -46,7 +46,7 @@ def test_demand_fades() -> None:
     assert math.isclose(eviction_price(later, COPY), eviction_price(_facts(), COPY) / 2)
 
 
-def test_a_load_is_worth_a_token_in_time_for_each_ticket_that_it_can_still_serve_so() -> None:
+def test_a_load_is_worth_one_target_for_each_ticket_that_it_can_serve_in_time() -> None:
     facts = _facts(0.1, BUSY, loaded_bytes_per_second=1e12)
     fresh = [ticket(number, M, arrived_at=facts.now) for number in range(3)]
     assert worth_of_load(facts, M, fresh) == 3 * POLICY.ttft_target_seconds
@@ -61,7 +61,7 @@ def test_while_loads_are_few_late_tickets_are_worth_a_load_at_once() -> None:
     assert worth_of_load(calm, M, late) > worth_of_load(pressed, M, late)
 
 
-def test_where_nothing_runs_and_nobody_else_waits_a_late_ticket_is_not_held_back_for_the_loads_of_late() -> None:
+def test_recent_loads_do_not_delay_a_late_ticket_on_an_idle_machine() -> None:
     pressed = _facts(loaded_bytes_per_second=1e12)
     late = [ticket(1, M, arrived_at=pressed.now)]
     slow = replace(pressed, load_rate_bytes_per_second=1e6, wanted={M.blob: 1})
@@ -70,7 +70,7 @@ def test_where_nothing_runs_and_nobody_else_waits_a_late_ticket_is_not_held_back
         assert worth_of_load(busier, M, late) == 0.0
 
 
-def test_the_rate_of_loads_is_one_of_bytes_so_that_small_models_tell_little_of_it() -> None:
+def test_large_loads_weigh_more_in_the_load_rate_than_small_ones() -> None:
     policy = Policy(constants=SchedulerConstants(load_fixed_seconds=0.8, load_bytes_per_second=3e9))
     fleet = FleetState(policy, OLLAMA)
     fleet.loaded(300_000_000, 0.9)  # an embedder: mostly the start of its runner

@@ -1,4 +1,4 @@
-"""What becomes of requests: loads shared, slots bounded, failures passed on, room made, nobody starved."""
+"""The dispatcher: shared loads, limited slots, errors of loads, evictions, no starvation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from router.domain.ids import LoadId
 from router.domain.instance import InstanceState
 from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
-from router.domain.residency import ResidencyState
-from tests.scheduler.builders import key
+from router.domain.residency import ResidencyState, is_spill
+from tests.scheduler.builders import key, model
 from tests.scheduler.play import GPU_BYTES, Play, sized, with_policy
 
 SMALL, OTHER, WHOLE, PAIR = sized("small", 10), sized("other", 10), sized("whole", 20), sized("pair", 40)
@@ -57,7 +57,7 @@ def test_names_of_the_same_weights_share_one_load(one: Play) -> None:
     assert len(one.leases) == 2
 
 
-def test_what_is_loaded_is_used_at_once_and_says_why_there(one: Play) -> None:
+def test_a_loaded_model_is_granted_at_once_with_its_reason(one: Play) -> None:
     one.arrive(SMALL)
     one.work_through()
     again = one.arrive(SMALL)
@@ -66,7 +66,7 @@ def test_what_is_loaded_is_used_at_once_and_says_why_there(one: Play) -> None:
     assert "GPU 0 needs" in one.grant(again).reason
 
 
-def test_who_finds_all_slots_taken_waits_for_the_first_that_comes_back(one: Play) -> None:
+def test_a_request_that_finds_all_slots_in_use_gets_the_first_free_one(one: Play) -> None:
     first = one.arrive(SMALL)
     one.work_through()
     one.arrive(SMALL)
@@ -87,7 +87,7 @@ def test_an_embedding_model_is_given_one_request_at_a_time(one: Play) -> None:
     assert len(one.queued()) == 1
 
 
-def test_models_that_fit_beside_each_other_are_loaded_at_the_same_time(two: Play) -> None:
+def test_models_that_fit_together_are_loaded_at_the_same_time(two: Play) -> None:
     two.arrive(SMALL)
     two.arrive(OTHER)
     assert {(load.instance, load.model.name) for load in two.loads.values()} == {("gpu0", "small"), ("gpu1", "other")}
@@ -130,7 +130,7 @@ def test_a_cancelled_ticket_frees_its_place() -> None:
     assert play.loads_sent == 1
 
 
-def test_a_full_queue_answers_503_and_when_to_come_again() -> None:
+def test_a_full_queue_answers_503_with_a_retry_time() -> None:
     play = Play(1, with_policy(PLAIN, queue_limit=3), slots=1).begin()
     for _ in range(3):
         play.arrive(SMALL)
@@ -140,7 +140,7 @@ def test_a_full_queue_answers_503_and_when_to_come_again() -> None:
     assert refused.retry_after_seconds == 3
 
 
-def test_a_full_queue_turns_nobody_away_who_could_be_served_at_once() -> None:
+def test_a_full_queue_does_not_refuse_a_request_that_can_be_served_at_once() -> None:
     play = Play(2, with_policy(PLAIN, queue_limit=1)).begin()
     play.arrive(SMALL)
     play.work_through()
@@ -148,7 +148,7 @@ def test_a_full_queue_turns_nobody_away_who_could_be_served_at_once() -> None:
     assert play.arrive(SMALL) in play.leases
 
 
-def test_with_a_full_queue_nobody_overtakes_his_own_group() -> None:
+def test_with_a_full_queue_no_request_overtakes_its_own_group() -> None:
     play = Play(1, with_policy(PLAIN, queue_limit=1), slots=1).begin()
     served = play.arrive(SMALL)
     play.work_through()
@@ -158,7 +158,7 @@ def test_with_a_full_queue_nobody_overtakes_his_own_group() -> None:
     assert waits in play.leases
 
 
-def test_who_has_waited_his_whole_deadline_is_told_for_what(one: Play) -> None:
+def test_a_timeout_tells_what_the_request_waited_for(one: Play) -> None:
     late = one.arrive(SMALL, ttft_target_seconds=30.0)
     one.advance(29.9)
     assert one.queued() == [late]
@@ -169,12 +169,12 @@ def test_who_has_waited_his_whole_deadline_is_told_for_what(one: Play) -> None:
     assert refused.retry_after_seconds is not None
 
 
-def test_the_next_deadline_is_woken_for(one: Play) -> None:
+def test_the_dispatcher_wakes_for_the_next_deadline(one: Play) -> None:
     one.arrive(SMALL, ttft_target_seconds=0.5)
     assert one.next_wake == one.now + 0.5
 
 
-def test_with_nobody_waiting_and_nothing_to_expire_nothing_is_woken_for(one: Play) -> None:
+def test_without_waiting_requests_and_expiries_there_is_no_wake(one: Play) -> None:
     assert one.next_wake is None
     one.arrive(SMALL)
     one.work_through()
@@ -187,7 +187,7 @@ def test_a_model_that_fits_nowhere_ends_all_its_requests_at_once(two: Play) -> N
     assert two.queued() == []
 
 
-def test_after_shutdown_began_nobody_new_is_served_and_who_runs_may_end(one: Play) -> None:
+def test_after_shutdown_began_new_requests_are_refused_and_running_ones_may_end(one: Play) -> None:
     running = one.arrive(SMALL)
     one.work_through()
     waiting = one.arrive(OTHER)
@@ -201,7 +201,7 @@ def test_after_shutdown_began_nobody_new_is_served_and_who_runs_may_end(one: Pla
 # --- loads that go wrong ----------------------------------------------------------------------------------------
 
 
-def test_a_failed_load_reaches_all_who_waited_for_it_in_the_servers_words(one: Play) -> None:
+def test_a_failed_load_ends_all_requests_that_waited_for_it_with_the_servers_error(one: Play) -> None:
     tickets = [one.arrive(SMALL), one.arrive(SMALL), one.arrive(SMALL, LONG)]
     one.fail_load(_only_load(one), 500, "cudaMalloc failed: out of memory")
     for ticket in tickets[:2]:
@@ -232,11 +232,17 @@ def test_a_failure_is_remembered_for_a_while_and_then_forgotten(one: Play) -> No
     assert len(one.loads) == 1
 
 
-def test_a_load_that_came_out_partly_on_the_cpu_is_undone_and_never_used(one: Play) -> None:
+def test_a_load_that_spilled_to_the_cpu_is_undone_and_never_used(one: Play) -> None:
     ticket = one.arrive(SMALL)
     (unload,) = [action for action in one.finish_load(_only_load(one), on_cpu=1) if action in one.unloads.values()]
     assert isinstance(unload, Unload)
     assert unload.reason == "came out 10 % on the CPU on gpu0"
+    assert one.leases == {}
+    one.finish_unload(key("gpu0", SMALL))
+    one.advance(0.1)
+    one.read_gpus()
+    assert ticket in one.waiting  # planned anew once before its client is told
+    one.finish_load(_only_load(one), on_cpu=1)
     refused = one.rejection(ticket)
     assert (refused.code, refused.status) == ("load_failed", 502)
     assert refused.message == "model 'small' came out 10 % on the CPU on gpu0"
@@ -245,7 +251,21 @@ def test_a_load_that_came_out_partly_on_the_cpu_is_undone_and_never_used(one: Pl
     assert one.residency("gpu0", SMALL) is None
 
 
-def test_a_load_that_spilled_on_one_gpu_is_made_whole_on_the_other(two: Play) -> None:
+def test_a_load_that_spilled_once_is_sent_again_and_used(one: Play) -> None:
+    ticket = one.arrive(SMALL)
+    one.finish_load(_only_load(one), on_cpu=1)
+    one.work_through()
+    assert (one.grant(ticket).instance, one.loads_sent) == ("gpu0", 2)
+
+
+@pytest.mark.parametrize(("missing", "spilled"), [(1, False), (15_000, False), (15_200, True), (30_303, True)])
+def test_less_than_half_a_layer_on_the_cpu_is_rounding(missing: int, spilled: bool) -> None:
+    """32 layers and the output: each is a 33rd of the weights."""
+    assert is_spill(model("m", weights_bytes=1_000_000), 1_000_000, 1_000_000 - missing) == spilled
+    assert not is_spill(model("m", weights_bytes=0), 1000, 995)
+
+
+def test_a_load_that_spilled_on_one_gpu_is_tried_on_the_other(two: Play) -> None:
     ticket = two.arrive(SMALL)
     two.finish_load(_only_load(two), on_cpu=1)
     two.work_through()
@@ -299,7 +319,7 @@ def test_a_model_is_not_called_too_large_while_the_gpus_still_show_what_a_lost_i
     assert one.grant(waiting).instance == "gpu0"
 
 
-def test_a_slot_of_a_lost_copy_is_no_slot_of_the_copy_that_came_after_it(one: Play) -> None:
+def test_a_slot_of_a_lost_replica_does_not_count_for_the_next_one(one: Play) -> None:
     old = one.arrive(SMALL)
     one.work_through()
     one.change_instance("gpu0", InstanceState.BACKOFF)
@@ -337,7 +357,7 @@ def test_a_runner_that_died_under_a_request_is_unloaded_before_its_model_is_used
 
 
 def test_gpus_are_never_given_more_than_they_have() -> None:
-    """What the world of these tests checks at each load, once as an example."""
+    """`Play` checks this at each load; here is one example."""
     play = Play(1).begin()
     play.arrive(WHOLE)
     play.arrive(SMALL)

@@ -1,4 +1,4 @@
-"""Requests that are content with a copy loaded otherwise, and requests that insist on certain GPUs."""
+"""Flexible requests, which a replica with other options can serve, and requests with a layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def two() -> Play:
     return Play(2, Policy(vram_margin_bytes=0, constants=SchedulerConstants(replicas_max=1)), slots=1).begin()
 
 
-def test_a_smaller_context_is_served_by_the_copy_that_is_there(two: Play) -> None:
+def test_a_smaller_context_is_served_by_the_loaded_replica(two: Play) -> None:
     two.release(_served(two))
     second = two.arrive(SMALL, SHORT, is_flexible=True)
     assert two.grant(second).options == ()
@@ -28,7 +28,7 @@ def test_a_smaller_context_is_served_by_the_copy_that_is_there(two: Play) -> Non
     assert two.loads_sent == 1
 
 
-def test_a_smaller_context_waits_for_the_copy_that_is_there_and_loads_no_other(two: Play) -> None:
+def test_a_smaller_context_waits_for_the_loaded_replica_and_loads_no_other(two: Play) -> None:
     first = _served(two)
     second = two.arrive(SMALL, SHORT, is_flexible=True)
     assert two.reason(second) == "1 of 1 slots are in use on gpu0"
@@ -38,7 +38,7 @@ def test_a_smaller_context_waits_for_the_copy_that_is_there_and_loads_no_other(t
     assert second in two.leases
 
 
-def test_a_larger_context_has_the_copy_loaded_again_upward_and_the_next_small_one_leaves_it(two: Play) -> None:
+def test_a_larger_context_reloads_the_replica_and_a_smaller_one_then_does_not(two: Play) -> None:
     two.release(_served(two))
     larger = two.arrive(SMALL, LONG, is_flexible=True)
     two.work_through()
@@ -51,7 +51,7 @@ def test_a_larger_context_has_the_copy_loaded_again_upward_and_the_next_small_on
     assert two.loads_sent == 2
 
 
-def test_the_ordinary_context_is_not_served_by_a_copy_with_less(two: Play) -> None:
+def test_the_default_context_is_not_served_by_a_replica_with_less(two: Play) -> None:
     short = two.arrive(SMALL, SHORT)
     two.work_through()
     ordinary = two.arrive(SMALL, is_flexible=True)
@@ -59,7 +59,7 @@ def test_the_ordinary_context_is_not_served_by_a_copy_with_less(two: Play) -> No
     assert (two.grant(short).context_length, two.grant(ordinary).context_length) == (2048, 8192)
 
 
-def test_a_request_that_insists_on_all_gpus_gets_them_though_one_would_do(two: Play) -> None:
+def test_a_request_with_layout_spread_gets_several_gpus_even_if_one_is_enough(two: Play) -> None:
     _served(two)
     spread = two.arrive(SMALL, layout=SPREAD)
     two.work_through()
@@ -70,13 +70,13 @@ def test_a_request_that_insists_on_all_gpus_gets_them_though_one_would_do(two: P
     assert two.loads_sent == 3
 
 
-def test_gpus_that_cannot_be_had_are_refused_at_once() -> None:
+def test_a_layout_that_is_impossible_is_refused_at_once() -> None:
     one = Play(1).begin()
     refused = one.rejection(one.arrive(SMALL, layout=SPREAD))
     assert refused.code == "layout_unavailable"
 
 
-def test_who_insists_on_gpus_does_not_hold_up_who_does_not(two: Play) -> None:
+def test_a_request_with_a_layout_does_not_delay_those_without(two: Play) -> None:
     first = _served(two)
     insists = two.arrive(SMALL, layout=SPREAD)
     plain = two.arrive(SMALL)
@@ -87,7 +87,7 @@ def test_who_insists_on_gpus_does_not_hold_up_who_does_not(two: Play) -> None:
     assert two.grant(insists).instance == "spread"
 
 
-def test_with_layouts_and_without_one_load_is_shared(two: Play) -> None:
+def test_requests_with_and_without_a_layout_share_a_load(two: Play) -> None:
     tickets = [two.arrive(SMALL), two.arrive(SMALL, layout=SINGLE), two.arrive(SMALL, is_flexible=True)]
     two.work_through()
     assert two.loads_sent == 1

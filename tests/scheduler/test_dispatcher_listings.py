@@ -1,4 +1,4 @@
-"""What servers list changes what is believed to be loaded, unless the listing is older than what is known."""
+"""Lists of loaded models update the state, unless they are older than it."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_a_model_that_somebody_else_loaded_is_adopted_and_used(one: Play) -> Non
     assert one.loads_sent == 0
 
 
-def test_an_adopted_model_with_another_context_serves_only_those_who_ask_for_that(one: Play) -> None:
+def test_an_adopted_model_with_another_context_serves_only_requests_for_it(one: Play) -> None:
     one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10, context=2048),), one.now))
     found = one.residency("gpu0", SMALL)
     assert found is not None
     assert found.options == LONG
 
 
-def test_a_listing_that_was_asked_for_before_an_unload_ended_brings_nothing_back(one: Play) -> None:
+def test_a_listing_older_than_an_unload_restores_nothing(one: Play) -> None:
     ticket = one.arrive(SMALL, keep_alive_seconds=0.0)
     one.work_through()
     asked_at = one.now
@@ -77,14 +77,14 @@ def test_a_listing_that_was_asked_for_before_an_unload_ended_brings_nothing_back
     assert one.residency("gpu0", SMALL) is None
 
 
-def test_a_listing_that_was_asked_for_before_a_load_ended_forgets_nothing(one: Play) -> None:
+def test_a_listing_older_than_a_load_drops_nothing(one: Play) -> None:
     one.arrive(SMALL)
     one.finish_load(_only_load(one))
     one.post(ResidencyRead(InstanceName("gpu0"), (), one.now - 0.1))
     assert one.state("gpu0", SMALL) is ResidencyState.READY
 
 
-def test_a_model_whose_name_means_another_by_now_is_still_listed(one: Play) -> None:
+def test_a_model_whose_name_means_another_now_is_still_matched(one: Play) -> None:
     one.arrive(SMALL)
     one.work_through()
     row = LoadedModel(SMALL.name, SMALL.digest, 10, 10, None, model=None)
@@ -94,7 +94,7 @@ def test_a_model_whose_name_means_another_by_now_is_still_listed(one: Play) -> N
     assert one.residency("gpu0", SMALL) is None
 
 
-def test_a_listing_tells_the_true_size(one: Play) -> None:
+def test_a_listing_replaces_the_estimated_size(one: Play) -> None:
     one.arrive(SMALL)
     one.work_through()
     one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 13, vram=12),), one.now))

@@ -1,4 +1,4 @@
-"""Random lives of a fleet: whatever happens in whatever order, the promises of the dispatcher hold after each event."""
+"""Random event sequences: the invariants of the dispatcher hold after each event."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOWN = (InstanceState.BACKOFF, InstanceState.STARTING, InstanceState.FATAL, Inst
 
 
 class Fleet(RuleBasedStateMachine):
-    """One to four GPUs and the instance over all of them."""
+    """One to four GPUs, and an instance over all of them."""
 
     play: Play
 
@@ -53,6 +53,7 @@ class Fleet(RuleBasedStateMachine):
         patience=st.sampled_from((300.0, 300.0, 60.0, 2.0)),
         is_flexible=st.sampled_from((False, False, True)),
         layout=st.sampled_from(LAYOUTS),
+        default_context=st.sampled_from((None, None, None, 0, 4096)),
     )
     def some_arrive(
         self,
@@ -63,9 +64,15 @@ class Fleet(RuleBasedStateMachine):
         patience: float,
         is_flexible: bool,
         layout: Layout | None,
+        default_context: int | None,
     ) -> None:
+        if default_context is not None:
+            options, is_flexible = (("num_ctx", default_context),) if default_context else (), False
         for _ in range(count):
-            self.play.arrive(MODELS[of], options, keep, patience, is_flexible=is_flexible, layout=layout)
+            self.play.arrive(
+                MODELS[of], options, keep, patience, is_flexible=is_flexible, layout=layout,
+                default_context=default_context,
+            )  # fmt: skip
 
     @rule(of=st.sampled_from(("tiny", "small", "pair")))
     def one_arrives_and_is_served(self, of: str) -> None:
@@ -139,7 +146,7 @@ class Fleet(RuleBasedStateMachine):
         views = self.play.snapshot().instances.values()
         return sorted(found.spec.name for found in views if found.state is not InstanceState.READY)
 
-    # --- promises ----------------------------------------------------------------------------------------------
+    # --- invariants --------------------------------------------------------------------------------------------
 
     def loaded(self) -> list[ResidencyKey]:
         facts = self.play.snapshot()
@@ -187,7 +194,7 @@ class Fleet(RuleBasedStateMachine):
             assert self.play.next_wake is not None
 
     def teardown(self) -> None:
-        """Once everything works, everybody gets an answer."""
+        """Once everything works, every ticket ends."""
         if not hasattr(self, "play"):
             return
         play = self.play

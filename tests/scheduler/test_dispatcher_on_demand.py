@@ -1,4 +1,4 @@
-"""Instances that are started for a set of GPUs when a model needs them, and what models are pinned to."""
+"""Instances on demand, and pins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _play(gpus: int, policy: Policy = POLICY) -> Play:
 
 
 def _run(play: Play, of: ModelFacts, **how: object) -> TicketId:
-    """A request that is served, its instance started where it needs one."""
+    """Serves one request; starts its instance if necessary."""
     ticket = play.arrive(of, **how)  # type: ignore[arg-type]
     play.bring_up()
     play.work_through()
@@ -46,7 +46,29 @@ def test_a_second_model_on_a_gpu_gets_a_server_of_its_own() -> None:
     assert (one.grant(first).instance, one.grant(second).instance) == ("gpu0", "gpu0.2")
 
 
-def test_an_instance_that_has_been_empty_for_long_is_stopped_once() -> None:
+def test_a_load_that_spilled_is_planned_anew_with_a_slot_less() -> None:
+    one = _play(1)
+    ticket = one.arrive(SMALL)
+    one.finish_load(next(iter(one.loads)), on_cpu=1)
+    assert one.specs[InstanceName("gpu0.2")].num_parallel == 1
+    one.bring_up()
+    one.work_through()
+    assert one.grant(ticket).instance == "gpu0.2"
+
+
+def test_a_load_that_spilled_twice_is_refused() -> None:
+    one = _play(1)
+    ticket = one.arrive(SMALL)
+    for _ in range(2):
+        one.finish_load(next(iter(one.loads)), on_cpu=1)
+        one.bring_up()
+        one.finish_unload(next(iter(one.unloads)))
+        one.advance(0.1)
+        one.read_gpus()
+    assert (one.rejection(ticket).status, one.loads_sent) == (502, 2)
+
+
+def test_an_instance_that_stays_empty_is_stopped_once() -> None:
     one = _play(1, replace(POLICY, instance_idle_seconds=1000.0))
     one.release(_run(one, SMALL))
     one.release(_run(one, OTHER, keep_alive_seconds=0.0))
@@ -62,7 +84,7 @@ def test_an_instance_that_has_been_empty_for_long_is_stopped_once() -> None:
     assert InstanceName("gpu0") in one.snapshot().instances
 
 
-def test_where_an_instance_does_not_come_up_it_is_stopped_and_another_set_is_tried() -> None:
+def test_an_instance_that_does_not_start_is_stopped_and_another_set_is_tried() -> None:
     four = _play(4)
     ticket = four.arrive(PAIR)
     (failing,) = four.starting
@@ -92,7 +114,7 @@ def test_a_pinned_model_goes_to_its_gpus_and_no_other() -> None:
     assert four.specs[spread].gpus == (gpu_id(0), gpu_id(3))
 
 
-def test_a_warm_model_is_loaded_unasked_comes_back_when_it_is_lost_and_is_never_evicted() -> None:
+def test_a_keep_warm_model_is_loaded_at_start_and_after_a_loss_and_never_evicted() -> None:
     one = _play(1, replace(POLICY, pins={"half": Pin(keep_warm=True)}))
     one.post(ModelDiscovered(HALF))
     one.work_through()
@@ -114,7 +136,7 @@ def test_an_exclusive_gpu_takes_only_its_models() -> None:
     assert two.grant(_run(two, OTHER)).instance == "gpu0"
 
 
-def test_slots_of_a_pin_make_an_instance_of_its_own() -> None:
+def test_a_pin_with_slots_gets_its_own_instance() -> None:
     one = _play(1, replace(POLICY, pins={"small": Pin(num_parallel=5)}))
     ticket = _run(one, SMALL)
     assert one.specs[one.grant(ticket).instance].num_parallel == 5
@@ -123,7 +145,7 @@ def test_slots_of_a_pin_make_an_instance_of_its_own() -> None:
     assert found.slots == 5
 
 
-def test_what_a_load_took_replaces_the_estimate_and_is_remembered() -> None:
+def test_a_measured_footprint_replaces_the_estimate_and_is_stored() -> None:
     one = _play(1)
     one.release(_run(one, SMALL))
     ((shown, sizes),) = one.remembered.items()
@@ -135,7 +157,7 @@ def test_what_a_load_took_replaces_the_estimate_and_is_remembered() -> None:
     assert booked.per_gpu_bytes == ((gpu_id(0), 11),)
 
 
-def test_requests_that_would_wait_longer_than_a_load_get_a_further_copy() -> None:
+def test_requests_that_would_wait_longer_than_a_load_get_another_replica() -> None:
     two = _play(2)
     tickets = [two.arrive(SMALL) for _ in range(4)]
     two.work_through()
@@ -144,7 +166,7 @@ def test_requests_that_would_wait_longer_than_a_load_get_a_further_copy() -> Non
     assert sorted(two.grant(ticket).instance for ticket in tickets) == ["gpu0", "gpu0", "gpu1", "gpu1"]
 
 
-def test_a_model_that_a_client_has_stopped_is_not_loaded_again_unasked() -> None:
+def test_a_model_that_a_client_unloaded_is_not_loaded_again_without_a_request() -> None:
     one = _play(1)
     for _ in range(20):
         one.release(_run(one, SMALL))
@@ -155,7 +177,7 @@ def test_a_model_that_a_client_has_stopped_is_not_loaded_again_unasked() -> None
     assert (one.loads, one.residency("gpu0", SMALL)) == ({}, None)
 
 
-def test_a_pin_overrides_what_clients_say_of_keep_alive_but_not_a_delete() -> None:
+def test_a_pin_overrides_keep_alive_of_clients_but_not_a_delete() -> None:
     one = _play(1, replace(POLICY, pins={"small": Pin(keep_warm=True)}))
     one.release(_run(one, SMALL, keep_alive_seconds=0.0))
     one.post(UnloadRequested(SMALL.blob))

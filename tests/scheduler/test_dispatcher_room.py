@@ -1,4 +1,4 @@
-"""How room is made and given back: reservations, evictions, drains, keep_alive."""
+"""Reservations, evictions, drains and keep_alive."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def two() -> Play:
 
 
 def _idle(play: Play, of: object, **how: float) -> TicketId:
-    """Loads a model, and lets its request end."""
+    """Loads a model and ends its request, so that it is idle."""
     ticket = play.arrive(of, **how)  # type: ignore[arg-type]
     play.work_through()
     play.release(ticket)
@@ -49,13 +49,13 @@ def test_a_reservation_covers_all_gpus_of_its_placement(two: Play) -> None:
     assert two.loads_sent == 1
 
 
-def test_a_reservation_stands_until_the_gpus_were_read_after_the_load(one: Play) -> None:
+def test_a_reservation_is_kept_until_the_gpus_were_read_after_the_load(one: Play) -> None:
     one.arrive(SMALL)
     (load,) = one.loads
     one.read_gpus(progress=0.5)
     assert list(one.snapshot().reservations) == [load]
     one.finish_load(load)
-    one.read_gpus()  # began in the very moment in which the load ended: it may have looked before
+    one.read_gpus()  # began at the same time as the load ended, so it may not include the load
     assert list(one.snapshot().reservations) == [load]
     one.now += 0.1
     one.read_gpus()
@@ -83,7 +83,7 @@ def test_a_waiting_model_is_not_sent_before_the_gpus_show_its_room(one: Play) ->
     assert one.residency("gpu0", WHOLE) is None
 
 
-def test_room_that_does_not_come_is_planned_anew(one: Play) -> None:
+def test_a_load_is_planned_again_if_its_room_does_not_appear(one: Play) -> None:
     _idle(one, WHOLE)
     one.arrive(SMALL)
     (first,) = one.snapshot().reservations
@@ -96,7 +96,7 @@ def test_room_that_does_not_come_is_planned_anew(one: Play) -> None:
     assert len(one.leases) == 1
 
 
-def test_a_program_that_takes_the_room_meanwhile_makes_the_load_wait(one: Play) -> None:
+def test_a_load_waits_if_another_program_takes_its_room(one: Play) -> None:
     _idle(one, WHOLE)
     ticket = one.arrive(SMALL)
     one.external[GPU0] = 4
@@ -182,7 +182,7 @@ def test_a_stream_of_small_requests_cannot_starve_a_large_model(two: Play) -> No
     assert following in two.leases
 
 
-def test_before_a_large_model_has_waited_for_long_small_requests_go_on(two: Play) -> None:
+def test_small_requests_continue_until_a_large_model_has_waited_long(two: Play) -> None:
     two.arrive(SMALL)
     two.work_through()
     two.arrive(PAIR)
@@ -190,7 +190,7 @@ def test_before_a_large_model_has_waited_for_long_small_requests_go_on(two: Play
     assert two.arrive(SMALL) in two.leases
 
 
-def test_a_large_model_that_gives_up_lets_the_small_ones_go_on(two: Play) -> None:
+def test_small_requests_continue_when_a_large_model_is_cancelled(two: Play) -> None:
     two.arrive(SMALL)
     two.work_through()
     large = two.arrive(PAIR)
@@ -240,7 +240,7 @@ def test_a_model_that_somebody_waits_for_is_not_unloaded_by_time() -> None:
     assert second in play.leases
 
 
-def test_the_last_request_that_says_something_decides_how_long(one: Play) -> None:
+def test_the_newest_request_with_keep_alive_decides(one: Play) -> None:
     _idle(one, SMALL, keep_alive_seconds=60.0)
     one.release(one.arrive(SMALL))
     assert one.next_wake == one.now + 60.0
@@ -252,13 +252,13 @@ def test_the_last_request_that_says_something_decides_how_long(one: Play) -> Non
     assert one.next_wake == one.now + 5.0
 
 
-def test_where_no_request_says_anything_the_setting_counts() -> None:
+def test_without_keep_alive_in_requests_the_setting_counts() -> None:
     play = Play(1, with_policy(PLAIN, keep_alive_seconds=300.0)).begin()
     _idle(play, SMALL)
     assert play.next_wake == play.now + 300.0
 
 
-def test_a_model_whose_clients_all_left_while_it_was_loaded_does_not_stay_for_ever() -> None:
+def test_a_model_whose_clients_left_during_its_load_expires() -> None:
     play = Play(1, with_policy(PLAIN, keep_alive_seconds=300.0)).begin()
     play.cancel(play.arrive(SMALL))
     play.finish_load(next(iter(play.loads)))
@@ -267,13 +267,13 @@ def test_a_model_whose_clients_all_left_while_it_was_loaded_does_not_stay_for_ev
     assert list(play.unloads) == [key("gpu0", SMALL)]
 
 
-def test_an_adopted_model_is_kept_as_long_as_one_of_our_own() -> None:
+def test_an_adopted_model_expires_like_any_other() -> None:
     play = Play(1, with_policy(PLAIN, keep_alive_seconds=300.0)).begin()
     play.post(ResidencyRead(InstanceName("gpu0"), (LoadedModel("small", "", 10, 10, None, SMALL),), play.now))
     assert play.next_wake == play.now + 300.0
 
 
-def test_while_others_hold_a_model_the_longest_wish_counts(one: Play) -> None:
+def test_while_several_requests_use_a_model_the_longest_keep_alive_counts(one: Play) -> None:
     patient_one = one.arrive(SMALL, keep_alive_seconds=600.0)
     one.work_through()
     hasty = one.arrive(SMALL, keep_alive_seconds=0.0)
@@ -283,7 +283,7 @@ def test_while_others_hold_a_model_the_longest_wish_counts(one: Play) -> None:
     assert one.next_wake == one.now + 600.0
 
 
-# --- unloads that a client asks for -----------------------------------------------------------------------------
+# --- unloads requested by clients -------------------------------------------------------------------------------
 
 
 def test_an_idle_model_is_unloaded_at_once_when_a_client_asks(two: Play) -> None:
@@ -292,7 +292,7 @@ def test_an_idle_model_is_unloaded_at_once_when_a_client_asks(two: Play) -> None
     assert two.unloads[key("gpu0", SMALL)].reason == "a client asked for it"
 
 
-def test_a_busy_model_that_a_client_wants_gone_leaves_when_it_is_idle(one: Play) -> None:
+def test_a_busy_model_is_unloaded_for_a_client_when_it_is_idle(one: Play) -> None:
     running = one.arrive(SMALL, keep_alive_seconds=600.0)
     one.work_through()
     one.ask_unload(SMALL)

@@ -1,4 +1,4 @@
-"""Who leaves so that another fits: enough, no more than needed, and nobody who is at work."""
+"""Which models are evicted: enough, no more than necessary, and no busy ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _missing(*mib: int) -> dict[GpuUuid, int]:
     return {gpu_id(number): size * MIB for number, size in enumerate(mib)}
 
 
-def test_only_idle_loaded_models_on_those_gpus_may_leave_least_recently_used_first() -> None:
+def test_only_idle_models_on_those_gpus_are_evictable_least_recently_used_first() -> None:
     facts = _facts(
         residency("gpu0", A, 1, used_at=9.0),
         residency("gpu0", B, 1, used_at=2.0, in_flight=1),
@@ -41,20 +41,20 @@ def test_only_idle_loaded_models_on_those_gpus_may_leave_least_recently_used_fir
     assert asked == [key("spread", D), key("gpu0", A), key("gpu0", B)]
 
 
-def test_nobody_leaves_where_nothing_is_missing() -> None:
+def test_nothing_is_evicted_if_nothing_is_missing() -> None:
     facts = _facts(residency("gpu0", A, 1000))
     assert choose_evictions(facts, _missing(0), evictable(facts, [gpu_id(0)])) == ()
     assert choose_evictions(facts, _missing(-5), []) == ()
 
 
-def test_the_one_that_suffices_leaves_and_the_smaller_older_one_stays() -> None:
+def test_the_model_that_is_enough_alone_is_evicted_and_the_smaller_older_one_stays() -> None:
     facts = _facts(residency("gpu0", A, 100, used_at=1.0), residency("gpu0", B, 1000, used_at=2.0))
     assert choose_evictions(facts, _missing(900), evictable(facts, [gpu_id(0)])) == (key("gpu0", B),)
     assert choose_evictions(facts, _missing(1100), evictable(facts, [gpu_id(0)])) == (key("gpu0", A), key("gpu0", B))
     assert choose_evictions(facts, _missing(1101), evictable(facts, [gpu_id(0)])) is None
 
 
-def test_a_spread_model_gives_room_on_all_its_gpus() -> None:
+def test_evicting_a_spread_model_frees_all_its_gpus() -> None:
     facts = _facts(residency("spread", A, 500, 500), residency("gpu1", B, 300, used_at=9.0))
     both = [gpu_id(0), gpu_id(1)]
     assert choose_evictions(facts, _missing(400, 400), evictable(facts, both)) == (key("spread", A),)
@@ -87,7 +87,7 @@ def _freed(facts: Snapshot, keys: tuple[ResidencyKey, ...]) -> dict[GpuUuid, int
 
 
 @given(residencies(), st.integers(0, 12), st.integers(0, 12), st.booleans())
-def test_those_who_leave_are_enough_and_none_of_them_leaves_for_nothing(
+def test_evictions_are_enough_and_none_is_unnecessary(
     found: list[Residency], first: int, second: int, busy: bool
 ) -> None:
     facts, missing = _facts(*found), _missing(first, second)
@@ -106,7 +106,7 @@ def test_those_who_leave_are_enough_and_none_of_them_leaves_for_nothing(
 
 
 @pytest.mark.parametrize(("used_mib", "is_placed"), [(19_700, True), (18_000, False)])
-def test_what_the_books_have_a_little_too_low_leaves_with_its_models(used_mib: int, is_placed: bool) -> None:
+def test_small_unaccounted_memory_is_freed_with_our_models(used_mib: int, is_placed: bool) -> None:
     """Else a model that the GPU can hold once all others have left would wait for ever: nothing is booked that leaves
     as much. What is far from the books is another program's."""
     old, large = model("old", used_mib), model("large", 23_900)

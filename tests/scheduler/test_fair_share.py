@@ -1,4 +1,4 @@
-"""Who of several waiting clients is next."""
+"""Which client is served next."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_priority_goes_before_fairness_and_a_minute_of_waiting_is_a_step_of_it()
 
 
 @pytest.mark.parametrize("priority", [0, 3])
-def test_who_has_waited_for_nearly_as_long_as_he_may_goes_before_all_others(priority: int) -> None:
+def test_a_ticket_close_to_its_deadline_goes_first(priority: int) -> None:
     counters = TokenCounters()
     counters.granted(_of(1, "a", tokens=1_000_000))
     greedy = replace(_of(2, "a", arrived_at=0.0), deadline=300.0)
@@ -50,7 +50,7 @@ def test_who_has_waited_for_nearly_as_long_as_he_may_goes_before_all_others(prio
     assert counters.next_of([modest, greedy], 240.0) is greedy
 
 
-def test_who_was_idle_is_lifted_to_the_least_of_the_active_and_saves_nothing_up() -> None:
+def test_a_returning_client_gets_no_credit_for_idle_time() -> None:
     counters = TokenCounters()
     counters.released("a", 100)
     counters.released("b", 50)
@@ -61,7 +61,7 @@ def test_who_was_idle_is_lifted_to_the_least_of_the_active_and_saves_nothing_up(
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 500)), min_size=1, max_size=60))
-def test_between_clients_that_always_wait_no_two_drift_apart_by_more_than_one_request(
+def test_backlogged_clients_never_differ_by_more_than_one_request(
     served: list[tuple[str, int]],
 ) -> None:
     counters = TokenCounters()
@@ -82,7 +82,7 @@ _WAITING = st.builds(
 
 
 @given(st.lists(_WAITING, max_size=25), st.dictionaries(st.sampled_from("abcd"), st.integers(0, 900)))
-def test_the_order_told_beforehand_is_that_in_which_one_after_another_is_chosen(
+def test_the_predicted_order_is_the_order_of_choices(
     waiting: list[tuple[str, int, float, int, int | None]], given_before: dict[str, int]
 ) -> None:
     counters = TokenCounters()

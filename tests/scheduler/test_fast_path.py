@@ -1,4 +1,4 @@
-"""The dispatcher's short way does what its long way does: the same lives, played through both."""
+"""The fast path does the same as the full path: random event sequences are played through both."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class _Lives:
 
 @given(_STEPS)
 @settings(max_examples=400)
-def test_both_ways_do_the_same(steps: list[tuple[str, int | float, object]]) -> None:
+def test_both_paths_do_the_same(steps: list[tuple[str, int | float, object]]) -> None:
     lives = _Lives()
     for spec in _SPECS:
         lives.handle(InstanceChanged(spec, InstanceState.READY))
@@ -144,7 +144,7 @@ def test_both_ways_do_the_same(steps: list[tuple[str, int | float, object]]) -> 
 
 @given(_STEPS)
 @settings(max_examples=200)
-def test_the_next_wake_is_the_one_that_is_worked_out_anew(steps: list[tuple[str, int | float, object]]) -> None:
+def test_the_next_wake_equals_a_recomputed_one(steps: list[tuple[str, int | float, object]]) -> None:
     lives = _Lives()
     for spec in _SPECS:
         lives.handle(InstanceChanged(spec, InstanceState.READY))

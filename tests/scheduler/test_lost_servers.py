@@ -1,4 +1,4 @@
-"""A server that is lost with a load is asked once more when it is back: who waits goes on waiting."""
+"""A load lost with its server is retried once when the server is back; its requests keep waiting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _lost(ago_seconds: float, *, is_lost: bool = True) -> Failure:
     return Failure(InstanceName("gpu0"), SMALL.blob, (), 502, "gone", NOW - ago_seconds, is_lost)
 
 
-def test_it_is_tried_once_more_once_it_must_have_shown_how_it_is() -> None:
+def test_a_lost_load_is_retried_after_a_health_check_must_have_happened() -> None:
     def decided(*failures: Failure) -> object:
         return place(snapshot(GPU_MODELS, PAIR, failures=failures), by_weight, PlacementRequest(SMALL))
 
@@ -32,7 +32,7 @@ def test_it_is_tried_once_more_once_it_must_have_shown_how_it_is() -> None:
     assert refused.instance == "gpu1"
 
 
-def test_where_there_is_no_other_it_is_waited_for_and_refused_after_the_second_time() -> None:
+def test_without_another_place_requests_wait_and_fail_after_the_second_loss() -> None:
     def decided(*failures: Failure) -> object:
         return place(snapshot(GPU_MODELS[:1], PAIR[:1], failures=failures), by_weight, PlacementRequest(SMALL))
 
@@ -43,7 +43,7 @@ def test_where_there_is_no_other_it_is_waited_for_and_refused_after_the_second_t
 
 
 def _lose(play: Play) -> None:
-    """The server ends with the load, which the driver may see first, and comes back."""
+    """The server exits during the load and comes back. The driver may notice it before the supervisor."""
     (load,) = play.loads
     play.fail_load(load, 502, "server disconnected", is_lost=True)
     play.change_instance("gpu0", InstanceState.BACKOFF, "ended with signal 15")

@@ -1,4 +1,4 @@
-"""Models move to other GPUs where they would else only go: for a large model's plan, and for others' memory."""
+"""Models move to other GPUs instead of only being unloaded: for a plan, or because of external VRAM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _ask(play: Play, model: object, times: int) -> None:
 
 
 def _go_on(play: Play, times: int) -> None:
-    """The GPUs are read every five seconds, and what is asked for comes true."""
+    """Reads the GPUs every five seconds and carries out all actions."""
     for _ in range(times):
         play.now += 5.0
         play.read_gpus()
@@ -44,7 +44,7 @@ def _homes(play: Play, model: object) -> set[GpuUuid]:
     return {gpu for r in found for gpu in facts.instances[r.instance].spec.gpus}
 
 
-def test_a_model_that_a_large_one_drives_out_moves_to_a_gpu_that_has_room() -> None:
+def test_a_model_evicted_by_a_large_one_moves_to_a_gpu_with_room() -> None:
     three = Play(3, POLICY).begin()
     for model in (MUCH, LITTLE, SMALL):
         _ask(three, model, 3)
@@ -62,7 +62,7 @@ def test_a_model_that_a_large_one_drives_out_moves_to_a_gpu_that_has_room() -> N
     assert len(moved) >= 2
 
 
-def test_a_model_that_nobody_asks_for_goes_without_a_copy() -> None:
+def test_a_model_without_demand_is_unloaded_without_another_replica() -> None:
     three = Play(3, replace(POLICY, constants=SchedulerConstants(demand_half_life_seconds=1.0))).begin()
     for model in (MUCH, LITTLE, SMALL):
         _ask(three, model, 1)
@@ -76,7 +76,7 @@ def test_a_model_that_nobody_asks_for_goes_without_a_copy() -> None:
     assert three.loads_sent == sent + 1
 
 
-def test_where_others_take_a_gpus_memory_its_model_moves_and_is_served_all_the_time() -> None:
+def test_external_vram_moves_a_model_without_interrupting_its_service() -> None:
     two = Play(2, CAREFUL).begin()
     _ask(two, MUCH, 3)
     (home,) = _homes(two, MUCH)
@@ -108,7 +108,7 @@ def test_a_busy_model_moves_when_its_request_has_ended() -> None:
     assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)} - {home}
 
 
-def test_with_room_nowhere_a_model_that_is_asked_for_stays_and_one_that_is_not_goes() -> None:
+def test_without_room_a_model_in_demand_stays_and_others_are_unloaded() -> None:
     one = Play(1, CAREFUL).begin()
     _ask(one, MUCH, 3)
     one.external[gpu_id(0)] = 14
@@ -131,7 +131,7 @@ def test_a_model_that_is_pinned_stays_where_it_is() -> None:
     assert _homes(two, MUCH) == before
 
 
-def test_what_drivers_and_desktops_take_moves_nothing() -> None:
+def test_small_external_use_moves_nothing() -> None:
     two = Play(2, CAREFUL).begin()
     _ask(two, sized("brim", 21), 3)
     sent = two.loads_sent

@@ -1,4 +1,4 @@
-"""Where a load goes: one GPU where it fits, else all, else nowhere, and never on the CPU by accident."""
+"""Where a model is loaded: on one GPU if it fits, otherwise on several, and never on the CPU by accident."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceState, InstanceView
 from router.domain.model import ModelFacts
-from router.domain.policy import Policy, SchedulerConstants
+from router.domain.policy import Pin, Policy, SchedulerConstants
 from router.domain.request import RunnerOptions
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Failure, Snapshot
@@ -69,7 +69,7 @@ def test_a_model_that_fits_one_gpu_goes_to_one_gpu() -> None:
     assert placed.evict == ()
 
 
-def test_the_reason_tells_bytes_needed_and_bytes_free() -> None:
+def test_the_reason_has_bytes_needed_and_bytes_free() -> None:
     placed = _placed(snapshot([gpu(0, 12_288), gpu(1, 0)], PAIR), model("m", 10_240))
     assert placed.reason == "gpu0: GPU 0 needs 10.0 of 12.0 GiB free"
 
@@ -82,7 +82,7 @@ def test_the_margin_stays_free(margin: int, instance_name: str) -> None:
 
 
 @pytest.mark.parametrize(("reserved", "instance_name"), [(2000, "gpu0"), (2001, "gpu1")])
-def test_what_a_load_under_way_reserved_is_not_given_out_again(reserved: int, instance_name: str) -> None:
+def test_the_reservation_of_a_running_load_is_not_given_out_again(reserved: int, instance_name: str) -> None:
     fast = gpu(0, 12_000, clock_hertz=10_000)
     booked = [reservation(1, "spread", LARGE, [(0, reserved), (1, 100)], sent_at=1.0)]
     assert _placed(snapshot([fast, gpu(1, 23_000)], PAIR, [], booked), SMALL).instance == instance_name
@@ -117,7 +117,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_bytes_of_each_gpu() -> No
     assert f"gpu0: GPU 0 needs {60_000 * MIB} bytes" in refused.message
 
 
-def test_nothing_is_called_too_large_while_memory_settles() -> None:
+def test_no_model_is_refused_as_too_large_while_memory_settles() -> None:
     policy = Policy(vram_margin_bytes=0, constants=SchedulerConstants(settle_seconds=3.0))
     soon = snapshot([gpu(0, 4000)], [view("gpu0", 0)], now=12.9, changed_at=10.0, policy=policy)
     assert "last load or unload" in _waits(soon, SMALL).reason
@@ -125,14 +125,14 @@ def test_nothing_is_called_too_large_while_memory_settles() -> None:
     assert _nowhere(later, SMALL).code == "model_too_large"
 
 
-def test_foreign_use_makes_a_gpu_smaller_and_our_own_does_not() -> None:
+def test_external_vram_reduces_capacity_and_our_models_do_not() -> None:
     ours = snapshot([gpu(0, 1000)], [view("gpu0", 0)], [residency("gpu0", IDLE, 23_000)])
     assert _placed(ours, SMALL).evict == (key("gpu0", IDLE),)
     external = snapshot([gpu(0, 1000)], [view("gpu0", 0)])
     assert _nowhere(external, SMALL).code == "model_too_large"
 
 
-def test_a_lost_gpu_takes_nothing() -> None:
+def test_nothing_is_placed_on_a_lost_gpu() -> None:
     lost = replace(gpu(0, 23_000), error="GPU is lost")
     assert _placed(snapshot([lost, gpu(1, 23_000)], PAIR), SMALL).instance == "gpu1"
     assert _nowhere(snapshot([lost, gpu(1, 23_000)], PAIR), LARGE).code == "model_too_large"
@@ -186,6 +186,75 @@ def test_the_requests_of_a_spread_model_count_on_each_of_its_gpus() -> None:
     assert _placed(facts, SMALL).instance == "gpu2"
 
 
+# --- as configured ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_goes_to_its_exclusive_gpu_first_though_another_is_faster_and_roomier() -> None:
+    gpus = [gpu(0, 24_000, clock_hertz=10_000), gpu(1, 20_000, clock_hertz=5_000)]
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small", "other"})})
+    placed = _placed(snapshot(gpus, PAIR, policy=policy), SMALL)
+    assert placed.reason == "gpu1: GPU 1 needs 9.8 of 19.5 GiB free; exclusive to it"
+
+
+@pytest.mark.parametrize(
+    ("state", "instance_name"),
+    [(InstanceState.STARTING, None), (InstanceState.BACKOFF, "gpu0"), (InstanceState.FATAL, "gpu0")],
+)
+def test_a_model_waits_for_the_start_of_the_instance_on_its_exclusive_gpu(
+    state: InstanceState, instance_name: str | None
+) -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small"})})
+    facts = snapshot([gpu(0, 24_000), gpu(1, 24_000)], (view("gpu0", 0), view("gpu1", 1, state=state)), policy=policy)
+    if instance_name is None:
+        assert _waits(facts, SMALL).reason.startswith("gpu1: waits for its start")
+    else:
+        assert _placed(facts, SMALL).instance == instance_name
+
+
+def test_its_exclusive_gpu_goes_before_a_gpu_that_would_be_packed() -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small"})})
+    facts = replace(snapshot([gpu(0, 12_000), gpu(1, 24_000)], PAIR, policy=policy), large_model_requested=True)
+    assert _placed(facts, SMALL).instance == "gpu1"
+
+
+def test_where_its_exclusive_gpu_is_full_a_model_goes_to_free_room_elsewhere() -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small", "old"})})
+    there = [residency("gpu1", OLD, 20_000)]
+    placed = _placed(snapshot([gpu(0, 12_000), gpu(1, 4_000)], PAIR, there, policy=policy), SMALL)
+    assert (placed.instance, placed.evict) == ("gpu0", ())
+
+
+def test_at_the_same_price_models_make_room_on_the_exclusive_gpu() -> None:
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): frozenset({"small", "old"})})
+    there = [residency("gpu0", IDLE, 20_000), residency("gpu1", OLD, 23_000)]
+    placed = _placed(snapshot([gpu(0, 4_000), gpu(1, 1_000)], PAIR, there, policy=policy), SMALL)
+    assert (placed.instance, placed.evict) == ("gpu1", (key("gpu1", OLD),))
+
+
+def test_of_several_sets_the_one_with_most_exclusive_gpus_wins() -> None:
+    names = frozenset({"large"})
+    policy = Policy(vram_margin_bytes=0, exclusive_gpus={gpu_id(1): names, gpu_id(3): names})
+    views = [view(f"gpu{a}+gpu{b}", a, b) for a in range(4) for b in range(a + 1, 4)]
+    facts = snapshot([gpu(number, 24_000, clock_hertz=10_000 - number) for number in range(4)], views, policy=policy)
+    assert _placed(facts, LARGE).instance == "gpu1+gpu3"
+
+
+@pytest.mark.parametrize(("is_there", "instance_name"), [(False, "gpu1"), (True, "gpu0")])
+def test_a_gpu_is_left_to_the_model_that_is_pinned_to_it_until_that_is_loaded(
+    is_there: bool, instance_name: str
+) -> None:
+    policy = Policy(vram_margin_bytes=0, pins={"old": Pin(gpus=(gpu_id(0),))})
+    there = [residency("gpu0", OLD, 1_000), residency("gpu1", IDLE, 1_000)] if is_there else []
+    gpus = [gpu(0, 23_000, clock_hertz=10_000), gpu(1, 23_000, clock_hertz=5_000)]
+    assert _placed(snapshot(gpus, PAIR, there, policy=policy), SMALL).instance == instance_name
+
+
+def test_a_gpu_that_another_model_is_pinned_to_is_used_where_no_other_has_room() -> None:
+    policy = Policy(vram_margin_bytes=0, pins={"old": Pin(gpus=(gpu_id(0),))})
+    there = [residency("gpu1", IDLE, 20_000)]
+    assert _placed(snapshot([gpu(0, 24_000), gpu(1, 4_000)], PAIR, there, policy=policy), SMALL).instance == "gpu0"
+
+
 # --- making room ------------------------------------------------------------------------------------------------
 
 
@@ -215,14 +284,14 @@ def test_a_large_model_clears_all_its_gpus_of_idle_models() -> None:
     assert set(placed.evict) == {key("gpu0", IDLE), key("gpu1", OLD)}
 
 
-def test_memory_that_is_coming_back_is_waited_for_and_nobody_else_leaves() -> None:
+def test_memory_being_freed_is_waited_for_without_further_evictions() -> None:
     held = [residency("gpu0", OLD, 12_000, state=ResidencyState.UNLOADING), residency("gpu0", IDLE, 8_000)]
     placed = _placed(snapshot([gpu(0, 4_000)], [view("gpu0", 0)], held), SMALL)
     assert placed.evict == ()
     assert placed.reason == "gpu0: fits once freed memory shows"
 
 
-def test_memory_that_shows_as_free_already_is_not_waited_for_again() -> None:
+def test_memory_already_reported_as_free_is_not_waited_for() -> None:
     held = [residency("gpu0", OLD, 12_000, state=ResidencyState.UNLOADING), residency("gpu0", BUSY, 8_000, in_flight=1)]
     waits = _waits(snapshot([gpu(0, 16_000)], [view("gpu0", 0)], held), model("middle", 18_000))
     assert waits.drain == (key("gpu0", BUSY),)
@@ -242,7 +311,7 @@ def test_the_same_weights_with_other_options_are_left_alone_while_they_work() ->
     assert elsewhere.instance == "gpu1"
 
 
-def test_where_only_busy_models_stand_in_the_way_the_fewest_requests_are_waited_for() -> None:
+def test_if_only_busy_models_are_in_the_way_the_fewest_requests_are_waited_for() -> None:
     held = [residency("gpu0", BUSY, 20_000, in_flight=2), residency("gpu1", OLD, 20_000, in_flight=1)]
     waits = _waits(snapshot([gpu(0, 4_000), gpu(1, 4_000)], PAIR, held), SMALL)
     assert waits.drain == (key("gpu1", OLD),)
@@ -253,12 +322,12 @@ def test_where_only_busy_models_stand_in_the_way_the_fewest_requests_are_waited_
 
 
 @pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.BACKOFF])
-def test_an_instance_that_is_coming_is_waited_for(state: InstanceState) -> None:
+def test_a_starting_instance_is_waited_for(state: InstanceState) -> None:
     waits = _waits(snapshot([gpu(0, 23_000)], [view("gpu0", 0, state=state)]), SMALL)
     assert "until an instance is ready" in waits.reason
 
 
-def test_an_instance_that_is_coming_is_not_waited_for_where_another_is_ready() -> None:
+def test_a_starting_instance_is_not_waited_for_if_another_is_ready() -> None:
     views = (view("gpu0", 0, state=InstanceState.STARTING), view("gpu1", 1))
     assert _placed(snapshot([gpu(0, 23_000), gpu(1, 11_000)], views), SMALL).instance == "gpu1"
 
@@ -266,14 +335,14 @@ def test_an_instance_that_is_coming_is_not_waited_for_where_another_is_ready() -
 @pytest.mark.parametrize(
     "state", [InstanceState.STOPPED, InstanceState.FATAL, InstanceState.DRAINING, InstanceState.STOPPING]
 )
-def test_with_no_instance_to_come_the_request_ends_and_says_how_each_is(state: InstanceState) -> None:
+def test_without_a_usable_instance_the_request_fails_with_the_state_of_each(state: InstanceState) -> None:
     gone = InstanceView(instance("gpu0", 0), state, reason="its last words")
     refused = _nowhere(snapshot([gpu(0, 23_000)], [gone]), SMALL)
     assert refused.code == "no_instance"
     assert f"gpu0 is {state.value} (its last words)" in refused.message
 
 
-def test_with_no_instance_at_all_that_is_said() -> None:
+def test_without_any_instance_the_error_says_so() -> None:
     assert "none is configured" in _nowhere(snapshot(), SMALL).message
 
 
@@ -281,7 +350,7 @@ def _failure(on: str, of: ModelFacts, options: RunnerOptions = (), words: str = 
     return Failure(InstanceName(on), of.blob, options, 500, words, 999.0)
 
 
-def test_a_place_that_failed_lately_is_not_tried_again() -> None:
+def test_a_place_that_failed_recently_is_not_tried_again() -> None:
     gpus = [gpu(0, 23_000), gpu(1, 11_000)]
     facts = snapshot(gpus, PAIR, failures=(_failure("gpu0", SMALL),))
     assert _placed(facts, SMALL).instance == "gpu1"
@@ -289,20 +358,20 @@ def test_a_place_that_failed_lately_is_not_tried_again() -> None:
     assert _placed(facts, OLD).instance == "gpu0"
 
 
-def test_where_every_place_failed_the_servers_words_and_status_are_passed_on() -> None:
+def test_if_every_place_failed_the_servers_error_and_status_are_returned() -> None:
     failures = (_failure("gpu0", SMALL, words="first"), _failure("gpu1", SMALL, words="cudaMalloc failed"))
     refused = _nowhere(snapshot([gpu(0, 23_000), gpu(1, 23_000)], PAIR, failures=failures), SMALL)
     assert (refused.code, refused.status, refused.message) == ("load_failed", 500, "cudaMalloc failed")
 
 
-# --- what must always hold --------------------------------------------------------------------------------------
+# --- invariants -------------------------------------------------------------------------------------------------
 
 MODELS = tuple(model(f"m{number}") for number in range(4))
 
 
 @st.composite
 def fleets(draw: st.DrawFn) -> Snapshot:
-    """One to three GPUs, an instance on each and one over all, with whatever may be loaded or reserved there."""
+    """One to three GPUs, an instance on each and one over all, with random residencies and reservations."""
     count = draw(st.integers(1, 3))
     states = st.sampled_from((InstanceState.READY,) * 4 + tuple(InstanceState))
     gpus: list[Gpu] = []
@@ -329,7 +398,7 @@ def fleets(draw: st.DrawFn) -> Snapshot:
 
 
 @given(fleets(), st.integers(1, 60_000), st.sampled_from(((), LONG)))
-def test_a_place_is_ready_whole_and_large_enough(facts: Snapshot, weights: int, options: RunnerOptions) -> None:
+def test_a_chosen_place_is_ready_and_large_enough(facts: Snapshot, weights: int, options: RunnerOptions) -> None:
     wanted = replace(MODELS[0], weights_bytes=weights * MIB)
     decision = _place(facts, wanted, options)
     assert decision == _place(facts, wanted, options)

@@ -1,4 +1,4 @@
-"""The sums that docs/placement.md works by hand are what the code computes."""
+"""The worked examples in docs/placement.md agree with the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LARGE = model_facts("llama3.3:70b")
 SMALL = model_facts("qwen2.5:14b")
 ROWS = {"llama3.1:8b": (0.0442, "7.71"), "qwen2.5:14b": (0.0162, "3.04"), "mistral:7b": (0.00928, "1.60"),
         "llama3.2:3b": (0.00912, "1.50")}  # fmt: skip
-"""Requests a second and the price of an eviction, as the document's table has them."""
+"""Requests per second and prices of evictions in the table of the document."""
 
 
 def test_the_footprint_of_the_document_is_the_code_s() -> None:
@@ -64,14 +64,16 @@ def test_the_prices_of_the_document_are_the_code_s(name: str) -> None:
     rate, price = ROWS[name]
     assert f"`{name}`" in TEXT
     model = model_facts(name)
-    found = cost.eviction_price(*_asked_for(model, rate))
+    found = cost.eviction_price(*_with_demand(model, rate))
     assert found == pytest.approx(float(price), rel=0.005)
     assert f"| {rate} |" in TEXT
     assert f"| {price} |" in TEXT
 
 
 def test_the_swap_of_the_document_comes_at_once_or_when_it_starves() -> None:
-    cheapest = sum(cost.eviction_price(*_asked_for(model_facts(n), ROWS[n][0])) for n in ("mistral:7b", "llama3.2:3b"))
+    cheapest = sum(
+        cost.eviction_price(*_with_demand(model_facts(n), ROWS[n][0])) for n in ("mistral:7b", "llama3.2:3b")
+    )
     calm = snapshot(now=1000.0)
     policy = calm.policy
     pressed = replace(calm, loaded_bytes_per_second=policy.constants.swap_budget_bytes_per_second)
@@ -93,8 +95,8 @@ def test_the_swap_of_the_document_comes_at_once_or_when_it_starves() -> None:
     assert "two requests go ahead after 31 s" in TEXT
 
 
-def _asked_for(model: ModelFacts, rate: float) -> tuple[Snapshot, Residency]:
-    """The model loaded and idle, asked for at that rate of late."""
+def _with_demand(model: ModelFacts, rate: float) -> tuple[Snapshot, Residency]:
+    """A snapshot with the model loaded and idle, and its recent request rate."""
     loaded = residency("gpu0", model, 6000)
     facts = snapshot(views=[view("gpu0", 0)], residencies=[loaded])
     weight = rate * facts.policy.constants.demand_half_life_seconds / math.log(2.0)

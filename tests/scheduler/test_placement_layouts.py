@@ -1,4 +1,4 @@
-"""Models that only some servers have, and requests that insist on certain GPUs."""
+"""Models that only some servers have, and requests with a layout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SINGLE, SPREAD, GPU_0 = Layout(LayoutKind.SINGLE), Layout(LayoutKind.SPREAD), La
 
 
 @pytest.mark.parametrize(("layout", "there"), [(None, "gpu1"), (SINGLE, "gpu1"), (GPU_0, "gpu0"), (SPREAD, "spread")])
-def test_who_insists_on_gpus_gets_them_though_others_would_be_better(layout: Layout | None, there: str) -> None:
+def test_a_layout_is_respected_even_if_other_gpus_are_better(layout: Layout | None, there: str) -> None:
     facts = snapshot([gpu(0, 11_000), gpu(1, 23_000)], PAIR)
     decision = place(facts, by_weight, PlacementRequest(SMALL, layout=layout))
     assert isinstance(decision, Placed)
@@ -67,7 +67,7 @@ def test_who_insists_on_gpus_gets_them_though_others_would_be_better(layout: Lay
         (HUGE, PAIR, SPREAD, "model 'huge' does not fit as asked (spread): spread: GPU 0 needs"),
     ],
 )
-def test_gpus_that_cannot_be_had_are_refused_with_the_reason(
+def test_an_impossible_layout_is_refused_with_the_reason(
     of: ModelFacts, views: tuple[InstanceView, ...], layout: Layout, words: str
 ) -> None:
     decision = place(snapshot([gpu(0, 23_000), gpu(1, 23_000)], views), by_weight, PlacementRequest(of, layout=layout))

@@ -1,4 +1,4 @@
-"""What is remembered of who was served where, and for how long."""
+"""What is recorded of served prompts, and its limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_lengths_grow_from_a_short_prompt_to_a_long_one_by_half_or_less() -> Non
     assert all(1.3 < after / before <= 1.5 for before, after in pairwise(LENGTHS))
 
 
-def test_the_longest_beginning_that_each_copy_has_served_counts() -> None:
+def test_the_longest_beginning_that_each_replica_has_served_counts() -> None:
     prefix_affinity = PrefixAffinity()
     prints = tuple(range(5))
     prefix_affinity.chosen(ticket(1, M), ONE, prints[:2])
@@ -37,7 +37,7 @@ def test_a_client_is_remembered_by_model() -> None:
     assert prefix_affinity.last_of(ticket(4, M)) is None
 
 
-def test_what_is_remembered_has_a_bound_and_what_was_used_last_is_kept() -> None:
+def test_the_tables_are_bounded_and_keep_the_newest_entries() -> None:
     prefix_affinity = PrefixAffinity()
     for number in range(21_000):
         prefix_affinity.chosen(ticket(number, M, client=f"c{number}"), ONE, (number,))

@@ -1,4 +1,4 @@
-"""Which of two loaded copies a request is granted, in the dispatcher, with all that has gone before."""
+"""The dispatcher's choice among replicas, depending on earlier requests."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FAST, SLOW = 9_751_000_000, 6_000_000_000
 
 @dataclass(slots=True)
 class Fleet:
-    """Copies of one model on `gpu0`, `gpu1`, …, with two slots each."""
+    """Replicas of one model on `gpu0`, `gpu1`, …, with two slots each."""
 
     clocks: tuple[int, ...] = (FAST, FAST)
     slots: int = 2
     attempts: bool = True
-    """Whether the next wake is asked for after each event, which opens the short way."""
+    """True if `next_wake` is called after each event, which enables the fast path."""
     now: float = 1000.0
     dispatcher: Dispatcher = field(default_factory=lambda: Dispatcher(Policy(), BY_WEIGHT))
     last: int = 0
@@ -60,7 +60,7 @@ class Fleet:
         on: int | None = None,
         said: str = "",
     ) -> Grant:
-        """`on`: the only GPU that will do. `said`: the text of a prompt that is as long."""
+        """A request. `on`: the only GPU that it allows. `said`: the text of its prompt, which determines its length."""
         self.now += 0.001
         self.last += 1
         made = ticket(
@@ -73,7 +73,7 @@ class Fleet:
         return grant
 
     def answer(self, grant: Grant, seconds: float = 1.0, output: int = 0, first_after: float | None = None) -> None:
-        """It ends so long from now, its first byte `first_after` from now."""
+        """Ends a request after some seconds; its first byte comes `first_after` seconds from now."""
         first = None if first_after is None else self.now + first_after
         self.now += seconds
         self._post(Released(grant.ticket_id, False, output, first))
@@ -89,7 +89,7 @@ def attempts(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def test_idle_copies_take_turns(attempts: bool) -> None:
+def test_idle_replicas_take_turns(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     assert [fleet.serve() for _ in range(4)] == ["gpu0", "gpu1", "gpu0", "gpu1"]
 
@@ -101,7 +101,7 @@ def test_requests_go_where_fewer_tokens_are_ahead_not_where_fewer_requests_are(a
 
 
 def test_a_long_prompt_goes_where_it_stalls_few(attempts: bool) -> None:
-    """A short one rather goes beside three streams than behind another prompt."""
+    """A short prompt prefers three concurrent streams to a long prompt ahead."""
     for prompt, goes in ((10, "gpu0"), (6000, "gpu1")):
         fleet = Fleet(slots=5, attempts=attempts)
         for _ in range(3):
@@ -118,7 +118,7 @@ def test_the_faster_gpu_is_used_until_it_is_busy(attempts: bool) -> None:
     assert fleet.ask(500).instance == "gpu0"
 
 
-def test_a_copy_that_shows_itself_slow_is_used_less(attempts: bool) -> None:
+def test_a_replica_measured_as_slow_is_used_less(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     for _ in range(12):
         grant = fleet.ask(2000)
@@ -127,7 +127,7 @@ def test_a_copy_that_shows_itself_slow_is_used_less(attempts: bool) -> None:
     assert [fleet.serve(2000, output=100) for _ in range(3)] == ["gpu1"] * 3
 
 
-def test_a_conversation_finds_the_copy_that_served_it(attempts: bool) -> None:
+def test_a_conversation_returns_to_its_replica(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     home = fleet.serve(1000, session="talk", output=300)
     for turn in range(2, 6):
@@ -137,8 +137,8 @@ def test_a_conversation_finds_the_copy_that_served_it(attempts: bool) -> None:
     assert "tokens of the prompt in its cache, and " in grant.reason
 
 
-def test_a_home_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(attempts: bool) -> None:
-    """A batch has room for a part of each prompt: behind a long one a short turn waits for one batch."""
+def test_a_conversation_moves_if_the_work_ahead_takes_longer_than_a_cold_prompt(attempts: bool) -> None:
+    """A batch has a part of each prompt, so behind a long prompt a short turn waits for one batch."""
     for said, goes in ((400, "gpu1"), (3000, "gpu0")):
         fleet = Fleet(attempts=attempts)
         fleet.answer(fleet.ask(said, session="talk", on=0))
@@ -147,7 +147,7 @@ def test_a_home_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(attempt
         assert fleet.ask(said + 50, session="talk").instance == goes
 
 
-def test_a_home_without_a_free_slot_is_not_waited_for(attempts: bool) -> None:
+def test_a_conversation_does_not_wait_for_a_slot_of_its_replica(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     fleet.answer(fleet.ask(3000, session="talk", on=0))
     for _ in range(2):
@@ -155,7 +155,7 @@ def test_a_home_without_a_free_slot_is_not_waited_for(attempts: bool) -> None:
     assert fleet.ask(3050, session="talk").instance == "gpu1"
 
 
-def test_a_copy_that_was_loaded_anew_holds_nothing(attempts: bool) -> None:
+def test_a_reloaded_replica_has_no_cached_conversation(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     fleet.answer(fleet.ask(4000, session="talk", on=0))
     fleet.restart(0)
@@ -164,7 +164,7 @@ def test_a_copy_that_was_loaded_anew_holds_nothing(attempts: bool) -> None:
     assert "in its cache" not in grant.reason
 
 
-def test_a_grant_says_why_that_copy(attempts: bool) -> None:
+def test_a_grant_says_why_this_replica_was_chosen(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     reason = fleet.ask(3000).reason
     assert "0 of 2 slots were in use; about " in reason
@@ -172,14 +172,14 @@ def test_a_grant_says_why_that_copy(attempts: bool) -> None:
 
 
 SYSTEM = "You are a patient assistant of a small firm. " * 60
-"""2,700 bytes that all prompts share."""
+"""2,700 bytes that all prompts have in common."""
 
 
 def _talk(user: str, turns: int) -> str:
     return SYSTEM + "".join(f"{user} says something long, for the {turn}. time. " * 20 for turn in range(turns))
 
 
-def test_a_conversation_without_a_name_finds_the_copy_that_served_it_by_its_beginning(attempts: bool) -> None:
+def test_a_conversation_without_an_id_returns_to_its_replica_by_its_beginning(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     prefix_affinity = {user: fleet.serve(said=_talk(user, 1)) for user in ("ann", "ben", "cem", "dan")}
     prefix_affinity |= {user: fleet.serve(said=_talk(user, 2)) for user in prefix_affinity}
@@ -188,7 +188,7 @@ def test_a_conversation_without_a_name_finds_the_copy_that_served_it_by_its_begi
             assert fleet.serve(said=_talk(user, turns)) == home
 
 
-def test_a_beginning_that_everybody_shares_does_not_send_everybody_to_one_copy(attempts: bool) -> None:
+def test_a_common_beginning_does_not_send_all_requests_to_one_replica(attempts: bool) -> None:
     fleet = Fleet(slots=8, attempts=attempts)
     at_once = [fleet.ask(said=_talk(f"user {number}", 1)).instance for number in range(8)]
     assert sorted(Counter(at_once).values()) in ([3, 5], [4, 4])
@@ -196,7 +196,7 @@ def test_a_beginning_that_everybody_shares_does_not_send_everybody_to_one_copy(a
     assert set(later) == {"gpu0", "gpu1"}
 
 
-def test_once_both_copies_hold_a_shared_beginning_new_conversations_take_turns(attempts: bool) -> None:
+def test_once_both_replicas_have_a_common_beginning_new_conversations_take_turns(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     for number in (0, 1):
         fleet.answer(fleet.ask(said=SYSTEM, on=number))
@@ -204,7 +204,7 @@ def test_once_both_copies_hold_a_shared_beginning_new_conversations_take_turns(a
     assert served == ["gpu0", "gpu1"] * 3
 
 
-def test_the_beginning_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(attempts: bool) -> None:
+def test_a_beginning_does_not_count_if_the_work_ahead_takes_longer_than_a_cold_prompt(attempts: bool) -> None:
     for turns, goes in ((1, "gpu1"), (12, "gpu0")):
         fleet = Fleet(attempts=attempts)
         fleet.answer(fleet.ask(said=_talk("ann", turns)[1000:], on=0))
@@ -213,7 +213,7 @@ def test_the_beginning_yields_when_more_is_ahead_of_it_than_a_cold_prompt_takes(
         assert fleet.ask(said=_talk("ann", turns + 1)[1000:]).instance == goes
 
 
-def test_a_client_that_says_little_comes_back_to_where_he_was_while_copies_are_equal(attempts: bool) -> None:
+def test_a_client_with_short_prompts_returns_to_its_replica_while_replicas_are_equal(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     prefix_affinity = {client: fleet.serve(20, client=client) for client in ("ann", "ben")}
     assert set(prefix_affinity.values()) == {"gpu0", "gpu1"}
@@ -224,7 +224,7 @@ def test_a_client_that_says_little_comes_back_to_where_he_was_while_copies_are_e
     assert fleet.ask(20, client="ann").instance != prefix_affinity["ann"]
 
 
-def test_copies_that_were_loaded_anew_have_no_beginning(attempts: bool) -> None:
+def test_reloaded_replicas_have_no_cached_beginning(attempts: bool) -> None:
     fleet = Fleet(attempts=attempts)
     fleet.answer(fleet.ask(said=_talk("ann", 3), on=0))
     fleet.restart(0)

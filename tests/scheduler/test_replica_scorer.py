@@ -1,4 +1,4 @@
-"""Which loaded copy serves, and which cannot."""
+"""Which replica serves a request, and which cannot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _serving(
     views: Iterable[InstanceView] = VIEWS,
     draining: Iterable[ResidencyKey] = (),
 ) -> Residency | None:
-    """The one of the copies that serves the ticket."""
+    """The replica that serves the ticket."""
     fleet = FleetState(Policy(), OLLAMA, draining=frozenset(draining))
     fleet.instances.update((each.spec.name, each) for each in views)
     fleet.replicas.update(((replica.instance, replica.blob), replica) for replica in replicas)
@@ -42,7 +42,7 @@ def _serving(
     return fleet.replicas[able[choose(fleet, able, of, 0.0)[1].chosen]] if able else None
 
 
-def test_a_ready_copy_with_a_free_slot_serves() -> None:
+def test_a_ready_replica_with_a_free_slot_serves() -> None:
     for replica in (READY, replace(READY, in_flight=1)):
         assert _serving([replica]) is replica
 
@@ -59,7 +59,7 @@ def test_a_ready_copy_with_a_free_slot_serves() -> None:
         residency("gone", M, 1000),
     ],
 )
-def test_a_copy_that_is_full_or_other_or_not_there_does_not(replica: Residency) -> None:
+def test_a_replica_that_is_full_or_different_or_not_loaded_does_not_serve(replica: Residency) -> None:
     assert _serving([replica]) is None
 
 
@@ -68,7 +68,7 @@ def test_only_a_ready_instance_serves(state: InstanceState) -> None:
     assert _serving([READY], views=[view("gpu0", 0, state=state)]) is None
 
 
-def test_a_copy_whose_room_is_wanted_takes_no_new_request() -> None:
+def test_a_draining_replica_takes_no_new_request() -> None:
     assert _serving([READY], draining=[key("gpu0", M)]) is None
 
 
@@ -90,7 +90,7 @@ LONG = model("long", context_length=131_072)
         ((), (("num_batch", 64),), True, True),
     ],
 )
-def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
+def test_a_flexible_request_is_served_by_a_replica_with_enough_context(
     loaded: RunnerOptions, asked: RunnerOptions, flexible: bool, serves: bool
 ) -> None:
     context = dict(loaded).get("num_ctx", 8192)
@@ -112,7 +112,7 @@ def test_who_is_not_particular_is_served_by_a_copy_with_at_least_his_context(
         ("cpu", None, True),
     ],
 )
-def test_who_insists_on_gpus_is_served_by_no_other_copy(on: str, layout: Layout | None, serves: bool) -> None:
+def test_a_request_with_a_layout_is_served_by_no_other_replica(on: str, layout: Layout | None, serves: bool) -> None:
     views = (*VIEWS, view("spread", 0, 1), view("cpu"))
     replica = residency(on, M, *(1000 for _ in next(v for v in views if v.spec.name == on).spec.gpus))
     assert _serving([replica], ticket(1, M, layout=layout), views) is (replica if serves else None)
@@ -130,11 +130,11 @@ def prospect(
     return Prospect(PROMPT_TOKENS - held, in_flight, not served_last, used_at, InstanceName(on))
 
 
-def test_the_copy_with_the_least_waiting_serves() -> None:
+def test_the_replica_with_the_shortest_wait_serves() -> None:
     assert best([3.0, 1.0], [prospect("gpu0", held=500), prospect("gpu1", in_flight=1)]) == 1
 
 
-def test_equal_copies_go_by_what_they_hold_requests_the_client_their_turn_and_their_name() -> None:
+def test_equal_replicas_are_ordered_by_cache_requests_client_last_use_and_name() -> None:
     five = [
         (1.1, prospect("gpu4", held=9, in_flight=1, used_at=5.0)),
         (1.0, prospect("gpu3", used_at=1.0, in_flight=1)),
@@ -164,7 +164,7 @@ RANKED = st.lists(
 
 
 @given(RANKED, st.randoms(use_true_random=False))
-def test_the_same_copies_in_any_order_give_the_same_answer_and_never_a_much_slower_one(
+def test_the_order_of_replicas_does_not_matter_and_no_much_slower_one_is_chosen(
     ranked: list[Ranked], random: object
 ) -> None:
     def chosen_of(replicas: list[Ranked]) -> Ranked:
@@ -177,7 +177,7 @@ def test_the_same_copies_in_any_order_give_the_same_answer_and_never_a_much_slow
     assert chosen_of(shuffled) == chosen
 
 
-def test_a_choice_tells_what_was_to_be_expected_here_and_of_the_best_other() -> None:
+def test_a_choice_shows_the_expected_wait_here_and_on_the_best_other_replica() -> None:
     three = (prospect("gpu0"), prospect("gpu1", held=600), prospect("gpu2"))
     choice = Choice(1, three, (2.0, 0.5, 1.25), PROMPT_TOKENS)
     assert choice.words() == ("; about 0.50 s of waiting, 600 tokens of the prompt in its cache, and 1.25 s on gpu2")
@@ -188,7 +188,7 @@ TOKENS = st.integers(0, 8000)
 
 
 @given(TOKENS, TOKENS, st.integers(0, 8), st.floats(0.0, 100.0), TOKENS)
-def test_more_of_anything_never_makes_the_waiting_shorter(
+def test_more_work_never_makes_the_wait_shorter(
     prompt: int, output: int, concurrent: int, ahead: float, more: int
 ) -> None:
     def waiting(**changes: float) -> float:
@@ -214,7 +214,7 @@ def test_requests_are_weighed_by_their_tokens() -> None:
     assert waiting_seconds(PACE, two_short, 10, 100, 2, 1000.0) < waiting_seconds(PACE, long, 10, 100, 1, 1000.0)
 
 
-def test_a_long_prompt_costs_the_streams_beside_it() -> None:
+def test_a_long_prompt_costs_the_concurrent_streams() -> None:
     work = PendingWork(output_tokens=200, requests=2)
     alone, concurrent = (waiting_seconds(PACE, w, 4000, 0, n, 1000.0) for w, n in ((PendingWork(), 0), (work, 2)))
     assert concurrent - alone == pytest.approx(SIDE_WEIGHT * 2 * 4.0)

@@ -37,6 +37,8 @@ def _load_idle(play: Play) -> ResidencyKey:
 
 def _fail_unload(play: Play, stuck: ResidencyKey, times: int = 2) -> None:
     """The unload fails so many times, and each is sent again in between."""
+    while stuck not in play.unloads:
+        play.advance(1.0)  # until the wait is worth the eviction
     for attempt in range(times):
         if attempt:
             play.advance(RETRY)

@@ -1,4 +1,4 @@
-"""How fast copies are, guessed and learned."""
+"""The speed of replicas: estimated, then measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPU_MODELS: dict[GpuUuid, Gpu] = {
 }
 
 
-def test_a_70b_over_two_3090_is_guessed_as_it_was_measured() -> None:
+def test_the_estimated_speed_of_a_70b_on_two_3090_is_near_the_measured_one() -> None:
     """16.6 tokens/s, within a third, and 375 tokens/s of prompt, within a half."""
     throughput = guessed(LLAMA_70B.weights_bytes, (936e9, 936e9))
     assert 1 / throughput.step_seconds == pytest.approx(16.6, rel=0.33)
@@ -27,19 +27,19 @@ def test_a_70b_over_two_3090_is_guessed_as_it_was_measured() -> None:
 
 
 @given(st.integers(0, 10**12), st.lists(st.floats(1e9, 1e13), max_size=4))
-def test_any_guess_is_a_time_and_a_faster_gpu_is_not_slower(size: int, gpus: list[float]) -> None:
+def test_every_estimate_is_positive_and_a_faster_gpu_is_not_slower(size: int, gpus: list[float]) -> None:
     throughput = guessed(size, gpus)
     assert 0 < throughput.prompt_seconds < throughput.step_seconds
     assert guessed(size, [rate * 2 for rate in gpus]).step_seconds <= throughput.step_seconds
 
 
-def test_what_is_not_known_of_a_gpu_is_taken_as_the_usual() -> None:
+def test_an_unknown_bandwidth_is_replaced_by_a_default() -> None:
     assert guessed(10**10, (None,)) == guessed(10**10, (5e11,))
     assert guessed(10**10, ()).step_seconds > guessed(10**10, (None,)).step_seconds  # the CPU
 
 
 @given(st.floats(0.05, 20.0))
-def test_what_requests_show_is_followed_wherever_it_lies(truth: float) -> None:
+def test_the_estimate_converges_to_the_measured_speed(truth: float) -> None:
     expected = 1.0
     for _ in range(80):
         expected *= correction(expected, truth)
@@ -52,7 +52,7 @@ def test_one_odd_request_changes_little(expected: float, shown: float) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.8, 1.6), st.floats(0.8, 1.6)), max_size=200))
-def test_no_pace_leaves_its_bounds(corrections: list[tuple[float, float]]) -> None:
+def test_speeds_stay_within_their_limits(corrections: list[tuple[float, float]]) -> None:
     speeds, spec = ThroughputModel(), instance("gpu0", 0)
     throughput = speeds.throughput(spec, M, GPU_MODELS)
     for prompt, step in corrections * 3:
@@ -65,36 +65,36 @@ def test_no_pace_leaves_its_bounds(corrections: list[tuple[float, float]]) -> No
 FAST, SLOW = instance("gpu0", 0), instance("gpu1", 1)
 
 
-def _seen(speeds: ThroughputModel, *specs: InstanceSpec, of: ModelFacts = M) -> list[tuple[float, float]]:
+def _speeds(speeds: ThroughputModel, *specs: InstanceSpec, of: ModelFacts = M) -> list[tuple[float, float]]:
     return [
         (throughput.prompt_seconds, throughput.step_seconds)
         for throughput in (speeds.throughput(spec, of, GPU_MODELS) for spec in specs)
     ]
 
 
-def test_a_copy_that_has_shown_nothing_is_judged_by_its_gpu_and_by_the_other_copies() -> None:
-    untaught, speeds = ThroughputModel(), ThroughputModel()
-    (fast, slow) = _seen(untaught, FAST, SLOW)
+def test_an_unmeasured_replica_uses_its_gpu_and_the_correction_of_its_model() -> None:
+    unmeasured, speeds = ThroughputModel(), ThroughputModel()
+    (fast, slow) = _speeds(unmeasured, FAST, SLOW)
     assert fast < slow
-    _seen(speeds, FAST)
+    _speeds(speeds, FAST)
     for _ in range(3):
         speeds.correct(key("gpu0", M), 1.5, 0.9)
-    for before, after in zip((fast, slow), _seen(speeds, FAST, SLOW), strict=True):
+    for before, after in zip((fast, slow), _speeds(speeds, FAST, SLOW), strict=True):
         assert after == pytest.approx((before[0] * 1.5**3, before[1] * 0.9**3))
     other = model("other", 8000)
-    assert _seen(speeds, FAST, of=other) == _seen(untaught, FAST, of=other)
+    assert _speeds(speeds, FAST, of=other) == _speeds(unmeasured, FAST, of=other)
 
 
-def test_each_copy_keeps_what_it_has_shown_itself() -> None:
+def test_each_replica_keeps_its_own_measurements() -> None:
     speeds = ThroughputModel()
-    before = _seen(speeds, FAST, SLOW)
+    before = _speeds(speeds, FAST, SLOW)
     speeds.correct(key("gpu1", M), 1.5, 1.5)
-    after = _seen(speeds, FAST, SLOW)
+    after = _speeds(speeds, FAST, SLOW)
     assert after[0] == before[0]
     assert after[1] > before[1]
 
 
-def test_a_guess_made_before_the_gpus_were_read_is_not_kept() -> None:
+def test_an_estimate_made_before_the_gpus_were_read_is_not_cached() -> None:
     speeds = ThroughputModel()
     blind = speeds.throughput(FAST, M, {})
     assert speeds.throughput(FAST, M, GPU_MODELS) != blind
@@ -107,4 +107,4 @@ def test_what_is_remembered_has_a_bound() -> None:
         speeds.throughput(FAST, named, GPU_MODELS)
         speeds.correct(key("gpu0", named), 2.0, 2.0)
     assert len(speeds.known) == 1000
-    assert _seen(speeds, FAST, of=model("m1199")) > _seen(speeds, FAST, of=model("m0"))
+    assert _speeds(speeds, FAST, of=model("m1199")) > _speeds(speeds, FAST, of=model("m0"))

@@ -1,4 +1,4 @@
-"""Where waiting tickets stand: positions among those who want the same copies, waits that can be done in the head."""
+"""Positions and waits of waiting tickets, with numbers that are easy to check."""
 
 from __future__ import annotations
 
@@ -44,58 +44,65 @@ def _line(count: int, of: ModelFacts = A, first: int = 1, held: MustWait | None 
     return QueueLine(tickets, held)
 
 
-def _seen(facts: Snapshot, *lines: QueueLine) -> list[tuple[int, float | None]]:
+def _positions_and_waits(facts: Snapshot, *lines: QueueLine) -> list[tuple[int, float | None]]:
     """Positions and waits, in the order in which they are served."""
     found = wait_estimates(facts, lines, {})
     return [(found[each.id].position, found[each.id].expected_wait_seconds) for line in lines for each in line.tickets]
 
 
 def _waits(facts: Snapshot, *lines: QueueLine) -> list[float | None]:
-    return [wait for _, wait in _seen(facts, *lines)]
+    return [wait for _, wait in _positions_and_waits(facts, *lines)]
 
 
-# --- slots of copies that are there -----------------------------------------------------------------------------
+# --- slots of loaded replicas -----------------------------------------------------------------------------------
 
 
-def test_the_running_request_of_one_slot_has_half_its_time_to_go_and_each_waiting_one_takes_its_whole() -> None:
+def test_a_running_request_takes_half_a_service_time_more_and_each_waiting_one_a_whole() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
-    assert _seen(facts, _line(3)) == [(1, 5.0), (2, 15.0), (3, 25.0)]
+    assert _positions_and_waits(facts, _line(3)) == [(1, 5.0), (2, 15.0), (3, 25.0)]
 
 
-def test_slots_and_copies_share_the_wait() -> None:
+def test_slots_and_replicas_share_the_wait() -> None:
     four = _facts(residency("gpu0", A, 3000, slots=4, in_flight=4))
     assert _waits(four, _line(5)) == [2.0, 4.0, 6.0, 8.0, 12.0]
     two = _facts(*(residency(f"gpu{number}", A, 3000, slots=1, in_flight=1) for number in range(2)))
     assert _waits(two, _line(4)) == [5.0, 5.0, 15.0, 15.0]
 
 
-def test_where_no_request_has_ended_yet_nothing_is_said_of_a_busy_slot() -> None:
+def test_the_wait_for_a_busy_slot_is_unknown_until_a_request_has_ended() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=2, in_flight=2), held_seconds={})
-    assert _seen(facts, _line(2)) == [(1, None), (2, None)]
+    assert _positions_and_waits(facts, _line(2)) == [(1, None), (2, None)]
 
 
-def test_who_waits_for_another_model_is_not_ahead() -> None:
+def test_tickets_for_another_model_are_not_ahead() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1), residency("gpu1", B, 1000, slots=1, in_flight=1))
-    assert _seen(facts, _line(2), _line(2, B, first=3)) == [(1, 5.0), (2, 15.0), (1, 10.0), (2, 30.0)]
+    assert _positions_and_waits(facts, _line(2), _line(2, B, first=3)) == [(1, 5.0), (2, 15.0), (1, 10.0), (2, 30.0)]
 
 
-def test_who_waits_for_the_same_copy_with_other_wishes_is_ahead_if_his_group_is_served_first() -> None:
+def test_a_ticket_of_an_earlier_group_for_the_same_replica_is_ahead() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
-    assert _seen(facts, _line(2), _line(1, first=3, is_flexible=True)) == [(1, 5.0), (2, 15.0), (3, 25.0)]
+    assert _positions_and_waits(facts, _line(2), _line(1, first=3, is_flexible=True)) == [
+        (1, 5.0),
+        (2, 15.0),
+        (3, 25.0),
+    ]
 
 
-def test_who_insists_on_another_place_is_not_ahead() -> None:
+def test_a_ticket_for_another_layout_is_not_ahead() -> None:
     facts = _facts(*(residency(f"gpu{number}", A, 3000, slots=1, in_flight=1) for number in range(2)))
     there = [Layout(LayoutKind.GPU, gpu) for spec in ("gpu0", "gpu1") for gpu in facts.instances[spec].spec.gpus]  # type: ignore[index]
-    assert _seen(facts, *(_line(1, first=number, layout=where) for number, where in enumerate(there))) == [(1, 5.0)] * 2
+    assert (
+        _positions_and_waits(facts, *(_line(1, first=number, layout=where) for number, where in enumerate(there)))
+        == [(1, 5.0)] * 2
+    )
 
 
-def test_a_copy_that_takes_no_new_requests_gives_no_slot() -> None:
+def test_a_draining_replica_gives_no_slot() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1), draining=frozenset({key("gpu0", A)}))
-    assert _seen(facts, _line(1)) == [(1, None)]
+    assert _positions_and_waits(facts, _line(1)) == [(1, None)]
 
 
-# --- copies on their way ------------------------------------------------------------------------------------------
+# --- loading replicas ---------------------------------------------------------------------------------------------
 
 
 def _coming(state: ResidencyState, **reserved: object) -> Snapshot:
@@ -106,23 +113,23 @@ def _coming(state: ResidencyState, **reserved: object) -> Snapshot:
     return replace(facts, reservations={booked.load_id: booked})
 
 
-def test_a_load_under_way_gives_its_slots_when_it_should_end() -> None:
+def test_a_running_load_gives_its_slots_at_its_expected_end() -> None:
     facts = _coming(ResidencyState.LOADING, sent_at=999.0)
-    assert _seen(facts, _line(3)) == [(1, 3.0), (2, 3.0), (3, 13.0)]
+    assert _positions_and_waits(facts, _line(3)) == [(1, 3.0), (2, 3.0), (3, 13.0)]
     assert _waits(replace(facts, demand={}), _line(3)) == [3.0, 3.0, None]
 
 
-def test_nothing_is_said_of_a_load_that_takes_longer_than_it_should() -> None:
+def test_the_wait_for_an_overdue_load_is_unknown() -> None:
     assert _waits(_coming(ResidencyState.LOADING, sent_at=1000.0 - LOADS_IN), _line(2)) == [None, None]
 
 
 @pytest.mark.parametrize(("leaves", "seconds"), [((), 0.0), (("gpu2",), 0.0), (("gpu1", "gpu2"), 10.0)])
-def test_a_planned_load_comes_after_what_has_to_leave(leaves: tuple[str, ...], seconds: float) -> None:
+def test_a_planned_load_begins_after_its_evictions(leaves: tuple[str, ...], seconds: float) -> None:
     facts = _coming(ResidencyState.PLANNED, evict=tuple(key(name, B) for name in leaves))
     assert _waits(facts, _line(1)) == [seconds + LOADS_IN]
 
 
-def test_nothing_is_said_where_it_is_unknown_how_long_what_has_to_leave_still_works() -> None:
+def test_the_wait_is_unknown_if_the_service_time_of_a_busy_eviction_is() -> None:
     facts = _coming(ResidencyState.PLANNED, evict=(key("gpu1", B),))
     assert _waits(replace(facts, demand={}), _line(1)) == [None]
 
@@ -135,36 +142,36 @@ def _without_place(held: MustWait | None, waited: float = 0.0, **changes: Any) -
     return _waits(facts, _line(3, held=held))
 
 
-def _asked_for(requests_at_once: float) -> dict[BlobDigest, Demand]:
-    """So many requests of `b` at a time, of late, each for twenty seconds."""
+def _with_demand(requests_at_once: float) -> dict[BlobDigest, Demand]:
+    """A recent demand of `b` that keeps this number of slots busy, for twenty seconds per request."""
     rate = requests_at_once / 20.0
     weight = rate * POLICY.constants.demand_half_life_seconds / math.log(2.0)
     return {A.blob: Demand(1.0, 0.0, 10.0), B.blob: Demand(weight, 1000.0, 20.0)}
 
 
-def test_busy_models_in_the_way_fall_idle_the_later_the_more_they_are_asked_for_and_stop_after_a_while() -> None:
+def test_busy_models_in_the_way_become_idle_later_with_more_demand_until_drained() -> None:
     held = MustWait("", (key("gpu1", B),))
-    assert _without_place(held, demand=_asked_for(0.0)) == [10.0 + LOADS_IN, 10.0 + LOADS_IN, 20.0 + LOADS_IN]
-    memoise = _without_place(held, demand=_asked_for(1.0))[0]
+    assert _without_place(held, demand=_with_demand(0.0)) == [10.0 + LOADS_IN, 10.0 + LOADS_IN, 20.0 + LOADS_IN]
+    memoise = _without_place(held, demand=_with_demand(1.0))[0]
     assert memoise == pytest.approx(10.0 * math.e + LOADS_IN)
     stops = POLICY.constants.drain_after_seconds + 10.0 + LOADS_IN
-    assert _without_place(held, demand=_asked_for(9.0))[0] == stops
-    assert _without_place(held, demand=_asked_for(9.0), waited=20.0)[0] == stops - 20.0
-    assert _without_place(held, demand=_asked_for(9.0), draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
+    assert _without_place(held, demand=_with_demand(9.0))[0] == stops
+    assert _without_place(held, demand=_with_demand(9.0), waited=20.0)[0] == stops - 20.0
+    assert _without_place(held, demand=_with_demand(9.0), draining=frozenset(held.drain))[0] == 10.0 + LOADS_IN
 
 
-def test_a_model_that_no_single_gpu_holds_waits_less_for_its_room() -> None:
+def test_a_model_over_several_gpus_waits_less_for_its_room() -> None:
     gpus = {each.uuid: each for each in (gpu(number, 2000, 2000) for number in range(2))}
     share = POLICY.constants.large_wait_share
     assert _without_place(MustWait(""), gpus=gpus)[0] == share * POLICY.starving_after_seconds + LOADS_IN
-    busy, always = MustWait("", (key("gpu1", B),)), _asked_for(9.0)
+    busy, always = MustWait("", (key("gpu1", B),)), _with_demand(9.0)
     assert (
         _without_place(busy, gpus=gpus, demand=always)[0]
         == share * POLICY.constants.drain_after_seconds + 10.0 + LOADS_IN
     )
 
 
-def test_who_is_behind_other_clients_waits_for_their_next_requests_as_well() -> None:
+def test_a_wait_includes_the_next_requests_of_clients_ahead() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
     weight = (
         0.05 * POLICY.constants.demand_half_life_seconds / math.log(2.0)
@@ -175,7 +182,7 @@ def test_who_is_behind_other_clients_waits_for_their_next_requests_as_well() -> 
     assert _waits(facts, QueueLine(line.tickets[::2])) == [5.0, 15.0]
 
 
-def test_idle_models_in_the_way_leave_when_the_wait_is_worth_their_price() -> None:
+def test_idle_models_in_the_way_are_evicted_when_the_wait_reaches_their_price() -> None:
     facts, line = _facts(), _line(2)
     worth = worth_of_load(facts, A, line.tickets)
     lacking = 8.0 * POLICY.constants.wait_weight * len(line.tickets)
@@ -185,25 +192,25 @@ def test_idle_models_in_the_way_leave_when_the_wait_is_worth_their_price() -> No
     )
 
 
-def test_what_starves_gets_its_place_and_if_it_does_not_nothing_is_said() -> None:
+def test_a_starving_ticket_gets_its_place_or_its_wait_is_unknown() -> None:
     assert _without_place(MustWait(""))[0] == POLICY.starving_after_seconds + LOADS_IN
     assert _without_place(MustWait(""), waited=POLICY.starving_after_seconds) == [None] * 3
 
 
-def test_nothing_is_said_where_no_place_was_sought_yet_or_no_server_runs() -> None:
+def test_the_wait_is_unknown_before_the_first_search_and_without_servers() -> None:
     assert _without_place(None) == [None] * 3
     down = {name: replace(each, state=InstanceState.BACKOFF) for name, each in _facts().instances.items()}
     assert _without_place(MustWait(""), instances=down) == [None] * 3
 
 
-def test_what_a_ticket_waits_for_is_said_even_before_it_was_looked_at() -> None:
+def test_a_ticket_has_a_reason_before_its_first_search() -> None:
     facts = _facts(residency("gpu0", A, 3000, slots=1, in_flight=1))
     lines = [_line(2), _line(1, B, first=3, held=MustWait("waits for room"))]
     said = [each.reason for each in wait_estimates(facts, lines, {TicketId(1): "as told"}).values()]
     assert said == ["as told", "1 of 1 slots are in use on gpu0", "waits for room"]
 
 
-# --- whatever there is ---------------------------------------------------------------------------------------------
+# --- random situations ---------------------------------------------------------------------------------------------
 
 STATES = [ResidencyState.READY, ResidencyState.LOADING, ResidencyState.PLANNED, ResidencyState.UNLOADING]
 
@@ -240,7 +247,7 @@ def _lasting(waits: Iterable[float | None]) -> list[float]:
 
 
 @given(_situations())
-def test_in_a_line_positions_count_up_and_waits_never_shrink_and_the_same_facts_give_the_same(
+def test_in_a_line_positions_and_waits_grow_and_results_are_deterministic(
     situation: tuple[Snapshot, list[QueueLine]],
 ) -> None:
     facts, lines = situation
@@ -257,14 +264,14 @@ def test_in_a_line_positions_count_up_and_waits_never_shrink_and_the_same_facts_
     assert wait_estimates(replace(facts), lines, {TicketId(10): "because"}) == found
 
 
-# --- against what then happens ---------------------------------------------------------------------------------------
+# --- compared with actual waits --------------------------------------------------------------------------------------
 
 
 HOLDS_SECONDS = 10.0
 
 
 def _let_run(play: Play, seconds: float, granted: dict[TicketId, float]) -> None:
-    """Lets each request hold its slot for ten seconds; `granted`: when each was seen to have it."""
+    """Lets each request hold its slot for ten seconds; `granted`: when each got it."""
     until = play.now + seconds
     while play.now < until:
         for number in list(play.leases):
@@ -274,14 +281,14 @@ def _let_run(play: Play, seconds: float, granted: dict[TicketId, float]) -> None
 
 
 def _with_one_served(play: Play, of: ModelFacts) -> Play:
-    """Loads the model and has a request of it end."""
+    """Loads the model and ends one request of it."""
     play.arrive(of)
     play.work_through()
     _let_run(play, 2 * HOLDS_SECONDS, {})
     return play
 
 
-def test_what_is_expected_in_the_queue_comes_true_to_within_half_a_request() -> None:
+def test_estimates_in_the_queue_are_right_within_half_a_service_time() -> None:
     small, granted = sized("small", 10), dict[TicketId, float]()
     play = _with_one_served(Play(1).begin(), small)
     for _ in range(2):
@@ -295,7 +302,7 @@ def test_what_is_expected_in_the_queue_comes_true_to_within_half_a_request() -> 
     assert came == pytest.approx([each.expected_wait_seconds for each in said], abs=HOLDS_SECONDS / 2)
 
 
-def test_what_is_expected_before_a_load_comes_true_once_busy_models_have_left() -> None:
+def test_estimates_before_a_load_are_right_once_busy_models_are_unloaded() -> None:
     small, large = sized("small", 16), sized("large", 20)
     play = _with_one_served(Play(1).begin(), small)
     running = play.arrive(small)
@@ -312,7 +319,7 @@ def test_what_is_expected_before_a_load_comes_true_once_busy_models_have_left() 
     assert play.grant(waiting).instance == "gpu0"
 
 
-def test_the_order_is_that_in_which_clients_get_their_turn() -> None:
+def test_the_estimated_order_is_the_serving_order() -> None:
     play, small = Play(1, slots=1).begin(), sized("small", 10)
     play.arrive(small)
     play.work_through()
@@ -333,5 +340,5 @@ def test_other_options_of_the_same_weights_wait_for_the_running_ones_and_a_load(
     )
 
 
-def test_a_ticket_that_waits_for_nothing_that_is_known_has_a_position_all_the_same() -> None:
+def test_a_ticket_with_an_unknown_wait_has_a_position() -> None:
     assert wait_estimates(_facts(), [QueueLine([ticket(1, A)])], {}) == {TicketId(1): WaitEstimate(1, None)}

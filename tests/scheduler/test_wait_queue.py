@@ -1,4 +1,4 @@
-"""The queue keeps order, by groups, whatever comes and goes; checked against a plain list."""
+"""The queue keeps its order by groups; compared with a plain list."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_same_weights_under_another_name_are_one_group_and_other_options_ano
     assert group_of(ticket(1, A)) != group_of(ticket(2, A, layout=Layout(LayoutKind.SPREAD)))
 
 
-def test_who_does_not_wait_cannot_be_taken_out() -> None:
+def test_removing_an_unknown_ticket_does_nothing() -> None:
     queue = WaitQueue()
     queue.add(ticket(1, A))
     assert queue.remove(TicketId(2)) is None
@@ -48,7 +48,7 @@ def test_who_does_not_wait_cannot_be_taken_out() -> None:
     assert not queue.waits_for(A.blob)
 
 
-def test_those_whose_deadline_has_come_are_told_oldest_first() -> None:
+def test_expired_tickets_are_listed_oldest_first() -> None:
     queue = WaitQueue()
     for number, deadline in ((1, 9.0), (2, 5.0), (3, 7.0)):
         queue.add(ticket(number, A, deadline=deadline))
@@ -65,7 +65,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_the_queue_always_says_what_a_plain_list_would(steps: list[tuple[object, RunnerOptions, int, float]]) -> None:
+def test_the_queue_behaves_like_a_plain_list(steps: list[tuple[object, RunnerOptions, int, float]]) -> None:
     queue, plain = WaitQueue(), list[Ticket]()
     for number, (of, options, leaver, deadline) in enumerate(steps, 1):
         coming = ticket(number, of, options=options, deadline=deadline)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_the_queue_always_says_what_a_plain_list_would(steps: list[tuple[object,
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_its_length_is_the_number_of_those_who_wait(count: int) -> None:
+def test_its_length_is_the_number_of_waiting_tickets(count: int) -> None:
     queue = WaitQueue()
     for number in range(count):
         queue.add(ticket(number, MODELS[number % 3]))

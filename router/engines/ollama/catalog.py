@@ -1,15 +1,14 @@
-"""Which models there are and where, and the facts of each, asked of the servers and remembered.
+"""Caches which models exist, in which store, and their facts, as read from the servers.
 
-There is the store that all spawned instances share, and one of its own for each attached server (`Store`). A name means
-the shared store's model where that has it, else the first attached server's; which further stores hold the very same
-is told with the facts.
+All spawned instances share one store; each attached server has its own (`Store`). A name means the model in the shared
+store, else that of the first attached server that has it. Its facts say which other stores have the same model.
 
-Facts belong to a manifest's digest: `refresh` forgets those whose digest has changed or whose model is gone. A name
-that is not known is always asked for live, so that a model that anybody has pulled is there at once; many who ask at
-once share one reading. Facts of digests that were seen are kept beside that, because a server may still have loaded
-what its name no longer means. Fetches run as tasks of the catalog's own: a caller that leaves takes nobody's answer.
+Cached facts belong to the digest of a manifest: `refresh` drops them if the digest of the name has changed or the model
+is gone. An unknown name is always looked up live, so that a newly pulled model is available at once; concurrent
+lookups share one reading. Facts of older digests are kept separately, because a server may still have loaded what a
+name meant before. Lookups run as separate tasks, so that a cancelled caller does not affect others.
 
-It never guesses: a server that fails makes `facts` raise, and is not taken for one without models.
+If a server fails, `facts` raises; this is never taken as an empty store.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ _T = TypeVar("_T")
 _NOT_FOUND = 404
 _SEEN_DIGESTS_MAX = 4096
 _WRITTEN_NAMES_MAX = 1024
-_SIDE_BY_SIDE = 8
-"""Models whose facts are read at once where all of them are wanted."""
+_CONCURRENT_READS_MAX = 8
+"""Models whose facts are read at the same time when all are needed."""
 
 
 class Catalog:
-    """`stores` gives the stores at the moment, the shared one first. `clock` is monotonic, in seconds.
+    """`stores` returns the current stores, the shared one first. `clock` is monotonic, in seconds.
 
-    To be used within one event loop; `close` ends what is under way.
+    Use it in one event loop only; `close` cancels running lookups.
     """
 
     def __init__(self, stores: Callable[[], Sequence[Store]], clock: Callable[[], float]) -> None:
@@ -47,7 +46,7 @@ class Catalog:
         self._by_written_name: dict[str, ModelFacts] = {}
         """Memo of `known`, so that a name is parsed once; emptied whenever `_known` changes."""
         self._seen: dict[str, ModelFacts] = {}
-        """By digest, whatever its name means today."""
+        """By digest of the manifest, including those that no name means any more."""
         self._without_facts: dict[str, str] = {}
         """Names without facts (a cloud model's stub), each with the digest that was looked at."""
         self._unknown_digests: set[str] = set()
@@ -70,7 +69,7 @@ class Catalog:
         return self._listing.unheard()
 
     def known(self, name: str) -> ModelFacts | None:
-        """Remembered facts of a name in any form; asks nobody."""
+        """Cached facts of a name in any form; None if they are not cached."""
         facts = self._by_written_name.get(name)
         if facts is not None:
             return facts
@@ -81,10 +80,10 @@ class Catalog:
         return facts
 
     async def facts(self, name: str) -> ModelFacts | None:
-        """Facts of a name in any form. None: not a name, no such model, a cloud model's stub, or no server to ask.
+        """Facts of a name in any form. None: invalid name, no such model, a stub of a cloud model, or no ready server.
 
         Raises:
-            OllamaError: the server could not be asked, or could not say.
+            OllamaError: the server could not be reached or answered with an error.
         """
         key = key_of(name)
         if key is None:
@@ -93,23 +92,23 @@ class Catalog:
             return self._known[key]
         if key in self._without_facts:
             return None
-        under_way = self._fetches.get(key)
-        if under_way is not None:
-            facts = await asyncio.shield(under_way)
+        running = self._fetches.get(key)
+        if running is not None:
+            facts = await asyncio.shield(running)
             if facts is not None:
                 return facts
-            # It may have looked before the model came; one that begins after this call cannot have.
+            # It may have read the list before the model was added; a lookup that starts now cannot.
         return await asyncio.shield(self._fetches.get(key) or self._start_fetch(key))
 
     async def facts_of(self, name: str, digest: str) -> ModelFacts | None:
-        """Facts of what a server has loaded under that name with that digest, though the name may mean another by now.
+        """Facts of a loaded model by name and digest, even if the name means another digest now; None if unknown.
 
         Raises:
-            OllamaError: the server could not be asked, or could not say.
+            OllamaError: the server could not be reached or answered with an error.
         """
-        seen = self.seen(digest)
-        if seen is not None:
-            return seen
+        cached = self.seen(digest)
+        if cached is not None:
+            return cached
         if digest in self._unknown_digests:
             return None
         facts = await self.facts(name)
@@ -119,30 +118,30 @@ class Catalog:
         return None
 
     def seen(self, digest: str) -> ModelFacts | None:
-        """Facts of a digest that was read at any time; asks nobody."""
+        """Cached facts of a digest; None if it was never read."""
         return self._seen.get(digest)
 
     async def names_of(self, blob: BlobDigest) -> tuple[str, ...]:
-        """The names in the shared store that stand for these weights, after a live look at all of them.
+        """The names in the shared store that mean these weights. Reads the whole list live.
 
         Raises:
-            OllamaError: the server could not be asked, or could not say.
+            OllamaError: the server could not be reached or answered with an error.
         """
         rows = await asyncio.shield(self._readings.begin())
-        gate = asyncio.Semaphore(_SIDE_BY_SIDE)
+        semaphore = asyncio.Semaphore(_CONCURRENT_READS_MAX)
 
-        async def looked_up(listed: Listed) -> ModelFacts | None:
-            async with gate:
+        async def facts_of_row(listed: Listed) -> ModelFacts | None:
+            async with semaphore:
                 return await self.facts(listed.row.name)
 
-        found = await asyncio.gather(*(looked_up(each) for each in (rows or {}).values() if each.is_shared))
-        return tuple(facts.name for facts in found if facts is not None and facts.blob == blob)
+        all_facts = await asyncio.gather(*(facts_of_row(each) for each in (rows or {}).values() if each.is_shared))
+        return tuple(facts.name for facts in all_facts if facts is not None and facts.blob == blob)
 
     async def refresh(self) -> None:
-        """Reads the list of models again and forgets facts that no longer hold.
+        """Reads the list of models again and drops outdated facts.
 
         Raises:
-            OllamaError: the server could not be asked; nothing is forgotten.
+            OllamaError: the server could not be reached; nothing is dropped.
         """
         rows = await asyncio.shield(self._readings.begin())
         if rows is None:
@@ -160,19 +159,19 @@ class Catalog:
                 self._by_written_name.clear()
 
     def forget(self, name: str) -> None:
-        """Drops what is remembered of a name in any form; a fetch under way is answered but not remembered."""
+        """Drops the cached facts of a name in any form; a running lookup is answered but not cached."""
         key = key_of(name)
         if key is not None:
             self._forget(key)
 
     def forget_all(self) -> None:
-        """Drops everything remembered: the store was changed in ways that a name does not tell (copy, create)."""
+        """Drops all cached facts, after changes of the store that may affect any name (copy, create)."""
         self._unknown_digests.clear()
         for key in {*self._known, *self._without_facts, *self._fetches}:
             self._forget(key)
 
     async def close(self) -> None:
-        """Cancels fetches under way; those who wait for them are cancelled too."""
+        """Cancels running lookups, and with them the callers that wait for them."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -188,20 +187,20 @@ class Catalog:
         return task
 
     async def _fetch(self, key: str) -> ModelFacts | None:
-        me = asyncio.current_task()
+        task = asyncio.current_task()
         try:
             rows = await asyncio.shield(self._readings.begin())
             listed = None if rows is None else rows.get(key)
-            facts = None if listed is None else await self._ask(listed)
+            facts = None if listed is None else await self._fetch_facts(listed)
             if facts is not None:
                 self._warn_of_opaque(facts)
                 self._remember_digest(facts)
-                if self._fetches.get(key) is me:
+                if self._fetches.get(key) is task:
                     self._known[key] = facts
                     self._by_written_name.clear()
             return facts
         finally:
-            if self._fetches.get(key) is me:
+            if self._fetches.get(key) is task:
                 del self._fetches[key]
 
     def _warn_of_opaque(self, facts: ModelFacts) -> None:
@@ -215,7 +214,7 @@ class Catalog:
         while len(self._seen) > _SEEN_DIGESTS_MAX:
             del self._seen[next(iter(self._seen))]
 
-    async def _ask(self, listed: Listed) -> ModelFacts | None:
+    async def _fetch_facts(self, listed: Listed) -> ModelFacts | None:
         client, row = listed.client, listed.row
         if row.remote_host:
             return self._remember_stub(row)
@@ -253,14 +252,14 @@ class Catalog:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # it was raised to those who waited; nobody may be left
+            task.exception()  # already raised to the callers, if any are left: do not log it as never retrieved
 
 
 _Rows = Mapping[str, Listed]
 
 
 class _Readings:
-    """Shares readings of the list so that one runs at a time: each caller gets one that begins after its call."""
+    """Shares readings of the list, one at a time: each caller gets one that begins after its call."""
 
     def __init__(
         self,
@@ -280,5 +279,5 @@ class _Readings:
     async def _run(self, before: asyncio.Task[_Rows | None] | None) -> _Rows | None:
         if before is not None and not before.done():
             await asyncio.wait((before,))
-        self._running, self._next = self._next, None  # whoever asks from here on needs the one after this
+        self._running, self._next = self._next, None  # later callers need a new reading
         return await self._read()

@@ -1,8 +1,7 @@
-"""Typed client of one Ollama server: what the router itself asks of it. Clients' requests do not pass through here.
+"""Typed client of one Ollama server, for the router's own calls. Clients' requests do not pass through it.
 
-Every call has a deadline and ends in a value or in an `OllamaError`. An answer that cannot be read is an error, never
-an empty result: a server that fails to list its loaded models is not a server without any. It retries nothing, decides
-nothing and holds no state but its session.
+Every call has a deadline and ends in a value or an `OllamaError`. An unreadable response is an error, never an empty
+result: if listing the loaded models fails, that does not mean that there are none. There are no retries.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from router.domain.events import LoadedModel
 from router.engines.base import EngineError
 
 UNREACHABLE = 502
-"""Status of an error that no server sent: no connection, or one that broke."""
+"""Status of an error of the client itself: no connection, or it was lost."""
 TIMED_OUT = 504
-"""Status of an error that no server sent: the call's deadline passed."""
+"""Status of an error of the client itself: the deadline of the call passed."""
 
 CONNECT_SECONDS = 5.0
 _FOR_EVER = -1
@@ -29,21 +28,21 @@ _T = TypeVar("_T")
 
 
 class OllamaError(EngineError):
-    """A call that did not succeed. `status` is the server's, or UNREACHABLE or TIMED_OUT; `message` is its text."""
+    """A call failed. `status`: the HTTP status of the server, or UNREACHABLE or TIMED_OUT. `message`: what happened."""
 
 
 class TagRow(msgspec.Struct, frozen=True):
-    """One model of `/api/tags`. `digest` is the manifest's, without `sha256:`; `size` the sum of all its layers."""
+    """One model of `/api/tags`. `digest`: of the manifest, without `sha256:`; `size`: the sum of all its layers."""
 
     name: str
     digest: str = ""
     size: int = 0
     remote_host: str = ""
-    """Where a cloud model really runs; "" for one of this server."""
+    """Where a cloud model runs; "" for a local model."""
 
 
 class TensorRow(msgspec.Struct, frozen=True):
-    """One tensor of `/api/show`; `shape` is ggml's, the row length first."""
+    """One tensor of `/api/show`; `shape` is in ggml's order, row length first."""
 
     name: str
     type: str
@@ -51,7 +50,7 @@ class TensorRow(msgspec.Struct, frozen=True):
 
 
 class ShowReply(msgspec.Struct, frozen=True):
-    """`/api/show`, as far as it is used. Values of `model_info` stay JSON: verbose ones hold whole vocabularies."""
+    """The used part of `/api/show`. Values of `model_info` stay JSON: verbose ones contain whole vocabularies."""
 
     modelfile: str = ""
     parameters: str | None = None
@@ -85,7 +84,10 @@ class _Error(msgspec.Struct, frozen=True):
 
 
 class OllamaClient:
-    """Client of the server at `base_url` (no path). `session` stays the caller's, who closes it."""
+    """Client of the server at `base_url` (no path). The caller owns `session` and closes it.
+
+    All calls raise `OllamaError` if the server cannot be reached, misses the deadline or answers with an error.
+    """
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, timeout_seconds: float = 10.0) -> None:
         self._session = session
@@ -101,30 +103,34 @@ class OllamaClient:
         return (await self._get("/api/version", _Version)).version
 
     async def tags(self) -> tuple[TagRow, ...]:
-        """The models of the server's store."""
+        """The models in the server's store."""
         return (await self._get("/api/tags", _Tags)).models or ()
 
     async def ps(self) -> tuple[LoadedModel, ...]:
-        """The loaded models. Raises where the server cannot say (0.24 answers 500 with no body now and then)."""
+        """The loaded models.
+
+        Raises:
+            OllamaError: also while the server cannot list them (0.24 sometimes answers 500 without a body).
+        """
         rows = (await self._get("/api/ps", _Ps)).models or ()
         return tuple(LoadedModel(r.name, r.digest, r.size, r.size_vram, r.context_length) for r in rows)
 
     async def show(self, name: str, *, verbose: bool = False) -> ShowReply:
-        """Facts of one model. `verbose` adds the values of arrays, which are null without it.
+        """Facts of one model. `verbose` includes the values of arrays, which are null otherwise.
 
         Raises:
-            OllamaError: 404 for a model that the server does not have.
+            OllamaError: status 404 if the server does not have the model.
         """
         body = {"model": name, "verbose": True} if verbose else {"model": name}
         return await self._post("/api/show", body, ShowReply)
 
     async def create(self, name: str, blob: str, timeout_seconds: float) -> None:
-        """Makes a model of weights that are in the store already."""
+        """Creates a model from weights that are already in the store; `blob` is their digest."""
         body = {"model": name, "files": {"model.gguf": blob}, "stream": False}
         await self._call(self._session, "POST", "/api/create", body, timeout_seconds, dict[str, msgspec.Raw])
 
     async def delete(self, name: str) -> None:
-        """Removes a model, and of its files those that no other names."""
+        """Removes a model and those of its files that no other model uses."""
         await self._call(self._session, "DELETE", "/api/delete", {"model": name}, self._timeout_seconds, bytes)
 
     async def load(
@@ -136,24 +142,26 @@ class OllamaClient:
         timeout_seconds: float,
         num_gpu: int | None = None,
     ) -> None:
-        """Loads a model to stay until it is unloaded, and returns when it can serve.
+        """Loads a model until it is unloaded. Returns when it can serve.
 
-        `num_gpu`: layers to put on the GPUs, overruling the server's estimate; None leaves it to the server.
-        The call has a connection of its own, closed behind it: to break it off is to abort the load.
+        `num_gpu`: number of layers on the GPUs, instead of the server's estimate; None: the server decides.
+        The call uses its own connection, so that cancelling the call aborts the load.
         """
-        wanted: dict[str, int | bool] = dict(options)
+        sent_options: dict[str, int | bool] = dict(options)
         if num_gpu is not None:
-            wanted["num_gpu"] = num_gpu
-        body: dict[str, Any] = {"model": name, "keep_alive": _FOR_EVER, **({"options": wanted} if wanted else {})}
+            sent_options["num_gpu"] = num_gpu
+        body: dict[str, Any] = {"model": name, "keep_alive": _FOR_EVER}
+        if sent_options:
+            body["options"] = sent_options
         if embedding:  # `/api/generate` refuses models that cannot generate
             await self._residency("/api/embed", body, timeout_seconds)
         else:
             await self._residency("/api/generate", {**body, "stream": False}, timeout_seconds)
 
     async def unload(self, name: str, timeout_seconds: float | None = None) -> None:
-        """Asks for a model to be unloaded once its running requests end; returns before that.
+        """Requests that a model be unloaded when its running requests have ended. Does not wait for that.
 
-        Embedding models too go through `/api/generate`, which unloads before it looks at what a model can do
+        Embedding models use `/api/generate` too: it unloads before it checks the model's capabilities
         (server/routes.go, v0.11.4 and v0.24). `/api/embed` would first load a model that is not loaded, or that is
         loaded with other options.
         """
@@ -179,7 +187,7 @@ class OllamaClient:
         timeout_seconds: float,
         kind: type[_T],
     ) -> _T:
-        what = f"{method} {self._base_url}{path}"
+        call = f"{method} {self._base_url}{path}"
         data = None if body is None else msgspec.json.encode(body)
         headers = {} if data is None else {"Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
@@ -190,28 +198,32 @@ class OllamaClient:
             ):
                 raw = await reply.read()
         except TimeoutError as error:
-            raise OllamaError(TIMED_OUT, f"{what}: no answer within {timeout_seconds:g} s") from error
+            raise OllamaError(TIMED_OUT, f"{call}: no answer within {timeout_seconds:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise OllamaError(UNREACHABLE, f"{what}: {error or type(error).__name__}") from error
-        return _read(what, reply.status, raw, kind)
+            raise OllamaError(UNREACHABLE, f"{call}: {error or type(error).__name__}") from error
+        return _read(call, reply.status, raw, kind)
 
 
-def _read(what: str, status: int, raw: bytes, kind: type[_T]) -> _T:
-    """The answer's value; an error for another status than 200 and for one that carries an `error`."""
-    words = _error_words(raw)
+def _read(call: str, status: int, raw: bytes, kind: type[_T]) -> _T:
+    """The decoded response.
+
+    Raises:
+        OllamaError: the status is not 200, the body has an `error`, or the body is unreadable.
+    """
+    message = _error_message(raw)
     if status != 200:
-        raise OllamaError(status, words or f"{what}: status {status} without a word")
-    if words:
-        raise OllamaError(500, words)  # 0.11.4 may say 200 and put the error in the body
-    if kind is bytes:  # what it says does not matter
+        raise OllamaError(status, message or f"{call}: status {status} without an error message")
+    if message:
+        raise OllamaError(500, message)  # 0.11.4 may answer 200 with an error in the body
+    if kind is bytes:  # the content does not matter
         return cast("_T", raw)
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.MsgspecError as error:
-        raise OllamaError(UNREACHABLE, f"{what}: unreadable answer: {error}") from error
+        raise OllamaError(UNREACHABLE, f"{call}: unreadable answer: {error}") from error
 
 
-def _error_words(raw: bytes) -> str:
+def _error_message(raw: bytes) -> str:
     try:
         return msgspec.json.decode(raw, type=_Error).error
     except msgspec.MsgspecError:

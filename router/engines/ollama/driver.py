@@ -1,12 +1,12 @@
-"""Carries loads and unloads out on the servers, and tells what came of them.
+"""Carries out loads and unloads on the servers and reports their results.
 
-A load is asked for with all layers on the GPUs, so that it comes out whole where it was planned or fails visibly; what
-the server then lists is the proof. An unload is done when the server no longer lists the model. It plans nothing and
-retries nothing but the listing, which a server now and then fails to give.
+A load requests all layers on the GPUs, so that it either succeeds as planned or fails visibly; the server's list of
+loaded models confirms it. An unload is done when the server no longer lists the model. Only listing is retried, because
+it fails now and then.
 
-A server unloads by name, and a name may mean other weights than those that were loaded under it: it was pulled or
-created again, or deleted. Then another name of the same weights serves, or one that is made for the purpose and removed
-with the weights that nothing else names.
+A server unloads by name. The name may mean other weights now, because it was pulled or created again, or deleted. Then
+another name of the same weights is used, or a temporary one is created. Deleting it also deletes the weights, if no
+other name uses them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from router.engines.ollama.rules import KIND
 from router.engines.ollama.runner_options import sets_num_gpu
 
 ClientFor = Callable[[str], OllamaClient]
-"""URL of an instance -> a client of it."""
+"""URL of an instance -> its client."""
 
 _POLL_SECONDS = 0.1
 _LISTING_TRIES = 3
 _STORE_SECONDS = 60.0
 TEMPORARY_TAG = "llamayard-unload:"
-"""Beginning of the names that are made to unload what has none."""
+"""Prefix of the temporary names for unloading weights that no longer have a name."""
 
 
 class Names(Protocol):
-    """What the driver asks of the catalog."""
+    """What the driver needs of the catalog; see `Catalog`."""
 
     async def facts_of(self, name: str, digest: str) -> ModelFacts | None: ...
 
@@ -56,8 +56,7 @@ class OllamaDriver:
         writing: asyncio.Lock,
         unload_timeout_seconds: float = 30.0,
     ) -> None:
-        """`writing` is held by whoever changes the shared store. `unload_timeout_seconds`: how long a model may stay
-        listed."""
+        """`writing` is held during changes of the shared store. `unload_timeout_seconds`: limit for one unload."""
         self._client_for = client_for
         self._names = names
         self._snapshot = snapshot
@@ -89,23 +88,23 @@ class OllamaDriver:
                 while await self._row_of(unload.model, await _listed(client)) is not None:  # noqa: ASYNC110 - another program
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
-            words = f"still listed {self._unload_timeout_seconds:g} s after it was to be unloaded"
-            return UnloadFinished(unload.instance, unload.blob, words)
+            message = f"still loaded {self._unload_timeout_seconds:g} s after the unload was requested"
+            return UnloadFinished(unload.instance, unload.blob, message)
         except OllamaError as error:
             return UnloadFinished(unload.instance, unload.blob, error.message)
         return UnloadFinished(unload.instance, unload.blob)
 
     async def clear_leftovers(self) -> bool:
-        """Removes the names that a router left which was killed while it unloaded, and their weights with them. False
-        where no server is ready that could, or the store is being changed; for the start, when nothing needs them yet.
+        """Removes temporary names, and their weights, that a router left behind when it was killed during an unload.
+
+        To be called at startup. Returns False if no server is ready, or if the store is being changed.
 
         Raises:
-            OllamaError: the server could not be asked, or did not do it.
+            OllamaError: the server could not be reached or refused.
         """
-        facts = self._snapshot()
-        ours = (v for v in facts.instances.values() if v.spec.engine == KIND and not v.spec.attached)
-        ready = (v for v in ours if v.state is InstanceState.READY)
-        view = next(ready, None)
+        instances = self._snapshot().instances.values()
+        spawned = (v for v in instances if v.spec.engine == KIND and not v.spec.attached)
+        view = next((v for v in spawned if v.state is InstanceState.READY), None)
         if view is None or self._writing.locked():
             return False
         client = self._client_for(view.spec.url)
@@ -118,16 +117,16 @@ class OllamaDriver:
 
     @contextlib.asynccontextmanager
     async def _named(self, unload: Unload, client: OllamaClient) -> AsyncGenerator[str]:
-        """A name that stands for the loaded weights as long as the block lasts."""
+        """A name that means the loaded weights until the block ends."""
         model = unload.model
-        today = await self._names.facts(model.name)
-        if (today is not None and today.blob == model.blob) or self._is_attached(unload.instance):
+        current = await self._names.facts(model.name)
+        if (current is not None and current.blob == model.blob) or self._is_attached(unload.instance):
             yield model.name
             return
         temporary_tag, names = temporary_tag_for(model.blob), await self._names.names_of(model.blob)
-        real = next((name for name in names if name != temporary_tag), None)
-        if real is not None:
-            yield real
+        other_name = next((name for name in names if name != temporary_tag), None)
+        if other_name is not None:
+            yield other_name
             return
         async with self._writing:
             if not names:
@@ -143,11 +142,11 @@ class OllamaDriver:
         return view is not None and view.spec.attached
 
     def _held_elsewhere(self, unload: Unload) -> bool:
-        """Whether another instance has the weights, which will need the stand-in as well."""
+        """Returns True if another instance has the weights, and so will need the temporary name too."""
         return any(blob == unload.blob and name != unload.instance for name, blob in self._snapshot().residencies)
 
     async def _row_of(self, model: ModelFacts, rows: tuple[LoadedModel, ...]) -> LoadedModel | None:
-        """The model's row; a runner that another name of the same weights started is listed under that name."""
+        """The row of the model's weights, which may be listed under another of their names."""
         for row in rows:
             if row.name == model.name and row.digest == model.digest:
                 return row
@@ -159,17 +158,17 @@ class OllamaDriver:
 
 
 def temporary_tag_for(blob: BlobDigest) -> str:
-    """The name that is made for weights that have none any more."""
+    """The temporary name for weights that no longer have a name."""
     return TEMPORARY_TAG + blob.removeprefix("sha256:")[:12]
 
 
 def is_temporary_tag(name: str) -> bool:
-    """Whether a name was made to unload with; such names are nobody's models."""
+    """Returns True for a temporary name; it is not a model of any user."""
     return name.startswith(TEMPORARY_TAG)
 
 
 def _layers(load: Load) -> int | None:
-    """All layers and the output, unless the model's own file says how many or nobody knows them."""
+    """All layers and the output layer; None on the CPU, if the Modelfile sets `num_gpu`, or if they are unknown."""
     if not load.expects_gpu or load.model.is_opaque or sets_num_gpu(load.model):
         return None
     return load.model.layers + 1

@@ -1,7 +1,7 @@
-"""Bytes of a tensor by its ggml type and shape, and of cache elements by cache type.
+"""Sizes in bytes: of tensors by ggml type and shape, and of KV cache rows by cache type.
 
-The table is ggml's (`ggml_type_size` and `ggml_blck_size`, ggml.c): quantised values are stored in blocks, each with
-scales of its own. It reads no file and knows nothing of models.
+The table is that of ggml.c (`ggml_type_size` and `ggml_blck_size`): quantised values are stored in blocks, each with
+its own scales.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ GGML_BLOCKS: Mapping[str, tuple[int, int]] = {
     "TQ1_0": (256, 54),
     "TQ2_0": (256, 66),
 }
-"""ggml type -> (elements of a block, bytes of a block)."""
+"""ggml type -> (elements per block, bytes per block)."""
 
 
 def tensor_bytes(ggml_type: str, shape: Sequence[int]) -> int | None:
-    """Bytes of a tensor; None for a type that the table lacks (Ollama prints `unknown` for those it cannot name).
+    """Bytes of a tensor; None for a type that is not in the table (Ollama prints `unknown` for types without a name).
 
-    `shape` is ggml's: the row length first. Each row is padded to whole blocks.
+    `shape` is in ggml's order, row length first. Each row is padded to whole blocks.
     """
     block = GGML_BLOCKS.get(ggml_type.upper())
     if block is None:
@@ -61,13 +61,13 @@ def tensor_bytes(ggml_type: str, shape: Sequence[int]) -> int | None:
 
 
 def row_bytes(block: tuple[int, int], elements: int) -> int:
-    """Bytes of `elements` in a row, rounded up to whole blocks (`ggml_row_size`)."""
+    """Bytes of a row of `elements`, rounded up to whole blocks (`ggml_row_size`). `block`: a value of `GGML_BLOCKS`."""
     block_elements, block_bytes = block
     return -(-elements // block_elements) * block_bytes
 
 
 def cache_bytes(kv_cache_type: str, elements: int) -> int:
-    """Bytes of a row of `elements` in a KV cache of type `f16`, `q8_0`, `q4_0`, …; "" is f16, as for Ollama.
+    """Bytes of a row of `elements` in a KV cache of type `f16`, `q8_0`, `q4_0`, …; "" means f16, as in Ollama.
 
     Raises:
         ValueError: no such ggml type.

@@ -1,4 +1,4 @@
-"""Asks a server for its version, the cheapest health check. Opens a new connection each time.
+"""Health check of a server: requests its version, over a new connection each time.
 
 A pooled connection would not show that a server no longer accepts any.
 """
@@ -16,7 +16,7 @@ async def probe_version(url: str, timeout_seconds: float) -> str:
     """The version of the server at `url` (no path).
 
     Raises:
-        ProbeFailed: no version came within the timeout.
+        ProbeFailed: no valid answer within the timeout.
     """
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
     connector = aiohttp.TCPConnector(force_close=True, limit=1)

@@ -1,7 +1,7 @@
-"""Which servers to run on which GPUs, and with what environment. Pure: facts in, `InstanceSpec` values out.
+"""Plans which servers to run on which GPUs, and with what environment. Pure: ports are passed in.
 
-One instance a GPU, and with two or more whole GPUs one spread over all of them; without a GPU one on the CPU; those
-declared by hand beside them or instead. Starts nothing, reads no environment and picks no port: ports are passed in.
+One instance per GPU, and, with two or more whole GPUs, one spread over all of them. Without GPUs, one on the CPU.
+Instances declared in the configuration are added, or replace these if discovery is off.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ HIDDEN_DEVICES: Mapping[str, str] = {
     "GGML_VK_VISIBLE_DEVICES": "-1",
     "OLLAMA_VULKAN": "0",
 }
-"""What keeps a server to its CUDA GPUs. From 0.30 Ollama also finds GPUs through Vulkan, which
-`CUDA_VISIBLE_DEVICES` does not hide: an instance for one GPU would take its siblings' too. "-1" is what Ollama's own
-GPU documentation names for hiding a device."""
+"""Limits a server to its CUDA GPUs. From 0.30 on Ollama also finds GPUs through Vulkan, which `CUDA_VISIBLE_DEVICES`
+does not hide: an instance for one GPU would use the others too. "-1" is the value in Ollama's GPU documentation for
+hiding devices."""
 
 SpreadMode = Literal["auto", "even", "fill_first", "off"]
 
 
 class PlanError(ValueError):
-    """The configuration asks for instances that the GPUs do not allow; the text names the instance and the way out."""
+    """The configuration cannot be applied to these GPUs; the text names the instance and what to change."""
 
 
 class Tuning(Protocol):
-    """Effective values of one instance and the variables that say so to a server."""
+    """Effective settings of one instance, and its configured environment variables."""
 
     @property
     def num_parallel(self) -> int: ...
@@ -51,25 +51,25 @@ class Tuning(Protocol):
 
 
 class TuningFor(Protocol):
-    """The tuning of the instance of that name, of one made from discovery."""
+    """Returns the tuning of a discovered instance by name."""
 
     def __call__(self, name: str) -> Tuning: ...
 
 
 @dataclass(frozen=True, slots=True)
 class DeclaredInstance:
-    """One instance from the configuration: attached where it has a url, else spawned."""
+    """One instance of the configuration: attached if it has a url, otherwise spawned."""
 
     tuning: Tuning
     name: str | None = None
     url: str | None = None
     gpus: tuple[str, ...] = ()
-    """UUIDs, unmistakable beginnings of them, or indices, in order of preference."""
+    """UUIDs, unique prefixes of UUIDs, or indices, in order of preference."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstancePlan:
-    """What is asked for, whatever the GPUs."""
+    """The configured part of a plan, independent of the GPUs."""
 
     models_directory: str
     tuning_for: TuningFor
@@ -80,39 +80,42 @@ class InstancePlan:
 
 
 def plan_instances(gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterable[int]) -> tuple[InstanceSpec, ...]:
-    """The instances, discovered ones first. Spawned ones take ports in turn; `ports_needed` says how many.
+    """The instances, discovered ones first. Each spawned one uses the next port; see `ports_needed`.
 
-    GPUs that could not be read (`error` set) get no instance: a server cannot start on them.
+    GPUs that could not be read (`error` is set) get no instance, because a server cannot start on them.
 
     Raises:
-        PlanError: an unknown GPU, a name that is given twice, or too few ports.
+        PlanError: an unknown GPU, a duplicate name, or too few ports.
     """
     usable = sorted((gpu for gpu in gpus if gpu.error is None), key=lambda gpu: gpu.index)
-    free = iter(ports)
-    specs = [*_discovered(usable, plan, free), *(_declared(one, usable, plan, free) for one in plan.declared)]
-    seen: set[InstanceName] = set()
+    free_ports = iter(ports)
+    specs = [
+        *_discovered(usable, plan, free_ports),
+        *(_declared(declared, usable, plan, free_ports) for declared in plan.declared),
+    ]
+    names: set[InstanceName] = set()
     for spec in specs:
-        if spec.name in seen:
+        if spec.name in names:
             raise PlanError(f"two instances are called {spec.name!r}: give the declared one another name")
-        seen.add(spec.name)
+        names.add(spec.name)
     return tuple(specs)
 
 
 ON_DEMAND = "on-demand"
-"""What stands for the name of an instance that is not there yet, where its tuning is asked for."""
+"""Name for which the tuning of instances started on demand is configured."""
 
 
 def on_demand_like(plan: InstancePlan) -> InstanceSpec:
-    """How instances are tuned that are started on demand; GPUs, name, address and all other variables come later."""
+    """Template of instances started on demand, without GPUs, name, address and most of the environment."""
     tuning = plan.tuning_for(ON_DEMAND)
-    known = {"OLLAMA_SCHED_SPREAD": tuning.environment.get("OLLAMA_SCHED_SPREAD", "1")}
+    environment = {"OLLAMA_SCHED_SPREAD": tuning.environment.get("OLLAMA_SCHED_SPREAD", "1")}
     if TENSOR_SPLIT in tuning.environment:
-        known[TENSOR_SPLIT] = tuning.environment[TENSOR_SPLIT]
-    return _spec(InstanceName(""), (), "", tuning, known, attached=False)
+        environment[TENSOR_SPLIT] = tuning.environment[TENSOR_SPLIT]
+    return _spec(InstanceName(""), (), "", tuning, environment, attached=False)
 
 
 def on_demand_instance(spec: InstanceSpec, plan: InstancePlan, port: int) -> InstanceSpec:
-    """The instance that the dispatcher asked for, whole: with an address, and an environment that says what it is."""
+    """Completes an instance that the dispatcher requested: adds the address and the whole environment."""
     tuning = _Tuned(
         spec.num_parallel,
         spec.context_length,
@@ -121,13 +124,13 @@ def on_demand_instance(spec: InstanceSpec, plan: InstancePlan, port: int) -> Ins
         plan.tuning_for(ON_DEMAND).environment,
     )
     shares = parsed_split(spec.environment.get(TENSOR_SPLIT, ""))
-    whole = _spawned(spec.name, spec.gpus, tuning, plan, iter((port,)), even=len(spec.gpus) > 1, shares=shares)
-    return replace(whole, on_demand=True)
+    complete = _spawned(spec.name, spec.gpus, tuning, plan, iter((port,)), even=len(spec.gpus) > 1, shares=shares)
+    return replace(complete, on_demand=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tuned:
-    """Values that were decided."""
+    """A `Tuning` with the values of an `InstanceSpec`."""
 
     num_parallel: int
     context_length: int
@@ -137,18 +140,18 @@ class _Tuned:
 
 
 def ports_needed(gpus: Sequence[Gpu], plan: InstancePlan) -> int:
-    """An upper bound on the ports that `plan_instances` takes."""
+    """An upper bound on the number of ports that `plan_instances` uses."""
     discovered = max(1, len(gpus) + 1) if plan.discover else 0
-    return discovered + sum(one.url is None for one in plan.declared)
+    return discovered + sum(declared.url is None for declared in plan.declared)
 
 
 def are_equal(gpus: Sequence[Gpu]) -> bool:
-    """Whether the GPUs have one name and one size of memory."""
+    """Returns True if all GPUs have the same name and memory size."""
     return len({(gpu.name, gpu.memory_total_bytes) for gpu in gpus}) <= 1
 
 
 def fill_order(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
-    """Fastest first: by memory bandwidth, which bounds decoding, then by memory, then by index."""
+    """GPUs, fastest first: by memory bandwidth, which limits decoding, then by memory, then by index."""
     return tuple(sorted(gpus, key=lambda c: (-(c.bandwidth_bytes_per_second or 0.0), -c.memory_total_bytes, c.index)))
 
 
@@ -158,7 +161,7 @@ def _discovered(gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -
     if not gpus:
         return [_spawned(CPU, (), plan.tuning_for(CPU), plan, ports)]
     specs = [_single(gpu, plan, ports) for gpu in gpus]
-    # CUDA gives a process one MIG device at most (NVIDIA MIG user guide), so nothing spreads over them.
+    # CUDA gives a process at most one MIG device (NVIDIA MIG user guide), so no instance is spread over them.
     whole = [gpu for gpu in gpus if not gpu.uuid.startswith("MIG-")]
     if len(whole) < 2 or plan.spread == "off":
         return specs
@@ -174,31 +177,33 @@ def _single(gpu: Gpu, plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
     return _spawned(name, (gpu.uuid,), plan.tuning_for(name), plan, ports)
 
 
-def _declared(one: DeclaredInstance, gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
-    name = InstanceName(one.name or (one.url or "").partition("://")[2].rstrip("/"))
+def _declared(
+    declared: DeclaredInstance, gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]
+) -> InstanceSpec:
+    name = InstanceName(declared.name or (declared.url or "").partition("://")[2].rstrip("/"))
     if not name:
         raise PlanError("a declared instance has neither a name nor a url: give it one of them")
-    chosen = [_gpu(wanted, name, gpus) for wanted in one.gpus]
+    chosen = [_gpu(reference, name, gpus) for reference in declared.gpus]
     uuids = tuple(gpu.uuid for gpu in chosen)
     if len(set(uuids)) != len(uuids):
         raise PlanError(f"instance {name}: gpus names one GPU twice")
-    if one.url is not None:
-        return _spec(name, uuids, one.url.rstrip("/"), one.tuning, {}, attached=True)
+    if declared.url is not None:
+        return _spec(name, uuids, declared.url.rstrip("/"), declared.tuning, {}, attached=True)
     even = len(uuids) > 1 and (are_equal(chosen) if plan.spread == "auto" else plan.spread == "even")
     shares = memory_shares(tuple(gpu.memory_total_bytes for gpu in chosen))
-    return _spawned(name, uuids, one.tuning, plan, ports, even=even, shares=shares)
+    return _spawned(name, uuids, declared.tuning, plan, ports, even=even, shares=shares)
 
 
-def _gpu(wanted: str, name: str, gpus: Sequence[Gpu]) -> Gpu:
-    if wanted.isdecimal():
-        found = [gpu for gpu in gpus if gpu.index == int(wanted)]
+def _gpu(reference: str, name: str, gpus: Sequence[Gpu]) -> Gpu:
+    if reference.isdecimal():
+        matches = [gpu for gpu in gpus if gpu.index == int(reference)]
     else:
-        found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(wanted.lower())]
-    if len(found) == 1:
-        return found[0]
-    there = ", ".join(f"{gpu.index}: {gpu.uuid} ({gpu.name})" for gpu in gpus) or "none"
-    problem = "is no GPU" if not found else "fits several GPUs"
-    raise PlanError(f"instance {name}: gpus: {wanted!r} {problem} of this machine; there are: {there}")
+        matches = [gpu for gpu in gpus if gpu.uuid.lower().startswith(reference.lower())]
+    if len(matches) == 1:
+        return matches[0]
+    available = ", ".join(f"{gpu.index}: {gpu.uuid} ({gpu.name})" for gpu in gpus) or "none"
+    problem = "is no GPU" if not matches else "fits several GPUs"
+    raise PlanError(f"instance {name}: gpus: {reference!r} {problem} of this machine; there are: {available}")
 
 
 def _spawned(
@@ -211,7 +216,7 @@ def _spawned(
     even: bool = False,
     shares: Shares = (),
 ) -> InstanceSpec:
-    """`shares`: of the GPUs; even ones where there are none."""
+    """`shares`: of the GPUs; empty for equal ones."""
     port = next(ports, None)
     if port is None:
         raise PlanError(f"instance {name}: no free port is left for it")
@@ -220,7 +225,7 @@ def _spawned(
         **_defaults(even, shares or (1.0,) * len(gpus)),
         **tuning.environment,
         **_values(tuning),
-        **_books(gpus, plan),
+        **_fixed(gpus, plan),
         "OLLAMA_HOST": address,
     }
     return _spec(name, gpus, f"http://{address}", tuning, environment, attached=False)
@@ -249,15 +254,15 @@ def _spec(
 
 
 def _defaults(even: bool, shares: Shares) -> dict[str, str]:
-    """What configuration may override."""
-    # From 0.30 a load with all layers asked for is split by free memory, which a sibling's use would skew.
+    """Variables that the configuration may override."""
+    # From 0.30 on a server splits a load with all layers on GPUs by free memory, which other instances distort.
     split = {TENSOR_SPLIT: split_text(shares)} if len(shares) > 1 else {}
     return {
         **HIDDEN_DEVICES,
         **split,
         "OLLAMA_SCHED_SPREAD": "1" if even else "0",
-        # 0 would mean three models a GPU (server/sched.go), after which Ollama evicts by count whatever the memory
-        # says. Eviction is the router's, so the count is put out of reach.
+        # 0 would mean three models per GPU (server/sched.go); then Ollama evicts by count, even if memory is free.
+        # The router decides about evictions, so the limit is set too high to be reached.
         "OLLAMA_MAX_LOADED_MODELS": _UNREACHABLE_MODEL_COUNT,
     }
 
@@ -273,10 +278,10 @@ def _values(tuning: Tuning) -> dict[str, str]:
     return values
 
 
-def _books(gpus: tuple[GpuUuid, ...], plan: InstancePlan) -> dict[str, str]:
-    """Variables on which the router's own books stand; nothing overrides them."""
+def _fixed(gpus: tuple[GpuUuid, ...], plan: InstancePlan) -> dict[str, str]:
+    """Variables that the router's accounting depends on; they cannot be overridden."""
     fixed = {
-        # "-1" is what Ollama's GPU documentation names to force the CPU.
+        # "-1" is the value in Ollama's GPU documentation to force the CPU.
         "CUDA_VISIBLE_DEVICES": ",".join(gpus) or "-1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "OLLAMA_MODELS": plan.models_directory,

@@ -1,4 +1,4 @@
-"""Reads the GPUs that a server reports in its `inference compute` log lines. Pure text work.
+"""Parses the GPUs that a server reports in its `inference compute` log lines.
 
 A server that cannot see its GPU falls back to the CPU silently; before the first load these lines are the only sign.
 """
@@ -40,7 +40,7 @@ def parse_compute_line(line: str) -> ComputeDevice | None:
 
 
 def missing_gpus(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> tuple[GpuUuid, ...]:
-    """The expected GPUs that were not reported. Where a server only numbers its devices, they are counted."""
+    """The expected GPUs that were not reported. If a server only numbers its devices, they are counted."""
     gpus = [device for device in reported if not device.is_cpu]
     ids = {device.id.lower() for device in gpus}
     if any(uuid.startswith("MIG-") for uuid in expected) or not any(d.id.startswith(_UUID_PREFIXES) for d in gpus):
@@ -49,17 +49,17 @@ def missing_gpus(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice])
 
 
 def unexpected_devices(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> tuple[ComputeDevice, ...]:
-    """GPUs that a server reports beyond those that it was given: memory that the books do not know of."""
+    """GPUs that a server reports in addition to those that it was given, whose memory it would use unaccounted."""
     return tuple(device for device in reported if not device.is_cpu)[len(expected) :]
 
 
 def gpus_problem(expected: Sequence[GpuUuid], reported: Sequence[ComputeDevice]) -> str | None:
-    """Why a server cannot be trusted with its GPUs, in words; None where it reports all of them."""
+    """Message about GPUs that the server does not see; None if it reports all of them."""
     missing = missing_gpus(expected, reported)
     if not missing:
         return None
-    seen = ", ".join(f"{device.id} ({device.library})" for device in reported) or "no device yet"
-    return f"does not see its GPUs {', '.join(missing)}: it reports {seen}"
+    devices = ", ".join(f"{device.id} ({device.library})" for device in reported) or "no device yet"
+    return f"does not see its GPUs {', '.join(missing)}: it reports {devices}"
 
 
 class ComputeReport:

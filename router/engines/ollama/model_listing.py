@@ -1,7 +1,7 @@
-"""The models of all stores as one list: each name once, with the stores that hold the very same model.
+"""The models of all stores as one list: each name once, with the stores that have the same model.
 
-The shared store must answer. An attached server that does not is taken to hold what it held when it last did: it may
-only be starting, and what it has is not forgotten for that. No model is invented for one that never answered.
+The shared store must answer. For an attached server that does not answer, its last list is used, because it may just be
+starting; until it has answered once, it has none.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Store:
     """One store of models."""
 
     attached: InstanceName | None
-    """The attached server whose own it is; None: the one that all spawned instances share."""
+    """The attached server that owns it; None for the store that all spawned instances share."""
     client: OllamaClient | None
-    """A server that lists it; None while none is ready."""
+    """Client of a ready server that uses the store; None if there is none."""
 
 
 def stores_of(views: Iterable[InstanceView], client_for: Callable[[str], OllamaClient]) -> list[Store]:
-    """The shared store, if instances were spawned, then each attached server's by name."""
+    """The shared store, if there are spawned instances, then those of the attached servers by name."""
     ordered = sorted(views, key=lambda view: (view.spec.attached, view.spec.name))
     ready = {view.spec.name: client_for(view.spec.url) for view in ordered if view.state is InstanceState.READY}
     spawned = [view.spec.name for view in ordered if not view.spec.attached]
@@ -36,11 +36,11 @@ def stores_of(views: Iterable[InstanceView], client_for: Callable[[str], OllamaC
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One model, and where it is."""
+    """One model and its stores."""
 
     row: TagRow
     client: OllamaClient
-    """A server to ask about it."""
+    """Client of a server that has it."""
     is_shared: bool
     attached_on: frozenset[InstanceName]
 
@@ -49,17 +49,17 @@ _Rows = tuple[TagRow, ...]
 
 
 class Listing:
-    """`stores`: those there are at the moment, in the order in which a name is looked for."""
+    """Reads the combined list. `stores` returns the current stores in order of precedence."""
 
     def __init__(self, stores: Callable[[], Sequence[Store]]) -> None:
         self._stores = stores
         self._last: dict[InstanceName, tuple[OllamaClient, _Rows]] = {}
 
     async def read(self) -> Mapping[str, Listed] | None:
-        """By canonical name; None where there is no server to ask, or none of those that share a store.
+        """The models by canonical name; None if no server is ready, or none of those that share the store.
 
         Raises:
-            OllamaError: the shared store's server could not be asked; where there is none, no attached one could.
+            OllamaError: the shared store could not be read, or, if there is none, no attached server ever answered.
         """
         stores = self._stores()
         shared = next((store for store in stores if store.attached is None), None)
@@ -69,14 +69,14 @@ class Listing:
         listed: dict[str, Listed] = {}
         if shared is not None and shared.client is not None:
             _add(listed, await shared.client.tags(), shared.client, None)
-        errors = await asyncio.gather(*(self._look(*each) for each in attached))
-        there = [(name, *self._last[name]) for name, _ in attached if name in self._last]
-        if shared is None and not there:
-            failed = next((error for error in errors if error is not None), None)
-            if failed is not None:
-                raise failed
+        errors = await asyncio.gather(*(self._read_attached(*each) for each in attached))
+        lists = [(name, *self._last[name]) for name, _ in attached if name in self._last]
+        if shared is None and not lists:
+            first_error = next((error for error in errors if error is not None), None)
+            if first_error is not None:
+                raise first_error
             return None
-        for name, client, rows in there:
+        for name, client, rows in lists:
             _add(listed, rows, client, name)
         return listed
 
@@ -85,8 +85,8 @@ class Listing:
         names = (store.attached for store in self._stores())
         return tuple(name for name in names if name is not None and name not in self._last)
 
-    async def _look(self, name: InstanceName, client: OllamaClient | None) -> OllamaError | None:
-        """Reads an attached server's list; what it last said stands where it says nothing."""
+    async def _read_attached(self, name: InstanceName, client: OllamaClient | None) -> OllamaError | None:
+        """Reads the list of an attached server. If that fails, returns the error and keeps the last list."""
         if client is None:
             return None
         try:
@@ -99,21 +99,21 @@ class Listing:
 def _add(
     listed: dict[str, Listed], rows: Iterable[TagRow], client: OllamaClient, attached: InstanceName | None
 ) -> None:
-    """Adds a store's models. One that stands under its name already with another digest keeps that name."""
-    own = frozenset[InstanceName]() if attached is None else frozenset((attached,))
+    """Adds the models of a store. If a name is already listed with another digest, the earlier model keeps it."""
+    attached_on = frozenset[InstanceName]() if attached is None else frozenset((attached,))
     for row in rows:
         key = key_of(row.name)
         if key is None:
             continue
-        there = listed.get(key)
-        if there is None:
-            listed[key] = Listed(row, client, attached is None, own)
-        elif there.row.digest == row.digest:
-            listed[key] = Listed(there.row, there.client, there.is_shared, there.attached_on | own)
+        earlier = listed.get(key)
+        if earlier is None:
+            listed[key] = Listed(row, client, attached is None, attached_on)
+        elif earlier.row.digest == row.digest:
+            listed[key] = Listed(earlier.row, earlier.client, earlier.is_shared, earlier.attached_on | attached_on)
 
 
 def key_of(name: str) -> str | None:
-    """The one identity of a name in any form; None for what is no name."""
+    """The canonical form of a name; None if it is not a valid name."""
     try:
         return canonical(name)
     except ValueError:

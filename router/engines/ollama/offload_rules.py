@@ -1,10 +1,9 @@
-"""What a server would do with a load by its own rules: how many layers it would leave on the CPU, and whether it would
-take one GPU of several, unless it is told to spread.
+"""Predicts what a server does with a load by its own rules: layers left on the CPU, and use of one GPU of several.
 
-The router asks for all layers with each load, which overrules the first; the second it has to reckon with. A server of
-up to 0.24 estimates widely and takes the fewest GPUs that hold all layers; one of 0.30 and later takes one GPU where
-its rough prediction is within 80 % of what is free there, else all, and lets llama.cpp fit what it can. Nothing is
-decided here.
+The router overrides the first by requesting all layers on GPUs. The second has to be taken into account, unless the
+server is configured to spread. Servers up to 0.24 overestimate, and use the fewest GPUs that hold all layers. Servers
+from 0.30 on use one GPU if their rough prediction is within 80 % of its free memory, otherwise all, and llama.cpp then
+fits what it can.
 
 Sources: Ollama v0.24, `llm/server.go`, `discover/gpu.go`, `fs/ggml/ggml.go` (GraphSize); v0.33, `server/sched.go`;
 llama.cpp, `--fit-target`.
@@ -36,20 +35,20 @@ from router.engines.ollama.memory_estimate import (
 from router.engines.ollama.runner_options import sets_num_gpu, slots_of
 
 FORCE_SPREAD = {"OLLAMA_SCHED_SPREAD": "1"}
-"""What keeps a server from taking one GPU of several."""
+"""Environment that makes a server use all its GPUs."""
 ONE_GPU_SHARE = 0.8
-"""Of a GPU's free memory: what from 0.30 a model may be predicted to take for it to go to that GPU alone."""
+"""Share of a GPU's free memory up to which servers from 0.30 on place a predicted model on that GPU alone."""
 FIT_TARGET_BYTES = 1024 * MIB
-"""llama.cpp's `--fit-target`: what its fit leaves free on each GPU."""
+"""Default of llama.cpp's `--fit-target`: memory left free on each GPU."""
 OLLAMA_ENGINE_ARCHITECTURES = frozenset(
     ("bert", "deepseek2", "gemma3", "gemma3n", "gemma4", "gptoss", "gpt-oss", "lfm2", "llama4", "mistral3", "mllama",
      "nomic-bert", "qwen25vl", "qwen3", "qwen3moe", "qwen3next", "qwen3vl", "qwen35")
 )  # fmt: skip
-"""Architectures that servers up to 0.24 run on their own engine, which measures by allocating: no wide estimate."""
+"""Architectures that servers up to 0.24 run on Ollama's own engine, which allocates instead of estimating."""
 
 
 class OffloadPrediction(NamedTuple):
-    """Layers, the output counted as one, that a server left to itself would put on GPUs, of how many."""
+    """Number of layers that a server would put on GPUs by itself, and of all layers; the output layer is included."""
 
     on_gpus: int
     layers: int
@@ -59,103 +58,105 @@ def predict_offload(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int,
     free_bytes: Sequence[int],
 ) -> OffloadPrediction | None:  # fmt: skip
-    """With so much free on each GPU of `spec`, no other model in that server, and no `num_gpu` in the request.
+    """Prediction for a server without other models and a request without `num_gpu`.
 
-    None where it is not known: an unknown version, an instance without GPUs, a model whose layers are unknown, or one
-    that a server up to 0.24 measures by allocating.
+    `free_bytes`: on each GPU of `spec`. Returns None if the version or the layers are unknown, if the instance has no
+    GPUs, or if a server up to 0.24 measures the model by allocating.
     """
     number = version_number(version)
     if number is None or not free_bytes or not model.layers:
         return None
     if number >= (0, 30):
-        return _answer_0_30(model, spec, version, context_length, slots, free_bytes)
+        return _predict_0_30(model, spec, version, context_length, slots, free_bytes)
     if model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
         return None
-    return _answer_0_24(model, spec, version, context_length, slots, free_bytes)
+    return _predict_0_24(model, spec, version, context_length, slots, free_bytes)
 
 
 def explain_override(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
-    """Words for a load that the server would spill: what it would do, to go on with a load's reason; else ""."""
+    """Text to append to the reason of a load that the server would spill by itself; otherwise ""."""
     view = snapshot.instances.get(spec.name)
     version = view.version if view is not None else None
     gpus = [snapshot.gpus.get(uuid) for uuid in spec.gpus]
     if sets_num_gpu(model) or None in gpus:
         return ""
     free = [gpu.memory_free_bytes for gpu in gpus if gpu is not None]
-    answer = predict_offload(model, spec, version, context_length, slots_of(model, spec), free)
-    if answer is None or answer.on_gpus == answer.layers:
+    prediction = predict_offload(model, spec, version, context_length, slots_of(model, spec), free)
+    if prediction is None or prediction.on_gpus == prediction.layers:
         return ""
-    left = answer.layers - answer.on_gpus
-    return f"; {version} by itself would leave {left} of {answer.layers} layers on the CPU: all are asked for"
+    on_cpu = prediction.layers - prediction.on_gpus
+    return f"; {version} by itself would leave {on_cpu} of {prediction.layers} layers on the CPU: all are asked for"
 
 
 def may_take_one_gpu(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int,
     total_bytes: Sequence[int],
 ) -> tuple[bool, ...]:  # fmt: skip
-    """For each GPU of an instance over several: whether the server could put the whole model there, whatever the
-    request asks for, if the GPU were empty. Which one it takes depends on what is free when it loads.
+    """For each GPU of a multi-GPU instance: whether the server could put the whole model on it alone, if it is empty.
 
-    Up to 0.24 GPUs are added one by one until they hold all layers asked for (llm/server.go, `assignLayers`). What
-    such a server keeps free beside the layers differs by engine: only the context is counted, so that none is missed.
+    This cannot be prevented by options of the request. Which GPU is used depends on what is free at the time of the
+    load. Servers up to 0.24 add GPUs one by one until they hold all layers (llm/server.go, `assignLayers`). What they
+    keep free besides the layers differs by engine; only the CUDA context is counted, so that no case is missed.
     """
     if len(total_bytes) < 2 or forces_spread(spec):
         return (False,) * len(total_bytes)
     number = version_number(version)
     if number is not None and number >= (0, 30):
-        least = predicted_bytes(model, context_length, slots) / ONE_GPU_SHARE
+        needed = predicted_bytes(model, context_length, slots) / ONE_GPU_SHARE
     else:
-        least = weights_on_gpus_bytes(model) + CUDA_CONTEXT_BYTES
+        needed = weights_on_gpus_bytes(model) + CUDA_CONTEXT_BYTES
         cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
-        least += kv_cache_bytes(model, context_length, slots, cache)
-    return tuple(least <= total for total in total_bytes)
+        needed += kv_cache_bytes(model, context_length, slots, cache)
+    return tuple(needed <= total for total in total_bytes)
 
 
 def predicted_bytes(model: ModelFacts, context_length: int, slots: int) -> int:
-    """The prediction of 0.30 and later: the file, and an f16 cache by width over heads and the fewest KV heads."""
+    """Bytes that servers from 0.30 on predict: the file, and an f16 cache with the fewest KV heads of any layer."""
     heads = min((count for count in model.head_count_kv if count), default=0)
     length = model.embedding_length // max(1, model.head_count)
     return model.weights_bytes + 4 * model.layers * heads * length * context_length * slots
 
 
-def _answer_0_30(
+def _predict_0_30(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
 ) -> OffloadPrediction:
-    best = max(free)
-    alone = predicted_bytes(model, context_length, slots) <= ONE_GPU_SHARE * best and not forces_spread(spec)
+    largest = max(free)
+    on_one_gpu = predicted_bytes(model, context_length, slots) <= ONE_GPU_SHARE * largest and not forces_spread(spec)
     batch = batch_tokens(version, context_length, slots)
     flash = uses_flash_attention(model, spec.flash_attention, version)
     fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + FIT_TARGET_BYTES
     unit = _unit_bytes(model, spec, version, context_length, slots, batch)
-    room = sum(max(0, gpu - fixed) // unit for gpu in ([best] if alone else free))
+    room = sum(max(0, free_bytes - fixed) // unit for free_bytes in ([largest] if on_one_gpu else free))
     return OffloadPrediction(min(model.layers + 1, room), model.layers + 1)
 
 
-def _answer_0_24(
+def _predict_0_24(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
 ) -> OffloadPrediction:
     unit = _unit_bytes(model, spec, version, context_length, slots, DEFAULT_BATCH_TOKENS)
-    kept = graph_bytes(model, context_length * slots) + unit + CUDA_CONTEXT_BYTES + _overhead_bytes(spec)
-    room = sum(max(0, gpu - kept) // unit for gpu in free)
-    whole = model.layers + 1
-    surplus = max(0, -(-output_on_gpus_bytes(model) // unit) - 1)  # the output takes the room of so many layers more
-    if room >= whole + surplus:
-        return OffloadPrediction(whole, whole)
-    return OffloadPrediction(min(room, model.layers), whole)
+    fixed = graph_bytes(model, context_length * slots) + unit + CUDA_CONTEXT_BYTES + _overhead_bytes(spec)
+    room = sum(max(0, free_bytes - fixed) // unit for free_bytes in free)
+    layers = model.layers + 1
+    surplus = max(0, -(-output_on_gpus_bytes(model) // unit) - 1)  # layers that the output needs the room of, besides 1
+    if room >= layers + surplus:
+        return OffloadPrediction(layers, layers)
+    return OffloadPrediction(min(room, model.layers), layers)
 
 
 def _unit_bytes(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, batch: int
 ) -> int:
-    """The largest layer with its part of the cache."""
+    """Bytes of the largest layer, with its part of the cache."""
     cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
     caches = layer_kv_cache_bytes(model, context_length, slots, cache, batch)
     return max(1, *(w + c for w, c in zip(layer_weights_bytes(model), caches, strict=True)))
 
 
 def graph_bytes(model: ModelFacts, context_tokens: int, batch: int = DEFAULT_BATCH_TOKENS) -> int:
-    """The compute graph as 0.24 estimates it for llama.cpp's engine; flash attention does not lower it.
-    `context_tokens`: of all slots."""
+    """Compute graph in bytes as estimated by 0.24 for llama.cpp's engine; flash attention does not reduce it.
+
+    `context_tokens`: of all slots together.
+    """
     unit, width, heads = 4 * batch, model.embedding_length, model.head_count
     whole = unit * (width + model.vocabulary_size)
     if model.architecture == "qwen2":
@@ -169,5 +170,5 @@ def _overhead_bytes(spec: InstanceSpec) -> int:
 
 
 def forces_spread(spec: InstanceSpec) -> bool:
-    """Whether the server is told not to take one GPU of several."""
+    """Returns True if the server is configured to use all its GPUs."""
     return spec.environment.get("OLLAMA_SCHED_SPREAD", "").lower() in ("1", "true", "t")

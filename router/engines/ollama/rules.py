@@ -86,5 +86,13 @@ class OllamaRules:
     def can_adapt(self, replica: Residency, ticket: Ticket, spec: InstanceSpec) -> bool:
         return replica.context_length >= runner_options.context_of(ticket.options, ticket.model, spec)
 
+    def gives_by_default(self, replica: Residency, ticket: Ticket, spec: InstanceSpec) -> bool:
+        context = replica.context_length
+        return (
+            context == runner_options.context_of((), ticket.model, spec)
+            and context >= runner_options.context_of(ticket.options, ticket.model, spec)
+            and runner_options.differ_in_context_only(replica.options, ticket.options)
+        )
+
     def tuned_for(self, like: InstanceSpec, gpus: Sequence[Gpu]) -> InstanceSpec:
         return told_shares(like, gpus)

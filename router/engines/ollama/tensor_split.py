@@ -1,12 +1,11 @@
-"""In what shares a server puts a model's layers on the GPUs of an instance over several.
+"""The shares in which a server distributes a model's layers over several GPUs.
 
-By the GPUs' memory, so that what all hold together is held: even on equal GPUs. From 0.30 a server is told the shares
-(`LLAMA_ARG_TENSOR_SPLIT`). One before that cannot be told and is taken to share evenly, as it does on GPUs that have
-as much free; by its source (v0.24, `llm/server.go`, `findBestFit`) it goes by what is free on each GPU when it loads,
-which is not known when a load is planned. It puts no bytes to the layers: that is
-`router/engines/ollama/footprint_estimator.py`.
+The shares follow the memory of the GPUs, so that all of it is usable; they are equal on equal GPUs. Servers from 0.30
+on receive them in `LLAMA_ARG_TENSOR_SPLIT`. Older servers ignore it and are assumed to split evenly, as they do if the
+same amount is free on each GPU. By their source (v0.24, `llm/server.go`, `findBestFit`) they go by what is free at the
+time of the load, which is unknown when it is planned. The bytes of each share are computed in `footprint_estimator.py`.
 
-Source: llama.cpp, `--tensor-split` (common/arg.cpp: numbers by comma or slash; GPUs beyond them get nothing).
+Source: llama.cpp, `--tensor-split` (common/arg.cpp: numbers separated by comma or slash; further GPUs get nothing).
 """
 
 from __future__ import annotations
@@ -23,26 +22,27 @@ from router.engines.ollama.memory_estimate import version_number
 TENSOR_SPLIT = "LLAMA_ARG_TENSOR_SPLIT"
 _GIB = 1024**3
 _KEPT_GIB = 2
-"""About what each GPU keeps, whatever its size: the driver's own, the margin, a CUDA context, a compute buffer."""
+"""Approximate memory of each GPU that is not available for layers: driver, margin, CUDA context, compute buffer."""
 
 Shares = tuple[float, ...]
+"""One number per GPU; only their ratios matter."""
 
 
 @lru_cache(maxsize=1024)
 def memory_shares(total_bytes: tuple[int, ...]) -> Shares:
-    """By what each GPU has for layers, in whole GiB; GPUs that differ by less are equal, and have 1 each."""
+    """Shares by the memory that each GPU has for layers, in whole GiB; all 1 if they are the same."""
     sizes = tuple(float(max(1, round(total / _GIB) - _KEPT_GIB)) for total in total_bytes)
     return (1.0,) * len(sizes) if len(set(sizes)) <= 1 else sizes
 
 
 def split_text(shares: Shares) -> str:
-    """As `LLAMA_ARG_TENSOR_SPLIT` has them: `22,10`."""
+    """The shares in the format of `LLAMA_ARG_TENSOR_SPLIT`: `22,10`."""
     return ",".join(f"{share:g}" for share in shares)
 
 
 @lru_cache(maxsize=256)
 def parsed_split(text: str) -> Shares:
-    """The shares that such a text names; empty where it is none."""
+    """Parses a value of `LLAMA_ARG_TENSOR_SPLIT`; empty if it is invalid."""
     try:
         shares = tuple(float(part) for part in re.split("[,/]", text)) if text.strip() else ()
     except ValueError:
@@ -50,14 +50,14 @@ def parsed_split(text: str) -> Shares:
     return shares if all(share >= 0.0 for share in shares) and 0.0 < sum(shares) < float("inf") else ()
 
 
-def shares_for(told: Shares, gpus: int) -> Shares:
-    """What of these shares so many GPUs get; even ones where none are told, or none for these."""
-    shares = (*told[:gpus], *(0.0,) * (gpus - len(told)))
+def shares_for(configured: Shares, gpus: int) -> Shares:
+    """The shares of a number of GPUs, padded with 0; all 1 if none is configured for these GPUs."""
+    shares = (*configured[:gpus], *(0.0,) * (gpus - len(configured)))
     return shares if any(shares) else (1.0,) * gpus
 
 
 def told_shares(like: InstanceSpec, gpus: Sequence[Gpu]) -> InstanceSpec:
-    """`like` for a new instance over these GPUs, with the variable that names the shares where their memory differs."""
+    """`like` for a new instance over these GPUs: with shares in its environment if their memory differs."""
     if TENSOR_SPLIT in like.environment:
         return like
     shares = memory_shares(tuple(gpu.memory_total_bytes for gpu in gpus))
@@ -67,9 +67,9 @@ def told_shares(like: InstanceSpec, gpus: Sequence[Gpu]) -> InstanceSpec:
 
 
 def shares_of(spec: InstanceSpec, version: str | None) -> Shares:
-    """One for each GPU of the instance: what its server is told, where it heeds that, else even ones.
+    """The share of each GPU of the instance: those of its environment; equal ones if its server ignores them.
 
-    `version`: of the server, None where it is not known yet: then it is taken for one that heeds.
+    `version` is that of the server. None (unknown yet) counts as one that uses them.
     """
     number = version_number(version)
     if number is not None and number < (0, 30):
@@ -78,6 +78,6 @@ def shares_of(spec: InstanceSpec, version: str | None) -> Shares:
 
 
 def unequal_text(spec: InstanceSpec) -> str:
-    """The shares that the instance's variables name where they are not even, written in one way; else ""."""
+    """The shares in the environment of the instance in canonical format; "" if they are equal."""
     shares = shares_for(parsed_split(spec.environment.get(TENSOR_SPLIT, "")), len(spec.gpus))
     return split_text(shares) if len(set(shares)) > 1 else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from router.lab.simulator.requests import HUNG_UP, SERVED, Request
@@ -13,11 +13,18 @@ TOKENS_PER_SECOND = 6.7
 _WAITED_SECONDS = 1.0
 
 
+REFUSED = frozenset({"model_too_large", "queue_full", "no_instance", "layout_unavailable", "model_not_found"})
+"""Outcomes of requests that get an answer, a refusal, without waiting for a slot or a load."""
+
+
 @dataclass(frozen=True, slots=True)
 class TtftPercentiles:
-    """Time to first token of a class of requests, in seconds. A failed request counts as waiting to the end."""
+    """Time to first token of a class of requests, in seconds, refused ones left out.
 
-    count: int
+    A failed request counts as waiting to the end: otherwise failing slow requests would improve the percentiles.
+    """
+
+    count: float
     p50: float
     p95: float
     p99: float
@@ -25,19 +32,21 @@ class TtftPercentiles:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The figures of one run."""
+    """The figures of one run, or their means over several."""
 
-    requests: int
-    in_time: int
-    errors: int
-    hung_up: int
+    requests: float
+    in_time: float
+    errors: float
+    """Requests that were not served: `refused`, and all others, which failed."""
+    refused: float
+    hung_up: float
     small: TtftPercentiles
     large: TtftPercentiles
     tokens_per_second: float
-    loads: int
+    loads: float
     loaded_gb: float
-    spills: int
-    out_of_memory: int
+    spills: float
+    out_of_memory: float
     jain: float
     busy_shares: tuple[float, ...]
     seconds: float
@@ -47,8 +56,21 @@ class Report:
         counted = self.requests - self.hung_up
         return self.in_time / counted if counted else 1.0
 
+    @property
+    def failed(self) -> float:
+        return self.errors - self.refused
+
+    @property
+    def served(self) -> float:
+        return self.requests - self.hung_up - self.errors
+
     def as_dict(self) -> dict[str, object]:
-        return {**asdict(self), "in_time_share": self.in_time_share}
+        return {
+            **asdict(self),
+            "served": self.served,
+            "failed": self.failed,
+            "in_time_share": self.in_time_share,
+        }
 
 
 def is_in_time(request: Request) -> bool:
@@ -69,6 +91,7 @@ def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
         requests=outcome.planned,
         in_time=sum(is_in_time(r) for r in counted),
         errors=sum(r.outcome != SERVED for r in counted) + outcome.planned - len(outcome.requests),
+        refused=sum(r.outcome in REFUSED for r in counted),
         hung_up=len(outcome.requests) - len(counted),
         small=ttft_percentiles([r for r in counted if r.model.name not in large_models], outcome.ended_at),
         large=ttft_percentiles([r for r in counted if r.model.name in large_models], outcome.ended_at),
@@ -83,9 +106,43 @@ def report(outcome: Outcome, large_models: frozenset[str]) -> Report:
     )
 
 
+def mean_report(reports: Sequence[Report]) -> Report:
+    """The mean of each figure. The reports are of one rig."""
+
+    def mean(figure: Callable[[Report], float]) -> float:
+        return sum(map(figure, reports)) / len(reports)
+
+    def percentiles(of: Callable[[Report], TtftPercentiles]) -> TtftPercentiles:
+        return TtftPercentiles(
+            mean(lambda r: of(r).count), mean(lambda r: of(r).p50), mean(lambda r: of(r).p95), mean(lambda r: of(r).p99)
+        )
+
+    return Report(
+        requests=mean(lambda r: r.requests),
+        in_time=mean(lambda r: r.in_time),
+        errors=mean(lambda r: r.errors),
+        refused=mean(lambda r: r.refused),
+        hung_up=mean(lambda r: r.hung_up),
+        small=percentiles(lambda r: r.small),
+        large=percentiles(lambda r: r.large),
+        tokens_per_second=mean(lambda r: r.tokens_per_second),
+        loads=mean(lambda r: r.loads),
+        loaded_gb=mean(lambda r: r.loaded_gb),
+        spills=mean(lambda r: r.spills),
+        out_of_memory=mean(lambda r: r.out_of_memory),
+        jain=mean(lambda r: r.jain),
+        busy_shares=tuple(sum(shares) / len(shares) for shares in zip(*(r.busy_shares for r in reports), strict=True)),
+        seconds=mean(lambda r: r.seconds),
+    )
+
+
 def ttft_percentiles(requests: Sequence[Request], ended_at: float) -> TtftPercentiles:
-    values = sorted(r.ttft_seconds if r.outcome == SERVED and r.ttft_seconds is not None else ended_at - r.arrived_at
-                    for r in requests)  # fmt: skip
+    waits = (
+        r.ttft_seconds if r.outcome == SERVED and r.ttft_seconds is not None else ended_at - r.arrived_at
+        for r in requests
+        if r.outcome not in REFUSED
+    )
+    values = sorted(waits)
     return TtftPercentiles(len(values), quantile(values, 0.50), quantile(values, 0.95), quantile(values, 0.99))
 
 

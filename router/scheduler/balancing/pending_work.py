@@ -1,8 +1,8 @@
-"""What each of several copies of a model has to do: the prompts that are before a new one, and the streams beside it.
+"""The pending work of each replica: prompts to evaluate before a new one, and streams that run at the same time.
 
-Work is weighed in tokens, and in seconds by how fast the copy is: a long prompt counts for what it holds up, a stream
-for what it takes of each step. It is kept for models that have several copies, loaded or on their way; where there is
-one, nothing has to be chosen and nothing is noted. From how requests ended it is learned how fast the copies are.
+Work is counted in tokens and converted to seconds by the speed of the replica. It is recorded only for models with
+several replicas, loaded or coming; with one replica there is nothing to choose. The speeds are learned from requests
+that have ended (`throughput.py`).
 """
 
 from __future__ import annotations
@@ -15,62 +15,63 @@ from router.domain.residency import ResidencyKey
 from router.scheduler.balancing.throughput import STREAM_SHARE, ThroughputModel, correction
 
 OUTPUT_TOKENS = 256
-"""An answer is taken to be so long, or as long as it may be at most."""
+"""Assumed length of an answer; less if the request limits it."""
 
-TELLING_TOKENS = 128
-"""A shorter prompt tells little of how fast prompts are evaluated."""
+SAMPLE_TOKENS_MIN = 128
+"""Shorter prompts are not used to measure how fast prompts are evaluated."""
 _STREAM_TOKENS_MIN = 8
-"""An answer in fewer pieces did not stream, or tells little of how long a step takes."""
+"""Shorter answers are not used to measure the duration of a step: they may not have been streamed."""
 
 
 @dataclass(slots=True)
 class PendingWork:
-    """What one copy has been given and has not done; mutable, the fleet's."""
+    """Work that one replica was given and has not done yet. Mutable, owned by `FleetState`."""
 
     prompts_until: float = float("-inf")
-    """When its prompts are evaluated, if they come one after the other."""
+    """When all its prompts will be evaluated, one after the other."""
     output_tokens: int = 0
-    """What its running requests are expected to write, in all."""
+    """Expected output of its running requests, in total."""
     requests: int = 0
 
     def ahead_seconds(self, now: float) -> float:
-        """What a prompt that comes now waits for."""
+        """Seconds until a prompt that arrives now can be evaluated."""
         return max(0.0, self.prompts_until - now)
 
 
 IDLE: Final = PendingWork()
-"""Stands for a copy that has been given nothing yet; to be read only."""
+"""Placeholder for a replica without work; read-only."""
 
 
 class WorkShare(NamedTuple):
-    """One request's part in the work of the copy that serves it, as it was expected when it was granted."""
+    """The part of one request in the pending work of its replica, as expected at the grant."""
 
     prompt_seconds: float
-    """To evaluate its prompt, without what the copy holds of it."""
+    """Time to evaluate its prompt, without the cached part."""
     output_tokens: int
-    telling_tokens: int
-    """Of its prompt, where it tells how fast prompts are; else 0: it is short, the copy holds most of it, or others
-    were before it."""
+    sample_tokens: int
+    """Prompt tokens to measure the prompt speed with; 0 if the prompt is short, mostly cached, or was queued behind
+    others."""
     concurrent: int
-    """Requests that ran there already."""
+    """Requests that were running there already."""
     fingerprints: tuple[int, ...] = ()
-    """Of the beginning of its prompt."""
+    """Fingerprints of the beginning of its prompt."""
 
 
 def expected_output(ticket: Ticket) -> int:
-    most = ticket.output_tokens_max
-    return OUTPUT_TOKENS if most is None or most < 0 else min(OUTPUT_TOKENS, most)
+    """Expected output tokens of a request."""
+    limit = ticket.output_tokens_max
+    return OUTPUT_TOKENS if limit is None or limit < 0 else min(OUTPUT_TOKENS, limit)
 
 
 def begin(work: PendingWork, share: WorkShare, now: float) -> None:
-    """The request has its slot."""
+    """Adds a request that was granted a slot."""
     work.requests += 1
     work.output_tokens += share.output_tokens
     work.prompts_until = max(work.prompts_until, now) + share.prompt_seconds
 
 
 def end(work: PendingWork, share: WorkShare, has_begun: bool, now: float) -> None:
-    """The slot is back; with a prompt that may not have been evaluated to its end, where no byte of an answer came."""
+    """Removes a request that has ended. `has_begun`: a byte of its response arrived, so its prompt was evaluated."""
     work.requests -= 1
     work.output_tokens -= share.output_tokens
     if not work.requests:
@@ -79,22 +80,22 @@ def end(work: PendingWork, share: WorkShare, has_begun: bool, now: float) -> Non
         work.prompts_until -= min(share.prompt_seconds, work.ahead_seconds(now))
 
 
-def telling(tokens: int, held_tokens: int, ahead_seconds: float) -> int:
-    """`Share.telling_tokens` of a prompt with so many to evaluate, beside those that the copy holds."""
-    return tokens if tokens >= TELLING_TOKENS and tokens >= held_tokens and ahead_seconds <= 0.0 else 0
+def sample_tokens(tokens: int, cached_tokens: int, ahead_seconds: float) -> int:
+    """`WorkShare.sample_tokens` of a prompt with `tokens` to evaluate and `cached_tokens` more in the cache."""
+    return tokens if tokens >= SAMPLE_TOKENS_MIN and tokens >= cached_tokens and ahead_seconds <= 0.0 else 0
 
 
 def learn(
     speeds: ThroughputModel, key: ResidencyKey, share: WorkShare, times: tuple[float, float, float], output_tokens: int
 ) -> None:
-    """From a stream: `times` are those of its grant, its first byte and its end."""
+    """Corrects the speed of a replica by one ended stream. `times`: of its grant, its first byte and its end."""
     granted_at, first_at, ended_at = times
     throughput = speeds.known.get(key)
     if throughput is None or output_tokens < _STREAM_TOKENS_MIN or not granted_at <= first_at <= ended_at:
         return
     step = throughput.step_seconds
-    by_prompt, tokens = 1.0, share.telling_tokens
+    prompt_factor, tokens = 1.0, share.sample_tokens
     if tokens:
-        by_prompt = correction(tokens * throughput.prompt_seconds + step, first_at - granted_at)
-    steps = step * (1.0 + STREAM_SHARE * share.concurrent) * (output_tokens - 1)
-    speeds.correct(key, by_prompt, correction(steps, ended_at - first_at))
+        prompt_factor = correction(tokens * throughput.prompt_seconds + step, first_at - granted_at)
+    expected_seconds = step * (1.0 + STREAM_SHARE * share.concurrent) * (output_tokens - 1)
+    speeds.correct(key, prompt_factor, correction(expected_seconds, ended_at - first_at))

@@ -1,10 +1,9 @@
-"""Which copies may still hold the beginning of a prompt in their caches, because they have served it before.
+"""Which replicas may still have the beginning of a prompt in their caches, because they have served it before.
 
-Three bounded memories, each of which forgets what was used longest ago: of conversations that name themselves; of
-beginnings of prompts, by fingerprints of their first bytes at growing lengths, for clients that name none; and of
-clients, the weakest. They know what was served, not what a server's cache has kept: what they say is a reason to prefer
-a copy by the time that a cold prompt would take, never one to wait for it. A beginning that everybody shares is soon
-held by every copy, and then it prefers none.
+Three bounded LRU tables: conversations, by the id that the client sends; beginnings of prompts, by fingerprints after
+growing lengths; and clients. They record what was served, not what a server's cache still has. So they are a reason to
+prefer a replica by the time of evaluating the prompt elsewhere, never to wait for it. A common beginning (a system
+prompt) is soon cached by all replicas and then prefers none.
 """
 
 from __future__ import annotations
@@ -20,51 +19,52 @@ from router.domain.residency import Residency
 from router.scheduler.lru import put
 
 LENGTHS: Final = (*(128 * 2**power * part for power in range(8) for part in (2, 3)), 65_536)
-"""Bytes of a prompt after which a fingerprint is taken: 256, 384, 512, 768, … 65,536. The longest covers two thirds of
-what was said before, or more."""
+"""Bytes of a prompt after which a fingerprint is taken: 256, 384, 512, 768, … 65,536. Up to the last length, the
+longest match covers at least two thirds of a common beginning."""
 BYTES_PER_TOKEN = 4
-"""Of English text, about; a guess that only weighs requests against each other."""
+"""Approximation for English text; only used to compare requests with each other."""
 
 _SESSIONS_MAX = 10_000
 _CLIENTS_MAX = 10_000
 _BEGINNINGS_MAX = 20_000
-"""A prompt has up to 17."""
+"""A prompt has up to 17 of them."""
 
 Held = Mapping[InstanceName, tuple[float, int]]
-"""When each copy was loaded, and how many tokens of a prompt it may hold."""
+"""By replica: when it was loaded, and how many tokens of the prompt it may have cached."""
 
 
 @dataclass(slots=True)
 class Turn:
-    """Where a conversation was served last; mutable: its answer makes it longer."""
+    """The last turn of a conversation. Mutable: its answer is added when it has ended."""
 
     instance: InstanceName
     loaded_at: float
-    """Of the copy: one that came to the same place after it holds nothing."""
+    """Load time of the replica; one loaded later on the same instance has nothing cached."""
     tokens: int
-    """Of its prompt, and of its answer once that has ended."""
+    """Tokens of its prompt and, once it has ended, of its answer."""
 
     def held_by(self, replica: Residency) -> int:
+        """Tokens that the replica may have cached: all or 0."""
         return self.tokens if (self.instance, self.loaded_at) == (replica.instance, replica.loaded_at) else 0
 
 
 class PrefixAffinity:
-    """Mutable, single owner."""
+    """What the replicas have served. Mutable, owned by `FleetState`."""
 
     __slots__ = ("_beginnings", "_clients", "_sessions")
 
     def __init__(self) -> None:
         self._sessions: dict[tuple[str, BlobDigest], Turn] = {}
         self._beginnings: dict[tuple[int, BlobDigest], dict[InstanceName, float]] = {}
-        """When the copies were loaded that have served it."""
+        """By fingerprint: the replicas that have served it, with their load times."""
         self._clients: dict[tuple[str, BlobDigest], InstanceName] = {}
 
     def turn_of(self, ticket: Ticket) -> Turn | None:
-        """The turn before this one, where the client names its conversation."""
+        """The previous turn of the conversation; None if the client sends no id of it."""
         return self._sessions.get((ticket.session, ticket.model.blob)) if ticket.session else None
 
     def holders(self, blob: BlobDigest, prints: tuple[int, ...]) -> Held:
-        """Copies that have served the beginning of a prompt with these fingerprints, the longest that each has."""
+        """Replicas that have served the beginning of a prompt with these fingerprints, with the longest match each."""
         held: dict[InstanceName, tuple[float, int]] = {}
         for index in range(len(prints) - 1, -1, -1):
             for instance, loaded_at in self._beginnings.get((prints[index], blob), {}).items():
@@ -73,11 +73,11 @@ class PrefixAffinity:
         return held
 
     def last_of(self, ticket: Ticket) -> InstanceName | None:
-        """Where its client was served last with this model, among several copies."""
+        """The instance that served this client last with this model, while there were several replicas."""
         return self._clients.get((ticket.client, ticket.model.blob)) if ticket.client else None
 
     def served(self, ticket: Ticket, replica: Residency) -> Turn | None:
-        """The copy serves the ticket; the turn, to which its answer is to be added."""
+        """Records that the replica serves the ticket. Returns its turn, to add the answer to; None without session."""
         if not ticket.session:
             return None
         key = (ticket.session, replica.blob)
@@ -86,7 +86,7 @@ class PrefixAffinity:
         return turn
 
     def chosen(self, ticket: Ticket, replica: Residency, prints: tuple[int, ...]) -> None:
-        """The copy serves the ticket, and was one of several."""
+        """Records that the replica serves the ticket and was chosen among several."""
         blob, instance = replica.blob, replica.instance
         if ticket.client:
             put(self._clients, (ticket.client, blob), instance, _CLIENTS_MAX)

@@ -1,6 +1,7 @@
-"""Chooses among the copies of a model that can serve now: gathers what is known of each, for `balance` to rank.
+"""Chooses among the replicas that can serve a ticket now, and grants the slot.
 
-Both ways of the dispatcher, the long and the short, choose and grant here. It looks at no queue.
+Collects the data of each replica for `replica_scorer.py` to rank. Used by both paths of the dispatcher, the full and
+the fast one. The queue is not considered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from router.domain.actions import Grant
 from router.domain.replica_choice import Choice, Prospect
 from router.domain.request import Ticket
 from router.domain.residency import ResidencyKey
-from router.scheduler.balancing.pending_work import IDLE, WorkShare, expected_output, telling
+from router.scheduler.balancing.pending_work import IDLE, WorkShare, expected_output, sample_tokens
 from router.scheduler.balancing.prefix_affinity import Held
 from router.scheduler.balancing.replica_scorer import best, waiting_seconds
 from router.scheduler.balancing.throughput import Throughput
@@ -21,9 +22,9 @@ _NOWHERE: Held = {}
 
 
 def grant(fleet: FleetState, able: Sequence[ResidencyKey], replicas: int, ticket: Ticket, now: float) -> Grant:
-    """The ticket gets a slot of one of `able`, copies of its model that could each serve it now.
+    """Grants the ticket a slot of one of `able`, the replicas of its model that could serve it now.
 
-    `copies`: how many there are in all, loaded or on their way. Where it is the only one nothing is weighed or noted.
+    `replicas`: the number of replicas in total, loaded or coming. With a single one nothing is scored or recorded.
     """
     if replicas > 1:
         share, choice = choose(fleet, able, ticket, now)
@@ -39,7 +40,7 @@ def grant(fleet: FleetState, able: Sequence[ResidencyKey], replicas: int, ticket
 
 
 def choose(fleet: FleetState, able: Sequence[ResidencyKey], ticket: Ticket, now: float) -> tuple[WorkShare, Choice]:
-    """One of `able`, at least one, with the request's part in its work. Changes nothing."""
+    """The best of `able` (not empty), and the request's share in its work. Changes nothing."""
     tokens, output = ticket.prompt_tokens, expected_output(ticket)
     replicas, uses, works, speeds = fleet.replicas, fleet.uses, fleet.works, fleet.speeds
     prefix_affinity, blob = fleet.prefix_affinity, ticket.model.blob
@@ -52,23 +53,23 @@ def choose(fleet: FleetState, able: Sequence[ResidencyKey], ticket: Ticket, now:
     for key in able:
         replica, instance = replicas[key], key[0]
         use = uses.get(key) or replica
-        fresh = tokens
+        missing = tokens
         if turn is not None or held_by:
-            held = turn.held_by(replica) if turn is not None else 0
-            served = held_by.get(instance)
-            if served is not None and served[0] == replica.loaded_at and served[1] > held:
-                held = served[1]
-            fresh = tokens - held if held < tokens else 0
+            cached = turn.held_by(replica) if turn is not None else 0
+            match = held_by.get(instance)
+            if match is not None and match[0] == replica.loaded_at and match[1] > cached:
+                cached = match[1]
+            missing = tokens - cached if cached < tokens else 0
         throughput = speeds.known.get(key) or speeds.throughput(
             fleet.instances[instance].spec, ticket.model, fleet.gpus
         )
         concurrent = use.in_flight
-        seconds.append(waiting_seconds(throughput, works.get(key, IDLE), fresh, output, concurrent, now))
-        prospects.append(Prospect(fresh, concurrent, instance != last, use.used_at, instance))
+        seconds.append(waiting_seconds(throughput, works.get(key, IDLE), missing, output, concurrent, now))
+        prospects.append(Prospect(missing, concurrent, instance != last, use.used_at, instance))
         throughputs.append(throughput)
     index = best(seconds, prospects)
     key, throughput, chosen = able[index], throughputs[index], prospects[index]
-    fresh = chosen.missing_tokens
-    told = telling(fresh, tokens - fresh, works.get(key, IDLE).prompts_until - now)
-    share = WorkShare(fresh * throughput.prompt_seconds, output, told, chosen.in_flight, prints)
+    missing = chosen.missing_tokens
+    samples = sample_tokens(missing, tokens - missing, works.get(key, IDLE).prompts_until - now)
+    share = WorkShare(missing * throughput.prompt_seconds, output, samples, chosen.in_flight, prints)
     return share, Choice(index, tuple(prospects), tuple(seconds), tokens)

@@ -1,11 +1,12 @@
-"""Which loaded copy of a model serves the next request.
+"""Scores the loaded replicas of a model for the next request.
 
-Filter (it can serve now), then the least expected waiting: the prompts before it there, its own as far as the copy does
-not hold it in its cache, and what the streams beside it cost and lose, in seconds by how fast that copy is. So a
-conversation finds the copy that served it before, unless more is ahead of it there than a cold prompt takes elsewhere.
-Copies that differ by little are equal: they go by what they hold of the prompt, the fewest requests, who served this
-client last, who was used longest ago, and the name, so that they take turns and the same facts always give the same
-answer. A request never waits for a slot of its home.
+Replicas that can serve it now are scored by the expected wait in seconds: the prompts ahead of it, its own prompt
+without the cached part, and the cost of sharing the replica with running streams. So a conversation returns to the
+replica that has it cached, unless the work ahead of it there takes longer than evaluating the prompt elsewhere. A
+request never waits for a slot of that replica.
+
+Replicas within `NEAR` of the best are ordered by: most of the prompt cached, fewest requests, served this client last,
+least recently used, name. So they take turns, and the same facts always give the same result.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from router.scheduler.balancing.pending_work import OUTPUT_TOKENS, PendingWork
 from router.scheduler.balancing.throughput import STREAM_SHARE, Throughput
 
 BATCH_TOKENS = 512
-"""So much of each waiting prompt is in a batch."""
+"""Tokens of each waiting prompt in one batch."""
 
 
 NEAR = 0.2
-"""By so much more waiting a copy is as good as the best: speeds and prompts are not known better."""
+"""Replicas whose wait is at most this ratio longer than the best are equal: speeds and prompts are not known better."""
 
 
 SIDE_WEIGHT = 0.5
-"""Of a second for which somebody's stream stalls or an answer gets longer, against one of waiting for a first token."""
+"""Weight of a second by which a stream stalls or an answer takes longer, relative to one until the first token."""
 
 
 class Fleet(Protocol):
-    """What is read besides the replicas; a snapshot and the state both have it."""
+    """The facts needed in addition to the replicas; both `Snapshot` and `FleetState` have them."""
 
     @property
     def instances(self) -> Mapping[InstanceName, InstanceView]: ...
@@ -47,7 +48,7 @@ class Fleet(Protocol):
 
 
 def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """Returns True where the replica could serve the ticket without a reload, now or when a slot is free."""
+    """Returns True if the replica could serve the ticket without a reload, now or when a slot is free."""
     view = snapshot.instances.get(residency.instance)
     return (
         view is not None
@@ -57,7 +58,10 @@ def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
 
 
 def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """Returns True where only a free slot may be missing. The replica must be one of the ticket's weights."""
+    """Returns True if the replica can serve the ticket now, except that all its slots may be in use.
+
+    The replica must have the ticket's weights.
+    """
     view = snapshot.instances.get(residency.instance)
     return (
         view is not None
@@ -71,16 +75,20 @@ def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
 def _serves_as_requested(snapshot: Fleet, view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
     if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
         return False
-    if residency.options == ticket.options:
+    if residency.options == ticket.options and not (ticket.takes_default_context and ticket.context_length):
         return True
+    if ticket.takes_default_context:
+        return snapshot.engines[view.spec.engine].gives_by_default(residency, ticket, view.spec)
     return ticket.is_flexible and snapshot.engines[view.spec.engine].can_adapt(residency, ticket, view.spec)
 
 
 def first_token_seconds(
     throughput: Throughput, work: PendingWork, prompt_tokens: int, concurrent: int, now: float
 ) -> float:
-    """Until the first token of a request with so many tokens to evaluate, which runs beside so many others there: the
-    prompts before it, as far as they are in its batches, its own, and a step."""
+    """Seconds until the first token: prompts ahead that share its batches, its own prompt, and one step.
+
+    `prompt_tokens`: those to evaluate. `concurrent`: number of requests that run there already.
+    """
     prompt = prompt_tokens * throughput.prompt_seconds
     ahead = work.prompts_until - now
     if ahead <= 0.0:
@@ -93,17 +101,19 @@ def first_token_seconds(
 def side_seconds(
     throughput: Throughput, work: PendingWork, prompt_tokens: int, output_tokens: int, concurrent: int
 ) -> float:
-    """What it costs to share a copy: each stream there stalls while the prompt is evaluated, and every step that two
-    are in is a little longer."""
-    theirs = work.output_tokens + OUTPUT_TOKENS * (concurrent - work.requests)
-    longer = STREAM_SHARE * throughput.step_seconds * min(output_tokens * concurrent, theirs)
-    return concurrent * prompt_tokens * throughput.prompt_seconds + longer
+    """Seconds that sharing the replica costs all its requests.
+
+    Each stream stalls while the prompt is evaluated, and every step that two requests share is a little longer.
+    """
+    other_tokens = work.output_tokens + OUTPUT_TOKENS * (concurrent - work.requests)
+    longer_steps = STREAM_SHARE * throughput.step_seconds * min(output_tokens * concurrent, other_tokens)
+    return concurrent * prompt_tokens * throughput.prompt_seconds + longer_steps
 
 
 def waiting_seconds(
     throughput: Throughput, work: PendingWork, prompt_tokens: int, output_tokens: int, concurrent: int, now: float
 ) -> float:
-    """What a request with so many tokens to evaluate and to write costs there, beside so many others."""
+    """Score of a replica in seconds for a request with these tokens to evaluate and to generate; less is better."""
     first = first_token_seconds(throughput, work, prompt_tokens, concurrent, now)
     return (
         first + SIDE_WEIGHT * side_seconds(throughput, work, prompt_tokens, output_tokens, concurrent)
@@ -113,9 +123,7 @@ def waiting_seconds(
 
 
 def best(seconds: Sequence[float], prospects: Sequence[Prospect]) -> int:
-    """Which of the copies: the one with the least waiting; of those that differ by no more than `NEAR`, the one that
-    lacks the least of the prompt, has the fewest requests, served this client last, was used longest ago, has the first
-    name."""
+    """Index of the best replica: by `seconds`, and by `prospects` among those within `NEAR` of the best."""
     limit = min(seconds) * (1.0 + NEAR)
     if max(seconds) <= limit:
         return prospects.index(min(prospects))

@@ -1,10 +1,9 @@
-"""How fast each copy of a model evaluates prompts and writes answers: guessed from its GPUs, then as it has shown.
+"""How fast each replica evaluates prompts and generates: estimated from its GPUs, then corrected by measurements.
 
-A step of generation reads all weights once, so that the memory bandwidth of the GPUs says how long it takes; a prompt
-is evaluated some tens of tokens in the time of one step. What requests show corrects that, by copy, and by model for
-copies that have shown nothing yet: what is wrong with the guess for a model on one GPU is mostly wrong with it on the
-others. Tokens of prompts are those that the gateway guesses, here as everywhere: the correction makes up for what is
-wrong with them too. It reads no clock and decides nothing.
+A generation step reads all weights once, so its duration follows from the memory bandwidth of the GPUs. In the time of
+one step some tens of prompt tokens are evaluated. Ended requests correct both figures, for their replica and for their
+model. Replicas without data use the correction of the model, because the error of the estimate is similar on other
+GPUs. The numbers of prompt tokens are estimates too; the corrections compensate for their error.
 """
 
 from __future__ import annotations
@@ -19,89 +18,89 @@ from router.domain.residency import ResidencyKey
 from router.scheduler.lru import put
 
 STREAM_SHARE = 0.08
-"""A further stream in a batch makes a step longer by so much."""
+"""Ratio by which each further stream in a batch makes a step longer."""
 
 _READ_SHARE = 0.8
-"""Of a GPU's bandwidth that a step reaches."""
+"""Share of a GPU's bandwidth that a step reaches."""
 _PROMPT_TOKENS_A_STEP = 30.0
-"""Tokens of prompt that are evaluated in the time of one step: 34 with an 8B on a 3090, 23 with a 70B on two."""
+"""Prompt tokens evaluated in the time of one step. Measured: 34 with an 8B on a 3090, 23 with a 70B on two."""
 _PROMPT_TOKENS_A_STEP_CPU = 2.0
 _UNKNOWN_GPU_BYTES_PER_SECOND = 5e11
 _CPU_BYTES_PER_SECOND = 4e10
 _STEP_SECONDS_MIN = 1e-4
 _NEW_SHARE = 0.2
-"""Of the newest request in the mean of what requests have shown."""
-_SURPRISE_MAX = 4.0
-"""One request counts as no slower than so many times what was expected."""
-_LEAST, _MOST = 1e-7, 100.0
-"""Whatever requests show, no pace leaves these."""
+"""Weight of the newest request in the running mean."""
+_SLOWDOWN_MAX = 4.0
+"""Limit on the measured slowdown of a single request, so that an outlier counts little."""
+_SECONDS_MIN, _SECONDS_MAX = 1e-7, 100.0
+"""Limits of both figures."""
 _KNOWN_MAX = 1_000
 
 
 @dataclass(slots=True)
 class Throughput:
-    """How fast a copy is; mutable: what requests show corrects it. Of a model: how much slower it is than guessed."""
+    """Speed of a replica, or, for a model, the factors by which it is slower than estimated. Mutable."""
 
     prompt_seconds: float
-    """For one token of a prompt."""
+    """Per token of a prompt."""
     step_seconds: float
-    """For one token of one stream that is alone."""
+    """Per generated token of a single stream."""
 
 
 def guessed(weights_bytes: int, bandwidths: Sequence[float | None]) -> Throughput:
-    """By the bandwidths of the GPUs that the layers lie on, one after the other; without GPUs: the CPU's."""
+    """Estimated speed. `bandwidths`: bytes per second of the GPUs that share the layers; empty: the CPU is used."""
     rates = [rate or _UNKNOWN_GPU_BYTES_PER_SECOND for rate in bandwidths]
     mean = sum(rates) / len(rates) if rates else _CPU_BYTES_PER_SECOND
     step = max(_STEP_SECONDS_MIN, weights_bytes / (mean * _READ_SHARE))
     return Throughput(step / (_PROMPT_TOKENS_A_STEP if rates else _PROMPT_TOKENS_A_STEP_CPU), step)
 
 
-def correction(expected_seconds: float, shown_seconds: float) -> float:
-    """By what the mean is to be multiplied after one more request, expected to take so long, took so long."""
-    surprise = shown_seconds / expected_seconds if expected_seconds > 0.0 else 1.0
-    return 1.0 + _NEW_SHARE * ((_SURPRISE_MAX if surprise > _SURPRISE_MAX else surprise) - 1.0)
+def correction(expected_seconds: float, measured_seconds: float) -> float:
+    """Factor to correct an estimated duration with, after one more request was measured."""
+    slowdown = measured_seconds / expected_seconds if expected_seconds > 0.0 else 1.0
+    return 1.0 + _NEW_SHARE * ((_SLOWDOWN_MAX if slowdown > _SLOWDOWN_MAX else slowdown) - 1.0)
 
 
 class ThroughputModel:
-    """Mutable, single owner; forgets what was first asked for longest ago where there is too much."""
+    """Speeds of all replicas. Mutable, owned by `FleetState`; drops the oldest entries when there are too many."""
 
     __slots__ = ("_models", "known")
 
     def __init__(self) -> None:
         self.known: dict[ResidencyKey, Throughput] = {}
-        """Copies that were asked about while their GPUs were known, for who wants to read fast; else see `pace`."""
+        """Cache of `throughput`, public for fast reads; has only replicas whose GPUs were all known."""
         self._models: dict[BlobDigest, Throughput] = {}
 
     def throughput(self, spec: InstanceSpec, model: ModelFacts, gpus: Mapping[GpuUuid, Gpu]) -> Throughput:
-        """Of the model's copy on that instance."""
-        known = self.known.get((spec.name, model.blob))
-        if known is not None:
-            return known
-        found = [gpus.get(uuid) for uuid in spec.gpus]
-        throughput = guessed(model.weights_bytes, [gpu and gpu.bandwidth_bytes_per_second for gpu in found])
+        """Speed of the model's replica on the instance."""
+        cached = self.known.get((spec.name, model.blob))
+        if cached is not None:
+            return cached
+        used = [gpus.get(uuid) for uuid in spec.gpus]
+        throughput = guessed(model.weights_bytes, [gpu and gpu.bandwidth_bytes_per_second for gpu in used])
         factor = self._models.get(model.blob)
         if factor is not None:
             throughput.prompt_seconds *= factor.prompt_seconds
             throughput.step_seconds *= factor.step_seconds
-        if None not in found:
+        if None not in used:
             put(self.known, (spec.name, model.blob), throughput, _KNOWN_MAX)
         return throughput
 
     def correct(self, key: ResidencyKey, prompt: float, step: float) -> None:
-        """Multiplies what is known of the copy, and of its model, by these."""
-        own, model = self.known.get(key), self._models.get(key[1])
+        """Multiplies the figures of the replica and of its model by these factors."""
+        replica, model = self.known.get(key), self._models.get(key[1])
         if model is None:
             model = Throughput(1.0, 1.0)
             put(self._models, key[1], model, _KNOWN_MAX)
         _multiply(model, prompt, step)
-        if own is not None:
-            _multiply(own, prompt, step)
+        if replica is not None:
+            _multiply(replica, prompt, step)
 
 
 def _multiply(throughput: Throughput, prompt: float, step: float) -> None:
     prompt *= throughput.prompt_seconds
     step *= throughput.step_seconds
-    if _LEAST < prompt < _MOST:
+    if _SECONDS_MIN < prompt < _SECONDS_MAX:
         throughput.prompt_seconds = prompt
-    if _LEAST < step < _MOST:
+    if _SECONDS_MIN < step < _SECONDS_MAX:
         throughput.step_seconds = step

@@ -1,7 +1,7 @@
 """Where a model could be loaded: sets of GPUs, each with an instance of the model's engine, running or to be started.
 
-Sets of one size are considered at a time. Where instances may be started on demand, each holds one model at most: a
-server that already holds a model would size the next one by its own estimate and evict by its own rule. Prices nothing.
+Sets of one size are considered at a time. If instances are started on demand, each holds at most one model, because a
+server that already holds one would size the next by its own estimate and evict by its own rules.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState, In
 from router.domain.policy import Pin
 from router.domain.request import Layout
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import instances_over, lost_gpus, memoise, residencies_of
+from router.domain.snapshot_index import instances_over, lost_gpus, memoise, residencies_of, residencies_on
 
 _MAY_COME_BACK = frozenset({InstanceState.STARTING, InstanceState.BACKOFF, InstanceState.DRAINING})
 
 _WIDE_GPUS_MAX = 10
-"""Sets of several GPUs are tried among so many GPUs, the ones with most room: 252 sets at most."""
+"""Sets of several GPUs are formed from at most this many GPUs, those with the most free memory: at most 252 sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One set of GPUs and the instance that would load there."""
+    """One set of GPUs and the instance that would load the model there."""
 
     spec: InstanceSpec
     is_new: bool = False
-    """Whether the instance would have to be started first."""
+    """True if the instance has to be started first."""
 
     @property
     def gpus(self) -> tuple[GpuUuid, ...]:
@@ -44,11 +44,14 @@ class Bounds:
     pin: Pin | None = None
     layout: Layout | None = None
     only_new: bool = False
-    """Only instances that are or would be started on demand: those can be tuned otherwise."""
+    """Use only instances that are, or would be, started on demand, because their slots can be chosen."""
     engine: str = "ollama"
     """Kind of the engine that has to serve the model."""
+    default_context: int | None = None
+    """Only instances that give requests this context by default; None: those with the usual one."""
 
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
+        """Returns True if pins, layout and exclusive GPUs allow this set."""
         if self.layout is not None and not self.layout.allows(gpus):
             return False
         if any(self.name not in snapshot.policy.exclusive_gpus.get(gpu, (self.name,)) for gpu in gpus):
@@ -77,14 +80,14 @@ def is_alive(snapshot: Snapshot, view: InstanceView) -> bool:
 
 
 def has_gpus(snapshot: Snapshot) -> bool:
-    """Whether anything here runs on GPUs: then nothing lands on the CPU unless it is pinned there."""
+    """Returns True if any instance uses GPUs; the CPU is then used only by models pinned to it."""
     return any(view.spec.gpus for view in snapshot.instances.values()) or (
         snapshot.policy.instances_on_demand and bool(snapshot.gpus)
     )
 
 
 def sizes(snapshot: Snapshot) -> list[int]:
-    """Numbers of GPUs that a set may have, smallest first; 0 where there are no GPUs at all."""
+    """Possible numbers of GPUs in a set, smallest first; 0 (the CPU) only if there are no GPUs."""
     return memoise(snapshot, sizes, lambda: _sizes(snapshot))
 
 
@@ -96,11 +99,11 @@ def _sizes(snapshot: Snapshot) -> list[int]:
 
 
 def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
-    """The candidates over `size` GPUs that the bounds allow."""
+    """The candidates over exactly `size` GPUs that the bounds allow."""
     if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
         return memoise(
             snapshot,
-            (candidates_of_size, size, bounds.only_new, bounds.engine),
+            (candidates_of_size, size, bounds.only_new, bounds.engine, bounds.default_context),
             lambda: _candidates(snapshot, size, bounds),
         )
     return _candidates(snapshot, size, bounds)
@@ -112,7 +115,7 @@ def _candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate
 
 
 def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
-    """Each set of GPUs once, in the order in which it came first."""
+    """Each set of GPUs once, in the order of first occurrence."""
     found: dict[frozenset[GpuUuid], tuple[GpuUuid, ...]] = {}
     for gpus in sets:
         found.setdefault(frozenset(gpus), gpus)
@@ -120,7 +123,7 @@ def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
 
 
 def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
-    """The GPU sets of existing instances, then all further sets where instances may be started."""
+    """The GPU sets of existing instances, then, with on-demand instances, all others of this size."""
     for view in snapshot.instances.values():
         if len(view.spec.gpus) == size and is_alive(snapshot, view):
             yield view.spec.gpus
@@ -137,9 +140,10 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
 
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
-    """The instances over exactly these GPUs; with on-demand instances, the best empty one or else a new one."""
+    """The instances over exactly these GPUs; with on-demand instances, the best empty one or a new one."""
     over = instances_over(snapshot, frozenset(gpus))
     there = [view for view in over if is_alive(snapshot, view) and view.spec.engine == bounds.engine]
+    there = [view for view in there if _gives_context(snapshot, view.spec, bounds.default_context)]
     pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):
         return [] if bounds.only_new else [Candidate(view.spec) for view in there]
@@ -151,7 +155,24 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     if free:
         best = min(free, key=lambda v: (v.state is not InstanceState.READY, v.spec.on_demand, v.spec.name))
         return [Candidate(best.spec)]
-    like = snapshot.policy.on_demand_like
+    return _to_be_started(snapshot, gpus, bounds)
+
+
+def new_candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
+    """Instances that could be started over `size` GPUs, whatever runs there already; they can be tuned otherwise."""
+    if not (snapshot.policy.instances_on_demand and size):
+        return []
+    sets = memoise(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
+    return [
+        candidate
+        for gpus in sets
+        if bounds.allows(snapshot, gpus)
+        for candidate in _to_be_started(snapshot, gpus, bounds)
+    ]
+
+
+def _to_be_started(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
+    like, pin = snapshot.policy.on_demand_like, bounds.pin
     if any(gpu not in snapshot.gpus for gpu in gpus):
         return []
     if (
@@ -163,6 +184,8 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
         return []
     like = snapshot.engines[like.engine].tuned_for(like, [snapshot.gpus[gpu] for gpu in gpus])
     tuned = replace(like, name=_new_name(snapshot, gpus), gpus=gpus, url="", on_demand=True)
+    if bounds.default_context is not None:
+        tuned = replace(tuned, context_length=bounds.default_context)
     if pin is not None and pin.num_parallel is not None:
         tuned = replace(tuned, num_parallel=pin.num_parallel)
     if pin is not None and pin.kv_cache_type is not None:
@@ -170,8 +193,22 @@ def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[C
     return [Candidate(tuned, is_new=True)]
 
 
+def _gives_context(snapshot: Snapshot, spec: InstanceSpec, default_context: int | None) -> bool:
+    if default_context is not None:
+        return spec.context_length == default_context
+    return widened_context(snapshot, spec) is None
+
+
+def widened_context(snapshot: Snapshot, spec: InstanceSpec) -> int | None:
+    """The default context of an instance that was started on demand to have another one than usual, else None."""
+    like = snapshot.policy.on_demand_like
+    if not spec.on_demand or like is None or spec.context_length == like.context_length:
+        return None
+    return spec.context_length
+
+
 def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
-    """Returns True where the instance has the slots and the cache type that the model is pinned to."""
+    """Returns True if the instance has the slots and the cache type of the pin."""
     if pin is None:
         return True
     slots = pin.num_parallel in (None, spec.num_parallel)
@@ -179,12 +216,42 @@ def _is_tuned(spec: InstanceSpec, pin: Pin | None) -> bool:
 
 
 def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
-    """Returns True where nothing is loaded, loading or unloading there."""
+    """Returns True if no model is planned, loading, loaded or unloading there."""
     return not residencies_of(snapshot, name)
 
 
+def against_preferences(snapshot: Snapshot, gpus: Sequence[GpuUuid], name: str) -> int:
+    """Counts the GPUs of a set that the configuration would rather give to others; 0 is best.
+
+    A model with exclusive GPUs prefers those. A GPU that another model is pinned to is left free until that model is
+    there.
+    """
+    policy = snapshot.policy
+    if not (policy.exclusive_gpus or policy.pins):
+        return 0
+    pinned = memoise(snapshot, _unplaced_pins, lambda: _unplaced_pins(snapshot))
+    has_own = any(name in names for names in policy.exclusive_gpus.values())
+    foreign = sum(not is_exclusive_to(snapshot, gpu, name) for gpu in gpus) if has_own else 0
+    return foreign + sum(bool(pinned.get(gpu, frozenset()) - {name}) for gpu in gpus)
+
+
+def is_exclusive_to(snapshot: Snapshot, gpu: GpuUuid, name: str) -> bool:
+    """Returns True where the GPU is exclusive to the model, alone or with others."""
+    return name in snapshot.policy.exclusive_gpus.get(gpu, ())
+
+
+def _unplaced_pins(snapshot: Snapshot) -> dict[GpuUuid, frozenset[str]]:
+    """For each GPU the models that are pinned to it and not there, neither loaded nor on their way."""
+    found: dict[GpuUuid, frozenset[str]] = {}
+    for name, pin in snapshot.policy.pins.items():
+        for gpu in pin.gpus:
+            if all(snapshot.residencies[key].name != name for key in residencies_on(snapshot, gpu)):
+                found[gpu] = found.get(gpu, frozenset()) | {name}
+    return found
+
+
 def _new_name(snapshot: Snapshot, gpus: Sequence[GpuUuid]) -> InstanceName:
-    """`gpu0.2`, `gpu1+gpu3`: the GPUs, and a number from the second instance on the same GPUs on."""
+    """The GPUs, and a number from the second instance over the same GPUs on: `gpu1+gpu3`, `gpu0.2`."""
     base = "+".join(f"gpu{snapshot.gpus[gpu].index}" for gpu in gpus)
     if base not in snapshot.instances:
         return InstanceName(base)

@@ -1,14 +1,14 @@
-"""What it is worth to bring a model in, and what it costs to let one go: both in seconds that clients wait in vain.
+"""The value of a load and the price of an eviction, both in seconds of waiting.
 
-A first token that comes too late is worth `ttft_target_seconds`. An eviction costs as many of those as requests are
-expected for the model while it is away; a load is worth one for each ticket that it can still serve in time, and for
-every ticket a share of the time that it has waited, so that whatever waits comes to its turn in the end. A swap is
-made when it is worth its price: a model that is asked for in vain once does not drive out one that is asked for all
-the time, but several, or one for long, do.
+A late first token costs `ttft_target_seconds`. The price of an eviction is that, times the requests expected for the
+model until it is loaded again. The value of a load is that for each ticket it can still serve in time, plus a share of
+each ticket's waiting time, so that every ticket is served in the end. A swap is made when its value reaches its price:
+one new request does not evict a model in constant use; several requests, or one that has waited long, do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,25 +20,27 @@ from router.domain.snapshot_index import memoise, replicas_of
 from router.scheduler.placement.demand import rate_per_second
 
 _SPARE_REPLICA = 0.1
-_GUESSED_SERVICE_SECONDS = 5.0
+"""Factor on the price of a replica when another one is loaded."""
+_DEFAULT_SERVICE_SECONDS = 5.0
+"""Used until the first request of a model has ended."""
 
 
 def reload_seconds(snapshot: Snapshot, model: ModelFacts) -> float:
-    """From the decision to the first slot, on a GPU that has to be cleared first."""
+    """Seconds from the decision to the first free slot, including the time to clear the GPU."""
     policy = snapshot.policy
     rate = snapshot.load_rate_bytes_per_second or policy.constants.load_bytes_per_second
     return snapshot.engines[model.engine].reload_seconds(model, policy.constants.load_fixed_seconds, rate)
 
 
 def rate_of(snapshot: Snapshot, model: ModelFacts) -> float:
-    """Requests a second for the model, of late."""
+    """Recent requests per second for the model."""
     return rate_per_second(
         snapshot.demand.get(model.blob), snapshot.now, snapshot.policy.constants.demand_half_life_seconds
     )
 
 
 def eviction_price(snapshot: Snapshot, residency: Residency) -> float:
-    """Seconds that clients are expected to lose by unloading this copy."""
+    """Seconds that clients are expected to lose if this replica is unloaded."""
     key = (eviction_price, residency.instance, residency.blob)
     return memoise(snapshot, key, lambda: _eviction_price(snapshot, residency))
 
@@ -46,8 +48,8 @@ def eviction_price(snapshot: Snapshot, residency: Residency) -> float:
 def _eviction_price(snapshot: Snapshot, residency: Residency) -> float:
     policy = snapshot.policy
     model = residency.model
-    away = policy.constants.away_seconds + reload_seconds(snapshot, model)
-    price = rate_of(snapshot, model) * away * policy.ttft_target_seconds
+    away_seconds = policy.constants.away_seconds + reload_seconds(snapshot, model)
+    price = rate_of(snapshot, model) * away_seconds * policy.ttft_target_seconds
     waiting = snapshot.wanted.get(residency.blob, 0)
     price += waiting * policy.ttft_target_seconds
     if other_replicas(snapshot, residency):
@@ -56,43 +58,78 @@ def _eviction_price(snapshot: Snapshot, residency: Residency) -> float:
 
 
 def worth_of_load(snapshot: Snapshot, model: ModelFacts, tickets: Iterable[Ticket]) -> float:
-    """Seconds of waiting in vain that a load for these tickets saves."""
+    """Queueing seconds that a load for these tickets saves."""
     policy = snapshot.policy
-    lead = reload_seconds(snapshot, model)
-    asking = tuple(tickets)
-    share = policy.constants.late_share * (swap_ease(snapshot) - 1.0)
-    if share < policy.constants.late_share_idle and _is_idle_beside(snapshot, len(asking)):
-        share = policy.constants.late_share_idle
-    late = share * policy.ttft_target_seconds
-    worth = 0.0
-    for ticket in asking:
+    load_seconds = reload_seconds(snapshot, model)
+    served = tuple(tickets)
+    late_share = policy.constants.late_share * (swap_ease(snapshot) - 1.0)
+    if late_share < policy.constants.late_share_idle and _is_otherwise_idle(snapshot, len(served)):
+        late_share = policy.constants.late_share_idle
+    late_value = late_share * policy.ttft_target_seconds
+    value = 0.0
+    for ticket in served:
         waited = snapshot.now - ticket.arrived_at
-        worth += policy.constants.wait_weight * max(0.0, waited - policy.constants.hold_seconds)
-        if waited + lead <= policy.ttft_target_seconds:
-            worth += policy.ttft_target_seconds
+        value += policy.constants.wait_weight * max(0.0, waited - policy.constants.hold_seconds)
+        if waited + load_seconds <= policy.ttft_target_seconds:
+            value += policy.ttft_target_seconds
         else:
-            worth += late
-    return worth
+            value += late_value
+    return value
 
 
-def _is_idle_beside(snapshot: Snapshot, tickets: int) -> bool:
-    """Whether nothing runs, and nobody waits beside so many: to hold these back would serve nobody now."""
+def _is_otherwise_idle(snapshot: Snapshot, tickets: int) -> bool:
+    """Returns True if nothing runs and no tickets wait except this number: delaying these would help no other."""
     if sum(snapshot.wanted.values()) > tickets:
         return False
-    return memoise(snapshot, _is_idle_beside, lambda: not any(r.in_flight for r in snapshot.residencies.values()))
+    return memoise(snapshot, _is_otherwise_idle, lambda: not any(r.in_flight for r in snapshot.residencies.values()))
+
+
+def swap_price(snapshot: Snapshot, model: ModelFacts, leaving: Iterable[Residency]) -> float:
+    """Seconds that clients are expected to lose within the half-life of demand if these leave for the model, each comes
+    back in turn, and the model then has to leave for it.
+    """
+    horizon = snapshot.policy.constants.demand_half_life_seconds
+    rate, reload = rate_of(snapshot, model), reload_seconds(snapshot, model)
+    return sum(
+        horizon * min(rate, rate_of(snapshot, r.model)) * (reload + reload_seconds(snapshot, r.model))
+        for r in leaving
+        if r.blob != model.blob and not other_replicas(snapshot, r)
+    )
+
+
+def fewer_slots_price(snapshot: Snapshot, model: ModelFacts, slots: int, fewer: int) -> float:
+    """Seconds that the model's clients are expected to wait longer for a slot within the half-life of demand, those
+    who wait now included, if it gets `fewer` instead of `slots`; infinite where that could not keep up."""
+    held = shown_service_seconds(snapshot, model.blob) or _DEFAULT_SERVICE_SECONDS
+    rate, waiting = rate_of(snapshot, model), snapshot.wanted.get(model.blob, 0)
+    later = snapshot.policy.constants.demand_half_life_seconds * rate
+
+    def seconds(number: int) -> float:
+        return later * _queueing_seconds(rate, held, number) + held * sum(k // number for k in range(waiting))
+
+    less = seconds(fewer)
+    return less - seconds(slots) if less < float("inf") else less
+
+
+def _queueing_seconds(rate: float, held: float, slots: int) -> float:
+    """Mean wait for one of the slots (Sakasegawa's approximation of M/M/n, 1977)."""
+    load = rate * held / slots
+    if load >= 1.0:
+        return float("inf")
+    return held * load ** (math.sqrt(2.0 * (slots + 1)) - 1.0) / (slots * (1.0 - load))
 
 
 class WaitBounds(NamedTuple):
-    """How long a ticket waits at most until more is done for its sake."""
+    """Waiting times after which a ticket may cost other models more."""
 
     drain_after_seconds: float
-    """Busy models may be stopped from taking new requests."""
+    """From here on, busy models may be stopped from taking new requests."""
     starving_after_seconds: float
-    """It gets its place whatever that costs others."""
+    """From here on, it gets its place at any price."""
 
 
 def wait_bounds(snapshot: Snapshot, model: ModelFacts) -> WaitBounds:
-    """The policy's, and less than that for a model whose weights alone are more than the largest GPU."""
+    """The policy's bounds; shorter for a model whose weights alone exceed the largest GPU."""
     policy = snapshot.policy
     largest = max((gpu.memory_total_bytes for gpu in snapshot.gpus.values()), default=0)
     share = policy.constants.large_wait_share if 0 < largest < model.weights_bytes else 1.0
@@ -100,10 +137,10 @@ def wait_bounds(snapshot: Snapshot, model: ModelFacts) -> WaitBounds:
 
 
 def swap_ease(snapshot: Snapshot) -> float:
-    """How far the loads of late stay below the budget of swaps: 1 where it is used up, more while few are made.
+    """Budget of swaps divided by recent loads, from 1 (budget used up) to `swap_ease_max`.
 
-    While loads are few, who is late anyway is served at once; while they are many that has to wait, or all GPUs would
-    spend their time on loading.
+    While loads are rare, tickets that are late anyway are served at once. While loads are frequent they have to wait,
+    or the GPUs would spend all their time on loading.
     """
     policy = snapshot.policy
     ease = policy.constants.swap_budget_bytes_per_second / max(1.0, snapshot.loaded_bytes_per_second)
@@ -111,19 +148,19 @@ def swap_ease(snapshot: Snapshot) -> float:
 
 
 def shown_service_seconds(snapshot: Snapshot, blob: BlobDigest) -> float | None:
-    """How long a request holds a slot of the model, as far as any has shown."""
+    """Mean seconds that a request holds a slot of the model; None until the first one has ended."""
     demand = snapshot.demand.get(blob)
     return None if demand is None else demand.service_seconds
 
 
 def service_seconds(snapshot: Snapshot, residency: Residency) -> float:
-    """How long a request holds a slot of the model; a guess where none has ended yet."""
-    known = shown_service_seconds(snapshot, residency.blob)
-    return _GUESSED_SERVICE_SECONDS if known is None else known
+    """Mean seconds that a request holds a slot of the model; a default until the first one has ended."""
+    measured = shown_service_seconds(snapshot, residency.blob)
+    return _DEFAULT_SERVICE_SECONDS if measured is None else measured
 
 
 def other_replicas(snapshot: Snapshot, residency: Residency) -> list[Residency]:
-    """Loaded copies of the same weights on other instances."""
+    """Loaded replicas of the same weights on other instances."""
     return [
         r
         for r in replicas_of(snapshot, residency.blob)

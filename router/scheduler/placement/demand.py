@@ -1,6 +1,6 @@
-"""How much each model is asked for of late, and how long its requests take: what decides who is cheap to evict.
+"""Recent demand for each model: a decaying count of requests, and the mean time that they hold a slot.
 
-A count of requests that halves with every half-life, and a running mean of how long a slot is held. Pure values.
+The price of an eviction depends on both. Pure functions.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import math
 from router.domain.snapshot import Demand
 
 _NEW_SHARE = 0.2
-"""Of the newest duration in the mean of durations."""
+"""Weight of the newest duration in the running mean."""
 
 
 def record_request(demand: Demand, now: float, half_life_seconds: float, amount: float = 1.0) -> Demand:
-    """One request more, or so much of something else that is counted."""
+    """The demand after one more request, or after `amount` of another quantity."""
     return Demand(_decayed(demand, now, half_life_seconds) + amount, now, demand.service_seconds)
 
 
 def served(demand: Demand, seconds: float) -> Demand:
-    """One request has held its slot for so long."""
-    before = demand.service_seconds
-    mean = seconds if before is None else before + _NEW_SHARE * (seconds - before)
+    """The demand after a request has held its slot for `seconds`."""
+    old_mean = demand.service_seconds
+    mean = seconds if old_mean is None else old_mean + _NEW_SHARE * (seconds - old_mean)
     return Demand(demand.weight, demand.at, mean)
 
 
 def rate_per_second(demand: Demand | None, now: float, half_life_seconds: float) -> float:
-    """Requests a second, as of now; a steady stream of r a second comes out as r."""
+    """Requests per second as of `now`; a steady rate r gives r."""
     if demand is None:
         return 0.0
     return _decayed(demand, now, half_life_seconds) * math.log(2.0) / half_life_seconds

@@ -1,7 +1,7 @@
-"""Which loaded models leave so that another fits: the cheapest set, never a pinned one, never one in transit.
+"""Which loaded models to unload so that another fits: the cheapest set, without pinned, loading or unloading models.
 
-The price of each is `scheduler/placement/cost.py`'s. Busy models are taken only where the caller asks for them: they
-then take no new request and leave when the running ones have ended. A model that has just come stays for a while.
+Prices come from `scheduler/placement/cost.py`. Busy models are included only if the caller allows it: they then take no
+new request and are unloaded when the running ones have ended. A model that was just loaded stays for a while.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def pin_of(snapshot: Snapshot, name: str) -> Pin | None:
 
 
 def is_pinned(snapshot: Snapshot, residency: Residency) -> bool:
-    """Whether it stays whatever others want."""
+    """Returns True if the model has `keep_warm` and is therefore never evicted."""
     pin = pin_of(snapshot, residency.name)
     return pin is not None and pin.keep_warm
 
@@ -29,16 +29,19 @@ def is_pinned(snapshot: Snapshot, residency: Residency) -> bool:
 def evictable(
     snapshot: Snapshot, gpus: Iterable[GpuUuid], *, busy: bool = False, young: bool = False
 ) -> list[Residency]:
-    """Loaded models that hold memory on these GPUs, the cheapest first; busy or young ones only if asked for."""
+    """Loaded models that hold memory on these GPUs, cheapest first.
+
+    Busy models, and young ones (loaded less than `residency_seconds_min` ago), are included only if requested.
+    """
     uuids = frozenset(gpus)
     return memoise(snapshot, (evictable, uuids, busy, young), lambda: _evictable(snapshot, uuids, busy, young))
 
 
 def _evictable(snapshot: Snapshot, gpus: frozenset[GpuUuid], busy: bool, young: bool) -> list[Residency]:
-    there = dict.fromkeys(key for gpu in gpus for key in residencies_on(snapshot, gpu))
+    keys = dict.fromkeys(key for gpu in gpus for key in residencies_on(snapshot, gpu))
     found = [
         residency
-        for residency in map(snapshot.residencies.__getitem__, there)
+        for residency in map(snapshot.residencies.__getitem__, keys)
         if residency.state is ResidencyState.READY
         and (busy or residency.in_flight == 0)
         and (young or _is_settled(snapshot, residency))
@@ -53,24 +56,24 @@ def _evictable(snapshot: Snapshot, gpus: frozenset[GpuUuid], busy: bool, young: 
 def choose_evictions(
     snapshot: Snapshot, shortfall: Mapping[GpuUuid, int], candidates: Iterable[Residency]
 ) -> tuple[ResidencyKey, ...] | None:
-    """The models to unload so that every GPU gains its shortfall, or None where they do not suffice.
+    """The models to unload so that every GPU gains its shortfall; None if all candidates together are not enough.
 
-    `shortfall` is bytes missing per GPU; GPUs with nothing missing may be left out. Candidates are taken in the
-    order given, whoever turns out not to be needed stays, and one model that suffices alone is taken where it costs
-    less than those together.
+    `shortfall` is bytes missing per GPU; GPUs with nothing missing may be left out. Candidates are taken in the order
+    given, and those that turn out to be unnecessary are dropped. A single model that is enough replaces them where it
+    is cheaper than they are together.
     """
     missing = {gpu: size for gpu, size in shortfall.items() if size > 0}
-    offered = list(candidates)
-    chosen = _first_that_cover(snapshot, missing, offered)
+    ordered = list(candidates)
+    chosen = _first_that_cover(snapshot, missing, ordered)
     if chosen is None:
         return None
     if len(chosen) > 1:
-        chosen = _cheaper_alone(snapshot, missing, offered, chosen) or chosen
+        chosen = _cheaper_alone(snapshot, missing, ordered, chosen) or chosen
     return tuple((r.instance, r.blob) for r in chosen)
 
 
 def price_of(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float:
-    """Seconds that unloading all of these is expected to cost."""
+    """Seconds that clients are expected to lose if all of these are unloaded."""
     return sum(eviction_price(snapshot, snapshot.residencies[key]) for key in keys)
 
 
@@ -79,31 +82,31 @@ def _is_settled(snapshot: Snapshot, residency: Residency) -> bool:
 
 
 def _first_that_cover(
-    snapshot: Snapshot, missing: Mapping[GpuUuid, int], offered: Sequence[Residency]
+    snapshot: Snapshot, missing: Mapping[GpuUuid, int], candidates: Sequence[Residency]
 ) -> list[Residency] | None:
-    left = dict(missing)
+    remaining = dict(missing)
     chosen: list[Residency] = []
-    for residency in offered:
-        if not left:
+    for residency in candidates:
+        if not remaining:
             break
-        if _helps(snapshot, residency, left):
+        if _helps(snapshot, residency, remaining):
             chosen.append(residency)
-            left = _less(snapshot, residency, left)
-    return None if left else _prune(snapshot, missing, chosen)
+            remaining = _missing_without(snapshot, residency, remaining)
+    return None if remaining else _prune(snapshot, missing, chosen)
 
 
 def _cheaper_alone(
-    snapshot: Snapshot, missing: Mapping[GpuUuid, int], offered: Sequence[Residency], chosen: Sequence[Residency]
+    snapshot: Snapshot, missing: Mapping[GpuUuid, int], candidates: Sequence[Residency], chosen: Sequence[Residency]
 ) -> list[Residency] | None:
-    together = sum(eviction_price(snapshot, r) for r in chosen)
+    price_of_chosen = sum(eviction_price(snapshot, r) for r in chosen)
     is_busy = any(r.in_flight for r in chosen)
-    alone = [
+    alternatives = [
         (eviction_price(snapshot, r), r)
-        for r in offered
-        if (is_busy or r.in_flight == 0) and not _less(snapshot, r, missing)
+        for r in candidates
+        if (is_busy or r.in_flight == 0) and not _missing_without(snapshot, r, missing)
     ]
-    price, best = min(alone, key=lambda found: found[0], default=(together, None))
-    return [best] if best is not None and price < together else None
+    price, cheapest = min(alternatives, key=lambda found: found[0], default=(price_of_chosen, None))
+    return [cheapest] if cheapest is not None and price < price_of_chosen else None
 
 
 def _freed(snapshot: Snapshot, residency: Residency) -> Mapping[GpuUuid, int]:
@@ -116,19 +119,20 @@ def _helps(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, i
     return any(freed.get(gpu, 0) > 0 for gpu in missing)
 
 
-def _less(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> dict[GpuUuid, int]:
+def _missing_without(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> dict[GpuUuid, int]:
+    """Bytes that are still missing per GPU when this model is unloaded."""
     freed = _freed(snapshot, residency)
-    return {gpu: left for gpu, size in missing.items() if (left := size - freed.get(gpu, 0)) > 0}
+    return {gpu: rest for gpu, size in missing.items() if (rest := size - freed.get(gpu, 0)) > 0}
 
 
 def _prune(snapshot: Snapshot, missing: Mapping[GpuUuid, int], chosen: Sequence[Residency]) -> list[Residency]:
-    """Drops from the dearest on whoever the others make unnecessary. All of `chosen` together suffice."""
+    """Drops models that the others make unnecessary, the most expensive first. `chosen` as a whole is enough."""
     if len(chosen) < 2:
         return list(chosen)
     kept, parts = list(chosen), [_freed(snapshot, residency) for residency in chosen]
     spare = {gpu: sum(part.get(gpu, 0) for part in parts) - size for gpu, size in missing.items()}
     for residency, freed in zip(reversed(chosen), reversed(parts), strict=True):
-        if all(freed.get(gpu, 0) <= left for gpu, left in spare.items()):
-            spare = {gpu: left - freed.get(gpu, 0) for gpu, left in spare.items()}
+        if all(freed.get(gpu, 0) <= size for gpu, size in spare.items()):
+            spare = {gpu: size - freed.get(gpu, 0) for gpu, size in spare.items()}
             kept.remove(residency)
     return kept

@@ -1,4 +1,4 @@
-"""Reasons in words: bytes needed and bytes there are, on which GPU, and how the instances are."""
+"""Texts for users: bytes needed and available on each GPU, and the states of the instances."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def explain_fit(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -> str:
 
 
 def explain_shortfall(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -> str:
-    """Bytes needed and bytes that the GPU could give, for each GPU."""
+    """Bytes needed and bytes that the GPU could give at most, for each GPU."""
     return ", ".join(
         f"GPU {gpu_label(snapshot, uuid)} needs {size} bytes ({size / GIB:.1f} GiB) and can give "
         f"{capacity_bytes(snapshot, uuid)} bytes ({capacity_bytes(snapshot, uuid) / GIB:.1f} GiB)"
@@ -32,13 +32,15 @@ def explain_shortfall(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -
 
 
 def gpu_label(snapshot: Snapshot, uuid: GpuUuid) -> str:
+    """Index of the GPU; its UUID if it is unknown."""
     gpu = snapshot.gpus.get(uuid)
     return str(gpu.index) if gpu else uuid
 
 
 def explain_states(snapshot: Snapshot) -> str:
-    words = [
+    """`gpu0 is ready; gpu1 is backoff (exited with code 1)`."""
+    states = [
         f"{v.spec.name} is {v.state.value}" + (f" ({v.reason})" if v.reason else "")
         for v in snapshot.instances.values()
     ]
-    return "; ".join(words) or "none is configured"
+    return "; ".join(states) or "none is configured"

@@ -1,8 +1,8 @@
-"""Models that move to other GPUs instead of merely going.
+"""Moves models to other GPUs instead of only unloading them. Decides; changes nothing.
 
-Two occasions: a plan drives out a model that is asked for, and a GPU whose memory others have come to use. Where other
-GPUs have room that costs nobody anything, a further copy is loaded there; the one here leaves as soon as it may: for
-a plan when it is idle, on a GPU that is short when the copy elsewhere serves. It decides; it changes nothing.
+A model is moved in two cases: a plan evicts it although it is in demand, or other programs use so much of its GPU that
+the GPU is short. If other GPUs have room without evictions, another replica is loaded there. The one here is unloaded
+when it is idle (for a plan), or when the replica elsewhere serves (on a short GPU).
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from router.domain.residency import Residency, ResidencyKey
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import bytes_by_gpu, replicas_of
 from router.domain.vram_ledger import available_bytes, external_bytes
+from router.scheduler.placement.candidates import widened_context
 from router.scheduler.placement.cost import other_replicas
 from router.scheduler.placement.eviction import evictable, is_pinned
 from router.scheduler.placement.placement import Placed, PlacementRequest, place
 from router.scheduler.reconcile.housekeeping import is_warm_wanted
 
 _EXTERNAL_MIN_MARGINS = 2
-"""Foreign use of less than so many margins is what drivers and desktops take anyway."""
+"""External VRAM below this number of margins is what drivers and desktops always use."""
 
 
 def elsewhere(snapshot: Snapshot, estimate: Estimate, key: ResidencyKey) -> Placed | None:
-    """Free room on other GPUs for a model that has to leave here and is asked for; None where there is none."""
+    """Free room on other GPUs for a model that is evicted here and in demand.
+
+    Returns None if there is no room or no demand.
+    """
     residency = snapshot.residencies.get(key)
     if residency is None or not (residency.in_flight or is_warm_wanted(snapshot, residency.model)):
         return None
@@ -32,7 +36,7 @@ def elsewhere(snapshot: Snapshot, estimate: Estimate, key: ResidencyKey) -> Plac
 
 
 def relieve(snapshot: Snapshot, estimate: Estimate) -> tuple[Residency, Placed] | None:
-    """The cheapest model to move off a GPU that is short, and where to; one at a time."""
+    """The cheapest model to move off a short GPU, and its new place. One at a time: None while any load is planned."""
     if snapshot.reservations:
         return None
     for uuid in short_gpus(snapshot):
@@ -44,7 +48,10 @@ def relieve(snapshot: Snapshot, estimate: Estimate) -> tuple[Residency, Placed] 
 
 
 def superfluous(snapshot: Snapshot) -> Iterator[tuple[ResidencyKey, str]]:
-    """Idle models on GPUs that are short: with a copy elsewhere that serves, or not asked for any more."""
+    """Idle models to unload on short GPUs, with the reason: a replica elsewhere serves, or there is no demand.
+
+    At most one for each GPU.
+    """
     for uuid in short_gpus(snapshot):
         for residency in evictable(snapshot, (uuid,), young=True):
             if _serves_elsewhere(snapshot, residency, uuid):
@@ -56,16 +63,16 @@ def superfluous(snapshot: Snapshot) -> Iterator[tuple[ResidencyKey, str]]:
 
 
 def short_gpus(snapshot: Snapshot) -> list[GpuUuid]:
-    """GPUs on which others use so much that less than half the margin is left, and nothing of ours is changing."""
+    """GPUs where external VRAM leaves less than half of the margin, and no load of the router is in progress."""
     policy = snapshot.policy
     if snapshot.now - snapshot.changed_at < policy.constants.settle_seconds:
         return []
-    under_way = {uuid for reservation in snapshot.reservations.values() for uuid, _ in reservation.per_gpu_bytes}
+    loading = {uuid for reservation in snapshot.reservations.values() for uuid, _ in reservation.per_gpu_bytes}
     return [
         uuid
         for uuid, gpu in snapshot.gpus.items()
         if gpu.error is None
-        and uuid not in under_way
+        and uuid not in loading
         and available_bytes(snapshot, uuid) < -policy.vram_margin_bytes // 2
         and external_bytes(snapshot, uuid) >= _EXTERNAL_MIN_MARGINS * policy.vram_margin_bytes
     ]
@@ -75,7 +82,11 @@ def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) ->
     if len(replicas_of(snapshot, residency.blob)) > 1 or is_pinned(snapshot, residency):
         return None
     request = PlacementRequest(
-        residency.model, residency.options, price_max=0.0, not_on=frozenset({residency.instance})
+        residency.model,
+        residency.options,
+        price_max=0.0,
+        not_on=frozenset({residency.instance}),
+        default_context=widened_context(snapshot, snapshot.instances[residency.instance].spec),
     )
     found = place(snapshot, estimate, request)
     return found if isinstance(found, Placed) and found.per_gpu_bytes and not found.evict else None

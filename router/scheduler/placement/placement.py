@@ -11,22 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.request import Layout, RunnerOptions
-from router.domain.residency import ResidencyKey, ResidencyState
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Estimate, Failure, Snapshot
-from router.domain.snapshot_index import gpus_of, promised, residencies_of, residencies_on
+from router.domain.snapshot_index import gpus_of, promised, replicas_of, residencies_of, residencies_on
 from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
-from router.scheduler.placement.candidates import Bounds, Candidate, candidates_of_size, is_alive, sizes
-from router.scheduler.placement.cost import service_seconds
-from router.scheduler.placement.eviction import choose_evictions, evictable, pin_of, price_of
+from router.scheduler.placement.candidates import (
+    Bounds,
+    Candidate,
+    against_preferences,
+    candidates_of_size,
+    is_alive,
+    is_exclusive_to,
+    new_candidates,
+    sizes,
+)
+from router.scheduler.placement.cost import fewer_slots_price, service_seconds, swap_price
+from router.scheduler.placement.eviction import choose_evictions, evictable, is_pinned, pin_of, price_of
 from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
 from router.scheduler.placement.unavailable import explain_unavailable
 
 Need = tuple[tuple[GpuUuid, int], ...]
+_Preference = tuple[int, int, int, int, float, float, int, int, str]
 
 _LOST_SECONDS = 1.0
 """So long after a server was lost with a load it may still be taken for ready."""
@@ -46,8 +57,14 @@ class PlacementRequest:
     """Nothing is unloaded that costs more seconds than this."""
     not_on: frozenset[InstanceName] = frozenset()
     """Instances that have a copy already."""
+    may_use_fewer_slots: bool = False
+    """Whether it may get fewer slots than configured, in free room, where that costs less than swaps that follow."""
+    repeats_spill: bool = False
+    """Whether a load that spilled is tried there again."""
     supersedes: frozenset[ResidencyKey] = frozenset()
     """Copies that the new one makes useless: they cost nothing to unload."""
+    default_context: int | None = None
+    """The context that the instance must give requests by default; None: the usual one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +88,8 @@ class MustWait:
     reason: str
     drain: tuple[ResidencyKey, ...] = ()
     price: float | None = None
+    too_dear: tuple[ResidencyKey, ...] = ()
+    """The idle models whose price that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +129,13 @@ class _Offer:
 def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> Decision:
     """Chooses where to load the model. The same snapshot gives the same answer."""
     model = request.model
-    bounds = Bounds(model.name, pin_of(snapshot, model.name), request.layout, engine=model.engine)
+    bounds = Bounds(
+        model.name,
+        pin_of(snapshot, model.name),
+        request.layout,
+        engine=model.engine,
+        default_context=request.default_context,
+    )
     if bounds.pin is not None and bounds.pin.cpu:
         return _on_cpu(snapshot, request, bounds)
     alive = [view.spec for view in snapshot.instances.values() if is_alive(snapshot, view)]
@@ -128,8 +153,12 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
                 _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
             ]
             group = [c for c in sized_candidates if not c.need or _could_fit(snapshot, c)]
+            if group and _spilled_once(snapshot, group, request):
+                smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request)
+                return _among(snapshot, smaller or group, replace(request, repeats_spill=True))
             if group:
-                return _among(snapshot, group, request)
+                decision = _among(snapshot, group, request)
+                return _next_to_others(snapshot, estimate, size, bounds, request, decision) or decision
             tried += [] if fewer_slots else sized_candidates
         bounds = replace(bounds, only_new=True)
     gone = explain_unavailable(snapshot, estimate, model, request.options, replace(bounds, only_new=False))
@@ -188,17 +217,84 @@ def _tunings(
     return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
 
 
+def _next_to_others(
+    snapshot: Snapshot, estimate: Estimate, size: int, bounds: Bounds, request: PlacementRequest, decision: Decision
+) -> Placed | None:
+    """Free room for the model with fewer slots, where swaps would cost more: `decision` has others leave that come back
+    and drive it out again. None where there is none."""
+    if not request.may_use_fewer_slots or isinstance(decision, NoFit) or replicas_of(snapshot, request.model.blob):
+        return None
+    like = snapshot.policy.on_demand_like
+    slots = like.num_parallel if like is not None else 0
+    leaving = _leaving(snapshot, decision)
+    for fewer in range(slots, 0, -1):
+        price = fewer_slots_price(snapshot, request.model, slots, fewer)
+        if price >= swap_price(snapshot, request.model, leaving):
+            return None
+        smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request, slots - fewer)
+        found = _fits_now(snapshot, [c for c in smaller if _failure(snapshot, c, request) is None], request)
+        stuck = would_swap(snapshot, decision, found) if found is not None else []
+        if found is not None and price < swap_price(snapshot, request.model, stuck):
+            names = ", ".join(r.name for r in stuck)
+            return replace(found, reason=f"{found.reason}; with fewer slots ({fewer}), so that {names} need not leave")
+    return None
+
+
+def would_swap(snapshot: Snapshot, decision: Placed | MustWait, instead: Placed) -> list[Residency]:
+    """Models that would leave by `decision` and that, without a place elsewhere, would drive the new one out again when
+    they come back, where `instead` leaves them alone."""
+    gpus = frozenset(gpu for gpu, _ in instead.per_gpu_bytes)
+    return [r for r in _leaving(snapshot, decision) if not _has_place_outside(snapshot, r, gpus)]
+
+
+def _leaving(snapshot: Snapshot, decision: Placed | MustWait) -> list[Residency]:
+    keys = decision.evict if isinstance(decision, Placed) else (*decision.drain, *decision.too_dear)
+    return [r for key in keys if (r := snapshot.residencies.get(key)) is not None and not is_pinned(snapshot, r)]
+
+
+def _has_place_outside(snapshot: Snapshot, residency: Residency, gpus: frozenset[GpuUuid]) -> bool:
+    """Returns True where other GPUs could hold the model, so that it need not come back to these."""
+    bounds, size = Bounds(residency.name, pin_of(snapshot, residency.name)), max(residency.per_gpu_bytes, default=0)
+    others = [g for g in snapshot.gpus if g not in gpus and capacity_bytes(snapshot, g) >= size]
+    width = len(residency.per_gpu_bytes)
+    return any(bounds.allows(snapshot, chosen) for chosen in combinations(others, width))
+
+
+def _with_fewer_slots(
+    snapshot: Snapshot, estimate: Estimate, size: int, bounds: Bounds, request: PlacementRequest, fewer_by: int = 1
+) -> list[_SizedCandidate]:
+    """New instances over `size` GPUs on which the model has so many slots fewer and could fit; none where it has one
+    slot anyway, or where the number is configured."""
+    model, pin, found = request.model, bounds.pin, list[_SizedCandidate]()
+    if pin is not None and pin.num_parallel is not None:
+        return found
+    for candidate in new_candidates(snapshot, size, bounds):
+        engine = snapshot.engines[candidate.spec.engine]
+        spec = replace(candidate.spec, num_parallel=candidate.spec.num_parallel - fewer_by)
+        if not model.is_on(spec) or spec.num_parallel < 1 or engine.slots(model, spec) != spec.num_parallel:
+            continue
+        needed = estimate(model, spec, engine.context_length(request.options, model, spec), snapshot)
+        sized = _SizedCandidate(replace(candidate, spec=spec), tuple(zip(candidate.gpus, needed, strict=True)))
+        if _could_fit(snapshot, sized):
+            found.append(sized)
+    return found
+
+
 def _could_fit(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
     return all(capacity_bytes(snapshot, gpu) >= size for gpu, size in sized.need)
 
 
 def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: PlacementRequest) -> Decision:
     """One of the candidates that could hold it, or what is waited for."""
-    failures = [f for f in (_failure(snapshot, c, request) for c in group) if f is not None]
+    failures = {c.name: f for c in group if (f := _failure(snapshot, c, request)) is not None}
     if len(failures) == len(group):
-        return NoFit("load_failed", failures[-1].message, failures[-1].status)
-    out = request.not_on | {f.instance for f in failures} | _just_lost(snapshot, request)
+        last = failures[group[-1].name]
+        return NoFit("load_failed", last.message, last.status)
+    out = request.not_on | failures.keys() | _just_lost(snapshot, request)
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
+    preferred = _preferred_start(snapshot, [c for c in group if c.name not in out], there, request)
+    if preferred is not None:
+        return MustWait(f"{preferred.name}: waits for its start, since the configuration prefers its GPUs")
     usable = [c for c in there if not _in_transit(snapshot, c, request)]
     now = _fits_now(snapshot, usable, request)
     if now is not None:
@@ -207,9 +303,7 @@ def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: Placem
     dear = [o for c in usable if (o := _offer(snapshot, c, at_any_price, busy=False)) is not None]
     offers = [o for o in dear if o.price <= request.price_max]
     if offers:
-        return _taken(
-            snapshot, min(offers, key=lambda o: (o.price, o.lost_bytes, _preference(snapshot, o.sized))), request
-        )
+        return _taken(snapshot, min(offers, key=lambda o: _offer_rank(snapshot, o, request)), request)
     if dear:
         return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.sized.name)), request)
     return _wait(snapshot, there, request)
@@ -219,6 +313,30 @@ def _is_up(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
     """An instance that would be started for it counts; one that is coming is waited for."""
     view = snapshot.instances.get(sized.name)
     return sized.candidate.is_new or (view is not None and (view.state is InstanceState.READY or view.spec.on_demand))
+
+
+def _preferred_start(
+    snapshot: Snapshot,
+    sized_candidates: Sequence[_SizedCandidate],
+    there: Sequence[_SizedCandidate],
+    request: PlacementRequest,
+) -> _SizedCandidate | None:
+    """An instance that is starting and that the configuration prefers to all that are up; None where there is none."""
+    if not there or not (snapshot.policy.exclusive_gpus or snapshot.policy.pins):
+        return None
+    name = request.model.name
+    least = min(against_preferences(snapshot, c.candidate.gpus, name) for c in there)
+    return next(
+        (
+            c
+            for c in sized_candidates
+            if not c.candidate.is_new
+            and snapshot.instances[c.name].state is InstanceState.STARTING
+            and against_preferences(snapshot, c.candidate.gpus, name) < least
+            and all(available_bytes(snapshot, gpu) >= size for gpu, size in c.need)
+        ),
+        None,
+    )
 
 
 def _in_transit(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> bool:
@@ -238,8 +356,10 @@ def _fits_now(
     ]
     if not free:
         return None
-    best = min(free, key=lambda c: _preference(snapshot, c))
-    return _placed(best, (), f"{best.name}: {explain_fit(snapshot, best.need)}", request)
+    best = min(free, key=lambda c: _preference(snapshot, c, request))
+    name, gpus = request.model.name, best.candidate.gpus
+    preferred = "; exclusive to it" if gpus and all(is_exclusive_to(snapshot, gpu, name) for gpu in gpus) else ""
+    return _placed(best, (), f"{best.name}: {explain_fit(snapshot, best.need)}{preferred}", request)
 
 
 def _placed(sized: _SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str, request: PlacementRequest) -> Placed:
@@ -249,9 +369,15 @@ def _placed(sized: _SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str
     )
 
 
-def _preference(snapshot: Snapshot, sized: _SizedCandidate) -> tuple[int, int, int, float, float, int, int, str]:
-    """Where there is a choice: not where others wait to be put, least busy GPUs, least filled, the faster, those with
-    the faster links, the roomier, and an instance that runs already; then by name."""
+def _offer_rank(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> tuple[float, int, int, _Preference]:
+    """The cheapest first; at one price as configured, then by what is lost."""
+    preference = _preference(snapshot, offer.sized, request)
+    return (offer.price, preference[0], offer.lost_bytes, preference)
+
+
+def _preference(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> _Preference:
+    """Where there is a choice: as configured, not where others wait to be put, least busy GPUs, least filled, the
+    faster, those with the faster links, the roomier, and an instance that runs already; then by name."""
     gpus = set(sized.candidate.gpus)
     keys = dict.fromkeys(residencies_of(snapshot, sized.name))
     for gpu in gpus:
@@ -262,7 +388,8 @@ def _preference(snapshot: Snapshot, sized: _SizedCandidate) -> tuple[int, int, i
     room = sum(available_bytes(snapshot, g) for g in gpus)
     packed = _packing(snapshot, sized)
     busy = 0 if packed else sum(r.in_flight for r in mates)
-    return (packed, busy, len(mates), -speed, -link, -room, int(sized.candidate.is_new), sized.name)
+    against = against_preferences(snapshot, sized.candidate.gpus, request.model.name)
+    return (against, packed, busy, len(mates), -speed, -link, -room, int(sized.candidate.is_new), sized.name)
 
 
 def _packing(snapshot: Snapshot, sized: _SizedCandidate) -> int:
@@ -323,7 +450,7 @@ def _too_dear(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> M
     words = (
         f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
     )
-    return MustWait(f"{offer.sized.name}: {words}", price=offer.price)
+    return MustWait(f"{offer.sized.name}: {words}", price=offer.price, too_dear=offer.evict)
 
 
 def _taken(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> Placed:
@@ -361,9 +488,23 @@ def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
 
 def _failure(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> Failure | None:
     """Why this load is not tried there again."""
-    load = (sized.name, request.model.blob, request.options)
-    found = [f for f in snapshot.failures if (f.instance, f.blob, f.options) == load]
-    return None if not found or (len(found) == 1 and found[0].is_lost) else found[-1]
+    gpus = frozenset(sized.candidate.gpus)
+    found = [
+        f
+        for f in snapshot.failures
+        if (f.blob, f.options) == (request.model.blob, request.options)
+        and (f.instance == sized.name or (f.is_spilled and frozenset(gpus_of(snapshot, f.instance)) == gpus))
+    ]
+    if len(found) == 1 and (found[0].is_lost or (found[0].is_spilled and request.repeats_spill)):
+        return None
+    return found[-1] if found else None
+
+
+def _spilled_once(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: PlacementRequest) -> bool:
+    """Returns True where all of these have failed, and one of them because the load spilled, the only one that did."""
+    spilled = [f for f in snapshot.failures if f.blob == request.model.blob and f.is_spilled]
+    failures = [_failure(snapshot, c, request) for c in group] if len(spilled) == 1 else []
+    return bool(failures) and None not in failures and spilled[0] in failures
 
 
 def _just_lost(snapshot: Snapshot, request: PlacementRequest) -> set[InstanceName]:

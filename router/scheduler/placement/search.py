@@ -16,9 +16,10 @@ from router.domain.request import RunnerOptions, Ticket
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import replicas_of
-from router.scheduler.placement.cost import reload_seconds, service_seconds, wait_bounds, worth_of_load
+from router.scheduler.placement.candidates import widened_context
+from router.scheduler.placement.cost import reload_seconds, service_seconds, swap_price, wait_bounds, worth_of_load
 from router.scheduler.placement.eviction import pin_of
-from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place
+from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place, would_swap
 
 _REPLICA_PRICE_SHARE = 0.25
 """A further copy may cost others so much of what its own load takes."""
@@ -34,16 +35,44 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
         may_drain=waited >= wait_bounds(snapshot, head.model).drain_after_seconds,
         may_evict_young=waited >= policy.ttft_target_seconds,
         price_max=_price_max(snapshot, tickets, waited),
-        supersedes=frozenset((r.instance, r.blob) for r in replicas_of(snapshot, head.model.blob) if head.is_flexible),
+        may_use_fewer_slots=True,
+        supersedes=frozenset(
+            (r.instance, r.blob)
+            for r in replicas_of(snapshot, head.model.blob)
+            if head.is_flexible or _is_widened(head)
+        ),
     )
     decision: Decision | None = None
-    for options in _options_to_try(policy, snapshot, tickets):
-        found = place(snapshot, estimate, replace(request, options=options))
+    to_try = [
+        replace(request, options=options, default_context=_default_context_needed(snapshot, head, options))
+        for options in _options_to_try(policy, snapshot, tickets)
+    ]
+    for index, attempt in enumerate(to_try):
+        found = place(snapshot, estimate, attempt)
+        if isinstance(found, NoFit) and attempt.default_context is not None and not _is_widened(head):
+            found = place(snapshot, estimate, replace(attempt, default_context=None))
         if not isinstance(found, NoFit) or found.code not in ("model_too_large", "no_instance"):
-            return found
+            return _without_swaps(snapshot, estimate, found, to_try[index + 1 :]) or found
         decision = decision or found
     assert decision is not None
     return decision
+
+
+def _without_swaps(
+    snapshot: Snapshot, estimate: Estimate, found: Decision, smaller: Sequence[PlacementRequest]
+) -> Placed | None:
+    """Free room with the smaller context, where the larger one has models leave that would drive it out again."""
+    if isinstance(found, NoFit) or not (found.evict if isinstance(found, Placed) else found.drain or found.too_dear):
+        return None
+    for request in smaller:
+        instead = place(snapshot, estimate, request)
+        if not isinstance(instead, Placed) or instead.evict:
+            continue
+        stuck = would_swap(snapshot, found, instead)
+        if swap_price(snapshot, request.model, stuck) > 0.0:
+            names = ", ".join(r.name for r in stuck)
+            return replace(instead, reason=f"{instead.reason}; with less context, so that {names} need not leave")
+    return None
 
 
 def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> float:
@@ -65,14 +94,28 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
         return [engine.default_options(head.model, pin, default)]
-    if not head.is_flexible:
+    if not head.is_flexible and not _is_widened(head):
         return [head.options]
     most = max(_context_needed(engine, default, ticket) for ticket in tickets)
     trained = head.model.context_length
     of_model = engine.default_context_length(head.model, default)
     step = of_model if most <= of_model else _step(policy, most)
-    contexts = [min(step, trained) if trained else step, most]
+    contexts = [min(step, trained) if trained else step]
+    if head.is_flexible:
+        contexts.append(most)
     return list(dict.fromkeys(engine.options_with_context(head.model, context, default) for context in contexts))
+
+
+def _is_widened(ticket: Ticket) -> bool:
+    """Whether it needs more context than a server gives by default, and cannot name it."""
+    return ticket.takes_default_context and ticket.context_length > 0
+
+
+def _default_context_needed(snapshot: Snapshot, ticket: Ticket, options: RunnerOptions) -> int | None:
+    """The context that the instance itself must give for a request that cannot name one; None: the usual one."""
+    if not ticket.takes_default_context:
+        return None
+    return snapshot.engines[ticket.model.engine].requested_context(options)
 
 
 def _context_needed(engine: EngineRules[Snapshot], default_context_length: int, ticket: Ticket) -> int:
@@ -110,6 +153,7 @@ def seek_replica(
         options=replicas[0].options,
         layout=head.layout,
         price_max=load * _REPLICA_PRICE_SHARE,
+        default_context=widened_context(snapshot, snapshot.instances[replicas[0].instance].spec),
         not_on=frozenset(r.instance for r in replicas),
     )
     found = place(snapshot, estimate, request)

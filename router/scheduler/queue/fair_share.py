@@ -1,9 +1,11 @@
-"""Who of several waiting clients is next: the one that has been given least, counted in tokens.
+"""Which waiting ticket is served next: that of the client that has received the fewest tokens.
 
-A virtual token counter for each client (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588):
-prompt tokens weigh one, generated ones two; whoever comes back from being idle is lifted to the least of those that
-wait, so that nobody saves up. Priority goes before fairness, and a ticket gains one step of it for every minute that it
-has waited, up to the highest that waits, and goes first before it would be given up, so that nobody starves.
+Each client has a virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588).
+A prompt token counts 1, a generated one 2. The counter of a client that returns after being idle is raised to the
+lowest counter of the active clients, so that idle time gives no credit.
+
+Priority comes before fairness. To prevent starvation, a ticket gains one step of priority per minute of waiting, up to
+the highest priority that waits, and a ticket close to its deadline is served first.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from router.domain.request import Ticket
 
 OUTPUT_WEIGHT = 2.0
 _AGING_SECONDS = 60.0
-"""Of waiting count as one step of priority against tickets of a higher one; between equals the counters decide."""
+"""Waiting time that counts as one step of priority."""
 _ENDING_SHARE = 0.2
-"""Of the time that a ticket may wait: with less than that left it goes first."""
+"""A ticket is served first when less than this share of its time limit is left."""
 _CLIENTS_MAX = 10_000
-_GUESSED_OUTPUT_TOKENS = 256
-"""Of a request that has not been served yet, where it does not ask for less."""
+_DEFAULT_OUTPUT_TOKENS = 256
+"""Assumed output of a request that was not served yet; less if the request limits it."""
 
 
 class TokenCounters:
-    """Counters by client; forgets the least served where there are too many."""
+    """Tokens given to each client. Mutable; drops the client with the fewest when there are too many."""
 
     __slots__ = ("_given",)
 
@@ -33,10 +35,11 @@ class TokenCounters:
         self._given: dict[str, float] = {}
 
     def given(self, client: str) -> float:
+        """Weighted tokens that the client has received."""
         return self._given.get(client, 0.0)
 
     def arrived(self, client: str, active: Collection[str]) -> None:
-        """`active`: clients that wait or run already; one that is not among them has been idle."""
+        """A request of the client arrived. `active`: clients with waiting or running requests; others were idle."""
         if active and client not in active:
             self._given[client] = max(self.given(client), min(map(self.given, active)))
 
@@ -47,29 +50,32 @@ class TokenCounters:
         self._add(client, OUTPUT_WEIGHT * output_tokens)
 
     def next_of(self, tickets: Iterable[Ticket], now: float) -> Ticket:
-        """By priority with aging, then by what the client was given, then by arrival.
+        """The ticket to serve next: by priority with aging, then by the client's counter, then by arrival.
 
-        Aging lifts a ticket to the highest priority that waits and not above it: among those of the highest the
-        counters decide, or whoever sends most would come first for having the oldest requests. Only who has waited
-        for nearly as long as he may goes before all others, or he would have waited in vain.
+        Aging raises a ticket only to the highest waiting priority. Among equal priorities the counters decide;
+        otherwise the client that sends most would be first, because it has the oldest requests. Only tickets close to
+        their deadline come before all others.
         """
         waiting = list(tickets)
         priorities = {ticket.priority for ticket in waiting}
-        if len(priorities) == 1:  # all are the highest, whatever their age
+        if len(priorities) == 1:  # aging changes nothing
             given = self._given
             return min((_weight(t, given.get(t.client, 0.0), now), t.id, t) for t in waiting)[2]
         top = max(priorities)
         return min(waiting, key=lambda t: (_level(t, top, now), _weight(t, self.given(t.client), now), t.id))
 
     def order_of(self, tickets: Iterable[Ticket], now: float) -> list[Ticket]:
-        """All of them in the order in which `next_of` would choose them, if each were served before the next is chosen
-        and took the tokens of its prompt and a guess of those that it generates."""
-        left, order = {ticket.id: ticket for ticket in tickets}, list[Ticket]()
-        given = {ticket.client: self.given(ticket.client) for ticket in left.values()}
-        while left:
-            chosen = _until_top_falls(list(left.values()), given, now)
+        """All tickets in the order in which `next_of` would choose them.
+
+        Assumes that each is served before the next is chosen, and uses its prompt tokens and a default number of output
+        tokens.
+        """
+        remaining, order = {ticket.id: ticket for ticket in tickets}, list[Ticket]()
+        given = {ticket.client: self.given(ticket.client) for ticket in remaining.values()}
+        while remaining:
+            chosen = _until_top_falls(list(remaining.values()), given, now)
             for ticket in chosen:
-                del left[ticket.id]
+                del remaining[ticket.id]
             order += chosen
         return order
 
@@ -84,7 +90,7 @@ def _urgency(ticket: Ticket, now: float) -> int:
 
 
 def _is_ending(ticket: Ticket, now: float) -> bool:
-    """Whether most of the time that it may wait is over."""
+    """Returns True if the ticket is close to its deadline."""
     return ticket.deadline - now <= _ENDING_SHARE * (ticket.deadline - ticket.arrived_at)
 
 
@@ -97,35 +103,37 @@ def _weight(ticket: Ticket, given: float, now: float) -> float:
 
 
 def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float) -> list[Ticket]:
-    """The first of these in their order, until the last of the highest priority is among them: the others are weighed
-    anew after that. `given` grows."""
+    """The first tickets in serving order, up to the last one of the highest priority; after it, levels are recomputed.
+
+    Adds the expected tokens of these tickets to `given`.
+    """
     top = max(ticket.priority for ticket in tickets)
-    highest = sum(ticket.priority == top for ticket in tickets)
-    lines: dict[str, deque[tuple[int, Ticket]]] = {}
+    top_count = sum(ticket.priority == top for ticket in tickets)
+    by_client: dict[str, deque[tuple[int, Ticket]]] = {}
     ranked = ((_level(t, top, now), t) for t in tickets)
-    for level, ticket in sorted(ranked, key=lambda one: (one[0], _weight(one[1], 0.0, now), one[1].id)):
-        lines.setdefault(ticket.client, deque()).append((level, ticket))
+    for level, ticket in sorted(ranked, key=lambda pair: (pair[0], _weight(pair[1], 0.0, now), pair[1].id)):
+        by_client.setdefault(ticket.client, deque()).append((level, ticket))
 
     def head(client: str) -> tuple[int, float, int, str]:
-        level, ticket = lines[client][0]
+        level, ticket = by_client[client][0]
         return (level, _weight(ticket, given[client], now), ticket.id, client)
 
-    heads = [head(client) for client in lines]
+    heads = [head(client) for client in by_client]
     heapify(heads)
     chosen: list[Ticket] = []
-    while highest:
+    while top_count:
         client = heappop(heads)[3]
-        line = lines[client]
-        ticket = line.popleft()[1]
+        waiting = by_client[client]
+        ticket = waiting.popleft()[1]
         chosen.append(ticket)
-        highest -= ticket.priority == top
+        top_count -= ticket.priority == top
         given[client] += _expected_tokens(ticket)
-        if line:
+        if waiting:
             heappush(heads, head(client))
     return chosen
 
 
 def _expected_tokens(ticket: Ticket) -> float:
-    most = ticket.output_tokens_max
-    output = _GUESSED_OUTPUT_TOKENS if most is None or most < 0 else min(most, _GUESSED_OUTPUT_TOKENS)
+    limit = ticket.output_tokens_max
+    output = _DEFAULT_OUTPUT_TOKENS if limit is None or limit < 0 else min(limit, _DEFAULT_OUTPUT_TOKENS)
     return ticket.prompt_tokens + OUTPUT_WEIGHT * output

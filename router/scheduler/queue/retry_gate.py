@@ -1,8 +1,9 @@
-"""When a place was last sought in vain, for each group that waits, and so whose turn it is to look again.
+"""Decides when a waiting group searches for a place again after a search that found none.
 
-A look costs much more than an event, and finds the same as long as nothing has changed: a group looks again when the
-state has changed, and after a while because time alone lets drains begin and failures be forgotten. While nobody is due
-the queue is calm, and an event that changes nothing but slots concerns none but those who wait for the same weights.
+A search costs much more than an event, and has the same result as long as nothing has changed. So a group searches
+again when the state has changed, and after a while, because drains begin and failures are dropped by time alone. While
+no group is due the queue is *quiescent*: an event that only changes slots then concerns only the tickets that wait for
+the same weights.
 """
 
 from __future__ import annotations
@@ -25,73 +26,81 @@ _NEVER = (-1, float("-inf"))
 
 
 class RetryGate:
-    """Mutable, the dispatcher's."""
+    """Mutable, owned by the dispatcher. `version` is that of the state (`FleetState.version`)."""
 
-    __slots__ = ("_held", "_quiescent", "_seen")
+    __slots__ = ("_attempts", "_held", "_quiescent")
 
     def __init__(self) -> None:
-        self._seen: dict[GroupKey, tuple[int, float]] = {}
-        """State's version of the last look in vain, and when the next is due whatever happens."""
+        self._attempts: dict[GroupKey, tuple[int, float]] = {}
+        """Version at the last failed search, and when the next one is due even if nothing changes."""
         self._held: dict[GroupKey, MustWait] = {}
-        """What the last look in vain found, for groups that no copy serves."""
+        """Result of the last failed search, for groups that no replica serves."""
         self._quiescent = _NEVER
-        """State's version at which all had looked, and when the first is due again."""
+        """Version at which all groups had searched, and when the first of them is due again."""
 
     def failed(self, key: GroupKey, version: int, until: float, found: MustWait | None = None) -> None:
-        self._seen[key] = (version, until)
+        """The group found no place; it searches again at `until`, or when the version changes."""
+        self._attempts[key] = (version, until)
         if found is not None:
             self._held[key] = found
 
     def held(self, key: GroupKey) -> MustWait | None:
-        """Why the group had no place when one was last sought; means nothing where a copy serves it by now."""
+        """Why the last search found no place; outdated if a replica serves the group now."""
         return self._held.get(key)
 
     def is_due(self, key: GroupKey, version: int, now: float) -> bool:
-        seen, until = self._seen.get(key, _NEVER)
-        return seen != version or until <= now
+        """Returns True if the group has to search again."""
+        attempted_version, until = self._attempts.get(key, _NEVER)
+        return attempted_version != version or until <= now
 
     def forget_others(self, queue: WaitQueue) -> None:
-        self._seen = {key: seen for key, seen in self._seen.items() if queue.has_group(key)}
+        """Drops groups that no longer wait."""
+        self._attempts = {key: attempt for key, attempt in self._attempts.items() if queue.has_group(key)}
         self._held = {key: held for key, held in self._held.items() if queue.has_group(key)}
 
     def all_attempted(self, keys: Iterable[GroupKey], version: int) -> None:
-        """The whole queue was gone through: it is calm from now on if all of it has looked at this version."""
+        """The whole queue was handled: it is quiescent if all groups have searched at this version."""
         self._quiescent = (version, float("inf"))
         self.attempted(keys, version)
 
     def attempted(self, keys: Iterable[GroupKey], version: int) -> None:
-        """These of a calm queue were gone through."""
-        seen = [self._seen.get(key, _NEVER) for key in keys]
-        is_quiescent = self._quiescent[0] == version and all(found[0] == version for found in seen)
+        """These groups of a quiescent queue were handled."""
+        attempts = [self._attempts.get(key, _NEVER) for key in keys]
+        is_quiescent = self._quiescent[0] == version and all(attempt[0] == version for attempt in attempts)
         self._quiescent = (
-            (version, min([self._quiescent[1], *(until for _, until in seen)])) if is_quiescent else _NEVER
+            (version, min([self._quiescent[1], *(until for _, until in attempts)])) if is_quiescent else _NEVER
         )
 
     def still(self, before: int, version: int) -> None:
-        """What changed in between concerns nobody who waits."""
-        self._seen = {key: (version if seen == before else seen, until) for key, (seen, until) in self._seen.items()}
+        """The change from version `before` to `version` does not concern any waiting ticket."""
+        self._attempts = {
+            key: (version if attempted_version == before else attempted_version, until)
+            for key, (attempted_version, until) in self._attempts.items()
+        }
         self._quiescent = (version, self._quiescent[1]) if self._quiescent[0] == before else self._quiescent
 
     def is_quiescent(self, fleet: FleetState, queue: WaitQueue, now: float) -> bool:
-        """Whether the queue was gone through since anything changed, and time alone brings nothing yet."""
+        """Returns True if the queue was handled since the last change, and nothing is due by time yet."""
         if self._quiescent[0] != fleet.version or self._quiescent[1] <= now:
             return False
         if fleet.wake is None or (fleet.wake[0] is not None and fleet.wake[0] <= now):
             return False
         unwanted = [p for p in fleet.reservations.values() if p.sent_at is None and not queue.waits_for(p.blob)]
-        return not unwanted or _stand(fleet, unwanted, now)
+        return not unwanted or _are_kept(fleet, unwanted, now)
 
 
-def _stand(fleet: FleetState, plans: Iterable[Reservation], now: float) -> bool:
-    """Whether these are kept although nobody waits for them."""
-    facts = fleet.snapshot(now)
-    found = [facts.residencies.get((plan.instance, plan.blob)) for plan in plans]
-    return all(one is not None and is_warm_wanted(facts, one.model) for one in found)
+def _are_kept(fleet: FleetState, plans: Iterable[Reservation], now: float) -> bool:
+    """Returns True if these plans are kept although no ticket waits for them."""
+    snapshot = fleet.snapshot(now)
+    planned = [snapshot.residencies.get((plan.instance, plan.blob)) for plan in plans]
+    return all(residency is not None and is_warm_wanted(snapshot, residency.model) for residency in planned)
 
 
 def next_attempt(snapshot: Snapshot, tickets: Sequence[Ticket]) -> float:
-    """When those who have just looked in vain look again though nothing has changed: soon, and as soon as they have
-    waited so long that more is allowed for their sake."""
+    """When these tickets search again after a failed search, if nothing changes.
+
+    After `RETRY_SECONDS`, or earlier when they have waited long enough to be allowed more.
+    """
     now = snapshot.now
     since = min(ticket.arrived_at for ticket in tickets)
     steps = (*wait_bounds(snapshot, tickets[0].model), snapshot.policy.ttft_target_seconds)
@@ -99,7 +108,7 @@ def next_attempt(snapshot: Snapshot, tickets: Sequence[Ticket]) -> float:
 
 
 def concerned(fleet: FleetState, event: Event) -> Collection[BlobDigest] | None:
-    """The only weights whose tickets an event lets go on where it changes nothing but slots; None: perhaps any."""
+    """The weights whose tickets an event can help, if it only changes slots; None if it may help any ticket."""
     match event:
         case Arrived():
             return (event.ticket.model.blob,)

@@ -1,4 +1,4 @@
-"""When time alone changes something: what expires, what is late, who has waited long enough."""
+"""When the dispatcher has to act by time alone: expiries, timeouts, deadlines and retries."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from router.scheduler.state import FleetState
 
 
 def next_wake(fleet: FleetState, queue: WaitQueue, retry_at: float) -> float | None:
-    """When the dispatcher must look again although nothing happens; None for never."""
+    """When the dispatcher has to run even without an event; None for never. `retry_at`: next search of the queue."""
     times = [*_expiries(fleet, queue), *fleet.restarts_due.values()]
     timeout = next_timeout(fleet)
     if timeout is not None:
         times.append(timeout)
     if len(queue):
-        # Waiting tickets look again now and then: drains begin and failures are forgotten by time alone.
+        # Waiting tickets retry regularly, because drains begin and failures are dropped by time alone.
         times += [queue.next_deadline() or float("inf"), retry_at]
     return min(times, default=None)
 
 
 def _expiries(fleet: FleetState, queue: WaitQueue) -> Iterator[float]:
-    """When copies that may go by time alone go. Reads the copies without writing their use into them."""
+    """When replicas expire. Reads `fleet.uses` directly, so that it is not written into the residencies."""
     for key, replica in fleet.replicas.items():
         use = fleet.uses.get(key)
         at, in_flight = (replica.expires_at, replica.in_flight) if use is None else (use.expires_at, use.in_flight)
@@ -32,7 +32,7 @@ def _expiries(fleet: FleetState, queue: WaitQueue) -> Iterator[float]:
 
 
 def can_expire(residency: Residency, queue: WaitQueue) -> bool:
-    """True where time alone has it unloaded: idle and not waited for, or an unload to be sent again."""
+    """Returns True if time alone can unload it: idle and not waited for, or a failed unload to be sent again."""
     return _can_expire(residency, residency.in_flight, queue)
 
 

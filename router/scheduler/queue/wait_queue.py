@@ -1,8 +1,8 @@
-"""The tickets that wait, grouped by what they wait for: those of a group can share one loaded copy.
+"""The waiting tickets in groups. The tickets of a group can share one replica.
 
-A group is one weights blob with one set of runner options, or with any where its tickets can be adapted, and one
-layout. Groups are served in the order of their oldest ticket, those of a higher priority first; within a group the next
-is `scheduler/queue/fair_share.py`'s choice. The queue is bounded by whoever fills it; it only keeps order.
+A group has one weights blob, one set of runner options (or any, if its tickets can be adapted) and one layout. Groups
+are served by priority, then by age, of their oldest ticket. Within a group, `scheduler/queue/fair_share.py` chooses the
+next. The limit on the length of the queue is checked by the dispatcher.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ _Counted = TypeVar("_Counted")
 
 
 class GroupKey(NamedTuple):
+    """What the tickets of a group have in common."""
+
     blob: BlobDigest
     options: RunnerOptions | None
-    """None: any, because the requests are adapted to the copy."""
+    """None: any, because the requests are adapted to the replica."""
     layout: Layout | None
+    takes_default_context: bool = False
 
 
 def group_of(ticket: Ticket) -> GroupKey:
-    return GroupKey(ticket.model.blob, None if ticket.is_flexible else ticket.options, ticket.layout)
+    options = None if ticket.is_flexible else ticket.options
+    return GroupKey(ticket.model.blob, options, ticket.layout, ticket.takes_default_context)
 
 
 class WaitQueue:
@@ -37,11 +41,11 @@ class WaitQueue:
         self._tickets: dict[TicketId, Ticket] = {}
         self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
         self._by_blob: dict[BlobDigest, dict[GroupKey, dict[TicketId, Ticket]]] = {}
-        """The same groups by the weights that they wait for."""
+        """The same groups by weights."""
         self._clients: dict[str, int] = {}
         self._wanted: dict[BlobDigest, int] = {}
         self._deadlines: list[tuple[float, TicketId]] = []
-        """A heap; those of tickets that have left go when they come to its top."""
+        """A heap; entries of removed tickets are dropped when they reach the top."""
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -65,7 +69,7 @@ class WaitQueue:
         _count(self._wanted, ticket.model.blob, 1)
 
     def remove(self, ticket_id: TicketId) -> Ticket | None:
-        """Takes a ticket out wherever it stands; None where it does not wait."""
+        """Removes and returns a ticket; None if it is not in the queue."""
         ticket = self._tickets.pop(ticket_id, None)
         if ticket is not None:
             key = group_of(ticket)
@@ -73,28 +77,30 @@ class WaitQueue:
             del group[ticket_id]
             if not group:
                 del self._groups[key]
-                alike = self._by_blob[key.blob]
-                del alike[key]
-                if not alike:
+                same_blob = self._by_blob[key.blob]
+                del same_blob[key]
+                if not same_blob:
                     del self._by_blob[key.blob]
             _count(self._clients, ticket.client, -1)
             _count(self._wanted, ticket.model.blob, -1)
         return ticket
 
     def groups(self, blobs: Collection[BlobDigest] | None = None) -> list[GroupKey]:
-        """The groups in the order in which they are served: by the priority, then the age of their first ticket. With
-        `blobs` only those that wait for these weights."""
+        """The groups in serving order: by priority, then age, of their oldest ticket.
+
+        `blobs`: only groups that wait for these weights.
+        """
         tables = [self._groups] if blobs is None else [self._by_blob.get(blob, {}) for blob in blobs]
-        chosen = [found for table in tables for found in table.items()]
-        firsts = [(next(iter(group.values())), key) for key, group in chosen]
-        return [key for _, key in sorted(firsts, key=lambda found: (-found[0].priority, found[0].id))]
+        chosen = [item for table in tables for item in table.items()]
+        heads = [(next(iter(group.values())), key) for key, group in chosen]
+        return [key for _, key in sorted(heads, key=lambda pair: (-pair[0].priority, pair[0].id))]
 
     def unsorted(self) -> Iterable[GroupKey]:
         """The groups in any order."""
         return self._groups.keys()
 
     def heads(self) -> list[Ticket]:
-        """The oldest ticket of each group, in the order in which groups are served."""
+        """The oldest ticket of each group, in serving order."""
         return [next(iter(self._groups[key].values())) for key in self.groups()]
 
     def group(self, key: GroupKey) -> list[Ticket]:
@@ -107,14 +113,14 @@ class WaitQueue:
         return blob in self._wanted
 
     def wanted(self) -> dict[BlobDigest, int]:
-        """Models that are waited for, and by how many."""
+        """Number of waiting tickets by model."""
         return self._wanted.copy()
 
     def has_client(self, client: str) -> bool:
         return client in self._clients
 
     def clients(self) -> frozenset[str]:
-        """Who waits."""
+        """Clients with waiting tickets."""
         return frozenset(self._clients)
 
     def expired(self, now: float) -> list[Ticket]:
@@ -130,10 +136,10 @@ class WaitQueue:
         return None
 
 
-def _count(counts: dict[_Counted, int], what: _Counted, more: int) -> None:
-    """Adds to a count, which goes when it is nothing."""
-    left = counts.get(what, 0) + more
-    if left:
-        counts[what] = left
+def _count(counts: dict[_Counted, int], key: _Counted, change: int) -> None:
+    """Adds to a count; removes the key at zero."""
+    count = counts.get(key, 0) + change
+    if count:
+        counts[key] = count
     else:
-        del counts[what]
+        del counts[key]

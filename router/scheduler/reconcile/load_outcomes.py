@@ -1,6 +1,6 @@
 """Applies finished loads, finished unloads and instance changes to the state; returns the actions that follow.
 
-A load that came out partly on the CPU is unloaded and remembered as a failure, never used.
+A load that came out partly on the CPU is unloaded and remembered as a failure, never used; it is planned anew once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from router.domain.actions import Action, ReadGpus
 from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadFinished, UnloadRequested
 from router.domain.instance import InstanceState, InstanceView
-from router.domain.residency import ResidencyKey, ResidencyState
+from router.domain.residency import ResidencyKey, ResidencyState, is_spill
 from router.domain.snapshot import Failure
 from router.scheduler.placement.eviction import is_pinned
 from router.scheduler.reconcile import reservations, stuck_unloads
@@ -82,11 +82,15 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
     fleet.update(
         key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, per_gpu_bytes=held, **sizes
     )
-    is_spilled = residency.per_gpu_bytes and event.size_vram_bytes < event.size_bytes
-    if is_spilled and not fleet.engines[residency.model.engine].sets_own_layers(residency.model):
+    is_spilled = is_spill(residency.model, event.size_bytes, event.size_vram_bytes)
+    if (
+        residency.per_gpu_bytes
+        and is_spilled
+        and not fleet.engines[residency.model.engine].sets_own_layers(residency.model)
+    ):
         share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
         words = f"came out {share:.0f} % on the CPU on {residency.instance}"
-        _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now)
+        _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now, is_spilled=True)
         return [rules.unload(fleet, key, words)]
     return []
 
@@ -102,10 +106,17 @@ def _load_failed(fleet: FleetState, event: LoadFailed, now: float) -> None:
 
 
 def _remember_failure(
-    fleet: FleetState, key: ResidencyKey, status: int, message: str, now: float, *, is_lost: bool = False
+    fleet: FleetState,
+    key: ResidencyKey,
+    status: int,
+    message: str,
+    now: float,
+    *,
+    is_lost: bool = False,
+    is_spilled: bool = False,
 ) -> None:
     options = fleet.residencies[key].options
-    fleet.remember_failure(Failure(key[0], key[1], options, status, message, now, is_lost))
+    fleet.remember_failure(Failure(key[0], key[1], options, status, message, now, is_lost, is_spilled))
 
 
 def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> list[Action]:

@@ -1,4 +1,4 @@
-"""What the catalog knows of the store, when it asks, and what it forgets."""
+"""What the catalog caches, when it reads, and what it drops."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_per_layer_values_are_asked_for_a_second_time_only_where_they_are_
         assert shows == [{"model": "tiny:latest"}, {"model": "tiny:latest", "verbose": True}]
 
 
-async def test_a_name_that_is_no_name_asks_nobody() -> None:
+async def test_an_invalid_name_sends_no_request() -> None:
     async with _store("tiny:latest") as store:
         assert await store.catalog.facts("../etc") is None
         assert await store.catalog.facts("") is None
@@ -92,7 +92,7 @@ async def test_a_name_that_is_no_name_asks_nobody() -> None:
         assert store.server.requests == []
 
 
-async def test_a_model_that_came_since_is_there_at_once() -> None:
+async def test_a_new_model_is_found_at_once() -> None:
     async with _store() as store:
         assert await store.catalog.facts("tiny") is None
         store.holds("tiny:latest")
@@ -168,7 +168,7 @@ async def test_the_time_of_the_last_complete_reading_is_that_of_its_beginning() 
         assert store.catalog.read_at == 100.0
 
 
-async def test_many_who_ask_at_once_share_one_reading() -> None:
+async def test_concurrent_lookups_share_one_reading() -> None:
     async with _store("tiny:latest", "other:latest") as store:
         found = await asyncio.gather(*(store.catalog.facts(name) for name in ("tiny", "TINY", "other") * 5))
         assert None not in found
@@ -176,7 +176,7 @@ async def test_many_who_ask_at_once_share_one_reading() -> None:
         assert store.asked("/api/show") == 4
 
 
-async def test_a_caller_who_leaves_takes_nobodys_answer_along() -> None:
+async def test_a_cancelled_caller_does_not_affect_the_others() -> None:
     async with _store("tiny:latest") as store:
         store.gates["/api/show"] = gate = asyncio.Event()
         leaving, staying = (asyncio.ensure_future(store.catalog.facts("tiny")) for _ in range(2))
@@ -187,7 +187,7 @@ async def test_a_caller_who_leaves_takes_nobodys_answer_along() -> None:
         assert leaving.cancelled()
 
 
-async def test_who_asks_while_a_reading_runs_that_may_have_looked_too_early_gets_a_later_one() -> None:
+async def test_a_lookup_during_a_reading_that_may_be_too_old_gets_a_new_one() -> None:
     async with _store() as store:
         store.gates["/api/tags"] = gate = asyncio.Event()
         early = asyncio.ensure_future(store.catalog.facts("tiny"))
@@ -200,7 +200,7 @@ async def test_who_asks_while_a_reading_runs_that_may_have_looked_too_early_gets
 
 
 @pytest.mark.parametrize("way", ["by name", "all"])
-async def test_a_fetch_that_was_under_way_when_the_model_was_forgotten_is_not_remembered(way: str) -> None:
+async def test_a_lookup_that_was_running_when_the_model_was_forgotten_is_not_cached(way: str) -> None:
     async with _store("tiny:latest") as store:
         store.gates["/api/show"] = gate = asyncio.Event()
         asking = asyncio.ensure_future(store.catalog.facts("tiny"))
@@ -214,7 +214,7 @@ async def test_a_fetch_that_was_under_way_when_the_model_was_forgotten_is_not_re
         assert store.catalog.known("tiny") is None
 
 
-async def test_what_was_forgotten_is_asked_for_again() -> None:
+async def test_a_forgotten_model_is_looked_up_again() -> None:
     async with _store("tiny:latest", "other:latest") as store:
         for name in ("tiny", "other"):
             await store.catalog.facts(name)
@@ -225,7 +225,7 @@ async def test_what_was_forgotten_is_asked_for_again() -> None:
         assert await store.catalog.facts("tiny") is not None
 
 
-async def test_closing_ends_what_is_under_way() -> None:
+async def test_closing_cancels_running_lookups() -> None:
     async with _store("tiny:latest") as store:
         store.gates["/api/tags"] = asyncio.Event()
         asking = asyncio.ensure_future(store.catalog.facts("tiny"))
@@ -252,7 +252,7 @@ async def test_what_a_name_meant_before_is_still_known_by_its_digest() -> None:
         assert await store.catalog.facts_of("tiny:latest", "two") == new
 
 
-async def test_what_was_never_read_is_asked_for_under_its_name_and_must_have_that_digest() -> None:
+async def test_an_unknown_digest_is_looked_up_by_name_and_must_match() -> None:
     async with _store("tiny:latest") as store:
         assert store.catalog.seen("one") is None
         assert await store.catalog.facts_of("tiny", "another") is None
@@ -261,7 +261,7 @@ async def test_what_was_never_read_is_asked_for_under_its_name_and_must_have_tha
         assert found.digest == "one"
 
 
-async def test_all_names_of_the_same_weights_are_told_after_a_live_look() -> None:
+async def test_all_names_of_the_same_weights_are_read_live() -> None:
     async with _store("tiny:latest") as store:
         tiny = await store.catalog.facts("tiny")
         assert tiny is not None

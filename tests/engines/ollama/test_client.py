@@ -1,4 +1,4 @@
-"""The router's own client of a server: what it asks for, and that no failure looks like an answer."""
+"""The client of one server: what it sends, and that no failure looks like a result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECORDED = Path(__file__).parents[2] / "contract" / "recordings" / "0.24.0"
 
 
 def recorded(name: str) -> Any:
-    """The JSON that a real 0.24.0 answered."""
+    """A recorded answer of a real 0.24.0."""
     answer = json.loads((RECORDED / f"{name}.json").read_text("utf-8"))["response"]
     text = answer.get("body") or "".join(text for _, text in answer["chunks_ms_text"] if text)
     return json.loads(text)
@@ -84,12 +84,12 @@ async def test_a_list_that_cannot_be_read_is_an_error_and_not_an_empty_list(
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (500, b"", "status 500 without a word"),
+        (500, b"", "status 500 without an error message"),
         (404, b'{"error":"model \'x\' not found"}', "model 'x' not found"),
-        (503, b"<html>", "status 503 without a word"),
+        (503, b"<html>", "status 503 without an error message"),
     ],
 )
-async def test_a_refusal_keeps_the_servers_status_and_words(
+async def test_a_refusal_keeps_the_servers_status_and_message(
     session: aiohttp.ClientSession, status: int, body: bytes, words: str
 ) -> None:
     async with scripted({"/api/ps": failing(status, body), "/api/show": failing(status, body)}) as server:
@@ -100,13 +100,13 @@ async def test_a_refusal_keeps_the_servers_status_and_words(
             assert words in error.message
 
 
-async def test_an_error_behind_a_good_status_is_an_error(session: aiohttp.ClientSession) -> None:
+async def test_an_error_with_status_200_is_an_error(session: aiohttp.ClientSession) -> None:
     async with scripted({"/api/generate": {"error": "llama runner process has terminated"}}) as server:
         error = await _failure(OllamaClient(session, server.url).load("a", {}, embedding=False, timeout_seconds=5))
         assert (error.status, error.message) == (500, "llama runner process has terminated")
 
 
-async def test_a_call_ends_at_its_deadline_and_leaves(session: aiohttp.ClientSession) -> None:
+async def test_a_call_ends_at_its_deadline_and_disconnects(session: aiohttp.ClientSession) -> None:
     async with scripted({"/api/ps": lambda _: hanging(), "/api/generate": lambda _: hanging()}) as server:
         client = OllamaClient(session, server.url, timeout_seconds=1.0)
         listing, loading, unloading = await asyncio.gather(
@@ -127,7 +127,7 @@ async def test_a_server_that_is_not_there_is_an_error(session: aiohttp.ClientSes
     assert gone in error.message
 
 
-async def test_a_server_that_breaks_off_is_an_error(session: aiohttp.ClientSession) -> None:
+async def test_a_lost_connection_is_an_error(session: aiohttp.ClientSession) -> None:
     async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
@@ -141,7 +141,7 @@ async def test_a_server_that_breaks_off_is_an_error(session: aiohttp.ClientSessi
         assert error.status == UNREACHABLE
 
 
-async def test_a_load_asks_for_all_layers_to_stay_until_it_is_unloaded(session: aiohttp.ClientSession) -> None:
+async def test_a_load_requests_all_layers_and_keep_alive_for_ever(session: aiohttp.ClientSession) -> None:
     async with scripted({"/api/generate": {"done": True, "done_reason": "load"}}) as server:
         client = OllamaClient(session, server.url)
         await client.load("tiny", {"num_ctx": 2048}, embedding=False, timeout_seconds=5, num_gpu=3)
@@ -177,7 +177,7 @@ async def test_loads_have_connections_of_their_own_and_lists_share_one(session: 
         assert len({*ports["/api/generate"], *ports["/api/ps"]}) == 3
 
 
-async def test_to_break_a_load_off_is_to_hang_up_on_the_server(session: aiohttp.ClientSession) -> None:
+async def test_cancelling_a_load_closes_its_connection(session: aiohttp.ClientSession) -> None:
     async with scripted({"/api/generate": lambda _: hanging()}) as server:
         client = OllamaClient(session, server.url)
         load = asyncio.ensure_future(client.load("a", {}, embedding=False, timeout_seconds=60))

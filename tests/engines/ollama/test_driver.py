@@ -1,4 +1,4 @@
-"""Loads and unloads on a server: what is asked for, what counts as done, and names that mean another model by now."""
+"""Loads and unloads: what is sent, what counts as done, and names that mean another model now."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def unload(of: ModelFacts) -> Unload:
 
 @dataclass
 class Names:
-    """What the store says that names and digests mean."""
+    """The catalog: what names and digests mean."""
 
     by_name: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
     by_digest: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
@@ -76,7 +76,7 @@ class Bench:
         return web.json_response({"models": self.loaded})
 
     def goes_on_unload(self, then: Callable[[], None] | None = None) -> None:
-        """The server unloads at once whatever it is asked to."""
+        """Makes the server unload at once."""
 
         def answer(body: Any) -> web.Response:
             if body["keep_alive"] == 0:
@@ -109,7 +109,7 @@ async def bench(*, attached: bool = False, unload_seconds: float = 5.0) -> Async
 # --- loads ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_load_asks_for_all_layers_and_tells_what_the_server_then_lists() -> None:
+async def test_a_load_requests_all_layers_and_reports_the_listed_sizes() -> None:
     async with bench() as on:
         on.list("tiny:latest", "d1", 100, 90)
         assert await on.driver.load(load(TINY)) == LoadFinished(LoadId(7), 100, 90)
@@ -132,8 +132,8 @@ async def test_layers_are_left_alone_without_gpus_and_where_the_model_says_how_m
 
 
 @pytest.mark.parametrize("was_seen", [True, False])
-async def test_a_load_that_another_name_of_the_same_weights_began_counts(was_seen: bool) -> None:
-    """Also where nobody has asked for that name yet, as it is when a server is attached that has loaded it before."""
+async def test_a_load_listed_under_another_name_of_the_weights_counts(was_seen: bool) -> None:
+    """Even if the name was never requested, for example when an attached server had loaded it before."""
     async with bench() as on:
         alias = replace(TINY, name="alias:latest", digest="d2")
         (on.names.by_digest if was_seen else on.names.by_name)["d2" if was_seen else "alias:latest"] = alias
@@ -149,13 +149,13 @@ async def test_a_load_that_is_not_listed_afterwards_failed() -> None:
         assert (failed.status, failed.message) == (502, "gpu0 loaded 'tiny:latest' but does not list it")
 
 
-async def test_a_refused_load_passes_the_servers_status_and_words_on() -> None:
+async def test_a_refused_load_has_the_servers_status_and_message() -> None:
     async with bench() as on:
         on.server.answers["/api/generate"] = failing(500, b'{"error":"cudaMalloc failed"}')
         assert await on.driver.load(load(TINY)) == LoadFailed(LoadId(7), 500, "cudaMalloc failed")
 
 
-async def test_a_load_whose_server_cannot_be_asked_is_lost_and_not_refused() -> None:
+async def test_a_load_whose_server_is_unreachable_is_lost_and_not_refused() -> None:
     async with bench() as on, aiohttp.ClientSession() as session:
         nobody = OllamaClient(session, "http://127.0.0.1:1", 5.0)
         driver = OllamaDriver(lambda _: nobody, on.names, lambda: on.facts, on.writing)
@@ -173,7 +173,7 @@ async def test_a_load_ends_at_its_deadline() -> None:
         await eventually(lambda: on.server.hung_up)
 
 
-async def test_a_server_that_now_and_then_fails_to_list_is_asked_again() -> None:
+async def test_listing_is_retried_when_it_fails() -> None:
     async with bench() as on:
         on.list("tiny:latest", "d1")
         on.ps_fails = 2
@@ -196,21 +196,21 @@ async def test_an_unload_is_done_when_the_model_is_no_longer_listed() -> None:
         assert on.bodies("/api/generate") == [{"model": "tiny:latest", "keep_alive": 0, "stream": False}]
 
 
-async def test_an_unload_that_does_not_show_by_the_deadline_failed() -> None:
+async def test_an_unload_not_done_by_the_deadline_failed() -> None:
     async with bench(unload_seconds=0.3) as on:
         on.list("tiny:latest", "d1")
         done = await on.driver.unload(unload(TINY))
         assert done.error is not None
-        assert "still listed 0.3 s after" in done.error
+        assert "still loaded 0.3 s after" in done.error
 
 
-async def test_an_unload_that_is_refused_failed_with_the_servers_words() -> None:
+async def test_a_refused_unload_failed_with_the_servers_message() -> None:
     async with bench() as on:
         on.server.answers["/api/generate"] = failing(500, b'{"error":"no"}')
         assert await on.driver.unload(unload(TINY)) == UnloadFinished(GPU0, TINY.blob, "no")
 
 
-async def test_what_was_loaded_under_a_name_that_moved_on_is_unloaded_by_another_of_its_names() -> None:
+async def test_a_model_whose_name_means_another_now_is_unloaded_by_another_name() -> None:
     async with bench() as on:
         on.list("tiny:latest", "d1")
         on.names.by_name = {"tiny:latest": model("tiny:latest", blob="sha256:new"), "alias:latest": TINY}
@@ -220,7 +220,7 @@ async def test_what_was_loaded_under_a_name_that_moved_on_is_unloaded_by_another
         assert "/api/create" not in on.server.paths()
 
 
-async def test_what_has_no_name_any_more_is_unloaded_by_one_that_is_made_and_removed() -> None:
+async def test_a_model_without_a_name_is_unloaded_by_a_temporary_name() -> None:
     async with bench() as on:
         on.list("tiny:latest", "d1")
         on.names.by_name = {}
@@ -237,7 +237,7 @@ async def test_what_has_no_name_any_more_is_unloaded_by_one_that_is_made_and_rem
         assert not on.writing.locked()
 
 
-async def test_a_name_that_was_made_stays_while_another_instance_needs_it() -> None:
+async def test_a_temporary_name_stays_while_another_instance_needs_it() -> None:
     async with bench() as on:
         on.list("tiny:latest", "d1")
         on.names.by_name = {}
@@ -249,7 +249,7 @@ async def test_a_name_that_was_made_stays_while_another_instance_needs_it() -> N
         assert key("gpu1", TINY) in on.facts.residencies
 
 
-async def test_a_name_that_was_made_is_removed_even_if_the_unload_fails() -> None:
+async def test_a_temporary_name_is_removed_even_if_the_unload_fails() -> None:
     async with bench() as on:
         on.names.by_name = {}
         on.server.answers |= {"/api/create": {"status": "success"}, "/api/delete": {}}
@@ -271,7 +271,7 @@ async def test_an_attached_servers_store_is_not_written_to() -> None:
 # --- what a killed router left ------------------------------------------------------------------------------------
 
 
-async def test_names_that_a_killed_router_left_are_removed_and_no_others() -> None:
+async def test_temporary_names_of_a_killed_router_are_removed_and_no_others() -> None:
     async with bench() as on:
         names = ["tiny:latest", "llamayard-unload:aaaaaaaaaaaa", temporary_tag_for(TINY.blob)]
         on.server.answers |= {"/api/tags": {"models": [{"name": name} for name in names]}, "/api/delete": {}}
@@ -290,7 +290,7 @@ async def test_nothing_is_cleared_while_no_server_is_ready_or_the_store_is_being
         assert on.server.requests == []
 
 
-def test_the_made_name_belongs_to_the_weights() -> None:
+def test_the_temporary_name_depends_on_the_weights() -> None:
     one, other = (
         temporary_tag_for(BlobDigest("sha256:" + "a" * 64)),
         temporary_tag_for(BlobDigest("sha256:" + "b" * 64)),

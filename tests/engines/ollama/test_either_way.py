@@ -1,4 +1,4 @@
-"""A server of several GPUs that is not told to spread may take one of them alone: both are reserved until it shows."""
+"""A server over several GPUs without forced spread may use one of them alone: both are reserved until it is known."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_gpu_that_may_be_taken_alone_is_reserved_for_the_whole_model(spec: Ins
 
 
 @pytest.mark.parametrize("version", [NEW, OLD])
-def test_a_server_that_is_told_to_spread_spreads(version: str) -> None:
+def test_a_server_configured_to_spread_uses_all_gpus(version: str) -> None:
     on_large, on_small = bytes_of(EVEN, MODEL, version)
     assert on_large < 0.6 * whole(MODEL, version)
     assert on_large + on_small > whole(MODEL, version)
@@ -63,18 +63,18 @@ def test_a_model_that_the_server_finds_too_large_for_one_gpu_is_split(version: s
 
 
 def test_a_gpu_is_reserved_as_a_whole_at_most() -> None:
-    """So that a model which just does not fit one GPU is not refused where its server splits it after all."""
+    """So that a model that barely exceeds one GPU is not refused if its server splits it after all."""
     of = model("m", 21_450)
     assert whole(of, OLD) > 24_000 * MIB
     assert bytes_of(FILLED, of, OLD) == (24_000 * MIB, bytes_of(EVEN, of, OLD)[1])
 
 
-def test_what_is_on_a_gpu_may_be_gone_when_the_server_looks() -> None:
-    """The last reading may be older than the end of a server that held memory there."""
+def test_memory_in_use_on_a_gpu_may_be_free_at_the_time_of_the_load() -> None:
+    """The last reading may be older than the exit of a server that used memory there."""
     assert bytes_of(FILLED, MODEL, NEW, SMALL, gpu(1, 6_000)) == bytes_of(FILLED, MODEL)
 
 
-def test_a_split_that_was_seen_once_does_not_say_that_the_next_load_is_split() -> None:
+def test_one_split_load_does_not_mean_that_the_next_is_split() -> None:
     seen, policy = Footprints(), Policy()
     seen.remember(footprint_key(MODEL, FILLED, CONTEXT, NEW), (7 * GB, 7 * GB))
     predict = FootprintPredictor(policy, seen)
@@ -83,7 +83,7 @@ def test_a_split_that_was_seen_once_does_not_say_that_the_next_load_is_split() -
 
 
 def loaded(on_large: int, on_small: int, external: tuple[int, int] = (0, 0)) -> tuple[Dispatcher, list[Action]]:
-    """A load that came out so, and what the reading after it brought, with what another program took meanwhile."""
+    """A finished load with these sizes, the next reading, and memory that another program allocated meanwhile."""
     dispatcher = Dispatcher(Policy(vram_margin_bytes=0), OLLAMA)
     dispatcher.handle(GpusRead((SMALL, LARGE), 1.0), 1.0)
     dispatcher.handle(InstanceChanged(FILLED, InstanceState.READY, version=NEW), 1.0)
@@ -98,14 +98,14 @@ def loaded(on_large: int, on_small: int, external: tuple[int, int] = (0, 0)) -> 
     return dispatcher, dispatcher.handle(GpusRead(after, 4.0), 4.0)
 
 
-def test_a_model_that_came_out_on_one_gpu_is_on_no_other_in_the_books() -> None:
+def test_a_model_loaded_on_one_gpu_is_accounted_only_there() -> None:
     dispatcher, told = loaded(whole(MODEL), 0)
     (copy,) = dispatcher.snapshot(5.0).residencies.values()
     assert copy.per_gpu_bytes == (whole(MODEL), 0)
     assert not [action for action in told if isinstance(action, Remember)]
 
 
-def test_a_model_that_came_out_split_is_split_in_the_books() -> None:
+def test_a_split_model_is_accounted_on_both_gpus() -> None:
     split = on_large, on_small = bytes_of(EVEN, MODEL)
     dispatcher, told = loaded(on_large, on_small)
     (copy,) = dispatcher.snapshot(5.0).residencies.values()
@@ -113,15 +113,15 @@ def test_a_model_that_came_out_split_is_split_in_the_books() -> None:
     assert not [action for action in told if isinstance(action, Remember)]
 
 
-def test_what_another_program_took_meanwhile_is_not_taken_for_the_models_share() -> None:
+def test_memory_taken_by_another_program_is_not_attributed_to_the_model() -> None:
     dispatcher, told = loaded(whole(MODEL), 0, external=(0, 6_000 * MIB))
     (copy,) = dispatcher.snapshot(5.0).residencies.values()
     assert copy.per_gpu_bytes == bytes_of(FILLED, MODEL)
     assert not [action for action in told if isinstance(action, Remember)]
 
 
-def test_what_was_planned_before_any_server_told_its_version_is_planned_anew() -> None:
-    """A server from 0.30 shares by memory, as it is told; one before that evenly."""
+def test_a_plan_made_before_the_version_was_known_is_made_again() -> None:
+    """A server from 0.30 on uses the configured shares; an older one splits evenly."""
     policy = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance("", slots=1))
     dispatcher = Dispatcher(policy, OLLAMA)
 

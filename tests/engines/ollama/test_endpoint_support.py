@@ -1,4 +1,4 @@
-"""Whether the servers have a young endpoint is asked once for each version, and an API that lacks is told clearly."""
+"""New endpoints are checked once per server version, and a missing API is refused clearly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from router.errors import InstanceLost, NotSupported
 
 @asynccontextmanager
 async def _server(asked: list[str]) -> AsyncGenerator[str]:
-    """Has `/v1/messages`, which refuses an empty request, and no other path."""
+    """A server with `/v1/messages`, which refuses an empty request, and no other path."""
 
     async def answer(request: web.BaseRequest) -> web.Response:
         asked.append(request.path)
@@ -37,7 +37,7 @@ def _view(url: str, version: str = "0.24.0") -> InstanceView:
     return InstanceView(InstanceSpec(InstanceName("a"), (), url), InstanceState.READY, version)
 
 
-async def test_a_server_is_asked_once_for_each_version_and_path() -> None:
+async def test_a_server_is_checked_once_for_each_version_and_path() -> None:
     asked: list[str] = []
     async with _server(asked) as url, aiohttp.ClientSession() as session:
         endpoint_support = EndpointSupport(session)
@@ -51,12 +51,12 @@ async def test_a_server_is_asked_once_for_each_version_and_path() -> None:
         assert len(asked) == 3
 
 
-async def test_old_endpoints_are_never_asked_about() -> None:
+async def test_old_endpoints_are_never_checked() -> None:
     async with aiohttp.ClientSession() as session:
         assert await EndpointSupport(session).has(_view("http://127.0.0.1:1"), "/api/chat")
 
 
-async def test_a_server_that_cannot_be_asked_is_lost_and_not_remembered() -> None:
+async def test_an_unreachable_server_is_lost_and_not_cached() -> None:
     async with aiohttp.ClientSession() as session:
         endpoint_support, view = EndpointSupport(session), _view("http://127.0.0.1:1")
         with pytest.raises(InstanceLost, match="/v1/messages"):
@@ -64,7 +64,7 @@ async def test_a_server_that_cannot_be_asked_is_lost_and_not_remembered() -> Non
         assert endpoint_support.known(view, "/v1/messages") is None
 
 
-def test_a_missing_api_is_named_with_the_version_and_a_missing_path_is_not() -> None:
-    with pytest.raises(NotSupported, match=r"Ollama 0\.11\.4, which has no /v1/responses"):
+def test_a_missing_api_is_refused_with_the_version_and_other_paths_are_not() -> None:
+    with pytest.raises(NotSupported, match=r"Ollama 0\.11\.4, which does not have /v1/responses"):
         refuse_missing(_view("http://a", "0.11.4"), "/v1/responses")
     refuse_missing(_view("http://a", "0.11.4"), "/v1/images/generations")

@@ -1,4 +1,4 @@
-"""Sizes of ggml's types against the `gguf` package, which is ggml's own word on them."""
+"""Sizes of ggml types, compared with ggml's own `gguf` package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from router.engines.ollama.ggml_types import GGML_BLOCKS, cache_bytes, tensor_bytes
 
 
-def test_every_type_that_both_know_has_the_size_that_gguf_gives() -> None:
+def test_types_have_the_sizes_of_the_gguf_package() -> None:
     theirs = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
     common = GGML_BLOCKS.keys() & theirs.keys()
     assert {name: GGML_BLOCKS[name] for name in common} == {name: theirs[name] for name in common}
@@ -41,7 +41,7 @@ def test_an_unknown_type_has_no_size() -> None:
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("f16", 2048), ("", 2048), ("q8_0", 1088), ("q4_0", 576)])
-def test_cache_elements_take_what_their_blocks_take(kind: str, expected: int) -> None:
+def test_cache_elements_have_the_size_of_their_blocks(kind: str, expected: int) -> None:
     assert cache_bytes(kind, 1024) == expected
 
 

@@ -119,7 +119,7 @@ def test_tuning_reaches_the_spec_and_the_environment() -> None:
     assert "OLLAMA_DEBUG" not in specs["gpu0"].environment
 
 
-def test_what_the_books_stand_on_cannot_be_overridden() -> None:
+def test_variables_needed_for_accounting_cannot_be_overridden() -> None:
     environment = {
         "OLLAMA_KEEP_ALIVE": "5m",
         "CUDA_VISIBLE_DEVICES": "0",
@@ -143,7 +143,7 @@ def test_unequal_gpus_are_filled_fastest_first() -> None:
     assert specs["gpu0"].environment["OLLAMA_SCHED_SPREAD"] == "0"
 
 
-def test_unequal_gpus_are_told_their_shares_in_the_order_of_the_instance() -> None:
+def test_servers_on_unequal_gpus_receive_shares_in_the_order_of_the_instance() -> None:
     gpus = (gpu(0), gpu(1, gib=12))
     assert planned(*gpus)["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
     assert planned(gpu(0, gib=12), gpu(1))["spread"].environment["LLAMA_ARG_TENSOR_SPLIT"] == "22,10"
@@ -159,7 +159,7 @@ def test_unequal_gpus_are_told_their_shares_in_the_order_of_the_instance() -> No
 @pytest.mark.parametrize(
     ("own", "told", "then"), [({}, "22,10", "22,10"), ({"LLAMA_ARG_TENSOR_SPLIT": "3,1"}, None, "3,1")]
 )
-def test_an_instance_on_demand_is_told_the_shares_that_were_reckoned_with(
+def test_an_instance_on_demand_receives_the_shares_used_for_its_estimate(
     own: dict[str, str], told: str | None, then: str
 ) -> None:
     plan = InstancePlan("/store", same_for_all(Values(environment=own)))
@@ -181,7 +181,7 @@ def test_how_to_spread_can_be_overridden() -> None:
 
 
 @pytest.mark.parametrize("environment", [{}, {"OLLAMA_SCHED_SPREAD": "0"}, {"OLLAMA_SCHED_SPREAD": "1"}])
-def test_an_instance_on_demand_is_known_to_spread_before_it_runs_as_it_does_then(environment: dict[str, str]) -> None:
+def test_the_template_of_instances_on_demand_spreads_like_the_instances(environment: dict[str, str]) -> None:
     values = Values(environment=environment)
     plan = InstancePlan("/store", lambda name: {ON_DEMAND: values}[name])
     like = on_demand_like(plan)
@@ -202,7 +202,7 @@ def test_speed_goes_by_bandwidth_then_memory_then_index() -> None:
     assert [one.index for one in ordered] == [4, 2, 3, 1, 0]
 
 
-def test_nothing_is_spread_over_parts_of_a_gpu() -> None:
+def test_no_instance_is_spread_over_mig_devices() -> None:
     parts = [replace(gpu(i), uuid=GpuUuid(f"MIG-{i}")) for i in (1, 2)]
     assert list(planned(gpu(0), *parts)) == ["gpu0", "gpu1", "gpu2"]
 
@@ -213,7 +213,7 @@ def test_a_gpu_that_cannot_be_read_gets_no_instance() -> None:
     assert specs["spread"].gpus == ("GPU-0aaa", "GPU-2aaa")
 
 
-def test_declared_instances_stand_instead_of_discovered_ones_or_beside_them() -> None:
+def test_declared_instances_replace_or_extend_discovered_ones() -> None:
     declared = (DeclaredInstance(Values(), name="a"), DeclaredInstance(Values(), name="b"))
     assert list(planned(gpu(0), discover=False, declared=declared)) == ["a", "b"]
     assert list(planned(gpu(0), declared=declared)) == ["gpu0", "a", "b"]
@@ -255,12 +255,12 @@ def test_an_attached_instance_has_no_environment_and_is_named_after_its_address(
         ({}, "neither a name nor a url"),
     ],
 )
-def test_a_declaration_that_cannot_be_met_is_told(fields: dict[str, Any], words: str) -> None:
+def test_an_impossible_declaration_is_an_error(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         planned(gpu(0), gpu(1), declared=(DeclaredInstance(Values(), **fields),))
 
 
-def test_as_many_ports_as_are_said_to_be_needed_are_enough_and_fewer_are_told() -> None:
+def test_ports_needed_are_enough_and_fewer_are_an_error() -> None:
     declared = (DeclaredInstance(Values(), name="a"), DeclaredInstance(Values(), url="http://x:1"))
     plan = InstancePlan("/store", same_for_all(Values()), declared=declared)
     gpus = [gpu(0), gpu(1)]

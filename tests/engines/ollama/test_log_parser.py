@@ -1,4 +1,4 @@
-"""What servers say of their GPUs, in the words of several versions."""
+"""The log lines about GPUs of several server versions."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ GPU_0_30 = 'id=0 filter_id="" library=CUDA compute=8.6 name=CUDA0 description="a
         (GPU_0_30, ComputeDevice("0", "CUDA")),
     ],
 )
-def test_every_versions_line_is_read(fields: str, device: ComputeDevice) -> None:
+def test_the_lines_of_all_versions_are_parsed(fields: str, device: ComputeDevice) -> None:
     assert parse_compute_line(PREFIX + fields) == device
 
 
-def test_other_lines_are_not_taken_for_it() -> None:
+def test_other_lines_are_ignored() -> None:
     assert parse_compute_line('level=INFO msg="discovering available GPUs..." id=GPU-1 library=CUDA') is None
 
 
@@ -60,7 +60,7 @@ def test_the_cpu_is_no_gpu() -> None:
     assert gpus_problem((), [ComputeDevice("cpu", "cpu")]) is None
 
 
-def test_a_part_of_a_gpu_may_be_reported_under_the_gpus_uuid() -> None:
+def test_a_mig_device_may_be_reported_under_its_gpus_uuid() -> None:
     assert gpus_problem((GpuUuid("MIG-1"),), [ComputeDevice(A, "CUDA")]) is None
 
 

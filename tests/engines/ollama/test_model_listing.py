@@ -1,4 +1,4 @@
-"""Several stores as one list: who comes first, what is the same model, and what stands while a server is silent."""
+"""Several stores as one list: precedence, same models, and servers that do not answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from router.engines.ollama.model_listing import Listing, Store, stores_of
 
 
 class Lister(OllamaClient):
-    """A client that lists what it is told to."""
+    """A client with a given list."""
 
     def __init__(self, **digests: str) -> None:
         self.rows = tuple(TagRow(f"{name}:latest", digest) for name, digest in digests.items())
@@ -31,7 +31,7 @@ def full(name: str) -> str:
     return f"registry.ollama.ai/library/{name}:latest"
 
 
-async def test_a_name_is_the_shared_stores_and_the_very_same_model_is_on_both() -> None:
+async def test_the_shared_store_has_precedence_and_the_same_model_is_on_both() -> None:
     shared, far = Lister(both="1", other="2"), Lister(both="1", other="3", own="4")
     listed = await Listing(lambda: [Store(None, shared), Store(FAR, far)]).read()
     assert listed is not None
@@ -44,7 +44,7 @@ async def test_a_name_is_the_shared_stores_and_the_very_same_model_is_on_both() 
     assert listed[full("own")].client is far
 
 
-async def test_what_a_silent_attached_server_had_is_not_forgotten() -> None:
+async def test_the_last_list_of_a_silent_attached_server_is_kept() -> None:
     shared, far = Lister(), Lister(own="4")
     stores = [Store(None, shared), Store(FAR, far)]
     listing = Listing(lambda: stores)
@@ -55,7 +55,7 @@ async def test_what_a_silent_attached_server_had_is_not_forgotten() -> None:
     assert set(await listing.read() or ()) == {full("own")}
 
 
-async def test_a_silent_shared_store_is_an_error_or_unknown_and_never_empty() -> None:
+async def test_a_silent_shared_store_is_an_error_or_none_and_never_empty() -> None:
     shared = Lister()
     shared.fails = True
     with pytest.raises(OllamaError):
@@ -64,7 +64,7 @@ async def test_a_silent_shared_store_is_an_error_or_unknown_and_never_empty() ->
     assert await Listing(list).read() is None
 
 
-async def test_attached_servers_alone_are_asked_as_far_as_they_answer() -> None:
+async def test_without_a_shared_store_the_answering_attached_servers_are_listed() -> None:
     far, near = Lister(a="1"), Lister(a="2", b="3")
     far.fails = True
     listing = Listing(lambda: [Store(FAR, far), Store(NEAR, near)])
@@ -79,7 +79,7 @@ def _view(name: str, state: InstanceState, *, attached: bool) -> InstanceView:
     return InstanceView(InstanceSpec(InstanceName(name), (), f"http://{name}", attached=attached), state)
 
 
-def test_spawned_instances_share_one_store_through_whichever_is_ready() -> None:
+def test_spawned_instances_share_one_store_listed_by_any_ready_one() -> None:
     views = [
         _view("far", InstanceState.READY, attached=True),
         _view("a", InstanceState.STARTING, attached=False),

@@ -14,7 +14,7 @@ from tests.scheduler.builders import key
 from tests.scheduler.play import Play, sized
 
 OWN = (("num_ctx", "4096"), ("num_thread", "1"), ("use_mmap", "false"))
-WRITTEN = sized("written", 10, parameters=OWN)
+WRITTEN = sized("written", 10, parameters=OWN, context_length=131_072)
 KEPT: RunnerOptions = (("num_thread", 1), ("use_mmap", False))
 """Of those, what the router has no opinion on."""
 
@@ -31,7 +31,7 @@ def test_what_the_modelfile_says_stays_but_for_the_context() -> None:
 
 
 def test_a_load_for_nobody_in_particular_has_the_pinned_context_or_else_the_modelfile_s() -> None:
-    plain = sized("plain", 10)
+    plain = sized("plain", 10, context_length=131_072)
     assert (
         default_runner_options(WRITTEN, None, 8192)
         == default_runner_options(WRITTEN, Pin(), 8192)

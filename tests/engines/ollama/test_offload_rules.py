@@ -1,4 +1,4 @@
-"""What servers would do by themselves: as is known of 0.24 and 0.33, and as the simulated servers place models."""
+"""What servers do by themselves: as known of 0.24 and 0.33, and like the simulated servers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_model_that_fits_well_is_left_whole(version: str) -> None:
         (replace(LLAMA_8B, architecture="gemma3"), "0.24.0", [GPU]),
     ],
 )
-def test_what_is_not_known_is_not_guessed(of: ModelFacts, version: str | None, free: list[int]) -> None:
+def test_unknown_cases_have_no_prediction(of: ModelFacts, version: str | None, free: list[int]) -> None:
     assert predict_offload(of, TUNED, version, 8192, 2, free) is None
 
 
@@ -61,7 +61,7 @@ def test_what_is_not_known_is_not_guessed(of: ModelFacts, version: str | None, f
     st.sampled_from(["f16", "q8_0"]),
     st.lists(st.integers(4, 48), min_size=1, max_size=4),
 )
-def test_it_predicts_the_simulated_server_within_four_layers_a_gpu(
+def test_predictions_match_the_simulated_server_within_four_layers_per_gpu(
     of: ModelFacts, version: str, context: int, slots: int, cache: str, free_gib: list[int]
 ) -> None:
     spec = replace(instance("x", *range(len(free_gib))), kv_cache_type=cache, flash_attention=True)
@@ -74,7 +74,7 @@ def test_it_predicts_the_simulated_server_within_four_layers_a_gpu(
     assert answer.on_gpus == pytest.approx(simulated.on_gpus, abs=4 * len(free))
 
 
-def test_a_load_that_the_server_would_spill_says_what_it_overrules() -> None:
+def test_a_load_that_the_server_would_spill_says_so_in_its_reason() -> None:
     fleet = FleetState(snapshot().policy, OLLAMA)
     view = InstanceView(TUNED, InstanceState.READY, "0.24.0")
     fleet.instances[TUNED.name] = view
@@ -89,7 +89,7 @@ def test_a_load_that_the_server_would_spill_says_what_it_overrules() -> None:
     assert fleet.replicas[key("spread", LLAMA_70B)].reason == load.reason
 
 
-def test_nothing_is_said_of_a_load_that_the_server_leaves_whole_or_its_own_file_rules() -> None:
+def test_other_loads_have_no_text_about_spilling() -> None:
     facts = snapshot([gpu(0, 24_000), gpu(1, 24_000)], [InstanceView(TUNED, InstanceState.READY, "0.24.0")])
     assert explain_override(LLAMA_8B, TUNED, 8192, facts) == ""
     assert explain_override(replace(LLAMA_70B, parameters=(("num_gpu", 40),)), TUNED, 8192, facts) == ""

@@ -1,4 +1,4 @@
-"""In what shares layers go to unequal GPUs, who is told so, and who heeds it."""
+"""Shares of layers on unequal GPUs, and which servers use them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_shares_are_read_as_llama_cpp_reads_them(text: str, shares: tuple[float,
     assert parsed_split(text) == shares
 
 
-def test_what_is_written_is_read_again() -> None:
+def test_written_shares_are_parsed_again() -> None:
     assert split_text((24.0, 12.0)) == "24,12"
     assert parsed_split(split_text((0.7, 0.3))) == (0.7, 0.3)
 
@@ -53,12 +53,12 @@ def test_what_is_written_is_read_again() -> None:
     ("version", "shares"),
     [("0.33.0", (24.0, 12.0)), ("0.30.1", (24.0, 12.0)), (None, (24.0, 12.0)), ("0.24.0", (1.0, 1.0))],
 )
-def test_servers_from_0_30_heed_what_they_are_told(version: str | None, shares: tuple[float, ...]) -> None:
+def test_servers_from_0_30_use_the_configured_shares(version: str | None, shares: tuple[float, ...]) -> None:
     assert shares_of(TOLD, version) == shares
     assert shares_of(TWO, version) == (1.0, 1.0)
 
 
-def test_gpus_beyond_the_shares_get_nothing_and_shares_beyond_the_gpus_go_to_nobody() -> None:
+def test_missing_shares_are_0_and_surplus_shares_are_ignored() -> None:
     three = replace(instance("all", 0, 1, 2), environment={TENSOR_SPLIT: "1,1"})
     assert shares_of(three, "0.33.0") == (1.0, 1.0, 0.0)
     assert unequal_text(three) == "1,1,0"
@@ -90,7 +90,7 @@ def test_a_70b_over_24_and_12_gb() -> None:
         split_by(80, (0.0, 0.0))
 
 
-def test_what_a_load_takes_follows_the_shares_where_the_server_heeds_them() -> None:
+def test_footprints_follow_the_shares_if_the_server_uses_them() -> None:
     def bytes_with(version: str) -> tuple[int, ...]:
         facts = snapshot(
             [gpu(0, 24_000), gpu(1, 12_000, total_mib=12_000)], [InstanceView(TOLD, InstanceState.READY, version)]
@@ -102,7 +102,7 @@ def test_what_a_load_takes_follows_the_shares_where_the_server_heeds_them() -> N
     assert even[0] / even[1] == pytest.approx(1.0, rel=0.2)
 
 
-def test_a_server_to_be_started_over_unequal_gpus_is_told_their_shares() -> None:
+def test_a_new_server_over_unequal_gpus_receives_shares() -> None:
     policy = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance(""))
     unequal = snapshot([gpu(0, 12_000, total_mib=12_288), gpu(1, 24_000, total_mib=24_576)], policy=policy)
     (candidate,) = candidates_of_size(unequal, 2, Bounds("m"))
@@ -118,7 +118,7 @@ def test_a_server_to_be_started_over_unequal_gpus_is_told_their_shares() -> None
     assert candidate.spec.environment[TENSOR_SPLIT] == "1,3"
 
 
-def test_a_footprint_of_other_shares_is_another() -> None:
+def test_footprints_with_other_shares_are_different() -> None:
     seen = Footprints()
     assert (unequal_text(TOLD), unequal_text(TWO)) == ("24,12", "")
     assert unequal_text(replace(TWO, environment={TENSOR_SPLIT: "1,1"})) == ""
@@ -128,8 +128,8 @@ def test_a_footprint_of_other_shares_is_another() -> None:
     assert seen.nearest(footprint_key(M, TOLD, 4096)) == footprint_key(M, TOLD, 8192)
 
 
-def test_a_footprint_of_a_server_that_is_run_otherwise_or_is_of_another_version_is_another() -> None:
-    """Its batch, and what it keeps of attention, may be larger."""
+def test_footprints_of_other_settings_or_versions_are_different() -> None:
+    """Its batch and attention buffers may be larger."""
     seen = Footprints()
     flash = replace(TWO, flash_attention=True)
     seen.remember(footprint_key(M, flash, 8192, "0.24.1"), (14 * GB, 14 * GB))

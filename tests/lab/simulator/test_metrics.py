@@ -48,6 +48,11 @@ def test_a_failed_request_counts_as_waiting_to_the_end() -> None:
     assert (percentiles.count, percentiles.p50, percentiles.p99) == (2, 1.0, 100.0)
 
 
+def test_a_refused_request_has_no_wait() -> None:
+    percentiles = ttft_percentiles([ended(1, 1.0), ended(2, 0.0, outcome="model_too_large")], 1352.0)
+    assert (percentiles.count, percentiles.p95, percentiles.p99) == (1, 1.0, 1.0)
+
+
 def test_jain_is_one_for_equal_shares_and_one_over_n_for_a_single_winner() -> None:
     assert jain_index([3.0, 3.0, 3.0]) == pytest.approx(1.0)
     assert jain_index([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
