@@ -133,12 +133,16 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
     def no_instance() -> InstanceView:
         raise AssertionError("every request of this profile can be routed")
 
+    async def never() -> InstanceView:
+        return no_instance()
+
+    catalog = _Catalog()
     origins = OriginPolicy(Origins(("http://localhost",)), True, frozenset())
     limits, table = RequestLimits(2**28, 300.0, 600.0, 300.0), RouteTable()
 
     return ProxyContext(
         controller=controller,
-        catalog=_Catalog(),
+        catalog=catalog,
         pool=pool,
         request_log=AccessLog(metrics, controller.now, RequestLines("info", len)),  # formatted, then discarded
         pipeline=admission_pipeline(origins, limits, dict, table),
@@ -146,6 +150,8 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
         rules=ModelRules(8192, heartbeat_seconds=15.0),
         endpoint_support=_Abilities(),
         primary=no_instance,
+        ready_primary=never,
+        find_model=catalog.facts,
         has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,

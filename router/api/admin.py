@@ -32,6 +32,8 @@ from router.observability.request_record import RequestRecord
 from router.scheduler.queue.wait_estimate import WaitEstimate
 
 _QUEUE_SHOWN_MAX = 1000
+_LASTING = ("uuid", "index", "name", "memory_total_bytes", "error")
+"""What is known of a lost GPU."""
 
 
 class AdminHandler:
@@ -59,9 +61,11 @@ class AdminHandler:
     def _ready(self, extra: Mapping[str, str]) -> web.StreamResponse:
         """200 while any instance is ready; 503 before, while draining, and when all are down."""
         names = [view.spec.name for view in self._context.ready_instances()]
+        gpus = self._context.controller.snapshot().gpus.values()
+        lost = "".join(f"; GPU {gpu.index} is lost: {gpu.error}" for gpu in gpus if gpu.error is not None)
         if names and not self._context.controller.is_closing:
-            return text_response(f"ready: {', '.join(names)}\n", extra)
-        return text_response("not ready: no instance is ready; see /llamayard/status\n", extra, status=503)
+            return text_response(f"ready: {', '.join(names)}{lost}\n", extra)
+        return text_response(f"not ready: no instance is ready{lost}; see /llamayard/status\n", extra, status=503)
 
     def _status(self) -> dict[str, Any]:
         snapshot = self._context.controller.snapshot()
@@ -72,6 +76,7 @@ class AdminHandler:
             "instances": [_instance(view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
+            "warm_missing": [{"model": name, "reason": why} for name, why in snapshot.warm_missing.items()],
             **self._waiting(),
         }
 
@@ -88,9 +93,13 @@ class AdminHandler:
 
 
 def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
-    """All readings of the GPU, and its ledger."""
+    """All readings of the GPU, and its ledger. Of a lost one the last readings are not shown as if they were of now."""
+    readings = asdict(gpu)
+    if gpu.error is not None:
+        readings |= {key: [] if key == "processes" else None for key in readings if key not in _LASTING}
     return {
-        **asdict(gpu),
+        **readings,
+        "lost": gpu.error is not None,
         "memory_bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,
         "resident_bytes": resident_bytes(snapshot, gpu.uuid),
         "reserved_bytes": reserved_bytes(snapshot, gpu.uuid),
@@ -125,6 +134,7 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "blob": residency.blob,
         "slots": residency.slots,
         "in_flight": residency.in_flight,
+        "unload_failures": residency.unload_failures,
         "per_gpu_bytes": list(residency.per_gpu_bytes),
         "context_length": residency.context_length,
         "options": dict(residency.options),

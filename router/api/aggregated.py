@@ -49,7 +49,7 @@ class AggregatedHandler:
             case "/":
                 return text_response("Ollama is running", extra)
             case "/api/version":
-                return json_response({"version": self._context.primary().version or ""}, extra)
+                return json_response({"version": (await self._context.ready_primary()).version or ""}, extra)
             case "/api/ps":
                 return json_response({"models": await self._ps()}, extra)
             case _:
@@ -57,7 +57,7 @@ class AggregatedHandler:
 
     async def _models(self, request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:
         """The shared store's models, then those that only an attached server has, then aliases."""
-        primary = self._context.primary()
+        primary = await self._context.ready_primary()
         others = [view for view in self._context.ready_instances() if view.spec.attached and view is not primary]
         path, field, keys = ("/v1/models", "data", ("id",))
         if record.route == "/api/tags":

@@ -7,22 +7,28 @@ store's single writer, and the models that are being deleted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import aiohttp
 
 from router.control.controller import Controller
-from router.domain.instance import InstanceState, InstanceView
+from router.domain.instance import InstanceSpec, InstanceState, InstanceView
 from router.domain.model import ModelFacts
+from router.domain.snapshot import Snapshot
 from router.engines.ollama.catalog import Catalog
+from router.engines.ollama.client import UNREACHABLE, OllamaError
 from router.engines.ollama.endpoint_support import EndpointSupport
-from router.errors import NoInstance, ShuttingDown, WaitTimeout
+from router.errors import NoInstance, QueueFull, ShuttingDown, WaitTimeout
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
+from router.scheduler.placement.candidates import is_alive
+from router.scheduler.placement.explain import explain_states
 
 _SHUTDOWN_RETRY_AFTER_SECONDS = 5
+_RETRY_AFTER_SECONDS = 5
+"""A server that is down is not back sooner."""
 
 
 @asynccontextmanager
@@ -60,7 +66,7 @@ class ApiContext:
 
     def instances(self) -> list[InstanceView]:
         """All instances: spawned before attached, then by name."""
-        return sorted(self.controller.snapshot().instances.values(), key=lambda v: (v.spec.attached, v.spec.name))
+        return sorted(self.controller.snapshot().instances.values(), key=_order)
 
     def ready_instances(self) -> list[InstanceView]:
         """Ready instances, in the same order."""
@@ -77,19 +83,99 @@ class ApiContext:
         """
         if self.controller.is_closing:
             raise ShuttingDown("the router is shutting down", retry_after_seconds=_SHUTDOWN_RETRY_AFTER_SECONDS)
-        spawns = any(not view.spec.attached for view in self.instances())
-        ready = [view for view in self.ready_instances() if not (spawns and view.spec.attached)]
+        ready = sorted(_primaries(self.controller.snapshot()), key=_order)
         if not ready:
-            raise NoInstance("no Ollama instance is ready; see /llamayard/status")
+            words = "no Ollama instance is ready: " + explain_states(self.controller.snapshot())
+            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
         return ready[0]
 
-    def holder(self, facts: ModelFacts | None) -> InstanceView:
-        """An instance to query about the model: the primary, if it has the model or none is known to.
+    async def ready_primary(self) -> InstanceView:
+        """Returns `primary` once there is one: waits for servers that are starting or being restarted.
 
         Raises:
-            NoInstance, ShuttingDown: as `primary`.
+            NoInstance: none came.
+            QueueFull: as many requests as the queue holds wait for one already.
+            ShuttingDown: the router is draining.
         """
-        primary = self.primary()
-        if facts is None or facts.is_on(primary.spec):
-            return primary
-        return next((view for view in self.ready_instances() if facts.is_on(view.spec)), primary)
+        spawns = any(not view.spec.attached for view in self.instances())
+        await self._until(lambda snapshot: bool(_primaries(snapshot)), lambda spec: not (spawns and spec.attached))
+        return self.primary()
+
+    async def find_model(self, name: str) -> ModelFacts | None:
+        """Facts of a model; None only where no server has it.
+
+        Raises:
+            NoInstance: a server that may have it is down.
+            EngineError: a server could not be asked, or could not say.
+        """
+        await self.ready_primary()
+        try:
+            facts = await self.catalog.facts(name)
+        except OllamaError as error:
+            if error.status != UNREACHABLE:
+                raise
+            words = f"the server that has model '{name}' does not answer: {error.message}"
+            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS) from error
+        if facts is None:
+            self.refuse_unheard(name)
+        return facts
+
+    def refuse_unheard(self, name: str) -> None:
+        """Refuses a model that no server has while a server that may have it has not been heard yet.
+
+        Raises:
+            NoInstance: there is one.
+        """
+        unheard = self.catalog.unheard()
+        if unheard:
+            words = f"no running server has model '{name}', and {', '.join(unheard)} has not answered yet"
+            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
+
+    async def holder(self, facts: ModelFacts | None) -> InstanceView:
+        """An instance to query about the model: the primary, if none is known to have it. Waits as `ready_primary`.
+
+        Raises:
+            NoInstance: none that has it is ready.
+            QueueFull, ShuttingDown: as `ready_primary`.
+        """
+        if facts is None:
+            return await self.ready_primary()
+        await self._until(lambda snapshot: any(facts.is_on(view.spec) for view in _ready(snapshot)), facts.is_on)
+        view = next((view for view in self.ready_instances() if facts.is_on(view.spec)), None)
+        if view is None:
+            words = f"no instance that has model '{facts.name}' is running: "
+            words += explain_states(self.controller.snapshot())
+            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
+        return view
+
+    async def _until(self, is_served: Callable[[Snapshot], bool], may_serve: Callable[[InstanceSpec], bool]) -> None:
+        """Waits until that is so, or no instance that may serve is expected any more."""
+        controller = self.controller
+
+        def is_decided(snapshot: Snapshot) -> bool:
+            if is_served(snapshot) or controller.is_closing:
+                return True
+            views = snapshot.instances.values()
+            return not any(may_serve(view.spec) and is_alive(snapshot, view) for view in views)
+
+        if is_decided(controller.snapshot()):
+            return
+        limit = controller.snapshot().policy.queue_limit
+        if controller.watcher_count >= limit:
+            words = f"server busy: {limit} requests (queue.limit) wait for an instance to start"
+            raise QueueFull(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
+        await controller.until(is_decided, self.limits.queue_timeout_seconds)
+
+
+def _order(view: InstanceView) -> tuple[bool, str]:
+    return view.spec.attached, view.spec.name
+
+
+def _ready(snapshot: Snapshot) -> list[InstanceView]:
+    return [view for view in snapshot.instances.values() if view.state is InstanceState.READY]
+
+
+def _primaries(snapshot: Snapshot) -> list[InstanceView]:
+    """Ready instances that may be the primary one."""
+    spawns = any(not view.spec.attached for view in snapshot.instances.values())
+    return [view for view in _ready(snapshot) if not (spawns and view.spec.attached)]

@@ -71,6 +71,7 @@ class ModelManagementHandler:
         if path == "/api/push":
             return await forward(context, request, body, record)  # it only reads the store
         changed_name = _destination(body) if path == "/api/copy" and record.model else record.model
+        await context.ready_primary()  # without it nobody knows what there is
         before = await context.catalog.facts(changed_name) if changed_name else None
         if path == "/api/delete":
             return await self._delete(request, body, before, record)
@@ -112,7 +113,7 @@ class ModelManagementHandler:
         return await forward(self._context, request, request.content.iter_any(), record)
 
     async def _has_blob(self, request: web.BaseRequest) -> bool:
-        url = URL(self._context.primary().spec.url + request.raw_path, encoded=True)
+        url = URL((await self._context.ready_primary()).spec.url + request.raw_path, encoded=True)
         try:
             async with asyncio.timeout(_BLOB_QUERY_TIMEOUT_SECONDS), self._context.session.head(url) as reply:
                 return reply.status == web.HTTPOk.status_code

@@ -59,9 +59,9 @@ class ShowHandler:
             else:
                 body = set_member(body, "model", json.dumps(target).encode())
         refuse_cloud(name, cloud=self._context.rules.cloud)
-        facts = await self._context.catalog.facts(name)
+        facts = await self._context.find_model(name)
         record.is_unrouted = facts is None
-        view = self._context.holder(facts)
+        view = await self._context.holder(facts)
         return await forward(self._context, request, body, record, view, raw_path)
 
 
@@ -77,7 +77,7 @@ async def forward(
 
     `raw_path`, including a query, replaces the request's own.
     """
-    url = (view or context.primary()).spec.url
+    url = (view or await context.ready_primary()).spec.url
     upstream = await open_upstream(context.session, request, url, body, context.limits, raw_path)
     async with upstream:
         return await relay(request, upstream, context.limits, api_of(request.path), record, context.controller.now)

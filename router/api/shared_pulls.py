@@ -126,7 +126,7 @@ class _Pull:
                 follower.end()
 
     async def _download(self) -> None:
-        url = self._context.primary().spec.url + _PATH
+        url = (await self._context.ready_primary()).spec.url + _PATH
         headers = {"Content-Type": "application/json"}
         async with self._context.session.post(url, data=self._body, headers=headers) as reply:
             self.status = reply.status

@@ -26,7 +26,7 @@ from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
 from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured
 from router.domain.gpu import Gpu
-from router.domain.instance import InstanceSpec
+from router.domain.instance import InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.model_names import canonical
 from router.domain.residency import ResidencyState
@@ -87,6 +87,8 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
 
         def on_instance_change(event: InstanceChanged) -> None:
             controller.post(event)
+            if event.state is InstanceState.READY:
+                state_poller.poll_models()
 
         def on_load(event: LoadMeasured) -> None:
             controller.post(event)
@@ -146,7 +148,7 @@ def _effects(
             return
         supervisor.add(engines[spec.engine].on_demand_instance(spec, port))
 
-    return Effects(engines, start, supervisor.retire, poll_gpus, footprints.remember)
+    return Effects(engines, start, supervisor.retire, supervisor.restart, poll_gpus, footprints.remember)
 
 
 def _client_session() -> aiohttp.ClientSession:
@@ -195,6 +197,8 @@ def _entrances(
         rules=context.rules,
         endpoint_support=context.endpoint_support,
         primary=context.primary,
+        ready_primary=context.ready_primary,
+        find_model=context.find_model,
         has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
         debug_headers=debug_headers,
         make_handler=library,

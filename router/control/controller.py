@@ -20,9 +20,11 @@ from router.domain.actions import (
     Action,
     Grant,
     Load,
+    Notice,
     ReadGpus,
     Reject,
     Remember,
+    RestartInstance,
     StartInstance,
     StopInstance,
     Unload,
@@ -63,6 +65,10 @@ class InstanceDriver(Loader, Protocol):
 
     def stop_instance(self, name: InstanceName) -> None:
         """Asks for the end of an instance that was started on demand."""
+        ...
+
+    def restart_instance(self, name: InstanceName, reason: str) -> None:
+        """Asks for the end of an instance's server, and for the next one unless it was started on demand."""
         ...
 
     def remember(self, footprint: MeasuredFootprint) -> None:
@@ -138,9 +144,10 @@ class Controller:
         runner_lost: bool = False,
         output_tokens: int = 0,
         first_byte_at: float | None = None,
+        silent_seconds: float = 0.0,
     ) -> None:
         """Gives a granted slot back; each grant must end in exactly one of these."""
-        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at))
+        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at, silent_seconds))
 
     def snapshot(self) -> Snapshot:
         return self._dispatcher.snapshot(self.now())
@@ -169,6 +176,11 @@ class Controller:
 
     def begin_shutdown(self) -> None:
         self.post(ShutdownBegan())
+
+    @property
+    def watcher_count(self) -> int:
+        """How many wait in `until`."""
+        return len(self._until)
 
     async def until(self, is_so: Callable[[Snapshot], bool], deadline_seconds: float) -> bool:
         """Waits until the state is so, which is looked at after each event; False where it is not by the deadline."""
@@ -211,6 +223,10 @@ class Controller:
                 self._driver.start_instance(action.spec)
             case StopInstance():
                 self._driver.stop_instance(action.instance)
+            case RestartInstance():
+                self._driver.restart_instance(action.instance, action.reason)
+            case Notice():
+                pass  # for observers
             case Remember():
                 self._driver.remember(action.footprint)
             case ReadGpus():

@@ -22,6 +22,7 @@ class Effects:
         loaders: Mapping[str, Loader],
         start: Callable[[InstanceSpec], None],
         stop: Callable[[InstanceName], None],
+        restart: Callable[[InstanceName, str], None],
         read_gpus: Callable[[], None],
         remember: Callable[[MeasuredFootprint], None],
     ) -> None:
@@ -29,6 +30,7 @@ class Effects:
         self._loaders = loaders
         self._start = start
         self._stop = stop
+        self._restart = restart
         self._read_gpus = read_gpus
         self._remember = remember
 
@@ -37,6 +39,9 @@ class Effects:
 
     def stop_instance(self, name: InstanceName) -> None:
         self._stop(name)
+
+    def restart_instance(self, name: InstanceName, reason: str) -> None:
+        self._restart(name, reason)
 
     def remember(self, footprint: MeasuredFootprint) -> None:
         self._remember(footprint)

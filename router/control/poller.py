@@ -65,6 +65,7 @@ class StatePoller:
         """Engines that may still have leftovers of an earlier run."""
         self._failing: set[str] = set()
         self._poll_gpus_now = asyncio.Event()
+        self._poll_models_now = {kind: asyncio.Event() for kind in engines}
         self._log = structlog.get_logger("router.watcher")
 
     async def run(self) -> None:
@@ -84,6 +85,12 @@ class StatePoller:
     def poll_gpus(self) -> None:
         """Reads the GPUs now instead of at the next interval."""
         self._poll_gpus_now.set()
+
+    def poll_models(self) -> None:
+        """Reads the lists of models now, for those that shall be warm."""
+        if self._warm:
+            for now in self._poll_models_now.values():
+                now.set()
 
     async def _steadily(
         self, seconds: float, what: str, poll: Callable[[], Awaitable[None]], now: asyncio.Event | None = None
@@ -123,7 +130,8 @@ class StatePoller:
         async def poll() -> None:
             await self._read_models(engine)
 
-        await self._steadily(self._intervals.catalog_seconds, f"the models of {engine.title}", poll)
+        now = self._poll_models_now[engine.kind]
+        await self._steadily(self._intervals.catalog_seconds, f"the models of {engine.title}", poll, now)
 
     async def _read_models(self, engine: ModelSource) -> None:
         await engine.refresh()

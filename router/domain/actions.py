@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,6 +89,22 @@ class StopInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class RestartInstance:
+    """Its server is stopped, with whatever it still runs; one that is not on demand is started again."""
+
+    instance: InstanceName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that the operator should know: a warning in the log."""
+
+    event: str
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """Store a measured footprint for later runs."""
 
@@ -99,4 +116,4 @@ class ReadGpus:
     """Read the GPUs now instead of at the next interval, because the router has changed their memory use."""
 
 
-Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | Remember | ReadGpus
+Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | RestartInstance | Notice | Remember | ReadGpus

@@ -84,6 +84,8 @@ class Released:
     """As counted by the server; 0 if it did not report them."""
     first_byte_at: float | None = None
     """When the first byte of the response arrived; None if none did, or if it was not recorded."""
+    silent_seconds: float = 0.0
+    """How long its replica had sent no byte to anybody when its client gave up; 0 where it ended otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,3 +61,5 @@ class InstanceView:
     state: InstanceState
     version: str | None = None
     reason: str = ""
+    down_since: float | None = None
+    """Since when it has not served; None while it serves, and before its first start has ended."""

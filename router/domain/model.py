@@ -65,6 +65,8 @@ class ModelFacts:
     """True if it is in the model store that all spawned instances share."""
     attached_on: frozenset[InstanceName] | None = None
     """Attached servers that have it in their own store; None: assume that all have it."""
+    is_opaque: bool = False
+    """Whether the format of its weights is unknown: its size is its weights' until the GPUs show what it takes."""
     engine: str = "ollama"
     """Kind of the engine that serves it."""
 

@@ -40,6 +40,16 @@ class SchedulerConstants:
     room_timeout_seconds: float = 15.0
     """How long freed VRAM may take to become visible before the load is planned again: a driver frees a large model
     within seconds, so after this something else uses the memory."""
+    restart_drain_seconds: float = 60.0
+    """How long running requests may delay the restart of a server that cannot unload a model: long enough for most
+    responses, while everybody who needs its memory waits."""
+    restart_grace_seconds: float = 60.0
+    """How long requests wait for a server of ours that is down: a restart takes seconds, discovery of GPUs up to 30."""
+    attached_grace_seconds: float = 5.0
+    """The same for an attached server, whose restart is nobody's duty here: one or two health checks."""
+    warm_discovery_seconds: float = 5.0
+    """How long after the first server is ready other loads wait until the models with `keep_warm` are found: they would
+    be evicted again. Finding them takes two queries."""
     settle_seconds: float = 3.0
     """After a load or unload no model is called too large for this long: the driver may still report old values."""
     drain_after_seconds: float = 75.0
@@ -115,3 +125,7 @@ class Policy:
     exclusive_gpus: Mapping[GpuUuid, frozenset[str]] = field(default_factory=dict[GpuUuid, frozenset[str]])
     """GPUs that only these models may use."""
     constants: SchedulerConstants = SchedulerConstants()
+
+    @property
+    def has_warm_pins(self) -> bool:
+        return any(pin.keep_warm for pin in self.pins.values())

@@ -10,6 +10,9 @@ from router.domain.instance import InstanceName
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.request import RunnerOptions
 
+STUCK_AFTER_FAILURES = 2
+"""Failed unloads in a row after which a replica counts as stuck."""
+
 
 class ResidencyState(StrEnum):
     PLANNED = "planned"
@@ -47,10 +50,17 @@ class Residency:
     reason: str = ""
     """Why it was loaded on this instance."""
     model: ModelFacts = NO_MODEL
+    unload_failures: int = 0
+    """Unloads that have failed in a row."""
 
     @property
     def is_idle(self) -> bool:
         return self.state is ResidencyState.READY and self.in_flight == 0
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether its server has failed to unload it repeatedly."""
+        return self.unload_failures >= STUCK_AFTER_FAILURES
 
 
 _ROUNDING_SHARE = 0.005

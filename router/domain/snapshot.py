@@ -72,6 +72,8 @@ class Snapshot:
     """Recent mean of the weights loaded per second on the whole machine: how busy it is with swaps."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
     """Sets of GPUs on which an instance recently failed to start: no other instance is started there for now."""
+    warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Models with `keep_warm` that are not loaded, by name, each with the reason."""
     engines: Mapping[str, EngineRules[Snapshot]] = field(
         default_factory=dict[str, "EngineRules[Snapshot]"], repr=False, compare=False
     )

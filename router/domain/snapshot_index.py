@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from router.domain.gpu import GpuUuid
-from router.domain.instance import InstanceName, InstanceView
+from router.domain.gpu import Gpu, GpuUuid
+from router.domain.instance import InstanceName, InstanceSpec, InstanceView
 from router.domain.model import BlobDigest
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
@@ -96,6 +96,11 @@ def residencies_on(snapshot: Snapshot, gpu: GpuUuid) -> Sequence[ResidencyKey]:
         lambda: _grouped((gpu, key) for key in snapshot.residencies for gpu in gpus_of(snapshot, key[0])),
     )
     return by_gpu.get(gpu, ())
+
+
+def lost_gpus(gpus: Mapping[GpuUuid, Gpu], spec: InstanceSpec) -> list[Gpu]:
+    """GPUs of the instance that cannot be read."""
+    return [gpu for uuid in spec.gpus if (gpu := gpus.get(uuid)) is not None and gpu.error is not None]
 
 
 def instances_over(snapshot: Snapshot, gpus: frozenset[GpuUuid]) -> Sequence[InstanceView]:

@@ -10,9 +10,11 @@ from router.domain.actions import (
     Action,
     Grant,
     Load,
+    Notice,
     ReadGpus,
     Reject,
     Remember,
+    RestartInstance,
     StartInstance,
     StopInstance,
     Unload,
@@ -20,7 +22,7 @@ from router.domain.actions import (
 from router.domain.events import Arrived, Event, GpusRead, LoadFailed, LoadFinished, Released, UnloadFinished
 from router.domain.gpu import GpuUuid
 from router.domain.ids import LoadId
-from router.domain.residency import is_spill
+from router.domain.residency import ResidencyKey, is_spill
 from router.observability.metrics import Metrics
 
 
@@ -32,6 +34,8 @@ class DecisionLog:
         self._gpu_errors: dict[GpuUuid, str] = {}
         self._loads_in_progress: dict[LoadId, tuple[Load, float]] = {}
         """Each load with the time at which it started."""
+        self._unloading: dict[ResidencyKey, str] = {}
+        """The label of each model that is being unloaded."""
         self._log = structlog.get_logger("router.decisions")
         self._logs_grants: bool = self._log.is_enabled_for(logging.DEBUG)
 
@@ -48,7 +52,11 @@ class DecisionLog:
             case LoadFinished() | LoadFailed():
                 self._log_load_end(event, now)
             case UnloadFinished(error=str() as error):
+                model = self._unloading.get((event.instance, event.blob), "")
+                self._metrics.unload_failures.labels(model, event.instance).inc()
                 self._log.error("unload_failed", instance=event.instance, blob=event.blob, error=error)
+            case UnloadFinished():
+                self._unloading.pop((event.instance, event.blob), None)
             case GpusRead():
                 self._log_gpu_errors(event)
             case _:
@@ -62,6 +70,10 @@ class DecisionLog:
                 self._log.info("start_instance", instance=action.spec.name, reason=action.reason)
             case StopInstance():
                 self._log.info("stop_instance", instance=action.instance, reason=action.reason)
+            case RestartInstance():
+                self._log.warning("restart_instance", instance=action.instance, reason=action.reason)
+            case Notice():
+                self._log.warning(action.event, **action.fields)
             case Remember():
                 found = action.footprint
                 source = "server" if found.parts else "gpus"
@@ -75,7 +87,10 @@ class DecisionLog:
                 self._metrics.begin_load(self._metrics.model_label(action.model.name), action.instance)
                 self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
             case Unload():
-                self._metrics.unloads.labels(self._metrics.model_label(action.model.name), action.instance).inc()
+                model = self._metrics.model_label(action.model.name)
+                self._unloading[action.instance, action.blob] = model
+                self._metrics.unloads.labels(model, action.instance).inc()
+                self._metrics.unload_failures.labels(model, action.instance)
                 self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
             case Reject():
                 self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)

@@ -72,6 +72,12 @@ class Metrics:
         )
         self.load_bytes = Counter("llamayard_load_bytes", "Bytes of model weights loaded.", registry=registry)
         self.unloads = Counter("llamayard_unloads", "Models unloaded.", ("model", "instance"), registry=registry)
+        self.unload_failures = Counter(
+            "llamayard_unload_failures",
+            "Unloads that failed; after two in a row the server is restarted.",
+            ("model", "instance"),
+            registry=registry,
+        )
         self.rejections = Counter("llamayard_rejections", "Requests rejected, by code.", ("code",), registry=registry)
         for code in ERROR_CODES:
             self.rejections.labels(code)
@@ -207,6 +213,7 @@ class FleetMetricsCollector(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         snapshot = self._snapshot()
         yield GaugeMetricFamily("llamayard_requests_waiting", "Requests waiting for a slot.", self._waiting_count())
+        yield _lost_family(snapshot)
         yield from _gpu_families(snapshot)
         yield from _vram_ledger_families(snapshot)
         states = GaugeMetricFamily(
@@ -216,6 +223,13 @@ class FleetMetricsCollector(Collector):
             for state in InstanceState:
                 states.add_metric((view.spec.name, state.value), float(view.state is state))
         yield states
+        missing = GaugeMetricFamily(
+            "llamayard_warm_models_missing", "1 while a model with keep_warm is not loaded, else 0.", labels=("model",)
+        )
+        for name, pin in snapshot.policy.pins.items():
+            if pin.keep_warm:
+                missing.add_metric((name,), float(name in snapshot.warm_missing))
+        yield missing
         slots_used = GaugeMetricFamily(
             "llamayard_model_slots_used", "Slots in use, for each loaded model.", labels=("model", "instance")
         )
@@ -248,10 +262,25 @@ def _gpu_labels(gpu: Gpu) -> tuple[str, str, str]:
     return gpu.uuid, str(gpu.index), gpu.name
 
 
+def _lost_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_gpu_lost", "1 while the GPU cannot be read, else 0; its other metrics are then left out.",
+        labels=_GPU_LABELS,
+    )  # fmt: skip
+    for gpu in snapshot.gpus.values():
+        family.add_metric(_gpu_labels(gpu), float(gpu.error is not None))
+    return family
+
+
+def _readable(snapshot: Snapshot) -> Iterable[Gpu]:
+    """GPUs whose figures are those of now."""
+    return (gpu for gpu in snapshot.gpus.values() if gpu.error is None)
+
+
 def _gpu_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
     for name, (help_text, read_value) in _GPU_GAUGES.items():
         family = GaugeMetricFamily(f"llamayard_gpu_{name}", help_text, labels=_GPU_LABELS)
-        for gpu in snapshot.gpus.values():
+        for gpu in _readable(snapshot):
             value = read_value(gpu)
             if value is not None:
                 family.add_metric(_gpu_labels(gpu), float(value))
@@ -261,6 +290,6 @@ def _gpu_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
 def _vram_ledger_families(snapshot: Snapshot) -> Iterable[GaugeMetricFamily]:
     for name, (help_text, count_bytes) in _VRAM_LEDGER_GAUGES.items():
         family = GaugeMetricFamily(f"llamayard_gpu_memory_{name}_bytes", help_text, labels=_GPU_LABELS)
-        for gpu in snapshot.gpus.values():
+        for gpu in _readable(snapshot):
             family.add_metric(_gpu_labels(gpu), float(count_bytes(snapshot, gpu.uuid)))
         yield family

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -60,6 +60,10 @@ class ProxyContext:
     endpoint_support: EndpointSupport
     primary: Callable[[], InstanceView]
     """The instance for requests that cannot be routed. Raises NoInstance or ShuttingDown if there is none."""
+    ready_primary: Callable[[], Awaitable[InstanceView]]
+    """The same, after waiting for servers that are starting or being restarted."""
+    find_model: Callable[[str], Awaitable[ModelFacts | None]]
+    """Facts of a model; None only where no server has it. Raises NoInstance while one that may have it is down."""
     has_free_slot: Callable[[ModelFacts], bool]
     """Whether a replica of the model, without options of its own, could serve a request now. A hint."""
     debug_headers: bool
@@ -69,6 +73,8 @@ class ProxyContext:
     tasks: Tasks
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
+    progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
+    """When a response of an instance and a model last made progress, to about a second."""
     leased_targets: dict[bytes, tuple[Route, str]] = field(default_factory=dict[bytes, tuple[Route, str]])
     """Targets of routes that take a slot, with their decoded paths."""
 

@@ -31,7 +31,7 @@ from router.domain.model import ModelFacts
 from router.domain.request import TicketId
 from router.engines.ollama.client import OllamaError
 from router.engines.ollama.endpoint_support import refuse_missing
-from router.errors import InstanceLost, RouterError
+from router.errors import InstanceLost, NoInstance, RouterError
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -55,6 +55,9 @@ STEP_BYTES: Final = 262_144
 """A longer body is written in such steps, as far as its server takes it: a transport may copy what it cannot send."""
 CLIENT_GONE: Final = 499
 """nginx's status for a client that left before its response; only logs and metrics see it."""
+
+_SILENCE_SECONDS: Final = 5.0
+"""A shorter silence is none: a client that leaves between two tokens, or before a usual first one."""
 
 RESOLVING, WAITING, CONNECTING, RELAYING, ENDED = range(5)
 _NEVER: Final = float("inf")
@@ -132,13 +135,18 @@ class ProxyExchange:
 
     def _check_support(self) -> None:
         """For paths that older servers do not have."""
-        view = self._context.primary()
+        try:
+            view = self._context.primary()
+        except NoInstance:
+            self._start(self._query_support(None))
+            return
         if self._context.endpoint_support.known(view, self._facts.path):
             self._resolve()
         else:
             self._start(self._query_support(view))
 
-    async def _query_support(self, view: InstanceView) -> None:
+    async def _query_support(self, view: InstanceView | None) -> None:
+        view = view or await self._context.ready_primary()
         if await self._context.endpoint_support.has(view, self._facts.path):
             self._resolve()
         else:
@@ -201,7 +209,11 @@ class ProxyExchange:
             self._plan(request, facts)
 
     async def _fetch_facts(self, request: InferenceRequest) -> None:
-        facts = await self._context.catalog.facts(request.model)
+        try:
+            facts = await self._context.find_model(request.model)
+        except NoInstance as error:
+            self._refuse(error)
+            return
         if facts is not None:
             self._plan(request, facts)
         elif request.try_fallback("model_not_found"):
@@ -235,6 +247,10 @@ class ProxyExchange:
     def _refuse(self, error: RouterError) -> None:
         """This model cannot answer; perhaps a fallback can."""
         request = self._request
+        plan = request.plan if request is not None else None
+        if request is not None and plan is not None and plan.facts.is_opaque and error.code == "load_failed":
+            self._forward_unchanged(request)  # a server may serve what it does not load in advance
+            return
         if request is not None and request.try_fallback(error.code, error):
             self._attempt = 1
             self._find_model(request)
@@ -310,8 +326,14 @@ class ProxyExchange:
         request.plan = None
         try:
             self._connect(self._context.primary().spec.url)
+        except NoInstance:
+            self._phase = RESOLVING
+            self._start(self._forward_when_ready())
         except RouterError as error:
             self.fail(error)
+
+    async def _forward_when_ready(self) -> None:
+        self._connect((await self._context.ready_primary()).spec.url)
 
     def _let_server_refuse(self, request: InferenceRequest, facts: ModelFacts, message: str) -> None:
         """A server refuses the request before it loads anything, in its own words and order of checks."""
@@ -376,6 +398,9 @@ class ProxyExchange:
         # A thousand streams do not need these any more: about a megabyte.
         self._heartbeat = self._heartbeat_sender = self._request = self._grant = None
         return headers
+
+    def progressed(self, now: float) -> None:
+        self._context.progress_at[self._record.instance or "", self._record.model] = now
 
     def request_blocked(self, *, blocked: bool) -> None:
         self._is_blocked = blocked
@@ -455,12 +480,24 @@ class ProxyExchange:
             self._task.cancel()
         if self._opening is not None:
             self._opening.cancel()
+        silent_seconds = self._silent_seconds()
         if self._phase == RELAYING and self._reply is not None:
             self._reply.cancel()
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._context.controller.cancel(lease)
-        self._finish(status)
+        self._finish(status, silent_seconds=silent_seconds)
+
+    def _silent_seconds(self) -> float:
+        """How long the replica has sent no byte to anybody, as far as this request waits for one."""
+        record, reply, context = self._record, self._reply, self._context
+        if self._phase != RELAYING or reply is None or self._client.write_paused:
+            return 0.0
+        since = max(record.granted_at or 0.0, context.progress_at.get((record.instance or "", record.model), 0.0))
+        if reply.first_byte_at is not None:
+            since = max(since, reply.first_byte_at)
+        silent_seconds = context.controller.now() - since if record.granted_at is not None else 0.0
+        return silent_seconds if silent_seconds >= _SILENCE_SECONDS else 0.0
 
     def _release(self, *, runner_lost: bool) -> None:
         """Releases the slot, if one is held, of a request that does not end yet."""
@@ -468,7 +505,7 @@ class ProxyExchange:
         if lease is not None:
             self._context.controller.release(lease, runner_lost=runner_lost)
 
-    def _finish(self, status: int, *, runner_lost: bool = False) -> None:
+    def _finish(self, status: int, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> None:
         """Releases the slot, if one is held, and ends the request in the access log."""
         self._phase = ENDED
         if self._unsent is not None:
@@ -478,7 +515,11 @@ class ProxyExchange:
         if lease is not None:  # a chunk is about a token
             tokens, first_byte_at = (0, None) if reply is None else (reply.chunks, reply.first_byte_at)
             self._context.controller.release(
-                lease, runner_lost=runner_lost, output_tokens=tokens, first_byte_at=first_byte_at
+                lease,
+                runner_lost=runner_lost,
+                output_tokens=tokens,
+                first_byte_at=first_byte_at,
+                silent_seconds=silent_seconds,
             )
         if reply is not None:
             record.first_byte_at, record.last_byte_at = reply.first_byte_at, reply.last_byte_at

@@ -51,6 +51,7 @@ class SlotQueue(Protocol):
         runner_lost: bool = False,
         output_tokens: int = 0,
         first_byte_at: float | None = None,
+        silent_seconds: float = 0.0,
     ) -> None: ...
 
     def wait_estimate(self, ticket_id: TicketId) -> WaitEstimate | None: ...
@@ -132,6 +133,10 @@ class ResponseOwner(Protocol):
 
     def response_begins(self) -> Mapping[str, str]:
         """The response's head is about to be sent; returns the router's own headers for it."""
+        ...
+
+    def progressed(self, now: float) -> None:
+        """Bytes have come since the last check of the deadlines."""
         ...
 
     def request_blocked(self, *, blocked: bool) -> None:

@@ -436,6 +436,7 @@ class ResponseStream:
             relayed_bytes = self._bytes + (self._passed + self.connection.passed) % ONE_CHUNK
             if relayed_bytes != self._checked_bytes:
                 self._checked_bytes = relayed_bytes
+                self._owner.progressed(now)
                 self._due = now + self._limits.idle_timeout_seconds
         if now < self._due:
             return

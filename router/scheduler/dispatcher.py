@@ -67,9 +67,20 @@ from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerne
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
-from router.scheduler.reconcile import housekeeping, load_outcomes, reservations
+from router.scheduler.reconcile import (
+    housekeeping,
+    load_outcomes,
+    lost_gpus,
+    reservations,
+    silence,
+    stuck_unloads,
+    warm_models,
+)
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
+
+_RESTART_SECONDS = 5
+"""A server that is down is not back sooner."""
 
 
 class Dispatcher:
@@ -124,9 +135,9 @@ class Dispatcher:
             at_once = fast_path.handle(self._fleet, event, now)
             if at_once is not None:
                 return at_once
-        is_quiescent = not (self._replacing or self._closing) and self._retry_gate.is_quiescent(
-            self._fleet, self._queue, now
-        )
+        fleet = self._fleet
+        is_excluded = self._replacing or self._closing or fleet.restarts_due
+        is_quiescent = not is_excluded and self._retry_gate.is_quiescent(fleet, self._queue, now)
         version, blobs = self._fleet.version, concerned(self._fleet, event) if is_quiescent else None
         self._fleet.wake = None
         self._wake_hint = now + RETRY_SECONDS
@@ -136,6 +147,8 @@ class Dispatcher:
             actions += self._serve_those(blobs, now)
         else:
             actions += self._expire(now)
+            if not (self._closing or isinstance(event, Arrived | Released | Cancelled | ResidencyRead)):
+                actions += warm_models.begin_loads(self._fleet, self._estimate, self._loads.next, now)
             actions += self._pump(now, may_retry=isinstance(event, Ticked | GpusRead | ModelDiscovered))
             self._retry_gate.all_attempted(self._queue.unsorted(), self._fleet.version)
         return actions
@@ -144,7 +157,8 @@ class Dispatcher:
         match event:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
-                return [Remember(found) for found in self._fleet.settle()]
+                measured = [Remember(found) for found in self._fleet.settle()]
+                return [*measured, *lost_gpus.mark_instances(self._fleet, now)]
             case FootprintsLoaded():
                 for found in event.footprints:
                     self._fleet.footprints.remember(found)
@@ -152,10 +166,13 @@ class Dispatcher:
                 self._fleet.load_measured(event)
             case InstanceChanged():
                 load_outcomes.instance_changed(self._fleet, event, now)
+                return lost_gpus.mark_instances(self._fleet, now)
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
             case ModelDiscovered():
-                self._fleet.models[event.model.blob] = event.model
+                fleet = self._fleet
+                fleet.models[event.model.blob] = fleet.warm_models[event.model.name] = event.model
+                fleet.version += 1
             case Ticked():
                 pass
             case ShutdownBegan():
@@ -207,7 +224,9 @@ class Dispatcher:
     def _released(self, event: Released, now: float) -> list[Action]:
         replica = self._fleet.release(event, now)
         self._fleet.version += bool(self._replacing)
-        if event.runner_lost and replica is not None and replica.state is ResidencyState.READY:
+        if replica is None or replica.state is not ResidencyState.READY:
+            return []
+        if event.runner_lost or (event.silent_seconds and silence.hangs(self._fleet, replica, event, now)):
             # The server still lists it, and would load it again inside the next request: unload it properly.
             return [rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs")]
         return []
@@ -239,7 +258,7 @@ class Dispatcher:
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
-        actions = reservations.advance(self._fleet, now)
+        actions = reservations.advance(self._fleet, now) + stuck_unloads.restart_drained(self._fleet, now)
         self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
         actions += self._serve_groups(self._queue.groups(), now)
         if may_retry:
@@ -311,6 +330,10 @@ class Dispatcher:
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Plans a load of the group's model; where a replica is loaded or coming, perhaps a further one."""
         waiting, there = self._queue.group(key), coming(snapshot, key.blob)
+        if not there and warm_models.awaits_discovery(self._fleet, waiting[0].model, now):
+            self._explain(waiting, "waits until the models to be kept warm are found")
+            self._retry_gate.failed(key, self._fleet.version, now + RETRY_SECONDS)
+            return []
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
             decision = seek(snapshot, self._estimate, unserved)
@@ -395,4 +418,6 @@ class Dispatcher:
         self._queue.remove(ticket.id)
         self._reasons.pop(ticket.id, None)
         retry = self._retry_after() if code in ("queue_full", "shutting_down", "no_instance", "wait_timeout") else None
+        if code == "no_instance":
+            retry = max(_RESTART_SECONDS, retry or 0)
         return Reject(ticket.id, code, message, retry, status)

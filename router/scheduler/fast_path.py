@@ -26,7 +26,7 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
 
     Called only while the queue is empty and there is no shutdown.
     """
-    if fleet.reservations or fleet.draining or fleet.wake is None:
+    if fleet.reservations or fleet.draining or fleet.restarts_due or fleet.wake is None:
         return None
     wake = fleet.wake[0]
     if wake is not None and wake <= now:
@@ -36,7 +36,7 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
         if wake is not None:
             fleet.wake = None  # the replica that would expire next may be in use now
         return actions
-    if not isinstance(event, Released) or event.runner_lost:
+    if not isinstance(event, Released) or event.runner_lost or event.silent_seconds:
         return None
     expires_at = _release(fleet, event, now)
     if expires_at is None:

@@ -62,6 +62,14 @@ class LeaseRecord(NamedTuple):
     """None if the model had only one replica."""
 
 
+class Silence(NamedTuple):
+    """What clients of one replica that gave up have seen since its last response."""
+
+    seconds: float
+    until: float
+    """What is counted ends here."""
+
+
 def _memory(gpu: Gpu) -> tuple[int, int, str | None]:
     return gpu.memory_free_bytes, gpu.memory_used_bytes, gpu.error
 
@@ -116,6 +124,22 @@ class FleetState:
     """Bytes of weights sent for loading, decayed."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
     """When an instance on these GPUs last died or failed to start."""
+    warm_models: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
+    """Models with `keep_warm` that a server has, by name."""
+    warm_missing: dict[str, str] = field(default_factory=dict[str, str])
+    """Those that are not loaded, each with the reason."""
+    warm_refusals: dict[str, str] = field(default_factory=dict[str, str])
+    """Those of them that were reported as not fitting, each with what was reported."""
+    first_ready_at: float | None = None
+    """When the first instance was ready."""
+    slowest_seconds: dict[ResidencyKey, float] = field(default_factory=dict[ResidencyKey, float])
+    """The longest that a request which was answered has held a slot of the replica."""
+    silences: dict[ResidencyKey, Silence] = field(default_factory=dict[ResidencyKey, Silence])
+    """What clients that gave up have seen of it since it last answered (`reconcile/silence.py`)."""
+    lost_since: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
+    """Since when a GPU of the instance cannot be read."""
+    restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
+    """Instances that are drained to be restarted, each with when that ends."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Since when an instance started on demand is empty."""
     footprints: Footprints = field(default_factory=Footprints)
@@ -186,6 +210,7 @@ class FleetState:
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
             troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
+            warm_missing=MappingProxyType(self.warm_missing),
             engines=self.engines,
         )
 
@@ -227,6 +252,12 @@ class FleetState:
             self._cached = None
             self.wanted = wanted
 
+    def set_warm_missing(self, missing: dict[str, str]) -> None:
+        """Which models with `keep_warm` are not loaded, and why."""
+        if missing != self.warm_missing:
+            self._cached = None
+            self.warm_missing = missing
+
     def set_draining(self, draining: frozenset[ResidencyKey]) -> None:
         """Sets which replicas take no new request."""
         if draining != self.draining:
@@ -265,6 +296,8 @@ class FleetState:
         """Drops a residency, its load and its pending work. Leases stay until their requests end."""
         residency = self.residencies.pop(key, None)
         self.works.pop(key, None)
+        self.slowest_seconds.pop(key, None)
+        self.silences.pop(key, None)
         self.version += 1
         if residency is not None and residency.load_id is not None:
             self.reservations.pop(residency.load_id, None)
@@ -451,6 +484,8 @@ class FleetState:
         if not self.clients[lease.client]:
             del self.clients[lease.client]
         self.counters.released(lease.client, event.output_tokens)
+        if event.first_byte_at is not None and not event.silent_seconds:
+            self._answered(lease, now)
         blob = lease.key[1]
         if blob in self.demand:
             self._cached = None
@@ -460,6 +495,12 @@ class FleetState:
         if lease.share is not None:
             self._end_share(lease, lease.share, event, now)
         return lease
+
+    def _answered(self, lease: LeaseRecord, now: float) -> None:
+        seconds = now - lease.granted_at
+        if seconds > self.slowest_seconds.get(lease.key, 0.0):
+            self.slowest_seconds[lease.key] = seconds
+        self.silences.pop(lease.key, None)
 
     def _end_share(self, lease: LeaseRecord, share: WorkShare, event: Released, now: float) -> None:
         key, first_at = lease.key, event.first_byte_at

@@ -85,6 +85,8 @@ class Instance:
         self._version: str | None = None
         self._state_changed = asyncio.Event()
         self._stop = asyncio.Event()
+        self._restart = asyncio.Event()
+        self._restart_reason = ""
         self._child: ChildProcess | None = None
         self._ready_at: float | None = None
         self._quick_deaths = 0
@@ -119,6 +121,11 @@ class Instance:
         self._stop.set()
         self._stop_if_fatal()
 
+    def restart(self, reason: str) -> None:
+        """Requests that a READY server is killed and started again; it does not count as a quick death."""
+        self._restart_reason = reason
+        self._restart.set()
+
     def kill(self) -> None:
         """Requests a stop with SIGKILL, at once."""
         self.stop()
@@ -139,6 +146,7 @@ class Instance:
 
     async def _supervise(self) -> None:
         """Starts and restarts the server until the instance is STOPPED or FATAL."""
+        self._quick_deaths = 0
         while True:
             self._transition(Trigger.START)
             await self._run_process()
@@ -193,6 +201,7 @@ class Instance:
         self._load_reader = self._engine.load_reader(self.spec)
         self._device_reported.clear()
         self._ready_at = None
+        self._restart.clear()
 
     def _spawn(self) -> ChildProcess:
         config = self._config
@@ -222,7 +231,7 @@ class Instance:
             return problem
         self._warn_of_unexpected_devices()
         self._enter_ready(version)
-        return await self._check_health()
+        return await run_unless_set(self._restart, self._check_health()) or self._restart_reason
 
     async def _wait_for_version(self) -> str:
         while True:
@@ -303,6 +312,8 @@ class Instance:
     def _fail(self, reason: str) -> None:
         uptime = 0.0 if self._ready_at is None else self._context.clock.now() - self._ready_at
         policy = self._config.restart
+        if self._restart.is_set():
+            uptime = policy.quick_death_seconds
         self._quick_deaths = quick_deaths_after(self._quick_deaths, uptime, policy)
         if is_fatal(self._quick_deaths, policy):
             self._transition(

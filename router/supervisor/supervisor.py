@@ -104,6 +104,21 @@ class Supervisor:
             self._retiring.add(instance)
             self._tasks.create_task(self._stop_and_remove(instance), name=f"end of instance {name}")
 
+    def restart(self, name: InstanceName, reason: str) -> None:
+        """Ends the server of an instance at once; does not wait for it. One on demand is retired, others start again,
+        also those that had given up.
+
+        Raises:
+            KeyError: there is no instance of that name.
+        """
+        instance = self._instances[name]
+        if instance.spec.on_demand:
+            self.retire(name)
+        elif instance.view.state is InstanceState.FATAL and self._tasks is not None:
+            self._start_task(instance, self._tasks)
+        else:
+            instance.restart(reason)
+
     async def _stop_and_remove(self, instance: Instance) -> None:
         instance.stop()
         await self._wait_until_stopped(instance)

@@ -43,9 +43,13 @@ async def _front(handler: Any) -> AsyncGenerator[Callable[[bytes], AbstractAsync
     """What asks for a pull of a server that is `handler`."""
     async with _server(handler) as behind, aiohttp.ClientSession() as session:
         url = str(behind.make_url("")).rstrip("/")
+
+        async def ready_primary() -> Any:
+            return SimpleNamespace(spec=SimpleNamespace(url=url))
+
         context = SimpleNamespace(
             writing=asyncio.Lock(), catalog=SimpleNamespace(forget_all=lambda: None), session=session,
-            primary=lambda: SimpleNamespace(spec=SimpleNamespace(url=url)),
+            ready_primary=ready_primary,
             limits=SimpleNamespace(idle_timeout_seconds=60.0, first_byte_timeout_seconds=60.0),
         )  # fmt: skip
         pulls = Pulls(cast("ApiContext", context))

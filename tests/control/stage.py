@@ -30,6 +30,7 @@ class RecordingDriver:
         self.loads: list[Load] = []
         self.started: list[InstanceSpec] = []
         self.stopped: list[InstanceName] = []
+        self.restarted: list[tuple[InstanceName, str]] = []
         self.readings = 0
         self.remembered: list[tuple[FootprintKey, tuple[int, ...]]] = []
         self.unloads: list[Unload] = []
@@ -54,6 +55,9 @@ class RecordingDriver:
 
     def stop_instance(self, name: InstanceName) -> None:
         self.stopped.append(name)
+
+    def restart_instance(self, name: InstanceName, reason: str) -> None:
+        self.restarted.append((name, reason))
 
     def remember(self, footprint: MeasuredFootprint) -> None:
         self.remembered.append((footprint.key, footprint.per_gpu_bytes))

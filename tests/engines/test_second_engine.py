@@ -302,7 +302,7 @@ async def machine(specs: Sequence[InstanceSpec] = SPECS) -> AsyncGenerator[Machi
     dispatcher = Dispatcher(Policy(vram_margin_bytes=0), {KIND: ollama, ECHO: echo})
     loaders: dict[str, Loader] = {KIND: ollama, ECHO: echo}
     nothing = lambda *_: None  # noqa: E731
-    effects = Effects(loaders, nothing, nothing, nothing, nothing)
+    effects = Effects(loaders, nothing, nothing, nothing, nothing, nothing)
     clock = ManualClock()
     async with Controller(dispatcher, effects, clock.now) as controller:
         found = Machine(controller, ollama, echo, clock)

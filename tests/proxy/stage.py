@@ -165,6 +165,8 @@ class ScriptedEngine:
     held: set[TicketId] = field(default_factory=set[TicketId])
     tickets: list[Ticket] = field(default_factory=list[Ticket])
     lost: list[TicketId] = field(default_factory=list[TicketId])
+    silent: list[float] = field(default_factory=list[float])
+    """Seconds of silence that were reported."""
     cancelled: int = 0
     posted: list[Event] = field(default_factory=list[Event])
     standing: WaitEstimate | None = None
@@ -204,7 +206,10 @@ class ScriptedEngine:
         runner_lost: bool = False,
         output_tokens: int = 0,
         first_byte_at: float | None = None,
+        silent_seconds: float = 0.0,
     ) -> None:
+        if silent_seconds:
+            self.silent.append(silent_seconds)
         self.held.remove(ticket_id)  # KeyError where a slot is given back twice
         if runner_lost:
             self.lost.append(ticket_id)
@@ -324,6 +329,9 @@ def make_context(
     def nobody() -> InstanceView:
         raise NoInstance("no Ollama instance is ready")
 
+    async def nobody_comes() -> InstanceView:
+        return nobody()
+
     return ProxyContext(
         controller=controller,
         catalog=catalog,
@@ -334,6 +342,8 @@ def make_context(
         rules=ModelRules(default_context_length=8192),
         endpoint_support=ScriptedAbilities(),
         primary=nobody,
+        ready_primary=nobody_comes,
+        find_model=catalog.facts,
         has_free_slot=lambda _: True,
         debug_headers=False,
         make_handler=asyncio.Protocol,
@@ -362,6 +372,9 @@ async def staged(
             raise NoInstance("no Ollama instance is ready")
         return InstanceView(InstanceSpec(InstanceName("gpu0"), (), upstream.url), InstanceState.READY)
 
+    async def first_ready() -> InstanceView:
+        return first()
+
     quiet = logging.Logger("quiet")  # clients that leave are what these tests are about
     quiet.addHandler(logging.NullHandler())
     library = web.Server(
@@ -379,6 +392,7 @@ async def staged(
         rules=rules,
         endpoint_support=ScriptedAbilities(),
         primary=first,
+        ready_primary=first_ready,
         make_handler=library,
     )
     proxy = ProxyServer(context)

@@ -206,3 +206,20 @@ async def test_the_servers_words_for_a_request_without_a_model_get_our_code(
         assert stage.request_log.entries[0][0].error_code == code
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert (reply.body, reply.header("X-Llamayard-Error")) == (b"words", None)
+
+
+@pytest.mark.parametrize(("pieces", "waited"), [((), 10.0), ((_HEAD + _LINE,), 10.0), ((), 1.0)])
+async def test_a_client_that_gives_up_reports_how_long_it_saw_nothing(pieces: tuple[bytes, ...], waited: float) -> None:
+    async with staged(limits=replace(LIMITS, first_byte_timeout_seconds=600.0, idle_timeout_seconds=600.0)) as stage:
+        stage.upstream.script = then_waiting(*pieces)
+        start = stage.controller.now()
+        stage.controller.clock = lambda: start
+        async with connect(stage.address) as leaving:
+            await leaving.send(request_bytes("POST", "/api/generate", _ASK))
+            await eventually(lambda: stage.controller.held and stage.upstream.open, what="a generation")
+            if pieces:
+                await leaving.head()
+            stage.controller.clock = lambda: start + waited
+            leaving.abort()
+            await rests(stage)
+        assert stage.controller.silent == ([waited] if waited >= 5.0 else [])

@@ -14,9 +14,11 @@ from router.domain.actions import (
     Action,
     Grant,
     Load,
+    Notice,
     ReadGpus,
     Reject,
     Remember,
+    RestartInstance,
     StartInstance,
     StopInstance,
     Unload,
@@ -124,7 +126,12 @@ class Play:
     loads_sent: int = 0
     starting: list[InstanceName] = field(default_factory=list[InstanceName])
     """Instances that were requested and are not ready yet."""
+    lost: set[GpuUuid] = field(default_factory=set[GpuUuid])
+    """GPUs that cannot be read."""
     stopped: list[InstanceName] = field(default_factory=list[InstanceName])
+    restarting: list[InstanceName] = field(default_factory=list[InstanceName])
+    """To be restarted, and still running."""
+    notices: list[Notice] = field(default_factory=list[Notice])
     remembered: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
     last: list[Action] = field(default_factory=list[Action])
     _twins: tuple[Dispatcher, Dispatcher] = field(init=False)
@@ -171,7 +178,11 @@ class Play:
         return self.post(GpusRead(tuple(self._gpu(number, progress) for number in range(self.gpus)), self.now))
 
     def change_instance(self, name: str, state: InstanceState, reason: str = "") -> list[Action]:
-        spec = self.specs[InstanceName(name)]
+        spec, draining = self.specs[InstanceName(name)], self._twins[0]._fleet.restarts_due
+        if state is InstanceState.READY and (name in draining or name in self.restarting):
+            self.change_instance(name, InstanceState.BACKOFF)  # its server has ended before
+        if name in self.restarting:
+            self.restarting.remove(InstanceName(name))
         if state not in (InstanceState.READY, InstanceState.DRAINING):
             self._lose(InstanceName(name))
         return self.post(InstanceChanged(spec, state, reason))
@@ -209,9 +220,11 @@ class Play:
         self.endings[ticket] = None
         return self.post(Cancelled(ticket))
 
-    def release(self, ticket: TicketId, *, runner_lost: bool = False) -> list[Action]:
+    def release(self, ticket: TicketId, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> list[Action]:
+        """The request ends: answered in full, or given up by its client after so much silence."""
         del self.leases[ticket]
-        return self.post(Released(ticket, runner_lost))
+        first_byte_at = None if runner_lost or silent_seconds else self.now
+        return self.post(Released(ticket, runner_lost, 0, first_byte_at, silent_seconds))
 
     def finish_load(self, load: LoadId, on_cpu: int = 0) -> list[Action]:
         """Ends a load successfully, with `on_cpu` of its bytes on the CPU."""
@@ -254,6 +267,14 @@ class Play:
             self.dead.add(key)
         return self.list_models(key[0])
 
+    def finish_restarts(self) -> None:
+        """Servers that are to be restarted have ended, and those that are always there answer again."""
+        for name in list(self.restarting):
+            if self.specs[name].on_demand:
+                self.change_instance(name, InstanceState.STOPPED)
+            else:
+                self.change_instance(name, InstanceState.READY)
+
     # --- steps -------------------------------------------------------------------------------------------------
 
     def work_through(self, rounds: int = 30) -> None:
@@ -265,6 +286,7 @@ class Play:
                 self.finish_unload(key)
             for load in list(self.loads):
                 self.finish_load(load)
+            self.finish_restarts()
             self.now += 0.1
             self.read_gpus()
             if not self.loads and not self.unloads:
@@ -331,6 +353,10 @@ class Play:
             case StopInstance():
                 assert all(key[0] != action.instance for key in self.held), "an instance is stopped that holds memory"
                 self.stopped.append(action.instance)
+            case RestartInstance():
+                self.restarting.append(action.instance)
+            case Notice():
+                self.notices.append(action)
             case Remember():
                 self.remembered[action.footprint.key] = action.footprint.per_gpu_bytes
             case ReadGpus():
@@ -389,7 +415,8 @@ class Play:
         loading = {(load.instance, load.model.blob) for load in self.loads.values()}
         ours = sum(int(sizes.get(gpu, 0) * (progress if key in loading else 1.0)) for key, sizes in self.held.items())
         used = self.external[gpu] + ours
-        return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used)
+        error = "GPU is lost" if gpu in self.lost else None
+        return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used, error=error)
 
 
 def with_policy(policy: Policy, **changes: object) -> Policy:

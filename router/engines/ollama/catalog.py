@@ -18,8 +18,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import structlog
+
 from router.domain.model import BlobDigest, ModelFacts
-from router.engines.ollama.client import OllamaError
+from router.engines.ollama.client import OllamaError, TagRow
 from router.engines.ollama.model_listing import Listed, Listing, Store, key_of
 from router.engines.ollama.model_metadata import needs_verbose, read_facts
 
@@ -45,6 +47,13 @@ class Catalog:
         """Memo of `known`, so that a name is parsed once; emptied whenever `_known` changes."""
         self._seen: dict[str, ModelFacts] = {}
         """By digest of the manifest, including those that no name means any more."""
+        self._without_facts: dict[str, str] = {}
+        """Names without facts (a cloud model's stub), each with the digest that was looked at."""
+        self._unknown_digests: set[str] = set()
+        """Digests that servers have loaded and no name stands for, since the list was last read."""
+        self._warned: set[str] = set()
+        """Digests of opaque models that were reported."""
+        self._log = structlog.get_logger("router.catalog")
         self._fetches: dict[str, asyncio.Task[ModelFacts | None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._readings = _Readings(self._read_rows, self._start)
@@ -54,6 +63,10 @@ class Catalog:
     def read_at(self) -> float | None:
         """When the last complete reading of the stores began; None before the first."""
         return self._read_at
+
+    def unheard(self) -> tuple[str, ...]:
+        """Attached servers whose models are not known, because they have not answered since the start."""
+        return self._listing.unheard()
 
     def known(self, name: str) -> ModelFacts | None:
         """Cached facts of a name in any form; None if they are not cached."""
@@ -77,6 +90,8 @@ class Catalog:
             return None
         if key in self._known:
             return self._known[key]
+        if key in self._without_facts:
+            return None
         running = self._fetches.get(key)
         if running is not None:
             facts = await asyncio.shield(running)
@@ -94,8 +109,13 @@ class Catalog:
         cached = self.seen(digest)
         if cached is not None:
             return cached
+        if digest in self._unknown_digests:
+            return None
         facts = await self.facts(name)
-        return facts if facts is not None and facts.digest == digest else None
+        if facts is not None and facts.digest == digest:
+            return facts
+        self._unknown_digests.add(digest)
+        return None
 
     def seen(self, digest: str) -> ModelFacts | None:
         """Cached facts of a digest; None if it was never read."""
@@ -126,6 +146,10 @@ class Catalog:
         rows = await asyncio.shield(self._readings.begin())
         if rows is None:
             return
+        self._unknown_digests.clear()
+        for key, digest in list(self._without_facts.items()):
+            if key not in rows or rows[key].row.digest != digest:
+                del self._without_facts[key]
         for key, facts in list(self._known.items()):
             listed = rows.get(key)
             if listed is None or listed.row.digest != facts.digest:
@@ -142,7 +166,8 @@ class Catalog:
 
     def forget_all(self) -> None:
         """Drops all cached facts, after changes of the store that may affect any name (copy, create)."""
-        for key in {*self._known, *self._fetches}:
+        self._unknown_digests.clear()
+        for key in {*self._known, *self._without_facts, *self._fetches}:
             self._forget(key)
 
     async def close(self) -> None:
@@ -153,6 +178,7 @@ class Catalog:
 
     def _forget(self, key: str) -> None:
         self._known.pop(key, None)
+        self._without_facts.pop(key, None)
         self._by_written_name.clear()
         self._fetches.pop(key, None)
 
@@ -167,6 +193,7 @@ class Catalog:
             listed = None if rows is None else rows.get(key)
             facts = None if listed is None else await self._fetch_facts(listed)
             if facts is not None:
+                self._warn_of_opaque(facts)
                 self._remember_digest(facts)
                 if self._fetches.get(key) is task:
                     self._known[key] = facts
@@ -176,6 +203,12 @@ class Catalog:
             if self._fetches.get(key) is task:
                 del self._fetches[key]
 
+    def _warn_of_opaque(self, facts: ModelFacts) -> None:
+        if facts.is_opaque and facts.digest not in self._warned:
+            self._warned.add(facts.digest)
+            why = "its server does not describe its weights; it is placed by their size until it was measured"
+            self._log.warning("model_format_unknown", model=facts.name, digest=facts.digest, reason=why)
+
     def _remember_digest(self, facts: ModelFacts) -> None:
         self._seen[facts.digest] = facts
         while len(self._seen) > _SEEN_DIGESTS_MAX:
@@ -184,7 +217,7 @@ class Catalog:
     async def _fetch_facts(self, listed: Listed) -> ModelFacts | None:
         client, row = listed.client, listed.row
         if row.remote_host:
-            return None
+            return self._remember_stub(row)
         try:
             reply = await client.show(row.name)
             if needs_verbose(reply):
@@ -194,7 +227,14 @@ class Catalog:
                 return None
             raise
         facts = read_facts(row, reply)
-        return facts and replace(facts, is_shared=listed.is_shared, attached_on=listed.attached_on)
+        if facts is None:
+            return self._remember_stub(row)
+        return replace(facts, is_shared=listed.is_shared, attached_on=listed.attached_on)
+
+    def _remember_stub(self, row: TagRow) -> None:
+        key = key_of(row.name)
+        if key is not None:
+            self._without_facts[key] = row.digest
 
     async def _read_rows(self) -> Mapping[str, Listed] | None:
         began_at = self._clock()

@@ -63,7 +63,7 @@ class OllamaDriver:
         names: Names,
         snapshot: Callable[[], Snapshot],
         writing: asyncio.Lock,
-        unload_timeout_seconds: float = 60.0,
+        unload_timeout_seconds: float = 30.0,
     ) -> None:
         """`writing` is held during changes of the shared store. `unload_timeout_seconds`: limit for one unload."""
         self._client_for = client_for
@@ -183,8 +183,8 @@ def is_temporary_tag(name: str) -> bool:
 
 
 def _layers(load: Load) -> int | None:
-    """All layers and the output layer; None on the CPU, or if the Modelfile sets `num_gpu`."""
-    if not load.expects_gpu or sets_num_gpu(load.model):
+    """All layers and the output layer; None on the CPU, if the Modelfile sets `num_gpu`, or if they are unknown."""
+    if not load.expects_gpu or load.model.is_opaque or sets_num_gpu(load.model):
         return None
     return load.model.layers + 1
 

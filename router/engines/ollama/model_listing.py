@@ -80,6 +80,11 @@ class Listing:
             _add(listed, rows, client, name)
         return listed
 
+    def unheard(self) -> tuple[InstanceName, ...]:
+        """Attached servers that have never answered."""
+        names = (store.attached for store in self._stores())
+        return tuple(name for name in names if name is not None and name not in self._last)
+
     async def _read_attached(self, name: InstanceName, client: OllamaClient | None) -> OllamaError | None:
         """Reads the list of an attached server. If that fails, returns the error and keeps the last list."""
         if client is None:

@@ -22,6 +22,8 @@ _T = TypeVar("_T")
 _Info = Mapping[str, msgspec.Raw]
 
 _WEIGHTS_LINE = re.compile(r"^FROM .*sha256[-:]([0-9a-f]{64})\"?\s*$", re.MULTILINE)
+_STUB_BYTES_MAX = 1 << 20
+"""A model of this size has no weights of its own."""
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 _INPUT_PARTS = frozenset({"token_embd", "position_embd", "token_types", "token_norm_embd"})
@@ -59,11 +61,13 @@ def needs_verbose(reply: ShowReply) -> bool:
 def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
     """The facts of a model; None for one that has no weights here (a cloud model's stub).
 
+    Weights in a format that the server does not describe (no `FROM` line of a blob, as with safetensors) are opaque:
+    known by their manifest, with an unknown number of layers.
     `weights_bytes` is the size in `/api/tags`, which also counts the template, parameters and licence: kilobytes.
     `input_bytes` is 0 for a model without an output layer of its own: the embedding table then is on the GPUs too.
     """
     blob = _WEIGHTS_LINE.search(reply.modelfile)
-    if blob is None or tag.remote_host:
+    if tag.remote_host or (blob is None and tag.size < _STUB_BYTES_MAX):
         return None
     info, tensors = reply.model_info or {}, reply.tensors or ()
     kind = _architecture(info)
@@ -79,10 +83,10 @@ def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
     return ModelFacts(
         name=tag.name,
         digest=tag.digest,
-        blob=BlobDigest(f"sha256:{blob[1]}"),
+        blob=BlobDigest(f"sha256:{blob[1]}" if blob is not None else f"manifest:{tag.digest}"),
         weights_bytes=tag.size,
         architecture=kind,
-        layers=layers,
+        layers=0 if blob is None else layers,
         embedding_length=width,
         head_count=head_count,
         head_count_kv=_kv_heads(info, kind, heads, layers),
@@ -106,6 +110,7 @@ def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
         is_embedding=is_embedding,
         input_bytes=input_bytes,
         output_bytes=output_bytes,
+        is_opaque=blob is None,
     )
 
 

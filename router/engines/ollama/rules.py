@@ -56,7 +56,7 @@ class OllamaRules:
         return footprint_estimator.footprint_key(model, spec, context_length, version)
 
     def sets_own_layers(self, model: ModelFacts) -> bool:
-        return runner_options.sets_num_gpu(model)
+        return model.is_opaque or runner_options.sets_num_gpu(model)
 
     def explain_override(self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
         return offload_rules.explain_override(model, spec, context_length, snapshot)

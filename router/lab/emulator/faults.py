@@ -8,6 +8,8 @@ for servers that see that GPU) and `model` (a name) limit the scope; the other k
 - `die`: runners kill themselves during their next answer;
 - `oom`: loads fail with out of memory, as if another program had taken the memory in between;
 - `lose_slot`: the slot of a client that disconnects mid-stream leaks until the model is unloaded;
+- `unload`: `refuse` (requests to unload are answered with 500) or `ignore` (answered, but the model stays listed, as in
+  Ollama's "Stopping..."); the model stays loaded until its server ends;
 - `server`: `hang` (accepts connections but never answers), `die` (exit status 1), or `refuse_start`.
 
 This module only reads and matches rules; others apply them.
@@ -25,8 +27,9 @@ from router.domain.model_names import parse_name
 from router.lab.emulator import vram
 
 FILE = "faults.json"
-_KEYS = frozenset({"instance", "gpu", "model", "slow", "hang", "die", "oom", "lose_slot", "server"})
+_KEYS = frozenset({"instance", "gpu", "model", "slow", "hang", "die", "oom", "lose_slot", "unload", "server"})
 _SERVER_FAULTS = ("hang", "die", "refuse_start")
+_UNLOAD_FAULTS = ("refuse", "ignore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Fault:
     die: bool = False
     oom: bool = False
     lose_slot: bool = False
+    unload: str | None = None
     server: str | None = None
 
 
@@ -53,6 +57,7 @@ class Behaviour:
     die: bool = False
     oom: bool = False
     lose_slot: bool = False
+    unload: str | None = None
 
 
 def read_faults(directory: Path | None) -> tuple[Fault, ...]:
@@ -85,6 +90,8 @@ def _fault(rule: Any) -> Fault:
         raise ValueError(f"{FILE}: no key {min(unknown)!r}; valid keys: {', '.join(sorted(_KEYS))}")
     if fields.get("server") not in (None, *_SERVER_FAULTS):
         raise ValueError(f"{FILE}: server: {fields['server']!r} is none of {', '.join(_SERVER_FAULTS)}")
+    if fields.get("unload") not in (None, *_UNLOAD_FAULTS):
+        raise ValueError(f"{FILE}: unload: {fields['unload']!r} is none of {', '.join(_UNLOAD_FAULTS)}")
     slow = fields.get("slow", 1.0)
     if isinstance(slow, bool) or not isinstance(slow, int | float) or not slow > 0:
         raise ValueError(f"{FILE}: slow: expected a number above 0, got {slow!r}")
@@ -117,6 +124,7 @@ def behaviour(faults: Iterable[Fault], instance: str, gpus: Iterable[str], model
         die=any(fault.die for fault in matching),
         oom=any(fault.oom for fault in matching),
         lose_slot=any(fault.lose_slot for fault in matching),
+        unload=next((fault.unload for fault in matching if fault.unload), None),
     )
 
 

@@ -136,7 +136,11 @@ async def chat(service: Service, request: Request, sink: Sink, body: Mapping[str
 
 
 async def _unload(context: _GenerationContext) -> None:
-    context.service.scheduler.expire(context.stored.weights.digest)
+    fault = context.service.behaviour(context.stored.name.shortest).unload
+    if fault == "refuse":
+        raise ApiError(500, "the model cannot be unloaded")
+    if fault is None:
+        context.service.scheduler.expire(context.stored.weights.digest)
     await context.sink.single(200, context.answer(**context.text(""), done=True, done_reason="unload"))
 
 

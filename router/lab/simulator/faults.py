@@ -1,4 +1,4 @@
-"""Fault injection: crashed servers, lost or throttled GPUs, external VRAM use and slow disks.
+"""Fault injection: crashed servers, failing unloads, lost or throttled GPUs, external VRAM use and slow disks.
 
 Clients that hang up are part of the workload instead (`Turn.hang_up_after_seconds`).
 """
@@ -23,6 +23,8 @@ class FaultKind(StrEnum):
     """The `target`-th GPU is throttled: it takes `amount` times as long for `seconds`."""
     EXTERNAL = "foreign"
     """Another program allocates a share `amount` of the `target`-th GPU's memory, if free, for `seconds`."""
+    STUCK = "unloads fail"
+    """The `target`-th server fails every unload for `seconds`; the baselines' servers unload by themselves."""
     SLOW_DISK = "slow disk"
     """The disk reads at `amount` times its normal rate for `seconds`."""
 
@@ -41,6 +43,10 @@ class FaultTarget(Protocol):
 
     def server_died(self, index: int) -> None:
         """Crashes one server; `index` is taken modulo the number of servers."""
+        ...
+
+    def unloads_fail(self, index: int, *, is_failing: bool) -> None:
+        """Makes the unloads of one server fail, or succeed again; `index` as in `server_died`."""
         ...
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
@@ -81,6 +87,10 @@ def _callbacks(machine: Machine, baseline: FaultTarget, fault: Fault) -> tuple[C
             )
         case FaultKind.EXTERNAL:
             return _external_allocation(machine, gpu.uuid, int(gpu.usable_bytes * fault.amount))
+        case FaultKind.STUCK:
+            return (lambda: baseline.unloads_fail(fault.target, is_failing=True)), (
+                lambda: baseline.unloads_fail(fault.target, is_failing=False)
+            )
         case FaultKind.SLOW_DISK:
             return (lambda: machine.transfers.set_disk_factor(fault.amount)), (
                 lambda: machine.transfers.set_disk_factor(1.0)

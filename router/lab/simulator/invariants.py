@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from router.domain.actions import Action, Grant, Reject, Unload
-from router.domain.events import Event, Released, UnloadRequested
+from router.domain.events import Event, Released, UnloadFinished, UnloadRequested
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceState
 from router.domain.request import Ticket, TicketId
-from router.domain.residency import ResidencyKey, ResidencyState
+from router.domain.residency import STUCK_AFTER_FAILURES, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
@@ -53,6 +53,8 @@ class Invariants:
         self._progress_at = 0.0
         self._decided: set[TicketId] = set()
         self._grants: dict[TicketId, ResidencyKey] = {}
+        self._failed_unloads: Counter[tuple[ResidencyKey, float]] = Counter()
+        """By replica and when it was loaded."""
 
     def watch(self, router: ObservedRouter, machine: Machine) -> None:
         self._router, self._machine = router, machine
@@ -64,6 +66,8 @@ class Invariants:
             return
         if isinstance(event, Released):
             self._grants.pop(event.ticket_id, None)
+        if isinstance(event, UnloadFinished):
+            self._count_unload(router, event, now)
         for action in actions:
             match action:
                 case Unload():
@@ -103,6 +107,16 @@ class Invariants:
         is_allowed = isinstance(event, UnloadRequested) or (isinstance(event, Released) and event.runner_lost)
         if running and not is_allowed:
             raise InvariantError(f"{now:.3f}: {unload.instance} unloads busy {unload.model.name}: {unload.reason}")
+
+    def _count_unload(self, router: ObservedRouter, event: UnloadFinished, now: float) -> None:
+        """No unload fails for ever: a server that fails the second one is restarted."""
+        key = (event.instance, event.blob)
+        residency = router.snapshot().residencies.get(key)
+        if event.error is None or residency is None:
+            return
+        self._failed_unloads[key, residency.loaded_at] += 1
+        if self._failed_unloads[key, residency.loaded_at] > STUCK_AFTER_FAILURES:
+            raise InvariantError(f"{now:.3f}: the unload of {residency.name} from {key[0]} keeps failing")
 
     def _check_gpus(self, router: ObservedRouter, snapshot: Snapshot, now: float) -> None:
         """Memory really held plus reservations of loads that are not settled yet never exceed a GPU.

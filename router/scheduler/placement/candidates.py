@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from router.domain.gpu import Gpu, GpuUuid
-from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.policy import Pin
 from router.domain.request import Layout
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import instances_over, memoise, residencies_of, residencies_on
+from router.domain.snapshot_index import instances_over, lost_gpus, memoise, residencies_of, residencies_on
 
-ALIVE = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.BACKOFF})
+_MAY_COME_BACK = frozenset({InstanceState.STARTING, InstanceState.BACKOFF, InstanceState.DRAINING})
 
 _WIDE_GPUS_MAX = 10
 """Sets of several GPUs are formed from at most this many GPUs, those with the most free memory: at most 252 sets."""
@@ -66,9 +66,22 @@ class Bounds:
         return not pin.spread or len(gpus) > 1
 
 
+def is_alive(snapshot: Snapshot, view: InstanceView) -> bool:
+    """Whether the instance serves, or is expected to soon: requests wait for it."""
+    if view.state not in _MAY_COME_BACK:
+        return view.state is InstanceState.READY
+    if lost_gpus(snapshot.gpus, view.spec):
+        return False
+    since, constants = view.down_since, snapshot.policy.constants
+    if view.state is InstanceState.DRAINING and (since is None or view.spec.on_demand):
+        return False
+    grace = constants.attached_grace_seconds if view.spec.attached else constants.restart_grace_seconds
+    return since is None or snapshot.now - since < grace
+
+
 def has_gpus(snapshot: Snapshot) -> bool:
     """Returns True if any instance uses GPUs; the CPU is then used only by models pinned to it."""
-    return any(view.spec.gpus for view in snapshot.instances.values() if view.state in ALIVE) or (
+    return any(view.spec.gpus for view in snapshot.instances.values()) or (
         snapshot.policy.instances_on_demand and bool(snapshot.gpus)
     )
 
@@ -79,7 +92,7 @@ def sizes(snapshot: Snapshot) -> list[int]:
 
 
 def _sizes(snapshot: Snapshot) -> list[int]:
-    found = {len(view.spec.gpus) for view in snapshot.instances.values() if view.state in ALIVE}
+    found = {len(view.spec.gpus) for view in snapshot.instances.values() if is_alive(snapshot, view)}
     if snapshot.policy.instances_on_demand:
         found |= set(range(1, len(_usable(snapshot)) + 1))
     return sorted(size for size in found if size or not has_gpus(snapshot))
@@ -112,7 +125,7 @@ def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
 def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
     """The GPU sets of existing instances, then, with on-demand instances, all others of this size."""
     for view in snapshot.instances.values():
-        if len(view.spec.gpus) == size and view.state in ALIVE:
+        if len(view.spec.gpus) == size and is_alive(snapshot, view):
             yield view.spec.gpus
     if snapshot.policy.instances_on_demand and size:
         gpus = _usable(snapshot)
@@ -129,7 +142,7 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
     """The instances over exactly these GPUs; with on-demand instances, the best empty one or a new one."""
     over = instances_over(snapshot, frozenset(gpus))
-    there = [view for view in over if view.state in ALIVE and view.spec.engine == bounds.engine]
+    there = [view for view in over if is_alive(snapshot, view) and view.spec.engine == bounds.engine]
     there = [view for view in there if _gives_context(snapshot, view.spec, bounds.default_context)]
     pin = bounds.pin
     if not (snapshot.policy.instances_on_demand and gpus):

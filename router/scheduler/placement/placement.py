@@ -22,11 +22,11 @@ from router.domain.snapshot import Estimate, Failure, Snapshot
 from router.domain.snapshot_index import gpus_of, promised, replicas_of, residencies_of, residencies_on
 from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
 from router.scheduler.placement.candidates import (
-    ALIVE,
     Bounds,
     Candidate,
     against_preferences,
     candidates_of_size,
+    is_alive,
     is_exclusive_to,
     new_candidates,
     sizes,
@@ -34,6 +34,7 @@ from router.scheduler.placement.candidates import (
 from router.scheduler.placement.cost import fewer_slots_price, service_seconds, swap_price
 from router.scheduler.placement.eviction import choose_evictions, evictable, is_pinned, pin_of, price_of
 from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
+from router.scheduler.placement.unavailable import explain_unavailable
 
 Need = tuple[tuple[GpuUuid, int], ...]
 _Preference = tuple[int, int, int, int, float, float, int, int, str]
@@ -137,7 +138,7 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
     )
     if bounds.pin is not None and bounds.pin.cpu:
         return _on_cpu(snapshot, request, bounds)
-    alive = [view.spec for view in snapshot.instances.values() if view.state in ALIVE]
+    alive = [view.spec for view in snapshot.instances.values() if is_alive(snapshot, view)]
     if not any(spec.engine == model.engine for spec in alive):
         title = snapshot.engines[model.engine].title
         return NoFit("no_instance", f"no {title} instance is running: " + explain_states(snapshot))
@@ -147,7 +148,7 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
     tried: list[_SizedCandidate] = []
     for fewer_slots in (False, True):
         for size in sizes(snapshot):
-            candidates = [c for c in candidates_of_size(snapshot, size, bounds) if model.is_on(c.spec)]
+            candidates = [c for c in candidates_of_size(snapshot, size, bounds) if _may_load(snapshot, c, model)]
             sized_candidates = [
                 _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
             ]
@@ -160,6 +161,9 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
                 return _next_to_others(snapshot, estimate, size, bounds, request, decision) or decision
             tried += [] if fewer_slots else sized_candidates
         bounds = replace(bounds, only_new=True)
+    gone = explain_unavailable(snapshot, estimate, model, request.options, replace(bounds, only_new=False))
+    if gone is not None:
+        return NoFit("no_instance", f"model '{model.name}' fits nowhere now: {gone}")
     return _nowhere(snapshot, tried, request)
 
 
@@ -170,6 +174,12 @@ def _on_cpu(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> De
     if not candidates:
         return NoFit("model_too_large", f"model '{request.model.name}' is pinned to the CPU and no instance runs there")
     return _among(snapshot, [_SizedCandidate(candidate, ()) for candidate in candidates], request)
+
+
+def _may_load(snapshot: Snapshot, candidate: Candidate, model: ModelFacts) -> bool:
+    """Whether the server has the model, and no replica of it that it fails to unload."""
+    here = snapshot.residencies.get((candidate.spec.name, model.blob))
+    return model.is_on(candidate.spec) and not (here is not None and here.is_stuck)
 
 
 def _candidate(

@@ -51,7 +51,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
         found = place(snapshot, estimate, attempt)
         if isinstance(found, NoFit) and attempt.default_context is not None and not _is_widened(head):
             found = place(snapshot, estimate, replace(attempt, default_context=None))
-        if not isinstance(found, NoFit) or found.code != "model_too_large":
+        if not isinstance(found, NoFit) or found.code not in ("model_too_large", "no_instance"):
             return _without_swaps(snapshot, estimate, found, to_try[index + 1 :]) or found
         decision = decision or found
     assert decision is not None

@@ -12,7 +12,7 @@ from router.scheduler.state import FleetState
 
 def next_wake(fleet: FleetState, queue: WaitQueue, retry_at: float) -> float | None:
     """When the dispatcher has to run even without an event; None for never. `retry_at`: next search of the queue."""
-    times = list(_expiries(fleet, queue))
+    times = [*_expiries(fleet, queue), *fleet.restarts_due.values()]
     timeout = next_timeout(fleet)
     if timeout is not None:
         times.append(timeout)

@@ -12,7 +12,7 @@ from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Estimate, Snapshot
 from router.scheduler.placement.candidates import is_empty
 from router.scheduler.placement.cost import rate_of
-from router.scheduler.placement.placement import Placed, PlacementRequest, place
+from router.scheduler.placement.placement import Decision, Placed, PlacementRequest, place
 from router.scheduler.state import FleetState
 
 _WORTH_A_LOAD_PER_SECOND = 1 / 240
@@ -72,6 +72,19 @@ def _want(snapshot: Snapshot, model: ModelFacts) -> PlacementRequest:
     price = float("inf") if _is_pinned_warm(snapshot, model) else 0.0
     options = snapshot.engines[model.engine].default_options(model, pin, snapshot.policy.context_length)
     return PlacementRequest(model, options, price_max=price)
+
+
+def missing_warm(snapshot: Snapshot, models: Mapping[str, ModelFacts]) -> Iterator[ModelFacts]:
+    """Yields the models that are pinned warm and neither loaded nor on their way, each of the same weights once."""
+    coming = {r.blob for r in snapshot.residencies.values() if r.state is not ResidencyState.UNLOADING}
+    for model in {model.blob: model for model in models.values()}.values():
+        if model.blob not in coming and _is_pinned_warm(snapshot, model):
+            yield model
+
+
+def place_warm(snapshot: Snapshot, estimate: Estimate, model: ModelFacts) -> Decision:
+    """A place for a model that is pinned warm, at any price for those that are not."""
+    return place(snapshot, estimate, _want(snapshot, model))
 
 
 def anticipate(

@@ -13,7 +13,7 @@ from router.domain.model import BlobDigest
 from router.domain.residency import ResidencyKey, ResidencyState, is_spill
 from router.domain.snapshot import Failure
 from router.scheduler.placement.eviction import is_pinned
-from router.scheduler.reconcile import reservations
+from router.scheduler.reconcile import reservations, stuck_unloads
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState, expiry
 
@@ -28,8 +28,7 @@ def apply_to_loads(
             _load_failed(fleet, event, now)
             return [ReadGpus()]
         case UnloadFinished():
-            _unload_finished(fleet, event, now)
-            return [ReadGpus()]
+            return [*_unload_finished(fleet, event, now), ReadGpus()]
         case UnloadRequested():
             return _unload_asked(fleet, event, now)
 
@@ -41,12 +40,17 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     fleet.version += 1
     if event.spec.on_demand and event.state is InstanceState.STOPPED:
         fleet.instances.pop(name, None)
+        fleet.restarts_due.pop(name, None)
         fleet.forget_instance(name)
         return
     siblings = [view for view in fleet.instances.values() if view.spec.engine == event.spec.engine]
     if version is not None and not any(view.version for view in siblings):
         reservations.drop_all(fleet)  # sizes and splits were guessed without the server's version
-    fleet.put_instance(InstanceView(event.spec, event.state, version, event.reason))
+    if event.state is InstanceState.READY and fleet.first_ready_at is None:
+        fleet.first_ready_at = now
+    down_since = _down_since(before, event.state, now)
+    fleet.put_instance(InstanceView(event.spec, event.state, version, event.reason, down_since))
+    fleet.restarts_due.pop(name, None)
     if event.spec.on_demand and event.state in (InstanceState.BACKOFF, InstanceState.FATAL):
         fleet.start_failed(frozenset(event.spec.gpus), now)
     if event.state in (InstanceState.READY, InstanceState.DRAINING):
@@ -56,6 +60,13 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
     if any(key[0] == name for key in fleet.replicas):
         fleet.memory_changed(now)  # the last reading of the GPUs still shows what it held
     fleet.forget_instance(name)
+
+
+def _down_since(before: InstanceView | None, state: InstanceState, now: float) -> float | None:
+    starts_first = before is None or (before.down_since is None and before.state is not InstanceState.READY)
+    if state is InstanceState.READY or (state is InstanceState.STARTING and starts_first):
+        return None
+    return now if before is None or before.down_since is None else before.down_since
 
 
 def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[Action]:
@@ -117,20 +128,19 @@ def _remember_failure(
     fleet.remember_failure(Failure(key[0], key[1], options, status, message, now, is_lost, is_spilled))
 
 
-def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> None:
+def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> list[Action]:
     key = (event.instance, event.blob)
     residency = fleet.residencies.get(key)
     if residency is None or residency.state is not ResidencyState.UNLOADING:
-        return
+        return []
     fleet.memory_changed(now)
     if event.error is not None:
-        # It stays out of use, which a model that spilled has to, and is tried again without haste.
-        fleet.update(key, expires_at=now + fleet.policy.constants.room_timeout_seconds)
-        return
+        return stuck_unloads.unload_failed(fleet, key, event.error, now)
     fleet.touched(event.instance)
     fleet.update(key, unloaded_at=now)
     if not residency.per_gpu_bytes:
         fleet.forget(key)
+    return []
 
 
 def _unload_asked(fleet: FleetState, event: UnloadRequested, now: float) -> list[Action]:

@@ -271,3 +271,41 @@ async def test_all_names_of_the_same_weights_are_read_live() -> None:
         await store.catalog.refresh()
         assert await store.catalog.names_of(tiny.blob) == ("alias:latest",)
         assert await store.catalog.names_of(BlobDigest("sha256:other")) == ()
+
+
+async def test_a_model_whose_weights_are_not_described_is_known_by_its_manifest_and_asked_for_once() -> None:
+    async with _store() as store:
+        rows = [{"name": "odd:latest", "digest": "one", "size": 9_000_000_000}]
+        store.server.answers["/api/tags"] = lambda _: web.json_response({"models": rows})
+        store.server.answers["/api/show"] = lambda _: web.json_response(
+            {"modelfile": "FROM odd:latest", "model_info": {}}
+        )
+        first = await store.catalog.facts("odd")
+        assert first is not None
+        assert (first.is_opaque, first.blob, first.layers, first.weights_bytes) == (
+            True, "manifest:one", 0, 9_000_000_000,
+        )  # fmt: skip
+        assert await store.catalog.facts("odd:latest") is first
+        assert (store.asked("/api/tags"), store.asked("/api/show")) == (1, 1)
+
+
+async def test_a_cloud_models_stub_is_looked_for_again_only_when_it_changed() -> None:
+    async with _store() as store:
+        rows = [{"name": "big:cloud", "digest": "one", "size": 300, "remote_host": "https://ollama.com"}]
+        store.server.answers["/api/tags"] = lambda _: web.json_response({"models": rows})
+        for _ in range(3):
+            assert await store.catalog.facts("big:cloud") is None
+        assert store.asked("/api/tags") == 1
+        store.holds("big:cloud", digest="two")
+        await store.catalog.refresh()
+        assert await store.catalog.facts("big:cloud") is not None
+
+
+async def test_what_a_server_has_loaded_and_no_name_stands_for_is_looked_for_once_a_reading() -> None:
+    async with _store() as store:
+        for _ in range(3):
+            assert await store.catalog.facts_of("gone:latest", "digest") is None
+        assert store.asked("/api/tags") == 1
+        store.holds("gone:latest", digest="digest")
+        await store.catalog.refresh()
+        assert await store.catalog.facts_of("gone:latest", "digest") is not None

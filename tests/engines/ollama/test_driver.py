@@ -117,7 +117,10 @@ async def test_a_load_requests_all_layers_and_reports_the_listed_sizes() -> None
         assert asked["options"] == {"num_ctx": 2048, "num_gpu": 3}
 
 
-@pytest.mark.parametrize(("of", "expects_gpu"), [(TINY, False), (replace(TINY, parameters=(("num_gpu", "1"),)), True)])
+@pytest.mark.parametrize(
+    ("of", "expects_gpu"),
+    [(TINY, False), (replace(TINY, is_opaque=True), True), (replace(TINY, parameters=(("num_gpu", "1"),)), True)],
+)
 async def test_layers_are_left_alone_without_gpus_and_where_the_model_says_how_many(
     of: ModelFacts, expects_gpu: bool
 ) -> None:

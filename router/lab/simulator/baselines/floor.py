@@ -42,6 +42,9 @@ class Floor:
     def server_died(self, index: int) -> None:
         """Faults do not affect the floor."""
 
+    def unloads_fail(self, index: int, *, is_failing: bool) -> None:
+        """Faults do not affect the floor."""
+
     def gpu_lost(self, uuid: GpuUuid) -> None:
         """Faults do not affect the floor."""
 

@@ -15,9 +15,11 @@ from router.domain.actions import (
     Action,
     Grant,
     Load,
+    Notice,
     ReadGpus,
     Reject,
     Remember,
+    RestartInstance,
     StartInstance,
     StopInstance,
     Unload,
@@ -157,6 +159,11 @@ class Llamayard:
         """Crashes an instance; it restarts with exponential backoff."""
         self._crash(list(self._instances.values())[index % len(self._instances)])
 
+    def unloads_fail(self, index: int, *, is_failing: bool) -> None:
+        """Unloads of an instance fail from now on, or succeed again."""
+        names = sorted(self._instances)
+        self._instances[names[index % len(names)]].fails_unloads = is_failing
+
     def _crash(self, instance: SimInstance) -> None:
         if instance.state is not InstanceState.READY:
             return
@@ -240,7 +247,9 @@ class Llamayard:
                 self._begin_instance(action.spec)
             case StopInstance():
                 self._end_instance(action.instance)
-            case Remember():
+            case RestartInstance():
+                self._restart_instance(action.instance)
+            case Notice() | Remember():
                 pass
             case ReadGpus():
                 self._call_soon(self._read_gpus)
@@ -257,6 +266,13 @@ class Llamayard:
         instance.generation += 1
         instance.server.kill()
         self._call_soon(lambda: self._set_state(instance, InstanceState.STOPPED, "no longer needed"))
+
+    def _restart_instance(self, name: InstanceName) -> None:
+        instance = self._instances[name]
+        if instance.spec.on_demand:
+            self._end_instance(name)
+        else:
+            self._call_soon(lambda: self._crash(instance))
 
     def _grant(self, grant: Grant) -> None:
         open_request = self._open_requests.get(grant.ticket_id)
@@ -303,6 +319,11 @@ class Llamayard:
         )
 
     def _unload(self, unload: Unload) -> None:
+        if self._instances[unload.instance].fails_unloads:
+            failed = UnloadFinished(unload.instance, unload.blob, "500: the server does not unload it")
+            self._machine.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(failed))
+            return
+
         def gone() -> None:
             finished = UnloadFinished(unload.instance, unload.blob)
             self._machine.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(finished))

@@ -66,6 +66,9 @@ class Planned:
     def server_died(self, index: int) -> None:
         """Faults do not affect a plan."""
 
+    def unloads_fail(self, index: int, *, is_failing: bool) -> None:
+        """Faults do not affect a plan."""
+
     def gpu_lost(self, uuid: GpuUuid) -> None:
         """Faults do not affect a plan."""
 

@@ -35,6 +35,9 @@ class StockServer:
         del index
         self._server.kill()
 
+    def unloads_fail(self, index: int, *, is_failing: bool) -> None:
+        """Its servers decide themselves what they unload."""
+
     def gpu_lost(self, uuid: GpuUuid) -> None:
         """Its runners crash; a lost GPU has no free memory, so the server continues with the others."""
         del uuid
@@ -81,6 +84,9 @@ class NginxOverServers:
 
     def server_died(self, index: int) -> None:
         self._upstreams[index % len(self._upstreams)].server.kill()
+
+    def unloads_fail(self, index: int, *, is_failing: bool) -> None:
+        """Its servers decide themselves what they unload."""
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
         for upstream in self._upstreams:

@@ -26,6 +26,8 @@ class SimInstance:
     server: SimServer
     state: InstanceState = InstanceState.STOPPED
     generation: int = 0
+    fails_unloads: bool = False
+    """While a fault makes every unload fail."""
     crash_times: list[float] = field(default_factory=list[float])
     last_list: tuple[LoadedModel, ...] = ()
     """The model list posted last."""

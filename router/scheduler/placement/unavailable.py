@@ -1,0 +1,76 @@
+"""What a model that fits nowhere now could use if it came back: lost GPUs, and servers that are down.
+
+Such a request is to be repeated later, other than one for a model that is too large for the machine. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+
+from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.model import ModelFacts
+from router.domain.request import RunnerOptions
+from router.domain.snapshot import Estimate, Snapshot
+from router.domain.snapshot_index import lost_gpus
+from router.domain.vram_ledger import capacity_bytes
+from router.scheduler.placement.candidates import Bounds
+
+
+def explain_unavailable(
+    snapshot: Snapshot, estimate: Estimate, model: ModelFacts, options: RunnerOptions, bounds: Bounds
+) -> str | None:
+    """What is out of service and could hold the model; None where nothing of it could."""
+    for spec in _down(snapshot, bounds):
+        if (
+            model.is_on(spec)
+            and bounds.allows(snapshot, spec.gpus)
+            and _holds(snapshot, estimate, model, options, spec)
+        ):
+            return _reason(snapshot, spec)
+    return None
+
+
+def _down(snapshot: Snapshot, bounds: Bounds) -> Iterator[InstanceSpec]:
+    """Instances that do not serve, and those that could be started if no GPU were lost."""
+    for view in snapshot.instances.values():
+        if view.state is not InstanceState.READY:
+            yield view.spec
+    like = snapshot.policy.on_demand_like
+    if not snapshot.policy.instances_on_demand or like is None or like.engine != bounds.engine:
+        return
+    gpus = sorted(snapshot.gpus.values(), key=lambda gpu: gpu.index)
+    for size in range(1, len(gpus) + 1):
+        for chosen in combinations(gpus, size):
+            if any(gpu.error is not None for gpu in chosen):
+                tuned = snapshot.engines[like.engine].tuned_for(like, list(chosen))
+                uuids = tuple(gpu.uuid for gpu in chosen)
+                yield replace(tuned, name=InstanceName(""), gpus=uuids, num_parallel=1, on_demand=True)
+
+
+def _holds(
+    snapshot: Snapshot, estimate: Estimate, model: ModelFacts, options: RunnerOptions, spec: InstanceSpec
+) -> bool:
+    context = snapshot.engines[spec.engine].context_length(options, model, spec)
+    needed = estimate(model, spec, context, snapshot)
+    return all(_nominal_bytes(snapshot, gpu) >= size for gpu, size in zip(spec.gpus, needed, strict=True))
+
+
+def _nominal_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
+    """What the GPU could give if it were not lost."""
+    gpu = snapshot.gpus.get(uuid)
+    if gpu is None:
+        return 0
+    if gpu.error is None:
+        return capacity_bytes(snapshot, uuid)
+    return gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0) - snapshot.policy.vram_margin_bytes
+
+
+def _reason(snapshot: Snapshot, spec: InstanceSpec) -> str:
+    lost = lost_gpus(snapshot.gpus, spec)
+    if lost:
+        return ", ".join(f"GPU {gpu.index} is lost ({gpu.error})" for gpu in lost)
+    view = snapshot.instances[spec.name]
+    return f"{spec.name} is {view.state.value}" + (f" ({view.reason})" if view.reason else "")
