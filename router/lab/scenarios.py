@@ -29,6 +29,7 @@ from router.lab.simulator.clairvoyant import search
 from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
 from router.lab.simulator.runner import BaselineFactory, Scenario
+from router.lab.simulator.true_footprint import true_gpu_bytes
 from router.lab.simulator.workload import (
     TRACE,
     Demand,
@@ -39,7 +40,6 @@ from router.lab.simulator.workload import (
     make_sessions,
     read_trace,
 )
-from router.lab.simulator.world import WORLD, true_bytes
 
 _CACHED_SHARE = 0.8
 """Share of host memory used as page cache, as in the emulator."""
@@ -245,7 +245,7 @@ def large_models(scenario: Scenario) -> frozenset[str]:
     return frozenset(
         name
         for name, model in scenario.models.items()
-        if true_bytes(WORLD, model, shape_of(model, config), (model.layers + 1,))[0] > largest_gpu_bytes
+        if true_gpu_bytes(model, shape_of(model, config), (model.layers + 1,))[0] > largest_gpu_bytes
     )
 
 

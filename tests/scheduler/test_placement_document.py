@@ -18,7 +18,7 @@ from router.engines.ollama.memory_estimate import CUDA_CONTEXT_BYTES, LoadParame
 from router.engines.ollama.offload_rules import predict_offload
 from router.lab.scenarios import model_facts
 from router.lab.simulator.server_placement import graph_bytes
-from router.lab.simulator.world import LoadShape
+from router.lab.simulator.true_footprint import LoadShape
 from router.scheduler.placement import cost
 from tests.scheduler.builders import instance, residency, snapshot, ticket, view
 

@@ -118,7 +118,7 @@ class Loader:
         return self._loaded(stored, header, facts, options, ask, chosen_plan, process, session_seconds)
 
     def _plan_or_raise(self, ask: LoadRequest, rooms: Sequence[VisibleGpu]) -> Plan:
-        chosen_plan = plan(self._world, ask, rooms)
+        chosen_plan = plan(ask, rooms)
         if chosen_plan.must_evict:
             raise MustEvictError
         if chosen_plan.error is not None:
@@ -167,7 +167,7 @@ class Loader:
         process: RunnerProcess,
         session_seconds: float,
     ) -> LoadedModel:
-        host, on_gpus = sizes(self._world, ask, chosen_plan.layers)
+        host, on_gpus = sizes(ask, chosen_plan.layers)
         gpus = self._by_gpu(on_gpus)
         runner = options.runner
         if not options.is_batch_given:
@@ -183,7 +183,7 @@ class Loader:
             size_bytes=host + sum(gpus.values()),
             layers=chosen_plan.layers,
             bytes_by_gpu=gpus,
-            believed_by_gpu=self._by_gpu(booked_bytes(self._world, facts, ask.shape, chosen_plan.layers)),
+            believed_by_gpu=self._by_gpu(booked_bytes(facts, ask.shape, chosen_plan.layers)),
             host_bytes=host,
             session_seconds=session_seconds,
             slot_count=ask.shape.slots,
@@ -274,7 +274,7 @@ class Loader:
         ]
         ask = self._placement_request(loaded.facts, options, others)
         loaded.layers = self._plan_or_raise(ask, rooms).layers
-        host, on_gpus = sizes(self._world, ask, loaded.layers)
+        host, on_gpus = sizes(ask, loaded.layers)
         loaded.bytes_by_gpu = loaded.believed_by_gpu = self._by_gpu(
             on_gpus
         )  # Ollama's own engine measures real allocations

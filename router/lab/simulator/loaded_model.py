@@ -14,8 +14,9 @@ from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_f
 from router.lab.simulator.machine import Machine, ResidencySpan
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timer
+from router.lab.simulator.true_footprint import LoadShape, true_gpu_bytes, true_host_bytes
 from router.lab.simulator.weight_transfer import Transfer
-from router.lab.simulator.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
+from router.lab.simulator.world import speed
 
 _DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
@@ -96,22 +97,19 @@ class ModelRunner:
         shape: LoadShape,
     ) -> ModelRunner:
         """Creates a runner for this layout; its memory is not allocated yet."""
-        bytes_per_gpu = true_bytes(machine.world, model, shape, layers)
+        bytes_per_gpu = true_gpu_bytes(model, shape, layers)
         used_gpus = tuple(uuid for uuid, count in zip(gpus, layers, strict=True) if count > 0)
         facts = [machine.ledger.by_uuid[uuid].facts for uuid in gpus]
         share = machine.active_shares.get(model.name, 1.0)
         runner_speed = speed(machine.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
-        cpu_layers = max(0, model.layers + 1 - sum(layers))
         return cls(
             machine=machine,
             server=server,
             model=model,
             uuids=used_gpus,
             bytes_by_gpu={uuid: size for uuid, size in zip(gpus, bytes_per_gpu, strict=True) if size},
-            booked_bytes=dict(
-                zip(gpus, server_placement.booked_bytes(machine.world, model, shape, layers), strict=True)
-            ),
-            host_bytes=cpu_layers * (layer_bytes(model) + kv_layer_bytes(model, shape)),
+            booked_bytes=dict(zip(gpus, server_placement.booked_bytes(model, shape, layers), strict=True)),
+            host_bytes=true_host_bytes(model, shape, layers),
             batcher=Batcher(
                 machine.timeline,
                 BatchParameters(runner_speed, shape.slots, kept_tokens(model, shape, config.version)),

@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from router.domain.model import ModelFacts
 
 MIB = 2.0**20
 
 CUDA_CONTEXT_BYTES = 440 * 2**20
-"""Between the 297 MiB of an A40 and the 456 of a 4090."""
+"""A process's CUDA context on one GPU: between the 297 MiB of an A40 and the 456 of a 4090."""
+_BLACKWELL_CONTEXT_BYTES = 740 * 2**20
+"""708 to 753 MiB were seen on a Blackwell workstation."""
 
 _BYTES_PER_ELEMENT: Mapping[str, float] = {"": 2.0, "f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 1.0625, "q4_0": 0.5625}
 _STEP = 256
@@ -27,7 +30,7 @@ _SEPARATE: tuple[int, ...] = (0, 30)
 
 
 @dataclass(frozen=True, slots=True)
-class TrueShape:
+class LoadShape:
     """How a server loaded a model."""
 
     context_length: int
@@ -36,9 +39,13 @@ class TrueShape:
     kv_cache_type: str = "f16"
     flash_attention: bool = True
     batch_tokens: int = 512
-    version: tuple[int, ...] = (0, 34, 0)
+    version: tuple[int, ...] = (0, 24, 0)
     own_engine: bool = False
     """Ollama's own engine, up to 0.24, instead of llama.cpp."""
+    cuda_context_bytes: int = CUDA_CONTEXT_BYTES
+    """On each GPU with a layer."""
+    size_ratio: float = 1.0
+    """What this load takes of the figures computed here (see `deviation`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +70,16 @@ _WINDOWS: Mapping[str, _Windows] = {
 _ENCODERS = ("bert", "nomic-bert", "jina-bert-v2", "nomic-bert-moe")
 
 
-def true_gpu_bytes(model: ModelFacts, shape: TrueShape, layers: Sequence[int]) -> tuple[int, ...]:
+def cuda_context_bytes(compute_capability: tuple[int, int]) -> int:
+    """CUDA context of a process on a GPU of that generation."""
+    return _BLACKWELL_CONTEXT_BYTES if compute_capability >= (10, 0) else CUDA_CONTEXT_BYTES
+
+
+@lru_cache(maxsize=4096)
+def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes on each GPU. `layers` counts units on each, in order, the output layer being the last of all
     `model.layers + 1`; fewer in sum means that the rest is on the CPU. A GPU without a layer holds nothing."""
-    units = _unit_bytes(model, shape)
+    units = unit_bytes(model, shape)
     with_layers = [index for index, count in enumerate(layers) if count > 0]
     graph = _graph_mib(model, shape, len(with_layers)) * MIB
     sizes: list[int] = []
@@ -75,38 +88,48 @@ def true_gpu_bytes(model: ModelFacts, shape: TrueShape, layers: Sequence[int]) -
         stop = min(len(units), start + max(0, count))
         size = sum(units[start:stop])
         if count > 0:
-            size += graph + CUDA_CONTEXT_BYTES
+            size += graph + shape.cuda_context_bytes
             size += _encoder_bytes(model, shape) if index == with_layers[0] else 0
             size += _draft_bytes(model, shape) if stop == len(units) else 0
-        sizes.append(int(size))
+        sizes.append(int(size * shape.size_ratio))
         start = stop
     return tuple(sizes)
 
 
-def cache_bytes_of(model: ModelFacts, shape: TrueShape) -> int:
+def true_host_bytes(model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> int:
+    """Host memory of the layers that `layers` leaves for the CPU, with their cache."""
+    return int(sum(unit_bytes(model, shape)[sum(layers) :]) * shape.size_ratio)
+
+
+def cache_bytes_of(model: ModelFacts, shape: LoadShape) -> int:
     """KV cache and recurrent state of all layers."""
     return int(sum(_layer_cache(model, shape, layer) for layer in range(model.layers)))
 
 
-def graph_bytes_of(model: ModelFacts, shape: TrueShape, gpus: int = 1) -> int:
+def graph_bytes_of(model: ModelFacts, shape: LoadShape, gpus: int = 1) -> int:
     """Working memory on one of so many GPUs."""
     return int(_graph_mib(model, shape, gpus) * MIB)
 
 
-def deviation(seed: int, model: ModelFacts, load: int) -> float:
-    """What a load takes as a ratio of the figures above: within 4 % by model and load, and for one model in ten 15 %
-    more. The same for the same seed, model and load."""
-    by_model, by_load = _chance(seed, model.blob), _chance(seed, f"{model.blob}/{load}")
-    surprise = 1.15 if _chance(seed, f"{model.blob}/surprise") < 0.1 else 1.0
-    return surprise * (1.0 + 0.06 * (by_model - 0.5) + 0.02 * (by_load - 0.5))
+DEVIATION_SHARE = 0.04
 
 
-def _chance(seed: int, text: str) -> float:
+def deviation(seed: int, model: ModelFacts, load: int, share: float = DEVIATION_SHARE) -> float:
+    """What a load takes as a ratio of the figures above: within `share` by model (three quarters of it) and load, and
+    for one model in ten 15 % more. The same for the same seed, model and load."""
+    by_model, by_load = chance(seed, model.blob), chance(seed, f"{model.blob}/{load}")
+    surprise = 1.15 if chance(seed, f"{model.blob}/surprise") < 0.1 else 1.0
+    return surprise * (1.0 + share * (1.5 * (by_model - 0.5) + 0.5 * (by_load - 0.5)))
+
+
+def chance(seed: int, text: str) -> float:
+    """A number from 0 to 1, the same for the same seed and text."""
     digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2.0**64
 
 
-def _unit_bytes(model: ModelFacts, shape: TrueShape) -> list[float]:
+@lru_cache(maxsize=4096)
+def unit_bytes(model: ModelFacts, shape: LoadShape) -> tuple[float, ...]:
     """Weights and cache of each layer, then the output layer."""
     table = model.vocabulary_size * model.embedding_length
     host = model.input_bytes if model.input_bytes is not None else table * 9 // 16
@@ -115,10 +138,10 @@ def _unit_bytes(model: ModelFacts, shape: TrueShape) -> list[float]:
     output = min(max(0, output - beside), model.weights_bytes // 2)
     body = max(0, model.weights_bytes - min(host, model.weights_bytes // 2) - output - beside)
     each = body / max(1, model.layers)
-    return [*(each + _layer_cache(model, shape, layer) for layer in range(model.layers)), float(output)]
+    return (*(each + _layer_cache(model, shape, layer) for layer in range(model.layers)), float(output))
 
 
-def _layer_cache(model: ModelFacts, shape: TrueShape, layer: int) -> float:
+def _layer_cache(model: ModelFacts, shape: LoadShape, layer: int) -> float:
     if model.architecture in _ENCODERS or layer >= model.layers - model.shared_kv_layers:
         return 0.0
     heads = model.head_count_kv[layer] if layer < len(model.head_count_kv) else model.head_count
@@ -137,7 +160,7 @@ def _layer_cache(model: ModelFacts, shape: TrueShape, layer: int) -> float:
     return heads * (key + value) * each * min(whole, kept)
 
 
-def _slides(model: ModelFacts, shape: TrueShape, windows: _Windows, layer: int) -> bool:
+def _slides(model: ModelFacts, shape: LoadShape, windows: _Windows, layer: int) -> bool:
     if not shape.own_engine and shape.version < windows.since:
         return False
     if len(model.sliding_layers) == model.layers:
@@ -145,7 +168,7 @@ def _slides(model: ModelFacts, shape: TrueShape, windows: _Windows, layer: int) 
     return layer % windows.period != windows.period - 1
 
 
-def _graph_mib(model: ModelFacts, shape: TrueShape, gpus: int) -> float:
+def _graph_mib(model: ModelFacts, shape: LoadShape, gpus: int) -> float:
     """MiB of working memory on one GPU: activations of a batch, the attention mask or all heads' scores, logits."""
     tokens = shape.context_length * (1 if shape.version >= _SEPARATE else shape.slots)
     batch = min(shape.batch_tokens, shape.context_length * shape.slots)
@@ -171,7 +194,7 @@ def _graph_mib(model: ModelFacts, shape: TrueShape, gpus: int) -> float:
     return found
 
 
-def _own_graph_mib(model: ModelFacts, shape: TrueShape, kib: float, cells: float) -> float:
+def _own_graph_mib(model: ModelFacts, shape: LoadShape, kib: float, cells: float) -> float:
     width, wide = model.embedding_length, model.feed_forward_length or 4 * model.embedding_length
     if model.architecture in ("gptoss", "gpt-oss"):
         return 110 + 4 * shape.slots + shape.context_length * shape.slots / 1024
@@ -185,11 +208,11 @@ def _own_graph_mib(model: ModelFacts, shape: TrueShape, kib: float, cells: float
     return kib * 4 * width + 4.0 * cells * (model.head_count + 1) + copies
 
 
-def _has_clip(model: ModelFacts, shape: TrueShape) -> bool:
+def _has_clip(model: ModelFacts, shape: LoadShape) -> bool:
     return model.has_vision and not shape.own_engine and shape.version >= _SEPARATE
 
 
-def _encoder_bytes(model: ModelFacts, shape: TrueShape) -> float:
+def _encoder_bytes(model: ModelFacts, shape: LoadShape) -> float:
     """Image encoder: its weights where llama-server loads them beside the model, and its graph."""
     if not model.has_vision:
         return 0.0
@@ -200,7 +223,7 @@ def _encoder_bytes(model: ModelFacts, shape: TrueShape) -> float:
     return (5800 if model.architecture == "qwen25vl" and shape.version >= (0, 13, 4) else 1350) * MIB
 
 
-def _draft_bytes(model: ModelFacts, shape: TrueShape) -> float:
+def _draft_bytes(model: ModelFacts, shape: LoadShape) -> float:
     if not model.nextn_layers or shape.version < _RECENT:
         return 0.0
     cell = 2 * max(model.head_count_kv, default=model.head_count) * (model.key_length + model.value_length)

@@ -1,8 +1,9 @@
-"""Cost model of the simulated hardware: how long things take and how much memory they use.
+"""Cost model of the simulated hardware: how long things take.
 
 Shared by the simulator and the emulated server, so that a trace takes the same time on both. Every constant that a
-measurement could correct is in one table, `WORLD`. These are the true sizes; a *server's* estimates are in
-`router.lab.simulator.server_placement`. Pure functions.
+measurement could correct is in one table, `WORLD`. What a loaded model takes is in
+`router.lab.simulator.true_footprint`, and what a *server* assumes in `router.lab.simulator.server_placement`. Pure
+functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.domain.model import ModelFacts
-from router.engines.ollama.ggml_types import cache_bytes
 
 MIB = 1024**2
 
@@ -71,12 +71,6 @@ class World:
     cpu_fraction_work: float = 0.1
     """Share of a step that an emulated CPU runner really computes, so that its CPU time increases."""
 
-    cuda_context_bytes: int = 420_000_000
-    """A CUDA context on each GPU; 0.3 to 0.5 GB by driver and GPU."""
-    first_gpu_bytes: int = 500_000_000
-    """What the first GPU of a set holds beyond its share: a 70B Q4_K_M at 8,192 tokens took 23.8 + 22.4 GB on two 3090s
-    and 46.1 GB on one A6000; weights, cache and the terms here give 23.4 + 22.9 and 45.8."""
-
 
 WORLD = World()
 _FINE_TABLE_BITS = 7.5
@@ -91,90 +85,10 @@ class GpuModel:
     fp32_teraflops: float
 
 
-@dataclass(frozen=True, slots=True)
-class LoadShape:
-    """How a model is loaded: context length per slot, slots, KV cache type, flash attention and batch size."""
-
-    context_length: int
-    slots: int = 1
-    kv_cache_type: str = "f16"
-    flash_attention: bool = True
-    batch_tokens: int = 512
-
-
-def kv_layer_bytes(model: ModelFacts, shape: LoadShape) -> int:
-    """KV cache of the largest layer: context x slots x (key + value length) x KV heads x bytes per element.
-
-    Source: fs/ggml (v0.24); verified with 1 to 4 slots on a running server.
-
-    Raises:
-        ValueError: ggml has no such cache type.
-    """
-    kv_heads = max(model.head_count_kv, default=0)
-    bytes_per_token = cache_bytes(shape.kv_cache_type, model.key_length * kv_heads)
-    bytes_per_token += cache_bytes(shape.kv_cache_type, model.value_length * kv_heads)
-    return bytes_per_token * max(4, shape.context_length) * shape.slots
-
-
 def input_bytes(model: ModelFacts) -> int:
     """Token embedding table, kept in host memory: as reported, else 4.5 bits per element."""
     default_bytes = model.vocabulary_size * model.embedding_length * 9 // 16
-    return min(default_bytes if model.input_bytes is None else model.input_bytes, _half_of_weights(model))
-
-
-def output_bytes(model: ModelFacts) -> int:
-    """Output layer: as reported, else 6.5625 bits per element."""
-    default_bytes = model.vocabulary_size * model.embedding_length * 105 // 128
-    return min(default_bytes if model.output_bytes is None else model.output_bytes, _half_of_weights(model))
-
-
-def _half_of_weights(model: ModelFacts) -> int:
-    return model.weights_bytes // 2
-
-
-def layer_bytes(model: ModelFacts) -> int:
-    """Weights of one layer; all layers are assumed equal."""
-    return max(0, model.weights_bytes - input_bytes(model) - output_bytes(model)) // max(1, model.layers)
-
-
-def compute_buffer_bytes(model: ModelFacts, shape: LoadShape, has_output: bool) -> int:
-    """Compute buffer of one GPU for a batch: logits on the GPU with the output layer, attention elsewhere.
-
-    Without flash attention the scores of all heads are stored: 4 x batch x context x heads (v0.24's llama graph
-    estimate).
-    """
-    unit = 4 * shape.batch_tokens
-    context = shape.context_length * shape.slots
-    attention = unit * (1 + 4 * model.embedding_length + context)
-    if not shape.flash_attention:
-        attention += unit * context * model.head_count
-    return max(attention, unit * (model.embedding_length + model.vocabulary_size) if has_output else 0)
-
-
-def true_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
-    """Bytes a loaded model really uses on each GPU.
-
-    `layers` counts units on each GPU, in order; the output layer is the last of all `model.layers + 1`. If their sum is
-    smaller, the rest is on the CPU. A GPU without a layer holds nothing.
-    """
-    unit = layer_bytes(model) + kv_layer_bytes(model, shape)
-    has_output = sum(layers) > model.layers
-    used = [index for index, count in enumerate(layers) if count > 0]
-    sizes: list[int] = []
-    for index, count in enumerate(layers):
-        if count <= 0:
-            sizes.append(0)
-            continue
-        is_last = has_output and index == used[-1]
-        size = (count - is_last) * unit + is_last * output_bytes(model)
-        size += compute_buffer_bytes(model, shape, is_last) + world.cuda_context_bytes
-        sizes.append(size + (_first_gpu(world, model) if index == used[0] else 0))
-    return tuple(sizes)
-
-
-def _first_gpu(world: World, model: ModelFacts) -> int:
-    """At most a tenth of the model: small models show no such surplus."""
-    return min(world.first_gpu_bytes, model.weights_bytes // 10)
+    return min(default_bytes if model.input_bytes is None else model.input_bytes, model.weights_bytes // 2)
 
 
 def load_seconds(world: World, weights_bytes: int, warm: bool, on_gpus: bool = True) -> float:
@@ -211,8 +125,8 @@ def speed(
 ) -> Speed:
     """Speed of a model on these GPUs.
 
-    `layers` as for `true_bytes`; `threads` 0: all; `active_share`: share of the weights that one token reads (below 1
-    for mixtures of experts); `batch`: prompt tokens evaluated at once.
+    `layers` as for `true_gpu_bytes`; `threads` 0: all; `active_share`: share of the weights that one token reads (below
+    1 for mixtures of experts); `batch`: prompt tokens evaluated at once.
     """
     total = model.layers + 1
     bytes_per_step = max(1, model.weights_bytes - input_bytes(model)) * active_share

@@ -14,7 +14,7 @@ from router.domain.residency import ResidencyState
 from router.engines.ollama.memory_estimate import predicted_bytes
 from router.engines.ollama.offload_rules import explain_override, may_take_one_gpu, predict_offload
 from router.lab.simulator.server_placement import LoadRequest, VisibleGpu, plan
-from router.lab.simulator.world import WORLD, LoadShape
+from router.lab.simulator.true_footprint import LoadShape
 from router.scheduler.reconcile.residency import send
 from router.scheduler.state import FleetState
 from tests.scheduler.builders import LLAMA_70B, OLLAMA, gpu, instance, key, model, reservation, residency, snapshot
@@ -70,7 +70,7 @@ def test_predictions_match_the_simulated_server_within_four_layers_per_gpu(
     answer = predict_offload(of, spec, version, context, slots, free)
     number = tuple(int(part) for part in version.split("."))
     ask = LoadRequest(of, LoadShape(context, slots, cache), version=number)
-    simulated = plan(WORLD, ask, [VisibleGpu(gib, gib, 936e9) for gib in free])
+    simulated = plan(ask, [VisibleGpu(gib, gib, 936e9) for gib in free])
     assert answer is not None
     assert answer.on_gpus == pytest.approx(simulated.on_gpus, abs=4 * len(free))
 

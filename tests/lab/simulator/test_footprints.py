@@ -1,6 +1,6 @@
 """After one measured load the router predicts the next one to 3 % on each GPU, for the whole catalogue.
 
-The true sizes come from `router/lab/simulator/world.py`, which uses other terms than the router's estimate.
+The true sizes come from `router/lab/simulator/true_footprint.py`, which uses other terms than the router's estimate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from router.engines.ollama.memory_estimate import even_split
 from router.lab.emulator.catalogue import catalogue
 from router.lab.scenarios import model_facts
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
-from router.lab.simulator.world import WORLD, true_bytes
+from router.lab.simulator.true_footprint import true_gpu_bytes
 from router.scheduler.dispatcher import Dispatcher
 from tests.scheduler.builders import OLLAMA
 
@@ -53,8 +53,8 @@ class Server:
 
     def true_bytes_of(self, model: ModelFacts) -> tuple[int, ...]:
         split = even_split(model.layers, self.gpus)
-        units = [count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers)]
-        return true_bytes(WORLD, model, shape_of(model, self.config), units)
+        units = tuple(count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers))
+        return true_gpu_bytes(model, shape_of(model, self.config), units)
 
     def reading(self, at: float, used: tuple[int, ...]) -> GpusRead:
         size = 160 * GIB

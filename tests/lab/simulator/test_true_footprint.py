@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from router.domain.model import BlobDigest
 from router.engines.ollama.architectures import Backend
 from router.lab.simulator import true_footprint
-from router.lab.simulator.true_footprint import TrueShape, cache_bytes_of, deviation, graph_bytes_of, true_gpu_bytes
+from router.lab.simulator.true_footprint import LoadShape, cache_bytes_of, deviation, graph_bytes_of, true_gpu_bytes
 from tests.engines.ollama.measured_loads import MIB, MeasuredLoad, measured_loads
 from tests.scheduler.builders import LLAMA_70B
 from tests.support.tree import ROOT
@@ -22,10 +22,10 @@ OPEN = {"gemma4-e4b-4cards"}
 """4.5 GiB on the last of four GPUs that nobody explains."""
 
 
-def shape_of(load: MeasuredLoad) -> TrueShape:
+def shape_of(load: MeasuredLoad) -> LoadShape:
     p = load.parameters
     version = tuple(int(part) for part in (p.version or "0.24.0").split("."))
-    return TrueShape(
+    return LoadShape(
         p.context_length, p.slots, p.kv_cache_type, load.flash_attention, p.batch, version,
         own_engine=load.backend is Backend.OLLAMA_ENGINE,
     )  # fmt: skip
@@ -51,7 +51,7 @@ def test_working_memory_is_within_fifteen_percent_of_the_log(name: str) -> None:
 def test_processes_hold_what_nvidia_smi_showed(name: str) -> None:
     load = LOADS[name]
     units, gpus = load.facts.layers + 1, load.gpus
-    layers = [units] if gpus == 1 else [units - units // 2, units // 2]
+    layers = (units,) if gpus == 1 else (units - units // 2, units // 2)
     sizes = true_gpu_bytes(load.facts, shape_of(load), layers)
     for size, seen in zip(sizes, load.measured["process_on_gpu_mib"], strict=True):
         assert size / MIB == pytest.approx(seen, rel=0.05, abs=500)
@@ -78,7 +78,7 @@ def test_one_model_in_ten_surprises() -> None:
 
 
 def test_a_gpu_without_layers_holds_nothing_and_the_rest_on_the_cpu_is_not_counted() -> None:
-    shape = TrueShape(8192)
+    shape = LoadShape(8192)
     whole, none = true_gpu_bytes(LLAMA_70B, shape, (81, 0))
     half, other = true_gpu_bytes(LLAMA_70B, shape, (40, 0))
     assert none == other == 0

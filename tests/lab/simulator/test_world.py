@@ -15,18 +15,14 @@ from router.lab.emulator.catalogue import catalogue
 from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.spec import GPU_MODELS
 from router.lab.emulator.store import Store
+from router.lab.simulator.server_placement import kv_layer_bytes, layer_bytes, output_bytes
+from router.lab.simulator.true_footprint import LoadShape, true_gpu_bytes
 from router.lab.simulator.world import (
     WORLD,
     GpuModel,
-    LoadShape,
-    compute_buffer_bytes,
     input_bytes,
-    kv_layer_bytes,
-    layer_bytes,
     load_seconds,
-    output_bytes,
     speed,
-    true_bytes,
 )
 
 _GB = 1e9
@@ -66,13 +62,13 @@ def _even(model: ModelFacts, count: int) -> tuple[int, ...]:
 )
 def test_a_70b_uses_the_measured_memory_on_each_gpu(models: Models, gpus: int, measured_gb: list[float]) -> None:
     model, _ = models["llama3.3:70b"]
-    sizes = true_bytes(WORLD, model, _8K, _even(model, gpus))
+    sizes = true_gpu_bytes(model, _8K, _even(model, gpus))
     assert [size / _GB for size in sizes] == pytest.approx(measured_gb, rel=0.05)
 
 
 def test_a_70b_with_32k_takes_about_twelve_gb_on_each_of_four_gpus(models: Models) -> None:
     model, _ = models["llama3.3:70b"]
-    sizes = true_bytes(WORLD, model, LoadShape(32_768), _even(model, 4))
+    sizes = true_gpu_bytes(model, LoadShape(32_768), _even(model, 4))
     assert all(11 * _GB < size < 15 * _GB for size in sizes)
 
 
@@ -80,7 +76,7 @@ def test_two_24_gb_gpus_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> N
     """The guide puts the limit below 16K; the model leaves 0.6 GB free per GPU there, too little margin in practice."""
     model, _ = models["llama3.3:70b"]
     usable = GPU_MODELS["3090"].memory_total_bytes - GPU_MODELS["3090"].memory_reserved_bytes
-    left = {context: usable - max(true_bytes(WORLD, model, LoadShape(context), _even(model, 2)))
+    left = {context: usable - max(true_gpu_bytes(model, LoadShape(context), _even(model, 2)))
             for context in (8192, 16_384, 32_768)}  # fmt: skip
     assert left[8192] > 1.5 * _GB > left[16_384]
     assert left[32_768] < 0
@@ -189,28 +185,31 @@ _SHAPES = st.builds(
 
 @given(_FACTS, _SHAPES, st.integers(1, 4))
 def test_a_split_model_uses_no_less_memory_than_a_whole_one(model: ModelFacts, shape: LoadShape, count: int) -> None:
-    whole = sum(true_bytes(WORLD, model, shape, (model.layers + 1,)))
-    split = true_bytes(WORLD, model, shape, _even(model, count))
+    whole = sum(true_gpu_bytes(model, shape, (model.layers + 1,)))
+    split = true_gpu_bytes(model, shape, _even(model, count))
     assert sum(split) >= whole - count * model.layers  # rounding: one byte per layer
     assert [size > 0 for size in split] == [units > 0 for units in _even(model, count)]
 
 
 @given(_FACTS, _SHAPES)
 def test_a_gpu_without_a_layer_holds_nothing(model: ModelFacts, shape: LoadShape) -> None:
-    first, second = true_bytes(WORLD, model, shape, (model.layers, 0))
+    first, second = true_gpu_bytes(model, shape, (model.layers, 0))
     assert second == 0
-    assert first < sum(true_bytes(WORLD, model, shape, (model.layers + 1,)))
+    assert first < sum(true_gpu_bytes(model, shape, (model.layers + 1,)))
 
 
 @given(_FACTS, _SHAPES)
 def test_a_longer_context_and_more_slots_never_need_less(model: ModelFacts, shape: LoadShape) -> None:
     units = (model.layers + 1,)
-    size = sum(true_bytes(WORLD, model, shape, units))
-    assert sum(true_bytes(WORLD, model, replace(shape, slots=shape.slots + 1), units)) > size
-    assert sum(true_bytes(WORLD, model, replace(shape, context_length=shape.context_length * 2), units)) >= size
-    assert compute_buffer_bytes(model, replace(shape, flash_attention=True), True) <= compute_buffer_bytes(
-        model, replace(shape, flash_attention=False), True
-    )
+    size = sum(true_gpu_bytes(model, shape, units))
+    assert sum(true_gpu_bytes(model, replace(shape, slots=shape.slots + 1), units)) > size
+    assert sum(true_gpu_bytes(model, replace(shape, context_length=shape.context_length * 2), units)) >= size
+
+
+def test_without_flash_attention_the_scores_of_all_heads_are_kept(models: Models) -> None:
+    model, _ = models["llama3.3:70b"]
+    flash, scores = (graph_bytes_of(model, LoadShape(32_768, flash_attention=used)) for used in (True, False))
+    assert scores - flash > 4 * 512 * 32_768 * (model.head_count - 2)
 
 
 @given(_FACTS)
