@@ -20,6 +20,7 @@ from router.lab.simulator.world import WORLD, GpuModel, load_seconds, speed
 
 AUTO_GPUS = "auto"
 
+_ANY_CAPABILITY = (8, 6)
 _ANY_TERAFLOPS = 1.0
 """FP32 rate decides only how fast prompts are evaluated, which a plan does not tell."""
 
@@ -98,9 +99,13 @@ def with_times(source: ModelSource, plan: ModelPlan) -> PlannedModel:
 
 
 def _tokens_per_second(source: ModelSource, plan: ModelPlan) -> float | None:
-    bandwidths = [part.gpu.bandwidth_bytes_per_second for part in plan.gpus]
-    known = [GpuModel(bandwidth, _ANY_TERAFLOPS) for bandwidth in bandwidths if bandwidth]
-    if not plan.fits or plan.facts.is_embedding or len(known) < len(bandwidths):
+    gpus = [part.gpu for part in plan.gpus]
+    known = [
+        GpuModel(gpu.bandwidth_bytes_per_second, _ANY_TERAFLOPS, gpu.compute_capability or _ANY_CAPABILITY)
+        for gpu in gpus
+        if gpu.bandwidth_bytes_per_second
+    ]
+    if not plan.fits or plan.facts.is_embedding or len(known) < len(gpus):
         return None
     return 1.0 / speed(WORLD, plan.facts, known, units_on_gpus(plan), active_share=source.active_share).step_seconds
 

@@ -40,6 +40,7 @@ from router.lab.simulator.workload import (
     make_sessions,
     read_trace,
 )
+from router.lab.simulator.world import WORLD
 
 _CACHED_SHARE = 0.8
 """Share of host memory used as page cache, as in the emulator."""
@@ -117,6 +118,8 @@ class ScenarioSpec:
     users: int = 12
     trace: Path = TRACE
     cold_start: bool = False
+    deviates: bool = True
+    """Whether loads take some percent more or less than usual (`Scenario.deviation_seed`)."""
 
 
 def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
@@ -138,6 +141,8 @@ def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) 
         active_shares={name: _active_share(catalogue()[name]) for name in mix.names},
         cold_start=spec.cold_start,
         page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
+        world=replace(WORLD, cold_bytes_per_second=rig.cold_bytes_per_second),
+        deviation_seed=spec.seed if spec.deviates else None,
     )
 
 

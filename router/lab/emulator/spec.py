@@ -17,6 +17,8 @@ from typing import Any, cast
 import yaml
 
 from router.domain.gpu import GpuUuid
+from router.lab.simulator.true_footprint import DEVIATION_SHARE
+from router.lab.simulator.world import WORLD
 
 MIB = 1024**2
 GIB = 1024**3
@@ -114,6 +116,13 @@ class EmulatorSpec:
     """Emulated seconds per real second: 10 makes loads and tokens ten times faster."""
     ram_bytes: int = 128 * GIB
     """Host memory, for layers that are not on a GPU."""
+    cold_bytes_per_second: float = WORLD.cold_bytes_per_second
+    """Reading rate of the disk."""
+    deviation: float = DEVIATION_SHARE
+    """Share by which a load's size differs from the usual one, by model and load; one model in ten takes 15 % more.
+    0: exact sizes, and unloaded memory is never slow to return."""
+    seed: int = 1
+    """Of these deviations."""
 
     @property
     def uuids(self) -> tuple[GpuUuid, ...]:
@@ -178,7 +187,7 @@ def _from_file(path: Path) -> EmulatorSpec:
 
 
 def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
-    """Reads the keys of a file: `gpus`, optionally `models`, `version`, `speed`, `ram_bytes`. Raises SpecError."""
+    """Reads the keys of a file: `gpus`, optionally those of `read_overrides` and `models`. Raises SpecError."""
     valid_keys = {field.name for field in fields(EmulatorSpec)}
     for key in data:
         if key not in valid_keys:
@@ -196,7 +205,7 @@ def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
 
 
 def read_overrides(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Validated values of `version`, `speed` and `ram_bytes`, where given. Raises SpecError."""
+    """Validated values of the keys besides `gpus` and `models`, where given. Raises SpecError."""
     overrides: dict[str, Any] = {}
     if "version" in data:
         overrides["version"] = str(data["version"])
@@ -208,7 +217,23 @@ def read_overrides(data: Mapping[str, Any]) -> dict[str, Any]:
         overrides["speed"] = _positive(data["speed"], "speed")
     if "ram_bytes" in data:
         overrides["ram_bytes"] = int(_positive(data["ram_bytes"], "ram_bytes"))
+    if "cold_bytes_per_second" in data:
+        overrides["cold_bytes_per_second"] = _positive(data["cold_bytes_per_second"], "cold_bytes_per_second")
+    if "deviation" in data:
+        overrides["deviation"] = _deviation(data["deviation"])
+    if "seed" in data:
+        overrides["seed"] = int(_positive(data["seed"], "seed"))
     return overrides
+
+
+def _deviation(value: object) -> float:
+    """`off`, which YAML reads as false, or a share below 0.5."""
+    if value is False or str(value) in ("off", "0"):
+        return 0.0
+    share = _positive(value, "deviation")
+    if share >= 0.5:
+        raise SpecError(f"deviation: expected `off` or a share below 0.5 such as 0.04, got {value!r}")
+    return share
 
 
 def _parse_gpu_list(value: object) -> tuple[GpuSpec, ...]:

@@ -54,6 +54,7 @@ def random_scenario(seed: int) -> RandomScenario:
         cold_start=rng.random() < 0.5,
         page_cache_bytes=rng.choice((16, 64)) * GIB,
         faults=_faults(rng, len(gpus)),
+        deviation_seed=seed,
     )
     config = ServerConfig(version=rng.choice(((0, 24, 0), (0, 33, 0))), slots=rng.choice((1, 2, 2, 4)))
     policy = Policy(queue_timeout_seconds=60.0, queue_limit=rng.choice((4, 64, 512)),

@@ -16,7 +16,7 @@ from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timer
 from router.lab.simulator.true_footprint import LoadShape, true_gpu_bytes, true_host_bytes
 from router.lab.simulator.weight_transfer import Transfer
-from router.lab.simulator.world import speed
+from router.lab.simulator.world import load_fixed_seconds, speed
 
 _DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
@@ -75,6 +75,8 @@ class ModelRunner:
     batcher: Batcher
     keep_alive_seconds: float
     allocation_id: int
+    version: tuple[int, ...]
+    """Of its server."""
     phase: Phase = Phase.LOADING
     users: int = 0
     expiry: Timer | None = None
@@ -118,6 +120,7 @@ class ModelRunner:
             ),
             keep_alive_seconds=config.keep_alive_seconds,
             allocation_id=machine.new_allocation_id(),
+            version=config.version,
         )
 
     @property
@@ -146,7 +149,8 @@ class ModelRunner:
             self.server, self.model.name, self.bytes_by_gpu, self.host_bytes, self.machine.timeline.now
         )
         stats.residency_spans.append(self.span)
-        self.transfer = self.machine.transfers.start(self.blob, self.model.weights_bytes, bool(self.uuids), done)
+        fixed_seconds = load_fixed_seconds(self.machine.world, self.version, on_gpus=bool(self.uuids))
+        self.transfer = self.machine.transfers.start(self.blob, self.model.weights_bytes, fixed_seconds, done)
 
     def ready(self) -> None:
         """The weights are loaded: submits the requests that waited for them."""

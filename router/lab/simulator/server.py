@@ -272,7 +272,7 @@ class SimServer:
     def _load_request(self, job: _Job) -> server_placement.LoadRequest:
         return server_placement.LoadRequest(
             model=job.model,
-            shape=shape_of(job.model, self.config),
+            shape=self._machine.shape_of_load(job.model, shape_of(job.model, self.config), self.gpus),
             version=self.config.version,
             num_gpu=job.num_gpu,
             spread=self.config.spread,
@@ -327,9 +327,8 @@ class SimServer:
 
     def _unload(self, runner: ModelRunner) -> None:
         runner.phase = Phase.UNLOADING
-        world = self._machine.world
-        unload_seconds = world.unload_seconds_0_30 if self.config.is_0_30 else world.unload_seconds
-        self._after(world.kill_seconds, lambda: self._delist(runner))
+        unload_seconds = self._machine.unload_seconds(self.config.version, runner.allocation_id)
+        self._after(self._machine.world.kill_seconds, lambda: self._delist(runner))
         self._after(unload_seconds, lambda: _call_all(runner.on_gone))
 
     def _delist(self, runner: ModelRunner) -> None:

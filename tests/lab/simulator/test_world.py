@@ -16,13 +16,14 @@ from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.spec import GPU_MODELS
 from router.lab.emulator.store import Store
 from router.lab.simulator.server_placement import kv_layer_bytes, layer_bytes, output_bytes
-from router.lab.simulator.true_footprint import LoadShape, true_gpu_bytes
+from router.lab.simulator.true_footprint import LoadShape, graph_bytes_of, true_gpu_bytes
 from router.lab.simulator.world import (
     WORLD,
     GpuModel,
     input_bytes,
     load_seconds,
     speed,
+    unload_seconds,
 )
 
 _GB = 1e9
@@ -45,8 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def _gpus(text: str) -> list[GpuModel]:
     return [
-        GpuModel(GPU_MODELS[name].bandwidth_bytes_per_second, GPU_MODELS[name].fp32_teraflops)
-        for name in text.split("+")
+        GpuModel(gpu.bandwidth_bytes_per_second, gpu.fp32_teraflops, gpu.compute_capability)
+        for gpu in (GPU_MODELS[name] for name in text.split("+"))
     ]
 
 
@@ -100,8 +101,16 @@ def test_decode_speed_is_as_measured(models: Models, name: str, gpus: str, measu
     assert 1 / step == pytest.approx(measured, rel=0.1)
 
 
+def test_an_8b_in_q4_0_on_a_4090_decodes_as_in_a_public_benchmark(models: Models) -> None:
+    """193 tokens/s."""
+    model, _ = models["llama3.1:8b"]
+    smaller = replace(model, weights_bytes=4_661_211_808)
+    step = speed(WORLD, smaller, _gpus("4090"), _even(model, 1)).step(1)
+    assert 1 / step == pytest.approx(193, rel=0.05)
+
+
 def test_two_4090s_are_slower_than_in_the_guide(models: Models) -> None:
-    """22.6 tokens/s of 42.5 GB would be 95 % of the bandwidth; the cost model uses the efficiency measured on 3090s."""
+    """22.6 tokens/s of 42.5 GB would be 95 % of the bandwidth; the cost model uses 90 % from the 40-series on."""
     model, _ = models["llama3.3:70b"]
     step = speed(WORLD, model, _gpus("4090+4090"), _even(model, 2)).step(1)
     assert 16.6 < 1 / step < 22.6
@@ -161,8 +170,9 @@ def test_the_test_model_takes_fifty_milliseconds_per_token_on_one_thread() -> No
     assert model_speed.prefill_seconds_per_token == pytest.approx(0.025, rel=0.1)
 
 
-@pytest.mark.parametrize(("warm", "low", "high"), [(True, 8.0, 10.5), (False, 14.0, 43.0)])
+@pytest.mark.parametrize(("warm", "low", "high"), [(True, 8.0, 10.5), (False, 23.0, 140.0)])
 def test_a_70b_loads_in_the_measured_time(warm: bool, low: float, high: float) -> None:
+    """Warm about 9 s; from disks that were seen to read 0.3 to 2 GB/s otherwise."""
     assert low < load_seconds(WORLD, catalogue()["llama3.3:70b"].size_bytes, warm) < high
 
 
@@ -230,3 +240,17 @@ def test_an_unknown_cache_type_is_refused() -> None:
             ModelFacts("m", "d", "sha256:b", 1, "llama", 1, 1, 1, (1,), 1, 1, 1, 1),  # type: ignore[arg-type]
             LoadShape(4096, kv_cache_type="f15"),
         )
+
+
+def test_the_fixed_part_of_a_load_is_as_in_public_logs() -> None:
+    """1.0 to 1.5 s, and 0.3 to 4 s more for llama.cpp's fit from 0.30."""
+    old, new = (load_seconds(WORLD, 0, warm=True, version=version) for version in ((0, 24, 0), (0, 30, 0)))
+    assert 1.0 <= old <= 1.5
+    assert 0.3 <= new - old <= 4.0
+
+
+def test_an_unload_up_to_0_24_may_wait_five_seconds_for_its_memory() -> None:
+    """ "Didn't recover within timeout" in public logs: 5.2 to 5.4 s; else 0.25 to 1 s."""
+    usual, slow = (unload_seconds(WORLD, (0, 24, 0), number) for number in (0.5, 0.1))
+    assert (0.25 <= usual <= 1.0, 5.2 <= slow <= 5.4) == (True, True)
+    assert unload_seconds(WORLD, (0, 33, 0), 0.1) == unload_seconds(WORLD, (0, 33, 0), 0.5) <= 1.0
