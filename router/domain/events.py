@@ -105,6 +105,8 @@ class LoadFailed:
     message: str
     is_lost: bool = False
     """True if the server exited or could not be reached; False if it refused the load."""
+    is_memory_short: bool = False
+    """True if the GPUs had too little memory for it."""
 
 
 @dataclass(frozen=True, slots=True)

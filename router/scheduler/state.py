@@ -369,6 +369,8 @@ class FleetState:
     def forget_failures(self, now: float) -> None:
         """Drops failures older than `failure_memory_seconds`."""
         horizon = now - self.policy.constants.failure_memory_seconds
+        if self.footprints.raised_at and self.footprints.forget_raised(horizon):
+            self.version += 1
         if self.failures:
             self._cached = None
             self.failures = [f for f in self.failures if f.at > horizon]

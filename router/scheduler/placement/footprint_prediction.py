@@ -16,7 +16,7 @@ from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
-from router.scheduler.placement.measured_footprints import Footprints
+from router.scheduler.placement.measured_footprints import RAISE_RATIO, Footprints
 
 
 def estimate_unmeasured(
@@ -39,7 +39,10 @@ class FootprintPredictor:
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
         engine = snapshot.engines[spec.engine]
-        return engine.worst_case_bytes(self._split, model, spec, context_length, snapshot)
+        sizes = engine.worst_case_bytes(self._split, model, spec, context_length, snapshot)
+        if model.blob not in self._footprints.raised_at:
+            return sizes
+        return tuple(int(size * RAISE_RATIO) for size in sizes)
 
     def _split(self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
         engine = snapshot.engines[spec.engine]

@@ -29,6 +29,8 @@ _UNREPORTED_BYTES = 1024**3
 _CONTEXT_BYTES_MIN, _CONTEXT_BYTES_MAX = 200 * 1024**2, 1024**3
 """A CUDA context, as the difference between a GPU's reading and the server's report, is between these."""
 _KEPT_MAX = 4096
+RAISE_RATIO = 1.16
+"""By how much the estimate of weights is raised whose load failed for memory: one model in many takes 15 % more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Footprints:
     """The last measurement that tells parts, by weights and server version: it carries to every other load of them."""
     doubted: dict[FootprintKey, tuple[int, ...]] = field(default_factory=dict[FootprintKey, tuple[int, ...]])
     """Readings far from the estimate, until they repeat."""
+    raised_at: dict[BlobDigest, float] = field(default_factory=dict[BlobDigest, float])
+    """When a load of these weights failed for memory; their estimate is raised until a load is measured."""
     changes: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
     """Counts loads and unloads on each GPU, so that a measurement knows whether it was alone."""
 
@@ -70,6 +74,20 @@ class Footprints:
         """The last load of these weights by such a server whose parts are known, on any number of GPUs."""
         found = self.by_parts.get((key.blob, key.version))
         return None if found is None else self.known.get(found)
+
+    def raise_estimate(self, blob: BlobDigest, now: float) -> bool:
+        """After a load that failed for memory. Returns False where the estimate was raised already."""
+        if blob in self.raised_at:
+            return False
+        self.raised_at[blob] = now
+        return True
+
+    def forget_raised(self, horizon: float) -> bool:
+        """Drops raised estimates from before `horizon`, in seconds. Returns whether there were any."""
+        kept = {blob: at for blob, at in self.raised_at.items() if at > horizon}
+        has_changed = len(kept) < len(self.raised_at)
+        self.raised_at = kept
+        return has_changed
 
     def touched(self, gpus: tuple[GpuUuid, ...]) -> None:
         """A load or unload begins or ends there."""
@@ -121,6 +139,7 @@ class Footprints:
         put(self.known, found.key, found, _KEPT_MAX)
         self.latest[found.key.kind] = found.key
         self.doubted.pop(found.key, None)
+        self.raised_at.pop(found.key.blob, None)
         if found.parts:
             put(self.by_parts, (found.key.blob, found.key.version), found.key, _KEPT_MAX)
 

@@ -1,6 +1,7 @@
 """Applies finished loads, finished unloads and instance changes to the state; returns the actions that follow.
 
-A load that came out partly on the CPU is unloaded and remembered as a failure, never used.
+A load that came out partly on the CPU is unloaded and remembered as a failure, never used. The first load of a model
+that fails for memory, or comes out so, raises the model's estimate instead, and the model is planned anew.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from router.domain.actions import Action, ReadGpus
 from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadFinished, UnloadRequested
 from router.domain.instance import InstanceState, InstanceView
+from router.domain.model import BlobDigest
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Failure
 from router.scheduler.placement.eviction import is_pinned
@@ -75,7 +77,8 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
     if is_spilled and not fleet.engines[residency.model.engine].sets_own_layers(residency.model):
         share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
         words = f"came out {share:.0f} % on the CPU on {residency.instance}"
-        _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now)
+        if not _raises_estimate(fleet, residency.blob, now):
+            _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now)
         return [rules.unload(fleet, key, words)]
     return []
 
@@ -86,8 +89,15 @@ def _load_failed(fleet: FleetState, event: LoadFailed, now: float) -> None:
         return
     key = (residency.instance, residency.blob)
     fleet.memory_changed(now)
-    _remember_failure(fleet, key, event.status, event.message, now, is_lost=event.is_lost)
+    if not (event.is_memory_short and _raises_estimate(fleet, residency.blob, now)):
+        _remember_failure(fleet, key, event.status, event.message, now, is_lost=event.is_lost)
     fleet.forget(key)
+
+
+def _raises_estimate(fleet: FleetState, blob: BlobDigest, now: float) -> bool:
+    """Whether a load that failed for memory is planned anew, elsewhere or smaller; once until one is measured."""
+    fleet.version += 1
+    return fleet.footprints.raise_estimate(blob, now)
 
 
 def _remember_failure(
