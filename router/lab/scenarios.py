@@ -81,8 +81,17 @@ _WIDE_96 = (
 )
 _WIDE_48 = ("llama3.3:70b", "qwen2.5:14b", "llama3.1:8b", "mistral:7b")
 _SMALL = ("llama3.1:8b", "qwen2.5:7b", "llama3.2:3b")
+_MODERN = (
+    "llama3.3:70b",
+    "qwen3-coder:30b",
+    "gemma4:26b",
+    "gpt-oss:20b",
+    "qwen3:8b",
+    "qwen2.5vl:7b",
+    "qwen3-embedding:0.6b",
+)
 _LARGE = ("llama3.3:70b", "qwen2.5-coder:32b", "deepseek-r1:32b", "gemma2:27b")
-MIXES = ("small", "team", "wide", "large")
+MIXES = ("small", "team", "wide", "large", "modern")
 _LARGE_RIG_BYTES = 80 * 1000**3
 
 BASELINES = (
@@ -184,7 +193,7 @@ def parse_mix(name: str, rig: EmulatorSpec) -> Mix:
     """Parses a mix name, or comma-separated model names with optional `=WEIGHT`. Raises ScenarioError."""
     total_bytes = sum(gpu.memory_total_bytes for gpu in rig.gpus)
     named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total_bytes > _LARGE_RIG_BYTES else _WIDE_48,
-             "large": _LARGE}  # fmt: skip
+             "large": _LARGE, "modern": _MODERN}  # fmt: skip
     if name in named:
         return Mix(name, tuple((model, 1.0) for model in named[name]))
     models: list[tuple[str, float]] = []

@@ -232,8 +232,13 @@ def test_a_failure_is_remembered_for_a_while_and_then_forgotten(one: Play) -> No
     assert len(one.loads) == 1
 
 
-def test_a_load_that_spilled_to_the_cpu_is_undone_and_never_used(one: Play) -> None:
+def test_a_load_that_spilled_to_the_cpu_is_undone_and_tried_once_more_and_never_used(one: Play) -> None:
     ticket = one.arrive(SMALL)
+    one.finish_load(_only_load(one), on_cpu=1)
+    (key,) = one.unloads
+    one.finish_unload(key)
+    one.advance(1.0)
+    one.read_gpus()
     (unload,) = [action for action in one.finish_load(_only_load(one), on_cpu=1) if action in one.unloads.values()]
     assert isinstance(unload, Unload)
     assert unload.reason == "came out 10 % on the CPU on gpu0"
