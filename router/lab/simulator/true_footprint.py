@@ -82,6 +82,8 @@ def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...])
     units = unit_bytes(model, shape)
     with_layers = [index for index, count in enumerate(layers) if count > 0]
     graph = _graph_mib(model, shape, len(with_layers)) * MIB
+    # llama-server loads the encoder on its first GPU; the own engine keeps it with the output (`output.bts`, v0.24)
+    encoder_at = (with_layers or [0])[-1 if shape.own_engine else 0]
     sizes: list[int] = []
     start = 0
     for index, count in enumerate(layers):
@@ -89,7 +91,7 @@ def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...])
         size = sum(units[start:stop])
         if count > 0:
             size += graph + shape.cuda_context_bytes
-            size += _encoder_bytes(model, shape) if index == with_layers[0] else 0
+            size += _encoder_bytes(model, shape) if index == encoder_at else 0
             size += _draft_bytes(model, shape) if stop == len(units) else 0
         sizes.append(int(size * shape.size_ratio))
         start = stop
