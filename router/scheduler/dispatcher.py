@@ -242,7 +242,8 @@ class Dispatcher:
         # What is promised to a plan leaves for it, whichever path an event takes.
         leaving = promised(self._fleet.snapshot(now)) if self._fleet.reservations else frozenset[ResidencyKey]()
         for key, residency in list(self._fleet.residencies.items()):
-            if key in leaving or residency.expires_at is None or residency.expires_at > now:
+            is_leaving = key in leaving and residency.state is ResidencyState.READY
+            if is_leaving or residency.expires_at is None or residency.expires_at > now:
                 continue
             if can_expire(residency, self._queue):
                 again = residency.state is ResidencyState.UNLOADING

@@ -79,7 +79,7 @@ def cuda_context_bytes(compute_capability: tuple[int, int]) -> int:
 def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...]) -> tuple[int, ...]:
     """Bytes on each GPU. `layers` counts units on each, in order, the output layer being the last of all
     `model.layers + 1`; fewer in sum means that the rest is on the CPU. A GPU without a layer holds nothing."""
-    units = unit_bytes(model, shape)
+    units, weights_of = unit_bytes(model, shape), _unit_weights(model, shape)
     with_layers = [index for index, count in enumerate(layers) if count > 0]
     graph = _graph_mib(model, shape, len(with_layers)) * MIB
     # llama-server puts the image encoder on its first GPU, the own engine beside the output layer (`output.bts`).
@@ -88,12 +88,13 @@ def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...])
     start = 0
     for index, count in enumerate(layers):
         stop = min(len(units), start + max(0, count))
-        size = sum(units[start:stop])
+        size, weights = sum(units[start:stop]), sum(weights_of[start:stop])
         if count > 0:
             size += graph + shape.cuda_context_bytes
             size += _encoder_bytes(model, shape) if index == encoder_gpu else 0
             size += _draft_bytes(model, shape) if stop == len(units) else 0
-        sizes.append(int(size * shape.size_ratio))
+        # The weights of a file are known to the byte; what is around them deviates.
+        sizes.append(int(weights + (size - weights) * shape.size_ratio))
         start = stop
     return tuple(sizes)
 
@@ -133,6 +134,12 @@ def chance(seed: int, text: str) -> float:
 @lru_cache(maxsize=4096)
 def unit_bytes(model: ModelFacts, shape: LoadShape) -> tuple[float, ...]:
     """Weights and cache of each layer, then the output layer."""
+    weights = _unit_weights(model, shape)
+    return (*(weights[layer] + _layer_cache(model, shape, layer) for layer in range(model.layers)), weights[-1])
+
+
+def _unit_weights(model: ModelFacts, shape: LoadShape) -> tuple[float, ...]:
+    """Weights of each layer, then of the output layer."""
     table = model.vocabulary_size * model.embedding_length
     host = model.input_bytes if model.input_bytes is not None else table * 9 // 16
     output = model.output_bytes if model.output_bytes is not None else table * 105 // 128
@@ -140,7 +147,7 @@ def unit_bytes(model: ModelFacts, shape: LoadShape) -> tuple[float, ...]:
     output = min(max(0, output - beside), model.weights_bytes // 2)
     body = max(0, model.weights_bytes - min(host, model.weights_bytes // 2) - output - beside)
     each = body / max(1, model.layers)
-    return (*(each + _layer_cache(model, shape, layer) for layer in range(model.layers)), float(output))
+    return (each,) * model.layers + (float(output),)
 
 
 def _layer_cache(model: ModelFacts, shape: LoadShape, layer: int) -> float:
