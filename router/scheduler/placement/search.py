@@ -50,7 +50,10 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     for index, attempt in enumerate(to_try):
         found = place(snapshot, estimate, attempt)
         if isinstance(found, NoFit) and attempt.default_context is not None and not _is_widened(head):
-            found = place(snapshot, estimate, replace(attempt, default_context=None))
+            # No instance gives the pinned context by default. Requests that cannot name it do without: their server
+            # would load the model again for each of them.
+            options = head.options if head.takes_default_context else attempt.options
+            found = place(snapshot, estimate, replace(attempt, options=options, default_context=None))
         if not isinstance(found, NoFit) or found.code not in ("model_too_large", "no_instance"):
             return _without_swaps(snapshot, estimate, found, to_try[index + 1 :]) or found
         decision = decision or found
@@ -113,9 +116,10 @@ def _is_widened(ticket: Ticket) -> bool:
 
 def _default_context_needed(snapshot: Snapshot, ticket: Ticket, options: RunnerOptions) -> int | None:
     """The context that the instance itself must give for a request that cannot name one; None: the usual one."""
-    if not ticket.takes_default_context:
-        return None
-    return snapshot.engines[ticket.model.engine].requested_context(options)
+    pin = pin_of(snapshot, ticket.model.name)
+    if ticket.takes_default_context or (pin is not None and pin.context_length is not None):
+        return snapshot.engines[ticket.model.engine].requested_context(options)
+    return None
 
 
 def _context_needed(engine: EngineRules[Snapshot], default_context_length: int, ticket: Ticket) -> int:
