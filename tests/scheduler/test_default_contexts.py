@@ -135,3 +135,21 @@ def test_a_pinned_context_is_kept_warm_where_every_request_is_served_by_it() -> 
         assert play.grant(ticket).context_length == 16_384
         play.release(ticket)
     assert play.loads_sent == 1
+
+
+@pytest.mark.parametrize("on_demand", [True, False])
+@pytest.mark.parametrize("pinned", [2048, 4096, 16_384, 65_536])
+@pytest.mark.parametrize("options", [(), (("num_ctx", 3000),), LONG, (("num_batch", 64),)])
+@pytest.mark.parametrize("kind", ["flexible", "default context", "exact"])
+def test_whatever_is_pinned_and_asked_for_one_load_serves_it(
+    kind: str, options: RunnerOptions, pinned: int, on_demand: bool
+) -> None:
+    policy = replace(POLICY, instances_on_demand=on_demand, pins={"coder": Pin(context_length=pinned)})
+    play = Play(1, policy).begin()
+    if kind == "default context":
+        ticket = play.arrive(CODER, default_context=0)
+    else:
+        ticket = play.arrive(CODER, options, is_flexible=kind == "flexible")
+    _work(play)
+    assert ticket in play.leases
+    assert play.loads_sent == 1
