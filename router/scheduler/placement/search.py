@@ -59,6 +59,8 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
             return _without_swaps(snapshot, estimate, found, to_try[index + 1 :]) or found
         decision = decision or found
     assert decision is not None
+    if _is_widened(head):
+        return replace(decision, code="model_too_large")  # at once: the request does with the default context
     return decision
 
 
