@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.domain.actions import Reject
+from router.domain.events import ModelDiscovered
 from router.domain.policy import Pin, Policy
 from router.domain.request import RunnerOptions, TicketId
 from tests.scheduler.builders import instance
@@ -106,6 +107,15 @@ def test_where_no_instance_can_be_started_it_is_refused_at_once_so_that_it_can_a
     assert fixed.loads_sent == 0
 
 
+def test_a_pinned_context_that_no_instance_gives_by_default_is_not_loaded_for_them_over_and_over() -> None:
+    policy = replace(POLICY, instances_on_demand=False, pins={"coder": Pin(context_length=16_384)})
+    fixed = Play(1, policy).begin()
+    ticket = fixed.arrive(CODER, default_context=0)
+    _work(fixed)
+    assert fixed.grant(ticket).context_length == 8192
+    assert fixed.loads_sent == 1
+
+
 def test_a_model_pinned_to_a_context_serves_requests_that_cannot_name_one() -> None:
     play = Play(1, replace(POLICY, pins={"coder": Pin(context_length=16_384)})).begin()
     ticket = play.arrive(CODER, default_context=0)
@@ -113,4 +123,33 @@ def test_a_model_pinned_to_a_context_serves_requests_that_cannot_name_one() -> N
     assert play.grant(ticket).context_length == 16_384
     play.release(ticket)
     assert play.arrive(CODER, is_flexible=True) in play.leases
+    assert play.loads_sent == 1
+
+
+def test_a_pinned_context_is_kept_warm_where_every_request_is_served_by_it() -> None:
+    pins = {"coder": Pin(context_length=16_384, keep_warm=True)}
+    play = Play(1, replace(POLICY, pins=pins)).begin()
+    play.post(ModelDiscovered(CODER))
+    _work(play)
+    for ticket in (play.arrive(CODER, default_context=0), play.arrive(CODER, is_flexible=True)):
+        assert play.grant(ticket).context_length == 16_384
+        play.release(ticket)
+    assert play.loads_sent == 1
+
+
+@pytest.mark.parametrize("on_demand", [True, False])
+@pytest.mark.parametrize("pinned", [2048, 4096, 16_384, 65_536])
+@pytest.mark.parametrize("options", [(), (("num_ctx", 3000),), LONG, (("num_batch", 64),)])
+@pytest.mark.parametrize("kind", ["flexible", "default context", "exact"])
+def test_whatever_is_pinned_and_asked_for_one_load_serves_it(
+    kind: str, options: RunnerOptions, pinned: int, on_demand: bool
+) -> None:
+    policy = replace(POLICY, instances_on_demand=on_demand, pins={"coder": Pin(context_length=pinned)})
+    play = Play(1, policy).begin()
+    if kind == "default context":
+        ticket = play.arrive(CODER, default_context=0)
+    else:
+        ticket = play.arrive(CODER, options, is_flexible=kind == "flexible")
+    _work(play)
+    assert ticket in play.leases
     assert play.loads_sent == 1

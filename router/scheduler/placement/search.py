@@ -50,11 +50,17 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     for index, attempt in enumerate(to_try):
         found = place(snapshot, estimate, attempt)
         if isinstance(found, NoFit) and attempt.default_context is not None and not _is_widened(head):
-            found = place(snapshot, estimate, replace(attempt, default_context=None))
+            # No instance gives the pinned context by default. Requests that a replica with it could not serve without
+            # a reload get what they ask for.
+            is_enough = (attempt.default_context or 0) >= policy.context_length
+            options = attempt.options if head.is_flexible and is_enough else head.options
+            found = place(snapshot, estimate, replace(attempt, options=options, default_context=None))
         if not isinstance(found, NoFit) or found.code not in ("model_too_large", "no_instance"):
             return _without_swaps(snapshot, estimate, found, to_try[index + 1 :]) or found
         decision = decision or found
     assert decision is not None
+    if _is_widened(head):
+        return replace(decision, code="model_too_large")  # at once: the request does with the default context
     return decision
 
 
@@ -93,7 +99,9 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     engine = snapshot.engines[head.model.engine]
     pin = pin_of(snapshot, head.model.name)
     if pin is not None and pin.context_length is not None:
-        return [engine.default_options(head.model, pin, default)]
+        options = engine.default_options(head.model, pin, default)
+        if _is_served_with(engine, options, default, tickets):
+            return [options]
     if not head.is_flexible and not _is_widened(head):
         return [head.options]
     most = max(_context_needed(engine, default, ticket) for ticket in tickets)
@@ -106,6 +114,19 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     return list(dict.fromkeys(engine.options_with_context(head.model, context, default) for context in contexts))
 
 
+def _is_served_with(
+    engine: EngineRules[Snapshot], options: RunnerOptions, default_context_length: int, tickets: Sequence[Ticket]
+) -> bool:
+    """Whether a replica with the pinned options serves the tickets, so that they do not ask for another at once."""
+    head = tickets[0]
+    if not head.is_flexible and not head.takes_default_context:
+        return head.options == options
+    pinned = engine.requested_context(options) or default_context_length
+    trained = head.model.context_length or pinned
+    named = [engine.requested_context(ticket.options) or ticket.context_length for ticket in tickets]
+    return max(min(context, trained) for context in named) <= pinned
+
+
 def _is_widened(ticket: Ticket) -> bool:
     """Whether it needs more context than a server gives by default, and cannot name it."""
     return ticket.takes_default_context and ticket.context_length > 0
@@ -113,9 +134,10 @@ def _is_widened(ticket: Ticket) -> bool:
 
 def _default_context_needed(snapshot: Snapshot, ticket: Ticket, options: RunnerOptions) -> int | None:
     """The context that the instance itself must give for a request that cannot name one; None: the usual one."""
-    if not ticket.takes_default_context:
-        return None
-    return snapshot.engines[ticket.model.engine].requested_context(options)
+    pin = pin_of(snapshot, ticket.model.name)
+    if ticket.takes_default_context or (pin is not None and pin.context_length is not None):
+        return snapshot.engines[ticket.model.engine].requested_context(options)
+    return None
 
 
 def _context_needed(engine: EngineRules[Snapshot], default_context_length: int, ticket: Ticket) -> int:

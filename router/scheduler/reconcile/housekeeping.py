@@ -12,7 +12,7 @@ from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Estimate, Snapshot
 from router.scheduler.placement.candidates import is_empty
 from router.scheduler.placement.cost import rate_of
-from router.scheduler.placement.placement import Decision, Placed, PlacementRequest, place
+from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place
 from router.scheduler.state import FleetState
 
 _WORTH_A_LOAD_PER_SECOND = 1 / 240
@@ -83,8 +83,18 @@ def missing_warm(snapshot: Snapshot, models: Mapping[str, ModelFacts]) -> Iterat
 
 
 def place_warm(snapshot: Snapshot, estimate: Estimate, model: ModelFacts) -> Decision:
-    """A place for a model that is pinned warm, at any price for those that are not."""
-    return place(snapshot, estimate, _want(snapshot, model))
+    """A place for a model that is pinned warm, at any price for those that are not.
+
+    It prefers an instance that gives the pinned context by default: there it serves requests that cannot name one.
+    """
+    request = _want(snapshot, model)
+    pin = snapshot.policy.pins.get(model.name)
+    if pin is not None and pin.context_length is not None:
+        context = snapshot.engines[model.engine].requested_context(request.options)
+        found = place(snapshot, estimate, replace(request, default_context=context))
+        if context is None or not isinstance(found, NoFit):
+            return found
+    return place(snapshot, estimate, request)
 
 
 def anticipate(
@@ -106,7 +116,7 @@ def anticipate(
             continue
         if blob in dismissed and not _is_pinned_warm(snapshot, model):
             continue
-        found = place(snapshot, estimate, _want(snapshot, model))
+        found = place_warm(snapshot, estimate, model)
         if isinstance(found, Placed) and (not found.evict or _is_pinned_warm(snapshot, model)):
             yield model, found
             return
