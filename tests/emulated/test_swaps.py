@@ -65,7 +65,9 @@ def test_a_model_is_loaded_on_its_exclusive_gpu_and_stays_when_another_comes(pro
 @pytest.fixture
 def equal_gpus(tmp_path: Path) -> Generator[Product]:
     config = {"log": {"format": "json"}, "state_directory": str(tmp_path / "state")}
-    with running(prepare(tmp_path, config, {"LLAMAYARD_RIG_SPEED": "20"}, ("--rig", "2x3090"))) as router:
+    rig = tmp_path / "exact.yaml"
+    rig.write_text("{gpus: 2x3090, deviation: off}\n")  # loads that take more than usual leave no room for both
+    with running(prepare(tmp_path, config, {"LLAMAYARD_RIG_SPEED": "20"}, ("--rig", str(rig)))) as router:
         yield router
 
 

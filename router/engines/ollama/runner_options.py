@@ -29,6 +29,9 @@ _BOOLEANS = frozenset({"use_mmap"})
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
 _OPTION_NAMES = frozenset((*RUNNER_OPTIONS, *PLACEMENT_OPTIONS))
 
+_CONTEXT_MIN = 4
+"""What a server takes for a smaller `num_ctx`."""
+
 SINGLE_SLOT_ARCHITECTURES = frozenset(
     ("lfm2", "lfm2moe", "mllama", "nemotron_h", "qwen35", "qwen35moe", "qwen3next", "qwen3vl", "qwen3vlmoe")
 )
@@ -46,7 +49,7 @@ def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) ->
     """Context of one slot in tokens: requested or the instance's default, limited to the trained context."""
     requested = requested_context(options)
     context = spec.context_length if requested is None else requested
-    return max(4, min(context, model.context_length) if model.context_length > 0 else context)
+    return max(_CONTEXT_MIN, min(context, model.context_length) if model.context_length > 0 else context)
 
 
 def requested_context(options: RunnerOptions) -> int | None:
@@ -105,7 +108,7 @@ def _one_spelling(facts: ModelFacts, context_length: int, default_context_length
     """The number that stands for all with the same effect: the default, else the Modelfile's, else the cut one."""
 
     def cut(number: int) -> int:
-        return min(number, facts.context_length) if facts.context_length > 0 else number
+        return max(_CONTEXT_MIN, min(number, facts.context_length) if facts.context_length > 0 else number)
 
     named = _modelfile_context(facts)
     for number in (default_context_length, default_context_length if named is None else named):

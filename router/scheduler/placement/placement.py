@@ -488,6 +488,8 @@ def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
 
 def _failure(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> Failure | None:
     """Why this load is not tried there again."""
+    if not snapshot.failures:
+        return None
     gpus = frozenset(sized.candidate.gpus)
     found = [
         f

@@ -73,6 +73,7 @@ def test_values_of_a_wrong_type_are_ignored(asked: dict[str, object]) -> None:
         (2048, 8192, None, 2048, (), 8192),
         (2048, 8192, None, 32_768, (), 8192),
         (2048, 8192, None, 1024, (("num_ctx", 1024),), 1024),
+        (2048, 8192, None, 1, (("num_ctx", 4),), 4),
         (2048, 1024, None, 4096, (("num_ctx", 2048),), 2048),
         (2048, 1024, None, 2048, (("num_ctx", 2048),), 2048),
         (2048, 8192, 4096, None, (), 4096),
