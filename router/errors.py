@@ -49,12 +49,6 @@ class BodyTooLarge(RouterError):
     status, code = 413, "body_too_large"
 
 
-class UnsupportedEncoding(RouterError):
-    """The router cannot decompress the body, so it cannot find the model in it."""
-
-    status, code = 415, "unsupported_encoding"
-
-
 class ModelTooLarge(RouterError):
     """The model does not fit on all GPUs together; the message has the bytes needed and the bytes there are."""
 
@@ -77,6 +71,12 @@ class InstanceLost(RouterError):
     """The instance died during the request."""
 
     status, code = 502, "instance_lost"
+
+
+class StreamTruncated(RouterError):
+    """The server ended a stream without its protocol's end mark."""
+
+    status, code = 502, "stream_truncated"
 
 
 class QueueFull(RouterError):
@@ -106,11 +106,11 @@ _BY_CODE: dict[str, type[RouterError]] = {
         NotSupported,
         LayoutUnavailable,
         BodyTooLarge,
-        UnsupportedEncoding,
         ModelTooLarge,
         ServerRefused,
         LoadFailed,
         InstanceLost,
+        StreamTruncated,
         QueueFull,
         NoInstance,
         ShuttingDown,

@@ -24,7 +24,9 @@ ENTRY_POINTS = frozenset(
     {
         "router.__main__",
         "router.cli.main",
+        "router.cli.plan",
         "router.tools.generate_docs",
+        "router.tools.generate_footprint_table",
         "router.lab.emulator.runner",
         "router.lab.emulator.server",
         "router.lab.simulator.chaos",

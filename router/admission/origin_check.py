@@ -28,6 +28,9 @@ ALLOW_HEADERS = (
 ALLOW_METHODS = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
 MAX_AGE_SECONDS = 43200
 
+_ORIGIN_KEY, _HOST_KEY = "server.cors_origins", "server.allowed_hosts"
+_VALUE_SHOWN_MAX = 200
+
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 _PRIVATE_NETWORKS = tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")))
 _UNSPECIFIED = frozenset(map(ipaddress.ip_address, ("0.0.0.0", "::")))
@@ -41,6 +44,8 @@ class Verdict:
 
     response: LocalResponse | None = None
     headers: HeaderPairs = ()
+    refusal: str = ""
+    """Why the request is refused, for the log: names the header and its value."""
 
 
 class Origins:
@@ -91,12 +96,16 @@ class OriginPolicy:
         headers: HeaderPairs = ()
         if cross is not None:
             if not self._origins.allow(cross):
-                return Verdict(LocalResponse(403, routed))
+                return Verdict(
+                    LocalResponse(403, routed), refusal=f"Origin {cross[:_VALUE_SHOWN_MAX]!r} ({_ORIGIN_KEY})"
+                )
             if method == "OPTIONS":
                 return Verdict(LocalResponse(204, (*self._preflight(cross), *routed)))
             headers = self._allowed(cross)
         if not host_allowed(host, self._bound_to_loopback, self._own_names):
-            return Verdict(LocalResponse(403, (*headers, *routed)))
+            return Verdict(
+                LocalResponse(403, (*headers, *routed)), refusal=f"Host {host[:_VALUE_SHOWN_MAX]!r} ({_HOST_KEY})"
+            )
         return self._options(host, routed) if method == "OPTIONS" else Verdict(None, headers)
 
     def _allowed(self, origin: str) -> HeaderPairs:

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Final
 
 from router.admission.client_identity import GpuLookup, client_of, layout_of, priority_of, session_of
 from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
 from router.domain.client_identity import ClientIdentity
-from router.errors import RouterError, UnsupportedEncoding
+from router.errors import Forbidden, RouterError
 from router.http1.headers import HeaderLookup
 from router.http1.response_writer import HeaderPairs, LocalResponse
+from router.llm_api.errors import CODE_HEADER
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, Route, RouteTable
 
@@ -40,6 +42,8 @@ class AdmissionRequest:
     client_address: str
     body_bytes: int | None
     """The declared Content-Length; None where there is none."""
+    target: str = ""
+    """As written, with the query, in origin form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Admission:
     """For whatever response the request gets, so that a browser lets its page read it."""
     response: LocalResponse | None = None
     """Ends the request as it is."""
+    refusal: str = ""
+    """For the log, where `response` refuses the request (403): the offending header with its value."""
     error: RouterError | None = None
     """Ends the request, in the shape of the API that was called."""
     is_reusable: bool = True
@@ -106,40 +112,38 @@ def check_origin(policy: OriginPolicy) -> Step:
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         header, route = request.header, request.route
-        verdict = policy.judge(
-            request.method, header("host"), header("origin"), route.methods if route is not None else ()
-        )
-        return replace(admission, cors_headers=verdict.headers, response=verdict.response)
+        allow = route.methods if route is not None and route.lists_methods else ()
+        verdict = policy.judge(request.method, header("host"), header("origin"), allow)
+        response = verdict.response
+        if verdict.refusal and response is not None:
+            response = replace(response, headers=(*response.headers, (CODE_HEADER, Forbidden.code)))
+        return replace(admission, cors_headers=verdict.headers, response=response, refusal=verdict.refusal)
 
     return step
 
 
 def check_route(table: RouteTable) -> Step:
-    """Refuses unknown paths and methods; redirects where only slashes are wrong, as Ollama's router does."""
+    """Refuses unknown paths and methods; redirects unclean paths, as Ollama's router does."""
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         route = request.route
         if route is not None:
             if request.method in route.methods:
                 return admission
-            return replace(admission, response=method_not_allowed(route.methods))
-        clean_path = table.clean(request.path)
-        response = not_found() if clean_path is None else _redirect(request, clean_path)
+            return replace(
+                admission, response=method_not_allowed(route.methods) if route.lists_methods else not_found()
+            )
+        redirection = table.redirection(request.method, request.target or request.path)
+        response = not_found() if redirection is None else _redirect(request.method, *redirection)
         return replace(admission, response=response)
 
     return step
 
 
 def check_body(limits: RequestLimits) -> Step:
-    """Refuses bodies that are too long by their Content-Length, or encoded so that the router cannot read them.
-
-    Ollama decodes zstd on `/v1/*` from v0.17 on, and no other encoding anywhere: the router would inspect other bytes
-    than the server.
-    """
+    """Refuses bodies that are too long by their Content-Length."""
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
-        if request.path.startswith("/v1/") and "zstd" in (request.header("content-encoding") or "").lower():
-            raise UnsupportedEncoding("zstd request bodies are not supported: send the body without Content-Encoding")
         if request.body_bytes is not None and request.route is not None and not request.route.streams_body:
             limits.check_body_size(request.body_bytes)
         return admission
@@ -163,11 +167,9 @@ def read_terms(gpus: GpuLookup) -> Step:
     return step
 
 
-def _redirect(request: AdmissionRequest, path: str) -> LocalResponse:
-    only_last_slash = request.path.rstrip("/") == path and request.method == "GET"
-    status = 301 if only_last_slash else 307
-    location = ("Location", path)
-    if request.method not in ("GET", "HEAD"):
+def _redirect(method: str, status: int, url: str) -> LocalResponse:
+    location = ("Location", url)
+    if method not in ("GET", "HEAD"):
         return LocalResponse(status, (location,))
-    body = f'<a href="{path}">{_REDIRECT_REASONS[status]}</a>.\n\n'
+    body = f'<a href="{escape(url)}">{_REDIRECT_REASONS[status]}</a>.\n\n'
     return LocalResponse(status, (("Content-Type", "text/html; charset=utf-8"), location), body.encode())

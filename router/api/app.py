@@ -24,6 +24,7 @@ from router.api.responses import aiohttp_response, error_response
 from router.engines.ollama.client import OllamaError
 from router.errors import Forbidden, InstanceLost, RouterError
 from router.http1.headers import HeaderLookup, request_id
+from router.http1.parser import origin_form
 from router.http1.response_writer import CONTINUE
 from router.llm_api.errors import api_of, internal_error
 from router.llm_api.routes import Kind, RouteTable
@@ -96,6 +97,8 @@ class ApiServer:
         self._access_log.began()
         status = 0
         try:
+            if admission.refusal:
+                record.refuse(admission.refusal)
             if admission.response is not None:
                 response = aiohttp_response(admission.response, record.response_headers())
             elif admission.error is not None:
@@ -135,22 +138,29 @@ class ApiServer:
 
 def admission_request(request: web.BaseRequest, table: RouteTable) -> AdmissionRequest:
     """The request's head as admission sees it."""
-    path = unquote(request.raw_path.partition("?")[0], errors="replace")
+    target, authority = origin_form(request.raw_path.encode("utf-8", "surrogateescape"))
+    path = unquote(target.partition(b"?")[0], errors="replace")
     return AdmissionRequest(
         method=request.method,
         path=path,
         route=table.find(path),
-        header=_header_lookup(request),
+        header=_header_lookup(request, authority.decode("latin-1")),
         client_address=request.remote or "",
         body_bytes=request.content_length,
+        target=target.decode("latin-1"),
     )
 
 
-def _header_lookup(request: web.BaseRequest) -> HeaderLookup:
-    """aiohttp decodes headers as UTF-8; both entrances must read the same text, so this decodes them as Latin-1."""
+def _header_lookup(request: web.BaseRequest, authority: str) -> HeaderLookup:
+    """aiohttp decodes headers as UTF-8; both entrances must read the same text, so this decodes them as Latin-1.
+
+    `authority`, of a target in absolute form, takes precedence over Host.
+    """
     headers = request.headers
 
     def lookup(name: str) -> str | None:
+        if authority and name == "host":
+            return authority
         value = headers.get(name)
         if value is None or value.isascii():
             return value

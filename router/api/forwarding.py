@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from router.errors import InstanceLost, RouterError
-from router.http1.headers import reply_headers, upstream_headers
+from router.http1.headers import UNBUFFERED, is_stream, reply_headers, upstream_headers
 from router.llm_api.errors import Api, stream_error
 from router.llm_api.limits import RequestLimits
 from router.llm_api.stream_end import TAIL_BYTES
@@ -86,7 +86,7 @@ async def relay(
     now: Callable[[], float],
 ) -> web.StreamResponse:
     """Streams the reply to the client. After the first byte every failure ends the stream visibly."""
-    response = _response_head(upstream, record.response_headers())
+    response = _response_head(upstream, {**record.response_headers(), **record.unrouted_headers(upstream.status)})
     await response.prepare(request)
     if request.method == hdrs.METH_HEAD:
         await response.write_eof()
@@ -105,6 +105,8 @@ def _response_head(upstream: aiohttp.ClientResponse, added: Mapping[str, str]) -
     raw: Raw = [(bytes(k), bytes(v)) for k, v in upstream.raw_headers]
     for key, value in reply_headers(raw):
         response.headers.add(key.decode("latin-1"), value.decode("latin-1"))
+    if is_stream(raw):
+        response.headers.add(*UNBUFFERED)
     for name, text in added.items():
         response.headers[name] = text
     return response

@@ -30,13 +30,15 @@ from router.engines.ollama.client import OllamaClient, OllamaError
 from router.engines.ollama.driver import temporary_tag_for
 from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
 from router.llm_api.body_reader import last_value, parse_body
-from router.llm_api.inference_request import refuse_cloud
+from router.llm_api.inference_request import refuse_cloud, refuse_conflict
 from router.llm_api.json_members import text_of
 from router.observability.request_record import RequestRecord
 
 _BLOB_QUERY_TIMEOUT_SECONDS = 10.0
 _STORE_TIMEOUT_SECONDS = 60.0
 _UNLOAD_RETRY_SECONDS = 1.0
+_USES = {"/api/copy": "copy", "/api/delete": "delete", "/api/push": "push"}
+"""Paths whose model must exist, and what they do with it."""
 _UNREAD_BYTES_MAX = 262144
 """Up to this much of an unread request body is discarded, as Go does; with more the connection is closed."""
 
@@ -56,9 +58,16 @@ class ModelManagementHandler:
         context, path = self._context, request.path
         body = await read_body(request, context.limits)
         parsed = parse_body(body, path)
+        refuse_conflict(parsed)
         record.model = parsed.model or ""
         if path != "/api/delete":  # a cloud model's local stub may be deleted
             refuse_cloud(record.model, cloud=context.rules.cloud)
+        if path in _USES:
+            facts = await context.catalog.facts(record.model) if record.model else None
+            record.is_unrouted = facts is None
+            self._refuse_attached(facts, _USES[path])
+        else:
+            record.is_unrouted = not record.model
         if path == "/api/push":
             return await forward(context, request, body, record)  # it only reads the store
         changed_name = _destination(body) if path == "/api/copy" and record.model else record.model
@@ -111,6 +120,17 @@ class ModelManagementHandler:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise InstanceLost(f"the instance could not be queried for the blob: {error}") from error
 
+    def _refuse_attached(self, facts: ModelFacts | None, verb: str) -> None:
+        """
+        Raises:
+            Forbidden: only attached servers have the model.
+        """
+        if facts is not None and not facts.is_on(self._context.primary().spec):
+            owners = ", ".join(sorted(facts.attached_on or ()))
+            raise Forbidden(
+                f"model '{facts.name}' is only on {owners}, which the router does not manage: {verb} it there"
+            )
+
     # --- deleting ------------------------------------------------------------------------------------------
 
     async def _delete(
@@ -119,12 +139,6 @@ class ModelManagementHandler:
         context = self._context
         if facts is None:
             return await self._deleted(request, body, record)
-        primary = await context.ready_primary()
-        if not facts.is_on(primary.spec):
-            owners = ", ".join(sorted(facts.attached_on or ()))
-            raise Forbidden(
-                f"model '{facts.name}' is only on {owners}, which the router does not manage: delete it there"
-            )
         names = await context.catalog.names_of(facts.blob)
         if any(name != facts.name for name in names):
             return await self._deleted(

@@ -13,9 +13,9 @@ from aiohttp import web
 from router.api.context import ApiContext
 from router.api.forwarding import Body, open_upstream, read_body, relay
 from router.domain.instance import InstanceView
-from router.llm_api.body_reader import parse_body
+from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.errors import api_of
-from router.llm_api.inference_request import MODEL_HEADER, refuse_cloud
+from router.llm_api.inference_request import MODEL_HEADER, refuse_cloud, refuse_conflict
 from router.llm_api.json_edit import set_member
 from router.observability.request_record import RequestRecord
 
@@ -43,8 +43,11 @@ class ShowHandler:
         body = await read_body(request, self._context.limits)
         in_path = request.path.startswith(_MODELS)
         raw_name, mark, query = request.raw_path.removeprefix(_MODELS).partition("?")
-        name = unquote(raw_name) if in_path else parse_body(body, request.path).model
+        parsed = ParsedBody(model=unquote(raw_name)) if in_path else parse_body(body, request.path)
+        refuse_conflict(parsed)
+        name = parsed.model
         if not name:
+            record.is_unrouted = True
             return await forward(self._context, request, body, record)
         target = self._context.rules.substitutes.target(name)
         raw_path = None
@@ -56,7 +59,9 @@ class ShowHandler:
             else:
                 body = set_member(body, "model", json.dumps(target).encode())
         refuse_cloud(name, cloud=self._context.rules.cloud)
-        view = await self._context.holder(await self._context.find_model(name))
+        facts = await self._context.find_model(name)
+        record.is_unrouted = facts is None
+        view = await self._context.holder(facts)
         return await forward(self._context, request, body, record, view, raw_path)
 
 

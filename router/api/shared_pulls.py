@@ -20,6 +20,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from router.api.context import ApiContext
 from router.engines.ollama.model_listing import key_of
 from router.errors import InstanceLost, RouterError, WaitTimeout
+from router.http1.headers import UNBUFFERED
 from router.llm_api.body_reader import ParsedBody, last_value
 from router.llm_api.errors import NDJSON, internal_error
 from router.llm_api.json_edit import set_member
@@ -191,7 +192,9 @@ async def _streamed(
     lines = await pieces.next()
     if not lines:
         return _refused(pull, record)
-    response = web.StreamResponse(headers={"Content-Type": NDJSON, **record.response_headers()})
+    response = web.StreamResponse(
+        headers=dict([("Content-Type", NDJSON), UNBUFFERED, *record.response_headers().items()])
+    )
     await response.prepare(request)
     while lines:
         for line in lines:

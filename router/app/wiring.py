@@ -24,7 +24,7 @@ from router.config.settings import ConfigError, Settings
 from router.control.controller import Controller
 from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
-from router.domain.events import FootprintsLoaded, InstanceChanged
+from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -90,10 +90,13 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
             if event.state is InstanceState.READY:
                 state_poller.poll_models()
 
+        def on_load(event: LoadMeasured) -> None:
+            controller.post(event)
+
         def poll_gpus() -> None:
             state_poller.poll_gpus()
 
-        supervisor = Supervisor(_supervisor_config(settings, hardware), engines, on_instance_change)
+        supervisor = Supervisor(_supervisor_config(settings, hardware), engines, on_instance_change, on_load=on_load)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with Controller(dispatcher, effects, time.monotonic, (observer,)) as controller:

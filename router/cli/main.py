@@ -44,6 +44,8 @@ def _discard_output(stream: TextIO) -> None:
 def _run(arguments: list[str], environment: Mapping[str, str] | None) -> int:
     if arguments[:1] == ["simulate"]:  # it has its own parser
         return _simulate(arguments[1:])
+    if arguments[:1] == ["plan"]:
+        return _plan(arguments[1:], environment)
     parsed = _parser().parse_args(arguments)
     return cast("int", parsed.run(parsed, environment))
 
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--changed", action="store_true", help="show only keys that differ from their default")
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(run=_check_config)
+    commands.add_parser("plan", help="show what models take on GPUs, and whether they fit")
     commands.add_parser("simulate", help="compare the router with stock servers on SIMULATED GPUs")
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
@@ -108,6 +111,12 @@ def _check_config(arguments: argparse.Namespace, environment: Mapping[str, str] 
     from router.cli import check_config
 
     return check_config.run(arguments, environment)
+
+
+def _plan(arguments: list[str], environment: Mapping[str, str] | None) -> int:
+    from router.cli import plan
+
+    return plan.main(arguments, environment)
 
 
 def _simulate(arguments: Sequence[str]) -> int:

@@ -77,6 +77,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", "--out", metavar="DIR", help="write a JSON file and a picture of each run there (default: none)")
     add("--config", type=Path, metavar="FILE", help="YAML file whose settings the router and the servers get")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. queue.limit=64; repeatable")
+    add("--exact", action="store_true", help="each load takes exactly its usual size, and memory is free at once")
     add("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -129,7 +130,7 @@ def _settings(arguments: argparse.Namespace) -> Settings | None:
 def _spec(arguments: argparse.Namespace, seed: int) -> ScenarioSpec:
     return ScenarioSpec(
         arguments.rig, arguments.mix, seed, arguments.seconds, arguments.rate, arguments.users, arguments.trace,
-        arguments.cold,
+        arguments.cold, not arguments.exact,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from router.domain.events import (
     Ticked,
     UnloadFinished,
 )
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import MeasuredFootprint
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.request import Ticket, TicketId
 from router.domain.snapshot import Snapshot
@@ -71,7 +71,7 @@ class InstanceDriver(Loader, Protocol):
         """Asks for the end of an instance's server, and for the next one unless it was started on demand."""
         ...
 
-    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
+    def remember(self, footprint: MeasuredFootprint) -> None:
         """Keeps a measured footprint for later runs."""
         ...
 
@@ -228,7 +228,7 @@ class Controller:
             case Notice():
                 pass  # for observers
             case Remember():
-                self._driver.remember(action.key, action.per_gpu_bytes)
+                self._driver.remember(action.footprint)
             case ReadGpus():
                 self._driver.read_gpus()
             case _:

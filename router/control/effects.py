@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from router.domain.actions import Load, Unload
 from router.domain.events import LoadFailed, LoadFinished, UnloadFinished
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import MeasuredFootprint
 from router.domain.instance import InstanceName, InstanceSpec
 from router.engines.base import Loader
 
@@ -24,7 +24,7 @@ class Effects:
         stop: Callable[[InstanceName], None],
         restart: Callable[[InstanceName, str], None],
         read_gpus: Callable[[], None],
-        remember: Callable[[FootprintKey, tuple[int, ...]], None],
+        remember: Callable[[MeasuredFootprint], None],
     ) -> None:
         """`loaders`: by the kind of the model's engine."""
         self._loaders = loaders
@@ -43,8 +43,8 @@ class Effects:
     def restart_instance(self, name: InstanceName, reason: str) -> None:
         self._restart(name, reason)
 
-    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
-        self._remember(key, per_gpu_bytes)
+    def remember(self, footprint: MeasuredFootprint) -> None:
+        self._remember(footprint)
 
     def read_gpus(self) -> None:
         self._read_gpus()

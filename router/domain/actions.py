@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import MeasuredFootprint
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.model import BlobDigest, ModelFacts
@@ -108,8 +108,7 @@ class Notice:
 class Remember:
     """Store a measured footprint for later runs."""
 
-    key: FootprintKey
-    per_gpu_bytes: tuple[int, ...]
+    footprint: MeasuredFootprint
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import Footprint, FootprintKey
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
@@ -48,6 +48,16 @@ class EngineRules(Protocol[FactsT]):
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: FactsT
     ) -> tuple[int, ...]:
         """Returns the bytes that a load takes at most on each GPU of the instance; empty without GPUs."""
+        ...
+
+    def estimate_footprint(
+        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: FactsT
+    ) -> Footprint:
+        """Returns the same by part, with the model split as the server is told to; nothing without GPUs."""
+        ...
+
+    def margin_ratio(self, model: ModelFacts) -> float:
+        """Returns by how much more than its estimate a load that was never measured may take."""
         ...
 
     def worst_case_bytes(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
@@ -107,6 +107,8 @@ class LoadFailed:
     message: str
     is_lost: bool = False
     """True if the server exited or could not be reached; False if it refused the load."""
+    is_memory_short: bool = False
+    """Whether the GPUs had too little memory for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +137,20 @@ class UnloadRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadMeasured:
+    """What a server's own output said of a load that has just come up; posted before the load's end is."""
+
+    instance: InstanceName
+    blob: BlobDigest
+    gpus: tuple[GpuFootprint, ...]
+    """Bytes by part on each GPU of the instance, in its order, without CUDA contexts."""
+
+
+@dataclass(frozen=True, slots=True)
 class FootprintsLoaded:
     """Footprints that earlier runs measured."""
 
-    footprints: tuple[tuple[FootprintKey, tuple[int, ...]], ...]
+    footprints: tuple[MeasuredFootprint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +175,7 @@ Event = (
     | UnloadFinished
     | UnloadRequested
     | ModelDiscovered
+    | LoadMeasured
     | FootprintsLoaded
     | Ticked
     | ShutdownBegan

@@ -35,6 +35,25 @@ class ModelFacts:
     context_length: int
     """Trained context in tokens; a larger requested context is reduced to it."""
     sliding_window: int | None = None
+    """Tokens that a sliding layer attends to."""
+    sliding_layers: tuple[bool, ...] = ()
+    """True for each layer that slides, where the metadata has the pattern itself; () where it does not."""
+    key_length_swa: int | None = None
+    value_length_swa: int | None = None
+    """Head lengths of sliding layers, where they differ from the others'."""
+    shared_kv_layers: int = 0
+    """The last layers, which use another layer's cache and have none of their own."""
+    full_attention_interval: int = 0
+    """Hybrids: layer i has a cache where (i + 1) is a multiple of this, else a recurrent state. 0: by KV heads."""
+    recurrent_state_elements: int = 0
+    """32-bit numbers that one layer without attention keeps for each sequence."""
+    nextn_layers: int = 0
+    """Layers of the draft head (MTP), which from 0.31 gets a second context."""
+    feed_forward_length: int = 0
+    expert_used_count: int = 0
+    has_vision: bool = False
+    projector_bytes: int = 0
+    """Vision and audio encoders with their projectors, where the tensor table told their size; part of the weights."""
     parameters: tuple[tuple[str, str], ...] = ()
     """PARAMETER lines of the Modelfile that affect a runner, sorted: `("num_ctx", "4096")`."""
     is_embedding: bool = False

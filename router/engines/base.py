@@ -18,7 +18,7 @@ from typing import Protocol
 
 from router.domain.actions import Load, Unload
 from router.domain.engine_rules import EngineRules
-from router.domain.events import LoadedModel, LoadFailed, LoadFinished, UnloadFinished
+from router.domain.events import LoadedModel, LoadFailed, LoadFinished, LoadMeasured, UnloadFinished
 from router.domain.instance import InstanceSpec, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
@@ -68,6 +68,14 @@ class GpuReport(Protocol):
         ...
 
 
+class LoadReader(Protocol):
+    """Reads from one server's output what its loads take."""
+
+    def read_line(self, line: str) -> LoadMeasured | None:
+        """Takes one line of output. Returns what a load took, with the line that ends it."""
+        ...
+
+
 class ServerRules(Protocol):
     """How one server process is started and watched. Its environment is `InstanceSpec.environment`."""
 
@@ -81,6 +89,10 @@ class ServerRules(Protocol):
         Raises:
             ProbeFailed: no usable answer within the timeout.
         """
+        ...
+
+    def load_reader(self, spec: InstanceSpec) -> LoadReader:
+        """Returns a reader for one run of the instance's server."""
         ...
 
     def gpu_report(self, spec: InstanceSpec) -> GpuReport:

@@ -19,6 +19,10 @@ HeaderLookup = Callable[[str], str | None]
 REQUEST_ID_CHARACTERS = 128
 """A longer one is truncated."""
 
+UNBUFFERED = ("X-Accel-Buffering", "no")
+"""On streams: nginx would otherwise collect tokens and send them late."""
+_STREAM_TYPES = (b"application/x-ndjson", b"text/event-stream")
+
 _HOP_BY_HOP = frozenset((b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
 _NEVER_BY_NAME = frozenset((b"content-length", b"content-type", b"content-encoding", b"host"))
 """Headers that a Connection header cannot remove, because they describe the message itself."""
@@ -111,6 +115,11 @@ def reply_headers(raw: Iterable[tuple[bytes, bytes]], *, keep_framing: bool = Fa
 def header(raw: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first value of a header, like Go's Header.Get; `name` in lower case."""
     return next((value for key, value in raw if key.lower() == name), None)
+
+
+def is_stream(raw: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a reply's content type is that of a stream."""
+    return (header(raw, b"content-type") or b"").startswith(_STREAM_TYPES)
 
 
 def request_id(given: str | None, make: Callable[[], str] = lambda: uuid.uuid4().hex) -> str:

@@ -26,7 +26,20 @@ NAME_BYTES_MAX = 256
 """A longer header name gets 431."""
 
 _BLANK = b"\r\n\r\n"
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 _TOKEN = re.compile(rb"[A-Za-z]+ /")
+
+
+def origin_form(target: bytes) -> tuple[bytes, bytes]:
+    """Splits a request target in absolute form into path with query, and the authority (RFC 9112, 3.2.2).
+
+    Any other target is returned as it is, with no authority.
+    """
+    found = _ABSOLUTE.match(target)
+    if found is None:
+        return target, b""
+    rest = target[found.end() :]
+    return rest if rest.startswith(b"/") else b"/" + rest, found[1].rpartition(b"@")[2]
 
 
 class HeadError(Exception):
@@ -137,6 +150,8 @@ class RequestHead(_Head):
 
     method = b""
     target = b""
+    """In origin form: the authority of an absolute one has replaced the value of Host."""
+    was_absolute = False
     hosts = 0
     raw = b""
     """All of its bytes, where its user caches it."""
@@ -197,6 +212,21 @@ class RequestHead(_Head):
             raise HeadError(400, "Bad Request: HTTP/1.0 does not support chunks")
         if self.minor and "expect" in self._values and self._values["expect"].strip().lower() != b"100-continue":
             raise HeadError(417, "Expectation Failed")
+        if not self.target.startswith(b"/"):
+            self._take_origin_form()
+
+    def _take_origin_form(self) -> None:
+        target, authority = origin_form(self.target)
+        self.was_absolute = target is not self.target
+        self.target = target
+        if authority:
+            self._values["host"] = authority
+            self.headers = [(b"Host", authority), *(pair for pair in self.headers if pair[0].lower() != b"host")]
+
+    def rewritten(self) -> bytes:
+        """The head's bytes with its target in origin form."""
+        line = b"%s %s HTTP/1.%d" % (self.method, self.target, self.minor)
+        return b"\r\n".join((line, *(b"%s: %s" % pair for pair in self.headers), b"", b""))
 
     def _upgrades(self) -> None:
         self.upgrade = True

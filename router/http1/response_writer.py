@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 
-from router.http1.headers import Headers, reply_headers
+from router.http1.headers import UNBUFFERED, Headers, is_stream, reply_headers
 from router.http1.parser import ReplyHead, RequestHead
 
 HeaderPairs = tuple[tuple[str, str], ...]
@@ -19,6 +19,7 @@ HeaderPairs = tuple[tuple[str, str], ...]
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 
+_UNBUFFERED_LINE = ": ".join(UNBUFFERED).encode()
 _KEEP = b"Connection: keep-alive\r\n"
 _CLOSE = b"Connection: close\r\n"
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -71,6 +72,8 @@ def _upstream_lines(reply: ReplyHead, added: Mapping[str, str], *, keep_framing:
     replaced = {_lower(name) for name in added}
     headers = reply_headers(reply.headers, keep_framing=keep_framing)
     kept = [b"%s: %s" % pair for pair in headers if _lower(pair[0]) not in replaced]
+    if is_stream(headers):
+        kept.append(_UNBUFFERED_LINE)
     return b"\r\n".join((b"HTTP/1.1 %d %s" % (reply.status, reply.reason), *kept, b""))
 
 

@@ -29,6 +29,7 @@ from router.lab.simulator.clairvoyant import search
 from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
 from router.lab.simulator.runner import BaselineFactory, Scenario
+from router.lab.simulator.true_footprint import true_gpu_bytes
 from router.lab.simulator.workload import (
     TRACE,
     Demand,
@@ -39,7 +40,7 @@ from router.lab.simulator.workload import (
     make_sessions,
     read_trace,
 )
-from router.lab.simulator.world import WORLD, true_bytes
+from router.lab.simulator.world import WORLD
 
 _CACHED_SHARE = 0.8
 """Share of host memory used as page cache, as in the emulator."""
@@ -80,8 +81,17 @@ _WIDE_96 = (
 )
 _WIDE_48 = ("llama3.3:70b", "qwen2.5:14b", "llama3.1:8b", "mistral:7b")
 _SMALL = ("llama3.1:8b", "qwen2.5:7b", "llama3.2:3b")
+_MODERN = (
+    "llama3.3:70b",
+    "qwen3-coder:30b",
+    "gemma4:26b",
+    "gpt-oss:20b",
+    "qwen3:8b",
+    "qwen2.5vl:7b",
+    "qwen3-embedding:0.6b",
+)
 _LARGE = ("llama3.3:70b", "qwen2.5-coder:32b", "deepseek-r1:32b", "gemma2:27b")
-MIXES = ("small", "team", "wide", "large")
+MIXES = ("small", "team", "wide", "large", "modern")
 _LARGE_RIG_BYTES = 80 * 1000**3
 
 BASELINES = (
@@ -117,6 +127,8 @@ class ScenarioSpec:
     users: int = 12
     trace: Path = TRACE
     cold_start: bool = False
+    deviates: bool = True
+    """Whether loads take some percent more or less than usual (`Scenario.deviation_seed`)."""
 
 
 def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
@@ -138,6 +150,8 @@ def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) 
         active_shares={name: _active_share(catalogue()[name]) for name in mix.names},
         cold_start=spec.cold_start,
         page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
+        world=replace(WORLD, cold_bytes_per_second=rig.cold_bytes_per_second),
+        deviation_seed=spec.seed if spec.deviates else None,
     )
 
 
@@ -179,7 +193,7 @@ def parse_mix(name: str, rig: EmulatorSpec) -> Mix:
     """Parses a mix name, or comma-separated model names with optional `=WEIGHT`. Raises ScenarioError."""
     total_bytes = sum(gpu.memory_total_bytes for gpu in rig.gpus)
     named = {"small": _SMALL, "team": _TEAM, "wide": _WIDE_96 if total_bytes > _LARGE_RIG_BYTES else _WIDE_48,
-             "large": _LARGE}  # fmt: skip
+             "large": _LARGE, "modern": _MODERN}  # fmt: skip
     if name in named:
         return Mix(name, tuple((model, 1.0) for model in named[name]))
     models: list[tuple[str, float]] = []
@@ -245,7 +259,7 @@ def large_models(scenario: Scenario) -> frozenset[str]:
     return frozenset(
         name
         for name, model in scenario.models.items()
-        if true_bytes(WORLD, model, shape_of(model, config), (model.layers + 1,))[0] > largest_gpu_bytes
+        if true_gpu_bytes(model, shape_of(model, config), (model.layers + 1,))[0] > largest_gpu_bytes
     )
 
 

@@ -51,6 +51,9 @@ class ParsedBody(msgspec.Struct, frozen=True):
     """Size of the prompt's JSON without images: a hint, never a limit."""
     ambiguous: tuple[str, ...] = ()
     """Members written more than once or in another case: parsers other than Go's may read another value."""
+    conflict: str = ""
+    """The field that names the model, if it is written with different values. Go takes the last; such a request must be
+    refused, because a reader in front of the router may have taken another."""
     unreadable: bool = False
     """Go rejects the body: only a server can say why in its own words. All other fields are then empty."""
 
@@ -133,6 +136,7 @@ class _BodyParser:
             is_load_only=self._is_load_only(),
             prompt_bytes=sum(prompt_size(self._body, *self._spans[n][-1]) for n in schema.texts if n in self._spans),
             ambiguous=self._ambiguous,
+            conflict=self._conflict() if self._ambiguous else "",
         )
 
     def _values(self, name: str) -> list[bytes]:
@@ -142,6 +146,14 @@ class _BodyParser:
         """The first name that is not empty: Go's `cmp.Or(req.Model, req.Name)`."""
         names = [self._string(name) for name in self._schema.models]
         return next((text for text in names if text), None)
+
+    def _conflict(self) -> str:
+        """Called after `_model`, so every value is a string or null."""
+        for name in self._schema.models:
+            texts = {text_of(value) for value in self._values(name) if value != _NULL}
+            if len(texts) > 1:
+                return name
+        return ""
 
     def _string(self, name: str) -> str:
         """A string field: null leaves it unchanged."""

@@ -8,6 +8,7 @@ that cannot be parsed is for the server to reject.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _BOUNDARY = re.compile(r'boundary=(?:"([^"]+)"|([^\s;"]+))', re.IGNORECASE)
@@ -30,15 +31,19 @@ def is_form(content_type: str | None) -> bool:
 
 def find_field(body: bytes, content_type: str, name: str) -> Field | None:
     """The first field of that name; None if there is none, or the form cannot be parsed."""
+    return next(find_fields(body, content_type, name), None)
+
+
+def find_fields(body: bytes, content_type: str, name: str) -> Iterator[Field]:
+    """All fields of that name, of which a server takes the first."""
     boundary = _BOUNDARY.search(content_type)
     if boundary is None:
-        return None
+        return
     delimiter = b"--" + (boundary[1] or boundary[2]).encode("latin-1", "replace")
     for start, end in _parts(body, delimiter):
         split = body.find(b"\r\n\r\n", start, min(end, start + _HEAD_BYTES_MAX))
         if split >= 0 and _is_field(body[start:split], name):
-            return Field(split + 4, end)
-    return None
+            yield Field(split + 4, end)
 
 
 def replaced(body: bytes, field: Field, value: str) -> bytes:

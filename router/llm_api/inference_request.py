@@ -48,7 +48,7 @@ from router.engines.ollama.runner_options import (
 from router.errors import BadRequest, Forbidden, ModelNotFound, RouterError
 from router.http1.headers import HeaderLookup
 from router.llm_api.body_reader import ParsedBody, longest_text, parse_body
-from router.llm_api.form_data import find_field, is_form, replaced
+from router.llm_api.form_data import find_field, find_fields, is_form, replaced
 from router.llm_api.heartbeat_format import Heartbeat, heartbeat_for
 from router.llm_api.json_edit import remove_nested, set_member, set_nested, set_only
 from router.llm_api.model_aliases import ANY, REASONS, Substitutes
@@ -395,10 +395,12 @@ def read_request(
     """Reads a request and resolves an alias. `parsed`: the body, where the caller has parsed it.
 
     Raises:
-        RouterError: the body cannot be read, or the model is a cloud model and those are disabled.
+        RouterError: the body cannot be read or names different models, or the model is a cloud model and those are
+            disabled.
     """
     content_type = header("content-type") or ""
     parsed = parsed or _parse(path, content_type, body)
+    refuse_conflict(parsed)
     model = (parsed.model or "") if not parsed.unreadable else ""
     request = InferenceRequest(
         path=path,
@@ -428,6 +430,18 @@ def is_plain(parsed: ParsedBody) -> bool:
     return not (
         parsed.options or parsed.is_load_only or parsed.ambiguous or parsed.unreadable or parsed.keep_alive is not None
     )
+
+
+def refuse_conflict(parsed: ParsedBody) -> None:
+    """
+    Raises:
+        BadRequest: the body names different models in one field.
+    """
+    if parsed.conflict:
+        raise BadRequest(
+            f"the body has the field {parsed.conflict!r} more than once, with different values; names of fields are "
+            "compared without regard to case"
+        )
 
 
 def refuse_cloud(model: str, *, cloud: bool) -> None:
@@ -463,9 +477,10 @@ def _parse(path: str, content_type: str, body: bytes) -> ParsedBody:
     """
     if not is_form(content_type):
         return parse_body(body, path)
-    place = find_field(body, content_type, "model")
-    model = "" if place is None else body[place.start : place.end].decode(errors="replace")
-    return ParsedBody(model=model, unreadable=place is None)
+    fields = find_fields(body, content_type, "model")
+    models = [body[field.start : field.end].decode(errors="replace") for field in fields]
+    conflict = "model" if len(set(models)) > 1 else ""
+    return ParsedBody(model=models[0] if models else "", conflict=conflict, unreadable=not models)
 
 
 def _only_unloads(request: InferenceRequest) -> bool:

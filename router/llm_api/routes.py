@@ -6,9 +6,13 @@ anybody, which a router in front of a team must not.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from urllib.parse import quote, unquote
+
+_LOCATION_SAFE = "/%:@!$&'()*+,;=~"
 
 
 class Kind(Enum):
@@ -52,6 +56,8 @@ class Route:
     kind: Kind
     streams_body: bool = False
     """Whether the body passes through unread, with no limit on its size."""
+    lists_methods: bool = True
+    """Whether a wrong method gets 405 with the right ones; otherwise 404, as for an unknown path."""
 
 
 ROUTES: tuple[Route, ...] = (
@@ -93,30 +99,52 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
+_MODELS = "/v1/models/"
+
+
 class RouteTable:
     """Looks routes up by path in constant time."""
 
-    __slots__ = ("_exact", "_prefixes")
+    __slots__ = ("_exact", "_names", "_prefixes")
 
     def __init__(self, routes: tuple[Route, ...] = ROUTES) -> None:
         self._exact = {route.path: route for route in routes if not route.path.endswith("*")}
         self._prefixes = {route.path[:-1]: route for route in routes if route.path.endswith("*")}
+        self._names = replace(self._prefixes[_MODELS], lists_methods=False)
+        """For model names with slashes, which a server does not have here."""
 
     def find(self, path: str) -> Route | None:
         """The route of a clean path, for any method; None if there is none.
 
-        A path with `.` or `..` is not clean: a server that resolves it may serve another path.
+        A path with `.`, `..` or an empty segment is not clean: a server that resolves it may serve another path.
         """
         route = self._exact.get(path)
-        if route is None and not {".", ".."} & set(path.split("/")):
-            head, _, last = path.rpartition("/")
-            route = self._prefixes.get(head + "/") if last else None
-            if route is None and path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
-                route = self._prefixes["/v1/models/"]  # model names contain slashes
+        if route is None and not {"", ".", ".."} & set(path.split("/")[1:]):
+            route = self._prefixes.get(path.rpartition("/")[0] + "/")
+            if route is None and path.startswith(_MODELS):
+                route = self._names
         return route
 
-    def clean(self, path: str) -> str | None:
-        """The path that a server would redirect this one to (double slashes, a trailing slash), or None."""
-        parts = [part for part in path.split("/") if part]
-        cleaned = "/" + "/".join(parts)
-        return cleaned if cleaned != path and self.find(cleaned) is not None else None
+    def redirection(self, method: str, target: str) -> tuple[int, str] | None:
+        """Status and location for a target without a route, where a server redirects it; target as written.
+
+        Go's ServeMux redirects to the clean path, whether that exists or not; gin then removes a last slash, if the
+        path without it has the method.
+        """
+        path, mark, query = target.partition("?")
+        if not path.startswith("/"):
+            return None
+        cleaned = _clean(path)
+        if cleaned != path:
+            return 307, quote(cleaned, safe=_LOCATION_SAFE) + mark + query
+        decoded = unquote(path, errors="replace").removesuffix("/")
+        route = self.find(decoded)
+        if route is None or method not in route.methods or not path.endswith(("/", "%2F", "%2f")):
+            return None
+        return 301 if method == "GET" else 307, quote(decoded, safe=_LOCATION_SAFE) + mark + query
+
+
+def _clean(path: str) -> str:
+    """As Go's `path.Clean`, but a last slash stays."""
+    cleaned = posixpath.normpath("/" + path.lstrip("/"))
+    return cleaned + "/" if path.endswith("/") and cleaned != "/" else cleaned

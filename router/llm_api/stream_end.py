@@ -1,15 +1,20 @@
-"""How a reply ended, judging by its last bytes: complete, truncated, or because its runner died.
+"""How a reply ended, judging by its last bytes: complete, with an error, truncated, or because its runner died.
 
 A server hides most deaths: a stream whose runner is killed ends cleanly, with an error line on `/api`, with one event
-that names no model on `/v1/chat/completions`, and without any sign on the other two. Only the tail is inspected, so the
-cost per token is zero.
+that names no model on `/v1/chat/completions`, and without any sign on the other two. It also ends a stream without a
+mark after 30 equal tokens in a row. Only the tail is inspected, so the cost per token is zero.
 
-Sources: observed on 0.24.0 and 0.32.15 (`runner-killed-*` and `repeat-limit-*` in the recordings).
+In JSON text quotes and line breaks are escaped, so no generated text can look like an end mark.
+
+Sources: observed on 0.24.0 and 0.32.15 (`runner-killed-*` and `repeat-limit-*` in the recordings);
+openai/responses.go (v0.24.0, v0.34.0), whose events have sorted keys, so that `type` is the last.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from enum import Enum
 from typing import NamedTuple
 
 TAIL_BYTES = 4096
@@ -18,7 +23,21 @@ TAIL_BYTES = 4096
 RUNNER_DIED = (b"process no longer running", b"unexpected EOF", b"connection reset", b"connection refused")
 """A server's messages for a dead runner, before or within a reply."""
 
-_TERMINATORS = (b'"done":true', b"data: [DONE]", b"event: message_stop", b"event: response.completed")
+_LAST_LINE = re.compile(rb'"done": ?true|"total_duration":')
+"""The last line of NDJSON may be so long that only the counts after its `"done":true` are in the tail."""
+_NOT_DONE = b'"done":false}'
+_EVENT_BREAK = re.compile(rb"\r?\n\r?\n")
+_OPENAI_END = re.compile(rb"^data: ?\[DONE\]$", re.MULTILINE)
+_LAST_EVENTS: Mapping[str, re.Pattern[bytes]] = {
+    "/v1/chat/completions": _OPENAI_END,
+    "/v1/completions": _OPENAI_END,
+    "/v1/messages": re.compile(rb"^event: ?message_stop", re.MULTILINE),
+    "/v1/responses": re.compile(rb'"type":"response\.(?:completed|incomplete)"'),
+}
+"""The end mark within the last event, by path; streams of other paths have none. The last event of `/v1/responses`
+repeats the whole answer, so that often only its end is in the tail."""
+_ERROR = re.compile(rb'(?:event: ?error|(?:data: ?)?\{"error":)')
+_FAILED = b'"type":"response.failed"'
 _NAMELESS = b'"model":""'
 _PROMPT = re.compile(rb'"(?:prompt_eval_count|prompt_tokens|input_tokens)":(\d+)')
 _OUTPUT = re.compile(rb'"(?:eval_count|completion_tokens|output_tokens)":(\d+)')
@@ -37,9 +56,31 @@ def tokens_of(tail: bytes) -> Tokens:
     return Tokens(int(prompts[-1]) if prompts else None, int(outputs[-1]) if outputs else None)
 
 
-def is_whole_stream(tail: bytes) -> bool:
-    """Whether a stream's last bytes contain its protocol's terminator."""
-    return any(terminator in tail for terminator in _TERMINATORS)
+class StreamEnd(Enum):
+    """What the end of a whole stream says."""
+
+    COMPLETE = "complete"
+    """It has its protocol's end mark, or its path has none."""
+    ERROR = "error"
+    """It ends with an error in its protocol's form."""
+    MISSING = "missing"
+    """It just ends: to many clients the truncated answer looks complete."""
+
+
+def end_of_stream(path: str, tail: bytes) -> StreamEnd:
+    """Classifies the last bytes, without framing, of a stream with status 200 (NDJSON or server-sent events)."""
+    if path.startswith("/api/"):
+        last = tail.rstrip().rpartition(b"\n")[2]
+        is_complete = _LAST_LINE.search(last) is not None and not last.endswith(_NOT_DONE)
+    else:
+        marked = _LAST_EVENTS.get(path)
+        if marked is None:
+            return StreamEnd.COMPLETE
+        last = _EVENT_BREAK.split(tail.rstrip())[-1]
+        is_complete = marked.search(last) is not None
+    if is_complete:
+        return StreamEnd.COMPLETE
+    return StreamEnd.ERROR if _ERROR.match(last) or _FAILED in last else StreamEnd.MISSING
 
 
 def runner_died(status: int, is_stream: bool, path: str, tail: bytes) -> bool:
@@ -51,7 +92,7 @@ def runner_died(status: int, is_stream: bool, path: str, tail: bytes) -> bool:
     """
     if status != 200 or not is_stream:
         return status == 500 and any(message in tail for message in RUNNER_DIED)
-    if is_whole_stream(tail):
+    if end_of_stream(path, tail) is StreamEnd.COMPLETE:
         return False
     if path in ("/v1/messages", "/v1/responses"):
         return True

@@ -14,6 +14,7 @@ from router.observability.request_record import RequestRecord
 _PROBES = frozenset({"/", "/health", "/ready", "/metrics"})
 """Routes that monitors and load balancers request every few seconds."""
 _PROBE_RESULTS = frozenset({200, 503})
+_ERROR_STATUS = 400
 
 WriteLine = Callable[[str, dict[str, object]], None]
 """Takes a level and the values of one line, of which `event` is its name."""
@@ -29,6 +30,8 @@ class AccessLog:
     def __init__(self, metrics: Metrics, now: Callable[[], float], write: WriteLine = _write_to_structlog) -> None:
         self._model_label = metrics.model_label
         self._tally = metrics.requests
+        self._rejections = metrics.rejections
+        self._stream_errors = metrics.stream_errors
         self._now = now
         self._write = write
         self.idle = asyncio.Event()
@@ -58,6 +61,9 @@ class AccessLog:
             values["model"] = record.model
         if record.error_code:
             values["error"] = record.error_code
+            (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
+            if record.refusal:
+                values["refused"] = record.refusal
         instance, granted_at, first_byte_at = record.instance, record.granted_at, record.first_byte_at
         model = self._model_label(record.model) if instance is not None else ""
         tally.record_response(record.route, model, status)

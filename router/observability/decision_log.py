@@ -75,7 +75,11 @@ class DecisionLog:
             case Notice():
                 self._log.warning(action.event, **action.fields)
             case Remember():
-                self._log.info("footprint_measured", blob=action.key.blob, per_gpu_bytes=action.per_gpu_bytes)
+                found = action.footprint
+                source = "server" if found.parts else "gpus"
+                self._log.info(
+                    "footprint_measured", blob=found.key.blob, per_gpu_bytes=found.per_gpu_bytes, source=source
+                )
             case ReadGpus():
                 pass
             case Load():
@@ -89,7 +93,6 @@ class DecisionLog:
                 self._metrics.unload_failures.labels(model, action.instance)
                 self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
             case Reject():
-                self._metrics.rejections.labels(action.code).inc()
                 self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
 
     def _log_load_end(self, event: LoadFinished | LoadFailed, now: float) -> None:

@@ -8,8 +8,12 @@ import msgspec
 
 from router.domain.actions import Grant
 from router.domain.instance import InstanceName
+from router.errors import BadRequest, Forbidden, ModelNotFound
+from router.llm_api.errors import CODE_HEADER
 
 DEBUG_HEADER = "x-llamayard-debug"
+
+_UNROUTED_CODES: Mapping[int, str] = {400: BadRequest.code, 404: ModelNotFound.code}
 
 
 class RequestRecord(msgspec.Struct):
@@ -26,6 +30,10 @@ class RequestRecord(msgspec.Struct):
     instance: InstanceName | None = None
     granted_at: float | None = None
     error_code: str = ""
+    refusal: str = ""
+    """The header with its value for which the request is refused (403)."""
+    is_unrouted: bool = False
+    """Whether the router found no model for the request: the server's 400 or 404 then says why."""
     cors_headers: tuple[tuple[str, str], ...] = ()
     """Let a browser's page read the response."""
     substitution_headers: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
@@ -39,6 +47,18 @@ class RequestRecord(msgspec.Struct):
     """Non-empty HTTP chunks of the reply: for a stream about its tokens."""
     tail: bytes = b""
     """The end of the reply, enough to read token counts from its last line."""
+
+    def refuse(self, refusal: str) -> None:
+        """The request is refused for this header and value, without a body."""
+        self.error_code, self.refusal = Forbidden.code, refusal
+
+    def unrouted_headers(self, status: int) -> dict[str, str]:
+        """Additional headers of the server's response to an unrouted request; records its error code."""
+        code = _UNROUTED_CODES.get(status) if self.is_unrouted else None
+        if code is None:
+            return {}
+        self.error_code = code
+        return {CODE_HEADER: code}
 
     def response_headers(self, grant: Grant | None = None) -> dict[str, str]:
         """Headers of the router's own: the request id, the instance that answers, and on request why."""

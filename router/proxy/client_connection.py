@@ -241,7 +241,7 @@ class ClientConnection(asyncio.Protocol):
         )
         self._state, self._due = BODY, _NEVER
         reader = None
-        if length < LONG_BODY_BYTES:
+        if length < LONG_BODY_BYTES or facts.is_zstd:
             exchange = ProxyExchange(context, self, head, facts, record, identity)
         else:
             reader = RequestBodyReader(head, limits)
@@ -251,9 +251,11 @@ class ClientConnection(asyncio.Protocol):
         if admission.error is not None:
             self._refuse(head, rest, partial(exchange.fail, admission.error))
         elif admission.response is not None:
+            if admission.refusal:
+                record.refuse(admission.refusal)
             self._refuse(head, rest, partial(exchange.respond, admission.response))
         elif head.chunked or len(rest) < length:
-            self._start_body(head, rest, reader or RequestBodyReader(head, limits))
+            self._start_body(head, rest, reader or RequestBodyReader(head, limits, skims=False))
         else:
             self._state = BUSY
             self._ahead = rest[length:]
@@ -320,7 +322,7 @@ class ClientConnection(asyncio.Protocol):
     def _refuse_head(self, error: HeadError) -> None:
         """An unparsable request gets no API's error shape, and nothing after it can be trusted."""
         if self._exchange is not None:
-            self._exchange.client_gone()
+            self._exchange.client_gone(error.status)
         headers = (("Content-Type", "text/plain; charset=utf-8"),)
         response = LocalResponse(error.status, headers, f"{error.status} {error.message}".encode())
         self.send(whole_response(None, response, keep=False))
@@ -356,7 +358,7 @@ class ClientConnection(asyncio.Protocol):
     # --- requests for aiohttp --------------------------------------------------------------------------------
 
     def _hand_over(self, head: RequestHead, data: bytes, end: int) -> None:
-        raw_head = b"".join((*self._head_pieces, data[:end]))
+        raw_head = head.rewritten() if head.was_absolute else b"".join((*self._head_pieces, data[:end]))
         self._head_pieces = []
         self._keep = head.keep_alive
         self._state, self._due = BRIDGED, _NEVER

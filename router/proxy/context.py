@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import re
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from router.proxy.upstream_pool import Pool
 
 _TARGETS_MAX = 256
 _TARGET_BYTES_MAX = 256
-_ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
 class Tasks:
@@ -91,8 +89,6 @@ class ProxyContext:
         return facts
 
     def _find_leased(self, head: RequestHead) -> tuple[Route, str] | None:
-        if not head.target.startswith(b"/"):
-            head.target = _ABSOLUTE.sub(b"", head.target, count=1)  # RFC 9112, 3.2.2
         target = head.target
         path = unquote(target.partition(b"?")[0], errors="replace")
         route = self.table.find(path)
@@ -119,4 +115,5 @@ def admission_request(head: RequestHead, facts: HeadFacts, client_address: str) 
         header=head.text,
         client_address=client_address,
         body_bytes=head.length,
+        target=head.target.decode("latin-1"),
     )

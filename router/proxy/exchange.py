@@ -35,6 +35,7 @@ from router.errors import InstanceLost, NoInstance, RouterError
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
+from router.llm_api.content_encoding import DECOMPRESSED_BYTES_MAX, decompressed
 from router.llm_api.errors import api_of, error_reply, internal_error
 from router.llm_api.fast_body_reader import parse_body_fast
 from router.llm_api.heartbeat_format import Heartbeat
@@ -111,12 +112,23 @@ class ProxyExchange:
         """The body is complete."""
         self._body = body
         try:
-            if self._facts.is_young:
+            if self._facts.is_zstd and body:
+                self._start(self._decompress(body))
+            elif self._facts.is_young:
                 self._check_support()
             else:
                 self._resolve()
         except RouterError as error:
             self.fail(error)
+
+    async def _decompress(self, body: bytes) -> None:
+        """In a thread: a few bytes may decompress to many, and must not delay other requests."""
+        bytes_max = min(DECOMPRESSED_BYTES_MAX, self._context.limits.max_body_bytes)
+        self._body = await asyncio.to_thread(decompressed, body, bytes_max)
+        if self._facts.is_young:
+            self._check_support()
+        else:
+            self._resolve()
 
     def body_progressed(self) -> None:
         """A part of the body has come."""
@@ -309,6 +321,7 @@ class ProxyExchange:
     def _forward_unchanged(self, request: InferenceRequest) -> None:
         """To one instance, without a slot: it responds in its own words."""
         self._record.substitution_headers = {}
+        self._record.is_unrouted = True
         self._body = request.original_body
         request.plan = None
         try:
@@ -378,6 +391,8 @@ class ProxyExchange:
 
     def response_begins(self) -> Mapping[str, str]:
         headers = self._record.response_headers(self._grant)
+        if self._record.is_unrouted and self._reply is not None:
+            headers |= self._record.unrouted_headers(self._reply.status)
         self._heartbeat_due = _NEVER
         self._body = b""
         # A thousand streams do not need these any more: about a megabyte.
@@ -429,6 +444,8 @@ class ProxyExchange:
             self._context.pool.release(reply.connection)
         else:
             reply.connection.abort()
+        if reply.error_code:
+            self._record.error_code = reply.error_code
         self._finish(reply.status, runner_lost=died)
         client.response_ended(keep=keep)
 
@@ -452,8 +469,11 @@ class ProxyExchange:
         self._finish(response.status)
         self._client.respond(LocalResponse(response.status, headers, response.body))
 
-    def client_gone(self) -> None:
-        """Ends in any phase: withdraws the ticket, or stops the server's work and releases the slot."""
+    def client_gone(self, status: int = CLIENT_GONE) -> None:
+        """Ends in any phase: withdraws the ticket, or stops the server's work and releases the slot.
+
+        `status`: what the client was sent instead of a response to this request.
+        """
         if self._phase == ENDED:
             return
         if self._task is not None:
@@ -466,7 +486,7 @@ class ProxyExchange:
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._context.controller.cancel(lease)
-        self._finish(CLIENT_GONE, silent_seconds=silent_seconds)
+        self._finish(status, silent_seconds=silent_seconds)
 
     def _silent_seconds(self) -> float:
         """How long the replica has sent no byte to anybody, as far as this request waits for one."""

@@ -19,6 +19,7 @@ from router.admission.pipeline import Admission
 from router.engines.ollama.endpoint_support import is_young
 from router.http1.headers import request_lines, sanitized_request_id
 from router.http1.parser import RequestHead
+from router.llm_api.content_encoding import is_zstd
 from router.llm_api.form_data import is_form
 from router.llm_api.heartbeat_format import Heartbeat
 from router.llm_api.inference_request import RoutingPlan
@@ -51,7 +52,8 @@ class HeadFacts:
     """Derived from one head of a request that takes a slot."""
 
     __slots__ = (
-        "admission", "is_form", "is_young", "path", "plans", "request_id", "route", "upstream_lines", "wants_reason",
+        "admission", "is_form", "is_young", "is_zstd", "path", "plans", "request_id", "route", "upstream_lines",
+        "wants_reason",
     )  # fmt: skip
 
     def __init__(self, route: Route, path: str, head: RequestHead, *, debug_headers: bool) -> None:
@@ -60,6 +62,8 @@ class HeadFacts:
         """Decoded, without the query."""
         self.is_young = is_young(path)
         self.is_form = is_form(head.text("content-type"))
+        self.is_zstd = is_zstd(path, head.text("content-encoding"))
+        """Whether the body is compressed. It is forwarded decompressed."""
         self.request_id = sanitized_request_id(head.text("x-request-id"))
         """The client's; "" if it sent none."""
         self.wants_reason = debug_headers or asks_for_reason(head.text(DEBUG_HEADER))
@@ -71,7 +75,10 @@ class HeadFacts:
 
     def add_upstream_lines(self, head: RequestHead, url: str, authority: bytes) -> bytes:
         """The head as forwarded to that server, without framing; cached for the next request."""
-        lines = request_lines(head.method, head.target, head.headers, authority)
+        headers = head.headers
+        if self.is_zstd:
+            headers = [pair for pair in headers if pair[0].lower() != b"content-encoding"]
+        lines = request_lines(head.method, head.target, headers, authority)
         put(self.upstream_lines, url, lines, _SERVERS_MAX)
         return lines
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from router.domain.actions import Grant
 from router.domain.request import TicketId
 from router.errors import RouterError
+from router.http1.headers import UNBUFFERED
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LAST_CHUNK, chunk, early_head
 from router.llm_api.heartbeat_format import Heartbeat
@@ -41,7 +42,7 @@ class HeartbeatSender:
         if not self.head_sent:
             self.head_sent = True
             self._keep = bool(self._request.minor) and self._client.may_keep()
-            headers = (*self._format.headers, *added_headers.items())
+            headers = (*self._format.headers, UNBUFFERED, *added_headers.items())
             piece = early_head(headers, self._request, keep=self._keep) + piece
         self._client.send(piece)
 

@@ -34,8 +34,8 @@ class RequestBodyReader:
         "received_bytes",
     )  # fmt: skip
 
-    def __init__(self, head: RequestHead, limits: RequestLimits, *, discards: bool = False) -> None:
-        """`discards`: nothing of the body is kept."""
+    def __init__(self, head: RequestHead, limits: RequestLimits, *, discards: bool = False, skims: bool = True) -> None:
+        """`discards`: nothing of the body is kept. `skims`: a long body is parsed as it comes."""
         self.count = 0
         """Pieces fed so far."""
         self.length = head.length or 0
@@ -49,7 +49,7 @@ class RequestBodyReader:
         self._body = head.body(self._chunks)
         self._limits = limits
         self._discards = discards
-        self._skimmer = JsonSkimmer() if self.length >= LONG_BODY_BYTES and not discards else None
+        self._skimmer = JsonSkimmer() if skims and self.length >= LONG_BODY_BYTES and not discards else None
 
     @property
     def is_long(self) -> bool:

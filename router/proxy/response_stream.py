@@ -12,15 +12,15 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from router.errors import InstanceLost, RouterError
-from router.http1.body_framing import MORE, Body, Chunked, FramingError, NoBody, UntilClose
+from router.errors import InstanceLost, RouterError, ServerRefused, StreamTruncated
+from router.http1.body_framing import MORE, Body, Chunked, FramingError, NoBody, Sized, UntilClose
 from router.http1.headers import header, reply_headers
 from router.http1.parser import HeadError, ReplyHead, RequestHead
 from router.http1.response_writer import LAST_CHUNK, chunk, interim_head, relayed_head
 from router.llm_api.errors import NDJSON, SSE, api_of, stream_error
 from router.llm_api.heartbeat_format import refusal
 from router.llm_api.limits import RequestLimits
-from router.llm_api.stream_end import RUNNER_DIED, TAIL_BYTES, runner_died
+from router.llm_api.stream_end import RUNNER_DIED, TAIL_BYTES, StreamEnd, end_of_stream, runner_died
 from router.proxy.interfaces import Client, ResponseOwner
 from router.proxy.upstream_pool import ONE_CHUNK, TOKEN_ENDS, UpstreamConnection
 
@@ -29,7 +29,9 @@ HELD_SECONDS: Final = 10.0
 """Bounds on how much of a reply with status 500 is held back, since it may report a dead runner."""
 
 _AWAITED, _HELD, _RELAYED, _OVER = range(4)
-_SIZE_LINE = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}\r\n")
+_SIZE_LINE = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}(?:;[^\r\n]*)?\r\n")
+_LAST_CHUNK = re.compile(rb"\r\n0{1,15}(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*+(?:\r\n)?\Z")
+"""With its trailers."""
 _NO_BODY: Final = NoBody()
 _NO_HEAD: Final = ReplyHead()
 
@@ -51,6 +53,8 @@ class ResponseStream:
     chunks = 0
     tail = b""
     """The end of the reply's data, without framing."""
+    error_code = ""
+    """Of a stream that was relayed whole and ends with an error."""
     _received = False
     """Whether any byte of the reply has come."""
     _phase = _AWAITED
@@ -130,7 +134,10 @@ class ResponseStream:
             self._owner.reply_lost(InstanceLost("the instance died during its reply"), stale=False)
         elif self._phase == _RELAYED:
             if error is None and self._body.closed():
-                self._complete(reusable=False)
+                if self._is_truncated():
+                    self._end_truncated(b"")
+                else:
+                    self._complete(reusable=False)
             else:
                 self._break(InstanceLost("the instance died during its reply"))
 
@@ -245,12 +252,16 @@ class ResponseStream:
         except FramingError as error:
             self._invalid(str(error))
             return
-        self._open(rest if end == MORE else rest[:end])
-        if end != MORE:
+        if end == MORE:
+            self._open(rest)
+        elif self._open(rest[:end], is_last=True):
             self._complete(reusable=end == len(rest))
 
-    def _open(self, piece: bytes) -> None:
-        """Sends the response's head with the available part of its body: from here on bytes are out."""
+    def _open(self, piece: bytes, *, is_last: bool = False) -> bool:
+        """Sends the response's head with the available part of its body: from here on bytes are out.
+
+        Returns False if that ended the response.
+        """
         self._phase = _RELAYED
         self._due = self._now() + self._limits.idle_timeout_seconds
         added_headers = self._owner.response_begins()
@@ -265,7 +276,11 @@ class ResponseStream:
             head = relayed_head(reply, added_headers, request, keep=self._keep)
         if piece:
             self._count(piece)
+        if is_last and self._is_truncated():
+            self._end_truncated(piece, head)
+            return False
         self._client.send(head + self._for_client(piece))
+        return True
 
     def _relay(self, data: bytes) -> None:
         self._passed += self.connection.stop_passing()
@@ -276,6 +291,9 @@ class ResponseStream:
             return
         piece = data if end == MORE else data[:end]
         self._count(piece)
+        if end != MORE and self._is_truncated():
+            self._end_truncated(piece)
+            return
         if self._payload is not None or self._rechunks:
             piece = self._for_client(piece)
         if piece:
@@ -315,7 +333,34 @@ class ResponseStream:
         if self._rechunks:
             self._client.send(LAST_CHUNK)
         reusable = reusable and self._reply.keep_alive and self.request_sent
-        self._owner.reply_done(reusable=reusable, keep=self._keep, died=self._died())
+        died = self._died()
+        if self.status == 200 and self._is_stream() and end_of_stream(self._path, self.tail) is StreamEnd.ERROR:
+            self.error_code = InstanceLost.code if died else ServerRefused.code
+        self._owner.reply_done(reusable=reusable, keep=self._keep, died=died)
+
+    def _is_truncated(self) -> bool:
+        """Whether the stream that is now over lacks its protocol's end mark, and can still be ended otherwise."""
+        if self.status != 200 or not self._is_stream() or (isinstance(self._body, Sized) and not self._rechunks):
+            return False
+        return end_of_stream(self._path, self._data_tail()) is StreamEnd.MISSING
+
+    def _end_truncated(self, piece: bytes, head: bytes = b"") -> None:
+        """Ends the stream with an error where its server, with `piece`, ended it as if it were complete."""
+        passes_chunks = self._reply.chunked and self._payload is None
+        rest = _without_last_chunk(piece) if passes_chunks else self._for_client(piece)
+        self._drop()
+        error = StreamTruncated(
+            "the instance ended the stream without its end mark: its runner died, or the model repeated itself and "
+            "was stopped; the answer is incomplete"
+        )
+        in_chunks = self._rechunks or passes_chunks
+        if rest is None:
+            self._client.abort()
+        else:
+            message = stream_error(api_of(self._path), self._content_type(), error, sent=self.tail or b"\n\n")
+            self._client.send(head + rest + (chunk(message) + LAST_CHUNK if in_chunks else message))
+        keep = in_chunks and self._keep and rest is not None
+        self._owner.reply_broken(error, keep=keep, died=self._died())
 
     def _break(self, error: RouterError, *, hangs: bool = False) -> None:
         """Bytes are out, and no more will come. `hangs`: the server is silent, not the client slow."""
@@ -338,12 +383,16 @@ class ResponseStream:
         self._owner.reply_broken(error, keep=in_chunks and self._keep, died=hangs or self._died())
 
     def _died(self) -> bool:
+        is_stream = self._is_stream()
+        if self.status == 200 and not is_stream:
+            return False
+        return runner_died(self.status, is_stream, self._path, self.tail)
+
+    def _is_stream(self) -> bool:
         reply = self._reply
         if reply.is_stream is None:
             reply.is_stream = self._content_type().startswith((NDJSON, SSE))
-        if self.status == 200 and not reply.is_stream:
-            return False
-        return runner_died(self.status, reply.is_stream, self._path, self.tail)
+        return reply.is_stream
 
     def _content_type(self) -> str:
         return (header(self._reply.headers, b"content-type") or b"").decode("latin-1")
@@ -355,10 +404,14 @@ class ResponseStream:
         self.connection.receiver = None
         self.chunks = self._body.chunks + passed // ONE_CHUNK
         self.bytes_out = self._bytes + passed % ONE_CHUNK
+        self.tail = self._data_tail()
+
+    def _data_tail(self) -> bytes:
+        """The end of what has come, without framing."""
         tail = self._raw_tail
-        if self._reply.chunked:
-            tail = _SIZE_LINE.sub(b"", b"\r\n" + tail).removesuffix(b"\r\n")
-        self.tail = tail
+        if not self._reply.chunked:
+            return tail
+        return _SIZE_LINE.sub(b"", _LAST_CHUNK.sub(b"\r\n", b"\r\n" + tail)).removesuffix(b"\r\n")
 
     def _drop(self) -> None:
         self._end()
@@ -394,3 +447,9 @@ class ResponseStream:
             self._judge_held(MORE, 0)
         elif self._phase == _RELAYED:
             self._break(self._limits.idle_timeout(), hangs=not self._client.write_paused)
+
+
+def _without_last_chunk(piece: bytes) -> bytes | None:
+    """The last piece of a chunked body without the chunk that ends it; None if that began in an earlier piece."""
+    rest = piece.removesuffix(LAST_CHUNK)
+    return rest if len(rest) < len(piece) and (not rest or rest.endswith(b"\n")) else None

@@ -143,7 +143,8 @@ class StreamingUpload(ProxyExchange):
             self.fail(error)
             return
         if self._early:
-            same_model = parsed.model == (self._request.model if self._request is not None else None)
+            early_model = self._request.model if self._request is not None else None
+            same_model = parsed.model == early_model and not parsed.conflict
             is_plain = not parsed.options and parsed.keep_alive is None and not parsed.unreadable
             if same_model and is_plain and self._is_context_enough(parsed):
                 if self._reply is not None:

@@ -40,6 +40,7 @@ from router.domain.events import (
     InstanceChanged,
     LoadFailed,
     LoadFinished,
+    LoadMeasured,
     ModelDiscovered,
     Released,
     ResidencyRead,
@@ -156,11 +157,13 @@ class Dispatcher:
         match event:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
-                measured = [Remember(key, sizes) for key, sizes in self._fleet.settle()]
+                measured = [Remember(found) for found in self._fleet.settle()]
                 return [*measured, *lost_gpus.mark_instances(self._fleet, now)]
             case FootprintsLoaded():
-                for key, sizes in event.footprints:
-                    self._fleet.footprints.remember(key, sizes)
+                for found in event.footprints:
+                    self._fleet.footprints.remember(found)
+            case LoadMeasured():
+                self._fleet.load_measured(event)
             case InstanceChanged():
                 load_outcomes.instance_changed(self._fleet, event, now)
                 return lost_gpus.mark_instances(self._fleet, now)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from router.domain.events import Released
-from router.domain.footprint import FootprintKey
+from router.domain.events import LoadMeasured, Released
+from router.domain.footprint import FootprintKey, GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
@@ -144,6 +144,8 @@ class FleetState:
     """Since when an instance started on demand is empty."""
     footprints: Footprints = field(default_factory=Footprints)
     measuring: dict[LoadId, MeasurementStart] = field(default_factory=dict[LoadId, MeasurementStart])
+    load_reports: dict[LoadId, tuple[GpuFootprint, ...]] = field(default_factory=dict[LoadId, tuple[GpuFootprint, ...]])
+    """What servers' output said of loads that are not settled yet."""
     clients: dict[str, int] = field(default_factory=dict[str, int])
     """Number of slots in use by client."""
     counters: TokenCounters = field(default_factory=TokenCounters)
@@ -300,6 +302,7 @@ class FleetState:
         if residency is not None and residency.load_id is not None:
             self.reservations.pop(residency.load_id, None)
             self.measuring.pop(residency.load_id, None)
+            self.load_reports.pop(residency.load_id, None)
         if residency is not None:
             self.touched(residency.instance)
 
@@ -341,18 +344,28 @@ class FleetState:
         self.touched(reservation.instance)
         gpus = tuple(gpu for gpu, _ in reservation.per_gpu_bytes)
         others = (r for r in self.reservations.values() if r.sent_at is not None and r.load_id != reservation.load_id)
-        if gpus and not any(gpu in gpus for other in others for gpu, _ in other.per_gpu_bytes):
-            self.measuring[reservation.load_id] = self.footprints.before(key, gpus, self._used(), is_certain=is_certain)
+        if gpus:
+            is_alone = not any(gpu in gpus for other in others for gpu, _ in other.per_gpu_bytes)
+            self.measuring[reservation.load_id] = self.footprints.before(
+                key, gpus, self._used(), is_certain=is_certain, is_alone=is_alone
+            )
+
+    def load_measured(self, event: LoadMeasured) -> None:
+        """Keeps what a server's output said of a load until the load's end is settled."""
+        residency = self.residencies.get((event.instance, event.blob))
+        load_id = residency.load_id if residency is not None else None
+        if load_id is not None and load_id in self.measuring:
+            self.load_reports[load_id] = event.gpus
 
     def _used(self) -> dict[GpuUuid, int]:
         return {uuid: gpu.memory_used_bytes for uuid, gpu in self.gpus.items()}
 
-    def settle(self) -> list[tuple[FootprintKey, tuple[int, ...]]]:
+    def settle(self) -> list[MeasuredFootprint]:
         """Drops reservations and unloaded models that the newest reading of the GPUs already includes.
 
         Returns the footprints that were measured with it.
         """
-        measured: list[tuple[FootprintKey, tuple[int, ...]]] = []
+        measured: list[MeasuredFootprint] = []
         for load_id, reservation in list(self.reservations.items()):
             if is_settled(reservation, self.gpus_read_at):
                 del self.reservations[load_id]
@@ -364,21 +377,33 @@ class FleetState:
                 self.forget(key)
         return measured
 
-    def _measured(self, reservation: Reservation) -> list[tuple[FootprintKey, tuple[int, ...]]]:
+    def _measured(self, reservation: Reservation) -> list[MeasuredFootprint]:
         before, residency = self.measuring.pop(reservation.load_id, None), self.by_load(reservation.load_id)
+        parts = self.load_reports.pop(reservation.load_id, ())
         if before is None or residency is None:
             return []
-        sizes = self.footprints.after(before, reservation, self._used(), residency.size_vram_bytes)
-        if sizes is None:
+        found = self.footprints.after(
+            before, reservation, self._used(), residency.size_vram_bytes, parts, self._context_bytes(residency)
+        )
+        if found is None:
             return []
-        self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
-        return [(before.key, sizes)] if before.is_certain else []
+        self.update((residency.instance, residency.blob), per_gpu_bytes=found.per_gpu_bytes)
+        return [found] if before.is_certain else []
+
+    def _context_bytes(self, residency: Residency) -> int:
+        """A CUDA context on the GPUs of that residency, as its engine estimates it."""
+        spec = self.instances[residency.instance].spec
+        rules, facts = self.engines[spec.engine], self.snapshot(self.gpus_read_at)
+        gpus = rules.estimate_footprint(residency.model, spec, residency.context_length, facts).gpus
+        return max((gpu.cuda_context_bytes for gpu in gpus), default=0)
 
     # --- history -------------------------------------------------------------------------------------------
 
     def forget_failures(self, now: float) -> None:
         """Drops failures older than `failure_memory_seconds`."""
         horizon = now - self.policy.constants.failure_memory_seconds
+        if self.footprints.raised_at and self.footprints.forget_raised(horizon):
+            self.version += 1
         if self.failures:
             self._cached = None
             self.failures = [f for f in self.failures if f.at > horizon]

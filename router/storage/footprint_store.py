@@ -11,10 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from router.domain.footprint import FootprintKey
-
-FootprintEntry = tuple[FootprintKey, tuple[int, ...]]
-"""What was measured, and the bytes on each GPU."""
+from router.domain.footprint import FootprintKey, MeasuredFootprint
 
 
 class FootprintStore:
@@ -22,22 +19,22 @@ class FootprintStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._entries: dict[FootprintKey, tuple[int, ...]] = {}
+        self._entries: dict[FootprintKey, MeasuredFootprint] = {}
 
-    def read(self) -> tuple[FootprintEntry, ...]:
+    def read(self) -> tuple[MeasuredFootprint, ...]:
         """Returns the stored footprints; none if the file is missing or unreadable."""
         try:
-            entries = msgspec.json.decode(self._path.read_bytes(), type=list[FootprintEntry])
+            entries = msgspec.json.decode(self._path.read_bytes(), type=list[MeasuredFootprint])
         except (OSError, msgspec.MsgspecError):
             return ()
-        self._entries = dict(entries)
+        self._entries = {entry.key: entry for entry in entries}
         return tuple(entries)
 
-    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
+    def remember(self, footprint: MeasuredFootprint) -> None:
         """Adds or replaces a footprint and writes the file. Ignores write errors: the next run measures again."""
-        self._entries[key] = per_gpu_bytes
+        self._entries[footprint.key] = footprint
         temporary = self._path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(msgspec.json.encode(list(self._entries.items())))
+            temporary.write_bytes(msgspec.json.encode(list(self._entries.values())))
             temporary.replace(self._path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from router.domain.events import InstanceChanged
+from router.domain.events import InstanceChanged, LoadMeasured
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.instance_lifecycle import (
     RestartPolicy,
@@ -66,6 +66,8 @@ class InstanceContext:
     engines: Mapping[str, ServerRules]
     """By kind; each instance follows the rules of its engine."""
     on_change: Callable[[InstanceChanged], None]
+    on_load: Callable[[LoadMeasured], None]
+    """Called with what a server's output says of each load."""
 
 
 class Instance:
@@ -90,6 +92,7 @@ class Instance:
         self._quick_deaths = 0
         self._last_lines: deque[str] = deque(maxlen=context.config.reason_lines_max)
         self._gpu_report = self._engine.gpu_report(spec)
+        self._load_reader = self._engine.load_reader(spec)
         self._device_reported = asyncio.Event()
 
     # --- state and requests ----------------------------------------------------------------------------------
@@ -195,6 +198,7 @@ class Instance:
     def _reset_output(self) -> None:
         self._last_lines.clear()
         self._gpu_report = self._engine.gpu_report(self.spec)
+        self._load_reader = self._engine.load_reader(self.spec)
         self._device_reported.clear()
         self._ready_at = None
         self._restart.clear()
@@ -341,6 +345,9 @@ class Instance:
         self._log.debug("instance_output", line=line)
         if self._gpu_report.read_line(line):
             self._device_reported.set()
+        measured = self._load_reader.read_line(line)
+        if measured is not None:
+            self._context.on_load(measured)
 
     def _warn_of_unexpected_devices(self) -> None:
         unexpected = self._gpu_report.unexpected

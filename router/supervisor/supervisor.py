@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from router.domain.events import InstanceChanged
+from router.domain.events import InstanceChanged, LoadMeasured
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.engines.base import ServerRules
 from router.supervisor.clock import Clock, SystemClock
@@ -34,11 +34,12 @@ class Supervisor:
         engines: Mapping[str, ServerRules],
         on_change: Callable[[InstanceChanged], None],
         clock: Clock | None = None,
+        on_load: Callable[[LoadMeasured], None] = lambda _: None,
     ) -> None:
         """`engines`: by kind, one for every kind of instance that will be added."""
         self._config = config
         self._instances: dict[InstanceName, Instance] = {}
-        self._context = InstanceContext(config, clock or SystemClock(), engines, on_change)
+        self._context = InstanceContext(config, clock or SystemClock(), engines, on_change, on_load)
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[Instance, asyncio.Task[None]] = {}
         self._retiring: set[Instance] = set()

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import pytest
+import zstandard
 from aiohttp import web
 
 from router.admission.origin_check import OriginPolicy, Origins
@@ -29,6 +30,7 @@ _TABLE = RouteTable()
 _LIMITS = replace(LIMITS, max_body_bytes=1000)
 _GPUS = {GpuUuid("GPU-aa"): Gpu(GpuUuid("GPU-aa"), 0, "first", 10, 10, 0)}
 _BODY = '{"model":"tiny","messages":[{"role":"user","content":"x"}]}'
+_ZSTD_BODY = zstandard.ZstdCompressor().compress(_BODY.encode()).decode("latin-1")
 _ORIGIN, _FOREIGN = "Origin: http://localhost", "Origin: http://evil.example"
 _PREFLIGHT = "Access-Control-Request-Method: POST"
 
@@ -48,6 +50,10 @@ def _request(line: str, *headers: str, host: str = "127.0.0.1", body: str = "", 
 
 def _chat(*headers: str, path: str = "/api/chat", host: str = "127.0.0.1", length: int | None = None) -> bytes:
     return _request(f"POST {path}", "Content-Type: application/json", *headers, host=host, body=_BODY, length=length)
+
+
+def _zstd(path: str) -> bytes:
+    return _request(f"POST {path}", "Content-Type: application/json", "Content-Encoding: zstd", body=_ZSTD_BODY)
 
 
 _CASES: dict[str, bytes] = {
@@ -92,11 +98,12 @@ _CASES: dict[str, bytes] = {
     "body: too large for show": _request("POST /api/show", body=_BODY, length=2000),
     "body: of a blob": _request("POST /api/blobs/sha256:0", body="x" * 1500),
     "body: none": _request("POST /api/chat", length=0),
-    "encoding: zstd, OpenAI": _chat("Content-Encoding: zstd", path="/v1/chat/completions"),
+    "encoding: zstd, OpenAI": _zstd("/v1/chat/completions"),
+    "encoding: zstd, embeddings": _zstd("/v1/embeddings"),
     "encoding: ZSTD among others": _chat("Content-Encoding: gzip, ZSTD", path="/v1/responses"),
-    "encoding: zstd, Anthropic": _chat("Content-Encoding: zstd", path="/v1/messages"),
     "encoding: zstd, Ollama": _chat("Content-Encoding: zstd"),
     "encoding: zstd, too large": _chat("Content-Encoding: zstd", path="/v1/embeddings", length=2000),
+    "encoding: zstd, no body": _request("GET /v1/models", "Content-Encoding: zstd"),
     # paths and methods
     "path: unknown": _request("GET /nope"),
     "path: unknown, POST": _request("POST /debug/pprof", body="x"),
@@ -106,6 +113,20 @@ _CASES: dict[str, bytes] = {
     "path: trailing slash": _chat(path="/api/chat/"),
     "path: trailing slash, GET": _request("GET /api/tags/"),
     "path: with dots": _chat(path="/api/../api/chat"),
+    "path: trailing slash, wrong method": _request("POST /api/tags/", body="x"),
+    "path: trailing slash, HEAD": _request("HEAD /api/tags/"),
+    "path: dot": _request("GET /./"),
+    "path: dot within": _chat(path="/api/./chat?x=1"),
+    "path: name with slashes": _request("GET /v1/models/a/b"),
+    "path: name with slashes, wrong method": _request("DELETE /v1/models/a/b"),
+    "target: absolute": _chat(path="http://localhost/api/chat?x=1"),
+    "target: absolute, no slot": _request("GET http://127.0.0.1:1/api/tags"),
+    "target: absolute, show": _request("POST HTTPS://user@localhost/api/show", body=_BODY),
+    "target: absolute, foreign": _chat(path="http://evil.example/api/chat"),
+    "target: absolute, foreign, no slot": _request("GET http://evil.example/api/tags"),
+    "target: absolute, foreign host": _request("GET http://localhost/api/tags", host="evil.example"),
+    "target: absolute, no path": _request("GET http://localhost?x=1"),
+    "target: absolute, unclean": _request("GET http://localhost//api/tags"),
     "path: images": _chat(path="/v1/images/generations"),
     "method: GET": _request("GET /api/chat"),
     "method: PUT": _request("PUT /v1/chat/completions", body="x"),
@@ -231,10 +252,13 @@ def _no_header(_: str) -> str | None:
 
 _STATUSES = {
     "host: foreign": 403, "origin: foreign": 403, "preflight: allowed": 204, "options: without an origin": 405,
-    "body: too large": 413, "encoding: zstd, OpenAI": 415, "path: unknown": 404, "path: trailing slash": 307,
+    "body: too large": 413, "encoding: zstd, OpenAI": 200, "path: unknown": 404, "path: trailing slash": 307,
     "path: trailing slash, GET": 301, "method: GET": 405, "priority: unknown": 400, "layout: an absent GPU": 409,
     "layout: unknown": 400, "layout: unknown, bad host": 403, "priority: unknown, no slot": 200, "body: of a blob": 200,
-    "host: an address": 200, "origin: allowed": 200,
+    "path: trailing slash, wrong method": 404, "path: dot": 307, "path: name with slashes, wrong method": 404,
+    "target: absolute": 200, "target: absolute, no slot": 200, "target: absolute, foreign": 403,
+    "target: absolute, foreign, no slot": 403, "target: absolute, foreign host": 200, "target: absolute, no path": 200,
+    "host: an address": 200, "origin: allowed": 200, "encoding: zstd, no body": 200,
 }  # fmt: skip
 
 

@@ -36,7 +36,9 @@ _MASKS = (
     (rb"(lookup \S+ on )[^:\s]+(:\d+)?: .*?(\"|\\n)", rb"\1<resolver>\3"),
 )
 _GENERATED = re.compile(rb'"(response|content|thinking|reasoning|text|delta|context|embeddings?|token)":')
-_IGNORED_HEADERS = frozenset({"date", "content-length", "transfer-encoding", "connection", "server", "x-request-id"})
+_IGNORED_HEADERS = frozenset(
+    {"date", "content-length", "transfer-encoding", "connection", "server", "x-accel-buffering", "x-request-id"}
+)
 """Headers that are compared elsewhere or added by the router, like `X-Llamayard-*`."""
 
 
@@ -46,6 +48,8 @@ def _masked(chunk: bytes) -> bytes:
     return chunk
 
 
+_UNMARKED_STREAM = re.compile(r"0\.24\.0/repeat-limit-.*-stream")
+"""Streams that a server ends without an end mark: the router adds an error."""
 _PROGRESS_REQUEST = re.compile(rb"POST /api/(create|pull|push) ")
 """Requests whose response lines may be chunked differently: clients read them by line."""
 
@@ -96,6 +100,9 @@ async def test_the_router_answers_as_the_server_does(direct: Stage, routed: Rout
         return
     assert (routed_reply.status, routed_reply.head.reason) == (direct_reply.status, direct_reply.head.reason)
     assert _headers(routed_reply) == _headers(direct_reply)
+    if _UNMARKED_STREAM.fullmatch(recording.name):
+        assert b'"error":' in routed_reply.chunks[-1]
+        routed_reply = replace(routed_reply, chunks=routed_reply.chunks[:-1])
     assert not differences(shape(routed_reply), shape(direct_reply))
     is_deterministic = b'"seed"' in recording.request or not _GENERATED.search(direct_reply.body)
     is_deterministic = is_deterministic and b'"logprobs"' not in recording.request  # floats vary with the batch

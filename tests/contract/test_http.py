@@ -41,6 +41,40 @@ async def test_unclean_paths_are_redirected(address: Address, path: str, status:
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "status", "location"),
+    [
+        ("POST", "/api/tags/", 404, None),
+        ("HEAD", "/api/tags/", 307, "/api/tags"),
+        ("POST", "/api/chat/", 307, "/api/chat"),
+        ("GET", "/./", 307, "/"),
+        ("GET", "/api/./tags?x=1", 307, "/api/tags?x=1"),
+        ("POST", "/v1/models/a/b", 404, None),
+        ("GET", "/unknown//", 307, "/unknown/"),
+    ],
+)
+async def test_unclean_paths_depend_on_the_method(
+    address: Address, method: str, path: str, status: int, location: str | None
+) -> None:
+    reply = await call(address, method, path)
+    assert (reply.status, reply.header("Location")) == (status, location)
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://localhost/api/version", "localhost", 200),
+        ("HTTP://127.0.0.1:1/api/version?x=1", "evil.example", 200),
+        ("http://evil.example/api/version", "localhost", 403),
+    ],
+)
+async def test_the_authority_of_an_absolute_target_replaces_the_host(
+    address: Address, target: str, host: str, status: int
+) -> None:
+    reply = await exchange(address, f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert reply.status == status
+
+
+@pytest.mark.parametrize(
     ("host", "status"),
     [
         ("127.0.0.1", 200),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from router.control.controller import Controller, rejection
 from router.domain.actions import Action, Grant, Load, Reject, Unload
 from router.domain.events import Event, GpusRead, InstanceChanged, LoadFailed, LoadFinished, UnloadFinished
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import FootprintKey, MeasuredFootprint
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
@@ -59,8 +59,8 @@ class RecordingDriver:
     def restart_instance(self, name: InstanceName, reason: str) -> None:
         self.restarted.append((name, reason))
 
-    def remember(self, key: FootprintKey, per_gpu_bytes: tuple[int, ...]) -> None:
-        self.remembered.append((key, per_gpu_bytes))
+    def remember(self, footprint: MeasuredFootprint) -> None:
+        self.remembered.append((footprint.key, footprint.per_gpu_bytes))
 
     def read_gpus(self) -> None:
         self.readings += 1

@@ -24,7 +24,7 @@ from router.domain.events import (
     ResidencyRead,
     UnloadFinished,
 )
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import Footprint, FootprintKey, GpuFootprint
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.model import BlobDigest, ModelFacts
@@ -72,6 +72,13 @@ class V1Only:
         return self.known(view, path) is True
 
 
+class EchoLoads:
+    """Its output says nothing of loads."""
+
+    def read_line(self, line: str) -> None:
+        return None
+
+
 @dataclass
 class EchoEngine:
     """Fixed bytes on each GPU, a fixed number of slots, no options; loads and unloads end at once."""
@@ -90,6 +97,14 @@ class EchoEngine:
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
         return (TAKES,) * len(spec.gpus)
+
+    def estimate_footprint(
+        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
+    ) -> Footprint:
+        return Footprint.of((GpuFootprint(weights_bytes=TAKES),) * len(spec.gpus))
+
+    def margin_ratio(self, model: ModelFacts) -> float:
+        return 0.0
 
     def worst_case_bytes(
         self, estimate: Estimate, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
@@ -163,6 +178,9 @@ class EchoEngine:
     async def probe(self, url: str, timeout_seconds: float) -> str:
         self.probes.append(url)
         return "echo-1"
+
+    def load_reader(self, spec: InstanceSpec) -> EchoLoads:
+        return EchoLoads()
 
     def gpu_report(self, spec: InstanceSpec) -> SilentReport:
         return SilentReport()

@@ -53,7 +53,7 @@ def test_a_context_of_the_same_effect_is_written_as_the_load_wrote_it(asked: int
 
 
 def test_an_alias_goes_to_the_server_under_its_models_name_and_to_the_client_in_a_header() -> None:
-    body = b'{ "MODEL": "no", "model": "gpt-4o", "messages": [ ] }'
+    body = b'{ "MODEL": "gpt-4o", "model": "gpt-4o", "messages": [ ] }'
     request = request_for(body)
     assert (request.requested_model, request.model) == ("gpt-4o", "big")
     assert request.substitution_headers == {"X-Llamayard-Model": "big"}

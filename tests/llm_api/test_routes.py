@@ -45,26 +45,58 @@ def test_a_known_path_is_answered_in_its_way(path: str, kind: Kind) -> None:
     "path",
     ["/debug/pprof", "/debug/pprof/", "/debug/vars", "/api", "/api/", "/api/chat/", "/API/chat", "/api/chat/x", "/v1",
      "/v1/messages/count_tokens", "/api/blobs", "/api/blobs/", "/api/blobs/a/b", "/v1/models/", "", "//", "/*",
-     "/api/blobs/..", "/v1/models/../../debug/pprof", "/v1/models/.", "/v1/images/..", "/v1/models/a/../b"],
+     "/v1/models//a", "/v1/models/a/", "/api/blobs/..",
+     "/v1/models/../../debug/pprof", "/v1/models/.", "/v1/images/..", "/v1/models/a/../b"],
 )  # fmt: skip
 def test_any_other_path_is_not(path: str) -> None:
     assert TABLE.find(path) is None
 
 
 @pytest.mark.parametrize(
-    ("path", "cleaned"),
+    ("method", "target", "redirection"),
     [
-        ("/api/tags/", "/api/tags"),
-        ("//api/tags", "/api/tags"),
-        ("/api//chat", "/api/chat"),
-        ("//", "/"),
-        ("/api/tags", None),
-        ("/debug/", None),
-        ("/unknown//", None),
+        ("GET", "/api/tags/", (301, "/api/tags")),
+        ("GET", "/api/tags/?a=b", (301, "/api/tags?a=b")),
+        ("HEAD", "/api/tags/", (307, "/api/tags")),
+        ("POST", "/api/tags/", None),
+        ("GET", "/api/chat/", None),
+        ("POST", "/api/chat/", (307, "/api/chat")),
+        ("GET", "/api/tags%2F", (301, "/api/tags")),
+        ("GET", "/api/tags//", (307, "/api/tags/")),
+        ("DELETE", "//api/tags?x=1", (307, "/api/tags?x=1")),
+        ("GET", "/api//chat", (307, "/api/chat")),
+        ("POST", "/api/./tags", (307, "/api/tags")),
+        ("GET", "/api/../api/tags", (307, "/api/tags")),
+        ("GET", "//", (307, "/")),
+        ("GET", "/./", (307, "/")),
+        ("PUT", "/.", (307, "/")),
+        ("GET", "/v1/models/", (301, "/v1/models")),
+        ("HEAD", "/v1/models/", None),
+        ("GET", "/v1/models/tiny/", (301, "/v1/models/tiny")),
+        ("POST", "/v1/models/tiny/", None),
+        ("GET", "/v1/models/./tiny", (307, "/v1/models/tiny")),
+        ("GET", "/v1/models/..", (307, "/v1")),
+        ("GET", "/unknown//", (307, "/unknown/")),
+        ("GET", "/api/tags", None),
+        ("GET", "/debug/", None),
+        ("GET", "/api/%2e/tags", None),
+        ("GET", "/api//%0d%0aX", (307, "/api/%0d%0aX")),
+        ("GET", '//"<x>', (307, "/%22%3Cx%3E")),
+        ("GET", "*", None),
     ],
 )
-def test_a_path_with_a_slash_too_many_is_sent_to_the_clean_one(path: str, cleaned: str | None) -> None:
-    assert TABLE.clean(path) == cleaned
+def test_unclean_targets_are_redirected_as_a_server_does(
+    method: str, target: str, redirection: tuple[int, str] | None
+) -> None:
+    """As observed on 0.34.0."""
+    assert TABLE.redirection(method, target) == redirection
+
+
+def test_a_wrong_method_for_a_name_with_slashes_is_an_unknown_path() -> None:
+    for path, lists_methods in (("/v1/models/a", True), ("/v1/models/a/b", False)):
+        route = TABLE.find(path)
+        assert route is not None
+        assert (route.path, route.lists_methods) == ("/v1/models/*", lists_methods)
 
 
 def test_a_route_stands_once_and_is_said_in_words() -> None:

@@ -378,7 +378,11 @@ async def staged(
     quiet = logging.Logger("quiet")  # clients that leave are what these tests are about
     quiet.addHandler(logging.NullHandler())
     library = web.Server(
-        lambda request: _library(request, handed), handler_cancellation=True, access_log=None, logger=quiet
+        lambda request: _library(request, handed),
+        handler_cancellation=True,
+        auto_decompress=False,
+        access_log=None,
+        logger=quiet,
     )
     pool = Pool(5.0, controller.now)
     context = replace(

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.proxy.stage import LIMITS, MODEL, rests, staged, then_waiting
-from tests.support.rawhttp import connect, exchange, request_bytes
+from tests.proxy.stage import LIMITS, MODEL, replying, rests, staged, then_waiting
+from tests.support.rawhttp import call, connect, exchange, request_bytes
 from tests.support.waiting import eventually
 
 _ASK = {"model": "tiny", "prompt": "hi"}
@@ -141,7 +141,7 @@ async def test_a_short_body_of_a_refused_request_is_read_and_its_connection_kept
         assert (await connection.reply()).status == 403
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
         packed = await connection.call("POST", "/v1/completions", b"....", (("Content-Encoding", "zstd"),))
-        assert packed.status == 415
+        assert packed.status == 400
         assert (await connection.call("POST", "/api/generate", _ASK)).status == 200
 
 
@@ -168,6 +168,44 @@ async def test_a_half_closed_client_of_the_library_gets_its_answer() -> None:
         connection.half_close()
         assert (await connection.reply()).body == b"GET /api/tags 0"
         assert await connection.at_eof()
+
+
+async def test_a_body_with_broken_chunks_is_logged_with_the_status_that_was_sent() -> None:
+    async with staged() as stage, connect(stage.address) as connection:
+        head = b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await connection.send(head + b"5\r\nabc")
+        await connection.write(b"defgh\r\n")
+        assert (await connection.reply()).status == 400
+        assert stage.request_log.statuses == [400]
+
+
+@pytest.mark.parametrize("header", ["Host", "Origin"])
+async def test_a_refused_host_or_origin_is_recorded_with_its_value(header: str) -> None:
+    async with staged() as stage:
+        host = "evil.example" if header == "Host" else "localhost"
+        origin = (("Origin", "http://evil.example"),) if header == "Origin" else ()
+        reply = await exchange(stage.address, request_bytes("POST", "/api/generate", _ASK, origin, host))
+        assert (reply.status, reply.body, reply.header("X-Llamayard-Error")) == (403, b"", "forbidden")
+        (record, status) = stage.request_log.entries[0]
+        assert (status, record.error_code) == (403, "forbidden")
+        assert record.refusal.startswith(header)
+        assert "evil.example" in record.refusal
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [({"model": "nope"}, b"404 Not Found", "model_not_found"), (b"{bad", b"400 Bad Request", "bad_request")],
+)
+async def test_the_servers_words_for_a_request_without_a_model_get_our_code(
+    body: object, status: bytes, code: str
+) -> None:
+    async with staged() as stage:
+        stage.upstream.script = replying(b"HTTP/1.1 " + status + b"\r\nContent-Length: 5\r\n\r\nwords")
+        reply = await call(stage.address, "POST", "/api/generate", body)
+        assert (reply.body, reply.header("X-Llamayard-Error")) == (b"words", code)
+        assert stage.request_log.entries[0][0].error_code == code
+        reply = await call(stage.address, "POST", "/api/generate", _ASK)
+        assert (reply.body, reply.header("X-Llamayard-Error")) == (b"words", None)
 
 
 @pytest.mark.parametrize(("pieces", "waited"), [((), 10.0), ((_HEAD + _LINE,), 10.0), ((), 1.0)])

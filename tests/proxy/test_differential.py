@@ -12,13 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from router.llm_api.routes import Kind, RouteTable
-from router.llm_api.stream_end import RUNNER_DIED, is_whole_stream, tokens_of
+from router.llm_api.stream_end import RUNNER_DIED, TAIL_BYTES, StreamEnd, end_of_stream, tokens_of
 from tests.contract.recording import Recording, recordings
 from tests.proxy.wire import Bench
 
 _REQUEST = b'POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16\r\n\r\n{"model":"tiny"}'
 _OLD_REQUEST = b'POST /api/chat HTTP/1.0\r\nContent-Length: 16\r\n\r\n{"model":"tiny"}'
-_OURS = ("x-request-id", "x-llamayard-instance", "server")
+_OURS = ("x-request-id", "x-llamayard-instance", "server", "x-accel-buffering")
 _HOP = ("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "proxy-authenticate", "x-hop")
 
 
@@ -71,12 +71,15 @@ def _raw(recording: Recording) -> bytes:
 
 
 def _is_relayed(recording: Recording) -> bool:
-    """A leased route's whole answer; one that tells of a dead runner is asked for again instead."""
+    """A leased route's whole answer. One that tells of a dead runner is asked for again instead, and a stream without
+    an end mark gets an error: see `test_stream_ends.py`."""
     method, target, _ = recording.request.split(b" ", 2)
     route = RouteTable().find(target.decode())
     died = recording.reply.status == 500 and any(words in recording.reply.body for words in RUNNER_DIED)
     leased = method == b"POST" and route is not None and route.kind is Kind.LEASED
-    return leased and recording.reply.end == "complete" and not died
+    is_stream = (recording.reply.header("Content-Type") or "").startswith(("application/x-ndjson", "text/event-stream"))
+    unmarked = is_stream and end_of_stream(target.decode(), recording.reply.body[-TAIL_BYTES:]) is StreamEnd.MISSING
+    return leased and recording.reply.end == "complete" and not died and not unmarked
 
 
 _RECORDED = [recording for recording in recordings() if _is_relayed(recording)]
@@ -86,18 +89,19 @@ _RECORDED = [recording for recording in recordings() if _is_relayed(recording)]
 @pytest.mark.parametrize("recording", _RECORDED, ids=lambda r: r.name)
 async def test_recorded_replies_pass_as_they_were_for_every_cut(recording: Recording) -> None:
     raw = _raw(recording)
+    request = _REQUEST.replace(b"/api/chat", recording.request.split(b" ")[1])
     straight = Wired.of(raw)
-    whole, bench = _relayed([raw])
+    whole, bench = _relayed([raw], request=request)
     through = Wired.of(whole)
     assert (through.start, through.rest) == (straight.start, straight.rest)
     assert through.end_to_end() == straight.end_to_end()
     assert (bench.request_log.running, bench.controller.held, bench.pool.idle_count) == (0, set(), 1)
     step = max(1, len(raw) // 400)
     for cut in range(1, len(raw), step):
-        again, bench = _relayed([raw[:cut], raw[cut:]])
+        again, bench = _relayed([raw[:cut], raw[cut:]], request=request)
         assert Wired.of(again).rest == straight.rest
         assert bench.pool.idle_count == 1
-    again, _ = _relayed([bytes((byte,)) for byte in raw])
+    again, _ = _relayed([bytes((byte,)) for byte in raw], request=request)
     assert Wired.of(again).rest == straight.rest
 
 
@@ -119,10 +123,11 @@ _INTERIM = (b"", b"", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Processin
 
 
 @st.composite
-def _bodies(draw: st.DrawFn) -> tuple[bytes, bytes, bool]:
-    """The framing's header, the body's bytes, and whether a close ends it."""
+def _bodies(draw: st.DrawFn, *last: bytes) -> tuple[bytes, bytes, bool]:
+    """The framing's header, the body's bytes (at their end `last`), and whether a close ends it."""
     chunks = draw(st.lists(_DATA, max_size=5))
     chunks += draw(st.integers(0, 3)) * chunks[-1:]
+    chunks += last
     kind = draw(st.sampled_from(("chunked", "chunked", "sized", "close")))
     if kind == "sized":
         return b"Content-Length: %d" % len(b"".join(chunks)), b"".join(chunks), False
@@ -136,10 +141,12 @@ def _bodies(draw: st.DrawFn) -> tuple[bytes, bytes, bool]:
 
 @st.composite
 def _replies(draw: st.DrawFn) -> tuple[bytes, bool]:
-    framing, body, closes = draw(_bodies())
     status = draw(st.sampled_from((b"200 OK", b"200 OK", b"404 Not Found", b"500 Internal Server Error", b"299 ")))
     interim = draw(st.sampled_from(_INTERIM))
-    fields = [*draw(_FIELDS), framing]
+    fields: list[bytes] = [*draw(_FIELDS)]
+    is_stream = b"Content-Type: application/x-ndjson" in fields
+    framing, body, closes = draw(_bodies(b'\n{"done":true}\n') if is_stream else _bodies())
+    fields.append(framing)
     head = b"HTTP/1.1 " + status + b"\r\n" + b"\r\n".join(draw(st.permutations(fields))) + b"\r\n\r\n"
     return interim + head + body, closes
 
@@ -239,7 +246,7 @@ def test_tokens_are_passed_and_counted_whether_they_come_one_by_one_or_cut(
         assert record is not None
         assert (record.chunks, record.bytes_out) == (len(chunks), len(body))
         assert tokens_of(record.tail).output == 7
-        assert is_whole_stream(record.tail)
+        assert end_of_stream("/api/chat", record.tail) is StreamEnd.COMPLETE
 
     asyncio.run(check())
 

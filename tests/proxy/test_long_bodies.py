@@ -48,17 +48,14 @@ async def test_pieces_go_on_before_the_body_is_whole_and_the_last_only_then(path
 
 
 @pytest.mark.parametrize(
-    ("tail", "model", "sent"),
+    ("tail", "sent"),
     [
-        (',"model":"other"', "other:latest", '"model":"other"'),
-        (',"MODEL":"other"', "other:latest", '"MODEL":"other"'),
-        (',"mod\\u0065l":"other"', "other:latest", "other"),
-        (',"keep_alive":"5m"', "tiny:latest", '"keep_alive":-1'),
-        (',"options":{"num_gpu":3}', "tiny:latest", '"options":{}'),
-        (',"options":{"num_ctx":4096}', "tiny:latest", '"num_ctx":8192'),  # the copy's
+        (',"keep_alive":"5m"', '"keep_alive":-1'),
+        (',"options":{"num_gpu":3}', '"options":{}'),
+        (',"options":{"num_ctx":4096}', '"num_ctx":8192'),  # the copy's
     ],
 )
-async def test_what_stands_further_back_is_heeded_all_the_same(tail: str, model: str, sent: str) -> None:
+async def test_what_stands_further_back_is_heeded_all_the_same(tail: str, sent: str) -> None:
     async with staged() as stage, connect(stage.address) as connection:
         stage.catalog.models["other"] = replace(MODEL, name="other:latest")
         raw = _raw(_body(tail))
@@ -66,11 +63,24 @@ async def test_what_stands_further_back_is_heeded_all_the_same(tail: str, model:
         await connection.write(raw[len(raw) // 2 :])
         assert (await connection.reply()).status == 200
         first, second = stage.controller.tickets
-        assert (first.model.name, second.model.name) == ("tiny:latest", model)
+        assert (first.model.name, second.model.name) == ("tiny:latest", "tiny:latest")
         (turn,) = stage.upstream.turns
         assert sent in turn.body.decode()
         assert turn.connection == 2
         assert stage.controller.lost == []
+        await rests(stage)
+
+
+@pytest.mark.parametrize("tail", [',"model":"other"', ',"MODEL":"other"', ',"mod\\u0065l":"other"'])
+async def test_another_model_further_back_is_refused_and_the_slot_released(tail: str) -> None:
+    async with staged() as stage, connect(stage.address) as connection:
+        stage.catalog.models["other"] = replace(MODEL, name="other:latest")
+        raw = _raw(_body(tail))
+        await _half(stage, connection, raw)
+        await connection.write(raw[len(raw) // 2 :])
+        reply = await connection.reply()
+        assert (reply.status, reply.header("X-Llamayard-Error")) == (400, "bad_request")
+        assert (stage.upstream.turns, stage.controller.lost, stage.request_log.statuses) == ([], [], [400])
         await rests(stage)
 
 

@@ -16,6 +16,7 @@ _ASK = {"model": "tiny", "prompt": "hi"}
 _CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 _LINE = b'f\r\n{"response":1}\n\r\n'
+_LAST_LINE = b'e\r\n{"done":true}\n\r\n'
 _DEAD = b'{"error":"llama runner process no longer running: 2"}'
 _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(_DEAD) + _DEAD
 
@@ -82,7 +83,7 @@ async def test_a_client_that_is_kept_waiting_gets_heartbeats_and_then_its_answer
     limits = replace(LIMITS, first_byte_timeout_seconds=2.0)
     async with staged(limits=limits, rules=ModelRules(8192, heartbeat_seconds=0.05)) as stage:
         stage.controller.urls = []
-        for upstream in ((_HEAD, _LINE, b"0\r\n\r\n"), (OK,)):
+        for upstream in ((_HEAD, _LAST_LINE, b"0\r\n\r\n"), (OK,)):
             async with connect(stage.address) as connection:
                 stage.upstream.script = replying(*upstream)
                 await connection.send(request_bytes("POST", "/api/generate", _ASK))

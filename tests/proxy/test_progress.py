@@ -11,7 +11,7 @@ from tests.support.waiting import eventually
 _CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 _ASK = {"model": "tiny", "prompt": "hi"}
 _ON = (("X-Llamayard-Progress", "1"),)
-_EVENT = b'data: {"choices":[]}\n\n'
+_EVENT = b'data: {"choices":[]}\n\ndata: [DONE]\n\n'
 _STREAM = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n",
     b"%x\r\n%s\r\n" % (len(_EVENT), _EVENT),

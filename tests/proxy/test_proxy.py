@@ -336,3 +336,16 @@ async def test_an_option_of_the_wrong_type_is_refused_by_the_router_where_no_ser
         assert (reply.status, reply.json()) == (500, {"error": 'option "num_gpu" must be of type integer'})
         assert stage.upstream.turns == []
         await rests(stage)
+
+
+async def test_targets_in_absolute_form_are_served_by_both_halves() -> None:
+    async with staged() as stage, connect(stage.address) as connection:
+        for _ in range(2):
+            assert (await connection.call("POST", "http://localhost/api/generate?x=1", _ASK)).status == 200
+            assert (await connection.call("GET", "http://localhost/api/tags?x=1")).body == b"GET /api/tags 0"
+            assert (await connection.call("POST", "http://localhost/api/show", _ASK)).body == b"POST /api/show 33"
+        assert stage.handed == ["/api/tags", "/api/show"] * 2
+        assert all(turn.head.startswith(b"POST /api/generate?x=1 HTTP/1.1\r\n") for turn in stage.upstream.turns)
+        assert all(turn.head.lower().count(b"\r\nhost:") == 1 for turn in stage.upstream.turns)
+        raw = b"GET http://127.0.0.1:99/api/tags HTTP/1.0\r\n\r\n"
+        assert (await exchange(stage.address, raw)).status == 200

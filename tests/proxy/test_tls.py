@@ -32,10 +32,10 @@ async def _connect(port: int) -> Connection:
 
 async def test_both_halves_answer_over_tls() -> None:
     async with staged(tls=_server_side()) as stage:
-        stage.upstream.script = replying(_HEAD, b"3\r\n{}\n\r\n", b"0\r\n\r\n")
+        stage.upstream.script = replying(_HEAD, b'e\r\n{"done":true}\n\r\n', b"0\r\n\r\n")
         connection = await _connect(stage.address.port)
         for _ in range(2):
-            assert (await connection.call("POST", "/api/generate", _ASK)).chunks == (b"{}\n",)
+            assert (await connection.call("POST", "/api/generate", _ASK)).chunks == (b'{"done":true}\n',)
             assert (await connection.call("GET", "/api/tags")).body == b"GET /api/tags 0"
         large = b"x" * 500_000
         assert (await connection.call("POST", "/api/show", large)).body == b"POST /api/show 500000"

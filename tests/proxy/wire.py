@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.llm_api.inference_request import ModelRules
 from router.proxy.client_connection import ClientConnection
 from router.proxy.server import ProxyServer
@@ -52,13 +53,31 @@ class Wire(asyncio.Transport):
     def resume_reading(self) -> None: ...
 
 
+class _EveryPath:
+    """The servers have every path."""
+
+    def known(self, view: InstanceView, path: str) -> bool | None:
+        return True
+
+    async def has(self, view: InstanceView, path: str) -> bool:
+        return True
+
+
+def _primary() -> InstanceView:
+    return InstanceView(InstanceSpec(InstanceName("gpu0"), (), URL), InstanceState.READY)
+
+
 class Bench:
     """One client's connection and one server's, with all of the relay between them. Needs a running loop."""
 
     def __init__(self, rules: ModelRules | None = None) -> None:
         self.controller, self.request_log, self.catalog = ScriptedEngine([URL]), ScriptedBooks(), ScriptedCatalog()
         self.pool = Pool(5.0, self.controller.now)
-        context = make_context(self.controller, self.catalog, self.request_log, self.pool)
+        context = replace(
+            make_context(self.controller, self.catalog, self.request_log, self.pool),
+            endpoint_support=_EveryPath(),
+            primary=_primary,
+        )
         self.proxy = ProxyServer(context if rules is None else replace(context, rules=rules))
         self.server = UpstreamConnection(self.pool, URL)
         self.to_server = Wire()

@@ -80,13 +80,19 @@ async def test_each_model_is_served_where_it_exists(mixed: Product) -> None:
     assert loaded["faraway:latest"] == "far"
 
 
-async def test_the_router_does_not_delete_a_model_of_the_attached_server(
+async def test_the_router_does_not_manage_a_model_of_the_attached_server(
     mixed: Product, attached: OllamaServer
 ) -> None:
     await _both_ready(mixed)
-    reply = await call(mixed.address, "DELETE", "/api/delete", {"model": "faraway"})
-    assert reply.status == 403
-    assert "only on far" in reply.json()["error"]
+    for method, path, body in (
+        ("DELETE", "/api/delete", {"model": "faraway"}),
+        ("POST", "/api/copy", {"source": "faraway", "destination": "near"}),
+        ("POST", "/api/push", {"model": "faraway"}),
+    ):
+        reply = await call(mixed.address, method, path, body)
+        assert (reply.status, reply.header("X-Llamayard-Error")) == (403, "forbidden")
+        assert "only on far" in reply.json()["error"]
+        assert f"{path.removeprefix('/api/')} it there" in reply.json()["error"]
     assert any(model["name"] == "faraway:latest" for model in attached.call("GET", "/api/tags")[1]["models"])
 
 

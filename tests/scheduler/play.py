@@ -233,11 +233,12 @@ class Play:
         return self.post(LoadFinished(load, size, size - on_cpu if sent.expects_gpu else 0))
 
     def fail_load(
-        self, load: LoadId, status: int = 500, message: str = "it will not", *, is_lost: bool = False
-    ) -> list[Action]:
+        self, load: LoadId, status: int = 500, message: str = "it will not", *, is_lost: bool = False,
+        is_memory_short: bool = False,
+    ) -> list[Action]:  # fmt: skip
         sent = self.loads.pop(load)
         self.held.pop((sent.instance, sent.model.blob), None)
-        return self.post(LoadFailed(load, status, message, is_lost))
+        return self.post(LoadFailed(load, status, message, is_lost, is_memory_short))
 
     def finish_unload(self, key: ResidencyKey, error: str | None = None) -> list[Action]:
         del self.unloads[key]
@@ -357,7 +358,7 @@ class Play:
             case Notice():
                 self.notices.append(action)
             case Remember():
-                self.remembered[action.key] = action.per_gpu_bytes
+                self.remembered[action.footprint.key] = action.footprint.per_gpu_bytes
             case ReadGpus():
                 pass
 

@@ -10,8 +10,9 @@ from router.domain.gpu import GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceState
 from router.domain.policy import Policy
-from router.domain.request import RunnerOptions
+from router.domain.request import RunnerOptions, TicketId
 from router.domain.residency import ResidencyState, is_spill
+from router.scheduler.placement.measured_footprints import RAISE_RATIO
 from tests.scheduler.builders import key, model
 from tests.scheduler.play import GPU_BYTES, Play, sized, with_policy
 
@@ -263,6 +264,34 @@ def test_less_than_half_a_layer_on_the_cpu_is_rounding(missing: int, spilled: bo
     """32 layers and the output: each is a 33rd of the weights."""
     assert is_spill(model("m", weights_bytes=1_000_000), 1_000_000, 1_000_000 - missing) == spilled
     assert not is_spill(model("m", weights_bytes=0), 1000, 995)
+
+
+def test_a_load_that_fails_for_memory_is_planned_once_more_with_more_room(one: Play) -> None:
+    ticket = one.arrive(SMALL)
+    first = _only_load(one)
+    (reserved,) = one.snapshot().reservations.values()
+    one.fail_load(first, message="out of memory", is_memory_short=True)
+    one.advance(1.0)
+    one.read_gpus()
+    (again,) = one.snapshot().reservations.values()
+    assert again.per_gpu_bytes[0][1] == int(reserved.per_gpu_bytes[0][1] * RAISE_RATIO)
+    one.fail_load(_only_load(one), message="out of memory", is_memory_short=True)
+    refused = one.rejection(ticket)
+    assert (refused.code, refused.status, refused.message) == ("load_failed", 500, "out of memory")
+
+
+def test_a_raised_estimate_is_forgotten_after_a_minute(one: Play) -> None:
+    one.arrive(SMALL)
+    (reserved,) = one.snapshot().reservations.values()
+    one.fail_load(_only_load(one), message="out of memory", is_memory_short=True)
+    one.cancel(TicketId(1))
+    one.work_through()
+    one.advance(PLAIN.constants.failure_memory_seconds + 1.0)
+    one.ask_unload(SMALL)
+    one.work_through()
+    one.arrive(SMALL)
+    (again,) = one.snapshot().reservations.values()
+    assert again.per_gpu_bytes == reserved.per_gpu_bytes
 
 
 def test_a_load_that_spilled_on_one_gpu_is_tried_on_the_other(two: Play) -> None:

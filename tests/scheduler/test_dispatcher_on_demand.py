@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from router.domain.actions import Reject
 from router.domain.events import FootprintsLoaded, ModelDiscovered, UnloadRequested
+from router.domain.footprint import MeasuredFootprint
 from router.domain.instance import InstanceName, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.policy import Pin, Policy
@@ -151,7 +152,7 @@ def test_a_measured_footprint_replaces_the_estimate_and_is_stored() -> None:
     ((shown, sizes),) = one.remembered.items()
     assert (shown.blob, shown.gpus, sizes) == (SMALL.blob, 1, (10,))
     again = _play(1)
-    again.post(FootprintsLoaded(((shown, (11,)),)))
+    again.post(FootprintsLoaded((MeasuredFootprint(shown, (11,)),)))
     again.arrive(SMALL)
     (booked,) = again.snapshot().reservations.values()
     assert booked.per_gpu_bytes == ((gpu_id(0), 11),)

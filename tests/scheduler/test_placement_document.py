@@ -12,16 +12,13 @@ from router.config.policy import UNSEEN_MARGIN_RATIO
 from router.domain.model import ModelFacts
 from router.domain.residency import Residency
 from router.domain.snapshot import Demand, Snapshot
-from router.engines.ollama.memory_estimate import (
-    CUDA_CONTEXT_BYTES,
-    compute_buffer_bytes,
-    footprint,
-    layer_kv_cache_bytes,
-)
+from router.engines.ollama.architectures import Backend
+from router.engines.ollama.kv_cache import layer_cache_bytes
+from router.engines.ollama.memory_estimate import CUDA_CONTEXT_BYTES, LoadParameters, even_split, footprint
 from router.engines.ollama.offload_rules import predict_offload
 from router.lab.scenarios import model_facts
 from router.lab.simulator.server_placement import graph_bytes
-from router.lab.simulator.world import LoadShape
+from router.lab.simulator.true_footprint import LoadShape
 from router.scheduler.placement import cost
 from tests.scheduler.builders import instance, residency, snapshot, ticket, view
 
@@ -34,17 +31,20 @@ ROWS = {"llama3.1:8b": (0.0442, "7.71"), "qwen2.5:14b": (0.0162, "3.04"), "mistr
 
 
 def test_the_footprint_of_the_document_is_the_code_s() -> None:
-    whole = footprint(LARGE, 2, 8192, 2, "q8_0", flash_attention=True)
+    split = even_split(LARGE.layers, 2)
+    load = LoadParameters(8192, 2, "q8_0", flash_attention=True)
+    whole = footprint(LARGE, split, load)
+    plain = replace(load, kv_cache_type="f16", flash_attention=None)
     parts = [
         LARGE.weights_bytes,
         whole.weights_bytes,
-        layer_kv_cache_bytes(LARGE, 8192, 2, "q8_0")[0],
-        compute_buffer_bytes(LARGE, 8192, 2, flash_attention=True),
+        layer_cache_bytes(LARGE, 8192, 2, "q8_0", 512, Backend.LLAMA_CPP, (0, 24, 0))[0],
+        whole.gpus[0].compute_buffer_bytes,
         CUDA_CONTEXT_BYTES,
         *whole.per_gpu_bytes,
         int(whole.per_gpu_bytes[0] * (1 + UNSEEN_MARGIN_RATIO)),
-        footprint(LARGE, 2, 8192, 2, "f16", flash_attention=None).per_gpu_bytes[0],
-        footprint(LARGE, 2, 8192, 3, "q8_0", flash_attention=True).per_gpu_bytes[0],
+        footprint(LARGE, split, plain).per_gpu_bytes[0],
+        footprint(LARGE, split, replace(load, slots=3)).per_gpu_bytes[0],
     ]
     assert [part for part in parts if f"{part:,}" not in TEXT] == []
 

@@ -31,8 +31,17 @@ ClientFor = Callable[[str], OllamaClient]
 _POLL_SECONDS = 0.1
 _LISTING_TRIES = 3
 _STORE_SECONDS = 60.0
+_MEMORY_SHORT = ("out of memory", "unable to allocate", "failed to allocate", "memory layout cannot be allocated")
 TEMPORARY_TAG = "llamayard-unload:"
 """Prefix of the temporary names for unloading weights that no longer have a name."""
+
+
+def is_memory_short(message: str) -> bool:
+    """Whether a server's error says that the GPUs had too little memory for a load.
+
+    Sources: Ollama v0.11 to v0.34, `llm/server.go`, `ml/backend/ggml/ggml.go`; llama.cpp's `ggml-cuda.cu`.
+    """
+    return any(words in message.lower() for words in _MEMORY_SHORT)
 
 
 class Names(Protocol):
@@ -75,7 +84,13 @@ class OllamaDriver:
             )
             row = await self._row_of(load.model, await _listed(client))
         except OllamaError as error:
-            return LoadFailed(load.load_id, error.status, error.message, is_lost=error.status == UNREACHABLE)
+            return LoadFailed(
+                load.load_id,
+                error.status,
+                error.message,
+                is_lost=error.status == UNREACHABLE,
+                is_memory_short=is_memory_short(error.message),
+            )
         if row is None:
             return LoadFailed(load.load_id, 502, f"{load.instance} loaded '{load.model.name}' but does not list it")
         return LoadFinished(load.load_id, row.size_bytes, row.size_vram_bytes)

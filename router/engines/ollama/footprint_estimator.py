@@ -17,15 +17,21 @@ from router.domain.model import ModelFacts
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.vram_ledger import capacity_bytes
 from router.engines.ollama.memory_estimate import (
+    BLACKWELL_CONTEXT_BYTES,
+    CUDA_CONTEXT_BYTES,
+    LoadParameters,
     batch_tokens,
     fill_first_split,
-    footprint_of_split,
+    footprint,
     split_by,
-    version_number,
 )
 from router.engines.ollama.offload_rules import FORCE_SPREAD, forces_spread, may_take_one_gpu
 from router.engines.ollama.runner_options import sets_num_gpu, slots_of
+from router.engines.ollama.server_version import parse_version
 from router.engines.ollama.tensor_split import shares_of, unequal_text
+
+_BLACKWELL = (12, 0)
+"""Compute capability from which a CUDA context is larger."""
 
 
 def estimate_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
@@ -71,15 +77,34 @@ def may_use_single_gpu(
 def estimated_footprint(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> Footprint:
     """The whole footprint with its parts, shared out over all GPUs. `context_length`: tokens of one slot, cut to the
     trained context."""
-    slots = slots_of(model, spec)
-    version = version_of(spec, snapshot)
-    batch = batch_tokens(version, context_length, slots)
-    cache, flash = spec.kv_cache_type, spec.flash_attention
-    split = split_by(model.layers, shares_of(spec, version))
+    load = load_parameters(model, spec, context_length, snapshot)
+    split = split_by(model.layers, shares_of(spec, load.version))
     if sets_num_gpu(model) and _fills_first(spec):
         free = [capacity_bytes(snapshot, gpu) for gpu in spec.gpus]
-        split = fill_first_split(model, free, context_length, slots, cache, flash, batch, version) or split
-    return footprint_of_split(model, split, context_length, slots, cache, flash, batch, version)
+        split = fill_first_split(model, free, load) or split
+    return footprint(model, split, load)
+
+
+def load_parameters(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> LoadParameters:
+    """How the instance's server would load the model. The batch is the largest that it may choose: what is
+    on its GPUs now may be gone when it looks."""
+    slots, version = slots_of(model, spec), version_of(spec, snapshot)
+    room = [snapshot.gpus[gpu].memory_total_bytes for gpu in spec.gpus if gpu in snapshot.gpus]
+    return LoadParameters(
+        context_length=context_length,
+        slots=slots,
+        kv_cache_type=spec.kv_cache_type,
+        flash_attention=spec.flash_attention,
+        batch=batch_tokens(model, context_length, slots, version, spec.flash_attention, room),
+        version=version,
+        cuda_context_bytes=_cuda_context_bytes(spec, snapshot),
+    )
+
+
+def _cuda_context_bytes(spec: InstanceSpec, snapshot: Snapshot) -> int:
+    gpus = [snapshot.gpus[uuid] for uuid in spec.gpus if uuid in snapshot.gpus]
+    newest = max((gpu.compute_capability or (0, 0) for gpu in gpus), default=(0, 0))
+    return BLACKWELL_CONTEXT_BYTES if newest >= _BLACKWELL else CUDA_CONTEXT_BYTES
 
 
 def version_of(spec: InstanceSpec, snapshot: Snapshot) -> str | None:
@@ -95,7 +120,7 @@ def footprint_key(
     model: ModelFacts, spec: InstanceSpec, context_length: int, version: str | None = None
 ) -> FootprintKey:
     """What a load's size depends on. Of the server's version, only major and minor count."""
-    slots, cache, number = slots_of(model, spec), spec.kv_cache_type or "f16", version_number(version)
+    slots, cache, number = slots_of(model, spec), spec.kv_cache_type or "f16", parse_version(version)
     release = "" if number is None else f"{number[0]}.{number[1]}"
     gpus, split = len(spec.gpus), unequal_text(spec)
     return FootprintKey(model.blob, gpus, context_length, slots, cache, split, spec.flash_attention, release)

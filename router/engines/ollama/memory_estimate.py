@@ -1,67 +1,77 @@
-"""What a model takes on each GPU: weights, KV cache, compute buffer and CUDA context, from its facts alone.
+"""What a model takes on each GPU: weights, cache, working memory and CUDA context, from its facts alone.
 
-Each part is a function of its own that names its source. The figures are of a load with all layers on the GPUs, which
-is the only load the router asks for. Where a fact is missing, the larger answer is given. Left out is what the facts do
-not tell: the working memory of vision encoders and the small state of recurrent layers.
+Figures are of a load with all layers on the GPUs, which is the only load the router asks for. Where a fact is missing,
+the larger answer is given. It reads no GPU and reserves nothing. How far it can be trusted: docs/footprints.md.
 
-It reads no GPU and reserves nothing.
-
-Sources: Ollama v0.11.4 to v0.24, `fs/ggml/ggml.go` (GraphSize, FlashAttention, SupportsFlashAttention),
-`ml/backend/ggml/ggml.go` (which tensor goes where), `discover/gpu.go`; llama.cpp, `src/llama-model.cpp` (layer split),
-`src/llama-kv-cache*.cpp` (cache), `src/llama-graph.cpp` (mask).
+Sources: Ollama v0.11.4 to v0.34, `fs/ggml/ggml.go` (FlashAttention, SupportsFlashAttention), `ml/backend/ggml/ggml.go`
+(which tensor goes where), `llm/llama_server.go`, `server/sched.go` (batch), `discover/gpu.go`; llama.cpp
+`src/llama-model.cpp` (layer split). Cache and working memory: `engines/ollama/kv_cache.py`, `compute_buffer.py`.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from router.domain.footprint import Footprint
+from router.domain.footprint import Footprint, GpuFootprint
 from router.domain.model import ModelFacts
+from router.engines.ollama.architectures import Backend, backend_of
+from router.engines.ollama.compute_buffer import (
+    MIB,
+    GraphShape,
+    compute_buffer_bytes,
+    unexplained_bytes,
+    vision_graph_bytes,
+)
 from router.engines.ollama.ggml_types import cache_bytes
-
-MIB = 1024**2
+from router.engines.ollama.kv_cache import draft_context_bytes, layer_cache_bytes, layer_state_bytes
+from router.engines.ollama.server_version import LLAMA_SERVER_SINCE, ServerVersion, version_or_default
 
 CUDA_CONTEXT_BYTES = 457 * MIB
 """A process's CUDA context on one GPU, cuBLAS and kernels included: `cudaMinimumMemory` (discover/gpu.go, v0.11.4),
-which Ollama keeps free of every GPU for it, in v0.24 too."""
+which Ollama keeps free of every GPU for it. Seen: 297 MiB on an A40, 451 to 456 on a 4090."""
+BLACKWELL_CONTEXT_BYTES = 740 * MIB
+"""The same on GPUs of compute capability 12: 708 to 753 MiB were seen on a Blackwell workstation."""
 
 DEFAULT_BATCH_TOKENS = 512
 """Ollama's `num_batch` (api/types.go) up to v0.24; llama.cpp's micro-batch."""
 
-_ENCODERS = frozenset(
-    {
-        "bert",
-        "gemma-embedding",
-        "jina-bert-v2",
-        "jina-bert-v3",
-        "modern-bert",
-        "neo-bert",
-        "nomic-bert",
-        "nomic-bert-moe",
-    }
-)
-"""Architectures that see their whole input at once: llama.cpp makes no KV cache for them (`create_memory`)."""
-
-_FULL_ATTENTION_EVERY: Mapping[str, int] = {"gemma3": 6, "gemma3n": 5, "gptoss": 2, "gpt-oss": 2}
-"""Layer i keeps no more than its sliding window unless i + 1 is a multiple of this (GraphSize; llama.cpp's pattern).
-Other architectures with windows (gemma2, cohere2) count with the whole context, which older servers keep."""
-
-_WINDOW_TOKENS_LEAST: Mapping[str, int] = {"gptoss": 4096, "gpt-oss": 4096}
-"""What Ollama's own engine keeps of a sliding layer where that is more than the window (GraphSize, gptoss)."""
-
-_FLASH_ONLY_IF_ASKED = frozenset({"deepseek2", "gemma3n", "gemma4", "llama4", "mllama", "qwen25vl"})
+_FLASH_ONLY_IF_ASKED = frozenset({"deepseek2", "gemma3n", "llama4", "mllama", "qwen25vl"})
 """Architectures of Ollama's own engine that its FlashAttention list lacks."""
-
+_GEMMA4_FLASH_SINCE: ServerVersion = (0, 20, 4)
 _NEVER_FLASH = frozenset({"gemma2"})
-_FLASH_UNASKED, _FLASH_AS_ASKED = (0, 12), (0, 30)
-"""Before the one, flash attention was used only where it was asked for; from the other it is, whatever the model."""
-_FLASH_WITH_UNEQUAL_HEADS = frozenset({"qwen35", "qwen35moe", "qwen3next"})
+_FLASH_BY_DEFAULT_SINCE: ServerVersion = (0, 12, 0)
+"""Older servers use flash attention only where it is asked for."""
+_FLASH_WITH_UNEQUAL_HEADS = frozenset({"gemma4", "qwen35", "qwen35moe", "qwen3next"})
+
+_MEDIUM_BATCH, _LARGE_BATCH = 1024, 2048
+_CONSTRAINED_BATCH = 256
+_SMALL_GPU_BYTES = 8 * 1024**3
+_PREDICTION_SHARE_MAX = 0.8
+_BATCH_SURCHARGE = ((_LARGE_BATCH, 0.60, 2048 * MIB), (_MEDIUM_BATCH, 0.75, 768 * MIB))
+"""Batch, the share of free memory that the prediction may take for it, and what it adds (server/sched.go, v0.34)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadParameters:
+    """How a model is loaded, as far as its size depends on it."""
+
+    context_length: int
+    """Tokens of one slot, already cut to the trained context."""
+    slots: int = 1
+    kv_cache_type: str = "f16"
+    flash_attention: bool | None = None
+    """None: the server's own choice."""
+    batch: int = DEFAULT_BATCH_TOKENS
+    version: str | None = None
+    """The server's; one that is not known counts as 0.24."""
+    backend: Backend | None = None
+    """None: what a server of that version runs the model in."""
+    cuda_context_bytes: int = CUDA_CONTEXT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,66 +82,57 @@ class LayerSplit:
     output_gpu: int
 
 
-def footprint(
-    facts: ModelFacts,
-    gpus: int,
-    context_length: int,
-    slots: int,
-    kv_cache_type: str,
-    flash_attention: bool | None,
-    batch: int = DEFAULT_BATCH_TOKENS,
-    version: str | None = None,
-) -> Footprint:
-    """Bytes on each of `gpus` GPUs with all layers spread evenly over them.
+@lru_cache(maxsize=4096)
+def footprint(facts: ModelFacts, split: LayerSplit, load: LoadParameters) -> Footprint:
+    """Bytes on each GPU with the layers put as `split` says; a GPU that holds none takes nothing.
 
-    `context_length`: tokens of one slot, already cut to the trained context. `kv_cache_type`: f16, q8_0 or q4_0; ""
-    is f16. `flash_attention`: None is the server's own choice. `version`: the server's; one that is not known counts as
-    0.24. The parts are sums over the GPUs. With no GPUs `per_gpu_bytes` is empty, and the parts say what host memory
-    a load takes.
+    With no GPUs `gpus` is empty, and the sums say what host memory a load takes.
 
     Raises:
         ValueError: an unknown `kv_cache_type`, or a number out of range; the text names it.
     """
-    split = even_split(facts.layers, gpus)
-    return footprint_of_split(facts, split, context_length, slots, kv_cache_type, flash_attention, batch, version)
-
-
-@lru_cache(maxsize=4096)
-def footprint_of_split(
-    facts: ModelFacts,
-    split: LayerSplit,
-    context_length: int,
-    slots: int,
-    kv_cache_type: str,
-    flash_attention: bool | None,
-    batch: int = DEFAULT_BATCH_TOKENS,
-    version: str | None = None,
-) -> Footprint:
-    """Bytes on each GPU with the layers put as `split` says; a GPU that holds none takes nothing.
-
-    Everything else as in `footprint`.
-    """
-    plan = _plan(facts, context_length, slots, kv_cache_type, flash_attention, batch, version)
+    pieces = _pieces(facts, load, _gpus_in_use(split))
     if not split.layers:
-        return Footprint((), facts.weights_bytes, sum(plan.layer_cache_bytes), plan.compute_buffer_bytes, 0)
-    weights: list[int] = []
-    caches: list[int] = []
-    used: list[bool] = []
+        return _on_host(facts, pieces)
+    first = next((gpu for gpu, count in enumerate(split.layers) if count), split.output_gpu)
+    gpus: list[GpuFootprint] = []
     start = 0
     for gpu, count in enumerate(split.layers):
-        has_output = gpu == split.output_gpu
         stop = start + count
-        weights.append(sum(plan.layer_weights_bytes[start:stop]) + has_output * plan.output_bytes)
-        caches.append(sum(plan.layer_cache_bytes[start:stop]))
-        used.append(has_output or count > 0)
+        gpus.append(_on_gpu(pieces, slice(start, stop), has_output=gpu == split.output_gpu, is_first=gpu == first))
         start = stop
-    fixed = [is_used * plan.fixed_bytes for is_used in used]
+    return Footprint.of(tuple(gpus))
+
+
+def _gpus_in_use(split: LayerSplit) -> int:
+    return sum(count > 0 or gpu == split.output_gpu for gpu, count in enumerate(split.layers))
+
+
+def _on_gpu(pieces: _Pieces, layers: slice, *, has_output: bool, is_first: bool) -> GpuFootprint:
+    weights, caches, states = pieces.layer_weights[layers], pieces.layer_caches[layers], pieces.layer_states[layers]
+    if not weights and not has_output:
+        return GpuFootprint()
+    vision = pieces.vision_graph_bytes if (is_first if pieces.clip_on_first else has_output) else 0
+    output = has_output * (pieces.unexplained_bytes + pieces.draft_bytes)
+    return GpuFootprint(
+        weights_bytes=sum(weights) + has_output * pieces.output_bytes,
+        kv_cache_bytes=sum(caches) - sum(states),
+        recurrent_state_bytes=sum(states),
+        compute_buffer_bytes=pieces.compute_buffer_bytes + vision + output,
+        projector_bytes=is_first * pieces.projector_bytes,
+        cuda_context_bytes=pieces.cuda_context_bytes,
+    )
+
+
+def _on_host(facts: ModelFacts, pieces: _Pieces) -> Footprint:
+    states = sum(pieces.layer_states)
     return Footprint(
-        per_gpu_bytes=tuple(sum(parts) for parts in zip(weights, caches, fixed, strict=True)),
-        weights_bytes=sum(weights),
-        kv_cache_bytes=sum(caches),
-        compute_buffer_bytes=sum(used) * plan.compute_buffer_bytes,
-        cuda_context_bytes=sum(used) * CUDA_CONTEXT_BYTES,
+        gpus=(),
+        per_gpu_bytes=(),
+        weights_bytes=facts.weights_bytes,
+        kv_cache_bytes=sum(pieces.layer_caches) - states,
+        recurrent_state_bytes=states,
+        compute_buffer_bytes=pieces.compute_buffer_bytes + pieces.vision_graph_bytes,
     )
 
 
@@ -142,7 +143,7 @@ def even_split(layers: int, gpus: int) -> LayerSplit:
         ValueError: a negative number.
     """
     if gpus < 0:
-        raise ValueError(f"GPUs must not be negative: {gpus}")
+        raise ValueError(f"gpus must not be negative: {gpus}")
     return split_by(layers, (1.0,) * gpus)
 
 
@@ -164,37 +165,36 @@ def split_by(layers: int, shares: tuple[float, ...]) -> LayerSplit:
     return LayerSplit(tuple(counts[gpu] for gpu in range(len(shares))), gpus[-1] if gpus else 0)
 
 
-def fill_first_split(
-    facts: ModelFacts,
-    free_bytes: Sequence[int],
-    context_length: int,
-    slots: int,
-    kv_cache_type: str,
-    flash_attention: bool | None,
-    batch: int = DEFAULT_BATCH_TOKENS,
-    version: str | None = None,
-) -> LayerSplit | None:
+def fill_first_split(facts: ModelFacts, free_bytes: Sequence[int], load: LoadParameters) -> LayerSplit | None:
     """Layers over unequal GPUs in the order given: each is filled with whole layers before the next is begun, and the
     output layer goes to the last GPU with layers or, where it has no room for it, to a later one.
 
     `free_bytes`: what each GPU may be given. None where not all layers and the output fit. Errors as `footprint`.
     """
-    plan = _plan(facts, context_length, slots, kv_cache_type, flash_attention, batch, version)
+    for gpus in (1, len(free_bytes)):  # over several, buffers are larger
+        split = _filled(_pieces(facts, load, gpus), free_bytes)
+        if split is None or _gpus_in_use(split) <= gpus:
+            return split
+    return None
+
+
+def _filled(pieces: _Pieces, free_bytes: Sequence[int]) -> LayerSplit | None:
     counts = [0] * len(free_bytes)
-    left = [free - plan.fixed_bytes for free in free_bytes]
+    left = [free - pieces.fixed_bytes for free in free_bytes]
     gpu = 0
-    for size in plan.layer_bytes:
+    for size in map(sum, zip(pieces.layer_weights, pieces.layer_caches, strict=True)):
         while gpu < len(left) and left[gpu] < size:
             gpu += 1
         if gpu == len(left):
             return None
         left[gpu] -= size
         counts[gpu] += 1
-    output_gpu = next((k for k in range(gpu, len(left)) if left[k] >= plan.output_bytes), None)
+    output = pieces.output_bytes + pieces.projector_bytes + pieces.draft_bytes
+    output_gpu = next((k for k in range(gpu, len(left)) if left[k] >= output), None)
     return None if output_gpu is None else LayerSplit(tuple(counts), output_gpu)
 
 
-# --- the parts --------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------
 
 
 def weights_on_gpus_bytes(facts: ModelFacts) -> int:
@@ -213,147 +213,139 @@ def output_on_gpus_bytes(facts: ModelFacts) -> int:
 
 def layer_weights_bytes(facts: ModelFacts) -> tuple[int, ...]:
     """Weights of each layer: what is not input or output, in equal parts that sum up exactly."""
-    weights, layers = weights_on_gpus_bytes(facts) - output_on_gpus_bytes(facts), facts.layers
-    return tuple(weights * (layer + 1) // layers - weights * layer // layers for layer in range(layers))
+    return _equal_parts(weights_on_gpus_bytes(facts) - output_on_gpus_bytes(facts), facts.layers)
 
 
-def kv_cache_bytes(
-    facts: ModelFacts, context_length: int, slots: int, kv_cache_type: str, batch: int = DEFAULT_BATCH_TOKENS
-) -> int:
-    """The whole KV cache: the sum of `layer_kv_cache_bytes`."""
-    return sum(layer_kv_cache_bytes(facts, context_length, slots, kv_cache_type, batch))
+def _equal_parts(total: int, parts: int) -> tuple[int, ...]:
+    return tuple(total * (part + 1) // parts - total * part // parts for part in range(parts))
 
 
-def layer_kv_cache_bytes(
-    facts: ModelFacts, context_length: int, slots: int, kv_cache_type: str, batch: int = DEFAULT_BATCH_TOKENS
-) -> tuple[int, ...]:
-    """KV cache of each layer: KV heads x (key length + value length) x context x slots x bytes an element, the bytes
-    being 2 for f16, 34/32 for q8_0 and 18/32 for q4_0 (ggml's blocks). Layers without attention have no KV heads.
-
-    A layer with a sliding window keeps the window and one batch of each slot (GraphSize, gemma3). Encoders keep none.
-    """
-    if facts.architecture in _ENCODERS:
-        return (0,) * facts.layers
-    every = _FULL_ATTENTION_EVERY.get(facts.architecture, 1) if facts.sliding_window else 1
-    window = max(facts.sliding_window or 0, _WINDOW_TOKENS_LEAST.get(facts.architecture, 0)) + batch
-    sizes: list[int] = []
-    for layer in range(facts.layers):
-        heads = facts.head_count_kv[layer] if layer < len(facts.head_count_kv) else facts.head_count
-        tokens = context_length if (layer + 1) % every == 0 else min(context_length, window)
-        key = cache_bytes(kv_cache_type, heads * facts.key_length)
-        sizes.append((key + cache_bytes(kv_cache_type, heads * facts.value_length)) * tokens * slots)
-    return tuple(sizes)
-
-
-def compute_buffer_bytes(
-    facts: ModelFacts, context_length: int, slots: int, flash_attention: bool, batch: int = DEFAULT_BATCH_TOKENS
-) -> int:
-    """The graph's working memory on one GPU, for a batch of B tokens, width E, H heads, V vocabulary, C = context x
-    slots, in 4-byte elements.
-
-    With flash attention the larger of the logits, B (E + V), and of one layer's activations with the attention mask,
-    B (1 + 4E) + 1.5 B C (llama-graph.cpp: the mask as 32-bit and as 16-bit numbers); gptoss by GraphSize. Without, the
-    scores of all heads come in: GraphSize, `fullOffload` of the architecture, llama's where it has none.
-    """
-    b, e, v, c = min(batch, context_length), facts.embedding_length, facts.vocabulary_size, context_length * slots
-    h = facts.head_count
-    logits = 0 if facts.architecture in _ENCODERS else 4 * b * (e + v)
-    if flash_attention and facts.architecture in ("gptoss", "gpt-oss"):
-        return max(logits, (4 * slots + (c >> 10) + 110) * MIB)
-    if flash_attention:
-        return max(logits, 4 * b * (1 + 4 * e) + 6 * b * c)
-    if facts.architecture in ("gemma", "gemma2", "gemma3", "gemma3n"):
-        graph = max(logits, 4 * b * (2 + c + c * h + 2 * e + 2 * facts.key_length * h))
-        return 4 * graph if facts.architecture == "gemma3n" else graph
-    width = 2 * e if facts.architecture == "qwen2" else 4 * e
-    return max(logits, 4 * b * (1 + width + c * (1 + h)))
+# --- what a server chooses --------------------------------------------------------------------------------------
 
 
 def uses_flash_attention(facts: ModelFacts, asked: bool | None, version: str | None = None) -> bool:
     """Whether a load uses flash attention. `asked`: None leaves it to the server, which on GPUs of compute capability
-    7.0 and later chooses it for most architectures (FlashAttention; "auto" in llama.cpp's engine), before v0.12 for
-    none.
+    7.0 and later chooses it for most architectures (FlashAttention; "auto" in llama-server), before 0.12 for none.
 
-    Never for embedding models. Up to v0.24 neither for gemma2, nor where key and value lengths differ
-    (SupportsFlashAttention); later the wish is passed on to llama-server (llm/llama_server.go, v0.33).
+    From 0.30 the wish is passed on to llama-server, for every model. Before, never for embedding models, gemma2, or
+    where key and value lengths differ (SupportsFlashAttention).
     """
-    number = version_number(version) or (0, 24)
-    if asked is False or facts.is_embedding or (asked is None and number < _FLASH_UNASKED):
+    number = version_or_default(version)
+    if asked is False:
         return False
-    if number >= _FLASH_AS_ASKED:
+    if number >= LLAMA_SERVER_SINCE:
         return True
-    if facts.architecture in _NEVER_FLASH:
+    if facts.is_embedding or facts.architecture in _NEVER_FLASH or (asked is None and number < _FLASH_BY_DEFAULT_SINCE):
         return False
     if facts.key_length != facts.value_length and facts.architecture not in _FLASH_WITH_UNEQUAL_HEADS:
         return False
+    if asked is None and facts.architecture == "gemma4":
+        return number >= _GEMMA4_FLASH_SINCE
     return asked is True or facts.architecture not in _FLASH_ONLY_IF_ASKED
 
 
 def effective_kv_cache_type(
     facts: ModelFacts, kv_cache_type: str, flash_attention: bool | None, version: str | None = None
 ) -> str:
-    """The type that a server really uses: a quantised cache needs flash attention, asked for in so many words
+    """The type that a server really uses: a quantised cache needs flash attention that was asked for explicitly
     (llm/server.go, v0.24: else it is ignored with a warning); f16 otherwise, which is never less."""
     quantised_ok = flash_attention is True and uses_flash_attention(facts, True, version)
     return kv_cache_type if quantised_ok else "f16"
 
 
-@lru_cache(maxsize=64)
-def version_number(version: str | None) -> tuple[int, int] | None:
-    """Of a server, as far as rules differ by it: (0, 33) for 0.33.0-rc2; None where it cannot be told."""
-    match = re.match(r"(\d+)\.(\d+)", version or "")
-    return (int(match[1]), int(match[2])) if match is not None else None
+def predicted_bytes(facts: ModelFacts, context_tokens: int) -> int:
+    """What a server of 0.30 and later predicts before it loads (`PredictServerVRAM`): the file, and a cache of 16-bit
+    numbers with the fewest KV heads of any layer and heads of width E / H. `context_tokens`: of all slots."""
+    heads = max(1, min(facts.head_count_kv, default=1))
+    width = facts.embedding_length // facts.head_count if facts.head_count else 0
+    return facts.weights_bytes + 4 * facts.layers * heads * width * context_tokens
 
 
-def batch_tokens(version: str | None, context_length: int, slots: int) -> int:
-    """`num_batch` where nothing sets it: 512 up to v0.24; from v0.30 by the tokens of all slots, 512 up to 4,096, 1,024
-    up to 32,768, else 2,048 (llm/server.go, v0.33). An unknown version counts as an old one."""
-    number = version_number(version)
-    if number is None or number < (0, 30):
+def batch_tokens(
+    facts: ModelFacts,
+    context_length: int,
+    slots: int,
+    version: str | None,
+    flash_attention: bool | None = None,
+    free_bytes: Sequence[int] = (),
+) -> int:
+    """`num_batch` where nothing sets it: 512 up to 0.24; from 0.30 by context and free memory (server/sched.go).
+
+    By the tokens of all slots 512 up to 4,096, 1,024 up to 32,768, else 2,048, stepped down while the server's
+    prediction leaves too little free; without flash attention 512, or 256 on a GPU of at most 8 GiB. Embedding models:
+    2,048 or the context. `free_bytes`: of the GPUs of the instance; () gives the batch with plenty of memory.
+    """
+    number = version_or_default(version)
+    if number < LLAMA_SERVER_SINCE:
         return DEFAULT_BATCH_TOKENS
+    if facts.is_embedding:
+        return min(_LARGE_BATCH, context_length)
     tokens = context_length * slots
-    return 512 if tokens <= 4096 else 1024 if tokens <= 32768 else 2048
+    if not uses_flash_attention(facts, flash_attention, version):
+        small = any(free <= _SMALL_GPU_BYTES for free in free_bytes)
+        return _CONSTRAINED_BATCH if small and tokens > 4096 else DEFAULT_BATCH_TOKENS
+    wished = DEFAULT_BATCH_TOKENS if tokens <= 4096 else _MEDIUM_BATCH if tokens <= 32_768 else _LARGE_BATCH
+    return _batch_that_fits(wished, predicted_bytes(facts, tokens), sum(free_bytes))
+
+
+def _batch_that_fits(wished: int, predicted: int, free: int) -> int:
+    for batch, share, surcharge in _BATCH_SURCHARGE:
+        limit = _PREDICTION_SHARE_MAX * free
+        if batch <= wished and (not free or (predicted <= share * free and predicted + surcharge <= limit)):
+            return batch
+    return DEFAULT_BATCH_TOKENS
 
 
 # --- putting them together --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """The pieces that are put on GPUs: one figure for each layer, one for the output, one for each GPU in use."""
+class _Pieces:
+    """The pieces that are put on GPUs: one figure for each layer, for the output, for each GPU in use."""
 
-    layer_weights_bytes: tuple[int, ...]
-    layer_cache_bytes: tuple[int, ...]
+    layer_weights: tuple[int, ...]
+    layer_caches: tuple[int, ...]
+    """With recurrent state."""
+    layer_states: tuple[int, ...]
     output_bytes: int
+    projector_bytes: int
     compute_buffer_bytes: int
-
-    @property
-    def layer_bytes(self) -> tuple[int, ...]:
-        return tuple(w + c for w, c in zip(self.layer_weights_bytes, self.layer_cache_bytes, strict=True))
+    vision_graph_bytes: int
+    clip_on_first: bool
+    """llama-server puts the image encoder on the first GPU, Ollama's own engine on that of the output layer."""
+    unexplained_bytes: int
+    draft_bytes: int
+    cuda_context_bytes: int
 
     @property
     def fixed_bytes(self) -> int:
-        return self.compute_buffer_bytes + CUDA_CONTEXT_BYTES
+        return self.compute_buffer_bytes + self.vision_graph_bytes + self.unexplained_bytes + self.cuda_context_bytes
 
 
-def _plan(
-    facts: ModelFacts,
-    context_length: int,
-    slots: int,
-    kv_cache_type: str,
-    flash_attention: bool | None,
-    batch: int,
-    version: str | None,
-) -> _Plan:
-    for name, value in (("context_length", context_length), ("slots", slots), ("batch", batch)):
+def _pieces(facts: ModelFacts, load: LoadParameters, gpus: int) -> _Pieces:
+    for name, value in (("context_length", load.context_length), ("slots", load.slots), ("batch", load.batch)):
         if value < 1:
             raise ValueError(f"{name}: {value} must be at least 1")
-    cache_bytes(kv_cache_type, 0)  # an unknown type is an error even where f16 would be used instead of it
-    flash = uses_flash_attention(facts, flash_attention, version)
-    cache_type = effective_kv_cache_type(facts, kv_cache_type, flash_attention, version)
-    return _Plan(
-        layer_weights_bytes=layer_weights_bytes(facts),
-        layer_cache_bytes=layer_kv_cache_bytes(facts, context_length, slots, cache_type, batch),
-        output_bytes=output_on_gpus_bytes(facts),
-        compute_buffer_bytes=compute_buffer_bytes(facts, context_length, slots, flash, batch),
+    cache_bytes(load.kv_cache_type, 0)  # an unknown type is an error even where f16 would be used instead of it
+    version = version_or_default(load.version)
+    backend = load.backend or backend_of(facts, version)
+    flash = uses_flash_attention(facts, load.flash_attention, load.version)
+    cache_type = effective_kv_cache_type(facts, load.kv_cache_type, load.flash_attention, load.version)
+    shape = GraphShape(load.context_length, load.slots, flash, load.batch, backend, version, max(1, gpus))
+    has_clip = backend is Backend.LLAMA_CPP and version >= LLAMA_SERVER_SINCE
+    projector = min(facts.projector_bytes, output_on_gpus_bytes(facts)) if has_clip else 0
+    return _Pieces(
+        layer_weights=layer_weights_bytes(facts),
+        layer_caches=layer_cache_bytes(
+            facts, load.context_length, load.slots, cache_type, load.batch, backend, version
+        ),
+        layer_states=layer_state_bytes(facts, load.slots),
+        output_bytes=output_on_gpus_bytes(facts) - projector,
+        projector_bytes=projector,
+        compute_buffer_bytes=compute_buffer_bytes(facts, shape),
+        vision_graph_bytes=vision_graph_bytes(facts, shape),
+        clip_on_first=has_clip,
+        unexplained_bytes=unexplained_bytes(facts, shape),
+        draft_bytes=draft_context_bytes(facts, load.context_length, load.slots, version),
+        cuda_context_bytes=load.cuda_context_bytes,
     )

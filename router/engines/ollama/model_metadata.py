@@ -45,6 +45,9 @@ _OUTPUT_PARTS = frozenset(
 )
 """First parts of the names of tensors that go to the output layer's GPU (the same file, `output.bts`)."""
 
+_PROJECTOR_PARTS = frozenset({"a", "mm", "v"})
+"""First parts of the names of tensors of image and sound encoders (llm/llama_server.go, mmprojMemoryRequirement)."""
+
 _ARRAYS = ("attention.head_count", "attention.head_count_kv")
 
 
@@ -75,7 +78,8 @@ def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
     head_count = max(heads, default=0)
     head_width = width // head_count if head_count else 0
     key_length = _number(info, f"{kind}.attention.key_length") or head_width
-    input_bytes, output_bytes = _ends_bytes(tensors)
+    is_embedding = _is_embedding(reply, info, kind)
+    input_bytes, output_bytes = _ends_bytes(tensors, is_embedding=is_embedding)
     return ModelFacts(
         name=tag.name,
         digest=tag.digest,
@@ -91,8 +95,19 @@ def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
         vocabulary_size=_number(info, f"{kind}.vocab_size") or (_dimension(table, 1) or 0),
         context_length=_number(info, f"{kind}.context_length"),
         sliding_window=_number(info, f"{kind}.attention.sliding_window") or None,
+        sliding_layers=_sliding_layers(info, kind, layers),
+        key_length_swa=_number(info, f"{kind}.attention.key_length_swa") or None,
+        value_length_swa=_number(info, f"{kind}.attention.value_length_swa") or None,
+        shared_kv_layers=min(layers, _number(info, f"{kind}.attention.shared_kv_layers")),
+        full_attention_interval=_number(info, f"{kind}.full_attention_interval"),
+        recurrent_state_elements=_recurrent_elements(info, kind, width),
+        nextn_layers=_number(info, f"{kind}.nextn_predict_layers") or _draft_layers(tensors),
+        feed_forward_length=_number(info, f"{kind}.feed_forward_length"),
+        expert_used_count=_number(info, f"{kind}.expert_used_count") or min(8, _number(info, f"{kind}.expert_count")),
+        has_vision="vision" in (reply.capabilities or ()),
+        projector_bytes=_sum_bytes(tensors, _PROJECTOR_PARTS) or 0,
         parameters=_parameters(reply.parameters or ""),
-        is_embedding=_is_embedding(reply, info, kind),
+        is_embedding=is_embedding,
         input_bytes=input_bytes,
         output_bytes=output_bytes,
         is_opaque=blob is None,
@@ -137,6 +152,30 @@ def _kv_heads(info: _Info, kind: str, heads: tuple[int, ...], layers: int) -> tu
     return _heads(info, f"{kind}.attention.head_count_kv", layers) or heads
 
 
+def _sliding_layers(info: _Info, kind: str, layers: int) -> tuple[bool, ...]:
+    """The pattern of sliding layers as the file has it, one value a layer; () where it has none or another length."""
+    pattern = _value(info, f"{kind}.attention.sliding_window_pattern", list[bool])
+    return tuple(pattern) if pattern and len(pattern) == layers else ()
+
+
+def _recurrent_elements(info: _Info, kind: str, width: int) -> int:
+    """32-bit numbers that a layer without attention keeps for a sequence.
+
+    State-space layers: (kernel - 1)(inner + 2 groups x state) of convolution and state x inner (llama.cpp
+    `llama_hparams::n_embd_r`, `n_embd_s`). Short convolutions (lfm2): (kernel - 1) x width.
+    """
+    kernel, state = _number(info, f"{kind}.ssm.conv_kernel"), _number(info, f"{kind}.ssm.state_size")
+    inner, groups = _number(info, f"{kind}.ssm.inner_size"), _number(info, f"{kind}.ssm.group_count")
+    if inner:
+        return max(0, kernel - 1) * (inner + 2 * groups * state) + state * inner
+    return max(0, _number(info, f"{kind}.shortconv.l_cache") - 1) * width
+
+
+def _draft_layers(tensors: Sequence[TensorRow]) -> int:
+    """Draft layers of files that do not count them: older ones have tensors named `mtp.`."""
+    return int(any(tensor.name.startswith("mtp.") for tensor in tensors))
+
+
 def _dimension(tensor: TensorRow | None, index: int) -> int | None:
     return tensor.shape[index] if tensor is not None and len(tensor.shape) > index else None
 
@@ -147,12 +186,15 @@ def _layers(tensors: Sequence[TensorRow]) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _ends_bytes(tensors: Sequence[TensorRow]) -> tuple[int | None, int | None]:
-    """Bytes that only host memory holds, and bytes of the output layer; None where a tensor's type is not known."""
+def _ends_bytes(tensors: Sequence[TensorRow], *, is_embedding: bool) -> tuple[int | None, int | None]:
+    """Bytes that only host memory holds, and bytes of the output layer; None where a tensor's type is not known.
+
+    An embedding model makes no logits, so it needs no second copy of its embedding table for them.
+    """
     if not tensors:
         return None, None
     first, last = _sum_bytes(tensors, _INPUT_PARTS), _sum_bytes(tensors, _OUTPUT_PARTS)
-    if any(tensor.name == "output.weight" for tensor in tensors) or _is_encoder(tensors):
+    if any(tensor.name == "output.weight" for tensor in tensors) or is_embedding or _is_encoder(tensors):
         return first, last
     table = _sum_bytes(tensors, frozenset({"token_embd"}))
     return 0, None if last is None or table is None else last + table

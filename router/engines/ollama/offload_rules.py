@@ -17,22 +17,22 @@ from typing import NamedTuple
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
+from router.engines.ollama.architectures import OLLAMA_ENGINE_ARCHITECTURES, backend_of
+from router.engines.ollama.compute_buffer import MIB, GraphShape, compute_buffer_bytes
+from router.engines.ollama.kv_cache import layer_cache_bytes
 from router.engines.ollama.memory_estimate import (
     CUDA_CONTEXT_BYTES,
     DEFAULT_BATCH_TOKENS,
-    MIB,
     batch_tokens,
-    compute_buffer_bytes,
     effective_kv_cache_type,
-    kv_cache_bytes,
-    layer_kv_cache_bytes,
     layer_weights_bytes,
     output_on_gpus_bytes,
+    predicted_bytes,
     uses_flash_attention,
-    version_number,
     weights_on_gpus_bytes,
 )
 from router.engines.ollama.runner_options import sets_num_gpu, slots_of
+from router.engines.ollama.server_version import LLAMA_SERVER_SINCE, parse_version, version_or_default
 
 FORCE_SPREAD = {"OLLAMA_SCHED_SPREAD": "1"}
 """Environment that makes a server use all its GPUs."""
@@ -40,11 +40,6 @@ ONE_GPU_SHARE = 0.8
 """Share of a GPU's free memory up to which servers from 0.30 on place a predicted model on that GPU alone."""
 FIT_TARGET_BYTES = 1024 * MIB
 """Default of llama.cpp's `--fit-target`: memory left free on each GPU."""
-OLLAMA_ENGINE_ARCHITECTURES = frozenset(
-    ("bert", "deepseek2", "gemma3", "gemma3n", "gemma4", "gptoss", "gpt-oss", "lfm2", "llama4", "mistral3", "mllama",
-     "nomic-bert", "qwen25vl", "qwen3", "qwen3moe", "qwen3next", "qwen3vl", "qwen35")
-)  # fmt: skip
-"""Architectures that servers up to 0.24 run on Ollama's own engine, which allocates instead of estimating."""
 
 
 class OffloadPrediction(NamedTuple):
@@ -63,10 +58,10 @@ def predict_offload(
     `free_bytes`: on each GPU of `spec`. Returns None if the version or the layers are unknown, if the instance has no
     GPUs, or if a server up to 0.24 measures the model by allocating.
     """
-    number = version_number(version)
+    number = parse_version(version)
     if number is None or not free_bytes or not model.layers:
         return None
-    if number >= (0, 30):
+    if number >= LLAMA_SERVER_SINCE:
         return _predict_0_30(model, spec, version, context_length, slots, free_bytes)
     if model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
         return None
@@ -100,33 +95,27 @@ def may_take_one_gpu(
     """
     if len(total_bytes) < 2 or forces_spread(spec):
         return (False,) * len(total_bytes)
-    number = version_number(version)
-    if number is not None and number >= (0, 30):
-        needed = predicted_bytes(model, context_length, slots) / ONE_GPU_SHARE
+    number = parse_version(version)
+    if number is not None and number >= LLAMA_SERVER_SINCE:
+        needed = predicted_bytes(model, context_length * slots) / ONE_GPU_SHARE
     else:
         needed = weights_on_gpus_bytes(model) + CUDA_CONTEXT_BYTES
-        cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
-        needed += kv_cache_bytes(model, context_length, slots, cache)
+        needed += sum(_layer_caches(model, spec, version, context_length, slots, DEFAULT_BATCH_TOKENS))
     return tuple(needed <= total for total in total_bytes)
-
-
-def predicted_bytes(model: ModelFacts, context_length: int, slots: int) -> int:
-    """Bytes that servers from 0.30 on predict: the file, and an f16 cache with the fewest KV heads of any layer."""
-    heads = min((count for count in model.head_count_kv if count), default=0)
-    length = model.embedding_length // max(1, model.head_count)
-    return model.weights_bytes + 4 * model.layers * heads * length * context_length * slots
 
 
 def _predict_0_30(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, free: Sequence[int]
 ) -> OffloadPrediction:
-    largest = max(free)
-    on_one_gpu = predicted_bytes(model, context_length, slots) <= ONE_GPU_SHARE * largest and not forces_spread(spec)
-    batch = batch_tokens(version, context_length, slots)
-    flash = uses_flash_attention(model, spec.flash_attention, version)
-    fixed = compute_buffer_bytes(model, context_length, slots, flash, batch) + CUDA_CONTEXT_BYTES + FIT_TARGET_BYTES
+    best = max(free)
+    alone = predicted_bytes(model, context_length * slots) <= ONE_GPU_SHARE * best and not forces_spread(spec)
+    used = [best] if alone else free
+    batch = batch_tokens(model, context_length, slots, version, spec.flash_attention, free)
+    flash, number = uses_flash_attention(model, spec.flash_attention, version), version_or_default(version)
+    shape = GraphShape(context_length, slots, flash, batch, backend_of(model, number), number, len(used))
+    fixed = compute_buffer_bytes(model, shape) + CUDA_CONTEXT_BYTES + FIT_TARGET_BYTES
     unit = _unit_bytes(model, spec, version, context_length, slots, batch)
-    room = sum(max(0, free_bytes - fixed) // unit for free_bytes in ([largest] if on_one_gpu else free))
+    room = sum(max(0, gpu - fixed) // unit for gpu in used)
     return OffloadPrediction(min(model.layers + 1, room), model.layers + 1)
 
 
@@ -146,10 +135,17 @@ def _predict_0_24(
 def _unit_bytes(
     model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, batch: int
 ) -> int:
-    """Bytes of the largest layer, with its part of the cache."""
-    cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
-    caches = layer_kv_cache_bytes(model, context_length, slots, cache, batch)
+    """The largest layer with its part of the cache."""
+    caches = _layer_caches(model, spec, version, context_length, slots, batch)
     return max(1, *(w + c for w, c in zip(layer_weights_bytes(model), caches, strict=True)))
+
+
+def _layer_caches(
+    model: ModelFacts, spec: InstanceSpec, version: str | None, context_length: int, slots: int, batch: int
+) -> tuple[int, ...]:
+    number = version_or_default(version)
+    cache = effective_kv_cache_type(model, spec.kv_cache_type, spec.flash_attention, version)
+    return layer_cache_bytes(model, context_length, slots, cache, batch, backend_of(model, number), number)
 
 
 def graph_bytes(model: ModelFacts, context_tokens: int, batch: int = DEFAULT_BATCH_TOKENS) -> int:

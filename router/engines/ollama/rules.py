@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import Footprint, FootprintKey
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
@@ -16,6 +16,7 @@ from router.domain.request import RunnerOptions, Ticket
 from router.domain.residency import Residency
 from router.domain.snapshot import Estimate, Snapshot
 from router.engines.ollama import footprint_estimator, offload_rules, runner_options
+from router.engines.ollama.architectures import KNOWN_MARGIN_RATIO, UNKNOWN_MARGIN_RATIO, is_known
 from router.engines.ollama.tensor_split import told_shares
 
 KIND = "ollama"
@@ -31,6 +32,14 @@ class OllamaRules:
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:
         return footprint_estimator.estimate_bytes(model, spec, context_length, snapshot)
+
+    def estimate_footprint(
+        self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
+    ) -> Footprint:
+        return footprint_estimator.estimated_footprint(model, spec, context_length, snapshot)
+
+    def margin_ratio(self, model: ModelFacts) -> float:
+        return KNOWN_MARGIN_RATIO if is_known(model) else UNKNOWN_MARGIN_RATIO
 
     def worst_case_bytes(
         self, estimate: Estimate, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot

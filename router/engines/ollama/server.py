@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from router.domain.events import LoadMeasured
+from router.domain.footprint import GpuFootprint
 from router.domain.instance import InstanceSpec
 from router.engines.ollama.health_probe import probe_version
+from router.engines.ollama.load_log import LoadLogReader
 from router.engines.ollama.log_parser import ComputeReport
+
+
+class OllamaLoadReader:
+    """Satisfies `LoadReader`: a load's report in terms of the instance's GPUs."""
+
+    __slots__ = ("_log", "_spec")
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        self._spec = spec
+        self._log = LoadLogReader()
+
+    def read_line(self, line: str) -> LoadMeasured | None:
+        report = self._log.feed(line)
+        if report is None or not report.gpus or max(report.gpus) >= len(self._spec.gpus):
+            return None
+        gpus = tuple(report.gpus.get(index, GpuFootprint()) for index in range(len(self._spec.gpus)))
+        return LoadMeasured(self._spec.name, report.blob, gpus)
 
 
 class OllamaServer:
@@ -19,6 +39,9 @@ class OllamaServer:
 
     async def probe(self, url: str, timeout_seconds: float) -> str:
         return await probe_version(url, timeout_seconds)
+
+    def load_reader(self, spec: InstanceSpec) -> OllamaLoadReader:
+        return OllamaLoadReader(spec)
 
     def gpu_report(self, spec: InstanceSpec) -> ComputeReport:
         return ComputeReport(spec.gpus)

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
-from router.engines.ollama.memory_estimate import version_number
+from router.engines.ollama.server_version import parse_version
 
 TENSOR_SPLIT = "LLAMA_ARG_TENSOR_SPLIT"
 _GIB = 1024**3
@@ -71,7 +71,7 @@ def shares_of(spec: InstanceSpec, version: str | None) -> Shares:
 
     `version` is that of the server. None (unknown yet) counts as one that uses them.
     """
-    number = version_number(version)
+    number = parse_version(version)
     if number is not None and number < (0, 30):
         return (1.0,) * len(spec.gpus)
     return shares_for(parsed_split(spec.environment.get(TENSOR_SPLIT, "")), len(spec.gpus))

@@ -15,10 +15,17 @@ from typing import Any, cast
 
 import yaml
 
+from router.engines.ollama.gguf_header import FILE_TYPES
+
 MAGIC = "llamayard emulated weights"
+
+Tensor = tuple[str, str, tuple[int, ...]]
+"""Name, ggml type and shape, row length first."""
 
 _HIGH_PRECISION_TYPES: Mapping[str, str] = {"Q4_K_M": "Q6_K"}
 _BASE_TYPES: Mapping[str, str] = {"Q4_K_M": "Q4_K"}
+_SMALL_BLOCK_TYPES: Mapping[str, str] = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
+_ENCODERS = ("bert", "nomic-bert")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,7 @@ class CatalogueModel:
     quantisation: str
     capabilities: tuple[str, ...]
     metadata: Mapping[str, Any]
-    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    tensors: tuple[Tensor, ...]
 
 
 @cache
@@ -63,83 +70,180 @@ def _entry(name: str, facts: Mapping[str, Any]) -> CatalogueModel:
 
 def _metadata(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     arch = facts["arch"]
-    architecture_metadata: dict[str, Any] = {
+    is_encoder = arch in _ENCODERS
+    general: dict[str, Any] = {
+        "general.architecture": arch,
+        "general.basename": name.partition(":")[0],
+        "general.file_type": next(number for number, kind in FILE_TYPES.items() if kind == facts["quant"]),
+        "general.parameter_count": facts["parameters"],
+        "general.quantization_version": 2,
+        "tokenizer.ggml.model": "bert" if is_encoder else "gpt2",
+    }
+    of_architecture = _attention_metadata(facts) | _special_metadata(facts)
+    return general | {f"{arch}.{key}": value for key, value in of_architecture.items()}
+
+
+def _attention_metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
         "block_count": facts["layers"],
         "context_length": facts["context"],
         "embedding_length": facts["width"],
         "feed_forward_length": facts["ff"],
         "attention.head_count": facts["heads"],
-        "attention.head_count_kv": facts["kv"],
+        "attention.head_count_kv": _kv_heads(facts) if isinstance(facts["kv"], list) else facts["kv"],
         "vocab_size": facts["vocabulary"],
     }
-    if arch in ("llama", "gemma2"):
-        architecture_metadata |= {"attention.key_length": facts["key"], "attention.value_length": facts["key"]}
+    if facts["arch"] in _ENCODERS:
+        metadata.pop("attention.head_count_kv")
+    elif facts["arch"] not in ("qwen2", "phi3", "qwen25vl"):
+        metadata |= {"attention.key_length": facts["key"], "attention.value_length": facts["key"]}
     if "window" in facts:
-        architecture_metadata["attention.sliding_window"] = facts["window"]
+        metadata["attention.sliding_window"] = facts["window"]
+    if "key_swa" in facts:
+        metadata |= {"attention.key_length_swa": facts["key_swa"], "attention.value_length_swa": facts["key_swa"]}
+    if "shared_kv" in facts:
+        metadata["attention.shared_kv_layers"] = facts["shared_kv"]
+    return metadata
+
+
+def _special_metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Experts, recurrent states, encoders and pooling."""
+    metadata: dict[str, Any] = {}
     if "experts" in facts:
-        architecture_metadata |= {"expert_count": facts["experts"][0], "expert_used_count": facts["experts"][1]}
-    if arch == "nomic-bert":
-        architecture_metadata.pop("attention.head_count_kv")
-        architecture_metadata["pooling_type"] = 1
-    general: dict[str, Any] = {
-        "general.architecture": arch,
-        "general.basename": name.partition(":")[0],
-        "general.file_type": {"Q4_K_M": 15, "Q4_0": 2, "F16": 1}[facts["quant"]],
-        "general.parameter_count": facts["parameters"],
-        "general.quantization_version": 2,
-        "tokenizer.ggml.model": "bert" if arch == "nomic-bert" else "gpt2",
-    }
-    return general | {f"{arch}.{key}": value for key, value in architecture_metadata.items()}
+        metadata |= {"expert_count": facts["experts"][0], "expert_used_count": facts["experts"][1]}
+        metadata |= {"expert_feed_forward_length": facts["experts"][2]} if len(facts["experts"]) > 2 else {}
+    if "ssm" in facts:
+        names = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
+        metadata["full_attention_interval"] = facts["full_attention_every"]
+        metadata |= {f"ssm.{name}": value for name, value in zip(names, facts["ssm"], strict=True)}
+    if "vision" in facts:
+        blocks, width, _ = facts["vision"]
+        metadata |= {"vision.block_count": blocks, "vision.embedding_length": width}
+    if facts["arch"] in _ENCODERS or "pooling" in facts:
+        metadata["pooling_type"] = facts.get("pooling", 1)
+    return metadata
 
 
-def _tensors(facts: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+def _kv_heads(facts: Mapping[str, Any]) -> list[int]:
+    """KV heads of each layer."""
+    kv: object = facts["kv"]
+    pattern = cast("list[int]", kv if isinstance(kv, list) else [kv])
+    return [pattern[layer % len(pattern)] for layer in range(facts["layers"])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Types:
+    """Tensor types of a model."""
+
+    table: str
+    base: str
+    fine: str
+    """Of the value and down matrices of half of the layers."""
+    experts: str
+
+    def matrix(self, name: str, width: int, rows: int, *more: int, fine: bool = False) -> Tensor:
+        """A matrix. Rows that do not fill a K-quant's blocks get the next type with small blocks, as in llama.cpp."""
+        kind = self.fine if fine else self.experts if more else self.base
+        return (name, _SMALL_BLOCK_TYPES.get(kind, kind) if width % 256 else kind, (width, rows, *more))
+
+
+def _types(facts: Mapping[str, Any]) -> _Types:
+    quant: str = facts["quant"]
+    base = _BASE_TYPES.get(quant, quant)
+    fine = _HIGH_PRECISION_TYPES.get(quant, base)
+    table = _HIGH_PRECISION_TYPES.get(quant, quant if quant in ("F16", "Q8_0") else "Q6_K")
+    experts = quant if quant == "MXFP4" else base
+    if "types" in facts:
+        table, base, fine = facts["types"]
+        fine = "MXFP4" if quant == "MXFP4" and "experts" in facts else fine
+    return _Types(table, base, fine, experts)
+
+
+def _tensors(facts: Mapping[str, Any]) -> list[Tensor]:
     """Tensor names, types and shapes in llama.cpp's naming.
 
     Q4_K_M stores half of the value and down matrices at higher precision.
     """
-    quant: str = facts["quant"]
-    width: int = facts["width"]
-    hidden_width: int = facts["ff"]
-    base_type, kv, heads = _BASE_TYPES.get(quant, quant), facts["kv"] * facts["key"], facts["heads"] * facts["key"]
-    tied = facts.get("tied", False)
-    embedding_type = _HIGH_PRECISION_TYPES.get(quant, "F16" if quant == "F16" else "Q6_K")
-    tensors: list[tuple[str, str, tuple[int, ...]]] = [
-        ("token_embd.weight", embedding_type if tied else base_type, (width, facts["vocabulary"]))
-    ]
+    types, width, vocabulary = _types(facts), facts["width"], facts["vocabulary"]
+    tied, is_encoder = facts.get("tied", False), facts["arch"] in _ENCODERS
+    untied_type = types.base if "types" not in facts else types.table
+    tensors: list[Tensor] = [("token_embd.weight", types.table if tied else untied_type, (width, vocabulary))]
+    if facts["arch"] == "bert":
+        tensors += [("position_embd.weight", "F32", (width, facts["context"]))]
+    if is_encoder:
+        tensors += [("token_embd_norm.weight", "F32", (width,))] if facts["arch"] == "bert" else []
+    if "table_layers" in facts:
+        row = facts["table_layers"] * facts["layers"]
+        tensors.append(("per_layer_token_embd.weight", "Q5_K", (row, vocabulary)))
     for layer in range(facts["layers"]):
-        count = facts["layers"]
-        is_high_precision = layer < count // 8 or layer >= 7 * count // 8 or layer % 3 == 2
-        fine_type = _HIGH_PRECISION_TYPES.get(quant, base_type) if is_high_precision else base_type
-        block = f"blk.{layer}."
-        tensors += [
-            (block + "attn_norm.weight", "F32", (width,)),
-            (block + "attn_q.weight", base_type, (width, heads)),
-            (block + "attn_k.weight", base_type, (width, kv)),
-            (block + "attn_v.weight", fine_type, (width, kv)),
-            (block + "attn_output.weight", base_type, (heads, width)),
-            (block + "ffn_norm.weight", "F32", (width,)),
-        ]
-        tensors += _feed_forward(facts, block, base_type, fine_type, width, hidden_width)
-    if facts["arch"] != "nomic-bert":
+        tensors += _layer(facts, types, layer)
+    if not is_encoder:
         tensors.append(("output_norm.weight", "F32", (width,)))
-        tensors += [] if tied else [("output.weight", embedding_type, (width, facts["vocabulary"]))]
+        tensors += [] if tied else [("output.weight", types.table, (width, vocabulary))]
+    if "vision" in facts:
+        _, encoder_width, size = facts["vision"]
+        tensors.append(("v.blk.weight", "F16", (encoder_width, round(size / 2 / encoder_width))))
     return tensors
 
 
-def _feed_forward(
-    facts: Mapping[str, Any], block: str, base_type: str, fine_type: str, width: int, hidden_width: int
-) -> list[tuple[str, str, tuple[int, ...]]]:
-    if "experts" in facts:
-        expert_count = facts["experts"][0]
-        return [
-            (block + "ffn_gate_inp.weight", "F32", (width, expert_count)),
-            (block + "ffn_gate_exps.weight", base_type, (width, hidden_width, expert_count)),
-            (block + "ffn_up_exps.weight", base_type, (width, hidden_width, expert_count)),
-            (block + "ffn_down_exps.weight", fine_type, (hidden_width, width, expert_count)),
-        ]
-    gate = [(block + "ffn_gate.weight", base_type, (width, hidden_width))]
-    rest = [
-        (block + "ffn_up.weight", base_type, (width, hidden_width)),
-        (block + "ffn_down.weight", fine_type, (hidden_width, width)),
+def _layer(facts: Mapping[str, Any], types: _Types, layer: int) -> list[Tensor]:
+    width, count, block = facts["width"], facts["layers"], f"blk.{layer}."
+    is_fine = layer < count // 8 or layer >= 7 * count // 8 or layer % 3 == 2
+    norms: list[Tensor] = [(block + "attn_norm.weight", "F32", (width,)), (block + "ffn_norm.weight", "F32", (width,))]
+    every = facts.get("full_attention_every", 1)
+    is_attention = (layer + 1) % every == 0
+    mixer = _attention(facts, types, layer, block, fine=is_fine) if is_attention else _recurrent(facts, types, block)
+    return [*norms, *mixer, *_feed_forward(facts, types, block, fine=is_fine)]
+
+
+def _attention(facts: Mapping[str, Any], types: _Types, layer: int, block: str, *, fine: bool) -> list[Tensor]:
+    width, kv_heads = facts["width"], _kv_heads(facts)[layer]
+    slides = "key_swa" in facts and (layer + 1) % 6 != 0
+    key = facts["key_swa"] if slides else facts["key"]
+    heads = facts["heads"] * key
+    value = types.matrix(block + "attn_v.weight", width, kv_heads * key, fine=fine and types.experts != "MXFP4")
+    if "value_type" in facts:
+        value = (value[0], facts["value_type"], value[2])
+    gate = 2 if "ssm" in facts else 1  # the query of these hybrids comes with a gate
+    return [
+        types.matrix(block + "attn_q.weight", width, heads * gate),
+        types.matrix(block + "attn_k.weight", width, kv_heads * key),
+        value,
+        types.matrix(block + "attn_output.weight", heads, width),
     ]
-    return gate + rest
+
+
+def _recurrent(facts: Mapping[str, Any], types: _Types, block: str) -> list[Tensor]:
+    width = facts["width"]
+    kernel, state, groups, inner, rank = facts["ssm"]
+    mixed = 2 * groups * state + inner
+    return [
+        types.matrix(block + "attn_qkv.weight", width, mixed),
+        types.matrix(block + "attn_gate.weight", width, inner),
+        types.matrix(block + "ssm_out.weight", inner, width),
+        (block + "ssm_conv1d.weight", "F32", (kernel, mixed)),
+        (block + "ssm_ba.weight", "F32", (width, 2 * rank)),
+    ]
+
+
+def _feed_forward(facts: Mapping[str, Any], types: _Types, block: str, *, fine: bool) -> list[Tensor]:
+    width, hidden = facts["width"], facts["ff"]
+    found: list[Tensor] = []
+    if "experts" in facts:
+        experts, _, *rest = facts["experts"]
+        each = rest[0] if rest else hidden
+        found = [
+            (block + "ffn_gate_inp.weight", "F32", (width, experts)),
+            types.matrix(block + "ffn_gate_exps.weight", width, each, experts),
+            types.matrix(block + "ffn_up_exps.weight", width, each, experts),
+            types.matrix(block + "ffn_down_exps.weight", each, width, experts, fine=fine),
+        ]
+        if "dense" not in rest:
+            return found
+    gate = [] if facts["arch"] == "bert" else [types.matrix(block + "ffn_gate.weight", width, hidden)]
+    return [
+        *found,
+        *gate,
+        types.matrix(block + "ffn_up.weight", width, hidden),
+        types.matrix(block + "ffn_down.weight", hidden, width, fine=fine),
+    ]

@@ -17,6 +17,7 @@ from router.engines.ollama.tensor_split import TENSOR_SPLIT, parsed_split
 from router.lab.emulator import vram
 from router.lab.emulator.spec import VERSIONS
 from router.lab.simulator.server_placement import human_bytes
+from router.lab.simulator.world import WORLD
 
 DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
@@ -44,6 +45,10 @@ class Config:
     speed: float = 1.0
     emulator_dir: Path | None = None
     gpus: tuple[VisibleGpu, ...] = ()
+    cold_bytes_per_second: float = WORLD.cold_bytes_per_second
+    deviation: float = 0.0
+    """Share by which loads differ from their usual size."""
+    seed: int = 1
     ram_bytes: int | None = None
     """Host memory of the emulated machine; None: what the real machine has free."""
     context_length: int = 0
@@ -99,6 +104,9 @@ def read_config(environment: Mapping[str, str]) -> Config:
         emulator_dir=emulator_dir,
         gpus=_visible_gpus(rig_data, environment.get("CUDA_VISIBLE_DEVICES"), emulator_dir),
         ram_bytes=rig_data.get("ram_bytes"),
+        cold_bytes_per_second=rig_data.get("cold_bytes_per_second", WORLD.cold_bytes_per_second),
+        deviation=rig_data.get("deviation", 0.0),
+        seed=rig_data.get("seed", 1),
         context_length=_number(environment, "OLLAMA_CONTEXT_LENGTH", 0),
         num_parallel=max(1, _number(environment, "OLLAMA_NUM_PARALLEL", 1)),
         keep_alive_seconds=_keep_alive(_text(environment, "OLLAMA_KEEP_ALIVE")),

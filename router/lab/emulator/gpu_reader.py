@@ -28,7 +28,8 @@ def write_rig_file(spec: EmulatorSpec, directory: Path) -> None:
     (directory / "vram").mkdir(parents=True, exist_ok=True)
     gpus = [{"uuid": uuid, **dataclasses.asdict(gpu)} for uuid, gpu in zip(spec.uuids, spec.gpus, strict=True)]
     data: dict[str, Any] = {"emulated": True, "gpus": gpus, "version": spec.version, "speed": spec.speed}
-    vram.write_json(directory / "rig.json", {**data, "ram_bytes": spec.ram_bytes})
+    data |= {"ram_bytes": spec.ram_bytes, "cold_bytes_per_second": spec.cold_bytes_per_second}
+    vram.write_json(directory / "rig.json", {**data, "deviation": spec.deviation, "seed": spec.seed})
 
 
 class EmulatedGpuReader:

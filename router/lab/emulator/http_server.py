@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from datetime import UTC, datetime
@@ -27,6 +28,9 @@ _UNREAD_BYTES = 1 << 20
 """Maximum body bytes read ahead of the handler."""
 
 
+_ABSOLUTE = re.compile(r"https?://(?:[^/?#]*@)?([^/?#]*)", re.IGNORECASE)
+
+
 class ClientDisconnectedError(Exception):
     """The client closed its side of the connection."""
 
@@ -36,8 +40,10 @@ class Request:
 
     def __init__(self, connection: _Connection, method: str, target: str, version: str) -> None:
         self.method = method
-        self.target = target
-        self.path = unquote(target.partition("?")[0])
+        absolute = _ABSOLUTE.match(target)
+        self._authority = absolute[1] if absolute is not None else ""
+        self.target = target if absolute is None else target[absolute.end() :]
+        self.path = unquote(self.target.partition("?")[0])
         self.version = version
         self.headers: dict[str, str] = {}
         """By lower-case name; the last value if repeated."""
@@ -56,6 +62,11 @@ class Request:
         """The Content-Length; 0 if there is none."""
         text = self.headers.get("content-length", "")
         return int(text) if text.isdigit() else 0
+
+    @property
+    def host(self) -> str:
+        """The authority of a target in absolute form, otherwise the Host header."""
+        return self._authority or self.headers.get("host", "")
 
     @property
     def peer(self) -> str:

@@ -39,6 +39,7 @@ from router.lab.simulator.server_placement import (
     sizes,
     with_fitting_batch,
 )
+from router.lab.simulator.true_footprint import LoadShape, chance, cuda_context_bytes, deviation
 from router.lab.simulator.world import GpuModel, World
 
 LOADS_FILE = "loads.jsonl"
@@ -81,6 +82,8 @@ class Loader:
         self._config = context.config
         self._world = context.world
         self._next_port = 40_000
+        self._load_counts: dict[str, int] = {}
+        self._unloads = 0
 
     def seconds(self, emulated: float) -> float:
         """Converts emulated to real seconds."""
@@ -118,7 +121,7 @@ class Loader:
         return self._loaded(stored, header, facts, options, ask, chosen_plan, process, session_seconds)
 
     def _plan_or_raise(self, ask: LoadRequest, rooms: Sequence[VisibleGpu]) -> Plan:
-        chosen_plan = plan(self._world, ask, rooms)
+        chosen_plan = plan(ask, rooms)
         if chosen_plan.must_evict:
             raise MustEvictError
         if chosen_plan.error is not None:
@@ -135,7 +138,7 @@ class Loader:
             flash_attention=config.flash_attention,
             batch_tokens=options.runner.num_batch if options.is_batch_given else None,
         )
-        shape = shape_for(facts, requested_shape)
+        shape = self._shape_of_load(facts, shape_for(facts, requested_shape))
         if shape.kv_cache_type != config.kv_cache_type:
             log("WARN", "quantized kv cache requested but flash attention is not enabled", type=config.kv_cache_type)
         return LoadRequest(
@@ -152,6 +155,16 @@ class Loader:
             host_free_bytes=self._context.memory.host_free_bytes(others),
         )
 
+    def _shape_of_load(self, facts: ModelFacts, shape: LoadShape) -> LoadShape:
+        """With the deviation of this load and the CUDA context of these GPUs."""
+        config = self._config
+        capability = max((gpu.compute_capability for gpu in config.gpus), default=(0, 0))
+        shape = replace(shape, cuda_context_bytes=cuda_context_bytes(capability))
+        if not config.deviation:
+            return shape
+        self._load_counts[facts.blob] = count = self._load_counts.get(facts.blob, 0) + 1
+        return replace(shape, size_ratio=deviation(config.seed, facts, count, config.deviation))
+
     def _supported_kv_type(self) -> str:
         kv_cache_type = self._config.kv_cache_type
         return kv_cache_type if kv_cache_type.upper() in GGML_BLOCKS else "f16"
@@ -167,7 +180,7 @@ class Loader:
         process: RunnerProcess,
         session_seconds: float,
     ) -> LoadedModel:
-        host, on_gpus = sizes(self._world, ask, chosen_plan.layers)
+        host, on_gpus = sizes(ask, chosen_plan.layers)
         gpus = self._by_gpu(on_gpus)
         runner = options.runner
         if not options.is_batch_given:
@@ -183,7 +196,7 @@ class Loader:
             size_bytes=host + sum(gpus.values()),
             layers=chosen_plan.layers,
             bytes_by_gpu=gpus,
-            believed_by_gpu=self._by_gpu(booked_bytes(self._world, facts, ask.shape, chosen_plan.layers)),
+            believed_by_gpu=self._by_gpu(booked_bytes(facts, ask.shape, chosen_plan.layers)),
             host_bytes=host,
             session_seconds=session_seconds,
             slot_count=ask.shape.slots,
@@ -209,7 +222,7 @@ class Loader:
         name = loaded.stored.name.shortest
         is_cached = self._context.memory.is_cached(loaded.key, loaded.facts.weights_bytes)
         total_seconds = worlds.load_seconds(
-            self._world, loaded.facts.weights_bytes, is_cached, bool(loaded.bytes_by_gpu)
+            self._world, loaded.facts.weights_bytes, is_cached, bool(loaded.bytes_by_gpu), self._config.version
         )
         faults = self._context.behaviour(name)
         loaded.process.behave(faults.slow, faults.hang, faults.die)
@@ -274,14 +287,17 @@ class Loader:
         ]
         ask = self._placement_request(loaded.facts, options, others)
         loaded.layers = self._plan_or_raise(ask, rooms).layers
-        host, on_gpus = sizes(self._world, ask, loaded.layers)
+        host, on_gpus = sizes(ask, loaded.layers)
         loaded.bytes_by_gpu = loaded.believed_by_gpu = self._by_gpu(
             on_gpus
         )  # Ollama's own engine measures real allocations
         loaded.host_bytes, loaded.size_bytes = host, host + sum(on_gpus)
 
     def _token_rate(self, loaded: LoadedModel, options: Options) -> dict[str, float | int]:
-        gpus = [GpuModel(gpu.bandwidth_bytes_per_second, gpu.fp32_teraflops) for gpu in self._config.gpus]
+        gpus = [
+            GpuModel(gpu.bandwidth_bytes_per_second, gpu.fp32_teraflops, gpu.compute_capability)
+            for gpu in self._config.gpus
+        ]
         share, batch = active_share(loaded.header), max(1, loaded.options.num_batch)
         threads = options.runner.num_thread
         speed = worlds.speed(self._world, loaded.facts, gpus, loaded.layers, threads, share, batch)
@@ -296,6 +312,7 @@ class Loader:
     async def wait_for_memory_release(self, loaded: LoadedModel) -> None:
         """Waits, as a real server does, until the memory of a killed runner shows as free."""
         if loaded.bytes_by_gpu:
-            is_0_30 = self._config.is_0_30
-            seconds = self._world.unload_seconds_0_30 if is_0_30 else self._world.unload_seconds
-            await asyncio.sleep(self.seconds(seconds))
+            self._unloads += 1
+            config = self._config
+            number = chance(config.seed, f"unload {config.port} {self._unloads}") if config.deviation else 1.0
+            await asyncio.sleep(self.seconds(worlds.unload_seconds(self._world, config.version, number)))

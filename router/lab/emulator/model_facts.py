@@ -24,6 +24,7 @@ def capabilities(stored: StoredModel, header: WeightsHeader) -> tuple[str, ...]:
     if is_embedding(header):
         return ("embedding",)
     names = ["completion"]
+    names += ["vision"] if number(header, "vision.block_count") else []
     names += ["tools"] if ".Tools" in stored.template else []
     names += ["insert"] if ".Suffix" in stored.template else []
     names += ["thinking"] if ".Think" in stored.template else []

@@ -23,6 +23,13 @@ from router.lab.emulator.store import Store
 DIRECTORY_VARIABLE = "LLAMAYARD_RIG_DIR"
 SPEED_VARIABLE = "LLAMAYARD_RIG_SPEED"
 VERSION_VARIABLE = "LLAMAYARD_RIG_VERSION"
+_OVERRIDES = {
+    "speed": SPEED_VARIABLE,
+    "version": VERSION_VARIABLE,
+    "deviation": "LLAMAYARD_RIG_DEVIATION",
+    "seed": "LLAMAYARD_RIG_SEED",
+}
+"""Key of the specification -> environment variable that overrides it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +81,12 @@ def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str])
 
 
 def _with_overrides(spec: EmulatorSpec, environment: Mapping[str, str]) -> EmulatorSpec:
-    """Applies speed and version from the environment variables."""
-    overrides = {
-        key: environment[name]
-        for key, name in (("speed", SPEED_VARIABLE), ("version", VERSION_VARIABLE))
-        if environment.get(name)
-    }
+    """Applies the environment variables."""
+    overrides = {key: environment[name] for key, name in _OVERRIDES.items() if environment.get(name)}
     try:
         return replace(spec, **read_overrides(overrides))
     except SpecError as error:
-        raise SpecError(f"{' or '.join((SPEED_VARIABLE, VERSION_VARIABLE))} in the environment: {error}") from error
+        raise SpecError(f"{' or '.join(_OVERRIDES[key] for key in overrides)} in the environment: {error}") from error
 
 
 def _catalogue_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
+import posixpath
 import re
 import socket
 import sys
@@ -168,22 +169,25 @@ class Router:
         return None, ()
 
     def _redirect(self, request: Request, response: Response) -> bool:
-        """Redirects a path with extra slashes to the clean one."""
-        clean_path = re.sub(r"/+", "/", request.path)
-        is_trailing = clean_path == request.path
-        clean_path = clean_path.rstrip("/") if is_trailing else clean_path
-        if clean_path == request.path or self._route(clean_path)[0] is None:
-            return False
-        status = 301 if is_trailing and request.method == "GET" else 307
-        response.headers["Location"] = clean_path
-        body = f'<a href="{clean_path}">{HTTPStatus(status).phrase}</a>.\n\n' if request.method == "GET" else ""
+        """Redirects an unclean path, and a path with a slash at its end if it has the method without it."""
+        path, mark, query = request.target.partition("?")
+        location, status = posixpath.normpath("/" + path.lstrip("/")), 307
+        location += "/" if path.endswith("/") and location != "/" else ""
+        if location == path:
+            location = path.removesuffix("/")
+            if request.method not in (self._route(location)[0] or ()) or location == path:
+                return False
+            status = 301 if request.method == "GET" else 307
+        location += mark + query
+        response.headers["Location"] = location
+        body = f'<a href="{location}">{HTTPStatus(status).phrase}</a>.\n\n' if request.method == "GET" else ""
         response.send_whole(status, body.encode(), "text/html; charset=utf-8" if body else None)
         return True
 
     def _check_origin(self, request: Request, response: Response) -> bool:
         """Sets the CORS headers; answers preflights and refused origins. True if the request may proceed."""
         origin = request.headers.get("origin")
-        if not origin or origin.partition("://")[2] == request.headers.get("host"):
+        if not origin or origin.partition("://")[2] == request.host:
             return True
         if not (_LOCAL_ORIGIN.fullmatch(origin) or any(_matches(pattern, origin) for pattern in self._config.origins)):
             response.send_whole(403)
@@ -203,7 +207,7 @@ class Router:
 
     def _check_host(self, request: Request, response: Response) -> bool:
         """Refuses foreign host names on a server that listens on loopback. True if the request may proceed."""
-        if self._host_check.is_allowed(request.headers.get("host", "")):
+        if self._host_check.is_allowed(request.host):
             return True
         response.send_whole(403)
         return False

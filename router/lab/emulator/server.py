@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ class Server:
         self._is_responding.set()
         self._exit_code = 0
         store, memory = Store(config.models), Memory(config)
-        loader = Loader(LoaderContext(config, WORLD, store, memory, environment, self._behaviour))
+        world = replace(WORLD, cold_bytes_per_second=config.cold_bytes_per_second)
+        loader = Loader(LoaderContext(config, world, store, memory, environment, self._behaviour))
         self._memory = memory
         self._scheduler = Scheduler(config, loader, self._spawn_task)
         self._service = Service(config, store, loader, self._scheduler, self._behaviour, random.Random())

@@ -17,6 +17,8 @@ from typing import Any, cast
 import yaml
 
 from router.domain.gpu import GpuUuid
+from router.lab.simulator.true_footprint import DEVIATION_SHARE
+from router.lab.simulator.world import WORLD
 
 MIB = 1024**2
 GIB = 1024**3
@@ -82,14 +84,24 @@ GPU_MODELS: Mapping[str, GpuSpec] = {
     "5090": _gpu_spec("GeForce RTX 5090", 32_607, 518, 512, 14_001, 104.8, (12, 0), 575),
     "a6000": _gpu_spec("RTX A6000", 49_140, 454, 384, 8_001, 38.7, (8, 6), 300),
     "6000ada": _gpu_spec("RTX 6000 Ada Generation", 49_140, 630, 384, 10_001, 91.1, (8, 9), 300),
+    "a100-40": _gpu_spec("A100 40GB", 40_960, 625, 5_120, 1_215, 19.5, (8, 0), 400),
+    "a100-80": _gpu_spec("A100 80GB", 81_920, 870, 5_120, 1_593, 19.5, (8, 0), 400),
     "l40s": _gpu_spec("L40S", 46_068, 590, 384, 9_001, 91.6, (8, 9), 350),
     "h100": _gpu_spec("H100 80GB HBM3", 81_559, 551, 5_120, 2_619, 66.9, (9, 0), 700),
 }
 """GPU models by their name in a specification.
 
 Memory, bus, clock, FP32 rate and power limit come from NVIDIA's data sheets and architecture white papers (GA102,
-AD102, GB202, H100). Totals are as `nvidia-smi` prints them, with ECC on where that is the default. Reserved bytes are
-rounded readings from current drivers and vary by some tens of MiB."""
+AD102, GB202, A100, H100). Totals are as `nvidia-smi` prints them, with ECC on where that is the default. Reserved bytes
+are rounded readings from current drivers and vary by some tens of MiB."""
+
+GPU_ALIASES: Mapping[str, str] = {
+    "h100-80": "h100",
+    "a6000ada": "6000ada",
+    "a6000-ada": "6000ada",
+    "6000-ada": "6000ada",
+}
+"""Further names of the same GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,13 @@ class EmulatorSpec:
     """Emulated seconds per real second: 10 makes loads and tokens ten times faster."""
     ram_bytes: int = 128 * GIB
     """Host memory, for layers that are not on a GPU."""
+    cold_bytes_per_second: float = WORLD.cold_bytes_per_second
+    """Reading rate of the disk."""
+    deviation: float = DEVIATION_SHARE
+    """Share by which a load's size differs from the usual one, by model and load; one model in ten takes 15 % more.
+    0: exact sizes, and unloaded memory is never slow to return."""
+    seed: int = 1
+    """Of these deviations."""
 
     @property
     def uuids(self) -> tuple[GpuUuid, ...]:
@@ -130,7 +149,7 @@ def parse_gpus(text: str) -> tuple[GpuSpec, ...]:
     """Parses `2x3090+4090` into GPUs in that order. Raises SpecError."""
     gpus: list[GpuSpec] = []
     for part in text.lower().replace(" ", "").split("+"):
-        match = re.fullmatch(r"(?:(\d{1,3})x)?([a-z0-9]+)", part)
+        match = re.fullmatch(r"(?:(\d{1,3})x)?([a-z0-9][a-z0-9-]*)", part)
         if match is None:
             raise SpecError(f"rig: {part!r} in {text!r} is not a GPU; use 2x3090, 4090+3090 or a file path")
         gpus += [_gpu_named(match[2])] * int(match[1] or 1)
@@ -140,7 +159,8 @@ def parse_gpus(text: str) -> tuple[GpuSpec, ...]:
 
 
 def _gpu_named(name: str) -> GpuSpec:
-    short_name = re.sub(r"^(nvidia|geforce|rtx|gtx)+", "", name)
+    short_name = re.sub(r"^(nvidia|geforce|rtx|gtx)+-?", "", name)
+    short_name = GPU_ALIASES.get(short_name, short_name)
     if short_name in GPU_MODELS:
         return GPU_MODELS[short_name]
     raise SpecError(f"rig: no GPU {name!r}; " + suggestion(short_name, GPU_MODELS))
@@ -167,7 +187,7 @@ def _from_file(path: Path) -> EmulatorSpec:
 
 
 def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
-    """Reads the keys of a file: `gpus`, optionally `models`, `version`, `speed`, `ram_bytes`. Raises SpecError."""
+    """Reads the keys of a file: `gpus`, optionally those of `read_overrides` and `models`. Raises SpecError."""
     valid_keys = {field.name for field in fields(EmulatorSpec)}
     for key in data:
         if key not in valid_keys:
@@ -185,7 +205,7 @@ def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
 
 
 def read_overrides(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Validated values of `version`, `speed` and `ram_bytes`, where given. Raises SpecError."""
+    """Validated values of the keys besides `gpus` and `models`, where given. Raises SpecError."""
     overrides: dict[str, Any] = {}
     if "version" in data:
         overrides["version"] = str(data["version"])
@@ -197,7 +217,23 @@ def read_overrides(data: Mapping[str, Any]) -> dict[str, Any]:
         overrides["speed"] = _positive(data["speed"], "speed")
     if "ram_bytes" in data:
         overrides["ram_bytes"] = int(_positive(data["ram_bytes"], "ram_bytes"))
+    if "cold_bytes_per_second" in data:
+        overrides["cold_bytes_per_second"] = _positive(data["cold_bytes_per_second"], "cold_bytes_per_second")
+    if "deviation" in data:
+        overrides["deviation"] = _deviation(data["deviation"])
+    if "seed" in data:
+        overrides["seed"] = int(_positive(data["seed"], "seed"))
     return overrides
+
+
+def _deviation(value: object) -> float:
+    """`off`, which YAML reads as false, or a share below 0.5."""
+    if value is False or str(value) in ("off", "0"):
+        return 0.0
+    share = _positive(value, "deviation")
+    if share >= 0.5:
+        raise SpecError(f"deviation: expected `off` or a share below 0.5 such as 0.04, got {value!r}")
+    return share
 
 
 def _parse_gpu_list(value: object) -> tuple[GpuSpec, ...]:

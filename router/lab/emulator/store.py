@@ -28,7 +28,8 @@ _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 CHAT_TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}assistant: "
 TOOLS_TEMPLATE = "{{ if .Tools }}{{ .Tools }}\n{{ end }}" + CHAT_TEMPLATE
 INSERT_TEMPLATE = "{{ if .Suffix }}{{ .Prompt }}{{ .Suffix }}{{ end }}"
-THINKING_TEMPLATE = CHAT_TEMPLATE + "{{ if .Think }}<think>{{ end }}"
+_THINKING = "{{ if .Think }}<think>{{ end }}"
+THINKING_TEMPLATE = CHAT_TEMPLATE + _THINKING
 
 PRUNE_AGE_SECONDS = 3600
 _MIN_REAL_VOCABULARY = 4096
@@ -118,8 +119,8 @@ class Store(BlobStore):
     def install(self, entry: CatalogueModel) -> None:
         """Installs a catalogue model."""
         weights = self.put_blob(weights_text(entry).encode())
-        template = THINKING_TEMPLATE if "thinking" in entry.capabilities else CHAT_TEMPLATE
-        template = TOOLS_TEMPLATE if "tools" in entry.capabilities else template
+        template = TOOLS_TEMPLATE if "tools" in entry.capabilities else CHAT_TEMPLATE
+        template += _THINKING if "thinking" in entry.capabilities else ""
         template = INSERT_TEMPLATE + template if "insert" in entry.capabilities else template
         template_layer = self.put_blob((DEFAULT_TEMPLATE if "embedding" in entry.capabilities else template).encode())
         architecture = entry.metadata["general.architecture"]

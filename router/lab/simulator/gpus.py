@@ -35,7 +35,7 @@ class SimGpu:
     @property
     def facts(self) -> GpuModel:
         bandwidth = 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
-        return GpuModel(bandwidth, self.fp32_teraflops)
+        return GpuModel(bandwidth, self.fp32_teraflops, self.compute_capability)
 
 
 class OutOfMemoryError(Exception):

@@ -119,18 +119,20 @@ class Invariants:
             raise InvariantError(f"{now:.3f}: the unload of {residency.name} from {key[0]} keeps failing")
 
     def _check_gpus(self, router: ObservedRouter, snapshot: Snapshot, now: float) -> None:
-        """Memory really held plus reservations of loads that have not allocated yet never exceed a GPU.
+        """Memory really held plus reservations of loads that are not settled yet never exceed a GPU.
 
-        Replicas being unloaded, or whose memory is promised to a planned load, are not counted.
+        A load under way counts with its reservation, since nobody can know that it takes more. Replicas being unloaded,
+        or whose memory is promised to a planned load, are not counted.
         """
         held: Counter[GpuUuid] = Counter()
         promised = snapshot.promised()
+        reserved = {(r.instance, r.blob) for r in snapshot.reservations.values()}
         for key, residency in snapshot.residencies.items():
-            if key not in promised and residency.state in (ResidencyState.READY, ResidencyState.LOADING):
+            is_there = residency.state in (ResidencyState.READY, ResidencyState.LOADING)
+            if is_there and key not in promised and key not in reserved:
                 held.update(router.bytes_held(key))
         for reservation in snapshot.reservations.values():
-            if not router.bytes_held((reservation.instance, reservation.blob)):
-                held.update(dict(reservation.per_gpu_bytes))
+            held.update(dict(reservation.per_gpu_bytes))
         for uuid, size in held.items():
             gpu = snapshot.gpus[uuid]
             usable = gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from router.domain.model import ModelFacts
 from router.engines.ollama.memory_estimate import batch_tokens, effective_kv_cache_type, uses_flash_attention
 from router.engines.ollama.offload_rules import OLLAMA_ENGINE_ARCHITECTURES
-from router.lab.simulator.world import LoadShape, kv_layer_bytes
+from router.lab.simulator.true_footprint import LoadShape, cache_bytes_of
 
 ONE_SLOT = frozenset(
     ("mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe", "nemotron_h")
@@ -50,7 +50,11 @@ def shape_for(model: ModelFacts, requested: RequestedShape) -> LoadShape:
         slots=slots,
         kv_cache_type=_cache_type(model, requested, version, flash_attention_used=flash_attention_used),
         flash_attention=flash_attention_used,
-        batch_tokens=batch_tokens(version, context, slots) if requested_batch is None else max(1, requested_batch),
+        batch_tokens=batch_tokens(model, context, slots, version)
+        if requested_batch is None
+        else max(1, requested_batch),
+        version=requested.version,
+        own_engine=requested.version < (0, 30) and model.architecture in OLLAMA_ENGINE_ARCHITECTURES,
     )
 
 
@@ -58,7 +62,7 @@ def kept_tokens(model: ModelFacts, shape: LoadShape, version: tuple[int, ...]) -
     """Tokens of evicted prompts kept in host memory: 8 GiB of them from 0.30 (llama-server's `--cache-ram`), else 0."""
     if version < (0, 30):
         return 0
-    bytes_per_token = kv_layer_bytes(model, shape) * model.layers // max(1, shape.context_length * shape.slots)
+    bytes_per_token = cache_bytes_of(model, shape) // max(1, shape.context_length * shape.slots)
     return _KEPT_PROMPT_BYTES // max(1, bytes_per_token)
 
 

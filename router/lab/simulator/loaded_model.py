@@ -14,8 +14,9 @@ from router.lab.simulator.load_shape import RequestedShape, kept_tokens, shape_f
 from router.lab.simulator.machine import Machine, ResidencySpan
 from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timer
+from router.lab.simulator.true_footprint import LoadShape, true_gpu_bytes, true_host_bytes
 from router.lab.simulator.weight_transfer import Transfer
-from router.lab.simulator.world import LoadShape, kv_layer_bytes, layer_bytes, speed, true_bytes
+from router.lab.simulator.world import load_fixed_seconds, speed
 
 _DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
@@ -74,6 +75,8 @@ class ModelRunner:
     batcher: Batcher
     keep_alive_seconds: float
     allocation_id: int
+    version: tuple[int, ...]
+    """Of its server."""
     phase: Phase = Phase.LOADING
     users: int = 0
     expiry: Timer | None = None
@@ -96,22 +99,19 @@ class ModelRunner:
         shape: LoadShape,
     ) -> ModelRunner:
         """Creates a runner for this layout; its memory is not allocated yet."""
-        bytes_per_gpu = true_bytes(machine.world, model, shape, layers)
+        bytes_per_gpu = true_gpu_bytes(model, shape, layers)
         used_gpus = tuple(uuid for uuid, count in zip(gpus, layers, strict=True) if count > 0)
         facts = [machine.ledger.by_uuid[uuid].facts for uuid in gpus]
         share = machine.active_shares.get(model.name, 1.0)
         runner_speed = speed(machine.world, model, facts, layers, active_share=share, batch=shape.batch_tokens)
-        cpu_layers = max(0, model.layers + 1 - sum(layers))
         return cls(
             machine=machine,
             server=server,
             model=model,
             uuids=used_gpus,
             bytes_by_gpu={uuid: size for uuid, size in zip(gpus, bytes_per_gpu, strict=True) if size},
-            booked_bytes=dict(
-                zip(gpus, server_placement.booked_bytes(machine.world, model, shape, layers), strict=True)
-            ),
-            host_bytes=cpu_layers * (layer_bytes(model) + kv_layer_bytes(model, shape)),
+            booked_bytes=dict(zip(gpus, server_placement.booked_bytes(model, shape, layers), strict=True)),
+            host_bytes=true_host_bytes(model, shape, layers),
             batcher=Batcher(
                 machine.timeline,
                 BatchParameters(runner_speed, shape.slots, kept_tokens(model, shape, config.version)),
@@ -120,6 +120,7 @@ class ModelRunner:
             ),
             keep_alive_seconds=config.keep_alive_seconds,
             allocation_id=machine.new_allocation_id(),
+            version=config.version,
         )
 
     @property
@@ -148,7 +149,8 @@ class ModelRunner:
             self.server, self.model.name, self.bytes_by_gpu, self.host_bytes, self.machine.timeline.now
         )
         stats.residency_spans.append(self.span)
-        self.transfer = self.machine.transfers.start(self.blob, self.model.weights_bytes, bool(self.uuids), done)
+        fixed_seconds = load_fixed_seconds(self.machine.world, self.version, on_gpus=bool(self.uuids))
+        self.transfer = self.machine.transfers.start(self.blob, self.model.weights_bytes, fixed_seconds, done)
 
     def ready(self) -> None:
         """The weights are loaded: submits the requests that waited for them."""

@@ -41,6 +41,8 @@ class Scenario:
     page_cache_bytes: int = 112 * GIB
     cold_start: bool = False
     """Whether the page cache is empty at the start."""
+    deviation_seed: int | None = None
+    """Seed of loads that differ from their usual size by some percent and of slow memory recovery; None: off."""
 
 
 class Baseline(FaultTarget, Protocol):
@@ -85,7 +87,9 @@ class Simulation:
         if not scenario.cold_start:
             for model in scenario.models.values():
                 cache.read(model.blob, model.weights_bytes)
-        self.machine = Machine(timeline, scenario.world, ledger, transfers, RunStats(), scenario.active_shares)
+        self.machine = Machine(
+            timeline, scenario.world, ledger, transfers, RunStats(), scenario.active_shares, scenario.deviation_seed
+        )
         self.baseline = make_baseline(self.machine, scenario.models)
         self._scenario = scenario
         self._requests: list[Request] = []

@@ -2,8 +2,8 @@
 
 The loop places one request at a time; nothing else is placed while it reads memory, evicts, waits for a busy model or
 loads weights. Requests for a loaded model bypass the loop and wait for a slot. The server's memory estimates come from
-`router.lab.simulator.server_placement`, the true sizes from `router.lab.simulator.world`. Every baseline uses it,
-including the simulated router.
+`router.lab.simulator.server_placement`, the true sizes from `router.lab.simulator.true_footprint`. Every baseline uses
+it, including the simulated router.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from router.lab.simulator.gpus import OutOfMemoryError
 from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
-from router.lab.simulator.world import LoadShape
+from router.lab.simulator.true_footprint import LoadShape
 
 RUNNER_LOST = "runner lost"
 
@@ -192,7 +192,7 @@ class SimServer:
             return
         gpus = self._visible_gpus()
         load_request = server_placement.with_fitting_batch(self._load_request(job), gpus)
-        plan = server_placement.plan(self._machine.world, load_request, gpus)
+        plan = server_placement.plan(load_request, gpus)
         if plan.error is not None:
             self._fail(job, plan.error)
         elif plan.must_evict:
@@ -272,7 +272,7 @@ class SimServer:
     def _load_request(self, job: _Job) -> server_placement.LoadRequest:
         return server_placement.LoadRequest(
             model=job.model,
-            shape=shape_of(job.model, self.config),
+            shape=self._machine.shape_of_load(job.model, shape_of(job.model, self.config), self.gpus),
             version=self.config.version,
             num_gpu=job.num_gpu,
             spread=self.config.spread,
@@ -327,9 +327,8 @@ class SimServer:
 
     def _unload(self, runner: ModelRunner) -> None:
         runner.phase = Phase.UNLOADING
-        world = self._machine.world
-        unload_seconds = world.unload_seconds_0_30 if self.config.is_0_30 else world.unload_seconds
-        self._after(world.kill_seconds, lambda: self._delist(runner))
+        unload_seconds = self._machine.unload_seconds(self.config.version, runner.allocation_id)
+        self._after(self._machine.world.kill_seconds, lambda: self._delist(runner))
         self._after(unload_seconds, lambda: _call_all(runner.on_gone))
 
     def _delist(self, runner: ModelRunner) -> None:

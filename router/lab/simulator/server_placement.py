@@ -2,7 +2,8 @@
 
 Two generations: up to v0.24 a generous estimate and the fewest GPUs that hold all layers; from v0.30 a rough prediction
 with an 80 % rule, then llama.cpp's fit. Each function names its source. The true sizes are in
-`router.lab.simulator.world` and differ on purpose. Pure: the same inputs give the same plan.
+`router.lab.simulator.true_footprint` and differ on purpose. Two servers know them: Ollama's own engine allocates before
+it decides, and llama.cpp's fit measures. Pure: the same inputs give the same plan.
 """
 
 from __future__ import annotations
@@ -12,19 +13,14 @@ from dataclasses import dataclass, replace
 
 from router.domain.model import ModelFacts
 from router.engines.ollama import offload_rules
+from router.engines.ollama.ggml_types import cache_bytes
 from router.engines.ollama.memory_estimate import CUDA_CONTEXT_BYTES, split_by
 from router.engines.ollama.offload_rules import FIT_TARGET_BYTES, OLLAMA_ENGINE_ARCHITECTURES, ONE_GPU_SHARE
 from router.engines.ollama.tensor_split import shares_for
-from router.lab.simulator.world import (
-    MIB,
-    LoadShape,
-    World,
-    compute_buffer_bytes,
-    kv_layer_bytes,
-    layer_bytes,
-    output_bytes,
-    true_bytes,
-)
+from router.lab.simulator.true_footprint import LoadShape, graph_bytes_of, true_gpu_bytes, true_host_bytes, unit_bytes
+from router.lab.simulator.world import input_bytes
+
+MIB = 1024**2
 
 KEPT_FREE_BYTES = CUDA_CONTEXT_BYTES
 """`minimumMemory` of a CUDA GPU (discover, v0.24)."""
@@ -100,16 +96,41 @@ def with_fitting_batch(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Load
     return replace(request, shape=replace(request.shape, batch_tokens=batch))
 
 
-def plan(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
+def plan(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
     """Places the model. Without GPUs, or with `num_gpu` 0, all of it goes to the CPU."""
     if not gpus or request.num_gpu == 0:
         return _check_host_memory(request, (0,) * len(gpus))
     if request.version >= (0, 30):
-        return _plan_0_30(world, request, gpus)
-    return _plan_0_24(world, request, gpus)
+        return _plan_0_30(request, gpus)
+    return _plan_0_24(request, gpus)
 
 
 # --- up to 0.24 -------------------------------------------------------------------------------------------
+
+
+def kv_layer_bytes(model: ModelFacts, shape: LoadShape) -> int:
+    """KV cache of the largest layer: context x slots x (key + value length) x KV heads x bytes per element.
+
+    As a server up to 0.24 reckons for each layer (fs/ggml, v0.24); verified with 1 to 4 slots on a running server.
+
+    Raises:
+        ValueError: ggml has no such cache type.
+    """
+    kv_heads = max(model.head_count_kv, default=0)
+    bytes_per_token = cache_bytes(shape.kv_cache_type, model.key_length * kv_heads)
+    bytes_per_token += cache_bytes(shape.kv_cache_type, model.value_length * kv_heads)
+    return bytes_per_token * max(4, shape.context_length) * shape.slots
+
+
+def output_bytes(model: ModelFacts) -> int:
+    """Output layer: as reported, else 6.5625 bits per element."""
+    default_bytes = model.vocabulary_size * model.embedding_length * 105 // 128
+    return min(default_bytes if model.output_bytes is None else model.output_bytes, model.weights_bytes // 2)
+
+
+def layer_bytes(model: ModelFacts) -> int:
+    """Weights of one layer; all layers are assumed equal."""
+    return max(0, model.weights_bytes - input_bytes(model) - output_bytes(model)) // max(1, model.layers)
 
 
 def graph_bytes(model: ModelFacts, shape: LoadShape) -> int:
@@ -117,13 +138,13 @@ def graph_bytes(model: ModelFacts, shape: LoadShape) -> int:
     return offload_rules.graph_bytes(model, shape.context_length * shape.slots, shape.batch_tokens)
 
 
-def booked_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
+def booked_bytes(model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
     """Bytes that a server up to 0.24 books on each GPU for a loaded runner and subtracts from free memory.
 
     The estimate for the llama.cpp engine, the true size for Ollama's own engine (server/sched.go, `updateFreeSpace`).
     """
     if model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
-        return true_bytes(world, model, shape, layers)
+        return true_gpu_bytes(model, shape, tuple(layers))
     unit = layer_bytes(model) + kv_layer_bytes(model, shape)
     graph = graph_bytes(model, shape)
     last = max((index for index, count in enumerate(layers) if count), default=-1)
@@ -133,7 +154,7 @@ def booked_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequ
     )
 
 
-def _plan_0_24(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
+def _plan_0_24(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
     """The fewest GPUs that hold all layers, fastest first, then most free memory (llm/server.go, v0.24)."""
     if request.num_gpu > request.model.layers and not request.has_others:
         return Plan(_even(request.model.layers + 1, len(gpus)))
@@ -141,14 +162,14 @@ def _plan_0_24(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -
     total = request.model.layers + 1
     requested_units = total if request.num_gpu < 0 else min(request.num_gpu, total)
     for count in range(len(gpus) if request.spread else 1, len(gpus) + 1):
-        units = _capacities(world, request, [gpus[i] for i in order[:count]])
+        units = _capacities(request, [gpus[i] for i in order[:count]])
         if sum(units) >= requested_units + (_output_surplus(request) if requested_units == total else 0):
             return _check_host_memory(
                 request, _in_gpu_order(order[:count], _by_capacity(requested_units, units), len(gpus))
             )
     if request.has_others:
         return Plan((0,) * len(gpus), must_evict=True)
-    units = _capacities(world, request, [gpus[i] for i in order])
+    units = _capacities(request, [gpus[i] for i in order])
     fitting = min(sum(units), request.model.layers, requested_units)
     return _check_host_memory(request, _in_gpu_order(order, _by_capacity(fitting, units), len(gpus)))
 
@@ -159,18 +180,19 @@ def _unit_bytes(request: LoadRequest) -> int:
 
 
 def _output_surplus(request: LoadRequest) -> int:
-    """Extra units that the output layer takes compared to one layer."""
+    """Extra units that the output layer takes compared to one layer; a server that measures has counted it."""
+    if _measures(request):
+        return 0
     return max(0, -(-output_bytes(request.model) // _unit_bytes(request)) - 1)
 
 
-def _capacities(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
+def _capacities(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
     """Units that fit on each GPU by the server's estimate."""
+    kept_bytes = KEPT_FREE_BYTES + request.overhead_bytes
+    if _measures(request):
+        return _measured_capacities(request, gpus, kept_bytes)
     unit = _unit_bytes(request)
-    if request.model.architecture in OLLAMA_ENGINE_ARCHITECTURES:
-        reserved_bytes = compute_buffer_bytes(request.model, request.shape, True) + world.cuda_context_bytes
-    else:
-        reserved_bytes = graph_bytes(request.model, request.shape) + unit
-    reserved_bytes += KEPT_FREE_BYTES + request.overhead_bytes
+    reserved_bytes = graph_bytes(request.model, request.shape) + unit + kept_bytes
     return [max(0, (gpu.free_bytes - reserved_bytes) // unit) for gpu in gpus]
 
 
@@ -179,10 +201,10 @@ def _capacities(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) 
 
 def predicted_bytes(model: ModelFacts, shape: LoadShape) -> int:
     """Prediction of v0.30 to v0.33: file size plus an f16 cache, by width / heads and the fewest KV heads."""
-    return offload_rules.predicted_bytes(model, shape.context_length, shape.slots)
+    return offload_rules.predicted_bytes(model, shape.context_length * shape.slots)
 
 
-def _plan_0_30(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
+def _plan_0_30(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> Plan:
     """One GPU if the prediction is within 80 % of its free memory, else all; then llama.cpp's fit (server/sched.go,
     v0.33)."""
     selected = _selected_gpus_0_30(request, gpus)
@@ -196,7 +218,7 @@ def _plan_0_30(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -
             return Plan(_by_tensor_split(request, requested_units, len(gpus)))
         free_bytes = [gpus[index].free_bytes for index in selected]
         return Plan(_in_gpu_order(selected, _by_capacity(requested_units, free_bytes), len(gpus)))
-    units = _fitting(world, request, [gpus[i] for i in selected])
+    units = _fitting(request, [gpus[i] for i in selected])
     return _check_host_memory(request, _in_gpu_order(selected, _by_capacity(min(total, sum(units)), units), len(gpus)))
 
 
@@ -233,15 +255,32 @@ def _by_tensor_split(request: LoadRequest, units: int, gpus: int) -> tuple[int, 
     return tuple(count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers))
 
 
-def _fitting(world: World, request: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
+def _fitting(request: LoadRequest, gpus: Sequence[VisibleGpu]) -> list[int]:
     """Units that llama.cpp's fit places on each GPU; it measures true sizes."""
-    unit = _unit_bytes(request)
-    fixed = compute_buffer_bytes(request.model, request.shape, True) + world.cuda_context_bytes
-    capacities: list[int] = []
-    for index, gpu in enumerate(gpus):
-        surplus = 0 if index else world.first_gpu_bytes
-        capacities.append(max(0, (gpu.free_bytes - FIT_TARGET_BYTES - fixed - surplus) // unit))
-    return capacities
+    return _measured_capacities(request, gpus, FIT_TARGET_BYTES)
+
+
+def _measures(request: LoadRequest) -> bool:
+    """Whether the server allocates first, so that it knows true sizes."""
+    return request.version >= (0, 30) or request.model.architecture in OLLAMA_ENGINE_ARCHITECTURES
+
+
+def _measured_capacities(request: LoadRequest, gpus: Sequence[VisibleGpu], kept_bytes: int) -> list[int]:
+    """Units on each GPU such that the true sizes leave `kept_bytes` free there, whichever layers it gets."""
+    model, shape = request.model, request.shape
+    units = unit_bytes(model, shape)
+    each = max(1.0, shape.size_ratio * sum(units) / len(units))
+    fixed = shape.size_ratio * (graph_bytes_of(model, shape) + shape.cuda_context_bytes)
+    rooms = [gpu.free_bytes - kept_bytes for gpu in gpus]
+    capacities = [max(0, int((room - fixed) // each) + 1) for room in rooms]
+    while True:
+        layers = _by_capacity(min(len(units), sum(capacities)), capacities)
+        true_sizes = true_gpu_bytes(model, shape, tuple(layers))
+        over = [gpu for gpu, size in enumerate(true_sizes) if size > rooms[gpu] and layers[gpu]]
+        if not over:
+            return capacities
+        for gpu in over:
+            capacities[gpu] = min(capacities[gpu], layers[gpu]) - 1
 
 
 # --- shared -----------------------------------------------------------------------------------------------
@@ -281,7 +320,7 @@ def _in_gpu_order(order: Sequence[int], units: Sequence[int], count: int) -> tup
 def _check_host_memory(request: LoadRequest, layers: tuple[int, ...]) -> Plan:
     """The plan, refused if host memory cannot hold the layers left for the CPU (llm/server.go, v0.24)."""
     cpu_units = max(0, request.model.layers + 1 - sum(layers))
-    unit = layer_bytes(request.model) + kv_layer_bytes(request.model, request.shape)
+    unit = _unit_bytes(request)
     needed_bytes = cpu_units * unit
     if needed_bytes <= request.host_free_bytes:
         return Plan(layers)
@@ -298,8 +337,7 @@ def human_bytes(amount: int) -> str:
     return f"{amount} B"
 
 
-def sizes(world: World, request: LoadRequest, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+def sizes(request: LoadRequest, layers: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """Host bytes and true bytes per GPU of a plan; in `/api/ps`, `size` is their total and `size_vram` the GPU part."""
-    cpu_units = max(0, request.model.layers + 1 - sum(layers))
-    unit = layer_bytes(request.model) + kv_layer_bytes(request.model, request.shape)
-    return cpu_units * unit, true_bytes(world, request.model, request.shape, layers)
+    shape = request.shape
+    return true_host_bytes(request.model, shape, layers), true_gpu_bytes(request.model, shape, tuple(layers))

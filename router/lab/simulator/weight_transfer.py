@@ -62,11 +62,10 @@ class WeightTransfers:
         self.disk_factor = 1.0
         """Below 1 while the disk is slow."""
 
-    def start(self, blob: BlobDigest, size_bytes: int, on_gpus: bool, done: Callable[[], None]) -> Transfer:
-        """Starts a load; `done` is called once all bytes are read."""
+    def start(self, blob: BlobDigest, size_bytes: int, fixed_seconds: float, done: Callable[[], None]) -> Transfer:
+        """Starts a load; `done` is called once all bytes are read, which begins after `fixed_seconds`."""
         transfer = Transfer(blob, size_bytes, float(size_bytes), self._cache.holds(blob), done)
-        start_seconds = self._world.load_fixed_seconds if on_gpus else self._world.load_fixed_cpu_seconds
-        self._timeline.after(start_seconds, lambda: self._begin(transfer))
+        self._timeline.after(fixed_seconds, lambda: self._begin(transfer))
         return transfer
 
     def abort(self, transfer: Transfer) -> None:

@@ -1,8 +1,9 @@
-"""Cost model of the simulated hardware: how long things take and how much memory they use.
+"""Cost model of the simulated hardware: how long things take.
 
 Shared by the simulator and the emulated server, so that a trace takes the same time on both. Every constant that a
-measurement could correct is in one table, `WORLD`. These are the true sizes; a *server's* estimates are in
-`router.lab.simulator.server_placement`. Pure functions.
+measurement could correct is in one table, `WORLD`. What a loaded model takes is in
+`router.lab.simulator.true_footprint`, and what a *server* assumes in `router.lab.simulator.server_placement`. Pure
+functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.domain.model import ModelFacts
-from router.engines.ollama.ggml_types import cache_bytes
 
 MIB = 1024**2
 
@@ -20,12 +20,15 @@ MIB = 1024**2
 class World:
     """Constants of the cost model; the names carry the units."""
 
-    load_fixed_seconds: float = 0.4
+    load_fixed_seconds: float = 1.2
     load_fixed_cpu_seconds: float = 0.25
-    """Runner start-up. Measured on a CPU with 0.4 MB and with 100 MB of weights: 0.28 s; with a GPU: 0.4 s."""
+    """Runner start-up. Public logs: 1.0 to 1.5 s on a GPU (2 to 3 s for 1.6 to 2.4 GB in all); measured on a CPU with
+    0.4 MB and with 100 MB of weights: 0.28 s."""
+    load_fitting_seconds_0_30: float = 0.5
+    """llama.cpp's fit, from 0.30: 0.3 to 4 s in public logs."""
     warm_bytes_per_second: float = 4.9e9
-    cold_bytes_per_second: float = 2.0e9
-    """Public measurements: 3 to 6 GB/s from a warm page cache, 1 to 3 from a disk; 42.5 GB warm in about 9 s."""
+    cold_bytes_per_second: float = 1.0e9
+    """Public logs: 4.2 to 6.1 GB/s from a warm page cache; 0.3 to 2 from a disk, which a rig may set."""
     host_bytes_per_second: float = 12e9
     """Total rate of concurrent loads from the page cache: half of what two channels of DDR4-3200 copy (51 GB/s read and
     written). Assumed. Loads from disk share `cold_bytes_per_second`."""
@@ -35,6 +38,10 @@ class World:
     unload_seconds: float = 0.8
     unload_seconds_0_30: float = 0.65
     """Killing a runner and waiting until its memory is freed; 1.25 s (0.33: 0.85 s) with the reading above."""
+    unload_tail_seconds: float = 5.2
+    unload_tail_share: float = 0.2
+    """Up to 0.24, in this share of unloads, the memory seems not to come back ("didn't recover within timeout"), and
+    the server waits 5.2 to 5.4 s. The share is assumed."""
     kill_seconds: float = 0.25
     """Time until a killed runner is no longer listed and its memory is freed. Assumed; the rest of `unload_seconds` is
     the server's polling, every 250 ms."""
@@ -49,6 +56,9 @@ class World:
     decode_seconds_per_layer: float = 73e-6
     """A step reads all weights at this share of the GPU's bandwidth and adds a fixed time per layer. Both are fitted to
     two measurements on 3090s (936 GB/s): 120 tokens/s with an 8B and 16.6 with a 70B, both Q4_K_M."""
+    decode_efficiency_ada: float = 0.9
+    decode_seconds_per_layer_ada: float = 15e-6
+    """The same from compute capability 8.9 on (40-series): 193 tokens/s with an 8B Q4_0 on a 4090."""
     decode_experts_share: float = 0.714
     """Further factor for a mixture of experts: 21.1 tokens/s with Mixtral 8x22B (Q4_K_M, 85.6 GB) on four 3090s."""
     stream_share: float = 0.08
@@ -71,16 +81,12 @@ class World:
     cpu_fraction_work: float = 0.1
     """Share of a step that an emulated CPU runner really computes, so that its CPU time increases."""
 
-    cuda_context_bytes: int = 420_000_000
-    """A CUDA context on each GPU; 0.3 to 0.5 GB by driver and GPU."""
-    first_gpu_bytes: int = 500_000_000
-    """What the first GPU of a set holds beyond its share: a 70B Q4_K_M at 8,192 tokens took 23.8 + 22.4 GB on two 3090s
-    and 46.1 GB on one A6000; weights, cache and the terms here give 23.4 + 22.9 and 45.8."""
-
 
 WORLD = World()
 _FINE_TABLE_BITS = 7.5
 """Bits per element: above Q6_K, the finest table type in common four-bit files."""
+_FOUR_BIT_WITH_FINE_TABLES = frozenset(("gptoss", "gpt-oss", "gemma4"))
+"""MXFP4 experts beside 16-bit tables; tables for each layer beside the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,97 +95,38 @@ class GpuModel:
 
     bandwidth_bytes_per_second: float
     fp32_teraflops: float
+    compute_capability: tuple[int, int] = (8, 6)
 
-
-@dataclass(frozen=True, slots=True)
-class LoadShape:
-    """How a model is loaded: context length per slot, slots, KV cache type, flash attention and batch size."""
-
-    context_length: int
-    slots: int = 1
-    kv_cache_type: str = "f16"
-    flash_attention: bool = True
-    batch_tokens: int = 512
-
-
-def kv_layer_bytes(model: ModelFacts, shape: LoadShape) -> int:
-    """KV cache of the largest layer: context x slots x (key + value length) x KV heads x bytes per element.
-
-    Source: fs/ggml (v0.24); verified with 1 to 4 slots on a running server.
-
-    Raises:
-        ValueError: ggml has no such cache type.
-    """
-    kv_heads = max(model.head_count_kv, default=0)
-    bytes_per_token = cache_bytes(shape.kv_cache_type, model.key_length * kv_heads)
-    bytes_per_token += cache_bytes(shape.kv_cache_type, model.value_length * kv_heads)
-    return bytes_per_token * max(4, shape.context_length) * shape.slots
+    @property
+    def is_ada_or_later(self) -> bool:
+        return self.compute_capability >= (8, 9)
 
 
 def input_bytes(model: ModelFacts) -> int:
     """Token embedding table, kept in host memory: as reported, else 4.5 bits per element."""
     default_bytes = model.vocabulary_size * model.embedding_length * 9 // 16
-    return min(default_bytes if model.input_bytes is None else model.input_bytes, _half_of_weights(model))
+    return min(default_bytes if model.input_bytes is None else model.input_bytes, model.weights_bytes // 2)
 
 
-def output_bytes(model: ModelFacts) -> int:
-    """Output layer: as reported, else 6.5625 bits per element."""
-    default_bytes = model.vocabulary_size * model.embedding_length * 105 // 128
-    return min(default_bytes if model.output_bytes is None else model.output_bytes, _half_of_weights(model))
+def load_fixed_seconds(world: World, version: tuple[int, ...], *, on_gpus: bool = True) -> float:
+    """Time of a load besides reading the weights, on a server of that version."""
+    if not on_gpus:
+        return world.load_fixed_cpu_seconds
+    return world.load_fixed_seconds + (world.load_fitting_seconds_0_30 if version >= (0, 30) else 0.0)
 
 
-def _half_of_weights(model: ModelFacts) -> int:
-    return model.weights_bytes // 2
+def unload_seconds(world: World, version: tuple[int, ...], number: float = 1.0) -> float:
+    """Time from an unload until its server goes on. `number`: a random one from 0 to 1; small ones give the tail."""
+    if version >= (0, 30):
+        return world.unload_seconds_0_30
+    return world.unload_tail_seconds if number < world.unload_tail_share else world.unload_seconds
 
 
-def layer_bytes(model: ModelFacts) -> int:
-    """Weights of one layer; all layers are assumed equal."""
-    return max(0, model.weights_bytes - input_bytes(model) - output_bytes(model)) // max(1, model.layers)
-
-
-def compute_buffer_bytes(model: ModelFacts, shape: LoadShape, has_output: bool) -> int:
-    """Compute buffer of one GPU for a batch: logits on the GPU with the output layer, attention elsewhere.
-
-    Without flash attention the scores of all heads are stored: 4 x batch x context x heads (v0.24's llama graph
-    estimate).
-    """
-    unit = 4 * shape.batch_tokens
-    context = shape.context_length * shape.slots
-    attention = unit * (1 + 4 * model.embedding_length + context)
-    if not shape.flash_attention:
-        attention += unit * context * model.head_count
-    return max(attention, unit * (model.embedding_length + model.vocabulary_size) if has_output else 0)
-
-
-def true_bytes(world: World, model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[int, ...]:
-    """Bytes a loaded model really uses on each GPU.
-
-    `layers` counts units on each GPU, in order; the output layer is the last of all `model.layers + 1`. If their sum is
-    smaller, the rest is on the CPU. A GPU without a layer holds nothing.
-    """
-    unit = layer_bytes(model) + kv_layer_bytes(model, shape)
-    has_output = sum(layers) > model.layers
-    used = [index for index, count in enumerate(layers) if count > 0]
-    sizes: list[int] = []
-    for index, count in enumerate(layers):
-        if count <= 0:
-            sizes.append(0)
-            continue
-        is_last = has_output and index == used[-1]
-        size = (count - is_last) * unit + is_last * output_bytes(model)
-        size += compute_buffer_bytes(model, shape, is_last) + world.cuda_context_bytes
-        sizes.append(size + (_first_gpu(world, model) if index == used[0] else 0))
-    return tuple(sizes)
-
-
-def _first_gpu(world: World, model: ModelFacts) -> int:
-    """At most a tenth of the model: small models show no such surplus."""
-    return min(world.first_gpu_bytes, model.weights_bytes // 10)
-
-
-def load_seconds(world: World, weights_bytes: int, warm: bool, on_gpus: bool = True) -> float:
+def load_seconds(
+    world: World, weights_bytes: int, warm: bool, on_gpus: bool = True, version: tuple[int, ...] = (0, 24, 0)
+) -> float:
     """Time from a runner's start until it can serve a request."""
-    fixed = world.load_fixed_seconds if on_gpus else world.load_fixed_cpu_seconds
+    fixed = load_fixed_seconds(world, version, on_gpus=on_gpus)
     return fixed + weights_bytes / (world.warm_bytes_per_second if warm else world.cold_bytes_per_second)
 
 
@@ -211,21 +158,20 @@ def speed(
 ) -> Speed:
     """Speed of a model on these GPUs.
 
-    `layers` as for `true_bytes`; `threads` 0: all; `active_share`: share of the weights that one token reads (below 1
-    for mixtures of experts); `batch`: prompt tokens evaluated at once.
+    `layers` as for `true_gpu_bytes`; `threads` 0: all; `active_share`: share of the weights that one token reads (below
+    1 for mixtures of experts); `batch`: prompt tokens evaluated at once.
     """
     total = model.layers + 1
-    bytes_per_step = max(1, model.weights_bytes - input_bytes(model)) * active_share
+    bytes_per_step = max(1, model.weights_bytes - input_bytes(model) - model.projector_bytes) * active_share
     parameters = _parameters(model) * active_share
     placed = [(gpu, count) for gpu, count in zip(gpus, layers, strict=True) if count > 0]
     on_cpu = max(0, total - sum(count for _, count in placed)) / total
-    step = world.decode_seconds_per_layer * model.layers * (1 - on_cpu)
-    efficiency = world.decode_efficiency * (world.decode_experts_share if active_share < 1 else 1.0)
-    prefill = 0.0
+    experts = world.decode_experts_share if active_share < 1 else 1.0
+    step = prefill = 0.0
     split = world.prefill_split_share if len(placed) > 1 else 1.0
     for gpu, count in placed:
         share = count / total
-        step += bytes_per_step * share / (gpu.bandwidth_bytes_per_second * efficiency)
+        step += _gpu_step_seconds(world, gpu, share * model.layers, share * bytes_per_step / experts)
         prefill += 2 * parameters * share / (gpu.fp32_teraflops * 1e12 * world.prefill_efficiency * split)
     used = threads or world.cpu_threads
     cpu_rate = min(world.cpu_bytes_per_second, used * world.cpu_thread_bytes_per_second)
@@ -239,9 +185,20 @@ def speed(
     return Speed(step, world.stream_share, prefill, batch, is_cpu=not placed)
 
 
+def _gpu_step_seconds(world: World, gpu: GpuModel, layers: float, weights_bytes: float) -> float:
+    if gpu.is_ada_or_later:
+        fixed, efficiency = world.decode_seconds_per_layer_ada, world.decode_efficiency_ada
+    else:
+        fixed, efficiency = world.decode_seconds_per_layer, world.decode_efficiency
+    return fixed * layers + weights_bytes / (gpu.bandwidth_bytes_per_second * efficiency)
+
+
 def _parameters(model: ModelFacts) -> float:
     """Parameter count from the file size: 4.85 bits each as in Q4_K_M, or the bits per element of a finer table."""
     table = model.vocabulary_size * model.embedding_length
-    reported_bytes = min((size for size in (model.input_bytes, model.output_bytes) if size), default=0)
+    output_bytes = max(0, (model.output_bytes or 0) - model.projector_bytes)
+    reported_bytes = min((size for size in (model.input_bytes, output_bytes) if size), default=0)
     bits = reported_bytes * 8 / table if table else 0.0
-    return max(1.0, model.weights_bytes * 8 / (bits if bits > _FINE_TABLE_BITS else 4.85))
+    if model.architecture in _FOUR_BIT_WITH_FINE_TABLES or not _FINE_TABLE_BITS < bits <= 33.0:
+        bits = 4.85
+    return max(1.0, (model.weights_bytes - model.projector_bytes) * 8 / bits)

@@ -1,6 +1,7 @@
 """Applies finished loads, finished unloads and instance changes to the state; returns the actions that follow.
 
-A load that came out partly on the CPU is unloaded and remembered as a failure, never used; it is planned anew once.
+A load that came out partly on the CPU is unloaded and remembered as a failure, never used; it is planned anew once. The
+first load of a model that fails for memory raises the model's estimate instead, and the model is planned anew.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from router.domain.actions import Action, ReadGpus
 from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadFinished, UnloadRequested
 from router.domain.instance import InstanceState, InstanceView
+from router.domain.model import BlobDigest
 from router.domain.residency import ResidencyKey, ResidencyState, is_spill
 from router.domain.snapshot import Failure
 from router.scheduler.placement.eviction import is_pinned
@@ -101,8 +103,15 @@ def _load_failed(fleet: FleetState, event: LoadFailed, now: float) -> None:
         return
     key = (residency.instance, residency.blob)
     fleet.memory_changed(now)
-    _remember_failure(fleet, key, event.status, event.message, now, is_lost=event.is_lost)
+    if not (event.is_memory_short and _raises_estimate(fleet, residency.blob, now)):
+        _remember_failure(fleet, key, event.status, event.message, now, is_lost=event.is_lost)
     fleet.forget(key)
+
+
+def _raises_estimate(fleet: FleetState, blob: BlobDigest, now: float) -> bool:
+    """Whether a load that failed for memory is planned anew, elsewhere or smaller; once until one is measured."""
+    fleet.version += 1
+    return fleet.footprints.raise_estimate(blob, now)
 
 
 def _remember_failure(

@@ -19,7 +19,7 @@ from router.domain.instance import InstanceName
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.client import OllamaClient
-from router.engines.ollama.driver import OllamaDriver, temporary_tag_for
+from router.engines.ollama.driver import OllamaDriver, is_memory_short, temporary_tag_for
 from tests.scheduler.builders import key, model, residency, snapshot, view
 from tests.support.scripted_server import Scripted, failing, hanging, scripted
 from tests.support.waiting import eventually
@@ -297,3 +297,18 @@ def test_the_temporary_name_depends_on_the_weights() -> None:
     )
     assert one == "llamayard-unload:aaaaaaaaaaaa"
     assert one != other
+
+
+@pytest.mark.parametrize(
+    ("message", "is_short"),
+    [
+        ("llama runner process has terminated: cudaMalloc failed: out of memory", True),
+        ("CUDA error: out of memory", True),
+        ("unable to allocate CUDA0 buffer", True),
+        ("memory layout cannot be allocated with num_gpu = 81", True),
+        ("model requires more system memory (71.5 GiB) than is available (23.0 GiB)", False),
+        ("llama runner process has terminated: signal: killed", False),
+    ],
+)
+def test_errors_of_too_little_gpu_memory_are_told_from_others(message: str, is_short: bool) -> None:
+    assert is_memory_short(message) is is_short

@@ -8,6 +8,7 @@ import pytest
 
 from router.domain.actions import Action, Load, Remember, StartInstance
 from router.domain.events import Arrived, GpusRead, InstanceChanged, LoadFinished
+from router.domain.footprint import MeasuredFootprint
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec, InstanceState, InstanceView
 from router.domain.model import ModelFacts
@@ -76,7 +77,7 @@ def test_memory_in_use_on_a_gpu_may_be_free_at_the_time_of_the_load() -> None:
 
 def test_one_split_load_does_not_mean_that_the_next_is_split() -> None:
     seen, policy = Footprints(), Policy()
-    seen.remember(footprint_key(MODEL, FILLED, CONTEXT, NEW), (7 * GB, 7 * GB))
+    seen.remember(MeasuredFootprint(footprint_key(MODEL, FILLED, CONTEXT, NEW), (7 * GB, 7 * GB)))
     predict = FootprintPredictor(policy, seen)
     assert predict(MODEL, FILLED, CONTEXT, facts()) == (whole(MODEL), 7 * GB)
     assert predict(MODEL, EVEN, CONTEXT, facts()) == (7 * GB, 7 * GB)

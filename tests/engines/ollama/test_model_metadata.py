@@ -53,6 +53,7 @@ def test_a_real_llama_is_read_whole() -> None:
         value_length=32,
         vocabulary_size=771,
         context_length=8192,
+        feed_forward_length=128,
         parameters=(("num_thread", "1"),),
         input_bytes=64 * 771 * 2,
         output_bytes=64 * 771 * 2 + 64 * 4,

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.residency import ResidencyState
-from router.engines.ollama.offload_rules import explain_override, may_take_one_gpu, predict_offload, predicted_bytes
+from router.engines.ollama.memory_estimate import predicted_bytes
+from router.engines.ollama.offload_rules import explain_override, may_take_one_gpu, predict_offload
 from router.lab.simulator.server_placement import LoadRequest, VisibleGpu, plan
-from router.lab.simulator.world import WORLD, LoadShape
+from router.lab.simulator.true_footprint import LoadShape
 from router.scheduler.reconcile.residency import send
 from router.scheduler.state import FleetState
 from tests.scheduler.builders import LLAMA_70B, OLLAMA, gpu, instance, key, model, reservation, residency, snapshot
@@ -69,7 +70,7 @@ def test_predictions_match_the_simulated_server_within_four_layers_per_gpu(
     answer = predict_offload(of, spec, version, context, slots, free)
     number = tuple(int(part) for part in version.split("."))
     ask = LoadRequest(of, LoadShape(context, slots, cache), version=number)
-    simulated = plan(WORLD, ask, [VisibleGpu(gib, gib, 936e9) for gib in free])
+    simulated = plan(ask, [VisibleGpu(gib, gib, 936e9) for gib in free])
     assert answer is not None
     assert answer.on_gpus == pytest.approx(simulated.on_gpus, abs=4 * len(free))
 
@@ -117,4 +118,4 @@ def test_a_model_may_go_to_one_gpu_of_several_that_holds_it(
 
 
 def test_the_prediction_of_0_33_is_the_file_and_an_f16_cache() -> None:
-    assert predicted_bytes(LLAMA_8B, 8192, 2) == LLAMA_8B.weights_bytes + 2 * 32 * 8 * 128 * 8192 * 2 * 2
+    assert predicted_bytes(LLAMA_8B, 8192 * 2) == LLAMA_8B.weights_bytes + 2 * 32 * 8 * 128 * 8192 * 2 * 2

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.domain.footprint import MeasuredFootprint
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.policy import Policy
 from router.engines.ollama.footprint_estimator import estimated_footprint, footprint_key
@@ -122,7 +123,7 @@ def test_footprints_with_other_shares_are_different() -> None:
     seen = Footprints()
     assert (unequal_text(TOLD), unequal_text(TWO)) == ("24,12", "")
     assert unequal_text(replace(TWO, environment={TENSOR_SPLIT: "1,1"})) == ""
-    seen.remember(footprint_key(M, TOLD, 8192), (14 * GB, 7 * GB))
+    seen.remember(MeasuredFootprint(footprint_key(M, TOLD, 8192), (14 * GB, 7 * GB)))
     assert seen.known.get(footprint_key(M, TWO, 8192)) is None
     assert seen.nearest(footprint_key(M, TWO, 4096)) is None
     assert seen.nearest(footprint_key(M, TOLD, 4096)) == footprint_key(M, TOLD, 8192)
@@ -132,9 +133,9 @@ def test_footprints_of_other_settings_or_versions_are_different() -> None:
     """Its batch and attention buffers may be larger."""
     seen = Footprints()
     flash = replace(TWO, flash_attention=True)
-    seen.remember(footprint_key(M, flash, 8192, "0.24.1"), (14 * GB, 14 * GB))
+    seen.remember(MeasuredFootprint(footprint_key(M, flash, 8192, "0.24.1"), (14 * GB, 14 * GB)))
     known, near = seen.known, seen.nearest
-    assert known.get(footprint_key(M, flash, 8192, "0.24.0")) == (14 * GB, 14 * GB)
+    assert known[footprint_key(M, flash, 8192, "0.24.0")].per_gpu_bytes == (14 * GB, 14 * GB)
     for spec, version in (
         (flash, "0.33.0"),
         (flash, None),

@@ -74,12 +74,22 @@ def test_a_file_can_override_single_values(tmp_path: Path) -> None:
         version: 0.33.0
         speed: 4
         ram_bytes: 1000
+        cold_bytes_per_second: 500000000
+        deviation: 0.1
+        seed: 7
     """
     spec = parse_spec(_file(tmp_path, text))
     assert [gpu.name for gpu in spec.gpus][2] == "My GPU (emulated)"
     assert (spec.gpus[2].memory_total_bytes, spec.gpus[2].compute_capability) == (GIB, (9, 0))
     assert spec.gpus[2].memory_reserved_bytes == 478 * MIB
     assert (spec.models, spec.version, spec.speed, spec.ram_bytes) == (("llama3.1:8b",), "0.33.0", 4.0, 1000)
+    assert (spec.cold_bytes_per_second, spec.deviation, spec.seed) == (5e8, 0.1, 7)
+
+
+@pytest.mark.parametrize("text", ["off", "0", "'off'"])
+def test_deviations_can_be_switched_off(tmp_path: Path, text: str) -> None:
+    assert parse_spec(_file(tmp_path, f"{{gpus: 3090, deviation: {text}}}")).deviation == 0.0
+    assert parse_spec("3090").deviation == 0.04
 
 
 @pytest.mark.parametrize(
@@ -91,6 +101,9 @@ def test_a_file_can_override_single_values(tmp_path: Path) -> None:
         ("{gpus: 3090, speed: 0}", "above 0"),
         ("{gpus: 3090, speed: .inf}", "above 0"),
         ("{gpus: 3090, speed: true}", "above 0"),
+        ("{gpus: 3090, deviation: 0.5}", "below 0.5"),
+        ("{gpus: 3090, deviation: much}", "above 0"),
+        ("{gpus: 3090, seed: 0}", "above 0"),
         ("{gpus: 3090, version: 0.24.1}", "did you mean '0.24.0'"),
         ("{gpus: 3090, models: llama3.1}", "a list of names"),
         ("gpus: [{gpu: 3090, memory_totl_bytes: 1}]", "did you mean 'memory_total_bytes'"),

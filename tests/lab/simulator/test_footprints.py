@@ -1,6 +1,6 @@
 """After one measured load the router predicts the next one to 3 % on each GPU, for the whole catalogue.
 
-The true sizes come from `router/lab/simulator/world.py`, which uses other terms than the router's estimate.
+The true sizes come from `router/lab/simulator/true_footprint.py`, which uses other terms than the router's estimate.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 
 from router.domain.actions import Load, Remember
 from router.domain.events import Arrived, FootprintsLoaded, GpusRead, InstanceChanged, LoadFinished
-from router.domain.footprint import FootprintKey
+from router.domain.footprint import MeasuredFootprint
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -21,14 +21,14 @@ from router.engines.ollama.memory_estimate import even_split
 from router.lab.emulator.catalogue import catalogue
 from router.lab.scenarios import model_facts
 from router.lab.simulator.loaded_model import ServerConfig, shape_of
-from router.lab.simulator.world import WORLD, true_bytes
+from router.lab.simulator.true_footprint import true_gpu_bytes
 from router.scheduler.dispatcher import Dispatcher
 from tests.scheduler.builders import OLLAMA
 
 GIB = 1024**3
 OLD, NEW = (0, 24, 0), (0, 33, 0)
 MODELS = tuple(catalogue())
-Footprints = tuple[tuple[FootprintKey, tuple[int, ...]], ...]
+Footprints = tuple[MeasuredFootprint, ...]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Server:
 
     def true_bytes_of(self, model: ModelFacts) -> tuple[int, ...]:
         split = even_split(model.layers, self.gpus)
-        units = [count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers)]
-        return true_bytes(WORLD, model, shape_of(model, self.config), units)
+        units = tuple(count + (gpu == split.output_gpu) for gpu, count in enumerate(split.layers))
+        return true_gpu_bytes(model, shape_of(model, self.config), units)
 
     def reading(self, at: float, used: tuple[int, ...]) -> GpusRead:
         size = 160 * GIB
@@ -79,7 +79,7 @@ def load(
     taken = server.true_bytes_of(model)
     dispatcher.handle(LoadFinished(sent.load_id, sum(taken), sum(taken)), 9.0)
     actions = dispatcher.handle(server.reading(10.0, tuple(size + external_bytes for size in taken)), 10.1)
-    return reserved, tuple((one.key, one.per_gpu_bytes) for one in actions if isinstance(one, Remember))
+    return reserved, tuple(one.footprint for one in actions if isinstance(one, Remember))
 
 
 def worst(predicted: tuple[int, ...], taken: tuple[int, ...]) -> float:

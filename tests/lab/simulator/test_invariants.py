@@ -21,7 +21,7 @@ from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Baseline, Simulation
 
-SPEC = ScenarioSpec("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.3)
+SPEC = ScenarioSpec("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.6)
 AlterActions = Callable[[list[Action]], list[Action]]
 
 

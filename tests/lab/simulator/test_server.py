@@ -60,7 +60,7 @@ def test_a_cold_request_waits_for_the_memory_reading_and_the_load(version: tuple
     served = server(version=version)
     submitted = served.ask(0.0, 1, SMALL)
     play(served.machine, 60.0)
-    expected = reading + load_seconds(WORLD, SMALL.weights_bytes, True)
+    expected = reading + load_seconds(WORLD, SMALL.weights_bytes, True, version=version)
     assert submitted.first_token_at == pytest.approx(expected, abs=0.1)
     assert served.ended == {1: ""}
 

@@ -20,7 +20,7 @@ from router.lab.simulator.server_placement import (
     sizes,
     with_fitting_batch,
 )
-from router.lab.simulator.world import WORLD, LoadShape
+from router.lab.simulator.true_footprint import LoadShape
 
 GIB = 1024**3
 _NEW = (0, 33, 0)
@@ -47,53 +47,53 @@ def _request(
 
 
 def test_a_small_model_takes_the_gpu_with_most_free_memory() -> None:
-    assert plan(WORLD, _request(LLAMA_8B), [_gpu(10), _gpu(20)]).layers == (0, 33)
+    assert plan(_request(LLAMA_8B), [_gpu(10), _gpu(20)]).layers == (0, 33)
 
 
 def test_a_faster_gpu_is_preferred_to_one_with_more_free_memory() -> None:
-    assert plan(WORLD, _request(LLAMA_8B), [_gpu(20), _gpu(15, bandwidth=1008e9)]).layers == (0, 33)
+    assert plan(_request(LLAMA_8B), [_gpu(20), _gpu(15, bandwidth=1008e9)]).layers == (0, 33)
 
 
 def test_spread_takes_all_gpus_evenly() -> None:
-    assert plan(WORLD, _request(LLAMA_8B, spread=True), [_gpu(), _gpu()]).layers == (17, 16)
+    assert plan(_request(LLAMA_8B, spread=True), [_gpu(), _gpu()]).layers == (17, 16)
 
 
 def test_0_24_estimates_three_gpus_for_a_70b_with_two_slots() -> None:
     request = _request(LLAMA_70B, slots=2)
-    three = plan(WORLD, request, [_gpu()] * 3)
+    three = plan(request, [_gpu()] * 3)
     assert three.on_gpus == 81
     assert all(three.layers)
-    assert plan(WORLD, request, [_gpu()] * 4).layers.count(0) == 1
+    assert plan(request, [_gpu()] * 4).layers.count(0) == 1
 
 
 @pytest.mark.parametrize(("cache", "on_cpu"), [("f16", 0.09), ("q8_0", 0.02)])
 def test_given_two_gpus_0_24_leaves_part_of_a_70b_on_the_cpu(cache: str, on_cpu: float) -> None:
     request = _request(LLAMA_70B, slots=2, cache=cache)
-    placement = plan(WORLD, request, [_gpu()] * 2)
+    placement = plan(request, [_gpu()] * 2)
     assert 1 - placement.on_gpus / 81 == pytest.approx(on_cpu, abs=0.035)
-    whole, on_gpus = sizes(WORLD, request, placement.layers)
+    whole, on_gpus = sizes(request, placement.layers)
     assert whole > 0
     assert all(size <= 23.68 * GIB for size in on_gpus)
 
 
 @pytest.mark.parametrize("version", [(0, 24, 0), _NEW])
 def test_two_24_gb_gpus_hold_a_70b_at_8k_and_not_at_16k(version: tuple[int, ...]) -> None:
-    on_gpus = [plan(WORLD, _request(LLAMA_70B, context, version=version), [_gpu()] * 2).on_gpus
+    on_gpus = [plan(_request(LLAMA_70B, context, version=version), [_gpu()] * 2).on_gpus
                 for context in (8192, 16_384)]  # fmt: skip
     assert on_gpus[0] == 81 > on_gpus[1]
 
 
 def test_requested_layers_go_to_the_gpus_regardless_of_the_estimate() -> None:
     for version in ((0, 24, 0), _NEW):
-        placement = plan(WORLD, _request(LLAMA_70B, slots=2, num_gpu=81, version=version), [_gpu()] * 2)
+        placement = plan(_request(LLAMA_70B, slots=2, num_gpu=81, version=version), [_gpu()] * 2)
         assert (placement.on_gpus, min(placement.layers)) == (81, 40)
 
 
 def test_0_33_splits_all_layers_by_the_tensor_split() -> None:
     request = _request(LLAMA_70B, version=_NEW, num_gpu=81, spread=True, tensor_split=(32.0, 16.0))
-    assert plan(WORLD, request, [_gpu(31), _gpu(15)]).layers == (54, 27)
-    assert plan(WORLD, replace(request, tensor_split=()), [_gpu(30), _gpu(15)]).layers == (54, 27)
-    assert plan(WORLD, replace(request, tensor_split=(1.0, 1.0)), [_gpu(31), _gpu(15)]).layers == (41, 40)
+    assert plan(request, [_gpu(31), _gpu(15)]).layers == (54, 27)
+    assert plan(replace(request, tensor_split=()), [_gpu(30), _gpu(15)]).layers == (54, 27)
+    assert plan(replace(request, tensor_split=(1.0, 1.0)), [_gpu(31), _gpu(15)]).layers == (41, 40)
 
 
 @pytest.mark.parametrize(
@@ -105,29 +105,29 @@ def test_0_33_splits_the_requested_layers_by_the_shares_of_its_gpus(
     split: tuple[float, ...], layers_requested: int, layers: tuple[int, ...]
 ) -> None:
     request = _request(LLAMA_70B, version=_NEW, num_gpu=layers_requested, spread=True, tensor_split=split)
-    assert plan(WORLD, request, [_gpu(20), _gpu(11)]).layers == layers
+    assert plan(request, [_gpu(20), _gpu(11)]).layers == layers
 
 
 def test_with_other_models_loaded_the_default_rule_evicts_first() -> None:
     for version in ((0, 24, 0), _NEW):
-        placement = plan(WORLD, _request(LLAMA_70B, slots=2, has_others=True, version=version), [_gpu(23), _gpu(10)])
+        placement = plan(_request(LLAMA_70B, slots=2, has_others=True, version=version), [_gpu(23), _gpu(10)])
         assert placement.must_evict
 
 
 def test_0_33_takes_one_gpu_up_to_eighty_per_cent_of_its_free_memory() -> None:
     needs = predicted_bytes(LLAMA_70B, LoadShape(8192)) / GIB
-    fits = plan(WORLD, _request(LLAMA_70B, version=_NEW), [_gpu(needs / 0.79), _gpu(2)])
-    tight = plan(WORLD, _request(LLAMA_70B, version=_NEW), [_gpu(needs / 0.81), _gpu(needs / 0.9)])
+    fits = plan(_request(LLAMA_70B, version=_NEW), [_gpu(needs / 0.79), _gpu(2)])
+    tight = plan(_request(LLAMA_70B, version=_NEW), [_gpu(needs / 0.81), _gpu(needs / 0.9)])
     assert fits.layers == (81, 0)
     assert all(tight.layers)
 
 
 def test_0_33_pins_a_model_to_main_gpu() -> None:
-    assert plan(WORLD, _request(LLAMA_8B, version=_NEW, main_gpu=1), [_gpu(), _gpu(), _gpu()]).layers == (0, 33, 0)
+    assert plan(_request(LLAMA_8B, version=_NEW, main_gpu=1), [_gpu(), _gpu(), _gpu()]).layers == (0, 33, 0)
 
 
 def test_0_33_leaves_one_per_cent_of_a_70b_on_the_cpu_of_two_gpus() -> None:
-    placement = plan(WORLD, _request(LLAMA_70B, slots=2, version=_NEW), [_gpu()] * 2)
+    placement = plan(_request(LLAMA_70B, slots=2, version=_NEW), [_gpu()] * 2)
     assert 1 - placement.on_gpus / 81 == pytest.approx(0.01, abs=0.02)
 
 
@@ -180,7 +180,7 @@ def test_the_graph_of_a_70b_with_two_slots_is_about_two_gib() -> None:
 
 
 def test_a_model_larger_than_memory_is_refused_with_the_bytes() -> None:
-    placement = plan(WORLD, _request(LLAMA_70B, num_gpu=0, host_free_bytes=23 * GIB), [_gpu()])
+    placement = plan(_request(LLAMA_70B, num_gpu=0, host_free_bytes=23 * GIB), [_gpu()])
     assert placement.error is not None
     assert placement.error.endswith("than is available (23.0 GiB)")
     assert placement.on_gpus == 0
@@ -229,7 +229,7 @@ _REQUESTS = st.builds(
 
 @given(_REQUESTS, _GPUS)
 def test_a_plan_never_has_more_units_than_the_model(request: LoadRequest, gpus: list[VisibleGpu]) -> None:
-    placement = plan(WORLD, request, gpus)
+    placement = plan(request, gpus)
     assert len(placement.layers) == len(gpus)
     assert all(units >= 0 for units in placement.layers)
     assert placement.on_gpus <= request.model.layers + 1
@@ -241,7 +241,7 @@ def test_a_plan_never_has_more_units_than_the_model(request: LoadRequest, gpus: 
 def test_without_a_wish_0_24_never_plans_more_than_it_believes_to_fit(
     request: LoadRequest, gpus: list[VisibleGpu]
 ) -> None:
-    placement = plan(WORLD, replace(request, num_gpu=-1, version=(0, 24, 0)), gpus)
+    placement = plan(replace(request, num_gpu=-1, version=(0, 24, 0)), gpus)
     unit = request.model.weights_bytes // (2 * (request.model.layers + 1))  # at least half a layer
     assert all(units * unit <= gpu.free_bytes for units, gpu in zip(placement.layers, gpus, strict=True))
 
@@ -258,11 +258,11 @@ def test_fitting_a_batch_never_raises_it_and_is_idempotent(
 
 @given(_REQUESTS, _GPUS)
 def test_a_plan_is_the_same_every_time(request: LoadRequest, gpus: list[VisibleGpu]) -> None:
-    assert plan(WORLD, request, gpus) == plan(WORLD, request, gpus)
+    assert plan(request, gpus) == plan(request, gpus)
 
 
 @given(_REQUESTS)
 def test_a_model_fully_on_a_gpu_uses_no_host_memory(request: LoadRequest) -> None:
-    host_bytes, on_gpus = sizes(WORLD, request, (request.model.layers + 1,))
+    host_bytes, on_gpus = sizes(request, (request.model.layers + 1,))
     assert (host_bytes, len(on_gpus)) == (0, 1)
-    assert sizes(WORLD, request, (0,))[1] == (0,)
+    assert sizes(request, (0,))[1] == (0,)

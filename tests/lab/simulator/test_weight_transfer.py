@@ -27,7 +27,7 @@ class Loads:
         def done() -> None:
             self.ended[name] = self.timeline.now
 
-        self.transfers.start(BlobDigest(name), size, True, done)
+        self.transfers.start(BlobDigest(name), size, WORLD.load_fixed_seconds, done)
 
     def play(self) -> dict[str, float]:
         while self.timeline.step():
@@ -55,7 +55,7 @@ def test_two_cold_loads_share_the_disk() -> None:
     loads = Loads()
     loads.start("a")
     loads.start("b")
-    both = 0.4 + 20 * GB / WORLD.cold_bytes_per_second
+    both = WORLD.load_fixed_seconds + 20 * GB / WORLD.cold_bytes_per_second
     assert loads.play() == {"a": pytest.approx(both), "b": pytest.approx(both)}
 
 
@@ -66,7 +66,7 @@ def test_two_warm_loads_run_at_full_speed_and_four_do_not() -> None:
     for name in "abcd":
         four.start(name)
     assert two.play()["a"] == pytest.approx(load_seconds(WORLD, 10 * GB, True))
-    assert four.play()["d"] == pytest.approx(0.4 + 40 * GB / WORLD.host_bytes_per_second)
+    assert four.play()["d"] == pytest.approx(WORLD.load_fixed_seconds + 40 * GB / WORLD.host_bytes_per_second)
 
 
 def test_the_page_cache_evicts_the_least_recently_read_file() -> None:
@@ -79,14 +79,18 @@ def test_the_page_cache_evicts_the_least_recently_read_file() -> None:
 
 def test_a_slow_disk_slows_a_running_load() -> None:
     loads = Loads()
+    half_read = WORLD.load_fixed_seconds + 2 * GB / WORLD.cold_bytes_per_second
     loads.start("a", 4 * GB)
-    loads.timeline.at(1.4, lambda: loads.transfers.set_disk_factor(0.5))
-    assert loads.play() == {"a": pytest.approx(1.4 + 2.0)}
+    loads.timeline.at(half_read, lambda: loads.transfers.set_disk_factor(0.5))
+    assert loads.play() == {"a": pytest.approx(half_read + 4 * GB / WORLD.cold_bytes_per_second)}
 
 
 def test_an_aborted_load_calls_nothing_and_frees_its_bandwidth() -> None:
     loads = Loads()
+    quarter_read = WORLD.load_fixed_seconds + 2 * GB / WORLD.cold_bytes_per_second
     loads.start("a", 4 * GB)
-    other = loads.transfers.start(BlobDigest("b"), 100 * GB, True, lambda: loads.ended.update(b=0.0))
-    loads.timeline.at(1.4, lambda: loads.transfers.abort(other))
-    assert loads.play() == {"a": pytest.approx(1.4 + 1.5)}
+    other = loads.transfers.start(
+        BlobDigest("b"), 100 * GB, WORLD.load_fixed_seconds, lambda: loads.ended.update(b=0.0)
+    )
+    loads.timeline.at(quarter_read, lambda: loads.transfers.abort(other))
+    assert loads.play() == {"a": pytest.approx(quarter_read + 3 * GB / WORLD.cold_bytes_per_second)}

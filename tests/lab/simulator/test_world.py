@@ -15,18 +15,15 @@ from router.lab.emulator.catalogue import catalogue
 from router.lab.emulator.model_facts import active_share
 from router.lab.emulator.spec import GPU_MODELS
 from router.lab.emulator.store import Store
+from router.lab.simulator.server_placement import kv_layer_bytes, layer_bytes, output_bytes
+from router.lab.simulator.true_footprint import LoadShape, graph_bytes_of, true_gpu_bytes
 from router.lab.simulator.world import (
     WORLD,
     GpuModel,
-    LoadShape,
-    compute_buffer_bytes,
     input_bytes,
-    kv_layer_bytes,
-    layer_bytes,
     load_seconds,
-    output_bytes,
     speed,
-    true_bytes,
+    unload_seconds,
 )
 
 _GB = 1e9
@@ -49,8 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def _gpus(text: str) -> list[GpuModel]:
     return [
-        GpuModel(GPU_MODELS[name].bandwidth_bytes_per_second, GPU_MODELS[name].fp32_teraflops)
-        for name in text.split("+")
+        GpuModel(gpu.bandwidth_bytes_per_second, gpu.fp32_teraflops, gpu.compute_capability)
+        for gpu in (GPU_MODELS[name] for name in text.split("+"))
     ]
 
 
@@ -66,13 +63,13 @@ def _even(model: ModelFacts, count: int) -> tuple[int, ...]:
 )
 def test_a_70b_uses_the_measured_memory_on_each_gpu(models: Models, gpus: int, measured_gb: list[float]) -> None:
     model, _ = models["llama3.3:70b"]
-    sizes = true_bytes(WORLD, model, _8K, _even(model, gpus))
+    sizes = true_gpu_bytes(model, _8K, _even(model, gpus))
     assert [size / _GB for size in sizes] == pytest.approx(measured_gb, rel=0.05)
 
 
 def test_a_70b_with_32k_takes_about_twelve_gb_on_each_of_four_gpus(models: Models) -> None:
     model, _ = models["llama3.3:70b"]
-    sizes = true_bytes(WORLD, model, LoadShape(32_768), _even(model, 4))
+    sizes = true_gpu_bytes(model, LoadShape(32_768), _even(model, 4))
     assert all(11 * _GB < size < 15 * _GB for size in sizes)
 
 
@@ -80,7 +77,7 @@ def test_two_24_gb_gpus_hold_a_70b_with_8k_and_not_with_32k(models: Models) -> N
     """The guide puts the limit below 16K; the model leaves 0.6 GB free per GPU there, too little margin in practice."""
     model, _ = models["llama3.3:70b"]
     usable = GPU_MODELS["3090"].memory_total_bytes - GPU_MODELS["3090"].memory_reserved_bytes
-    left = {context: usable - max(true_bytes(WORLD, model, LoadShape(context), _even(model, 2)))
+    left = {context: usable - max(true_gpu_bytes(model, LoadShape(context), _even(model, 2)))
             for context in (8192, 16_384, 32_768)}  # fmt: skip
     assert left[8192] > 1.5 * _GB > left[16_384]
     assert left[32_768] < 0
@@ -104,8 +101,16 @@ def test_decode_speed_is_as_measured(models: Models, name: str, gpus: str, measu
     assert 1 / step == pytest.approx(measured, rel=0.1)
 
 
+def test_an_8b_in_q4_0_on_a_4090_decodes_as_in_a_public_benchmark(models: Models) -> None:
+    """193 tokens/s."""
+    model, _ = models["llama3.1:8b"]
+    smaller = replace(model, weights_bytes=4_661_211_808)
+    step = speed(WORLD, smaller, _gpus("4090"), _even(model, 1)).step(1)
+    assert 1 / step == pytest.approx(193, rel=0.05)
+
+
 def test_two_4090s_are_slower_than_in_the_guide(models: Models) -> None:
-    """22.6 tokens/s of 42.5 GB would be 95 % of the bandwidth; the cost model uses the efficiency measured on 3090s."""
+    """22.6 tokens/s of 42.5 GB would be 95 % of the bandwidth; the cost model uses 90 % from the 40-series on."""
     model, _ = models["llama3.3:70b"]
     step = speed(WORLD, model, _gpus("4090+4090"), _even(model, 2)).step(1)
     assert 16.6 < 1 / step < 22.6
@@ -165,8 +170,9 @@ def test_the_test_model_takes_fifty_milliseconds_per_token_on_one_thread() -> No
     assert model_speed.prefill_seconds_per_token == pytest.approx(0.025, rel=0.1)
 
 
-@pytest.mark.parametrize(("warm", "low", "high"), [(True, 8.0, 10.5), (False, 14.0, 43.0)])
+@pytest.mark.parametrize(("warm", "low", "high"), [(True, 8.0, 10.5), (False, 23.0, 140.0)])
 def test_a_70b_loads_in_the_measured_time(warm: bool, low: float, high: float) -> None:
+    """Warm about 9 s; from disks that were seen to read 0.3 to 2 GB/s otherwise."""
     assert low < load_seconds(WORLD, catalogue()["llama3.3:70b"].size_bytes, warm) < high
 
 
@@ -189,28 +195,31 @@ _SHAPES = st.builds(
 
 @given(_FACTS, _SHAPES, st.integers(1, 4))
 def test_a_split_model_uses_no_less_memory_than_a_whole_one(model: ModelFacts, shape: LoadShape, count: int) -> None:
-    whole = sum(true_bytes(WORLD, model, shape, (model.layers + 1,)))
-    split = true_bytes(WORLD, model, shape, _even(model, count))
+    whole = sum(true_gpu_bytes(model, shape, (model.layers + 1,)))
+    split = true_gpu_bytes(model, shape, _even(model, count))
     assert sum(split) >= whole - count * model.layers  # rounding: one byte per layer
     assert [size > 0 for size in split] == [units > 0 for units in _even(model, count)]
 
 
 @given(_FACTS, _SHAPES)
 def test_a_gpu_without_a_layer_holds_nothing(model: ModelFacts, shape: LoadShape) -> None:
-    first, second = true_bytes(WORLD, model, shape, (model.layers, 0))
+    first, second = true_gpu_bytes(model, shape, (model.layers, 0))
     assert second == 0
-    assert first < sum(true_bytes(WORLD, model, shape, (model.layers + 1,)))
+    assert first < sum(true_gpu_bytes(model, shape, (model.layers + 1,)))
 
 
 @given(_FACTS, _SHAPES)
 def test_a_longer_context_and_more_slots_never_need_less(model: ModelFacts, shape: LoadShape) -> None:
     units = (model.layers + 1,)
-    size = sum(true_bytes(WORLD, model, shape, units))
-    assert sum(true_bytes(WORLD, model, replace(shape, slots=shape.slots + 1), units)) > size
-    assert sum(true_bytes(WORLD, model, replace(shape, context_length=shape.context_length * 2), units)) >= size
-    assert compute_buffer_bytes(model, replace(shape, flash_attention=True), True) <= compute_buffer_bytes(
-        model, replace(shape, flash_attention=False), True
-    )
+    size = sum(true_gpu_bytes(model, shape, units))
+    assert sum(true_gpu_bytes(model, replace(shape, slots=shape.slots + 1), units)) > size
+    assert sum(true_gpu_bytes(model, replace(shape, context_length=shape.context_length * 2), units)) >= size
+
+
+def test_without_flash_attention_the_scores_of_all_heads_are_kept(models: Models) -> None:
+    model, _ = models["llama3.3:70b"]
+    flash, scores = (graph_bytes_of(model, LoadShape(32_768, flash_attention=used)) for used in (True, False))
+    assert scores - flash > 4 * 512 * 32_768 * (model.head_count - 2)
 
 
 @given(_FACTS)
@@ -231,3 +240,17 @@ def test_an_unknown_cache_type_is_refused() -> None:
             ModelFacts("m", "d", "sha256:b", 1, "llama", 1, 1, 1, (1,), 1, 1, 1, 1),  # type: ignore[arg-type]
             LoadShape(4096, kv_cache_type="f15"),
         )
+
+
+def test_the_fixed_part_of_a_load_is_as_in_public_logs() -> None:
+    """1.0 to 1.5 s, and 0.3 to 4 s more for llama.cpp's fit from 0.30."""
+    old, new = (load_seconds(WORLD, 0, warm=True, version=version) for version in ((0, 24, 0), (0, 30, 0)))
+    assert 1.0 <= old <= 1.5
+    assert 0.3 <= new - old <= 4.0
+
+
+def test_an_unload_up_to_0_24_may_wait_five_seconds_for_its_memory() -> None:
+    """ "Didn't recover within timeout" in public logs: 5.2 to 5.4 s; else 0.25 to 1 s."""
+    usual, slow = (unload_seconds(WORLD, (0, 24, 0), number) for number in (0.5, 0.1))
+    assert (0.25 <= usual <= 1.0, 5.2 <= slow <= 5.4) == (True, True)
+    assert unload_seconds(WORLD, (0, 33, 0), 0.1) == unload_seconds(WORLD, (0, 33, 0), 0.5) <= 1.0

@@ -15,7 +15,7 @@ from router.lab.simulator.gpus import SimGpu
 from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
-from router.lab.simulator.world import true_bytes
+from router.lab.simulator.true_footprint import true_gpu_bytes
 
 
 class Floor:
@@ -57,7 +57,7 @@ def _best_layout(
     for count in range(1, len(order) + 1):
         chosen = order[:count]
         layers = even_units(model.layers + 1, count)
-        sizes = true_bytes(machine.world, model, shape_of(model, config), layers)
+        sizes = true_gpu_bytes(model, shape_of(model, config), layers)
         if all(size <= gpu.usable_bytes for size, gpu in zip(sizes, chosen, strict=True)):
             return tuple(gpu.uuid for gpu in chosen), layers
     return tuple(gpu.uuid for gpu in order), even_units(model.layers + 1, len(order))

@@ -45,6 +45,7 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
+from router.engines.ollama.driver import is_memory_short
 from router.engines.ollama.footprint_estimator import version_of
 from router.engines.ollama.offload_rules import forces_spread
 from router.engines.ollama.rules import KIND, OllamaRules
@@ -303,7 +304,11 @@ class Llamayard:
         def finished(result: LoadResult) -> None:
             if result.error:
                 is_lost = result.error == RUNNER_LOST
-                self._post(LoadFailed(load.load_id, 502 if is_lost else 500, result.error, is_lost=is_lost))
+                self._post(
+                    LoadFailed(
+                        load.load_id, 502 if is_lost else 500, result.error, is_lost, is_memory_short(result.error)
+                    )
+                )
             else:
                 self._post(LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes))
 

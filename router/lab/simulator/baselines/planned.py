@@ -18,7 +18,7 @@ from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
-from router.lab.simulator.world import true_bytes
+from router.lab.simulator.true_footprint import true_gpu_bytes
 
 _AFTER_PLAN_SECONDS = 10.0
 
@@ -119,7 +119,7 @@ class Planned:
         gpus = [gpu.uuid for gpu in ledger.gpus]
         for count in range(1, len(gpus) + 1):
             layers = even_units(model.layers + 1, count)
-            sizes = true_bytes(self._machine.world, model, shape, layers)
+            sizes = true_gpu_bytes(model, shape, layers)
             fitting = [
                 chosen
                 for chosen in combinations(gpus, count)
