@@ -188,6 +188,8 @@ async def test_every_form_of_a_name_works_and_is_echoed(product: Product, name: 
 
 
 async def test_a_body_is_parsed_as_the_server_does(product: Product) -> None:
-    body = b'{"model":"nope","prompt":"x","stream":false,"MODEL":"tiny","options":{"num_predict":2}} more'
+    body = b'{"model":null,"prompt":"x","stream":false,"MODEL":"tiny","options":{"num_predict":2}} more'
     reply = await call(product.address, "POST", "/api/generate", body)
     assert (reply.status, reply.json()["model"]) == (200, "tiny")
+    reply = await call(product.address, "POST", "/api/generate", body.replace(b"null", b'"nope"'))
+    assert (reply.status, reply.header("X-Llamayard-Error")) == (400, "bad_request")

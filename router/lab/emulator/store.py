@@ -29,7 +29,6 @@ CHAT_TEMPLATE = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}assi
 TOOLS_TEMPLATE = "{{ if .Tools }}{{ .Tools }}\n{{ end }}" + CHAT_TEMPLATE
 INSERT_TEMPLATE = "{{ if .Suffix }}{{ .Prompt }}{{ .Suffix }}{{ end }}"
 _THINKING = "{{ if .Think }}<think>{{ end }}"
-THINKING_TEMPLATE = CHAT_TEMPLATE + _THINKING
 
 PRUNE_AGE_SECONDS = 3600
 _MIN_REAL_VOCABULARY = 4096

@@ -67,8 +67,13 @@ def box(tmp_path: Path) -> Box:
     return make_box(tmp_path, "2x3090")
 
 
-def make_box(folder: Path, text: str, version: str = "0.24.0") -> Box:
-    environment = {"LLAMAYARD_RIG_SPEED": str(SPEED), "LLAMAYARD_RIG_VERSION": version}
+def make_box(folder: Path, text: str, version: str = "0.24.0", deviation: str = "off") -> Box:
+    """An emulated machine, by default with exact sizes."""
+    environment = {
+        "LLAMAYARD_RIG_SPEED": str(SPEED),
+        "LLAMAYARD_RIG_VERSION": version,
+        "LLAMAYARD_RIG_DEVIATION": deviation,
+    }
     return Box(prepare_emulator(text, folder / "rig", environment), folder)
 
 

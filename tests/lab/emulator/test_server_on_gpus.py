@@ -278,3 +278,23 @@ async def test_pruning_by_a_sibling_server_breaks_a_pull_only_in_the_old_version
                     pass
                 reply = await pulling.rest(head, *(chunk for chunk in first_chunks if chunk))
         assert ("error" in reply.lines()[-1]) == breaks
+
+
+def test_loads_deviate_from_the_usual_size_and_from_each_other(tmp_path: Path) -> None:
+    def sizes(folder: str, deviation: str) -> list[int]:
+        (tmp_path / folder).mkdir()
+        box = make_box(tmp_path / folder, "3090", deviation=deviation)
+        found: list[int] = []
+        with box.start(0) as server:
+            for _ in range(2):
+                assert ask(server, "llama3.2:3b")[0] == 200
+                found += vram.used_bytes(box.directory).values()
+                assert server.call("POST", "/api/generate", {"model": "llama3.2:3b", "keep_alive": 0})[0] == 200
+                eventually_sync(lambda: not any(box.used_gb()))
+        return found
+
+    usual, again = sizes("exact", "off")
+    assert usual == again
+    first, second = sizes("deviating", "0.04")
+    assert len({usual, first, second}) == 3
+    assert abs(second - first) <= 0.02 * usual

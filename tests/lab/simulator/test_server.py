@@ -182,7 +182,7 @@ def test_a_client_that_disconnects_during_its_load_aborts_it() -> None:
     play(served.machine, 30.0)
     assert names(served) == ["small"]
     assert after.ttft_seconds is not None
-    assert after.ttft_seconds < 2.5
+    assert after.ttft_seconds < 0.45 + load_seconds(WORLD, SMALL.weights_bytes, True) + 0.2
 
 
 def test_a_killed_server_loses_requests_and_frees_memory() -> None:
@@ -213,14 +213,14 @@ def test_from_0_30_a_load_out_of_memory_waits_until_all_other_models_are_unloade
     served = server(version=NEW)
     busy = served.ask(0.0, 1, SMALL, tokens=2000)
     idle = served.ask(0.1, 2, model("idle", 2.0))
-    served.machine.timeline.at(5.0, lambda: _allocate_externally(served, 14))
-    submitted = served.ask(6.0, 3, model("other", 5.0))
+    served.machine.timeline.at(8.0, lambda: _allocate_externally(served, 14))
+    submitted = served.ask(9.0, 3, model("other", 5.0))
     play(served.machine, 120.0)
     assert served.machine.ledger.out_of_memory == 1
     assert served.ended == {1: "", 2: "", 3: ""}
     assert names(served) == ["other"]
     assert idle.ended_at is not None
-    assert idle.ended_at < 6.0
+    assert idle.ended_at < 9.0
     assert busy.ended_at is not None
     assert submitted.first_token_at is not None
     assert submitted.first_token_at > busy.ended_at > 10.0
