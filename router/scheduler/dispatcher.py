@@ -242,11 +242,10 @@ class Dispatcher:
         # What is promised to a plan leaves for it, whichever path an event takes.
         leaving = promised(self._fleet.snapshot(now)) if self._fleet.reservations else frozenset[ResidencyKey]()
         for key, residency in list(self._fleet.residencies.items()):
-            is_leaving = key in leaving and residency.state is ResidencyState.READY
-            if is_leaving or residency.expires_at is None or residency.expires_at > now:
+            if residency.expires_at is None or residency.expires_at > now:
                 continue
-            if can_expire(residency, self._queue):
-                again = residency.state is ResidencyState.UNLOADING
+            again = residency.state is ResidencyState.UNLOADING
+            if (again or key not in leaving) and can_expire(residency, self._queue):
                 why = "an unload before this one failed" if again else "its keep_alive ended"
                 self._fleet.dismissed.add(residency.blob)
                 actions.append(rules.unload(self._fleet, key, why))

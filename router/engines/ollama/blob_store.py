@@ -47,7 +47,6 @@ class StoredModel:
     modified: datetime
     config: Mapping[str, Any]
     layers: tuple[Layer, ...]
-    manifest_bytes: int = 0
     config_bytes: int = 0
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Media type -> content, of all layers but the weights."""
@@ -102,7 +101,6 @@ class BlobStore:
             modified=modified,
             config=config,
             layers=layers,
-            manifest_bytes=len(data),
             config_bytes=manifest["config"].get("size", 0),
             texts={layer.media_type: self.text(layer.digest) for layer in layers if layer.media_type != MODEL},
         )

@@ -77,10 +77,6 @@ class Batcher:
         self._timer: Timer | None = None
         self._host_cache: dict[int, int] = {}
 
-    @property
-    def in_use(self) -> int:
-        return len(self._running)
-
     def submit(self, request: Request, done: OnFinished) -> None:
         """Queues the request; it starts as soon as a slot is free."""
         self._waiting.append((request, done))
