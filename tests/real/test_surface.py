@@ -36,7 +36,7 @@ async def test_ps_lists_the_loaded_models_of_all_instances(product: Product) -> 
     await call(product.address, "POST", "/api/embed", {"model": "embed", "input": "x"})
     models = (await call(product.address, "GET", "/api/ps")).json()["models"]
     assert {"embed:latest"} <= {model["name"] for model in models}
-    assert len({model["digest"] for model in models}) == len(models)
+    assert len({(model["name"], model["llamayard"]["instance"]) for model in models}) == len(models)
     for model in models:
         assert {"name", "model", "size", "digest", "details", "expires_at", "size_vram"} <= set(model)
 
