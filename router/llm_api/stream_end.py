@@ -20,7 +20,8 @@ from typing import NamedTuple
 TAIL_BYTES = 4096
 """Bytes kept of a reply's end. The last line of `/api/generate` may be longer, but its counts are at its end."""
 
-RUNNER_DIED = (b"process no longer running", b"unexpected EOF", b"connection reset", b"connection refused")
+RUNNER_DIED = (b"process no longer running", b"unexpected EOF", b"connection reset", b"connection refused",
+               b"model runner has unexpectedly stopped")  # fmt: skip
 """A server's messages for a dead runner, before or within a reply."""
 
 _LAST_LINE = re.compile(rb'"done": ?true|"total_duration":')

@@ -18,6 +18,8 @@ _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Enco
 _LINE = b'f\r\n{"response":1}\n\r\n'
 _DEAD = b'{"error":"llama runner process no longer running: 2"}'
 _FAILED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(_DEAD) + _DEAD
+_STOPPED = b'{"error":"model runner has unexpectedly stopped, this may be due to resource limitations"}'
+_FAILED_SINCE_0_30 = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(_STOPPED) + _STOPPED
 
 
 async def test_a_pooled_connection_that_was_closed_meanwhile_is_replaced_within_the_same_slot() -> None:
@@ -38,7 +40,7 @@ async def test_an_idle_connection_that_its_server_closes_is_forgotten() -> None:
         assert len(stage.upstream.turns) == 3
 
 
-@pytest.mark.parametrize("failing", [closing, replying(_FAILED)])
+@pytest.mark.parametrize("failing", [closing, replying(_FAILED), replying(_FAILED_SINCE_0_30)])
 async def test_a_runner_that_died_before_its_answer_is_reported_and_the_request_tried_again(failing: Script) -> None:
     async with staged() as stage:
         stage.upstream.script = by_turn(failing, replying(OK))
