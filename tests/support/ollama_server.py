@@ -30,7 +30,14 @@ from tests.support.tiny_model import ModelSpec, write_model
 from tests.support.waiting import eventually_sync
 
 ROOT = Path(__file__).parents[2]
-REAL_VERSION = "0.11.4"
+REAL_VERSION = "0.34.0"
+OLD_REAL_VERSION = "0.11.4"
+_BINARIES = {
+    REAL_VERSION: ROOT / ".cache" / f"ollama-{REAL_VERSION}" / "bin" / "ollama",
+    OLD_REAL_VERSION: ROOT / ".cache" / f"ollama-{OLD_REAL_VERSION}" / "ollama",
+}
+_MAKE = {REAL_VERSION: "`make ollama` (needs Go and a C compiler)",
+         OLD_REAL_VERSION: "`make old-ollama` (needs Go and a C++ compiler)"}  # fmt: skip
 _START_SECONDS = 60.0
 _port_candidates = itertools.count(os.getpid() * 64)
 """Port candidates; each process starts at a different number and never reuses one."""
@@ -49,13 +56,16 @@ def free_port() -> int:
     raise OSError("no port is free between 10000 and 19999 on 127.0.0.1")
 
 
-def real_binary() -> Path:
-    """The executable of real Ollama; without it the test is skipped, or fails if CI=true."""
-    configured = os.environ.get("LLAMAYARD_TEST_OLLAMA")
-    binary = Path(configured) if configured else ROOT / ".cache" / f"ollama-{REAL_VERSION}" / "ollama"
+def real_binary(version: str = REAL_VERSION) -> Path:
+    """The executable of real Ollama; without it the test is skipped, or fails if CI=true.
+
+    `LLAMAYARD_TEST_OLLAMA` names another executable to test instead of the current version.
+    """
+    configured = os.environ.get("LLAMAYARD_TEST_OLLAMA") if version == REAL_VERSION else None
+    binary = Path(configured) if configured else _BINARIES[version]
     if not binary.is_file():
         location = configured or binary.relative_to(ROOT)
-        message = f"no real Ollama at {location}: run `make ollama` (needs Go and a C++ compiler)"
+        message = f"no real Ollama {version} at {location}: run {_MAKE[version]}"
         if os.environ.get("CI", "").lower() == "true":
             pytest.fail(message)
         pytest.skip(message)
@@ -89,7 +99,7 @@ class OllamaServer:
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     line = " ".join(child.cmdline())
-                    if " runner " in line and child.status() != psutil.STATUS_ZOMBIE:
+                    if _is_runner(line) and child.status() != psutil.STATUS_ZOMBIE:
                         processes[child.pid] = line
         return processes
 
@@ -100,6 +110,11 @@ class OllamaServer:
     def stop(self) -> None:
         """Kills the whole process group and waits for its leader; safe to call twice."""
         kill_group(self.process)
+
+
+def _is_runner(command: str) -> bool:
+    """Whether this is `ollama runner --model …`, or `llama-server --model …` of 0.30 and later."""
+    return " --model " in command
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -160,9 +175,9 @@ def _is_up(server: OllamaServer) -> bool:
 
 
 @contextlib.contextmanager
-def real_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
+def real_server(folder: Path, version: str = REAL_VERSION, **environment: str) -> Generator[OllamaServer]:
     """A real Ollama with its home and store in `folder`; servers with the same folder share the store."""
-    binary = real_binary()
+    binary = real_binary(version)
     base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
     server = start_server("real", _version_of(binary), [str(binary), "serve"], {**base, **environment}, folder)
     try:

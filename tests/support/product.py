@@ -96,7 +96,7 @@ class Product:
 
     def runners(self) -> list[psutil.Process]:
         """Runner processes of its servers."""
-        return [process for process in self.processes() if "runner" in _command(process)]
+        return [process for process in self.processes() if "--model" in _command(process)]
 
     def resident(self) -> dict[int, list[str]]:
         """Loaded models by server port, as each server reports them."""
