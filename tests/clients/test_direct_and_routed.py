@@ -15,7 +15,7 @@ from tests.clients.conftest import Routed
 from tests.contract.recording import Recording
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage
-from tests.contract.test_recordings import ORDINARY, PREPARE, adapted_request
+from tests.contract.test_recordings import ORDINARY, adapted_request, prepare_for
 from tests.support.rawhttp import Reply, exchange
 
 _INTENDED_DIFFERENCES = {
@@ -83,10 +83,9 @@ def _intended_difference(recording: Recording, reply: Reply) -> str | None:
 
 
 async def _answers(recording: Recording, direct: Stage, routed: Routed) -> tuple[Reply, Reply]:
-    prepare = PREPARE.get(recording.name.rpartition("/")[2], lambda _: None)
     answers: list[Reply] = []
     for stage in (direct, routed.stage):
-        prepare(stage)
+        prepare_for(recording, stage)
         answers.append(await exchange(stage.server.address, adapted_request(recording, stage)))
     return answers[0], answers[1]
 

@@ -30,8 +30,10 @@ HEADERS = (
 """Headers that clients act on; without `Date` and the value of `Content-Length`."""
 
 _TIMES = frozenset({"created_at", "modified_at", "expires_at", "completed_at", "created"})
-_COUNTS = frozenset({"prompt_eval_count", "eval_count", "sequence_number", "size", "size_vram", "context_length"})
-_USAGE = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens"})
+_COUNTS = frozenset({"prompt_eval_count", "eval_count", "sequence_number", "size", "size_vram", "context_length",
+                     "prompt_eval_cached_count"})  # fmt: skip
+_USAGE = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens",
+                    "cached_tokens", "cache_read_input_tokens"})  # fmt: skip
 _DURATIONS = frozenset({"total_duration", "load_duration", "prompt_eval_duration", "eval_duration"})
 _IDS = frozenset({"id", "digest", "item_id", "request_id", "version", "owned_by"})
 _GENERATED = frozenset(

@@ -6,26 +6,30 @@ import asyncio
 import contextlib
 import os
 import re
+import resource
 import signal
 from collections.abc import Generator, Mapping
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.contract.conftest import Start
 from tests.contract.differences import KNOWN_DIFFERENCES, KnownDifference, unexplained
-from tests.contract.recording import Recording, recordings
+from tests.contract.recording import Recording, recordings, recordings_by_title
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage, create_models
-from tests.support.ollama_server import ModelFile, create_from_file
+from tests.support.ollama_server import ModelFile, OllamaServer, create_from_file
 from tests.support.rawhttp import Reply, call, connect, exchange, request_bytes
 from tests.support.tiny_model import ModelSpec, write_model
 from tests.support.waiting import eventually
 
-_BY_NAME = {recording.name.removeprefix("0.24.0/"): recording for recording in recordings()}
-_RUNNER_KILLED = [recording for name, recording in _BY_NAME.items() if re.match("runner-killed-(?!while)", name)]
-_TOO_LARGE = [recording for name, recording in _BY_NAME.items() if name.startswith("does-not-fit")]
-_SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal.SIGKILL}
+_TITLES = [recording.title for recording in recordings("0.34.0")]
+RUNNER_KILLED = [title for title in _TITLES if re.match("runner-killed-(?!while)", title)]
+TOO_LARGE = [title for title in _TITLES if title.startswith("does-not-fit")]
+SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal.SIGKILL}
+_ADDRESS_BYTES = 6 * 1024**3
+"""Address space of a server and of each of its runners; a small model needs 0.4 GB, the server itself 2 GB."""
 _SHORT = {"model": "big", "prompt": "x", "stream": False, "options": {"num_predict": 2, "seed": 1}}
 
 
@@ -43,14 +47,14 @@ def _kill_runner(stage: Stage) -> None:
     os.kill(runner, signal.SIGKILL)
 
 
-def _skip_if_unsupported(stage: Stage, recording: Recording) -> None:
-    if stage.server.version == "0.11.4" and re.search("v1-(messages|responses)", recording.name):
+def _recording(stage: Stage, title: str) -> Recording:
+    if stage.server.version == "0.11.4" and re.search("v1-(messages|responses)", title):
         pytest.skip("/v1/messages and /v1/responses came after 0.11.4")
+    return recordings_by_title(stage.server.version)[title]
 
 
-@pytest.mark.parametrize("recording", _RUNNER_KILLED, ids=[recording.name for recording in _RUNNER_KILLED])
-async def test_an_answer_ends_as_recorded_when_its_runner_is_killed(stage: Stage, recording: Recording) -> None:
-    _skip_if_unsupported(stage, recording)
+async def reply_with_killed_runner(stage: Stage, recording: Recording) -> Reply:
+    """Kills the runner in mid-stream, or else while it works on the request."""
     stage.unload_all()
     stage.load("big")
     async with connect(stage.server.address) as connection:
@@ -66,6 +70,13 @@ async def test_an_answer_ends_as_recorded_when_its_runner_is_killed(stage: Stage
             _kill_runner(stage)
             reply = await connection.reply()
             await probe
+    return reply
+
+
+@pytest.mark.parametrize("title", RUNNER_KILLED)
+async def test_an_answer_ends_as_recorded_when_its_runner_is_killed(stage: Stage, title: str) -> None:
+    recording = _recording(stage, title)
+    reply = await reply_with_killed_runner(stage, recording)
     assert not _unexplained(stage, recording, reply)
     again = await call(stage.server.address, "POST", "/api/generate", _SHORT)
     assert (again.status, again.json()["eval_count"]) == (200, 2)
@@ -84,8 +95,8 @@ async def _queued_probe(stage: Stage) -> asyncio.Future[Reply]:
     return probe
 
 
-async def test_a_queued_request_gets_an_error_when_the_runner_is_killed(stage: Stage) -> None:
-    recording = _BY_NAME["runner-killed-while-waiting"]
+async def reply_of_queued_request(stage: Stage, recording: Recording) -> Reply:
+    """Kills the runner while the request waits for its slot."""
     stage.unload_all()
     stage.load("big")
     async with asyncio.TaskGroup() as tasks, connect(stage.server.address) as busy:
@@ -98,7 +109,12 @@ async def test_a_queued_request_gets_an_error_when_the_runner_is_killed(stage: S
             assert await busy.chunk()
         _kill_runner(stage)
         busy.abort()
-    assert not _unexplained(stage, recording, queued.result())
+    return queued.result()
+
+
+async def test_a_queued_request_gets_an_error_when_the_runner_is_killed(stage: Stage) -> None:
+    recording = _recording(stage, "runner-killed-while-waiting")
+    assert not _unexplained(stage, recording, await reply_of_queued_request(stage, recording))
 
 
 async def test_ps_lists_a_model_with_a_dead_runner_and_the_next_request_reloads_it(stage: Stage) -> None:
@@ -112,22 +128,27 @@ async def test_ps_lists_a_model_with_a_dead_runner_and_the_next_request_reloads_
     assert (reply.status, reply.json()["eval_count"]) == (200, 2)
 
 
-@pytest.mark.parametrize("name", _SIGNALS)
+async def reply_cut_off(stage: Stage, recording: Recording, signal_number: signal.Signals) -> Reply:
+    """Sends the signal to the server in mid-stream."""
+    async with connect(stage.server.address) as connection:
+        await connection.send(recording.request)
+        head = await connection.head()
+        first = await connection.chunk()
+        assert first is not None
+        stage.server.process.send_signal(signal_number)
+        return await connection.rest(head, first)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
 async def test_a_signal_cuts_streams_off_without_a_final_chunk(
     start: Start, tmp_path_factory: pytest.TempPathFactory, files: Mapping[str, ModelFile], name: str
 ) -> None:
-    recording = _BY_NAME[f"server-{name}-generate-stream"]
     with start(tmp_path_factory.mktemp(name)) as server:
         stage = create_models(server, {"big": files["big"]})
+        recording = _recording(stage, f"server-{name}-generate-stream")
         stage.load("big")
         runners = set(server.runners())
-        async with connect(server.address) as connection:
-            await connection.send(recording.request)
-            head = await connection.head()
-            first = await connection.chunk()
-            assert first is not None
-            server.process.send_signal(_SIGNALS[name])
-            reply = await connection.rest(head, first)
+        reply = await reply_cut_off(stage, recording, SIGNALS[name])
         assert not _unexplained(stage, recording, reply)
         await eventually(lambda: server.process.poll() is not None)
         assert server.process.returncode == (-signal.SIGKILL if name == "sigkill" else 0)
@@ -140,27 +161,50 @@ async def test_a_signal_cuts_streams_off_without_a_final_chunk(
             os.killpg(server.process.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def oversized(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Generator[Stage]:
-    """A small model with a trained context so long that its KV cache never fits."""
-    spec = ModelSpec("chat", layers=2, width=64, feed_forward=128, heads=2, kv_heads=1, context=2_000_000_000)
-    path = tmp_path_factory.mktemp("wide") / "wide.gguf"
-    digest = write_model(path, spec)
-    create_from_file(stage.server, "wide", path, digest)
-    create_from_file(stage.server, "widectx", path, digest, parameters={"num_ctx": 2_000_000_000, "num_thread": 1})
-    yield stage
+def _oversized_context(server: OllamaServer) -> int:
+    """Tokens whose KV cache never fits: in host memory, or from 0.30, which tries, in `_ADDRESS_BYTES`."""
+    return 2_000_000_000 if server.version in ("0.11.4", "0.24.0") else 60_000_000
+
+
+@contextlib.contextmanager
+def with_oversized_models(stage: Stage, folder: Path) -> Generator[None]:
+    """A small model with a trained context so long that its KV cache never fits.
+
+    From 0.30 a server starts the load whatever it takes. Its address space is limited, so that it fails alone instead
+    of taking the machine's memory.
+    """
+    context = _oversized_context(stage.server)
+    spec = ModelSpec("chat", layers=2, width=64, feed_forward=128, heads=2, kv_heads=1, context=context)
+    digest = write_model(folder / "wide.gguf", spec)
+    create_from_file(stage.server, "wide", folder / "wide.gguf", digest)
+    parameters = {"num_ctx": context, "num_thread": 1}
+    create_from_file(stage.server, "widectx", folder / "wide.gguf", digest, parameters=parameters)
+    limit = resource.prlimit(stage.server.process.pid, resource.RLIMIT_AS, (_ADDRESS_BYTES, resource.RLIM_INFINITY))
+    yield
+    resource.prlimit(stage.server.process.pid, resource.RLIMIT_AS, limit)
     stage.ensure_absent("wide")
     stage.ensure_absent("widectx")
 
 
-@pytest.mark.parametrize("recording", _TOO_LARGE, ids=[recording.name for recording in _TOO_LARGE])
-async def test_a_model_that_never_fits_is_refused_immediately(oversized: Stage, recording: Recording) -> None:
-    _skip_if_unsupported(oversized, recording)
-    oversized.unload_all()
-    request = recording.request.replace(b"300000000", b"2000000000")
+async def reply_of_oversized(stage: Stage, recording: Recording) -> Reply:
+    """Asks for a context that never fits; within `with_oversized_models`."""
+    stage.unload_all()
+    request = recording.request.replace(b"300000000", b"%d" % _oversized_context(stage.server))
     head, _, body = request.partition(b"\r\n\r\n")
     head = re.sub(rb"Content-Length: \d+", b"Content-Length: %d" % len(body), head)
-    reply = await exchange(oversized.server.address, head + b"\r\n\r\n" + body)
+    return await exchange(stage.server.address, head + b"\r\n\r\n" + body)
+
+
+@pytest.fixture(scope="module")
+def oversized(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Generator[Stage]:
+    with with_oversized_models(stage, tmp_path_factory.mktemp("wide")):
+        yield stage
+
+
+@pytest.mark.parametrize("title", TOO_LARGE)
+async def test_a_model_that_never_fits_is_refused_immediately(oversized: Stage, title: str) -> None:
+    recording = _recording(oversized, title)
+    reply = await reply_of_oversized(oversized, recording)
     assert not _unexplained(oversized, recording, reply)
     assert not oversized.loaded()
     assert not oversized.server.runners()

@@ -11,14 +11,15 @@ import pytest
 
 from tests.contract.conftest import Start
 from tests.contract.differences import KNOWN_DIFFERENCES, unexplained
-from tests.contract.recording import recordings
+from tests.contract.recording import recordings, recordings_by_title
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage, create_models
 from tests.support.ollama_server import ModelFile
 from tests.support.rawhttp import Reply, call, connect, exchange, request_bytes
 from tests.support.waiting import eventually
 
-_OVERLOADS = [recording for recording in recordings() if "overload" in recording.name]
+OVERLOADS = [recording.title for recording in recordings("0.34.0") if "overload" in recording.name]
+LIMITS = {"OLLAMA_NUM_PARALLEL": "1", "OLLAMA_MAX_LOADED_MODELS": "1", "OLLAMA_MAX_QUEUE": "1"}
 _LONG = {"model": "big", "prompt": "x", "options": {"num_predict": 3000, "seed": 1}}
 _SHORT = {"model": "tiny", "prompt": "x", "stream": False, "options": {"num_predict": 2}}
 _REFUSAL_SECONDS = 20.0
@@ -29,13 +30,12 @@ _REFUSAL_SECONDS = 20.0
 def limited(start: Start, tmp_path_factory: pytest.TempPathFactory, files: Mapping[str, ModelFile]) -> Generator[Stage]:
     """A server with one slot, room for one model and a queue of one."""
     folder: Path = tmp_path_factory.mktemp("narrow")
-    limits = {"OLLAMA_NUM_PARALLEL": "1", "OLLAMA_MAX_LOADED_MODELS": "1", "OLLAMA_MAX_QUEUE": "1"}
-    with start(folder, **limits) as server:
+    with start(folder, **LIMITS) as server:
         yield create_models(server, files)
 
 
 @contextlib.asynccontextmanager
-async def _full(stage: Stage) -> AsyncGenerator[list[asyncio.Task[Reply]]]:
+async def full_queue(stage: Stage) -> AsyncGenerator[list[asyncio.Task[Reply]]]:
     """Keeps the queue full within the block; yields the queued requests. Then the busy client disconnects."""
     stage.unload_all()
     stage.load("big")
@@ -65,8 +65,8 @@ def _pending(tasks: list[asyncio.Task[Reply]]) -> list[asyncio.Task[Reply]]:
 async def test_overload_is_reported_immediately_in_the_format_of_each_api(limited: Stage) -> None:
     known_differences = KNOWN_DIFFERENCES[limited.server.version]
     unexplained_by_name: dict[str, list[str]] = {}
-    async with _full(limited):
-        for recording in _OVERLOADS:
+    async with full_queue(limited):
+        for recording in map(recordings_by_title(limited.server.version).__getitem__, OVERLOADS):
             reply = await exchange(limited.server.address, recording.request)
             unexplained_by_name[recording.name] = unexplained(
                 recording.name, differences(shape(reply), shape(recording.reply)), known_differences
@@ -76,14 +76,14 @@ async def test_overload_is_reported_immediately_in_the_format_of_each_api(limite
 
 
 async def test_queued_requests_are_served_when_the_busy_client_disconnects(limited: Stage) -> None:
-    async with _full(limited) as queued_tasks:
+    async with full_queue(limited) as queued_tasks:
         assert len(queued_tasks) == 2
     assert [(task.result().status, task.result().json()["eval_count"]) for task in queued_tasks] == [(200, 2)] * 2
 
 
 async def test_requests_for_the_loaded_model_bypass_the_full_queue(limited: Stage) -> None:
     short = {**_LONG, "stream": False, "options": {"num_predict": 2, "seed": 1}}
-    async with asyncio.TaskGroup() as tasks, _full(limited):
+    async with asyncio.TaskGroup() as tasks, full_queue(limited):
         bypassing = [tasks.create_task(call(limited.server.address, "POST", "/api/generate", short)) for _ in range(3)]
         is_refused = limited.server.version == "0.11.4"  # all its requests go through the queue
         done, _ = await asyncio.wait(bypassing, timeout=_REFUSAL_SECONDS if is_refused else 0.5)

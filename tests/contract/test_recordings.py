@@ -1,4 +1,4 @@
-"""Replays the recorded exchanges and compares the shapes of the responses with those of 0.24.0."""
+"""Replays the recorded exchanges and compares the shapes of the responses with those of the recorded server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.contract.differences import KNOWN_DIFFERENCES, OTHER_MODEL, RUN, unexplained
-from tests.contract.recording import Recording, recordings
+from tests.contract.recording import Recording, recordings, recordings_by_title
 from tests.contract.shape import differences, shape
 from tests.contract.stage import Stage
 from tests.support.rawhttp import exchange
@@ -18,12 +18,14 @@ _TINY = "sha256:cf7b4539f0228c4c037bf17f3c29c687b204885f22baf4546fd1eb22c8615179
 """Digests in recorded requests: of the bytes `hello blob`, and of the chat model used for the recordings."""
 
 _SEPARATE_TEST = re.compile(r"overload|runner-killed|server-sig|does-not-fit|no-network|pull-offline")
-ORDINARY = [
-    recording
-    for recording in recordings()
-    if not _SEPARATE_TEST.search(recording.name) and recording.name not in OTHER_MODEL
-]
-_IDS = [recording.name for recording in ORDINARY]
+
+
+def is_ordinary(recording: Recording) -> bool:
+    """Whether the exchange needs no more than what `PREPARE` does."""
+    return not _SEPARATE_TEST.search(recording.name) and recording.name not in OTHER_MODEL
+
+
+ORDINARY = [recording for recording in recordings("0.34.0") if is_ordinary(recording)]
 
 Prepare = Callable[[Stage], object]
 
@@ -65,10 +67,15 @@ PREPARE: dict[str, Prepare] = {
 }
 
 
+def prepare_for(recording: Recording, stage: Stage) -> None:
+    """Brings the server into the state in which the request was recorded."""
+    PREPARE.get(recording.exchange, lambda _: None)(stage)
+
+
 def adapted_request(recording: Recording, stage: Stage) -> bytes:
     """The request with the digest of our weights and a stop sequence that our model generates."""
     request = recording.request.replace(_TINY.encode(), stage.files["tiny"].digest.encode())
-    if recording.name.endswith("generate-stop-word"):
+    if recording.exchange == "generate-stop-word":
         options = {"num_predict": 3, "seed": 1}
         generated = stage.post(
             "/api/generate", {"model": "tiny", "prompt": "hello", "stream": False, "options": options}
@@ -79,9 +86,10 @@ def adapted_request(recording: Recording, stage: Stage) -> bytes:
     return request
 
 
-@pytest.mark.parametrize("recording", ORDINARY, ids=_IDS)
-async def test_a_recorded_request_is_answered_as_recorded(stage: Stage, recording: Recording) -> None:
-    PREPARE.get(recording.name.rpartition("/")[2], lambda _: None)(stage)
+@pytest.mark.parametrize("title", [recording.title for recording in ORDINARY])
+async def test_a_recorded_request_is_answered_as_recorded(stage: Stage, title: str) -> None:
+    recording = recordings_by_title(stage.server.version)[title]
+    prepare_for(recording, stage)
     reply = await exchange(stage.server.address, adapted_request(recording, stage))
     known_differences = RUN + KNOWN_DIFFERENCES[stage.server.version]
     unexplained_differences = unexplained(
