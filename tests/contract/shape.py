@@ -50,7 +50,7 @@ _NAMES_IN_COLLECTIONS = frozenset({"name", "model", "family", "families", "param
 
 _TEXT = (
     (re.compile(r"\b(sha256[:-])?[0-9a-f]{64}\b"), "<digest>"),
-    (re.compile(r"\d+\.\d+ [KMG]iB"), "<size>"),
+    (re.compile(r"\d+\.\d+ [KMG]iB|(?<=allocate )\d+\.\d+ MB|(?<=of size )\d+"), "<size>"),
     (re.compile(r"(dial tcp: lookup ).*"), r"\1<resolver>"),
     (re.compile(r'(?<=[\s"])\S*(?=/(blobs|manifests)/)'), "<models>"),
     (re.compile(r"\breq_\w+"), "<request>"),

@@ -95,7 +95,6 @@ async def test_a_body_is_parsed_as_go_does(address: Address, body: bytes, model:
     ("path", "body", "status", "message"),
     [
         ("/api/generate", {"model": "nope"}, 404, "model 'nope' not found"),
-        ("/api/show", {"model": "nope"}, 404, "model 'nope' not found"),
         ("/api/embed", {"model": "nope", "input": "x"}, 404, 'model "nope" not found, try pulling it first'),
         ("/api/embeddings", {"model": "nope", "prompt": "x"}, 404, 'model "nope" not found, try pulling it first'),
         ("/api/copy", {"source": "nope", "destination": "x"}, 404, 'model "nope" not found'),
@@ -124,6 +123,12 @@ async def test_errors_of_the_native_api(address: Address, path: str, body: Any, 
     reply = await call(address, "POST", path, body)
     assert (reply.status, reply.json()) == (status, {"error": message})
     assert reply.header("Content-Type") == "application/json; charset=utf-8"
+
+
+async def test_show_names_an_unknown_model(server: OllamaServer) -> None:
+    reply = await call(server.address, "POST", "/api/show", {"model": "nope"})
+    name = "nope:latest" if server.is_0_30 else "nope"
+    assert (reply.status, reply.json()) == (404, {"error": f"model '{name}' not found"})
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])

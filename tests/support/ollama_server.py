@@ -85,6 +85,11 @@ class OllamaServer:
     environment: Mapping[str, str] = field(repr=False)
 
     @property
+    def is_0_30(self) -> bool:
+        """Whether it runs models in a separate `llama-server`, as Ollama does from 0.30."""
+        return tuple(int(part) for part in self.version.split(".")) >= (0, 30)
+
+    @property
     def url(self) -> str:
         return self.address.url
 
