@@ -9,16 +9,22 @@ from typing import Any
 
 import pytest
 
-from tests.support.ollama_server import ModelFile, real_binary, write_model_files
+from tests.support.ollama_server import OLD_REAL_VERSION, REAL_VERSION, ModelFile, real_binary, write_model_files
 from tests.support.product import Product, prepare, running
 from tests.support.tiny_model import BIG, EMBED, TINY
 
 MakeProduct = Callable[..., Product]
 
 
+@pytest.fixture(scope="session", params=[REAL_VERSION, OLD_REAL_VERSION])
+def version(request: pytest.FixtureRequest) -> str:
+    """The servers' version: the current one first."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def binary() -> Path:
-    return real_binary()
+def binary(version: str) -> Path:
+    return real_binary(version)
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,7 @@ def test_the_openai_package_chats_completes_and_embeds(product: Product) -> None
         ("/api/generate", {"prompt": "x"}, 404, "model '' not found"),
         ("/api/chat", {"messages": _HI}, 400, "model is required"),
         ("/api/embed", {"model": "nope", "input": "x"}, 404, 'model "nope" not found, try pulling it first'),
-        ("/api/show", {"model": "nope"}, 404, "model 'nope' not found"),
+        ("/api/copy", {"source": "nope", "destination": "x"}, 404, 'model "nope" not found'),
         ("/api/generate", {"model": "embed", "prompt": "x"}, 400, '"embed" does not support generate'),
         (
             "/api/generate",

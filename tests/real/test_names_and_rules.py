@@ -107,12 +107,19 @@ async def test_endpoints_of_the_servers_account_are_refused_with_the_reason(
         ("POST", "/v1/audio/transcriptions"),
     ],
 )
-async def test_endpoints_missing_in_this_version_get_its_404(product: Product, method: str, path: str) -> None:
+async def test_endpoints_missing_in_a_version_get_its_404(
+    product: Product, version: str, method: str, path: str
+) -> None:
     reply = await call(product.address, method, path, {"model": "tiny"} if method == "POST" else None)
-    assert (reply.status, reply.body, reply.header("Content-Type")) == (404, b"404 page not found", "text/plain")
+    if version == "0.11.4" or path == "/v1/images/generations":
+        assert (reply.status, reply.body, reply.header("Content-Type")) == (404, b"404 page not found", "text/plain")
+    else:
+        assert reply.status == (400 if method == "POST" else 200)
 
 
-async def test_the_error_for_an_api_missing_in_this_version_names_the_version(product: Product) -> None:
+async def test_the_error_for_an_api_missing_in_this_version_names_the_version(product: Product, version: str) -> None:
+    if version != "0.11.4":
+        pytest.skip("this version has all APIs")
     responses = await call(product.address, "POST", "/v1/responses", {"model": "tiny", "input": "x"})
     message = responses.json()["error"]["message"]
     assert (responses.status, "0.11.4" in message, "/v1/responses" in message) == (404, True, True)
