@@ -1,7 +1,8 @@
-"""Pairs of servers with the same models, one direct and one behind a router: real 0.11.4 and emulated 0.24.0."""
+"""Pairs of servers with the same models, one direct and one behind a router: real ones and an emulated one."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 
 from tests.contract.stage import Stage, create_models
 from tests.support.ollama_server import (
+    OLD_REAL_VERSION,
     ModelFile,
     OllamaServer,
     emulated_server,
@@ -37,8 +39,9 @@ class Routed:
         return self.product.address.url
 
     @property
-    def is_real(self) -> bool:
-        return self.behind.kind == "real"
+    def has_all_apis(self) -> bool:
+        """Whether the server has `/v1/messages` and `/v1/responses`."""
+        return self.behind.version != OLD_REAL_VERSION
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +49,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelFile]:
     return write_model_files(tmp_path_factory.mktemp("weights"), {"tiny": TINY, "big": BIG, "embed": EMBED})
 
 
-@pytest.fixture(scope="session", params=[pytest.param("real", marks=pytest.mark.ollama), "emulated"])
+_STARTS: Mapping[str, Start] = {
+    "real": real_server,
+    "real-old": functools.partial(real_server, version=OLD_REAL_VERSION),
+    "emulated": emulated_server,
+}
+_KINDS = [pytest.param(kind, marks=[pytest.mark.ollama] if kind.startswith("real") else []) for kind in _STARTS]
+
+
+@pytest.fixture(scope="session", params=_KINDS)
 def start(request: pytest.FixtureRequest) -> Start:
-    return {"real": real_server, "emulated": emulated_server}[request.param]
+    return _STARTS[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The `ollama` command of 0.11.4 (the Go client): the same output directly from a server and through a router."""
+"""The `ollama` command (the Go client): the same output directly from a server and through a router."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.clients.conftest import Routed
 from tests.contract.stage import Stage
-from tests.support.ollama_server import ModelFile, real_binary
+from tests.support.ollama_server import REAL_VERSION, ModelFile, real_binary
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.ollama
@@ -61,8 +61,10 @@ class Command:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return Command(real_binary(), tmp_path)
+def command(routed: Routed, tmp_path: Path) -> Command:
+    """The command of the server's version."""
+    version = routed.behind.version if routed.behind.kind == "real" else REAL_VERSION
+    return Command(real_binary(version), tmp_path)
 
 
 def _both(command: Command, direct: Stage, routed: Routed, *arguments: str) -> str:

@@ -18,7 +18,8 @@ _OPTIONS = {"num_predict": 2, "seed": 1}
 
 
 def _load_count(routed: Routed) -> int:
-    return routed.behind.log.read_text(errors="replace").count("llama runner started")
+    text = routed.behind.log.read_text(errors="replace")
+    return text.count('msg="starting llama-server"' if routed.behind.is_0_30 else "llama runner started")
 
 
 @pytest.mark.parametrize("parameters", _PARAMETERS, ids=str)

@@ -23,7 +23,7 @@ from tests.support.rawhttp import Address
 from tests.support.tiny_model import BIG, EMBED, TINY
 
 _REAL = {"real": REAL_VERSION, "real-old": OLD_REAL_VERSION}
-_EMULATED = {"emulated": "0.24.0", "emulated-old": OLD_REAL_VERSION}
+_EMULATED = {"emulated": REAL_VERSION, "emulated-0.24": "0.24.0", "emulated-old": OLD_REAL_VERSION}
 """The recorded versions, and the old version of the real server in tests."""
 
 Start = Callable[..., AbstractContextManager[OllamaServer]]

@@ -23,7 +23,7 @@ from router.lab.simulator.world import WORLD
 MIB = 1024**2
 GIB = 1024**3
 
-VERSIONS = ("0.11.4", "0.24.0", "0.33.0")
+VERSIONS = ("0.11.4", "0.24.0", "0.33.0", "0.34.0")
 """Ollama versions that can be emulated."""
 
 GPUS_MAX = 16
