@@ -31,7 +31,7 @@ HEADERS = (
 
 _TIMES = frozenset({"created_at", "modified_at", "expires_at", "completed_at", "created"})
 _COUNTS = frozenset({"prompt_eval_count", "eval_count", "sequence_number", "size", "size_vram", "context_length",
-                     "prompt_eval_cached_count"})  # fmt: skip
+                     "prompt_eval_cached_count", "embedding_length"})  # fmt: skip
 _USAGE = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens",
                     "cached_tokens", "cache_read_input_tokens"})  # fmt: skip
 _DURATIONS = frozenset({"total_duration", "load_duration", "prompt_eval_duration", "eval_duration"})

@@ -135,7 +135,9 @@ def _calls(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _usage(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {"input_tokens": value.get("prompt_eval_count", 0), "output_tokens": value.get("eval_count", 0)}
+    input_tokens, cached_tokens = value.get("prompt_eval_count", 0), value.get("prompt_eval_cached_count")
+    cached = {} if cached_tokens is None else {"cache_read_input_tokens": cached_tokens}
+    return {"input_tokens": input_tokens - (cached_tokens or 0), **cached, "output_tokens": value.get("eval_count", 0)}
 
 
 async def messages(service: Service, request: Request, response: Response) -> None:

@@ -27,6 +27,8 @@ class CompletionRequest:
     generation: GenerationRequest
     limit: int
     stop: tuple[str, ...] = ()
+    has_repeat_limit: bool = True
+    """Whether more than `REPEAT_LIMIT` identical tokens in a row end the answer."""
 
 
 @dataclass(slots=True)
@@ -36,6 +38,8 @@ class CompletionOutcome:
     done_reason: str | None = None
     """None: cut off without a final line."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that were already evaluated; at least one never is."""
     tokens: int = 0
     prompt_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -92,6 +96,7 @@ async def _stream(
     prompt_token_count = min(prompt_tokens(loaded.header, prompt), loaded.context_length)
     outcome.prompt_tokens = prompt_token_count
     cached_tokens = prompt_token_count * use.cached_characters // max(1, len(prompt))
+    outcome.cached_tokens = max(0, min(cached_tokens, prompt_token_count - 1))
     started_at = time.monotonic()
     stop_filter = _StopFilter(completion.stop)
     repeat_count, last_text = 0, None
@@ -109,7 +114,7 @@ async def _stream(
                 repeat_count + 1 if piece.kind != "call" and piece.text and piece.text.strip() == last_text else 0
             )
             last_text = piece.text.strip()
-            if repeat_count > REPEAT_LIMIT:
+            if completion.has_repeat_limit and repeat_count > REPEAT_LIMIT:
                 return
             text = stop_filter.add(piece.text) if piece.kind == "content" else piece.text
             if text or piece.kind == "call":

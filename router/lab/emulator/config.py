@@ -232,7 +232,7 @@ def log_devices(config: Config, host_free_bytes: int, host_total_bytes: int) -> 
         log(
             "INFO",
             "inference compute",
-            id=gpu.uuid,
+            id=index if config.is_0_30 else gpu.uuid,  # from 0.30 as llama-server numbers its devices
             library="CUDA",
             compute=".".join(map(str, gpu.compute_capability)),
             name=f"CUDA{index}",

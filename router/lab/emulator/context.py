@@ -58,6 +58,15 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error)) from error
 
+    def unloads(self, keep_alive: float | None) -> bool:
+        """Whether a request with this keep-alive and nothing to generate unloads; up to 0.24 by whole seconds."""
+        return keep_alive is not None and (keep_alive if self.config.is_0_30 else int(keep_alive)) == 0
+
+    def shown_name(self, text: str) -> str:
+        """How an error of `/api/show` or `/v1/models/NAME` names a model: from 0.30 with its tag."""
+        name = self.name(text) if self.config.is_0_30 else None
+        return text if name is None else name.shortest
+
     def name(self, text: str) -> Name | None:
         """Parses a model name; None if it is invalid. Raises ApiError for a cloud model."""
         if self.config.is_pre_0_12:

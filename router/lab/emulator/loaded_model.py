@@ -20,6 +20,7 @@ from router.lab.emulator.prompt_cache import PromptCache, Slot, common_prefix_le
 from router.lab.emulator.runner_process import RunnerProcess, Sequence
 from router.lab.emulator.store import Header
 from router.lab.emulator.text_generation import prompt_tokens
+from router.lab.simulator.server_placement import LoadRequest
 
 MAX_DURATION = timedelta(seconds=2**63 / 1e9)
 """Go's maximum duration, 292 years."""
@@ -39,7 +40,11 @@ class LoadedModel:
     context_length: int
     """Effective context of one slot."""
     process: RunnerProcess
+    load_request: LoadRequest
     size_bytes: int
+    """As `/api/ps` shows it."""
+    size_vram_bytes: int
+    """The part of it on GPUs."""
     layers: tuple[int, ...]
     """Layers on each visible GPU, counting the output layer as one; the rest is on the CPU."""
     bytes_by_gpu: Mapping[str, int]
@@ -66,10 +71,6 @@ class LoadedModel:
     def key(self) -> str:
         """Residency is per weights blob, not per name."""
         return self.stored.weights.digest
-
-    @property
-    def size_vram_bytes(self) -> int:
-        return sum(self.bytes_by_gpu.values())
 
     def create_slots(self) -> None:
         """Creates the slots once the load has succeeded."""

@@ -17,6 +17,7 @@ from router.domain.model import ModelFacts
 from router.engines.ollama.blob_store import StoredModel
 from router.engines.ollama.ggml_types import GGML_BLOCKS
 from router.engines.ollama.gguf_facts import facts_of
+from router.lab.emulator import load_output
 from router.lab.emulator.config import Config, log
 from router.lab.emulator.faults import Behaviour
 from router.lab.emulator.http_server import ClientDisconnectedError, Request
@@ -39,7 +40,7 @@ from router.lab.simulator.server_placement import (
     sizes,
     with_fitting_batch,
 )
-from router.lab.simulator.true_footprint import LoadShape, chance, cuda_context_bytes, deviation
+from router.lab.simulator.true_footprint import LoadShape, cache_bytes_of, chance, cuda_context_bytes, deviation
 from router.lab.simulator.world import GpuModel, World
 
 LOADS_FILE = "loads.jsonl"
@@ -117,7 +118,10 @@ class Loader:
         blob = self._context.store.blob(stored.weights.digest)
         self._next_port += 1
         process = await RunnerProcess.start(blob, self._next_port, self._config.emulator_dir, self._context.environment)
-        log("INFO", "starting runner", model=stored.name.shortest, pid=process.pid, layers=chosen_plan.layers)
+        if self._config.is_0_30:
+            load_output.log_start(blob, self._next_port, ask)
+        else:
+            log("INFO", "starting runner", model=stored.name.shortest, pid=process.pid, layers=chosen_plan.layers)
         return self._loaded(stored, header, facts, options, ask, chosen_plan, process, session_seconds)
 
     def _plan_or_raise(self, ask: LoadRequest, rooms: Sequence[VisibleGpu]) -> Plan:
@@ -125,7 +129,7 @@ class Loader:
         if chosen_plan.must_evict:
             raise MustEvictError
         if chosen_plan.error is not None:
-            raise LoadError(chosen_plan.error)
+            raise LoadError(_host_allocation_error(ask) if self._config.is_0_30 else chosen_plan.error)
         return chosen_plan
 
     def _placement_request(self, facts: ModelFacts, options: Options, others: list[LoadedModel]) -> LoadRequest:
@@ -147,7 +151,7 @@ class Loader:
             is_batch_given=options.is_batch_given,
             version=config.version,
             num_gpu=options.runner.num_gpu,
-            main_gpu=options.runner.main_gpu,
+            main_gpu=options.runner.main_gpu or 0,
             spread=config.spread,
             tensor_split=config.tensor_split,
             overhead_bytes=config.overhead_bytes,
@@ -182,7 +186,11 @@ class Loader:
     ) -> LoadedModel:
         host, on_gpus = sizes(ask, chosen_plan.layers)
         gpus = self._by_gpu(on_gpus)
-        runner = options.runner
+        runner, config = options.runner, self._config
+        shown_bytes = load_output.buffer_bytes(ask, chosen_plan.layers) if config.is_0_30 else sum(gpus.values())
+        if config.is_0_30 and runner.use_mmap is None:
+            use_mmap = None if config.gpus and runner.num_gpu != 0 else False
+            runner = replace(runner, use_mmap=use_mmap, is_mmap_automatic=True)
         if not options.is_batch_given:
             runner = replace(runner, num_batch=ask.shape.batch_tokens)
         return LoadedModel(
@@ -193,7 +201,9 @@ class Loader:
             options=runner,
             context_length=ask.shape.context_length,
             process=process,
-            size_bytes=host + sum(gpus.values()),
+            load_request=ask,
+            size_bytes=0 if self._is_uncounted(options) else host + shown_bytes,
+            size_vram_bytes=shown_bytes,
             layers=chosen_plan.layers,
             bytes_by_gpu=gpus,
             believed_by_gpu=self._by_gpu(booked_bytes(facts, ask.shape, chosen_plan.layers)),
@@ -202,6 +212,10 @@ class Loader:
             slot_count=ask.shape.slots,
             kept_tokens=kept_tokens(facts, ask.shape, self._config.version),
         )
+
+    def _is_uncounted(self, options: Options) -> bool:
+        """Whether `/api/ps` says 0 bytes: from 0.30 all layers count as offloaded on a machine that has no GPU."""
+        return self._config.is_0_30 and not self._config.gpus and options.runner.num_gpu != 0
 
     def _by_gpu(self, sizes_in_order: Sequence[int]) -> dict[str, int]:
         return {gpu.uuid: size for gpu, size in zip(self._config.gpus, sizes_in_order, strict=True) if size > 0}
@@ -232,11 +246,18 @@ class Loader:
             self._record_load(loaded, error_text)
             if error_text is None:
                 loaded.create_slots()
-                log("INFO", "llama runner started", model=name, seconds=round(time.monotonic() - started_at, 2))
+                self._log_loaded(loaded, time.monotonic() - started_at)
                 return
-            log("ERROR", "load failed", model=name, attempt=attempt, error=error_text)
+            log("ERROR", "Load failed" if self._config.is_0_30 else "load failed", model=name, error=error_text)
             self._after_failure(loaded, options, others, error_text, attempt)
         raise LoadError("memory layout cannot be allocated")
+
+    def _log_loaded(self, loaded: LoadedModel, seconds: float) -> None:
+        if self._config.is_0_30:
+            load_output.print_buffers(loaded.load_request, loaded.layers)
+            load_output.log_end(seconds)
+        else:
+            log("INFO", "llama runner started", model=loaded.stored.name.shortest, seconds=round(seconds, 2))
 
     def _record_load(self, loaded: LoadedModel, error_text: str | None) -> None:
         if self._config.emulator_dir is None:
@@ -291,7 +312,7 @@ class Loader:
         loaded.bytes_by_gpu = loaded.believed_by_gpu = self._by_gpu(
             on_gpus
         )  # Ollama's own engine measures real allocations
-        loaded.host_bytes, loaded.size_bytes = host, host + sum(on_gpus)
+        loaded.host_bytes, loaded.size_bytes, loaded.size_vram_bytes = host, host + sum(on_gpus), sum(on_gpus)
 
     def _token_rate(self, loaded: LoadedModel, options: Options) -> dict[str, float | int]:
         gpus = [
@@ -316,3 +337,15 @@ class Loader:
             config = self._config
             number = chance(config.seed, f"unload {config.port} {self._unloads}") if config.deviation else 1.0
             await asyncio.sleep(self.seconds(worlds.unload_seconds(self._world, config.version, number)))
+
+
+def _host_allocation_error(request: LoadRequest) -> str:
+    """What llama-server says of a KV cache that host memory cannot hold; it is started whatever the load needs."""
+    size = cache_bytes_of(request.model, request.shape)
+    return (
+        "llama-server process has terminated: exit status 1: "
+        f"ggml_aligned_malloc: insufficient memory (attempted to allocate {size / 1024**2:.2f} MB)\n"
+        f"ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size {size}\n"
+        f"alloc_tensor_range: failed to allocate CPU buffer of size {size}\n"
+        "llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache"
+    )

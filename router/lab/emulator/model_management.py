@@ -73,6 +73,11 @@ def details(stored: StoredModel, parent: str = "") -> dict[str, Any]:
     }
 
 
+def _parent(stored: StoredModel) -> str:
+    """The model it was created from."""
+    return stored.config.get("parent_model", "")
+
+
 async def tags(service: Service, request: Request, response: Response) -> None:
     """`/api/tags`."""
     del request
@@ -85,7 +90,7 @@ async def tags(service: Service, request: Request, response: Response) -> None:
             "modified_at": now_text(stored.modified),
             "size": stored.size,
             "digest": stored.digest,
-            "details": details(stored),
+            "details": details(stored, _parent(stored) if service.config.is_0_30 else ""),
         }
         if service.config.is_0_30:
             header = service.header(stored)
@@ -128,7 +133,7 @@ async def show(service: Service, request: Request, response: Response) -> None:
         raise ApiError(400, "model is required")
     stored = service.find(name)
     if stored is None:
-        raise ApiError(404, f"model '{name}' not found")
+        raise ApiError(404, f"model '{service.shown_name(name)}' not found")
     path = str(service.store.blob(stored.weights.digest))
     header = service.header(stored)
     answer: dict[str, Any] = {
@@ -137,7 +142,7 @@ async def show(service: Service, request: Request, response: Response) -> None:
         "parameters": _parameters(stored),
         "template": stored.template,
         "system": stored.texts.get(SYSTEM),
-        "details": details(stored, path),
+        "details": details(stored, _parent(stored) if service.config.is_0_30 else path),
         "messages": json.loads(stored.texts.get(MESSAGES) or "null"),
         "model_info": {key: _value(value, body.get("verbose", False)) for key, value in sorted(header.metadata.items())
                        if key not in ("general.name", "tokenizer.chat_template")},
@@ -278,13 +283,15 @@ async def create(service: Service, request: Request, response: Response) -> None
         if source is None:
             await progress.fail(404, f"model '{body['from']}' not found")
             return
-        layers, config = list(source.layers), dict(source.config)
+        layers, config = list(source.layers), {**source.config, "parent_model": source.name.shortest}
     elif files:
         await progress.send(status="parsing GGUF")
         missing = next((d for d in files.values() if not service.store.blob(d).exists()), None)
         if missing is not None:
             await progress.fail(500, f"open {service.store.blob(missing)}: no such file or directory")
             return
+        if service.config.is_0_30:
+            await progress.send(status="verifying conversion")
         layers, config = [_weights(service, digest) for digest in files.values()], {}
     else:
         await progress.fail(400, "neither 'from' or 'files' was specified")

@@ -86,7 +86,7 @@ async def generate(service: Service, request: Request, sink: Sink, body: Mapping
         raise not_found(name)
     context = _GenerationContext(service, request, sink, body, stored, started_at, is_chat=False)
     prompt = body.get("prompt", "")
-    if not prompt and keep_alive is not None and int(keep_alive) == 0:
+    if not prompt and service.unloads(keep_alive):
         await _unload(context)
         return
     if "completion" not in service.capabilities(stored):
@@ -116,7 +116,7 @@ async def chat(service: Service, request: Request, sink: Sink, body: Mapping[str
     if stored is None:
         raise not_pulled(name) if service.config.is_pre_0_12 else not_found(name)
     context = _GenerationContext(service, request, sink, body, stored, started_at, is_chat=True)
-    if not messages and keep_alive is not None and int(keep_alive) == 0:
+    if not messages and service.unloads(keep_alive):
         await _unload(context)
         return
     capabilities = service.capabilities(stored)
@@ -223,8 +223,10 @@ async def _pieces(
     generation: GenerationRequest,
     outcome: CompletionOutcome,
 ) -> AsyncGenerator[Piece]:
-    completion = CompletionRequest(generation, options.limit(loaded.context_length), options.stop)
     service = context.service
+    # From 0.30 llama-server formats chats without a template of Ollama's, and nobody counts their tokens.
+    is_counted = not (service.config.is_0_30 and context.is_chat and context.stored.template == DEFAULT_TEMPLATE)
+    completion = CompletionRequest(generation, options.limit(loaded.context_length), options.stop, is_counted)
     stream = complete(
         loaded,
         context.request,
@@ -289,12 +291,15 @@ def _final_fields(
     token_context: dict[str, Any] = {}
     if not context.is_chat and not context.body.get("raw"):
         token_context["context"] = token_ids(generation.prompt + "".join(outcome.texts))
+    has_cached_count = context.service.config.is_0_30
+    cached_count = {"prompt_eval_cached_count": outcome.cached_tokens} if has_cached_count else {}
     return {
         "done_reason": outcome.done_reason,
         **token_context,
         "total_duration": int((time.monotonic() - context.started_at) * 1e9),
         "load_duration": int(loaded_seconds * 1e9),
         "prompt_eval_count": outcome.prompt_tokens,
+        **cached_count,
         "prompt_eval_duration": int(outcome.prompt_seconds * 1e9),
         "eval_count": outcome.tokens,
         "eval_duration": int(outcome.eval_seconds * 1e9),
@@ -317,6 +322,7 @@ async def embed(service: Service, request: Request, sink: Sink, body: Mapping[st
         if not inputs:
             await sink.single(200, {"model": name, "embeddings": []})
             return
+        _check_embeds(service, stored, 501)
         loaded_seconds = time.monotonic() - started_at
         counts = _counts(service, loaded, inputs, body.get("truncate", True))
         await _evaluate(service, request, loaded, inputs, counts)
@@ -348,8 +354,15 @@ async def embeddings(service: Service, request: Request, sink: Sink, body: Mappi
         if not prompt:
             await sink.single(200, {"embedding": []})
             return
+        _check_embeds(service, stored, 500)
         await _evaluate(service, request, loaded, [prompt], _counts(service, loaded, [prompt], True))
         await sink.single(200, {"embedding": vector(prompt, loaded.facts.embedding_length)})
+
+
+def _check_embeds(service: Service, stored: StoredModel, status: int) -> None:
+    """Raises ApiError for a model without embeddings: from 0.30 llama-server is not started for them."""
+    if service.config.is_0_30 and "embedding" not in service.capabilities(stored):
+        raise ApiError(status, "This server does not support embeddings. Start it with `--embeddings`")
 
 
 def _inputs(value: Any) -> list[str]:

@@ -125,7 +125,9 @@ class _ChatSink(_OpenAiSink):
     def _chunk(self, value: Mapping[str, Any]) -> dict[str, Any]:
         role = {} if self._is_0_30 and self._has_started else {"role": "assistant"}
         self._has_started = True
-        delta = {**role, **self._message_fields(value)}
+        fields = self._message_fields(value)
+        is_empty = self._is_0_30 and value.get("done") and fields == {"content": ""}
+        delta = {} if is_empty else {**role, **fields}
         choice = {"index": 0, "delta": delta, "finish_reason": self._reason(value), **_logprobs(value)}
         return {**self._head("chat.completion.chunk", value), "choices": [choice]}
 
@@ -160,8 +162,10 @@ class _CompletionSink(_OpenAiSink):
 def usage_of(value: Mapping[str, Any]) -> dict[str, Any]:
     """Token counts of a final line."""
     prompt_tokens, completion_tokens = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
+    cached_tokens = value.get("prompt_eval_cached_count")
     return {
         "prompt_tokens": prompt_tokens,
+        **({} if cached_tokens is None else {"prompt_tokens_details": {"cached_tokens": cached_tokens}}),
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
@@ -317,7 +321,7 @@ async def model(service: Service, request: Request, response: Response, name: st
     del request
     stored = service.find(name)
     if stored is None:
-        answer = error_body(404, f"model '{name}' not found", service.config.is_pre_0_12)
+        answer = error_body(404, f"model '{service.shown_name(name)}' not found", service.config.is_pre_0_12)
         response.send_whole(404, dump(answer) + b"\n", PLAIN_JSON)
         return
     response.send_whole(200, dump(_model_entry(name, stored.modified)) + b"\n", PLAIN_JSON)

@@ -29,13 +29,15 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """Options a runner is started with. `num_gpu` -1 and `num_thread` 0 let the server decide."""
+    """Options a runner is started with. `num_gpu` -1, `main_gpu` None and `num_thread` 0 let the server decide."""
 
     num_ctx: int
     num_batch: int = 512
     num_gpu: int = -1
-    main_gpu: int = 0
+    main_gpu: int | None = None
     use_mmap: bool | None = None
+    is_mmap_automatic: bool = False
+    """Whether the server decided on `use_mmap`, as it does from 0.30."""
     num_thread: int = 0
 
 
@@ -71,7 +73,7 @@ def read_options(requested: Mapping[str, Any], parameters: Mapping[str, Any], de
         num_ctx=max(MINIMUM_CONTEXT, int(merged.get("num_ctx", default_context))),
         num_batch=int(merged.get("num_batch", 512)),
         num_gpu=int(merged.get("num_gpu", -1)),
-        main_gpu=int(merged.get("main_gpu", 0)),
+        main_gpu=int(merged["main_gpu"]) if "main_gpu" in merged else None,
         use_mmap=merged.get("use_mmap"),
         num_thread=int(merged.get("num_thread", 0)),
     )
@@ -96,15 +98,18 @@ def _fits(value: object, type_name: str) -> bool:
 def needs_reload(loaded: RunnerOptions, requested: Options, trained_context: int, is_0_30: bool) -> bool:
     """Whether a model loaded with `loaded` must be reloaded for a request with `requested`.
 
-    Up to 0.24 the requested context lengths are compared; from 0.30 the effective ones, and options that the request
-    leaves unset are ignored.
+    Up to 0.24 the requested values are compared; from 0.30 the effective context lengths, and options that the server
+    chose and the request leaves unset are ignored (server/sched.go, v0.34, `needsReload`).
     """
     new = requested.runner
     old = replace(loaded, num_gpu=-1) if new.num_gpu < 0 else loaded
     new = replace(new, num_gpu=-1) if new.num_gpu < 0 else new
     if is_0_30:
-        old = replace(old, num_ctx=min(old.num_ctx, trained_context), use_mmap=None)
         context = min(new.num_ctx, trained_context) if requested.is_context_given else old.num_ctx
         batch = new.num_batch if requested.is_batch_given else old.num_batch
-        new = replace(new, num_ctx=context, num_batch=batch, use_mmap=None)
+        use_mmap = old.use_mmap if old.is_mmap_automatic and new.use_mmap is None else new.use_mmap
+        old = replace(old, num_ctx=min(old.num_ctx, trained_context), is_mmap_automatic=False)
+        new = replace(new, num_ctx=min(context, trained_context), num_batch=batch, use_mmap=use_mmap)
+    else:  # 0 is the default
+        old, new = replace(old, main_gpu=old.main_gpu or 0), replace(new, main_gpu=new.main_gpu or 0)
     return old != new

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from router.lab.emulator import ollama_api
 from router.lab.emulator.context import Service
-from router.lab.emulator.go_json import dump
+from router.lab.emulator.go_json import BodyError, EmptyBodyError, dump, read_struct
 from router.lab.emulator.http_server import Request, Response
 from router.lab.emulator.openai_api import error_body, read_body, run_native_handler, sampling
 from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink
@@ -170,13 +170,13 @@ def _part(text: str) -> dict[str, Any]:
 def _usage(value: Mapping[str, Any]) -> dict[str, Any]:
     input_tokens, output_tokens = value.get("prompt_eval_count", 0), value.get("eval_count", 0)
     return {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": input_tokens + output_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": value.get("prompt_eval_cached_count", 0)},
             "output_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
 
 
 async def responses(service: Service, request: Request, response: Response) -> None:
     """`/v1/responses`."""
-    body = await read_body(request, response, "ResponsesRequest", _FIELDS)
+    body = await _read_body(service, request, response)
     if body is None:
         return
     if body.get("stream"):
@@ -193,6 +193,26 @@ async def responses(service: Service, request: Request, response: Response) -> N
         **({} if effort is None else {"think": False if effort == "none" else effort}),
     }
     await run_native_handler(ollama_api.chat, service, request, _ResponsesSink(response, service, body), native_request)
+
+
+async def _read_body(service: Service, request: Request, response: Response) -> dict[str, Any] | None:
+    """Parses the body; returns None after sending an error. From 0.30 the errors are those of a handler of its own."""
+    if not service.config.is_0_30:
+        return await read_body(request, response, "ResponsesRequest", _FIELDS)
+    try:
+        body = read_struct(await request.body(), "openai.ResponsesRequest", _FIELDS)
+    except EmptyBodyError:
+        message = "missing request body"
+    except BodyError as error:
+        message = f"invalid Responses request: {error}"
+    else:
+        if body.get("model"):
+            return body
+        message = "model is required"
+    answer = error_body(400, message)
+    answer["error"]["code"] = "invalid_request_error"
+    response.send_whole(400, dump(answer), JSON)
+    return None
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,32 @@ def true_gpu_bytes(model: ModelFacts, shape: LoadShape, layers: tuple[int, ...])
     return tuple(sizes)
 
 
+@dataclass(frozen=True, slots=True)
+class GpuBuffers:
+    """What a load holds on one GPU beside the CUDA context, as llama-server prints it."""
+
+    model_bytes: int
+    cache_bytes: int
+    compute_bytes: int
+
+
+def true_gpu_buffers(model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[GpuBuffers, ...]:
+    """The parts of `true_gpu_bytes` on each GPU; zeros on one without a layer."""
+    units = unit_bytes(model, shape)
+    found: list[GpuBuffers] = []
+    start = 0
+    totals = true_gpu_bytes(model, shape, tuple(layers))
+    for count, total in zip(layers, totals, strict=True):
+        stop = min(len(units), start + max(0, count))
+        cache = sum(_layer_cache(model, shape, layer) for layer in range(start, min(stop, model.layers)))
+        weights = sum(units[start:stop]) - cache
+        beside = (weights + cache + shape.cuda_context_bytes) * shape.size_ratio if count > 0 else 0
+        ratio = shape.size_ratio
+        found.append(GpuBuffers(int(weights * ratio), int(cache * ratio), max(0, total - int(beside))))
+        start = stop
+    return tuple(found)
+
+
 def true_host_bytes(model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> int:
     """Host memory of the layers that `layers` leaves for the CPU, with their cache."""
     return int(sum(unit_bytes(model, shape)[sum(layers) :]) * shape.size_ratio)
