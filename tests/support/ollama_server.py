@@ -230,12 +230,12 @@ def write_model_files(folder: Path, specs: Mapping[str, ModelSpec]) -> dict[str,
 
 @contextlib.contextmanager
 def emulated_server(folder: Path, **environment: str) -> Generator[OllamaServer]:
-    """An emulated server: version 0.24.0 without GPUs, unless overridden by environment variables."""
+    """An emulated server: version 0.34.0 without GPUs, unless overridden by environment variables."""
     base = {"OLLAMA_MODELS": str(folder / "models"), "OLLAMA_NOPRUNE": "1", "OLLAMA_NO_CLOUD": "1"}
     (folder / "rig").mkdir(exist_ok=True)
     emulator = {
         "LLAMAYARD_RIG_DIR": str(folder / "rig"),
-        "LLAMAYARD_RIG_VERSION": "0.24.0",
+        "LLAMAYARD_RIG_VERSION": REAL_VERSION,
         "CUDA_VISIBLE_DEVICES": "-1",
     }
     command = [sys.executable, "-m", "router.lab.emulator.server", "serve"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from router.domain.keep_alive import parse_keep_alive
 from router.engines.ollama.tensor_split import TENSOR_SPLIT, parsed_split
 from router.lab.emulator import vram
-from router.lab.emulator.spec import VERSIONS
+from router.lab.emulator.spec import DEFAULT_VERSION, VERSIONS
 from router.lab.simulator.server_placement import human_bytes
 from router.lab.simulator.world import WORLD
 
@@ -41,7 +41,7 @@ class Config:
     host: str
     port: int
     models: Path
-    version_text: str = "0.24.0"
+    version_text: str = DEFAULT_VERSION
     speed: float = 1.0
     emulator_dir: Path | None = None
     gpus: tuple[VisibleGpu, ...] = ()
@@ -89,7 +89,7 @@ def read_config(environment: Mapping[str, str]) -> Config:
     directory_text = _text(environment, "LLAMAYARD_RIG_DIR")
     emulator_dir = Path(directory_text) if directory_text else None
     rig_data = vram.read_json(emulator_dir / "rig.json") if emulator_dir else {}
-    version = _text(environment, "LLAMAYARD_RIG_VERSION") or rig_data.get("version", "0.24.0")
+    version = _text(environment, "LLAMAYARD_RIG_VERSION") or rig_data.get("version", DEFAULT_VERSION)
     if version not in VERSIONS:
         raise ValueError(f"LLAMAYARD_RIG_VERSION: {version!r} is not emulated; expected one of {', '.join(VERSIONS)}")
     models = _text(environment, "OLLAMA_MODELS")

@@ -1,7 +1,7 @@
 """The EMULATED `ollama serve`: an executable that behaves as a real one, without GPUs and weights.
 
 `python -m router.lab.emulator.server serve` reads the environment variables of real Ollama and three of its own:
-`LLAMAYARD_RIG_DIR` (directory of the emulated GPUs; none if unset), `LLAMAYARD_RIG_VERSION` (0.11.4, 0.24.0 or 0.33.0)
+`LLAMAYARD_RIG_DIR` (directory of the emulated GPUs; none if unset), `LLAMAYARD_RIG_VERSION` (see `spec.VERSIONS`)
 and `LLAMAYARD_RIG_SPEED` (emulated seconds per real second). Every log line says that it is emulated. Faults can be
 injected (`router.lab.emulator.faults`).
 

@@ -25,6 +25,7 @@ GIB = 1024**3
 
 VERSIONS = ("0.11.4", "0.24.0", "0.33.0", "0.34.0")
 """Ollama versions that can be emulated."""
+DEFAULT_VERSION = "0.34.0"
 
 GPUS_MAX = 16
 
@@ -111,7 +112,7 @@ class EmulatorSpec:
     gpus: tuple[GpuSpec, ...]
     models: tuple[str, ...] | None = None
     """Catalogue models installed at the start; None: all of them."""
-    version: str = "0.24.0"
+    version: str = DEFAULT_VERSION
     speed: float = 1.0
     """Emulated seconds per real second: 10 makes loads and tokens ten times faster."""
     ram_bytes: int = 128 * GIB

@@ -110,19 +110,18 @@ class GpuBuffers:
 
 def true_gpu_buffers(model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> tuple[GpuBuffers, ...]:
     """The parts of `true_gpu_bytes` on each GPU; zeros on one without a layer."""
-    units = unit_bytes(model, shape)
-    found: list[GpuBuffers] = []
+    weights_of = _unit_weights(model, shape)
+    buffers: list[GpuBuffers] = []
     start = 0
-    totals = true_gpu_bytes(model, shape, tuple(layers))
-    for count, total in zip(layers, totals, strict=True):
-        stop = min(len(units), start + max(0, count))
-        cache = sum(_layer_cache(model, shape, layer) for layer in range(start, min(stop, model.layers)))
-        weights = sum(units[start:stop]) - cache
-        beside = (weights + cache + shape.cuda_context_bytes) * shape.size_ratio if count > 0 else 0
-        ratio = shape.size_ratio
-        found.append(GpuBuffers(int(weights * ratio), int(cache * ratio), max(0, total - int(beside))))
+    for count, total in zip(layers, true_gpu_bytes(model, shape, tuple(layers)), strict=True):
+        stop = min(len(weights_of), start + max(0, count))
+        weights = int(sum(weights_of[start:stop]))
+        cached_layers = range(start, min(stop, model.layers))
+        cache = int(sum(_layer_cache(model, shape, layer) for layer in cached_layers) * shape.size_ratio)
+        context = int(shape.cuda_context_bytes * shape.size_ratio) if count > 0 else 0
+        buffers.append(GpuBuffers(weights, cache, max(0, total - weights - cache - context)))
         start = stop
-    return tuple(found)
+    return tuple(buffers)
 
 
 def true_host_bytes(model: ModelFacts, shape: LoadShape, layers: Sequence[int]) -> int:

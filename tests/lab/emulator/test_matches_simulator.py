@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 
 import pytest
 
 from router.domain.gpu import GpuUuid
 from router.lab.emulator import vram
+from router.lab.emulator.loader import LOADS_FILE
 from router.lab.emulator.spec import parse_spec
 from router.lab.scenarios import model_facts, sim_gpus
 from router.lab.simulator.loaded_model import ServerConfig
@@ -49,19 +51,19 @@ def emulated(box: Box, server: OllamaServer, names: Iterable[str]) -> list[Alloc
 
 def _load(box: Box, server: OllamaServer, name: str) -> Allocations:
     assert server.call("POST", "/api/generate", {"model": name})[0] == 200
-    listed = {entry["name"]: entry["size_vram"] for entry in server.call("GET", "/api/ps")[1]["models"]}
-    allocated = [dict(use.bytes_by_gpu) for use in vram.allocations(box.directory)]
-    return {
-        model: _megabytes(next(gpus for gpus in allocated if sum(gpus.values()) == size))
-        for model, size in listed.items()
-    }
+    listed = [entry["name"] for entry in server.call("GET", "/api/ps")[1]["models"]]
+    loads = [json.loads(line) for line in (box.directory / LOADS_FILE).read_text("utf-8").splitlines()]
+    by_model = {load["model"]: load["bytes_by_gpu"] for load in loads}
+    held = sorted(sorted(use.bytes_by_gpu.items()) for use in vram.allocations(box.directory))
+    assert held == sorted(sorted(by_model[model].items()) for model in listed)
+    return {model: _megabytes(by_model[model]) for model in listed}
 
 
 def _megabytes(bytes_by_gpu: Mapping[GpuUuid, int] | Mapping[str, int]) -> dict[str, int]:
     return {str(gpu): round(size / 1e6) for gpu, size in bytes_by_gpu.items()}
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.34.0"])
 def test_each_model_alone_takes_the_same_bytes(tmp_path_factory: pytest.TempPathFactory, version: str) -> None:
     box = make_box(tmp_path_factory.mktemp("box"), GPUS, version)
     allocations: list[Allocations] = []
@@ -73,7 +75,7 @@ def test_each_model_alone_takes_the_same_bytes(tmp_path_factory: pytest.TempPath
     assert allocations == [simulated(version, [name])[0] for name in MODELS]
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.34.0"])
 @pytest.mark.parametrize(
     "names",
     [("gemma2:27b", "llama3.1:8b", "qwen2.5:14b", "mistral:7b"), ("qwen2.5:14b", "qwen2.5:7b", "deepseek-r1:32b"),

@@ -65,12 +65,21 @@ def test_before_0_30_a_context_above_the_trained_one_is_compared_as_requested() 
     assert not needs_reload(loaded, _options(num_ctx=8192), 8192, is_0_30=True)
 
 
-def test_from_0_30_unset_options_never_cause_a_reload() -> None:
-    loaded = RunnerOptions(2048, num_batch=64, use_mmap=True)
+def test_from_0_30_unset_options_never_cause_a_reload_where_the_server_chose() -> None:
+    loaded = RunnerOptions(2048, num_batch=64, use_mmap=False, is_mmap_automatic=True)
     assert not needs_reload(loaded, _options(), 8192, is_0_30=True)
     assert needs_reload(loaded, _options(), 8192, is_0_30=False)
     assert needs_reload(loaded, _options(num_ctx=1024), 8192, is_0_30=True)
     assert not needs_reload(loaded, _options(use_mmap=False), 8192, is_0_30=True)
+    assert needs_reload(loaded, _options(use_mmap=True), 8192, is_0_30=True)
+    assert needs_reload(RunnerOptions(2048, use_mmap=True), _options(), 8192, is_0_30=True)
+
+
+def test_a_spelled_out_main_gpu_differs_from_none_only_from_0_30() -> None:
+    loaded = RunnerOptions(2048)
+    requested = _options(num_ctx=2048, main_gpu=0)
+    assert not needs_reload(loaded, requested, 8192, is_0_30=False)
+    assert needs_reload(loaded, requested, 8192, is_0_30=True)
 
 
 @given(st.builds(RunnerOptions, st.integers(4, 9000), st.integers(1, 512), st.integers(-1, 90), st.integers(0, 2)))

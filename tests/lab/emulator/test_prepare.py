@@ -87,7 +87,7 @@ def test_user_models_stay_and_catalogue_models_are_reinstalled(tmp_path: Path) -
 def test_the_executable_prints_its_version_and_refuses_other_commands() -> None:
     command = [sys.executable, "-m", "router.lab.emulator.server"]
     version_output = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=30)
-    assert version_output.stdout == "ollama version is 0.24.0 (emulated)\n"
+    assert version_output.stdout == "ollama version is 0.34.0 (emulated)\n"
     assert subprocess.run([*command, "pull"], capture_output=True, check=False, timeout=30).returncode == 2
     invalid_version = subprocess.run(
         [*command, "serve"], capture_output=True, text=True, check=False, timeout=30,
