@@ -18,10 +18,13 @@ from tests.contract.stage import Stage
 from tests.contract.test_recordings import ORDINARY, adapted_request, prepare_for
 from tests.support.rawhttp import Reply, exchange
 
+_CUT_SHORT = r".*/repeat-limit-.*-stream"
+_END_MARK = re.compile(rb'"done":true|\[DONE\]')
 _INTENDED_DIFFERENCES = {
     r".*(model|v1-model)-cloud-suffix": "the router refuses cloud models and names the setting that allows them",
     r".*experimental-web-search": "uses the server's account: refused with the reason",
     r".*v1-(messages|responses)(?!-count).*": "the error for a missing API names the server's version",
+    _CUT_SHORT: "a stream that its server ends without an end mark ends with an error",
     r".*/(first-)?ps-.*": "entries have an additional object of the router",
     r".*/(first-)?(tags|v1-models|accept-gzip)": "the lists of the two stores differ in times",
 }
@@ -79,6 +82,8 @@ def _intended_difference(recording: Recording, reply: Reply) -> str | None:
     """The reason for an intended difference, or None."""
     for names, reason in _INTENDED_DIFFERENCES.items():
         if re.fullmatch(names, recording.name):
+            if names == _CUT_SHORT:
+                return None if _END_MARK.search(reply.body) else reason
             return None if "responses" in names and reply.body != b"404 page not found" else reason
     return None
 
@@ -112,7 +117,11 @@ async def test_the_router_answers_as_the_server_does(direct: Stage, routed: Rout
 
 def _compare_in_part(recording: Recording, direct_reply: Reply, routed_reply: Reply) -> None:
     """Lists have the same shape except for the router's additional object; errors have the API's format."""
-    if routed_reply.status == 200:
+    if re.fullmatch(_CUT_SHORT, recording.name):
+        *chunks, error = routed_reply.chunks
+        assert b'"error"' in error
+        assert not differences(shape(replace(routed_reply, chunks=tuple(chunks))), shape(direct_reply))
+    elif routed_reply.status == 200:
         router_object = re.compile(rb',"llamayard":\{[^}]*\}')
         without_router_object = replace(
             routed_reply, chunks=tuple(router_object.sub(b"", chunk) for chunk in routed_reply.chunks)

@@ -106,12 +106,6 @@ _ADDED_AFTER_0_11_4 = (
 
 _IN_0_34 = (
     KnownDifference(
-        r"0\.34\.0/chat-format-schema",
-        r".*",
-        "the grammar of this schema needs tokens that a noise vocabulary lacks; the EMULATED server needs none",
-        always=False,
-    ),
-    KnownDifference(
         r"0\.34\.0/runner-killed-while-waiting",
         r".*\.error: '(llama-server process no longer running|health resp: Get|model runner has unexpectedly).*",
         "the error depends on whether the server first notices the exit, a refused or a reset connection",

@@ -30,6 +30,8 @@ TOO_LARGE = [title for title in _TITLES if title.startswith("does-not-fit")]
 SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigkill": signal.SIGKILL}
 _ADDRESS_BYTES = 6 * 1024**3
 """Address space of a server and of each of its runners; a small model needs 0.4 GB, the server itself 2 GB."""
+_CHUNKS_BEFORE_KILL = 6
+"""Enough for two pieces of text in each API's stream: all kinds of chunks have come by then."""
 _SHORT = {"model": "big", "prompt": "x", "stream": False, "options": {"num_predict": 2, "seed": 1}}
 
 
@@ -61,10 +63,9 @@ async def reply_with_killed_runner(stage: Stage, recording: Recording) -> Reply:
         await connection.send(recording.request)
         if recording.reply.chunked and recording.reply.status == 200:
             head = await connection.head()
-            first = await connection.chunk()
-            assert first is not None
+            chunks = [await connection.chunk() for _ in range(_CHUNKS_BEFORE_KILL)]
             _kill_runner(stage)
-            reply = await connection.rest(head, first)
+            reply = await connection.rest(head, *(chunk for chunk in chunks if chunk is not None))
         else:
             probe = await _queued_probe(stage)
             _kill_runner(stage)

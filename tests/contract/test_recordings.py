@@ -46,6 +46,7 @@ PREPARE: dict[str, Prepare] = {
     "blob-post-again": lambda stage: stage.server.call("POST", f"/api/blobs/{_HELLO}", b"hello blob"),
     "delete": lambda stage: (stage.copy("tiny", "tiny6"), stage.copy("tiny", "tiny-copy")),
     "delete-unknown": lambda stage: (stage.ensure_absent("tiny6"), stage.ensure_absent("tiny-copy")),
+    "chat-format-schema": _only("tooly"),  # from 0.30 a runner loaded for a model without a template refuses schemas
     "chat-unload": _only("tiny"),
     "generate-cold-stream": _only(),
     "generate-unload": _only("tiny"),
@@ -58,6 +59,9 @@ PREPARE: dict[str, Prepare] = {
     "ps-90s": _only("tiny", keep_alive=90),
     "ps-forever": _only("tiny", keep_alive=-1),
     "ps-three": _only("embed", "tooly"),
+    "repeat-limit-chat-once": _only("tooly"),
+    "repeat-limit-chat-stream": _only("tooly"),
+    "repeat-limit-v1-chat-stream": _only("tooly"),
     "create-files-stream": lambda stage: stage.ensure_absent("tiny3"),
     "create-once": lambda stage: stage.ensure_absent("tiny4"),
     "create-from": lambda stage: stage.post(
