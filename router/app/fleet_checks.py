@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from router.config.policy import ANY_MODEL, policy_of
+from router.config.policy import policy_of
 from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec
-from router.domain.model_names import shortest
+from router.domain.model_names import ANY_MODEL, shortest
 from router.domain.policy import Policy
 from router.engines.ollama.instance_plan import (
     CPU,

@@ -1,7 +1,7 @@
 """The machine to run on: real GPUs and a real Ollama, or an emulated rig in place of both.
 
-Read once at startup, blocking: a driver and the file system are read. Starts nothing. Together with the command line
-the only product code that knows the emulator.
+Read once at startup, blocking: a driver and the file system are read. Starts nothing. Besides the command line and
+`llamayard plan` (`plan.py`, `model_sources.py`) the only product code that imports the emulator.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _binary(settings: Settings, environment: Mapping[str, str]) -> str:
     try:
         return find_binary(settings.ollama.binary, environment.get("PATH"))
     except BinaryNotFound as error:
-        if settings.discovers or any(instance.url is None for instance in settings.instances):
+        if settings.starts_servers:
             raise ConfigError([f"ollama.binary: {error}"]) from error
         return settings.ollama.binary
 

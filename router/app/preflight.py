@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from router.app.fleet_checks import check_fleet, models_with_rules
 from router.app.hardware import EmulatedMachine, instance_plan, temporary_emulator
 from router.app.warm_models import WarmModel, warm_together
-from router.config.policy import ANY_MODEL
 from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import ModelFacts
-from router.domain.model_names import is_cloud, parse_name
+from router.domain.model_names import ANY_MODEL, is_cloud, parse_name
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.blob_store import BlobStore
 from router.engines.ollama.gguf_facts import read_facts

@@ -40,7 +40,7 @@ class WarmModel:
 
 @dataclass(frozen=True, slots=True)
 class WarmCheck:
-    """Sentences."""
+    """What was found, in sentences."""
 
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

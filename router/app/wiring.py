@@ -7,7 +7,6 @@ import contextlib
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -28,7 +27,7 @@ from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
-from router.domain.model_names import canonical
+from router.domain.model_names import rule_key
 from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
 from router.engines.base import Engine
@@ -44,7 +43,7 @@ from router.gpu.poller import GpuPoller
 from router.http1.parser import HEAD_BYTES_MAX
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
-from router.llm_api.model_aliases import ANY, substitutes
+from router.llm_api.model_aliases import substitutes
 from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
@@ -167,7 +166,7 @@ def _poll_intervals(settings: Settings) -> PollIntervals:
 
 
 def _library(api_server: ApiServer) -> web.Server:
-    """aiohttp, for the requests that the proxy hands over; the proxy itself limits headers and idle connections."""
+    """The aiohttp server for requests that the proxy hands over; the proxy limits headers and idle connections."""
     return web.Server(
         api_server.handle,
         handler_cancellation=True,
@@ -184,7 +183,8 @@ def _entrances(
 ) -> tuple[ApiServer, web.Server, ProxyServer]:
     """aiohttp's handler and server, and the raw proxy in front of them: both with the same admission pipeline."""
     controller, debug_headers = context.controller, settings.server.debug_headers
-    pipeline = admission_pipeline(_origins(settings), context.limits, lambda: controller.snapshot().gpus, RouteTable())
+    table = RouteTable()
+    pipeline = admission_pipeline(_origins(settings), context.limits, lambda: controller.snapshot().gpus, table)
     api_server = ApiServer(pipeline, handlers.by_kind, access_log, controller.now, debug_headers=debug_headers)
     library = _library(api_server)
     proxy_context = ProxyContext(
@@ -202,7 +202,7 @@ def _entrances(
         has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
         debug_headers=debug_headers,
         make_handler=library,
-        table=RouteTable(),
+        table=table,
         tasks=Tasks(),
     )
     return api_server, library, ProxyServer(proxy_context)
@@ -250,7 +250,7 @@ def _context(
 
 
 def _rules(settings: Settings, removing: set[str]) -> ModelRules:
-    rules = {name if name == ANY else canonical(name): entry for name, entry in settings.models.items()}
+    rules = {rule_key(name): entry for name, entry in settings.models.items()}
     fallbacks = {name: (entry.to, entry.reasons) for name, entry in settings.fallbacks.items()}
     return ModelRules(
         default_context_length=settings.ollama.context_length,
@@ -271,7 +271,7 @@ def _origins(settings: Settings) -> OriginPolicy:
 
 def _supervisor_config(settings: Settings, hardware: Hardware) -> SupervisorConfig:
     return SupervisorConfig(
-        state_directory=str(Path(settings.state_directory)),
+        state_directory=str(settings.state_directory),
         run_id=orphan_reaper.run_id(),
         environment=hardware.environment,
         start_timeout_seconds=settings.ollama.start_timeout_seconds,

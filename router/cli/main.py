@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, check-config, simulate, version.
+"""The `llamayard` command line: serve, status, check-config, plan, simulate, version.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.

@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from router.app.model_sources import ModelSourceError, find_source
+from router.app.model_sources import find_source
 from router.app.plan import (
     AUTO_GPUS,
-    PlanGpusError,
     PlannedModel,
     plan_document,
     planned_gpus,
@@ -23,6 +23,9 @@ from router.app.plan import (
     version_text,
     with_times,
 )
+from router.cli.configuration import print_problems
+from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.config.schema import KV_CACHE_TYPES
 from router.config.settings import ConfigError, Settings, find_config, load_settings, process_environment
 from router.domain.footprint import GpuFootprint
 from router.domain.gpu import Gpu
@@ -30,10 +33,7 @@ from router.domain.policy import Policy
 from router.engines.ollama.plan import SLOTS_MAX, GpuPlan, ModelPlan, PlanOptions, largest_context, plan_models
 from router.engines.ollama.server_version import parse_version
 
-EXIT_FITS, EXIT_DOES_NOT_FIT, EXIT_MISUSED = 0, 1, 2
-
 _MAX = "max"
-_CACHE_TYPES = ("f16", "q8_0", "q4_0")
 _GIB = 1024**3
 _GPU_WIDTH = 23
 _COLUMNS = (("WEIGHTS", 8), ("KV", 7), ("BUFFER", 7), ("STATE", 6), ("PROJ", 5), ("CUDA", 5), ("TOTAL", 7),
@@ -48,10 +48,9 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         return _run(given, process_environment() if environment is None else environment)
     except ConfigError as error:
         problems = error.problems
-    except (ModelSourceError, PlanGpusError, ValueError) as error:
+    except ValueError as error:
         problems = [str(error)]
-    for problem in problems:
-        sys.stderr.write(f"llamayard: {problem}\n")
+    print_problems(problems)
     return EXIT_MISUSED
 
 
@@ -66,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a name in Ollama's store, a GGUF file, a saved reply of /api/show, a name of the emulator")  # fmt: skip
     add("--context", metavar="N|max", help="tokens of one slot (8192, 32k); max: the most with which all models fit")
     add("--parallel", type=int, metavar="N", help="slots of each model")
-    add("--kv-cache-type", choices=_CACHE_TYPES, help="q8_0 and q4_0 need --flash-attention on")
+    add("--kv-cache-type", choices=KV_CACHE_TYPES, help="q8_0 and q4_0 need --flash-attention on")
     add("--flash-attention", choices=("on", "off"), help="left out: the server's choice")
     add("--ollama-version", metavar="V", help="of the server, e.g. 0.33.0; left out, 0.24")
     add(
@@ -96,7 +95,7 @@ def _run(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
         sys.stdout.write(json.dumps(plan_document(models), indent=2, ensure_ascii=False) + "\n")
     else:
         sys.stdout.write(render(models, gpus, options))
-    return EXIT_FITS if all(plan.fits for plan in plans) else EXIT_DOES_NOT_FIT
+    return EXIT_OK if all(plan.fits for plan in plans) else EXIT_FAILED
 
 
 def _options(given: argparse.Namespace, settings: Settings) -> PlanOptions:
@@ -244,11 +243,6 @@ def _tokens(count: int) -> str:
 
 def _wrapped(text: str) -> list[str]:
     """Lines with an indent that fit the width, cut between words."""
-    lines: list[str] = []
-    current = " "
-    for word in text.split():
-        if len(current) + 1 + len(word) > _TEXT_WIDTH and current.strip():
-            lines.append(current)
-            current = "   "
-        current = f"{current} {word}"
-    return [*lines, current]
+    return textwrap.wrap(
+        text, _TEXT_WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )

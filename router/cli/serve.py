@@ -41,9 +41,8 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None, au
 
 def lacks_ollama(settings: Settings, environment: Mapping[str, str]) -> bool:
     """Whether the router would have to start real servers but there is no ollama executable."""
-    starts_servers = settings.discovers or any(instance.url is None for instance in settings.instances)
     executable = shutil.which(settings.ollama.binary, path=environment.get("PATH"))
-    return settings.rig is None and starts_servers and executable is None
+    return settings.rig is None and settings.starts_servers and executable is None
 
 
 def with_rig_if_needed(settings: Settings, environment: Mapping[str, str], auto_rig: str) -> Settings:

@@ -50,9 +50,9 @@ def render_status(status: Mapping[str, Any]) -> str:
 
 
 def short_reason(reason: str) -> str:
-    """A failure and the end of the server's output, without what each log line and the first of them repeat.
+    """A failure and the server's last lines, without log prefixes and the line that lists its environment.
 
-    The first line of an Ollama server is its whole environment, 1.4 kB.
+    An Ollama server's first line is its whole environment, 1.4 kB.
     """
     failure, separator, output = reason.partition("; last lines: ")
     lines = [line for line in output.split(" | ") if "env=map[" not in line and 'env="map[' not in line]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from router.config.schema import KV_CACHE_TYPES
 from router.config.settings import ConfigError, InstanceSettings, Settings
 
-_KV_CACHE_TYPES = ("f16", "q8_0", "q4_0")
 _NOT_DECLARED = InstanceSettings(name="discovered")
 _FALSE_TEXTS = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 """What Go's `strconv.ParseBool` reads as false; Ollama takes any other text as true."""
@@ -74,8 +74,8 @@ class _Variables:
 
     def kv_cache_type(self) -> str | None:
         text = self._text("OLLAMA_KV_CACHE_TYPE")
-        if text is not None and text not in _KV_CACHE_TYPES:
-            raise self._error("OLLAMA_KV_CACHE_TYPE", text, f"must be one of {', '.join(_KV_CACHE_TYPES)}")
+        if text is not None and text not in KV_CACHE_TYPES:
+            raise self._error("OLLAMA_KV_CACHE_TYPE", text, f"must be one of {', '.join(KV_CACHE_TYPES)}")
         return text
 
     def flash_attention(self) -> bool | None:

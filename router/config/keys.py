@@ -86,7 +86,7 @@ def bounds_at(location: Sequence[int | str], settings: type[BaseModel]) -> Bound
     info = _section_at(location[:-1], settings).model_fields.get(names[-1]) if names else None
     if info is None:
         return Bounds()
-    metadata = list(_metadata(info))
+    metadata = list(metadata_of(info))
     return Bounds(
         is_whole=holds_int(info.annotation),
         unit=next((unit for unit in ("seconds", "bytes") if names[-1].endswith(f"_{unit}")), ""),
@@ -96,7 +96,7 @@ def bounds_at(location: Sequence[int | str], settings: type[BaseModel]) -> Bound
     )
 
 
-def _metadata(info: FieldInfo) -> Iterator[Any]:
+def metadata_of(info: FieldInfo) -> Iterator[Any]:
     """Metadata of a field, also that of `X` in `X | None`."""
     parts = [inner for part in get_args(info.annotation) for inner in getattr(part, "__metadata__", ())]
     for item in (*info.metadata, *parts):

@@ -8,6 +8,9 @@ from typing import cast
 
 from router.domain.keep_alive import parse_go_duration, parse_keep_alive
 
+INSTANCE_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+URL_PATTERN = r"^https?://[^/\s]+$"
+"""Without a path."""
 DURATION_PATTERN = r"^\s*\+?(\d+(\.\d+)?|(\d*\.?\d+(ns|us|µs|μs|ms|s|m|h))+)\s*$"
 """A number of seconds, or a duration as Go writes it, as an ECMAScript regular expression for the JSON Schema."""
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}

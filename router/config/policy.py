@@ -11,10 +11,9 @@ from router.config.schema import ModelSettings
 from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceSpec
-from router.domain.model_names import shortest
+from router.domain.model_names import ANY_MODEL, shortest
 from router.domain.policy import Pin, Policy, SchedulerConstants
 
-ANY_MODEL = "*"
 UNSEEN_MARGIN_RATIO = 0.02
 """Estimates were within 2 % of the measured size of a 70B (tests/engines/ollama/test_memory_estimate.py)."""
 

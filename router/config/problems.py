@@ -9,12 +9,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from router.config.keys import RENAMED_KEYS, Bounds, bounds_at, nearest_key
+from router.config.parsing import INSTANCE_NAME_PATTERN, URL_PATTERN
 
 ENVIRONMENT_PREFIX = "LLAMAYARD_"
 
 _PATTERN_HINTS = {
-    r"^https?://[^/\s]+$": "write it as http://HOST:PORT, without a path",
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$": "use letters, digits, `_`, `.` and `-`, starting with a letter or digit",
+    URL_PATTERN: "write it as http://HOST:PORT, without a path",
+    INSTANCE_NAME_PATTERN: "use letters, digits, `_`, `.` and `-`, starting with a letter or digit",
 }
 """Pattern of a field -> what to write."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,8 @@ from router.config.keys import accepts_null, holds_int
 from router.config.parsing import (
     BYTES_PATTERN,
     DURATION_PATTERN,
+    INSTANCE_NAME_PATTERN,
+    URL_PATTERN,
     duration_seconds,
     keep_alive_seconds,
     keys_as_text,
@@ -88,6 +90,7 @@ Variables = Annotated[
     WithJsonSchema({"type": "object", "additionalProperties": {"type": _SCALAR_TYPES}}),
 ]
 KvCacheType = Literal["f16", "q8_0", "q4_0"]
+KV_CACHE_TYPES: tuple[str, ...] = get_args(KvCacheType)
 FallbackReason = Literal["unknown_model", "too_large", "queue_full"]
 
 
@@ -277,12 +280,12 @@ class InstanceSettings(_Section):
 
     name: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+        pattern=INSTANCE_NAME_PATTERN,
         description="Its name in logs, metrics and instance_env; required unless url is given.",
     )
     url: str | None = Field(
         default=None,
-        pattern=r"^https?://[^/\s]+$",
+        pattern=URL_PATTERN,
         description="URL, without a path, of a server that the router uses but does not start or stop.",
     )
     gpus: TextList = Field(

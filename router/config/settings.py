@@ -30,7 +30,7 @@ from router.config.schema import (
     without_unset,
 )
 from router.config.sources import EnvironmentSource, FileSource, FlagSource
-from router.domain.model_names import canonical
+from router.domain.model_names import ANY_MODEL, canonical, rule_key
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
@@ -113,6 +113,11 @@ class Settings(BaseSettings):
         """Whether instances are created from the GPUs found."""
         return self.discover if self.discover is not None else not self.instances
 
+    @property
+    def starts_servers(self) -> bool:
+        """Whether the router starts servers itself, not only uses running ones."""
+        return self.discovers or any(instance.url is None for instance in self.instances)
+
     @model_validator(mode="after")
     def _has_unique_instances(self) -> Self:
         if not self.discovers and not self.instances:
@@ -133,7 +138,7 @@ class Settings(BaseSettings):
         _check_spellings("models", self.models)
         _check_spellings("fallbacks", self.fallbacks)
         _check_spellings("aliases", self.aliases)
-        aliases = {canonical(name) for name in self.aliases if name != "*"}
+        aliases = {canonical(name) for name in self.aliases if name != ANY_MODEL}
         chained = next((name for name, target in self.aliases.items() if canonical(target) in aliases), None)
         if chained is not None:
             raise ValueError(f"aliases: {chained!r} points to another alias: name the model itself")
@@ -144,8 +149,7 @@ def _check_names(key: str, names: Iterable[str]) -> None:
     """Raises ValueError for the first name that is not a valid model name for Ollama."""
     for name in names:
         try:
-            if name != "*":
-                canonical(name)
+            rule_key(name)
         except ValueError as error:
             raise ValueError(f"{key}: {error}: write the name as `ollama list` shows it") from error
 
@@ -154,7 +158,7 @@ def _check_spellings(key: str, entries: Mapping[str, object]) -> None:
     """Raises ValueError for two entries of one model that differ: only one of them would apply."""
     first: dict[str, str] = {}
     for name, entry in entries.items():
-        earlier = first.setdefault(name if name == "*" else canonical(name), name)
+        earlier = first.setdefault(rule_key(name), name)
         if entries[earlier] != entry:
             raise ValueError(
                 f"{key}: {earlier!r} and {name!r} are two spellings of one model with different values: keep one entry"

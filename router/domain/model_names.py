@@ -16,6 +16,9 @@ DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
 DEFAULT_TAG = "latest"
 
+ANY_MODEL = "*"
+"""In place of a name: the rule for all models without their own."""
+
 _SHORT = 512
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
@@ -86,6 +89,11 @@ def canonical(text: str) -> str:
         ValueError: Ollama would answer `invalid model name`.
     """
     return _canonical_short(text) if len(text) <= _SHORT else _parse(text).full
+
+
+def rule_key(name: str) -> str:
+    """The key of a rule in the configuration: `ANY_MODEL`, or the canonical name. Errors as `canonical`."""
+    return name if name == ANY_MODEL else canonical(name)
 
 
 @lru_cache(maxsize=4096)

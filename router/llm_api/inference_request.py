@@ -35,7 +35,7 @@ from router.domain.actions import Grant
 from router.domain.client_identity import ClientIdentity
 from router.domain.keep_alive import parse_keep_alive
 from router.domain.model import ModelFacts
-from router.domain.model_names import canonical, is_cloud
+from router.domain.model_names import ANY_MODEL, canonical, is_cloud
 from router.domain.request import RunnerOptions, Ticket, TicketId
 from router.engines.ollama.runner_options import (
     PLACEMENT_OPTIONS,
@@ -51,7 +51,7 @@ from router.llm_api.body_reader import ParsedBody, longest_text, parse_body
 from router.llm_api.form_data import find_field, find_fields, is_form, replaced
 from router.llm_api.heartbeat_format import Heartbeat, heartbeat_for
 from router.llm_api.json_edit import remove_nested, set_member, set_nested, set_only
-from router.llm_api.model_aliases import ANY, REASONS, Substitutes
+from router.llm_api.model_aliases import REASONS, Substitutes
 from router.llm_api.prompt_fingerprint import TOKENS_MIN, fingerprints_of
 from router.scheduler.balancing.prefix_affinity import BYTES_PER_TOKEN
 
@@ -88,7 +88,7 @@ class ModelRules:
     default_context_length: int
     substitutes: Substitutes = field(default_factory=Substitutes)
     passes: Mapping[str, bool] = field(default_factory=dict[str, bool])
-    """Canonical name or `ANY` -> whether options are forwarded unchanged (`models.NAME.options: pass`)."""
+    """Canonical name or `ANY_MODEL` -> whether options are forwarded unchanged (`models.NAME.options: pass`)."""
     context_lengths: Mapping[str, int] = field(default_factory=dict[str, int])
     """Canonical name -> the context that the model is pinned to (`models.NAME.context_length`)."""
     context_length_max: int | None = None
@@ -102,7 +102,7 @@ class ModelRules:
         """Whether the model is protected from reloads that only a request's options would cause."""
         if not self.passes:
             return True
-        return not self.passes.get(canonical(facts.name), self.passes.get(ANY, False))
+        return not self.passes.get(canonical(facts.name), self.passes.get(ANY_MODEL, False))
 
 
 class RoutingPlan(msgspec.Struct, frozen=True):

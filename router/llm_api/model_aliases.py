@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from router.domain.model_names import canonical
-
-ANY = "*"
-"""The key of the entry for all models without their own."""
+from router.domain.model_names import ANY_MODEL, canonical, rule_key
 
 REASONS: Mapping[str, str] = {
     "model_not_found": "unknown_model",
@@ -30,7 +27,7 @@ class Fallback:
 
 @dataclass(frozen=True, slots=True)
 class Substitutes:
-    """Built by `substitutes`. Keys are canonical names or `ANY`."""
+    """Built by `substitutes`. Keys are canonical names or `ANY_MODEL`."""
 
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     fallbacks: Mapping[str, Fallback] = field(default_factory=dict[str, Fallback])
@@ -50,7 +47,7 @@ class Substitutes:
             return None
         reason = REASONS.get(code)
         names = [requested, self.target(requested) or requested]
-        keys = [key for key in (*map(_key, names), ANY) if key is not None and key in self.fallbacks]
+        keys = [key for key in (*map(_key, names), ANY_MODEL) if key is not None and key in self.fallbacks]
         if not keys or reason not in self.fallbacks[keys[0]].reasons:
             return None
         tried_keys = {_key(name) for name in tried}
@@ -64,8 +61,7 @@ def substitutes(
     return Substitutes(
         aliases={canonical(name): target for name, target in aliases.items()},
         fallbacks={
-            name if name == ANY else canonical(name): Fallback(tuple(to), frozenset(reasons))
-            for name, (to, reasons) in fallbacks.items()
+            rule_key(name): Fallback(tuple(to), frozenset(reasons)) for name, (to, reasons) in fallbacks.items()
         },
         listed=tuple(aliases) if listed else (),
     )

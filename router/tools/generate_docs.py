@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Literal, Union, cast, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from router.config.keys import named_section_of, section_of
+from router.config.keys import metadata_of, named_section_of, section_of
 from router.config.parsing import bytes_text
+from router.config.problems import environment_variable
 from router.config.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, InstanceSettings, Settings
 from router.domain.instance_lifecycle import state_diagram
 from router.llm_api.routes import KIND_WORDS, ROUTES, Kind
@@ -202,7 +204,7 @@ def _rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
         section, in_list = section_of(info.annotation)
         if section is not None and not in_list:
             continue
-        key, variable = f"`{prefix}{name}`", f"{ENVIRONMENT_PREFIX}{prefix}{name}".upper().replace(".", "__")
+        key, variable = f"`{prefix}{name}`", environment_variable(f"{prefix}{name}")
         cell = key if "[]" in prefix or ".NAME." in prefix else f"{key}<br>`{variable}`"
         kind = "list, see below" if in_list else kind_of(name, info)
         kind = "mapping, see below" if named_section_of(info.annotation) is not None else kind
@@ -214,7 +216,7 @@ def kind_of(name: str, info: FieldInfo) -> str:
     kind = "bytes" if name.endswith("_bytes") else _type_text(info.annotation)
     kind = "seconds" if name.endswith("_seconds") and kind == "number" else kind
     kind = "duration" if name == "keep_alive" else kind
-    bounds = _bounds([*info.metadata, *_nested_metadata(info.annotation)])
+    bounds = _bounds(metadata_of(info))
     return f"{kind}, {bounds}" if bounds else kind
 
 
@@ -240,15 +242,9 @@ def _plural(kind: str) -> str:
     return {"mapping of text": "mappings", "list of text": "lists"}.get(kind, kind)
 
 
-def _nested_metadata(annotation: object) -> list[Any]:
-    """Metadata of `X` in `X | None`."""
-    return [item for part in get_args(annotation) for item in getattr(part, "metadata", ())]
-
-
-def _bounds(metadata: list[Any]) -> str:
-    nested = [inner for item in metadata for inner in cast("list[object]", getattr(item, "metadata", [item]))]
+def _bounds(metadata: Iterable[object]) -> str:
     bounds: list[str] = []
-    for item in nested:
+    for item in metadata:
         match item:
             case Ge(ge=value):
                 bounds.append(f"≥ {value}")
@@ -312,15 +308,11 @@ def _example_lines(dotted: str, key: str, info: FieldInfo, indent: str) -> list[
 
 
 def _comment(text: str, indent: str) -> list[str]:
-    lines: list[str] = []
-    current = ""
-    for word in text.replace("`", "").split():
-        if current and len(indent) + len(current) + len(word) + 3 > _WIDTH:
-            lines.append(f"{indent}# {current}")
-            current = word
-        else:
-            current = f"{current} {word}".strip()
-    return [*lines, f"{indent}# {current}"]
+    start = f"{indent}# "
+    return textwrap.wrap(
+        text.replace("`", ""), _WIDTH, initial_indent=start, subsequent_indent=start,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
