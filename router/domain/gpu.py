@@ -9,6 +9,11 @@ GpuUuid = NewType("GpuUuid", str)
 """A GPU's NVML UUID, e.g. `GPU-8a0c…`; stable over reboots and re-cabling, unlike its index."""
 
 
+def memory_bandwidth(clock_hertz: int, bus_width_bits: int) -> float:
+    """Bytes per second in theory: two transfers per clock (DDR) over the full bus width."""
+    return 2.0 * clock_hertz * bus_width_bits / 8
+
+
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
     """One process that holds memory on a GPU, as reported by NVML."""
@@ -45,10 +50,10 @@ class Gpu:
 
     @property
     def bandwidth_bytes_per_second(self) -> float | None:
-        """Theoretical memory bandwidth: two transfers per clock (DDR) over the full bus width."""
+        """Theoretical memory bandwidth."""
         if self.memory_bus_width_bits is None or self.memory_clock_hertz is None:
             return None
-        return 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
+        return memory_bandwidth(self.memory_clock_hertz, self.memory_bus_width_bits)
 
     @property
     def link_bytes_per_second(self) -> float | None:

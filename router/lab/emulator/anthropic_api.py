@@ -11,7 +11,7 @@ from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import BodyError, dump, read_struct
 from router.lab.emulator.http_server import Request, Response
 from router.lab.emulator.openai_api import run_native_handler
-from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink
+from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink, send_error_body
 
 _FIELDS = {"model": "string", "max_tokens": "number", "messages": "slice", "system": "any", "stream": "bool",
            "temperature": "number", "top_p": "number", "top_k": "number", "stop_sequences": "slice", "tools": "slice",
@@ -51,11 +51,7 @@ class _MessagesSink(Sink):
         """After the first event, the stream just stops."""
         if self.response.started:
             return
-        data = _error(self._service, status, message) + b"\n"
-        if streams:
-            await self.response.chunk(data, PLAIN_JSON, status)
-        else:
-            self.response.send_whole(status, data, PLAIN_JSON)
+        await send_error_body(self.response, status, _error(self._service, status, message) + b"\n", streams)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type

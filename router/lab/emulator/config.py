@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from router.domain.gpu import memory_bandwidth
 from router.domain.keep_alive import parse_keep_alive
 from router.engines.ollama.tensor_split import TENSOR_SPLIT, parsed_split
 from router.lab.emulator import vram
@@ -175,19 +177,19 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _visible_gpus(
-    rig_data: Mapping[str, object], visible_devices: str | None, emulator_dir: Path | None
+    rig_data: Mapping[str, Any], visible_devices: str | None, emulator_dir: Path | None
 ) -> tuple[VisibleGpu, ...]:
     """The GPUs that CUDA would expose: all, or those listed; none if any listed name is unknown."""
     if emulator_dir is None or not rig_data:
         return ()
     lost_gpus = vram.read_json(emulator_dir / "lost.json")
-    present = [gpu for gpu in vram.read_json(emulator_dir / "rig.json")["gpus"] if gpu["uuid"] not in lost_gpus]
+    present = [gpu for gpu in rig_data["gpus"] if gpu["uuid"] not in lost_gpus]
     gpus = [
         VisibleGpu(
             gpu["uuid"],
             gpu["name"],
             gpu["memory_total_bytes"] - gpu["memory_reserved_bytes"],
-            2.0 * gpu["memory_clock_hertz"] * gpu["memory_bus_width_bits"] / 8,
+            memory_bandwidth(gpu["memory_clock_hertz"], gpu["memory_bus_width_bits"]),
             gpu["fp32_teraflops"],
             (gpu["compute_capability"][0], gpu["compute_capability"][1]),
         )
@@ -227,8 +229,9 @@ def _quoted(value: object, always: bool = False) -> str:
 
 def log_devices(config: Config, host_free_bytes: int, host_total_bytes: int) -> None:
     """Logs the discovered devices as a real server does."""
+    free_bytes = vram.free_bytes(config.emulator_dir) if config.emulator_dir else {}
     for index, gpu in enumerate(config.gpus):
-        free = vram.free_bytes(config.emulator_dir).get(gpu.uuid, 0) if config.emulator_dir else 0
+        free = free_bytes.get(gpu.uuid, 0)
         log(
             "INFO",
             "inference compute",

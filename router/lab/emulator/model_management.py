@@ -18,7 +18,7 @@ from router.lab.emulator.config import now_text
 from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import dump
 from router.lab.emulator.http_server import Request, Response
-from router.lab.emulator.response_writer import JSON, NDJSON, PLAIN_JSON, ApiError
+from router.lab.emulator.response_writer import JSON, NDJSON, PLAIN_JSON, ApiError, send_error_body
 from router.lab.emulator.store import config_for
 
 _NAME = {"model": "string", "name": "string"}
@@ -43,10 +43,8 @@ class Progress:
     async def fail(self, status: int, message: str) -> None:
         if self._response.started or (self._streams and self._is_old):
             await self.send(error=message)
-        elif self._streams:
-            await self._response.chunk(dump({"error": message}), PLAIN_JSON, status)
-        else:
-            self._response.send_whole(status, dump({"error": message}), PLAIN_JSON)
+            return
+        await send_error_body(self._response, status, dump({"error": message}), self._streams)
 
     async def succeed(self) -> None:
         if self._streams:
@@ -146,7 +144,7 @@ async def show(service: Service, request: Request, response: Response) -> None:
         "messages": json.loads(stored.texts.get(MESSAGES) or "null"),
         "model_info": {key: _value(value, body.get("verbose", False)) for key, value in sorted(header.metadata.items())
                        if key not in ("general.name", "tokenizer.chat_template")},
-        "tensors": [{"name": n, "type": media_type, "shape": list(shape)} for n, media_type, shape in header.tensors],
+        "tensors": [{"name": n, "type": kind, "shape": list(shape)} for n, kind, shape in header.tensors],
         "capabilities": service.capabilities(stored),
         "modified_at": now_text(stored.modified),
     }  # fmt: skip
@@ -312,11 +310,11 @@ async def _write(
 ) -> None:
     weights = next(layer for layer in layers if layer.media_type == MODEL)
     header = service.store.header(weights.digest)
-    existing_layer = {key: value for key, value in config.items() if not key.startswith("_")}
-    existing_layer = existing_layer or config_for(header, [layer.digest for layer in layers])
-    existing_layer["model_family"] = existing_layer.get("model_family") or architecture(header)
+    model_config = {key: value for key, value in config.items() if not key.startswith("_")}
+    model_config = model_config or config_for(header, [layer.digest for layer in layers])
+    model_config["model_family"] = model_config.get("model_family") or architecture(header)
     await progress.send(status="writing manifest")
-    service.store.put(name, existing_layer, layers)
+    service.store.put(name, model_config, layers)
     await progress.succeed()
 
 

@@ -17,7 +17,7 @@ from router.lab.emulator import ollama_api
 from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import BodyError, Fields, dump, read_struct
 from router.lab.emulator.http_server import Request, Response
-from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, ApiError, Sink
+from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, ApiError, Sink, send_error_body
 
 _CHAT = {"model": "string", "messages": "slice", "stream": "bool", "stream_options": "map", "max_tokens": "number",
          "seed": "number", "stop": "any", "temperature": "number", "frequency_penalty": "number",
@@ -62,13 +62,10 @@ class _OpenAiSink(Sink):
         self._has_started = False
 
     async def fail(self, status: int, message: str, streams: bool = False) -> None:
-        data = dump(error_body(status, message, self._is_old)) + b"\n"
         if self.response.started or (streams and self._is_old):
             await self.line({"error": message})
-        elif streams:
-            await self.response.chunk(data, PLAIN_JSON, status)
-        else:
-            self.response.send_whole(status, data, PLAIN_JSON)
+            return
+        await send_error_body(self.response, status, dump(error_body(status, message, self._is_old)) + b"\n", streams)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type

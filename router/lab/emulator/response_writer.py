@@ -56,6 +56,14 @@ class Sink:
             await self.single(status, {"error": message})
 
 
+async def send_error_body(response: Response, status: int, data: bytes, streams: bool) -> None:
+    """Sends an error as the whole response; `streams` (requested): as a chunk, as a real server does."""
+    if streams:
+        await response.chunk(data, PLAIN_JSON, status)
+    else:
+        response.send_whole(status, data, PLAIN_JSON)
+
+
 async def write_error(response: Response, status: int, message: str) -> None:
     """Writes an error in the native format."""
     await Sink(response).single(status, {"error": message})

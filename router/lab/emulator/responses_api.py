@@ -15,7 +15,7 @@ from router.lab.emulator.context import Service
 from router.lab.emulator.go_json import BodyError, EmptyBodyError, dump, read_struct
 from router.lab.emulator.http_server import Request, Response
 from router.lab.emulator.openai_api import error_body, read_body, run_native_handler, sampling
-from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink
+from router.lab.emulator.response_writer import EVENTS, JSON, PLAIN_JSON, Sink, send_error_body
 
 _FIELDS = {"model": "string", "input": "any", "instructions": "string", "max_output_tokens": "number",
            "stream": "bool", "temperature": "number", "top_p": "number", "tools": "slice", "text": "map",
@@ -38,11 +38,7 @@ class _ResponsesSink(Sink):
         """After the first event, the stream just stops."""
         if self.response.started:
             return
-        data = dump(error_body(status, message)) + b"\n"
-        if streams:
-            await self.response.chunk(data, PLAIN_JSON, status)
-        else:
-            self.response.send_whole(status, data, PLAIN_JSON)
+        await send_error_body(self.response, status, dump(error_body(status, message)) + b"\n", streams)
 
     async def single(self, status: int, value: Any, content_type: str = JSON) -> None:
         del content_type

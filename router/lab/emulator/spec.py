@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import yaml
 
-from router.domain.gpu import GpuUuid
+from router.domain.gpu import GpuUuid, memory_bandwidth
 from router.lab.simulator.true_footprint import DEVIATION_SHARE
 from router.lab.simulator.world import WORLD
 
@@ -52,8 +52,7 @@ class GpuSpec:
 
     @property
     def bandwidth_bytes_per_second(self) -> float:
-        """Double data rate: two transfers per clock over the full bus width."""
-        return 2.0 * self.memory_clock_hertz * self.memory_bus_width_bits / 8
+        return memory_bandwidth(self.memory_clock_hertz, self.memory_bus_width_bits)
 
 
 def _gpu_spec(
