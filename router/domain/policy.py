@@ -126,6 +126,11 @@ class Policy:
     """GPUs that only these models may use."""
     constants: SchedulerConstants = SchedulerConstants()
 
+    def keeps_warm(self, name: str) -> bool:
+        """Returns True if the model has `keep_warm`: it is never evicted."""
+        pin = self.pins.get(name)
+        return pin is not None and pin.keep_warm
+
     @property
     def has_warm_pins(self) -> bool:
         return any(pin.keep_warm for pin in self.pins.values())

@@ -123,8 +123,7 @@ def _totals_by_gpu(snapshot: Snapshot) -> dict[GpuUuid, GpuTotals]:
                 totals.loading += size
     promised_keys = promised(snapshot)
     for key, residency in snapshot.residencies.items():
-        pin = snapshot.policy.pins.get(residency.name)
-        is_kept = pin is not None and pin.keep_warm
+        is_kept = snapshot.policy.keeps_warm(residency.name)
         for gpu, size in bytes_by_gpu(snapshot, residency):
             _add(by_gpu.setdefault(gpu, GpuTotals()), residency.state, size, key in promised_keys, is_kept)
     return by_gpu

@@ -242,6 +242,10 @@ class FleetState:
         self._cached = None
         self.reservations[reservation.load_id] = reservation
 
+    def plans(self) -> list[Reservation]:
+        """Reservations of loads that were not sent yet, oldest first."""
+        return [reservation for reservation in self.reservations.values() if reservation.sent_at is None]
+
     def drop_reservation(self, load_id: LoadId) -> None:
         self._cached = None
         self.reservations.pop(load_id, None)
@@ -469,8 +473,7 @@ class FleetState:
             use.keep_alive_seconds = merged_keep_alive(
                 use.keep_alive_seconds, ticket.keep_alive_seconds, others_hold=use.in_flight > 0
             )
-        pin = self.policy.pins.get(replica.name) if self.policy.pins else None
-        if pin is not None and pin.keep_warm:
+        if self.policy.pins and self.policy.keeps_warm(replica.name):
             use.keep_alive_seconds = FOR_EVER
         use.in_flight, use.used_at, use.expires_at = use.in_flight + 1, now, None
         return use

@@ -23,6 +23,8 @@ _SPARE_REPLICA = 0.1
 """Factor on the price of a replica when another one is loaded."""
 _DEFAULT_SERVICE_SECONDS = 5.0
 """Used until the first request of a model has ended."""
+_WORTH_A_LOAD_PER_SECOND = 1 / 240
+"""Requests per second from which on a model is loaded into free room without a waiting ticket."""
 
 
 def reload_seconds(snapshot: Snapshot, model: ModelFacts) -> float:
@@ -37,6 +39,11 @@ def rate_of(snapshot: Snapshot, model: ModelFacts) -> float:
     return rate_per_second(
         snapshot.demand.get(model.blob), snapshot.now, snapshot.policy.constants.demand_half_life_seconds
     )
+
+
+def is_warm_wanted(snapshot: Snapshot, model: ModelFacts) -> bool:
+    """Returns True for a model that is pinned warm, or requested often enough to be worth a load into free room."""
+    return snapshot.policy.keeps_warm(model.name) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
 
 
 def eviction_price(snapshot: Snapshot, residency: Residency) -> float:

@@ -9,21 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from router.domain.gpu import GpuUuid
-from router.domain.policy import Pin
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import bytes_by_gpu, memoise, promised, residencies_on
 from router.scheduler.placement.cost import eviction_price
-
-
-def pin_of(snapshot: Snapshot, name: str) -> Pin | None:
-    return snapshot.policy.pins.get(name)
-
-
-def is_pinned(snapshot: Snapshot, residency: Residency) -> bool:
-    """Returns True if the model has `keep_warm` and is therefore never evicted."""
-    pin = pin_of(snapshot, residency.name)
-    return pin is not None and pin.keep_warm
 
 
 def evictable(
@@ -46,7 +35,7 @@ def _evictable(snapshot: Snapshot, gpus: frozenset[GpuUuid], busy: bool, young: 
         and (busy or residency.in_flight == 0)
         and (young or _is_settled(snapshot, residency))
         and (residency.instance, residency.blob) not in promised(snapshot)
-        and not is_pinned(snapshot, residency)
+        and not snapshot.policy.keeps_warm(residency.name)
         and any(uuid in gpus for uuid, _ in bytes_by_gpu(snapshot, residency))
     ]
     prices = {(r.instance, r.blob): eviction_price(snapshot, r) for r in found}

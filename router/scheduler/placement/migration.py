@@ -15,10 +15,9 @@ from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import bytes_by_gpu, replicas_of
 from router.domain.vram_ledger import available_bytes, external_bytes
 from router.scheduler.placement.candidates import widened_context
-from router.scheduler.placement.cost import other_replicas
-from router.scheduler.placement.eviction import evictable, is_pinned
+from router.scheduler.placement.cost import is_warm_wanted, other_replicas
+from router.scheduler.placement.eviction import evictable
 from router.scheduler.placement.placement import Placed, PlacementRequest, place
-from router.scheduler.reconcile.housekeeping import is_warm_wanted
 
 _EXTERNAL_MIN_MARGINS = 2
 """External VRAM below this number of margins is what drivers and desktops always use."""
@@ -79,7 +78,7 @@ def short_gpus(snapshot: Snapshot) -> list[GpuUuid]:
 
 
 def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) -> Placed | None:
-    if len(replicas_of(snapshot, residency.blob)) > 1 or is_pinned(snapshot, residency):
+    if len(replicas_of(snapshot, residency.blob)) > 1 or snapshot.policy.keeps_warm(residency.name):
         return None
     request = PlacementRequest(
         residency.model,

@@ -32,7 +32,7 @@ from router.scheduler.placement.candidates import (
     sizes,
 )
 from router.scheduler.placement.cost import fewer_slots_price, service_seconds, swap_price
-from router.scheduler.placement.eviction import choose_evictions, evictable, is_pinned, pin_of, price_of
+from router.scheduler.placement.eviction import choose_evictions, evictable, price_of
 from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
 from router.scheduler.placement.unavailable import explain_unavailable
 
@@ -131,7 +131,7 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
     model = request.model
     bounds = Bounds(
         model.name,
-        pin_of(snapshot, model.name),
+        snapshot.policy.pins.get(model.name),
         request.layout,
         engine=model.engine,
         default_context=request.default_context,
@@ -205,7 +205,7 @@ def _tunings(
     A new instance over several GPUs may get more slots than the tuning says: what a large model leaves free on its GPUs
     is of little use to others. With `fewer_slots` the number goes down to one, which is better than a refusal.
     """
-    pin = pin_of(snapshot, request.model.name)
+    pin = snapshot.policy.pins.get(request.model.name)
     chosen = pin is not None and pin.num_parallel is not None
     bonus = (
         snapshot.policy.constants.slots_bonus_max if candidate.is_new and len(candidate.gpus) > 1 and not chosen else 0
@@ -249,12 +249,14 @@ def would_swap(snapshot: Snapshot, decision: Placed | MustWait, instead: Placed)
 
 def _leaving(snapshot: Snapshot, decision: Placed | MustWait) -> list[Residency]:
     keys = decision.evict if isinstance(decision, Placed) else (*decision.drain, *decision.too_dear)
-    return [r for key in keys if (r := snapshot.residencies.get(key)) is not None and not is_pinned(snapshot, r)]
+    keeps_warm = snapshot.policy.keeps_warm
+    return [r for key in keys if (r := snapshot.residencies.get(key)) is not None and not keeps_warm(r.name)]
 
 
 def _has_place_outside(snapshot: Snapshot, residency: Residency, gpus: frozenset[GpuUuid]) -> bool:
     """Returns True where other GPUs could hold the model, so that it need not come back to these."""
-    bounds, size = Bounds(residency.name, pin_of(snapshot, residency.name)), max(residency.per_gpu_bytes, default=0)
+    bounds = Bounds(residency.name, snapshot.policy.pins.get(residency.name))
+    size = max(residency.per_gpu_bytes, default=0)
     others = [g for g in snapshot.gpus if g not in gpus and capacity_bytes(snapshot, g) >= size]
     width = len(residency.per_gpu_bytes)
     return any(bounds.allows(snapshot, chosen) for chosen in combinations(others, width))

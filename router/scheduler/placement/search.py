@@ -18,7 +18,6 @@ from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import replicas_of
 from router.scheduler.placement.candidates import widened_context
 from router.scheduler.placement.cost import reload_seconds, service_seconds, swap_price, wait_bounds, worth_of_load
-from router.scheduler.placement.eviction import pin_of
 from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place, would_swap
 
 _REPLICA_PRICE_SHARE = 0.25
@@ -97,7 +96,7 @@ def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket
     """
     head, default = tickets[0], policy.context_length
     engine = snapshot.engines[head.model.engine]
-    pin = pin_of(snapshot, head.model.name)
+    pin = snapshot.policy.pins.get(head.model.name)
     if pin is not None and pin.context_length is not None:
         options = engine.default_options(head.model, pin, default)
         if _is_served_with(engine, options, default, tickets):
@@ -134,7 +133,7 @@ def _is_widened(ticket: Ticket) -> bool:
 
 def _default_context_needed(snapshot: Snapshot, ticket: Ticket, options: RunnerOptions) -> int | None:
     """The context that the instance itself must give for a request that cannot name one; None: the usual one."""
-    pin = pin_of(snapshot, ticket.model.name)
+    pin = snapshot.policy.pins.get(ticket.model.name)
     if ticket.takes_default_context or (pin is not None and pin.context_length is not None):
         return snapshot.engines[ticket.model.engine].requested_context(options)
     return None
@@ -159,7 +158,7 @@ def seek_replica(
 ) -> Placed | None:
     """One more copy for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
     policy, head = snapshot.policy, tickets[0]
-    pin = pin_of(snapshot, head.model.name)
+    pin = snapshot.policy.pins.get(head.model.name)
     most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.constants.replicas_max
     if len(replicas) >= most or any(r.state is not ResidencyState.READY for r in replicas):
         return None

@@ -15,10 +15,9 @@ from router.domain.model import BlobDigest
 from router.domain.request import Ticket
 from router.domain.reservation import Reservation
 from router.domain.snapshot import Snapshot
-from router.scheduler.placement.cost import wait_bounds
+from router.scheduler.placement.cost import is_warm_wanted, wait_bounds
 from router.scheduler.placement.placement import MustWait
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue
-from router.scheduler.reconcile.housekeeping import is_warm_wanted
 from router.scheduler.state import FleetState
 
 RETRY_SECONDS = 1.0
@@ -85,7 +84,7 @@ class RetryGate:
             return False
         if fleet.wake is None or (fleet.wake[0] is not None and fleet.wake[0] <= now):
             return False
-        unwanted = [p for p in fleet.reservations.values() if p.sent_at is None and not queue.waits_for(p.blob)]
+        unwanted = [plan for plan in fleet.plans() if not queue.waits_for(plan.blob)]
         return not unwanted or _are_kept(fleet, unwanted, now)
 
 

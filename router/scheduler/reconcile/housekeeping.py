@@ -11,12 +11,9 @@ from router.domain.model import BlobDigest, ModelFacts
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Estimate, Snapshot
 from router.scheduler.placement.candidates import is_empty
-from router.scheduler.placement.cost import rate_of
+from router.scheduler.placement.cost import is_warm_wanted
 from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place
 from router.scheduler.state import FleetState
-
-_WORTH_A_LOAD_PER_SECOND = 1 / 240
-"""Requests a second from which on a model is loaded where room is free."""
 
 
 def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
@@ -56,20 +53,10 @@ def abandoned(snapshot: Snapshot) -> list[Residency]:
     ]
 
 
-def is_warm_wanted(snapshot: Snapshot, model: ModelFacts) -> bool:
-    """Returns True for a model that is pinned warm, or requested often enough to be worth a load into free room."""
-    return _is_pinned_warm(snapshot, model) or rate_of(snapshot, model) >= _WORTH_A_LOAD_PER_SECOND
-
-
-def _is_pinned_warm(snapshot: Snapshot, model: ModelFacts) -> bool:
-    pin = snapshot.policy.pins.get(model.name)
-    return pin is not None and pin.keep_warm
-
-
 def _want(snapshot: Snapshot, model: ModelFacts) -> PlacementRequest:
     """In the context it is pinned to; others leave for it only where it is pinned."""
     pin = snapshot.policy.pins.get(model.name)
-    price = float("inf") if _is_pinned_warm(snapshot, model) else 0.0
+    price = float("inf") if snapshot.policy.keeps_warm(model.name) else 0.0
     options = snapshot.engines[model.engine].default_options(model, pin, snapshot.policy.context_length)
     return PlacementRequest(model, options, price_max=price)
 
@@ -78,7 +65,7 @@ def missing_warm(snapshot: Snapshot, models: Mapping[str, ModelFacts]) -> Iterat
     """Yields the models that are pinned warm and neither loaded nor on their way, each of the same weights once."""
     coming = {r.blob for r in snapshot.residencies.values() if r.state is not ResidencyState.UNLOADING}
     for model in {model.blob: model for model in models.values()}.values():
-        if model.blob not in coming and _is_pinned_warm(snapshot, model):
+        if model.blob not in coming and snapshot.policy.keeps_warm(model.name):
             yield model
 
 
@@ -114,9 +101,9 @@ def anticipate(
     for blob, model in models.items():
         if blob in loaded or not is_warm_wanted(snapshot, model):
             continue
-        if blob in dismissed and not _is_pinned_warm(snapshot, model):
+        if blob in dismissed and not snapshot.policy.keeps_warm(model.name):
             continue
         found = place_warm(snapshot, estimate, model)
-        if isinstance(found, Placed) and (not found.evict or _is_pinned_warm(snapshot, model)):
+        if isinstance(found, Placed) and (not found.evict or snapshot.policy.keeps_warm(model.name)):
             yield model, found
             return

@@ -12,7 +12,6 @@ from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest
 from router.domain.residency import ResidencyKey, ResidencyState, is_spill
 from router.domain.snapshot import Failure
-from router.scheduler.placement.eviction import is_pinned
 from router.scheduler.reconcile import reservations, stuck_unloads
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState, expiry
@@ -45,7 +44,8 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         return
     siblings = [view for view in fleet.instances.values() if view.spec.engine == event.spec.engine]
     if version is not None and not any(view.version for view in siblings):
-        reservations.drop_all(fleet)  # sizes and splits were guessed without the server's version
+        for plan in fleet.plans():
+            reservations.drop(fleet, plan)  # its size and split were estimated without the server's version
     if event.state is InstanceState.READY and fleet.first_ready_at is None:
         fleet.first_ready_at = now
     down_since = _down_since(before, event.state, now)
@@ -147,7 +147,7 @@ def _unload_asked(fleet: FleetState, event: UnloadRequested, now: float) -> list
     actions: list[Action] = []
     fleet.dismissed.add(event.blob)
     for key, residency in list(fleet.residencies.items()):
-        if is_pinned(fleet.snapshot(now), residency) and not event.even_pinned:
+        if fleet.policy.keeps_warm(residency.name) and not event.even_pinned:
             continue
         if residency.blob != event.blob or residency.state is ResidencyState.UNLOADING:
             continue

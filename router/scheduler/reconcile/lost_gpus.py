@@ -11,6 +11,7 @@ from dataclasses import replace
 from router.domain.actions import Action, RestartInstance
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.snapshot_index import lost_gpus
+from router.scheduler.reconcile import reservations
 from router.scheduler.state import FleetState
 
 _DISTURBANCE_SECONDS = 5.0
@@ -27,20 +28,11 @@ def mark_instances(fleet: FleetState, now: float) -> list[Action]:
         if lost:
             fleet.lost_since.setdefault(name, now)
             if view.state is InstanceState.READY:
-                _take_out(fleet, view, f"GPU {lost[0].index} is lost: {lost[0].error}", now)
+                reservations.drain(fleet, view, f"GPU {lost[0].index} is lost: {lost[0].error}", now)
         elif name in fleet.lost_since:
             actions += _bring_back(fleet, view, now - fleet.lost_since.pop(name))
     fleet.lost_since = {name: at for name, at in fleet.lost_since.items() if name in fleet.instances}
     return actions
-
-
-def _take_out(fleet: FleetState, view: InstanceView, reason: str, now: float) -> None:
-    name = view.spec.name
-    fleet.put_instance(replace(view, state=InstanceState.DRAINING, reason=reason, down_since=now))
-    for reservation in list(fleet.reservations.values()):
-        if reservation.sent_at is None and reservation.instance == name:
-            fleet.forget((name, reservation.blob))
-    fleet.version += 1
 
 
 def _bring_back(fleet: FleetState, view: InstanceView, lost_seconds: float) -> list[Action]:

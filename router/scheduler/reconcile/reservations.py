@@ -43,9 +43,7 @@ def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId,
 def advance(fleet: FleetState, now: float) -> list[Action]:
     """Unloads what became idle for a plan, sends loads whose room is free, and drops plans that cannot succeed."""
     actions: list[Action] = []
-    for reservation in list(fleet.reservations.values()):
-        if reservation.sent_at is not None:
-            continue
+    for reservation in fleet.plans():
         residency = fleet.residencies.get((reservation.instance, reservation.blob))
         if residency is None or residency.load_id != reservation.load_id:
             fleet.drop_reservation(reservation.load_id)
@@ -86,22 +84,21 @@ def _is_coming(fleet: FleetState, reservation: Reservation) -> bool:
     return view is not None and view.state is InstanceState.STARTING
 
 
-def drop(fleet: FleetState, residency: Residency) -> None:
+def drop(fleet: FleetState, plan: Reservation | Residency) -> None:
     """Drops a plan and releases its room."""
-    fleet.forget((residency.instance, residency.blob))
+    fleet.forget((plan.instance, plan.blob))
 
 
-def drop_all(fleet: FleetState) -> None:
-    """Drops every plan that was not sent yet, to be planned anew."""
-    for reservation in list(fleet.reservations.values()):
-        if reservation.sent_at is None:
-            fleet.forget((reservation.instance, reservation.blob))
+def drain(fleet: FleetState, view: InstanceView, reason: str, now: float) -> None:
+    """Takes an instance out of service: it takes no new request, and the loads planned there are dropped."""
+    fleet.put_instance(replace(view, state=InstanceState.DRAINING, reason=reason, down_since=now))
+    for plan in fleet.plans():
+        if plan.instance == view.spec.name:
+            drop(fleet, plan)
+    fleet.version += 1
 
 
 def next_timeout(fleet: FleetState) -> float | None:
     """When the next plan is dropped unless its room has shown by then."""
-    policy = fleet.policy
-    return min(
-        (r.cleared_at + policy.constants.room_timeout_seconds for r in fleet.reservations.values()
-         if r.sent_at is None and r.cleared_at is not None), default=None,
-    )  # fmt: skip
+    timeout = fleet.policy.constants.room_timeout_seconds
+    return min((plan.cleared_at + timeout for plan in fleet.plans() if plan.cleared_at is not None), default=None)

@@ -7,11 +7,10 @@ VRAM, so that loads are planned elsewhere, and the unload is repeated now and th
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from router.domain.actions import Action, Notice, RestartInstance
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.residency import STUCK_AFTER_FAILURES, ResidencyKey, ResidencyState
+from router.scheduler.reconcile import reservations
 from router.scheduler.state import FleetState
 
 
@@ -33,9 +32,9 @@ def unload_failed(fleet: FleetState, key: ResidencyKey, error: str, now: float) 
 def _write_off(fleet: FleetState, key: ResidencyKey, now: float, error: str, *, is_first: bool) -> list[Action]:
     fleet.update(key, per_gpu_bytes=(), expires_at=now + fleet.policy.constants.failure_memory_seconds)
     gpus = set(fleet.instances[key[0]].spec.gpus)
-    for reservation in list(fleet.reservations.values()):
-        if reservation.sent_at is None and any(gpu in gpus for gpu, _ in reservation.per_gpu_bytes):
-            fleet.forget((reservation.instance, reservation.blob))  # it may count on that memory
+    for plan in fleet.plans():
+        if any(gpu in gpus for gpu, _ in plan.per_gpu_bytes):
+            reservations.drop(fleet, plan)  # it may count on that memory
     if not is_first:
         return []
     fields = {"instance": key[0], "model": fleet.residencies[key].name, "error": error}
@@ -47,12 +46,8 @@ def _drain(fleet: FleetState, key: ResidencyKey, view: InstanceView, now: float,
     if view.state is InstanceState.DRAINING:
         return []
     reason = f"is drained and restarted: {fleet.residencies[key].name} cannot be unloaded: {error}"
-    fleet.put_instance(replace(view, state=InstanceState.DRAINING, reason=reason, down_since=now))
+    reservations.drain(fleet, view, reason, now)
     fleet.restarts_due[name] = now + fleet.policy.constants.restart_drain_seconds
-    for reservation in list(fleet.reservations.values()):
-        if reservation.sent_at is None and reservation.instance == name:
-            fleet.forget((name, reservation.blob))
-    fleet.version += 1
     return [Notice("instance_draining", {"instance": name, "reason": reason})]
 
 

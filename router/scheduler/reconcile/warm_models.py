@@ -63,6 +63,6 @@ def awaits_discovery(fleet: FleetState, model: ModelFacts, now: float) -> bool:
         return False
     if now - fleet.first_ready_at >= policy.constants.warm_discovery_seconds:
         return False
-    pins = policy.pins
-    is_warm = model.name in pins and pins[model.name].keep_warm
-    return not is_warm and any(pin.keep_warm and name not in fleet.warm_models for name, pin in pins.items())
+    if policy.keeps_warm(model.name):
+        return False
+    return any(pin.keep_warm and name not in fleet.warm_models for name, pin in policy.pins.items())
