@@ -1,8 +1,8 @@
-"""The single writer: turns what happens into events, asks the core, and carries its actions out.
+"""The single writer: turns what happens into events, asks the dispatcher, and carries out its actions.
 
 Everything that changes routing state passes through `post`, which is synchronous, so that nothing interleaves and no
-lock is needed. Loads and unloads run as tasks that the engine owns, on connections of their own, and end in events
-again: a client that leaves never takes a load with it.
+lock is needed. Loads and unloads run as tasks that the controller owns, on connections of their own, and end in events
+again: a client that disconnects does not cancel a load.
 
 It decides nothing itself, and knows neither HTTP nor processes: an `InstanceDriver` does the loading.
 """
@@ -53,7 +53,7 @@ Decided = Callable[[Grant | Reject], None]
 
 _EARLIEST_WAKE_SECONDS = 0.01
 _WAIT_ESTIMATE_SECONDS = 0.5
-"""So long what was worked out of all waiting tickets is told to whoever asks about one."""
+"""For this long, wait estimates are reused when one ticket is asked about."""
 
 
 class InstanceDriver(Loader, Protocol):
@@ -95,17 +95,17 @@ class Controller:
         self._dispatcher = dispatcher
         self._driver = driver
         self.now = clock
-        """Seconds on the clock that all of its times are of."""
+        """The clock of all times here, in seconds."""
         self._observers = observers
         self._waiters: dict[TicketId, Decided] = {}
         self._next_ticket = 0
         self._until: list[tuple[Callable[[Snapshot], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._due: float | None = None
-        """What the timer is set for."""
+        """When the timer fires; None without one."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._wait_estimates: tuple[float, Mapping[TicketId, WaitEstimate]] = (float("-inf"), {})
-        """When they were last worked out, and what came of it."""
+        """When they were last computed, and the result."""
         self._log = structlog.get_logger("router.control.controller")
 
     async def __aenter__(self) -> Self:
@@ -121,7 +121,7 @@ class Controller:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # --- for the gateway -----------------------------------------------------------------------------------
+    # --- for the proxy and the API -------------------------------------------------------------------------
 
     def new_ticket_id(self) -> TicketId:
         self._next_ticket += 1
@@ -156,13 +156,13 @@ class Controller:
         return self._dispatcher.waiting
 
     def wait_estimates(self) -> Mapping[TicketId, WaitEstimate]:
-        """Where each waiting ticket stands now, in the order in which they are served."""
+        """The estimate of each waiting ticket, in serving order."""
         now = self.now()
         self._wait_estimates = now, self._dispatcher.wait_estimates(now)
         return self._wait_estimates[1]
 
     def wait_estimate(self, ticket_id: TicketId) -> WaitEstimate | None:
-        """Where one ticket stands, or stood half a second ago: many may ask. None for one that waits no more."""
+        """The estimate of one ticket, at most half a second old, since many may ask. None if it does not wait."""
         if ticket_id not in self._waiters:
             return None
         at, known = self._wait_estimates
@@ -183,7 +183,7 @@ class Controller:
         return len(self._until)
 
     async def until(self, is_so: Callable[[Snapshot], bool], deadline_seconds: float) -> bool:
-        """Waits until the state is so, which is looked at after each event; False where it is not by the deadline."""
+        """Waits until `is_so` returns True, which is checked after each event. Returns False after the deadline."""
         if is_so(self.snapshot()):
             return True
         future: asyncio.Future[None] = self._loop.create_future()
@@ -205,7 +205,7 @@ class Controller:
         for action in actions:
             self._carry_out(action)
         for is_so, future in self._until:
-            if not future.done() and is_so(self.snapshot()):
+            if not future.done() and is_so(self._dispatcher.snapshot(now)):
                 future.set_result(None)
         self._set_timer(now)
 
@@ -273,5 +273,5 @@ class Controller:
 
 
 def rejection(reject: Reject) -> RouterError:
-    """The error a client meets for a rejected ticket."""
+    """The error that a client gets for a rejected ticket."""
     return error_for(reject.code, reject.message, reject.status, reject.retry_after_seconds)
