@@ -110,8 +110,14 @@ def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Ca
 
 
 def _candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
+    allowed = _allowed_sets(snapshot, size, bounds)
+    return [candidate for gpus in allowed for candidate in _on(snapshot, gpus, bounds)]
+
+
+def _allowed_sets(snapshot: Snapshot, size: int, bounds: Bounds) -> list[tuple[GpuUuid, ...]]:
+    """The sets of `size` GPUs that the bounds allow."""
     sets = memoise(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
-    return [candidate for gpus in sets if bounds.allows(snapshot, gpus) for candidate in _on(snapshot, gpus, bounds)]
+    return [gpus for gpus in sets if bounds.allows(snapshot, gpus)]
 
 
 def _distinct(sets: Iterator[tuple[GpuUuid, ...]]) -> list[tuple[GpuUuid, ...]]:
@@ -162,13 +168,8 @@ def new_candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candid
     """Instances that could be started over `size` GPUs, whatever runs there already; they can be tuned otherwise."""
     if not (snapshot.policy.instances_on_demand and size):
         return []
-    sets = memoise(snapshot, (_sets, size), lambda: _distinct(_sets(snapshot, size)))
-    return [
-        candidate
-        for gpus in sets
-        if bounds.allows(snapshot, gpus)
-        for candidate in _to_be_started(snapshot, gpus, bounds)
-    ]
+    allowed = _allowed_sets(snapshot, size, bounds)
+    return [candidate for gpus in allowed for candidate in _to_be_started(snapshot, gpus, bounds)]
 
 
 def _to_be_started(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:

@@ -152,7 +152,7 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
             sized_candidates = [
                 _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
             ]
-            group = [c for c in sized_candidates if not c.need or _could_fit(snapshot, c)]
+            group = [c for c in sized_candidates if _could_fit(snapshot, c)]
             if group and _spilled_once(snapshot, group, request):
                 smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request)
                 return _among(snapshot, smaller or group, replace(request, repeats_spill=True))
@@ -185,22 +185,28 @@ def _may_load(snapshot: Snapshot, candidate: Candidate, model: ModelFacts) -> bo
 def _candidate(
     snapshot: Snapshot, estimate: Estimate, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
 ) -> _SizedCandidate:
-    sized = _SizedCandidate(candidate, ())
-    engine = snapshot.engines[candidate.spec.engine]
-    for spec in _tunings(snapshot, candidate, request, fewer_slots):
-        context = engine.context_length(request.options, request.model, spec)
-        needed = estimate(request.model, spec, context, snapshot)
-        tuned = candidate if spec is candidate.spec else replace(candidate, spec=spec)
-        sized = _SizedCandidate(tuned, tuple(zip(candidate.gpus, needed, strict=True)))
+    *larger, smallest = _tunings(snapshot, candidate, request, fewer_slots)
+    for spec in larger:
+        sized = _sized(snapshot, estimate, candidate, spec, request)
         if _could_fit(snapshot, sized):
-            break
-    return sized
+            return sized
+    return _sized(snapshot, estimate, candidate, smallest, request)
+
+
+def _sized(
+    snapshot: Snapshot, estimate: Estimate, candidate: Candidate, spec: InstanceSpec, request: PlacementRequest
+) -> _SizedCandidate:
+    """The candidate with an instance of this spec, and the bytes that the load takes on each of its GPUs."""
+    context = snapshot.engines[spec.engine].context_length(request.options, request.model, spec)
+    needed = estimate(request.model, spec, context, snapshot)
+    tuned = candidate if spec is candidate.spec else replace(candidate, spec=spec)
+    return _SizedCandidate(tuned, tuple(zip(spec.gpus, needed, strict=True)))
 
 
 def _tunings(
     snapshot: Snapshot, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
 ) -> list[InstanceSpec]:
-    """The specs to try for a candidate, the best first.
+    """The specs to try for a candidate, at least one, the best first.
 
     A new instance over several GPUs may get more slots than the tuning says: what a large model leaves free on its GPUs
     is of little use to others. With `fewer_slots` the number goes down to one, which is better than a refusal.
@@ -275,8 +281,7 @@ def _with_fewer_slots(
         spec = replace(candidate.spec, num_parallel=candidate.spec.num_parallel - fewer_by)
         if not model.is_on(spec) or spec.num_parallel < 1 or engine.slots(model, spec) != spec.num_parallel:
             continue
-        needed = estimate(model, spec, engine.context_length(request.options, model, spec), snapshot)
-        sized = _SizedCandidate(replace(candidate, spec=spec), tuple(zip(candidate.gpus, needed, strict=True)))
+        sized = _sized(snapshot, estimate, candidate, spec, request)
         if _could_fit(snapshot, sized):
             found.append(sized)
     return found
