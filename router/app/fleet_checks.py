@@ -22,11 +22,11 @@ from router.engines.ollama.instance_plan import (
     on_demand_like,
     plan_instances,
 )
+from router.scheduler.placement.explain import GIB, bytes_text
 
 _PORTS = 20_000
 """First port of the planned instances; none is opened."""
 _DISCOVERED_NAME = re.compile(rf"gpu\d+|{SPREAD}|{CPU}|{ON_DEMAND}")
-GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ def _margin_problems(settings: Settings, gpus: Sequence[Gpu]) -> Iterator[str]:
     largest = max((gpu.memory_total_bytes for gpu in gpus if gpu.error is None), default=None)
     if largest is not None and margin >= largest:
         yield (
-            f"placement.vram_margin_bytes: {margin} bytes ({margin / GIB:.1f} GiB) leave no memory for models: the "
-            f"largest GPU has {largest} bytes ({largest / GIB:.1f} GiB)"
+            f"placement.vram_margin_bytes: {bytes_text(margin)} leave no memory for models: the "
+            f"largest GPU has {bytes_text(largest)}"
         )
 
 

@@ -16,9 +16,8 @@ from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import capacity_bytes
 from router.engines.base import SchedulingRules
 from router.scheduler.placement.candidates import Bounds, candidates_of_size, sizes
-from router.scheduler.placement.explain import explain_shortfall, gpu_label
+from router.scheduler.placement.explain import bytes_text, explain_shortfall, gpu_label
 
-GIB = 1024**3
 _STEPS_MAX = 50_000
 """Limit on the search, far above what a machine of 8 GPUs with a dozen warm models needs."""
 
@@ -119,16 +118,12 @@ def _overcommitted(snapshot: Snapshot, needs: Mapping[str, Need]) -> Iterator[st
 
 
 def _cannot_all_be_held(snapshot: Snapshot, needs: Mapping[str, Sequence[Need]]) -> str:
-    sizes_text = ", ".join(f"models.{name} {_bytes(sum(each[0].values()))}" for name, each in needs.items() if each)
+    sizes_text = ", ".join(f"models.{name} {bytes_text(sum(each[0].values()))}" for name, each in needs.items() if each)
     gpus = sorted(snapshot.gpus.values(), key=lambda gpu: gpu.index)
     room = ", ".join(
-        f"GPU {gpu_label(snapshot, gpu.uuid)} {_bytes(capacity_bytes(snapshot, gpu.uuid))}" for gpu in gpus
+        f"GPU {gpu_label(snapshot, gpu.uuid)} {bytes_text(capacity_bytes(snapshot, gpu.uuid))}" for gpu in gpus
     )
     return (
         f"the models with keep_warm cannot all be held at the same time: they need {sizes_text}; the GPUs can give: "
         f"{room}"
     )
-
-
-def _bytes(size: int) -> str:
-    return f"{size} bytes ({size / GIB:.1f} GiB)"

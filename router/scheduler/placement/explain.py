@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceView
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import available_bytes, capacity_bytes
 
@@ -25,8 +26,8 @@ def explain_fit(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -> str:
 def explain_shortfall(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -> str:
     """Bytes needed and bytes that the GPU could give at most, for each GPU."""
     return ", ".join(
-        f"GPU {gpu_label(snapshot, uuid)} needs {size} bytes ({size / GIB:.1f} GiB) and can give "
-        f"{capacity_bytes(snapshot, uuid)} bytes ({capacity_bytes(snapshot, uuid) / GIB:.1f} GiB)"
+        f"GPU {gpu_label(snapshot, uuid)} needs {bytes_text(size)} and can give "
+        f"{bytes_text(capacity_bytes(snapshot, uuid))}"
         for uuid, size in need
     )
 
@@ -39,8 +40,14 @@ def gpu_label(snapshot: Snapshot, uuid: GpuUuid) -> str:
 
 def explain_states(snapshot: Snapshot) -> str:
     """`gpu0 is ready; gpu1 is backoff (exited with code 1)`."""
-    states = [
-        f"{v.spec.name} is {v.state.value}" + (f" ({v.reason})" if v.reason else "")
-        for v in snapshot.instances.values()
-    ]
-    return "; ".join(states) or "none is configured"
+    return "; ".join(map(explain_state, snapshot.instances.values())) or "none is configured"
+
+
+def explain_state(view: InstanceView) -> str:
+    """`gpu1 is backoff (exited with code 1)`."""
+    return f"{view.spec.name} is {view.state.value}" + (f" ({view.reason})" if view.reason else "")
+
+
+def bytes_text(size: int) -> str:
+    """`12884901888 bytes (12.0 GiB)`."""
+    return f"{size} bytes ({size / GIB:.1f} GiB)"

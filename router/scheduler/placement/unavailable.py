@@ -17,6 +17,7 @@ from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import lost_gpus
 from router.domain.vram_ledger import capacity_bytes
 from router.scheduler.placement.candidates import Bounds
+from router.scheduler.placement.explain import explain_state
 
 
 def explain_unavailable(
@@ -72,5 +73,4 @@ def _reason(snapshot: Snapshot, spec: InstanceSpec) -> str:
     lost = lost_gpus(snapshot.gpus, spec)
     if lost:
         return ", ".join(f"GPU {gpu.index} is lost ({gpu.error})" for gpu in lost)
-    view = snapshot.instances[spec.name]
-    return f"{spec.name} is {view.state.value}" + (f" ({view.reason})" if view.reason else "")
+    return explain_state(snapshot.instances[spec.name])
