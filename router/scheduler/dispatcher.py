@@ -214,7 +214,7 @@ class Dispatcher:
             if able := fast_path.serving(self._fleet, free, ticket):
                 return [grant(self._fleet, able, replicas, ticket, now)]
         message = f"server busy: the queue is full (queue.limit={self._policy.queue_limit})"
-        return [Reject(ticket.id, "queue_full", message, retry_after_seconds=self._retry_after())]
+        return [self._reject(ticket, "queue_full", message)]
 
     def _retry_after(self) -> int:
         """Seconds: one for each round of the slots there are, within a minute."""
@@ -235,7 +235,7 @@ class Dispatcher:
 
     def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for ticket in self._queue.expired(now) if len(self._queue) else ():
+        for ticket in self._queue.expired(now):
             waited, why = now - ticket.arrived_at, self._reasons.get(ticket.id, "its turn")
             message = f"waited {waited:.0f} s (queue.timeout_seconds) for model '{ticket.model.name}': {why}"
             actions.append(self._reject(ticket, "wait_timeout", message))

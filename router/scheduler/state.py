@@ -36,7 +36,6 @@ from router.scheduler.placement.demand import rate_per_second
 from router.scheduler.placement.measured_footprints import Footprints, MeasurementStart
 from router.scheduler.queue.fair_share import TokenCounters
 
-_NONE_TROUBLED: frozenset[frozenset[GpuUuid]] = frozenset()
 _MODELS_MAX = 1_000
 _NEW_SHARE = 0.3
 """Weight of the newest load in the mean load rate."""
@@ -209,7 +208,7 @@ class FleetState:
             large_model_requested=self._large_model_requested(now),
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
-            troubled=frozenset(self.troubled_at) if self.troubled_at else _NONE_TROUBLED,
+            troubled=frozenset(self.troubled_at),
             warm_missing=MappingProxyType(self.warm_missing),
             engines=self.engines,
         )

@@ -76,10 +76,8 @@ class PrefixAffinity:
         """The instance that served this client last with this model, while there were several replicas."""
         return self._clients.get((ticket.client, ticket.model.blob)) if ticket.client else None
 
-    def served(self, ticket: Ticket, replica: Residency) -> Turn | None:
-        """Records that the replica serves the ticket. Returns its turn, to add the answer to; None without session."""
-        if not ticket.session:
-            return None
+    def served(self, ticket: Ticket, replica: Residency) -> Turn:
+        """Records that the replica serves the ticket, which has a session. Returns its turn, to add the answer to."""
         key = (ticket.session, replica.blob)
         turn = Turn(replica.instance, replica.loaded_at, ticket.prompt_tokens)
         put(self._sessions, key, turn, _SESSIONS_MAX)

@@ -44,7 +44,7 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
     decision: Decision | None = None
     to_try = [
         replace(request, options=options, default_context=_default_context_needed(snapshot, head, options))
-        for options in _options_to_try(policy, snapshot, tickets)
+        for options in _options_to_try(snapshot, tickets)
     ]
     for index, attempt in enumerate(to_try):
         found = place(snapshot, estimate, attempt)
@@ -87,14 +87,15 @@ def _price_max(snapshot: Snapshot, tickets: Sequence[Ticket], waited: float) -> 
     return worth_of_load(snapshot, tickets[0].model, tickets)
 
 
-def _options_to_try(policy: Policy, snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:
+def _options_to_try(snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[RunnerOptions]:
     """Runner options for the load, the best first.
 
     Requests that cannot be adapted get exactly theirs. Others get the context of requests that say nothing of it where
     that is enough, so that the next client does not cause a reload, or else the next step up; what was asked for where
     that does not fit.
     """
-    head, default = tickets[0], policy.context_length
+    policy, head = snapshot.policy, tickets[0]
+    default = policy.context_length
     engine = snapshot.engines[head.model.engine]
     pin = snapshot.policy.pins.get(head.model.name)
     if pin is not None and pin.context_length is not None:

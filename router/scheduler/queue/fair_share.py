@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from heapq import heapify, heappop, heappush
 
 from router.domain.request import Ticket
+from router.scheduler.balancing.pending_work import expected_output
 
 OUTPUT_WEIGHT = 2.0
 _AGING_SECONDS = 60.0
@@ -22,8 +23,6 @@ _AGING_SECONDS = 60.0
 _ENDING_SHARE = 0.2
 """A ticket is served first when less than this share of its time limit is left."""
 _CLIENTS_MAX = 10_000
-_DEFAULT_OUTPUT_TOKENS = 256
-"""Assumed output of a request that was not served yet; less if the request limits it."""
 
 
 class TokenCounters:
@@ -67,8 +66,7 @@ class TokenCounters:
     def order_of(self, tickets: Iterable[Ticket], now: float) -> list[Ticket]:
         """All tickets in the order in which `next_of` would choose them.
 
-        Assumes that each is served before the next is chosen, and uses its prompt tokens and a default number of output
-        tokens.
+        Assumes that each is served before the next is chosen, and that it generates its expected number of tokens.
         """
         remaining, order = {ticket.id: ticket for ticket in tickets}, list[Ticket]()
         given = {ticket.client: self.given(ticket.client) for ticket in remaining.values()}
@@ -127,13 +125,7 @@ def _until_top_falls(tickets: list[Ticket], given: dict[str, float], now: float)
         ticket = waiting.popleft()[1]
         chosen.append(ticket)
         top_count -= ticket.priority == top
-        given[client] += _expected_tokens(ticket)
+        given[client] += ticket.prompt_tokens + OUTPUT_WEIGHT * expected_output(ticket)
         if waiting:
             heappush(heads, head(client))
     return chosen
-
-
-def _expected_tokens(ticket: Ticket) -> float:
-    limit = ticket.output_tokens_max
-    output = _DEFAULT_OUTPUT_TOKENS if limit is None or limit < 0 else min(limit, _DEFAULT_OUTPUT_TOKENS)
-    return ticket.prompt_tokens + OUTPUT_WEIGHT * output

@@ -25,10 +25,9 @@ def next_wake(fleet: FleetState, queue: WaitQueue, retry_at: float) -> float | N
 def _expiries(fleet: FleetState, queue: WaitQueue) -> Iterator[float]:
     """When replicas expire. Reads `fleet.uses` directly, so that it is not written into the residencies."""
     for key, replica in fleet.replicas.items():
-        use = fleet.uses.get(key)
-        at, in_flight = (replica.expires_at, replica.in_flight) if use is None else (use.expires_at, use.in_flight)
-        if at is not None and _can_expire(replica, in_flight, queue):
-            yield at
+        use = fleet.uses.get(key) or replica
+        if use.expires_at is not None and _can_expire(replica, use.in_flight, queue):
+            yield use.expires_at
 
 
 def can_expire(residency: Residency, queue: WaitQueue) -> bool:

@@ -124,9 +124,14 @@ class WaitQueue:
         return frozenset(self._clients)
 
     def expired(self, now: float) -> list[Ticket]:
+        """Tickets whose deadline has passed, oldest first."""
+        deadline = self.next_deadline()
+        if deadline is None or deadline > now:
+            return []
         return [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
 
     def next_deadline(self) -> float | None:
+        """The earliest deadline of a waiting ticket; None if the queue is empty."""
         while self._deadlines:
             deadline, ticket_id = self._deadlines[0]
             ticket = self._tickets.get(ticket_id)

@@ -83,13 +83,12 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
 
 
 def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
-    """The load ended well: its reservation stands until the GPUs are read again."""
-    reservation = fleet.reservations.get(load_id)
-    if reservation is not None:
-        if reservation.per_gpu_bytes:
-            fleet.put_reservation(replace(reservation, finished_at=now))
-        else:
-            fleet.drop_reservation(load_id)
+    """The load succeeded: its reservation is kept until the GPUs are read again."""
+    reservation = fleet.reservations[load_id]
+    if reservation.per_gpu_bytes:
+        fleet.put_reservation(replace(reservation, finished_at=now))
+    else:
+        fleet.drop_reservation(load_id)
 
 
 def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
