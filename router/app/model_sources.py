@@ -19,10 +19,11 @@ import msgspec
 
 from router.domain.model import ModelFacts
 from router.domain.model_names import Name, parse_name
+from router.engines.ollama.blob_store import BlobStore
 from router.engines.ollama.client import ShowReply, TagRow
 from router.engines.ollama.gguf_header import Header, Tensor, read_header
 from router.engines.ollama.gguf_show import active_share, show_reply, tensors_bytes
-from router.engines.ollama.manifest_reader import StoredModel, StoreError, find_model, manifest_path
+from router.engines.ollama.manifest_reader import StoredModel, StoreError, find_model
 from router.engines.ollama.model_metadata import needs_verbose, read_facts
 from router.lab.emulator.catalogue import MAGIC, catalogue
 
@@ -85,10 +86,8 @@ def _named(text: str, store: Path) -> ModelSource:
 def _not_found(text: str, store: Path, name: Name) -> str:
     close = difflib.get_close_matches(name.shortest, catalogue(), n=1, cutoff=0.5)
     known = f"nearest there: {close[0]}" if close else f"there are: {', '.join(sorted(catalogue()))}"
-    return (
-        f"{text}: no file of that name, no manifest {manifest_path(store, name)}, and not in the emulated catalogue "
-        f"({known})"
-    )
+    manifest = BlobStore(store).manifest(name)
+    return f"{text}: no file of that name, no manifest {manifest}, and not in the emulated catalogue ({known})"
 
 
 # --- files ------------------------------------------------------------------------------------------------------

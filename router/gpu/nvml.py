@@ -61,11 +61,12 @@ def open_nvml() -> NvmlReader | NoGpus:
     except _ERRORS as error:
         return NoGpus(f"the NVIDIA driver does not answer: {error}")
     try:
-        reader = NvmlReader(list(_devices()))
+        devices = list(_devices())
     except _ERRORS as error:
         _nvml.nvmlShutdown()
         return NoGpus(f"the NVIDIA driver cannot list the GPUs: {error}")
-    if not reader.device_count:
+    reader = NvmlReader(devices)
+    if not devices:
         reader.close()
         return NoGpus("the NVIDIA driver is installed, but it found no GPU")
     return reader
@@ -77,11 +78,6 @@ class NvmlReader:
     def __init__(self, devices: list[_Device]) -> None:
         self._devices = devices
         self._log = structlog.get_logger("router.gpu.nvml")
-
-    @property
-    def device_count(self) -> int:
-        """Number of GPUs and MIG devices that the driver listed, readable or not."""
-        return len(self._devices)
 
     def read(self) -> tuple[Gpu, ...]:
         """Reads all GPUs. An unreadable GPU keeps its last values with `error` set; if never read, it is left out."""

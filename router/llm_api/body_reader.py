@@ -18,13 +18,11 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from router.engines.ollama.runner_options import RUNNER_OPTION_NAMES
 from router.errors import BadRequest
 from router.llm_api.body_schema import SCHEMAS, BodySchema, Emptiness, Streaming
 from router.llm_api.json_members import Malformed, Member, TooComplex, fold, scan, text_of
 from router.llm_api.prompt_size import prompt_size
-
-RUNNER_OPTION_NAMES = frozenset(("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap"))
-"""Options whose change makes a server reload the model. Matched exactly, because `options` is a map in Go."""
 
 _STRINGS = msgspec.json.Decoder(list[str])
 _NULL = b"null"

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import msgspec
 
-from router.llm_api.body_reader import RUNNER_OPTION_NAMES, ParsedBody
+from router.engines.ollama.runner_options import RUNNER_OPTION_NAMES
+from router.llm_api.body_reader import ParsedBody
 from router.llm_api.body_schema import SCHEMAS, BodySchema
 from router.llm_api.json_members import fold
 from router.llm_api.prompt_size import EXACT_BYTES

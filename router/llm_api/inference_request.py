@@ -41,6 +41,7 @@ from router.engines.ollama.runner_options import (
     PLACEMENT_OPTIONS,
     RUNNER_OPTIONS,
     refused_option,
+    requested_context,
     runner_options,
     sets_context,
     written_context,
@@ -205,7 +206,7 @@ class InferenceRequest(msgspec.Struct):
         self.plan = RoutingPlan(
             facts=facts,
             options=options,
-            context_length=_context_length(options),
+            context_length=requested_context(options) or 0,
             keep_alive_seconds=keep_alive_seconds,
             is_flexible=protected and is_ollama and not self._is_truncated(facts),
             default_context_length=written_context(facts, (), rules.default_context_length),
@@ -230,7 +231,7 @@ class InferenceRequest(msgspec.Struct):
         if self.path not in _GENERATING or "num_ctx" in self.parsed.options:
             return _NO_LIMIT, 0
         pinned = rules.context_lengths.get(canonical(facts.name)) if rules.context_lengths else None
-        context = pinned or _context_length(options) or rules.default_context_length
+        context = pinned or requested_context(options) or rules.default_context_length
         trained = facts.context_length or context
         most = trained if rules.context_length_max is None else min(trained, rules.context_length_max)
         is_fixed = pinned is not None or sets_context(facts) or not protected or most <= context
@@ -500,8 +501,3 @@ def _keep_alive_of(parsed: ParsedBody) -> float | None:
         return parse_keep_alive(parsed.keep_alive, plain_seconds=False)
     except ValueError as error:
         raise BadRequest(str(error)) from error
-
-
-def _context_length(options: RunnerOptions) -> int:
-    requested = dict(options).get("num_ctx")
-    return int(requested) if requested is not None else 0

@@ -15,8 +15,8 @@ import pytest
 from router.app.model_sources import find_source
 from router.cli.plan import main
 from router.domain.model_names import parse_name
+from router.engines.ollama.blob_store import BlobStore
 from router.engines.ollama.gguf_show import show_reply
-from router.engines.ollama.manifest_reader import manifest_path
 from router.gpu.nvml import NoGpus, open_nvml
 from router.lab.emulator.catalogue import catalogue
 from tests.support.sparse_model import LLAMA_70B, put_into_store
@@ -56,7 +56,7 @@ def _put_into_store(store: Path, name: str, weights: Path, parameters: dict[str,
         (store / "blobs" / f"sha256-{digest}").write_bytes(data)
         layer = {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
         layers.append(layer)
-    path = manifest_path(store, parse_name(name))
+    path = BlobStore(store).manifest(parse_name(name))
     path.parent.mkdir(parents=True)
     config = {"mediaType": "application/vnd.docker.container.image.v1+json", "digest": "sha256:0", "size": 7}
     path.write_text(json.dumps({"schemaVersion": 2, "config": config, "layers": layers}), encoding="utf-8")
@@ -361,7 +361,7 @@ def test_a_manifest_whose_weights_are_gone_is_refused(home: dict[str, str], caps
         blob.unlink()
     error = _error(capsys, ["noise", "--gpus", "3090"], {**home, "OLLAMA_MODELS": str(store)})
     assert "which is not in" in error
-    manifest_path(store, parse_name("noise")).write_text("{}", encoding="utf-8")
+    BlobStore(store).manifest(parse_name("noise")).write_text("{}", encoding="utf-8")
     assert "has no list of layers" in _error(capsys, ["noise", "--gpus", "3090"], {**home, "OLLAMA_MODELS": str(store)})
 
 

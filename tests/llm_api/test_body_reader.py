@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from router.engines.ollama.runner_options import RUNNER_OPTION_NAMES
 from router.errors import BadRequest
-from router.llm_api.body_reader import RUNNER_OPTION_NAMES, ParsedBody, parse_body
+from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.json_members import MEMBERS_MAX, TOKENS_MAX
 from tests.llm_api.bodies import BODIES
 from tests.llm_api.go_oracle import GoOracle

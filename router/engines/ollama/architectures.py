@@ -98,6 +98,11 @@ def cache_rules(architecture: str) -> CacheRules:
     return CACHE_RULES.get(architecture, _NO_RULES)
 
 
+def margin_ratio(facts: ModelFacts) -> float:
+    """By how much more than its estimate a load that was never measured may take."""
+    return KNOWN_MARGIN_RATIO if is_known(facts) else UNKNOWN_MARGIN_RATIO
+
+
 def is_known(facts: ModelFacts) -> bool:
     """Whether the table has the architecture; a load of another one gets a wider margin."""
     kind = facts.architecture

@@ -17,6 +17,7 @@ from typing import Any
 from router.domain.model_names import Name
 
 MODEL = "application/vnd.ollama.image.model"
+PROJECTOR = "application/vnd.ollama.image.projector"
 TEMPLATE = "application/vnd.ollama.image.template"
 SYSTEM = "application/vnd.ollama.image.system"
 PARAMETERS = "application/vnd.ollama.image.params"

@@ -98,7 +98,7 @@ def _older_graph_bytes(facts: ModelFacts, shape: GraphShape) -> int:
     logits = 0 if cache_rules(facts.architecture).is_encoder else facts.embedding_length + facts.vocabulary_size
     if shape.flash_attention:
         return max(4 * batch * 2 * _feed_forward(facts) + 6 * batch * tokens, 4 * batch * logits)
-    return max(4 * batch * (1 + _attention_width(facts) + tokens * (1 + facts.head_count)), 4 * batch * logits)
+    return max(_attention_bytes(facts, batch, tokens), 4 * batch * logits)
 
 
 def _recent_graph_bytes(facts: ModelFacts, shape: GraphShape) -> int:
@@ -109,7 +109,7 @@ def _recent_graph_bytes(facts: ModelFacts, shape: GraphShape) -> int:
     if shape.flash_attention:
         width = 3 * _feed_forward(facts) + 4 * facts.embedding_length
         return max(4 * batch * width + 2 * batch * tokens, outputs)
-    return max(4 * batch * (1 + _attention_width(facts) + tokens * (1 + facts.head_count)), outputs)
+    return max(_attention_bytes(facts, batch, tokens), outputs)
 
 
 def _engine_graph_bytes(facts: ModelFacts, shape: GraphShape) -> int:
@@ -128,7 +128,7 @@ def _engine_graph_bytes(facts: ModelFacts, shape: GraphShape) -> int:
     if shape.flash_attention:
         width = 3 * _feed_forward(facts) + 4 * facts.embedding_length + experts
         return max(4 * batch * width + 6 * batch * tokens, outputs) + _ENGINE_OVERHEAD_BYTES
-    scores = 4 * batch * (1 + _attention_width(facts) + tokens * (1 + facts.head_count))
+    scores = _attention_bytes(facts, batch, tokens)
     copies = (
         0 if is_encoder else 4 * tokens * min(facts.head_count_kv or (0,)) * (facts.key_length + facts.value_length)
     )
@@ -149,6 +149,11 @@ def _mask_tokens(facts: ModelFacts, shape: GraphShape) -> int:
         return min(shape.batch, shape.context_length * shape.slots)
     separate = shape.version >= LLAMA_SERVER_SINCE
     return shape.context_length * (1 if separate else shape.slots)
+
+
+def _attention_bytes(facts: ModelFacts, batch: int, tokens: int) -> int:
+    """Attention without flash attention: a batch's activations, and its scores against `tokens` of context."""
+    return 4 * batch * (1 + _attention_width(facts) + tokens * (1 + facts.head_count))
 
 
 def _attention_width(facts: ModelFacts) -> int:

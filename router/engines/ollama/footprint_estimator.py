@@ -17,10 +17,9 @@ from router.domain.model import ModelFacts
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.vram_ledger import capacity_bytes
 from router.engines.ollama.memory_estimate import (
-    BLACKWELL_CONTEXT_BYTES,
-    CUDA_CONTEXT_BYTES,
     LoadParameters,
     batch_tokens,
+    cuda_context_bytes,
     fill_first_split,
     footprint,
     split_by,
@@ -29,9 +28,6 @@ from router.engines.ollama.offload_rules import FORCE_SPREAD, forces_spread, may
 from router.engines.ollama.runner_options import sets_num_gpu, slots_of
 from router.engines.ollama.server_version import parse_version
 from router.engines.ollama.tensor_split import shares_of, unequal_text
-
-_BLACKWELL = (12, 0)
-"""Compute capability from which a CUDA context is larger."""
 
 
 def estimate_bytes(model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> tuple[int, ...]:
@@ -89,7 +85,8 @@ def load_parameters(model: ModelFacts, spec: InstanceSpec, context_length: int, 
     """How the instance's server would load the model. The batch is the largest that it may choose: what is
     on its GPUs now may be gone when it looks."""
     slots, version = slots_of(model, spec), version_of(spec, snapshot)
-    room = [snapshot.gpus[gpu].memory_total_bytes for gpu in spec.gpus if gpu in snapshot.gpus]
+    gpus = [snapshot.gpus[uuid] for uuid in spec.gpus if uuid in snapshot.gpus]
+    room = [gpu.memory_total_bytes for gpu in gpus]
     return LoadParameters(
         context_length=context_length,
         slots=slots,
@@ -97,14 +94,8 @@ def load_parameters(model: ModelFacts, spec: InstanceSpec, context_length: int, 
         flash_attention=spec.flash_attention,
         batch=batch_tokens(model, context_length, slots, version, spec.flash_attention, room),
         version=version,
-        cuda_context_bytes=_cuda_context_bytes(spec, snapshot),
+        cuda_context_bytes=cuda_context_bytes(gpus),
     )
-
-
-def _cuda_context_bytes(spec: InstanceSpec, snapshot: Snapshot) -> int:
-    gpus = [snapshot.gpus[uuid] for uuid in spec.gpus if uuid in snapshot.gpus]
-    newest = max((gpu.compute_capability or (0, 0) for gpu in gpus), default=(0, 0))
-    return BLACKWELL_CONTEXT_BYTES if newest >= _BLACKWELL else CUDA_CONTEXT_BYTES
 
 
 def version_of(spec: InstanceSpec, snapshot: Snapshot) -> str | None:

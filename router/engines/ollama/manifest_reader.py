@@ -1,7 +1,6 @@
 """Reads a model out of Ollama's store on disk, without a server: its manifest and its layers.
 
-`manifests/HOST/NAMESPACE/MODEL/TAG` are JSON texts that name blobs; `blobs/sha256-…` are the layers. It reads no
-weights and writes nothing.
+Unlike `BlobStore.get` it says what is wrong with a model that cannot be read. It reads no weights and writes nothing.
 
 Source: Ollama v0.24, `manifest/manifest.go`, `types/model/name.go`; the same layout since v0.1.
 """
@@ -15,10 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from router.domain.model_names import Name
-
-MODEL_LAYER = "application/vnd.ollama.image.model"
-PROJECTOR_LAYER = "application/vnd.ollama.image.projector"
-PARAMETERS_LAYER = "application/vnd.ollama.image.params"
+from router.engines.ollama.blob_store import MODEL, PARAMETERS, PROJECTOR, BlobStore
 
 
 class StoreError(ValueError):
@@ -37,11 +33,6 @@ class StoredModel:
     """The Modelfile's PARAMETER lines."""
 
 
-def manifest_path(folder: Path, name: Name) -> Path:
-    """The manifest of a name in this store."""
-    return folder / "manifests" / name.host / name.namespace / name.model / name.tag
-
-
 def find_model(folder: Path, name: Name) -> StoredModel | None:
     """The model of that name; None if the store has none.
 
@@ -51,19 +42,19 @@ def find_model(folder: Path, name: Name) -> StoredModel | None:
     path = _matching_path(folder, name)
     if path is None:
         return None
-    manifest = _json_object(path)
+    store, manifest = BlobStore(folder), _json_object(path)
     layers = _layers(manifest, path)
     config = cast("dict[str, Any]", manifest["config"]) if isinstance(manifest.get("config"), dict) else {}
-    weights = next((_blob(folder, layer) for layer in layers if layer["mediaType"] == MODEL_LAYER), None)
+    weights = _blob(store, layers, MODEL)
     if weights is None:
         raise StoreError(f"{path} names no weights: a cloud model has none here")
     if not weights.is_file():
-        raise StoreError(f"{path} names {weights.name}, which is not in {folder / 'blobs'}")
-    parameters = next((_blob(folder, layer) for layer in layers if layer["mediaType"] == PARAMETERS_LAYER), None)
+        raise StoreError(f"{path} names {weights.name}, which is not in {weights.parent}")
+    parameters = _blob(store, layers, PARAMETERS)
     return StoredModel(
         size_bytes=sum(int(layer["size"]) for layer in layers) + int(config.get("size", 0)),
         weights=weights,
-        has_projector_file=any(layer["mediaType"] == PROJECTOR_LAYER for layer in layers),
+        has_projector_file=any(layer["mediaType"] == PROJECTOR for layer in layers),
         parameters=_json_object(parameters) if parameters is not None else {},
     )
 
@@ -112,5 +103,6 @@ def _is_layer(layer: object) -> bool:
     )
 
 
-def _blob(folder: Path, layer: Mapping[str, Any]) -> Path:
-    return folder / "blobs" / str(layer["digest"]).replace(":", "-")
+def _blob(store: BlobStore, layers: Sequence[Mapping[str, Any]], media_type: str) -> Path | None:
+    """The first layer of that type; None if there is none."""
+    return next((store.blob(layer["digest"]) for layer in layers if layer["mediaType"] == media_type), None)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
 from router.domain.footprint import Footprint, GpuFootprint
+from router.domain.gpu import Gpu
 from router.domain.model import ModelFacts
 from router.engines.ollama.architectures import Backend, backend_of
 from router.engines.ollama.compute_buffer import (
@@ -36,6 +37,7 @@ CUDA_CONTEXT_BYTES = 457 * MIB
 which Ollama keeps free of every GPU for it. Seen: 297 MiB on an A40, 451 to 456 on a 4090."""
 BLACKWELL_CONTEXT_BYTES = 740 * MIB
 """The same on GPUs of compute capability 12: 708 to 753 MiB were seen on a Blackwell workstation."""
+_BLACKWELL = (12, 0)
 
 DEFAULT_BATCH_TOKENS = 512
 """Ollama's `num_batch` (api/types.go) up to v0.24; llama.cpp's micro-batch."""
@@ -134,6 +136,16 @@ def _on_host(facts: ModelFacts, pieces: _Pieces) -> Footprint:
         recurrent_state_bytes=states,
         compute_buffer_bytes=pieces.compute_buffer_bytes + pieces.vision_graph_bytes,
     )
+
+
+def is_blackwell(gpu: Gpu) -> bool:
+    """Returns True if a CUDA context is larger on this GPU."""
+    return gpu.compute_capability is not None and gpu.compute_capability >= _BLACKWELL
+
+
+def cuda_context_bytes(gpus: Iterable[Gpu]) -> int:
+    """Bytes of a CUDA context on each of these GPUs, at most."""
+    return BLACKWELL_CONTEXT_BYTES if any(map(is_blackwell, gpus)) else CUDA_CONTEXT_BYTES
 
 
 def even_split(layers: int, gpus: int) -> LayerSplit:

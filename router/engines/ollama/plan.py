@@ -15,18 +15,18 @@ from router.domain.footprint import GpuFootprint
 from router.domain.gpu import Gpu
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
-from router.engines.ollama.architectures import KNOWN_MARGIN_RATIO, UNKNOWN_MARGIN_RATIO, is_known
+from router.engines.ollama.architectures import is_known, margin_ratio
 from router.engines.ollama.memory_estimate import (
-    BLACKWELL_CONTEXT_BYTES,
-    CUDA_CONTEXT_BYTES,
     LoadParameters,
     batch_tokens,
+    cuda_context_bytes,
     effective_kv_cache_type,
     footprint,
+    is_blackwell,
     split_by,
     uses_flash_attention,
 )
-from router.engines.ollama.runner_options import SINGLE_SLOT_ARCHITECTURES
+from router.engines.ollama.runner_options import cut_context, has_one_slot
 from router.engines.ollama.server_version import LLAMA_SERVER_SINCE, version_or_default
 from router.engines.ollama.tensor_split import memory_shares
 
@@ -34,11 +34,8 @@ SLOTS_MAX = 1024
 """`ollama.num_parallel` takes no more."""
 CONTEXT_STEP_TOKENS = 256
 """Caches are padded to it, so smaller steps of context change little."""
-_CONTEXT_MIN_TOKENS = 4
 _UNTRAINED_CONTEXT_TOKENS = 1_048_576
 """Searched up to here where the model does not tell its trained context."""
-
-_BLACKWELL = (12, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ def _candidate_sets(gpus: Sequence[Gpu]) -> Iterator[tuple[Gpu, ...]]:
     for size in range(1, len(gpus) + 1):
         tried: set[tuple[tuple[int, int, bool], ...]] = set()
         for candidate in sorted(combinations(gpus, size), key=lambda each: sum(gpu.memory_free_bytes for gpu in each)):
-            kind = tuple((gpu.memory_free_bytes, gpu.memory_total_bytes, _is_blackwell(gpu)) for gpu in candidate)
+            kind = tuple((gpu.memory_free_bytes, gpu.memory_total_bytes, is_blackwell(gpu)) for gpu in candidate)
             if kind not in tried:
                 tried.add(kind)
                 yield candidate
@@ -176,7 +173,7 @@ def _plan_on(facts: ModelFacts, gpus: Sequence[Gpu], options: PlanOptions) -> Mo
     version = options.version
     load = _load_parameters(facts, gpus, options)
     split = split_by(facts.layers, layer_shares(gpus, version))
-    ratio = KNOWN_MARGIN_RATIO if is_known(facts) else UNKNOWN_MARGIN_RATIO
+    ratio = margin_ratio(facts)
     parts = footprint(facts, split, load).gpus
     return ModelPlan(
         facts=facts,
@@ -208,22 +205,18 @@ def _load_parameters(facts: ModelFacts, gpus: Sequence[Gpu], options: PlanOption
         flash_attention=options.flash_attention,
         batch=batch,
         version=options.version,
-        cuda_context_bytes=BLACKWELL_CONTEXT_BYTES if any(map(_is_blackwell, gpus)) else CUDA_CONTEXT_BYTES,
+        cuda_context_bytes=cuda_context_bytes(gpus),
     )
 
 
 def context_length_of(facts: ModelFacts, options: PlanOptions) -> int:
     """Tokens of one slot: as given, else the Modelfile's, else the default; cut to the trained context."""
-    context_length = options.context_length or _own_number(facts, "num_ctx") or options.default_context_length
-    if facts.context_length > 0:
-        context_length = min(context_length, facts.context_length)
-    return max(_CONTEXT_MIN_TOKENS, context_length)
+    return cut_context(facts, options.context_length or _own_number(facts, "num_ctx") or options.default_context_length)
 
 
 def slots_of(facts: ModelFacts, options: PlanOptions) -> int:
     """Slots that a server gives the model: embedding models and some architectures always get one."""
-    has_one_slot = facts.is_embedding or facts.architecture in SINGLE_SLOT_ARCHITECTURES
-    return 1 if has_one_slot else options.slots
+    return 1 if has_one_slot(facts) else options.slots
 
 
 def _own_number(facts: ModelFacts, name: str) -> int | None:
@@ -232,15 +225,11 @@ def _own_number(facts: ModelFacts, name: str) -> int | None:
     return int(text) if text.isdecimal() and int(text) else None
 
 
-def _is_blackwell(gpu: Gpu) -> bool:
-    return gpu.compute_capability is not None and gpu.compute_capability >= _BLACKWELL
-
-
 def layer_shares(gpus: Sequence[Gpu], version: str | None) -> tuple[float, ...]:
     """In what shares the router has a server split layers: by memory from 0.30, before evenly."""
     if version_or_default(version) < LLAMA_SERVER_SINCE:
         return (1.0,) * len(gpus)
-    return memory_shares(tuple(gpu.memory_total_bytes for gpu in gpus)) or (1.0,) * len(gpus)
+    return memory_shares(tuple(gpu.memory_total_bytes for gpu in gpus))
 
 
 # --- limits -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from router.domain.request import RunnerOptions, Ticket
 from router.domain.residency import Residency
 from router.domain.snapshot import Estimate, Snapshot
 from router.engines.ollama import footprint_estimator, offload_rules, runner_options
-from router.engines.ollama.architectures import KNOWN_MARGIN_RATIO, UNKNOWN_MARGIN_RATIO, is_known
+from router.engines.ollama.architectures import margin_ratio
 from router.engines.ollama.tensor_split import told_shares
 
 KIND = "ollama"
@@ -39,7 +39,7 @@ class OllamaRules:
         return footprint_estimator.estimated_footprint(model, spec, context_length, snapshot)
 
     def margin_ratio(self, model: ModelFacts) -> float:
-        return KNOWN_MARGIN_RATIO if is_known(model) else UNKNOWN_MARGIN_RATIO
+        return margin_ratio(model)
 
     def worst_case_bytes(
         self, estimate: Estimate, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot

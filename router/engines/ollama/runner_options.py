@@ -27,7 +27,8 @@ RUNNER_OPTIONS: Mapping[str, int | bool | None] = {
 _BOOLEANS = frozenset({"use_mmap"})
 
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
-_OPTION_NAMES = frozenset((*RUNNER_OPTIONS, *PLACEMENT_OPTIONS))
+RUNNER_OPTION_NAMES = frozenset((*RUNNER_OPTIONS, *PLACEMENT_OPTIONS))
+"""Options whose change makes a server reload the model. Matched exactly, because `options` is a map in Go."""
 
 _CONTEXT_MIN = 4
 """What a server takes for a smaller `num_ctx`."""
@@ -40,16 +41,25 @@ SINGLE_SLOT_ARCHITECTURES = frozenset(
 
 def slots_of(model: ModelFacts, spec: InstanceSpec) -> int:
     """Parallel requests for the model on this server; 1 for embedding models and some architectures."""
-    if model.is_embedding or model.architecture in SINGLE_SLOT_ARCHITECTURES:
-        return 1
-    return spec.num_parallel
+    return 1 if has_one_slot(model) else spec.num_parallel
+
+
+def has_one_slot(facts: ModelFacts) -> bool:
+    """Returns True if a server runs one request at a time for the model, whatever its settings."""
+    return facts.is_embedding or facts.architecture in SINGLE_SLOT_ARCHITECTURES
 
 
 def context_of(options: RunnerOptions, model: ModelFacts, spec: InstanceSpec) -> int:
     """Context of one slot in tokens: requested or the instance's default, limited to the trained context."""
     requested = requested_context(options)
     context = spec.context_length if requested is None else requested
-    return max(_CONTEXT_MIN, min(context, model.context_length) if model.context_length > 0 else context)
+    return cut_context(model, context)
+
+
+def cut_context(facts: ModelFacts, context_length: int) -> int:
+    """Tokens of context that a slot gets if `context_length` are asked for: at most the trained context."""
+    trained = facts.context_length
+    return max(_CONTEXT_MIN, min(context_length, trained) if trained > 0 else context_length)
 
 
 def requested_context(options: RunnerOptions) -> int | None:
@@ -75,7 +85,7 @@ def runner_parameters(written: Iterable[tuple[str, str]]) -> tuple[tuple[str, st
 
     Whole numbers that Go has printed as floats (`1.048576e+06`) are converted.
     """
-    relevant = ((name, text.strip()) for name, text in written if name in RUNNER_OPTIONS or name in PLACEMENT_OPTIONS)
+    relevant = ((name, text.strip()) for name, text in written if name in RUNNER_OPTION_NAMES)
     return tuple(sorted({name: _plain_number(text) for name, text in relevant}.items()))
 
 
@@ -106,15 +116,12 @@ def runner_options(facts: ModelFacts, requested: Mapping[str, object], default_c
 
 def _one_spelling(facts: ModelFacts, context_length: int, default_context_length: int) -> int:
     """The number that stands for all with the same effect: the default, else the Modelfile's, else the cut one."""
-
-    def cut(number: int) -> int:
-        return max(_CONTEXT_MIN, min(number, facts.context_length) if facts.context_length > 0 else number)
-
+    cut = cut_context(facts, context_length)
     named = _modelfile_context(facts)
     for number in (default_context_length, default_context_length if named is None else named):
-        if cut(number) == cut(context_length):
+        if cut_context(facts, number) == cut:
             return number
-    return cut(context_length)
+    return cut
 
 
 def _modelfile_context(facts: ModelFacts) -> int | None:
@@ -169,7 +176,7 @@ def refused_option(requested: Mapping[str, object]) -> str | None:
     Source: api/types.go, `Options.FromMap` (v0.34): numbers with a fraction are cut off, and null counts as absent.
     """
     for name, given in requested.items():
-        if given is None or name not in _OPTION_NAMES:
+        if given is None or name not in RUNNER_OPTION_NAMES:
             continue
         is_boolean = isinstance(given, bool)
         if name in _BOOLEANS and not is_boolean:

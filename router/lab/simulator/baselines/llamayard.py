@@ -398,7 +398,7 @@ class _CachedRules(OllamaRules):
         if spec.is_spread and not forces_spread(spec):
             return super().estimate_bytes(model, spec, context_length, snapshot)
         version = version_of(spec, snapshot)
-        key = (model.blob, spec.name, len(spec.gpus), spec.num_parallel, context_length, version)
+        key = (model.blob, spec.gpus, spec.num_parallel, spec.kv_cache_type, context_length, version)
         if key not in self._sizes:
             self._sizes[key] = super().estimate_bytes(model, spec, context_length, snapshot)
         return self._sizes[key]
