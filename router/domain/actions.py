@@ -35,7 +35,7 @@ class Grant(NamedTuple):
     @property
     def reason(self) -> str:
         """Text for `X-Llamayard-Reason`; built only when it is read, because few are."""
-        comparison = self.choice.words() if self.choice is not None else ""
+        comparison = self.choice.explain() if self.choice is not None else ""
         return f"{self.replica_reason}; {self.used} of {self.slots} slots were in use{comparison}"
 
 

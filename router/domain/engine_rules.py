@@ -53,7 +53,7 @@ class EngineRules(Protocol[FactsT]):
     def estimate_footprint(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: FactsT
     ) -> Footprint:
-        """Returns the same by part, with the model split as the server is told to; nothing without GPUs."""
+        """Returns the estimate by part, for the layer split that the router asks the server for; empty without GPUs."""
         ...
 
     def margin_ratio(self, model: ModelFacts) -> float:

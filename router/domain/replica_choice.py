@@ -29,7 +29,7 @@ class Choice(NamedTuple):
     """Expected wait of each (`replica_scorer.waiting_seconds`)."""
     prompt_tokens: int
 
-    def words(self) -> str:
+    def explain(self) -> str:
         """Why this replica was chosen, to be appended to the reason of a grant; "" if there was only one."""
         if len(self.prospects) == 1:
             return ""

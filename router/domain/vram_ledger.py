@@ -78,8 +78,8 @@ def external_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
     return max(0, gpu.memory_used_bytes - resident_bytes(snapshot, uuid))
 
 
-def unbooked_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """The part of `external_bytes` that is small enough to be attributed to our models, and is freed with them."""
+def underestimated_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
+    """Bytes that our models probably hold beyond their estimates, and free with them; part of `external_bytes`."""
     return min(external_bytes(snapshot, uuid), int(resident_bytes(snapshot, uuid) * (_UNACCOUNTED - 1)))
 
 

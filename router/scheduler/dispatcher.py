@@ -297,7 +297,7 @@ class Dispatcher:
             # Its room was promised: that it leaves changes nothing for all others.
             leaves = reservations.advance(self._fleet, now)
             if self._fleet.version == version + len(leaves) and all(isinstance(each, Unload) for each in leaves):
-                self._retry_gate.still(version, self._fleet.version)
+                self._retry_gate.ignore_change(version, self._fleet.version)
             actions += leaves
         return actions
 
@@ -386,11 +386,11 @@ class Dispatcher:
                 actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)
         return actions
 
-    def _relieve(self, now: float) -> list[Action]:
+    def _move_off_short_gpus(self, now: float) -> list[Action]:
         """Moves models off GPUs whose memory others have come to use."""
         leaving = list(migration.superfluous(self._fleet.snapshot(now)))
         actions: list[Action] = [rules.unload(self._fleet, key, why) for key, why in leaving]
-        found = migration.relieve(self._fleet.snapshot(now), self._estimate)
+        found = migration.find_move(self._fleet.snapshot(now), self._estimate)
         if found is not None:
             residency, placed = found
             actions += reservations.begin(self._fleet, residency.model, placed, self._loads.next(), now)
@@ -401,7 +401,7 @@ class Dispatcher:
         if self._closing:
             return []
         self._retry_gate.forget_others(self._queue)
-        actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._relieve(now)]
+        actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._move_off_short_gpus(now)]
         for model, placed in housekeeping.anticipate(
             self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
         ):

@@ -180,8 +180,8 @@ def test_the_order_of_replicas_does_not_matter_and_no_much_slower_one_is_chosen(
 def test_a_choice_shows_the_expected_wait_here_and_on_the_best_other_replica() -> None:
     three = (prospect("gpu0"), prospect("gpu1", held=600), prospect("gpu2"))
     choice = Choice(1, three, (2.0, 0.5, 1.25), PROMPT_TOKENS)
-    assert choice.words() == ("; about 0.50 s of waiting, 600 tokens of the prompt in its cache, and 1.25 s on gpu2")
-    assert Choice(0, three[:1], (2.0,), PROMPT_TOKENS).words() == ""
+    assert choice.explain() == ("; about 0.50 s of waiting, 600 tokens of the prompt in its cache, and 1.25 s on gpu2")
+    assert Choice(0, three[:1], (2.0,), PROMPT_TOKENS).explain() == ""
 
 
 TOKENS = st.integers(0, 8000)

@@ -34,7 +34,7 @@ def elsewhere(snapshot: Snapshot, estimate: Estimate, key: ResidencyKey) -> Plac
     return _free_place(snapshot, estimate, residency)
 
 
-def relieve(snapshot: Snapshot, estimate: Estimate) -> tuple[Residency, Placed] | None:
+def find_move(snapshot: Snapshot, estimate: Estimate) -> tuple[Residency, Placed] | None:
     """The cheapest model to move off a short GPU, and its new place. One at a time: None while any load is planned."""
     if snapshot.reservations:
         return None

@@ -20,7 +20,7 @@ from router.domain.request import Layout, RunnerOptions
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Estimate, Failure, Snapshot
 from router.domain.snapshot_index import gpus_of, promised, replicas_of, residencies_of, residencies_on
-from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, unbooked_bytes
+from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, underestimated_bytes
 from router.scheduler.placement.candidates import (
     Bounds,
     Candidate,
@@ -40,7 +40,7 @@ Need = tuple[tuple[GpuUuid, int], ...]
 _Preference = tuple[int, int, int, int, float, float, int, int, str]
 
 _LOST_SECONDS = 1.0
-"""So long after a server was lost with a load it may still be taken for ready."""
+"""For this long after a server was lost with a load, it may still be listed as ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ class PlacementRequest:
     price_max: float = float("inf")
     """Nothing is unloaded that costs more seconds than this."""
     not_on: frozenset[InstanceName] = frozenset()
-    """Instances that have a copy already."""
+    """Instances that have a replica already."""
     may_use_fewer_slots: bool = False
     """Whether it may get fewer slots than configured, in free room, where that costs less than swaps that follow."""
     repeats_spill: bool = False
     """Whether a load that spilled is tried there again."""
     supersedes: frozenset[ResidencyKey] = frozenset()
-    """Copies that the new one makes useless: they cost nothing to unload."""
+    """Replicas that the new one makes useless: they cost nothing to unload."""
     default_context: int | None = None
     """The context that the instance must give requests by default; None: the usual one."""
 
@@ -400,8 +400,8 @@ def _preference(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRe
 
 
 def _packing(snapshot: Snapshot, sized: _SizedCandidate) -> int:
-    """Where a model over several GPUs is asked for of late, small ones fill GPUs up and leave others empty for it:
-    bytes that stay free on the GPU, the fewest first. 0 where there is no such model."""
+    """Bytes that stay free on the GPU, or 0 unless a model over several GPUs was requested recently: small models then
+    fill up GPUs and leave others empty for it."""
     if len(sized.candidate.gpus) != 1 or not snapshot.large_model_requested:
         return 0
     gpu, size = sized.need[0]
@@ -425,8 +425,8 @@ def _offer(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest
     others.sort(key=lambda r: (r.instance, r.blob) not in request.supersedes)
     evict = choose_evictions(snapshot, shortfall, others)
     if evict is None:
-        # The books may have less than the models hold, so that what the GPU could give would never suffice.
-        less = {gpu: size - unbooked_bytes(snapshot, gpu) for gpu, size in shortfall.items()}
+        # The estimates may be low, and then unloading all that is there would never seem to be enough.
+        less = {gpu: size - underestimated_bytes(snapshot, gpu) for gpu, size in shortfall.items()}
         evict = choose_evictions(snapshot, less, others) if less != shortfall else None
     if evict is None:
         return None
@@ -482,7 +482,7 @@ def _wait(
 
 
 def _own_state(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> ResidencyState | None:
-    """Of the same weights there: a copy that comes for others serves them first, and one that leaves is waited for."""
+    """State of the model's replica there: a loading one serves others first, and an unloading one is waited for."""
     here = snapshot.residencies.get((sized.name, request.model.blob))
     return None if here is None else here.state
 

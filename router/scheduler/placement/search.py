@@ -21,11 +21,11 @@ from router.scheduler.placement.cost import reload_seconds, service_seconds, swa
 from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place, would_swap
 
 _REPLICA_PRICE_SHARE = 0.25
-"""A further copy may cost others so much of what its own load takes."""
+"""A further replica may cost others at most this share of its own load time."""
 
 
 def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> Decision:
-    """A place for tickets that no copy serves: with the context that serves all of them, else what the first asks."""
+    """A place for tickets that no replica serves, with the context for all of them, else that of the first."""
     policy, head = snapshot.policy, tickets[0]
     waited = snapshot.now - min(t.arrived_at for t in tickets)
     request = PlacementRequest(
@@ -157,14 +157,14 @@ def _step(policy: Policy, tokens: int) -> int:
 def seek_replica(
     snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket], replicas: Sequence[Residency]
 ) -> Placed | None:
-    """One more copy for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
+    """One more replica for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
     policy, head = snapshot.policy, tickets[0]
     pin = snapshot.policy.pins.get(head.model.name)
     most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.constants.replicas_max
     if len(replicas) >= most or any(r.state is not ResidencyState.READY for r in replicas):
         return None
     if not all(r.per_gpu_bytes for r in replicas):
-        return None  # on the CPU a further copy would share the same cores
+        return None  # on the CPU a further replica would share the same cores
     slots = sum(r.slots for r in replicas)
     wait = len(tickets) / max(1, slots) * service_seconds(snapshot, replicas[0])
     load = reload_seconds(snapshot, head.model)
@@ -181,7 +181,9 @@ def seek_replica(
     found = place(snapshot, estimate, request)
     if not isinstance(found, Placed):
         return None
-    return replace(found, reason=f"{found.reason}; a further copy, {wait:.0f} s of waiting against {load:.0f} to load")
+    return replace(
+        found, reason=f"{found.reason}; a further replica, {wait:.0f} s of waiting against {load:.0f} to load"
+    )
 
 
 def coming(snapshot: Snapshot, blob: BlobDigest) -> list[Residency]:

@@ -70,7 +70,7 @@ class RetryGate:
             (version, min([self._quiescent[1], *(until for _, until in attempts)])) if is_quiescent else _NEVER
         )
 
-    def still(self, before: int, version: int) -> None:
+    def ignore_change(self, before: int, version: int) -> None:
         """The change from version `before` to `version` does not concern any waiting ticket."""
         self._attempts = {
             key: (version if attempted_version == before else attempted_version, until)

@@ -29,7 +29,7 @@ def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId,
         actions.append(StartInstance(spec, placed.reason))
     own = (placed.instance, model.blob)
     if own in placed.evict:
-        # The same weights with other options: planned again once that copy is gone.
+        # The same weights with other options: planned again once that replica is gone.
         unloads = [key for key in placed.evict if fleet.residencies[key].is_idle]
         return [*actions, *(rules.unload(fleet, key, f"makes room for {model.name}") for key in unloads)]
     spec = fleet.instances[placed.instance].spec

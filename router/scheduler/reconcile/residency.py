@@ -100,7 +100,7 @@ def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
 
 
 def describe_wait(replicas: Iterable[Residency]) -> str:
-    """What a ticket waits for whose model is loaded or on its way."""
+    """What a ticket waits for if its model is loaded or loading."""
     words = {
         ResidencyState.PLANNED: "room is being made on {r.instance}",
         ResidencyState.LOADING: "it is being loaded on {r.instance}",
@@ -111,7 +111,7 @@ def describe_wait(replicas: Iterable[Residency]) -> str:
 
 
 def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: float) -> None:
-    """Brings the books in line with what a server lists: adopts, forgets, and takes over true sizes."""
+    """Updates an instance's residencies to what its server lists: adopts new, forgets missing, corrects sizes."""
     view = fleet.instances.get(event.instance)
     if view is None or view.state is not InstanceState.READY:
         return
@@ -135,8 +135,8 @@ def _is_news(known: Residency, row: LoadedModel) -> bool:
 
 
 def at_least(per_gpu_bytes: tuple[int, ...], reported_bytes: int) -> tuple[int, ...]:
-    """What a model holds on each GPU, where its server says that it holds so much in all: the books said less where
-    the estimate is low, and would never find the room that its leaving makes."""
+    """Bytes that a model holds on each GPU, raised in proportion to the total that its server reports: with a low
+    estimate the router would never see the room that unloading it makes."""
     total = sum(per_gpu_bytes)
     if not 0 < total < reported_bytes:
         return per_gpu_bytes
@@ -151,7 +151,7 @@ def _is_gone(residency: Residency, event: ResidencyRead, fleet: FleetState) -> b
 
 
 def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Estimate, now: float) -> None:
-    """A model somebody else loaded there: used like our own, with the options its context length tells."""
+    """Adopts a model that something else loaded there, with the options that its context length implies."""
     model = row.model
     if model is None:
         return
@@ -182,7 +182,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
 
 
 def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
-    """The estimate's proportions with the server's total, where it tells one."""
+    """The estimate in proportion to the total that the server reports, if it does."""
     total = sum(estimated)
     if not total or not row.size_vram_bytes:
         return estimated

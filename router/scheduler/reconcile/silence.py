@@ -1,7 +1,7 @@
 """Replicas that hang: all of their clients give up before the server has sent a byte.
 
 Each client that gives up adds the time for which it saw nothing, each moment once; a response that ends resets it. A
-replica that was silent for much longer than its slowest request took is taken for one whose runner hangs.
+replica that was silent for much longer than its slowest request took counts as hanging.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from router.domain.residency import Residency
 from router.scheduler.state import FleetState, Silence
 
 _SILENCE_SECONDS = 120.0
-"""No replica counts as hanging before: a long prompt may take as long."""
+"""A replica that was silent for less does not count as hanging: a long prompt may take as long."""
 _UNKNOWN_SECONDS = 240.0
 """The same for a replica that has not answered any request yet."""
 _SLOWEST_FACTOR = 2.0
