@@ -57,8 +57,7 @@ from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Engines, Snapshot
 from router.domain.snapshot_index import promised
 from router.scheduler import fast_path
-from router.scheduler.balancing.replica_choice import grant
-from router.scheduler.balancing.replica_scorer import suits
+from router.scheduler.balancing.replica_choice import free_replicas, grant, serving, suits
 from router.scheduler.placement import migration
 from router.scheduler.placement.footprint_prediction import FootprintPredictor, estimate_unmeasured
 from router.scheduler.placement.placement import MustWait, NoFit, Placed
@@ -109,7 +108,7 @@ class Dispatcher:
     @property
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         """Waiting tickets, oldest first, each with what it waits for."""
-        return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue)
+        return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue.tickets.values())
 
     def wait_estimates(self, now: float) -> dict[TicketId, WaitEstimate]:
         """The wait estimate of each ticket, in the order in which groups, and tickets within them, are served."""
@@ -131,7 +130,7 @@ class Dispatcher:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Applies one event and returns what is to be done, in order."""
-        if not (len(self._queue) or self._closing):
+        if not (self._queue.tickets or self._closing):
             at_once = fast_path.handle(self._fleet, event, now)
             if at_once is not None:
                 return at_once
@@ -177,7 +176,8 @@ class Dispatcher:
                 pass
             case ShutdownBegan():
                 self._closing = True
-                return [self._reject(t, "shutting_down", "the router is shutting down") for t in list(self._queue)]
+                waiting = list(self._queue.tickets.values())
+                return [self._reject(ticket, "shutting_down", "the router is shutting down") for ticket in waiting]
             case Arrived() | Cancelled() | Released():
                 return self._apply_to_requests(event, now)
             case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadRequested():
@@ -200,18 +200,18 @@ class Dispatcher:
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
             return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
-        if len(self._queue) and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
+        if self._queue.tickets and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
             self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
         self._fleet.record_request(ticket, now)
         pin = self._policy.pins.get(ticket.model.name)
         if pin is not None and pin.priority:
             ticket = replace(ticket, priority=ticket.priority + pin.priority)
-        if len(self._queue) < self._policy.queue_limit:
+        if len(self._queue.tickets) < self._policy.queue_limit:
             self._queue.add(ticket)
             return []
         if not self._queue.has_group(group_of(ticket)):  # nobody is overtaken
-            free, replicas = fast_path.free_replicas(self._fleet, ticket.model.blob)
-            if able := fast_path.serving(self._fleet, free, ticket):
+            free, replicas = free_replicas(self._fleet, ticket.model.blob)
+            if able := serving(self._fleet, free, ticket):
                 return [grant(self._fleet, able, replicas, ticket, now)]
         message = f"server busy: the queue is full (queue.limit={self._policy.queue_limit})"
         return [self._reject(ticket, "queue_full", message)]
@@ -219,7 +219,7 @@ class Dispatcher:
     def _retry_after(self) -> int:
         """Seconds: one for each round of the slots there are, within a minute."""
         slots = sum(r.slots for r in self._fleet.residencies.values()) or 1
-        return max(1, min(60, len(self._queue) // slots))
+        return max(1, min(60, len(self._queue.tickets) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
         replica = self._fleet.release(event, now)
@@ -313,10 +313,10 @@ class Dispatcher:
         actions: list[Action] = []
         alike = key.options is not None  # what serves one of them serves all
         while waiting := self._queue.group(key):
-            free, replicas = fast_path.free_replicas(self._fleet, key.blob)
+            free, replicas = free_replicas(self._fleet, key.blob)
             if not free:
                 break
-            tried = ((t, fast_path.serving(self._fleet, free, t)) for t in waiting[: 1 if alike else None])
+            tried = ((t, serving(self._fleet, free, t)) for t in waiting[: 1 if alike else None])
             served = {ticket.id: able for ticket, able in tried if able}
             if not served:
                 break

@@ -7,15 +7,11 @@ the cost; a test plays random event sequences through both. It returns None to f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from router.domain.actions import Action
 from router.domain.events import Arrived, Event, Released
-from router.domain.model import BlobDigest
 from router.domain.request import Ticket
-from router.domain.residency import ResidencyKey, ResidencyState
-from router.scheduler.balancing.replica_choice import grant
-from router.scheduler.balancing.replica_scorer import can_take
+from router.domain.residency import ResidencyState
+from router.scheduler.balancing.replica_choice import free_replicas, grant, serving
 from router.scheduler.state import FleetState, expiry
 
 _NEVER = float("inf")
@@ -54,24 +50,6 @@ def _arrive(fleet: FleetState, ticket: Ticket, now: float) -> list[Action] | Non
         return None
     fleet.record_request(ticket, now)
     return [grant(fleet, able, replicas, ticket, now)]
-
-
-def free_replicas(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKey], int]:
-    """Replicas of these weights with a free slot, and the number of all their replicas."""
-    free: list[ResidencyKey] = []
-    uses, replicas = fleet.uses, 0
-    for key, replica in fleet.replicas.items():
-        if key[1] == blob:
-            replicas += 1
-            if (uses.get(key) or replica).in_flight < replica.slots:
-                free.append(key)
-    return free, replicas
-
-
-def serving(fleet: FleetState, free: Sequence[ResidencyKey], ticket: Ticket) -> list[ResidencyKey]:
-    """The replicas among `free`, which have the ticket's weights, that can serve it now."""
-    replicas = fleet.replicas
-    return [key for key in free if can_take(fleet, replicas[key], ticket)]
 
 
 def _release(fleet: FleetState, event: Released, now: float) -> float | None:

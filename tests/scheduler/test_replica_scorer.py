@@ -15,10 +15,9 @@ from router.domain.replica_choice import Choice, Prospect
 from router.domain.request import Layout, LayoutKind, RunnerOptions, Ticket
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.scheduler.balancing.pending_work import PendingWork
-from router.scheduler.balancing.replica_choice import choose
+from router.scheduler.balancing.replica_choice import choose, free_replicas, serving
 from router.scheduler.balancing.replica_scorer import NEAR, SIDE_WEIGHT, best, waiting_seconds
 from router.scheduler.balancing.throughput import Throughput
-from router.scheduler.fast_path import free_replicas, serving
 from router.scheduler.state import FleetState
 from tests.scheduler.builders import OLLAMA, gpu_id, key, model, residency, ticket, view
 

@@ -42,7 +42,7 @@ def test_removing_an_unknown_ticket_does_nothing() -> None:
     assert queue.remove(TicketId(2)) is None
     assert queue.remove(TicketId(1)) == ticket(1, A)
     assert queue.remove(TicketId(1)) is None
-    assert len(queue) == 0
+    assert len(queue.tickets) == 0
     assert queue.heads() == []
     assert queue.next_deadline() is None
     assert not queue.waits_for(A.blob)
@@ -74,9 +74,9 @@ def test_the_queue_behaves_like_a_plain_list(steps: list[tuple[object, RunnerOpt
         gone = queue.remove(TicketId(leaver))
         assert (gone in plain) == (gone is not None)
         plain = [waiting for waiting in plain if waiting.id != leaver]
-        assert list(queue) == plain
-        assert len(queue) == len(plain)
-        assert (TicketId(leaver) in queue) is False
+        assert list(queue.tickets.values()) == plain
+        assert len(queue.tickets) == len(plain)
+        assert (TicketId(leaver) in queue.tickets) is False
         heads = {group_of(waiting): waiting for waiting in reversed(plain)}
         assert queue.heads() == sorted(heads.values(), key=lambda t: t.id)
         for group in heads:
@@ -92,4 +92,4 @@ def test_its_length_is_the_number_of_waiting_tickets(count: int) -> None:
     queue = WaitQueue()
     for number in range(count):
         queue.add(ticket(number, MODELS[number % 3]))
-    assert len(queue) == count
+    assert len(queue.tickets) == count

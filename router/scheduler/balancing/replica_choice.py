@@ -1,4 +1,4 @@
-"""Chooses among the replicas that can serve a ticket now, and grants the slot.
+"""Which replicas can serve a ticket now, and which of them does: grants it a slot.
 
 Collects the data of each replica for `replica_scorer.py` to rank. Used by both paths of the dispatcher, the full and
 the fast one. The queue is not considered.
@@ -6,12 +6,16 @@ the fast one. The queue is not considered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Protocol
 
 from router.domain.actions import Grant
+from router.domain.instance import InstanceName, InstanceState, InstanceView
+from router.domain.model import BlobDigest
 from router.domain.replica_choice import Choice, Prospect
 from router.domain.request import Ticket
-from router.domain.residency import ResidencyKey
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.snapshot import Engines
 from router.scheduler.balancing.pending_work import IDLE, WorkShare, expected_output, sample_tokens
 from router.scheduler.balancing.prefix_affinity import Held
 from router.scheduler.balancing.replica_scorer import best, waiting_seconds
@@ -19,6 +23,72 @@ from router.scheduler.balancing.throughput import Throughput
 from router.scheduler.state import FleetState
 
 _NOWHERE: Held = {}
+
+
+class Fleet(Protocol):
+    """The facts needed in addition to the replicas; both `Snapshot` and `FleetState` have them."""
+
+    @property
+    def instances(self) -> Mapping[InstanceName, InstanceView]: ...
+
+    @property
+    def draining(self) -> Set[ResidencyKey]: ...
+
+    @property
+    def engines(self) -> Engines: ...
+
+
+def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
+    """Returns True if the replica could serve the ticket without a reload, now or when a slot is free."""
+    view = snapshot.instances.get(residency.instance)
+    return (
+        view is not None
+        and residency.blob == ticket.model.blob
+        and _serves_as_requested(snapshot, view, residency, ticket)
+    )
+
+
+def _can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
+    """Returns True if the replica can serve the ticket now, except that all its slots may be in use.
+
+    The replica must have the ticket's weights.
+    """
+    view = snapshot.instances.get(residency.instance)
+    return (
+        view is not None
+        and view.state is InstanceState.READY
+        and residency.state is ResidencyState.READY
+        and _serves_as_requested(snapshot, view, residency, ticket)
+        and (not snapshot.draining or (residency.instance, residency.blob) not in snapshot.draining)
+    )
+
+
+def _serves_as_requested(snapshot: Fleet, view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
+    if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
+        return False
+    if residency.options == ticket.options and not (ticket.takes_default_context and ticket.context_length):
+        return True
+    if ticket.takes_default_context:
+        return snapshot.engines[view.spec.engine].gives_by_default(residency, ticket, view.spec)
+    return ticket.is_flexible and snapshot.engines[view.spec.engine].can_adapt(residency, ticket, view.spec)
+
+
+def free_replicas(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKey], int]:
+    """Replicas of these weights with a free slot, and the number of all their replicas."""
+    free: list[ResidencyKey] = []
+    uses, replicas = fleet.uses, 0
+    for key, replica in fleet.replicas.items():
+        if key[1] == blob:
+            replicas += 1
+            if (uses.get(key) or replica).in_flight < replica.slots:
+                free.append(key)
+    return free, replicas
+
+
+def serving(fleet: FleetState, free: Sequence[ResidencyKey], ticket: Ticket) -> list[ResidencyKey]:
+    """The replicas among `free`, which have the ticket's weights, that can serve it now."""
+    replicas = fleet.replicas
+    return [key for key in free if _can_take(fleet, replicas[key], ticket)]
 
 
 def grant(fleet: FleetState, able: Sequence[ResidencyKey], replicas: int, ticket: Ticket, now: float) -> Grant:

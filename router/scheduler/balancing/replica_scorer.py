@@ -11,14 +11,9 @@ least recently used, name. So they take turns, and the same facts always give th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from typing import Protocol
+from collections.abc import Sequence
 
-from router.domain.instance import InstanceName, InstanceState, InstanceView
 from router.domain.replica_choice import Prospect
-from router.domain.request import Ticket
-from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.domain.snapshot import Engines
 from router.scheduler.balancing.pending_work import OUTPUT_TOKENS, PendingWork
 from router.scheduler.balancing.throughput import STREAM_SHARE, Throughput
 
@@ -32,54 +27,6 @@ NEAR = 0.2
 
 SIDE_WEIGHT = 0.5
 """Weight of a second by which a stream stalls or an answer takes longer, relative to one until the first token."""
-
-
-class Fleet(Protocol):
-    """The facts needed in addition to the replicas; both `Snapshot` and `FleetState` have them."""
-
-    @property
-    def instances(self) -> Mapping[InstanceName, InstanceView]: ...
-
-    @property
-    def draining(self) -> Set[ResidencyKey]: ...
-
-    @property
-    def engines(self) -> Engines: ...
-
-
-def suits(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """Returns True if the replica could serve the ticket without a reload, now or when a slot is free."""
-    view = snapshot.instances.get(residency.instance)
-    return (
-        view is not None
-        and residency.blob == ticket.model.blob
-        and _serves_as_requested(snapshot, view, residency, ticket)
-    )
-
-
-def can_take(snapshot: Fleet, residency: Residency, ticket: Ticket) -> bool:
-    """Returns True if the replica can serve the ticket now, except that all its slots may be in use.
-
-    The replica must have the ticket's weights.
-    """
-    view = snapshot.instances.get(residency.instance)
-    return (
-        view is not None
-        and view.state is InstanceState.READY
-        and residency.state is ResidencyState.READY
-        and _serves_as_requested(snapshot, view, residency, ticket)
-        and (not snapshot.draining or (residency.instance, residency.blob) not in snapshot.draining)
-    )
-
-
-def _serves_as_requested(snapshot: Fleet, view: InstanceView, residency: Residency, ticket: Ticket) -> bool:
-    if ticket.layout is not None and not ticket.layout.allows(view.spec.gpus):
-        return False
-    if residency.options == ticket.options and not (ticket.takes_default_context and ticket.context_length):
-        return True
-    if ticket.takes_default_context:
-        return snapshot.engines[view.spec.engine].gives_by_default(residency, ticket, view.spec)
-    return ticket.is_flexible and snapshot.engines[view.spec.engine].can_adapt(residency, ticket, view.spec)
 
 
 def first_token_seconds(

@@ -78,7 +78,7 @@ class TokenCounters:
         return order
 
     def _add(self, client: str, tokens: float) -> None:
-        self._given[client] = self.given(client) + tokens
+        self._given[client] = self._given.get(client, 0.0) + tokens
         if len(self._given) > _CLIENTS_MAX:
             del self._given[min(self._given, key=lambda name: (self._given[name], name))]
 

@@ -16,7 +16,7 @@ def next_wake(fleet: FleetState, queue: WaitQueue, retry_at: float) -> float | N
     timeout = next_timeout(fleet)
     if timeout is not None:
         times.append(timeout)
-    if len(queue):
+    if queue.tickets:
         # Waiting tickets retry regularly, because drains begin and failures are dropped by time alone.
         times += [queue.next_deadline() or float("inf"), retry_at]
     return min(times, default=None)

@@ -28,7 +28,7 @@ from router.domain.model import BlobDigest
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.scheduler.balancing.replica_scorer import suits
+from router.scheduler.balancing.replica_choice import suits
 from router.scheduler.placement.cost import (
     rate_of,
     reload_seconds,

@@ -8,7 +8,7 @@ next. The limit on the length of the queue is checked by the dispatcher.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import NamedTuple, TypeVar
 
 from router.domain.model import BlobDigest
@@ -35,10 +35,11 @@ def group_of(ticket: Ticket) -> GroupKey:
 class WaitQueue:
     """Waiting tickets by group; insertion order is arrival order."""
 
-    __slots__ = ("_by_blob", "_clients", "_deadlines", "_groups", "_tickets", "_wanted")
+    __slots__ = ("_by_blob", "_clients", "_deadlines", "_groups", "_wanted", "tickets")
 
     def __init__(self) -> None:
-        self._tickets: dict[TicketId, Ticket] = {}
+        self.tickets: dict[TicketId, Ticket] = {}
+        """Waiting tickets in the order of arrival; changed only here."""
         self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
         self._by_blob: dict[BlobDigest, dict[GroupKey, dict[TicketId, Ticket]]] = {}
         """The same groups by weights."""
@@ -47,18 +48,9 @@ class WaitQueue:
         self._deadlines: list[tuple[float, TicketId]] = []
         """A heap; entries of removed tickets are dropped when they reach the top."""
 
-    def __len__(self) -> int:
-        return len(self._tickets)
-
-    def __contains__(self, ticket_id: TicketId) -> bool:
-        return ticket_id in self._tickets
-
-    def __iter__(self) -> Iterator[Ticket]:
-        return iter(self._tickets.values())
-
     def add(self, ticket: Ticket) -> None:
         heapq.heappush(self._deadlines, (ticket.deadline, ticket.id))
-        self._tickets[ticket.id] = ticket
+        self.tickets[ticket.id] = ticket
         key = group_of(ticket)
         group = self._groups.get(key)
         if group is None:
@@ -70,7 +62,7 @@ class WaitQueue:
 
     def remove(self, ticket_id: TicketId) -> Ticket | None:
         """Removes and returns a ticket; None if it is not in the queue."""
-        ticket = self._tickets.pop(ticket_id, None)
+        ticket = self.tickets.pop(ticket_id, None)
         if ticket is not None:
             key = group_of(ticket)
             group = self._groups[key]
@@ -128,13 +120,13 @@ class WaitQueue:
         deadline = self.next_deadline()
         if deadline is None or deadline > now:
             return []
-        return [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
+        return [ticket for ticket in self.tickets.values() if ticket.deadline <= now]
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a waiting ticket; None if the queue is empty."""
         while self._deadlines:
             deadline, ticket_id = self._deadlines[0]
-            ticket = self._tickets.get(ticket_id)
+            ticket = self.tickets.get(ticket_id)
             if ticket is not None and ticket.deadline == deadline:
                 return deadline
             heapq.heappop(self._deadlines)
