@@ -25,6 +25,8 @@ _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\u2800-\u28ff] ?")
 _AGE = re.compile(r"(\d+|About an?|Less than an?) (second|minute|hour)s? (ago|from now)")
 _ID = re.compile(r"\b[0-9a-f]{12}\b")
 """The manifest names the folder of its store, so its digest differs between stores."""
+_COPYING = re.compile(r"copying file sha256:[0-9a-f]{64} \d+%\s*")
+"""A bar of progress: the command draws it again, in front of the next line, as often as time allows."""
 _UNTIL = re.compile(r"(Forever|4 minutes from now|<age>|Stopping\.\.\.)\s*$", re.MULTILINE)
 
 
@@ -86,7 +88,11 @@ def test_create_run_list_show_stop_copy_and_remove(
 ) -> None:
     parameters = "PARAMETER num_thread 1\nPARAMETER num_predict 6\nPARAMETER seed 1\n"
     (tmp_path / "Modelfile").write_text(f"FROM {files['tiny'].path}\n{parameters}", encoding="utf-8")
-    assert "success" in _both(command, direct, routed, "create", "said", "-f", "Modelfile")
+    created = [command.run(stage, "create", "said", "-f", "Modelfile") for stage in (routed.stage, direct)]
+    assert [code for code, _ in created] == [0, 0], created
+    steps = [set(_COPYING.sub("", output).splitlines()) - {""} for _, output in created]
+    assert steps[0] == steps[1]
+    assert "success" in steps[0]
     assert len(_both(command, direct, routed, "run", "said", "hello").split()) == 6
     loaded = [_UNTIL.sub("", command.run(stage, "ps")[1]) for stage in (routed.stage, direct)]
     assert loaded[0] == loaded[1]
