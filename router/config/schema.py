@@ -442,7 +442,9 @@ class PollSettings(_Section):
         default=1.0, description="Interval of reading the GPUs; old readings lead to wrong placement."
     )
     residency_seconds: PollSeconds = Field(
-        default=1.0, description="Interval of reading each instance's loaded models."
+        default=1.0,
+        description="Interval of reading each instance's loaded models; at rest, every fifth time or when the memory "
+        "of its GPUs has changed.",
     )
     catalog_seconds: PollSeconds = Field(default=5.0, description="Interval of reading the list of installed models.")
 
