@@ -23,7 +23,7 @@ from router.config.settings import ConfigError, Settings
 from router.control.controller import Controller
 from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
-from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured
+from router.domain.events import FootprintsLoaded, GpusRead, InstanceChanged, LoadMeasured
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -61,8 +61,10 @@ from router.supervisor.supervisor import Supervisor
 
 
 @contextlib.asynccontextmanager
-async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | None) -> AsyncGenerator[Router]:
-    """Builds and connects all components; leaving the context releases what they hold.
+async def build(
+    settings: Settings, hardware: Hardware, reading: GpusRead, tls: ssl.SSLContext | None
+) -> AsyncGenerator[Router]:
+    """Builds and connects all components; leaving the context releases what they hold. `reading`: the GPUs just now.
 
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
@@ -70,8 +72,7 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
     metrics = Metrics()
     lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
     async with _client_session() as session:
-        poller = GpuPoller(hardware.reader)
-        gpus = await poller.read()
+        poller, gpus = GpuPoller(hardware.reader), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
         observer = DecisionLog(metrics)
@@ -108,7 +109,7 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
             handlers = ApiHandlers(context, metrics, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
-                await state_poller.read_gpus()
+                controller.post(reading)
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
                 access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
