@@ -18,8 +18,8 @@ from typing import Any, NoReturn, cast
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
 from router.cli.status_tables import render_status
+from router.config.inputs import ConfigError
 from router.config.parsing import duration_seconds
-from router.config.settings import ConfigError
 
 _TIMEOUT_SECONDS = 10.0
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
@@ -33,7 +33,7 @@ class StatusError(Exception):
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the status cannot be read."""
     try:
-        server = inputs_of(arguments, environment).settings().server
+        server = inputs_of(arguments, environment).endpoint()
         watch_seconds = _watch_seconds(arguments.watch)
     except ConfigError as error:
         print_problems(error.problems)

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from router.config.endpoint import DEFAULT_HOST, DEFAULT_PORT
 from router.config.keys import accepts_null, holds_int
 from router.config.parsing import (
     BYTES_PATTERN,
@@ -128,12 +129,12 @@ class ServerSettings(_Section):
     """The endpoint that clients use."""
 
     host: str = Field(
-        default="127.0.0.1",
+        default=DEFAULT_HOST,
         min_length=1,
         description="Address to listen on; by default this machine only, because Ollama's API has no authentication.",
     )
     port: int = Field(
-        default=11434,
+        default=DEFAULT_PORT,
         ge=0,
         le=65535,
         description="Port to listen on; Ollama's default, so that clients need no change.",

@@ -179,6 +179,20 @@ def test_version_and_help_import_no_library(root: Path, arguments: list[str]) ->
     assert _imported(root, program, libraries) == []
 
 
+STATUS_NEEDS_NONE_OF = ("aiohttp", "asyncio", "pydantic", "pydantic_settings", "structlog", "uvloop", "msgspec",
+                        "prometheus_client", "psutil", "pynvml", "httptools", "router.app", "router.scheduler",
+                        "router.engines", "router.proxy", "router.lab")  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["--port", "1"], ["--config", "llamayard.yaml", "--json"]])
+def test_status_imports_nothing_that_only_the_router_needs(root: Path, tmp_path: Path, arguments: list[str]) -> None:
+    path = tmp_path / "llamayard.yaml"
+    path.write_text("server: {port: 1}\nplacement: {exclusive_gpus: {}}\n", encoding="utf-8")
+    given = [str(path) if argument == path.name else argument for argument in arguments]
+    program = f"import router.cli.main\nassert router.cli.main.main({['status', *given]}, {HOME}) == 1"
+    assert _imported(root, program, STATUS_NEEDS_NONE_OF) == []
+
+
 def _imported(root: Path, program: str, prefixes: tuple[str, ...]) -> list[str]:
     """Modules with these prefixes that a new process has imported after the program."""
     report = (
