@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, check-config, plan, simulate, version.
+"""The `llamayard` command line: serve, status, check-config, doctor, plan, simulate, version.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.
@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--changed", action="store_true", help="show only keys that differ from their default")
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(run=_check_config)
+    doctor = commands.add_parser(
+        "doctor", help="examine the machine and the configuration, and name the command that mends each finding"
+    )
+    _add_configuration(doctor)
+    doctor.add_argument("--power-supply", metavar="WATTS", help="rating of the power supply, which no program can read")
+    doctor.add_argument("--verbose", action="store_true", help="say of every check why it matters")
+    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
+    doctor.set_defaults(run=_doctor)
     commands.add_parser("plan", help="show what models take on GPUs, and whether they fit")
     commands.add_parser("simulate", help="compare the router with stock servers on SIMULATED GPUs")
     version = commands.add_parser("version", help="print the version")
@@ -111,6 +119,12 @@ def _check_config(arguments: argparse.Namespace, environment: Mapping[str, str] 
     from router.cli import check_config
 
     return check_config.run(arguments, environment)
+
+
+def _doctor(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import doctor
+
+    return doctor.run(arguments, environment)
 
 
 def _plan(arguments: list[str], environment: Mapping[str, str] | None) -> int:
