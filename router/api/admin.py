@@ -1,4 +1,4 @@
-"""The router's own endpoints: health, readiness, metrics, and the whole state as JSON. Read-only."""
+"""The router's own endpoints: health, readiness, metrics, the whole state as JSON, explanations. Read-only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
 from router.api.context import ApiContext
+from router.api.explain import explain
 from router.api.responses import json_response, text_response
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceView
@@ -54,6 +55,8 @@ class AdminHandler:
             case "/metrics":
                 headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_PLAIN_0_0_4, **extra}
                 return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
+            case "/llamayard/explain":
+                return json_response(await explain(self._context, request.query), extra)
             case _:
                 wanted_id = sanitized_request_id(request.query.get("request_id"))
                 return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)

@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, check-config, doctor, plan, simulate, version.
+"""The `llamayard` command line: serve, status, explain, check-config, doctor, plan, simulate, version.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.
@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
     )
     status.set_defaults(run=_status)
+    explain = commands.add_parser(
+        "explain", help="show where a request for a model would go now, who would leave, and every candidate"
+    )
+    explain.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    explain.add_argument("--context", metavar="TOKENS", help="the context that the request asks for (num_ctx)")
+    _add_configuration(explain)
+    explain.add_argument("--json", action="store_true", help="print the explanation as JSON")
+    explain.set_defaults(run=_explain)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"
     )
@@ -113,6 +121,12 @@ def _status(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     from router.cli import status
 
     return status.run(arguments, environment)
+
+
+def _explain(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import explain
+
+    return explain.run(arguments, environment)
 
 
 def _check_config(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

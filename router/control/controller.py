@@ -39,6 +39,7 @@ from router.domain.events import (
     Ticked,
     UnloadFinished,
 )
+from router.domain.explanation import Explanation
 from router.domain.footprint import MeasuredFootprint
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.request import Ticket, TicketId
@@ -169,6 +170,10 @@ class Controller:
         if ticket_id not in known or self.now() - at >= _WAIT_ESTIMATE_SECONDS:
             known = self.wait_estimates()
         return known.get(ticket_id)
+
+    def explain(self, ticket: Ticket) -> Explanation:
+        """What would become of the ticket if it were submitted now. Changes nothing."""
+        return self._dispatcher.explain(ticket, self.now())
 
     @property
     def is_closing(self) -> bool:

@@ -96,6 +96,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/ready", ("HEAD", "GET"), Kind.ADMIN),
     Route("/metrics", ("GET",), Kind.ADMIN),
     Route("/llamayard/status", ("GET",), Kind.ADMIN),
+    Route("/llamayard/explain", ("GET",), Kind.ADMIN),
 )
 
 

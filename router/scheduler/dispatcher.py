@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import assert_never
 
 from router.domain.actions import Action, Reject, Remember, Unload
@@ -49,6 +50,7 @@ from router.domain.events import (
     UnloadFinished,
     UnloadRequested,
 )
+from router.domain.explanation import Explanation, Outcome
 from router.domain.ids import LoadIds
 from router.domain.model import BlobDigest
 from router.domain.policy import Policy
@@ -58,10 +60,11 @@ from router.domain.snapshot import Engines, Snapshot
 from router.domain.snapshot_index import promised
 from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import free_replicas, grant, serving, suits
+from router.scheduler.explanation import explain
 from router.scheduler.placement import migration
-from router.scheduler.placement.footprint_prediction import FootprintPredictor, estimate_unmeasured
+from router.scheduler.placement.footprint_prediction import FootprintPredictor
 from router.scheduler.placement.placement import MustWait, NoFit, Placed
-from router.scheduler.placement.search import coming, seek, seek_replica
+from router.scheduler.placement.search import coming, decide, seek_replica
 from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerned, next_attempt
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
@@ -78,6 +81,7 @@ from router.scheduler.reconcile import (
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
 
+_CLOSING = "the router is shutting down"
 _RESTART_SECONDS = 5
 """A server that is down is not back sooner."""
 
@@ -112,9 +116,32 @@ class Dispatcher:
 
     def wait_estimates(self, now: float) -> dict[TicketId, WaitEstimate]:
         """The wait estimate of each ticket, in the order in which groups, and tickets within them, are served."""
+        return wait_estimates(self._fleet.snapshot(now), self._queue_lines(now), self._reasons)
+
+    def explain(self, ticket: Ticket, now: float) -> Explanation:
+        """What would become of the ticket if it arrived now. Decides as `handle` would, and changes nothing."""
+        ticket = self._prioritised(ticket)
+        if self._closing:
+            return Explanation(Outcome.REFUSE, _CLOSING, error_code="shutting_down")
+        estimates = partial(self._wait_with, now=now)
+        return explain(self._fleet, self._queue, self._estimate, estimates, ticket, now)
+
+    def _queue_lines(self, now: float) -> list[QueueLine]:
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
-        lines = [QueueLine(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
-        return wait_estimates(self._fleet.snapshot(now), lines, self._reasons)
+        return [QueueLine(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
+
+    def _wait_with(self, ticket: Ticket, held: MustWait | None, now: float) -> WaitEstimate:
+        """The estimate of a ticket that is not in the queue, as if it waited."""
+        key, queue, order_of = group_of(ticket), self._queue, self._fleet.counters.order_of
+        lines = self._queue_lines(now)
+        keys = list(queue.groups())
+        own = QueueLine(order_of([*queue.group(key), ticket], now), held)
+        if key in keys:
+            lines[keys.index(key)] = own
+        else:
+            behind = (at for at, line in enumerate(lines) if line.tickets[0].priority < ticket.priority)
+            lines.insert(next(behind, len(lines)), own)
+        return wait_estimates(self._fleet.snapshot(now), lines, {})[ticket.id]
 
     @property
     def is_closing(self) -> bool:
@@ -177,7 +204,7 @@ class Dispatcher:
             case ShutdownBegan():
                 self._closing = True
                 waiting = list(self._queue.tickets.values())
-                return [self._reject(ticket, "shutting_down", "the router is shutting down") for ticket in waiting]
+                return [self._reject(ticket, "shutting_down", _CLOSING) for ticket in waiting]
             case Arrived() | Cancelled() | Released():
                 return self._apply_to_requests(event, now)
             case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadRequested():
@@ -199,13 +226,11 @@ class Dispatcher:
 
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
-            return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
+            return [Reject(ticket.id, "shutting_down", _CLOSING, retry_after_seconds=5)]
         if self._queue.tickets and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
             self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
         self._fleet.record_request(ticket, now)
-        pin = self._policy.pins.get(ticket.model.name)
-        if pin is not None and pin.priority:
-            ticket = replace(ticket, priority=ticket.priority + pin.priority)
+        ticket = self._prioritised(ticket)
         if len(self._queue.tickets) < self._policy.queue_limit:
             self._queue.add(ticket)
             return []
@@ -215,6 +240,11 @@ class Dispatcher:
                 return [grant(self._fleet, able, replicas, ticket, now)]
         message = f"server busy: the queue is full (queue.limit={self._policy.queue_limit})"
         return [self._reject(ticket, "queue_full", message)]
+
+    def _prioritised(self, ticket: Ticket) -> Ticket:
+        """With its model's priority added to its own."""
+        pin = self._policy.pins.get(ticket.model.name)
+        return replace(ticket, priority=ticket.priority + pin.priority) if pin is not None and pin.priority else ticket
 
     def _retry_after(self) -> int:
         """Seconds: one for each round of the slots there are, within a minute."""
@@ -336,14 +366,7 @@ class Dispatcher:
             return []
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
-            decision = seek(snapshot, self._estimate, unserved)
-            if (
-                isinstance(decision, NoFit)
-                and decision.code == "model_too_large"
-                and self._policy.constants.unseen_margin_ratio
-            ):
-                decision = seek(snapshot, estimate_unmeasured, unserved)  # rather a load that fails than a refusal
-            return self._act_on(key, unserved, decision, now)
+            return self._act_on(key, unserved, decide(snapshot, self._estimate, unserved), now)
         replicas = [r for r in there if suits(snapshot, r, waiting[0])]
         self._explain(waiting, rules.describe_wait(replicas))
         placed = seek_replica(snapshot, self._estimate, waiting, replicas)

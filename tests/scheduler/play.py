@@ -38,6 +38,7 @@ from router.domain.events import (
     UnloadFinished,
     UnloadRequested,
 )
+from router.domain.explanation import Explanation
 from router.domain.footprint import FootprintKey
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
@@ -201,19 +202,48 @@ class Play:
     ) -> TicketId:
         """`default_context`: it cannot name a context, and needs this one; 0: the usual one."""
         self._tickets += 1
+        made = self._ticket(
+            self._tickets, of, options, keep_alive_seconds, ttft_target_seconds, is_flexible=is_flexible,
+            layout=layout, client=client, default_context=default_context,
+        )  # fmt: skip
+        self.waiting[made.id] = made
+        self.post(Arrived(made))
+        return made.id
+
+    def explain(
+        self, of: ModelFacts, options: RunnerOptions = (), *, is_flexible: bool = False, layout: Layout | None = None
+    ) -> Explanation:
+        """What would become of such a request now."""
+        made = self._ticket(self._tickets + 1, of, options, is_flexible=is_flexible, layout=layout)
+        before = self.snapshot()
+        found, again = (twin.explain(made, self.now) for twin in self._twins)
+        assert found == again
+        assert self.snapshot() == before
+        return found
+
+    def _ticket(
+        self,
+        number: int,
+        of: ModelFacts,
+        options: RunnerOptions = (),
+        keep_alive_seconds: float | None = None,
+        ttft_target_seconds: float = 300.0,
+        *,
+        is_flexible: bool = False,
+        layout: Layout | None = None,
+        client: str = "",
+        default_context: int | None = None,
+    ) -> Ticket:
         made = ticket_of(
-            self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
+            number, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
             deadline=self.now + ttft_target_seconds, is_flexible=is_flexible, layout=layout,
         )  # fmt: skip
-        made = replace(
+        return replace(
             made,
             client=client,
             takes_default_context=default_context is not None,
             context_length=default_context or 0,
         )
-        self.waiting[made.id] = made
-        self.post(Arrived(made))
-        return made.id
 
     def cancel(self, ticket: TicketId) -> list[Action]:
         del self.waiting[ticket]
