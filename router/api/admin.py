@@ -14,6 +14,7 @@ from router import __version__
 from router.api.context import ApiContext
 from router.api.explain import explain
 from router.api.responses import json_response, text_response
+from router.api.why import why
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceView
 from router.domain.request import Ticket
@@ -29,6 +30,7 @@ from router.domain.vram_ledger import (
 )
 from router.http1.headers import sanitized_request_id
 from router.observability.metrics import Metrics
+from router.observability.request_history import RequestHistory
 from router.observability.request_record import RequestRecord
 from router.scheduler.queue.wait_estimate import WaitEstimate
 
@@ -40,8 +42,9 @@ _LASTING = ("uuid", "index", "name", "memory_total_bytes", "error")
 class AdminHandler:
     """`emulated`: the title of an emulated rig, "" for real GPUs."""
 
-    def __init__(self, context: ApiContext, metrics: Metrics, emulated: str) -> None:
+    def __init__(self, context: ApiContext, metrics: Metrics, history: RequestHistory, emulated: str) -> None:
         self._context = context
+        self._history = history
         self._metrics = metrics
         self._emulated = emulated
 
@@ -57,6 +60,8 @@ class AdminHandler:
                 return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
             case "/llamayard/explain":
                 return json_response(await explain(self._context, request.query), extra)
+            case "/llamayard/why":
+                return json_response(why(self._context.controller, self._history, request.query), extra)
             case _:
                 wanted_id = sanitized_request_id(request.query.get("request_id"))
                 return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)

@@ -30,6 +30,7 @@ from router.llm_api.errors import api_of, internal_error
 from router.llm_api.routes import Kind, RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.metrics import Metrics
+from router.observability.request_history import RequestHistory
 from router.observability.request_record import DEBUG_HEADER, RequestRecord, asks_for_reason
 
 Handler = Callable[[web.BaseRequest, RequestRecord], Awaitable[web.StreamResponse]]
@@ -41,7 +42,7 @@ CLIENT_GONE = 499
 class ApiHandlers:
     """The handlers of each kind of route. `close` ends their background work."""
 
-    def __init__(self, context: ApiContext, metrics: Metrics, emulated: str = "") -> None:
+    def __init__(self, context: ApiContext, metrics: Metrics, history: RequestHistory, emulated: str = "") -> None:
         """`emulated`: the title of an emulated rig, "" for real GPUs."""
         passthrough = PassthroughHandler(context)
         self._management = ModelManagementHandler(context)
@@ -51,7 +52,7 @@ class ApiHandlers:
             Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._management,
             Kind.REFUSED: passthrough if context.rules.cloud else _refuse_account_route,
-            Kind.ADMIN: AdminHandler(context, metrics, emulated),
+            Kind.ADMIN: AdminHandler(context, metrics, history, emulated),
         }
 
     async def close(self) -> None:

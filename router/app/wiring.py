@@ -49,6 +49,7 @@ from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, writes_json
 from router.observability.metrics import FleetMetricsCollector, Metrics
+from router.observability.request_history import RequestHistory
 from router.proxy.context import ProxyContext, Tasks
 from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool
@@ -75,7 +76,8 @@ async def build(
         poller, gpus = GpuPoller(hardware.reader), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
-        observer = DecisionLog(metrics)
+        history = RequestHistory()
+        observers = (DecisionLog(metrics), history)
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
@@ -99,14 +101,14 @@ async def build(
         supervisor = Supervisor(_supervisor_config(settings, hardware), engines, on_instance_change, on_load=on_load)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
-        async with Controller(dispatcher, effects, time.monotonic, (observer,)) as controller:
+        async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
             metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
             context = _context(settings, controller, ollama, session, store_lock)
             state_poller = StatePoller(
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
             )  # fmt: skip
-            handlers = ApiHandlers(context, metrics, hardware.title)
+            handlers = ApiHandlers(context, metrics, history, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)

@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, explain, check-config, doctor, plan, simulate, version.
+"""The `llamayard` command line: serve, status, explain, why, check-config, doctor, plan, simulate, version.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.
@@ -81,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(explain)
     explain.add_argument("--json", action="store_true", help="print the explanation as JSON")
     explain.set_defaults(run=_explain)
+    why = commands.add_parser("why", help="show what became of a request, and what it waited for")
+    why.add_argument("request_id", metavar="REQUEST_ID", help="X-Request-ID of the response; request_id in the log")
+    _add_configuration(why)
+    why.add_argument("--json", action="store_true", help="print the answer as JSON")
+    why.set_defaults(run=_why)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"
     )
@@ -127,6 +132,12 @@ def _explain(arguments: argparse.Namespace, environment: Mapping[str, str] | Non
     from router.cli import explain
 
     return explain.run(arguments, environment)
+
+
+def _why(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import why
+
+    return why.run(arguments, environment)
 
 
 def _check_config(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

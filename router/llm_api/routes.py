@@ -97,6 +97,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/metrics", ("GET",), Kind.ADMIN),
     Route("/llamayard/status", ("GET",), Kind.ADMIN),
     Route("/llamayard/explain", ("GET",), Kind.ADMIN),
+    Route("/llamayard/why", ("GET",), Kind.ADMIN),
 )
 
 

@@ -1,4 +1,4 @@
-"""`llamayard explain` over the whole program: what it says is what the next request gets."""
+"""`llamayard explain` and `why` over the whole program: what is said is what the next request gets, and got."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from router.cli.main import main
 from tests.support.product import Product, prepare, running
+from tests.support.rawhttp import Reply, call
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.rig
@@ -108,3 +109,44 @@ def test_the_command_prints_the_reply_as_json(product: Product, capsys: Captured
 def test_an_unknown_model_ends_with_one(product: Product, capsys: Captured) -> None:
     assert _command(product, "explain", "nothing") == 1
     assert "model 'nothing' not found" in capsys.readouterr().err
+
+
+# --- why --------------------------------------------------------------------------------------------------------
+
+
+async def _ask(product: Product, model: str, request_id: str) -> Reply:
+    body = {"model": model, "prompt": "hello", "stream": False, "options": {"num_predict": 2}}
+    return await call(product.address, "POST", "/api/generate", body, (("X-Request-ID", request_id),))
+
+
+async def test_why_tells_what_a_request_waited_for(product: Product, capsys: Captured) -> None:
+    for name, model in (("first", "llama3.1:8b"), ("second", "llama3.3:70b")):
+        reply = await _ask(product, model, f"why-{name}")
+        assert (reply.status, reply.head.header("x-request-id")) == (200, f"why-{name}")
+    status, document = product.call("GET", "/llamayard/why?request_id=why-second")
+    (attempt,) = document["attempts"]
+    assert (status, attempt["model"], attempt["outcome"]) == (200, "llama3.3:70b", "granted")
+    assert attempt["instance"] == _loaded(product)["llama3.3:70b"]
+    steps = [(step["event"], step["model"]) for step in attempt["meanwhile"]]
+    assert ("unload", "llama3.1:8b") in steps
+    assert steps[-1] == ("loaded", "llama3.3:70b")
+    assert 0 < attempt["waited_seconds"] <= attempt["time_to_first_token_seconds"] <= attempt["duration_seconds"]
+    assert _command(product, "why", "why-second") == 0
+    shown = capsys.readouterr().out
+    assert "llama3.3:70b, 2" in shown
+    assert f"granted on {attempt['instance']}, waited " in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+async def test_why_tells_a_refusal(product: Product) -> None:
+    await _ask(product, "mixtral:8x22b", "why-refused")
+    attempt = product.call("GET", "/llamayard/why?request_id=why-refused")[1]["attempts"][-1]
+    assert (attempt["outcome"], attempt["error_code"]) == ("rejected", "model_too_large")
+    assert "fits nowhere" in attempt["reason"]
+
+
+def test_a_request_that_is_not_remembered_has_no_attempts(product: Product, capsys: Captured) -> None:
+    assert product.call("GET", "/llamayard/why?request_id=none") == (200, {"request_id": "none", "attempts": []})
+    assert product.call("GET", "/llamayard/why")[0] == 400
+    assert _command(product, "why", "none") == 1
+    assert "does not remember a request none" in capsys.readouterr().err
