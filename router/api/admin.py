@@ -32,6 +32,7 @@ from router.http1.headers import sanitized_request_id
 from router.observability.metrics import Metrics
 from router.observability.request_history import RequestHistory
 from router.observability.request_record import RequestRecord
+from router.scheduler.placement.explain import gpu_label
 from router.scheduler.queue.wait_estimate import WaitEstimate
 
 _QUEUE_SHOWN_MAX = 1000
@@ -150,7 +151,21 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "size_vram_bytes": residency.size_vram_bytes,
         "idle_seconds": round(snapshot.now - residency.used_at, 1) if residency.is_idle else 0.0,
         "expires_in_seconds": None if residency.expires_at is None else round(residency.expires_at - snapshot.now, 1),
+        "pin": _pin(snapshot, residency.name),
         "reason": residency.reason,
+    }
+
+
+def _pin(snapshot: Snapshot, model: str) -> dict[str, Any] | None:
+    """The rules of a model that say where it is and whether it stays; None without such rules."""
+    pin = snapshot.policy.pins.get(model)
+    if pin is None or not (pin.gpus or pin.spread or pin.cpu or pin.keep_warm):
+        return None
+    layout = "cpu" if pin.cpu else "spread" if pin.spread else "auto"
+    return {
+        "gpus": [gpu_label(snapshot, gpu) for gpu in pin.gpus],
+        "layout": layout,
+        "keep_warm": pin.keep_warm,
     }
 
 

@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, explain, why, check-config, doctor, plan, simulate, version.
+"""The `llamayard` command line. `llamayard --help` lists the commands.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.
@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -66,26 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"if Ollama is not installed, run EMULATED GPUs and servers ({AUTO_RIG}) instead of failing",
     )
     serve.set_defaults(run=_serve)
-    status = commands.add_parser("status", help="show GPUs, instances, models and queue of the running router")
-    _add_configuration(status)
-    status.add_argument("--json", action="store_true", help="print the status as JSON")
-    status.add_argument(
-        "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
-    )
-    status.set_defaults(run=_status)
-    explain = commands.add_parser(
-        "explain", help="show where a request for a model would go now, who would leave, and every candidate"
-    )
-    explain.add_argument("model", metavar="MODEL", help="its name, or an alias")
-    explain.add_argument("--context", metavar="TOKENS", help="the context that the request asks for (num_ctx)")
-    _add_configuration(explain)
-    explain.add_argument("--json", action="store_true", help="print the explanation as JSON")
-    explain.set_defaults(run=_explain)
-    why = commands.add_parser("why", help="show what became of a request, and what it waited for")
-    why.add_argument("request_id", metavar="REQUEST_ID", help="X-Request-ID of the response; request_id in the log")
-    _add_configuration(why)
-    why.add_argument("--json", action="store_true", help="print the answer as JSON")
-    why.set_defaults(run=_why)
+    _add_router_commands(commands.add_parser)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"
     )
@@ -108,6 +89,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_router_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that ask the running router."""
+    status = add_parser("status", help="show GPUs, instances, models and queue of the running router")
+    _add_configuration(status)
+    status.add_argument("--json", action="store_true", help="print the status as JSON")
+    status.add_argument(
+        "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
+    )
+    status.set_defaults(run=_status)
+    ps = add_parser("ps", help="list the loaded models with their GPUs, instance, expiry and pin")
+    _add_configuration(ps)
+    ps.add_argument("--json", action="store_true", help="print the models as JSON")
+    ps.set_defaults(run=_ps)
+    load = add_parser("load", help="load a model as a client's first request would, and tell where it went")
+    load.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    load.add_argument("--context", metavar="TOKENS", help="the context to load it with (num_ctx)")
+    _add_configuration(load)
+    load.add_argument("--json", action="store_true", help="print the replica as JSON")
+    load.set_defaults(run=_load)
+    unload = add_parser("unload", help="unload a model from all instances, once its requests have ended")
+    unload.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    _add_configuration(unload)
+    unload.add_argument("--json", action="store_true", help="print the result as JSON")
+    unload.set_defaults(run=_unload)
+    explain = add_parser(
+        "explain", help="show where a request for a model would go now, who would leave, and every candidate"
+    )
+    explain.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    explain.add_argument("--context", metavar="TOKENS", help="the context that the request asks for (num_ctx)")
+    _add_configuration(explain)
+    explain.add_argument("--json", action="store_true", help="print the explanation as JSON")
+    explain.set_defaults(run=_explain)
+    why = add_parser("why", help="show what became of a request, and what it waited for")
+    why.add_argument("request_id", metavar="REQUEST_ID", help="X-Request-ID of the response; request_id in the log")
+    _add_configuration(why)
+    why.add_argument("--json", action="store_true", help="print the answer as JSON")
+    why.set_defaults(run=_why)
+
+
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (else ./llamayard.yaml, then /etc)")
     parser.add_argument("--host", help="address to listen on (server.host)")
@@ -126,6 +146,24 @@ def _status(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     from router.cli import status
 
     return status.run(arguments, environment)
+
+
+def _ps(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import ps
+
+    return ps.run(arguments, environment)
+
+
+def _load(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import load
+
+    return load.run(arguments, environment)
+
+
+def _unload(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import unload
+
+    return unload.run(arguments, environment)
 
 
 def _explain(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

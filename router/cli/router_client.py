@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +46,18 @@ class RouterClient:
             StatusError: no answer in time, or the server is not llamayard.
             Refused: the router's error.
         """
-        status, raw = self._exchange(method, path, body, timeout_seconds)
+        return self._answer(method, path, body, timeout_seconds)[0]
+
+    def headers_of(
+        self, method: str, path: str, body: object, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> Mapping[str, str]:
+        """The headers of the answer, in lower case. Errors as `call`."""
+        return self._answer(method, path, body, timeout_seconds)[1]
+
+    def _answer(
+        self, method: str, path: str, body: object, timeout_seconds: float
+    ) -> tuple[dict[str, Any], Mapping[str, str]]:
+        status, headers, raw = self._exchange(method, path, body, timeout_seconds)
         route = path.partition("?")[0]
         try:
             document: object = json.loads(raw)
@@ -61,9 +73,11 @@ class RouterClient:
             if not isinstance(message, str):
                 raise self._foreign(status, route)
             raise Refused(message, status)
-        return fields
+        return fields, headers
 
-    def _exchange(self, method: str, path: str, body: object, timeout_seconds: float) -> tuple[int, bytes]:
+    def _exchange(
+        self, method: str, path: str, body: object, timeout_seconds: float
+    ) -> tuple[int, Mapping[str, str], bytes]:
         headers = {"Host": f"localhost:{self._port}"}
         payload = None
         if body is not None:
@@ -72,7 +86,8 @@ class RouterClient:
             with closing(self._connection(timeout_seconds)) as connection:
                 connection.request(method, path, body=payload, headers=headers)
                 reply = connection.getresponse()
-                return reply.status, reply.read()
+                names = {name.lower(): value for name, value in reply.getheaders()}
+                return reply.status, names, reply.read()
         except (OSError, http.client.HTTPException) as error:  # ssl.SSLError is an OSError
             reason = str(error) or type(error).__name__
             raise StatusError(
