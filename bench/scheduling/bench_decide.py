@@ -179,7 +179,8 @@ def main() -> int:
         sys.stdout.write(f"  {result.gpus:>5} GPUs{row.median:>10.1f} µs{row.p95:>10.1f} µs{p99:>10.1f} µs\n")
     if args.out is not None:
         rows = [{"gpus": result.gpus, "kind": row.kind, "events": row.events, "median_microseconds": row.median,
-                 "p95_microseconds": row.p95, "p99_microseconds": row.p99, "max_microseconds": row.most} for result in results for row in result.rows]  # fmt: skip
+                 "p95_microseconds": row.p95, "p99_microseconds": row.p99, "max_microseconds": row.most}
+                for result in results for row in result.rows]  # fmt: skip
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     first = results[0].row(_REQUESTS)
     holds = first.median <= LIMIT_MICROSECONDS
