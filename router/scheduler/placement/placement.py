@@ -154,6 +154,9 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
             if group:
                 decision = _among(snapshot, group, request)
                 return _next_to_others(snapshot, estimate, size, bounds, request, decision) or decision
+            unsplit = _unsplit(snapshot, estimate, bounds, request) if size == 1 and not fewer_slots else None
+            if unsplit is not None:
+                return unsplit
             tried += [] if fewer_slots else sized_candidates
         bounds = replace(bounds, only_new=True)
     gone = explain_unavailable(snapshot, estimate, model, request.options, replace(bounds, only_new=False))
@@ -249,6 +252,23 @@ def _next_to_others(
         if found is not None and price < swap_price(snapshot, request.model, stuck):
             names = ", ".join(r.name for r in stuck)
             return replace(found, reason=f"{found.reason}; with fewer slots ({fewer}), so that {names} need not leave")
+    return None
+
+
+def _unsplit(snapshot: Snapshot, estimate: Estimate, bounds: Bounds, request: PlacementRequest) -> Decision | None:
+    """A place on one GPU with fewer slots than configured: a model over several GPUs is slower, and keeps others
+    from each of them. None where no GPU holds the model with one slot."""
+    like = snapshot.policy.on_demand_like
+    if not request.may_use_fewer_slots or like is None:
+        return None
+    for fewer_by in range(1, like.num_parallel):
+        smaller = _with_fewer_slots(snapshot, estimate, 1, bounds, request, fewer_by)
+        if smaller and not _spilled_once(snapshot, smaller, request):
+            decision = _among(snapshot, smaller, request)
+            if not isinstance(decision, Placed):
+                return decision
+            slots = like.num_parallel - fewer_by
+            return replace(decision, reason=f"{decision.reason}; with fewer slots ({slots}), so that one GPU holds it")
     return None
 
 
