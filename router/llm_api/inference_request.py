@@ -378,7 +378,7 @@ class InferenceRequest(msgspec.Struct):
         """Another model is to answer: puts its name into the body and the response's headers."""
         self.model = model
         self.substitution_headers[MODEL_HEADER] = model
-        if is_form(self.content_type):
+        if is_form(self.path, self.content_type):
             place = find_field(self.original_body, self.content_type, "model")
             self.body = self.original_body if place is None else replaced(self.original_body, place, model)
         else:
@@ -476,7 +476,7 @@ def _parse(path: str, content_type: str, body: bytes) -> ParsedBody:
     Raises:
         BadRequest: it has too many parts to be parsed within bounds.
     """
-    if not is_form(content_type):
+    if not is_form(path, content_type):
         return parse_body(body, path)
     fields = find_fields(body, content_type, "model")
     models = [body[field.start : field.end].decode(errors="replace") for field in fields]

@@ -61,7 +61,7 @@ class HeadFacts:
         self.path = path
         """Decoded, without the query."""
         self.is_young = is_young(path)
-        self.is_form = is_form(head.text("content-type"))
+        self.is_form = is_form(path, head.text("content-type"))
         self.is_zstd = is_zstd(path, head.text("content-encoding"))
         """Whether the body is compressed. It is forwarded decompressed."""
         self.request_id = sanitized_request_id(head.text("x-request-id"))
