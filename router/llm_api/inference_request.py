@@ -51,7 +51,7 @@ from router.http1.headers import HeaderLookup
 from router.llm_api.body_reader import ParsedBody, longest_text, parse_body
 from router.llm_api.form_data import find_field, find_fields, is_form, replaced
 from router.llm_api.heartbeat_format import Heartbeat, heartbeat_for
-from router.llm_api.json_edit import remove_nested, set_member, set_nested, set_only
+from router.llm_api.json_edit import remove_nested, set_member, set_nested
 from router.llm_api.model_aliases import REASONS, Substitutes
 from router.llm_api.prompt_fingerprint import TOKENS_MIN, fingerprints_of
 from router.scheduler.balancing.prefix_affinity import BYTES_PER_TOKEN
@@ -64,6 +64,9 @@ DROPPED_OPTIONS_HEADER = "X-Llamayard-Dropped-Options"
 CONTEXT_HEADER = "X-Llamayard-Context"
 """The context in tokens that a prompt gets which is probably longer: the server drops its beginning."""
 
+KEEP_ALIVE = b"-1"
+"""What a server is told, in JSON: it must never unload by itself a model that the router counts on. The timers are the
+router's."""
 _GENERATING = frozenset(
     ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 )
@@ -155,6 +158,8 @@ class InferenceRequest(msgspec.Struct):
     tried_models: tuple[str, ...] = ()
     keeps_context: bool = False
     """Whether a long prompt is served with the default context all the same."""
+    is_adapted: bool = False
+    """Whether `body` differs from what the client sent in more than `keep_alive`."""
 
     def only_unloads(self) -> bool:
         """Whether it only asks for its model to be unloaded.
@@ -194,10 +199,9 @@ class InferenceRequest(msgspec.Struct):
         else:
             self.substitution_headers.pop(DROPPED_OPTIONS_HEADER, None)
         self._write_context_as_loaded(facts, options)
+        self.is_adapted = self.body is not self.original_body
         if keep_alive_seconds is not None:
-            # The server must never unload by itself a model that the router counts on: the timers are the router's.
-            set_keep_alive = set_member if parsed.ambiguous else set_only
-            self.body = set_keep_alive(self.body, "keep_alive", b"-1")
+            self.body = set_member(self.body, "keep_alive", KEEP_ALIVE)
         if len(self.body) > _KEPT_BYTES_MAX:
             self.original_body = self.body  # the same edits, made again for a fallback, change nothing
         is_ollama = self.path.startswith("/api/")
@@ -301,15 +305,17 @@ class InferenceRequest(msgspec.Struct):
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether `plan` and `heartbeat` hold for every request whose head, model and `stream` are the same.
-
-        Of a body that `plan_for` edited `is_plain` is false, also of a long one.
-        """
-        return (
-            self.body is self.original_body
-            and not self.substitution_headers
-            and is_plain(self.parsed)
-            and not (self.rules.substitutes.aliases or self.rules.substitutes.fallbacks)
+        """Whether `plan` and `heartbeat` hold for every request whose head and settings are the same (`outline_of`)."""
+        parsed = self.parsed
+        return not (
+            self.is_adapted
+            or self.substitution_headers
+            or parsed.is_load_only
+            or parsed.ambiguous
+            or parsed.unreadable
+            or (self.path in _TRUNCATING and parsed.options)
+            or self.rules.substitutes.aliases
+            or self.rules.substitutes.fallbacks
         )
 
     def ticket(self, ticket_id: TicketId, now: float, timeout_seconds: float, request_id: str = "") -> Ticket:
@@ -424,13 +430,6 @@ def read_request(
         request.substitute(target)
     refuse_cloud(request.model, cloud=rules.cloud)
     return request
-
-
-def is_plain(parsed: ParsedBody) -> bool:
-    """Whether the body says nothing that affects routing but its model, `stream` and the prompt's size."""
-    return not (
-        parsed.options or parsed.is_load_only or parsed.ambiguous or parsed.unreadable or parsed.keep_alive is not None
-    )
 
 
 def refuse_conflict(parsed: ParsedBody) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 import structlog
+from msgspec import structs
 
 from router.control.controller import rejection
 from router.domain.actions import Grant, Reject
@@ -37,12 +38,13 @@ from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.content_encoding import DECOMPRESSED_BYTES_MAX, decompressed
 from router.llm_api.errors import api_of, error_reply, internal_error
-from router.llm_api.fast_body_reader import parse_body_fast
+from router.llm_api.fast_body_reader import Outline, outline_of, parse_body_fast
 from router.llm_api.heartbeat_format import Heartbeat
-from router.llm_api.inference_request import InferenceRequest, is_plain, read_request, unload_reply
+from router.llm_api.inference_request import KEEP_ALIVE, InferenceRequest, read_request, unload_reply
+from router.llm_api.json_edit import spliced
 from router.observability.request_record import RequestRecord
 from router.proxy.context import ProxyContext
-from router.proxy.head_cache import HeadFacts
+from router.proxy.head_cache import CachedPlan, HeadFacts, PlanKey
 from router.proxy.heartbeat import HeartbeatSender
 from router.proxy.interfaces import Requester
 from router.proxy.response_stream import ResponseStream
@@ -82,6 +84,8 @@ class ProxyExchange:
     _reply: ResponseStream | None = None
     _parsed: ParsedBody | None = None
     """What the body says, if it has been parsed already."""
+    _settings: PlanKey | None = None
+    """Those of a body for which no plan was cached."""
     _body = b""
     """As it is forwarded."""
     _unsent: memoryview | None = None
@@ -154,25 +158,35 @@ class ProxyExchange:
             self._connect(view.spec.url)
 
     def _resolve(self) -> None:
-        context, facts, body = self._context, self._facts, self._body
+        facts, body = self._facts, self._body
         path, parsed = facts.path, self._parsed
         if parsed is None and not facts.is_form:
+            seen = outline_of(body, path)
+            if seen is not None and self._resolve_alike(seen):
+                return
+            self._settings = seen.settings if seen is not None else None
             parsed = parse_body_fast(body, path) or parse_body(body, path)
-        cached = facts.plans.get((parsed.model, parsed.stream)) if parsed is not None else None
-        if cached is None or parsed is None or not is_plain(parsed):
-            self._read(parsed)
-            return
-        plan, heartbeat = cached
+        self._read(parsed)
+
+    def _resolve_alike(self, seen: Outline) -> bool:
+        """Plans the request as an earlier one with the same settings; False if there was none."""
+        context, body = self._context, self._body
+        cached = self._facts.plans.get(seen.settings)
+        if cached is None:
+            return False
+        plan, heartbeat, parsed = cached
         model = parsed.model or ""
         if context.catalog.known(model) is not plan.facts or plan.facts.name in context.rules.removing:
-            self._read(parsed)
-            return
+            return False
+        if parsed.prompt_bytes != seen.prompt_bytes:
+            parsed = structs.replace(parsed, prompt_bytes=seen.prompt_bytes)
+        span = seen.keep_alive if plan.keep_alive_seconds is not None else None
         self._request = request = InferenceRequest(
-            path=path,
+            path=self._facts.path,
             rules=context.rules,
             client_identity=self._client_identity,
             original_body=body,
-            body=body,
+            body=body if span is None else spliced(body, span, KEEP_ALIVE),
             parsed=parsed,
             requested_model=model,
             model=model,
@@ -183,6 +197,7 @@ class ProxyExchange:
             self._heartbeat = heartbeat
             self._heartbeat_due = context.controller.now() + heartbeat.seconds
         self._submit(request)
+        return True
 
     def _read(self, parsed: ParsedBody | None) -> None:
         """The full path, for a request that no cached plan fits."""
@@ -240,8 +255,8 @@ class ProxyExchange:
         except RouterError as error:
             self._refuse(error)
             return
-        if request.is_repeatable:
-            self._facts.add_plan((request.parsed.model, request.parsed.stream), plan, request.heartbeat)
+        if self._settings is not None and request.is_repeatable:
+            self._facts.add_plan(self._settings, CachedPlan(plan, request.heartbeat, request.parsed))
         self._submit(request)
 
     def _refuse(self, error: RouterError) -> None:

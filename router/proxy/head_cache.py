@@ -5,9 +5,9 @@ from the same address and has the same bytes except for the digits of its Conten
 one then holds for the other: the header is the same and occurs once. Only complete, valid heads are cached, and of
 those the most recently used.
 
-With a head go its `HeadFacts`: route, admission, the head as forwarded, and the plans of requests whose bodies said
-nothing but model, `stream` and a prompt. Everything that can change in the meantime (the model's facts, its deletion)
-is checked for each request.
+With a head go its `HeadFacts`: route, admission, the head as forwarded, and the plans of requests by the settings in
+their bodies, which clients write alike again and again. Everything that can change in the meantime (the model's facts,
+its deletion) is checked for each request.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from router.admission.pipeline import Admission
 from router.engines.ollama.endpoint_support import is_young
 from router.http1.headers import request_lines, sanitized_request_id
 from router.http1.parser import RequestHead
+from router.llm_api.body_reader import ParsedBody
 from router.llm_api.content_encoding import is_zstd
 from router.llm_api.form_data import is_form
 from router.llm_api.heartbeat_format import Heartbeat
@@ -39,13 +40,15 @@ _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
 _Key = tuple[str, bytes, bytes]
 """The client's address, and the bytes before and after the digits of the length."""
 
-PlanKey = tuple[str | None, bool | None]
-"""The model as written, and `stream`."""
+PlanKey = tuple[str | bytes, ...]
+"""`Outline.settings`."""
 
 
 class CachedPlan(NamedTuple):
     plan: RoutingPlan
     heartbeat: Heartbeat | None
+    parsed: ParsedBody
+    """Of another body with the same settings."""
 
 
 class HeadFacts:
@@ -82,8 +85,8 @@ class HeadFacts:
         put(self.upstream_lines, url, lines, _SERVERS_MAX)
         return lines
 
-    def add_plan(self, key: PlanKey, plan: RoutingPlan, heartbeat: Heartbeat | None) -> None:
-        put(self.plans, key, CachedPlan(plan, heartbeat), PLANS_MAX)
+    def add_plan(self, key: PlanKey, plan: CachedPlan) -> None:
+        put(self.plans, key, plan, PLANS_MAX)
 
 
 class HeadCache:
