@@ -40,7 +40,7 @@ from router.observability.metrics import Metrics
 from router.proxy.client_connection import ClientConnection
 from router.proxy.context import ProxyContext, Tasks
 from router.proxy.server import ProxyServer
-from router.proxy.upstream_pool import Pool, UpstreamConnection
+from router.proxy.upstream_pool import Opening, Pool, UpstreamConnection
 from router.scheduler.dispatcher import Dispatcher
 
 _CONTEXT = 32_768
@@ -60,6 +60,7 @@ _REPLY = (
 _PIECE_BYTES = 1 << 18
 """What one read of a socket gives at most."""
 _LARGE_BYTES = 8_000_000
+_LARGE_SHAPES = ("bare", "open-webui", "langchain")
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
@@ -107,6 +108,23 @@ class _Transport(asyncio.Transport):
     def abort(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _Pool(Pool):
+    """Connects to nothing, and at once."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        super().__init__(5.0, now)
+        self.connections: list[UpstreamConnection] = []
+
+    def open(
+        self, url: str, opened: Callable[[UpstreamConnection], None], failed: Callable[[Exception], None]
+    ) -> Opening:
+        connection = UpstreamConnection(self, url)
+        connection.connection_made(_Transport())
+        self.connections.append(connection)
+        opened(connection)
+        return Opening(opened, failed)
 
 
 class _Catalog:
@@ -162,8 +180,7 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
     )
 
 
-def _fleet(dispatcher: Dispatcher, instances: int) -> list[str]:
-    urls: list[str] = []
+def _fleet(dispatcher: Dispatcher, instances: int) -> None:
     for number in range(instances):
         name, url = InstanceName(f"u{number}"), f"http://127.0.0.1:{20000 + number}"
         dispatcher.handle(
@@ -174,29 +191,22 @@ def _fleet(dispatcher: Dispatcher, instances: int) -> list[str]:
         )
         row = LoadedModel("bench:latest", "d", 1, 1, _CONTEXT, _FACTS)
         dispatcher.handle(ResidencyRead(name, (row,), 0.0), 0.0)
-        urls.append(url)
-    return urls
 
 
 async def _measure(args: argparse.Namespace, note: Callable[[str], None], profile: cProfile.Profile | None) -> None:
     metrics = Metrics()
     dispatcher = Dispatcher(Policy(), {KIND: OllamaRules()})
     async with Controller(dispatcher, cast("Any", _NoDriver()), time.monotonic, (DecisionLog(metrics),)) as controller:
-        urls = _fleet(dispatcher, args.instances)
-        pool = Pool(5.0, controller.now)
+        _fleet(dispatcher, args.instances)
+        pool = _Pool(controller.now)
         context = _context(controller, metrics, pool)
-        upstreams: dict[str, UpstreamConnection] = {}
-        for url in urls:
-            connection = upstreams[url] = UpstreamConnection(pool, url)
-            connection.connection_made(_Transport())
-            pool.release(connection)
         client = ClientConnection(context, ProxyServer(context))
         client.connection_made(_Transport())
 
         def one(request: list[bytes], *pieces: bytes) -> None:
             for part in request:
                 client.data_received(part)
-            upstream = next(c for c in upstreams.values() if c.receiver is not None)
+            upstream = next(c for c in pool.connections if c.receiver is not None)
             for piece in pieces:
                 upstream.data_received(piece)
 
@@ -207,7 +217,7 @@ async def _measure(args: argparse.Namespace, note: Callable[[str], None], profil
             _best(lambda: one(next(requests), _REPLY), args.requests // (1 + args.bytes // 10_000))
             profile.disable()
             return
-        for shape, more in [(n, 0) for n in SHAPES if n != "image"]:
+        for shape, more in [*((name, 0) for name in SHAPES), *((name, _LARGE_BYTES) for name in _LARGE_SHAPES)]:
             requests = itertools.cycle(_requests(shape, more))
             is_long = more or len(next(requests)) > 1
             batch, times = (5, 100) if is_long else (_BATCH, args.requests)

@@ -18,6 +18,7 @@ from router.config.settings import ConfigError, Settings
 from router.domain.events import GpusRead
 from router.domain.gpu import Gpu
 from router.observability.logging import configure_logs
+from router.proxy.memory_trim import keep_freed_memory
 from router.supervisor import orphan_reaper
 
 _LISTEN_BACKLOG = 4096
@@ -43,6 +44,7 @@ async def serve(settings: Settings) -> None:
         # Only now: what orphans held is free. Everything below works with this one reading.
         reading = await asyncio.to_thread(_read_gpus, hardware)
         _refuse_contradictions(settings, hardware, reading.gpus)
+        keep_freed_memory()
         async with build(settings, hardware, reading, tls) as router:
             await router.run(listener)
 

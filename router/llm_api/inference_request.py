@@ -158,6 +158,8 @@ class InferenceRequest(msgspec.Struct):
     tried_models: tuple[str, ...] = ()
     keeps_context: bool = False
     """Whether a long prompt is served with the default context all the same."""
+    has_keep_alive: bool = False
+    """Whether `original_body` has the router's `keep_alive` already."""
     is_adapted: bool = False
     """Whether `body` differs from what the client sent in more than `keep_alive`."""
 
@@ -200,7 +202,7 @@ class InferenceRequest(msgspec.Struct):
             self.substitution_headers.pop(DROPPED_OPTIONS_HEADER, None)
         self._write_context_as_loaded(facts, options)
         self.is_adapted = self.body is not self.original_body
-        if keep_alive_seconds is not None:
+        if keep_alive_seconds is not None and not self.has_keep_alive:
             self.body = set_member(self.body, "keep_alive", KEEP_ALIVE)
         if len(self.body) > _KEPT_BYTES_MAX:
             self.original_body = self.body  # the same edits, made again for a fallback, change nothing

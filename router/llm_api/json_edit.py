@@ -26,6 +26,17 @@ def set_member(body: bytes, name: str, value: bytes) -> bytes:
     return _edited(body, lambda key: fold(key) == name, name, value)
 
 
+def find_member(body: bytes, name: str) -> tuple[int, int] | None:
+    """Where the value of the top-level member `name` is; None unless there is exactly one, written in that case."""
+    try:
+        found = [member for member in scan(body).members if fold(member.key) == name]
+    except ValueError:
+        return None
+    if len(found) != 1 or not body.startswith(_quoted(name), found[0].start):
+        return None
+    return found[0].value_start, found[0].value_end
+
+
 def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:
     """`body` with `name` set to the JSON text `value` in its member `outer`, which is created if absent or null.
 

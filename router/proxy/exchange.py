@@ -86,6 +86,8 @@ class ProxyExchange:
     """What the body says, if it has been parsed already."""
     _settings: PlanKey | None = None
     """Those of a body for which no plan was cached."""
+    _has_keep_alive = False
+    """Whether the body has the router's `keep_alive` already."""
     _body = b""
     """As it is forwarded."""
     _unsent: memoryview | None = None
@@ -205,6 +207,7 @@ class ProxyExchange:
         self._request = request = read_request(
             context.rules, self._facts.path, self._body, self._head.text, self._client_identity, parsed
         )
+        request.has_keep_alive = self._has_keep_alive
         self._record.substitution_headers = request.substitution_headers
         heartbeat = self._heartbeat = request.heartbeat
         if heartbeat is not None:
@@ -372,15 +375,9 @@ class ProxyExchange:
     def _send(self, connection: UpstreamConnection) -> None:
         self._opening = None
         self._phase = RELAYING
-        context, facts, body, url = self._context, self._facts, self._body, connection.url
-        self._reply = reply = ResponseStream(
-            self, self._client, self._head, facts.path, connection, context.limits, context.controller.now
-        )
-        if self._heartbeat_sender is not None:
-            reply.head_sent = self._heartbeat_sender.head_sent
-        reply.is_last_attempt = self._attempt == ATTEMPTS
-        lines = facts.upstream_lines.get(url) or facts.add_upstream_lines(self._head, url, context.pool.authority(url))
-        head = b"%sContent-Length: %d\r\n\r\n" % (lines, len(body))
+        body = self._body
+        reply = self._open_reply(connection)
+        head = self._head_for(connection.url, len(body))
         if len(body) <= ONE_WRITE_BYTES_MAX:
             connection.transport.write(head + body)
             return
@@ -388,6 +385,24 @@ class ProxyExchange:
         self._unsent = memoryview(body)
         connection.transport.write(head)
         self._write_unsent()
+
+    def _open_reply(self, connection: UpstreamConnection) -> ResponseStream:
+        context = self._context
+        self._reply = reply = ResponseStream(
+            self, self._client, self._head, self._facts.path, connection, context.limits, context.controller.now
+        )
+        if self._heartbeat_sender is not None:
+            reply.head_sent = self._heartbeat_sender.head_sent
+        reply.is_last_attempt = self._attempt == ATTEMPTS
+        return reply
+
+    def _head_for(self, url: str, body_bytes: int) -> bytes:
+        """The request's head for that server."""
+        facts = self._facts
+        lines = facts.upstream_lines.get(url)
+        if lines is None:
+            lines = facts.add_upstream_lines(self._head, url, self._context.pool.authority(url))
+        return b"%sContent-Length: %d\r\n\r\n" % (lines, body_bytes)
 
     def _write_unsent(self) -> None:
         unsent, reply = self._unsent, self._reply

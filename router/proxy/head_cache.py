@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from msgspec import structs
+
 from router.admission.pipeline import Admission
 from router.engines.ollama.endpoint_support import is_young
 from router.http1.headers import request_lines, sanitized_request_id
@@ -55,8 +57,8 @@ class HeadFacts:
     """Derived from one head of a request that takes a slot."""
 
     __slots__ = (
-        "admission", "is_form", "is_young", "is_zstd", "path", "plans", "request_id", "route", "upstream_lines",
-        "wants_reason",
+        "admission", "is_form", "is_young", "is_zstd", "long_bodies", "path", "plans", "request_id", "route",
+        "upstream_lines", "wants_reason",
     )  # fmt: skip
 
     def __init__(self, route: Route, path: str, head: RequestHead, *, debug_headers: bool) -> None:
@@ -75,6 +77,8 @@ class HeadFacts:
         self.upstream_lines: dict[str, bytes] = {}
         """The head as forwarded, without framing, by the server's URL."""
         self.plans: dict[PlanKey, CachedPlan] = {}
+        self.long_bodies: dict[str, ParsedBody] = {}
+        """By model, as written: what the last long body said, except for its prompt."""
 
     def add_upstream_lines(self, head: RequestHead, url: str, authority: bytes) -> bytes:
         """The head as forwarded to that server, without framing; cached for the next request."""
@@ -87,6 +91,10 @@ class HeadFacts:
 
     def add_plan(self, key: PlanKey, plan: CachedPlan) -> None:
         put(self.plans, key, plan, PLANS_MAX)
+
+    def add_long_body(self, parsed: ParsedBody) -> None:
+        if parsed.model:
+            put(self.long_bodies, parsed.model, structs.replace(parsed, prompt_bytes=0), PLANS_MAX)
 
 
 class HeadCache:
