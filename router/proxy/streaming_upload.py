@@ -55,7 +55,7 @@ class StreamingUpload(ProxyExchange):
         """Whether the whole body has come."""
         self._written = 0
         """Bytes of the body sent to the server."""
-        self._expected = ParsedBody()
+        self._expected: ParsedBody = ParsedBody()
         """What the body is expected to say, of a request that has started early."""
         self._kept_alive: tuple[int, int] | None = None
         """Where the router's `keep_alive` has been put into the body."""
@@ -82,7 +82,7 @@ class StreamingUpload(ProxyExchange):
             return
         expected = beginning.parsed
         if expected.keep_alive is None and not expected.options:
-            expected = self._facts.long_bodies.get(model, expected)
+            expected = self._facts.long_bodies.get(model) or expected
         try:
             request = read_request(context.rules, path, b"{}", self._head.text, self._client_identity, expected)
             request.has_keep_alive = True
