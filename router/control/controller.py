@@ -102,8 +102,8 @@ class Controller:
         self._next_ticket = 0
         self._until: list[tuple[Callable[[Snapshot], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._due: float | None = None
-        """When the timer fires; None without one."""
+        self._timer_at = float("inf")
+        """When the timer is due."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._wait_estimates: tuple[float, Mapping[TicketId, WaitEstimate]] = (float("-inf"), {})
         """When they were last computed, and the result."""
@@ -261,20 +261,22 @@ class Controller:
         self.post(outcome)
 
     def _set_timer(self, now: float) -> None:
+        """A timer that is due too early stays: `_wake` sets it anew, so that most requests set none."""
         due = self._dispatcher.next_wake()
-        if due == self._due:
+        if due is None or due >= self._timer_at:
             return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        self._due = due
-        if due is not None and due != float("inf"):
-            delay = max(_EARLIEST_WAKE_SECONDS, due - now)
-            self._timer = self._loop.call_later(delay, self._wake)
+        self._timer_at = due
+        self._timer = self._loop.call_later(max(_EARLIEST_WAKE_SECONDS, due - now), self._wake)
 
     def _wake(self) -> None:
-        self._timer = self._due = None
-        self.post(Ticked())
+        self._timer, self._timer_at = None, float("inf")
+        now, due = self.now(), self._dispatcher.next_wake()
+        if due is not None and due - now < _EARLIEST_WAKE_SECONDS:
+            self.post(Ticked())
+        else:
+            self._set_timer(now)
 
 
 def rejection(reject: Reject) -> RouterError:
