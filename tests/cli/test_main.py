@@ -156,7 +156,7 @@ def test_the_module_ends_with_the_commands_code(root: Path) -> None:
 
 
 def test_simulate_runs_and_refuses_unknown_gpus_with_code_2(capsys: Captured) -> None:
-    arguments = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "floor", "--json", "--out", "-"]
+    arguments = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "stock-0.24", "--json", "--out", "-"]
     assert main(arguments, HOME) == 0
     assert json.loads(capsys.readouterr().out)["simulated"] is True
     assert main(["simulate", "--rig", "2x9999"], HOME) == 2
