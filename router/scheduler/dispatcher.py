@@ -112,7 +112,13 @@ class Dispatcher:
     @property
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         """Waiting tickets, oldest first, each with what it waits for."""
-        return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue.tickets.values())
+        reasons: dict[GroupKey, str] = {}
+        waiting: list[tuple[Ticket, str]] = []
+        for ticket in self._queue.tickets.values():
+            key = group_of(ticket)  # one that came since its group last searched waits for what the others wait for
+            reason = reasons[key] = self._reasons.get(ticket.id) or reasons.get(key) or "its turn"
+            waiting.append((ticket, reason))
+        return tuple(waiting)
 
     def wait_estimates(self, now: float) -> dict[TicketId, WaitEstimate]:
         """The wait estimate of each ticket, in the order in which groups, and tickets within them, are served."""
@@ -128,14 +134,15 @@ class Dispatcher:
 
     def _queue_lines(self, now: float) -> list[QueueLine]:
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
-        return [QueueLine(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
+        starving = self._policy.starving_after_seconds
+        return [QueueLine(order_of(queue.group(key), now, starving), held(key)) for key in queue.groups()]
 
     def _wait_with(self, ticket: Ticket, held: MustWait | None, now: float) -> WaitEstimate:
         """The estimate of a ticket that is not in the queue, as if it waited."""
         key, queue, order_of = group_of(ticket), self._queue, self._fleet.counters.order_of
         lines = self._queue_lines(now)
         keys = list(queue.groups())
-        own = QueueLine(order_of([*queue.group(key), ticket], now), held)
+        own = QueueLine(order_of([*queue.group(key), ticket], now, self._policy.starving_after_seconds), held)
         if key in keys:
             lines[keys.index(key)] = own
         else:
@@ -350,7 +357,10 @@ class Dispatcher:
             served = {ticket.id: able for ticket, able in tried if able}
             if not served:
                 break
-            ticket = self._fleet.counters.next_of(waiting if alike else [t for t in waiting if t.id in served], now)
+            able_to = waiting if alike else [t for t in waiting if t.id in served]
+            ticket = self._fleet.counters.next_of(able_to, now, self._policy.starving_after_seconds)
+            if len(waiting) > 1:
+                self._fleet.counters.served_before_others(ticket, now)
             able = next(iter(served.values())) if alike else served[ticket.id]
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)

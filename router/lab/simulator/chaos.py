@@ -60,6 +60,9 @@ def random_scenario(seed: int) -> RandomScenario:
     config = ServerConfig(version=rng.choice(((0, 24, 0), (0, 33, 0))), slots=rng.choice((1, 2, 2, 4)))
     policy = Policy(queue_timeout_seconds=60.0, queue_limit=rng.choice((4, 64, 512)),
                     keep_alive_seconds=rng.choice((-1.0, -1.0, 5.0)))  # fmt: skip
+    starving = rng.choice((5.0, 15.0, 75.0))
+    constants = replace(policy.constants, drain_after_seconds=starving)
+    policy = replace(policy, starving_after_seconds=starving, constants=constants)
     return RandomScenario(scenario, config, policy)
 
 

@@ -34,7 +34,13 @@ from router.scheduler.placement.candidates import (
 )
 from router.scheduler.placement.cost import fewer_slots_price, service_seconds, swap_price
 from router.scheduler.placement.eviction import choose_evictions, evictable, price_of
-from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_state, explain_states
+from router.scheduler.placement.explain import (
+    explain_fit,
+    explain_obstacles,
+    explain_shortfall,
+    explain_state,
+    explain_states,
+)
 from router.scheduler.placement.unavailable import explain_unavailable
 
 Need = tuple[tuple[GpuUuid, int], ...]
@@ -497,14 +503,20 @@ def _wait(
 ) -> Placed | MustWait:
     """Busy models stand in the way: the offer with the least to wait for and to lose, taken or only named."""
     at_rest = [c for c in sized_candidates if _own_state(snapshot, c, request) in (None, ResidencyState.READY)]
-    offers = [o for c in at_rest if (o := _offer(snapshot, c, request, busy=True)) is not None]
+    at_any_price = replace(request, price_max=float("inf"))
+    dear = [o for c in at_rest if (o := _offer(snapshot, c, at_any_price, busy=True)) is not None]
+    offers = [o for o in dear if o.price <= request.price_max] or dear
     if not offers:
-        return MustWait("waits until an instance is ready or loads under way have ended")
+        return MustWait(
+            explain_obstacles(snapshot, [gpu for c in sized_candidates for gpu, _ in c.need], request.model)
+        )
     best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.sized.name))
     words = f"waits for {best.running} running requests of {len(best.evict)} models to make room"
-    if not request.may_drain:
-        return MustWait(f"{best.sized.name}: {words}", best.evict)
-    return _placed(best.sized, best.evict, f"{best.sized.name}: {words}", request)
+    if best.price > request.price_max:
+        words += f", which would cost others {best.price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
+    elif request.may_drain:
+        return _placed(best.sized, best.evict, f"{best.sized.name}: {words}", request)
+    return MustWait(f"{best.sized.name}: {words}", best.evict)
 
 
 def _own_state(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> ResidencyState | None:
