@@ -405,6 +405,23 @@ class PlacementSettings(_Section):
         le=64,
         description="Model loads in progress at the same time; more would only compete for disk and PCIe.",
     )
+    rest: Literal["off", "auto"] = Field(
+        default="off",
+        description="auto: while nothing is requested, a model whose load takes longer than `ttft_target_seconds` is "
+        "loaded in place of idle smaller ones, if it is requested often; the load gives way to any request.",
+    )
+    rest_bytes_per_hour: Bytes = Field(
+        default=1000 * 10**9,
+        description="With `rest: auto`: weights that may be loaded an hour although nobody waits for them. What is not "
+        "in the page cache is read from the disk.",
+    )
+    rest_weight: int = Field(
+        default=4,
+        ge=1,
+        le=100,
+        description="With `rest: auto`: how many times more clients must be expected to lose while the large model is "
+        "not loaded than while those are not that leave for it. Lower: the large model is faster, small ones slower.",
+    )
 
 
 class QueueSettings(_Section):

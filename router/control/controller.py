@@ -17,6 +17,7 @@ from typing import Protocol, Self, assert_never
 import structlog
 
 from router.domain.actions import (
+    AbortLoad,
     Action,
     Grant,
     Load,
@@ -41,6 +42,7 @@ from router.domain.events import (
 )
 from router.domain.explanation import Explanation
 from router.domain.footprint import MeasuredFootprint
+from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.request import Ticket, TicketId
 from router.domain.snapshot import Snapshot
@@ -105,6 +107,7 @@ class Controller:
         self._timer_at = float("inf")
         """When the timer is due."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._load_tasks: dict[LoadId, asyncio.Task[None]] = {}
         self._wait_estimates: tuple[float, Mapping[TicketId, WaitEstimate]] = (float("-inf"), {})
         """When they were last computed, and the result."""
         self._log = structlog.get_logger("router.control.controller")
@@ -220,8 +223,8 @@ class Controller:
                 decided = self._waiters.pop(action.ticket_id, None)
                 if decided is not None:
                     decided(action)
-            case Load():
-                self._start(self._load(action))
+            case Load() | AbortLoad():
+                self._load_or_abort(action)
             case Unload():
                 self._start(self._unload(action))
             case StartInstance():
@@ -239,10 +242,19 @@ class Controller:
             case _:
                 assert_never(action)
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _load_or_abort(self, action: Load | AbortLoad) -> None:
+        if isinstance(action, Load):
+            self._load_tasks[action.load_id] = self._start(self._load(action))
+            return
+        loading = self._load_tasks.pop(action.load_id, None)
+        if loading is not None:
+            loading.cancel()  # drops the connection, which ends the load on the server
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _load(self, load: Load) -> None:
         try:
@@ -250,6 +262,7 @@ class Controller:
         except Exception as error:
             self._log.exception("load failed unexpectedly", instance=load.instance, model=load.model.name)
             outcome = LoadFailed(load.load_id, 502, f"{type(error).__name__}: {error}")
+        self._load_tasks.pop(load.load_id, None)
         self.post(outcome)
 
     async def _unload(self, unload: Unload) -> None:

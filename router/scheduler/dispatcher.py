@@ -76,6 +76,7 @@ from router.scheduler.reconcile import (
     reservations,
     silence,
     stuck_unloads,
+    unasked,
     warm_models,
 )
 from router.scheduler.reconcile import residency as rules
@@ -169,7 +170,7 @@ class Dispatcher:
             if at_once is not None:
                 return at_once
         fleet = self._fleet
-        is_excluded = self._replacing or self._closing or fleet.restarts_due
+        is_excluded = self._replacing or self._closing or fleet.restarts_due or unasked.is_under_way(fleet)
         is_quiescent = not is_excluded and self._retry_gate.is_quiescent(fleet, self._queue, now)
         version, blobs = self._fleet.version, concerned(self._fleet, event) if is_quiescent else None
         self._fleet.wake = None
@@ -295,7 +296,8 @@ class Dispatcher:
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
-        actions = reservations.advance(self._fleet, now) + stuck_unloads.restart_drained(self._fleet, now)
+        actions = unasked.give_way(self._fleet, now) if self._fleet.reservations else list[Action]()
+        actions += reservations.advance(self._fleet, now) + stuck_unloads.restart_drained(self._fleet, now)
         self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
         actions += self._serve_groups(self._queue.groups(), now)
         if may_retry:
@@ -435,10 +437,11 @@ class Dispatcher:
             return []
         self._retry_gate.forget_others(self._queue)
         actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._move_off_short_gpus(now)]
-        for model, placed in housekeeping.anticipate(
-            self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
-        ):
+        models, dismissed = self._fleet.models, self._fleet.dismissed
+        for model, placed in housekeeping.anticipate(self._fleet.snapshot(now), models, dismissed, self._estimate):
             actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)
+        if self._policy.rest is not None and not self._fleet.reservations:
+            actions += unasked.begin(self._fleet, models, dismissed, self._estimate, self._loads.next(), now)
         return actions
 
     # --- endings -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router.domain.actions import (
+    AbortLoad,
     Action,
     Grant,
     Load,
@@ -125,6 +126,8 @@ class Play:
     dead: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
     """Runners that died; the dispatcher may not know it yet."""
     loads_sent: int = 0
+    aborted: list[LoadId] = field(default_factory=list[LoadId])
+    """Loads that were broken off."""
     starting: list[InstanceName] = field(default_factory=list[InstanceName])
     """Instances that were requested and are not ready yet."""
     lost: set[GpuUuid] = field(default_factory=set[GpuUuid])
@@ -375,6 +378,9 @@ class Play:
                 self._ended(action.ticket_id, action)
             case Load():
                 self._load(action)
+            case AbortLoad():
+                del self.loads[action.load_id]  # the server keeps its memory until the unload ends
+                self.aborted.append(action.load_id)
             case Unload():
                 self._unload(action, before)
             case StartInstance():

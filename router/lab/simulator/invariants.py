@@ -156,7 +156,8 @@ class Invariants:
             if is_there and key not in promised and key not in reserved:
                 held.update(router.bytes_held(key))
         for reservation in snapshot.reservations.values():
-            if reservation.finished_at is None or (reservation.instance, reservation.blob) not in promised:
+            is_leaving = (reservation.instance, reservation.blob) in promised and reservation.finished_at is not None
+            if not is_leaving and reservation.aborted_at is None:
                 held.update(dict(reservation.per_gpu_bytes))
         for uuid, size in held.items():
             gpu = snapshot.gpus[uuid]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import ModelFacts
-from router.domain.residency import Residency, ResidencyState
+from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import gpus_of
 from router.domain.vram_ledger import available_bytes, capacity_bytes
@@ -53,15 +53,10 @@ def explain_obstacles(snapshot: Snapshot, gpus: Sequence[GpuUuid], model: ModelF
     down = [v for v in snapshot.instances.values() if v.state is not InstanceState.READY and model.is_on(v.spec)]
     if not gpus and down:
         return "waits for an instance: " + "; ".join(f"{v.spec.name} is {v.state.value}" for v in down)
-    staying = [r.name for r in here if r.state is ResidencyState.READY and _is_kept_warm(snapshot, r)]
+    staying = [r.name for r in here if r.state is ResidencyState.READY and snapshot.policy.keeps_warm(r.name)]
     if staying:
         return f"waits for room beside {', '.join(staying)}, which is kept warm"
     return "waits until the GPUs show the room that was freed"
-
-
-def _is_kept_warm(snapshot: Snapshot, residency: Residency) -> bool:
-    pin = snapshot.policy.pins.get(residency.name)
-    return pin is not None and pin.keep_warm
 
 
 def gpu_label(snapshot: Snapshot, uuid: GpuUuid) -> str:
