@@ -145,6 +145,8 @@ def format_cell(name: str, cell: Cell, kind: str = "SIMULATED") -> list[str]:
 
 def _class(reports: dict[int, Report], kind: str) -> str:
     """Figures of a class of models, `small` or `large`."""
+    if not mean(reports, f"{kind}.count"):
+        return "-"
     shares = (mean(reports, f"{kind}_punctuality.{part}_share") for part in ("in_time", "in_ten_seconds"))
     waits = "/".join(f"{mean(reports, f'{kind}.{part}'):.1f}" for part in ("p50", "p95", "p99"))
     return " ".join([*(f"{share:.1%}" for share in shares), waits])
