@@ -37,6 +37,7 @@ from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, configure_logs
 from router.observability.metrics import Metrics
+from router.observability.request_history import RequestHistory
 from router.proxy.client_connection import ClientConnection
 from router.proxy.context import ProxyContext, Tasks
 from router.proxy.server import ProxyServer
@@ -196,7 +197,9 @@ def _fleet(dispatcher: Dispatcher, instances: int) -> None:
 async def _measure(args: argparse.Namespace, note: Callable[[str], None], profile: cProfile.Profile | None) -> None:
     metrics = Metrics()
     dispatcher = Dispatcher(Policy(), {KIND: OllamaRules()})
-    async with Controller(dispatcher, cast("Any", _NoDriver()), time.monotonic, (DecisionLog(metrics),)) as controller:
+    async with Controller(
+        dispatcher, cast("Any", _NoDriver()), time.monotonic, (DecisionLog(metrics), RequestHistory())
+    ) as controller:
         _fleet(dispatcher, args.instances)
         pool = _Pool(controller.now)
         context = _context(controller, metrics, pool)

@@ -19,13 +19,14 @@ from aiohttp import hdrs, web
 
 from router.api.context import ApiContext
 from router.api.passthrough import forward
-from router.api.responses import JSON, json_response, text_response
+from router.api.responses import json_response, text_response
 from router.domain.instance import InstanceView
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.driver import TEMPORARY_TAG, is_temporary_tag
 from router.engines.ollama.model_listing import key_of
 from router.errors import InstanceLost
+from router.llm_api.errors import JSON
 from router.observability.request_record import RequestRecord
 
 _QUERY_TIMEOUT_SECONDS = 10.0

@@ -31,12 +31,9 @@ from router.llm_api.routes import Kind, RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.metrics import Metrics
 from router.observability.request_history import RequestHistory
-from router.observability.request_record import DEBUG_HEADER, RequestRecord, asks_for_reason
+from router.observability.request_record import CLIENT_GONE, DEBUG_HEADER, RequestRecord, asks_for_reason
 
 Handler = Callable[[web.BaseRequest, RequestRecord], Awaitable[web.StreamResponse]]
-
-CLIENT_GONE = 499
-"""nginx's status for a client that left before its response; only logs and metrics see it."""
 
 
 class ApiHandlers:

@@ -16,13 +16,12 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from router.errors import InstanceLost, RouterError
-from router.http1.headers import UNBUFFERED, is_stream, reply_headers, upstream_headers
+from router.http1.headers import UNBUFFERED, Headers, is_stream, reply_headers, upstream_headers
 from router.llm_api.errors import Api, stream_error
 from router.llm_api.limits import RequestLimits
 from router.llm_api.stream_end import TAIL_BYTES
 from router.observability.request_record import RequestRecord
 
-Raw = list[tuple[bytes, bytes]]
 Body = bytes | AsyncIterator[bytes]
 
 
@@ -57,10 +56,8 @@ async def open_upstream(
         WaitTimeout: no head within `stream.first_byte_timeout_seconds`.
     """
     url = base_url + (raw_path or request.raw_path)
-    raw: Raw = [(bytes(k), bytes(v)) for k, v in request.raw_headers]
+    raw: Headers = [(bytes(k), bytes(v)) for k, v in request.raw_headers]
     headers = CIMultiDict((k.decode("latin-1"), v.decode("latin-1")) for k, v in upstream_headers(raw))
-    headers.popall(hdrs.CONTENT_LENGTH, None)
-    headers.popall(hdrs.HOST, None)
     try:
         async with asyncio.timeout(limits.first_byte_timeout_seconds):
             return await session.request(
@@ -102,7 +99,7 @@ async def relay(
 
 def _response_head(upstream: aiohttp.ClientResponse, added: Mapping[str, str]) -> web.StreamResponse:
     response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
-    raw: Raw = [(bytes(k), bytes(v)) for k, v in upstream.raw_headers]
+    raw: Headers = [(bytes(k), bytes(v)) for k, v in upstream.raw_headers]
     for key, value in reply_headers(raw):
         response.headers.add(key.decode("latin-1"), value.decode("latin-1"))
     if is_stream(raw):

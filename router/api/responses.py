@@ -10,10 +10,8 @@ from aiohttp import hdrs, web
 
 from router.errors import RouterError
 from router.http1.response_writer import LocalResponse
-from router.llm_api.errors import Api, error_reply
+from router.llm_api.errors import JSON, Api, error_reply
 from router.observability.request_record import RequestRecord
-
-JSON = "application/json; charset=utf-8"
 
 
 def json_response(content: Any, extra: Mapping[str, str], status: int = 200) -> web.Response:

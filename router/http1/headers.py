@@ -38,7 +38,6 @@ _NOT_FORWARDED = frozenset(
         b"access-control-request-private-network",
     )
 )
-_BODILESS = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 _NO_NAMES = frozenset[bytes]()
 
@@ -56,30 +55,11 @@ def upstream_headers(raw: Iterable[tuple[bytes, bytes]], host: bytes | None = No
     return kept if host is None else [(b"Host", host), *kept]
 
 
-def request_head(
-    method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes]], host: bytes, body_bytes: int | None
-) -> bytes:
-    """A whole HTTP/1.1 request head for the server, including the blank line.
-
-    Args:
-        body_bytes: the length of the body; None if unknown, which is then sent in chunks.
-
-    Raises:
-        ValueError: a part contains a line break or NUL, or the target a space.
-    """
-    lines = request_lines(method, target, raw, host)
-    if body_bytes is None:
-        return lines + b"Transfer-Encoding: chunked\r\n\r\n"
-    if body_bytes or method not in _BODILESS:
-        return b"%sContent-Length: %d\r\n\r\n" % (lines, body_bytes)
-    return lines + b"\r\n"
-
-
 def request_lines(method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes]], host: bytes) -> bytes:
     """The lines of a request head without framing and the blank line.
 
     Raises:
-        ValueError: as for `request_head`.
+        ValueError: a part contains a line break or NUL, or the target a space.
     """
     pairs = upstream_headers(raw, host)
     lines = [b" ".join((method, target, b"HTTP/1.1")), *[b"%s: %s" % pair for pair in pairs], b""]

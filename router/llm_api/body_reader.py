@@ -27,7 +27,8 @@ from router.llm_api.prompt_size import prompt_size
 _STRINGS = msgspec.json.Decoder(list[str])
 _NULL = b"null"
 _NULL_BODY = re.compile(rb"[ \t\n\r]*+null")
-_EMPTY_LIST = re.compile(rb"\[[ \t\n\r]*+\]")
+_MODEL_ONLY = BodySchema()
+"""Of paths without a schema."""
 _INTEGER = re.compile(rb"-?[0-9]+")
 
 
@@ -62,7 +63,7 @@ def parse_body(body: bytes, path: str) -> ParsedBody:
     Raises:
         BadRequest: the server might read it, but it has too many parts to be parsed within bounds.
     """
-    schema = SCHEMAS.get(path, BodySchema())
+    schema = SCHEMAS.get(path, _MODEL_ONLY)
     try:
         return _BodyParser(body, schema, _members(body)).parse()
     except Malformed:
@@ -216,9 +217,8 @@ class _BodyParser:
         """`""`, `[]` or null, if the field accepts it; a wrong type is for the server to reject."""
         if self._is_null(start, end):
             return self._schema.absent_is_empty
-        if self._body.startswith(b'"', start):
-            return end - start == 2 and self._schema.empty is not Emptiness.LIST
-        return self._schema.empty is not Emptiness.STRING and bool(_EMPTY_LIST.match(self._body, start))
+        empty = self._schema.empty_prompt
+        return empty is not None and empty.fullmatch(self._body, start, end) is not None
 
 
 def _decoded(value: bytes) -> object:

@@ -23,6 +23,8 @@ class Api(Enum):
     ANTHROPIC = "anthropic"
 
 
+JSON = "application/json; charset=utf-8"
+"""As Ollama writes it on `/api`."""
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
 
@@ -59,7 +61,7 @@ def api_of(path: str) -> Api:
 def error_reply(api: Api, error: RouterError, request_id: str | None = None) -> LocalResponse:
     """`error` as a whole response. `request_id` appears where the API's shape has a field for it."""
     is_reading_error = api is Api.OLLAMA or error.status in _READING_STATUSES
-    content_type = "application/json; charset=utf-8" if is_reading_error else "application/json"
+    content_type = JSON if is_reading_error else "application/json"
     headers = [("Content-Type", content_type), (CODE_HEADER, error.code)]
     if error.retry_after_seconds is not None:
         headers.append(("Retry-After", str(error.retry_after_seconds)))

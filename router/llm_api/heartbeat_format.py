@@ -27,7 +27,7 @@ import msgspec
 from router.errors import RouterError, ServerRefused
 from router.http1.headers import HeaderLookup
 from router.llm_api.body_reader import ParsedBody
-from router.llm_api.errors import NDJSON, SSE, Api, api_of, error_reply, stream_error
+from router.llm_api.errors import JSON, NDJSON, SSE, Api, api_of, error_reply, stream_error
 from router.scheduler.queue.wait_estimate import WaitEstimate
 
 HEARTBEAT_HEADER = "X-Llamayard-Heartbeat"
@@ -36,7 +36,6 @@ PROGRESS_SECONDS = 2.0
 """Interval of progress reports to a client that asks for them."""
 
 _OFF = frozenset({"off", "0", "no", "false"})
-_JSON = "application/json; charset=utf-8"
 _NDJSON_PATHS = frozenset({"/api/generate", "/api/chat"})
 _SSE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _UNCACHED = frozenset({"/v1/responses", "/v1/messages"})
@@ -71,7 +70,7 @@ class Heartbeat:
 
     def late_error(self, error: RouterError) -> bytes:
         """Bytes that end the stream with an error, after its status 200."""
-        if self.content_type == _JSON:
+        if self.content_type == JSON:
             return error_reply(self.api, error).body
         sent = self.piece if self.content_type == SSE else b"\n"  # spaces may precede a line
         return stream_error(self.api, self.content_type, error, sent=sent)
@@ -86,7 +85,7 @@ def heartbeat_for(path: str, parsed: ParsedBody, header: HeaderLookup, seconds: 
         return None
     if path in _NDJSON_PATHS and parsed.stream is not False:
         # The reply to a load alone is one JSON object, which spaces may precede.
-        content_type, piece = (_JSON if parsed.is_load_only else NDJSON), _SPACE
+        content_type, piece = (JSON if parsed.is_load_only else NDJSON), _SPACE
     elif path in _SSE_PATHS and parsed.stream:
         content_type, piece = SSE, _PING if api_of(path) is Api.ANTHROPIC else _COMMENT
     else:

@@ -13,6 +13,9 @@ from router.llm_api.errors import CODE_HEADER
 
 DEBUG_HEADER = "x-llamayard-debug"
 
+CLIENT_GONE = 499
+"""nginx's status for a client that left before its response; only logs and metrics see it."""
+
 _UNROUTED_CODES: Mapping[int, str] = {400: BadRequest.code, 404: ModelNotFound.code}
 
 

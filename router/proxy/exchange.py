@@ -37,12 +37,12 @@ from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.content_encoding import DECOMPRESSED_BYTES_MAX, decompressed
-from router.llm_api.errors import api_of, error_reply, internal_error
+from router.llm_api.errors import JSON, api_of, error_reply, internal_error
 from router.llm_api.fast_body_reader import Outline, outline_of, parse_body_fast
 from router.llm_api.heartbeat_format import Heartbeat
 from router.llm_api.inference_request import KEEP_ALIVE, InferenceRequest, read_request, unload_reply
 from router.llm_api.json_edit import spliced
-from router.observability.request_record import RequestRecord
+from router.observability.request_record import CLIENT_GONE, RequestRecord
 from router.proxy.context import ProxyContext
 from router.proxy.head_cache import CachedPlan, HeadFacts, PlanKey
 from router.proxy.heartbeat import HeartbeatSender
@@ -55,11 +55,8 @@ ONE_WRITE_BYTES_MAX: Final = 65536
 """Up to this length head and body are sent in one write."""
 STEP_BYTES: Final = 262_144
 """A longer body is written in such steps, as far as its server takes it: a transport may copy what it cannot send."""
-CLIENT_GONE: Final = 499
-"""nginx's status for a client that left before its response; only logs and metrics see it."""
-
 _SILENCE_SECONDS: Final = 5.0
-"""A shorter silence is none: a client that leaves between two tokens, or before a usual first one."""
+"""A shorter silence says nothing about a replica: its client left between two tokens, or before a usual first one."""
 
 RESOLVING, WAITING, CONNECTING, RELAYING, ENDED = range(5)
 _NEVER: Final = float("inf")
@@ -247,7 +244,7 @@ class ProxyExchange:
             if request.only_unloads():
                 self._context.controller.post(UnloadRequested(facts.blob))
                 reply = unload_reply(self._facts.path, request.requested_model, datetime.now(UTC))
-                headers = (("Content-Type", "application/json; charset=utf-8"),)
+                headers = (("Content-Type", JSON),)
                 self.respond(LocalResponse(200, headers, msgspec.json.encode(reply)))
                 return
             message = request.refused_option()
@@ -357,7 +354,7 @@ class ProxyExchange:
         """A server refuses the request before it loads anything, in its own words and order of checks."""
         primary = self._context.primary()
         if not facts.is_on(primary.spec):
-            headers = (("Content-Type", "application/json; charset=utf-8"),)
+            headers = (("Content-Type", JSON),)
             self.respond(LocalResponse(500, headers, msgspec.json.encode({"error": message})))
             return
         self._body = request.body
@@ -519,7 +516,7 @@ class ProxyExchange:
         self._finish(status, silent_seconds=silent_seconds)
 
     def _silent_seconds(self) -> float:
-        """How long the replica has sent no byte to anybody, as far as this request waits for one."""
+        """For how long this request has waited while the replica sent no byte to any client; 0 if that is short."""
         record, reply, context = self._record, self._reply, self._context
         if self._phase != RELAYING or reply is None or self._client.write_paused:
             return 0.0

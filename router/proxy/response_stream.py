@@ -14,10 +14,10 @@ from typing import Final
 
 from router.errors import InstanceLost, RouterError, ServerRefused, StreamTruncated
 from router.http1.body_framing import MORE, Body, Chunked, FramingError, NoBody, Sized, UntilClose
-from router.http1.headers import header, reply_headers
+from router.http1.headers import header, is_stream, reply_headers
 from router.http1.parser import HeadError, ReplyHead, RequestHead
 from router.http1.response_writer import LAST_CHUNK, chunk, interim_head, relayed_head
-from router.llm_api.errors import NDJSON, SSE, api_of, stream_error
+from router.llm_api.errors import api_of, stream_error
 from router.llm_api.heartbeat_format import refusal
 from router.llm_api.limits import RequestLimits
 from router.llm_api.stream_end import RUNNER_DIED, TAIL_BYTES, StreamEnd, end_of_stream, runner_died
@@ -391,7 +391,7 @@ class ResponseStream:
     def _is_stream(self) -> bool:
         reply = self._reply
         if reply.is_stream is None:
-            reply.is_stream = self._content_type().startswith((NDJSON, SSE))
+            reply.is_stream = is_stream(reply.headers)
         return reply.is_stream
 
     def _content_type(self) -> str:

@@ -18,7 +18,8 @@ from router.http1.parser import ReplyHead
 from router.proxy.interfaces import Send, discard
 
 TOKEN_ENDS: Final = (b'"done":false}\n\r\n', b'"finish_reason":null}]}\n\n\r\n', b'"}}\n\n\r\n')
-"""How a token ends in each API, but never a last line: such a piece contains nothing that the tail is read for."""
+"""How a piece ends that is a token and not the last line of its stream. Nothing that is read from a stream's end, such
+as token counts or errors, is in such a piece."""
 ONE_CHUNK: Final = 1 << 40
 _SIZE_LINES: Final = {len(b"%x\r\n" % size) + size + 2: b"%x\r\n" % size for size in range(16, 2048)}
 """Length of a whole chunk -> its size line, for sizes in which tokens come."""

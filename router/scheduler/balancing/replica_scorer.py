@@ -61,6 +61,8 @@ def waiting_seconds(
     throughput: Throughput, work: PendingWork, prompt_tokens: int, output_tokens: int, concurrent: int, now: float
 ) -> float:
     """Score of a replica in seconds for a request with these tokens to evaluate and to generate; less is better."""
+    if not concurrent and work.prompts_until <= now:  # idle: what the functions below come to
+        return prompt_tokens * throughput.prompt_seconds + throughput.step_seconds
     first = first_token_seconds(throughput, work, prompt_tokens, concurrent, now)
     return (
         first + SIDE_WEIGHT * side_seconds(throughput, work, prompt_tokens, output_tokens, concurrent)
