@@ -97,6 +97,12 @@ class WaitTimeout(RouterError):
     status, code = 504, "wait_timeout"
 
 
+class LoopDetected(RouterError):
+    """A server of this router led the request back to it."""
+
+    status, code = 508, "loop_detected"
+
+
 _BY_CODE: dict[str, type[RouterError]] = {
     error.code: error
     for error in (
@@ -115,6 +121,7 @@ _BY_CODE: dict[str, type[RouterError]] = {
         NoInstance,
         ShuttingDown,
         WaitTimeout,
+        LoopDetected,
     )
 }
 ERROR_CODES = tuple(_BY_CODE)

@@ -30,6 +30,7 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState, In
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.policy import Policy
 from router.engines.ollama.rules import KIND, OllamaRules
+from router.http1.via import Via
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import RouteTable
@@ -159,14 +160,14 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
 
     catalog = _Catalog()
     origins = OriginPolicy(Origins(("http://localhost",)), True, frozenset())
-    limits, table = RequestLimits(2**28, 300.0, 600.0, 300.0), RouteTable()
+    limits, table, via = RequestLimits(2**28, 300.0, 600.0, 300.0), RouteTable(), Via()
 
     return ProxyContext(
         controller=controller,
         catalog=catalog,
         pool=pool,
         request_log=AccessLog(metrics, controller.now, RequestLines("info", len)),  # formatted, then discarded
-        pipeline=admission_pipeline(origins, limits, dict, table),
+        pipeline=admission_pipeline(origins, limits, dict, table, via),
         limits=limits,
         rules=ModelRules(_CONTEXT, heartbeat_seconds=15.0),
         endpoint_support=_Abilities(),
@@ -178,6 +179,7 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
         make_handler=asyncio.Protocol,
         table=table,
         tasks=Tasks(),
+        via=via,
     )
 
 

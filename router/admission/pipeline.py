@@ -19,9 +19,10 @@ from typing import Final
 from router.admission.client_identity import GpuLookup, client_of, layout_of, priority_of, session_of
 from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
 from router.domain.client_identity import ClientIdentity
-from router.errors import Forbidden, RouterError
+from router.errors import Forbidden, LoopDetected, RouterError
 from router.http1.headers import HeaderLookup
 from router.http1.response_writer import HeaderPairs, LocalResponse
+from router.http1.via import Via
 from router.llm_api.errors import CODE_HEADER
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, Route, RouteTable
@@ -44,6 +45,8 @@ class AdmissionRequest:
     """The declared Content-Length; None where there is none."""
     target: str = ""
     """As written, with the query, in origin form."""
+    via: str = ""
+    """Its `Via`, all lines joined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,18 @@ class AdmissionPipeline:
 
 
 def admission_pipeline(
-    origins: OriginPolicy, limits: RequestLimits, gpus: GpuLookup, table: RouteTable
+    origins: OriginPolicy, limits: RequestLimits, gpus: GpuLookup, table: RouteTable, via: Via
 ) -> AdmissionPipeline:
     """The checks of this router, in order."""
     return AdmissionPipeline(
-        (identify_client, check_origin(origins), check_route(table), check_body(limits), read_terms(gpus))
+        (
+            identify_client,
+            check_origin(origins),
+            refuse_loops(via),
+            check_route(table),
+            check_body(limits),
+            read_terms(gpus),
+        )
     )
 
 
@@ -118,6 +128,20 @@ def check_origin(policy: OriginPolicy) -> Step:
         if verdict.refusal and response is not None:
             response = replace(response, headers=(*response.headers, (CODE_HEADER, Forbidden.code)))
         return replace(admission, cors_headers=verdict.headers, response=response, refusal=verdict.refusal)
+
+    return step
+
+
+def refuse_loops(via: Via) -> Step:
+    """Refuses requests that this router has forwarded itself."""
+
+    def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        if request.via and via.is_in(request.via):
+            raise LoopDetected(
+                "this request has already passed through this router: the server that it was forwarded to (an attached "
+                "instance, or a proxy behind it) leads back to the router; correct its address in `instances`"
+            )
+        return admission
 
     return step
 

@@ -16,8 +16,10 @@ from typing import Any
 import aiohttp
 import msgspec
 from aiohttp import hdrs, web
+from multidict import CIMultiDict
 
 from router.api.context import ApiContext
+from router.api.forwarding import onward_headers
 from router.api.passthrough import forward
 from router.api.responses import json_response, text_response
 from router.domain.instance import InstanceView
@@ -52,7 +54,7 @@ class AggregatedHandler:
             case "/api/version":
                 return json_response({"version": (await self._context.ready_primary()).version or ""}, extra)
             case "/api/ps":
-                return json_response({"models": await self._ps()}, extra)
+                return json_response({"models": await self._ps(request)}, extra)
             case _:
                 return await self._models(request, record)
 
@@ -66,12 +68,14 @@ class AggregatedHandler:
         if not others and not self._context.rules.substitutes.listed:
             if request.method == hdrs.METH_HEAD:
                 return await forward(self._context, request, b"", record, primary)
-            raw, content_type = await self._raw(primary, path)
+            raw, content_type = await self._raw(request, primary, path)
             if TEMPORARY_TAG.encode() not in raw:
                 return web.Response(body=raw, headers={hdrs.CONTENT_TYPE: content_type, **record.response_headers()})
-        first = await self._rows(primary, path, field)
+        first = await self._rows(request, primary, path, field)
         rows = {key_of(str(row.get(keys[0]))): row for row in first}
-        further = await asyncio.gather(*(self._rows(view, path, field) for view in others), return_exceptions=True)
+        further = await asyncio.gather(
+            *(self._rows(request, view, path, field) for view in others), return_exceptions=True
+        )
         for view, found in zip(others, further, strict=True):
             for row in found if isinstance(found, list) else []:
                 _add(rows, row, keys[0], view.spec.name)
@@ -89,10 +93,10 @@ class AggregatedHandler:
             if key_of(target) in rows
         ]
 
-    async def _ps(self) -> list[_Row]:
+    async def _ps(self, request: web.BaseRequest) -> list[_Row]:
         """Each loaded replica, the latest expiry first; instances that do not respond are left out."""
         views = self._context.ready_instances()
-        queries = (self._rows(view, "/api/ps", "models", _PS_ATTEMPTS) for view in views)
+        queries = (self._rows(request, view, "/api/ps", "models", _PS_ATTEMPTS) for view in views)
         results = await asyncio.gather(*queries, return_exceptions=True)
         snapshot = self._context.controller.snapshot()
         rows = [
@@ -118,27 +122,32 @@ class AggregatedHandler:
             return next((r for r in here if r.blob == facts.blob), None)
         return next((r for r in here if r.model.digest == row.get("digest")), None)
 
-    async def _rows(self, view: InstanceView, path: str, field: str, attempts: int = 1) -> list[_Row]:
+    async def _rows(
+        self, request: web.BaseRequest, view: InstanceView, path: str, field: str, attempts: int = 1
+    ) -> list[_Row]:
         for _ in range(attempts - 1):
             try:
-                return await self._rows_once(view, path, field)
+                return await self._rows_once(request, view, path, field)
             except InstanceLost:
                 continue
-        return await self._rows_once(view, path, field)
+        return await self._rows_once(request, view, path, field)
 
-    async def _rows_once(self, view: InstanceView, path: str, field: str) -> list[_Row]:
-        raw, _ = await self._raw(view, path)
+    async def _rows_once(self, request: web.BaseRequest, view: InstanceView, path: str, field: str) -> list[_Row]:
+        raw, _ = await self._raw(request, view, path)
         try:
             rows: list[_Row] = msgspec.json.decode(raw, type=dict[str, Any]).get(field) or []
         except msgspec.MsgspecError as error:
             raise InstanceLost(f"{view.spec.name} did not serve {path}: {error}") from error
         return [row for row in rows if not is_temporary_tag(str(row.get("name") or row.get("id")))]
 
-    async def _raw(self, view: InstanceView, path: str) -> tuple[bytes, str]:
-        """The server's reply body and its content type."""
+    async def _raw(self, request: web.BaseRequest, view: InstanceView, path: str) -> tuple[bytes, str]:
+        """The server's reply body and its content type. The query keeps the `Via` of `request`, whose answer it is."""
+        session = self._context.session
+        passed = CIMultiDict((hdrs.VIA, value) for value in request.headers.getall(hdrs.VIA, ()))
         try:
             timeout = aiohttp.ClientTimeout(total=_QUERY_TIMEOUT_SECONDS)
-            async with self._context.session.get(view.spec.url + path, timeout=timeout) as reply:
+            headers = onward_headers(session, passed)
+            async with session.get(view.spec.url + path, timeout=timeout, headers=headers) as reply:
                 raw = await reply.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise InstanceLost(f"{view.spec.name} did not serve {path}: {error}") from error

@@ -146,6 +146,7 @@ def admission_request(request: web.BaseRequest, table: RouteTable) -> AdmissionR
         client_address=request.remote or "",
         body_bytes=request.content_length,
         target=target.decode("latin-1"),
+        via=", ".join(request.headers.getall(hdrs.VIA, ())),
     )
 
 

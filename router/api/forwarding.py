@@ -58,6 +58,7 @@ async def open_upstream(
     url = base_url + (raw_path or request.raw_path)
     raw: Headers = [(bytes(k), bytes(v)) for k, v in request.raw_headers]
     headers = CIMultiDict((k.decode("latin-1"), v.decode("latin-1")) for k, v in upstream_headers(raw))
+    headers = onward_headers(session, headers)
     try:
         async with asyncio.timeout(limits.first_byte_timeout_seconds):
             return await session.request(
@@ -72,6 +73,11 @@ async def open_upstream(
         raise limits.first_byte_timeout() from error
     except (aiohttp.ClientError, OSError) as error:
         raise InstanceLost(f"the instance could not be reached: {error}") from error
+
+
+def onward_headers(session: aiohttp.ClientSession, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+    """`headers`, then the session's own: aiohttp itself drops a header of its session that the request has too."""
+    return CIMultiDict([*headers.items(), *session.headers.items()])
 
 
 async def relay(

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from router.admission.origin_check import OriginPolicy, Origins, is_loopback, machine_names
 from router.admission.pipeline import admission_pipeline
@@ -41,6 +41,7 @@ from router.engines.ollama.instance_plan import (
 )
 from router.gpu.poller import GpuPoller
 from router.http1.parser import HEAD_BYTES_MAX
+from router.http1.via import Via
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.model_aliases import substitutes
@@ -72,7 +73,8 @@ async def build(
     """
     metrics = Metrics()
     lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
-    async with _client_session() as session:
+    via = Via()
+    async with _client_session(via) as session:
         poller, gpus = GpuPoller(hardware.reader), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
@@ -115,7 +117,7 @@ async def build(
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
                 access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
-                api_server, library, proxy = _entrances(settings, context, handlers, access_log)
+                api_server, library, proxy = _entrances(settings, context, handlers, access_log, via)
                 yield Router(
                     controller, supervisor, state_poller, api_server, proxy, library, tls, hardware.title,
                     settings.server.drain_timeout_seconds,
@@ -153,10 +155,14 @@ def _effects(
     return Effects(engines, start, supervisor.retire, supervisor.restart, poll_gpus, footprints.remember)
 
 
-def _client_session() -> aiohttp.ClientSession:
-    """Passes bytes on unchanged: no decompression, no connection limit, no cookies of its own, no timeout."""
+def _client_session(via: Via) -> aiohttp.ClientSession:
+    """Passes bytes on unchanged: no decompression, no connection limit, no cookies of its own, no timeout.
+
+    Adds `via` to each request.
+    """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0),
+        headers={hdrs.VIA: via.value},
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None),
@@ -182,12 +188,12 @@ def _library(api_server: ApiServer) -> web.Server:
 
 
 def _entrances(
-    settings: Settings, context: ApiContext, handlers: ApiHandlers, access_log: AccessLog
+    settings: Settings, context: ApiContext, handlers: ApiHandlers, access_log: AccessLog, via: Via
 ) -> tuple[ApiServer, web.Server, ProxyServer]:
     """aiohttp's handler and server, and the raw proxy in front of them: both with the same admission pipeline."""
     controller, debug_headers = context.controller, settings.server.debug_headers
     table = RouteTable()
-    pipeline = admission_pipeline(_origins(settings), context.limits, lambda: controller.snapshot().gpus, table)
+    pipeline = admission_pipeline(_origins(settings), context.limits, lambda: controller.snapshot().gpus, table, via)
     api_server = ApiServer(pipeline, handlers.by_kind, access_log, controller.now, debug_headers=debug_headers)
     library = _library(api_server)
     proxy_context = ProxyContext(
@@ -207,6 +213,7 @@ def _entrances(
         make_handler=library,
         table=table,
         tasks=Tasks(),
+        via=via,
     )
     return api_server, library, ProxyServer(proxy_context)
 

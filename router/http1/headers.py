@@ -1,7 +1,8 @@
 """Which headers a proxy forwards, in both directions, and which belong to one connection only (RFC 9110, 7.6.1).
 
-Works on raw pairs and keeps their order and spelling. It adds no `X-Forwarded-*` and no `Via`: upstream servers do not
-read them. It does not repeat the parser's validation, but never writes a line break into a head.
+Works on raw pairs and keeps their order and spelling. It adds no `X-Forwarded-*`: upstream servers do not read them.
+The caller adds `Via` (`router/http1/via.py`). It does not repeat the parser's validation, but never writes a line break
+into a head.
 """
 
 from __future__ import annotations
@@ -55,13 +56,19 @@ def upstream_headers(raw: Iterable[tuple[bytes, bytes]], host: bytes | None = No
     return kept if host is None else [(b"Host", host), *kept]
 
 
-def request_lines(method: bytes, target: bytes, raw: Iterable[tuple[bytes, bytes]], host: bytes) -> bytes:
-    """The lines of a request head without framing and the blank line.
+def request_lines(
+    method: bytes,
+    target: bytes,
+    raw: Iterable[tuple[bytes, bytes]],
+    host: bytes,
+    added: tuple[tuple[bytes, bytes], ...] = (),
+) -> bytes:
+    """The lines of a request head without framing and the blank line. `added`: headers of the router's own.
 
     Raises:
         ValueError: a part contains a line break or NUL, or the target a space.
     """
-    pairs = upstream_headers(raw, host)
+    pairs = [*upstream_headers(raw, host), *added]
     lines = [b" ".join((method, target, b"HTTP/1.1")), *[b"%s: %s" % pair for pair in pairs], b""]
     head, breaks = b"\r\n".join(lines), len(lines) - 1
     clean = head.count(b"\n") == breaks == head.count(b"\r") and b"\0" not in head

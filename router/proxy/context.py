@@ -14,6 +14,7 @@ from router.admission.pipeline import Admission, AdmissionPipeline, AdmissionReq
 from router.domain.instance import InstanceView
 from router.domain.model import ModelFacts
 from router.http1.parser import RequestHead
+from router.http1.via import Via, passed
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, Route, RouteTable
@@ -71,6 +72,7 @@ class ProxyContext:
     """Makes an aiohttp protocol, for requests that are not served here."""
     table: RouteTable
     tasks: Tasks
+    via: Via
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
     progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
@@ -116,4 +118,5 @@ def admission_request(head: RequestHead, facts: HeadFacts, client_address: str) 
         client_address=client_address,
         body_bytes=head.length,
         target=head.target.decode("latin-1"),
+        via="" if head.text("via") is None else passed(head.headers),
     )

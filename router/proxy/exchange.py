@@ -398,7 +398,8 @@ class ProxyExchange:
         facts = self._facts
         lines = facts.upstream_lines.get(url)
         if lines is None:
-            lines = facts.add_upstream_lines(self._head, url, self._context.pool.authority(url))
+            authority = self._context.pool.authority(url)
+            lines = facts.add_upstream_lines(self._head, url, authority, self._context.via)
         return b"%sContent-Length: %d\r\n\r\n" % (lines, body_bytes)
 
     def _write_unsent(self) -> None:

@@ -21,6 +21,7 @@ from router.admission.pipeline import Admission
 from router.engines.ollama.endpoint_support import is_young
 from router.http1.headers import request_lines, sanitized_request_id
 from router.http1.parser import RequestHead
+from router.http1.via import Via
 from router.llm_api.body_reader import ParsedBody
 from router.llm_api.content_encoding import is_zstd
 from router.llm_api.form_data import is_form
@@ -80,12 +81,12 @@ class HeadFacts:
         self.long_bodies: dict[str, ParsedBody] = {}
         """By model, as written: what the last long body said, except for its prompt."""
 
-    def add_upstream_lines(self, head: RequestHead, url: str, authority: bytes) -> bytes:
+    def add_upstream_lines(self, head: RequestHead, url: str, authority: bytes, via: Via) -> bytes:
         """The head as forwarded to that server, without framing; cached for the next request."""
         headers = head.headers
         if self.is_zstd:
             headers = [pair for pair in headers if pair[0].lower() != b"content-encoding"]
-        lines = request_lines(head.method, head.target, headers, authority)
+        lines = request_lines(head.method, head.target, headers, authority, (via.header(),))
         put(self.upstream_lines, url, lines, _SERVERS_MAX)
         return lines
 

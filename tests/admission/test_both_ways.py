@@ -23,7 +23,7 @@ from router.observability.metrics import Metrics
 from router.observability.request_record import RequestRecord
 from router.proxy.context import admission_request
 from router.proxy.server import ProxyServer
-from tests.proxy.stage import LIMITS, staged
+from tests.proxy.stage import LIMITS, VIA, staged
 from tests.support.rawhttp import Address, Reply, connect
 
 _TABLE = RouteTable()
@@ -37,7 +37,7 @@ _PREFLIGHT = "Access-Control-Request-Method: POST"
 
 def _pipeline(limits: RequestLimits) -> AdmissionPipeline:
     policy = OriginPolicy(Origins(("http://localhost", "http://*.lab.example")), True, frozenset({"box"}))
-    return admission_pipeline(policy, limits, lambda: _GPUS, _TABLE)
+    return admission_pipeline(policy, limits, lambda: _GPUS, _TABLE, VIA)
 
 
 def _request(line: str, *headers: str, host: str = "127.0.0.1", body: str = "", length: int | None = None) -> bytes:
@@ -145,6 +145,13 @@ _CASES: dict[str, bytes] = {
     "layout: an absent GPU": _chat("X-Llamayard-Layout: gpu:7"),
     "layout: unknown": _chat("X-Llamayard-Layout: diagonal"),
     "layout: unknown, bad host": _chat("X-Llamayard-Layout: diagonal", host="evil.example"),
+    # loops
+    "loop: passed here": _chat("Via: 1.1 llamayard-test"),
+    "loop: passed here, second line, OpenAI": _chat(
+        "Via: 1.0 fred, 1.1 p.example", "via: 1.1 other,1.1 llamayard-test (x)", path="/v1/chat/completions"
+    ),
+    "loop: passed here, no slot": _request("GET /api/tags", "Via: 1.1 llamayard-test"),
+    "loop: passed others": _chat("Via: 1.1 llamayard-0123456789abcdef, 1.1 caddy"),
     "layout: unknown, no slot": _request("GET /health", "X-Llamayard-Layout: diagonal"),
 }
 
@@ -258,7 +265,8 @@ _STATUSES = {
     "path: trailing slash, wrong method": 404, "path: dot": 307, "path: name with slashes, wrong method": 404,
     "target: absolute": 200, "target: absolute, no slot": 200, "target: absolute, foreign": 403,
     "target: absolute, foreign, no slot": 403, "target: absolute, foreign host": 200, "target: absolute, no path": 200,
-    "host: an address": 200, "origin: allowed": 200, "encoding: zstd, no body": 200,
+    "loop: passed here": 508, "loop: passed here, second line, OpenAI": 508, "loop: passed here, no slot": 508,
+    "loop: passed others": 200, "host: an address": 200, "origin: allowed": 200, "encoding: zstd, no body": 200,
 }  # fmt: skip
 
 

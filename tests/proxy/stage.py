@@ -20,6 +20,7 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState, In
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.request import Ticket, TicketId
 from router.errors import NoInstance
+from router.http1.via import Via
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import RouteTable
@@ -314,10 +315,13 @@ async def _library(request: web.BaseRequest, handed: list[str]) -> web.StreamRes
     return web.Response(text=f"{request.method} {request.path} {len(body)}")
 
 
+VIA = Via("llamayard-test")
+
+
 def pipeline_with(limits: RequestLimits) -> AdmissionPipeline:
     """As of a router that listens on loopback, with one allowed origin and no GPUs."""
     return admission_pipeline(
-        OriginPolicy(Origins(("http://localhost",)), True, frozenset()), limits, dict, RouteTable()
+        OriginPolicy(Origins(("http://localhost",)), True, frozenset()), limits, dict, RouteTable(), VIA
     )
 
 
@@ -349,6 +353,7 @@ def make_context(
         make_handler=asyncio.Protocol,
         table=RouteTable(),
         tasks=Tasks(),
+        via=VIA,
     )
 
 

@@ -177,7 +177,8 @@ class OllamaClient:
         await self._residency("/api/generate", {"model": name, "keep_alive": 0, "stream": False}, seconds)
 
     async def _residency(self, path: str, body: Mapping[str, Any], timeout_seconds: float) -> None:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True, limit=1)) as session:
+        connector = aiohttp.TCPConnector(force_close=True, limit=1)
+        async with aiohttp.ClientSession(connector=connector, headers=self._session.headers) as session:
             await self._call(session, "POST", path, body, timeout_seconds, dict[str, msgspec.Raw])
 
     async def _get(self, path: str, kind: type[_T]) -> _T:

@@ -41,11 +41,11 @@ class OllamaEngine(OllamaRules, OllamaServer):
         writing: asyncio.Lock,
     ) -> None:
         """`session` stays the caller's. `clock` is monotonic. `writing` is held while the shared store changes."""
-        super().__init__(command)
+        super().__init__(command, session.headers)
         self._plan = plan
         self._session = session
         self._snapshot = snapshot
-        self._lists = KeptConnections()
+        self._lists = KeptConnections(session.headers)
         self._clients: dict[str, OllamaClient] = {}
         self.catalog = Catalog(self._stores, clock)
         self._endpoint_support = EndpointSupport(session)

@@ -6,6 +6,8 @@ A pooled connection would not show that a server no longer accepts any.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -16,18 +18,25 @@ from router.engines.ollama.http_get import Reply, get_once, is_plain
 
 _PATH = "/api/version"
 
+_ERROR_CHARACTERS = 300
 
-async def probe_version(url: str, timeout_seconds: float) -> str:
+
+class _ErrorReply(msgspec.Struct, frozen=True):
+    error: str
+
+
+async def probe_version(url: str, timeout_seconds: float, headers: Mapping[str, str]) -> str:
     """The version of the server at `url` (no path).
 
     Raises:
         ProbeFailed: no valid answer within the timeout.
     """
     try:
+        get = get_once(url, _PATH, headers) if is_plain(url) else _get_with_library(url + _PATH, headers)
         async with asyncio.timeout(timeout_seconds):
-            status, raw = await (get_once(url, _PATH) if is_plain(url) else _get_with_library(url + _PATH))
+            status, raw = await get
         if status != 200:
-            raise ProbeFailed(f"{url}{_PATH} answers {status}")
+            raise ProbeFailed(f"{url}{_PATH} answers {status}{_error(raw)}")
         return _version(msgspec.json.decode(raw))
     except TimeoutError as error:
         raise ProbeFailed(f"{url}{_PATH} does not answer within {timeout_seconds:g} s") from error
@@ -35,13 +44,20 @@ async def probe_version(url: str, timeout_seconds: float) -> str:
         raise ProbeFailed(f"{url}{_PATH}: {error}") from error
 
 
-async def _get_with_library(url: str) -> Reply:
+async def _get_with_library(url: str, headers: Mapping[str, str]) -> Reply:
     connector = aiohttp.TCPConnector(force_close=True, limit=1)
     async with (
-        aiohttp.ClientSession(connector=connector) as session,
+        aiohttp.ClientSession(connector=connector, headers=headers) as session,
         session.get(url, allow_redirects=False) as reply,
     ):
         return reply.status, await reply.read()
+
+
+def _error(body: bytes) -> str:
+    """A server's or a router's own words, where there are any."""
+    with contextlib.suppress(msgspec.MsgspecError):
+        return ": " + msgspec.json.decode(body, type=_ErrorReply).error[:_ERROR_CHARACTERS]
+    return ""
 
 
 def _version(reply: Any) -> str:

@@ -7,6 +7,8 @@ the making of a connection: callers set one, and a call that is cancelled closes
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -17,6 +19,9 @@ CONNECT_SECONDS = 5.0
 
 Reply = tuple[int, bytes]
 """Status and body."""
+
+
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class _NoReply(ConnectionError):
@@ -97,15 +102,15 @@ def is_plain(base_url: str) -> bool:
     return base_url.startswith("http://") and "@" not in base_url
 
 
-async def get_once(base_url: str, path: str) -> Reply:
-    """Asks over a new connection, and closes it.
+async def get_once(base_url: str, path: str, headers: Mapping[str, str] = _NO_HEADERS) -> Reply:
+    """Asks over a new connection, and closes it. `headers`: beside those of the connection.
 
     Raises:
         OSError: no connection within CONNECT_SECONDS, or it was lost.
     """
     connection = await _open(base_url)
     try:
-        return await connection.ask(_request(base_url, path, "close"))
+        return await connection.ask(_request(base_url, path, "close", headers))
     finally:
         connection.transport.abort()
 
@@ -113,7 +118,9 @@ async def get_once(base_url: str, path: str) -> Reply:
 class KeptConnections:
     """Connections by server, kept open between requests. For one event loop; `close` at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, headers: Mapping[str, str] = _NO_HEADERS) -> None:
+        """`headers`: of each request, beside those of the connection."""
+        self._headers = headers
         self._idle: dict[str, list[_Connection]] = {}
         self._closed = False
 
@@ -123,7 +130,7 @@ class KeptConnections:
         Raises:
             OSError: no connection within CONNECT_SECONDS, or it was lost.
         """
-        request = _request(base_url, path, "keep-alive")
+        request = _request(base_url, path, "keep-alive", self._headers)
         idle = self._idle.setdefault(base_url, [])
         while idle:
             kept = idle.pop()
@@ -150,9 +157,10 @@ class KeptConnections:
                 idle.pop().transport.abort()
 
 
-def _request(base_url: str, path: str, connection: str) -> bytes:
+def _request(base_url: str, path: str, connection: str, headers: Mapping[str, str]) -> bytes:
     host = base_url.removeprefix("http://")
-    return f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n\r\n".encode()
+    added = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n{added}\r\n".encode()
 
 
 async def _open(base_url: str) -> _Connection:

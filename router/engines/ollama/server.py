@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from router.domain.events import LoadMeasured
 from router.domain.footprint import GpuFootprint
 from router.domain.instance import InstanceSpec
@@ -30,15 +32,19 @@ class OllamaLoadReader:
 class OllamaServer:
     """Satisfies `ServerRules`; the protocol documents the methods."""
 
-    def __init__(self, command: tuple[str, ...]) -> None:
-        """`command`: the program and its arguments, e.g. `("/usr/bin/ollama", "serve")`; the same for all instances."""
+    def __init__(self, command: tuple[str, ...], headers: Mapping[str, str] | None = None) -> None:
+        """`command`: the program and its arguments, e.g. `("/usr/bin/ollama", "serve")`; the same for all instances.
+
+        `headers`: those of each probe.
+        """
         self._command = command
+        self._headers = headers or {}
 
     def command(self, spec: InstanceSpec) -> tuple[str, ...]:  # noqa: ARG002 (the same for all instances)
         return self._command
 
     async def probe(self, url: str, timeout_seconds: float) -> str:
-        return await probe_version(url, timeout_seconds)
+        return await probe_version(url, timeout_seconds, self._headers)
 
     def load_reader(self, spec: InstanceSpec) -> OllamaLoadReader:
         return OllamaLoadReader(spec)
