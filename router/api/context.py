@@ -1,7 +1,7 @@
 """What the API handlers share: the controller, the catalog, access to the instances, limits and rules.
 
-A plain value for each handler's constructor. Its two pieces of state belong to model management: the lock of the
-store's single writer, and the models that are being deleted.
+A plain value for each handler's constructor. Two pieces of state belong to model management: the lock of the
+store's single writer, and the models that are being deleted. The third is set once, at the end: what cut requests off.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -20,13 +20,13 @@ from router.domain.snapshot import Snapshot
 from router.engines.ollama.catalog import Catalog
 from router.engines.ollama.client import UNREACHABLE, OllamaError
 from router.engines.ollama.endpoint_support import EndpointSupport
-from router.errors import NoInstance, QueueFull, ShuttingDown, WaitTimeout
+from router.errors import InstanceLost, NoInstance, QueueFull, RouterError, ShuttingDown, WaitTimeout
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.scheduler.placement.candidates import is_alive
 from router.scheduler.placement.explain import explain_states
 
-_SHUTDOWN_RETRY_AFTER_SECONDS = 5
+SHUTDOWN_RETRY_AFTER_SECONDS = 5
 _RETRY_AFTER_SECONDS = 5
 """A server that is down is not back sooner."""
 
@@ -51,6 +51,16 @@ async def store_turn(writing: asyncio.Lock, limits: RequestLimits) -> AsyncGener
         writing.release()
 
 
+class Cutoff:
+    """What ended the requests that were still running when the router stopped waiting for them."""
+
+    error: RouterError | None = None
+
+    def lost(self, words: str) -> RouterError:
+        """The error of a request whose server is gone: `words`, unless the router stopped that server."""
+        return self.error or InstanceLost(words)
+
+
 @dataclass(frozen=True, slots=True)
 class ApiContext:
     controller: Controller
@@ -63,6 +73,7 @@ class ApiContext:
     """Held while the shared store is changed."""
     removing: set[str]
     """Models that are being deleted, as `rules.removing` sees them."""
+    cutoff: Cutoff = field(default_factory=Cutoff)
 
     def instances(self) -> list[InstanceView]:
         """All instances: spawned before attached, then by name."""
@@ -82,7 +93,7 @@ class ApiContext:
             ShuttingDown: the router is draining.
         """
         if self.controller.is_closing:
-            raise ShuttingDown("the router is shutting down", retry_after_seconds=_SHUTDOWN_RETRY_AFTER_SECONDS)
+            raise ShuttingDown("the router is shutting down", retry_after_seconds=SHUTDOWN_RETRY_AFTER_SECONDS)
         ready = sorted(_primaries(self.controller.snapshot()), key=_order)
         if not ready:
             words = "no Ollama instance is ready: " + explain_states(self.controller.snapshot())

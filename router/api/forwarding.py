@@ -87,15 +87,19 @@ async def relay(
     api: Api,
     record: RequestRecord,
     now: Callable[[], float],
+    lost: Callable[[str], RouterError],
 ) -> web.StreamResponse:
-    """Streams the reply to the client. After the first byte every failure ends the stream visibly."""
+    """Streams the reply to the client. After the first byte every failure ends the stream visibly.
+
+    `lost` makes the error of a server that is gone from its description.
+    """
     response = _response_head(upstream, {**record.response_headers(), **record.unrouted_headers(upstream.status)})
     await response.prepare(request)
     if request.method == hdrs.METH_HEAD:
         await response.write_eof()
         return response
     try:
-        await _pump(upstream, response, limits, record, now)
+        await _pump(upstream, response, limits, record, now, lost)
     except RouterError as error:
         await _end_visibly(request, response, api, error)
         return response
@@ -121,6 +125,7 @@ async def _pump(
     limits: RequestLimits,
     record: RequestRecord,
     now: Callable[[], float],
+    lost: Callable[[str], RouterError],
 ) -> None:
     content = upstream.content
     while True:
@@ -130,7 +135,7 @@ async def _pump(
         except TimeoutError as error:
             raise limits.idle_timeout() from error
         except (aiohttp.ClientError, OSError) as error:
-            raise InstanceLost("the instance died during its reply") from error
+            raise lost("the instance died during its reply") from error
         if not piece:
             return
         if record.first_byte_at is None:

@@ -80,4 +80,5 @@ async def forward(
     url = (view or await context.ready_primary()).spec.url
     upstream = await open_upstream(context.session, request, url, body, context.limits, raw_path)
     async with upstream:
-        return await relay(request, upstream, context.limits, api_of(request.path), record, context.controller.now)
+        api, now = api_of(request.path), context.controller.now
+        return await relay(request, upstream, context.limits, api, record, now, context.cutoff.lost)

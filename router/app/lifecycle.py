@@ -18,8 +18,10 @@ import structlog
 from aiohttp import web
 
 from router.api.app import ApiServer
+from router.api.context import SHUTDOWN_RETRY_AFTER_SECONDS, Cutoff
 from router.control.controller import Controller
 from router.control.poller import StatePoller
+from router.errors import ShuttingDown
 from router.proxy.server import ProxyServer
 from router.supervisor.supervisor import Supervisor
 
@@ -37,6 +39,7 @@ class Router:
     proxy: ProxyServer
     library: web.Server
     tls: ssl.SSLContext | None
+    cutoff: Cutoff
     title: str
     """`EMULATED rig 2x3090`, or "" for real GPUs."""
     drain_timeout_seconds: float
@@ -85,6 +88,9 @@ class Router:
         self.proxy.drain()
         if not await _finishes_first(self.api_server.drained(), at_once, self.drain_timeout_seconds):
             log.warning("requests_cut")
+            self.cutoff.error = _cut_off(self.drain_timeout_seconds)
+            if not at_once.is_set():
+                self.proxy.cut(self.cutoff.error)
         if at_once.is_set():
             await self._kill()
         async with asyncio.TaskGroup() as group:
@@ -109,6 +115,12 @@ class Router:
 def endpoint_url(scheme: str, host: str, port: int) -> str:
     """The URL for clients; an IPv6 address gets brackets."""
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _cut_off(drain_timeout_seconds: float) -> ShuttingDown:
+    limit = f"server.drain_timeout_seconds ({drain_timeout_seconds:g} s)"
+    words = f"the router is shutting down, and this request had not ended within {limit}; the answer is incomplete"
+    return ShuttingDown(words, retry_after_seconds=SHUTDOWN_RETRY_AFTER_SECONDS)
 
 
 def _handle_signal(stopping: asyncio.Event, at_once: asyncio.Event) -> None:

@@ -119,8 +119,8 @@ async def build(
                 access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
                 api_server, library, proxy = _entrances(settings, context, handlers, access_log, via)
                 yield Router(
-                    controller, supervisor, state_poller, api_server, proxy, library, tls, hardware.title,
-                    settings.server.drain_timeout_seconds,
+                    controller, supervisor, state_poller, api_server, proxy, library, tls, context.cutoff,
+                    hardware.title, settings.server.drain_timeout_seconds,
                 )  # fmt: skip
             finally:
                 if lines is not None:

@@ -21,14 +21,16 @@ from router.domain.gpu import Gpu
 from router.domain.instance import InstanceState
 from router.domain.snapshot import Snapshot
 from router.domain.vram_ledger import external_bytes, reserved_bytes, resident_bytes, unaccounted_bytes
-from router.errors import ERROR_CODES, InstanceLost, ServerRefused, StreamTruncated, WaitTimeout
+from router.errors import ERROR_CODES, InstanceLost, ServerRefused, ShuttingDown, StreamTruncated, WaitTimeout
 
 BUCKETS_SECONDS = (
     0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
 )  # fmt: skip
 """OpenTelemetry's buckets for the time to first token, extended to 160 s for cold loads."""
 
-STREAM_ERROR_CODES = tuple(error.code for error in (InstanceLost, ServerRefused, StreamTruncated, WaitTimeout))
+STREAM_ERROR_CODES = tuple(
+    error.code for error in (InstanceLost, ServerRefused, StreamTruncated, WaitTimeout, ShuttingDown)
+)
 """What can end a stream after its first byte."""
 LOAD_OUTCOMES = ("loaded", "failed", "spilled")
 _MODEL_NAMES_MAX = 1000

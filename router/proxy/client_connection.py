@@ -428,6 +428,11 @@ class ClientConnection(asyncio.Protocol):
         if self._state == HEAD and self._head is None:
             self._transport.close()
 
+    def cut(self, error: RouterError) -> None:
+        """Ends the current request, if it takes a slot, with an error."""
+        if self._exchange is not None:
+            self._exchange.cut(error)
+
     def _crashed(self) -> None:
         structlog.get_logger("router.proxy").exception("connection_crashed", client=self._peer)
         self._transport.abort()

@@ -504,17 +504,31 @@ class ProxyExchange:
         """
         if self._phase == ENDED:
             return
+        silent_seconds = self._silent_seconds()
+        self._abandon()
+        self._finish(status, silent_seconds=silent_seconds)
+
+    def cut(self, error: RouterError) -> None:
+        """Ends in any phase with an error that the client sees, within the stream if that has begun."""
+        if self._phase == ENDED:
+            return
+        if self._phase == RELAYING and self._reply is not None and self._reply.has_begun:
+            self._reply.cut(error)
+        else:
+            self._abandon()
+            self.fail(error)
+
+    def _abandon(self) -> None:
+        """Withdraws what is under way: a task, a ticket, a connection. A slot stays held until `_finish`."""
         if self._task is not None:
             self._task.cancel()
         if self._opening is not None:
             self._opening.cancel()
-        silent_seconds = self._silent_seconds()
         if self._phase == RELAYING and self._reply is not None:
             self._reply.cancel()
         if self._phase == WAITING and self._lease is not None:
             lease, self._lease = self._lease, None
             self._context.controller.cancel(lease)
-        self._finish(status, silent_seconds=silent_seconds)
 
     def _silent_seconds(self) -> float:
         """For how long this request has waited while the replica sent no byte to any client; 0 if that is short."""

@@ -362,8 +362,8 @@ class ResponseStream:
         keep = in_chunks and self._keep and rest is not None
         self._owner.reply_broken(error, keep=keep, died=self._died())
 
-    def _break(self, error: RouterError, *, hangs: bool = False) -> None:
-        """Bytes are out, and no more will come. `hangs`: the server is silent, not the client slow."""
+    def _break(self, error: RouterError, *, hangs: bool = False, runner_lives: bool = False) -> None:
+        """Bytes are out, and no more will be sent. `hangs`: the server is silent, not the client slow."""
         body = self._body
         self._drop()
         message = stream_error(api_of(self._path), self._content_type(), error, sent=self.tail or b"\n\n")
@@ -380,7 +380,8 @@ class ResponseStream:
         else:
             self._client.send(chunk(message) + LAST_CHUNK if in_chunks else message)
         # With chunks the framing is complete: the client may already be sending its next request.
-        self._owner.reply_broken(error, keep=in_chunks and self._keep, died=hangs or self._died())
+        died = hangs or (not runner_lives and self._died())
+        self._owner.reply_broken(error, keep=in_chunks and self._keep, died=died)
 
     def _died(self) -> bool:
         is_stream = self._is_stream()
@@ -422,6 +423,10 @@ class ResponseStream:
     def cancel(self) -> None:
         """The client is gone: cuts the server's connection, which stops its work at once."""
         self._drop()
+
+    def cut(self, error: RouterError) -> None:
+        """Ends a reply of which bytes are out with an error, as far as its framing allows one."""
+        self._break(error, runner_lives=True)
 
     def pause(self) -> None:
         """The client takes no more for now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+from router.errors import RouterError
 from router.proxy.client_connection import ClientConnection
 from router.proxy.context import ProxyContext
 from router.proxy.memory_trim import trimmer
@@ -75,6 +76,11 @@ class ProxyServer:
         self.closing = True
         for connection in tuple(self._connections):
             connection.drain()
+
+    def cut(self, error: RouterError) -> None:
+        """Ends the requests that still hold or await a slot, with an error that their clients see."""
+        for connection in tuple(self._connections):
+            connection.cut(error)
 
     async def close(self) -> None:
         """Cuts remaining connections."""

@@ -207,6 +207,12 @@ class StreamingUpload(ProxyExchange):
         span = self._reader.find("keep_alive")
         return span is not None and self._keep_alive_at(span)
 
+    def _abandon(self) -> None:
+        if self._early:
+            self._undo(runner_lost=False)
+        else:
+            super()._abandon()
+
     # --- when it goes wrong ----------------------------------------------------------------------------------
 
     def _undo(self, *, runner_lost: bool) -> None:

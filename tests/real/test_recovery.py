@@ -200,7 +200,8 @@ async def test_the_drain_has_a_deadline(make_product: MakeProduct) -> None:
         await _begin(connection)
         product.signal(signal.SIGTERM)
         reply = await connection.rest_after_head()
-    assert b'"done":true' not in reply.body
+    assert reply.end == "complete"
+    assert "server.drain_timeout_seconds (0.5 s)" in reply.lines()[-1]["error"]
     product.wait()
     assert not product.processes()
 
