@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -41,9 +41,17 @@ _LASTING = ("uuid", "index", "name", "memory_total_bytes", "error")
 
 
 class AdminHandler:
-    """`emulated`: the title of an emulated rig, "" for real GPUs."""
+    """`emulated`: the title of an emulated rig, "" for real GPUs. `pulls`: the rows of those in progress."""
 
-    def __init__(self, context: ApiContext, metrics: Metrics, history: RequestHistory, emulated: str) -> None:
+    def __init__(
+        self,
+        context: ApiContext,
+        metrics: Metrics,
+        history: RequestHistory,
+        emulated: str,
+        pulls: Callable[[], list[dict[str, object]]],
+    ) -> None:
+        self._pulls = pulls
         self._context = context
         self._history = history
         self._metrics = metrics
@@ -86,6 +94,7 @@ class AdminHandler:
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
             "warm_missing": [{"model": name, "reason": why} for name, why in snapshot.warm_missing.items()],
+            "pulls": self._pulls(),
             **self._waiting(),
         }
 

@@ -49,7 +49,7 @@ class ApiHandlers:
             Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._management,
             Kind.REFUSED: passthrough if context.rules.cloud else _refuse_account_route,
-            Kind.ADMIN: AdminHandler(context, metrics, history, emulated),
+            Kind.ADMIN: AdminHandler(context, metrics, history, emulated, self._management.pulls.progress),
         }
 
     async def close(self) -> None:

@@ -48,7 +48,7 @@ class ModelManagementHandler:
 
     def __init__(self, context: ApiContext) -> None:
         self._context = context
-        self._pulls = Pulls(context)
+        self.pulls = Pulls(context)
         self._cleanups: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("router.store")
 
@@ -77,7 +77,7 @@ class ModelManagementHandler:
             return await self._delete(request, body, before, record)
         try:
             if path == "/api/pull" and record.model:
-                return await self._pulls.serve(request, body, parsed, record)
+                return await self.pulls.serve(request, body, parsed, record)
             async with store_turn(context.writing, context.limits):
                 return await forward(context, request, body, record)
         finally:

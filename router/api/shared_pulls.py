@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 
 import aiohttp
 import msgspec
@@ -37,6 +38,8 @@ class _Line(msgspec.Struct):
     status: str = ""
     digest: str = ""
     error: str = ""
+    completed: int = 0
+    total: int = 0
 
 
 class Pulls:
@@ -45,6 +48,10 @@ class Pulls:
     def __init__(self, context: ApiContext) -> None:
         self._context = context
         self._running: dict[tuple[str, bool], _Pull] = {}
+
+    def progress(self) -> list[dict[str, object]]:
+        """For the status document: each pull in progress. Bytes are those of the layers that have begun."""
+        return [pull.progress(model) for (model, _), pull in self._running.items() if not pull.is_over]
 
     async def serve(
         self, request: web.BaseRequest, body: bytes, parsed: ParsedBody, record: RequestRecord
@@ -81,6 +88,7 @@ class _Pull:
         """Content type and body of a reply with another status."""
         self.last = b""
         """Its last line."""
+        self._started_at = datetime.now(UTC)
         self.failure: RouterError | None = None
 
     @property
@@ -90,6 +98,19 @@ class _Pull:
     @property
     def clients(self) -> int:
         return len(self._followers)
+
+    def progress(self, model: str) -> dict[str, object]:
+        last = _decoded(self.last)
+        layers = [line for (_, digest), raw in self._steps.items() if digest and (line := _decoded(raw)).total]
+        return {
+            "model": model,
+            "status": last.error or last.status,
+            "digest": last.digest,
+            "completed_bytes": sum(layer.completed for layer in layers),
+            "total_bytes": sum(layer.total for layer in layers),
+            "started_at": self._started_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "clients": self.clients,
+        }
 
     @asynccontextmanager
     async def joined(self) -> AsyncGenerator[_Follower]:

@@ -34,14 +34,16 @@ class Column:
 
 
 def render_status(status: Mapping[str, Any]) -> str:
-    """The document as text: GPUs, instances, models, loads, pulls, queue and waiting requests."""
+    """The document as text: GPUs, instances, models, loads, missing warm models, pulls, queue, waiting requests."""
     indices = {str(row.get("uuid")): str(row.get("index")) for row in _rows(status, "gpus")}
+    missing = _rows(status, "warm_missing")
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
         render_table("GPUS", _GPUS, _rows(status, "gpus"), _gpu_note),
         render_table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _unless_ready),
-        render_table("MODELS", _MODELS, _rows(status, "models"), _unless_ready),
+        render_table("MODELS", _MODELS, _rows(status, "models"), _model_note),
         render_table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
+        *([render_table("WARM MODELS THAT ARE MISSING", _WARM_MISSING, missing, _reason)] if missing else []),
         *([render_table("PULLS", _PULLS, _rows(status, "pulls"))] if status.get("pulls") else []),
         f"QUEUE\n{_INDENT}{_queue(status.get('queue'))}",
         *([render_table("WAITING", _WAITING, _rows(status, "waiting"))] if status.get("waiting") else []),
@@ -122,6 +124,18 @@ def _gpu_note(row: Row) -> str:
 def _unless_ready(row: Row) -> str:
     reason = row.get("reason")
     return short_reason(str(reason)) if reason and row.get("state") != "ready" else ""
+
+
+def _reason(row: Row) -> str:
+    return str(row.get("reason") or "")
+
+
+def _model_note(row: Row) -> str:
+    failures, reason = row.get("unload_failures"), _unless_ready(row)
+    if not isinstance(failures, int) or not failures:
+        return reason
+    times = "once" if failures == 1 else f"{failures} times in a row"
+    return f"its unload failed {times}" + (f": {reason}" if reason else "")
 
 
 def _text(key: str) -> Callable[[Row], str]:
@@ -224,6 +238,7 @@ _RESERVATIONS = (
     Column("INSTANCE", _text("instance"), is_elastic=True),
     Column("PER GPU", _gib_per_gpu, is_elastic=True),
 )
+_WARM_MISSING = (Column("MODEL", _text("model"), is_elastic=True),)
 _PULLS = (
     Column("MODEL", _text("model"), is_elastic=True),
     Column("PROGRESS", _progress),

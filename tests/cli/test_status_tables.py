@@ -147,3 +147,20 @@ def test_pulls_are_shown_with_their_progress() -> None:
     at = lines.index("PULLS")
     assert lines[at + 2] == "  tiny:latest  50% of 1.0 GiB  pulling 1a2b3c  2"
     assert "PULLS" not in render_status({"pulls": []})
+
+
+def test_warm_models_that_are_missing_are_shown_with_the_reason() -> None:
+    missing = {"model": "gemma2:27b", "reason": "fits nowhere: GPU 0 needs 20.1 of 3.2 GiB free"}
+    lines = render_status({"warm_missing": [missing]}).splitlines()
+    at = lines.index("WARM MODELS THAT ARE MISSING")
+    assert lines[at + 2 : at + 4] == ["  gemma2:27b", "    fits nowhere: GPU 0 needs 20.1 of 3.2 GiB free"]
+    assert "WARM" not in render_status({"warm_missing": []})
+
+
+def test_failed_unloads_are_shown_below_their_model() -> None:
+    model = {"name": "tiny:latest", "instance": "gpu0", "state": "ready", "unload_failures": 2}
+    assert "    its unload failed 2 times in a row" in render_status({"models": [model]}).splitlines()
+    failing = {**model, "state": "unloading", "unload_failures": 1, "reason": "cannot be unloaded: refused"}
+    assert (
+        "    its unload failed once: cannot be unloaded: refused" in render_status({"models": [failing]}).splitlines()
+    )

@@ -65,6 +65,11 @@ async def test_concurrent_pulls_of_one_model_share_one_download(product: Product
         second_head = await second.head()
         for connection in (first, second):
             await _until(connection, "pulling ", "total")
+        (row,) = product.call("GET", "/llamayard/status")[1]["pulls"]
+        assert row["model"] == registry.name("pulled0").removeprefix("http://") + ":latest"
+        assert row["status"].startswith("pulling ")
+        assert (row["completed_bytes"], row["clients"]) == (0, 2)
+        assert row["total_bytes"] > 0
         await third.send(_pull(registry, "pulled0", stream=False))
         registry.gate.set()
         replies = [await first.rest(head), await second.rest(second_head)]
@@ -75,6 +80,7 @@ async def test_concurrent_pulls_of_one_model_share_one_download(product: Product
             "application/json",
             {"status": "success"},
         )
+    assert product.call("GET", "/llamayard/status")[1]["pulls"] == []
     assert registry.request_counts == {"manifest": 1, "data": 2}  # weights and configuration, once each
     body = {"model": registry.name("pulled0"), "prompt": "x", "stream": False, "options": {"num_predict": 2}}
     assert (await call(product.address, "POST", "/api/generate", body)).json()["eval_count"] == 2
