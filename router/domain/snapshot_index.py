@@ -29,6 +29,8 @@ class GpuTotals:
     """Reserved for loads that the last reading of the GPUs does not show yet."""
     loading: int = 0
     """The part of `reserved` whose loads were sent."""
+    running: int = 0
+    """The part of `loading` whose loads have not ended: any of it may be in use already."""
     aborted: int = 0
     """The part of `reserved` whose loads were broken off."""
     resident: int = 0
@@ -123,6 +125,7 @@ def _totals_by_gpu(snapshot: Snapshot) -> dict[GpuUuid, GpuTotals]:
             totals.reserved += size
             if reservation.sent_at is not None:
                 totals.loading += size
+                totals.running += size if reservation.finished_at is None else 0
             if reservation.aborted_at is not None:
                 totals.aborted += size
     promised_keys = promised(snapshot)

@@ -74,11 +74,15 @@ def leaving_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
 
 
 def external_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
-    """Bytes on `uuid` used by other programs: what the driver reports as used minus what the router's models hold."""
+    """Bytes on `uuid` used by other programs: what the driver reports as used minus what the router's models hold.
+
+    A running load fills its reservation bit by bit: used memory up to that is attributed to it.
+    """
     gpu = snapshot.gpus.get(uuid)
     if gpu is None:
         return 0
-    return max(0, gpu.memory_used_bytes - resident_bytes(snapshot, uuid))
+    totals = gpu_index(snapshot, uuid)
+    return max(0, gpu.memory_used_bytes - totals.resident - totals.running)
 
 
 def underestimated_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:

@@ -87,6 +87,17 @@ def test_the_memory_of_a_running_load_is_not_external() -> None:
     """The driver reports 5,000 of 8,000 reserved MiB as used already."""
     facts = snapshot([gpu(0, 19_000)], VIEWS, [], [reservation(1, "gpu0", A, [(0, 8000)], sent_at=1.0)])
     assert capacity_bytes(facts, G0) == 24_000 * MIB
+    assert external_bytes(facts, G0) == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "external"), [({}, 7000), ({"sent_at": 1.0}, 0), ({"sent_at": 1.0, "finished_at": 2.0}, 2000)]
+)
+def test_used_memory_is_attributed_to_a_load_while_it_runs(times: dict[str, float], external: int) -> None:
+    """7,000 MiB are used: by the load of 8,000 once it was sent; when it has ended, its model holds 5,000."""
+    ours = [residency("gpu0", A, 5000)] if "finished_at" in times else []
+    facts = snapshot([gpu(0, 17_000)], VIEWS, ours, [reservation(1, "gpu0", A, [(0, 8000)], **times)])
+    assert external_bytes(facts, G0) == external * MIB
 
 
 @pytest.mark.parametrize(
