@@ -70,8 +70,10 @@ class ModelManagementHandler:
             record.is_unrouted = not record.model
         if path == "/api/push":
             return await forward(context, request, body, record)  # it only reads the store
-        changed_name = _destination(body) if path == "/api/copy" and record.model else record.model
+        changed_name = _text_member(body, "destination") if path == "/api/copy" and record.model else record.model
         await context.ready_primary()  # without it nobody knows what there is
+        if path == "/api/create":
+            await self._refuse_foreign_base(_text_member(body, "from"))
         before = await context.catalog.facts(changed_name) if changed_name else None
         if path == "/api/delete":
             return await self._delete(request, body, before, record)
@@ -127,9 +129,17 @@ class ModelManagementHandler:
         """
         if facts is not None and not facts.is_on(self._context.primary().spec):
             owners = ", ".join(sorted(facts.attached_on or ()))
-            raise Forbidden(
-                f"model '{facts.name}' is only on {owners}, which the router does not manage: {verb} it there"
-            )
+            words = f"model '{facts.name}' is only on {owners}, which the router does not manage: {verb} it there"
+            raise Forbidden(words)
+
+    async def _refuse_foreign_base(self, base: str) -> None:
+        """Refuses to create a model from one of an attached server: the store's server would pull that name instead.
+
+        Raises:
+            Forbidden: only attached servers have the base.
+        """
+        facts = await self._context.catalog.facts(base) if base else None
+        self._refuse_attached(facts, "pull it through the router first, or create from")
 
     # --- deleting ------------------------------------------------------------------------------------------
 
@@ -199,7 +209,7 @@ class ModelManagementHandler:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)
 
 
-def _destination(body: bytes) -> str:
-    """The target name of a copy; "" if the server will reject it."""
-    value = last_value(body, "destination")
+def _text_member(body: bytes, name: str) -> str:
+    """A member of the body, such as the target name of a copy; "" if there is none, or the server will reject it."""
+    value = last_value(body, name)
     return text_of(value) if value.startswith(b'"') else ""

@@ -88,11 +88,13 @@ async def test_the_router_does_not_manage_a_model_of_the_attached_server(
         ("DELETE", "/api/delete", {"model": "faraway"}),
         ("POST", "/api/copy", {"source": "faraway", "destination": "near"}),
         ("POST", "/api/push", {"model": "faraway"}),
+        ("POST", "/api/create", {"model": "near", "from": "faraway", "system": "short", "stream": False}),
     ):
         reply = await call(mixed.address, method, path, body)
         assert (reply.status, reply.header("X-Llamayard-Error")) == (403, "forbidden")
         assert "only on far" in reply.json()["error"]
-        assert f"{path.removeprefix('/api/')} it there" in reply.json()["error"]
+        verb = "create from" if path == "/api/create" else path.removeprefix("/api/")
+        assert f"{verb} it there" in reply.json()["error"]
     assert any(model["name"] == "faraway:latest" for model in attached.call("GET", "/api/tags")[1]["models"])
 
 
