@@ -21,6 +21,7 @@ from router.domain.request import Ticket
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import on_cpu_ratio
 from router.domain.vram_ledger import (
     available_bytes,
     external_bytes,
@@ -158,6 +159,7 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "options": dict(residency.options),
         "size_bytes": residency.size_bytes,
         "size_vram_bytes": residency.size_vram_bytes,
+        "cpu_ratio": on_cpu_ratio(snapshot, residency),
         "idle_seconds": round(snapshot.now - residency.used_at, 1) if residency.is_idle else 0.0,
         "expires_in_seconds": None if residency.expires_at is None else round(residency.expires_at - snapshot.now, 1),
         "pin": _pin(snapshot, residency.name),

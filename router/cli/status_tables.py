@@ -131,11 +131,11 @@ def _reason(row: Row) -> str:
 
 
 def _model_note(row: Row) -> str:
-    failures, reason = row.get("unload_failures"), _unless_ready(row)
-    if not isinstance(failures, int) or not failures:
-        return reason
-    times = "once" if failures == 1 else f"{failures} times in a row"
-    return f"its unload failed {times}" + (f": {reason}" if reason else "")
+    failures, ratio, reason = row.get("unload_failures"), row.get("cpu_ratio"), _unless_ready(row)
+    notes = [f"{ratio:.0%} on the CPU"] if isinstance(ratio, int | float) and ratio else []
+    if isinstance(failures, int) and failures:
+        notes.append("its unload failed " + ("once" if failures == 1 else f"{failures} times in a row"))
+    return ": ".join(filter(None, (", ".join(notes), reason)))
 
 
 def _text(key: str) -> Callable[[Row], str]:

@@ -67,12 +67,20 @@ _ROUNDING_SHARE = 0.005
 
 
 def is_spill(model: ModelFacts, size_bytes: int, size_vram_bytes: int) -> bool:
-    """Returns True where a loaded model is partly on the CPU.
+    """Returns True where a loaded model is partly or wholly on the CPU.
 
-    Only whole layers go to the CPU: less than half a layer, or 0.5 % of all, is a server's rounding.
+    Only whole layers go to the CPU: less than half a layer, or 0.5 % of all, is a server's rounding. A server since
+    0.30 that sees no GPU reports 0 of 0 bytes; of a model in an unknown format (`is_opaque`) that says nothing.
     """
+    if not size_vram_bytes and model.weights_bytes and not model.is_opaque:
+        return True
     half_layer = model.weights_bytes / (model.layers + 1) / 2
     return size_bytes - size_vram_bytes > max(_ROUNDING_SHARE * size_bytes, half_layer)
+
+
+def cpu_ratio(size_bytes: int, size_vram_bytes: int) -> float:
+    """The share of a spilled model that is on the CPU, from 0 to 1."""
+    return 1 - size_vram_bytes / size_bytes if size_vram_bytes else 1.0
 
 
 ResidencyKey = tuple[InstanceName, BlobDigest]

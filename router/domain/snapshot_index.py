@@ -13,7 +13,7 @@ from typing import TypeVar
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceView
 from router.domain.model import BlobDigest
-from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.residency import Residency, ResidencyKey, ResidencyState, cpu_ratio, is_spill
 from router.domain.snapshot import Snapshot
 
 _Result = TypeVar("_Result")
@@ -69,6 +69,16 @@ def gpus_of(snapshot: Snapshot, name: InstanceName) -> Sequence[GpuUuid]:
 def bytes_by_gpu(snapshot: Snapshot, residency: Residency) -> Iterable[tuple[GpuUuid, int]]:
     """Bytes that the model holds on each GPU of its instance."""
     return zip(gpus_of(snapshot, residency.instance), residency.per_gpu_bytes, strict=False)
+
+
+def on_cpu_ratio(snapshot: Snapshot, residency: Residency) -> float | None:
+    """The share of a loaded model that is on the CPU; None where its instance has no GPUs, or it is not loaded."""
+    if residency.state not in (ResidencyState.READY, ResidencyState.UNLOADING):
+        return None
+    if not gpus_of(snapshot, residency.instance):
+        return None
+    sizes = residency.size_bytes, residency.size_vram_bytes
+    return cpu_ratio(*sizes) if is_spill(residency.model, *sizes) else 0.0
 
 
 def promised(snapshot: Snapshot) -> frozenset[ResidencyKey]:

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceState
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import on_cpu_ratio
 from router.domain.vram_ledger import external_bytes, reserved_bytes, resident_bytes, unaccounted_bytes
 from router.errors import ERROR_CODES, InstanceLost, ServerRefused, ShuttingDown, StreamTruncated, WaitTimeout
 
@@ -238,6 +239,7 @@ class FleetMetricsCollector(Collector):
         for residency in snapshot.residencies.values():
             slots_used.add_metric((residency.name, residency.instance), float(residency.in_flight))
         yield slots_used
+        yield _on_cpu_family(snapshot)
 
 
 _GPU_GAUGES: dict[str, tuple[str, Callable[[Gpu], float | None]]] = {
@@ -271,6 +273,18 @@ def _lost_family(snapshot: Snapshot) -> GaugeMetricFamily:
     )  # fmt: skip
     for gpu in snapshot.gpus.values():
         family.add_metric(_gpu_labels(gpu), float(gpu.error is not None))
+    return family
+
+
+def _on_cpu_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_model_cpu_ratio", "Share of a loaded model that is on the CPU although its instance has GPUs.",
+        labels=("model", "instance"),
+    )  # fmt: skip
+    for residency in snapshot.residencies.values():
+        ratio = on_cpu_ratio(snapshot, residency)
+        if ratio is not None:
+            family.add_metric((residency.name, residency.instance), ratio)
     return family
 
 

@@ -202,7 +202,7 @@ class Dispatcher:
                 load_outcomes.instance_changed(self._fleet, event, now)
                 return lost_gpus.mark_instances(self._fleet, now)
             case ResidencyRead():
-                rules.reconcile(self._fleet, event, self._estimate, now)
+                return rules.reconcile(self._fleet, event, self._estimate, now)
             case ModelDiscovered():
                 fleet = self._fleet
                 fleet.models[event.model.blob] = fleet.warm_models[event.model.name] = event.model

@@ -164,3 +164,9 @@ def test_failed_unloads_are_shown_below_their_model() -> None:
     assert (
         "    its unload failed once: cannot be unloaded: refused" in render_status({"models": [failing]}).splitlines()
     )
+
+
+def test_a_model_on_the_cpu_of_an_instance_with_gpus_is_marked() -> None:
+    model = {"name": "tiny:latest", "instance": "gpu0", "state": "ready", "cpu_ratio": 0.25}
+    assert "    25% on the CPU" in render_status({"models": [model]}).splitlines()
+    assert "CPU" not in render_status({"models": [{**model, "cpu_ratio": 0.0}, {**model, "cpu_ratio": None}]})

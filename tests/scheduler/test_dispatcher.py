@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from router.domain.actions import Unload
@@ -264,6 +266,13 @@ def test_less_than_half_a_layer_on_the_cpu_is_rounding(missing: int, spilled: bo
     """32 layers and the output: each is a 33rd of the weights."""
     assert is_spill(model("m", weights_bytes=1_000_000), 1_000_000, 1_000_000 - missing) == spilled
     assert not is_spill(model("m", weights_bytes=0), 1000, 995)
+
+
+def test_nothing_in_vram_is_on_the_cpu_even_where_the_server_reports_no_size() -> None:
+    """0.30 and later, where no GPU is found."""
+    assert is_spill(model("m", weights_bytes=1_000_000), 0, 0)
+    assert is_spill(model("m", weights_bytes=1_000_000), 1_000_000, 0)
+    assert not is_spill(replace(model("m", weights_bytes=1_000_000), is_opaque=True), 0, 0)
 
 
 def test_a_load_that_fails_for_memory_is_planned_once_more_with_more_room(one: Play) -> None:

@@ -101,3 +101,35 @@ def test_a_listing_replaces_the_estimated_size(one: Play) -> None:
     found = one.residency("gpu0", SMALL)
     assert found is not None
     assert (found.size_bytes, found.size_vram_bytes) == (13, 12)
+
+
+def test_a_model_that_its_server_put_on_the_cpu_is_reported_and_loaded_as_planned(one: Play) -> None:
+    """As 0.30 and later report it: no size at all."""
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 0),), one.now))
+    (notice,) = one.notices
+    assert (notice.event, notice.fields["cpu_percent"]) == ("model_on_cpu", 100)
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert (found.state, found.per_gpu_bytes) == (ResidencyState.UNLOADING, (0,))
+    one.held[key("gpu0", SMALL)] = {}
+    one.work_through()
+    again = one.arrive(SMALL)
+    one.work_through()
+    assert again in one.leases
+
+
+def test_a_model_that_its_server_loaded_again_partly_on_the_cpu_is_unloaded_once_it_is_idle(one: Play) -> None:
+    ticket = one.arrive(SMALL)
+    one.work_through()
+    one.now += 1.0
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10, vram=5),), one.now))
+    assert [notice.fields["cpu_percent"] for notice in one.notices] == [50]
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert found.state is ResidencyState.READY
+    one.release(ticket)
+    one.now += 1.0
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10, vram=5),), one.now))
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert found.state is ResidencyState.UNLOADING

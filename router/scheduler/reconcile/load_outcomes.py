@@ -10,7 +10,7 @@ from router.domain.actions import Action, ReadGpus
 from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadFinished, UnloadRequested
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest
-from router.domain.residency import ResidencyKey, ResidencyState, is_spill
+from router.domain.residency import ResidencyKey, ResidencyState, cpu_ratio, is_spill
 from router.domain.snapshot import Failure
 from router.scheduler.reconcile import reservations, stuck_unloads
 from router.scheduler.reconcile import residency as rules
@@ -90,7 +90,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
         and is_spilled
         and not fleet.engines[residency.model.engine].sets_own_layers(residency.model)
     ):
-        share = 100.0 * (1 - event.size_vram_bytes / event.size_bytes)
+        share = 100.0 * cpu_ratio(event.size_bytes, event.size_vram_bytes)
         words = f"came out {share:.0f} % on the CPU on {residency.instance}"
         _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now, is_spilled=True)
         return [rules.unload(fleet, key, words)]

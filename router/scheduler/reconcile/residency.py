@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from router.domain.actions import Load, Unload
+from router.domain.actions import Action, Load, Notice, Unload
 from router.domain.engine_rules import EngineRules
 from router.domain.events import LoadedModel, ResidencyRead
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceSpec, InstanceState, InstanceView
-from router.domain.model import ModelFacts
+from router.domain.model import BlobDigest, ModelFacts
 from router.domain.request import RunnerOptions
 from router.domain.reservation import Reservation
-from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.residency import Residency, ResidencyKey, ResidencyState, cpu_ratio, is_spill
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.vram_ledger import room_bytes
 from router.scheduler.placement.placement import Placed
@@ -110,11 +110,15 @@ def describe_wait(replicas: Iterable[Residency]) -> str:
     return "; ".join(words[r.state].format(r=r) for r in replicas)
 
 
-def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: float) -> None:
-    """Updates an instance's residencies to what its server lists: adopts new, forgets missing, corrects sizes."""
+def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: float) -> list[Action]:
+    """Updates an instance's residencies to what its server lists: adopts new, forgets missing, corrects sizes.
+
+    Returns what to do about models that are on the CPU although their instance has GPUs.
+    """
     view = fleet.instances.get(event.instance)
     if view is None or view.state is not InstanceState.READY:
-        return
+        return []
+    actions: list[Action] = []
     listed = {row.model.blob: row for row in event.models if row.model is not None}
     digests = {row.digest for row in event.models}
     for key, residency in list(fleet.residencies.items()):
@@ -124,10 +128,35 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
             fleet.forget(key)
     for blob, row in listed.items():
         known = fleet.residencies.get((event.instance, blob))
-        if known is None and event.read_at > fleet.changed_at:
+        is_news = known is None and event.read_at > fleet.changed_at
+        if is_news:
             _adopt(fleet, view, row, estimate, now)
         elif known is not None and known.state is ResidencyState.READY and _is_news(known, row):
+            is_news = True
             fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
+        actions += _heal_spill(fleet, view, blob, is_news=is_news)
+    return actions
+
+
+def _heal_spill(fleet: FleetState, view: InstanceView, blob: BlobDigest, *, is_news: bool) -> list[Action]:
+    """Reports a model that its server has put on the CPU by its own rules, and unloads it, to be loaded as planned.
+
+    Not unloaded: a busy one, until it is idle; one on an attached server; and one whose Modelfile asks for it.
+    """
+    residency = fleet.residencies.get((view.spec.name, blob))
+    if residency is None or residency.state is not ResidencyState.READY or not view.spec.gpus:
+        return []
+    sizes = residency.size_bytes, residency.size_vram_bytes
+    if not is_spill(residency.model, *sizes):
+        return []
+    if fleet.engines[residency.model.engine].sets_own_layers(residency.model):
+        return []
+    share = 100.0 * cpu_ratio(*sizes)
+    fields = {"model": residency.name, "instance": view.spec.name, "cpu_percent": round(share)}
+    notices: list[Action] = [Notice("model_on_cpu", fields)] if is_news else []
+    if view.spec.attached or not residency.is_idle:
+        return notices
+    return [*notices, unload(fleet, (residency.instance, blob), f"{share:.0f} % on the CPU on {view.spec.name}")]
 
 
 def _is_news(known: Residency, row: LoadedModel) -> bool:
@@ -184,7 +213,7 @@ def _adopt(fleet: FleetState, view: InstanceView, row: LoadedModel, estimate: Es
 def _measured(row: LoadedModel, estimated: tuple[int, ...]) -> tuple[int, ...]:
     """The estimate in proportion to the total that the server reports, if it does."""
     total = sum(estimated)
-    if not total or not row.size_vram_bytes:
+    if not total or (row.model is not None and row.model.is_opaque and not row.size_vram_bytes):
         return estimated
     return tuple(size * row.size_vram_bytes // total for size in estimated)
 
