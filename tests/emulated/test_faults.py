@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -12,8 +13,9 @@ import pytest
 
 from router.lab.emulator.faults import write_faults
 from router.lab.emulator.vram import set_lost
+from tests.support import fast_router
 from tests.support.product import Product, prepare, running
-from tests.support.rawhttp import Reply, call
+from tests.support.rawhttp import Reply, call, connect, request_bytes
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.rig
@@ -40,6 +42,37 @@ async def test_a_server_that_cannot_unload_is_restarted_for_who_waits(tmp_path: 
         metrics = (await call(product.address, "GET", "/metrics")).body.decode()
         assert 'llamayard_unload_failures_total{instance="gpu0",model="llama3.1:8b"} 2.0' in metrics
         assert "restart_instance" in product.log_text()
+
+
+async def _gives_up(product: Product, model: str, seconds: float) -> bool:
+    """Whether a client that sees no byte for so long has left; False if it got an answer."""
+    body = {"model": model, "prompt": "hello", "options": {"num_predict": 4}}
+    async with connect(product.address) as connection:
+        await connection.send(request_bytes("POST", "/api/generate", body))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await connection.head()
+                return False
+        connection.abort()
+    return True
+
+
+async def test_a_runner_that_hangs_is_replaced_although_every_client_gives_up_early(tmp_path: Path) -> None:
+    """At twenty times the speed: a client that leaves after 2 s was patient for 40."""
+    product = _product(tmp_path, "3090", stream={"heartbeat_seconds": None})
+    product.program = (sys.executable, "-m", fast_router.__name__, "20")
+    with running(product):
+        assert (await _ask(product, "llama3.1:8b")).status == 200
+        write_faults(tmp_path / "state" / "rig", [{"model": "llama3.1:8b", "hang": True}])
+        await eventually(lambda: _gives_up(product, "llama3.1:8b", 1.0), what="the fault")
+        assert await _gives_up(product, "llama3.1:8b", 1.0)
+        assert "its runner died or hangs" not in product.log_text()
+        for _ in range(3):
+            assert await _gives_up(product, "llama3.1:8b", 2.0)
+        await eventually(lambda: "its runner died or hangs" in product.log_text(), what="the unload")
+        write_faults(tmp_path / "state" / "rig", [])
+        assert (await _ask(product, "llama3.1:8b")).status == 200
+        assert product.log_text().count('"event": "loaded"') == 2
 
 
 async def test_a_lost_gpu_is_told_everywhere_and_used_again_when_it_is_back(tmp_path: Path) -> None:
