@@ -216,9 +216,7 @@ def _source(
     notes: tuple[str, ...] = (),
 ) -> ModelSource:
     tag = TagRow(name=name, size=size)
-    facts = read_facts(
-        tag, ShowReply(_ANY_WEIGHTS, reply.parameters, reply.model_info, reply.tensors, reply.capabilities)
-    )
+    facts = read_facts(tag, msgspec.structs.replace(reply, modelfile=_ANY_WEIGHTS))
     if facts is None or not facts.architecture:
         raise ModelSourceError(f"{name} ({origin}): its metadata names no general.architecture")
     if not facts.layers:

@@ -54,6 +54,8 @@ class ModelFacts:
     has_vision: bool = False
     projector_bytes: int = 0
     """Vision and audio encoders with their projectors, where the tensor table told their size; part of the weights."""
+    per_layer_input_bytes: int = 0
+    """Token embeddings for each layer (gemma3n, gemma4), part of `output_bytes`: in host memory from 0.30 on."""
     parameters: tuple[tuple[str, str], ...] = ()
     """PARAMETER lines of the Modelfile that affect a runner, sorted: `("num_ctx", "4096")`."""
     is_embedding: bool = False

@@ -57,6 +57,8 @@ class ShowReply(msgspec.Struct, frozen=True):
     model_info: dict[str, msgspec.Raw] | None = None
     tensors: tuple[TensorRow, ...] | None = None
     capabilities: tuple[str, ...] | None = None
+    projector_info: dict[str, msgspec.Raw] | None = None
+    """Of an image encoder in a file of its own, whose tensors are not among `tensors`."""
 
 
 class _Version(msgspec.Struct, frozen=True):

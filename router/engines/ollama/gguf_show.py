@@ -42,6 +42,7 @@ def show_reply(
         model_info=info,
         tensors=rows,
         capabilities=_capabilities(metadata, rows, has_projector_file),
+        projector_info={"general.type": msgspec.Raw(b'"mmproj"')} if has_projector_file else None,
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -223,6 +223,16 @@ def output_on_gpus_bytes(facts: ModelFacts) -> int:
     return weights if facts.layers == 0 else min(weights, facts.output_bytes or 0)
 
 
+def as_llama_server_holds(facts: ModelFacts) -> ModelFacts:
+    """The facts with per-layer token embeddings (gemma3n, gemma4) as input: llama.cpp keeps them in host memory
+    (`LLM_TENSOR_PER_LAYER_TOKEN_EMBD` is `LLM_TENSOR_LAYER_INPUT`), Ollama's own engine with the output layer."""
+    each_layer = facts.per_layer_input_bytes
+    if not each_layer:
+        return facts
+    output = max(0, (facts.output_bytes or 0) - each_layer)
+    return replace(facts, input_bytes=(facts.input_bytes or 0) + each_layer, output_bytes=output)
+
+
 def layer_weights_bytes(facts: ModelFacts) -> tuple[int, ...]:
     """Weights of each layer: what is not input or output, in equal parts that sum up exactly."""
     return _equal_parts(weights_on_gpus_bytes(facts) - output_on_gpus_bytes(facts), facts.layers)
@@ -345,6 +355,8 @@ def _pieces(facts: ModelFacts, load: LoadParameters, gpus: int) -> _Pieces:
     cache_type = effective_kv_cache_type(facts, load.kv_cache_type, load.flash_attention, load.version)
     shape = GraphShape(load.context_length, load.slots, flash, load.batch, backend, version, max(1, gpus))
     has_clip = backend is Backend.LLAMA_CPP and version >= LLAMA_SERVER_SINCE
+    if has_clip:
+        facts = as_llama_server_holds(facts)
     projector = min(facts.projector_bytes, output_on_gpus_bytes(facts)) if has_clip else 0
     return _Pieces(
         layer_weights=layer_weights_bytes(facts),

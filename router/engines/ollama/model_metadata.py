@@ -45,6 +45,8 @@ _OUTPUT_PARTS = frozenset(
 )
 """First parts of the names of tensors that go to the output layer's GPU (the same file, `output.bts`)."""
 
+_PER_LAYER_INPUT_PARTS = frozenset({"per_layer_token_embd"})
+
 _PROJECTOR_PARTS = frozenset({"a", "mm", "v"})
 """First parts of the names of tensors of image and sound encoders (llm/llama_server.go, mmprojMemoryRequirement)."""
 
@@ -80,6 +82,9 @@ def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
     key_length = _number(info, f"{kind}.attention.key_length") or head_width
     is_embedding = _is_embedding(reply, info, kind)
     input_bytes, output_bytes = _ends_bytes(tensors, is_embedding=is_embedding)
+    projector_file_bytes = _projector_file_bytes(tag, reply)
+    if output_bytes is not None:
+        output_bytes += projector_file_bytes
     return ModelFacts(
         name=tag.name,
         digest=tag.digest,
@@ -105,13 +110,23 @@ def read_facts(tag: TagRow, reply: ShowReply) -> ModelFacts | None:
         feed_forward_length=_number(info, f"{kind}.feed_forward_length"),
         expert_used_count=_number(info, f"{kind}.expert_used_count") or min(8, _number(info, f"{kind}.expert_count")),
         has_vision="vision" in (reply.capabilities or ()),
-        projector_bytes=_sum_bytes(tensors, _PROJECTOR_PARTS) or 0,
+        projector_bytes=projector_file_bytes or _sum_bytes(tensors, _PROJECTOR_PARTS) or 0,
+        per_layer_input_bytes=_sum_bytes(tensors, _PER_LAYER_INPUT_PARTS) or 0,
         parameters=_parameters(reply.parameters or ""),
         is_embedding=is_embedding,
         input_bytes=input_bytes,
         output_bytes=output_bytes,
         is_opaque=blob is None,
     )
+
+
+def _projector_file_bytes(tag: TagRow, reply: ShowReply) -> int:
+    """Size of an image encoder in a second file: what the model has beyond its tensors, vocabulary included."""
+    if not reply.projector_info or not reply.tensors:
+        return 0
+    sizes = [tensor_bytes(tensor.type, tensor.shape) for tensor in reply.tensors]
+    known = [size for size in sizes if size is not None]
+    return max(0, tag.size - sum(known)) if len(known) == len(sizes) else 0
 
 
 def _architecture(info: _Info) -> str:

@@ -169,6 +169,8 @@ def _unit_weights(model: ModelFacts, shape: LoadShape) -> tuple[float, ...]:
     host = model.input_bytes if model.input_bytes is not None else table * 9 // 16
     output = model.output_bytes if model.output_bytes is not None else table * 105 // 128
     beside = model.projector_bytes if _has_clip(model, shape) else 0
+    if not shape.own_engine and shape.version >= _SEPARATE:
+        host, output = host + model.per_layer_input_bytes, output - model.per_layer_input_bytes
     output = min(max(0, output - beside), model.weights_bytes // 2)
     body = max(0, model.weights_bytes - min(host, model.weights_bytes // 2) - output - beside)
     each = body / max(1, model.layers)

@@ -424,3 +424,13 @@ def test_a_gpu_that_is_filled_is_given_no_more_than_it_has(
     assert sum(split.layers) == of.layers
     found = footprint(of, split, load)
     assert all(size <= room for size, room in zip(found.per_gpu_bytes, free, strict=True))
+
+
+def test_per_layer_embeddings_are_on_the_gpu_up_to_0_24_and_in_host_memory_from_0_30() -> None:
+    """llama-server b10434 with all of a small gemma4 offloaded: CPU_Mapped 2.64 MiB = both embedding tables."""
+    gemma = model("g", architecture="gemma4", input_bytes=0, output_bytes=900 * MIB, per_layer_input_bytes=600 * MIB)
+    plain = replace(gemma, weights_bytes=gemma.weights_bytes - 600 * MIB, output_bytes=300 * MIB,
+                    per_layer_input_bytes=0)  # fmt: skip
+    assert estimate(gemma, 2, version="0.24.0").weights_bytes == gemma.weights_bytes
+    assert estimate(gemma, 2, version="0.34.0") == estimate(plain, 2, version="0.34.0")
+    assert estimate(gemma, 2, version="0.34.0").weights_bytes == plain.weights_bytes

@@ -194,3 +194,18 @@ def test_no_answer_of_whatever_types_breaks_the_reading(info: dict[str, Any]) ->
     assert found.layers >= 0
     assert len(found.head_count_kv) in (0, found.layers)
     assert all(heads >= 0 for heads in found.head_count_kv)
+
+
+_TABLE = {"name": "token_embd.weight", "type": "F16", "shape": [10, 100]}
+
+
+def test_per_layer_embeddings_are_told_apart_within_the_output_layer() -> None:
+    found = _facts(tensors=[_TABLE, {"name": "per_layer_token_embd.weight", "type": "F16", "shape": [20, 50]}])
+    assert (found.per_layer_input_bytes, found.output_bytes) == (2000, 4000)
+
+
+def test_a_projector_in_a_file_of_its_own_is_what_the_model_has_beyond_its_tensors() -> None:
+    found = _facts(tensors=[_TABLE], projector_info={"general.architecture": "clip"})
+    assert (found.projector_bytes, found.output_bytes) == (3000, 2000 + 3000)
+    assert _facts(tensors=[_TABLE]).projector_bytes == 0
+    assert _facts(projector_info={"general.architecture": "clip"}).projector_bytes == 0
