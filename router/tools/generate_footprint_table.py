@@ -7,6 +7,8 @@ what `llamayard plan` prints. Only the text between the markers is replaced; a t
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +68,8 @@ def with_tables(text: str, loads: Path) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    tables = {"measured loads": measured_table(loads), "architectures": architecture_table(), "example": example()}
+    measured, parts = measured_table(loads), parts_table(loads)
+    tables = {"measured loads": measured, "parts": parts, "architectures": architecture_table(), "example": example()}
     for name, lines in tables.items():
         begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
         before, found_begin, rest = text.partition(begin)
@@ -86,6 +89,29 @@ def measured_table(loads: Path) -> list[str]:
     facts = {name: _facts(name, model) for name, model in data["models"].items()}
     lines = ["| model | server | context | part: estimate / measured, MiB | off |", "|---|---|---|---|---|"]
     return lines + [_line(case, facts[case["model"]]) for case in data["cases"]]
+
+
+def parts_table(loads: Path) -> list[str]:
+    """How far parts are off over all loads that tell them: absolute differences as shares of the estimate."""
+    data = json.loads(loads.read_text(encoding="utf-8"))
+    off: dict[str, list[float]] = {name: [] for name in _NAMES.values()}
+    for case in data["cases"]:
+        facts = _facts(case["model"], data["models"][case["model"]])
+        for name, guess, seen in _compared(case, facts, _estimate(case, facts)):
+            if name in off and sum(guess):
+                off[name].append(sum(seen) / sum(guess) - 1)
+    lines = [
+        "| part | loads | median | nine in ten within | most above the estimate | most below |",
+        "|---|---|---|---|---|---|",
+    ]
+    return lines + [_part_line(name, values) for name, values in off.items()]
+
+
+def _part_line(name: str, off: Sequence[float]) -> str:
+    sizes = sorted(abs(value) for value in off)
+    tenth = sizes[math.ceil(0.9 * len(sizes)) - 1]
+    above, below = max(0.0, *off), min(0.0, *off)
+    return f"| {name} | {len(off)} | {statistics.median(sizes):.1%} | {tenth:.1%} | {above:.1%} | {abs(below):.1%} |"
 
 
 def _facts(name: str, model: Mapping[str, Any]) -> ModelFacts:
