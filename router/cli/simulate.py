@@ -7,23 +7,26 @@ socket. All output is marked as simulated.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from router.app.model_sources import ModelSourceError, find_source
 from router.cli.configuration import print_problems, set_flags
 from router.cli.exit_codes import EXIT_MISUSED, EXIT_OK
 from router.cli.simulate_settings import server_config, simulated_policy
 from router.config.settings import ConfigError, Settings, load_settings
-from router.domain.model import ModelFacts
+from router.domain.model import BlobDigest, ModelFacts
 from router.lab.emulator.spec import SpecError
 from router.lab.scenarios import (
     BASELINES,
     MIXES,
+    OwnModel,
     ScenarioError,
     ScenarioSpec,
     demand_of,
@@ -62,9 +65,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rig", default="4x3090", metavar="SPEC", help="GPUs: 4x3090, 4090+3090, 2xa6000, h100 or a file")
     add(
         "--mix",
-        default="team",
-        help=f"{', '.join(MIXES)}, or catalogue models with weights: llama3.1:8b,llama3.3:70b=2",
+        help=f"{', '.join(MIXES)}, or catalogue models with weights: llama3.1:8b,llama3.3:70b=2 (default: team)",
     )
+    add("--model", action="append", default=[], metavar="FILE[=WEIGHT]",
+        help="a model of your own beside the mix, alone without --mix: a GGUF file, a saved reply of /api/show, or a "
+        "name in Ollama's store; repeatable")  # fmt: skip
     add("--trace", type=Path, default=TRACE, metavar="FILE", help="CSV of arrivals and tokens (default: built in)")
     add("--policy", action="append", metavar="NAME", help=f"{', '.join(BASELINES)}; repeatable")
     add("--seed", type=int, action="append", help="repeatable (default 1)")
@@ -85,12 +90,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         settings = _settings(arguments)
+        own_models = tuple(_own_model(text, settings or Settings()) for text in arguments.model)
         runs = [
-            play(policy, _spec(arguments, seed), check=arguments.check, faults=arguments.fault, settings=settings)
-            for seed in arguments.seed or [1]
+            play(policy, spec, check=arguments.check, faults=arguments.fault, settings=settings)
+            for spec in (_spec(arguments, seed, own_models) for seed in arguments.seed or [1])
             for policy in arguments.policy or _DEFAULT_POLICIES
         ]  # fmt: skip
-    except (FaultError, ScenarioError, SpecError, TraceError) as error:
+    except (FaultError, ModelSourceError, ScenarioError, SpecError, TraceError) as error:
         print_problems([str(error)])
         return EXIT_MISUSED
     except ConfigError as error:
@@ -106,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         lines = "".join(f"{note}\n" for note in notes(runs))
-        sys.stdout.write(f"SIMULATED {arguments.rig}, mix {arguments.mix}\n{table(runs)}{lines}")
+        sys.stdout.write(f"SIMULATED {arguments.rig}, mix {runs[0].spec.label}\n{table(runs)}{lines}")
     if arguments.output in (None, _NO_FILES):
         return EXIT_OK
     try:
@@ -128,11 +134,33 @@ def _settings(arguments: argparse.Namespace) -> Settings | None:
     return load_settings(arguments.config, {}, set_flags(arguments.set))
 
 
-def _spec(arguments: argparse.Namespace, seed: int) -> ScenarioSpec:
+def _spec(arguments: argparse.Namespace, seed: int, own_models: tuple[OwnModel, ...]) -> ScenarioSpec:
+    mix = arguments.mix or ("" if own_models else "team")
     return ScenarioSpec(
-        arguments.rig, arguments.mix, seed, arguments.seconds, arguments.rate, arguments.users, arguments.trace,
-        arguments.cold, not arguments.exact,
+        arguments.rig, mix, seed, arguments.seconds, arguments.rate, arguments.users, arguments.trace,
+        arguments.cold, not arguments.exact, own_models,
     )  # fmt: skip
+
+
+def _own_model(text: str, settings: Settings) -> OwnModel:
+    """The model of one `--model`. Files are read.
+
+    Raises:
+        ModelSourceError: there is no such model, or its weight is no number above 0.
+    """
+    name, equals, weight_text = text.rpartition("=")
+    if not equals:
+        name, weight_text = text, "1"
+    try:
+        weight = float(weight_text)
+    except ValueError:
+        weight = 0.0
+    if not 0.0 < weight < float("inf"):
+        raise ModelSourceError(f"--model {text}: the weight {weight_text!r} must be a number above 0")
+    source = find_source(name, Path(settings.ollama.models).expanduser())
+    digest = hashlib.sha256(source.origin.encode() + source.facts.name.encode()).hexdigest()
+    facts = replace(source.facts, digest=digest, blob=BlobDigest(f"sha256:{digest}"))
+    return OwnModel(facts, source.active_share, weight)
 
 
 def play(
@@ -223,7 +251,7 @@ def _class(shares: Punctuality, waits: TtftPercentiles) -> str:
 
 
 def _summary(run: RunResult) -> dict[str, object]:
-    return {"policy": run.policy, "rig": run.spec.rig, "mix": run.spec.mix, "seed": run.spec.seed,
+    return {"policy": run.policy, "rig": run.spec.rig, "mix": run.spec.label, "seed": run.spec.seed,
             **run.report.as_dict()}  # fmt: skip
 
 
@@ -233,8 +261,8 @@ def _write(runs: list[RunResult], folder: Path) -> None:
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     for run in runs:
         spec = run.spec
-        name = f"{spec.rig}-{spec.mix}-{run.policy}-{spec.seed}".replace("/", "_").replace(":", "_")
-        title = f"SIMULATED {spec.rig}, {spec.mix}, {run.policy}, seed {spec.seed}: "
+        name = f"{spec.rig}-{spec.label}-{run.policy}-{spec.seed}".replace("/", "_").replace(":", "_")
+        title = f"SIMULATED {spec.rig}, {spec.label}, {run.policy}, seed {spec.seed}: "
         title += f"{run.report.in_time_share:.0%} in time, {run.report.loaded_gb:.0f} GB loaded"
         path = folder / f"{name}.json"
         data = {"simulated": True, "title": title, "summary": _summary(run), "run": record(run.outcome)}

@@ -114,6 +114,17 @@ class ScenarioError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class OwnModel:
+    """A model that is not in the catalogue."""
+
+    facts: ModelFacts
+    active_share: float = 1.0
+    """Share of the weights that one token reads."""
+    weight: float = 1.0
+    """Share of the sessions, relative to the other models of the mix."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScenarioSpec:
     """A scenario by name: rig, mix, seed and load."""
 
@@ -129,6 +140,13 @@ class ScenarioSpec:
     cold_start: bool = False
     deviates: bool = True
     """Whether loads take some percent more or less than usual (`Scenario.deviation_seed`)."""
+    own_models: tuple[OwnModel, ...] = ()
+    """Added to the mix. With an empty `mix` there are no others."""
+
+    @property
+    def label(self) -> str:
+        """The mix with all that was added to it."""
+        return ",".join([*([self.mix] if self.mix else []), *(model.facts.name for model in self.own_models)])
 
 
 def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) -> Scenario:
@@ -138,8 +156,9 @@ def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) 
         ScenarioError, SpecError, TraceError: a name, number or file is invalid.
     """
     rig = parse_spec(spec.rig)
-    mix = parse_mix(spec.mix, rig)
-    models = {name: model_facts(name) for name in mix.names}
+    mix = _with_own_models(Mix("", ()) if spec.own_models and not spec.mix else parse_mix(spec.mix, rig), spec)
+    own = {model.facts.name: model for model in spec.own_models}
+    models = {name: own[name].facts if name in own else model_facts(name) for name in mix.names}
     demand = demand_of(spec)
     sessions = make_sessions(rows or read_trace(spec.trace), mix, models, demand, spec.seed)
     return Scenario(
@@ -147,12 +166,22 @@ def make_scenario(spec: ScenarioSpec, rows: tuple[TraceRow, ...] | None = None) 
         models=models,
         sessions=sessions,
         seconds=demand.seconds,
-        active_shares={name: _active_share(catalogue()[name]) for name in mix.names},
+        active_shares={
+            name: own[name].active_share if name in own else _active_share(catalogue()[name]) for name in mix.names
+        },
         cold_start=spec.cold_start,
         page_cache_bytes=int(_CACHED_SHARE * rig.ram_bytes),
         world=replace(WORLD, cold_bytes_per_second=rig.cold_bytes_per_second),
         deviation_seed=spec.seed if spec.deviates else None,
     )
+
+
+def _with_own_models(mix: Mix, spec: ScenarioSpec) -> Mix:
+    names = [*mix.names, *(model.facts.name for model in spec.own_models)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ScenarioError(f"model: {twice} is in the mix already")
+    return replace(mix, models=(*mix.models, *((model.facts.name, model.weight) for model in spec.own_models)))
 
 
 def demand_of(spec: ScenarioSpec) -> Demand:

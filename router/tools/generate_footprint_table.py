@@ -68,8 +68,12 @@ def with_tables(text: str, loads: Path) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    measured, parts = measured_table(loads), parts_table(loads)
-    tables = {"measured loads": measured, "parts": parts, "architectures": architecture_table(), "example": example()}
+    tables = {
+        "measured loads": measured_table(loads),
+        "architectures": architecture_table(),
+        "example": example(),
+        "parts": parts_table(loads),
+    }
     for name, lines in tables.items():
         begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
         before, found_begin, rest = text.partition(begin)

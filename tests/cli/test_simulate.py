@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from router.cli.main import main
+from tests.support.tiny_model import BIG, write_model
 
 
 def test_it_prints_a_table_and_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,3 +215,36 @@ def test_settings_of_the_user_change_the_router_and_the_servers(
     assert _figures(capsys, "--config", str(config)) != plain
     pinned = _figures(capsys, "--mix", "llama3.1:8b", "--set", "models={'llama3.1:8b': {gpus: [2], replicas_max: 1}}")
     assert [share > 0 for share in pinned[0]["busy_shares"]] == [False, False, True, False]
+
+
+def test_models_of_your_own_are_simulated_alone_or_beside_the_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.gguf"
+    write_model(path, BIG)
+    arguments = ["simulate", "--rig", "3090", "--seconds", "30", "--rate", "0.5", "--policy", "llamayard"]
+    assert main([*arguments, "--model", f"{path}=3"], {}) == 0
+    assert capsys.readouterr().out.startswith("SIMULATED 3090, mix mine.gguf\n")
+    assert main([*arguments, "--model", str(path), "--mix", "llama3.1:8b", "--json"], {}) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["mix"] == "llama3.1:8b,mine.gguf"
+    assert run["requests"] > 0
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (("{path}=x",), "the weight 'x' must be a number above 0"),
+        (("{path}=0",), "the weight '0' must be a number above 0"),
+        (("{path}", "{path}"), "mine.gguf is in the mix already"),
+        (("./nothing.gguf",), "there is no such file"),
+    ],
+)
+def test_a_model_that_cannot_be_simulated_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], models: tuple[str, ...], words: str
+) -> None:
+    path = tmp_path / "mine.gguf"
+    write_model(path, BIG)
+    flags = [part for model in models for part in ("--model", model.format(path=path))]
+    assert main(["simulate", "--rig", "3090", *flags], {}) == 2
+    assert words in capsys.readouterr().err
