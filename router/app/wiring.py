@@ -40,6 +40,7 @@ from router.engines.ollama.instance_plan import (
     ports_needed,
 )
 from router.gpu.poller import GpuPoller
+from router.gpu.process_owners import OwnedProcessReader
 from router.http1.parser import HEAD_BYTES_MAX
 from router.http1.via import Via
 from router.llm_api.inference_request import ModelRules
@@ -75,7 +76,7 @@ async def build(
     lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
     via = Via()
     async with _client_session(via) as session:
-        poller, gpus = GpuPoller(hardware.reader), reading.gpus
+        poller, gpus = GpuPoller(OwnedProcessReader(hardware.reader)), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
         history = RequestHistory()

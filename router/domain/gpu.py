@@ -20,6 +20,8 @@ class GpuProcess:
 
     pid: int
     used_bytes: int | None
+    server_ports: tuple[int, ...] = ()
+    """TCP ports that it or an ancestor listens on; () where that cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,11 @@ from v0.30 on does not notice what another server has used on its GPU.
 
 from __future__ import annotations
 
-from router.domain.gpu import GpuUuid
+from collections.abc import Sequence
+
+from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
+from router.domain.instance import InstanceSpec
 from router.domain.reservation import Reservation
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import gpu_index
@@ -114,6 +117,24 @@ def capacity_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
     ours = int((totals.resident + totals.loading) * _UNACCOUNTED)
     usable = gpu.memory_free_bytes + min(gpu.memory_used_bytes, ours) - totals.kept
     return max(0, usable - snapshot.policy.vram_margin_bytes)
+
+
+def process_bytes(gpus: Sequence[Gpu | None], spec: InstanceSpec) -> tuple[int, ...] | None:
+    """What the processes of an instance's server hold on each of its GPUs, CUDA contexts included, by the driver.
+
+    None where the driver does not tell it, or none of its processes is known.
+    """
+    written, sizes = spec.url.rpartition(":")[2], list[int]()
+    port = int(written) if written.isdecimal() else None
+    for gpu in gpus:
+        if gpu is None or gpu.error is not None:
+            return None
+        used = [process.used_bytes for process in gpu.processes if port in process.server_ports]
+        known = [size for size in used if size is not None]
+        if len(known) < len(used):
+            return None
+        sizes.append(sum(known))
+    return tuple(sizes) if any(sizes) else None
 
 
 def is_settled(reservation: Reservation, gpus_read_at: float) -> bool:

@@ -26,7 +26,7 @@ from router.domain.request import Ticket, TicketId
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Demand, Engines, Failure, Snapshot
-from router.domain.vram_ledger import is_settled
+from router.domain.vram_ledger import is_settled, process_bytes
 from router.scheduler.balancing import pending_work
 from router.scheduler.balancing.pending_work import PendingWork, WorkShare
 from router.scheduler.balancing.prefix_affinity import PrefixAffinity, Turn
@@ -383,7 +383,21 @@ class FleetState:
             ended = residency.unloaded_at
             if ended is not None and (self.gpus_read_at > ended or not residency.per_gpu_bytes):
                 self.forget(key)
+            elif residency.load_id is None and residency.state is ResidencyState.READY:
+                self._measure_adopted(residency)
         return measured
+
+    def _measure_adopted(self, residency: Residency) -> None:
+        """Books an adopted model by what the driver says that its server's processes hold, where it is alone there."""
+        if (
+            self.gpus_read_at <= residency.loaded_at
+            or sum(key[0] == residency.instance for key in self.residencies) > 1
+        ):
+            return
+        spec = self.instances[residency.instance].spec
+        sizes = process_bytes([self.gpus.get(gpu) for gpu in spec.gpus], spec)
+        if sizes is not None and sizes != residency.per_gpu_bytes:
+            self.update((residency.instance, residency.blob), per_gpu_bytes=sizes)
 
     def _measured(self, reservation: Reservation) -> list[MeasuredFootprint]:
         before, residency = self.measuring.pop(reservation.load_id, None), self.by_load(reservation.load_id)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.domain.gpu import Gpu, GpuProcess
 from router.domain.ids import LoadId
 from router.domain.policy import Policy
 from router.domain.residency import ResidencyState
@@ -16,6 +17,7 @@ from router.domain.vram_ledger import (
     capacity_bytes,
     external_bytes,
     is_settled,
+    process_bytes,
     reserved_bytes,
     resident_bytes,
     unaccounted_bytes,
@@ -131,3 +133,17 @@ def test_capacity_is_never_below_what_is_available_nor_above_the_gpu(
     assert external_bytes(facts, G0) <= used * MIB
     assert available == (free - margin - sum(reserved)) * MIB
     assert reserved_bytes(facts, G1) == 0
+
+
+def _holding(number: int, *processes: GpuProcess) -> Gpu:
+    return replace(gpu(number, 10_000), processes=processes)
+
+
+def test_the_processes_of_a_server_are_those_that_its_port_leads_to() -> None:
+    spec = replace(VIEWS[2].spec, url="http://127.0.0.1:11500")
+    ours, others = GpuProcess(1, 700, (40_000, 11_500)), GpuProcess(2, 50, (11_434,))
+    assert process_bytes([_holding(0, ours, others), _holding(1, ours, ours)], spec) == (700, 1400)
+    assert process_bytes([_holding(0, others), _holding(1, GpuProcess(3, 5))], spec) is None
+    assert process_bytes([_holding(0, ours, GpuProcess(4, None, (11_500,))), _holding(1)], spec) is None
+    assert process_bytes([replace(_holding(0, ours), error="lost"), _holding(1)], spec) is None
+    assert process_bytes([_holding(0, ours), None], spec) is None

@@ -97,9 +97,9 @@ def test_all_values_of_all_gpus_are_read(read: Read) -> None:
         "memory_bus_width_bits": 384,
         "memory_clock_hertz": 9_751_000_000,
         "processes": [
-            {"pid": 777, "used_bytes": 12 * _MIB},
-            {"pid": 1234, "used_bytes": None},
-            {"pid": 4321, "used_bytes": 1500 * _MIB},
+            {"pid": 777, "used_bytes": 12 * _MIB, "server_ports": []},
+            {"pid": 1234, "used_bytes": None, "server_ports": []},
+            {"pid": 4321, "used_bytes": 1500 * _MIB, "server_ports": []},
         ],
         "error": None,
         "bandwidth": 936_096_000_000.0,  # the data sheet of a 3090 says 936 GB/s

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from router.domain.events import LoadedModel, ResidencyRead
-from router.domain.gpu import GpuUuid
+from router.domain.events import GpusRead, LoadedModel, ResidencyRead
+from router.domain.gpu import GpuProcess, GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName
 from router.domain.request import RunnerOptions
@@ -133,3 +133,16 @@ def test_a_model_that_its_server_loaded_again_partly_on_the_cpu_is_unloaded_once
     found = one.residency("gpu0", SMALL)
     assert found is not None
     assert found.state is ResidencyState.UNLOADING
+
+
+def test_an_adopted_model_is_booked_by_what_its_servers_processes_hold() -> None:
+    one, port = Play(1), 11_500
+    one.specs[InstanceName("gpu0")] = replace(one.specs[InstanceName("gpu0")], url=f"http://127.0.0.1:{port}")
+    one.begin()
+    one.post(ResidencyRead(InstanceName("gpu0"), (_listed(SMALL, 10),), one.now))
+    one.now += 1.0
+    read = replace(one._gpu(0, 1.0), processes=(GpuProcess(1, 13, (port,)), GpuProcess(2, 90)))
+    one.post(GpusRead((read,), one.now))
+    found = one.residency("gpu0", SMALL)
+    assert found is not None
+    assert found.per_gpu_bytes == (13,)
