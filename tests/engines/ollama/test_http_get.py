@@ -135,3 +135,13 @@ async def test_nothing_is_kept_after_the_end() -> None:
 ])  # fmt: skip
 def test_only_plain_http_is_asked_raw(url: str, plain: bool) -> None:
     assert is_plain(url) is plain
+
+
+async def test_each_request_carries_the_headers_that_were_given() -> None:
+    headers = {"Via": "1.1 somebody"}
+    async with raw(sized(b"one"), sized(b"two")) as (server, _):
+        kept = KeptConnections(headers)
+        assert await kept.get(server.url, "/") == (200, b"one")
+        kept.close()
+        assert await get_once(server.url, "/", headers) == (200, b"two")
+        assert all(b"\r\nVia: 1.1 somebody\r\n" in head for head in server.heads)
