@@ -296,7 +296,7 @@ class Dispatcher:
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
-        actions = unasked.give_way(self._fleet, now) if self._fleet.reservations else list[Action]()
+        actions = unasked.give_way(self._fleet, now)
         actions += reservations.advance(self._fleet, now) + stuck_unloads.restart_drained(self._fleet, now)
         self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
         actions += self._serve_groups(self._queue.groups(), now)

@@ -47,13 +47,15 @@ def begin(
 
 def is_under_way(fleet: FleetState) -> bool:
     """Whether a load that nobody waited for is planned or runs, and is not broken off."""
+    if fleet.policy.rest is None:
+        return False
     return any(r.is_unasked and r.aborted_at is None and r.finished_at is None for r in fleet.reservations.values())
 
 
 def give_way(fleet: FleetState, now: float) -> list[Action]:
     """Breaks off what nobody waits for where a ticket needs a place. What somebody waits for by now is asked."""
     actions: list[Action] = []
-    if not fleet.wanted:
+    if not fleet.wanted or not is_under_way(fleet):
         return actions
     snapshot = fleet.snapshot(now)
     is_needed = any(not coming(snapshot, blob) for blob in fleet.wanted)
