@@ -56,6 +56,14 @@ class EngineRules(Protocol[FactsT]):
         """Returns the estimate by part, for the layer split that the router asks the server for; empty without GPUs."""
         ...
 
+    def estimate_facts(self, spec: InstanceSpec, snapshot: FactsT) -> object:
+        """Returns all of the snapshot that estimates for loads on this instance depend on, comparable by `==`.
+
+        For models without layers of their own choice (`sets_own_layers`): an estimate for one of those may depend on
+        anything.
+        """
+        ...
+
     def margin_ratio(self, model: ModelFacts) -> float:
         """Returns by how much more than its estimate a load that was never measured may take."""
         ...

@@ -10,6 +10,7 @@ from router.domain.engine_rules import EngineRules, EstimateOn
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
+from router.domain.lasting_memo import LastingMemo
 from router.domain.model import BlobDigest
 from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
@@ -80,6 +81,8 @@ class Snapshot:
         default_factory=dict[str, "EngineRules[Snapshot]"], repr=False, compare=False
     )
     """The rules of the engines in use, by kind."""
+    lasting: LastingMemo | None = field(default=None, repr=False, compare=False)
+    """Results of earlier snapshots that still hold; None: nothing is remembered."""
     memo: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
     """Values already computed from this snapshot (`domain/snapshot_index.py`)."""
 

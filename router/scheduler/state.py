@@ -20,6 +20,7 @@ from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.keep_alive import FOR_EVER, merged_keep_alive
+from router.domain.lasting_memo import LastingMemo
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
@@ -154,6 +155,8 @@ class FleetState:
     counters: TokenCounters = field(default_factory=TokenCounters)
     wake: tuple[float | None] | None = None
     """When something changes next by time alone, if ever; None while it has to be recomputed."""
+    lasting: LastingMemo | None = field(default_factory=LastingMemo)
+    """Results that outlive a snapshot; None: every search begins anew."""
     version: int = 0
     _cached: Snapshot | None = None
     """The last snapshot; None after a change of its content."""
@@ -216,6 +219,7 @@ class FleetState:
             troubled=frozenset(self.troubled_at),
             warm_missing=MappingProxyType(self.warm_missing),
             engines=self.engines,
+            lasting=self.lasting,
         )
 
     def _large_model_requested(self, now: float) -> bool:

@@ -103,6 +103,9 @@ class EchoEngine:
     ) -> Footprint:
         return Footprint.of((GpuFootprint(weights_bytes=TAKES),) * len(spec.gpus))
 
+    def estimate_facts(self, spec: InstanceSpec, snapshot: Snapshot) -> object:
+        return None
+
     def margin_ratio(self, model: ModelFacts) -> float:
         return 0.0
 

@@ -1,8 +1,8 @@
 """A small simulated machine around a dispatcher: GPUs with real memory use, servers, loads and requests.
 
 The test decides what happens next. Each event is sent to two dispatchers, one of which never treats the queue as
-quiescent; both must return the same actions. Each action is carried out on the machine, which fails the test if the
-action is not allowed. Memory sizes are small numbers of bytes.
+quiescent and remembers nothing of earlier searches; both must return the same actions. Each action is carried out on
+the machine, which fails the test if the action is not allowed. Memory sizes are small numbers of bytes.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from router.domain.footprint import FootprintKey
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.lasting_memo import LastingMemo
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
 from router.domain.request import Layout, RunnerOptions, Ticket, TicketId
@@ -143,8 +144,8 @@ class Play:
 
     def __post_init__(self) -> None:
         self._twins = (Dispatcher(self.policy, BY_WEIGHT), Dispatcher(self.policy, BY_WEIGHT, NeverQuiescent()))
-        for twin in self._twins:
-            twin._fleet = CheckedFleet(self.policy, BY_WEIGHT, footprints=twin._fleet.footprints)
+        for twin, lasting in zip(self._twins, (LastingMemo(), None), strict=True):
+            twin._fleet = CheckedFleet(self.policy, BY_WEIGHT, footprints=twin._fleet.footprints, lasting=lasting)
         self.external = {gpu_id(number): 0 for number in range(self.gpus)}
         single = [instance(f"gpu{number}", number, slots=self.slots) for number in range(self.gpus)]
         several = [instance("spread", *range(self.gpus), slots=self.slots)] if self.gpus > 1 else []
@@ -163,7 +164,7 @@ class Play:
     def post(self, event: Event) -> list[Action]:
         before = self.snapshot()
         self.last, again = (twin.handle(event, self.now) for twin in self._twins)
-        assert self.last == again, "the same events must give the same actions, however much of the queue was handled"
+        assert self.last == again, "the same events must give the same actions, however much was handled or remembered"
         for action in self.last:
             self._carry_out(action, before)
         return self.last

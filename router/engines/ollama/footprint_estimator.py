@@ -15,6 +15,7 @@ from router.domain.footprint import Footprint, FootprintKey
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Estimate, Snapshot
+from router.domain.snapshot_index import memoise
 from router.domain.vram_ledger import capacity_bytes
 from router.engines.ollama.memory_estimate import (
     LoadParameters,
@@ -96,6 +97,22 @@ def load_parameters(model: ModelFacts, spec: InstanceSpec, context_length: int, 
         version=version,
         cuda_context_bytes=cuda_context_bytes(gpus),
     )
+
+
+def estimate_facts(spec: InstanceSpec, snapshot: Snapshot) -> object:
+    """All of the snapshot that the functions above read for models that do not set `num_gpu`."""
+    return version_of(spec, snapshot), memoise(snapshot, estimate_facts, lambda: _gpu_facts(snapshot))
+
+
+def _gpu_facts(snapshot: Snapshot) -> object:
+    facts = (
+        snapshot.policy.vram_margin_bytes,
+        *(
+            (uuid, gpu.memory_total_bytes, gpu.memory_free_bytes + gpu.memory_used_bytes, gpu.compute_capability)
+            for uuid, gpu in snapshot.gpus.items()
+        ),
+    )
+    return facts if snapshot.lasting is None else snapshot.lasting.same(estimate_facts, facts)
 
 
 def version_of(spec: InstanceSpec, snapshot: Snapshot) -> str | None:

@@ -38,6 +38,9 @@ class OllamaRules:
     ) -> Footprint:
         return footprint_estimator.estimated_footprint(model, spec, context_length, snapshot)
 
+    def estimate_facts(self, spec: InstanceSpec, snapshot: Snapshot) -> object:
+        return footprint_estimator.estimate_facts(spec, snapshot)
+
     def margin_ratio(self, model: ModelFacts) -> float:
         return margin_ratio(model)
 

@@ -50,6 +50,10 @@ class Bounds:
     default_context: int | None = None
     """Only instances that give requests this context by default; None: those with the usual one."""
 
+    def are_common(self, snapshot: Snapshot) -> bool:
+        """Whether they are the same for every model without rules of its own."""
+        return self.pin is None and self.layout is None and not snapshot.policy.exclusive_gpus
+
     def allows(self, snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
         """Returns True if pins, layout and exclusive GPUs allow this set."""
         if self.layout is not None and not self.layout.allows(gpus):
@@ -79,6 +83,15 @@ def is_alive(snapshot: Snapshot, view: InstanceView) -> bool:
     return since is None or snapshot.now - since < grace
 
 
+def alive_instances(snapshot: Snapshot) -> list[InstanceSpec]:
+    """The instances that are alive."""
+    return memoise(
+        snapshot,
+        alive_instances,
+        lambda: [view.spec for view in snapshot.instances.values() if is_alive(snapshot, view)],
+    )
+
+
 def has_gpus(snapshot: Snapshot) -> bool:
     """Returns True if any instance uses GPUs; the CPU is then used only by models pinned to it."""
     return any(view.spec.gpus for view in snapshot.instances.values()) or (
@@ -100,7 +113,7 @@ def _sizes(snapshot: Snapshot) -> list[int]:
 
 def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
     """The candidates over exactly `size` GPUs that the bounds allow."""
-    if bounds.pin is None and bounds.layout is None and not snapshot.policy.exclusive_gpus:
+    if bounds.are_common(snapshot):
         return memoise(
             snapshot,
             (candidates_of_size, size, bounds.only_new, bounds.engine, bounds.default_context),
@@ -111,7 +124,17 @@ def candidates_of_size(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Ca
 
 def _candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
     allowed = _allowed_sets(snapshot, size, bounds)
-    return [candidate for gpus in allowed for candidate in _on(snapshot, gpus, bounds)]
+    return [_lasting(snapshot, candidate) for gpus in allowed for candidate in _on(snapshot, gpus, bounds)]
+
+
+def _lasting(snapshot: Snapshot, candidate: Candidate) -> Candidate:
+    """The object of an earlier snapshot while the candidate, and what sizes on it depend on, are the same."""
+    if snapshot.lasting is None:
+        return candidate
+    spec = candidate.spec
+    facts = snapshot.engines[spec.engine].estimate_facts(spec, snapshot)
+    key = (_lasting, spec.name, spec.gpus, spec.num_parallel, spec.context_length, spec.kv_cache_type)
+    return snapshot.lasting.same(key, (candidate, facts))[0]
 
 
 def _allowed_sets(snapshot: Snapshot, size: int, bounds: Bounds) -> list[tuple[GpuUuid, ...]]:
@@ -168,8 +191,15 @@ def new_candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candid
     """Instances that could be started over `size` GPUs, whatever runs there already; they can be tuned otherwise."""
     if not (snapshot.policy.instances_on_demand and size):
         return []
+    if bounds.are_common(snapshot):
+        key = (new_candidates, size, bounds.engine, bounds.default_context)
+        return memoise(snapshot, key, lambda: _new_candidates(snapshot, size, bounds))
+    return _new_candidates(snapshot, size, bounds)
+
+
+def _new_candidates(snapshot: Snapshot, size: int, bounds: Bounds) -> list[Candidate]:
     allowed = _allowed_sets(snapshot, size, bounds)
-    return [candidate for gpus in allowed for candidate in _to_be_started(snapshot, gpus, bounds)]
+    return [_lasting(snapshot, candidate) for gpus in allowed for candidate in _to_be_started(snapshot, gpus, bounds)]
 
 
 def _to_be_started(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:

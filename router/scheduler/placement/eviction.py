@@ -7,11 +7,12 @@ new request and are unloaded when the running ones have ended. A model that was 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from router.domain.gpu import GpuUuid
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import bytes_by_gpu, memoise, promised, residencies_on
+from router.domain.snapshot_index import bytes_by_gpu, memoise, promised
 from router.scheduler.placement.cost import eviction_price
 
 
@@ -27,19 +28,63 @@ def evictable(
 
 
 def _evictable(snapshot: Snapshot, gpus: frozenset[GpuUuid], busy: bool, young: bool) -> list[Residency]:
-    keys = dict.fromkeys(key for gpu in gpus for key in residencies_on(snapshot, gpu))
+    freed = freed_by_replica(snapshot)
+    ranked = memoise(snapshot, (_ranked, busy, young), lambda: _ranked(snapshot, busy, young))
+    return [r for r in ranked if not gpus.isdisjoint(freed[r.instance, r.blob])]
+
+
+def _ranked(snapshot: Snapshot, busy: bool, young: bool) -> list[Residency]:
+    """Those on any GPU: their order is the same for every set of GPUs."""
+    leaving = promised(snapshot)
     found = [
         residency
-        for residency in map(snapshot.residencies.__getitem__, keys)
+        for key, residency in snapshot.residencies.items()
         if residency.state is ResidencyState.READY
         and (busy or residency.in_flight == 0)
         and (young or _is_settled(snapshot, residency))
-        and (residency.instance, residency.blob) not in promised(snapshot)
+        and key not in leaving
         and not snapshot.policy.keeps_warm(residency.name)
-        and any(uuid in gpus for uuid, _ in bytes_by_gpu(snapshot, residency))
     ]
-    prices = {(r.instance, r.blob): eviction_price(snapshot, r) for r in found}
-    return sorted(found, key=lambda r: (r.in_flight > 0, prices[r.instance, r.blob], r.used_at, r.instance, r.blob))
+    return sorted(found, key=lambda r: (r.in_flight > 0, eviction_price(snapshot, r), r.used_at, r.instance, r.blob))
+
+
+def freed_by_replica(snapshot: Snapshot) -> Mapping[ResidencyKey, Mapping[GpuUuid, int]]:
+    """Bytes on each GPU that unloading a residency frees."""
+    return memoise(
+        snapshot,
+        freed_by_replica,
+        lambda: {key: dict(bytes_by_gpu(snapshot, residency)) for key, residency in snapshot.residencies.items()},
+    )
+
+
+class Leaver(NamedTuple):
+    """A model that may leave, as far as it concerns some GPUs."""
+
+    key: ResidencyKey
+    freed_bytes: tuple[int, ...]
+    """On each of these GPUs."""
+    price: float
+    in_flight: int
+
+
+def leavers(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], *, busy: bool, young: bool) -> list[Leaver]:
+    """What `evictable` returns for these GPUs, in the same order."""
+    return memoise(
+        snapshot,
+        (leavers, gpus, busy, young),
+        lambda: _as_leavers(snapshot, gpus, evictable(snapshot, gpus, busy=busy, young=young)),
+    )
+
+
+def _as_leavers(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], candidates: Iterable[Residency]) -> list[Leaver]:
+    freed = freed_by_replica(snapshot)
+    found: list[Leaver] = []
+    for residency in candidates:
+        key = (residency.instance, residency.blob)
+        part = freed[key]
+        price = eviction_price(snapshot, residency)
+        found.append(Leaver(key, tuple(part.get(gpu, 0) for gpu in gpus), price, residency.in_flight))
+    return found
 
 
 def choose_evictions(
@@ -52,13 +97,22 @@ def choose_evictions(
     is cheaper than they are together.
     """
     missing = {gpu: size for gpu, size in shortfall.items() if size > 0}
-    ordered = list(candidates)
-    chosen = _first_that_cover(snapshot, missing, ordered)
-    if chosen is None:
-        return None
-    if len(chosen) > 1:
-        chosen = _cheaper_alone(snapshot, missing, ordered, chosen) or chosen
-    return tuple((r.instance, r.blob) for r in chosen)
+    options = _as_leavers(snapshot, tuple(missing), candidates) if missing else []
+    chosen = cheapest(options, list(missing.values()))
+    return None if chosen is None else tuple(leaver.key for leaver in chosen)
+
+
+def cheapest(options: Sequence[Leaver], missing_bytes: Sequence[int]) -> list[Leaver] | None:
+    """The same for the bytes that are missing on each of the GPUs that the options were listed for, all above 0."""
+    if not missing_bytes:
+        return []
+    chosen = _first_that_cover(options, missing_bytes)
+    if chosen is None or len(chosen) < 2:
+        return chosen
+    is_busy = any(leaver.in_flight for leaver in chosen)
+    alone = [o for o in options if (is_busy or not o.in_flight) and _covers(o.freed_bytes, missing_bytes)]
+    best = min(alone, key=lambda leaver: leaver.price, default=None)
+    return [best] if best is not None and best.price < sum(leaver.price for leaver in chosen) else chosen
 
 
 def price_of(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float:
@@ -70,58 +124,38 @@ def _is_settled(snapshot: Snapshot, residency: Residency) -> bool:
     return snapshot.now - residency.loaded_at >= snapshot.policy.constants.residency_seconds_min
 
 
-def _first_that_cover(
-    snapshot: Snapshot, missing: Mapping[GpuUuid, int], candidates: Sequence[Residency]
-) -> list[Residency] | None:
-    remaining = dict(missing)
-    chosen: list[Residency] = []
-    for residency in candidates:
-        if not remaining:
-            break
-        if _helps(snapshot, residency, remaining):
-            chosen.append(residency)
-            remaining = _missing_without(snapshot, residency, remaining)
-    return None if remaining else _prune(snapshot, missing, chosen)
+def _first_that_cover(options: Sequence[Leaver], missing_bytes: Sequence[int]) -> list[Leaver] | None:
+    remaining, gpus_short = list(missing_bytes), len(missing_bytes)
+    chosen: list[Leaver] = []
+    for leaver in options:
+        helps = False
+        for at, size in enumerate(leaver.freed_bytes):
+            if size > 0 and remaining[at] > 0:
+                helps = True
+                remaining[at] -= size
+                gpus_short -= remaining[at] <= 0
+        if helps:
+            chosen.append(leaver)
+            if not gpus_short:
+                return _prune(chosen, missing_bytes) if len(chosen) > 1 else chosen
+    return None
 
 
-def _cheaper_alone(
-    snapshot: Snapshot, missing: Mapping[GpuUuid, int], candidates: Sequence[Residency], chosen: Sequence[Residency]
-) -> list[Residency] | None:
-    price_of_chosen = sum(eviction_price(snapshot, r) for r in chosen)
-    is_busy = any(r.in_flight for r in chosen)
-    alternatives = [
-        (eviction_price(snapshot, r), r)
-        for r in candidates
-        if (is_busy or r.in_flight == 0) and not _missing_without(snapshot, r, missing)
-    ]
-    price, cheapest = min(alternatives, key=lambda found: found[0], default=(price_of_chosen, None))
-    return [cheapest] if cheapest is not None and price < price_of_chosen else None
+def _covers(freed_bytes: Sequence[int], missing_bytes: Sequence[int]) -> bool:
+    return all(freed >= size for freed, size in zip(freed_bytes, missing_bytes, strict=True))
 
 
-def _freed(snapshot: Snapshot, residency: Residency) -> Mapping[GpuUuid, int]:
-    key = (_freed, residency.instance, residency.blob)
-    return memoise(snapshot, key, lambda: dict(bytes_by_gpu(snapshot, residency)))
-
-
-def _helps(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> bool:
-    freed = _freed(snapshot, residency)
-    return any(freed.get(gpu, 0) > 0 for gpu in missing)
-
-
-def _missing_without(snapshot: Snapshot, residency: Residency, missing: Mapping[GpuUuid, int]) -> dict[GpuUuid, int]:
-    """Bytes that are still missing per GPU when this model is unloaded."""
-    freed = _freed(snapshot, residency)
-    return {gpu: rest for gpu, size in missing.items() if (rest := size - freed.get(gpu, 0)) > 0}
-
-
-def _prune(snapshot: Snapshot, missing: Mapping[GpuUuid, int], chosen: Sequence[Residency]) -> list[Residency]:
+def _prune(chosen: Sequence[Leaver], missing_bytes: Sequence[int]) -> list[Leaver]:
     """Drops models that the others make unnecessary, the most expensive first. `chosen` as a whole is enough."""
-    if len(chosen) < 2:
-        return list(chosen)
-    kept, parts = list(chosen), [_freed(snapshot, residency) for residency in chosen]
-    spare = {gpu: sum(part.get(gpu, 0) for part in parts) - size for gpu, size in missing.items()}
-    for residency, freed in zip(reversed(chosen), reversed(parts), strict=True):
-        if all(freed.get(gpu, 0) <= size for gpu, size in spare.items()):
-            spare = {gpu: size - freed.get(gpu, 0) for gpu, size in spare.items()}
-            kept.remove(residency)
-    return kept
+    spare = [-size for size in missing_bytes]
+    for leaver in chosen:
+        for at, size in enumerate(leaver.freed_bytes):
+            spare[at] += size
+    kept: list[Leaver] = []
+    for leaver in reversed(chosen):
+        if _covers(spare, leaver.freed_bytes):
+            for at, size in enumerate(leaver.freed_bytes):
+                spare[at] -= size
+        else:
+            kept.append(leaver)
+    return kept[::-1]

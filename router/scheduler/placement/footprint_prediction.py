@@ -35,6 +35,10 @@ class FootprintPredictor:
         self._policy = policy
         self._footprints = footprints
 
+    def revision(self, model: ModelFacts) -> int:
+        """Grows with every change of what was measured of the model."""
+        return self._footprints.revision(model.blob)
+
     def __call__(
         self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot
     ) -> tuple[int, ...]:

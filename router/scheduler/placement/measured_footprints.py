@@ -63,6 +63,7 @@ class Footprints:
     """When a load of these weights failed for memory; their estimate is raised until a load is measured."""
     changes: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
     """Counts loads and unloads on each GPU, so that a measurement knows whether it was alone."""
+    _revisions: dict[BlobDigest, int] = field(default_factory=dict[BlobDigest, int])
 
     def nearest(self, key: FootprintKey) -> FootprintKey | None:
         """The last measured load of these weights on as many GPUs, in the same shares and by such a server, with any
@@ -75,19 +76,29 @@ class Footprints:
         found = self.by_parts.get((key.blob, key.version))
         return None if found is None else self.known.get(found)
 
+    def revision(self, blob: BlobDigest) -> int:
+        """Grows with everything that changes a prediction for these weights."""
+        return self._revisions.get(blob, 0)
+
+    def _changed(self, blob: BlobDigest) -> None:
+        self._revisions[blob] = self._revisions.get(blob, 0) + 1
+
     def raise_estimate(self, blob: BlobDigest, now: float) -> bool:
         """After a load that failed for memory. Returns False where the estimate was raised already."""
         if blob in self.raised_at:
             return False
         self.raised_at[blob] = now
+        self._changed(blob)
         return True
 
     def forget_raised(self, horizon: float) -> bool:
         """Drops raised estimates from before `horizon`, in seconds. Returns whether there were any."""
         kept = {blob: at for blob, at in self.raised_at.items() if at > horizon}
-        has_changed = len(kept) < len(self.raised_at)
+        dropped = self.raised_at.keys() - kept.keys()
         self.raised_at = kept
-        return has_changed
+        for blob in dropped:
+            self._changed(blob)
+        return bool(dropped)
 
     def touched(self, gpus: tuple[GpuUuid, ...]) -> None:
         """A load or unload begins or ends there."""
@@ -136,6 +147,7 @@ class Footprints:
         return found
 
     def remember(self, found: MeasuredFootprint) -> None:
+        self._changed(found.key.blob)
         put(self.known, found.key, found, _KEPT_MAX)
         self.latest[found.key.kind] = found.key
         self.doubted.pop(found.key, None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import NamedTuple
 
 from router.domain.explanation import CandidateReport, Verdict
 from router.domain.gpu import GpuUuid
@@ -20,20 +21,26 @@ from router.domain.model import ModelFacts
 from router.domain.request import Layout, RunnerOptions
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Estimate, Failure, Snapshot
-from router.domain.snapshot_index import gpus_of, promised, replicas_of, residencies_of, residencies_on
-from router.domain.vram_ledger import available_bytes, capacity_bytes, leaving_bytes, underestimated_bytes
+from router.domain.snapshot_index import (
+    gpus_of,
+    replicas_of,
+    residencies_of,
+    residencies_on,
+)
+from router.domain.vram_ledger import available_bytes, capacity_bytes
+from router.scheduler.placement.candidate_size import Need, SizedCandidate, Sizer, capacities, fits, free_room
 from router.scheduler.placement.candidates import (
     Bounds,
     Candidate,
     against_preferences,
+    alive_instances,
     candidates_of_size,
-    is_alive,
     is_exclusive_to,
     new_candidates,
     sizes,
 )
-from router.scheduler.placement.cost import fewer_slots_price, service_seconds, swap_price
-from router.scheduler.placement.eviction import choose_evictions, evictable, price_of
+from router.scheduler.placement.cost import fewer_slots_price, swap_price
+from router.scheduler.placement.departures import Departures, common_departures, departures, most_room
 from router.scheduler.placement.explain import (
     explain_fit,
     explain_obstacles,
@@ -43,7 +50,6 @@ from router.scheduler.placement.explain import (
 )
 from router.scheduler.placement.unavailable import explain_unavailable
 
-Need = tuple[tuple[GpuUuid, int], ...]
 _Preference = tuple[int, int, int, int, float, float, int, int, str]
 
 _LOST_SECONDS = 1.0
@@ -111,26 +117,11 @@ class NoFit:
 Decision = Placed | MustWait | NoFit
 
 
-@dataclass(frozen=True, slots=True)
-class _SizedCandidate:
-    candidate: Candidate
-    need: Need
+class _Offer(NamedTuple):
+    """A candidate with who has to leave for it."""
 
-    @property
-    def name(self) -> InstanceName:
-        return self.candidate.spec.name
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """A candidate with who has to leave for it, and what that costs."""
-
-    sized: _SizedCandidate
-    evict: tuple[ResidencyKey, ...]
-    running: int
-    """Requests of those that are busy."""
-    price: float
-    lost_bytes: int
+    sized: SizedCandidate
+    leaving: Departures
 
 
 def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> Decision:
@@ -139,28 +130,30 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
     bounds = _bounds(snapshot, request)
     if bounds.pin is not None and bounds.pin.cpu:
         return _on_cpu(snapshot, request, bounds)
-    alive = [view.spec for view in snapshot.instances.values() if is_alive(snapshot, view)]
+    alive = alive_instances(snapshot)
     if not any(spec.engine == model.engine for spec in alive):
         title = snapshot.engines[model.engine].title
         return NoFit("no_instance", f"no {title} instance is running: " + explain_states(snapshot))
     if not any(model.is_on(spec) for spec in alive):
         message = f"no instance that has model '{model.name}' is running: "
         return NoFit("no_instance", message + explain_states(snapshot))
-    tried: list[_SizedCandidate] = []
+    sizer, room = Sizer(snapshot, estimate, model, request.options), capacities(snapshot)
+    tried: list[SizedCandidate] = []
     for fewer_slots in (False, True):
         for size in sizes(snapshot):
-            candidates = [c for c in candidates_of_size(snapshot, size, bounds) if _may_load(snapshot, c, model)]
-            sized_candidates = [
-                _candidate(snapshot, estimate, candidate, request, fewer_slots) for candidate in candidates
-            ]
-            group = [c for c in sized_candidates if _could_fit(snapshot, c)]
+            candidates = _that_may_load(snapshot, candidates_of_size(snapshot, size, bounds), model)
+            if size <= 1 and not fewer_slots:
+                sized_candidates = [sizer.sized(c, c.spec.num_parallel) for c in candidates]
+            else:
+                sized_candidates = [_candidate(snapshot, sizer, c, request, fewer_slots) for c in candidates]
+            group = [c for c in sized_candidates if fits(c.need, room)]
             if group and _spilled_once(snapshot, group, request):
-                smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request)
+                smaller = _with_fewer_slots(snapshot, sizer, size, bounds, request)
                 return _among(snapshot, smaller or group, replace(request, repeats_spill=True))
             if group:
                 decision = _among(snapshot, group, request)
-                return _next_to_others(snapshot, estimate, size, bounds, request, decision) or decision
-            unsplit = _unsplit(snapshot, estimate, bounds, request) if size == 1 and not fewer_slots else None
+                return _next_to_others(snapshot, sizer, size, bounds, request, decision) or decision
+            unsplit = _unsplit(snapshot, sizer, bounds, request) if size == 1 and not fewer_slots else None
             if unsplit is not None:
                 return unsplit
             tried += [] if fewer_slots else sized_candidates
@@ -188,58 +181,44 @@ def _on_cpu(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> De
     ]
     if not candidates:
         return NoFit("model_too_large", f"model '{request.model.name}' is pinned to the CPU and no instance runs there")
-    return _among(snapshot, [_SizedCandidate(candidate, ()) for candidate in candidates], request)
+    return _among(snapshot, [SizedCandidate(candidate, ()) for candidate in candidates], request)
 
 
-def _may_load(snapshot: Snapshot, candidate: Candidate, model: ModelFacts) -> bool:
-    """Whether the server has the model, and no replica of it that it fails to unload."""
-    here = snapshot.residencies.get((candidate.spec.name, model.blob))
-    return model.is_on(candidate.spec) and not (here is not None and here.is_stuck)
+def _that_may_load(snapshot: Snapshot, candidates: Sequence[Candidate], model: ModelFacts) -> list[Candidate]:
+    """Those whose server has the model, and no replica of it that it fails to unload."""
+    stuck = {r.instance for r in replicas_of(snapshot, model.blob) if r.is_stuck}
+    return [c for c in candidates if model.is_on(c.spec) and c.spec.name not in stuck]
 
 
 def _candidate(
-    snapshot: Snapshot, estimate: Estimate, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
-) -> _SizedCandidate:
-    *larger, smallest = _tunings(snapshot, candidate, request, fewer_slots)
-    for spec in larger:
-        sized = _sized(snapshot, estimate, candidate, spec, request)
-        if _could_fit(snapshot, sized):
+    snapshot: Snapshot, sizer: Sizer, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
+) -> SizedCandidate:
+    *larger, smallest = _slot_numbers(snapshot, candidate, request, fewer_slots)
+    for slots in larger:
+        sized = sizer.sized(candidate, slots)
+        if fits(sized.need, capacities(snapshot)):
             return sized
-    return _sized(snapshot, estimate, candidate, smallest, request)
+    return sizer.sized(candidate, smallest)
 
 
-def _sized(
-    snapshot: Snapshot, estimate: Estimate, candidate: Candidate, spec: InstanceSpec, request: PlacementRequest
-) -> _SizedCandidate:
-    """The candidate with an instance of this spec, and the bytes that the load takes on each of its GPUs."""
-    context = snapshot.engines[spec.engine].context_length(request.options, request.model, spec)
-    needed = estimate(request.model, spec, context, snapshot)
-    tuned = candidate if spec is candidate.spec else replace(candidate, spec=spec)
-    return _SizedCandidate(tuned, tuple(zip(spec.gpus, needed, strict=True)))
-
-
-def _tunings(
-    snapshot: Snapshot, candidate: Candidate, request: PlacementRequest, fewer_slots: bool
-) -> list[InstanceSpec]:
-    """The specs to try for a candidate, at least one, the best first.
+def _slot_numbers(snapshot: Snapshot, candidate: Candidate, request: PlacementRequest, fewer_slots: bool) -> range:
+    """The numbers of slots to try for a candidate, at least one, the best first.
 
     A new instance over several GPUs may get more slots than the tuning says: what a large model leaves free on its GPUs
     is of little use to others. With `fewer_slots` the number goes down to one, which is better than a refusal.
     """
+    own = candidate.spec.num_parallel
+    if not candidate.is_new or (len(candidate.gpus) <= 1 and not fewer_slots):
+        return range(own, own - 1, -1)
     pin = snapshot.policy.pins.get(request.model.name)
-    chosen = pin is not None and pin.num_parallel is not None
-    bonus = (
-        snapshot.policy.constants.slots_bonus_max if candidate.is_new and len(candidate.gpus) > 1 and not chosen else 0
-    )
-    own = candidate.spec
-    least = 1 if fewer_slots and candidate.is_new and not chosen else own.num_parallel
-    if not bonus and least == own.num_parallel:
-        return [own]
-    return [replace(own, num_parallel=slots) for slots in range(own.num_parallel + bonus, least - 1, -1)]
+    if pin is not None and pin.num_parallel is not None:
+        return range(own, own - 1, -1)
+    bonus = snapshot.policy.constants.slots_bonus_max if len(candidate.gpus) > 1 else 0
+    return range(own + bonus, (1 if fewer_slots else own) - 1, -1)
 
 
 def _next_to_others(
-    snapshot: Snapshot, estimate: Estimate, size: int, bounds: Bounds, request: PlacementRequest, decision: Decision
+    snapshot: Snapshot, sizer: Sizer, size: int, bounds: Bounds, request: PlacementRequest, decision: Decision
 ) -> Placed | None:
     """Free room for the model with fewer slots, where swaps would cost more: `decision` has others leave that come back
     and drive it out again. None where there is none."""
@@ -252,7 +231,7 @@ def _next_to_others(
         price = fewer_slots_price(snapshot, request.model, slots, fewer)
         if price >= swap_price(snapshot, request.model, leaving):
             return None
-        smaller = _with_fewer_slots(snapshot, estimate, size, bounds, request, slots - fewer)
+        smaller = _with_fewer_slots(snapshot, sizer, size, bounds, request, slots - fewer)
         found = _fits_now(snapshot, [c for c in smaller if _failure(snapshot, c, request) is None], request)
         stuck = would_swap(snapshot, decision, found) if found is not None else []
         if found is not None and price < swap_price(snapshot, request.model, stuck):
@@ -261,14 +240,14 @@ def _next_to_others(
     return None
 
 
-def _unsplit(snapshot: Snapshot, estimate: Estimate, bounds: Bounds, request: PlacementRequest) -> Decision | None:
+def _unsplit(snapshot: Snapshot, sizer: Sizer, bounds: Bounds, request: PlacementRequest) -> Decision | None:
     """A place on one GPU with fewer slots than configured: a model over several GPUs is slower, and keeps others
     from each of them. None where no GPU holds the model with one slot."""
     like = snapshot.policy.on_demand_like
     if not request.may_use_fewer_slots or like is None:
         return None
     for fewer_by in range(1, like.num_parallel):
-        smaller = _with_fewer_slots(snapshot, estimate, 1, bounds, request, fewer_by)
+        smaller = _with_fewer_slots(snapshot, sizer, 1, bounds, request, fewer_by)
         if smaller and not _spilled_once(snapshot, smaller, request):
             decision = _among(snapshot, smaller, request)
             if not isinstance(decision, Placed):
@@ -301,29 +280,26 @@ def _has_place_outside(snapshot: Snapshot, residency: Residency, gpus: frozenset
 
 
 def _with_fewer_slots(
-    snapshot: Snapshot, estimate: Estimate, size: int, bounds: Bounds, request: PlacementRequest, fewer_by: int = 1
-) -> list[_SizedCandidate]:
+    snapshot: Snapshot, sizer: Sizer, size: int, bounds: Bounds, request: PlacementRequest, fewer_by: int = 1
+) -> list[SizedCandidate]:
     """New instances over `size` GPUs on which the model has so many slots fewer and could fit; none where it has one
     slot anyway, or where the number is configured."""
-    model, pin, found = request.model, bounds.pin, list[_SizedCandidate]()
+    model, pin, found, room = request.model, bounds.pin, list[SizedCandidate](), capacities(snapshot)
     if pin is not None and pin.num_parallel is not None:
         return found
     for candidate in new_candidates(snapshot, size, bounds):
-        engine = snapshot.engines[candidate.spec.engine]
-        spec = replace(candidate.spec, num_parallel=candidate.spec.num_parallel - fewer_by)
-        if not model.is_on(spec) or spec.num_parallel < 1 or engine.slots(model, spec) != spec.num_parallel:
+        slots = candidate.spec.num_parallel - fewer_by
+        if slots < 1 or not model.is_on(candidate.spec):
             continue
-        sized = _sized(snapshot, estimate, candidate, spec, request)
-        if _could_fit(snapshot, sized):
+        sized = sizer.sized(candidate, slots)
+        if not fits(sized.need, room):
+            continue
+        if snapshot.engines[candidate.spec.engine].slots(model, sized.candidate.spec) == slots:
             found.append(sized)
     return found
 
 
-def _could_fit(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
-    return all(capacity_bytes(snapshot, gpu) >= size for gpu, size in sized.need)
-
-
-def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: PlacementRequest) -> Decision:
+def _among(snapshot: Snapshot, group: Sequence[SizedCandidate], request: PlacementRequest) -> Decision:
     """One of the candidates that could hold it, or what is waited for."""
     failures = {c.name: f for c in group if (f := _failure(snapshot, c, request)) is not None}
     if len(failures) == len(group):
@@ -338,17 +314,18 @@ def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: Placem
     now = _fits_now(snapshot, usable, request)
     if now is not None:
         return now
-    at_any_price = replace(request, price_max=float("inf"))
-    dear = [o for c in usable if (o := _offer(snapshot, c, at_any_price, busy=False)) is not None]
-    offers = [o for o in dear if o.price <= request.price_max]
+    dear = _offers(snapshot, usable, request, busy=False)
+    offers = [o for o in dear if o.leaving.price <= request.price_max]
     if offers:
         return _taken(snapshot, min(offers, key=lambda o: _offer_rank(snapshot, o, request)), request)
     if dear:
-        return _too_dear(snapshot, min(dear, key=lambda o: (o.price, o.lost_bytes, o.sized.name)), request)
+        return _too_dear(
+            snapshot, min(dear, key=lambda o: (o.leaving.price, o.leaving.lost_bytes, o.sized.name)), request
+        )
     return _wait(snapshot, there, request)
 
 
-def _is_up(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
+def _is_up(snapshot: Snapshot, sized: SizedCandidate) -> bool:
     """An instance that would be started for it counts; one that is coming is waited for."""
     view = snapshot.instances.get(sized.name)
     return sized.candidate.is_new or (view is not None and (view.state is InstanceState.READY or view.spec.on_demand))
@@ -356,10 +333,10 @@ def _is_up(snapshot: Snapshot, sized: _SizedCandidate) -> bool:
 
 def _preferred_start(
     snapshot: Snapshot,
-    sized_candidates: Sequence[_SizedCandidate],
-    there: Sequence[_SizedCandidate],
+    sized_candidates: Sequence[SizedCandidate],
+    there: Sequence[SizedCandidate],
     request: PlacementRequest,
-) -> _SizedCandidate | None:
+) -> SizedCandidate | None:
     """An instance that is starting and that the configuration prefers to all that are up; None where there is none."""
     if not there or not (snapshot.policy.exclusive_gpus or snapshot.policy.pins):
         return None
@@ -372,26 +349,24 @@ def _preferred_start(
             if not c.candidate.is_new
             and snapshot.instances[c.name].state is InstanceState.STARTING
             and against_preferences(snapshot, c.candidate.gpus, name) < least
-            and all(available_bytes(snapshot, gpu) >= size for gpu, size in c.need)
+            and fits(c.need, free_room(snapshot))
         ),
         None,
     )
 
 
-def _in_transit(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> bool:
+def _in_transit(snapshot: Snapshot, sized: SizedCandidate, request: PlacementRequest) -> bool:
     """True where this very model is on its way in or out of the instance, or busy there with other options."""
     here = snapshot.residencies.get((sized.name, request.model.blob))
     return here is not None and not here.is_idle
 
 
 def _fits_now(
-    snapshot: Snapshot, sized_candidates: Sequence[_SizedCandidate], request: PlacementRequest
+    snapshot: Snapshot, sized_candidates: Sequence[SizedCandidate], request: PlacementRequest
 ) -> Placed | None:
+    room = free_room(snapshot)
     free = [
-        c
-        for c in sized_candidates
-        if all(available_bytes(snapshot, gpu) >= size for gpu, size in c.need)
-        and (c.name, request.model.blob) not in snapshot.residencies
+        c for c in sized_candidates if fits(c.need, room) and (c.name, request.model.blob) not in snapshot.residencies
     ]
     if not free:
         return None
@@ -401,7 +376,7 @@ def _fits_now(
     return _placed(best, (), f"{best.name}: {explain_fit(snapshot, best.need)}{preferred}", request)
 
 
-def _placed(sized: _SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str, request: PlacementRequest) -> Placed:
+def _placed(sized: SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str, request: PlacementRequest) -> Placed:
     candidate = sized.candidate
     return Placed(
         candidate.spec.name, sized.need, evict, reason, request.options, candidate.spec if candidate.is_new else None
@@ -411,10 +386,10 @@ def _placed(sized: _SizedCandidate, evict: tuple[ResidencyKey, ...], reason: str
 def _offer_rank(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> tuple[float, int, int, _Preference]:
     """The cheapest first; at one price as configured, then by what is lost."""
     preference = _preference(snapshot, offer.sized, request)
-    return (offer.price, preference[0], offer.lost_bytes, preference)
+    return (offer.leaving.price, preference[0], offer.leaving.lost_bytes, preference)
 
 
-def _preference(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> _Preference:
+def _preference(snapshot: Snapshot, sized: SizedCandidate, request: PlacementRequest) -> _Preference:
     """Where there is a choice: as configured, not where others wait to be put, least busy GPUs, least filled, the
     faster, those with the faster links, the roomier, and an instance that runs already; then by name."""
     gpus = set(sized.candidate.gpus)
@@ -431,7 +406,7 @@ def _preference(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRe
     return (against, packed, busy, len(mates), -speed, -link, -room, int(sized.candidate.is_new), sized.name)
 
 
-def _packing(snapshot: Snapshot, sized: _SizedCandidate) -> int:
+def _packing(snapshot: Snapshot, sized: SizedCandidate) -> int:
     """Bytes that stay free on the GPU, or 0 unless a model over several GPUs was requested recently: small models then
     fill up GPUs and leave others empty for it."""
     if len(sized.candidate.gpus) != 1 or not snapshot.large_model_requested:
@@ -440,98 +415,68 @@ def _packing(snapshot: Snapshot, sized: _SizedCandidate) -> int:
     return max(1, available_bytes(snapshot, gpu) - size)
 
 
-def _offer(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest, *, busy: bool) -> _Offer | None:
-    """Who has to leave for the candidate at least price; None where even that does not suffice."""
-    own = (sized.name, request.model.blob)
-    own_replica = snapshot.residencies.get(own)
-    own_bytes = (
-        dict(zip(sized.candidate.gpus, own_replica.per_gpu_bytes, strict=False)) if own_replica is not None else {}
-    )
-    shortfall = {
-        gpu: size - available_bytes(snapshot, gpu) - leaving_bytes(snapshot, gpu) - own_bytes.get(gpu, 0)
-        for gpu, size in sized.need
-    }
-    gpus = [gpu for gpu, size in shortfall.items() if size > 0]
-    others = evictable(snapshot, gpus, busy=busy, young=request.may_evict_young) if gpus else []
-    others = [r for r in others if (r.instance, r.blob) != own]
-    others.sort(key=lambda r: (r.instance, r.blob) not in request.supersedes)
-    evict = choose_evictions(snapshot, shortfall, others)
-    if evict is None:
-        # The estimates may be low, and then unloading all that is there would never seem to be enough.
-        less = {gpu: size - underestimated_bytes(snapshot, gpu) for gpu, size in shortfall.items()}
-        evict = choose_evictions(snapshot, less, others) if less != shortfall else None
-    if evict is None:
-        return None
-    price = price_of(snapshot, (key for key in evict if key not in request.supersedes))
-    evict = (own, *evict) if own_replica is not None else evict
-    evict = (*evict, *(key for key in _relied_on(snapshot, sized) if key not in evict))
-    running = sum(snapshot.residencies[key].in_flight for key in evict)
-    lost = sum(sum(snapshot.residencies[key].per_gpu_bytes) for key in evict)
-    return _Offer(sized, evict, running, price, lost) if price <= request.price_max else None
-
-
-def _relied_on(snapshot: Snapshot, sized: _SizedCandidate) -> list[ResidencyKey]:
-    """Models whose leaving another plan has asked for and this one counts on: it asks for it as well, lest the room
-    stays taken if that plan is dropped."""
-    short = {gpu for gpu, size in sized.need if available_bytes(snapshot, gpu) < size}
-    return sorted(
-        key
-        for key in promised(snapshot)
-        if key in snapshot.residencies
-        and snapshot.residencies[key].state is ResidencyState.READY
-        and short.intersection(gpus_of(snapshot, key[0]))
-    )
+def _offers(
+    snapshot: Snapshot, sized_candidates: Sequence[SizedCandidate], request: PlacementRequest, *, busy: bool
+) -> list[_Offer]:
+    """The candidates for which enough models could leave, each with those that cost least, at any price."""
+    young, blob = request.may_evict_young, request.model.blob
+    most = most_room(snapshot, busy=busy, young=young)
+    with_replica = {r.instance for r in replicas_of(snapshot, blob)}
+    found: list[_Offer] = []
+    for sized in sized_candidates:
+        if request.supersedes or sized.name in with_replica:
+            leaving = departures(snapshot, sized.need, (sized.name, blob), request.supersedes, busy=busy, young=young)
+        elif fits(sized.need, most):
+            leaving = common_departures(snapshot, sized.need, busy=busy, young=young)
+        else:
+            continue
+        if leaving is not None:
+            found.append(_Offer(sized, leaving))
+    return found
 
 
 def _too_dear(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> MustWait:
     """Idle models could leave, but that would cost others more than the wait is worth so far."""
-    names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
-    words = (
-        f"to unload {names} would cost others {offer.price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
-    )
-    return MustWait(f"{offer.sized.name}: {words}", price=offer.price, too_dear=offer.evict)
+    names = ", ".join(snapshot.residencies[key].name for key in offer.leaving.evict)
+    price = offer.leaving.price
+    words = f"to unload {names} would cost others {price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
+    return MustWait(f"{offer.sized.name}: {words}", price=price, too_dear=offer.leaving.evict)
 
 
 def _taken(snapshot: Snapshot, offer: _Offer, request: PlacementRequest) -> Placed:
-    names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
-    how = f"after unloading {names}" if offer.evict else "once freed memory shows"
-    return _placed(offer.sized, offer.evict, f"{offer.sized.name}: fits {how}", request)
+    names = ", ".join(snapshot.residencies[key].name for key in offer.leaving.evict)
+    how = f"after unloading {names}" if offer.leaving.evict else "once freed memory shows"
+    return _placed(offer.sized, offer.leaving.evict, f"{offer.sized.name}: fits {how}", request)
 
 
 def _wait(
-    snapshot: Snapshot, sized_candidates: Sequence[_SizedCandidate], request: PlacementRequest
+    snapshot: Snapshot, sized_candidates: Sequence[SizedCandidate], request: PlacementRequest
 ) -> Placed | MustWait:
     """Busy models stand in the way: the offer with the least to wait for and to lose, taken or only named."""
     at_rest = [c for c in sized_candidates if _own_state(snapshot, c, request) in (None, ResidencyState.READY)]
-    at_any_price = replace(request, price_max=float("inf"))
-    dear = [o for c in at_rest if (o := _offer(snapshot, c, at_any_price, busy=True)) is not None]
-    offers = [o for o in dear if o.price <= request.price_max] or dear
+    dear = _offers(snapshot, at_rest, request, busy=True)
+    offers = [o for o in dear if o.leaving.price <= request.price_max] or dear
     if not offers:
         return MustWait(
             explain_obstacles(snapshot, [gpu for c in sized_candidates for gpu, _ in c.need], request.model)
         )
-    best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.sized.name))
-    words = f"waits for {best.running} running requests of {len(best.evict)} models to make room"
-    if best.price > request.price_max:
-        words += f", which would cost others {best.price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
+    best = min(offers, key=lambda o: (o.leaving.price + o.leaving.drain_seconds, o.leaving.running, o.sized.name))
+    price, evict = best.leaving.price, best.leaving.evict
+    words = f"waits for {best.leaving.running} running requests of {len(evict)} models to make room"
+    if price > request.price_max:
+        words += f", which would cost others {price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
     elif request.may_drain:
-        return _placed(best.sized, best.evict, f"{best.sized.name}: {words}", request)
-    return MustWait(f"{best.sized.name}: {words}", best.evict)
+        return _placed(best.sized, evict, f"{best.sized.name}: {words}", request)
+    return MustWait(f"{best.sized.name}: {words}", evict)
 
 
-def _own_state(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> ResidencyState | None:
+def _own_state(snapshot: Snapshot, sized: SizedCandidate, request: PlacementRequest) -> ResidencyState | None:
     """State of the model's replica there: a loading one serves others first, and an unloading one is waited for."""
     here = snapshot.residencies.get((sized.name, request.model.blob))
     return None if here is None else here.state
 
 
-def _drain_seconds(snapshot: Snapshot, offer: _Offer) -> float:
-    """Until the last of the busy ones is idle, if each request has half its time to go."""
-    busy = [r for key in offer.evict if (r := snapshot.residencies[key]).in_flight]
-    return max((service_seconds(snapshot, r) / 2 for r in busy), default=0.0)
-
-
-def _failure(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> Failure | None:
+def _failure(snapshot: Snapshot, sized: SizedCandidate, request: PlacementRequest) -> Failure | None:
     """Why this load is not tried there again."""
     if not snapshot.failures:
         return None
@@ -547,7 +492,7 @@ def _failure(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementReque
     return found[-1] if found else None
 
 
-def _spilled_once(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: PlacementRequest) -> bool:
+def _spilled_once(snapshot: Snapshot, group: Sequence[SizedCandidate], request: PlacementRequest) -> bool:
     """Returns True where all of these have failed, and one of them because the load spilled, the only one that did."""
     spilled = [f for f in snapshot.failures if f.blob == request.model.blob and f.is_spilled]
     failures = [_failure(snapshot, c, request) for c in group] if len(spilled) == 1 else []
@@ -560,7 +505,7 @@ def _just_lost(snapshot: Snapshot, request: PlacementRequest) -> set[InstanceNam
     return {f.instance for f in snapshot.failures if f.is_lost and f.blob == blob and f.at > since}
 
 
-def _nowhere(snapshot: Snapshot, sized_candidates: Sequence[_SizedCandidate], request: PlacementRequest) -> Decision:
+def _nowhere(snapshot: Snapshot, sized_candidates: Sequence[SizedCandidate], request: PlacementRequest) -> Decision:
     """409 or 422, unless memory is still settling."""
     if sized_candidates and snapshot.now - snapshot.changed_at < snapshot.policy.constants.settle_seconds:
         return MustWait("waits until the GPUs show what the last load or unload changed")
@@ -583,7 +528,7 @@ def _layout_words(layout: Layout) -> str:
     return layout.kind.value if layout.gpu is None else f"{layout.kind.value}:{layout.gpu}"
 
 
-def _fewest_lines(sized_candidates: Sequence[_SizedCandidate]) -> list[_SizedCandidate]:
+def _fewest_lines(sized_candidates: Sequence[SizedCandidate]) -> list[SizedCandidate]:
     """Enough to see why: of many sets of one size only those of running instances, or else the first."""
     running = [c for c in sized_candidates if not c.candidate.is_new]
     return running or list(sized_candidates[:8])
@@ -597,12 +542,13 @@ def survey(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) ->
     model = request.model
     bounds = _bounds(snapshot, request)
     reports: list[CandidateReport] = []
+    sizer = Sizer(snapshot, estimate, model, request.options)
     is_held = False
     for size in sizes(snapshot):
-        candidates = [c for c in candidates_of_size(snapshot, size, bounds) if _may_load(snapshot, c, model)]
-        sized_candidates = [_candidate(snapshot, estimate, candidate, request, False) for candidate in candidates]
+        candidates = _that_may_load(snapshot, candidates_of_size(snapshot, size, bounds), model)
+        sized_candidates = [_candidate(snapshot, sizer, candidate, request, False) for candidate in candidates]
         reports += [_report(snapshot, sized, request, is_larger=is_held) for sized in sized_candidates]
-        is_held = is_held or any(_could_fit(snapshot, c) for c in sized_candidates)
+        is_held = is_held or any(fits(c.need, capacities(snapshot)) for c in sized_candidates)
     surveyed = {report.instance for report in reports}
     return reports + [
         CandidateReport(view.spec.name, view.spec.gpus, Verdict.EXCLUDED, _exclusion(snapshot, bounds, view.spec))
@@ -612,7 +558,7 @@ def survey(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) ->
 
 
 def _report(
-    snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest, *, is_larger: bool
+    snapshot: Snapshot, sized: SizedCandidate, request: PlacementRequest, *, is_larger: bool
 ) -> CandidateReport:
     verdict, reason, offer = _verdict(snapshot, sized, request, is_larger=is_larger)
     return CandidateReport(
@@ -622,15 +568,15 @@ def _report(
         reason,
         is_new=sized.candidate.is_new,
         per_gpu_bytes=tuple(size for _, size in sized.need),
-        evict=offer.evict if offer is not None else (),
-        price_seconds=0.0 if verdict is Verdict.FREE else offer.price if offer is not None else None,
+        evict=offer.leaving.evict if offer is not None else (),
+        price_seconds=0.0 if verdict is Verdict.FREE else offer.leaving.price if offer is not None else None,
     )
 
 
 def _verdict(
-    snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest, *, is_larger: bool
+    snapshot: Snapshot, sized: SizedCandidate, request: PlacementRequest, *, is_larger: bool
 ) -> tuple[Verdict, str, _Offer | None]:
-    if not _could_fit(snapshot, sized):
+    if not fits(sized.need, capacities(snapshot)):
         return Verdict.TOO_SMALL, explain_shortfall(snapshot, sized.need), None
     failure = _failure(snapshot, sized, request)
     if failure is not None:
@@ -643,16 +589,13 @@ def _verdict(
         return Verdict.HAS_MODEL, "the model is there, or on its way in or out", None
     if _fits_now(snapshot, [sized], request) is not None:
         return Verdict.FREE, explain_fit(snapshot, sized.need), None
-    at_any_price = replace(request, price_max=float("inf"))
-    offer = _offer(snapshot, sized, at_any_price, busy=False)
-    if offer is not None:
-        if offer.price <= request.price_max:
+    for offer in _offers(snapshot, [sized], request, busy=False):
+        if offer.leaving.price <= request.price_max:
             return Verdict.EVICT, _taken(snapshot, offer, request).reason.partition(": ")[2], offer
         return Verdict.TOO_DEAR, _too_dear(snapshot, offer, request).reason.partition(": ")[2], offer
-    offer = _offer(snapshot, sized, at_any_price, busy=True)
-    if offer is not None:
-        names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
-        return Verdict.BUSY, f"{offer.running} requests run on what is in the way: {names}", offer
+    for offer in _offers(snapshot, [sized], request, busy=True):
+        names = ", ".join(snapshot.residencies[key].name for key in offer.leaving.evict)
+        return Verdict.BUSY, f"{offer.leaving.running} requests run on what is in the way: {names}", offer
     return Verdict.BLOCKED, "its memory is held by loads under way, or by models that stay", None
 
 
