@@ -226,10 +226,10 @@ def _next_to_others(
         return None
     like = snapshot.policy.on_demand_like
     slots = like.num_parallel if like is not None else 0
-    leaving = _leaving(snapshot, decision)
+    to_swap = swap_price(snapshot, request.model, _leaving(snapshot, decision))
     for fewer in range(slots, 0, -1):
         price = fewer_slots_price(snapshot, request.model, slots, fewer)
-        if price >= swap_price(snapshot, request.model, leaving):
+        if price >= to_swap:
             return None
         smaller = _with_fewer_slots(snapshot, sizer, size, bounds, request, slots - fewer)
         found = _fits_now(snapshot, [c for c in smaller if _failure(snapshot, c, request) is None], request)
