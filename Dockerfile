@@ -1,4 +1,6 @@
-# The router and the Ollama that it runs, in one image. docker run --gpus all -p 127.0.0.1:11434:11434 llamayard
+# The router and the Ollama that it runs, in one image. The first line prints an access key, once:
+#   docker run --rm -v llamayard:/var/lib/llamayard llamayard keys create me
+#   docker run --gpus all -v llamayard:/var/lib/llamayard -p 127.0.0.1:11434:11434 llamayard
 # At least 0.30: older versions do not split a model's layers by GPU memory.
 ARG OLLAMA_VERSION=0.34.0
 ARG PYTHON_VERSION=3.13

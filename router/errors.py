@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class RouterError(Exception):
     """An error that ends a request.
 
     `code` is stable and machine-readable. `message` is for people: it names the cause and, if there is one, the fix.
-    `status` overrides the default HTTP status of the class.
+    `status` overrides the default HTTP status of the class. `headers` belong on the response.
     """
 
     status = 500
     code = "internal_error"
 
-    def __init__(self, message: str, *, status: int | None = None, retry_after_seconds: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_seconds: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after_seconds = retry_after_seconds
+        self.headers = headers or {}
         if status is not None:
             self.status = status
 
 
 class BadRequest(RouterError):
     status, code = 400, "bad_request"
+
+
+class Unauthorized(RouterError):
+    """The request presents no valid access key where one is required."""
+
+    status, code = 401, "unauthorized"
 
 
 class Forbidden(RouterError):
@@ -53,6 +69,12 @@ class ModelTooLarge(RouterError):
     """The model does not fit on all GPUs together; the message has the bytes needed and the bytes there are."""
 
     status, code = 422, "model_too_large"
+
+
+class RateLimited(RouterError):
+    """The access key has used up one of its limits."""
+
+    status, code = 429, "rate_limited"
 
 
 class ServerRefused(RouterError):
@@ -103,16 +125,24 @@ class LoopDetected(RouterError):
     status, code = 508, "loop_detected"
 
 
+class DiskFull(RouterError):
+    """The disk of the model store has too little room."""
+
+    status, code = 507, "disk_full"
+
+
 _BY_CODE: dict[str, type[RouterError]] = {
     error.code: error
     for error in (
         BadRequest,
+        Unauthorized,
         Forbidden,
         ModelNotFound,
         NotSupported,
         LayoutUnavailable,
         BodyTooLarge,
         ModelTooLarge,
+        RateLimited,
         ServerRefused,
         LoadFailed,
         InstanceLost,
@@ -122,6 +152,7 @@ _BY_CODE: dict[str, type[RouterError]] = {
         ShuttingDown,
         WaitTimeout,
         LoopDetected,
+        DiskFull,
     )
 }
 ERROR_CODES = tuple(_BY_CODE)

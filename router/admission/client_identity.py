@@ -1,7 +1,8 @@
-"""Reads who a request is from, and its priority and layout, from its headers. Pure; authenticates nobody.
+"""Reads who a request is from, and its priority and layout, from its headers. Pure.
 
-What a client says of itself only affects fairness and cache affinity, so a false claim gains nothing but another
-client's place in the queue. Keys are secrets: only a digest of them is ever kept, logged or shown.
+With an access key the client is that key's user, whatever else the request says. Without one, what a client says of
+itself only affects fairness and cache affinity, so a false claim gains nothing but another client's place in the
+queue. Keys are secrets: only a digest of them is ever kept, logged or shown.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 
+from router.domain.access_key import PRIORITIES, AccessKey
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.request import Layout, LayoutKind
 from router.errors import BadRequest, LayoutUnavailable
@@ -26,7 +28,6 @@ NO_KEYS = frozenset(
 )
 """Placeholder keys from client manuals: they do not distinguish one client from another."""
 
-_PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 _SCHEMES = frozenset({"bearer", "basic"})
 _NAME_CHARACTERS_MAX = 64
 _DIGEST_CHARACTERS = 12
@@ -34,8 +35,12 @@ _UNSAFE = re.compile(r"[^\w.@:+-]", re.ASCII)
 _LAYOUT_FORMS = "single, spread, or gpu: with a GPU's UUID or index"
 
 
-def client_of(header: HeaderLookup, address: str) -> str:
-    """The key (`Authorization`, or Anthropic's `X-Api-Key`) and the user named by the client; else its address."""
+def client_of(header: HeaderLookup, address: str, access_key: AccessKey | None = None) -> str:
+    """The access key's user. Without such a key: the key (`Authorization`, or Anthropic's `X-Api-Key`) and the user
+    named by the client; else its address."""
+    if access_key is not None:
+        user = _sanitized(header("x-openwebui-user-id")) if access_key.forwards_users else ""
+        return f"key:{access_key.user}/user:{user}" if user else f"key:{access_key.user}"
     key = _key_digest(header("authorization") or header("x-api-key"))
     user = _sanitized(header("x-openwebui-user-id"))
     parts = [f"key:{key}"] if key else []
@@ -48,18 +53,19 @@ def session_of(header: HeaderLookup) -> str:
     return _sanitized(header("x-session-id")) or _sanitized(header("x-openwebui-chat-id"))
 
 
-def priority_of(header: HeaderLookup) -> int:
-    """
+def priority_of(header: HeaderLookup) -> int | None:
+    """None where the header is absent.
+
     Raises:
         BadRequest: the header names no priority.
     """
     text = header(PRIORITY_HEADER.lower())
     if text is None:
-        return 0
+        return None
     name = text.strip().lower()
-    if name not in _PRIORITIES:
+    if name not in PRIORITIES:
         raise BadRequest(f"{PRIORITY_HEADER}: unknown priority {text.strip()!r}; use low, normal or high")
-    return _PRIORITIES[name]
+    return PRIORITIES[name]
 
 
 def layout_of(header: HeaderLookup, gpus: GpuLookup) -> Layout | None:

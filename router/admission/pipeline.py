@@ -5,18 +5,21 @@ The raw proxy and aiohttp each build an `AdmissionRequest` from their own form o
 returns it with its own decision added; it may end the request with a response, or by raising a `RouterError`, which
 becomes an error in the shape of the API that was called. Each check exists here and nowhere else.
 
-To add a check (API keys, access lists, rate limits), write one more `Step` and put it into `admission_pipeline`. A step
-whose decision can differ for the next request with the same head must return `is_reusable=False`.
+To add a check, write one more `Step` and put it into `admission_pipeline`. A step whose decision can differ for the
+next request with the same head must return `is_reusable=False`. An access key is found once for a head: whoever changes
+the keys makes the proxy forget its heads. What a key has used of its limits differs from request to request, and is
+checked after admission (`admission/key_budgets.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Final
 
-from router.admission.client_identity import GpuLookup, client_of, layout_of, priority_of, session_of
+from router.admission.access import AccessRules, HeaderValues, authorize, class_of, forwarded, identify
+from router.admission.client_identity import LAYOUT_HEADER, GpuLookup, layout_of, priority_of
 from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
 from router.domain.client_identity import ClientIdentity
 from router.errors import Forbidden, LoopDetected, RouterError
@@ -47,6 +50,8 @@ class AdmissionRequest:
     """As written, with the query, in origin form."""
     via: str = ""
     """Its `Via`, all lines joined."""
+    header_values: HeaderValues = field(default=lambda _: [], compare=False)
+    """All values of a header, for those that may come more than once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Admission:
     """For the log, where `response` refuses the request (403): the offending header with its value."""
     error: RouterError | None = None
     """Ends the request, in the shape of the API that was called."""
+    hides_details: bool = False
+    """Whether keys are on and the request has none."""
     is_reusable: bool = True
     """Whether the same head from the same address is admitted again, unless its body is too long."""
 
@@ -94,36 +101,62 @@ class AdmissionPipeline:
         return admission
 
 
+NO_KEYS_NEEDED: Final = AccessRules()
+"""Keys are off."""
+
+
 def admission_pipeline(
-    origins: OriginPolicy, limits: RequestLimits, gpus: GpuLookup, table: RouteTable, via: Via
+    origins: OriginPolicy,
+    limits: RequestLimits,
+    gpus: GpuLookup,
+    table: RouteTable,
+    via: Via,
+    access: AccessRules = NO_KEYS_NEEDED,
 ) -> AdmissionPipeline:
     """The checks of this router, in order."""
     return AdmissionPipeline(
         (
-            identify_client,
-            check_origin(origins),
+            identify_client(access),
+            check_origin(origins, access),
             refuse_loops(via),
-            check_route(table),
+            check_route(table, access),
+            check_key(access),
             check_body(limits),
             read_terms(gpus),
         )
     )
 
 
-def identify_client(request: AdmissionRequest, admission: Admission) -> Admission:
+def identify_client(access: AccessRules) -> Step:
     """Who the request is from. Refuses nobody."""
-    header = request.header
-    identity = ClientIdentity(client_of(header, request.client_address), session_of(header))
-    return replace(admission, client_identity=identity)
+
+    def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        address, _ = forwarded(access, request.client_address, request.header_values)
+        return replace(admission, client_identity=identify(access, request.header, address))
+
+    return step
 
 
-def check_origin(policy: OriginPolicy) -> Step:
+def check_key(access: AccessRules) -> Step:
+    """Refuses requests without the key that their route needs."""
+
+    def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        if access.keys.ring is None or request.route is None:
+            return admission
+        authorize(access, request.route, admission.client_identity, request.header)
+        return admission if admission.client_identity.key is not None else replace(admission, hides_details=True)
+
+    return step
+
+
+def check_origin(policy: OriginPolicy, access: AccessRules) -> Step:
     """Host and Origin, as an Ollama server checks them; answers preflights."""
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         header, route = request.header, request.route
         allow = route.methods if route is not None and route.lists_methods else ()
-        verdict = policy.judge(request.method, header("host"), header("origin"), allow)
+        _, forwarded_host = forwarded(access, request.client_address, request.header_values)
+        verdict = policy.judge(request.method, forwarded_host or header("host"), header("origin"), allow)
         response = verdict.response
         if verdict.refusal and response is not None:
             response = replace(response, headers=(*response.headers, (CODE_HEADER, Forbidden.code)))
@@ -146,12 +179,14 @@ def refuse_loops(via: Via) -> Step:
     return step
 
 
-def check_route(table: RouteTable) -> Step:
+def check_route(table: RouteTable, access: AccessRules) -> Step:
     """Refuses unknown paths and methods; redirects unclean paths, as Ollama's router does."""
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         route = request.route
         if route is not None:
+            if route.kind in access.hidden_kinds and class_of(route) is not None:
+                return replace(admission, response=not_found())
             if request.method in route.methods:
                 return admission
             return replace(
@@ -181,7 +216,10 @@ def read_terms(gpus: GpuLookup) -> Step:
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         if request.route is None or request.route.kind is not Kind.LEASED:
             return admission
-        priority, layout = priority_of(request.header), layout_of(request.header, gpus)
+        asked, layout, key = priority_of(request.header), layout_of(request.header, gpus), admission.client_identity.key
+        priority = asked or 0 if key is None else key.bounded_priority(asked)
+        if layout is not None and key is not None and layout.kind not in key.layouts:
+            raise Forbidden(f"{LAYOUT_HEADER}: key '{key.name}' may not choose the layout '{layout.kind}'")
         if not priority and layout is None:
             return admission
         identity = replace(admission.client_identity, priority=priority, layout=layout)

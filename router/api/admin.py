@@ -64,7 +64,7 @@ class AdminHandler:
             case "/health":
                 return text_response("ok\n", extra)
             case "/ready":
-                return self._ready(extra)
+                return self._ready(extra, hides_details=record.hides_details)
             case "/metrics":
                 headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_PLAIN_0_0_4, **extra}
                 return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
@@ -76,12 +76,15 @@ class AdminHandler:
                 wanted_id = sanitized_request_id(request.query.get("request_id"))
                 return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)
 
-    def _ready(self, extra: Mapping[str, str]) -> web.StreamResponse:
+    def _ready(self, extra: Mapping[str, str], *, hides_details: bool) -> web.StreamResponse:
         """200 while any instance is ready; 503 before, while draining, and when all are down."""
         names = [view.spec.name for view in self._context.ready_instances()]
         gpus = self._context.controller.snapshot().gpus.values()
         lost = "".join(f"; GPU {gpu.index} is lost: {gpu.error}" for gpu in gpus if gpu.error is not None)
-        if names and not self._context.controller.is_closing:
+        is_ready = bool(names) and not self._context.controller.is_closing
+        if hides_details:
+            return text_response("ready\n" if is_ready else "not ready\n", extra, status=200 if is_ready else 503)
+        if is_ready:
             return text_response(f"ready: {', '.join(names)}{lost}\n", extra)
         return text_response(f"not ready: no instance is ready{lost}; see /llamayard/status\n", extra, status=503)
 

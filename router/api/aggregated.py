@@ -9,7 +9,7 @@ ignore. Temporary tags that the router creates to unload with are not listed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from router.api.context import ApiContext
 from router.api.forwarding import onward_headers
 from router.api.passthrough import forward
 from router.api.responses import json_response, text_response
+from router.domain.access_key import AccessKey
 from router.domain.instance import InstanceView
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
@@ -54,7 +55,7 @@ class AggregatedHandler:
             case "/api/version":
                 return json_response({"version": (await self._context.ready_primary()).version or ""}, extra)
             case "/api/ps":
-                return json_response({"models": await self._ps(request)}, extra)
+                return json_response({"models": _visible(record.key, await self._ps(request), "name")}, extra)
             case _:
                 return await self._models(request, record)
 
@@ -65,7 +66,8 @@ class AggregatedHandler:
         path, field, keys = ("/v1/models", "data", ("id",))
         if record.route == "/api/tags":
             path, field, keys = "/api/tags", "models", ("name", "model")
-        if not others and not self._context.rules.substitutes.listed:
+        is_whole = record.key is None or record.key.sees_all_models
+        if not others and not self._context.rules.substitutes.listed and is_whole:
             if request.method == hdrs.METH_HEAD:
                 return await forward(self._context, request, b"", record, primary)
             raw, content_type = await self._raw(request, primary, path)
@@ -79,6 +81,7 @@ class AggregatedHandler:
         for view, found in zip(others, further, strict=True):
             for row in found if isinstance(found, list) else []:
                 _add(rows, row, keys[0], view.spec.name)
+        rows = {key_of(str(row.get(keys[0]))): row for row in _visible(record.key, rows.values(), keys[0])}
         merged = [*rows.values(), *self._aliases(rows, keys)]
         head = {"object": "list"} if field == "data" else {}
         return json_response({**head, field: merged}, record.response_headers())
@@ -146,14 +149,19 @@ class AggregatedHandler:
         passed = CIMultiDict((hdrs.VIA, value) for value in request.headers.getall(hdrs.VIA, ()))
         try:
             timeout = aiohttp.ClientTimeout(total=_QUERY_TIMEOUT_SECONDS)
-            headers = onward_headers(session, passed)
-            async with session.get(view.spec.url + path, timeout=timeout, headers=headers) as reply:
+            url, headers = view.spec.url + path, onward_headers(session, passed)
+            async with session.get(url, timeout=timeout, headers=headers, allow_redirects=False) as reply:
                 raw = await reply.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise InstanceLost(f"{view.spec.name} did not serve {path}: {error}") from error
         if reply.status != web.HTTPOk.status_code:
             raise InstanceLost(f"{view.spec.name} responded with status {reply.status} to {path}")
         return raw, reply.headers.get(hdrs.CONTENT_TYPE, JSON)
+
+
+def _visible(key: AccessKey | None, rows: Iterable[_Row], name_field: str) -> list[_Row]:
+    """The rows of models that the access key may use."""
+    return [row for row in rows if key is None or key.allows_model(str(row.get(name_field)))]
 
 
 def _add(rows: dict[str | None, _Row], row: _Row, name_field: str, instance: str) -> None:

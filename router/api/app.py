@@ -14,6 +14,8 @@ from urllib.parse import unquote
 import structlog
 from aiohttp import hdrs, web
 
+from router.admission.access import HeaderValues, begin_charge
+from router.admission.key_budgets import KeyBudgets
 from router.admission.pipeline import AdmissionPipeline, AdmissionRequest
 from router.api.admin import AdminHandler
 from router.api.aggregated import AggregatedHandler
@@ -22,7 +24,7 @@ from router.api.model_management import ModelManagementHandler
 from router.api.passthrough import PassthroughHandler, ShowHandler
 from router.api.responses import aiohttp_response, error_response
 from router.engines.ollama.client import OllamaError
-from router.errors import Forbidden, InstanceLost, RouterError
+from router.errors import Forbidden, InstanceLost, RateLimited, RouterError
 from router.http1.headers import HeaderLookup, request_id
 from router.http1.parser import origin_form
 from router.http1.response_writer import CONTINUE
@@ -66,9 +68,12 @@ class ApiServer:
         access_log: AccessLog,
         now: Callable[[], float],
         *,
+        budgets: KeyBudgets | None = None,
         debug_headers: bool = False,
     ) -> None:
+        """`budgets`: what keys have used of their limits, shared with the proxy."""
         self._pipeline = pipeline
+        self._budgets = KeyBudgets(now) if budgets is None else budgets
         self._handlers = handlers
         self._access_log = access_log
         self._now = now
@@ -91,6 +96,8 @@ class ApiServer:
             arrived_at=self._now(),
             wants_reason=self._debug_headers or asks_for_reason(head.header(DEBUG_HEADER)),
             cors_headers=admission.cors_headers,
+            key=admission.client_identity.key,
+            hides_details=admission.hides_details,
         )
         self._access_log.began()
         status = 0
@@ -103,7 +110,12 @@ class ApiServer:
                 response = self._error(record, head.path, admission.error)
             else:
                 assert head.route is not None
+                record.charge = begin_charge(self._budgets, admission.client_identity, head.route)
                 response = await self._guarded(request, record, head.path, self._handlers[head.route.kind])
+            status = response.status
+            return response
+        except RateLimited as error:
+            response = self._error(record, head.path, error)
             status = response.status
             return response
         except asyncio.CancelledError:
@@ -147,6 +159,7 @@ def admission_request(request: web.BaseRequest, table: RouteTable) -> AdmissionR
         body_bytes=request.content_length,
         target=target.decode("latin-1"),
         via=", ".join(request.headers.getall(hdrs.VIA, ())),
+        header_values=_header_values(request),
     )
 
 
@@ -166,6 +179,15 @@ def _header_lookup(request: web.BaseRequest, authority: str) -> HeaderLookup:
         return value.encode("utf-8", "surrogateescape").decode("latin-1")
 
     return lookup
+
+
+def _header_values(request: web.BaseRequest) -> HeaderValues:
+    headers = request.headers
+
+    def values(name: str) -> list[str]:
+        return [value.encode("utf-8", "surrogateescape").decode("latin-1") for value in headers.getall(name, [])]
+
+    return values
 
 
 async def _refuse_account_route(request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from router.api.management_rules import ManagementRules
 from router.control.controller import Controller
 from router.domain.instance import InstanceSpec, InstanceState, InstanceView
 from router.domain.model import ModelFacts
@@ -74,6 +75,7 @@ class ApiContext:
     removing: set[str]
     """Models that are being deleted, as `rules.removing` sees them."""
     cutoff: Cutoff = field(default_factory=Cutoff)
+    management: ManagementRules = field(default_factory=ManagementRules)
 
     def instances(self) -> list[InstanceView]:
         """All instances: spawned before attached, then by name."""

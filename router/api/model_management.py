@@ -30,8 +30,8 @@ from router.engines.ollama.client import OllamaClient, OllamaError
 from router.engines.ollama.driver import temporary_tag_for
 from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
 from router.llm_api.body_reader import last_value, parse_body
-from router.llm_api.inference_request import refuse_cloud, refuse_conflict
-from router.llm_api.json_members import text_of
+from router.llm_api.inference_request import refuse_cloud, refuse_conflict, refuse_model
+from router.llm_api.json_members import Malformed, text_of
 from router.observability.request_record import RequestRecord
 
 _BLOB_QUERY_TIMEOUT_SECONDS = 10.0
@@ -60,6 +60,7 @@ class ModelManagementHandler:
         parsed = parse_body(body, path)
         refuse_conflict(parsed)
         record.model = parsed.model or ""
+        refuse_model(record.key, record.model)
         if path != "/api/delete":  # a cloud model's local stub may be deleted
             refuse_cloud(record.model, cloud=context.rules.cloud)
         if path in _USES:
@@ -68,6 +69,7 @@ class ModelManagementHandler:
             self._refuse_attached(facts, _USES[path])
         else:
             record.is_unrouted = not record.model
+        await self._check_rules(path, body, record)
         if path == "/api/push":
             return await forward(context, request, body, record)  # it only reads the store
         changed_name = _text_member(body, "destination") if path == "/api/copy" and record.model else record.model
@@ -86,6 +88,31 @@ class ModelManagementHandler:
             context.catalog.forget_all()
             if before is not None and before.is_shared:
                 self._start(self._remove_old_weights(before, changed_name))
+
+    async def _check_rules(self, path: str, body: bytes, record: RequestRecord) -> None:
+        """
+        Raises:
+            Forbidden: the operator's rules, or those of the request's key, do not allow it.
+            DiskFull: there is no room on the disk.
+        """
+        rules, other = self._context.management, ""
+        if path == "/api/copy":
+            other = _text_member(body, "destination")
+        elif path == "/api/create":
+            other = _text_member(body, "from")
+            if _text_member(body, "remote_host") and not self._context.rules.cloud:
+                raise Forbidden("remote_host: a model that another server runs is a cloud model (ollama.cloud)")
+            rules.check_disk(0)
+            await self._context.ready_primary()  # without it nobody knows what there is
+            if other and await self._context.catalog.facts(other) is None:
+                rules.refuse_pull(other)  # a server pulls what it does not have
+        elif path == "/api/pull" and record.model:
+            rules.refuse_pull(record.model)
+            rules.check_disk(0)
+        elif path == "/api/push":
+            rules.refuse_push()
+        if other:
+            refuse_model(record.key, other)
 
     async def close(self) -> None:
         """Cancels background cleanups."""
@@ -111,13 +138,17 @@ class ModelManagementHandler:
             if (request.content_length or _UNREAD_BYTES_MAX) >= _UNREAD_BYTES_MAX:
                 present.force_close()
             return present
+        self._context.management.check_disk(request.content_length or 0)
         # Needs no store turn: nothing existing changes, and a slow client would block all others.
         return await forward(self._context, request, request.content.iter_any(), record)
 
     async def _has_blob(self, request: web.BaseRequest) -> bool:
         url = URL((await self._context.ready_primary()).spec.url + request.raw_path, encoded=True)
         try:
-            async with asyncio.timeout(_BLOB_QUERY_TIMEOUT_SECONDS), self._context.session.head(url) as reply:
+            async with (
+                asyncio.timeout(_BLOB_QUERY_TIMEOUT_SECONDS),
+                self._context.session.head(url, allow_redirects=False) as reply,
+            ):
                 return reply.status == web.HTTPOk.status_code
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise InstanceLost(f"the instance could not be queried for the blob: {error}") from error
@@ -211,5 +242,8 @@ class ModelManagementHandler:
 
 def _text_member(body: bytes, name: str) -> str:
     """A member of the body, such as the target name of a copy; "" if there is none, or the server will reject it."""
-    value = last_value(body, name)
+    try:
+        value = last_value(body, name)
+    except Malformed:
+        return ""
     return text_of(value) if value.startswith(b'"') else ""

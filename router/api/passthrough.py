@@ -15,7 +15,7 @@ from router.api.forwarding import Body, open_upstream, read_body, relay
 from router.domain.instance import InstanceView
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.errors import api_of
-from router.llm_api.inference_request import MODEL_HEADER, refuse_cloud, refuse_conflict
+from router.llm_api.inference_request import MODEL_HEADER, refuse_cloud, refuse_conflict, refuse_model
 from router.llm_api.json_edit import set_member
 from router.observability.request_record import RequestRecord
 
@@ -47,6 +47,7 @@ class ShowHandler:
         refuse_conflict(parsed)
         name = parsed.model
         if not name:
+            refuse_model(record.key, "")
             record.is_unrouted = True
             return await forward(self._context, request, body, record)
         target = self._context.rules.substitutes.target(name)
@@ -59,6 +60,7 @@ class ShowHandler:
             else:
                 body = set_member(body, "model", json.dumps(target).encode())
         refuse_cloud(name, cloud=self._context.rules.cloud)
+        refuse_model(record.key, name)
         facts = await self._context.find_model(name)
         record.is_unrouted = facts is None
         view = await self._context.holder(facts)

@@ -19,6 +19,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from router.api.context import ApiContext
+from router.api.management_rules import PullWatch
 from router.engines.ollama.model_listing import key_of
 from router.errors import InstanceLost, RouterError, WaitTimeout
 from router.http1.headers import UNBUFFERED
@@ -149,13 +150,17 @@ class _Pull:
     async def _download(self) -> None:
         url = (await self._context.ready_primary()).spec.url + _PATH
         headers = {"Content-Type": "application/json"}
-        async with self._context.session.post(url, data=self._body, headers=headers) as reply:
+        session = self._context.session
+        async with session.post(url, data=self._body, headers=headers, allow_redirects=False) as reply:
             self.status = reply.status
             if reply.status != web.HTTPOk.status_code:
                 self.refusal = (reply.headers.get("Content-Type", ""), await reply.read())
                 return
+            watch = PullWatch(self._context.management)
             while line := await self._next(reply.content):
                 self._publish(line)
+                decoded = _decoded(line)
+                watch.progressed(decoded.digest, decoded.total, decoded.completed)
 
     async def _next(self, content: aiohttp.StreamReader) -> bytes:
         seconds = self._context.limits.idle_timeout_seconds
@@ -171,7 +176,8 @@ class _Pull:
 
     def _publish(self, line: bytes) -> None:
         self.last = line
-        step = _step(line)
+        decoded = _decoded(line)
+        step = decoded.error or decoded.status, decoded.digest
         self._steps.pop(step, None)  # the newest goes last
         self._steps[step] = line
         for follower in self._followers:
@@ -248,11 +254,6 @@ def _refused(pull: _Pull, record: RequestRecord) -> web.StreamResponse:
     content_type, body = pull.refusal
     headers = {**record.response_headers(), "Content-Type": content_type}
     return web.Response(status=pull.status, body=body, headers=headers)
-
-
-def _step(line: bytes) -> _Step:
-    decoded = _decoded(line)
-    return decoded.error or decoded.status, decoded.digest
 
 
 def _decoded(line: bytes) -> _Line:

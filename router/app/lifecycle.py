@@ -19,6 +19,7 @@ from aiohttp import web
 
 from router.api.app import ApiServer
 from router.api.context import SHUTDOWN_RETRY_AFTER_SECONDS, Cutoff
+from router.app.access_keys import KeyWatcher
 from router.control.controller import Controller
 from router.control.poller import StatePoller
 from router.errors import ShuttingDown
@@ -26,6 +27,25 @@ from router.proxy.server import ProxyServer
 from router.supervisor.supervisor import Supervisor
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True)
+class AdminListener:
+    """What serves metrics and status where they have a listener of their own."""
+
+    proxy: ProxyServer
+    library: web.Server
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serves until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        is_unix = listener.family is socket.AF_UNIX
+        open_server = loop.create_unix_server if is_unix else loop.create_server
+        server = await open_server(self.proxy, sock=listener)  # uvloop closes a server that nobody holds
+        try:
+            await self.proxy.run()
+        finally:
+            server.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +63,11 @@ class Router:
     title: str
     """`EMULATED rig 2x3090`, or "" for real GPUs."""
     drain_timeout_seconds: float
+    key_watcher: KeyWatcher
+    admin: AdminListener
 
-    async def run(self, listener: socket.socket) -> None:
-        """Serves on the listener; returns when a signal has come and everything is stopped."""
+    async def run(self, listener: socket.socket, admin_listener: socket.socket | None = None) -> None:
+        """Serves on the listeners; returns when a signal has come and everything is stopped."""
         stopping, at_once = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
@@ -57,12 +79,18 @@ class Router:
             async with asyncio.TaskGroup() as tasks:
                 supervisor = tasks.create_task(self.supervisor.run(), name="supervisor")
                 poller = tasks.create_task(self.state_poller.run(), name="state_poller")
-                proxy = tasks.create_task(self.proxy.run(), name="proxy")
+                helpers = [
+                    poller,
+                    tasks.create_task(self.proxy.run(), name="proxy"),
+                    tasks.create_task(self.key_watcher.run(), name="key_watcher"),
+                ]
+                if admin_listener is not None:
+                    helpers.append(tasks.create_task(self.admin.run(admin_listener), name="admin"))
                 await self._open(listener)
                 await stopping.wait()
                 await self._close(at_once)
-                poller.cancel()
-                proxy.cancel()
+                for task in helpers:
+                    task.cancel()
                 await supervisor
         finally:
             for number in (*_STOP_SIGNALS, signal.SIGHUP):
@@ -99,7 +127,9 @@ class Router:
             await stop
             kill.cancel()
         await self.library.shutdown(timeout=1.0)
+        await self.admin.library.shutdown(timeout=1.0)
         await self.proxy.close()
+        await self.admin.proxy.close()
         log.info("stopped")
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import socket
 import time
 
 import structlog
 
 from router.app.fleet_checks import check_fleet
 from router.app.hardware import Hardware, detect_hardware, instance_plan
+from router.app.listening import listen, listen_for_admin
 from router.app.startup_checks import tls_context
 from router.app.wiring import build
 from router.config.settings import ConfigError, Settings
@@ -20,8 +19,6 @@ from router.domain.gpu import Gpu
 from router.observability.logging import configure_logs
 from router.proxy.memory_trim import keep_freed_memory
 from router.supervisor import orphan_reaper
-
-_LISTEN_BACKLOG = 4096
 
 
 async def serve(settings: Settings) -> None:
@@ -33,11 +30,11 @@ async def serve(settings: Settings) -> None:
     configure_logs(settings.log.format, settings.log.level)
     log = structlog.get_logger("router")
     tls = tls_context(settings)
-    try:
-        listener = _listen(settings)
-    except OSError as error:
-        raise ConfigError([_listen_problem(settings, error)]) from error
-    with contextlib.closing(listener):
+    with contextlib.ExitStack() as listeners:
+        listener = listeners.enter_context(contextlib.closing(listen(settings)))
+        admin = listen_for_admin(settings)
+        if admin is not None:
+            listeners.enter_context(contextlib.closing(admin))
         hardware = await asyncio.to_thread(detect_hardware, settings)
         for orphan in await asyncio.to_thread(orphan_reaper.reap_orphans, str(settings.state_directory)):
             log.warning("swept", pid=orphan.pid, instance=orphan.instance, command=orphan.command)
@@ -46,7 +43,7 @@ async def serve(settings: Settings) -> None:
         _refuse_contradictions(settings, hardware, reading.gpus)
         keep_freed_memory()
         async with build(settings, hardware, reading, tls) as router:
-            await router.run(listener)
+            await router.run(listener, admin)
 
 
 def _read_gpus(hardware: Hardware) -> GpusRead:
@@ -60,29 +57,3 @@ def _refuse_contradictions(settings: Settings, hardware: Hardware, gpus: tuple[G
     problems = check_fleet(settings, gpus, instance_plan(settings, hardware.models_directory)).problems
     if problems:
         raise ConfigError(list(problems))
-
-
-def _listen(settings: Settings) -> socket.socket:
-    """A listening socket. It is bound before anything is started, so that a port in use fails at once."""
-    host, port = settings.server.host, settings.server.port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(_LISTEN_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _listen_problem(settings: Settings, error: OSError) -> str:
-    host, port = settings.server.host, settings.server.port
-    if error.errno != errno.EADDRINUSE:
-        return f"server.host, server.port: cannot listen on {host}:{port}: {error.strerror or error}"
-    return (
-        f"server.port: port {port} on {host} is in use, perhaps by the stock Ollama service: free it with "
-        f"`sudo systemctl disable --now ollama`, or use another port: `--port {port + 1}`"
-    )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from router.app.access_keys import has_keys, read_keys
+from router.config.endpoint import TcpAddress, listen_address
 from router.config.settings import ConfigError, Settings
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -34,7 +36,11 @@ def is_writable(directory: Path) -> bool:
 
 def startup_problems(settings: Settings, resolver: Resolver = resolve) -> list[str]:
     """Sentences about what the machine does not have or allow."""
-    problems = [*host_problems(settings, resolver), *state_directory_problems(settings.state_directory)]
+    problems = [
+        *host_problems(settings, resolver),
+        *exposure_problems(settings, resolver),
+        *state_directory_problems(settings.state_directory),
+    ]
     try:
         tls_context(settings)
     except ConfigError as error:
@@ -89,6 +95,32 @@ def host_problems(settings: Settings, resolver: Resolver = resolve) -> list[str]
     except OSError as error:
         return [f"server.host: {host!r} cannot be resolved: {error.strerror or error}"]
     return []
+
+
+def exposure_problems(settings: Settings, resolver: Resolver = resolve) -> list[str]:
+    """Listeners that other machines reach although nothing asks them for a key."""
+    try:
+        if settings.server.allow_anonymous or has_keys(settings):
+            read_keys(settings)
+            return []
+    except ConfigError as error:
+        return error.problems
+    admin = listen_address(settings.admin.listen)
+    listeners = [("server.host", settings.server.host)]
+    listeners += [("admin.listen", admin.host)] if isinstance(admin, TcpAddress) else []
+    return [
+        f"{name}: {host} can be reached from other machines, and there are no access keys: create one with "
+        "`llamayard keys create NAME`, or let everybody in with `server.allow_anonymous: true`"
+        for name, host in listeners
+        if not _is_local(host, resolver)
+    ]
+
+
+def _is_local(host: str, resolver: Resolver) -> bool:
+    try:
+        return all(address.is_loopback for address in resolver(host))
+    except OSError:
+        return True  # it cannot be listened on either
 
 
 def state_directory_problems(path: Path, writable: Callable[[Path], bool] = is_writable) -> list[str]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 
-from router.admission.origin_check import OriginPolicy, Origins, is_loopback, machine_names
-from router.admission.pipeline import admission_pipeline
-from router.api.app import ApiHandlers, ApiServer
+from router.api.app import ApiHandlers
 from router.api.context import ApiContext
+from router.api.management_rules import ManagementRules
+from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
 from router.config.policy import policy_of, warm_models
@@ -26,9 +28,7 @@ from router.control.poller import PollIntervals, StatePoller
 from router.domain.events import FootprintsLoaded, GpusRead, InstanceChanged, LoadMeasured
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec, InstanceState
-from router.domain.model import ModelFacts
 from router.domain.model_names import rule_key
-from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
 from router.engines.base import Engine
 from router.engines.ollama.engine import OllamaEngine
@@ -41,20 +41,15 @@ from router.engines.ollama.instance_plan import (
 )
 from router.gpu.poller import GpuPoller
 from router.gpu.process_owners import OwnedProcessReader
-from router.http1.parser import HEAD_BYTES_MAX
 from router.http1.via import Via
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.model_aliases import substitutes
-from router.llm_api.routes import RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, writes_json
 from router.observability.metrics import FleetMetricsCollector, Metrics
 from router.observability.request_history import RequestHistory
-from router.proxy.context import ProxyContext, Tasks
-from router.proxy.server import ProxyServer
-from router.proxy.upstream_pool import Pool
 from router.scheduler.dispatcher import Dispatcher
 from router.storage.footprint_store import FootprintStore
 from router.supervisor import orphan_reaper
@@ -106,7 +101,8 @@ async def build(
         effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
             metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
-            context = _context(settings, controller, ollama, session, store_lock)
+            management = _management(settings, Path(hardware.models_directory))
+            context = _context(settings, controller, ollama, session, store_lock, management)
             state_poller = StatePoller(
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
@@ -118,10 +114,12 @@ async def build(
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
                 access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
-                api_server, library, proxy = _entrances(settings, context, handlers, access_log, via)
+                entrances = Entrances(settings, context, handlers, access_log, via)
+                api_server, library, proxy = entrances.endpoint()
+                watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(
                     controller, supervisor, state_poller, api_server, proxy, library, tls, context.cutoff,
-                    hardware.title, settings.server.drain_timeout_seconds,
+                    hardware.title, settings.server.drain_timeout_seconds, watcher, entrances.admin(proxy.context),
                 )  # fmt: skip
             finally:
                 if lines is not None:
@@ -175,69 +173,17 @@ def _poll_intervals(settings: Settings) -> PollIntervals:
     return PollIntervals(poll.gpu_seconds, poll.residency_seconds, poll.catalog_seconds)
 
 
-def _library(api_server: ApiServer) -> web.Server:
-    """The aiohttp server for requests that the proxy hands over; the proxy limits headers and idle connections."""
-    return web.Server(
-        api_server.handle,
-        handler_cancellation=True,
-        auto_decompress=False,
-        access_log=None,
-        keepalive_timeout=7 * 86400.0,
-        max_line_size=HEAD_BYTES_MAX,
-        max_field_size=HEAD_BYTES_MAX,
-    )
-
-
-def _entrances(
-    settings: Settings, context: ApiContext, handlers: ApiHandlers, access_log: AccessLog, via: Via
-) -> tuple[ApiServer, web.Server, ProxyServer]:
-    """aiohttp's handler and server, and the raw proxy in front of them: both with the same admission pipeline."""
-    controller, debug_headers = context.controller, settings.server.debug_headers
-    table = RouteTable()
-    pipeline = admission_pipeline(_origins(settings), context.limits, lambda: controller.snapshot().gpus, table, via)
-    api_server = ApiServer(pipeline, handlers.by_kind, access_log, controller.now, debug_headers=debug_headers)
-    library = _library(api_server)
-    proxy_context = ProxyContext(
-        controller=controller,
-        catalog=context.catalog,
-        pool=Pool(context.limits.connect_timeout_seconds, controller.now),
-        request_log=access_log,
-        pipeline=pipeline,
-        limits=context.limits,
-        rules=context.rules,
-        endpoint_support=context.endpoint_support,
-        primary=context.primary,
-        ready_primary=context.ready_primary,
-        find_model=context.find_model,
-        has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
-        debug_headers=debug_headers,
-        make_handler=library,
-        table=table,
-        tasks=Tasks(),
-        via=via,
-    )
-    return api_server, library, ProxyServer(proxy_context)
-
-
-def _has_free_slot(snapshot: Snapshot, facts: ModelFacts) -> bool:
-    return any(
-        replica.blob == facts.blob
-        and not replica.options
-        and replica.state is ResidencyState.READY
-        and replica.in_flight < replica.slots
-        for replica in snapshot.residencies.values()
-    )
-
-
 def _context(
     settings: Settings,
     controller: Controller,
     ollama: OllamaEngine,
     session: aiohttp.ClientSession,
     store_lock: asyncio.Lock,
+    management: ManagementRules,
 ) -> ApiContext:
     limits = RequestLimits(
         max_body_bytes=settings.server.max_body_bytes,
+        max_connections=settings.server.max_connections,
         queue_timeout_seconds=settings.queue.timeout_seconds,
         first_byte_timeout_seconds=settings.stream.first_byte_timeout_seconds,
         idle_timeout_seconds=settings.stream.idle_timeout_seconds,
@@ -257,6 +203,24 @@ def _context(
         endpoint_support=ollama.endpoint_support,
         writing=store_lock,
         removing=removing,
+        management=management,
+    )
+
+
+def _management(settings: Settings, store: Path) -> ManagementRules:
+    def free_bytes() -> int | None:
+        try:
+            return shutil.disk_usage(store).free
+        except OSError:
+            return None
+
+    management = settings.management
+    return ManagementRules(
+        management.pull,
+        management.pull_max_bytes,
+        management.disk_free_min_bytes,
+        management.push,
+        free_bytes,
     )
 
 
@@ -273,11 +237,6 @@ def _rules(settings: Settings, removing: set[str]) -> ModelRules:
         heartbeat_seconds=settings.stream.heartbeat_seconds,
         removing=removing,
     )
-
-
-def _origins(settings: Settings) -> OriginPolicy:
-    names = {*machine_names(), *(name.lower() for name in settings.server.allowed_hosts)}
-    return OriginPolicy(Origins(settings.server.cors_origins), is_loopback(settings.server.host), names)
 
 
 def _supervisor_config(settings: Settings, hardware: Hardware) -> SupervisorConfig:

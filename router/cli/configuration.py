@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from router.config.endpoint import Endpoint, plain_endpoint
+from router.config.endpoint import KEY_VARIABLE, Endpoint, listen_address, plain_endpoint
 from router.config.inputs import ConfigError, find_config, process_environment
 
 if TYPE_CHECKING:
@@ -35,12 +35,13 @@ class ConfigurationInputs:
         return load_settings(self.path, self.environment, self.flags)
 
     def endpoint(self) -> Endpoint:
-        """Where the running router listens. Raises ConfigError."""
-        plain = plain_endpoint(self.path, self.environment, self.flags)
-        if plain is not None:
-            return plain
-        server = self.settings().server
-        return Endpoint(server.host, server.port, server.tls_certificate)
+        """How to reach the running router. Raises ConfigError."""
+        found = plain_endpoint(self.path, self.environment, self.flags)
+        if found is None:
+            settings = self.settings()
+            server, admin = settings.server, listen_address(settings.admin.listen)
+            found = Endpoint(server.host, server.port, server.tls_certificate, admin)
+        return replace(found, key=self.environment.get(KEY_VARIABLE))
 
 
 def inputs_of(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> ConfigurationInputs:

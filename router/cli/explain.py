@@ -16,7 +16,7 @@ from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
 from router.cli.router_client import Refused, RouterClient, StatusError
 from router.cli.status_tables import WIDTH, Column, Row, render_table
-from router.config.settings import ConfigError
+from router.config.inputs import ConfigError
 
 _GIB = 1024**3
 _OUTCOMES = {
@@ -30,12 +30,12 @@ _OUTCOMES = {
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the request would be refused, or the router cannot be asked."""
     try:
-        server = inputs_of(arguments, environment).settings().server
+        endpoint = inputs_of(arguments, environment).endpoint()
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED
     query = {"model": arguments.model} | ({"context": arguments.context} if arguments.context is not None else {})
-    client = RouterClient(server.host, server.port, server.tls_certificate)
+    client = RouterClient(endpoint)
     try:
         document = client.get(f"/llamayard/explain?{urlencode(query)}")
     except (StatusError, Refused) as error:

@@ -26,13 +26,13 @@ _CONTEXT_MIN, _CONTEXT_MAX = 4, 2**24
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the model is not loaded or the router cannot be asked."""
     try:
-        settings = inputs_of(arguments, environment).settings()
+        inputs = inputs_of(arguments, environment)
+        settings, endpoint = inputs.settings(), inputs.endpoint()
         tokens = _tokens(arguments.context)
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED
-    server = settings.server
-    client = RouterClient(server.host, server.port, server.tls_certificate)
+    client = RouterClient(endpoint)
     try:
         loaded = _load(client, arguments.model, tokens, settings)
     except (StatusError, Refused) as error:

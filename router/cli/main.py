@@ -44,6 +44,8 @@ def _discard_output(stream: TextIO) -> None:
 def _run(arguments: list[str], environment: Mapping[str, str] | None) -> int:
     if arguments[:1] == ["simulate"]:  # it has its own parser
         return _simulate(arguments[1:])
+    if arguments[:1] == ["keys"]:
+        return _keys(arguments[1:], environment)
     if arguments[:1] == ["plan"]:
         return _plan(arguments[1:], environment)
     parsed = _parser().parse_args(arguments)
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--verbose", action="store_true", help="say of every check why it matters")
     doctor.add_argument("--json", action="store_true", help="print the result as JSON")
     doctor.set_defaults(run=_doctor)
+    commands.add_parser("keys", help="create, list, revoke and rotate access keys")
     commands.add_parser("plan", help="show what models take on GPUs, and whether they fit")
     commands.add_parser("simulate", help="compare the router with stock servers on SIMULATED GPUs")
     version = commands.add_parser("version", help="print the version")
@@ -188,6 +191,12 @@ def _doctor(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     from router.cli import doctor
 
     return doctor.run(arguments, environment)
+
+
+def _keys(arguments: list[str], environment: Mapping[str, str] | None) -> int:
+    from router.cli import keys
+
+    return keys.main(arguments, environment)
 
 
 def _plan(arguments: list[str], environment: Mapping[str, str] | None) -> int:

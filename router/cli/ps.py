@@ -12,7 +12,7 @@ from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
 from router.cli.loaded_models import GIB, loaded_models
 from router.cli.router_client import Refused, RouterClient, StatusError
 from router.cli.status_tables import Column, Row, render_table
-from router.config.settings import ConfigError
+from router.config.inputs import ConfigError
 
 _MINUTE, _HOUR = 60.0, 3600.0
 
@@ -20,12 +20,12 @@ _MINUTE, _HOUR = 60.0, 3600.0
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the router cannot be asked."""
     try:
-        server = inputs_of(arguments, environment).settings().server
+        endpoint = inputs_of(arguments, environment).endpoint()
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED
     try:
-        status = RouterClient(server.host, server.port, server.tls_certificate).get("/llamayard/status")
+        status = RouterClient(endpoint).get("/llamayard/status")
     except (StatusError, Refused) as error:
         print_problems([str(error)])
         return EXIT_FAILED

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
+from router.config.endpoint import KEY_VARIABLE, Endpoint, UnixAddress
+
 TIMEOUT_SECONDS = 10.0
+_ADMIN_PATHS = ("/llamayard/", "/metrics")
 _ELSEWHERE = "if the router listens elsewhere, add --port, --host, or the --config that it was started with"
 
 
@@ -26,12 +30,23 @@ class Refused(Exception):
         self.status = status
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_seconds: float) -> None:
+        super().__init__("localhost", timeout=timeout_seconds)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
 class RouterClient:
     """One router. With a certificate over TLS, trusting only that one."""
 
-    def __init__(self, host: str, port: int, certificate: Path | None = None) -> None:
-        self._host, self._port, self._certificate = _reachable(host), port, certificate
-        self._address = f"{self._host}:{port}"
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._address = f"{_reachable(endpoint.host)}:{endpoint.port}"
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path that only llamayard has. Errors as `call`."""
@@ -72,18 +87,22 @@ class RouterClient:
             message = fields.get("error")
             if not isinstance(message, str):
                 raise self._foreign(status, route)
+            if status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
+                message = f"{message} ({KEY_VARIABLE}; `llamayard keys create NAME --class admin`)"
             raise Refused(message, status)
         return fields, headers
 
     def _exchange(
         self, method: str, path: str, body: object, timeout_seconds: float
     ) -> tuple[int, Mapping[str, str], bytes]:
-        headers = {"Host": f"localhost:{self._port}"}
+        headers = {"Host": f"localhost:{self._endpoint.port}"}
+        if self._endpoint.key:
+            headers["Authorization"] = f"Bearer {self._endpoint.key}"
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
         try:
-            with closing(self._connection(timeout_seconds)) as connection:
+            with closing(self._connection(path, timeout_seconds)) as connection:
                 connection.request(method, path, body=payload, headers=headers)
                 reply = connection.getresponse()
                 names = {name.lower(): value for name, value in reply.getheaders()}
@@ -94,12 +113,20 @@ class RouterClient:
                 f"no answer from {self._address} ({reason}): is `llamayard serve` running? {_ELSEWHERE}"
             ) from error
 
-    def _connection(self, timeout_seconds: float) -> http.client.HTTPConnection:
-        if self._certificate is None:
-            return http.client.HTTPConnection(self._host, self._port, timeout=timeout_seconds)
-        context = ssl.create_default_context(cafile=str(self._certificate))
+    def _connection(self, path: str, timeout_seconds: float) -> http.client.HTTPConnection:
+        endpoint, certificate = self._endpoint, self._endpoint.tls_certificate
+        if endpoint.admin is not None and path.startswith(_ADMIN_PATHS):
+            if isinstance(endpoint.admin, UnixAddress):
+                return _UnixConnection(endpoint.admin.path, timeout_seconds)
+            return http.client.HTTPConnection(
+                _reachable(endpoint.admin.host), endpoint.admin.port, timeout=timeout_seconds
+            )
+        host, port = _reachable(endpoint.host), endpoint.port
+        if certificate is None:
+            return http.client.HTTPConnection(host, port, timeout=timeout_seconds)
+        context = ssl.create_default_context(cafile=str(certificate))
         context.check_hostname = False  # the address is used, which a certificate rarely contains
-        return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_seconds, context=context)
+        return http.client.HTTPSConnection(host, port, timeout=timeout_seconds, context=context)
 
     def _foreign(self, status: int, route: str) -> StatusError:
         return StatusError(

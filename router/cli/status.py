@@ -9,13 +9,13 @@ import argparse
 import json
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
 from router.cli.router_client import Refused, RouterClient, StatusError
 from router.cli.status_tables import render_status
+from router.config.endpoint import Endpoint
 from router.config.inputs import ConfigError
 from router.config.parsing import duration_seconds
 
@@ -25,14 +25,14 @@ _CLEAR_SCREEN = "\x1b[H\x1b[2J"
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the status cannot be read."""
     try:
-        server = inputs_of(arguments, environment).endpoint()
+        endpoint = inputs_of(arguments, environment).endpoint()
         watch_seconds = _watch_seconds(arguments.watch)
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED
 
     def read() -> str:
-        document = fetch_status(server.host, server.port, server.tls_certificate)
+        document = fetch_status(endpoint)
         return json.dumps(document, indent=2) if arguments.json else render_status(document)
 
     if watch_seconds is not None:
@@ -70,13 +70,13 @@ def watch(read: Callable[[], str], pause: Callable[[], object], clear: str) -> N
         pause()
 
 
-def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[str, Any]:
-    """The status document of the router at that address; with a certificate over TLS, trusting only that one.
+def fetch_status(endpoint: Endpoint) -> dict[str, Any]:
+    """The status document of the router there.
 
     Raises:
-        StatusError: no answer within ten seconds, or the server is not llamayard.
+        StatusError: no answer within ten seconds, no access, or the server is not llamayard.
     """
     try:
-        return RouterClient(host, port, certificate).get("/llamayard/status")
+        return RouterClient(endpoint).get("/llamayard/status")
     except Refused as error:
         raise StatusError(f"the router refuses: {error}") from error

@@ -16,7 +16,7 @@ from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
 from router.cli.loaded_models import is_kept_warm, loaded_models, rows_of, where
 from router.cli.router_client import Refused, RouterClient, StatusError
-from router.config.settings import ConfigError
+from router.config.inputs import ConfigError
 
 _WAIT_SECONDS = 30.0
 """For idle replicas to leave; an unload takes a second or two."""
@@ -26,11 +26,11 @@ _POLL_SECONDS = 0.3
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if a replica stays, or the router cannot be asked."""
     try:
-        server = inputs_of(arguments, environment).settings().server
+        endpoint = inputs_of(arguments, environment).endpoint()
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED
-    client = RouterClient(server.host, server.port, server.tls_certificate)
+    client = RouterClient(endpoint)
     never = threading.Event()
     try:
         result = unload(client, arguments.model, lambda: never.wait(_POLL_SECONDS), time.monotonic)

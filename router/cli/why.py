@@ -16,17 +16,17 @@ from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
 from router.cli.router_client import Refused, RouterClient, StatusError
 from router.cli.status_tables import WIDTH
-from router.config.settings import ConfigError
+from router.config.inputs import ConfigError
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the router does not remember the request or cannot be asked."""
     try:
-        server = inputs_of(arguments, environment).settings().server
+        endpoint = inputs_of(arguments, environment).endpoint()
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED
-    client = RouterClient(server.host, server.port, server.tls_certificate)
+    client = RouterClient(endpoint)
     try:
         document = client.get(f"/llamayard/why?{urlencode({'request_id': arguments.request_id})}")
     except (StatusError, Refused) as error:

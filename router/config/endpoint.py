@@ -14,16 +14,44 @@ from router.config.inputs import ENVIRONMENT_PREFIX, ConfigError, absolute, home
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 11434
+KEY_VARIABLE = f"{ENVIRONMENT_PREFIX}API_KEY"
+"""The environment variable with the access key for commands that ask the router."""
+_UNIX_PREFIX = "unix:"
 _KEYS = ("host", "port", "tls_certificate")
 
 
 @dataclass(frozen=True, slots=True)
+class TcpAddress:
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    path: Path
+
+
+def listen_address(text: str | None) -> TcpAddress | UnixAddress | None:
+    """`127.0.0.1:9000`, `[::1]:9000` and `unix:/run/x.sock`, as `admin.listen` accepts them."""
+    if text is None:
+        return None
+    if text.startswith(_UNIX_PREFIX):
+        return UnixAddress(Path(text.removeprefix(_UNIX_PREFIX)))
+    host, _, port = text.rpartition(":")
+    return TcpAddress(host.strip("[]"), int(port))
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The address and certificate of the router's listener."""
+    """How to reach the running router."""
 
     host: str
     port: int
     tls_certificate: Path | None
+    admin: TcpAddress | UnixAddress | None = None
+    """Where metrics and status have a listener of their own."""
+    key: str | None = None
+    """The access key to use."""
 
 
 def plain_endpoint(config: Path | None, environment: Mapping[str, str], flags: Mapping[str, object]) -> Endpoint | None:
@@ -44,8 +72,11 @@ def _values(
 ) -> dict[str, object] | None:
     """The keys of `server` that are set, by their last part."""
     try:
-        section: object = (read_yaml(config) if config is not None else {}).get("server") or {}
+        tree = read_yaml(config) if config is not None else {}
     except ConfigError:
+        return None
+    section: object = tree.get("server") or {}
+    if tree.get("admin"):
         return None
     if not isinstance(section, dict) or flags.keys() - {f"server.{key}" for key in _KEYS}:
         return None
@@ -54,8 +85,8 @@ def _values(
     values = {key: in_file[key] for key in _KEYS if in_file.get(key) is not None}
     for name, text in environment.items():
         key = _key_of(name)
-        if key == "server" or key in values_by_variable:
-            return None  # all at once, or in two spellings
+        if key == "server" or key in values_by_variable or key.partition(".")[0] == "admin":
+            return None  # all at once, in two spellings, or on a listener of its own
         if key.startswith("server.") and key[7:] in _KEYS:
             values_by_variable[key] = text
     values |= {key.removeprefix("server."): value for key, value in values_by_variable.items()}

@@ -16,9 +16,10 @@ from yaml.constructor import ConstructorError
 ENVIRONMENT_PREFIX = "LLAMAYARD_"
 NOT_SETTINGS = frozenset(
     f"{ENVIRONMENT_PREFIX}{name}"
-    for name in ("INSTANCE", "STATE", "RIG_DIR", "RIG_VERSION", "RIG_SPEED", "TEST_OLLAMA")
+    for name in ("API_KEY", "INSTANCE", "STATE", "RIG_DIR", "RIG_VERSION", "RIG_SPEED", "TEST_OLLAMA")
 )
-"""Variables that have the prefix but are no settings: set for child processes, or read by the emulator or tests."""
+"""Variables that have the prefix but are no settings: set for child processes, or read by commands, the
+emulator or tests."""
 
 Tree = dict[str, Any]
 

@@ -10,6 +10,7 @@ from router.domain.keep_alive import parse_go_duration, parse_keep_alive
 
 INSTANCE_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 URL_PATTERN = r"^https?://[^/\s]+$"
+LISTEN_PATTERN = r"^(unix:/.+|\[[0-9A-Fa-f:.]+\]:\d{1,5}|[^:/\s]+:\d{1,5})$"
 """Without a path."""
 DURATION_PATTERN = r"^\s*\+?(\d+(\.\d+)?|(\d*\.?\d+(ns|us|µs|μs|ms|s|m|h))+)\s*$"
 """A number of seconds, or a duration as Go writes it, as an ECMAScript regular expression for the JSON Schema."""

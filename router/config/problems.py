@@ -10,11 +10,12 @@ from pydantic_core import ErrorDetails
 
 from router.config.inputs import ENVIRONMENT_PREFIX
 from router.config.keys import RENAMED_KEYS, Bounds, bounds_at, nearest_key
-from router.config.parsing import INSTANCE_NAME_PATTERN, URL_PATTERN
+from router.config.parsing import INSTANCE_NAME_PATTERN, LISTEN_PATTERN, URL_PATTERN
 
 _PATTERN_HINTS = {
     URL_PATTERN: "write it as http://HOST:PORT, without a path",
     INSTANCE_NAME_PATTERN: "use letters, digits, `_`, `.` and `-`, starting with a letter or digit",
+    LISTEN_PATTERN: "write HOST:PORT, [IPV6]:PORT or unix:/PATH",
 }
 """Pattern of a field -> what to write."""
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
@@ -26,6 +27,7 @@ from router.config.parsing import (
     BYTES_PATTERN,
     DURATION_PATTERN,
     INSTANCE_NAME_PATTERN,
+    LISTEN_PATTERN,
     URL_PATTERN,
     duration_seconds,
     keep_alive_seconds,
@@ -131,13 +133,27 @@ class ServerSettings(_Section):
     host: str = Field(
         default=DEFAULT_HOST,
         min_length=1,
-        description="Address to listen on; by default this machine only, because Ollama's API has no authentication.",
+        description="Address to listen on; by default this machine only. Others need access keys, see allow_anonymous.",
     )
     port: int = Field(
         default=DEFAULT_PORT,
         ge=0,
         le=65535,
         description="Port to listen on; Ollama's default, so that clients need no change.",
+    )
+    allow_anonymous: bool = Field(
+        default=False,
+        description="Lets everybody who reaches the port use models without an access key. Without keys it is needed "
+        "to listen on other addresses than loopback; where there are keys, management and admin still need one.",
+    )
+    keys_file: Path | None = Field(
+        default=None,
+        description="File of the access keys, which `llamayard keys` changes; unset: keys.json in state_directory. If "
+        "it exists, requests need a key; changes apply within two seconds.",
+    )
+    trusted_proxies: TextList = Field(
+        default=(),
+        description="Addresses and networks of reverse proxies whose X-Forwarded-For and -Host headers are believed.",
     )
     cors_origins: TextList = Field(
         default=LOCAL_ORIGINS,
@@ -152,6 +168,12 @@ class ServerSettings(_Section):
         default=256 * 1024**2,
         description="Largest request body, images included; it is held in memory. Blob uploads are streamed and "
         "not limited.",
+    )
+    max_connections: int = Field(
+        default=8192,
+        ge=1,
+        le=1_000_000,
+        description="Most connections of clients at a time; further ones get 503 and are closed.",
     )
     head_timeout_seconds: Seconds = Field(default=30.0, description="Longest time to receive a request's headers.")
     body_timeout_seconds: Seconds = Field(
@@ -193,6 +215,46 @@ class ServerSettings(_Section):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("set both tls_certificate and tls_key, or neither")
         return self
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _names_networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for text in proxies:
+            try:
+                ip_network(text.strip(), strict=False)
+            except ValueError as error:
+                raise ValueError(f"{text!r} is no address or network; write 10.0.0.7 or 10.0.0.0/8") from error
+        return proxies
+
+
+class AdminSettings(_Section):
+    """Metrics and status: `/metrics` and `/llamayard/...`."""
+
+    listen: str | None = Field(
+        default=None,
+        pattern=LISTEN_PATTERN,
+        description="A listener of their own: HOST:PORT, or unix: and the path of a socket; the endpoint then has them "
+        "no longer. On loopback and on a socket they need no access key.",
+    )
+
+
+class ManagementSettings(_Section):
+    """What clients may do to the model store."""
+
+    pull: TextList = Field(
+        default=("registry.ollama.ai/*", "hf.co/*", "huggingface.co/*"),
+        description="Models that may be pulled, by whole name with `*` as wildcard. Servers connect to the registry "
+        "that a name names, so a wider list lets clients make them connect to any address.",
+    )
+    pull_max_bytes: Bytes | None = Field(
+        default=None, description="Largest model that may be pulled; a larger one is broken off when its size is known."
+    )
+    disk_free_min_bytes: Bytes = Field(
+        default=1024**3,
+        description="Space that pulls and uploads leave free on the disk of the model store; they are refused or "
+        "broken off before.",
+    )
+    push: bool = Field(default=False, description="Allows models to be pushed to a registry.")
 
 
 class OllamaSettings(_Section):

@@ -25,9 +25,11 @@ from router.config.inputs import (
 from router.config.problems import explain
 from router.config.schema import (
     RESERVED_VARIABLES,
+    AdminSettings,
     FallbackSettings,
     InstanceSettings,
     LogSettings,
+    ManagementSettings,
     ModelSettings,
     OllamaSettings,
     PlacementSettings,
@@ -61,6 +63,8 @@ class Settings(BaseSettings):
     """Sources that are read after the arguments of the class, highest priority first."""
 
     server: ServerSettings = Field(default_factory=ServerSettings)
+    admin: AdminSettings = Field(default_factory=AdminSettings)
+    management: ManagementSettings = Field(default_factory=ManagementSettings)
     ollama: OllamaSettings = Field(default_factory=OllamaSettings)
     instances: tuple[InstanceSettings, ...] = Field(
         default=(),
@@ -236,6 +240,7 @@ def _with_home(loaded: Settings, environment: Mapping[str, str]) -> Settings:
             update={
                 "tls_certificate": server.tls_certificate and absolute(server.tls_certificate, home),
                 "tls_key": server.tls_key and absolute(server.tls_key, home),
+                "keys_file": server.keys_file and absolute(server.keys_file, home),
             }
         ),
         "ollama": ollama.model_copy(

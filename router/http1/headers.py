@@ -32,6 +32,8 @@ _NOT_FORWARDED = frozenset(
     (
         b"host",
         b"content-length",
+        b"authorization",  # the router's own keys; Ollama has no authentication
+        b"x-api-key",
         b"expect",  # handled by the proxy, which reads the body before forwarding it
         b"origin",  # checked by the proxy against its own list, not the server's
         b"access-control-request-method",

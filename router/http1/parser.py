@@ -193,6 +193,10 @@ class RequestHead(_Head):
         value = self._values.get(name)
         return None if value is None else value.decode("latin-1")
 
+    def texts(self, name: str) -> list[str]:
+        """All values of a header in their order; `name` in lower case."""
+        return [value.decode("latin-1") for key, value in self.headers if _lower(key) == name]
+
     def _validate(self, parser: Any) -> None:
         version = parser.get_http_version()
         if version != "1.1":

@@ -31,7 +31,12 @@ SSE = "text/event-stream"
 CODE_HEADER = "X-Llamayard-Error"
 """Carries the stable error code, for which Ollama's own shape has no field."""
 
-_OPENAI_TYPES: Mapping[int, str] = {400: "invalid_request_error", 404: "not_found_error"}
+_OPENAI_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 _ANTHROPIC_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -41,7 +46,8 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
     503: "overloaded_error",
     529: "overloaded_error",
 }
-"""As openai.NewError and anthropic.NewError have them; any other status is an `api_error`."""
+"""As openai.NewError and anthropic.NewError have them, and for 401 and 429 OpenAI; any other status is an
+`api_error`."""
 
 _READING_STATUSES = frozenset((400, 413, 415))
 """Statuses of errors from reading the body. For these Ollama's `/v1/*` names a charset and ends without a newline; for
@@ -65,6 +71,7 @@ def error_reply(api: Api, error: RouterError, request_id: str | None = None) -> 
     headers = [("Content-Type", content_type), (CODE_HEADER, error.code)]
     if error.retry_after_seconds is not None:
         headers.append(("Retry-After", str(error.retry_after_seconds)))
+    headers += error.headers.items()
     body = _json(_content(api, error, request_id))
     return LocalResponse(error.status, tuple(headers), body if is_reading_error else body + b"\n")
 

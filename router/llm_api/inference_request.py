@@ -31,6 +31,7 @@ from datetime import datetime
 
 import msgspec
 
+from router.domain.access_key import AccessKey
 from router.domain.actions import Grant
 from router.domain.client_identity import ClientIdentity
 from router.domain.keep_alive import parse_keep_alive
@@ -79,6 +80,8 @@ _TEXT_BYTES_PER_TOKEN = 10 / 3
 """Of a prompt's JSON, so that a prompt is rather taken to be longer than it is: English prose has 4 to 5, source 3."""
 _OUTPUT_TOKENS = 1024
 """Expected at most, whatever a request allows: many allow as much as the model can."""
+_USUAL_OUTPUT_TOKENS = 256
+"""Expected of a request that does not limit its output."""
 _SPECIAL_TOKENS = 8
 """A token is at least a byte of text, except for these, which a tokenizer adds at both ends."""
 _KEEPS_CONTEXT: Set[str] = frozenset(("queue_full", "wait_timeout", "shutting_down"))
@@ -168,8 +171,14 @@ class InferenceRequest(msgspec.Struct):
 
         Raises:
             BadRequest: its `keep_alive` is not a duration.
+            Forbidden: its key may not unload models.
         """
-        return self.parsed.is_load_only and _keep_alive_of(self.parsed) == 0
+        if not (self.parsed.is_load_only and _keep_alive_of(self.parsed) == 0):
+            return False
+        key = self.client_identity.key
+        if key is not None and not key.may_unload:
+            raise Forbidden(f"keep_alive: key '{key.name}' may not unload models (keep_alive_seconds_min)")
+        return True
 
     def refused_option(self) -> str | None:
         """The server's message about a runner option whose type it refuses; None where it accepts all of them.
@@ -185,14 +194,18 @@ class InferenceRequest(msgspec.Struct):
 
         Raises:
             BadRequest: its `keep_alive` is not a duration; in the server's words.
+            Forbidden: its key does not allow the context that it names.
             ModelNotFound: the model is being deleted.
         """
         rules, parsed = self.rules, self.parsed
         if facts.name in rules.removing:
             raise ModelNotFound(f"model '{self.requested_model}' not found: it is being deleted")
         protected = rules.protects(facts)
+        self._check_context()
         options = runner_options(facts, parsed.options, rules.default_context_length)
-        keep_alive_seconds = _keep_alive_of(parsed)
+        key, keep_alive_seconds = self.client_identity.key, _keep_alive_of(parsed)
+        if key is not None:
+            keep_alive_seconds = key.bounded_keep_alive(keep_alive_seconds)
         dropped = [name for name in PLACEMENT_OPTIONS if name in parsed.options] if protected else []
         for name in dropped:
             self.body = remove_nested(self.body, "options", name)
@@ -238,10 +251,25 @@ class InferenceRequest(msgspec.Struct):
             return _NO_LIMIT, 0
         pinned = rules.context_lengths.get(canonical(facts.name)) if rules.context_lengths else None
         context = pinned or requested_context(options) or rules.default_context_length
-        trained = facts.context_length or context
-        most = trained if rules.context_length_max is None else min(trained, rules.context_length_max)
+        trained, key = facts.context_length or context, self.client_identity.key
+        bounds = (rules.context_length_max, None if key is None else key.context_length_max)
+        most = min([trained, *(bound for bound in bounds if bound is not None)])
         is_fixed = pinned is not None or sets_context(facts) or not protected or most <= context
         return int(min(context, trained) * _TEXT_BYTES_PER_TOKEN), 0 if is_fixed else most
+
+    def _check_context(self) -> None:
+        """
+        Raises:
+            Forbidden: it names a larger context than its key allows.
+        """
+        key, asked = self.client_identity.key, self.parsed.options.get("num_ctx")
+        if key is None or key.context_length_max is None or not isinstance(asked, int | float):
+            return
+        if asked > key.context_length_max:
+            raise Forbidden(
+                f"options.num_ctx: key '{key.name}' may use at most {key.context_length_max} tokens of context, "
+                f"not {asked:g}"
+            )
 
     def _is_truncated(self, facts: ModelFacts) -> bool:
         """Whether a text to be embedded might be longer than the context that the request itself names.
@@ -349,6 +377,15 @@ class InferenceRequest(msgspec.Struct):
             request_id=request_id,
         )
 
+    def estimated_tokens(self) -> tuple[int, int]:
+        """Tokens of its prompt and of its output, by the prompt's text and the output that it allows."""
+        output_tokens = self.parsed.output_tokens_max
+        if self.path not in _GENERATING:
+            output_tokens = 0
+        elif output_tokens is None or output_tokens < 0:
+            output_tokens = _USUAL_OUTPUT_TOKENS
+        return self.parsed.prompt_bytes // BYTES_PER_TOKEN, min(output_tokens, _OUTPUT_TOKENS)
+
     def fingerprints(self) -> tuple[int, ...]:
         """Of the beginning of its prompt."""
         return fingerprints_of(self.path, self.body)
@@ -374,7 +411,12 @@ class InferenceRequest(msgspec.Struct):
         """
         if len(self.tried_models) == 1 and self.error is None:
             self.error = error
-        fallback = self.rules.substitutes.fallback_for(self.requested_model, [*self.tried_models, self.model], code)
+        key, fallback_for = self.client_identity.key, self.rules.substitutes.fallback_for
+        passed_over = [*self.tried_models, self.model]
+        fallback = fallback_for(self.requested_model, passed_over, code)
+        while fallback is not None and key is not None and not key.allows_model(fallback):
+            passed_over.append(fallback)
+            fallback = fallback_for(self.requested_model, passed_over, code)
         if fallback is None or (is_cloud(fallback) and not self.rules.cloud):
             return False
         self.substitute(fallback)
@@ -424,6 +466,7 @@ def read_request(
         tried_models=(model,),
     )
     if not model:
+        refuse_model(client_identity.key, model)
         return request
     if not _only_unloads(request):  # otherwise the response is immediate
         request.heartbeat = heartbeat_for(path, parsed, header, rules.heartbeat_seconds)
@@ -431,6 +474,7 @@ def read_request(
     if target is not None:
         request.substitute(target)
     refuse_cloud(request.model, cloud=rules.cloud)
+    refuse_model(client_identity.key, request.model)
     return request
 
 
@@ -455,6 +499,19 @@ def refuse_cloud(model: str, *, cloud: bool) -> None:
         raise Forbidden(
             f"ollama cloud is disabled: {model!r} would run on ollama.com with the server's own account (ollama.cloud)"
         )
+
+
+def refuse_model(key: AccessKey | None, model: str) -> None:
+    """`model`: "" where none can be read.
+
+    Raises:
+        Forbidden: the key is not for this model.
+    """
+    if key is None or key.sees_all_models or (model and key.allows_model(model)):
+        return
+    if not model:
+        raise Forbidden(f"key '{key.name}' is for some models only, and the request names none that can be read")
+    raise Forbidden(f"key '{key.name}' may not use model '{model}'")
 
 
 def unload_reply(path: str, model: str, now: datetime) -> dict[str, object]:
@@ -488,7 +545,7 @@ def _parse(path: str, content_type: str, body: bytes) -> ParsedBody:
 def _only_unloads(request: InferenceRequest) -> bool:
     try:
         return request.only_unloads()
-    except BadRequest:
+    except RouterError:
         return False
 
 

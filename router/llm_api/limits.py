@@ -18,6 +18,8 @@ class RequestLimits:
     """From the last byte of the request to the first byte of the instance's reply."""
     idle_timeout_seconds: float
     """Between two pieces of a reply."""
+    max_connections: int = 8192
+    """Of clients, for each listener."""
     connect_timeout_seconds: float = 5.0
     """For a new connection to an instance."""
     head_timeout_seconds: float = 30.0

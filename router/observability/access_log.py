@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from router.llm_api.stream_end import tokens_of
+from router.llm_api.stream_end import Tokens, tokens_of
 from router.observability.metrics import Metrics
 from router.observability.request_record import RequestRecord
 
@@ -15,6 +15,7 @@ _PROBES = frozenset({"/", "/health", "/ready", "/metrics"})
 """Routes that monitors and load balancers request every few seconds."""
 _PROBE_RESULTS = frozenset({200, 503})
 _ERROR_STATUS = 400
+_CLIENT_GONE = 499
 
 WriteLine = Callable[[str, dict[str, object]], None]
 """Takes a level and the values of one line, of which `event` is its name."""
@@ -57,6 +58,8 @@ class AccessLog:
             "status": status,
             "duration_seconds": round(duration_seconds, 6),
         }
+        if record.key is not None:
+            values["key"] = record.key.name
         if record.model:
             values["model"] = record.model
         if record.error_code:
@@ -67,6 +70,7 @@ class AccessLog:
         instance, granted_at, first_byte_at = record.instance, record.granted_at, record.first_byte_at
         model = self._model_label(record.model) if instance is not None else ""
         tally.record_response(record.route, model, status)
+        tokens: Tokens | None = None
         if instance is not None and granted_at is not None:
             queue_seconds = granted_at - arrived_at
             values["instance"] = instance
@@ -89,3 +93,15 @@ class AccessLog:
         if record.route in _PROBES and status in _PROBE_RESULTS:
             level = "debug"  # a probe with an ordinary result
         self._write(level, values)
+        if record.key is not None:
+            self._count_for_key(record, record.key.name, status, tokens)
+
+    def _count_for_key(self, record: RequestRecord, key: str, status: int, tokens: Tokens | None) -> None:
+        """Charges what the answer reports. A request that failed costs nothing; one that was cut off, what it got."""
+        prompt, output = 0, 0
+        if record.first_byte_at is not None and (status < _ERROR_STATUS or status == _CLIENT_GONE):
+            reported = tokens or tokens_of(record.tail)
+            prompt, output = reported.prompt, record.chunks if reported.output is None else reported.output
+        self._tally.record_key(key, status, prompt or 0, output)
+        if record.charge is not None:
+            record.charge.settle(prompt, output)

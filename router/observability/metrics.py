@@ -1,7 +1,7 @@
 """Prometheus metrics, named `llamayard_` plus the names that vLLM and OpenTelemetry use.
 
 Durations are in seconds, sizes in bytes, and counters end in `_total`. The number of `model` label values is bounded:
-after `_MODEL_NAMES_MAX` names, further models are counted as "other".
+after `_MODEL_NAMES_MAX` names, further models are counted as "other". The same holds for `key`, an access key's name.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ STREAM_ERROR_CODES = tuple(
 """What can end a stream after its first byte."""
 LOAD_OUTCOMES = ("loaded", "failed", "spilled")
 _MODEL_NAMES_MAX = 1000
+_KEY_NAMES_MAX = 1000
 _GPU_LABELS = ("gpu", "index", "name")
 
 
@@ -148,6 +149,16 @@ _REQUEST_HISTOGRAMS: tuple[tuple[str, str, Callable[[_ModelHistograms], _Histogr
 """Metric name, help text, and where to find the histogram."""
 
 
+class _KeyCounts:
+    """What requests with one access key came to."""
+
+    __slots__ = ("output_tokens", "prompt_tokens", "statuses")
+
+    def __init__(self) -> None:
+        self.statuses: dict[int, int] = {}
+        self.prompt_tokens = self.output_tokens = 0
+
+
 class RequestMetrics(Collector):
     """Per-request counts, kept as plain numbers and turned into metrics only when scraped.
 
@@ -163,6 +174,8 @@ class RequestMetrics(Collector):
         """By model and token type."""
         self._histograms: dict[str, _ModelHistograms] = {}
         """By model."""
+        self._keys: dict[str, _KeyCounts] = {}
+        """By the name of the access key."""
 
     def record_response(self, route: str, model: str, status: int) -> None:
         """Counts a request that was answered, by a server or by the router itself."""
@@ -188,7 +201,31 @@ class RequestMetrics(Collector):
     def _count_tokens(self, model: str, kind: str, count: int) -> None:
         self._tokens[model, kind] = self._tokens.get((model, kind), 0) + count
 
+    def record_key(self, key: str, status: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Counts a request with an access key, and the tokens that it is charged."""
+        counts = self._keys.get(key)
+        if counts is None:
+            label = key if len(self._keys) < _KEY_NAMES_MAX else "other"
+            counts = self._keys.setdefault(label, _KeyCounts())
+        counts.statuses[status] = counts.statuses.get(status, 0) + 1
+        counts.prompt_tokens += prompt_tokens
+        counts.output_tokens += output_tokens
+
+    def _key_families(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "llamayard_key_requests", "Requests with an access key.", labels=("key", "status")
+        )
+        tokens = CounterMetricFamily("llamayard_key_tokens", "Tokens charged to access keys.", labels=("key", "type"))
+        for key, counts in self._keys.items():
+            for status, count in counts.statuses.items():
+                requests.add_metric((key, str(status)), float(count))
+            tokens.add_metric((key, "prompt"), float(counts.prompt_tokens))
+            tokens.add_metric((key, "generation"), float(counts.output_tokens))
+        yield requests
+        yield tokens
+
     def collect(self) -> Iterable[Metric]:
+        yield from self._key_families()
         responses = CounterMetricFamily("llamayard_requests", "Requests answered.", labels=("route", "model", "status"))
         for labels, count in self._responses.items():
             responses.add_metric(labels, float(count))

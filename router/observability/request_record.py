@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import msgspec
 
+from router.domain.access_key import AccessKey
 from router.domain.actions import Grant
 from router.domain.instance import InstanceName
 from router.errors import BadRequest, Forbidden, ModelNotFound
@@ -19,6 +21,22 @@ CLIENT_GONE = 499
 _UNROUTED_CODES: Mapping[int, str] = {400: BadRequest.code, 404: ModelNotFound.code}
 
 
+class Charge(Protocol):
+    """What a request takes of its access key's limits."""
+
+    def reserve(self, prompt_tokens: int, output_tokens: int) -> None:
+        """Reserves an estimate, once. Raises RateLimited."""
+        ...
+
+    def settle(self, prompt_tokens: int | None, output_tokens: int) -> None:
+        """The request has ended. `prompt_tokens`: None if the answer does not say; then the estimate counts."""
+        ...
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*`."""
+        ...
+
+
 class RequestRecord(msgspec.Struct):
     """Filled in while the request is processed. Times are seconds on the controller's clock."""
 
@@ -29,6 +47,12 @@ class RequestRecord(msgspec.Struct):
     arrived_at: float
     wants_reason: bool = False
     """Whether the response says why its instance was chosen."""
+    key: AccessKey | None = None
+    """The access key that it presents."""
+    charge: Charge | None = None
+    """Set if the key has limits."""
+    hides_details: bool = False
+    """Whether the request has no key where keys are on."""
     model: str = ""
     instance: InstanceName | None = None
     granted_at: float | None = None
@@ -70,6 +94,8 @@ class RequestRecord(msgspec.Struct):
             headers.update(self.cors_headers)
         if self.substitution_headers:
             headers.update(self.substitution_headers)
+        if self.charge is not None and self.route.startswith("/v1/"):
+            headers.update(self.charge.headers())
         if grant is not None:
             headers["X-Llamayard-Instance"] = grant.instance
             if self.wants_reason:

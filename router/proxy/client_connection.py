@@ -30,10 +30,12 @@ from typing import Final, cast
 
 import structlog
 
-from router.errors import RouterError, WaitTimeout
+from router.domain.access_key import UNLIMITED
+from router.errors import QueueFull, RouterError, WaitTimeout
 from router.http1.body_framing import FramingError
 from router.http1.parser import HeadError, RequestHead
 from router.http1.response_writer import CONTINUE, LocalResponse, whole_response
+from router.llm_api.errors import CODE_HEADER
 from router.observability.request_record import RequestRecord
 from router.proxy.aiohttp_bridge import AiohttpBridge
 from router.proxy.body_deadline import BodyDeadline
@@ -53,6 +55,7 @@ _UPLOADS: Final = b"/api/blobs/"
 
 HEAD, BODY, BUSY, BRIDGED, LINGER = range(5)
 _NEVER: Final = float("inf")
+_TOO_MANY_CONNECTIONS: Final = b"server busy: too many connections (server.max_connections)"
 
 
 class ClientConnection(asyncio.Protocol):
@@ -103,6 +106,15 @@ class ClientConnection(asyncio.Protocol):
         self._peer = str(cast("tuple[object, ...]", peer)[0]) if isinstance(peer, tuple) else ""
         self._due = self._context.controller.now() + self._context.limits.connection_timeout_seconds
         self._listener.opened(self)
+        if self._listener.is_full:
+            headers = (
+                ("Content-Type", "text/plain; charset=utf-8"),
+                ("Retry-After", "1"),
+                (CODE_HEADER, QueueFull.code),
+            )
+            self.send(whole_response(None, LocalResponse(503, headers, _TOO_MANY_CONNECTIONS), keep=False))
+            self._state = LINGER
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -239,6 +251,11 @@ class ClientConnection(asyncio.Protocol):
             facts.wants_reason,
             cors_headers=admission.cors_headers,
         )
+        error, key = admission.error, identity.key
+        if key is not None:
+            record.key = key
+            if key.limits is not UNLIMITED and admission.is_admitted:
+                error = context.charge(record, key)
         self._state, self._due = BODY, _NEVER
         reader = None
         if length < LONG_BODY_BYTES:
@@ -251,8 +268,8 @@ class ClientConnection(asyncio.Protocol):
                 reader = RequestBodyReader(head, limits)
                 exchange = StreamingUpload(context, self, head, facts, record, identity, reader)
         self._exchange = exchange
-        if admission.error is not None:
-            self._refuse(head, rest, partial(exchange.fail, admission.error))
+        if error is not None:
+            self._refuse(head, rest, partial(exchange.fail, error))
         elif admission.response is not None:
             if admission.refusal:
                 record.refuse(admission.refusal)
@@ -422,6 +439,10 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
         else:
             self._transport.close()
+
+    def forget_head(self) -> None:
+        """The next request is admitted anew, even if its head is that of an earlier one."""
+        self._last_cached = None
 
     def drain(self) -> None:
         """Closes the connection if it has no request."""

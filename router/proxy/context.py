@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+from router.admission.key_budgets import KeyBudgets
 from router.admission.pipeline import Admission, AdmissionPipeline, AdmissionRequest
+from router.domain.access_key import AccessKey
 from router.domain.instance import InstanceView
 from router.domain.model import ModelFacts
+from router.errors import RouterError
 from router.http1.parser import RequestHead
 from router.http1.via import Via, passed
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, Route, RouteTable
+from router.observability.request_record import RequestRecord
 from router.proxy.head_cache import HeadCache, HeadFacts
 from router.proxy.interfaces import EndpointSupport, ModelCatalog, RequestLog, SlotQueue
 from router.proxy.upstream_pool import Pool
@@ -73,6 +78,8 @@ class ProxyContext:
     table: RouteTable
     tasks: Tasks
     via: Via
+    budgets: KeyBudgets = field(default_factory=lambda: KeyBudgets(time.monotonic))
+    """What access keys have used of their limits."""
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
     progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
@@ -107,6 +114,14 @@ class ProxyContext:
             facts.admission = admission
         return admission
 
+    def charge(self, record: RequestRecord, key: AccessKey) -> RouterError | None:
+        """Counts a request that takes a slot against the limits of its access key. Returns why it is refused."""
+        try:
+            record.charge = self.budgets.begin(key, takes_slot=True)
+        except RouterError as error:
+            return error
+        return None
+
 
 def admission_request(head: RequestHead, facts: HeadFacts, client_address: str) -> AdmissionRequest:
     """The request's head as admission sees it."""
@@ -119,4 +134,5 @@ def admission_request(head: RequestHead, facts: HeadFacts, client_address: str) 
         body_bytes=head.length,
         target=head.target.decode("latin-1"),
         via="" if head.text("via") is None else passed(head.headers),
+        header_values=head.texts,
     )

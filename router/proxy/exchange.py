@@ -291,7 +291,9 @@ class ProxyExchange:
 
     def _submit(self, request: InferenceRequest) -> None:
         context = self._context
-        controller, limits = context.controller, context.limits
+        controller, limits, charge = context.controller, context.limits, self._record.charge
+        if charge is not None:
+            charge.reserve(*request.estimated_tokens())
         now = controller.now()
         self._phase = WAITING
         self._lease = ticket_id = controller.new_ticket_id()

@@ -122,6 +122,9 @@ class HeadCache:
             return head
         return head.resized(int(length[1]), raw)
 
+    def clear(self) -> None:
+        self._heads.clear()
+
     def remember(self, peer: str, head: RequestHead, raw: bytes) -> None:
         """`head` was parsed from `raw`, all of it."""
         head.raw = raw

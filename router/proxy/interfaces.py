@@ -92,6 +92,11 @@ class Listener(Protocol):
     long_bodies: int
     """How many came so far."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether more connections are open than there may be."""
+        ...
+
     def opened(self, connection: asyncio.Protocol) -> None: ...
 
     def lost(self, connection: asyncio.Protocol) -> None: ...

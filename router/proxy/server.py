@@ -51,6 +51,10 @@ class ProxyServer:
     def connection_count(self) -> int:
         return len(self._connections)
 
+    @property
+    def is_full(self) -> bool:
+        return len(self._connections) > self.context.limits.max_connections
+
     def opened(self, connection: asyncio.Protocol) -> None:
         self._connections.add(cast("ClientConnection", connection))
 
@@ -70,6 +74,12 @@ class ProxyServer:
             if work != self._trimmed[0] and now - self._trimmed[1] > TRIM_SECONDS:
                 self._trimmed = work, now
                 await asyncio.to_thread(self._trim)
+
+    def forget_heads(self) -> None:
+        """What was derived from request heads holds no more: the access keys have changed."""
+        self.context.heads.clear()
+        for connection in self._connections:
+            connection.forget_head()
 
     def drain(self) -> None:
         """Closes idle connections now, and others after their next response."""

@@ -80,6 +80,9 @@ class StreamingUpload(ProxyExchange):
         facts = context.catalog.known(model)
         if facts is None or self._facts.is_young or not context.has_free_slot(facts):
             return
+        key = self._client_identity.key
+        if key is not None and key.bounds_requests:  # by what is known only when the body is complete
+            return
         expected = beginning.parsed
         if expected.keep_alive is None and not expected.options:
             expected = self._facts.long_bodies.get(model) or expected

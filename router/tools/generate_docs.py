@@ -29,6 +29,9 @@ from router.llm_api.routes import KIND_WORDS, ROUTES, Kind
 
 _WIDTH = 116
 _SAMPLES: Mapping[str, object] = {
+    "server.keys_file": "/etc/llamayard/keys.json",
+    "admin.listen": "127.0.0.1:11435",
+    "management.pull_max_bytes": "100GiB",
     "server.tls_certificate": "/etc/llamayard/certificate.pem",
     "server.tls_key": "/etc/llamayard/key.pem",
     "ollama.context_length_max": 65_536,

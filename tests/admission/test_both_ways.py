@@ -11,10 +11,14 @@ import pytest
 import zstandard
 from aiohttp import web
 
+from router.admission.access import AccessRules
+from router.admission.key_ring import KeyRing, KeyStore, digest_of, new_key
 from router.admission.origin_check import OriginPolicy, Origins
-from router.admission.pipeline import AdmissionPipeline, AdmissionRequest, admission_pipeline
+from router.admission.pipeline import NO_KEYS_NEEDED, AdmissionPipeline, AdmissionRequest, admission_pipeline
 from router.api import app
+from router.domain.access_key import AccessKey, RouteClass
 from router.domain.gpu import Gpu, GpuUuid
+from router.domain.request import LayoutKind
 from router.http1.parser import RequestHead
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, RouteTable
@@ -35,9 +39,19 @@ _ORIGIN, _FOREIGN = "Origin: http://localhost", "Origin: http://evil.example"
 _PREFLIGHT = "Access-Control-Request-Method: POST"
 
 
-def _pipeline(limits: RequestLimits) -> AdmissionPipeline:
+_ANNA, _BEN = (new_key(), new_key())
+_KEYS = (
+    AccessKey("anna", digest_of(_ANNA), "anna", 0.0, classes=frozenset(RouteClass), priority=1),
+    AccessKey("ben", digest_of(_BEN), "ben", 0.0, models=("tiny",), layouts=frozenset({LayoutKind.SINGLE})),
+)
+_WITH_KEYS = AccessRules(KeyStore(KeyRing(_KEYS, 0.0)))
+_AS_ANNA, _AS_BEN = f"Authorization: Bearer {_ANNA}", f"X-Api-Key: {_BEN}"
+_AS_NOBODY = f"Authorization: Bearer {_ANNA}x"
+
+
+def _pipeline(limits: RequestLimits, access: AccessRules = NO_KEYS_NEEDED) -> AdmissionPipeline:
     policy = OriginPolicy(Origins(("http://localhost", "http://*.lab.example")), True, frozenset({"box"}))
-    return admission_pipeline(policy, limits, lambda: _GPUS, _TABLE, VIA)
+    return admission_pipeline(policy, limits, lambda: _GPUS, _TABLE, VIA, access)
 
 
 def _request(line: str, *headers: str, host: str = "127.0.0.1", body: str = "", length: int | None = None) -> bytes:
@@ -176,9 +190,9 @@ def _aiohttp(handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 @contextlib.asynccontextmanager
-async def _entrances() -> AsyncGenerator[_Entrances]:
+async def _entrances(access: AccessRules = NO_KEYS_NEEDED) -> AsyncGenerator[_Entrances]:
     loop = asyncio.get_running_loop()
-    pipeline, seen = _pipeline(_LIMITS), list[AdmissionRequest]()
+    pipeline, seen = _pipeline(_LIMITS, access), list[AdmissionRequest]()
     access_log = AccessLog(Metrics(), loop.time, lambda *_: None)
     api_server = app.ApiServer(pipeline, dict.fromkeys(Kind, _admitted), access_log, loop.time)
 
@@ -274,6 +288,42 @@ _STATUSES = {
 async def test_each_check_refuses_with_its_status(name: str, status: int) -> None:
     async with _entrances() as entrances:
         assert (await _reply(entrances.raw, _CASES[name])).status == status
+
+
+_KEY_CASES: dict[str, tuple[int, bytes]] = {
+    "none": (401, _chat()),
+    "none, OpenAI": (401, _chat(path="/v1/chat/completions")),
+    "none, Anthropic": (401, _chat(path="/v1/messages")),
+    "none, unknown path": (404, _request("GET /nope")),
+    "none, public": (200, _request("GET /health")),
+    "none, root": (200, _request("HEAD /")),
+    "none, list": (401, _request("GET /api/tags")),
+    "none, preflight": (204, _request("OPTIONS /api/chat", _ORIGIN, _PREFLIGHT)),
+    "none, page": (401, _chat(_ORIGIN)),
+    "none, body too large": (401, _chat(length=2000)),
+    "placeholder": (401, _chat("Authorization: Bearer ollama")),
+    "wrong": (401, _chat(_AS_NOBODY)),
+    "bearer": (200, _chat(_AS_ANNA)),
+    "X-Api-Key": (200, _chat(_AS_BEN, path="/v1/chat/completions")),
+    "of inference for management": (403, _request("POST /api/pull", _AS_BEN, body="{}")),
+    "of inference for admin": (403, _request("GET /metrics", _AS_BEN)),
+    "of all classes for management": (200, _request("POST /api/pull", _AS_ANNA, body="{}")),
+    "of all classes for admin": (200, _request("GET /llamayard/status", _AS_ANNA)),
+    "foreign host": (403, _chat(_AS_ANNA, host="evil.example")),
+    "priority": (200, _chat(_AS_BEN, "X-Llamayard-Priority: high")),
+    "bad priority": (400, _chat(_AS_BEN, "X-Llamayard-Priority: urgent")),
+    "layout": (200, _chat(_AS_ANNA, "X-Llamayard-Layout: gpu:0")),
+    "layout of another key": (403, _chat(_AS_BEN, "X-Llamayard-Layout: gpu:0")),
+}
+
+
+async def test_both_entrances_hold_a_request_to_its_key() -> None:
+    async with _entrances(_WITH_KEYS) as entrances:
+        for name, (status, request) in _KEY_CASES.items():
+            raw = _compared(await _reply(entrances.raw, request))
+            assert raw == _compared(await _reply(entrances.aiohttp, request)), name
+            assert raw[0] == status, name
+            assert _ANNA.encode() not in raw[2], name
 
 
 _BAD_FRAMING = {

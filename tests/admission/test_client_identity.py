@@ -24,7 +24,7 @@ def identity_with(**headers: str) -> ClientIdentity:
     return ClientIdentity(
         client_of(named.get, _ADDRESS),
         session_of(named.get),
-        priority_of(named.get),
+        priority_of(named.get) or 0,
         layout_of(named.get, lambda: _GPUS),
     )
 

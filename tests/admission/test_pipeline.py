@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from router.admission.access import AccessRules
 from router.admission.pipeline import Admission, AdmissionPipeline, AdmissionRequest, identify_client, read_terms
 from router.domain.gpu import Gpu, GpuUuid
 from router.errors import Forbidden
@@ -33,7 +34,7 @@ def _respond(_: AdmissionRequest, admission: Admission) -> Admission:
 
 
 def test_a_further_step_sees_what_earlier_ones_decided_and_may_refuse() -> None:
-    pipeline = AdmissionPipeline((identify_client, _add_cors, _require_key))
+    pipeline = AdmissionPipeline((identify_client(AccessRules()), _add_cors, _require_key))
     refused = pipeline.admit(_request())
     assert isinstance(refused.error, Forbidden)
     assert not refused.is_admitted
@@ -49,7 +50,7 @@ def test_nothing_runs_after_a_response() -> None:
 
 
 def test_an_admission_with_a_layout_is_not_reused_because_gpus_come_and_go() -> None:
-    pipeline = AdmissionPipeline((identify_client, read_terms(lambda: _GPUS)))
+    pipeline = AdmissionPipeline((identify_client(AccessRules()), read_terms(lambda: _GPUS)))
     assert pipeline.admit(_request(x_llamayard_priority="high")).is_reusable
     assert not pipeline.admit(_request(x_llamayard_layout="gpu:0")).is_reusable
     assert pipeline.admit(_request("/api/show", x_llamayard_layout="nonsense")).is_admitted

@@ -15,6 +15,7 @@ from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestServer
 
 from router.api.context import ApiContext
+from router.api.management_rules import ManagementRules
 from router.api.shared_pulls import Pulls
 from router.errors import RouterError
 from router.llm_api.body_reader import parse_body
@@ -39,7 +40,10 @@ async def _overlong(request: web.Request) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def _front(handler: Any) -> AsyncGenerator[Callable[[bytes], AbstractAsyncContextManager[ClientResponse]]]:
+async def _front(
+    handler: Any,
+    rules: ManagementRules = ManagementRules(),  # noqa: B008
+) -> AsyncGenerator[Callable[[bytes], AbstractAsyncContextManager[ClientResponse]]]:
     """What asks for a pull of a server that is `handler`."""
     async with _server(handler) as behind, aiohttp.ClientSession() as session:
         url = str(behind.make_url("")).rstrip("/")
@@ -50,7 +54,7 @@ async def _front(handler: Any) -> AsyncGenerator[Callable[[bytes], AbstractAsync
         context = SimpleNamespace(
             writing=asyncio.Lock(), catalog=SimpleNamespace(forget_all=lambda: None), session=session,
             ready_primary=ready_primary,
-            limits=SimpleNamespace(idle_timeout_seconds=60.0, first_byte_timeout_seconds=60.0),
+            limits=SimpleNamespace(idle_timeout_seconds=60.0, first_byte_timeout_seconds=60.0), management=rules,
         )  # fmt: skip
         pulls = Pulls(cast("ApiContext", context))
 
@@ -65,6 +69,49 @@ async def _front(handler: Any) -> AsyncGenerator[Callable[[bytes], AbstractAsync
 
         async with _server(pull) as front:
             yield lambda body: session.post(front.make_url(_PATH), data=body)
+
+
+async def _large(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    for line in (
+        _STATUS, b'{"status":"pulling a","digest":"a","total":600}\n',
+        b'{"status":"pulling b","digest":"b","total":500}\n', b'{"status":"success"}\n',
+    ):  # fmt: skip
+        await response.write(line)
+    return response
+
+
+@pytest.mark.parametrize(
+    ("rules", "end"),
+    [
+        (ManagementRules(pull_max_bytes=1100), b'{"status":"success"}'),
+        (ManagementRules(pull_max_bytes=1099), b"1100 bytes or more, and at most 1099 may be pulled"),
+        (ManagementRules(disk_free_min_bytes=100, free_bytes=lambda: 1200), b'{"status":"success"}'),
+        (ManagementRules(disk_free_min_bytes=101, free_bytes=lambda: 1200), b"would leave less than 101"),
+    ],
+)
+async def test_a_pull_that_turns_out_too_large_is_broken_off(rules: ManagementRules, end: bytes) -> None:
+    async with _front(_large, rules) as ask, ask(b'{"model":"m"}') as reply:
+        assert end in (await reply.read()).splitlines()[-1]
+
+
+async def test_a_server_that_redirects_a_pull_is_not_followed() -> None:
+    asked: list[str] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.Response()
+
+    async with _server(elsewhere) as other:
+        target = str(other.make_url(_PATH))
+
+        async def redirecting(request: web.Request) -> web.Response:
+            return web.Response(status=307, headers={"Location": target})
+
+        async with _front(redirecting) as ask, ask(b'{"model":"m"}') as reply:
+            assert reply.status == 307 or await reply.read()
+    assert asked == []
 
 
 @pytest.mark.parametrize("stream", [True, False])

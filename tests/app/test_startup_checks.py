@@ -105,7 +105,8 @@ def test_a_state_directory_that_cannot_be_written_or_created_is_refused(tmp_path
     ],
 )
 def test_an_attached_server_that_is_the_router_itself_is_refused(tmp_path: Path, host: str, url: str) -> None:
-    assert _problems(tmp_path, server__host=host, instances=[{"url": url}]) == [
+    flags: dict[str, object] = {"server__host": host, "server__allow_anonymous": True, "instances": [{"url": url}]}
+    assert _problems(tmp_path, **flags) == [
         f"instances: {url} is the router's own address ({host}:11434): name the port of an Ollama server"
     ]
 

@@ -268,9 +268,7 @@ def test_a_stream_of_tokens_that_is_cut_short_never_looks_whole(lines: list[byte
 # --- requests ----------------------------------------------------------------------------------------------------
 
 _ASKED_FIELDS = st.lists(
-    st.sampled_from(
-        (b"Accept: */*", b"X-A: 1", b"x-a: 2", b"User-Agent: t/1", b"Authorization: Bearer k", b"X-Empty:")
-    ),
+    st.sampled_from((b"Accept: */*", b"X-A: 1", b"x-a: 2", b"User-Agent: t/1", b"X-Author: k", b"X-Empty:")),
     max_size=4,
 )
 _ASKED_BODIES = st.sampled_from(

@@ -142,6 +142,7 @@ def prepare(
     port = port or free_port()
     config_tree = {**config, "server": {"host": "127.0.0.1", "port": port, **config.get("server", {})}}
     config_tree.setdefault("state_directory", str(folder / "state"))
+    config_tree.setdefault("management", {"pull": ["*"], "push": True, "disk_free_min_bytes": 0})
     path = folder / "llamayard.yaml"
     path.write_text(yaml.safe_dump(config_tree), encoding="utf-8")
     inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}

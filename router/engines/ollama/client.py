@@ -215,7 +215,9 @@ class OllamaClient:
         try:
             async with (
                 asyncio.timeout(timeout_seconds),
-                session.request(method, self._base_url + path, data=data, headers=headers, timeout=timeout) as reply,
+                session.request(
+                    method, self._base_url + path, data=data, headers=headers, timeout=timeout, allow_redirects=False
+                ) as reply,
             ):
                 raw = await reply.read()
         except TimeoutError as error:

@@ -49,7 +49,8 @@ class EndpointSupport:
 
     async def _check(self, view: InstanceView, path: str) -> bool:
         try:
-            async with asyncio.timeout(_CHECK_SECONDS), self._session.post(view.spec.url + path) as reply:
+            url = view.spec.url + path
+            async with asyncio.timeout(_CHECK_SECONDS), self._session.post(url, allow_redirects=False) as reply:
                 beginning = await reply.content.read(len(_UNKNOWN_PATH))
                 return reply.status != web.HTTPNotFound.status_code or beginning != _UNKNOWN_PATH
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
