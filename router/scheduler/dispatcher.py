@@ -135,15 +135,16 @@ class Dispatcher:
 
     def _queue_lines(self, now: float) -> list[QueueLine]:
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
-        starving = self._policy.starving_after_seconds
-        return [QueueLine(order_of(queue.group(key), now, starving), held(key)) for key in queue.groups()]
+        starving, greedy = self._policy.starving_after_seconds, queue.greedy_clients()
+        return [QueueLine(order_of(queue.group(key), now, starving, greedy), held(key)) for key in queue.groups()]
 
     def _wait_with(self, ticket: Ticket, held: MustWait | None, now: float) -> WaitEstimate:
         """The estimate of a ticket that is not in the queue, as if it waited."""
         key, queue, order_of = group_of(ticket), self._queue, self._fleet.counters.order_of
         lines = self._queue_lines(now)
         keys = list(queue.groups())
-        own = QueueLine(order_of([*queue.group(key), ticket], now, self._policy.starving_after_seconds), held)
+        starving, greedy = self._policy.starving_after_seconds, queue.greedy_clients()
+        own = QueueLine(order_of([*queue.group(key), ticket], now, starving, greedy), held)
         if key in keys:
             lines[keys.index(key)] = own
         else:
@@ -247,7 +248,14 @@ class Dispatcher:
             if able := serving(self._fleet, free, ticket):
                 return [grant(self._fleet, able, replicas, ticket, now)]
         message = f"server busy: the queue is full (queue.limit={self._policy.queue_limit})"
-        return [self._reject(ticket, "queue_full", message)]
+        shed = self._queue.shed_for(ticket)
+        if shed is None:
+            return [self._reject(ticket, "queue_full", message)]
+        message += ", and a request of higher priority, or of a client with fewer in it, took this place"
+        rejected = self._reject(shed, "queue_full", message)
+        self._queue.add(ticket)
+        self._fleet.version += 1  # what was begun for the other may be given up
+        return [rejected]
 
     def _prioritised(self, ticket: Ticket) -> Ticket:
         """With its model's priority added to its own."""
@@ -308,7 +316,7 @@ class Dispatcher:
         """Grants or places each of these groups in turn, from one snapshot until something changes."""
         actions: list[Action] = []
         facts: Snapshot | None = None
-        for key in keys:
+        for key in self._fairest_first(list(keys), now):
             version, draining = self._fleet.version, self._fleet.draining
             done = self._grant_group(key, now)
             if done:
@@ -320,6 +328,25 @@ class Dispatcher:
                 facts = None
             actions += done
         return actions
+
+    def _fairest_first(self, keys: list[GroupKey], now: float) -> list[GroupKey]:
+        """The groups in their order, but of those that wait for the same weights the one with the fairest ticket first.
+
+        They compete for the same slots, and a client must not gain by asking in another way than others.
+        """
+        by_blob: dict[BlobDigest, list[GroupKey]] = {}
+        for key in keys:
+            by_blob.setdefault(key.blob, []).append(key)
+        if len(by_blob) == len(keys):
+            return keys
+        starving, greedy = self._policy.starving_after_seconds, self._queue.greedy_clients()
+        for alike in by_blob.values():
+            if len(alike) > 1:
+                tickets = sorted((t for key in alike for t in self._queue.group(key)), key=lambda t: t.id)
+                first = group_of(self._fleet.counters.next_of(tickets, now, starving, greedy))
+                alike.sort(key=lambda key: key != first)
+        following = {blob: iter(alike) for blob, alike in by_blob.items()}
+        return [next(following[key.blob]) for key in keys]
 
     def _serve_those(self, blobs: Collection[BlobDigest], now: float) -> list[Action]:
         """Does what `_expire` and `_pump` would do while the queue is quiescent, for tickets of these weights only."""
@@ -360,7 +387,8 @@ class Dispatcher:
             if not served:
                 break
             able_to = waiting if alike else [t for t in waiting if t.id in served]
-            ticket = self._fleet.counters.next_of(able_to, now, self._policy.starving_after_seconds)
+            starving, greedy = self._policy.starving_after_seconds, self._queue.greedy_clients()
+            ticket = self._fleet.counters.next_of(able_to, now, starving, greedy)
             if len(waiting) > 1:
                 self._fleet.counters.served_before_others(ticket, now)
             able = next(iter(served.values())) if alike else served[ticket.id]

@@ -8,7 +8,8 @@ Priority comes before fairness. To prevent starvation, a ticket gains one step o
 the highest priority that waits, and a ticket close to its deadline is served first. Within a priority, a ticket goes
 first that has waited a given time during which its client was not served with this model: tokens that a client received
 from other models must not hold it back for longer. A client that floods a model is served with it all the time, so this
-is no way round fairness.
+is no way round fairness. Nor is a deadline: it does not count for a client that has more tickets in the queue than
+others, all of which would come close to their deadlines sooner or later.
 """
 
 from __future__ import annotations
@@ -67,23 +68,45 @@ class TokenCounters:
         since = max(ticket.arrived_at, self._served_at.get((ticket.client, ticket.model.blob), ticket.arrived_at))
         return now - since >= starving_seconds
 
-    def next_of(self, tickets: Iterable[Ticket], now: float, starving_seconds: float = float("inf")) -> Ticket:
+    def next_of(
+        self,
+        tickets: Iterable[Ticket],
+        now: float,
+        starving_seconds: float = float("inf"),
+        greedy: Collection[str] = (),
+    ) -> Ticket:
         """The ticket to serve next: by priority with aging, then starved ones, then by the client's counter, then by
         arrival.
 
         Aging raises a ticket only to the highest waiting priority. Among equal priorities the counters decide;
         otherwise the client that sends most would be first, because it has the oldest requests. Only tickets close to
         their deadline come before all others.
+
+        Args:
+            greedy: clients with more than their share of the queue, for whose tickets that exception does not hold.
         """
         waiting = list(tickets)
         given, starved = self._given, self._starved(waiting, now, starving_seconds)
         priorities = {ticket.priority for ticket in waiting}
         if len(priorities) == 1:  # aging changes nothing
-            return min((_weight(t, given.get(t.client, 0.0), now, starved), t.id, t) for t in waiting)[2]
+            return min((_weight(t, given.get(t.client, 0.0), now, starved, greedy), t.id, t) for t in waiting)[2]
         top = max(priorities)
-        return min(waiting, key=lambda t: (_level(t, top, now), _weight(t, self.given(t.client), now, starved), t.id))
+        return min(
+            waiting,
+            key=lambda t: (
+                _level(t, top, now, greedy),
+                _weight(t, self.given(t.client), now, starved, greedy),
+                t.id,
+            ),
+        )
 
-    def order_of(self, tickets: Iterable[Ticket], now: float, starving_seconds: float = float("inf")) -> list[Ticket]:
+    def order_of(
+        self,
+        tickets: Iterable[Ticket],
+        now: float,
+        starving_seconds: float = float("inf"),
+        greedy: Collection[str] = (),
+    ) -> list[Ticket]:
         """All tickets in the order in which `next_of` would choose them.
 
         Assumes that each is served before the next is chosen, and that it generates its expected number of tokens.
@@ -92,7 +115,7 @@ class TokenCounters:
         given = {ticket.client: self.given(ticket.client) for ticket in remaining.values()}
         starved = self._starved(remaining.values(), now, starving_seconds)
         while remaining:
-            chosen = _until_top_falls(list(remaining.values()), given, starved, now)
+            chosen = _until_top_falls(list(remaining.values()), given, starved, now, greedy)
             for ticket in chosen:
                 del remaining[ticket.id]
             order += chosen
@@ -119,23 +142,31 @@ def _urgency(ticket: Ticket, now: float) -> int:
     return ticket.priority + int(max(0.0, now - ticket.arrived_at) / _AGING_SECONDS)
 
 
-def _is_ending(ticket: Ticket, now: float) -> bool:
-    """Returns True if the ticket is close to its deadline."""
+def _is_ending(ticket: Ticket, now: float, greedy: Collection[str]) -> bool:
+    """Returns True if the ticket is close to its deadline, and its client is not greedy."""
+    if ticket.client in greedy:
+        return False
     return ticket.deadline - now <= _ENDING_SHARE * (ticket.deadline - ticket.arrived_at)
 
 
-def _level(ticket: Ticket, top: int, now: float) -> int:
-    return -top if _is_ending(ticket, now) else -min(top, _urgency(ticket, now))
+def _level(ticket: Ticket, top: int, now: float, greedy: Collection[str]) -> int:
+    return -top if _is_ending(ticket, now, greedy) else -min(top, _urgency(ticket, now))
 
 
-def _weight(ticket: Ticket, given: float, now: float, starved: Mapping[str, TicketId]) -> float:
-    if _is_ending(ticket, now) or (starved and starved.get(ticket.client) == ticket.id):
+def _weight(
+    ticket: Ticket, given: float, now: float, starved: Mapping[str, TicketId], greedy: Collection[str]
+) -> float:
+    if _is_ending(ticket, now, greedy) or (starved and starved.get(ticket.client) == ticket.id):
         return -1.0
     return given
 
 
 def _until_top_falls(
-    tickets: list[Ticket], given: dict[str, float], starved: dict[str, TicketId], now: float
+    tickets: list[Ticket],
+    given: dict[str, float],
+    starved: dict[str, TicketId],
+    now: float,
+    greedy: Collection[str],
 ) -> list[Ticket]:
     """The first tickets in serving order, up to the last one of the highest priority; after it, levels are recomputed.
 
@@ -144,13 +175,15 @@ def _until_top_falls(
     top = max(ticket.priority for ticket in tickets)
     top_count = sum(ticket.priority == top for ticket in tickets)
     by_client: dict[str, deque[tuple[int, Ticket]]] = {}
-    ranked = ((_level(t, top, now), t) for t in tickets)
-    for level, ticket in sorted(ranked, key=lambda pair: (pair[0], _weight(pair[1], 0.0, now, starved), pair[1].id)):
+    ranked = ((_level(t, top, now, greedy), t) for t in tickets)
+    for level, ticket in sorted(
+        ranked, key=lambda pair: (pair[0], _weight(pair[1], 0.0, now, starved, greedy), pair[1].id)
+    ):
         by_client.setdefault(ticket.client, deque()).append((level, ticket))
 
     def head(client: str) -> tuple[int, float, int, str]:
         level, ticket = by_client[client][0]
-        return (level, _weight(ticket, given[client], now, starved), ticket.id, client)
+        return (level, _weight(ticket, given[client], now, starved, greedy), ticket.id, client)
 
     heads = [head(client) for client in by_client]
     heapify(heads)

@@ -35,7 +35,7 @@ def group_of(ticket: Ticket) -> GroupKey:
 class WaitQueue:
     """Waiting tickets by group; insertion order is arrival order."""
 
-    __slots__ = ("_by_blob", "_clients", "_deadlines", "_groups", "_wanted", "tickets")
+    __slots__ = ("_by_blob", "_by_priority", "_clients", "_deadlines", "_groups", "_wanted", "tickets")
 
     def __init__(self) -> None:
         self.tickets: dict[TicketId, Ticket] = {}
@@ -43,6 +43,8 @@ class WaitQueue:
         self._groups: dict[GroupKey, dict[TicketId, Ticket]] = {}
         self._by_blob: dict[BlobDigest, dict[GroupKey, dict[TicketId, Ticket]]] = {}
         """The same groups by weights."""
+        self._by_priority: dict[int, dict[str, dict[TicketId, Ticket]]] = {}
+        """By priority, then client."""
         self._clients: dict[str, int] = {}
         self._wanted: dict[BlobDigest, int] = {}
         self._deadlines: list[tuple[float, TicketId]] = []
@@ -57,6 +59,7 @@ class WaitQueue:
             group = self._groups[key] = {}
             self._by_blob.setdefault(key.blob, {})[key] = group
         group[ticket.id] = ticket
+        self._by_priority.setdefault(ticket.priority, {}).setdefault(ticket.client, {})[ticket.id] = ticket
         _count(self._clients, ticket.client, 1)
         _count(self._wanted, ticket.model.blob, 1)
 
@@ -73,9 +76,34 @@ class WaitQueue:
                 del same_blob[key]
                 if not same_blob:
                     del self._by_blob[key.blob]
+            self._remove_from_priority(ticket)
             _count(self._clients, ticket.client, -1)
             _count(self._wanted, ticket.model.blob, -1)
         return ticket
+
+    def _remove_from_priority(self, ticket: Ticket) -> None:
+        clients = self._by_priority[ticket.priority]
+        waiting = clients[ticket.client]
+        del waiting[ticket.id]
+        if not waiting:
+            del clients[ticket.client]
+            if not clients:
+                del self._by_priority[ticket.priority]
+
+    def shed_for(self, newcomer: Ticket) -> Ticket | None:
+        """The waiting ticket that gives up its place in a full queue to the newcomer; None if none should.
+
+        Of the lowest priority that waits, the newest ticket of the client with the most tickets there. At the
+        newcomer's own priority only a client with more tickets than the newcomer's would have gives up one.
+        """
+        lowest = min(self._by_priority, default=newcomer.priority)
+        clients = self._by_priority.get(lowest)
+        if clients is None or lowest > newcomer.priority:
+            return None
+        greediest = max(clients.values(), key=len)
+        if lowest == newcomer.priority and len(greediest) <= len(clients.get(newcomer.client, ())) + 1:
+            return None
+        return next(reversed(greediest.values()))
 
     def groups(self, blobs: Collection[BlobDigest] | None = None) -> list[GroupKey]:
         """The groups in serving order: by priority, then age, of their oldest ticket.
@@ -114,6 +142,14 @@ class WaitQueue:
     def clients(self) -> frozenset[str]:
         """Clients with waiting tickets."""
         return frozenset(self._clients)
+
+    def greedy_clients(self) -> frozenset[str]:
+        """Clients with more waiting tickets than the average of all that wait."""
+        clients = self._clients
+        if len(clients) < 2:
+            return frozenset()
+        mean = len(self.tickets) / len(clients)
+        return frozenset(client for client, count in clients.items() if count > mean)
 
     def expired(self, now: float) -> list[Ticket]:
         """Tickets whose deadline has passed, oldest first."""
