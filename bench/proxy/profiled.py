@@ -22,9 +22,12 @@ from typing import Any, cast
 import uvloop
 
 from bench.proxy.shapes import SHAPES
+from router.admission.access import AccessRules
+from router.admission.key_ring import KeyRing, KeyStore, digest_of, new_key
 from router.admission.origin_check import OriginPolicy, Origins
 from router.admission.pipeline import admission_pipeline
 from router.control.controller import Controller
+from router.domain.access_key import UNLIMITED, AccessKey, KeyLimits
 from router.domain.events import InstanceChanged, LoadedModel, ResidencyRead
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
@@ -75,6 +78,8 @@ _TOKENS = tuple(b"%x\r\n%s\r\n" % (len(line), line) for line in _LINES)
 _END = b'22\r\n{"done":true,"eval_count":1000000}\r\n0\r\n\r\n'
 
 
+_SECRET = new_key()
+_PLENTY = KeyLimits(10**9, 10**12, 10**12, 10**6)
 _IDLE_SECONDS = (0.001, 0.005, 0.02)
 _IDLE_TIMES = 50
 _BATCH = 200
@@ -151,7 +156,7 @@ class _NoDriver:
     async def unload(self, unload: Any) -> Any: ...
 
 
-def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyContext:
+def _context(controller: Controller, metrics: Metrics, pool: Pool, access: AccessRules) -> ProxyContext:
     def no_instance() -> InstanceView:
         raise AssertionError("every request of this profile can be routed")
 
@@ -167,7 +172,7 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
         catalog=catalog,
         pool=pool,
         request_log=AccessLog(metrics, controller.now, RequestLines("info", len)),  # formatted, then discarded
-        pipeline=admission_pipeline(origins, limits, dict, table, via),
+        pipeline=admission_pipeline(origins, limits, dict, table, via, access),
         limits=limits,
         rules=ModelRules(_CONTEXT, heartbeat_seconds=15.0),
         endpoint_support=_Abilities(),
@@ -196,7 +201,13 @@ def _fleet(dispatcher: Dispatcher, instances: int) -> None:
         dispatcher.handle(ResidencyRead(name, (row,), 0.0), 0.0)
 
 
-async def _measure(args: argparse.Namespace, note: Callable[[str], None], profile: cProfile.Profile | None) -> None:
+async def _measure(
+    args: argparse.Namespace,
+    note: Callable[[str], None],
+    profile: cProfile.Profile | None,
+    key_limits: KeyLimits | None = None,
+) -> None:
+    """`key_limits`: of the access key that each request then has; only the smallest requests are measured."""
     metrics = Metrics()
     dispatcher = Dispatcher(Policy(), {KIND: OllamaRules()})
     async with Controller(
@@ -204,7 +215,7 @@ async def _measure(args: argparse.Namespace, note: Callable[[str], None], profil
     ) as controller:
         _fleet(dispatcher, args.instances)
         pool = _Pool(controller.now)
-        context = _context(controller, metrics, pool)
+        context = _context(controller, metrics, pool, _access(key_limits))
         client = ClientConnection(context, ProxyServer(context))
         client.connection_made(_Transport())
 
@@ -215,6 +226,13 @@ async def _measure(args: argparse.Namespace, note: Callable[[str], None], profil
             for piece in pieces:
                 upstream.data_received(piece)
 
+        if key_limits is not None:
+            requests = itertools.cycle([[_with_key(part) for part in parts] for parts in _requests("bare")])
+            _best(lambda: one(next(requests), _REPLY), _BATCH)
+            cost = _best(lambda: one(next(requests), _REPLY), args.requests)
+            kind = "all limits" if key_limits != UNLIMITED else "no limits"
+            note(f"{cost:.1f} us per request, bare, {args.instances} instances, with an access key with {kind}")
+            return
         if profile is not None:
             requests = itertools.cycle(_requests(args.shape, args.bytes))
             _best(lambda: one(next(requests), _REPLY), 200)
@@ -240,6 +258,18 @@ async def _measure(args: argparse.Namespace, note: Callable[[str], None], profil
         bursts = [b"".join(stream[at : at + 100]) for at in range(0, pieces, 100)]
         cost = _best(lambda: one(next(small), _STREAM_HEAD, *bursts, _END), args.tokens // pieces, 1) / pieces
         note(f"{cost:.3f} us per token, a hundred chunks per read")
+
+
+def _access(key_limits: KeyLimits | None) -> AccessRules:
+    """With one key of these limits; None: without keys."""
+    if key_limits is None:
+        return AccessRules()
+    key = AccessKey("bench", digest_of(_SECRET), "bench", 0.0, limits=key_limits)
+    return AccessRules(KeyStore(KeyRing([key], 0.0)))
+
+
+def _with_key(part: bytes) -> bytes:
+    return part.replace(b"Accept: */*\r\n", b"Accept: */*\r\nAuthorization: Bearer %s\r\n" % _SECRET.encode())
 
 
 def _requests(shape: str, more: int = 0) -> list[list[bytes]]:
@@ -310,6 +340,8 @@ def main() -> int:
     lines: list[str] = []
     if not given.bytes:
         uvloop.run(_measure(given, lines.append, None))
+        for key_limits in (UNLIMITED, _PLENTY):
+            uvloop.run(_measure(given, lines.append, None, key_limits))
         print("\n".join(lines))
     if given.functions:
         profile = cProfile.Profile()
