@@ -1,6 +1,6 @@
 """Polls GPUs, loaded models and model lists at a steady pace, and posts what it reads as events.
 
-The loaded models of a server at rest are read less often (`router/control/rest.py`). A failed poll posts no event,
+The loaded models of a server at rest are read less often (`router/control/idle_polls.py`). A failed poll posts no event,
 because unknown is not empty; it is logged once until a poll succeeds again. Decides nothing.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 
-from router.control.rest import Sight, is_due, sight_of
+from router.control.idle_polls import Sight, is_due, sight_of
 from router.domain.events import Event, GpusRead, ModelDiscovered, ResidencyRead
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.control.rest import POLLS_AT_REST, is_due, sight_of
+from router.control.idle_polls import POLLS_AT_REST, is_due, sight_of
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
 from tests.scheduler.builders import gpu, instance, model, residency, snapshot, view
