@@ -1,6 +1,6 @@
 """Polls GPUs, loaded models and model lists at a steady pace, and posts what it reads as events.
 
-The loaded models of a server at rest are read less often (`router/control/idle_polls.py`). A failed poll posts no event,
+Loaded models of a server at rest are read less often (`router/control/idle_polls.py`). A failed poll posts no event,
 because unknown is not empty; it is logged once until a poll succeeds again. Decides nothing.
 """
 
