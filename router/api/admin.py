@@ -1,4 +1,4 @@
-"""The router's own endpoints: health, readiness, metrics, and the whole state as JSON. Read-only."""
+"""The router's own endpoints: health, readiness, metrics, the whole state as JSON, and an operator's commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
+from router.api import operator_commands
 from router.api.context import ApiContext
 from router.api.responses import json_response, text_response
 from router.domain.gpu import Gpu
@@ -54,6 +55,9 @@ class AdminHandler:
             case "/metrics":
                 headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_PLAIN_0_0_4, **extra}
                 return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
+            case operator_commands.DRAIN | operator_commands.RESUME | operator_commands.RESTART:
+                answer = await operator_commands.run_command(request, record.route, self._context.controller)
+                return json_response(answer, extra)
             case _:
                 wanted_id = sanitized_request_id(request.query.get("request_id"))
                 return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)
@@ -76,6 +80,8 @@ class AdminHandler:
             "instances": [_instance(view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
+            "drained": operator_commands.drained_document(snapshot),
+            "restart": operator_commands.restart_document(snapshot),
             "warm_missing": [{"model": name, "reason": why} for name, why in snapshot.warm_missing.items()],
             **self._waiting(),
         }
@@ -100,6 +106,7 @@ def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
     return {
         **readings,
         "lost": gpu.error is not None,
+        "drained": snapshot.drained.has_gpu(gpu.uuid),
         "memory_bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,
         "resident_bytes": resident_bytes(snapshot, gpu.uuid),
         "reserved_bytes": reserved_bytes(snapshot, gpu.uuid),

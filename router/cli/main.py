@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, check-config, plan, simulate, version.
+"""The `llamayard` command line: serve, status, drain, resume, restart, check-config, plan, simulate, version.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.
@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -19,6 +19,11 @@ from router.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK
 
 AUTO_RIG = "2x3090"
 """The emulated rig of `serve --auto` on a machine without Ollama."""
+_OPERATOR_COMMANDS = {
+    "drain": "take a GPU, an instance or all out of service; running requests finish",
+    "resume": "bring back what was drained",
+    "restart": "restart instances one after the other, under load",
+}
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -73,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
     )
     status.set_defaults(run=_status)
+    _add_operator_commands(commands.add_parser)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"
     )
@@ -85,6 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
+
+
+def _add_operator_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    for name, words in _OPERATOR_COMMANDS.items():
+        command = add_parser(name, help=words)
+        _add_configuration(command)
+        command.add_argument("target", nargs="*", metavar="TARGET", help="gpu N, instance NAME or all")
+        if name == "restart":
+            command.add_argument(
+                "--timeout", type=float, metavar="SECONDS", help="time that running requests get (default: 300)"
+            )
+        command.set_defaults(run=_operate, command=name)
 
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +123,12 @@ def _status(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     from router.cli import status
 
     return status.run(arguments, environment)
+
+
+def _operate(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import operate
+
+    return operate.run(arguments, environment)
 
 
 def _check_config(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

@@ -6,28 +6,24 @@ Reads `GET /llamayard/status`.
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import ssl
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
+from router.cli.admin_client import AdminError, call_router
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
 from router.cli.status_tables import render_status
 from router.config.parsing import duration_seconds
 from router.config.settings import ConfigError
 
-_TIMEOUT_SECONDS = 10.0
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
-_ELSEWHERE = "if the router listens elsewhere, add --port, --host, or the --config that it was started with"
 
 
-class StatusError(Exception):
-    """The status cannot be read; the text says why and what to do."""
+StatusError = AdminError
+"""The status cannot be read; the text says why and what to do."""
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
@@ -78,44 +74,6 @@ def watch(read: Callable[[], str], pause: Callable[[], object], clear: str) -> N
         pause()
 
 
-def _connection(host: str, port: int, certificate: Path | None) -> http.client.HTTPConnection:
-    if certificate is None:
-        return http.client.HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS)
-    context = ssl.create_default_context(cafile=str(certificate))
-    context.check_hostname = False  # the address is used, which a certificate rarely contains
-    return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context)
-
-
 def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[str, Any]:
-    """The status document of the router at that address; with a certificate over TLS, trusting only that one.
-
-    Raises:
-        StatusError: no answer within ten seconds, or the server is not llamayard.
-    """
-    address = f"{_reachable(host)}:{port}"
-    try:
-        connection = _connection(_reachable(host), port, certificate)
-        with closing(connection):
-            connection.request("GET", "/llamayard/status", headers={"Host": f"localhost:{port}"})
-            reply = connection.getresponse()
-            body = reply.read()
-    except (OSError, http.client.HTTPException) as error:  # ssl.SSLError is an OSError
-        reason = str(error) or type(error).__name__
-        raise StatusError(f"no answer from {address} ({reason}): is `llamayard serve` running? {_ELSEWHERE}") from error
-    if reply.status != http.client.OK:
-        raise StatusError(
-            f"{address} answers {reply.status} to /llamayard/status: it is not llamayard, perhaps a stock Ollama; "
-            f"{_ELSEWHERE}"
-        )
-    try:
-        document: object = json.loads(body)
-    except ValueError as error:
-        raise StatusError(f"{address} answers /llamayard/status, but not JSON") from error
-    if not isinstance(document, dict):
-        raise StatusError(f"{address} answers /llamayard/status, but not a JSON object")
-    return cast("dict[str, Any]", document)
-
-
-def _reachable(host: str) -> str:
-    """The address of a listener on `host`, from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    """The status document of the router at that address. Raises StatusError."""
+    return call_router(host, port, certificate, "/llamayard/status")

@@ -39,6 +39,7 @@ def render_status(status: Mapping[str, Any]) -> str:
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
         _table("GPUS", _GPUS, _rows(status, "gpus"), _gpu_note),
+        *_restart(status.get("restart")),
         _table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _unless_ready),
         _table("MODELS", _MODELS, _rows(status, "models"), _unless_ready),
         _table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
@@ -114,7 +115,17 @@ def _wrapped(note: str) -> list[str]:
 
 
 def _gpu_note(row: Row) -> str:
-    return f"error: {row['error']}" if row.get("error") else ""
+    notes = [f"error: {row['error']}"] if row.get("error") else []
+    return "; ".join([*notes, *(["drained"] if row.get("drained") else [])])
+
+
+def _restart(restart: object) -> list[str]:
+    if not isinstance(restart, Mapping):
+        return []
+    row = cast("Mapping[str, Any]", restart)
+    current, pending = row.get("instance"), cast("list[str]", row.get("pending") or [])
+    words = f"{current} is {row.get('phase')}" if current else "begins"
+    return [f"RESTART\n{_INDENT}{words}" + (f"; then {', '.join(pending)}" if pending else "")]
 
 
 def _unless_ready(row: Row) -> str:

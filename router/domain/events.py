@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.domain.drained import DrainTarget
 from router.domain.footprint import GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu
 from router.domain.ids import LoadId
@@ -159,6 +160,23 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """An operator takes something out of service, or brings it back."""
+
+    target: DrainTarget
+    is_resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRequested:
+    """An operator wants instances restarted, one after the other."""
+
+    instances: tuple[InstanceName, ...]
+    drain_timeout_seconds: float
+    """How long the running requests of each may take."""
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownBegan:
     """Accept no new work, reject waiting tickets, and let running requests end."""
 
@@ -178,5 +196,7 @@ Event = (
     | LoadMeasured
     | FootprintsLoaded
     | Ticked
+    | DrainRequested
+    | RestartRequested
     | ShutdownBegan
 )

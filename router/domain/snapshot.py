@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.domain.drained import NOTHING_DRAINED, Drained
 from router.domain.engine_rules import EngineRules, EstimateOn
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.ids import LoadId
@@ -15,6 +16,7 @@ from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey
+from router.domain.restart import RollingRestart
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,12 @@ class Snapshot:
     """Sets of GPUs on which an instance recently failed to start: no other instance is started there for now."""
     warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])
     """Models with `keep_warm` that are not loaded, by name, each with the reason."""
+    drained: Drained = NOTHING_DRAINED
+    """What an operator has taken out of service."""
+    restarts_due: Mapping[InstanceName, float] = field(default_factory=dict[InstanceName, float])
+    """Instances that are drained to be restarted, each with when that ends."""
+    rolling: RollingRestart | None = None
+    """A restart that an operator requested and that is in progress."""
     engines: Mapping[str, EngineRules[Snapshot]] = field(
         default_factory=dict[str, "EngineRules[Snapshot]"], repr=False, compare=False
     )

@@ -103,6 +103,12 @@ def lost_gpus(gpus: Mapping[GpuUuid, Gpu], spec: InstanceSpec) -> list[Gpu]:
     return [gpu for uuid in spec.gpus if (gpu := gpus.get(uuid)) is not None and gpu.error is not None]
 
 
+def is_drained(snapshot: Snapshot, name: InstanceName) -> bool:
+    """Returns True if an operator has taken the instance out of service."""
+    view = snapshot.instances.get(name)
+    return view is not None and snapshot.drained.covers(view.spec)
+
+
 def instances_over(snapshot: Snapshot, gpus: frozenset[GpuUuid]) -> Sequence[InstanceView]:
     """Instances over exactly these GPUs, in the order of the snapshot."""
     by_gpus: Mapping[frozenset[GpuUuid], list[InstanceView]] = memoise(

@@ -96,6 +96,9 @@ ROUTES: tuple[Route, ...] = (
     Route("/ready", ("HEAD", "GET"), Kind.ADMIN),
     Route("/metrics", ("GET",), Kind.ADMIN),
     Route("/llamayard/status", ("GET",), Kind.ADMIN),
+    Route("/llamayard/drain", ("POST",), Kind.ADMIN),
+    Route("/llamayard/resume", ("POST",), Kind.ADMIN),
+    Route("/llamayard/restart", ("POST",), Kind.ADMIN),
 )
 
 

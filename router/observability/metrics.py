@@ -214,6 +214,7 @@ class FleetMetricsCollector(Collector):
         snapshot = self._snapshot()
         yield GaugeMetricFamily("llamayard_requests_waiting", "Requests waiting for a slot.", self._waiting_count())
         yield _lost_family(snapshot)
+        yield _drained_family(snapshot)
         yield from _gpu_families(snapshot)
         yield from _vram_ledger_families(snapshot)
         states = GaugeMetricFamily(
@@ -269,6 +270,15 @@ def _lost_family(snapshot: Snapshot) -> GaugeMetricFamily:
     )  # fmt: skip
     for gpu in snapshot.gpus.values():
         family.add_metric(_gpu_labels(gpu), float(gpu.error is not None))
+    return family
+
+
+def _drained_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_gpu_drained", "1 while an operator has drained the GPU, else 0.", labels=_GPU_LABELS
+    )
+    for gpu in snapshot.gpus.values():
+        family.add_metric(_gpu_labels(gpu), float(snapshot.drained.has_gpu(gpu.uuid)))
     return family
 
 

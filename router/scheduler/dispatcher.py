@@ -34,6 +34,7 @@ from router.domain.actions import Action, Reject, Remember, Unload
 from router.domain.events import (
     Arrived,
     Cancelled,
+    DrainRequested,
     Event,
     FootprintsLoaded,
     GpusRead,
@@ -44,6 +45,7 @@ from router.domain.events import (
     ModelDiscovered,
     Released,
     ResidencyRead,
+    RestartRequested,
     ShutdownBegan,
     Ticked,
     UnloadFinished,
@@ -59,6 +61,7 @@ from router.domain.snapshot_index import promised
 from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import free_replicas, grant, serving, suits
 from router.scheduler.placement import migration
+from router.scheduler.placement.explain import explain_drained
 from router.scheduler.placement.footprint_prediction import FootprintPredictor, estimate_unmeasured
 from router.scheduler.placement.placement import MustWait, NoFit, Placed
 from router.scheduler.placement.search import coming, seek, seek_replica
@@ -67,10 +70,12 @@ from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
 from router.scheduler.reconcile import (
+    drains,
     housekeeping,
     load_outcomes,
     lost_gpus,
     reservations,
+    rolling_restart,
     silence,
     stuck_unloads,
     warm_models,
@@ -157,15 +162,12 @@ class Dispatcher:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
                 measured = [Remember(found) for found in self._fleet.settle()]
-                return [*measured, *lost_gpus.mark_instances(self._fleet, now)]
-            case FootprintsLoaded():
-                for found in event.footprints:
-                    self._fleet.footprints.remember(found)
-            case LoadMeasured():
-                self._fleet.load_measured(event)
+                return [*measured, *self._mark_instances(now)]
+            case FootprintsLoaded() | LoadMeasured():
+                self._apply_footprints(event)
             case InstanceChanged():
                 load_outcomes.instance_changed(self._fleet, event, now)
-                return lost_gpus.mark_instances(self._fleet, now)
+                return [*rolling_restart.instance_changed(self._fleet, event), *self._mark_instances(now)]
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
             case ModelDiscovered():
@@ -174,6 +176,8 @@ class Dispatcher:
                 fleet.version += 1
             case Ticked():
                 pass
+            case DrainRequested() | RestartRequested():
+                return self._apply_to_instances(event, now)
             case ShutdownBegan():
                 self._closing = True
                 waiting = list(self._queue.tickets.values())
@@ -185,6 +189,25 @@ class Dispatcher:
             case _:
                 assert_never(event)
         return []
+
+    def _apply_footprints(self, event: FootprintsLoaded | LoadMeasured) -> None:
+        if isinstance(event, LoadMeasured):
+            self._fleet.load_measured(event)
+            return
+        for found in event.footprints:
+            self._fleet.footprints.remember(found)
+
+    def _apply_to_instances(self, event: DrainRequested | RestartRequested, now: float) -> list[Action]:
+        if isinstance(event, RestartRequested):
+            return rolling_restart.request(self._fleet, event)
+        return [*drains.change(self._fleet, event), *self._mark_instances(now)]
+
+    def _mark_instances(self, now: float) -> list[Action]:
+        """Takes instances out of service whose GPUs are lost or that are drained, and brings others back."""
+        drains.bring_back(self._fleet)
+        actions = lost_gpus.mark_instances(self._fleet, now)
+        drains.take_out(self._fleet, now)
+        return actions
 
     def _apply_to_requests(self, event: Arrived | Cancelled | Released, now: float) -> list[Action]:
         match event:
@@ -258,7 +281,10 @@ class Dispatcher:
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
-        actions = reservations.advance(self._fleet, now) + stuck_unloads.restart_drained(self._fleet, now)
+        actions = reservations.advance(self._fleet, now) + drains.unload_idle(self._fleet)
+        if not self._closing:
+            actions += rolling_restart.advance(self._fleet, self._estimate, self._loads.next, now)
+        actions += stuck_unloads.restart_drained(self._fleet, now)
         self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
         actions += self._serve_groups(self._queue.groups(), now)
         if may_retry:
@@ -368,10 +394,9 @@ class Dispatcher:
                 self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
                 return actions
             case MustWait():
-                self._explain(tickets, decision.reason)
-                self._retry_gate.failed(
-                    key, self._fleet.version, next_attempt(self._fleet.snapshot(now), tickets), decision
-                )
+                snapshot = self._fleet.snapshot(now)
+                self._explain(tickets, decision.reason + explain_drained(snapshot))
+                self._retry_gate.failed(key, self._fleet.version, next_attempt(snapshot, tickets), decision)
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]

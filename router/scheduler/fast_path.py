@@ -62,6 +62,8 @@ def _release(fleet: FleetState, event: Released, now: float) -> float | None:
     if lease is None or replica is None or replica.loaded_at != lease.loaded_at:
         fleet.end_lease(event, now)
         return _NEVER
+    if lease.key[0] in fleet.taken_out:
+        return None
     use = fleet.use_of(lease.key)
     expires_at = use.expires_at
     if use.in_flight == 1 and replica.state is ResidencyState.READY:

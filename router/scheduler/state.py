@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from router.domain.drained import NOTHING_DRAINED, Drained
 from router.domain.events import LoadMeasured, Released
 from router.domain.footprint import FootprintKey, GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu, GpuUuid
@@ -25,6 +26,7 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
+from router.domain.restart import RollingRestart
 from router.domain.snapshot import Demand, Engines, Failure, Snapshot
 from router.domain.vram_ledger import is_settled
 from router.scheduler.balancing import pending_work
@@ -139,6 +141,12 @@ class FleetState:
     """Since when a GPU of the instance cannot be read."""
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
+    drained: Drained = NOTHING_DRAINED
+    """What an operator has taken out of service."""
+    taken_out: set[InstanceName] = field(default_factory=set[InstanceName])
+    """Instances that take no new request because of `drained`."""
+    rolling: RollingRestart | None = None
+    """A restart that an operator requested and that is in progress."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Since when an instance started on demand is empty."""
     footprints: Footprints = field(default_factory=Footprints)
@@ -210,6 +218,9 @@ class FleetState:
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
             troubled=frozenset(self.troubled_at),
             warm_missing=MappingProxyType(self.warm_missing),
+            drained=self.drained,
+            restarts_due=MappingProxyType(self.restarts_due),
+            rolling=self.rolling,
             engines=self.engines,
         )
 
@@ -266,6 +277,17 @@ class FleetState:
         if draining != self.draining:
             self._cached = None
             self.draining = draining
+
+    def set_drained(self, drained: Drained) -> None:
+        """What an operator has taken out of service."""
+        self.drained = drained
+        self.version += 1
+
+    def set_rolling(self, rolling: RollingRestart | None) -> None:
+        """Sets how far a restart that an operator requested has come."""
+        if rolling != self.rolling:
+            self._cached = None
+            self.rolling = rolling
 
     def memory_changed(self, now: float) -> None:
         """A load or an unload has ended, or a server exited: the last reading of the GPUs may not show it yet."""

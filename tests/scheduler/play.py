@@ -23,9 +23,11 @@ from router.domain.actions import (
     StopInstance,
     Unload,
 )
+from router.domain.drained import DrainTarget
 from router.domain.events import (
     Arrived,
     Cancelled,
+    DrainRequested,
     Event,
     GpusRead,
     InstanceChanged,
@@ -34,6 +36,7 @@ from router.domain.events import (
     LoadFinished,
     Released,
     ResidencyRead,
+    RestartRequested,
     Ticked,
     UnloadFinished,
     UnloadRequested,
@@ -248,6 +251,15 @@ class Play:
 
     def ask_unload(self, of: ModelFacts) -> list[Action]:
         return self.post(UnloadRequested(of.blob))
+
+    def drain(self, *, gpu: int | None = None, instance: str | None = None, resume: bool = False) -> list[Action]:
+        """An operator drains a GPU, an instance, or everything, or resumes it."""
+        target = DrainTarget(None if gpu is None else gpu_id(gpu), None if instance is None else InstanceName(instance))
+        return self.post(DrainRequested(target, resume))
+
+    def restart(self, *names: str, timeout_seconds: float = 300.0) -> list[Action]:
+        """An operator requests a restart of these instances."""
+        return self.post(RestartRequested(tuple(map(InstanceName, names)), timeout_seconds))
 
     def list_models(self, name: str) -> list[Action]:
         """Posts the loaded models of an instance, without those that are still loading."""

@@ -136,6 +136,16 @@ class Fleet(RuleBasedStateMachine):
         else:
             play.advance(100.0)
 
+    @rule(data=st.data(), what=st.sampled_from(("gpu", "instance", "restart")), resume=st.booleans())
+    def an_operator_intervenes(self, data: st.DataObject, what: str, resume: bool) -> None:
+        play = self.play
+        if what == "gpu" and play.gpus:
+            play.drain(gpu=data.draw(st.integers(0, play.gpus - 1)), resume=resume)
+        elif what == "instance":
+            play.drain(instance=data.draw(st.sampled_from(sorted(play.specs))), resume=resume)
+        elif what == "restart":
+            play.restart(*sorted(play.specs), timeout_seconds=data.draw(st.sampled_from((0.0, 5.0, 300.0))))
+
     @precondition(lambda self: self.down())
     @rule()
     def instances_come_back(self) -> None:
@@ -198,6 +208,7 @@ class Fleet(RuleBasedStateMachine):
         if not hasattr(self, "play"):
             return
         play = self.play
+        play.drain(resume=True)
         for name in sorted(play.specs):
             play.change_instance(name, InstanceState.READY)
         play.external = dict.fromkeys(play.external, 0)

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.domain.actions import Action, Grant, Load, Unload
+from router.domain.drained import DrainTarget
 from router.domain.events import (
     Arrived,
     Cancelled,
+    DrainRequested,
     Event,
     InstanceChanged,
     LoadedModel,
@@ -61,6 +63,7 @@ _STEPS = st.lists(
         st.tuples(st.just("pass"), st.sampled_from((0.1, 1.0, 6.0)), st.just(None)),
         st.tuples(st.just("unload"), st.integers(0, 1), st.just(None)),
         st.tuples(st.just("listed"), st.integers(0, 1), st.booleans()),
+        st.tuples(st.just("drain"), st.integers(0, 1), st.booleans()),
         st.tuples(st.just("state"), st.integers(0, 1), st.sampled_from(list(InstanceState))),
     ),
     max_size=60,
@@ -126,6 +129,8 @@ class _Lives:
         elif what == "listed":
             rows = (LoadedModel("m0", "d0", 1, 1, 8192, _MODELS[0]),) if more else ()
             self.handle(ResidencyRead(_SPECS[int(which)].name, rows, self.short.now))
+        elif what == "drain":
+            self.handle(DrainRequested(DrainTarget(instance=_SPECS[int(which)].name), bool(more)))
         elif what == "state":
             self.handle(
                 InstanceChanged(_SPECS[int(which)], more if isinstance(more, InstanceState) else InstanceState.READY)

@@ -68,11 +68,15 @@ class Bounds:
 
 def is_alive(snapshot: Snapshot, view: InstanceView) -> bool:
     """Whether the instance serves, or is expected to soon: requests wait for it."""
+    if snapshot.drained.covers(view.spec):
+        return False
     if view.state not in _MAY_COME_BACK:
         return view.state is InstanceState.READY
     if lost_gpus(snapshot.gpus, view.spec):
         return False
     since, constants = view.down_since, snapshot.policy.constants
+    if view.spec.name in snapshot.restarts_due:
+        return not view.spec.on_demand
     if view.state is InstanceState.DRAINING and (since is None or view.spec.on_demand):
         return False
     grace = constants.attached_grace_seconds if view.spec.attached else constants.restart_grace_seconds
@@ -142,7 +146,8 @@ def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
 
 
 def _usable(snapshot: Snapshot) -> list[Gpu]:
-    return sorted((gpu for gpu in snapshot.gpus.values() if gpu.error is None), key=lambda gpu: gpu.index)
+    usable = (gpu for gpu in snapshot.gpus.values() if gpu.error is None and not snapshot.drained.has_gpu(gpu.uuid))
+    return sorted(usable, key=lambda gpu: gpu.index)
 
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:

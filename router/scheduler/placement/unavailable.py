@@ -35,7 +35,7 @@ def explain_unavailable(
 
 
 def _down(snapshot: Snapshot, bounds: Bounds) -> Iterator[InstanceSpec]:
-    """Instances that do not serve, and those that could be started if no GPU were lost."""
+    """Instances that do not serve, and those that could be started if no GPU were lost or drained."""
     for view in snapshot.instances.values():
         if view.state is not InstanceState.READY:
             yield view.spec
@@ -45,7 +45,7 @@ def _down(snapshot: Snapshot, bounds: Bounds) -> Iterator[InstanceSpec]:
     gpus = sorted(snapshot.gpus.values(), key=lambda gpu: gpu.index)
     for size in range(1, len(gpus) + 1):
         for chosen in combinations(gpus, size):
-            if any(gpu.error is not None for gpu in chosen):
+            if any(gpu.error is not None or snapshot.drained.has_gpu(gpu.uuid) for gpu in chosen):
                 tuned = snapshot.engines[like.engine].tuned_for(like, list(chosen))
                 uuids = tuple(gpu.uuid for gpu in chosen)
                 yield replace(tuned, name=InstanceName(""), gpus=uuids, num_parallel=1, on_demand=True)
@@ -73,4 +73,7 @@ def _reason(snapshot: Snapshot, spec: InstanceSpec) -> str:
     lost = lost_gpus(snapshot.gpus, spec)
     if lost:
         return ", ".join(f"GPU {gpu.index} is lost ({gpu.error})" for gpu in lost)
+    drained = [gpu.index for uuid in spec.gpus if (gpu := snapshot.gpus.get(uuid)) and snapshot.drained.has_gpu(uuid)]
+    if drained:
+        return ", ".join(f"GPU {index} is drained" for index in drained)
     return explain_state(snapshot.instances[spec.name])

@@ -48,6 +48,12 @@ class Floor:
     def gpu_lost(self, uuid: GpuUuid) -> None:
         """Faults do not affect the floor."""
 
+    def drain(self, uuid: GpuUuid, *, is_resumed: bool) -> None:
+        """Faults do not affect the floor."""
+
+    def restart_all(self) -> None:
+        """Faults do not affect the floor."""
+
 
 def _best_layout(
     machine: Machine, model: ModelFacts, config: ServerConfig
