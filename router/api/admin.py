@@ -40,7 +40,8 @@ _LASTING = ("uuid", "index", "name", "memory_total_bytes", "error")
 class AdminHandler:
     """`emulated`: the title of an emulated rig, "" for real GPUs."""
 
-    def __init__(self, context: ApiContext, metrics: Metrics, emulated: str) -> None:
+    def __init__(self, context: ApiContext, metrics: Metrics, emulated: str, reload: operator_commands.Reload) -> None:
+        self._reload = reload
         self._context = context
         self._metrics = metrics
         self._emulated = emulated
@@ -58,6 +59,8 @@ class AdminHandler:
             case operator_commands.DRAIN | operator_commands.RESUME | operator_commands.RESTART:
                 answer = await operator_commands.run_command(request, record.route, self._context.controller)
                 return json_response(answer, extra)
+            case operator_commands.RELOAD:
+                return json_response(await self._reload(), extra)
             case _:
                 wanted_id = sanitized_request_id(request.query.get("request_id"))
                 return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)

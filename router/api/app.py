@@ -15,6 +15,7 @@ import structlog
 from aiohttp import hdrs, web
 
 from router.admission.pipeline import AdmissionPipeline, AdmissionRequest
+from router.api import operator_commands
 from router.api.admin import AdminHandler
 from router.api.aggregated import AggregatedHandler
 from router.api.context import ApiContext
@@ -41,7 +42,9 @@ CLIENT_GONE = 499
 class ApiHandlers:
     """The handlers of each kind of route. `close` ends their background work."""
 
-    def __init__(self, context: ApiContext, metrics: Metrics, emulated: str = "") -> None:
+    def __init__(
+        self, context: ApiContext, metrics: Metrics, reload: operator_commands.Reload, emulated: str = ""
+    ) -> None:
         """`emulated`: the title of an emulated rig, "" for real GPUs."""
         passthrough = PassthroughHandler(context)
         self._management = ModelManagementHandler(context)
@@ -51,7 +54,7 @@ class ApiHandlers:
             Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._management,
             Kind.REFUSED: passthrough if context.rules.cloud else _refuse_account_route,
-            Kind.ADMIN: AdminHandler(context, metrics, emulated),
+            Kind.ADMIN: AdminHandler(context, metrics, emulated, reload),
         }
 
     async def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -17,6 +17,9 @@ from router.domain.snapshot import Snapshot
 from router.errors import BadRequest, ShuttingDown
 
 DRAIN, RESUME, RESTART = "/llamayard/drain", "/llamayard/resume", "/llamayard/restart"
+RELOAD = "/llamayard/reload"
+Reload = Callable[[], Awaitable[Mapping[str, Any]]]
+"""Reloads the configuration and returns the answer as JSON. Raises BadRequest if it cannot be used."""
 _BODY_BYTES_MAX = 65_536
 _DRAIN_TIMEOUT_SECONDS = 300.0
 _DRAIN_TIMEOUT_SECONDS_MAX = 86_400.0

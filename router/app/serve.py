@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+from collections.abc import Callable
 
 import structlog
 
@@ -13,15 +14,15 @@ from router.app.fleet_checks import check_fleet
 from router.app.hardware import Hardware, detect_hardware, instance_plan
 from router.app.startup_checks import tls_context
 from router.app.wiring import build
-from router.config.settings import ConfigError, Settings
+from router.config.settings import ConfigError, Settings, process_environment
 from router.observability.logging import configure_logs
 from router.supervisor import orphan_reaper
 
 _LISTEN_BACKLOG = 4096
 
 
-async def serve(settings: Settings) -> None:
-    """Runs the router until a signal stops it.
+async def serve(settings: Settings, read_settings: Callable[[], Settings]) -> None:
+    """Runs the router until a signal stops it. `read_settings` reads the configuration again, for a reload.
 
     Raises:
         ConfigError: a value cannot be used on this machine: a port in use, a bad certificate, a GPU that is not there.
@@ -38,7 +39,7 @@ async def serve(settings: Settings) -> None:
         await asyncio.to_thread(_refuse_contradictions, settings, hardware)
         for orphan in await asyncio.to_thread(orphan_reaper.reap_orphans, str(settings.state_directory)):
             log.warning("swept", pid=orphan.pid, instance=orphan.instance, command=orphan.command)
-        async with build(settings, hardware, tls) as router:
+        async with build(settings, hardware, tls, read_settings, process_environment()) as router:
             await router.run(listener)
 
 

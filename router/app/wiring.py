@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -18,12 +19,14 @@ from router.api.app import ApiHandlers, ApiServer
 from router.api.context import ApiContext
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
+from router.app.reload import Reloader, check_reload
+from router.app.service_manager import ServiceManager
 from router.config.policy import policy_of, warm_models
 from router.config.settings import ConfigError, Settings
 from router.control.controller import Controller
 from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
-from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured
+from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured, PolicyChanged
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -61,8 +64,13 @@ from router.supervisor.supervisor import Supervisor
 
 
 @contextlib.asynccontextmanager
-async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | None) -> AsyncGenerator[Router]:
+async def build(
+    settings: Settings, hardware: Hardware, tls: ssl.SSLContext | None,
+    read_settings: Callable[[], Settings], environment: Mapping[str, str],
+) -> AsyncGenerator[Router]:  # fmt: skip
     """Builds and connects all components; leaving the context releases what they hold.
+
+    `read_settings` reads the configuration again, as at the start; `environment`: of this process.
 
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
@@ -105,7 +113,9 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
             )  # fmt: skip
-            handlers = ApiHandlers(context, metrics, hardware.title)
+            apply = _application(controller, context, state_poller, gpus, plan)
+            reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
+            handlers = ApiHandlers(context, metrics, reloader.answer, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 await state_poller.read_gpus()
@@ -115,7 +125,7 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
                 api_server, library, proxy = _entrances(settings, context, handlers, access_log)
                 yield Router(
                     controller, supervisor, state_poller, api_server, proxy, library, tls, hardware.title,
-                    settings.server.drain_timeout_seconds,
+                    settings.server.drain_timeout_seconds, reloader, ServiceManager(environment, os.getpid()),
                 )  # fmt: skip
             finally:
                 if lines is not None:
@@ -123,6 +133,22 @@ async def build(settings: Settings, hardware: Hardware, tls: ssl.SSLContext | No
                 await handlers.close()
                 await ollama.close()
                 await poller.close()
+
+
+def _application(
+    controller: Controller, context: ApiContext, state_poller: StatePoller, gpus: tuple[Gpu, ...], plan: InstancePlan
+) -> Callable[[Settings], None]:
+    """Applies reloaded settings to what runs; raises ConfigError before anything has changed."""
+
+    def apply(settings: Settings) -> None:
+        policy = policy_of(settings, gpus, on_demand_like(plan))
+        rules = _rules(settings, context.removing)
+        controller.post(PolicyChanged(policy))
+        context.rules.become(rules)
+        context.limits.become(_limits(settings))
+        state_poller.set_warm(warm_models(policy))
+
+    return apply
 
 
 def _instances(gpus: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:
@@ -225,7 +251,21 @@ def _context(
     session: aiohttp.ClientSession,
     store_lock: asyncio.Lock,
 ) -> ApiContext:
-    limits = RequestLimits(
+    removing = set[str]()
+    return ApiContext(
+        controller=controller,
+        catalog=ollama.catalog,
+        session=session,
+        limits=_limits(settings),
+        rules=_rules(settings, removing),
+        endpoint_support=ollama.endpoint_support,
+        writing=store_lock,
+        removing=removing,
+    )
+
+
+def _limits(settings: Settings) -> RequestLimits:
+    return RequestLimits(
         max_body_bytes=settings.server.max_body_bytes,
         queue_timeout_seconds=settings.queue.timeout_seconds,
         first_byte_timeout_seconds=settings.stream.first_byte_timeout_seconds,
@@ -235,17 +275,6 @@ def _context(
         body_total_timeout_seconds=settings.server.body_total_timeout_seconds,
         body_bytes_per_second_min=settings.server.body_bytes_per_second_min,
         connection_timeout_seconds=settings.server.connection_timeout_seconds,
-    )
-    removing = set[str]()
-    return ApiContext(
-        controller=controller,
-        catalog=ollama.catalog,
-        session=session,
-        limits=limits,
-        rules=_rules(settings, removing),
-        endpoint_support=ollama.endpoint_support,
-        writing=store_lock,
-        removing=removing,
     )
 
 

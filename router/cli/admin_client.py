@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
-_TIMEOUT_SECONDS = 10.0
 _ELSEWHERE = "if the router listens elsewhere, add --port, --host, or the --config that it was started with"
 
 
@@ -24,17 +23,18 @@ def call_router(
     certificate: Path | None,
     path: str,
     command: Mapping[str, Any] | None = None,
+    timeout_seconds: float = 10.0,
 ) -> dict[str, Any]:
     """The JSON object that the router at that address answers; with a certificate over TLS, trusting only that one.
 
     `command` is sent by POST; without one the path is read by GET.
 
     Raises:
-        AdminError: no answer within ten seconds, the server is not llamayard, or it refuses the command.
+        AdminError: no answer in time, the server is not llamayard, or it refuses the command.
     """
     address = f"{_reachable(host)}:{port}"
     try:
-        with closing(_connection(_reachable(host), port, certificate)) as connection:
+        with closing(_connection(_reachable(host), port, certificate, timeout_seconds)) as connection:
             headers = {"Host": f"localhost:{port}", "Content-Type": "application/json"}
             body = None if command is None else json.dumps(command).encode()
             connection.request("GET" if command is None else "POST", path, body, headers)
@@ -71,12 +71,12 @@ def _kind(answer: bytes) -> str:
     return "a JSON object"
 
 
-def _connection(host: str, port: int, certificate: Path | None) -> http.client.HTTPConnection:
+def _connection(host: str, port: int, certificate: Path | None, timeout_seconds: float) -> http.client.HTTPConnection:
     if certificate is None:
-        return http.client.HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS)
+        return http.client.HTTPConnection(host, port, timeout=timeout_seconds)
     context = ssl.create_default_context(cafile=str(certificate))
     context.check_hostname = False  # the address is used, which a certificate rarely contains
-    return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context)
+    return http.client.HTTPSConnection(host, port, timeout=timeout_seconds, context=context)
 
 
 def _reachable(host: str) -> str:

@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, drain, resume, restart, check-config, plan, simulate, version.
+"""The `llamayard` command line: serve, status, drain, resume, restart, reload, check-config, plan, simulate, version.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.
@@ -103,6 +103,9 @@ def _add_operator_commands(add_parser: Callable[..., argparse.ArgumentParser]) -
                 "--timeout", type=float, metavar="SECONDS", help="time that running requests get (default: 300)"
             )
         command.set_defaults(run=_operate, command=name)
+    reload = add_parser("reload", help="read the configuration again and apply what can change while the router runs")
+    _add_configuration(reload)
+    reload.set_defaults(run=_reload)
 
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +132,12 @@ def _operate(arguments: argparse.Namespace, environment: Mapping[str, str] | Non
     from router.cli import operate
 
     return operate.run(arguments, environment)
+
+
+def _reload(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import reload
+
+    return reload.run(arguments, environment)
 
 
 def _check_config(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

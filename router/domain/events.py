@@ -14,6 +14,7 @@ from router.domain.gpu import Gpu
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import BlobDigest, ModelFacts
+from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 
 
@@ -160,6 +161,13 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """The operator's settings were reloaded."""
+
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRequested:
     """An operator takes something out of service, or brings it back."""
 
@@ -196,6 +204,7 @@ Event = (
     | LoadMeasured
     | FootprintsLoaded
     | Ticked
+    | PolicyChanged
     | DrainRequested
     | RestartRequested
     | ShutdownBegan

@@ -99,6 +99,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/llamayard/drain", ("POST",), Kind.ADMIN),
     Route("/llamayard/resume", ("POST",), Kind.ADMIN),
     Route("/llamayard/restart", ("POST",), Kind.ADMIN),
+    Route("/llamayard/reload", ("POST",), Kind.ADMIN),
 )
 
 

@@ -162,9 +162,14 @@ class ProxyExchange:
         if cached is None or parsed is None or not is_plain(parsed):
             self._read(parsed)
             return
-        plan, heartbeat = cached
+        plan, heartbeat, rules_version = cached
         model = parsed.model or ""
-        if context.catalog.known(model) is not plan.facts or plan.facts.name in context.rules.removing:
+        rules = context.rules
+        if (
+            context.catalog.known(model) is not plan.facts
+            or plan.facts.name in rules.removing
+            or rules_version != rules.version
+        ):
             self._read(parsed)
             return
         self._request = request = InferenceRequest(
@@ -241,7 +246,8 @@ class ProxyExchange:
             self._refuse(error)
             return
         if request.is_repeatable:
-            self._facts.add_plan((request.parsed.model, request.parsed.stream), plan, request.heartbeat)
+            key = (request.parsed.model, request.parsed.stream)
+            self._facts.add_plan(key, plan, request.heartbeat, request.rules.version)
         self._submit(request)
 
     def _refuse(self, error: RouterError) -> None:

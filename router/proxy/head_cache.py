@@ -46,6 +46,8 @@ PlanKey = tuple[str | None, bool | None]
 class CachedPlan(NamedTuple):
     plan: RoutingPlan
     heartbeat: Heartbeat | None
+    rules_version: int
+    """Of the rules that it was derived from."""
 
 
 class HeadFacts:
@@ -82,8 +84,8 @@ class HeadFacts:
         put(self.upstream_lines, url, lines, _SERVERS_MAX)
         return lines
 
-    def add_plan(self, key: PlanKey, plan: RoutingPlan, heartbeat: Heartbeat | None) -> None:
-        put(self.plans, key, CachedPlan(plan, heartbeat), PLANS_MAX)
+    def add_plan(self, key: PlanKey, plan: RoutingPlan, heartbeat: Heartbeat | None, rules_version: int) -> None:
+        put(self.plans, key, CachedPlan(plan, heartbeat, rules_version), PLANS_MAX)
 
 
 class HeadCache:

@@ -43,6 +43,7 @@ from router.domain.events import (
     LoadFinished,
     LoadMeasured,
     ModelDiscovered,
+    PolicyChanged,
     Released,
     ResidencyRead,
     RestartRequested,
@@ -93,7 +94,6 @@ class Dispatcher:
     def __init__(self, policy: Policy, engines: Engines, attempts: RetryGate | None = None) -> None:
         """`engines`: the rules of the engines in use, by kind. `attempts`: says which groups are tried again; with one
         that is never quiescent the whole queue is tried at each event, and the same is decided."""
-        self._policy = policy
         self._fleet = FleetState(policy, engines)
         self._estimate = FootprintPredictor(policy, self._fleet.footprints)
         self._queue = WaitQueue()
@@ -176,8 +176,8 @@ class Dispatcher:
                 fleet.version += 1
             case Ticked():
                 pass
-            case DrainRequested() | RestartRequested():
-                return self._apply_to_instances(event, now)
+            case DrainRequested() | RestartRequested() | PolicyChanged():
+                return self._apply_command(event, now)
             case ShutdownBegan():
                 self._closing = True
                 waiting = list(self._queue.tickets.values())
@@ -197,10 +197,16 @@ class Dispatcher:
         for found in event.footprints:
             self._fleet.footprints.remember(found)
 
-    def _apply_to_instances(self, event: DrainRequested | RestartRequested, now: float) -> list[Action]:
-        if isinstance(event, RestartRequested):
-            return rolling_restart.request(self._fleet, event)
-        return [*drains.change(self._fleet, event), *self._mark_instances(now)]
+    def _apply_command(self, event: DrainRequested | RestartRequested | PolicyChanged, now: float) -> list[Action]:
+        match event:
+            case DrainRequested():
+                return [*drains.change(self._fleet, event), *self._mark_instances(now)]
+            case RestartRequested():
+                return rolling_restart.request(self._fleet, event)
+            case PolicyChanged():
+                self._estimate.policy = event.policy
+                self._fleet.set_policy(event.policy)
+                return []
 
     def _mark_instances(self, now: float) -> list[Action]:
         """Takes instances out of service whose GPUs are lost or that are drained, and brings others back."""
@@ -226,17 +232,17 @@ class Dispatcher:
         if self._queue.tickets and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
             self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
         self._fleet.record_request(ticket, now)
-        pin = self._policy.pins.get(ticket.model.name)
+        pin = self._fleet.policy.pins.get(ticket.model.name)
         if pin is not None and pin.priority:
             ticket = replace(ticket, priority=ticket.priority + pin.priority)
-        if len(self._queue.tickets) < self._policy.queue_limit:
+        if len(self._queue.tickets) < self._fleet.policy.queue_limit:
             self._queue.add(ticket)
             return []
         if not self._queue.has_group(group_of(ticket)):  # nobody is overtaken
             free, replicas = free_replicas(self._fleet, ticket.model.blob)
             if able := serving(self._fleet, free, ticket):
                 return [grant(self._fleet, able, replicas, ticket, now)]
-        message = f"server busy: the queue is full (queue.limit={self._policy.queue_limit})"
+        message = f"server busy: the queue is full (queue.limit={self._fleet.policy.queue_limit})"
         return [self._reject(ticket, "queue_full", message)]
 
     def _retry_after(self) -> int:
@@ -366,7 +372,7 @@ class Dispatcher:
             if (
                 isinstance(decision, NoFit)
                 and decision.code == "model_too_large"
-                and self._policy.constants.unseen_margin_ratio
+                and self._fleet.policy.constants.unseen_margin_ratio
             ):
                 decision = seek(snapshot, estimate_unmeasured, unserved)  # rather a load that fails than a refusal
             return self._act_on(key, unserved, decision, now)

@@ -278,6 +278,11 @@ class FleetState:
             self._cached = None
             self.draining = draining
 
+    def set_policy(self, policy: Policy) -> None:
+        """The operator's settings from now on."""
+        self.policy = policy
+        self.version += 1
+
     def set_drained(self, drained: Drained) -> None:
         """What an operator has taken out of service."""
         self.drained = drained
