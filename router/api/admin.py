@@ -80,7 +80,7 @@ class AdminHandler:
             "version": __version__,
             "emulated": self._emulated,
             "gpus": [_gpu(snapshot, gpu) for gpu in sorted(snapshot.gpus.values(), key=lambda g: g.index)],
-            "instances": [_instance(view) for view in snapshot.instances.values()],
+            "instances": [_instance(snapshot, view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
             "drained": operator_commands.drained_document(snapshot),
@@ -119,8 +119,8 @@ def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def _instance(view: InstanceView) -> dict[str, Any]:
-    spec = view.spec
+def _instance(snapshot: Snapshot, view: InstanceView) -> dict[str, Any]:
+    spec, health = view.spec, snapshot.health.get(view.spec.name)
     return {
         "name": spec.name,
         "state": view.state.value,
@@ -132,11 +132,14 @@ def _instance(view: InstanceView) -> dict[str, Any]:
         "context_length": spec.context_length,
         "kv_cache_type": spec.kv_cache_type,
         "flash_attention": spec.flash_attention,
+        "ejected": "" if health is None or snapshot.now >= health.ejected_until else health.reason,
         "reason": view.reason,
     }
 
 
 def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
+    health = snapshot.health.get((residency.instance, residency.blob))
+    ejected_seconds = health.ejected_until - snapshot.now if health is not None else 0.0
     return {
         "name": residency.name,
         "instance": residency.instance,
@@ -145,6 +148,7 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "slots": residency.slots,
         "in_flight": residency.in_flight,
         "unload_failures": residency.unload_failures,
+        "ejected_seconds": round(max(0.0, ejected_seconds), 1),
         "per_gpu_bytes": list(residency.per_gpu_bytes),
         "context_length": residency.context_length,
         "options": dict(residency.options),

@@ -8,6 +8,7 @@ import os
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -28,11 +29,12 @@ from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
 from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured, PolicyChanged
 from router.domain.gpu import Gpu
-from router.domain.instance import InstanceSpec, InstanceState
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.model_names import rule_key
 from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import is_loading, serves_elsewhere
 from router.engines.base import Engine
 from router.engines.ollama.engine import OllamaEngine
 from router.engines.ollama.instance_plan import (
@@ -68,9 +70,8 @@ async def build(
     settings: Settings, hardware: Hardware, tls: ssl.SSLContext | None,
     read_settings: Callable[[], Settings], environment: Mapping[str, str],
 ) -> AsyncGenerator[Router]:  # fmt: skip
-    """Builds and connects all components; leaving the context releases what they hold.
-
-    `read_settings` reads the configuration again, as at the start; `environment`: of this process.
+    """Builds and connects all components; leaving the context releases what they hold. `read_settings` reads the
+    configuration again, as at the start; `environment`: of this process.
 
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
@@ -103,7 +104,8 @@ async def build(
         def poll_gpus() -> None:
             state_poller.poll_gpus()
 
-        supervisor = Supervisor(_supervisor_config(settings, hardware), engines, on_instance_change, on_load=on_load)
+        config, loads = _supervisor_config(settings, hardware), partial(_is_loading, snapshot)
+        supervisor = Supervisor(config, engines, on_instance_change, on_load=on_load, is_loading=loads)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with Controller(dispatcher, effects, time.monotonic, (observer,)) as controller:
@@ -133,6 +135,10 @@ async def build(
                 await handlers.close()
                 await ollama.close()
                 await poller.close()
+
+
+def _is_loading(snapshot: Callable[[], Snapshot], name: InstanceName) -> bool:
+    return is_loading(snapshot(), name)
 
 
 def _application(
@@ -226,6 +232,7 @@ def _entrances(
         ready_primary=context.ready_primary,
         find_model=context.find_model,
         has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
+        serves_elsewhere=lambda facts, instance: serves_elsewhere(controller.snapshot(), facts.blob, instance),
         debug_headers=debug_headers,
         make_handler=library,
         table=table,

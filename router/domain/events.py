@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from router.domain.drained import DrainTarget
 from router.domain.footprint import GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu
+from router.domain.health import ReplyFailure
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import BlobDigest, ModelFacts
@@ -88,6 +89,8 @@ class Released:
     """When the first byte of the response arrived; None if none did, or if it was not recorded."""
     silent_seconds: float = 0.0
     """How long its replica had sent no byte to anybody when its client gave up; 0 where it ended otherwise."""
+    failure: ReplyFailure | None = None
+    """How its server failed it; None if it did not, and where its client left."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 from router.domain.drained import NOTHING_DRAINED, Drained
 from router.domain.engine_rules import EngineRules, EstimateOn
 from router.domain.gpu import Gpu, GpuUuid
+from router.domain.health import Health
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.model import BlobDigest
@@ -47,6 +48,10 @@ class Failure:
     """True if the load came out partly on the CPU and was undone; the model is planned once more, smaller or there."""
 
 
+HealthKey = ResidencyKey | InstanceName
+"""A replica or an instance."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything a decision is made from. The mappings are read-only views that do not change during one decision."""
@@ -76,6 +81,10 @@ class Snapshot:
     """Sets of GPUs on which an instance recently failed to start: no other instance is started there for now."""
     warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])
     """Models with `keep_warm` that are not loaded, by name, each with the reason."""
+    health: Mapping[HealthKey, Health] = field(default_factory=dict["HealthKey", Health])
+    """Of replicas and instances that have failed requests lately."""
+    ejected: frozenset[InstanceName] = frozenset()
+    """Instances on which nothing is loaded now, because requests keep failing there."""
     drained: Drained = NOTHING_DRAINED
     """What an operator has taken out of service."""
     restarts_due: Mapping[InstanceName, float] = field(default_factory=dict[InstanceName, float])

@@ -64,6 +64,9 @@ class AccessLog:
             (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
             if record.refusal:
                 values["refused"] = record.refusal
+        if record.retries or record.is_retry_refused:
+            values["retries"] = record.retries
+            tally.record_retries(record.retries, is_refused=record.is_retry_refused)
         instance, granted_at, first_byte_at = record.instance, record.granted_at, record.first_byte_at
         model = self._model_label(record.model) if instance is not None else ""
         tally.record_response(record.route, model, status)

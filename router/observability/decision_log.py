@@ -74,6 +74,9 @@ class DecisionLog:
                 self._log.warning("restart_instance", instance=action.instance, reason=action.reason)
             case Notice():
                 self._log.warning(action.event, **action.fields)
+                if action.event == "ejected":
+                    model = self._metrics.model_label(str(action.fields["model"]))
+                    self._metrics.ejections.labels(action.fields["instance"], model, action.fields["cause"]).inc()
             case Remember():
                 found = action.footprint
                 source = "server" if found.parts else "gpus"

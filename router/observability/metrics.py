@@ -78,6 +78,12 @@ class Metrics:
             ("model", "instance"),
             registry=registry,
         )
+        self.ejections = Counter(
+            "llamayard_ejections",
+            "Replicas and instances that took no new request for a while, because they failed requests.",
+            ("instance", "model", "reason"),
+            registry=registry,
+        )
         self.rejections = Counter("llamayard_rejections", "Requests rejected, by code.", ("code",), registry=registry)
         for code in ERROR_CODES:
             self.rejections.labels(code)
@@ -160,11 +166,17 @@ class RequestMetrics(Collector):
         """By model and token type."""
         self._histograms: dict[str, _ModelHistograms] = {}
         """By model."""
+        self._retries = {"retried": 0, "over_budget": 0}
 
     def record_response(self, route: str, model: str, status: int) -> None:
         """Counts a request that was answered, by a server or by the router itself."""
         key = (route, model, str(status))
         self._responses[key] = self._responses.get(key, 0) + 1
+
+    def record_retries(self, count: int, *, is_refused: bool) -> None:
+        """Counts how often a request was tried again, and whether the budget allowed no further retry."""
+        self._retries["retried"] += count
+        self._retries["over_budget"] += is_refused
 
     def record_served(self, model: str, queue_time_seconds: float, duration_seconds: float) -> None:
         """Records the times of a request that was granted a slot."""
@@ -191,6 +203,14 @@ class RequestMetrics(Collector):
             responses.add_metric(labels, float(count))
         yield responses
         yield GaugeMetricFamily("llamayard_requests_running", "Requests in progress.", float(self.running))
+        retries = CounterMetricFamily(
+            "llamayard_retries",
+            "Requests that were tried again, or were not because of the budget.",
+            labels=("outcome",),
+        )
+        for outcome, count in self._retries.items():
+            retries.add_metric((outcome,), float(count))
+        yield retries
         tokens = CounterMetricFamily("llamayard_tokens", "Tokens, as counted by the servers.", labels=("model", "type"))
         for labels, count in self._tokens.items():
             tokens.add_metric(labels, float(count))

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from router.admission.pipeline import Admission, AdmissionPipeline, AdmissionRequest
-from router.domain.instance import InstanceView
+from router.domain.instance import InstanceName, InstanceView
 from router.domain.model import ModelFacts
 from router.http1.parser import RequestHead
 from router.llm_api.inference_request import ModelRules
@@ -19,6 +19,7 @@ from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, Route, RouteTable
 from router.proxy.head_cache import HeadCache, HeadFacts
 from router.proxy.interfaces import EndpointSupport, ModelCatalog, RequestLog, SlotQueue
+from router.proxy.retry_budget import RetryBudget
 from router.proxy.upstream_pool import Pool
 
 _TARGETS_MAX = 256
@@ -71,6 +72,9 @@ class ProxyContext:
     """Makes an aiohttp protocol, for requests that are not served here."""
     table: RouteTable
     tasks: Tasks
+    serves_elsewhere: Callable[[ModelFacts, InstanceName], bool] = lambda _model, _instance: False
+    """Whether a replica of the model on another instance serves."""
+    retry_budget: RetryBudget = field(default_factory=RetryBudget)
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
     progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])

@@ -72,6 +72,7 @@ from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_e
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
 from router.scheduler.reconcile import (
     drains,
+    ejection,
     housekeeping,
     load_outcomes,
     lost_gpus,
@@ -251,14 +252,16 @@ class Dispatcher:
         return max(1, min(60, len(self._queue.tickets) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
+        lease = self._fleet.leases.get(event.ticket_id)
         replica = self._fleet.release(event, now)
         self._fleet.version += bool(self._replacing)
+        actions = ejection.observe(self._fleet, event, lease.key, now) if lease is not None else []
         if replica is None or replica.state is not ResidencyState.READY:
-            return []
+            return actions
         if event.runner_lost or (event.silent_seconds and silence.hangs(self._fleet, replica, event, now)):
             # The server still lists it, and would load it again inside the next request: unload it properly.
-            return [rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs")]
-        return []
+            actions.append(rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs"))
+        return actions
 
     # --- time ----------------------------------------------------------------------------------------------
 
@@ -291,11 +294,16 @@ class Dispatcher:
         if not self._closing:
             actions += rolling_restart.advance(self._fleet, self._estimate, self._loads.next, now)
         actions += stuck_unloads.restart_drained(self._fleet, now)
-        self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
+        self._mark_leaving(now)
         actions += self._serve_groups(self._queue.groups(), now)
         if may_retry:
             actions += self._keep(now)
         return actions + reservations.advance(self._fleet, now)
+
+    def _mark_leaving(self, now: float) -> None:
+        """Which replicas take no new request: those that leave, and those that are ejected."""
+        ejected = ejection.apply(self._fleet, now)
+        self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced() | ejected)
 
     def _serve_groups(self, keys: Iterable[GroupKey], now: float) -> list[Action]:
         """Grants or places each of these groups in turn, from one snapshot until something changes."""
@@ -397,7 +405,7 @@ class Dispatcher:
                     self._replacing[key] = own
                 actions = reservations.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
                 actions += self._move(decision.evict, now)
-                self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
+                self._mark_leaving(now)
                 return actions
             case MustWait():
                 snapshot = self._fleet.snapshot(now)

@@ -18,6 +18,7 @@ from router.domain.drained import NOTHING_DRAINED, Drained
 from router.domain.events import LoadMeasured, Released
 from router.domain.footprint import FootprintKey, GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu, GpuUuid
+from router.domain.health import Health
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.keep_alive import FOR_EVER, merged_keep_alive
@@ -27,7 +28,7 @@ from router.domain.request import Ticket, TicketId
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.restart import RollingRestart
-from router.domain.snapshot import Demand, Engines, Failure, Snapshot
+from router.domain.snapshot import Demand, Engines, Failure, HealthKey, Snapshot
 from router.domain.vram_ledger import is_settled
 from router.scheduler.balancing import pending_work
 from router.scheduler.balancing.pending_work import PendingWork, WorkShare
@@ -141,6 +142,12 @@ class FleetState:
     """Since when a GPU of the instance cannot be read."""
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
+    health: dict[HealthKey, Health] = field(default_factory=dict[HealthKey, Health])
+    """Of replicas and instances that have failed requests lately (`reconcile/ejection.py`)."""
+    ejected: frozenset[InstanceName] = frozenset()
+    """Instances on which nothing is loaded now."""
+    ejection_ends_at: float | None = None
+    """When the next ejection ends."""
     drained: Drained = NOTHING_DRAINED
     """What an operator has taken out of service."""
     taken_out: set[InstanceName] = field(default_factory=set[InstanceName])
@@ -218,6 +225,8 @@ class FleetState:
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
             troubled=frozenset(self.troubled_at),
             warm_missing=MappingProxyType(self.warm_missing),
+            health=MappingProxyType(self.health),
+            ejected=self.ejected,
             drained=self.drained,
             restarts_due=MappingProxyType(self.restarts_due),
             rolling=self.rolling,
@@ -271,6 +280,12 @@ class FleetState:
         if missing != self.warm_missing:
             self._cached = None
             self.warm_missing = missing
+
+    def set_ejected(self, ejected: frozenset[InstanceName]) -> None:
+        """Sets on which instances nothing is loaded."""
+        if ejected != self.ejected:
+            self._cached = None
+            self.ejected = ejected
 
     def set_draining(self, draining: frozenset[ResidencyKey]) -> None:
         """Sets which replicas take no new request."""
@@ -326,6 +341,7 @@ class FleetState:
         """Drops a residency, its load and its pending work. Leases stay until their requests end."""
         residency = self.residencies.pop(key, None)
         self.works.pop(key, None)
+        self.health.pop(key, None)
         self.slowest_seconds.pop(key, None)
         self.silences.pop(key, None)
         self.version += 1
@@ -513,7 +529,7 @@ class FleetState:
         if not self.clients[lease.client]:
             del self.clients[lease.client]
         self.counters.released(lease.client, event.output_tokens)
-        if event.first_byte_at is not None and not event.silent_seconds:
+        if event.first_byte_at is not None and not event.silent_seconds and event.failure is None:
             self._answered(lease, now)
         blob = lease.key[1]
         if blob in self.demand:

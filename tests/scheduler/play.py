@@ -43,6 +43,7 @@ from router.domain.events import (
 )
 from router.domain.footprint import FootprintKey
 from router.domain.gpu import Gpu, GpuUuid
+from router.domain.health import ReplyFailure
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -201,6 +202,7 @@ class Play:
         layout: Layout | None = None,
         client: str = "",
         default_context: int | None = None,
+        avoid: str | None = None,
     ) -> TicketId:
         """`default_context`: it cannot name a context, and needs this one; 0: the usual one."""
         self._tickets += 1
@@ -211,6 +213,7 @@ class Play:
         made = replace(
             made,
             client=client,
+            avoid=None if avoid is None else InstanceName(avoid),
             takes_default_context=default_context is not None,
             context_length=default_context or 0,
         )
@@ -223,11 +226,18 @@ class Play:
         self.endings[ticket] = None
         return self.post(Cancelled(ticket))
 
-    def release(self, ticket: TicketId, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> list[Action]:
+    def release(
+        self,
+        ticket: TicketId,
+        *,
+        runner_lost: bool = False,
+        silent_seconds: float = 0.0,
+        failure: ReplyFailure | None = None,
+    ) -> list[Action]:
         """The request ends: answered in full, or given up by its client after so much silence."""
         del self.leases[ticket]
-        first_byte_at = None if runner_lost or silent_seconds else self.now
-        return self.post(Released(ticket, runner_lost, 0, first_byte_at, silent_seconds))
+        first_byte_at = None if runner_lost or silent_seconds or failure else self.now
+        return self.post(Released(ticket, runner_lost, 0, first_byte_at, silent_seconds, failure))
 
     def finish_load(self, load: LoadId, on_cpu: int = 0) -> list[Action]:
         """Ends a load successfully, with `on_cpu` of its bytes on the CPU."""

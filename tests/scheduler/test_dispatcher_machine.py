@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceState
 from router.domain.policy import Policy, SchedulerConstants
 from router.domain.request import Layout, LayoutKind, RunnerOptions
@@ -80,10 +81,22 @@ class Fleet(RuleBasedStateMachine):
         self.play.work_through()
 
     @precondition(lambda self: self.play.leases)
-    @rule(data=st.data(), lost=st.sampled_from((False, False, False, False, True)))
-    def request_ends(self, data: st.DataObject, lost: bool) -> None:
+    @rule(
+        data=st.data(),
+        lost=st.sampled_from((False, False, False, False, True)),
+        failure=st.sampled_from((None, None, *ReplyFailure)),
+    )
+    def request_ends(self, data: st.DataObject, lost: bool, failure: ReplyFailure | None) -> None:
         ticket = data.draw(st.sampled_from(sorted(self.play.leases)))
-        self.play.release(ticket, runner_lost=lost)
+        self.play.release(ticket, runner_lost=lost, failure=failure)
+
+    @precondition(lambda self: self.play.leases)
+    @rule(data=st.data(), count=st.integers(3, 8))
+    def an_instance_fails_requests(self, data: st.DataObject, count: int) -> None:
+        play = self.play
+        name = data.draw(st.sampled_from(sorted({key[0] for key, _ in play.leases.values()})))
+        for ticket in [ticket for ticket, lease in sorted(play.leases.items()) if lease[0][0] == name][:count]:
+            play.release(ticket, failure=ReplyFailure.ERROR)
 
     @precondition(lambda self: self.play.waiting)
     @rule(data=st.data())

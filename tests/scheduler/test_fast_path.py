@@ -23,6 +23,7 @@ from router.domain.events import (
     UnloadFinished,
     UnloadRequested,
 )
+from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import NO_MODEL, BlobDigest
 from router.domain.policy import Policy
@@ -59,6 +60,7 @@ _STEPS = st.lists(
         st.tuples(st.just("talk"), st.integers(0, 1), st.sampled_from((10, 300, 3000))),
         st.tuples(st.just("release"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("release"), st.integers(0, 9), st.just(False)),
+        st.tuples(st.just("fail"), st.integers(0, 9), st.sampled_from(list(ReplyFailure))),
         st.tuples(st.just("cancel"), st.integers(0, 9), st.just(None)),
         st.tuples(st.just("pass"), st.sampled_from((0.1, 1.0, 6.0)), st.just(None)),
         st.tuples(st.just("unload"), st.integers(0, 1), st.just(None)),
@@ -122,6 +124,9 @@ class _Lives:
         elif what == "release" and self.held:
             ticket, now = self.held.pop(int(which) % len(self.held)), self.short.now
             self.handle(Released(ticket, bool(more), int(which) * 10, now - 0.05 if which else None))
+        elif what == "fail" and self.held and isinstance(more, ReplyFailure):
+            ticket = self.held.pop(int(which) % len(self.held))
+            self.handle(Released(ticket, failure=more))
         elif what == "cancel" and self.asked:
             self.handle(Cancelled(self.asked[int(which) % len(self.asked)]))
         elif what == "unload":

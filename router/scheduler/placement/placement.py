@@ -297,7 +297,7 @@ def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: Placem
     if len(failures) == len(group):
         last = failures[group[-1].name]
         return NoFit("load_failed", last.message, last.status)
-    out = request.not_on | failures.keys() | _just_lost(snapshot, request)
+    out = request.not_on | failures.keys() | _just_lost(snapshot, request) | snapshot.ejected
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
     preferred = _preferred_start(snapshot, [c for c in group if c.name not in out], there, request)
     if preferred is not None:

@@ -15,6 +15,8 @@ def next_wake(fleet: FleetState, queue: WaitQueue, retry_at: float) -> float | N
     times = [*_expiries(fleet, queue), *fleet.restarts_due.values()]
     if fleet.rolling is not None:
         times.append(fleet.rolling.deadline)
+    if fleet.ejection_ends_at is not None:
+        times.append(fleet.ejection_ends_at)
     timeout = next_timeout(fleet)
     if timeout is not None:
         times.append(timeout)
