@@ -74,6 +74,7 @@ from router.scheduler.reconcile import (
     drains,
     ejection,
     housekeeping,
+    later_spills,
     load_outcomes,
     lost_gpus,
     reservations,
@@ -171,6 +172,7 @@ class Dispatcher:
                 return [*rolling_restart.instance_changed(self._fleet, event), *self._mark_instances(now)]
             case ResidencyRead():
                 rules.reconcile(self._fleet, event, self._estimate, now)
+                return later_spills.mark(self._fleet, event.instance, now)
             case ModelDiscovered():
                 fleet = self._fleet
                 fleet.models[event.model.blob] = fleet.warm_models[event.model.name] = event.model
@@ -291,6 +293,7 @@ class Dispatcher:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
         actions = reservations.advance(self._fleet, now) + drains.unload_idle(self._fleet)
+        actions += later_spills.unload_idle(self._fleet)
         if not self._closing:
             actions += rolling_restart.advance(self._fleet, self._estimate, self._loads.next, now)
         actions += stuck_unloads.restart_drained(self._fleet, now)
@@ -302,7 +305,7 @@ class Dispatcher:
 
     def _mark_leaving(self, now: float) -> None:
         """Which replicas take no new request: those that leave, and those that are ejected."""
-        ejected = ejection.apply(self._fleet, now)
+        ejected = ejection.apply(self._fleet, now) | self._fleet.spilled
         self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced() | ejected)
 
     def _serve_groups(self, keys: Iterable[GroupKey], now: float) -> list[Action]:

@@ -142,6 +142,8 @@ class FleetState:
     """Since when a GPU of the instance cannot be read."""
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
+    spilled: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
+    """Replicas that have come to be partly on the CPU after their load (`reconcile/later_spills.py`)."""
     health: dict[HealthKey, Health] = field(default_factory=dict[HealthKey, Health])
     """Of replicas and instances that have failed requests lately (`reconcile/ejection.py`)."""
     ejected: frozenset[InstanceName] = frozenset()

@@ -271,12 +271,13 @@ class Play:
         """An operator requests a restart of these instances."""
         return self.post(RestartRequested(tuple(map(InstanceName, names)), timeout_seconds))
 
-    def list_models(self, name: str) -> list[Action]:
-        """Posts the loaded models of an instance, without those that are still loading."""
+    def list_models(self, name: str, on_cpu: int = 0) -> list[Action]:
+        """Posts the loaded models of an instance, without those that are still loading; `on_cpu` bytes of each are on
+        the CPU."""
         loading = {(load.instance, load.model.blob) for load in self.loads.values()}
         known = self.snapshot().residencies
         rows = [
-            LoadedModel(known[key].name, "", sum(sizes.values()), sum(sizes.values()), None, known[key].model)
+            LoadedModel(known[key].name, "", sum(sizes.values()), sum(sizes.values()) - on_cpu, None, known[key].model)
             for key, sizes in self.held.items()
             if key[0] == name and key not in loading and key in known
         ]
