@@ -116,7 +116,13 @@ def _wrapped(note: str) -> list[str]:
 
 def _gpu_note(row: Row) -> str:
     notes = [f"error: {row['error']}"] if row.get("error") else []
-    return "; ".join([*notes, *(["drained"] if row.get("drained") else [])])
+    if row.get("unfit"):
+        notes.append(f"out of service: {row['unfit']}")
+    elif row.get("drained"):
+        notes.append("drained")
+    notes += [words for key, words in (("hot", "hot: others are preferred"), ("on_probation", "on probation"))
+              if row.get(key)]  # fmt: skip
+    return "; ".join(notes)
 
 
 def _restart(restart: object) -> list[str]:

@@ -1,4 +1,7 @@
-"""What an operator has taken out of service. It takes no new work, finishes what runs, and its models are unloaded."""
+"""What is taken out of service: it takes no new work, finishes what runs, and its models are unloaded.
+
+By an operator, or by the router itself, for GPUs that fail or are too hot.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,27 @@ class Drained:
     gpus: frozenset[GpuUuid] = frozenset()
     instances: frozenset[InstanceName] = frozenset()
     everything: bool = False
+    unfit: tuple[tuple[GpuUuid, str], ...] = ()
+    """GPUs that the router has taken out of service, each with the reason: `GPU 1 is at 92 °C`."""
 
     def __bool__(self) -> bool:
-        return self.everything or bool(self.gpus or self.instances)
+        return self.everything or bool(self.gpus or self.instances or self.unfit)
+
+    def reason_of(self, gpu: GpuUuid) -> str:
+        """Why the router has taken the GPU out of service; "" if it has not."""
+        return next((reason for uuid, reason in self.unfit if uuid == gpu), "") if self.unfit else ""
 
     def has_gpu(self, gpu: GpuUuid) -> bool:
         """Returns True if nothing new may use the GPU."""
-        return self.everything or gpu in self.gpus
+        return self.everything or gpu in self.gpus or bool(self.reason_of(gpu))
 
     def covers(self, spec: InstanceSpec) -> bool:
         """Returns True if the instance takes no new work: by its name, or because of one of its GPUs."""
         if not self:
             return False
-        return self.everything or spec.name in self.instances or not self.gpus.isdisjoint(spec.gpus)
+        if self.everything or spec.name in self.instances or not self.gpus.isdisjoint(spec.gpus):
+            return True
+        return bool(self.unfit) and any(self.reason_of(gpu) for gpu in spec.gpus)
 
     def plus(self, target: DrainTarget) -> Drained:
         if target.gpu is not None:
@@ -45,12 +56,12 @@ class Drained:
         return replace(self, everything=True)
 
     def minus(self, target: DrainTarget) -> Drained:
-        """Without the target; nothing is drained any more if that is everything."""
+        """Without the target; an operator drains nothing any more if that is everything."""
         if target.gpu is not None:
             return replace(self, gpus=self.gpus - {target.gpu})
         if target.instance is not None:
             return replace(self, instances=self.instances - {target.instance})
-        return Drained()
+        return Drained(unfit=self.unfit)
 
 
 NOTHING_DRAINED = Drained()

@@ -87,6 +87,10 @@ class Snapshot:
     """Instances on which nothing is loaded now, because requests keep failing there."""
     drained: Drained = NOTHING_DRAINED
     """What an operator has taken out of service."""
+    hot: frozenset[GpuUuid] = frozenset()
+    """GPUs that are hot or slowed down: others are preferred."""
+    probation: frozenset[GpuUuid] = frozenset()
+    """GPUs that have just come back: they take one load at a time, each on it alone."""
     restarts_due: Mapping[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
     rolling: RollingRestart | None = None

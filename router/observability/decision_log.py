@@ -121,6 +121,8 @@ class DecisionLog:
         """Logs each GPU error once, when it appears or changes, and its end."""
         errors = {gpu.uuid: gpu.error for gpu in event.gpus if gpu.error is not None}
         for gpu in event.gpus:
+            for code in gpu.xids:
+                self._metrics.gpu_xids.labels(gpu.uuid, str(gpu.index), gpu.name, str(code)).inc()
             if gpu.error is not None and self._gpu_errors.get(gpu.uuid) != gpu.error:
                 self._log.warning("gpu_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
             if gpu.error is None and gpu.uuid in self._gpu_errors:

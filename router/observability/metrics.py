@@ -78,6 +78,9 @@ class Metrics:
             ("model", "instance"),
             registry=registry,
         )
+        self.gpu_xids = Counter(
+            "llamayard_gpu_xid_errors", "XID errors that the driver reported.", (*_GPU_LABELS, "xid"), registry=registry
+        )
         self.ejections = Counter(
             "llamayard_ejections",
             "Replicas and instances that took no new request for a while, because they failed requests.",
@@ -235,6 +238,7 @@ class FleetMetricsCollector(Collector):
         yield GaugeMetricFamily("llamayard_requests_waiting", "Requests waiting for a slot.", self._waiting_count())
         yield _lost_family(snapshot)
         yield _drained_family(snapshot)
+        yield _unfit_family(snapshot)
         yield from _gpu_families(snapshot)
         yield from _vram_ledger_families(snapshot)
         states = GaugeMetricFamily(
@@ -299,6 +303,16 @@ def _drained_family(snapshot: Snapshot) -> GaugeMetricFamily:
     )
     for gpu in snapshot.gpus.values():
         family.add_metric(_gpu_labels(gpu), float(snapshot.drained.has_gpu(gpu.uuid)))
+    return family
+
+
+def _unfit_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_gpu_unfit", "1 while the router has drained the GPU because it fails or is too hot, else 0.",
+        labels=_GPU_LABELS,
+    )  # fmt: skip
+    for gpu in snapshot.gpus.values():
+        family.add_metric(_gpu_labels(gpu), float(bool(snapshot.drained.reason_of(gpu.uuid))))
     return family
 
 

@@ -73,6 +73,7 @@ from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
 from router.scheduler.reconcile import (
     drains,
     ejection,
+    gpu_health,
     housekeeping,
     later_spills,
     load_outcomes,
@@ -164,7 +165,7 @@ class Dispatcher:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
                 measured = [Remember(found) for found in self._fleet.settle()]
-                return [*measured, *self._mark_instances(now)]
+                return [*measured, *gpu_health.observe(self._fleet, now), *self._mark_instances(now)]
             case FootprintsLoaded() | LoadMeasured():
                 self._apply_footprints(event)
             case InstanceChanged():
@@ -187,7 +188,9 @@ class Dispatcher:
                 return [self._reject(ticket, "shutting_down", "the router is shutting down") for ticket in waiting]
             case Arrived() | Cancelled() | Released():
                 return self._apply_to_requests(event, now)
-            case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadRequested():
+            case LoadFinished() | LoadFailed():
+                return self._apply_load_end(event, now)
+            case UnloadFinished() | UnloadRequested():
                 return load_outcomes.apply_to_loads(self._fleet, event, now)
             case _:
                 assert_never(event)
@@ -200,9 +203,22 @@ class Dispatcher:
         for found in event.footprints:
             self._fleet.footprints.remember(found)
 
+    def _apply_load_end(self, event: LoadFinished | LoadFailed, now: float) -> list[Action]:
+        residency = self._fleet.by_load(event.load_id)
+        view = self._fleet.instances.get(residency.instance) if residency is not None else None
+        actions = load_outcomes.apply_to_loads(self._fleet, event, now)
+        if view is None or not self._fleet.probation:
+            return actions
+        if isinstance(event, LoadFailed) and event.is_memory_short:
+            return actions
+        actions += gpu_health.load_ended(self._fleet, view.spec.gpus, now, succeeded=isinstance(event, LoadFinished))
+        return [*actions, *self._mark_instances(now)]
+
     def _apply_command(self, event: DrainRequested | RestartRequested | PolicyChanged, now: float) -> list[Action]:
         match event:
             case DrainRequested():
+                if event.is_resumed and event.target.instance is None:
+                    gpu_health.forgive(self._fleet, event.target.gpu, now)
                 return [*drains.change(self._fleet, event), *self._mark_instances(now)]
             case RestartRequested():
                 return rolling_restart.request(self._fleet, event)
@@ -444,6 +460,9 @@ class Dispatcher:
             return []
         self._retry_gate.forget_others(self._queue)
         actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._move_off_short_gpus(now)]
+        if self._fleet.probation:
+            first = gpu_health.first_load(self._fleet.snapshot(now), self._estimate, self._fleet.models)
+            actions += reservations.begin(self._fleet, *first, self._loads.next(), now) if first is not None else []
         for model, placed in housekeeping.anticipate(
             self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
         ):

@@ -152,6 +152,12 @@ class FleetState:
     """When the next ejection ends."""
     drained: Drained = NOTHING_DRAINED
     """What an operator has taken out of service."""
+    gpu_health: dict[GpuUuid, Any] = field(default_factory=dict[GpuUuid, Any])
+    """What is remembered of each GPU (`reconcile/gpu_health.py`)."""
+    hot: frozenset[GpuUuid] = frozenset()
+    hot_instances: frozenset[InstanceName] = frozenset()
+    """Instances over a hot GPU."""
+    probation: frozenset[GpuUuid] = frozenset()
     taken_out: set[InstanceName] = field(default_factory=set[InstanceName])
     """Instances that take no new request because of `drained`."""
     rolling: RollingRestart | None = None
@@ -230,6 +236,8 @@ class FleetState:
             health=MappingProxyType(self.health),
             ejected=self.ejected,
             drained=self.drained,
+            hot=self.hot,
+            probation=self.probation,
             restarts_due=MappingProxyType(self.restarts_due),
             rolling=self.rolling,
             engines=self.engines,
@@ -304,6 +312,15 @@ class FleetState:
         """What an operator has taken out of service."""
         self.drained = drained
         self.version += 1
+
+    def set_gpu_conditions(self, *, hot: frozenset[GpuUuid], probation: frozenset[GpuUuid]) -> None:
+        """Which GPUs are hot, and which are on probation."""
+        self.hot_instances = frozenset(
+            name for name, view in self.instances.items() if hot and not hot.isdisjoint(view.spec.gpus)
+        )
+        if (hot, probation) != (self.hot, self.probation):
+            self.hot, self.probation = hot, probation
+            self.version += 1
 
     def set_rolling(self, rolling: RollingRestart | None) -> None:
         """Sets how far a restart that an operator requested has come."""

@@ -132,6 +132,11 @@ class Play:
     """Instances that were requested and are not ready yet."""
     lost: set[GpuUuid] = field(default_factory=set[GpuUuid])
     """GPUs that cannot be read."""
+    celsius: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
+    throttled: dict[GpuUuid, tuple[str, ...]] = field(default_factory=dict[GpuUuid, tuple[str, ...]])
+    ecc_errors: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
+    xids: dict[GpuUuid, tuple[int, ...]] = field(default_factory=dict[GpuUuid, tuple[int, ...]])
+    """For the next reading."""
     stopped: list[InstanceName] = field(default_factory=list[InstanceName])
     restarting: list[InstanceName] = field(default_factory=list[InstanceName])
     """To be restarted, and still running."""
@@ -439,7 +444,11 @@ class Play:
         ours = sum(int(sizes.get(gpu, 0) * (progress if key in loading else 1.0)) for key, sizes in self.held.items())
         used = self.external[gpu] + ours
         error = "GPU is lost" if gpu in self.lost else None
-        return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used, error=error)
+        return Gpu(
+            gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used, error=error,
+            temperature_celsius=self.celsius.get(gpu), throttle_reasons=self.throttled.get(gpu, ()),
+            ecc_errors_uncorrected=self.ecc_errors.get(gpu, 0), xids=self.xids.pop(gpu, ()),
+        )  # fmt: skip
 
 
 def with_policy(policy: Policy, **changes: object) -> Policy:

@@ -99,6 +99,8 @@ def grant(fleet: FleetState, able: Sequence[ResidencyKey], replicas: int, ticket
     """
     if ticket.avoid is not None:
         able = [key for key in able if key[0] != ticket.avoid] or able
+    if fleet.hot_instances:
+        able = [key for key in able if key[0] not in fleet.hot_instances] or able
     if replicas > 1:
         share, choice = choose(fleet, able, ticket, now)
         key = able[choice.chosen]

@@ -62,6 +62,7 @@ def explain_drained(snapshot: Snapshot) -> str:
     return "; " + ", ".join(
         [
             *(f"GPU {gpu.index} is drained" for gpu in gpus),
+            *(reason for _, reason in drained.unfit),
             *(f"{name} is drained" for name in sorted(drained.instances)),
         ]
     )

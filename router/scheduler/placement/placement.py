@@ -28,6 +28,7 @@ from router.scheduler.placement.candidates import (
     candidates_of_size,
     is_alive,
     is_exclusive_to,
+    may_use,
     new_candidates,
     sizes,
 )
@@ -299,6 +300,10 @@ def _among(snapshot: Snapshot, group: Sequence[_SizedCandidate], request: Placem
         return NoFit("load_failed", last.message, last.status)
     out = request.not_on | failures.keys() | _just_lost(snapshot, request) | snapshot.ejected
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
+    usable_gpus = [c for c in there if may_use(snapshot, c.candidate.gpus)]
+    if there and not usable_gpus:
+        return MustWait("waits until a GPU that is back has shown with a load on it alone that it works")
+    there = usable_gpus
     preferred = _preferred_start(snapshot, [c for c in group if c.name not in out], there, request)
     if preferred is not None:
         return MustWait(f"{preferred.name}: waits for its start, since the configuration prefers its GPUs")

@@ -73,11 +73,13 @@ def unload_idle(fleet: FleetState) -> list[Action]:
 
 
 def reason(fleet: FleetState, spec: InstanceSpec) -> str:
-    """`GPU 1 is drained`, or `drained by an operator`."""
+    """`GPU 1 is drained`, `drained by an operator`, or why the router has drained it."""
     indices = [str(fleet.gpus[gpu].index) for gpu in spec.gpus if gpu in fleet.drained.gpus and gpu in fleet.gpus]
     if indices and not fleet.drained.everything:
         return f"GPU {', '.join(indices)} is drained"
-    return "drained by an operator"
+    unfit = [words for gpu in spec.gpus if (words := fleet.drained.reason_of(gpu))]
+    is_by_operator = fleet.drained.everything or spec.name in fleet.drained.instances
+    return ", ".join(unfit) if unfit and not is_by_operator else "drained by an operator"
 
 
 def _describe(fleet: FleetState, target: DrainTarget) -> str:
