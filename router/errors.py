@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class RouterError(Exception):
     """An error that ends a request.
@@ -95,6 +97,11 @@ class WaitTimeout(RouterError):
     """The request was not served before its deadline."""
 
     status, code = 504, "wait_timeout"
+
+
+def is_out_of_descriptors(error: BaseException | None) -> bool:
+    """Whether this process, and not its peer, is why a connection failed: no file descriptor or buffer was left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
 
 
 _BY_CODE: dict[str, type[RouterError]] = {

@@ -12,6 +12,7 @@ import structlog
 
 from router.app.fleet_checks import check_fleet
 from router.app.hardware import Hardware, detect_hardware, instance_plan
+from router.app.resource_limits import apply_limits
 from router.app.startup_checks import tls_context
 from router.app.wiring import build
 from router.config.settings import ConfigError, Settings, process_environment
@@ -29,6 +30,7 @@ async def serve(settings: Settings, read_settings: Callable[[], Settings]) -> No
     """
     configure_logs(settings.log.format, settings.log.level)
     log = structlog.get_logger("router")
+    apply_limits()
     tls = tls_context(settings)
     try:
         listener = _listen(settings)

@@ -34,7 +34,7 @@ from router.domain.model import ModelFacts
 from router.domain.request import TicketId
 from router.engines.ollama.client import OllamaError
 from router.engines.ollama.endpoint_support import refuse_missing
-from router.errors import InstanceLost, NoInstance, RouterError, WaitTimeout
+from router.errors import InstanceLost, NoInstance, QueueFull, RouterError, WaitTimeout, is_out_of_descriptors
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -64,6 +64,7 @@ _SILENCE_SECONDS: Final = 5.0
 
 RESOLVING, WAITING, CONNECTING, RELAYING, ENDED = range(5)
 _NEVER: Final = float("inf")
+_NO_DESCRIPTORS: Final = "the router has no file descriptor left for a connection to an instance: raise LimitNOFILE"
 
 
 class ProxyExchange:
@@ -403,6 +404,10 @@ class ProxyExchange:
 
     def _unreachable(self, error: Exception) -> None:
         self._opening = None
+        if is_out_of_descriptors(error):
+            self._release(runner_lost=False)
+            self._refuse(QueueFull(_NO_DESCRIPTORS, retry_after_seconds=1))
+            return
         self.reply_lost(InstanceLost(f"the instance could not be reached: {error}"), stale=False)
 
     # --- from the server -------------------------------------------------------------------------------------

@@ -270,6 +270,9 @@ class Instance:
                 await self._engine.probe(self.spec.url, self._config.health_timeout_seconds)
                 misses = 0
             except ProbeFailed as error:
+                if error.is_local:
+                    self._log.error("instance_not_asked", error=str(error))
+                    continue
                 misses, problem = misses + 1, str(error)
                 self._log.warning("instance_health_check_missed", misses=misses, error=problem)
         return f"hangs: {misses} health checks in a row failed; the last one: {problem}"
@@ -292,8 +295,9 @@ class Instance:
                 misses = 0
                 self._attached_answered(version)
             except ProbeFailed as error:
-                misses += 1
-                self._attached_failed(misses, str(error))
+                if not error.is_local:
+                    misses += 1
+                    self._attached_failed(misses, str(error))
             await self._context.clock.sleep(self._config.health_interval_seconds)
 
     def _attached_answered(self, version: str) -> None:

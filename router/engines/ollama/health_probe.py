@@ -9,7 +9,8 @@ from typing import Any
 
 import aiohttp
 
-from router.engines.base import ProbeFailed
+from router.engines.base import NotAsked, ProbeFailed
+from router.errors import is_out_of_descriptors
 
 
 async def probe_version(url: str, timeout_seconds: float) -> str:
@@ -17,6 +18,7 @@ async def probe_version(url: str, timeout_seconds: float) -> str:
 
     Raises:
         ProbeFailed: no valid answer within the timeout.
+        NotAsked: the router has no file descriptor left.
     """
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
     connector = aiohttp.TCPConnector(force_close=True, limit=1)
@@ -31,6 +33,8 @@ async def probe_version(url: str, timeout_seconds: float) -> str:
     except TimeoutError as error:
         raise ProbeFailed(f"{url}/api/version does not answer within {timeout_seconds:g} s") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
+        if is_out_of_descriptors(error):
+            raise NotAsked(f"{url}/api/version: {error}") from error
         raise ProbeFailed(f"{url}/api/version: {error}") from error
 
 
