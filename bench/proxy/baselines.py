@@ -214,7 +214,7 @@ class Llamayard(Baseline):
         )
         config = self.workspace.folder / "llamayard.yaml"
         config.write_text(
-            f"server: {{host: 127.0.0.1, port: {self.port}}}\ndiscover: false\n"
+            f"server: {{host: 127.0.0.1, port: {self.port}}}\ndiscover: false\nollama: {{context_length: 32768}}\n"
             f"state_directory: {self.workspace.folder}/state\ninstances:\n{instances}\n",
             "utf-8",
         )

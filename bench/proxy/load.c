@@ -1,15 +1,16 @@
 /* Load generator for the proxy benchmark: one thread, epoll; prints one line of JSON.
  *
- * usage: load PORT small CONNECTIONS SECONDS [TARGET]  closed loop: one request after another on each connection
- *        load PORT paced RATE SECONDS [TARGET]         open loop: RATE requests per second over 8 connections
- *        load PORT first RATE SECONDS                  the same with streams of one token; see `first_us`
- *        load PORT streams COUNT TOKENS RATE BURST     COUNT concurrent streams, each to its end
- *        load PORT bodies CONNECTIONS SECONDS BYTES    requests with a body of that size
+ * usage: load PORT FILE closed CONNECTIONS COUNT       COUNT requests, one after another on each connection
+ *        load PORT FILE paced RATE SECONDS             open loop: RATE requests per second over 8 connections
+ *        load PORT FILE first RATE SECONDS             the same with streams of one token; see `first_us`
+ *        load PORT FILE streams COUNT TOKENS           COUNT concurrent streams of TOKENS tokens, each to its end
  *
+ * FILE has the requests, which are sent in turn: for each a line with its length in bytes, then its bytes.
  * Replies are read completely (chunked or Content-Length); a status other than 200 or a broken reply counts as failed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <ctype.h>
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -25,27 +26,26 @@
 #include <unistd.h>
 
 enum { HEAD, SIZED, SIZE_LINE, DATA, DATA_END, LAST, DONE };
-enum { SMALL, PACED, STREAMS, BODIES, FIRST };
+enum { CLOSED, PACED, STREAMS, FIRST };
 
 typedef struct {
     int fd, state, head_len, line_len, busy, index;
     char head[8192], line[1024];
     long left;
     uint64_t sent_ns, first_ns;
-    long tokens;
-    int ended;
+    long tokens, request_len;
+    int ended, was_full;
     const char *out;
     long out_left;
 } conn;
 
 static int mode, port, epoll_fd, connections;
-/* Body lengths vary between requests, as with real clients. */
-#define VARIANTS 16
-static char *requests[VARIANTS];
-static long request_len[VARIANTS];
-static int variants = VARIANTS, variant;
+#define VARIANTS_MAX 64
+static char *requests[VARIANTS_MAX];
+static long request_len[VARIANTS_MAX];
+static int variants, variant;
 static long done_count, failed, tokens, expected_tokens;
-static uint64_t bytes_in;
+static uint64_t bytes_in, bytes_out; /* out: of requests that were answered */
 static conn *conns;
 
 typedef struct { double *v; long n, room; } samples;
@@ -96,13 +96,15 @@ static void push(conn *c) {
         if (n < 0 && errno == EAGAIN) {
             struct epoll_event e = {.events = EPOLLIN | EPOLLOUT, .data.ptr = c};
             epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &e);
+            c->was_full = 1;
             return;
         }
         if (n < 0) return;
         c->out += n; c->out_left -= n;
     }
     struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
-    if (mode == BODIES) epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &e);
+    if (c->was_full) epoll_ctl(epoll_fd, EPOLL_CTL_MOD, c->fd, &e);
+    c->was_full = 0;
 }
 
 static void ask(conn *c) {
@@ -116,6 +118,8 @@ static void ask(conn *c) {
     c->out = requests[variant];
     c->out_left = request_len[variant];
     variant = (variant + 1) % variants;
+    c->was_full = 0;
+    c->request_len = c->out_left;
     push(c);
 }
 
@@ -125,7 +129,7 @@ static void line_ends(conn *c, uint64_t now) {
     char *at = place < c->line_len && !memcmp(c->line + place, "\"content\":\"", 11) ? c->line + place
         : strstr(c->line, "\"content\":\"");
     if (at) place = at - c->line;
-    if (at && c->line + c->line_len > at + 27 && at[27] == '"') {
+    if (at && c->line + c->line_len > at + 27 && isxdigit((unsigned char)at[26])) { /* letters may follow */
         uint64_t written = strtoull(at + 11, NULL, 16);
         if (!c->first_ns) { c->first_ns = now; note(&first_token, (double)(now - c->sent_ns) / 1e3); }
         c->tokens++;
@@ -199,49 +203,39 @@ static long take(conn *c, const char *data, long size, uint64_t now, int *whole)
 
 static void finished(conn *c, uint64_t now) {
     int good = c->ended >= 0 && (mode != STREAMS || (c->ended == 1 && c->tokens == expected_tokens));
-    if (good) done_count++; else failed++;
+    if (good) { done_count++; bytes_out += (uint64_t)c->request_len; } else failed++;
     note(&latency, (double)(now - c->sent_ns) / 1e3);
     c->busy = 0;
 }
 
-/* Builds a request whose prompt is `more` bytes longer. */
-static char *written(const char *target, const char *front, const char *back, long more, long *length) {
-    long body = (long)(strlen(front) + strlen(back)) + more;
-    char *text = malloc((size_t)body + 1024), *at = text;
-    at += sprintf(at, "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
-        "Content-Type: application/json\r\nContent-Length: %ld\r\n\r\n%s", target, port, body, front);
-    memset(at, 'x', (size_t)more);
-    at = stpcpy(at + more, back);
-    *length = (long)(at - text);
-    return text;
+static void read_requests(const char *path) {
+    FILE *file = fopen(path, "rb");
+    long size;
+    if (!file) { perror(path); exit(2); }
+    while (variants < VARIANTS_MAX && fscanf(file, "%ld", &size) == 1 && fgetc(file) == '\n') {
+        char *text = malloc((size_t)size);
+        if (!text || fread(text, 1, (size_t)size, file) != (size_t)size) { fprintf(stderr, "%s is cut short\n", path); exit(2); }
+        requests[variants] = text;
+        request_len[variants++] = size;
+    }
+    fclose(file);
+    if (!variants) { fprintf(stderr, "%s has no request\n", path); exit(2); }
 }
 
 int main(int argc, char **argv) {
-    if (argc < 5) { fprintf(stderr, "see the head of load.c\n"); return 2; }
+    if (argc < 6) { fprintf(stderr, "see the head of load.c\n"); return 2; }
     signal(SIGPIPE, SIG_IGN);
     port = atoi(argv[1]);
-    const char *what = argv[2];
-    double seconds = 0, rate = 0;
-    long body_bytes = 0;
-    char target[128] = "/api/chat";
-    mode = !strcmp(what, "small") ? SMALL : !strcmp(what, "paced") ? PACED : !strcmp(what, "streams") ? STREAMS
-        : !strcmp(what, "first") ? FIRST : BODIES;
-    if ((mode == SMALL || mode == PACED) && argc > 5) snprintf(target, sizeof target, "%s", argv[5]);
-    connections = atoi(argv[3]);
-    seconds = atof(argv[4]);
-    if (mode == FIRST) strcpy(target, "/api/chat?t=1&r=0");
+    read_requests(argv[2]);
+    const char *what = argv[3];
+    double seconds = 1e9, rate = 0;
+    mode = !strcmp(what, "paced") ? PACED : !strcmp(what, "streams") ? STREAMS : !strcmp(what, "first") ? FIRST : CLOSED;
+    connections = atoi(argv[4]);
     int paced = mode == PACED || mode == FIRST;
-    if (paced) { rate = atof(argv[3]); connections = 8; }
-    if (mode == STREAMS) {
-        expected_tokens = atol(argv[4]);
-        snprintf(target, sizeof target, "/api/chat?t=%s&r=%s&b=%s", argv[4], argv[5], argv[6]);
-        seconds = 1e9;
-    }
-    if (mode == BODIES) body_bytes = atol(argv[5]);
-    const char *front = "{\"model\":\"bench\",\"messages\":[{\"role\":\"user\",\"content\":\"Why is the sky blue?", *back = "\"}],\"stream\":true}";
-    if (mode == SMALL || mode == PACED || mode == BODIES) back = "\"}],\"stream\":false}";
-    if (mode == BODIES) variants = 1;
-    for (int v = 0; v < variants; v++) requests[v] = written(target, front, back, body_bytes + 7 * v, &request_len[v]);
+    long left = 0; /* to be sent */
+    if (paced) { rate = atof(argv[4]); seconds = atof(argv[5]); connections = 8; }
+    if (mode == STREAMS) expected_tokens = atol(argv[5]);
+    if (mode == CLOSED) left = atol(argv[5]) - connections;
 
     epoll_fd = epoll_create1(0);
     conns = calloc((size_t)connections, sizeof *conns);
@@ -250,13 +244,12 @@ int main(int argc, char **argv) {
     start = now_ns();
     uint64_t end = start + (uint64_t)(seconds * 1e9), next = start;
     int turn = 0, open_count = connections;
-    if (mode == SMALL || mode == BODIES || mode == STREAMS) for (int i = 0; i < connections; i++) ask(&conns[i]);
+    if (!paced) for (int i = 0; i < connections; i++) ask(&conns[i]);
     static char buffer[1 << 18];
     struct epoll_event events[512];
     for (;;) {
         uint64_t now = now_ns();
-        if (now >= end && mode != STREAMS) break;
-        if (mode == STREAMS && !open_count) break;
+        if (now >= end || !open_count) break;
         if (paced) {
             while (now >= next) {
                 conn *c = &conns[turn++ % connections];
@@ -266,7 +259,7 @@ int main(int argc, char **argv) {
         }
         int n = epoll_wait(epoll_fd, events, 512, paced ? 1 : 100);
         now = now_ns();
-        if (mode == STREAMS && !n && now - start > 600ull * 1000000000ull) break;
+        if (!paced && !n && now - start > 600ull * 1000000000ull) break;
         for (int i = 0; i < n; i++) {
             conn *c = events[i].data.ptr;
             if (c->fd < 0) continue;
@@ -277,7 +270,9 @@ int main(int argc, char **argv) {
             if (got <= 0) {
                 if (c->busy) { failed++; c->busy = 0; }
                 close_conn(c);
-                if (mode == STREAMS) open_count--; else { open_conn(c); if (!paced) ask(c); }
+                if (paced) open_conn(c);
+                else if (mode == CLOSED && left > 0) { left--; open_conn(c); ask(c); }
+                else open_count--;
                 continue;
             }
             now = now_ns();
@@ -286,17 +281,17 @@ int main(int argc, char **argv) {
             take(c, buffer, got, now, &whole);
             if (whole) {
                 finished(c, now);
-                if (mode == STREAMS) { close_conn(c); open_count--; }
-                else if (!paced) ask(c);
+                if (mode == STREAMS || (mode == CLOSED && left <= 0)) { close_conn(c); open_count--; }
+                else if (mode == CLOSED) { left--; ask(c); }
             }
         }
     }
     double elapsed = (double)(now_ns() - start) / 1e9;
     printf("{\"seconds\":%.4f,\"done\":%ld,\"failed\":%ld,\"per_second\":%.2f,\"tokens\":%ld,\"tokens_per_second\":%.1f,"
         "\"latency_us\":{\"p50\":%.1f,\"p99\":%.1f},\"first_us\":{\"p50\":%.1f,\"p99\":%.1f},"
-        "\"lag_us\":{\"p50\":%.1f,\"p99\":%.1f},\"body_mb_per_second\":%.1f}\n",
+        "\"lag_us\":{\"p50\":%.1f,\"p99\":%.1f},\"sent_mb_per_second\":%.1f}\n",
         elapsed, done_count, failed, (double)done_count / elapsed, tokens, (double)tokens / elapsed,
         quantile(&latency, 0.5), quantile(&latency, 0.99), quantile(&first_token, 0.5), quantile(&first_token, 0.99),
-        quantile(&lag, 0.5), quantile(&lag, 0.99), (double)done_count * (double)body_bytes / elapsed / 1e6);
+        quantile(&lag, 0.5), quantile(&lag, 0.99), (double)bytes_out / elapsed / 1e6);
     return failed ? 1 : 0;
 }

@@ -1,7 +1,8 @@
 """Shows where the router's own time goes, without sockets: `make profile`.
 
 The real connection, exchange, controller, dispatcher, metrics and access log run over transports that only count bytes.
-Prints microseconds per small request (back to back, and after idling) and per token, then the most expensive functions.
+Prints microseconds per request of each shape (`shapes.py`), per small request after idling, and per token, then the
+most expensive functions of one shape.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, cast
 
 import uvloop
 
+from bench.proxy.shapes import SHAPES
 from router.admission.origin_check import OriginPolicy, Origins
 from router.admission.pipeline import admission_pipeline
 from router.control.controller import Controller
@@ -38,35 +40,36 @@ from router.observability.metrics import Metrics
 from router.proxy.client_connection import ClientConnection
 from router.proxy.context import ProxyContext, Tasks
 from router.proxy.server import ProxyServer
-from router.proxy.upstream_pool import Pool, UpstreamConnection
+from router.proxy.upstream_pool import Opening, Pool, UpstreamConnection
 from router.scheduler.dispatcher import Dispatcher
 
+_CONTEXT = 32_768
 _FACTS = ModelFacts(
     **{
         **{field: getattr(NO_MODEL, field) for field in NO_MODEL.__slots__},
         "name": "bench:latest",
         "blob": BlobDigest("b"),
+        "context_length": _CONTEXT,
     }
 )
-_BODY = b'{"model":"bench","messages":[{"role":"user","content":"Why is the sky blue%s?"}],"stream":true}'
-_HEAD = (
-    b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:11434\r\nUser-Agent: bench/1\r\nAccept: */*\r\n"
-    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-)
-_BODIES = tuple(_BODY % (b"x" * 7 * number) for number in range(16))
-_REQUESTS = tuple(_HEAD % len(body) + body for body in _BODIES)
-"""Requests of different lengths, like those of real clients."""
 _SMALL = b'{"model":"bench:latest","message":{"role":"assistant","content":"Hi."},"done":true,"eval_count":4}'
 _REPLY = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
     b"Content-Length: %d\r\n\r\n" % len(_SMALL) + _SMALL
 )
+_PIECE_BYTES = 1 << 18
+"""What one read of a socket gives at most."""
+_LARGE_BYTES = 8_000_000
+_LARGE_SHAPES = ("bare", "open-webui", "langchain")
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nDate: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
-_LINE = b'{"model":"bench:latest","message":{"role":"assistant","content":"some"},"done":false}\n'
-_TOKEN = b"%x\r\n%s\r\n" % (len(_LINE), _LINE)
+_LINES = tuple(
+    b'{"model":"bench:latest","message":{"role":"assistant","content":"%s"},"done":false}\n' % text
+    for text in (b"some", b" of", b" them", b" are", b" longer", b".")
+)
+_TOKENS = tuple(b"%x\r\n%s\r\n" % (len(line), line) for line in _LINES)
 _END = b'22\r\n{"done":true,"eval_count":1000000}\r\n0\r\n\r\n'
 
 
@@ -105,6 +108,23 @@ class _Transport(asyncio.Transport):
     def abort(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _Pool(Pool):
+    """Connects to nothing, and at once."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        super().__init__(5.0, now)
+        self.connections: list[UpstreamConnection] = []
+
+    def open(
+        self, url: str, opened: Callable[[UpstreamConnection], None], failed: Callable[[Exception], None]
+    ) -> Opening:
+        connection = UpstreamConnection(self, url)
+        connection.connection_made(_Transport())
+        self.connections.append(connection)
+        opened(connection)
+        return Opening(opened, failed)
 
 
 class _Catalog:
@@ -147,7 +167,7 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
         request_log=AccessLog(metrics, controller.now, RequestLines("info", len)),  # formatted, then discarded
         pipeline=admission_pipeline(origins, limits, dict, table),
         limits=limits,
-        rules=ModelRules(8192, heartbeat_seconds=15.0),
+        rules=ModelRules(_CONTEXT, heartbeat_seconds=15.0),
         endpoint_support=_Abilities(),
         primary=no_instance,
         ready_primary=never,
@@ -160,59 +180,67 @@ def _context(controller: Controller, metrics: Metrics, pool: Pool) -> ProxyConte
     )
 
 
-def _fleet(dispatcher: Dispatcher, instances: int) -> list[str]:
-    urls: list[str] = []
+def _fleet(dispatcher: Dispatcher, instances: int) -> None:
     for number in range(instances):
         name, url = InstanceName(f"u{number}"), f"http://127.0.0.1:{20000 + number}"
-        dispatcher.handle(InstanceChanged(InstanceSpec(name, (), url, num_parallel=1024), InstanceState.READY), 0.0)
-        row = LoadedModel("bench:latest", "d", 1, 1, 8192, _FACTS)
+        dispatcher.handle(
+            InstanceChanged(
+                InstanceSpec(name, (), url, num_parallel=1024, context_length=_CONTEXT), InstanceState.READY
+            ),
+            0.0,
+        )
+        row = LoadedModel("bench:latest", "d", 1, 1, _CONTEXT, _FACTS)
         dispatcher.handle(ResidencyRead(name, (row,), 0.0), 0.0)
-        urls.append(url)
-    return urls
 
 
-async def _measure(
-    small: int, tokens: int, instances: int, note: Callable[[str], None], profile: cProfile.Profile | None
-) -> None:
+async def _measure(args: argparse.Namespace, note: Callable[[str], None], profile: cProfile.Profile | None) -> None:
     metrics = Metrics()
     dispatcher = Dispatcher(Policy(), {KIND: OllamaRules()})
     async with Controller(dispatcher, cast("Any", _NoDriver()), time.monotonic, (DecisionLog(metrics),)) as controller:
-        urls = _fleet(dispatcher, instances)
-        pool = Pool(5.0, controller.now)
+        _fleet(dispatcher, args.instances)
+        pool = _Pool(controller.now)
         context = _context(controller, metrics, pool)
-        upstreams: dict[str, UpstreamConnection] = {}
-        for url in urls:
-            connection = upstreams[url] = UpstreamConnection(pool, url)
-            connection.connection_made(_Transport())
-            pool.release(connection)
         client = ClientConnection(context, ProxyServer(context))
         client.connection_made(_Transport())
 
-        requests = itertools.cycle(_REQUESTS)
-
-        def one(*pieces: bytes) -> None:
-            client.data_received(next(requests))
-            upstream = next(c for c in upstreams.values() if c.receiver is not None)
+        def one(request: list[bytes], *pieces: bytes) -> None:
+            for part in request:
+                client.data_received(part)
+            upstream = next(c for c in pool.connections if c.receiver is not None)
             for piece in pieces:
                 upstream.data_received(piece)
 
-        for _ in range(200):
-            one(_REPLY)
         if profile is not None:
+            requests = itertools.cycle(_requests(args.shape, args.bytes))
+            _best(lambda: one(next(requests), _REPLY), 200)
             profile.enable()
-        note(f"{_best(lambda: one(_REPLY), small):.1f} us per small request, {instances} instances")
-        if profile is not None:
+            _best(lambda: one(next(requests), _REPLY), args.requests // (1 + args.bytes // 10_000))
             profile.disable()
-        else:
-            for idle in _IDLE_SECONDS:
-                note(f"{_after(idle, lambda: one(_REPLY)):.0f} us after {1e3 * idle:g} ms of idling")
+            return
+        for shape, more in [*((name, 0) for name in SHAPES), *((name, _LARGE_BYTES) for name in _LARGE_SHAPES)]:
+            requests = itertools.cycle(_requests(shape, more))
+            is_long = more or len(next(requests)) > 1
+            batch, times = (5, 100) if is_long else (_BATCH, args.requests)
+            _best(lambda requests=requests: one(next(requests), _REPLY), batch, batch)
+            cost = _best(lambda requests=requests: one(next(requests), _REPLY), times, batch)
+            size = " of 8 MB" if more else ""
+            note(f"{cost:.1f} us per request{size}, {shape}, {args.instances} instances")
+        small = itertools.cycle(_requests("bare"))
+        for idle in _IDLE_SECONDS:
+            note(f"{_after(idle, lambda: one(next(small), _REPLY)):.0f} us after {1e3 * idle:g} ms of idling, bare")
         pieces = _BATCH * 10
-        stream = [_TOKEN] * pieces
-        cost = _best(lambda: one(_STREAM_HEAD, *stream, _END), tokens // pieces, 1) / pieces
+        stream = [*itertools.islice(itertools.cycle(_TOKENS), pieces)]
+        cost = _best(lambda: one(next(small), _STREAM_HEAD, *stream, _END), args.tokens // pieces, 1) / pieces
         note(f"{cost:.3f} us per token, one chunk per read")
-        bursts = [_TOKEN * 100] * (pieces // 100)
-        cost = _best(lambda: one(_STREAM_HEAD, *bursts, _END), tokens // pieces, 1) / pieces
+        bursts = [b"".join(stream[at : at + 100]) for at in range(0, pieces, 100)]
+        cost = _best(lambda: one(next(small), _STREAM_HEAD, *bursts, _END), args.tokens // pieces, 1) / pieces
         note(f"{cost:.3f} us per token, a hundred chunks per read")
+
+
+def _requests(shape: str, more: int = 0) -> list[list[bytes]]:
+    """Requests of different lengths, like those of real clients, each in the pieces that a socket gives."""
+    whole = [SHAPES[shape].request(more + 7 * number, stream=False) for number in range(1 if more else 16)]
+    return [[raw[at : at + _PIECE_BYTES] for at in range(0, len(raw), _PIECE_BYTES)] for raw in whole]
 
 
 def _best(work: Callable[[], None], times: int, batch: int = _BATCH) -> float:
@@ -267,16 +295,21 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--instances", type=int, default=2)
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="langchain", help="of the requests whose functions are shown"
+    )
+    parser.add_argument("--bytes", type=int, default=0, help="added to the bodies of these requests")
     parser.add_argument("--functions", type=int, default=40, help="number of most expensive functions to show; 0: none")
     given = parser.parse_args()
     configure_logs("json", "info")
     lines: list[str] = []
-    uvloop.run(_measure(given.requests, given.tokens, given.instances, lines.append, None))
-    print("\n".join(lines))
+    if not given.bytes:
+        uvloop.run(_measure(given, lines.append, None))
+        print("\n".join(lines))
     if given.functions:
         profile = cProfile.Profile()
-        uvloop.run(_measure(given.requests, 1000, given.instances, lambda _: None, profile))
-        print("of a small request:", *_shares(pstats.Stats(profile)), sep="\n")
+        uvloop.run(_measure(given, lambda _: None, profile))
+        print(f"of a request of {given.shape}:", *_shares(pstats.Stats(profile)), sep="\n")
         text = io.StringIO()
         pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(given.functions)
         print(text.getvalue())

@@ -5,7 +5,7 @@
  * Management paths answer like a server with one small loaded model. A POST answers by its query and keeps the
  * connection open:
  *   ?t=N&r=R&b=B   a chunked NDJSON stream of N tokens, R writes per second, B tokens per write (B chunks in one write);
- *                  each token contains its write time in nanoseconds, as 16 hexadecimal digits
+ *                  each token contains its write time in nanoseconds, as 16 hexadecimal digits, and up to seven letters
  *   ?s=1           one short JSON answer
  * A POST without a query gets the short answer too. Request bodies are read and discarded.
  */
@@ -106,10 +106,10 @@ static const char *TAGS = "{\"models\":[{\"name\":\"bench:latest\",\"model\":\"b
     "\"llama\"}}]}";
 static const char *SHOW = "{\"modelfile\":\"FROM /blobs/sha256-" DIGEST "\\n\",\"details\":{\"family\":\"llama\"},"
     "\"model_info\":{\"general.architecture\":\"llama\",\"llama.block_count\":2,\"llama.embedding_length\":64,"
-    "\"llama.attention.head_count\":4,\"llama.attention.head_count_kv\":2,\"llama.context_length\":8192,"
+    "\"llama.attention.head_count\":4,\"llama.attention.head_count_kv\":2,\"llama.context_length\":32768,"
     "\"llama.vocab_size\":256},\"tensors\":[],\"capabilities\":[\"completion\"]}";
 static const char *PS = "{\"models\":[{\"name\":\"bench:latest\",\"model\":\"bench:latest\",\"size\":2000000,\"digest\":\""
-    DIGEST "\",\"size_vram\":2000000,\"context_length\":8192,\"expires_at\":\"2318-01-01T00:00:00Z\"}]}";
+    DIGEST "\",\"size_vram\":2000000,\"context_length\":32768,\"expires_at\":\"2318-01-01T00:00:00Z\"}]}";
 static const char *SMALL = "{\"model\":\"bench:latest\",\"created_at\":\"2024-01-01T00:00:00Z\",\"message\":{\"role\":"
     "\"assistant\",\"content\":\"Hello there.\"},\"done\":true,\"done_reason\":\"stop\",\"prompt_eval_count\":12,"
     "\"eval_count\":4}";
@@ -127,12 +127,22 @@ static long query(const char *target, const char *name, long otherwise) {
 }
 
 static int token_chunks(char *out, int count) {
-    char line[160], chunk[200];
-    int n = snprintf(line, sizeof line, "{\"model\":\"bench:latest\",\"created_at\":\"2024-01-01T00:00:00Z\","
-        "\"message\":{\"role\":\"assistant\",\"content\":\"%016llx\"},\"done\":false}\n", (unsigned long long)now_ns());
-    int size = snprintf(chunk, sizeof chunk, "%x\r\n%.*s\r\n", n, n, line);
-    for (int i = 0; i < count; i++) memcpy(out + (long)i * size, chunk, (size_t)size);
-    return count * size;
+    static char chunks[8][200]; /* tokens differ in length, as real ones do */
+    static int sizes[8], next;
+    unsigned long long now = (unsigned long long)now_ns();
+    for (int v = 0; v < 8 && v < count; v++) {
+        char line[160];
+        int letters = next++ * 5 % 8;
+        int n = snprintf(line, sizeof line, "{\"model\":\"bench:latest\",\"created_at\":\"2024-01-01T00:00:00Z\","
+            "\"message\":{\"role\":\"assistant\",\"content\":\"%016llx%.*s\"},\"done\":false}\n", now, letters, "letters");
+        sizes[v] = snprintf(chunks[v], sizeof chunks[v], "%x\r\n%.*s\r\n", n, n, line);
+    }
+    int end = 0;
+    for (int i = 0; i < count; i++) {
+        memcpy(out + end, chunks[i % 8], (size_t)sizes[i % 8]);
+        end += sizes[i % 8];
+    }
+    return end;
 }
 
 static void next_tokens(conn *c) {

@@ -18,7 +18,7 @@ from bench.scheduling.bench_sched import with_measured_answers
 from bench.scheduling.client import MeasuredRequest, Player
 from bench.scheduling.servers import ROUTER, STOCK_VERSIONS, RunSetup, run_baseline
 from router.lab.scenarios import ScenarioSpec, make_baseline, make_scenario
-from router.lab.simulator.metrics import FIRST_TOKEN_SECONDS, TOKENS_PER_SECOND, is_in_time
+from router.lab.simulator.metrics import FIRST_TOKEN_SECONDS, TOKENS_PER_SECOND, is_in_ten_seconds
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Simulation
 
@@ -32,11 +32,11 @@ class Comparison:
     loads: tuple[list[str], list[str]]
     """Names of the models in load order: emulated, simulated."""
 
-    def in_time(self) -> tuple[float, float]:
-        """Shares of requests in time: emulated, simulated."""
+    def in_ten_seconds(self) -> tuple[float, float]:
+        """Shares of requests answered within 10 s: emulated, simulated."""
         return (
-            statistics.fmean(is_answer_in_time(one) for one in self.emulated),
-            statistics.fmean(is_in_time(one) for one in self.simulated),
+            statistics.fmean(is_answer_in_ten_seconds(one) for one in self.emulated),
+            statistics.fmean(is_in_ten_seconds(one) for one in self.simulated),
         )
 
     def median_ttft(self) -> tuple[float, float]:
@@ -46,7 +46,7 @@ class Comparison:
         )
 
 
-def is_answer_in_time(one: MeasuredRequest) -> bool:
+def is_answer_in_ten_seconds(one: MeasuredRequest) -> bool:
     if one.error or one.ttft_seconds > FIRST_TOKEN_SECONDS:
         return False
     first = one.first_token_at or 0.0
@@ -81,10 +81,10 @@ def main() -> int:
     args = parser.parse_args()
     spec = ScenarioSpec(args.rig, args.mix, args.seed, args.seconds, args.rate)
     comparison = compare(args.policy, spec, args.speed)
-    shares, medians = comparison.in_time(), comparison.median_ttft()
+    shares, medians = comparison.in_ten_seconds(), comparison.median_ttft()
     out = sys.stdout
     out.write(f"{args.policy} on {args.rig}, {args.mix}, seed {args.seed}: {len(comparison.emulated)} requests\n")
-    out.write(f"  in time      emulated {shares[0]:.1%}  simulated {shares[1]:.1%}\n")
+    out.write(f"  within 10 s  emulated {shares[0]:.1%}  simulated {shares[1]:.1%}\n")
     out.write(f"  loads        emulated {len(comparison.loads[0])}  simulated {len(comparison.loads[1])}\n")
     out.write(f"  median TTFT  emulated {medians[0]:.2f} s  simulated {medians[1]:.2f} s\n")
     if args.each:

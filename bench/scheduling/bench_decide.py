@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,13 +45,14 @@ class Times:
 
     durations: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     is_on: bool = False
+    clock: Callable[[], int] = time.perf_counter_ns
 
     def post(self, dispatcher: Dispatcher, event: Event, now: float) -> list[Action]:
         replicas = len(_replicas(dispatcher, event, now)) if self.is_on and isinstance(event, Arrived) else 0
-        began = time.perf_counter_ns()
+        began = self.clock()
         actions = dispatcher.handle(event, now)
         dispatcher.next_wake()
-        took = time.perf_counter_ns() - began
+        took = self.clock() - began
         if self.is_on:
             self.durations.setdefault(_kind(event, actions, replicas), []).append(took)
         return actions
@@ -91,6 +92,8 @@ class Row:
     events: int
     median: float
     p95: float
+    p99: float
+    most: float
     share: float
     """Share of the total time of all events."""
 
@@ -107,17 +110,18 @@ class MachineResult:
         return next(row for row in self.rows if row.kind == kind)
 
     def lines(self) -> list[str]:
-        head = f"  {'event':<32}{'count':>8}{'median':>12}{'p95':>12}{'share of time':>16}"
+        head = f"  {'event':<32}{'count':>8}{'median':>12}{'p95':>12}{'p99':>12}{'max':>12}{'share of time':>16}"
         return [f"\n{self.gpus} GPUs: {self.state}", head, *map(_line, self.rows)]
 
 
 def _line(row: Row) -> str:
-    return f"  {row.kind:<32}{row.events:>8}{row.median:>9.1f} µs{row.p95:>9.1f} µs{row.share:>16.0%}"
+    figures = "".join(f"{figure:>9.1f} µs" for figure in (row.median, row.p95, row.p99, row.most))
+    return f"  {row.kind:<32}{row.events:>8}{figures}{row.share:>16.0%}"
 
 
 def measure(gpus: int, args: argparse.Namespace) -> MachineResult:
     """Runs a machine with this many GPUs until it is saturated, then measures."""
-    times = Times()
+    times = Times(clock=time.thread_time_ns if args.cpu else time.perf_counter_ns)
     models = make_models([model_facts(name) for name in KINDS], args.models)
     machine = BusyMachine(gpus, models, args.waiting, args.seed, times.post)
     machine.play(args.warm)
@@ -147,8 +151,9 @@ def rows_of(durations: dict[str, list[int]]) -> tuple[Row, ...]:
 
 def _row(kind: str, times: Sequence[int], total: int) -> Row:
     ordered = sorted(times)
-    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    return Row(kind, len(times), statistics.median(ordered) / 1000, p95 / 1000, sum(times) / total)
+    p95, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] / 1000 for share in (0.95, 0.99))
+    median, most = statistics.median(ordered) / 1000, ordered[-1] / 1000
+    return Row(kind, len(times), median, p95, p99, most, sum(times) / total)
 
 
 def main() -> int:
@@ -160,6 +165,7 @@ def main() -> int:
     parser.add_argument("--warm", type=float, default=30.0, help="warm-up, in seconds of the machine's clock")
     parser.add_argument("--seconds", type=float, default=30.0, help="measured time, in seconds of the machine's clock")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cpu", action="store_true", help="CPU time instead of time, for a machine that is not idle")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     results: list[MachineResult] = []
@@ -167,13 +173,14 @@ def main() -> int:
         results.append(measure(gpus, args))
         sys.stdout.write("\n".join(results[-1].lines()) + "\n")
         sys.stdout.flush()
-    sys.stdout.write("\nscaling of requests and releases, median and p95:\n")
+    sys.stdout.write("\nscaling: requests and releases, median and p95; all events, p99\n")
     for result in results:
-        row = result.row(_REQUESTS)
-        sys.stdout.write(f"  {result.gpus:>5} GPUs{row.median:>10.1f} µs{row.p95:>10.1f} µs\n")
+        row, p99 = result.row(_REQUESTS), result.row(_ALL).p99
+        sys.stdout.write(f"  {result.gpus:>5} GPUs{row.median:>10.1f} µs{row.p95:>10.1f} µs{p99:>10.1f} µs\n")
     if args.out is not None:
         rows = [{"gpus": result.gpus, "kind": row.kind, "events": row.events, "median_microseconds": row.median,
-                 "p95_microseconds": row.p95} for result in results for row in result.rows]  # fmt: skip
+                 "p95_microseconds": row.p95, "p99_microseconds": row.p99, "max_microseconds": row.most}
+                for result in results for row in result.rows]  # fmt: skip
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     first = results[0].row(_REQUESTS)
     holds = first.median <= LIMIT_MICROSECONDS

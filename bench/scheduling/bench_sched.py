@@ -1,8 +1,8 @@
 """Benchmarks the router and its baselines as real processes over EMULATED servers, with acceptance criteria.
 
 `make bench-sched`. Policies run one at a time on an otherwise idle machine: all of them run a cell with one seed before
-the next seed begins, in rotating order. The floor is simulated with the answers of the router's run. Emulated time runs
-`--speed` times as fast as real time.
+the next seed begins, in rotating order. Instant swaps are simulated with the answers of the router's run. Emulated time
+runs `--speed` times as fast as real time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import sys
 import tempfile
 import time
@@ -18,12 +17,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.scheduling.bench_sim import FLOOR, ROUTER, Cell, Task, criteria, format_cell, mean, mean_in_time
+from bench.scheduling.bench_sim import FLOOR, ROUTER, Cell, Task, criteria, format_cell, mean, mean_in_time, shifted
 from bench.scheduling.client import MeasuredRequest, Player
 from bench.scheduling.servers import NGINX, STOCK_VERSIONS, RunSetup, nginx, run_baseline
 from router.domain.model import ModelFacts
-from router.lab.scenarios import ScenarioSpec, default_rate, large_models, make_baseline, make_scenario
-from router.lab.simulator.metrics import REFUSED, Report, is_in_time, jain, report, ttft_percentiles
+from router.lab.scenarios import ScenarioSpec, default_rate, in_world_of, large_models, make_baseline, make_scenario
+from router.lab.simulator.metrics import REFUSED, Report, jain, punctuality, report, ttft_percentiles
 from router.lab.simulator.requests import SERVED, Request
 from router.lab.simulator.runner import Scenario, Simulation
 from router.lab.simulator.workload import Session
@@ -82,16 +81,20 @@ def report_of(scenario: Scenario, answers: Sequence[MeasuredRequest], loads: Seq
     """The figures that the simulator gives of its runs, of what the clients saw and the emulated rig recorded."""
     requests = [_as_request(number, one, scenario.models[one.model]) for number, one in enumerate(answers)]
     large = large_models(scenario)
+    small_ones = [one for one in requests if one.model.name not in large]
+    large_ones = [one for one in requests if one.model.name in large]
     done = [load for load in loads if load["problem"] is None]
     ended_at = max((one.ended_at for one in answers), default=0.0)
     return Report(
         requests=len(requests),
-        in_time=sum(is_in_time(one) for one in requests),
+        punctuality=punctuality(requests),
+        small_punctuality=punctuality(small_ones),
+        large_punctuality=punctuality(large_ones),
         errors=sum(one.outcome != SERVED for one in requests),
         refused=sum(one.outcome in REFUSED for one in requests),
         hung_up=0,
-        small=ttft_percentiles([one for one in requests if one.model.name not in large], ended_at),
-        large=ttft_percentiles([one for one in requests if one.model.name in large], ended_at),
+        small=ttft_percentiles(small_ones, ended_at),
+        large=ttft_percentiles(large_ones, ended_at),
         tokens_per_second=sum(one.generated_tokens for one in answers if not one.error) / max(1e-9, ended_at),
         loads=len(done),
         loaded_gb=sum(float(str(load["weights_bytes"])) for load in done) / 1e9,
@@ -144,18 +147,9 @@ def in_simulator(policy: str, run: Run, answers: Sequence[MeasuredRequest], time
     sessions, large = with_measured_answers(scenario, answers), large_models(scenario)
     reports: dict[int, Report] = {}
     for number in range(times):
-        replayed = replace(scenario, sessions=delay_arrivals(sessions, number) if number else sessions)
+        replayed = in_world_of(policy, shifted(replace(scenario, sessions=sessions), number))
         reports[number] = report(Simulation(replayed, make_baseline(policy, replayed)).run(), large)
     return reports
-
-
-def delay_arrivals(sessions: Iterable[Session], number: int) -> tuple[Session, ...]:
-    """Delays each turn by a random time up to one second; `number` is the random seed."""
-    rng = random.Random(number)
-    return tuple(
-        replace(one, turns=tuple(replace(turn, at_seconds=turn.at_seconds + rng.random()) for turn in one.turns))
-        for one in sessions
-    )
 
 
 def planned_runs(args: argparse.Namespace) -> Iterable[Run]:
@@ -172,7 +166,8 @@ def planned_runs(args: argparse.Namespace) -> Iterable[Run]:
 def format_run(run: Run, outcome: Measurement, repeats: dict[int, Report]) -> str:
     """Formats one run; `repeats`: its simulations."""
     made, shares = outcome.report, [one.in_time_share for one in repeats.values()]
-    text = f"{run.cell:<16}seed {run.seed}  {run.policy:<18}in time {made.in_time_share:6.1%} of {made.requests}"
+    text = f"{run.cell:<16}seed {run.seed}  {run.policy:<18}in time {made.in_time_share:6.1%} of {made.requests}, "
+    text += f"{made.in_ten_seconds_share:.1%} within 10 s"
     text += f" (simulated {mean_in_time(repeats):.1%}, {min(shares):.0%}-{max(shares):.0%}, "
     text += f"{mean(repeats, 'loaded_gb'):.0f} GB)"
     text += f"  {made.loads} loads, {made.loaded_gb:.0f} GB, {made.spills} spilled, {made.out_of_memory} OOM, "
@@ -209,8 +204,8 @@ def main() -> int:
         sys.stdout.flush()
         cells.setdefault(run.cell, {}).setdefault(run.policy, {})[run.seed] = outcome.report
         if run.policy == ROUTER:
-            (floor,) = in_simulator(FLOOR, run, outcome.answers).values()
-            cells[run.cell].setdefault(FLOOR, {})[run.seed] = floor
+            (instant,) = in_simulator(FLOOR, run, outcome.answers).values()
+            cells[run.cell].setdefault(FLOOR, {})[run.seed] = instant
         rows.append({"cell": run.cell, "policy": run.policy, "seed": run.seed, **outcome.report.as_dict(),
                      "simulated": [repeat.as_dict() for repeat in repeats.values()]})  # fmt: skip
         if args.out is not None:

@@ -1,6 +1,9 @@
 """Benchmarks the router and its baselines in the simulator: rigs x mixes x policies x seeds, with acceptance criteria.
 
 `make bench-sim`; `--seeds 3 --cells 4x3090/team` is a quick run. Everything it prints is SIMULATED.
+
+When models thrash, one different load changes everything after it. `--shifts 4` plays each seed four more times, with
+each request up to a second later, and counts the mean: a change of the router shows with fewer seeds.
 """
 
 from __future__ import annotations
@@ -8,22 +11,33 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from router.cli.simulate import play
-from router.lab.scenarios import MIXES, ScenarioSpec, default_rate, flood, make_baseline
-from router.lab.simulator.metrics import Report, service_jain
-from router.lab.simulator.runner import Simulation
+from router.lab.scenarios import (
+    INSTANT_SWAPS,
+    MIXES,
+    ScenarioSpec,
+    default_rate,
+    flood,
+    in_world_of,
+    large_models,
+    make_baseline,
+    make_scenario,
+)
+from router.lab.simulator.metrics import Report, mean_report, report, service_jain
+from router.lab.simulator.runner import Scenario, Simulation
+from router.lab.simulator.workload import Session
 
 RIGS = ("2x3090", "4090+3090", "4x3090", "2xa6000")
 STOCK = ("stock-0.24", "stock-0.33", "spread-0.24", "spread-0.33")
 BASELINES = (*STOCK, "nginx-round-robin", "nginx-least-conn")
 ROUTER = "llamayard"
-FLOOR = "floor"
+FLOOR = INSTANT_SWAPS
 BEST_PLAN = "best-plan"
 _PLANNED_SEEDS = 3
 """Number of seeds for best-plan; each search takes hundreds of simulations."""
@@ -42,6 +56,8 @@ class Task:
     """Multiple of the default rate of the rig and mix."""
     policy: str
     seed: int
+    shifts: int = 0
+    """Further runs of the seed, with each request up to a second later."""
 
     @property
     def cell(self) -> str:
@@ -51,20 +67,41 @@ class Task:
 def run_task(task: Task) -> tuple[Task, Report]:
     rate = default_rate(task.rig, task.mix) * task.factor
     selected = ScenarioSpec(task.rig, task.mix, task.seed, requests_per_second=rate)
-    return task, play(task.policy, selected, check=False).report
+    scenario = in_world_of(task.policy, make_scenario(selected))
+    return task, mean_report([_play(task.policy, shifted(scenario, number)) for number in range(task.shifts + 1)])
 
 
-def tasks(seeds: int, cells: Iterable[str], policies: Iterable[str]) -> list[Task]:
+def _play(policy: str, scenario: Scenario) -> Report:
+    return report(Simulation(scenario, make_baseline(policy, scenario)).run(), large_models(scenario))
+
+
+def shifted(scenario: Scenario, number: int) -> Scenario:
+    """The scenario with each request up to a second later, at random; 0: unchanged."""
+    return replace(scenario, sessions=delay_arrivals(scenario.sessions, number)) if number else scenario
+
+
+def delay_arrivals(sessions: Iterable[Session], number: int) -> tuple[Session, ...]:
+    """Delays each turn by a random time up to one second; `number` is the random seed."""
+    rng = random.Random(number)
+    return tuple(
+        replace(one, turns=tuple(replace(turn, at_seconds=turn.at_seconds + rng.random()) for turn in one.turns))
+        for one in sessions
+    )
+
+
+def tasks(
+    seeds: int, cells: Iterable[str], policies: Iterable[str], first_seed: int = 1, shifts: int = 0
+) -> list[Task]:
     selected = set(cells)
     return [
-        Task(rig, mix, factor, policy, seed)
+        Task(rig, mix, factor, policy, seed, 0 if policy == BEST_PLAN else shifts)
         for rig in RIGS
         for mix in MIXES
         for factor in (1.0, QUARTER)
         if not selected or f"{rig}/{mix}" in selected
         for policy in policies
         if factor == 1.0 or policy in (FLOOR, ROUTER, *STOCK[:2])
-        for seed in range(1, (min(seeds, _PLANNED_SEEDS) if policy == BEST_PLAN else seeds) + 1)
+        for seed in range(first_seed, first_seed + (min(seeds, _PLANNED_SEEDS) if policy == BEST_PLAN else seeds))
     ]
 
 
@@ -77,7 +114,7 @@ def mean_in_time(reports: dict[int, Report]) -> float:
 
 
 def mean(reports: dict[int, Report], figure: str) -> float:
-    """Mean of a figure by name; `small.p95` is a percentile of the time to first token."""
+    """Mean of a figure by name, such as `small.p95`, a percentile of the time to first token."""
     head, _, tail = figure.partition(".")
     values = [getattr(report, head) for report in reports.values()]
     return statistics.fmean(float(getattr(value, tail) if tail else value) for value in values)
@@ -87,16 +124,17 @@ def format_cell(name: str, cell: Cell, kind: str = "SIMULATED") -> list[str]:
     """Formats a cell as a table; `kind` says where the figures come from (simulated or emulated servers)."""
     lines = [f"\n{name}  ({kind}, {max(map(len, cell.values()))} seeds)"]
     lines.append(
-        f"  {'policy':<18}{'in time, mean (min-max)':<26}{'TTFT, one GPU p50/p95/p99':<27}{'several GPUs':<24}"
+        f"  {'policy':<18}{'in time, mean (min-max)':<25}{'10 s':<7}{'one GPU: in time, 10 s, p50/p95/p99':<37}"
+        f"{'several GPUs':<37}"
         f"{'tok/s':>6}{'GB':>7}{'spills':>7}{'OOM':>5}{'errors':>7}{'Jain':>6}  GPUs busy"
     )
     for policy, reports in cell.items():
         shares = [report.in_time_share for report in reports.values()]
         in_time = f"{mean_in_time(reports):.1%} ({min(shares):.0%}-{max(shares):.0%})"
-        small, large = (_waits(reports, kind) for kind in ("small", "large"))
+        small, large = (_class(reports, kind) for kind in ("small", "large"))
         busy = [statistics.fmean(column) for column in zip(*(r.busy_shares for r in reports.values()), strict=True)]
         lines.append(
-            f"  {policy:<18}{in_time:<26}{small:<27}{large:<24}"
+            f"  {policy:<18}{in_time:<25}{mean(reports, 'in_ten_seconds_share'):<7.1%}{small:<37}{large:<37}"
             f"{mean(reports, 'tokens_per_second'):>6.0f}{mean(reports, 'loaded_gb'):>7.0f}"
             f"{mean(reports, 'spills'):>7.1f}{mean(reports, 'out_of_memory'):>5.1f}"
             f"{mean(reports, 'errors'):>7.1f}{mean(reports, 'jain'):>6.2f}  "
@@ -105,8 +143,13 @@ def format_cell(name: str, cell: Cell, kind: str = "SIMULATED") -> list[str]:
     return lines
 
 
-def _waits(reports: dict[int, Report], kind: str) -> str:
-    return "/".join(f"{mean(reports, f'{kind}.{part}'):.1f}" for part in ("p50", "p95", "p99"))
+def _class(reports: dict[int, Report], kind: str) -> str:
+    """Figures of a class of models, `small` or `large`."""
+    if not mean(reports, f"{kind}.count"):
+        return "-"
+    shares = (mean(reports, f"{kind}_punctuality.{part}_share") for part in ("in_time", "in_ten_seconds"))
+    waits = "/".join(f"{mean(reports, f'{kind}.{part}'):.1f}" for part in ("p50", "p95", "p99"))
+    return " ".join([*(f"{share:.1%}" for share in shares), waits])
 
 
 def criteria(task: Task, cell: Cell) -> list[tuple[str, bool]]:
@@ -121,7 +164,7 @@ def criteria(task: Task, cell: Cell) -> list[tuple[str, bool]]:
         mean_in_time(cell[FLOOR]) - mean_in_time(stock),
     )
     limit = 2 / 3 if task.rig in _TIGHT_RIGS else 1 / 2
-    text = f"gap to the floor {gap_ours:.1%} <= {limit:.2f} x {gap_stock:.1%} of the best stock server"
+    text = f"gap to instant swaps {gap_ours:.1%} <= {limit:.2f} x {gap_stock:.1%} of the best stock server"
     results.append((text, gap_ours <= max(limit * gap_stock, 0.0) + 1e-9))
     worst = max(
         max(cell[policy][seed].in_time_share for policy in BASELINES if seed in cell.get(policy, {}))
@@ -177,12 +220,14 @@ def main() -> int:
     """Returns 1 if a criterion fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--shifts", type=int, default=0, help="further runs of each seed, with slightly later requests")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--cells", nargs="*", default=[], metavar="RIG/MIX")
     parser.add_argument("--policies", nargs="*", default=list(ALL))
     parser.add_argument("--out", type=Path, help="write the figures of every run to this JSON file")
     args = parser.parse_args()
-    selected = tasks(args.seeds, args.cells, args.policies)
+    selected = tasks(args.seeds, args.cells, args.policies, args.first_seed, args.shifts)
     cells: dict[str, Cell] = {}
     first_tasks: dict[str, Task] = {}
     rows: list[dict[str, object]] = []

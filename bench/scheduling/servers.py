@@ -81,8 +81,8 @@ def run_baseline(policy: str, setup: RunSetup) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def stock_server(setup: RunSetup, version: str) -> Generator[str]:
     """One well-tuned stock server over all GPUs."""
-    prepared = _prepared(setup, version)
-    with _server(setup, prepared, {}) as url:
+    prepared = prepared_emulator(setup, version)
+    with emulated_server(setup, prepared, {}) as url:
         time.sleep(_SETTLING_SECONDS)
         yield url
 
@@ -90,10 +90,12 @@ def stock_server(setup: RunSetup, version: str) -> Generator[str]:
 @contextlib.contextmanager
 def behind_nginx(setup: RunSetup, method: str) -> Generator[str]:
     """One 0.24 server per GPU behind a real nginx."""
-    prepared = _prepared(setup, STOCK_VERSIONS["stock-0.24"])
+    prepared = prepared_emulator(setup, STOCK_VERSIONS["stock-0.24"])
     with contextlib.ExitStack() as running:
         uuids = parse_spec(setup.rig).uuids
-        urls = [running.enter_context(_server(setup, prepared, {"CUDA_VISIBLE_DEVICES": uuid})) for uuid in uuids]
+        urls = [
+            running.enter_context(emulated_server(setup, prepared, {"CUDA_VISIBLE_DEVICES": uuid})) for uuid in uuids
+        ]
         port = free_port()
         config = setup.folder / "nginx.conf"
         config.write_text(_nginx_conf(setup.folder, port, urls, method), encoding="utf-8")
@@ -135,7 +137,7 @@ def free_port() -> int:
 # --- helpers ---
 
 
-def _prepared(setup: RunSetup, version: str) -> PreparedEmulator:
+def prepared_emulator(setup: RunSetup, version: str) -> PreparedEmulator:
     _warm(setup)
     variables = {"LLAMAYARD_RIG_SPEED": repr(setup.speed), "LLAMAYARD_RIG_VERSION": version}
     return prepare_emulator(setup.rig, setup.rig_directory, variables)
@@ -148,7 +150,9 @@ def _warm(setup: RunSetup) -> None:
 
 
 @contextlib.contextmanager
-def _server(setup: RunSetup, prepared: PreparedEmulator, extra_environment: Mapping[str, str]) -> Generator[str]:
+def emulated_server(
+    setup: RunSetup, prepared: PreparedEmulator, extra_environment: Mapping[str, str]
+) -> Generator[str]:
     port = free_port()
     environment = {
         **TUNED,

@@ -1,4 +1,4 @@
-"""The router's own endpoints: health, readiness, metrics, the whole state as JSON, and an operator's commands."""
+"""The router's own endpoints: health, readiness, metrics, the whole state, explanations, an operator's commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from router import __version__
 from router.api import operator_commands
 from router.api.context import ApiContext
+from router.api.explain import explain
 from router.api.responses import json_response, text_response
+from router.api.why import why
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceView
 from router.domain.request import Ticket
@@ -29,7 +31,9 @@ from router.domain.vram_ledger import (
 )
 from router.http1.headers import sanitized_request_id
 from router.observability.metrics import Metrics
+from router.observability.request_history import RequestHistory
 from router.observability.request_record import RequestRecord
+from router.scheduler.placement.explain import gpu_label
 from router.scheduler.queue.wait_estimate import WaitEstimate
 
 _QUEUE_SHOWN_MAX = 1000
@@ -40,9 +44,17 @@ _LASTING = ("uuid", "index", "name", "memory_total_bytes", "error")
 class AdminHandler:
     """`emulated`: the title of an emulated rig, "" for real GPUs."""
 
-    def __init__(self, context: ApiContext, metrics: Metrics, emulated: str, reload: operator_commands.Reload) -> None:
+    def __init__(
+        self,
+        context: ApiContext,
+        metrics: Metrics,
+        history: RequestHistory,
+        emulated: str,
+        reload: operator_commands.Reload,
+    ) -> None:
         self._reload = reload
         self._context = context
+        self._history = history
         self._metrics = metrics
         self._emulated = emulated
 
@@ -61,6 +73,10 @@ class AdminHandler:
                 return json_response(answer, extra)
             case operator_commands.RELOAD:
                 return json_response(await self._reload(), extra)
+            case "/llamayard/explain":
+                return json_response(await explain(self._context, request.query), extra)
+            case "/llamayard/why":
+                return json_response(why(self._context.controller, self._history, request.query), extra)
             case _:
                 wanted_id = sanitized_request_id(request.query.get("request_id"))
                 return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)
@@ -159,7 +175,21 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "size_vram_bytes": residency.size_vram_bytes,
         "idle_seconds": round(snapshot.now - residency.used_at, 1) if residency.is_idle else 0.0,
         "expires_in_seconds": None if residency.expires_at is None else round(residency.expires_at - snapshot.now, 1),
+        "pin": _pin(snapshot, residency.name),
         "reason": residency.reason,
+    }
+
+
+def _pin(snapshot: Snapshot, model: str) -> dict[str, Any] | None:
+    """The rules of a model that say where it is and whether it stays; None without such rules."""
+    pin = snapshot.policy.pins.get(model)
+    if pin is None or not (pin.gpus or pin.spread or pin.cpu or pin.keep_warm):
+        return None
+    layout = "cpu" if pin.cpu else "spread" if pin.spread else "auto"
+    return {
+        "gpus": [gpu_label(snapshot, gpu) for gpu in pin.gpus],
+        "layout": layout,
+        "keep_warm": pin.keep_warm,
     }
 
 

@@ -31,6 +31,7 @@ from router.llm_api.errors import api_of, internal_error
 from router.llm_api.routes import Kind, RouteTable
 from router.observability.access_log import AccessLog
 from router.observability.metrics import Metrics
+from router.observability.request_history import RequestHistory
 from router.observability.request_record import DEBUG_HEADER, RequestRecord, asks_for_reason
 
 Handler = Callable[[web.BaseRequest, RequestRecord], Awaitable[web.StreamResponse]]
@@ -43,7 +44,12 @@ class ApiHandlers:
     """The handlers of each kind of route. `close` ends their background work."""
 
     def __init__(
-        self, context: ApiContext, metrics: Metrics, reload: operator_commands.Reload, emulated: str = ""
+        self,
+        context: ApiContext,
+        metrics: Metrics,
+        history: RequestHistory,
+        reload: operator_commands.Reload,
+        emulated: str = "",
     ) -> None:
         """`emulated`: the title of an emulated rig, "" for real GPUs."""
         passthrough = PassthroughHandler(context)
@@ -54,7 +60,7 @@ class ApiHandlers:
             Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._management,
             Kind.REFUSED: passthrough if context.rules.cloud else _refuse_account_route,
-            Kind.ADMIN: AdminHandler(context, metrics, emulated, reload),
+            Kind.ADMIN: AdminHandler(context, metrics, history, emulated, reload),
         }
 
     async def close(self) -> None:

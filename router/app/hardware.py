@@ -24,7 +24,7 @@ from router.engines.ollama.instance_plan import DeclaredInstance, InstancePlan
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
 from router.lab.emulator.prepare import VERSION_VARIABLE, PreparedEmulator, prepare_emulator
-from router.lab.emulator.spec import SpecError
+from router.lab.emulator.spec import EmulatorSpec, SpecError
 from router.lab.emulator.store import Store
 from router.supervisor.process import BinaryNotFound, find_binary, inheritable_environment
 
@@ -111,6 +111,9 @@ class EmulatedMachine:
     facts: Callable[[str], ModelFacts | None]
     """Facts of a model by its name; None if it is in no emulated store."""
     is_installed: Callable[[str], bool]
+    installed: tuple[str, ...]
+    """Names of the models in its stores."""
+    spec: EmulatorSpec
 
 
 @contextlib.contextmanager
@@ -134,7 +137,8 @@ def temporary_emulator(settings: Settings, text: str, environment: Mapping[str, 
             return any(store.get(parse_name(name)) is not None for store in stores)
 
         version = rig.environment[VERSION_VARIABLE]
-        yield EmulatedMachine(rig.reader.read(), version, user_store.folder, facts, is_installed)
+        installed = tuple(sorted({stored.name.shortest for store in stores for stored in store.all()}))
+        yield EmulatedMachine(rig.reader.read(), version, user_store.folder, facts, is_installed, installed, rig.spec)
 
 
 def _emulated_facts(store: Store, name: str) -> ModelFacts | None:

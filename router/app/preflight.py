@@ -15,9 +15,10 @@ from router.app.hardware import EmulatedMachine, instance_plan, temporary_emulat
 from router.app.warm_models import WarmModel, warm_together
 from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu
-from router.domain.instance import InstanceState, InstanceView
+from router.domain.instance import InstanceSpec, InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.model_names import ANY_MODEL, is_cloud, parse_name
+from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.blob_store import BlobStore
 from router.engines.ollama.gguf_facts import read_facts
@@ -94,14 +95,15 @@ def _real(settings: Settings, reader: GpuReader | NoGpus) -> _Machine:
         return _Machine(None, str(store.folder), facts, is_installed, unreadable_reason=reader.reason)
     gpus = reader.read()
     reader.close()
-    return _Machine(tuple(map(_emptied, gpus)), str(store.folder), facts, is_installed)
+    return _Machine(tuple(map(emptied, gpus)), str(store.folder), facts, is_installed)
 
 
 def _emulated(rig: EmulatedMachine) -> _Machine:
     return _Machine(rig.gpus, str(rig.models_directory), rig.facts, rig.is_installed, rig.version)
 
 
-def _emptied(gpu: Gpu) -> Gpu:
+def emptied(gpu: Gpu) -> Gpu:
+    """The GPU as if nothing was loaded on it."""
     free = gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0)
     return replace(gpu, memory_free_bytes=free, memory_used_bytes=0)
 
@@ -116,19 +118,24 @@ def _check(settings: Settings, machine: _Machine) -> PreflightResult:
     warnings = (*fleet.warnings, *about_models)
     if fleet.problems or fleet.policy is None:
         return PreflightResult(fleet.problems, warnings=warnings)
-    snapshot = Snapshot(
+    snapshot = empty_snapshot(fleet.policy, machine.gpus, fleet.specs, machine.version)
+    unreadable = [f"GPU {gpu.index} cannot be read: {gpu.error}" for gpu in machine.gpus if gpu.error is not None]
+    found = _with_models(snapshot, machine, models_with_rules(settings), unreadable)
+    return replace(found, warnings=(*warnings, *found.warnings))
+
+
+def empty_snapshot(policy: Policy, gpus: Sequence[Gpu], specs: Sequence[InstanceSpec], version: str | None) -> Snapshot:
+    """The machine with its instances ready and nothing loaded."""
+    return Snapshot(
         now=0.0,
-        policy=fleet.policy,
-        gpus={gpu.uuid: gpu for gpu in machine.gpus},
+        policy=policy,
+        gpus={gpu.uuid: gpu for gpu in gpus},
         gpus_read_at=0.0,
-        instances={spec.name: InstanceView(spec, InstanceState.READY, machine.version) for spec in fleet.specs},
+        instances={spec.name: InstanceView(spec, InstanceState.READY, version) for spec in specs},
         residencies={},
         reservations={},
         engines={_ENGINE.kind: _ENGINE},
     )
-    unreadable = [f"GPU {gpu.index} cannot be read: {gpu.error}" for gpu in machine.gpus if gpu.error is not None]
-    found = _with_models(snapshot, machine, models_with_rules(settings), unreadable)
-    return replace(found, warnings=(*warnings, *found.warnings))
 
 
 def _absent_targets(settings: Settings, machine: _Machine) -> Iterator[str]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import Callable
 
 import structlog
@@ -16,7 +17,10 @@ from router.app.resource_limits import apply_limits
 from router.app.startup_checks import tls_context
 from router.app.wiring import build
 from router.config.settings import ConfigError, Settings, process_environment
+from router.domain.events import GpusRead
+from router.domain.gpu import Gpu
 from router.observability.logging import configure_logs
+from router.proxy.memory_trim import keep_freed_memory
 from router.supervisor import orphan_reaper
 
 _LISTEN_BACKLOG = 4096
@@ -38,18 +42,25 @@ async def serve(settings: Settings, read_settings: Callable[[], Settings]) -> No
         raise ConfigError([_listen_problem(settings, error)]) from error
     with contextlib.closing(listener):
         hardware = await asyncio.to_thread(detect_hardware, settings)
-        await asyncio.to_thread(_refuse_contradictions, settings, hardware)
         for orphan in await asyncio.to_thread(orphan_reaper.reap_orphans, str(settings.state_directory)):
             log.warning("swept", pid=orphan.pid, instance=orphan.instance, command=orphan.command)
-        async with build(settings, hardware, tls, read_settings, process_environment()) as router:
+        # Only now: what orphans held is free. Everything below works with this one reading.
+        reading = await asyncio.to_thread(_read_gpus, hardware)
+        _refuse_contradictions(settings, hardware, reading.gpus)
+        keep_freed_memory()
+        async with build(settings, hardware, reading, tls, read_settings, process_environment()) as router:
             await router.run(listener)
 
 
-def _refuse_contradictions(settings: Settings, hardware: Hardware) -> None:
+def _read_gpus(hardware: Hardware) -> GpusRead:
+    """Blocking: a driver is asked."""
+    read_at = time.monotonic()
+    return GpusRead(hardware.reader.read(), read_at)
+
+
+def _refuse_contradictions(settings: Settings, hardware: Hardware, gpus: tuple[Gpu, ...]) -> None:
     """Raises ConfigError: rules that the GPUs and instances of this machine cannot satisfy."""
-    problems = check_fleet(
-        settings, hardware.reader.read(), instance_plan(settings, hardware.models_directory)
-    ).problems
+    problems = check_fleet(settings, gpus, instance_plan(settings, hardware.models_directory)).problems
     if problems:
         raise ConfigError(list(problems))
 

@@ -27,7 +27,7 @@ from router.config.settings import ConfigError, Settings
 from router.control.controller import Controller
 from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
-from router.domain.events import FootprintsLoaded, InstanceChanged, LoadMeasured, PolicyChanged
+from router.domain.events import FootprintsLoaded, GpusRead, InstanceChanged, LoadMeasured, PolicyChanged
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -54,6 +54,7 @@ from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
 from router.observability.logging import RequestLines, writes_json
 from router.observability.metrics import FleetMetricsCollector, Metrics
+from router.observability.request_history import RequestHistory
 from router.proxy.context import ProxyContext, Tasks
 from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool
@@ -67,11 +68,11 @@ from router.supervisor.supervisor import Supervisor
 
 @contextlib.asynccontextmanager
 async def build(
-    settings: Settings, hardware: Hardware, tls: ssl.SSLContext | None,
+    settings: Settings, hardware: Hardware, reading: GpusRead, tls: ssl.SSLContext | None,
     read_settings: Callable[[], Settings], environment: Mapping[str, str],
 ) -> AsyncGenerator[Router]:  # fmt: skip
-    """Builds and connects all components; leaving the context releases what they hold. `read_settings` reads the
-    configuration again, as at the start; `environment`: of this process.
+    """Builds and connects all components; leaving the context releases what they hold. `reading`: the GPUs just now.
+    `read_settings` reads the configuration again, as at the start; `environment`: of this process.
 
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
@@ -79,11 +80,11 @@ async def build(
     metrics = Metrics()
     lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
     async with _client_session() as session:
-        poller = GpuPoller(hardware.reader)
-        gpus = await poller.read()
+        poller, gpus = GpuPoller(hardware.reader), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
-        observer = DecisionLog(metrics)
+        history = RequestHistory()
+        observers = (DecisionLog(metrics), history)
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
@@ -108,7 +109,7 @@ async def build(
         supervisor = Supervisor(config, engines, on_instance_change, on_load=on_load, is_loading=loads)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
-        async with Controller(dispatcher, effects, time.monotonic, (observer,)) as controller:
+        async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
             metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
             context = _context(settings, controller, ollama, session, store_lock)
             state_poller = StatePoller(
@@ -117,10 +118,10 @@ async def build(
             )  # fmt: skip
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
-            handlers = ApiHandlers(context, metrics, reloader.answer, hardware.title)
+            handlers = ApiHandlers(context, metrics, history, reloader.answer, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
-                await state_poller.read_gpus()
+                controller.post(reading)
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
                 access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))

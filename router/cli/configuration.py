@@ -1,4 +1,7 @@
-"""What the commands that read the configuration share: the file, the flags, and how problems are printed."""
+"""What the commands that read the configuration share: the file, the flags, and how problems are printed.
+
+The library that checks a configuration is imported with the first check: `status` rarely needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from router.config.settings import ConfigError, Settings, find_config, load_settings, process_environment
+from router.config.endpoint import Endpoint, plain_endpoint
+from router.config.inputs import ConfigError, find_config, process_environment
+
+if TYPE_CHECKING:
+    from router.config.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,17 @@ class ConfigurationInputs:
 
     def settings(self) -> Settings:
         """Raises ConfigError."""
+        from router.config.settings import load_settings
+
         return load_settings(self.path, self.environment, self.flags)
+
+    def endpoint(self) -> Endpoint:
+        """Where the running router listens. Raises ConfigError."""
+        plain = plain_endpoint(self.path, self.environment, self.flags)
+        if plain is not None:
+            return plain
+        server = self.settings().server
+        return Endpoint(server.host, server.port, server.tls_certificate)
 
 
 def inputs_of(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> ConfigurationInputs:

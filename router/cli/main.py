@@ -1,4 +1,4 @@
-"""The `llamayard` command line: serve, status, drain, resume, restart, reload, check-config, plan, simulate, version.
+"""The `llamayard` command line. `llamayard --help` lists the commands.
 
 A user's mistake ends in a sentence on standard error and exit code 2, never in a traceback. A command imports what it
 needs when it runs: `--help` is quick, and a running router does not hold the other commands in memory.
@@ -71,13 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"if Ollama is not installed, run EMULATED GPUs and servers ({AUTO_RIG}) instead of failing",
     )
     serve.set_defaults(run=_serve)
-    status = commands.add_parser("status", help="show GPUs, instances, models and queue of the running router")
-    _add_configuration(status)
-    status.add_argument("--json", action="store_true", help="print the status as JSON")
-    status.add_argument(
-        "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
-    )
-    status.set_defaults(run=_status)
+    _add_router_commands(commands.add_parser)
     _add_operator_commands(commands.add_parser)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"
@@ -86,11 +80,58 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--changed", action="store_true", help="show only keys that differ from their default")
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.set_defaults(run=_check_config)
+    doctor = commands.add_parser(
+        "doctor", help="examine the machine and the configuration, and name the command that mends each finding"
+    )
+    _add_configuration(doctor)
+    doctor.add_argument("--power-supply", metavar="WATTS", help="rating of the power supply, which no program can read")
+    doctor.add_argument("--verbose", action="store_true", help="say of every check why it matters")
+    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
+    doctor.set_defaults(run=_doctor)
     commands.add_parser("plan", help="show what models take on GPUs, and whether they fit")
     commands.add_parser("simulate", help="compare the router with stock servers on SIMULATED GPUs")
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
+
+
+def _add_router_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that ask the running router."""
+    status = add_parser("status", help="show GPUs, instances, models and queue of the running router")
+    _add_configuration(status)
+    status.add_argument("--json", action="store_true", help="print the status as JSON")
+    status.add_argument(
+        "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
+    )
+    status.set_defaults(run=_status)
+    ps = add_parser("ps", help="list the loaded models with their GPUs, instance, expiry and pin")
+    _add_configuration(ps)
+    ps.add_argument("--json", action="store_true", help="print the models as JSON")
+    ps.set_defaults(run=_ps)
+    load = add_parser("load", help="load a model as a client's first request would, and tell where it went")
+    load.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    load.add_argument("--context", metavar="TOKENS", help="the context to load it with (num_ctx)")
+    _add_configuration(load)
+    load.add_argument("--json", action="store_true", help="print the replica as JSON")
+    load.set_defaults(run=_load)
+    unload = add_parser("unload", help="unload a model from all instances, once its requests have ended")
+    unload.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    _add_configuration(unload)
+    unload.add_argument("--json", action="store_true", help="print the result as JSON")
+    unload.set_defaults(run=_unload)
+    explain = add_parser(
+        "explain", help="show where a request for a model would go now, who would leave, and every candidate"
+    )
+    explain.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    explain.add_argument("--context", metavar="TOKENS", help="the context that the request asks for (num_ctx)")
+    _add_configuration(explain)
+    explain.add_argument("--json", action="store_true", help="print the explanation as JSON")
+    explain.set_defaults(run=_explain)
+    why = add_parser("why", help="show what became of a request, and what it waited for")
+    why.add_argument("request_id", metavar="REQUEST_ID", help="X-Request-ID of the response; request_id in the log")
+    _add_configuration(why)
+    why.add_argument("--json", action="store_true", help="print the answer as JSON")
+    why.set_defaults(run=_why)
 
 
 def _add_operator_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
@@ -140,10 +181,46 @@ def _reload(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     return reload.run(arguments, environment)
 
 
+def _ps(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import ps
+
+    return ps.run(arguments, environment)
+
+
+def _load(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import load
+
+    return load.run(arguments, environment)
+
+
+def _unload(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import unload
+
+    return unload.run(arguments, environment)
+
+
+def _explain(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import explain
+
+    return explain.run(arguments, environment)
+
+
+def _why(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import why
+
+    return why.run(arguments, environment)
+
+
 def _check_config(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     from router.cli import check_config
 
     return check_config.run(arguments, environment)
+
+
+def _doctor(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import doctor
+
+    return doctor.run(arguments, environment)
 
 
 def _plan(arguments: list[str], environment: Mapping[str, str] | None) -> int:

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from router.cli.admin_client import AdminError, call_router
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
-from router.config.settings import ConfigError
+from router.cli.router_client import Refused, RouterClient, StatusError
+from router.config.inputs import ConfigError
 
 _FORMS = "write `gpu N`, `instance NAME` or `all`"
 
@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) ->
     """Sends the command; EXIT_FAILED if the router refuses it or cannot be reached."""
     command = cast("str", arguments.command)
     try:
-        server = inputs_of(arguments, environment).settings().server
+        server = inputs_of(arguments, environment).endpoint()
         body = target_of(arguments.target or (["all"] if command == "restart" else []))
     except ConfigError as error:
         print_problems(error.problems)
@@ -26,8 +26,10 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) ->
     if getattr(arguments, "timeout", None) is not None:
         body["timeout_seconds"] = arguments.timeout
     try:
-        answer = call_router(server.host, server.port, server.tls_certificate, f"/llamayard/{command}", body)
-    except AdminError as error:
+        answer = RouterClient(server.host, server.port, server.tls_certificate).call(
+            "POST", f"/llamayard/{command}", body
+        )
+    except (StatusError, Refused) as error:
         print_problems([str(error)])
         return EXIT_FAILED
     print(describe(command, answer))

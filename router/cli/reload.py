@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from router.cli.admin_client import AdminError, call_router
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
-from router.config.settings import ConfigError
+from router.cli.router_client import Refused, RouterClient, StatusError
+from router.config.inputs import ConfigError
 
 _Row = Mapping[str, Any]
 _TIMEOUT_SECONDS = 60.0
@@ -20,15 +20,14 @@ _TIMEOUT_SECONDS = 60.0
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """EXIT_FAILED if the router refuses the configuration or cannot be reached."""
     try:
-        server = inputs_of(arguments, environment).settings().server
+        server = inputs_of(arguments, environment).endpoint()
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED
     try:
-        answer = call_router(
-            server.host, server.port, server.tls_certificate, "/llamayard/reload", {}, _TIMEOUT_SECONDS
-        )
-    except AdminError as error:
+        router = RouterClient(server.host, server.port, server.tls_certificate)
+        answer = router.call("POST", "/llamayard/reload", {}, _TIMEOUT_SECONDS)
+    except (StatusError, Refused) as error:
         print_problems([str(error)])
         return EXIT_FAILED
     print_problems(f"warning: {warning}" for warning in answer.get("warnings") or ())

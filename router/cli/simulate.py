@@ -27,6 +27,7 @@ from router.lab.scenarios import (
     ScenarioError,
     ScenarioSpec,
     demand_of,
+    in_world_of,
     large_models,
     make_baseline,
     make_scenario,
@@ -37,12 +38,12 @@ from router.lab.simulator.gpus import GpuLedger
 from router.lab.simulator.invariants import Invariants
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.machine import Machine
-from router.lab.simulator.metrics import Report, TtftPercentiles, mean_report, report
+from router.lab.simulator.metrics import Punctuality, Report, TtftPercentiles, mean_report, report
 from router.lab.simulator.record import record
 from router.lab.simulator.runner import Baseline, Outcome, Simulation
 from router.lab.simulator.workload import TRACE, TraceError, TraceRow
 
-_DEFAULT_POLICIES = ("floor", "stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard")
+_DEFAULT_POLICIES = ("instant-swaps", "stock-0.24", "stock-0.33", "nginx-least-conn", "llamayard")
 _NO_FILES = "-"
 
 
@@ -148,7 +149,7 @@ def play(
     Raises:
         ConfigError: the settings do not fit the simulated GPUs.
     """
-    scenario = with_faults(make_scenario(spec, rows), faults)
+    scenario = in_world_of(policy, with_faults(make_scenario(spec, rows), faults))
     rules = Invariants()
     config = ServerConfig() if settings is None else server_config(settings)
     make = make_baseline(
@@ -180,8 +181,9 @@ def means(runs: Iterable[RunResult]) -> dict[str, Report]:
 def table(runs: list[RunResult]) -> str:
     """One line per run, then one with the means of each policy that ran with several seeds."""
     head = (
-        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'refused':>8}{'failed':>7}  {'TTFT one GPU':<22}"
-        f"{'several GPUs':<22}{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  GPUs busy"
+        f"{'policy':<18}{'seed':>5}{'requests':>9}{'in time':>9}{'10 s':>7}{'refused':>8}{'failed':>7}  "
+        f"{'one GPU: in time, 10 s, TTFT':<30}{'several GPUs':<30}"
+        f"{'tok/s':>6}{'GB':>6}{'spills':>7}{'OOM':>4}{'Jain':>6}  GPUs busy"
     )
     lines = [_line(run.policy, str(run.spec.seed), run.report) for run in runs]
     lines += [_line(policy, "mean", report) for policy, report in means(runs).items()]
@@ -191,8 +193,9 @@ def table(runs: list[RunResult]) -> str:
 def _line(policy: str, seed: str, result: Report) -> str:
     busy = " ".join(f"{share:.0%}" for share in result.busy_shares)
     return (
-        f"{policy:<18}{seed:>5}{result.requests:>9.5g}{result.in_time_share:>9.1%}{result.refused:>8.4g}"
-        f"{result.failed:>7.4g}  {_waits(result.small):<22}{_waits(result.large):<22}{result.tokens_per_second:>6.0f}"
+        f"{policy:<18}{seed:>5}{result.requests:>9.5g}{result.in_time_share:>9.1%}{result.in_ten_seconds_share:>7.1%}"
+        f"{result.refused:>8.4g}{result.failed:>7.4g}  {_class(result.small_punctuality, result.small):<30}"
+        f"{_class(result.large_punctuality, result.large):<30}{result.tokens_per_second:>6.0f}"
         f"{result.loaded_gb:>6.0f}{result.spills:>7.4g}{result.out_of_memory:>4.3g}{result.jain:>6.2f}  {busy}"
     )
 
@@ -211,9 +214,12 @@ def notes(runs: Iterable[RunResult]) -> list[str]:
     return list(by_seed.values())
 
 
-def _waits(waits: TtftPercentiles) -> str:
-    """p50/p95/p99 in seconds."""
-    return f"{waits.p50:.1f}/{waits.p95:.1f}/{waits.p99:.1f}" if waits.count else "-"
+def _class(shares: Punctuality, waits: TtftPercentiles) -> str:
+    """Shares in time and within 10 s, then p50/p95/p99 in seconds."""
+    if not waits.count:
+        return "-"
+    text = f"{waits.p50:.1f}/{waits.p95:.1f}/{waits.p99:.1f}"
+    return f"{shares.in_time_share:.0%} {shares.in_ten_seconds_share:.0%} {text}"
 
 
 def _summary(run: RunResult) -> dict[str, object]:

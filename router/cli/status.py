@@ -12,24 +12,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from router.cli.admin_client import AdminError, call_router
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.cli.router_client import Refused, RouterClient, StatusError
 from router.cli.status_tables import render_status
+from router.config.inputs import ConfigError
 from router.config.parsing import duration_seconds
-from router.config.settings import ConfigError
 
 _CLEAR_SCREEN = "\x1b[H\x1b[2J"
-
-
-StatusError = AdminError
-"""The status cannot be read; the text says why and what to do."""
 
 
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the status cannot be read."""
     try:
-        server = inputs_of(arguments, environment).settings().server
+        server = inputs_of(arguments, environment).endpoint()
         watch_seconds = _watch_seconds(arguments.watch)
     except ConfigError as error:
         print_problems(error.problems)
@@ -75,5 +71,12 @@ def watch(read: Callable[[], str], pause: Callable[[], object], clear: str) -> N
 
 
 def fetch_status(host: str, port: int, certificate: Path | None = None) -> dict[str, Any]:
-    """The status document of the router at that address. Raises StatusError."""
-    return call_router(host, port, certificate, "/llamayard/status")
+    """The status document of the router at that address; with a certificate over TLS, trusting only that one.
+
+    Raises:
+        StatusError: no answer within ten seconds, or the server is not llamayard.
+    """
+    try:
+        return RouterClient(host, port, certificate).get("/llamayard/status")
+    except Refused as error:
+        raise StatusError(f"the router refuses: {error}") from error

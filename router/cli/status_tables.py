@@ -38,14 +38,14 @@ def render_status(status: Mapping[str, Any]) -> str:
     indices = {str(row.get("uuid")): str(row.get("index")) for row in _rows(status, "gpus")}
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
-        _table("GPUS", _GPUS, _rows(status, "gpus"), _gpu_note),
+        render_table("GPUS", _GPUS, _rows(status, "gpus"), _gpu_note),
         *_restart(status.get("restart")),
-        _table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _unless_ready),
-        _table("MODELS", _MODELS, _rows(status, "models"), _unless_ready),
-        _table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
-        *([_table("PULLS", _PULLS, _rows(status, "pulls"))] if status.get("pulls") else []),
+        render_table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _unless_ready),
+        render_table("MODELS", _MODELS, _rows(status, "models"), _unless_ready),
+        render_table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
+        *([render_table("PULLS", _PULLS, _rows(status, "pulls"))] if status.get("pulls") else []),
         f"QUEUE\n{_INDENT}{_queue(status.get('queue'))}",
-        *([_table("WAITING", _WAITING, _rows(status, "waiting"))] if status.get("waiting") else []),
+        *([render_table("WAITING", _WAITING, _rows(status, "waiting"))] if status.get("waiting") else []),
     ]
     return "\n\n".join(parts)
 
@@ -70,7 +70,9 @@ def _rows(status: Mapping[str, Any], key: str) -> list[Row]:
     )
 
 
-def _table(title: str, columns: Sequence[Column], rows: Sequence[Row], note: Callable[[Row], str] | None = None) -> str:
+def render_table(
+    title: str, columns: Sequence[Column], rows: Sequence[Row], note: Callable[[Row], str] | None = None
+) -> str:
     """`note`: text for the lines below a row; "" adds none."""
     if not rows:
         return f"{title}\n{_INDENT}none"

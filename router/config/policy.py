@@ -12,7 +12,7 @@ from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceSpec
 from router.domain.model_names import ANY_MODEL, shortest
-from router.domain.policy import Pin, Policy, SchedulerConstants
+from router.domain.policy import Pin, Policy, Rest, SchedulerConstants
 
 UNSEEN_MARGIN_RATIO = 0.02
 """Estimates were within 2 % of the measured size of a 70B (tests/engines/ollama/test_memory_estimate.py)."""
@@ -42,8 +42,16 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
         context_length=settings.ollama.context_length,
         pins=pins,
         exclusive_gpus=exclusive,
+        rest=_rest(settings),
         constants=SchedulerConstants(unseen_margin_ratio=UNSEEN_MARGIN_RATIO),
     )
+
+
+def _rest(settings: Settings) -> Rest | None:
+    placement = settings.placement
+    if placement.rest == "off":
+        return None
+    return Rest(bytes_per_hour=placement.rest_bytes_per_hour, weight=placement.rest_weight)
 
 
 def warm_models(policy: Policy) -> tuple[str, ...]:

@@ -8,10 +8,9 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from router.config.inputs import ENVIRONMENT_PREFIX
 from router.config.keys import RENAMED_KEYS, Bounds, bounds_at, nearest_key
 from router.config.parsing import INSTANCE_NAME_PATTERN, URL_PATTERN
-
-ENVIRONMENT_PREFIX = "LLAMAYARD_"
 
 _PATTERN_HINTS = {
     URL_PATTERN: "write it as http://HOST:PORT, without a path",
@@ -36,14 +35,6 @@ _UNKNOWN_HINT = "has the wrong type; docs/configuration.md describes the key"
 _KEY = "[key]"
 """Where pydantic locates an error in the name of a mapping's entry."""
 _VALUE_LENGTH_MAX = 200
-
-
-class ConfigError(Exception):
-    """The configuration cannot be used; `problems` has one sentence for each wrong key."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 def environment_variable(dotted: str) -> str:

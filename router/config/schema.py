@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from router.config.endpoint import DEFAULT_HOST, DEFAULT_PORT
 from router.config.keys import accepts_null, holds_int
 from router.config.parsing import (
     BYTES_PATTERN,
@@ -128,12 +129,12 @@ class ServerSettings(_Section):
     """The endpoint that clients use."""
 
     host: str = Field(
-        default="127.0.0.1",
+        default=DEFAULT_HOST,
         min_length=1,
         description="Address to listen on; by default this machine only, because Ollama's API has no authentication.",
     )
     port: int = Field(
-        default=11434,
+        default=DEFAULT_PORT,
         ge=0,
         le=65535,
         description="Port to listen on; Ollama's default, so that clients need no change.",
@@ -404,6 +405,23 @@ class PlacementSettings(_Section):
         le=64,
         description="Model loads in progress at the same time; more would only compete for disk and PCIe.",
     )
+    rest: Literal["off", "auto"] = Field(
+        default="off",
+        description="auto: while nothing is requested, a model whose load takes longer than `ttft_target_seconds` is "
+        "loaded in place of idle smaller ones, if it is requested often; the load gives way to any request.",
+    )
+    rest_bytes_per_hour: Bytes = Field(
+        default=1000 * 10**9,
+        description="With `rest: auto`: weights that may be loaded an hour although nobody waits for them. What is not "
+        "in the page cache is read from the disk.",
+    )
+    rest_weight: int = Field(
+        default=4,
+        ge=1,
+        le=100,
+        description="With `rest: auto`: how many times more clients must be expected to lose while the large model is "
+        "not loaded than while those are not that leave for it. Lower: the large model is faster, small ones slower.",
+    )
 
 
 class QueueSettings(_Section):
@@ -442,7 +460,9 @@ class PollSettings(_Section):
         default=1.0, description="Interval of reading the GPUs; old readings lead to wrong placement."
     )
     residency_seconds: PollSeconds = Field(
-        default=1.0, description="Interval of reading each instance's loaded models."
+        default=1.0,
+        description="Interval of reading each instance's loaded models; at rest, every fifth time or when the memory "
+        "of its GPUs has changed.",
     )
     catalog_seconds: PollSeconds = Field(default=5.0, description="Interval of reading the list of installed models.")
 

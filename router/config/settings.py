@@ -1,12 +1,11 @@
 """The whole configuration: its sections from `router/config/schema.py`, and how it is loaded.
 
 YAML file < environment (`LLAMAYARD_SERVER__PORT`) < flags, merged by pydantic-settings. Unknown keys are refused.
-Nothing else in the package reads the environment, and nothing here decides what a value means for a request.
+Nothing here decides what a value means for a request.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +13,16 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from router.config.problems import ENVIRONMENT_PREFIX, ConfigError, explain
+from router.config.inputs import (
+    ENVIRONMENT_PREFIX,
+    ConfigError,
+    absolute,
+    expanded,
+    find_config,
+    home_of,
+    process_environment,
+)
+from router.config.problems import explain
 from router.config.schema import (
     RESERVED_VARIABLES,
     FallbackSettings,
@@ -165,12 +173,6 @@ def _check_spellings(key: str, entries: Mapping[str, object]) -> None:
             )
 
 
-def find_config(given: Path | None, directory: Path) -> Path | None:
-    """The given file, else `llamayard.yaml` in the directory, else `/etc/llamayard/config.yaml`, else None."""
-    default_paths = (directory / "llamayard.yaml", Path("/etc/llamayard/config.yaml"))
-    return given or next((path for path in default_paths if path.is_file()), None)
-
-
 def load_settings(
     config: Path | None, environment: Mapping[str, str], overrides: Mapping[str, object] | None = None
 ) -> Settings:
@@ -220,37 +222,24 @@ def _origins(sources: _Sources) -> dict[str, str]:
     return origins
 
 
-def process_environment() -> dict[str, str]:
-    """The environment of this process: what children inherit, and the source of `LLAMAYARD_*` keys."""
-    return dict(os.environ)  # noqa: TID251 - the one place
-
-
 def _with_home(loaded: Settings, environment: Mapping[str, str]) -> Settings:
     """The settings with `~` replaced by $HOME of the given environment, so that nothing later asks the process."""
-    home = environment.get("HOME") or str(Path.home())
+    home = home_of(environment)
     state_home = environment.get("XDG_STATE_HOME")
     state = loaded.state_directory
     if state_home and "state_directory" not in loaded.model_fields_set:
         state = Path(state_home, "llamayard")
     server, ollama = loaded.server, loaded.ollama
     paths: dict[str, object] = {
-        "state_directory": _absolute(state, home),
+        "state_directory": absolute(state, home),
         "server": server.model_copy(
             update={
-                "tls_certificate": server.tls_certificate and _absolute(server.tls_certificate, home),
-                "tls_key": server.tls_key and _absolute(server.tls_key, home),
+                "tls_certificate": server.tls_certificate and absolute(server.tls_certificate, home),
+                "tls_key": server.tls_key and absolute(server.tls_key, home),
             }
         ),
         "ollama": ollama.model_copy(
-            update={"models": _absolute(ollama.models, home), "binary": _expanded(ollama.binary, home)}
+            update={"models": absolute(ollama.models, home), "binary": expanded(ollama.binary, home)}
         ),
     }
     return Settings.model_construct(loaded.model_fields_set, **{**dict(loaded), **paths})
-
-
-def _absolute(path: Path, home: str) -> Path:
-    return Path(_expanded(str(path), home))
-
-
-def _expanded(path: str, home: str) -> str:
-    return home + path[1:] if path == "~" or path.startswith("~/") else path

@@ -13,19 +13,19 @@ from typing import Any, cast
 import yaml
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
-from yaml.constructor import ConstructorError
 
-from router.config.problems import ENVIRONMENT_PREFIX, ConfigError
+from router.config.inputs import (
+    ENVIRONMENT_PREFIX,
+    NOT_SETTINGS,
+    ConfigError,
+    Tree,
+    YamlLoader,
+    read_yaml,
+    yaml_problem,
+)
 
-Tree = dict[str, Any]
 _Entry = tuple[list[str], object, str]
 """Path of the key, value, origin."""
-
-NOT_SETTINGS = frozenset(
-    f"{ENVIRONMENT_PREFIX}{name}"
-    for name in ("INSTANCE", "STATE", "RIG_DIR", "RIG_VERSION", "RIG_SPEED", "TEST_OLLAMA")
-)
-"""Variables that have the prefix but are no settings: set for child processes, or read by the emulator or tests."""
 
 
 class FileSource(InitSettingsSource):
@@ -36,7 +36,7 @@ class FileSource(InitSettingsSource):
     """
 
     def __init__(self, settings_cls: type[BaseSettings], path: Path) -> None:
-        tree = _read_yaml(path)
+        tree = read_yaml(path)
         self.origins = {key: str(path) for key in _paths(tree)}
         super().__init__(settings_cls, init_kwargs=tree)
 
@@ -102,44 +102,6 @@ class FlagSource(_TextSource):
         super().__init__(settings_cls, "", ".", entries)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a duplicate key is an error; by default the last one wins silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        pairs = cast("list[tuple[yaml.Node, yaml.Node]]", node.value)
-        keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
-        duplicate = next((key for at, key in enumerate(keys) if key in keys[:at]), None)
-        if duplicate is not None:
-            raise ConstructorError(None, None, f"the key {duplicate!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: Path) -> Tree:
-    try:
-        loaded: object = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: is not valid YAML: {_yaml_problem(error)}"]) from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError([f"{path}: must be a mapping of keys such as `server:`, not a {type(loaded).__name__}"])
-    return {str(key): value for key, value in cast("dict[object, object]", loaded).items()}
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """`line 3, column 7: expected ',' or ']'`, without PyYAML's name of the source and its excerpt."""
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split()).replace('"<unicode string>", ', "")
-    mark = error.problem_mark or error.context_mark
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    problem = (error.problem or error.context or "cannot be parsed").replace("<stream end>", "the end of the text")
-    return f"{place}{problem}"
-
-
 def _parsed(value: object, origin: str) -> object:
     """Text that opens a list or a mapping is parsed as YAML and `null` is None; other text is left to the model."""
     if not isinstance(value, str):
@@ -149,9 +111,9 @@ def _parsed(value: object, origin: str) -> object:
     if value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return cast("object", yaml.load(value, _Loader))
+        return cast("object", yaml.load(value, YamlLoader))
     except yaml.YAMLError as error:
-        raise ConfigError([f"{origin}: is not a YAML list or mapping: {value!r}: {_yaml_problem(error)}"]) from error
+        raise ConfigError([f"{origin}: is not a YAML list or mapping: {value!r}: {yaml_problem(error)}"]) from error
 
 
 def _add(tree: Tree, path: Sequence[str], value: object, origin: str) -> None:

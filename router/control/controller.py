@@ -17,6 +17,7 @@ from typing import Protocol, Self, assert_never
 import structlog
 
 from router.domain.actions import (
+    AbortLoad,
     Action,
     Grant,
     Load,
@@ -39,8 +40,10 @@ from router.domain.events import (
     Ticked,
     UnloadFinished,
 )
+from router.domain.explanation import Explanation
 from router.domain.footprint import MeasuredFootprint
 from router.domain.health import ReplyFailure
+from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.request import Ticket, TicketId
 from router.domain.snapshot import Snapshot
@@ -102,9 +105,10 @@ class Controller:
         self._next_ticket = 0
         self._until: list[tuple[Callable[[Snapshot], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._due: float | None = None
-        """When the timer fires; None without one."""
+        self._timer_at = float("inf")
+        """When the timer is due."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._load_tasks: dict[LoadId, asyncio.Task[None]] = {}
         self._wait_estimates: tuple[float, Mapping[TicketId, WaitEstimate]] = (float("-inf"), {})
         """When they were last computed, and the result."""
         self._log = structlog.get_logger("router.control.controller")
@@ -172,6 +176,10 @@ class Controller:
             known = self.wait_estimates()
         return known.get(ticket_id)
 
+    def explain(self, ticket: Ticket) -> Explanation:
+        """What would become of the ticket if it were submitted now. Changes nothing."""
+        return self._dispatcher.explain(ticket, self.now())
+
     @property
     def is_closing(self) -> bool:
         return self._dispatcher.is_closing
@@ -217,8 +225,8 @@ class Controller:
                 decided = self._waiters.pop(action.ticket_id, None)
                 if decided is not None:
                     decided(action)
-            case Load():
-                self._start(self._load(action))
+            case Load() | AbortLoad():
+                self._load_or_abort(action)
             case Unload():
                 self._start(self._unload(action))
             case StartInstance():
@@ -236,10 +244,19 @@ class Controller:
             case _:
                 assert_never(action)
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _load_or_abort(self, action: Load | AbortLoad) -> None:
+        if isinstance(action, Load):
+            self._load_tasks[action.load_id] = self._start(self._load(action))
+            return
+        loading = self._load_tasks.pop(action.load_id, None)
+        if loading is not None:
+            loading.cancel()  # drops the connection, which ends the load on the server
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _load(self, load: Load) -> None:
         try:
@@ -247,6 +264,7 @@ class Controller:
         except Exception as error:
             self._log.exception("load failed unexpectedly", instance=load.instance, model=load.model.name)
             outcome = LoadFailed(load.load_id, 502, f"{type(error).__name__}: {error}")
+        self._load_tasks.pop(load.load_id, None)
         self.post(outcome)
 
     async def _unload(self, unload: Unload) -> None:
@@ -258,20 +276,22 @@ class Controller:
         self.post(outcome)
 
     def _set_timer(self, now: float) -> None:
+        """A timer that is due too early stays: `_wake` sets it anew, so that most requests set none."""
         due = self._dispatcher.next_wake()
-        if due == self._due:
+        if due is None or due >= self._timer_at:
             return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        self._due = due
-        if due is not None and due != float("inf"):
-            delay = max(_EARLIEST_WAKE_SECONDS, due - now)
-            self._timer = self._loop.call_later(delay, self._wake)
+        self._timer_at = due
+        self._timer = self._loop.call_later(max(_EARLIEST_WAKE_SECONDS, due - now), self._wake)
 
     def _wake(self) -> None:
-        self._timer = self._due = None
-        self.post(Ticked())
+        self._timer, self._timer_at = None, float("inf")
+        now, due = self.now(), self._dispatcher.next_wake()
+        if due is not None and due - now < _EARLIEST_WAKE_SECONDS:
+            self.post(Ticked())
+        else:
+            self._set_timer(now)
 
 
 def rejection(reject: Reject) -> RouterError:

@@ -1,22 +1,22 @@
 """Polls GPUs, loaded models and model lists at a steady pace, and posts what it reads as events.
 
-A failed poll posts no event, because unknown is not empty; it is logged once until a poll succeeds again.
-Decides nothing.
+The loaded models of a server at rest are read less often (`router/control/rest.py`). A failed poll posts no event,
+because unknown is not empty; it is logged once until a poll succeeds again. Decides nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
+from router.control.rest import Sight, is_due, sight_of
 from router.domain.events import Event, GpusRead, ModelDiscovered, ResidencyRead
 from router.domain.gpu import Gpu
-from router.domain.instance import InstanceSpec, InstanceState
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.base import EngineError, ModelSource
@@ -63,6 +63,8 @@ class StatePoller:
         self._discovered: dict[str, ModelFacts] = {}
         self._untidied = set(engines)
         """Engines that may still have leftovers of an earlier run."""
+        self._seen: dict[InstanceName, Sight] = {}
+        """What was known of each ready server when its loaded models were last read."""
         self._failing: set[str] = set()
         self._poll_gpus_now = asyncio.Event()
         self._poll_models_now = {kind: asyncio.Event() for kind in engines}
@@ -101,11 +103,13 @@ class StatePoller:
         self, seconds: float, what: str, poll: Callable[[], Awaitable[None]], now: asyncio.Event | None = None
     ) -> None:
         """Polls at that interval, and whenever `now` is set."""
-        now = now or asyncio.Event()
+        now, loop = now or asyncio.Event(), asyncio.get_running_loop()
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await now.wait()
+            timer = loop.call_later(seconds, now.set)
+            try:
+                await now.wait()
+            finally:
+                timer.cancel()
             now.clear()
             try:
                 await poll()
@@ -115,9 +119,13 @@ class StatePoller:
                 self._succeeded(what)
 
     async def _read_residencies(self) -> None:
-        views = self._snapshot().instances.values()
-        ready = [view.spec for view in views if view.state is InstanceState.READY]
-        await asyncio.gather(*(self._read_residency(spec) for spec in ready))
+        snapshot, seconds = self._snapshot(), self._intervals.residency_seconds
+        ready = [view.spec for view in snapshot.instances.values() if view.state is InstanceState.READY]
+        now, seen = self._now(), self._seen
+        due = [spec for spec in ready if is_due(snapshot, spec, seen.get(spec.name), now, seconds)]
+        self._seen = {spec.name: seen[spec.name] for spec in ready if spec.name in seen}
+        self._seen |= {spec.name: sight_of(snapshot, spec, now) for spec in due}
+        await asyncio.gather(*map(self._read_residency, due))
 
     async def _read_residency(self, spec: InstanceSpec) -> None:
         read_at = self._now()
@@ -125,6 +133,7 @@ class StatePoller:
             rows = await self._engines[spec.engine].loaded(spec)
         except EngineError as error:
             self._failed(f"loaded models of {spec.name}", error)
+            self._seen.pop(spec.name, None)
             return
         self._succeeded(f"loaded models of {spec.name}")
         view = next((v for v in self._snapshot().instances.values() if v.spec.url == spec.url), None)

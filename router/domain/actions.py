@@ -64,6 +64,15 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class AbortLoad:
+    """Drop the request of a load that runs; its result is not awaited. The model is unloaded by the action after it."""
+
+    load_id: LoadId
+    instance: InstanceName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unload:
     instance: InstanceName
     url: str
@@ -116,4 +125,16 @@ class ReadGpus:
     """Read the GPUs now instead of at the next interval, because the router has changed their memory use."""
 
 
-Action = Grant | Reject | Load | Unload | StartInstance | StopInstance | RestartInstance | Notice | Remember | ReadGpus
+Action = (
+    Grant
+    | Reject
+    | Load
+    | AbortLoad
+    | Unload
+    | StartInstance
+    | StopInstance
+    | RestartInstance
+    | Notice
+    | Remember
+    | ReadGpus
+)

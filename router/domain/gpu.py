@@ -67,3 +67,18 @@ class Gpu:
         if self.pcie_generation_max is None or self.pcie_width_max is None:
             return None
         return 0.25e9 * 2.0 ** (self.pcie_generation_max - 1) * self.pcie_width_max
+
+
+@dataclass(frozen=True, slots=True)
+class GpuHealth:
+    """Settings and error counts of one GPU that placement does not need. None: the GPU or driver has no such value."""
+
+    persistence_mode: bool | None = None
+    ecc_mode: bool | None = None
+    """Whether ECC is on."""
+    ecc_mode_pending: bool | None = None
+    """Whether it will be on after the next reboot."""
+    ecc_uncorrected_errors: int | None = None
+    """Since the driver was loaded."""
+    row_remap_failed: bool | None = None
+    """True if a broken row of the memory could not be replaced: the board is defective."""

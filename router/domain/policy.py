@@ -99,6 +99,18 @@ class SchedulerConstants:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """When a large model is loaded that nobody waits for (`scheduler/placement/rest.py`)."""
+
+    bytes_per_hour: float
+    """At most so many bytes of weights an hour."""
+    pause_seconds: float = 1.0
+    """How long those that leave for it must have been unused."""
+    weight: float = 4.0
+    """The cost of its absence must exceed that of theirs times this."""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The operator's settings that decisions use; built once from the configuration."""
 
@@ -124,6 +136,8 @@ class Policy:
     """Keyed by the shortest form of the model's name, with its tag."""
     exclusive_gpus: Mapping[GpuUuid, frozenset[str]] = field(default_factory=dict[GpuUuid, frozenset[str]])
     """GPUs that only these models may use."""
+    rest: Rest | None = None
+    """None: nothing is loaded in place of another model unless somebody waits for it."""
     constants: SchedulerConstants = SchedulerConstants()
 
     def keeps_warm(self, name: str) -> bool:

@@ -28,3 +28,7 @@ class Reservation:
     """Models to unload first. Busy ones take no new request and are unloaded when they are idle."""
     cleared_at: float | None = None
     """When the last of these began to unload; the freed memory has to become visible within `room_timeout_seconds`."""
+    is_unasked: bool = False
+    """Whether nobody waits for the load, so that it gives way to those who need its room."""
+    aborted_at: float | None = None
+    """When the load was broken off; the reservation is kept until a reading of the GPUs shows the room."""

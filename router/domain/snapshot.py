@@ -77,6 +77,8 @@ class Snapshot:
     """Measured rate of recent loads; None before the first one."""
     loaded_bytes_per_second: float = 0.0
     """Recent mean of the weights loaded per second on the whole machine: how busy it is with swaps."""
+    unasked_bytes_per_hour: float = 0.0
+    """Weights of the loads of the last hour that nobody waited for."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
     """Sets of GPUs on which an instance recently failed to start: no other instance is started there for now."""
     warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])

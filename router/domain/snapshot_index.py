@@ -29,6 +29,8 @@ class GpuTotals:
     """Reserved for loads that the last reading of the GPUs does not show yet."""
     loading: int = 0
     """The part of `reserved` whose loads were sent."""
+    aborted: int = 0
+    """The part of `reserved` whose loads were broken off."""
     resident: int = 0
     """Held by loaded and unloading models."""
     leaving: int = 0
@@ -143,6 +145,8 @@ def _totals_by_gpu(snapshot: Snapshot) -> dict[GpuUuid, GpuTotals]:
             totals.reserved += size
             if reservation.sent_at is not None:
                 totals.loading += size
+            if reservation.aborted_at is not None:
+                totals.aborted += size
     promised_keys = promised(snapshot)
     for key, residency in snapshot.residencies.items():
         is_kept = snapshot.policy.keeps_warm(residency.name)

@@ -66,8 +66,11 @@ def resident_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
 def leaving_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
     """Bytes on `uuid` that will be freed by models that are unloading, or that planned loads will evict."""
     totals, gpu = gpu_index(snapshot, uuid), snapshot.gpus.get(uuid)
-    # Bytes that the driver no longer reports as used are already free.
-    return max(0, min(totals.leaving, gpu.memory_used_bytes - totals.staying)) if gpu is not None else 0
+    if gpu is None:
+        return 0
+    # Bytes that the driver no longer reports as used are already free. What is reserved for a load that was broken off
+    # becomes available together with what that load has taken so far.
+    return max(0, min(totals.leaving, gpu.memory_used_bytes - totals.staying)) + totals.aborted
 
 
 def external_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:

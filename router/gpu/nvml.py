@@ -15,7 +15,7 @@ from typing import Any
 import pynvml  # pyright: ignore[reportMissingTypeStubs] (there are none)
 import structlog
 
-from router.domain.gpu import Gpu, GpuProcess, GpuUuid
+from router.domain.gpu import Gpu, GpuHealth, GpuProcess, GpuUuid
 
 _nvml: Any = pynvml
 
@@ -107,6 +107,19 @@ class NvmlReader:
             for device in self._devices:
                 if _address(device.parent or device.handle) == _address(event.device):
                     device.xids.append(int(event.eventData))
+
+    def health(self) -> dict[GpuUuid, GpuHealth]:
+        """Reads settings and error counts of all GPUs that `read` has read."""
+        found: dict[GpuUuid, GpuHealth] = {}
+        for device in self._devices:
+            if device.last is not None:
+                with contextlib.suppress(*_GPU_LOST_ERRORS):
+                    found[device.last.uuid] = _read_health(device.parent or device.handle)
+        return found
+
+    def driver_version(self) -> str | None:
+        """Such as `570.133.20`; None if the driver does not tell it."""
+        return _optional(_nvml.nvmlSystemGetDriverVersion)
 
     def close(self) -> None:
         with contextlib.suppress(*_ERRORS):
@@ -252,6 +265,22 @@ def _read_constant(device: _Device) -> Gpu:
         # A MIG device has a share of the bandwidth, which NVML does not report.
         memory_bus_width_bits=_optional(_nvml.nvmlDeviceGetMemoryBusWidth, board) if is_whole_gpu else None,
         memory_clock_hertz=None if megahertz is None else megahertz * _HERTZ_PER_MEGAHERTZ,
+    )
+
+
+def _read_health(board: Any) -> GpuHealth:
+    persistence = _optional(_nvml.nvmlDeviceGetPersistenceMode, board)
+    ecc = _optional(_nvml.nvmlDeviceGetEccMode, board)  # current and pending
+    errors = _optional(
+        _nvml.nvmlDeviceGetTotalEccErrors, board, _nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, _nvml.NVML_VOLATILE_ECC
+    )
+    rows = _optional(_nvml.nvmlDeviceGetRemappedRows, board)  # corrected, uncorrected, pending, failed
+    return GpuHealth(
+        persistence_mode=None if persistence is None else bool(persistence),
+        ecc_mode=None if ecc is None else bool(ecc[0]),
+        ecc_mode_pending=None if ecc is None else bool(ecc[1]),
+        ecc_uncorrected_errors=errors,
+        row_remap_failed=None if rows is None else bool(rows[3]),
     )
 
 

@@ -28,15 +28,15 @@ _FIELD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\x00]*\r\n")
 _CRLF: Final = b"\r\n"
 
 
-_RUN: Final = 8
-"""With at least this many chunks in one piece, equal ones are skipped together."""
+_RUN_BYTES_MIN: Final = 2048
+"""Of a piece of this length whole chunks are skipped together."""
+_PLAIN_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 
-_RUN_STEP_MAX: Final = 4096
 
-
-@lru_cache(maxsize=256)
-def _equal_chunks(line: bytes, length: int) -> re.Pattern[bytes]:
-    return re.compile(rb"(?:%b(?s:.){%d}\r\n)++" % (re.escape(line), length))
+@lru_cache(maxsize=1024)
+def _length_of(size: bytes) -> int:
+    """The length that a chunk's plain size says; -1 for anything else, and for the last chunk."""
+    return (int(size, 16) or -1) if _PLAIN_SIZE.fullmatch(size) else -1
 
 
 class FramingError(ValueError):
@@ -121,7 +121,7 @@ class Chunked:
 
     Between two pieces it is in one of four states: inside chunk data (`_left` > 0 counts the bytes of it and of its
     CRLF still to come), in a size line, in the trailers, or at the end. An incomplete line is held (at most
-    `LINE_BYTES_MAX`) and scanned again with the next piece. A size line equal to the one before it, as with every token
+    `LINE_BYTES_MAX`) and scanned again with the next piece. A size line equal to the one before it, as with many tokens
     of a stream, is recognised by comparing bytes.
     """
 
@@ -167,14 +167,13 @@ class Chunked:
         size = len(data)
         if self._left:
             position = self._skip(data, position, size)
+        if size - position >= _RUN_BYTES_MIN and self.payload is None and not self._in_trailers:
+            position = self._run(data, position)
         line, step = self._line, self._step
         while position < size:
             if self._in_trailers:
                 return self._trailers(data, position, size)
             if data.startswith(line, position):
-                if size - position > _RUN * step and self.payload is None and step < _RUN_STEP_MAX:
-                    position = self._run(data, position)
-                    continue
                 end = position + step
                 if end <= size and data.startswith(_CRLF, end - 2):
                     if self.payload is not None:
@@ -187,13 +186,18 @@ class Chunked:
         return MORE
 
     def _run(self, data: bytes, position: int) -> int:
-        """Skips chunks of equal size, of which at least the first is whole; returns the position after them."""
-        line, step = self._line, self._step
-        found = _equal_chunks(line, step - len(line) - 2).match(data, position)
-        if found is None:
-            raise FramingError("chunk data does not end in CRLF")
-        self.chunks += (found.end() - position) // step
-        return found.end()
+        """Skips whole chunks whose data has no CRLF, up to the first other one; returns the position after them.
+
+        If each line after a size is as long as that says, sizes and data alternate, and no byte need be looked at.
+        """
+        lines = (data[position:] if position else data).split(_CRLF)
+        count = (len(lines) - 1) // 2
+        sizes, lengths = lines[: 2 * count : 2], [*map(len, lines[1 : 2 * count : 2])]
+        if [*map(_length_of, sizes)] != lengths:
+            pairs = enumerate(zip(sizes, lengths, strict=True))
+            count = next(index for index, (size, length) in pairs if _length_of(size) != length)
+        self.chunks += count
+        return position + sum(map(len, sizes[:count])) + sum(lengths[:count]) + 4 * count
 
     def _header(self, data: bytes, position: int, size: int) -> int:
         """Reads a size line and the available part of its chunk; returns the position after that."""

@@ -30,6 +30,23 @@ class Streaming(Enum):
     VALUE = "null leaves it"
 
 
+class Kind(Enum):
+    """What a member of a body is to routing."""
+
+    IGNORED = "of no meaning"
+    SETTING = "one that its clients often send alike"
+    TEXT = "read by the model"
+
+
+ORDINARY_KEYS = frozenset(
+    (
+        "format", "think", "raw", "images", "temperature", "top_p", "stop", "seed", "tool_choice", "response_format",
+        "stream_options", "user", "n", "truncate", "dimensions", "frequency_penalty", "presence_penalty",
+        "reasoning_effort", "parallel_tool_calls",
+    )
+)  # fmt: skip
+"""Keys that fold to no name that routing reads; listed so that they need not be folded each time."""
+
 _EMPTY_LIST = rb"\[[ \t\n\r]*+\]"
 _EMPTY_PROMPTS: Mapping[Emptiness, re.Pattern[bytes] | None] = {
     Emptiness.NEVER: None,
@@ -60,6 +77,8 @@ class BodySchema:
     """Fields other than the model, `stream` and the prompt."""
     names: frozenset[str] = field(init=False)
     """All of these fields."""
+    kinds: Mapping[str, Kind] = field(init=False)
+    """What each of these fields, and each of `ORDINARY_KEYS`, is to routing."""
 
     def __post_init__(self) -> None:
         settings = {"keep_alive", "options"} if self.is_ollama else set(self.limits)
@@ -67,7 +86,11 @@ class BodySchema:
         names = {*settings, *stream, *self.models, *self.limits, *self.texts}
         object.__setattr__(self, "empty_prompt", _EMPTY_PROMPTS[self.empty])
         object.__setattr__(self, "settings", frozenset(settings))
-        object.__setattr__(self, "names", frozenset(names | {self.prompt} - {""}))
+        names = names | {self.prompt} - {""}
+        kinds = dict.fromkeys(ORDINARY_KEYS, Kind.IGNORED) | dict.fromkeys(names, Kind.SETTING)
+        kinds |= dict.fromkeys({self.prompt, *self.texts} - {""}, Kind.TEXT)
+        object.__setattr__(self, "names", frozenset(names))
+        object.__setattr__(self, "kinds", kinds)
 
 
 def _ollama(prompt: str, empty: Emptiness, *texts: str, stream: Streaming = Streaming.NONE) -> BodySchema:

@@ -1,8 +1,11 @@
-"""The fast way to what `router/llm_api/body_reader.py` reads from a body, for bodies as clients usually write them.
+"""The fast ways to what `router/llm_api/body_reader.py` reads from a body, for bodies as clients usually write them.
 
-It finds the members with one pass of a C decoder and accepts only what Go certainly reads the same way. For anything
-else it returns None, and `parse_body` must be called, which implements all of Go's rules. A result equals that of
-`parse_body`, and is never `unreadable`.
+They find the members with one pass of a C decoder and accept only what Go certainly reads the same way. For anything
+else they return None, and `parse_body` must be called, which implements all of Go's rules. What `parse_body_fast`
+returns equals the result of `parse_body`, and is never `unreadable`.
+
+`outline_of` reads even less: two bodies to one path with the same `Outline.settings` give the same result, except for
+`prompt_bytes`.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 
 from router.engines.ollama.runner_options import RUNNER_OPTION_NAMES
 from router.llm_api.body_reader import ParsedBody
-from router.llm_api.body_schema import SCHEMAS, BodySchema
-from router.llm_api.json_members import fold
-from router.llm_api.prompt_size import EXACT_BYTES
+from router.llm_api.body_schema import ORDINARY_KEYS, SCHEMAS, BodySchema, Kind
+from router.llm_api.json_members import blanks_of, decode_members, fold
+from router.llm_api.prompt_size import EXACT_BYTES, prompt_size
 
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _OPTION_NAMES = frozenset((*RUNNER_OPTION_NAMES, "num_predict"))
@@ -25,10 +29,63 @@ _MEMBERS_MAX = 100
 _INTEGER = re.compile(rb"-?[1-9][0-9]{0,14}|0")
 _DECIMAL = re.compile(rb"-?[0-9]{1,9}\.[0-9]{1,9}")
 _PLAIN_STRING = re.compile(rb'"([\x20\x21\x23-\x5b\x5d-\x7f]*)"')
+_NULL = b"null"
 _BOOLEANS: Mapping[bytes, bool] = {b"true": True, b"false": False}
-_ORDINARY_KEYS = frozenset(("format", "think", "raw", "images", "temperature", "top_p", "stop", "seed", "tool_choice",
-                            "response_format", "stream_options", "user", "n", "truncate", "dimensions"))  # fmt: skip
-"""Keys that fold to no name that routing reads; listed so that they need not be folded each time."""
+_SETTINGS_BYTES_MAX = 1024
+"""Larger settings are not worth remembering."""
+
+
+class Outline(NamedTuple):
+    """What `outline_of` sees of a body that asks for more than a load."""
+
+    settings: tuple[str | bytes, ...]
+    """Each member that routing reads and that is no text: its key and its JSON, as written."""
+    prompt_bytes: int
+    """As `ParsedBody.prompt_bytes`."""
+    keep_alive: tuple[int, int] | None
+    """Where the value of this member is in the body."""
+
+
+def outline_of(body: bytes, path: str) -> Outline | None:
+    """The settings of a body; None if it is written in an unusual way, or its prompt is absent or perhaps empty."""
+    schema = SCHEMAS.get(path)
+    members = decode_members(body) if schema is not None else None
+    if schema is None or members is None or len(members) > _MEMBERS_MAX:
+        return None
+    blanks = blanks_of(body, members)
+    if blanks is None:
+        return None
+    kinds, around = schema.kinds, 3 + blanks
+    settings: list[str | bytes] = []
+    keep_alive: tuple[int, int] | None = None
+    has_prompt = not schema.prompt
+    prompt_bytes, position = 0, 1
+    for key, raw in members.items():
+        size = len(raw)
+        start = position + len(key) + around
+        position = start + size + 1 + blanks
+        kind = kinds.get(key)
+        if kind is Kind.SETTING:
+            if size > _SETTINGS_BYTES_MAX:
+                return None
+            settings += (key, bytes(raw))
+            if key == "keep_alive":
+                keep_alive = (start, start + size)
+        elif kind is Kind.TEXT:
+            prompt_bytes += size if size < EXACT_BYTES else prompt_size(body, start, start + size)
+            if key == schema.prompt:
+                has_prompt = not _may_be_empty(raw, schema)
+        elif kind is None and fold(key) in schema.names:
+            return None
+    return Outline(tuple(settings), prompt_bytes, keep_alive) if has_prompt else None
+
+
+def _may_be_empty(raw: msgspec.Raw, schema: BodySchema) -> bool:
+    """Whether the server might only load the model; null may mean that."""
+    empty = schema.empty_prompt
+    return empty is not None and (
+        empty.fullmatch(memoryview(raw)) is not None or (len(raw) == 4 and bytes(raw) == _NULL)
+    )
 
 
 class _Unsure(ValueError):
@@ -58,7 +115,7 @@ def parse_body_fast(body: bytes, path: str) -> ParsedBody | None:
                     return None
                 if key in texts:
                     prompt_bytes += len(value)
-            elif key not in _ORDINARY_KEYS and fold(key) in names:
+            elif key not in ORDINARY_KEYS and fold(key) in names:
                 return None
         model = _PLAIN_STRING.fullmatch(values.get(schema.models[0], b""))
         stream = _BOOLEANS.get(values["stream"]) if "stream" in values else None

@@ -25,8 +25,10 @@ class Field:
     end: int
 
 
-def is_form(content_type: str | None) -> bool:
-    return (content_type or "").strip().lower().startswith("multipart/form-data")
+def is_form(path: str, content_type: str | None) -> bool:
+    """Whether a server reads the body of a POST to this path as a form. Everywhere else it reads JSON, whatever the
+    header says (server/routes.go, v0.34.0; `/v1/images/edits` too, v0.24.0)."""
+    return path.startswith("/v1/audio/") and (content_type or "").strip().lower().startswith("multipart/form-data")
 
 
 def find_field(body: bytes, content_type: str, name: str) -> Field | None:

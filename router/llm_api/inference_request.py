@@ -51,7 +51,7 @@ from router.http1.headers import HeaderLookup
 from router.llm_api.body_reader import ParsedBody, longest_text, parse_body
 from router.llm_api.form_data import find_field, find_fields, is_form, replaced
 from router.llm_api.heartbeat_format import Heartbeat, heartbeat_for
-from router.llm_api.json_edit import remove_nested, set_member, set_nested, set_only
+from router.llm_api.json_edit import remove_nested, set_member, set_nested
 from router.llm_api.model_aliases import REASONS, Substitutes
 from router.llm_api.prompt_fingerprint import TOKENS_MIN, fingerprints_of
 from router.scheduler.balancing.prefix_affinity import BYTES_PER_TOKEN
@@ -64,6 +64,9 @@ DROPPED_OPTIONS_HEADER = "X-Llamayard-Dropped-Options"
 CONTEXT_HEADER = "X-Llamayard-Context"
 """The context in tokens that a prompt gets which is probably longer: the server drops its beginning."""
 
+KEEP_ALIVE = b"-1"
+"""What a server is told, in JSON: it must never unload by itself a model that the router counts on. The timers are the
+router's."""
 _GENERATING = frozenset(
     ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 )
@@ -164,6 +167,10 @@ class InferenceRequest(msgspec.Struct):
     tried_models: tuple[str, ...] = ()
     keeps_context: bool = False
     """Whether a long prompt is served with the default context all the same."""
+    has_keep_alive: bool = False
+    """Whether `original_body` has the router's `keep_alive` already."""
+    is_adapted: bool = False
+    """Whether `body` differs from what the client sent in more than `keep_alive`."""
 
     def only_unloads(self) -> bool:
         """Whether it only asks for its model to be unloaded.
@@ -203,10 +210,9 @@ class InferenceRequest(msgspec.Struct):
         else:
             self.substitution_headers.pop(DROPPED_OPTIONS_HEADER, None)
         self._write_context_as_loaded(facts, options)
-        if keep_alive_seconds is not None:
-            # The server must never unload by itself a model that the router counts on: the timers are the router's.
-            set_keep_alive = set_member if parsed.ambiguous else set_only
-            self.body = set_keep_alive(self.body, "keep_alive", b"-1")
+        self.is_adapted = self.body is not self.original_body
+        if keep_alive_seconds is not None and not self.has_keep_alive:
+            self.body = set_member(self.body, "keep_alive", KEEP_ALIVE)
         if len(self.body) > _KEPT_BYTES_MAX:
             self.original_body = self.body  # the same edits, made again for a fallback, change nothing
         is_ollama = self.path.startswith("/api/")
@@ -310,15 +316,17 @@ class InferenceRequest(msgspec.Struct):
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether `plan` and `heartbeat` hold for every request whose head, model and `stream` are the same.
-
-        Of a body that `plan_for` edited `is_plain` is false, also of a long one.
-        """
-        return (
-            self.body is self.original_body
-            and not self.substitution_headers
-            and is_plain(self.parsed)
-            and not (self.rules.substitutes.aliases or self.rules.substitutes.fallbacks)
+        """Whether `plan` and `heartbeat` hold for every request whose head and settings are the same (`outline_of`)."""
+        parsed = self.parsed
+        return not (
+            self.is_adapted
+            or self.substitution_headers
+            or parsed.is_load_only
+            or parsed.ambiguous
+            or parsed.unreadable
+            or (self.path in _TRUNCATING and parsed.options)
+            or self.rules.substitutes.aliases
+            or self.rules.substitutes.fallbacks
         )
 
     def ticket(self, ticket_id: TicketId, now: float, timeout_seconds: float, request_id: str = "") -> Ticket:
@@ -387,7 +395,7 @@ class InferenceRequest(msgspec.Struct):
         """Another model is to answer: puts its name into the body and the response's headers."""
         self.model = model
         self.substitution_headers[MODEL_HEADER] = model
-        if is_form(self.content_type):
+        if is_form(self.path, self.content_type):
             place = find_field(self.original_body, self.content_type, "model")
             self.body = self.original_body if place is None else replaced(self.original_body, place, model)
         else:
@@ -435,13 +443,6 @@ def read_request(
     return request
 
 
-def is_plain(parsed: ParsedBody) -> bool:
-    """Whether the body says nothing that affects routing but its model, `stream` and the prompt's size."""
-    return not (
-        parsed.options or parsed.is_load_only or parsed.ambiguous or parsed.unreadable or parsed.keep_alive is not None
-    )
-
-
 def refuse_conflict(parsed: ParsedBody) -> None:
     """
     Raises:
@@ -485,7 +486,7 @@ def _parse(path: str, content_type: str, body: bytes) -> ParsedBody:
     Raises:
         BadRequest: it has too many parts to be parsed within bounds.
     """
-    if not is_form(content_type):
+    if not is_form(path, content_type):
         return parse_body(body, path)
     fields = find_fields(body, content_type, "model")
     models = [body[field.start : field.end].decode(errors="replace") for field in fields]

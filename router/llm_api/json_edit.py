@@ -8,15 +8,11 @@ find another value than the one set here.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 
-from router.llm_api.json_members import Member, fold, scan
+from router.llm_api.json_members import Member, Scan, fold, scan
 
 KeyTest = Callable[[str], bool]
-
-_PLAIN = re.compile(rb'[ \t\n\r]*:[ \t\n\r]*("[^"\\]*"|-?[0-9][0-9.eE+-]*)')
-"""What follows a member's name: the colon and a plain value."""
 
 
 def set_member(body: bytes, name: str, value: bytes) -> bytes:
@@ -30,19 +26,15 @@ def set_member(body: bytes, name: str, value: bytes) -> bytes:
     return _edited(body, lambda key: fold(key) == name, name, value)
 
 
-def set_only(body: bytes, name: str, value: bytes) -> bytes:
-    """Like `set_member`, for a body known to have exactly one top-level member `name`, written in that case.
-
-    Most of these bodies need not be scanned.
-
-    Raises:
-        ValueError: `body` does not begin with a JSON object.
-    """
-    quoted = _quoted(name)
-    if b"\\u00" in body or body.count(quoted) != 1:
-        return set_member(body, name, value)
-    found = _PLAIN.match(body, body.index(quoted) + len(quoted))
-    return _spliced(body, found.span(1), value) if found else set_member(body, name, value)
+def find_member(body: bytes, name: str) -> tuple[int, int] | None:
+    """Where the value of the top-level member `name` is; None unless there is exactly one, written in that case."""
+    try:
+        found = [member for member in scan(body).members if fold(member.key) == name]
+    except ValueError:
+        return None
+    if len(found) != 1 or not body.startswith(_quoted(name), found[0].start):
+        return None
+    return found[0].value_start, found[0].value_end
 
 
 def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:
@@ -53,11 +45,10 @@ def set_nested(body: bytes, outer: str, name: str, value: bytes) -> bytes:
     Raises:
         ValueError: `body` does not begin with a JSON object, or `outer` is neither an object nor null.
     """
-    body = _with_one(body, outer)
-    span = _span(body, outer)
+    body, span = _with_one(body, outer)
     if span is None:
         return set_member(body, outer, b"{" + _quoted(name) + b":" + value + b"}")
-    return _spliced(body, span, _edited(body[slice(*span)], name.__eq__, name, value))
+    return spliced(body, span, _edited(body[slice(*span)], name.__eq__, name, value))
 
 
 def remove_nested(body: bytes, outer: str, name: str) -> bytes:
@@ -66,14 +57,13 @@ def remove_nested(body: bytes, outer: str, name: str) -> bytes:
     Raises:
         ValueError: `body` does not begin with a JSON object, or `outer` is neither an object nor null.
     """
-    body = _with_one(body, outer)
-    span = _span(body, outer)
+    body, span = _with_one(body, outer)
     if span is None:
         return body
-    return _spliced(body, span, _edited(body[slice(*span)], name.__eq__, name, None))
+    return spliced(body, span, _edited(body[slice(*span)], name.__eq__, name, None))
 
 
-def _spliced(body: bytes, span: tuple[int, int], replacement: bytes) -> bytes:
+def spliced(body: bytes, span: tuple[int, int], replacement: bytes) -> bytes:
     """`body` with other bytes at `span`; nothing of a long body is copied but into the result."""
     view = memoryview(body)
     return b"".join((view[: span[0]], replacement, view[span[1] :]))
@@ -145,23 +135,25 @@ def _applied(text: bytes, edits: list[Edit]) -> bytes:
     return b"".join(pieces)
 
 
-def _values(body: bytes, outer: str) -> list[Member]:
-    return [member for member in scan(body).members if fold(member.key) == outer]
+def _outer(found: Scan, outer: str) -> list[Member]:
+    return [member for member in found.members if fold(member.key) == outer]
 
 
-def _span(body: bytes, outer: str) -> tuple[int, int] | None:
-    """The position of the object `outer`, of which there is at most one; None if absent or null."""
-    members = _values(body, outer)
+def _with_one(body: bytes, outer: str) -> tuple[bytes, tuple[int, int] | None]:
+    """`body` with at most one member `outer`, and where that object is; None if it is absent or null.
+
+    Go merges repeated maps, and null empties them.
+    """
+    members = _outer(scan(body), outer)
+    if len(members) > 1:
+        body = _merged(body, outer, members)
+        members = _outer(scan(body), outer)
     if not members or body[members[0].value_start : members[0].value_end] == b"null":
-        return None
-    return members[0].value_start, members[0].value_end
+        return body, None
+    return body, (members[0].value_start, members[0].value_end)
 
 
-def _with_one(body: bytes, outer: str) -> bytes:
-    """`body` with at most one member `outer`: Go merges repeated maps, and null empties them."""
-    members = _values(body, outer)
-    if len(members) < 2:
-        return body
+def _merged(body: bytes, outer: str, members: list[Member]) -> bytes:
     merged: dict[str, bytes] | None = None
     for member in members:
         value = body[member.value_start : member.value_end]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -84,6 +85,33 @@ def scan(body: bytes) -> Scan:
     return _scan_ordinary(body) or _Scanner(body).scan()
 
 
+def decode_members(body: bytes) -> dict[str, msgspec.Raw] | None:
+    """The members by key, of equal keys the last, in one pass; None if it is no object that the C decoder accepts."""
+    try:
+        return _DECODER.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def blanks_of(body: bytes, members: dict[str, msgspec.Raw]) -> int | None:
+    """The number of blanks after each colon and comma of `body`, 0 or 1, if it is written so; else None.
+
+    A number proves that `members` are all there is, in this order, each key once and without escapes. Written without
+    blanks, an object is as long as its members and the punctuation between them: there is no room for another byte.
+    With blanks, as Python's `json` writes them, it is compared with the members written anew.
+    """
+    keys, count = "".join(members), len(members)
+    spare = len(body) - sum(map(len, members.values())) - len(keys) - 4 * count - 1
+    if not count or not keys.isascii():
+        return None
+    if not spare:
+        return 0
+    if spare != 2 * count - 1:
+        return None
+    written = b", ".join([b'"%b": %b' % (key.encode(), raw) for key, raw in members.items()])
+    return 1 if body.startswith(written, 1) else None
+
+
 def text_of(literal: bytes) -> str:
     """The string of a valid JSON string literal as Go reads it.
 
@@ -104,14 +132,16 @@ def _scan_ordinary(body: bytes) -> Scan | None:
     """The fast scanner, for objects without repeated or escaped keys; None if it cannot decide.
 
     The decoder keeps the last of equal keys. Therefore each key and value is compared with the bytes at its expected
-    position: if they cover the object without a gap, there is nothing else in it.
+    position, unless `blanks_of` says where they are: if they cover the object without a gap, there is nothing else.
     """
-    try:
-        found = _DECODER.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    found = decode_members(body)
+    if found is None:
         return None
     if len(found) > MEMBERS_MAX:
         raise TooComplex(f"the body has more than {MEMBERS_MAX} members")
+    blanks = blanks_of(body, found)
+    if blanks is not None:
+        return Scan(tuple(_placed(found, blanks)), 1)
     opened = _OPEN.match(body)
     if opened is None:
         return None
@@ -131,6 +161,15 @@ def _scan_ordinary(body: bytes) -> Scan | None:
         position = key_match.end() + len(value)
         members.append(Member(key, key_match.start(1) - 1, key_match.end(), position))
     return Scan(tuple(members), inside) if _END.fullmatch(body, position) else None
+
+
+def _placed(members: dict[str, msgspec.Raw], blanks: int) -> Iterator[Member]:
+    """The members with their positions, after `blanks_of`."""
+    start = 1
+    for key, raw in members.items():
+        value_start = start + len(key) + 3 + blanks
+        yield Member(key, start, value_start, value_start + len(raw))
+        start = value_start + len(raw) + 1 + blanks
 
 
 def _is_at(body: bytes, value: memoryview, position: int) -> bool:

@@ -7,6 +7,7 @@ import logging
 import structlog
 
 from router.domain.actions import (
+    AbortLoad,
     Action,
     Grant,
     Load,
@@ -85,6 +86,8 @@ class DecisionLog:
                 )
             case ReadGpus():
                 pass
+            case AbortLoad():
+                self._log_broken_off(action, now)
             case Load():
                 self._loads_in_progress[action.load_id] = (action, now)
                 self._metrics.begin_load(self._metrics.model_label(action.model.name), action.instance)
@@ -97,6 +100,13 @@ class DecisionLog:
                 self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
             case Reject():
                 self._log.warning("rejected", ticket=action.ticket_id, code=action.code, message=action.message)
+
+    def _log_broken_off(self, action: AbortLoad, now: float) -> None:
+        load, started_at = self._loads_in_progress.pop(action.load_id, (None, now))
+        if load is not None:
+            self._metrics.loads.labels(self._metrics.model_label(load.model.name), load.instance, "broken_off").inc()
+            values = {"model": load.model.name, "instance": load.instance, "reason": action.reason}
+            self._log.info("load_broken_off", **values, duration_seconds=round(now - started_at, 3))
 
     def _log_load_end(self, event: LoadFinished | LoadFailed, now: float) -> None:
         load, started_at = self._loads_in_progress.pop(event.load_id, (None, now))

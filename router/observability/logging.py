@@ -59,7 +59,7 @@ class RequestLines:
             return
         values["level"] = level
         values["logger"] = "router.access"
-        values["timestamp"] = _utc_time()
+        values["timestamp"] = datetime.now(UTC)
         if not self._lines:
             asyncio.get_running_loop().call_later(self.DELAY_SECONDS, self.flush)
         self._lines.append(msgspec.json.encode(values))

@@ -241,12 +241,15 @@ class ClientConnection(asyncio.Protocol):
         )
         self._state, self._due = BODY, _NEVER
         reader = None
-        if length < LONG_BODY_BYTES or facts.is_zstd:
+        if length < LONG_BODY_BYTES:
             exchange = ProxyExchange(context, self, head, facts, record, identity)
         else:
-            reader = RequestBodyReader(head, limits)
-            exchange = StreamingUpload(context, self, head, facts, record, identity, reader)
             self._listener.long_bodies += 1
+            if facts.is_zstd or facts.is_form:  # only the whole body names its model
+                exchange = ProxyExchange(context, self, head, facts, record, identity)
+            else:
+                reader = RequestBodyReader(head, limits)
+                exchange = StreamingUpload(context, self, head, facts, record, identity, reader)
         self._exchange = exchange
         if admission.error is not None:
             self._refuse(head, rest, partial(exchange.fail, admission.error))

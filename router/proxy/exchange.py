@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import msgspec
 import structlog
+from msgspec import structs
 
 from router.control.controller import rejection
 from router.domain.actions import Grant, Reject
@@ -40,12 +41,13 @@ from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.content_encoding import DECOMPRESSED_BYTES_MAX, decompressed
 from router.llm_api.errors import api_of, error_reply, internal_error
-from router.llm_api.fast_body_reader import parse_body_fast
+from router.llm_api.fast_body_reader import Outline, outline_of, parse_body_fast
 from router.llm_api.heartbeat_format import Heartbeat
-from router.llm_api.inference_request import InferenceRequest, is_plain, read_request, unload_reply
+from router.llm_api.inference_request import KEEP_ALIVE, InferenceRequest, read_request, unload_reply
+from router.llm_api.json_edit import spliced
 from router.observability.request_record import RequestRecord
 from router.proxy.context import ProxyContext
-from router.proxy.head_cache import HeadFacts
+from router.proxy.head_cache import CachedPlan, HeadFacts, PlanKey
 from router.proxy.heartbeat import HeartbeatSender
 from router.proxy.interfaces import Requester
 from router.proxy.response_stream import ResponseStream
@@ -90,6 +92,10 @@ class ProxyExchange:
     _reply: ResponseStream | None = None
     _parsed: ParsedBody | None = None
     """What the body says, if it has been parsed already."""
+    _settings: PlanKey | None = None
+    """Those of a body for which no plan was cached."""
+    _has_keep_alive = False
+    """Whether the body has the router's `keep_alive` already."""
     _body = b""
     """As it is forwarded."""
     _unsent: memoryview | None = None
@@ -162,15 +168,23 @@ class ProxyExchange:
             self._connect(view.spec.url)
 
     def _resolve(self) -> None:
-        context, facts, body = self._context, self._facts, self._body
+        facts, body = self._facts, self._body
         path, parsed = facts.path, self._parsed
         if parsed is None and not facts.is_form:
+            seen = outline_of(body, path)
+            if seen is not None and self._resolve_alike(seen):
+                return
+            self._settings = seen.settings if seen is not None else None
             parsed = parse_body_fast(body, path) or parse_body(body, path)
-        cached = facts.plans.get((parsed.model, parsed.stream)) if parsed is not None else None
-        if cached is None or parsed is None or not is_plain(parsed):
-            self._read(parsed)
-            return
-        plan, heartbeat, rules_version = cached
+        self._read(parsed)
+
+    def _resolve_alike(self, seen: Outline) -> bool:
+        """Plans the request as an earlier one with the same settings; False if there was none."""
+        context, body = self._context, self._body
+        cached = self._facts.plans.get(seen.settings)
+        if cached is None:
+            return False
+        plan, heartbeat, parsed, rules_version = cached
         model = parsed.model or ""
         rules = context.rules
         if (
@@ -178,14 +192,16 @@ class ProxyExchange:
             or plan.facts.name in rules.removing
             or rules_version != rules.version
         ):
-            self._read(parsed)
-            return
+            return False
+        if parsed.prompt_bytes != seen.prompt_bytes:
+            parsed = structs.replace(parsed, prompt_bytes=seen.prompt_bytes)
+        span = seen.keep_alive if plan.keep_alive_seconds is not None else None
         self._request = request = InferenceRequest(
-            path=path,
+            path=self._facts.path,
             rules=context.rules,
             client_identity=self._client_identity,
             original_body=body,
-            body=body,
+            body=body if span is None else spliced(body, span, KEEP_ALIVE),
             parsed=parsed,
             requested_model=model,
             model=model,
@@ -196,6 +212,7 @@ class ProxyExchange:
             self._heartbeat = heartbeat
             self._heartbeat_due = context.controller.now() + heartbeat.seconds
         self._submit(request)
+        return True
 
     def _read(self, parsed: ParsedBody | None) -> None:
         """The full path, for a request that no cached plan fits."""
@@ -203,6 +220,7 @@ class ProxyExchange:
         self._request = request = read_request(
             context.rules, self._facts.path, self._body, self._head.text, self._client_identity, parsed
         )
+        request.has_keep_alive = self._has_keep_alive
         self._record.substitution_headers = request.substitution_headers
         heartbeat = self._heartbeat = request.heartbeat
         if heartbeat is not None:
@@ -253,9 +271,9 @@ class ProxyExchange:
         except RouterError as error:
             self._refuse(error)
             return
-        if request.is_repeatable:
-            key = (request.parsed.model, request.parsed.stream)
-            self._facts.add_plan(key, plan, request.heartbeat, request.rules.version)
+        if self._settings is not None and request.is_repeatable:
+            cached = CachedPlan(plan, request.heartbeat, request.parsed, request.rules.version)
+            self._facts.add_plan(self._settings, cached)
         self._submit(request)
 
     def _refuse(self, error: RouterError) -> None:
@@ -376,15 +394,9 @@ class ProxyExchange:
     def _send(self, connection: UpstreamConnection) -> None:
         self._opening = None
         self._phase = RELAYING
-        context, facts, body, url = self._context, self._facts, self._body, connection.url
-        self._reply = reply = ResponseStream(
-            self, self._client, self._head, facts.path, connection, context.limits, context.controller.now
-        )
-        if self._heartbeat_sender is not None:
-            reply.head_sent = self._heartbeat_sender.head_sent
-        reply.is_last_attempt = self._attempt == ATTEMPTS
-        lines = facts.upstream_lines.get(url) or facts.add_upstream_lines(self._head, url, context.pool.authority(url))
-        head = b"%sContent-Length: %d\r\n\r\n" % (lines, len(body))
+        body = self._body
+        reply = self._open_reply(connection)
+        head = self._head_for(connection.url, len(body))
         if len(body) <= ONE_WRITE_BYTES_MAX:
             connection.transport.write(head + body)
             return
@@ -392,6 +404,24 @@ class ProxyExchange:
         self._unsent = memoryview(body)
         connection.transport.write(head)
         self._write_unsent()
+
+    def _open_reply(self, connection: UpstreamConnection) -> ResponseStream:
+        context = self._context
+        self._reply = reply = ResponseStream(
+            self, self._client, self._head, self._facts.path, connection, context.limits, context.controller.now
+        )
+        if self._heartbeat_sender is not None:
+            reply.head_sent = self._heartbeat_sender.head_sent
+        reply.is_last_attempt = self._attempt == ATTEMPTS
+        return reply
+
+    def _head_for(self, url: str, body_bytes: int) -> bytes:
+        """The request's head for that server."""
+        facts = self._facts
+        lines = facts.upstream_lines.get(url)
+        if lines is None:
+            lines = facts.add_upstream_lines(self._head, url, self._context.pool.authority(url))
+        return b"%sContent-Length: %d\r\n\r\n" % (lines, body_bytes)
 
     def _write_unsent(self) -> None:
         unsent, reply = self._unsent, self._reply

@@ -5,9 +5,9 @@ from the same address and has the same bytes except for the digits of its Conten
 one then holds for the other: the header is the same and occurs once. Only complete, valid heads are cached, and of
 those the most recently used.
 
-With a head go its `HeadFacts`: route, admission, the head as forwarded, and the plans of requests whose bodies said
-nothing but model, `stream` and a prompt. Everything that can change in the meantime (the model's facts, its deletion)
-is checked for each request.
+With a head go its `HeadFacts`: route, admission, the head as forwarded, and the plans of requests by the settings in
+their bodies, which clients write alike again and again. Everything that can change in the meantime (the model's facts,
+its deletion) is checked for each request.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from msgspec import structs
+
 from router.admission.pipeline import Admission
 from router.engines.ollama.endpoint_support import is_young
 from router.http1.headers import request_lines, sanitized_request_id
 from router.http1.parser import RequestHead
+from router.llm_api.body_reader import ParsedBody
 from router.llm_api.content_encoding import is_zstd
 from router.llm_api.form_data import is_form
 from router.llm_api.heartbeat_format import Heartbeat
@@ -39,13 +42,15 @@ _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
 _Key = tuple[str, bytes, bytes]
 """The client's address, and the bytes before and after the digits of the length."""
 
-PlanKey = tuple[str | None, bool | None]
-"""The model as written, and `stream`."""
+PlanKey = tuple[str | bytes, ...]
+"""`Outline.settings`."""
 
 
 class CachedPlan(NamedTuple):
     plan: RoutingPlan
     heartbeat: Heartbeat | None
+    parsed: ParsedBody
+    """Of another body with the same settings."""
     rules_version: int
     """Of the rules that it was derived from."""
 
@@ -54,8 +59,8 @@ class HeadFacts:
     """Derived from one head of a request that takes a slot."""
 
     __slots__ = (
-        "admission", "is_form", "is_young", "is_zstd", "path", "plans", "request_id", "route", "upstream_lines",
-        "wants_reason",
+        "admission", "is_form", "is_young", "is_zstd", "long_bodies", "path", "plans", "request_id", "route",
+        "upstream_lines", "wants_reason",
     )  # fmt: skip
 
     def __init__(self, route: Route, path: str, head: RequestHead, *, debug_headers: bool) -> None:
@@ -63,7 +68,7 @@ class HeadFacts:
         self.path = path
         """Decoded, without the query."""
         self.is_young = is_young(path)
-        self.is_form = is_form(head.text("content-type"))
+        self.is_form = is_form(path, head.text("content-type"))
         self.is_zstd = is_zstd(path, head.text("content-encoding"))
         """Whether the body is compressed. It is forwarded decompressed."""
         self.request_id = sanitized_request_id(head.text("x-request-id"))
@@ -74,6 +79,8 @@ class HeadFacts:
         self.upstream_lines: dict[str, bytes] = {}
         """The head as forwarded, without framing, by the server's URL."""
         self.plans: dict[PlanKey, CachedPlan] = {}
+        self.long_bodies: dict[str, ParsedBody] = {}
+        """By model, as written: what the last long body said, except for its prompt."""
 
     def add_upstream_lines(self, head: RequestHead, url: str, authority: bytes) -> bytes:
         """The head as forwarded to that server, without framing; cached for the next request."""
@@ -84,8 +91,12 @@ class HeadFacts:
         put(self.upstream_lines, url, lines, _SERVERS_MAX)
         return lines
 
-    def add_plan(self, key: PlanKey, plan: RoutingPlan, heartbeat: Heartbeat | None, rules_version: int) -> None:
-        put(self.plans, key, CachedPlan(plan, heartbeat, rules_version), PLANS_MAX)
+    def add_plan(self, key: PlanKey, plan: CachedPlan) -> None:
+        put(self.plans, key, plan, PLANS_MAX)
+
+    def add_long_body(self, parsed: ParsedBody) -> None:
+        if parsed.model:
+            put(self.long_bodies, parsed.model, structs.replace(parsed, prompt_bytes=0), PLANS_MAX)
 
 
 class HeadCache:

@@ -7,6 +7,7 @@ buffer, and `body` returns that buffer's bytes without a copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Final
 
@@ -16,7 +17,8 @@ from router.http1.body_framing import MORE
 from router.http1.parser import RequestHead
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.fast_body_reader import parse_body_fast
-from router.llm_api.json_skimmer import JsonSkimmer
+from router.llm_api.json_edit import find_member
+from router.llm_api.json_skimmer import Beginning, JsonSkimmer
 from router.llm_api.limits import RequestLimits
 
 UNREAD_BYTES_MAX: Final = 65536
@@ -25,13 +27,16 @@ UNREAD_BYTES_MAX: Final = 65536
 LONG_BODY_BYTES: Final = 262_144
 """A body of at least this length is long."""
 
+HELD_BYTES: Final = 4096
+"""The end of a long body is not sent before all of it has come: short members often stand there."""
+
 
 class RequestBodyReader:
     """Feed it until `feed` returns bytes; then `body` is complete."""
 
     __slots__ = (
-        "_body", "_chunks", "_discards", "_limits", "_skimmer", "_stored", "count", "last_piece_at", "length",
-        "received_bytes",
+        "_body", "_chunks", "_discards", "_last_piece", "_last_piece_at", "_limits", "_skimmer", "_stored", "count",
+        "length", "received_bytes", "sendable_bytes",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, limits: RequestLimits, *, discards: bool = False, skims: bool = True) -> None:
@@ -41,8 +46,11 @@ class RequestBodyReader:
         self.length = head.length or 0
         self.received_bytes = 0
         """With the framing of chunks."""
-        self.last_piece_at = 0
-        """Where the last piece begins in the body."""
+        self.sendable_bytes = 0
+        """As much of an incomplete long body may be sent: it is no JSON value that a server would act on."""
+        self._last_piece = b""
+        self._last_piece_at = 0
+        """Where it begins in the body."""
         self._stored = BytesIO()
         self._chunks: list[bytes] | None = [] if head.chunked and not discards else None
         """Decoded data of the last piece."""
@@ -78,31 +86,58 @@ class RequestBodyReader:
 
     def _store(self, piece: bytes) -> None:
         stored, chunks = self._stored, self._chunks
-        self.last_piece_at = stored.tell()
         if chunks is not None:
             stored.writelines(chunks)
             chunks.clear()
             return
+        skimmer = self._skimmer
+        if skimmer is not None:
+            self._last_piece, self._last_piece_at = piece, stored.tell()
+            skimmer.feed(piece)
         stored.write(piece)
-        if self._skimmer is not None:
-            self._skimmer.feed(piece)
+        if skimmer is not None and not skimmer.may_have_ended:
+            self.sendable_bytes = max(0, stored.tell() - HELD_BYTES)
 
     def body(self) -> bytes:
         """What has been stored. The buffer shares its bytes as long as nothing is fed."""
         return self._stored.getvalue()
 
-    def part(self, start: int, end: int) -> bytes:
-        """Bytes of the body that have been stored, copied."""
-        with self._stored.getbuffer() as view:
-            return bytes(view[start:end])
+    def parts(self, start: int, end: int) -> Iterator[bytes | memoryview]:
+        """Bytes of a long body that have been stored; of the last piece without a copy."""
+        last = max(start, self._last_piece_at)
+        if start < last:
+            with self._stored.getbuffer() as view:
+                earlier = bytes(view[start : min(end, last)])
+            yield earlier
+        if last < end:
+            yield memoryview(self._last_piece)[last - self._last_piece_at : end - self._last_piece_at]
+
+    def overwrite(self, start: int, value: bytes) -> None:
+        """Puts other bytes in the place of as many. Call it before `body`, so that nothing is copied."""
+        stored = self._stored
+        size = stored.tell()
+        stored.seek(start)
+        stored.write(value)
+        stored.seek(size)
+        if start + len(value) > self._last_piece_at:
+            self._last_piece, self._last_piece_at = b"", size
 
     def release(self) -> None:
         """Frees the body, which is not needed any more."""
         self._stored = BytesIO()
+        self._last_piece = b""
 
-    def model(self) -> str | None:
-        """The model, if the body begins with it."""
-        return None if self._skimmer is None else self._skimmer.model()
+    def beginning(self, path: str) -> Beginning | None:
+        """What a long body begins with; None if that does not say which model it is for."""
+        return None if self._skimmer is None else self._skimmer.beginning(path)
+
+    def find(self, name: str) -> tuple[int, int] | None:
+        """Where the value of a member is in a complete long body; None if that is not certain."""
+        text = None if self._skimmer is None else self._skimmer.text()
+        span = None if text is None else find_member(text, name)
+        if span is None or self._skimmer is None:
+            return None
+        return self._skimmer.place(span[0]), self._skimmer.place(span[1])
 
     def parse(self, path: str) -> ParsedBody:
         """Parses the complete body; if long, without its long strings.

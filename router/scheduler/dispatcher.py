@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import assert_never
 
 from router.domain.actions import Action, Reject, Remember, Unload
@@ -52,6 +53,7 @@ from router.domain.events import (
     UnloadFinished,
     UnloadRequested,
 )
+from router.domain.explanation import Explanation, Outcome
 from router.domain.ids import LoadIds
 from router.domain.model import BlobDigest
 from router.domain.policy import Policy
@@ -61,11 +63,12 @@ from router.domain.snapshot import Engines, Snapshot
 from router.domain.snapshot_index import promised
 from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import free_replicas, grant, serving, suits
+from router.scheduler.explanation import explain
 from router.scheduler.placement import migration
 from router.scheduler.placement.explain import explain_drained
-from router.scheduler.placement.footprint_prediction import FootprintPredictor, estimate_unmeasured
+from router.scheduler.placement.footprint_prediction import FootprintPredictor
 from router.scheduler.placement.placement import MustWait, NoFit, Placed
-from router.scheduler.placement.search import coming, seek, seek_replica
+from router.scheduler.placement.search import coming, decide, seek_replica
 from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerned, next_attempt
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
@@ -82,11 +85,13 @@ from router.scheduler.reconcile import (
     rolling_restart,
     silence,
     stuck_unloads,
+    unasked,
     warm_models,
 )
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
 
+_CLOSING = "the router is shutting down"
 _RESTART_SECONDS = 5
 """A server that is down is not back sooner."""
 
@@ -116,13 +121,43 @@ class Dispatcher:
     @property
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         """Waiting tickets, oldest first, each with what it waits for."""
-        return tuple((ticket, self._reasons.get(ticket.id, "")) for ticket in self._queue.tickets.values())
+        reasons: dict[GroupKey, str] = {}
+        waiting: list[tuple[Ticket, str]] = []
+        for ticket in self._queue.tickets.values():
+            key = group_of(ticket)  # one that came since its group last searched waits for what the others wait for
+            reason = reasons[key] = self._reasons.get(ticket.id) or reasons.get(key) or "its turn"
+            waiting.append((ticket, reason))
+        return tuple(waiting)
 
     def wait_estimates(self, now: float) -> dict[TicketId, WaitEstimate]:
         """The wait estimate of each ticket, in the order in which groups, and tickets within them, are served."""
+        return wait_estimates(self._fleet.snapshot(now), self._queue_lines(now), self._reasons)
+
+    def explain(self, ticket: Ticket, now: float) -> Explanation:
+        """What would become of the ticket if it arrived now. Decides as `handle` would, and changes nothing."""
+        ticket = self._prioritised(ticket)
+        if self._closing:
+            return Explanation(Outcome.REFUSE, _CLOSING, error_code="shutting_down")
+        estimates = partial(self._wait_with, now=now)
+        return explain(self._fleet, self._queue, self._estimate, estimates, ticket, now)
+
+    def _queue_lines(self, now: float) -> list[QueueLine]:
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
-        lines = [QueueLine(order_of(queue.group(key), now), held(key)) for key in queue.groups()]
-        return wait_estimates(self._fleet.snapshot(now), lines, self._reasons)
+        starving = self._fleet.policy.starving_after_seconds
+        return [QueueLine(order_of(queue.group(key), now, starving), held(key)) for key in queue.groups()]
+
+    def _wait_with(self, ticket: Ticket, held: MustWait | None, now: float) -> WaitEstimate:
+        """The estimate of a ticket that is not in the queue, as if it waited."""
+        key, queue, order_of = group_of(ticket), self._queue, self._fleet.counters.order_of
+        lines = self._queue_lines(now)
+        keys = list(queue.groups())
+        own = QueueLine(order_of([*queue.group(key), ticket], now, self._fleet.policy.starving_after_seconds), held)
+        if key in keys:
+            lines[keys.index(key)] = own
+        else:
+            behind = (at for at, line in enumerate(lines) if line.tickets[0].priority < ticket.priority)
+            lines.insert(next(behind, len(lines)), own)
+        return wait_estimates(self._fleet.snapshot(now), lines, {})[ticket.id]
 
     @property
     def is_closing(self) -> bool:
@@ -143,7 +178,7 @@ class Dispatcher:
             if at_once is not None:
                 return at_once
         fleet = self._fleet
-        is_excluded = self._replacing or self._closing or fleet.restarts_due
+        is_excluded = self._replacing or self._closing or fleet.restarts_due or unasked.is_under_way(fleet)
         is_quiescent = not is_excluded and self._retry_gate.is_quiescent(fleet, self._queue, now)
         version, blobs = self._fleet.version, concerned(self._fleet, event) if is_quiescent else None
         self._fleet.wake = None
@@ -185,7 +220,7 @@ class Dispatcher:
             case ShutdownBegan():
                 self._closing = True
                 waiting = list(self._queue.tickets.values())
-                return [self._reject(ticket, "shutting_down", "the router is shutting down") for ticket in waiting]
+                return [self._reject(ticket, "shutting_down", _CLOSING) for ticket in waiting]
             case Arrived() | Cancelled() | Released():
                 return self._apply_to_requests(event, now)
             case LoadFinished() | LoadFailed():
@@ -247,13 +282,11 @@ class Dispatcher:
 
     def _arrived(self, ticket: Ticket, now: float) -> list[Action]:
         if self._closing:
-            return [Reject(ticket.id, "shutting_down", "the router is shutting down", retry_after_seconds=5)]
+            return [Reject(ticket.id, "shutting_down", _CLOSING, retry_after_seconds=5)]
         if self._queue.tickets and not (self._queue.has_client(ticket.client) or ticket.client in self._fleet.clients):
             self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
         self._fleet.record_request(ticket, now)
-        pin = self._fleet.policy.pins.get(ticket.model.name)
-        if pin is not None and pin.priority:
-            ticket = replace(ticket, priority=ticket.priority + pin.priority)
+        ticket = self._prioritised(ticket)
         if len(self._queue.tickets) < self._fleet.policy.queue_limit:
             self._queue.add(ticket)
             return []
@@ -263,6 +296,11 @@ class Dispatcher:
                 return [grant(self._fleet, able, replicas, ticket, now)]
         message = f"server busy: the queue is full (queue.limit={self._fleet.policy.queue_limit})"
         return [self._reject(ticket, "queue_full", message)]
+
+    def _prioritised(self, ticket: Ticket) -> Ticket:
+        """With its model's priority added to its own."""
+        pin = self._fleet.policy.pins.get(ticket.model.name)
+        return replace(ticket, priority=ticket.priority + pin.priority) if pin is not None and pin.priority else ticket
 
     def _retry_after(self) -> int:
         """Seconds: one for each round of the slots there are, within a minute."""
@@ -308,7 +346,8 @@ class Dispatcher:
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
-        actions = reservations.advance(self._fleet, now) + drains.unload_idle(self._fleet)
+        actions = unasked.give_way(self._fleet, now) if self._fleet.reservations else list[Action]()
+        actions += reservations.advance(self._fleet, now) + drains.unload_idle(self._fleet)
         actions += later_spills.unload_idle(self._fleet)
         if not self._closing:
             actions += rolling_restart.advance(self._fleet, self._estimate, self._loads.next, now)
@@ -379,7 +418,10 @@ class Dispatcher:
             served = {ticket.id: able for ticket, able in tried if able}
             if not served:
                 break
-            ticket = self._fleet.counters.next_of(waiting if alike else [t for t in waiting if t.id in served], now)
+            able_to = waiting if alike else [t for t in waiting if t.id in served]
+            ticket = self._fleet.counters.next_of(able_to, now, self._fleet.policy.starving_after_seconds)
+            if len(waiting) > 1:
+                self._fleet.counters.served_before_others(ticket, now)
             able = next(iter(served.values())) if alike else served[ticket.id]
             self._queue.remove(ticket.id)
             self._reasons.pop(ticket.id, None)
@@ -395,14 +437,7 @@ class Dispatcher:
             return []
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
-            decision = seek(snapshot, self._estimate, unserved)
-            if (
-                isinstance(decision, NoFit)
-                and decision.code == "model_too_large"
-                and self._fleet.policy.constants.unseen_margin_ratio
-            ):
-                decision = seek(snapshot, estimate_unmeasured, unserved)  # rather a load that fails than a refusal
-            return self._act_on(key, unserved, decision, now)
+            return self._act_on(key, unserved, decide(snapshot, self._estimate, unserved), now)
         replicas = [r for r in there if suits(snapshot, r, waiting[0])]
         self._explain(waiting, rules.describe_wait(replicas))
         placed = seek_replica(snapshot, self._estimate, waiting, replicas)
@@ -463,10 +498,11 @@ class Dispatcher:
         if self._fleet.probation:
             first = gpu_health.first_load(self._fleet.snapshot(now), self._estimate, self._fleet.models)
             actions += reservations.begin(self._fleet, *first, self._loads.next(), now) if first is not None else []
-        for model, placed in housekeeping.anticipate(
-            self._fleet.snapshot(now), self._fleet.models, self._fleet.dismissed, self._estimate
-        ):
+        models, dismissed = self._fleet.models, self._fleet.dismissed
+        for model, placed in housekeeping.anticipate(self._fleet.snapshot(now), models, dismissed, self._estimate):
             actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)
+        if self._fleet.policy.rest is not None and not self._fleet.reservations:
+            actions += unasked.begin(self._fleet, models, dismissed, self._estimate, self._loads.next(), now)
         return actions
 
     # --- endings -------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from router.scheduler.placement.demand import rate_per_second
 from router.scheduler.placement.measured_footprints import Footprints, MeasurementStart
 from router.scheduler.queue.fair_share import TokenCounters
 
+_UNASKED_WINDOW_SECONDS = 2500.0
+"""Half-life of the bytes that nobody waited for: those of about an hour count."""
 _MODELS_MAX = 1_000
 _NEW_SHARE = 0.3
 """Weight of the newest load in the mean load rate."""
@@ -124,6 +126,8 @@ class FleetState:
     """Mean bytes and seconds of a load; None before the first one."""
     sent_bytes: Demand = field(default_factory=Demand)
     """Bytes of weights sent for loading, decayed."""
+    unasked_bytes: Demand = field(default_factory=Demand)
+    """Bytes of weights sent for loads that nobody waited for, decayed."""
     troubled_at: dict[frozenset[GpuUuid], float] = field(default_factory=dict[frozenset[GpuUuid], float])
     """When an instance on these GPUs last died or failed to start."""
     warm_models: dict[str, ModelFacts] = field(default_factory=dict[str, ModelFacts])
@@ -231,6 +235,7 @@ class FleetState:
             large_model_requested=self._large_model_requested(now),
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
+            unasked_bytes_per_hour=3600.0 * rate_per_second(self.unasked_bytes, now, _UNASKED_WINDOW_SECONDS),
             troubled=frozenset(self.troubled_at),
             warm_missing=MappingProxyType(self.warm_missing),
             health=MappingProxyType(self.health),
@@ -490,9 +495,14 @@ class FleetState:
             self.models.pop(oldest, None)
             self.dismissed.discard(oldest)
 
-    def sent(self, weights_bytes: int, now: float) -> None:
-        """A load of `weights_bytes` was sent."""
+    def sent(self, weights_bytes: int, now: float, *, is_unasked: bool = False) -> None:
+        """A load of `weights_bytes` was sent. `is_unasked`: nobody waited for it."""
         self._cached = None
+        if is_unasked:
+            self.unasked_bytes = demand.record_request(
+                self.unasked_bytes, now, _UNASKED_WINDOW_SECONDS, float(weights_bytes)
+            )
+            return
         self.sent_bytes = demand.record_request(
             self.sent_bytes, now, self.policy.constants.swap_window_seconds, float(weights_bytes)
         )

@@ -46,3 +46,8 @@ def test_requests_and_releases_are_counted_together_and_separately() -> None:
     assert rows["requests and releases"] == (3, 3.0, 0.09)
     assert rows["all events"] == (4, 4.0, 1.0)
     assert rows["timer"] == (1, 91.0, 0.91)
+
+
+def test_the_slowest_hundredth_and_the_slowest_are_told_apart() -> None:
+    row = rows_of({"timer": [*range(1000, 100_000, 1000), 5_000_000]})[0]
+    assert (row.median, row.p95, row.p99, row.most) == (50.5, 96.0, 5000.0, 5000.0)

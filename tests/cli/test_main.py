@@ -156,7 +156,7 @@ def test_the_module_ends_with_the_commands_code(root: Path) -> None:
 
 
 def test_simulate_runs_and_refuses_unknown_gpus_with_code_2(capsys: Captured) -> None:
-    arguments = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "floor", "--json", "--out", "-"]
+    arguments = ["simulate", "--rig", "2x3090", "--seconds", "20", "--policy", "stock-0.24", "--json", "--out", "-"]
     assert main(arguments, HOME) == 0
     assert json.loads(capsys.readouterr().out)["simulated"] is True
     assert main(["simulate", "--rig", "2x9999"], HOME) == 2
@@ -177,6 +177,20 @@ def test_version_and_help_import_no_library(root: Path, arguments: list[str]) ->
     )
     libraries = ("aiohttp", "pydantic", "structlog", "uvloop", "yaml", "router.app", "router.config")
     assert _imported(root, program, libraries) == []
+
+
+STATUS_NEEDS_NONE_OF = ("aiohttp", "asyncio", "pydantic", "pydantic_settings", "structlog", "uvloop", "msgspec",
+                        "prometheus_client", "psutil", "pynvml", "httptools", "router.app", "router.scheduler",
+                        "router.engines", "router.proxy", "router.lab")  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["--port", "1"], ["--config", "llamayard.yaml", "--json"]])
+def test_status_imports_nothing_that_only_the_router_needs(root: Path, tmp_path: Path, arguments: list[str]) -> None:
+    path = tmp_path / "llamayard.yaml"
+    path.write_text("server: {port: 1}\nplacement: {exclusive_gpus: {}}\n", encoding="utf-8")
+    given = [str(path) if argument == path.name else argument for argument in arguments]
+    program = f"import router.cli.main\nassert router.cli.main.main({['status', *given]}, {HOME}) == 1"
+    assert _imported(root, program, STATUS_NEEDS_NONE_OF) == []
 
 
 def _imported(root: Path, program: str, prefixes: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,7 @@ from router.cli.main import main
 
 def test_it_prints_a_table_and_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs"
-    arguments = ["simulate", "--seconds", "40", "--policy", "llamayard", "--policy", "floor", "--out", str(out)]
+    arguments = ["simulate", "--seconds", "40", "--policy", "llamayard", "--policy", "spread-0.24", "--out", str(out)]
     assert main(arguments, {}) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("SIMULATED 4x3090, mix team")
@@ -49,7 +49,19 @@ def test_json_and_no_files(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_rate_beyond_the_trace_is_reported_in_a_note(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["simulate", "--mix", "small", "--seconds", "30", "--rate", "100", "--policy", "floor", "--out", "-"]
+    arguments = [
+        "simulate",
+        "--mix",
+        "small",
+        "--seconds",
+        "30",
+        "--rate",
+        "100",
+        "--policy",
+        "spread-0.24",
+        "--out",
+        "-",
+    ]
     assert main(arguments, {}) == 0
     note = capsys.readouterr().out.splitlines()[-1]
     assert main([*arguments, "--json", "--policy", "stock-0.24"], {}) == 0
@@ -64,9 +76,21 @@ def test_a_rate_beyond_the_trace_is_reported_in_a_note(capsys: pytest.CaptureFix
 
 
 def test_a_rate_within_the_trace_needs_no_note(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["simulate", "--mix", "small", "--seconds", "30", "--rate", "1", "--policy", "floor", "--out", "-"]
+    arguments = [
+        "simulate",
+        "--mix",
+        "small",
+        "--seconds",
+        "30",
+        "--rate",
+        "1",
+        "--policy",
+        "spread-0.24",
+        "--out",
+        "-",
+    ]
     assert main(arguments, {}) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("floor")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("spread-0.24")
     assert main([*arguments, "--json"], {}) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["notes"], data["runs"][0]["requests"]) == ([], 30)
@@ -143,12 +167,12 @@ def _figures(capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, 
 def test_nothing_is_written_unless_it_is_asked_for(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "router", "simulate", "--seconds", "20", "--policy", "floor"]
+    command = [sys.executable, "-m", "router", "simulate", "--seconds", "20", "--policy", "spread-0.24"]
     subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(root)}, check=True, capture_output=True, timeout=120)
     assert list(tmp_path.iterdir()) == []
-    assert main(["simulate", "--seconds", "20", "--policy", "floor", "--output", str(tmp_path / "runs")], {}) == 0
-    assert (tmp_path / "runs" / "4x3090-team-floor-1.json").is_file()
-    assert main(["simulate", "--seconds", "20", "--policy", "floor", "--output", "/dev/null/x"], {}) == 2
+    assert main(["simulate", "--seconds", "20", "--policy", "spread-0.24", "--output", str(tmp_path / "runs")], {}) == 0
+    assert (tmp_path / "runs" / "4x3090-team-spread-0.24-1.json").is_file()
+    assert main(["simulate", "--seconds", "20", "--policy", "spread-0.24", "--output", "/dev/null/x"], {}) == 2
     assert "--output /dev/null/x: cannot be written" in capsys.readouterr().err
 
 
@@ -161,12 +185,12 @@ def test_refused_requests_are_apart_and_do_not_wait(capsys: pytest.CaptureFixtur
 
 
 def test_several_seeds_have_a_row_of_means(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["simulate", "--seconds", "30", "--policy", "floor", "--policy", "llamayard"]
+    arguments = ["simulate", "--seconds", "30", "--policy", "spread-0.24", "--policy", "llamayard"]
     assert main([*arguments, "--seed", "1", "--seed", "2"], {}) == 0
     rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows] == [
-        ["floor", "1"], ["llamayard", "1"], ["floor", "2"], ["llamayard", "2"],
-        ["floor", "mean"], ["llamayard", "mean"],
+        ["spread-0.24", "1"], ["llamayard", "1"], ["spread-0.24", "2"], ["llamayard", "2"],
+        ["spread-0.24", "mean"], ["llamayard", "mean"],
     ]  # fmt: skip
     counts = [float(row[2]) for row in rows]
     assert counts[4] == (counts[0] + counts[2]) / 2
@@ -174,9 +198,9 @@ def test_several_seeds_have_a_row_of_means(capsys: pytest.CaptureFixture[str]) -
     assert "mean" not in capsys.readouterr().out
     assert main([*arguments, "--seed", "1", "--seed", "2", "--json"], {}) == 0
     data = json.loads(capsys.readouterr().out)
-    floor = [run for run in data["runs"] if run["policy"] == "floor"]
-    assert data["means"]["floor"]["jain"] == pytest.approx(sum(run["jain"] for run in floor) / 2)
-    assert list(data["means"]) == ["floor", "llamayard"]
+    spread = [run for run in data["runs"] if run["policy"] == "spread-0.24"]
+    assert data["means"]["spread-0.24"]["jain"] == pytest.approx(sum(run["jain"] for run in spread) / 2)
+    assert list(data["means"]) == ["spread-0.24", "llamayard"]
 
 
 def test_settings_of_the_user_change_the_router_and_the_servers(

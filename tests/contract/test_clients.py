@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator, Mapping
 
+import aiohttp
 import pytest
 
+from router.engines.ollama.client import OllamaClient
 from tests.contract.conftest import Start
 from tests.contract.stage import Stage, create_models
 from tests.support.ollama_server import ModelFile
@@ -100,3 +103,17 @@ async def test_a_client_that_disconnects_during_its_load_aborts_it(one_slot: Sta
             return False
 
     await eventually(aborted)
+
+
+async def test_a_load_that_the_router_breaks_off_ends_and_the_model_can_be_unloaded_at_once(one_slot: Stage) -> None:
+    """As the driver does it: the call of the load is cancelled, and the unload sent without a pause."""
+    one_slot.unload_all()
+    async with aiohttp.ClientSession() as session:
+        client = OllamaClient(session, one_slot.server.url)
+        loading = asyncio.ensure_future(client.load("big", {}, embedding=False, timeout_seconds=60.0))
+        await eventually(one_slot.server.runners)
+        loading.cancel()
+        await client.unload("big", timeout_seconds=30.0)
+        await eventually(lambda: not one_slot.loaded() and not one_slot.server.runners())
+        await client.load("big", {}, embedding=False, timeout_seconds=60.0)
+    assert list(one_slot.loaded()) == ["big:latest"]

@@ -7,12 +7,12 @@ import asyncio
 import pytest
 
 from router.domain.actions import Grant, Load, ReadGpus, Reject
-from router.domain.events import Arrived, InstanceChanged, LoadFinished, Released, UnloadFinished
+from router.domain.events import Arrived, GpusRead, InstanceChanged, LoadFinished, Released, UnloadFinished
 from router.domain.instance import InstanceName, InstanceState
-from router.domain.policy import Policy, SchedulerConstants
+from router.domain.policy import Policy, Rest, SchedulerConstants
 from router.domain.residency import ResidencyState
 from tests.control.stage import OTHER, SMALL, stage, turns
-from tests.scheduler.builders import instance
+from tests.scheduler.builders import gpu, instance
 
 
 async def test_a_load_is_sent_once_however_many_wait_for_it() -> None:
@@ -180,3 +180,22 @@ async def test_each_waiting_ticket_has_a_wait_estimate() -> None:
         ]
         on.controller.release(held.id)
         assert on.controller.wait_estimate(second.id) is None
+
+
+async def test_a_load_that_is_broken_off_is_cancelled_and_the_model_unloaded() -> None:
+    rest = Rest(bytes_per_hour=1e18, pause_seconds=0.0, weight=0.0)
+    slow = SchedulerConstants(load_bytes_per_second=1.0)  # every load takes longer than anybody wants to wait
+    async with stage(Policy(vram_margin_bytes=0, rest=rest, constants=slow)) as on:
+        await on.load(SMALL)
+        for state in (InstanceState.BACKOFF, InstanceState.READY):  # its server loses the model
+            on.controller.post(InstanceChanged(instance("gpu0", 0), state))
+        on.controller.post(GpusRead((gpu(0, 1_500),), on.controller.now()))
+        await turns()
+        assert [load.model for load in on.driver.loads] == [SMALL, SMALL]
+        task = asyncio.ensure_future(on.use(OTHER))
+        await turns()
+        assert on.driver.cancelled == [on.driver.loads[1]]
+        assert [unload.model for unload in on.driver.unloads] == [SMALL]
+        assert on.state(SMALL) is ResidencyState.UNLOADING
+        task.cancel()
+        await turns()

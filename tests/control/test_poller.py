@@ -157,6 +157,16 @@ async def test_a_failed_poll_is_not_taken_for_an_empty_server(path: str) -> None
         assert len(on.readings()) <= before + 1
 
 
+async def test_a_server_at_rest_is_not_read_at_every_poll() -> None:
+    async with watch(models=SOON, store=SOON) as on:
+        await eventually(on.readings)
+        polled = on.server.paths().count("/api/tags")
+        await eventually(lambda: on.server.paths().count("/api/tags") > polled + 20)
+        assert on.server.paths().count("/api/ps") == 1  # no time has passed
+        on.now += 5 * SOON
+        await eventually(lambda: on.server.paths().count("/api/ps") == 2)
+
+
 async def test_only_ready_servers_are_polled() -> None:
     async with watch(models=SOON) as on:
         await eventually(on.readings)

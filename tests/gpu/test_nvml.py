@@ -26,6 +26,13 @@ else:
                       for _ in range(int(sys.argv[1]))]))
     reader.close()
 """
+_HEALTH = """
+import dataclasses, json
+from router.gpu.nvml import open_nvml
+reader = open_nvml()
+reader.read()
+print(json.dumps([reader.driver_version(), [dataclasses.asdict(each) for each in reader.health().values()]]))
+"""
 _OPTIONAL = (
     "memory_reserved_bytes", "compute_capability", "pcie_generation", "pcie_generation_max", "pcie_width",
     "pcie_width_max", "temperature_celsius", "power_draw_watts", "power_limit_watts", "utilization_ratio",
@@ -96,7 +103,7 @@ def test_all_values_of_all_gpus_are_read(read: Read) -> None:
         ],
         "error": None,
         "throttle_reasons": ["sw_power_cap"],
-        "ecc_errors_uncorrected": 0,
+        "ecc_errors_uncorrected": 3,
         "xids": [],
         "bandwidth": 936_096_000_000.0,  # the data sheet of a 3090 says 936 GB/s
     }
@@ -108,12 +115,40 @@ def test_an_xid_is_reported_once_for_its_gpu_and_trouble_is_named(read: Read) ->
     readings = read("xid1", times=4)
     assert [[gpu["xids"] for gpu in gpus] for gpus in readings] == [[[], []], [[], [79]], [[], []], [[], []]]
     assert readings[0][1]["throttle_reasons"] == ["hw_power_brake_slowdown"]
-    assert readings[0][1]["ecc_errors_uncorrected"] == 2
+    assert readings[0][1]["ecc_errors_uncorrected"] == 3
 
 
 def test_a_driver_without_events_reports_no_xid(read: Read) -> None:
     ((first, second),) = read("noevents,xid1")
     assert (first["xids"], second["xids"]) == ([], [])
+
+
+def _health(library: Path, scenario: str) -> Any:
+    environment = {"LD_LIBRARY_PATH": str(library), "FAKE_NVML": scenario, "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", _HEALTH], env=environment, cwd=_ROOT, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_settings_and_error_counts_are_read_for_the_doctor(library: Path) -> None:
+    driver, (first, second) = _health(library, "")
+    assert driver == "570.133.20"
+    assert first == {
+        "persistence_mode": False,
+        "ecc_mode": False,
+        "ecc_mode_pending": True,
+        "ecc_uncorrected_errors": 3,
+        "row_remap_failed": False,
+    }
+    assert (second["persistence_mode"], second["row_remap_failed"]) == (True, True)
+
+
+def test_a_gpu_without_these_settings_has_none_of_them(library: Path) -> None:
+    _, (first, _) = _health(library, "bare")
+    assert set(first.values()) == {None}
 
 
 def test_a_driver_without_the_second_memory_call_has_no_reserved_bytes(read: Read) -> None:

@@ -21,6 +21,8 @@ from router.http1.body_framing import (
 _AFTER = b"HTTP/1.1 200 OK\r\n"
 _SIZES = st.sampled_from(("%x", "%X", "0%x", "%x;a=b", "%x ;q", '%x;n="v w"'))
 _DATA = st.binary(min_size=1, max_size=40) | st.sampled_from((b"\r\n", b"0\r\n\r\n", b"5\r\n", b"tok tok\n"))
+_MANY = b"".join(b"%x\r\n%b\r\n" % (size, b"t" * size) for size in range(1, 99))
+"""More than what is read chunk by chunk."""
 _TRAILERS = st.lists(st.sampled_from((b"X-A: 1\r\n", b"Empty:\r\n", b"Sum: \xe4\r\n")), max_size=3)
 
 
@@ -59,6 +61,18 @@ def test_a_chunked_body_ends_where_it_ends_for_every_split(data: st.DataObject) 
     body = Chunked(payload)
     assert _end_of(body, data.draw(_cut(whole + _AFTER))) == len(whole)
     assert (b"".join(payload), body.chunks) == (b"".join(chunks), len(chunks))
+
+
+@given(st.data(), st.integers(0, 3))
+def test_many_chunks_in_one_piece_are_found_as_those_that_come_alone(data: st.DataObject, count: int) -> None:
+    parts = [data.draw(_chunked()) for _ in range(3)]
+    inner = [whole[: whole.rindex(b"\r\n0")] + b"\r\n" if chunks else b"" for whole, chunks in parts[:count]]
+    whole = _MANY.join([b"", *inner, parts[-1][0]])
+    whole = whole if data.draw(st.booleans()) else whole + _AFTER + _MANY
+    pieces = data.draw(_cut(whole))
+    one, other = Chunked(), Chunked([])
+    assert _end_of(one, pieces) == _end_of(other, [bytes((byte,)) for byte in whole])
+    assert one.chunks == other.chunks
 
 
 @given(st.data())
@@ -102,6 +116,8 @@ def test_every_split_in_two_and_each_byte_alone_give_the_same_end() -> None:
     ],
 )
 def test_what_is_malformed_is_refused_whole_and_byte_by_byte(bad: bytes) -> None:
+    with pytest.raises(FramingError):
+        _end_of(Chunked(), [_MANY + bad])
     with pytest.raises(FramingError):
         _end_of(Chunked(), [bad])
     with pytest.raises(FramingError):

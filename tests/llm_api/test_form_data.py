@@ -6,6 +6,7 @@ import pytest
 
 from router.llm_api.form_data import find_field, is_form, replaced
 
+_PATH = "/v1/audio/transcriptions"
 _TYPE = "multipart/form-data; boundary=xyz"
 _FILE = (
     b'--xyz\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n'
@@ -21,10 +22,12 @@ def value(body: bytes, content_type: str = _TYPE, name: str = "model") -> bytes 
 
 
 def test_only_a_form_is_a_form() -> None:
-    assert is_form(_TYPE)
-    assert is_form("Multipart/Form-Data; boundary=x")
-    assert not is_form("application/json")
-    assert not is_form(None)
+    assert is_form(_PATH, _TYPE)
+    assert is_form(_PATH, "Multipart/Form-Data; boundary=x")
+    assert not is_form(_PATH, "application/json")
+    assert not is_form(_PATH, None)
+    assert not is_form("/api/chat", _TYPE)
+    assert not is_form("/v1/images/edits", _TYPE)
 
 
 @pytest.mark.parametrize("body", [_FILE + _MODEL + _END, _MODEL + _FILE + _END, b"skipped\r\n" + _MODEL + _END])

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.llm_api.body_reader import parse_body
-from router.llm_api.json_edit import remove_nested, set_member, set_nested, set_only
+from router.llm_api.json_edit import remove_nested, set_member, set_nested
 from router.llm_api.json_members import Malformed, TooComplex
 from tests.llm_api.bodies import BLANKS, BODIES, FITTING
 from tests.llm_api.go_oracle import GoOracle
@@ -210,34 +209,3 @@ def test_go_reads_an_option_that_was_set_and_all_others_as_before(go: GoOracle, 
 def test_a_value_that_is_set_is_the_json_that_was_given() -> None:
     body = set_member(b'{"a":1}', "b", json.dumps({"c": [1, "é"]}).encode())
     assert json.loads(body) == {"a": 1, "b": {"c": [1, "é"]}}
-
-
-_KEPT = st.sampled_from(
-    (b"5", b"-1", b"1.5e3", b'"5m"', b'""', b'"a\\"b"', b'"\\u0035m"', b"[1]", b'{"keep_alive":7}', b"true")
-)
-_OTHERS = st.sampled_from(
-    (
-        b'"model":"keep_alive"',
-        b'"model":"\\"keep_alive\\":1"',
-        b'"options":{"keep_alive":3}',
-        b'"prompt":"say \\\\\\"keep_alive\\": 5"',
-        b'"keep\\u005falive":9',
-        b'"tools":["keep_alive"]',
-        b'"Keep_Alive":4',
-        b'"keep_alive":null',
-    )
-)
-
-
-_SPELT = st.sampled_from((b'"keep_alive"', b'"\\u006beep_alive"'))
-
-
-@given(st.lists(_OTHERS, max_size=4), st.integers(0, 4), _SPELT, COLONS, _KEPT)
-@settings(max_examples=600)
-def test_the_only_member_of_its_name_is_set_as_any_is(
-    others: list[bytes], at: int, name: bytes, colon: bytes, kept: bytes
-) -> None:
-    body = b"{" + b",".join((*others[:at], name + colon + kept, *others[at:])) + b"}"
-    seen = parse_body(body, "/api/generate")
-    assume(not seen.ambiguous and not seen.unreadable)
-    assert set_only(body, "keep_alive", b"-1") == set_member(body, "keep_alive", b"-1")

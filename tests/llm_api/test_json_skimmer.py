@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from router.llm_api.body_reader import parse_body
+from router.llm_api.body_reader import ParsedBody, parse_body
+from router.llm_api.json_members import scan
 from router.llm_api.json_skimmer import LONG_STRING_BYTES, QUOTES_MAX, JsonSkimmer
 
 _ODD = ('say "hi"', "back\\slash", 'both \\" of "\\\\', "\\" * 7, "", "ä\u2028")
@@ -64,25 +66,77 @@ def test_long_strings_are_taken_out_and_text_is_counted() -> None:
     reduced.feed(json.dumps(body).encode())
     expected = {**body, "messages": [{"role": "user", "content": "~", "images": ["~"]}]}
     assert reduced.text() == json.dumps(expected).encode()
-    assert (reduced.text_bytes, reduced.model()) == (50_000, "tiny")
+    beginning = reduced.beginning("/api/chat")
+    assert beginning is not None
+    assert (reduced.text_bytes, beginning.parsed) == (50_000, ParsedBody(model="tiny"))
 
 
-def test_the_model_is_known_before_the_body_has_come_only_where_it_stands_first() -> None:
-    for raw, model in (
-        (b'{"model":"a","messages":[', "a"),
-        (b' {\n "model" : "a" , ', "a"),
-        (b'{"model":"a"', None),
-        (b'{"stream":true,"model":"a",', None),
-        (b'{"model":"a\\u0062",', None),
-        (b'{"Model":"a",', None),
-        (b'{"model":null,', None),
-    ):
-        reduced = JsonSkimmer()
-        reduced.feed(raw)
-        assert reduced.model() == model, raw
+_OPTIONS = b'"options":{"num_ctx":8,"stop":"x"}'
+
+
+@pytest.mark.parametrize(
+    ("raw", "model", "keep_alive", "options"),
+    [
+        (b'{"model":"a","messages":[', "a", None, {}),
+        (b' {\n "model" : "a" , ', "a", None, {}),
+        (b'{"model":"a"', None, None, {}),
+        (b'{"stream":true,"model":"a",', "a", None, {}),
+        (b'{"model":"a\\u0062",', None, None, {}),
+        (b'{"Model":"a",', None, None, {}),
+        (b'{"model":null,', None, None, {}),
+        (b'{"model":"a","model":"b",', None, None, {}),
+        (b'{"model":"a",' + _OPTIONS + b',"keep_alive":"5m","messages":[', "a", "5m", {"num_ctx": 8}),
+        (b'{"model":"a","keep_alive":"5m", "options":{"stop":["{"],"num_ctx":8},', "a", "5m", {}),
+        (b'{"model":"a","system":"' + b"s" * 20_000 + b'","keep_alive" : 30 ,"messages":[', "a", 30, {}),
+        (b'{"messages":[{"model":"a","keep_alive":1}],"model":"b",', None, None, {}),
+        (b"", None, None, {}),
+        (b"[", None, None, {}),
+    ],
+)
+def test_the_first_members_are_read_before_the_body_has_come(
+    raw: bytes, model: str | None, keep_alive: object, options: dict[str, object]
+) -> None:
+    reduced = JsonSkimmer()
+    reduced.feed(raw)
+    beginning = reduced.beginning("/api/chat")
+    if model is None:
+        assert beginning is None
+        return
+    assert beginning is not None
+    assert (beginning.parsed.model, beginning.parsed.keep_alive) == (model, keep_alive)
+    assert (beginning.parsed.options, beginning.parsed.is_load_only) == (options, False)
+    if keep_alive is not None:
+        assert beginning.keep_alive is not None
+        assert json.loads(raw[slice(*beginning.keep_alive)]) == keep_alive
+
+
+@given(_BODIES, st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_member_is_where_its_place_in_the_text_says(body: dict[str, object], data: st.DataObject) -> None:
+    raw = json.dumps(body).encode()
+    reduced = JsonSkimmer()
+    for piece in _pieces(data, raw):
+        reduced.feed(piece)
+    text = reduced.text()
+    assert text is not None
+    for member in scan(text).members:
+        value = raw[reduced.place(member.value_start) : reduced.place(member.value_end)]
+        assert json.loads(value) == body[member.key]
+
+
+@given(_BODIES, st.sampled_from((b"", b" " * 9, b"}", b'{"model":"z"', b"\n\n")), st.data())
+@settings(max_examples=300, deadline=None)
+def test_no_end_of_an_object_is_missed(body: dict[str, object], after: bytes, data: st.DataObject) -> None:
+    raw = json.dumps(body).encode()
+    reduced, fed = JsonSkimmer(), 0
+    for piece in _pieces(data, raw + after):
+        reduced.feed(piece)
+        fed += len(piece)
+        assert reduced.may_have_ended == (fed >= len(raw))
 
 
 def test_bodies_with_too_many_quotes_are_given_up() -> None:
     reduced = JsonSkimmer()
     reduced.feed(b'{"a":[' + b'"x",' * QUOTES_MAX)
-    assert (reduced.text(), reduced.model()) == (None, None)
+    assert (reduced.text(), reduced.beginning("/api/chat")) == (None, None)
+    assert reduced.may_have_ended

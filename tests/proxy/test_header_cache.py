@@ -164,6 +164,7 @@ def test_what_is_remembered_of_requests_is_little(count: int) -> None:
         facts = head.derived
         assert isinstance(facts, HeadFacts)
         assert set(facts.upstream_lines) == {URL}
-        assert [model for model, _ in facts.plans] == [f"m{n:02}" for n in range(count)][-PLANS_MAX:]
+        names = [b'"m%02d"' % number for number in range(count)]
+        assert [settings[1] for settings in facts.plans] == names[-PLANS_MAX:]
 
     asyncio.run(check())

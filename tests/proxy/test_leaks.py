@@ -24,6 +24,13 @@ _PARTS = 10
 """The stage forgets after each what it has seen, so that what grows is the relay's."""
 _SIDE_BY_SIDE = 50
 _ASK = request_bytes("POST", "/api/generate", {"model": "tiny", "prompt": "hi"})
+_SETTINGS: dict[str, object] = {"keep_alive": "5m", "options": {"num_ctx": 8192}}
+_PROMPT = {"prompt": "hi", "images": ["x" * 300_000]}
+_LONG_ASKS = tuple(
+    request_bytes("POST", "/api/generate", {"model": "tiny", **members})
+    for members in (_PROMPT, {**_SETTINGS, **_PROMPT}, {**_PROMPT, **_SETTINGS})
+)
+"""Forwarded while they come, with settings at either end."""
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 _LINE = b'f\r\n{"response":1}\n\r\n'
 _ENDS = b'e\r\n{"done":true}\n\r\n0\r\n\r\n'
@@ -68,6 +75,8 @@ async def _client(stage: Stage, dice: random.Random, count: int) -> None:
 
 async def _one(connection: Connection, dice: random.Random) -> None:
     raw = _ASK if dice.random() < 0.9 else request_bytes("GET", "/chunked")
+    if dice.random() < 0.05:
+        raw = dice.choice(_LONG_ASKS)
     if dice.random() < 0.1:
         await connection.send(raw[: dice.randrange(len(raw))])
         await _leave(connection, dice)

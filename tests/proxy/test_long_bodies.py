@@ -84,6 +84,83 @@ async def test_another_model_further_back_is_refused_and_the_slot_released(tail:
         await rests(stage)
 
 
+_SETTINGS = '"options":{"num_ctx":8192,"temperature":0.7},"keep_alive":"5m"'
+
+
+def _shaped(*, first: bool, image: str = _IMAGE, settings: str = _SETTINGS) -> bytes:
+    """With its settings before the messages, as LangChain writes them, or after them, as Open WebUI does."""
+    messages = json.dumps([{"role": "user", "content": "what is it?", "images": [image]}])
+    before, after = (f"{settings},", "") if first else ("", f",{settings}")
+    return f'{{"model":"tiny",{before}"messages":{messages}{after}}}'.encode()
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_long_body_with_settings_asks_for_what_a_short_one_does(first: bool) -> None:
+    async with staged() as stage, connect(stage.address) as connection:
+        for image in ("short", _IMAGE, _IMAGE):
+            body = _shaped(first=first, image=image)
+            assert (await connection.call("POST", "/api/chat", body)).status == 200
+            turn = stage.upstream.turns[-1]
+            got, sent = json.loads(turn.body), json.loads(body)
+            assert got == {**sent, "keep_alive": -1}
+        last = {(t.model.name, t.options, t.keep_alive_seconds, t.is_flexible) for t in stage.controller.tickets[-1:]}
+        whole = {(t.model.name, t.options, t.keep_alive_seconds, t.is_flexible) for t in stage.controller.tickets[:1]}
+        assert last == whole
+        await rests(stage)
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_settings_are_replaced_while_the_body_comes(first: bool) -> None:
+    async with staged() as stage, connect(stage.address) as connection:
+        raw = _raw(_shaped(first=first))
+        if not first:  # where the settings come last, they are expected to be those of the last long body
+            await connection.send(raw)
+            assert (await connection.reply()).status == 200
+        requests, tickets = len(stage.upstream.turns), len(stage.controller.tickets)
+        before = stage.upstream.received_bytes
+        await connection.send(raw[: len(raw) // 2])
+        await eventually(lambda: stage.upstream.received_bytes > before + 100_000, what="pieces at the server")
+        await connection.write(raw[len(raw) // 2 :])
+        assert (await connection.reply()).status == 200
+        assert len(stage.controller.tickets) == tickets + 1
+        (turn,) = stage.upstream.turns[requests:]
+        assert turn.body == _shaped(first=first).replace(b'"5m"', b"-1  ")
+        await rests(stage)
+
+
+@pytest.mark.parametrize("settings", ['"keep_alive":5', '"keep_alive":"10m"', '"options":{"num_ctx":4096}', '"n":1'])
+async def test_other_settings_than_the_last_ones_are_heeded(settings: str) -> None:
+    async with staged() as stage, connect(stage.address) as connection:
+        for each in (_SETTINGS, settings, _SETTINGS, settings):
+            body = _shaped(first=False, settings=each)
+            raw, tickets = _raw(body), len(stage.controller.tickets)
+            await connection.send(raw[: len(raw) // 2])
+            await eventually(lambda count=tickets: len(stage.controller.tickets) > count, what="an early start")
+            await connection.write(raw[len(raw) // 2 :])
+            assert (await connection.reply()).status == 200
+            sent, got = json.loads(body), json.loads(stage.upstream.turns[-1].body)
+            assert got.pop("keep_alive", None) == (-1 if "keep_alive" in sent else None)
+            if "options" in sent:
+                assert got["options"]["num_ctx"] == 8192
+            assert stage.controller.tickets[-1].keep_alive_seconds == {
+                _SETTINGS: 300.0, '"keep_alive":5': 5.0, '"keep_alive":"10m"': 600.0,
+            }.get(each)  # fmt: skip
+            await rests(stage)
+
+
+@pytest.mark.parametrize("tail", [b"", b',"model":"other"', b',"MODEL":"other"'])
+async def test_a_server_gets_no_whole_value_before_it_is_understood(tail: bytes) -> None:
+    async with staged() as stage, connect(stage.address) as connection:
+        value = _body()[:-1] + tail + b"}"
+        raw = _raw(value + b" " * 300_000)
+        await connection.send(raw[:-10])
+        await eventually(lambda: stage.upstream.received_bytes > 100_000, what="pieces at the server")
+        assert stage.upstream.received_bytes < raw.index(b"\r\n\r\n") + len(value)
+        await connection.write(raw[-10:])
+        assert (await connection.reply()).status == (400 if tail else 200)
+        await rests(stage)
+
+
 async def test_a_body_that_is_not_json_after_all_gets_the_servers_own_words() -> None:
     async with staged() as stage, connect(stage.address) as connection:
         stage.upstream.script = replying(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 5\r\n\r\nwords")

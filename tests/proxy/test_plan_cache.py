@@ -6,6 +6,7 @@ import asyncio
 import json
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +22,13 @@ _HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
-def _request(path: bytes, members: dict[str, object]) -> bytes:
+def _request(path: bytes, members: dict[str, object], *, compact: bool = False) -> bytes:
     """All of the same length, so that all heads are the same."""
-    body = json.dumps(members).encode()
-    assert len(body) <= _BYTES
-    return _HEAD % (path, _BYTES) + body.ljust(_BYTES)
+    separators = (",", ":") if compact else None
+    short = json.dumps({**members, "user": ""}, separators=separators).encode()
+    body = json.dumps({**members, "user": "x" * (_BYTES - len(short))}, separators=separators).encode()
+    assert len(body) == _BYTES
+    return _HEAD % (path, _BYTES) + body
 
 
 def _asked(bench: Bench, request: bytes) -> tuple[Ticket | None, bytes]:
@@ -49,7 +52,7 @@ _MEMBERS = st.fixed_dictionaries(
     },
     optional={
         "stream": st.just(True),
-        "keep_alive": st.sampled_from((-1, "5m", 30)),
+        "keep_alive": st.sampled_from((-1, "5m", 30, 0, None)),
         "options": st.sampled_from(_OPTIONS),
         "max_tokens": st.sampled_from((1, 7)),
     },
@@ -57,13 +60,15 @@ _MEMBERS = st.fixed_dictionaries(
 _PATHS = st.sampled_from((b"/api/chat", b"/api/generate", b"/v1/chat/completions", b"/api/embed"))
 
 
-@given(_PATHS, st.lists(_MEMBERS, min_size=2, max_size=8))
+@given(_PATHS, st.lists(_MEMBERS, min_size=2, max_size=8), st.booleans())
 @settings(max_examples=300)
-def test_a_request_asks_for_the_same_whatever_came_before_it(path: bytes, bodies: list[dict[str, object]]) -> None:
+def test_a_request_asks_for_the_same_whatever_came_before_it(
+    path: bytes, bodies: list[dict[str, object]], compact: bool
+) -> None:
     async def check() -> None:
         bench = _bench()
         for members in bodies:
-            request = _request(path, members)
+            request = _request(path, members, compact=compact)
             assert _asked(bench, request) == _asked(_bench(), request)
 
     asyncio.run(check())
@@ -128,5 +133,30 @@ def test_a_fallback_is_taken_each_time() -> None:
             bench.controller.grant(bench.controller.tickets[-1].id, URL)
             bench.answer([_ANSWER])
         assert bench.request_log.statuses == [200, 200, 200]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("path", [b"/api/chat", b"/api/generate", b"/v1/chat/completions", b"/api/embed"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"keep_alive": value} for value in (-1, "5m", 30, 0, None, "0", 5)),
+        *({"options": options, "keep_alive": "5m"} for options in (*_OPTIONS, {"num_ctx": 99_999}, None)),
+        {"stream": True, "keep_alive": "1h"},
+        {"stream": None, "tools": []},
+    ],
+    ids=str,
+)
+def test_a_request_that_is_repeated_is_forwarded_as_the_first(
+    path: bytes, setting: dict[str, object], compact: bool
+) -> None:
+    async def check() -> None:
+        bench = _bench()
+        prompts = ("hi", "hello again", "y" * 80)
+        for members in ({"model": "other", "messages": [{"content": p}], "prompt": p, "input": p} for p in prompts):
+            request = _request(path, {**members, **setting}, compact=compact)
+            assert _asked(bench, request) == _asked(_bench(), request)
 
     asyncio.run(check())

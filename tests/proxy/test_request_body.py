@@ -57,8 +57,14 @@ def test_parts_of_a_body_are_there_while_it_comes() -> None:
     reader = RequestBodyReader(_head(b"Content-Length: %d" % LONG_BODY_BYTES), _limits(2**20))
     for piece in (b"abc", b"defg"):
         reader.feed(piece)
-    assert (reader.last_piece_at, reader.stored_bytes) == (3, 7)
-    assert reader.part(1, 5) == b"bcde"
+    assert reader.stored_bytes == 7
+    for start in range(8):
+        for end in range(start, 8):
+            assert b"".join(reader.parts(start, end)) == b"abcdefg"[start:end]
+    reader.overwrite(2, b"XY")
+    assert b"".join(reader.parts(1, 5)) == b"bXYe"
+    reader.feed(b"h")
+    assert b"".join(reader.parts(1, 8)) == b"bXYefgh"
     reader.release()
     assert reader.body() == b""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router.domain.actions import (
+    AbortLoad,
     Action,
     Grant,
     Load,
@@ -41,6 +42,7 @@ from router.domain.events import (
     UnloadFinished,
     UnloadRequested,
 )
+from router.domain.explanation import Explanation
 from router.domain.footprint import FootprintKey
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.health import ReplyFailure
@@ -128,6 +130,8 @@ class Play:
     dead: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
     """Runners that died; the dispatcher may not know it yet."""
     loads_sent: int = 0
+    aborted: list[LoadId] = field(default_factory=list[LoadId])
+    """Loads that were broken off."""
     starting: list[InstanceName] = field(default_factory=list[InstanceName])
     """Instances that were requested and are not ready yet."""
     lost: set[GpuUuid] = field(default_factory=set[GpuUuid])
@@ -211,20 +215,50 @@ class Play:
     ) -> TicketId:
         """`default_context`: it cannot name a context, and needs this one; 0: the usual one."""
         self._tickets += 1
+        made = self._ticket(
+            self._tickets, of, options, keep_alive_seconds, ttft_target_seconds, is_flexible=is_flexible,
+            layout=layout, client=client, default_context=default_context, avoid=avoid,
+        )  # fmt: skip
+        self.waiting[made.id] = made
+        self.post(Arrived(made))
+        return made.id
+
+    def explain(
+        self, of: ModelFacts, options: RunnerOptions = (), *, is_flexible: bool = False, layout: Layout | None = None
+    ) -> Explanation:
+        """What would become of such a request now."""
+        made = self._ticket(self._tickets + 1, of, options, is_flexible=is_flexible, layout=layout)
+        before = self.snapshot()
+        found, again = (twin.explain(made, self.now) for twin in self._twins)
+        assert found == again
+        assert self.snapshot() == before
+        return found
+
+    def _ticket(
+        self,
+        number: int,
+        of: ModelFacts,
+        options: RunnerOptions = (),
+        keep_alive_seconds: float | None = None,
+        ttft_target_seconds: float = 300.0,
+        *,
+        is_flexible: bool = False,
+        layout: Layout | None = None,
+        client: str = "",
+        default_context: int | None = None,
+        avoid: str | None = None,
+    ) -> Ticket:
         made = ticket_of(
-            self._tickets, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
+            number, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
             deadline=self.now + ttft_target_seconds, is_flexible=is_flexible, layout=layout,
         )  # fmt: skip
-        made = replace(
+        return replace(
             made,
             client=client,
             avoid=None if avoid is None else InstanceName(avoid),
             takes_default_context=default_context is not None,
             context_length=default_context or 0,
         )
-        self.waiting[made.id] = made
-        self.post(Arrived(made))
-        return made.id
 
     def cancel(self, ticket: TicketId) -> list[Action]:
         del self.waiting[ticket]
@@ -373,6 +407,9 @@ class Play:
                 self._ended(action.ticket_id, action)
             case Load():
                 self._load(action)
+            case AbortLoad():
+                del self.loads[action.load_id]  # the server keeps its memory until the unload ends
+                self.aborted.append(action.load_id)
             case Unload():
                 self._unload(action, before)
             case StartInstance():

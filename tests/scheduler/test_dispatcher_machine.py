@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceState
-from router.domain.policy import Policy, SchedulerConstants
+from router.domain.policy import Policy, Rest, SchedulerConstants
 from router.domain.request import Layout, LayoutKind, RunnerOptions
 from router.domain.residency import ResidencyKey, ResidencyState
 from tests.scheduler.builders import gpu_id
@@ -34,12 +34,19 @@ class Fleet(RuleBasedStateMachine):
 
     play: Play
 
-    @initialize(gpus=st.integers(0, 4), slots=st.integers(1, 3), keep=st.sampled_from((-1.0, 0.0, 30.0)))
-    def build(self, gpus: int, slots: int, keep: float) -> None:
+    @initialize(
+        gpus=st.integers(0, 4),
+        slots=st.integers(1, 3),
+        keep=st.sampled_from((-1.0, 0.0, 30.0)),
+        rests=st.booleans(),
+    )
+    def build(self, gpus: int, slots: int, keep: float, rests: bool) -> None:
         policy = Policy(
             vram_margin_bytes=0,
             queue_limit=6,
             keep_alive_seconds=keep,
+            ttft_target_seconds=1.0 if rests else 10.0,  # so that every load is slow
+            rest=Rest(bytes_per_hour=1e18, weight=0.5) if rests else None,
             constants=SchedulerConstants(drain_after_seconds=5.0),
         )
         self.play = Play(gpus, policy, slots).begin()

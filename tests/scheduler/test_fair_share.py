@@ -50,6 +50,31 @@ def test_a_ticket_close_to_its_deadline_goes_first(priority: int) -> None:
     assert counters.next_of([modest, greedy], 240.0) is greedy
 
 
+def test_a_ticket_starves_that_waits_while_its_client_is_not_served_with_the_model() -> None:
+    counters = TokenCounters()
+    counters.granted(_of(1, "a", tokens=1_000_000))  # of another model
+    greedy, modest = _of(2, "a", arrived_at=0.0), _of(3, "b", arrived_at=10.0)
+    assert counters.next_of([greedy, modest], 74.0, starving_seconds=75.0) is modest
+    assert counters.next_of([greedy, modest], 75.0, starving_seconds=75.0) is greedy
+    assert counters.next_of([greedy, modest], 75.0) is modest
+    high = replace(modest, priority=5)
+    assert counters.next_of([greedy, high], 75.0, starving_seconds=75.0) is high
+
+
+def test_a_client_that_is_served_with_the_model_does_not_starve() -> None:
+    counters = TokenCounters()
+    counters.granted(_of(1, "a", tokens=1_000_000))
+    counters.served_before_others(_of(1, "a"), 50.0)
+    flood, modest = [_of(2, "a"), _of(4, "a", arrived_at=65.0)], _of(3, "b", arrived_at=60.0)
+    assert counters.next_of([flood[0], modest, flood[1]], 124.0, starving_seconds=75.0) is modest
+    assert counters.next_of([flood[0], modest, flood[1]], 125.0, starving_seconds=75.0) is flood[0]
+    assert counters.order_of([flood[0], modest, flood[1]], 125.0, 75.0) == [
+        flood[0],
+        modest,
+        flood[1],
+    ]  # one, then fairness again
+
+
 def test_a_returning_client_gets_no_credit_for_idle_time() -> None:
     counters = TokenCounters()
     counters.released("a", 100)
@@ -81,22 +106,29 @@ _WAITING = st.builds(
 )  # fmt: skip
 
 
-@given(st.lists(_WAITING, max_size=25), st.dictionaries(st.sampled_from("abcd"), st.integers(0, 900)))
+@given(
+    st.lists(_WAITING, max_size=25),
+    st.dictionaries(st.sampled_from("abcd"), st.integers(0, 900)),
+    st.dictionaries(st.sampled_from("abcd"), st.floats(700.0, 1000.0)),
+)
 def test_the_predicted_order_is_the_order_of_choices(
-    waiting: list[tuple[str, int, float, int, int | None]], given_before: dict[str, int]
+    waiting: list[tuple[str, int, float, int, int | None]], given_before: dict[str, int], served: dict[str, float]
 ) -> None:
     counters = TokenCounters()
+    for client, at in served.items():
+        counters.served_before_others(_of(0, client), at)
     for client, tokens in given_before.items():
         counters.granted(_of(0, client, tokens=tokens))
     tickets = [
         replace(
             _of(number, client, prompt, 1000.0 - waited, priority), output_tokens_max=most, deadline=1300.0 - waited
         )
-        for number, (client, priority, waited, prompt, most) in enumerate(waiting, 1)
+        for number, (client, priority, waited, prompt, most) in enumerate(sorted(waiting, key=lambda each: -each[2]), 1)
     ]
-    told, left, chosen = counters.order_of(tickets, 1000.0), list(tickets), []
+    told, left, chosen = counters.order_of(tickets, 1000.0, 75.0), list(tickets), []
     while left:
-        chosen.append(counters.next_of(left, 1000.0))
+        chosen.append(counters.next_of(left, 1000.0, 75.0))
+        counters.served_before_others(chosen[-1], 1000.0)
         left.remove(chosen[-1])
         counters.granted(chosen[-1])
         most = chosen[-1].output_tokens_max

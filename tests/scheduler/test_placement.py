@@ -14,7 +14,7 @@ from router.domain.model import ModelFacts
 from router.domain.policy import Pin, Policy, SchedulerConstants
 from router.domain.request import RunnerOptions
 from router.domain.residency import Residency, ResidencyState
-from router.domain.snapshot import Failure, Snapshot
+from router.domain.snapshot import Demand, Failure, Snapshot
 from router.domain.vram_ledger import available_bytes, capacity_bytes
 from router.scheduler.placement.placement import Decision, MustWait, NoFit, Placed, PlacementRequest, place
 from tests.scheduler.builders import (
@@ -318,13 +318,37 @@ def test_if_only_busy_models_are_in_the_way_the_fewest_requests_are_waited_for()
     assert waits.reason == "gpu1: waits for 1 running requests of 1 models to make room"
 
 
+def test_busy_models_that_are_too_dear_are_named_with_their_price() -> None:
+    held = [residency("gpu0", BUSY, 20_000, in_flight=2)]
+    facts = snapshot([gpu(0, 4_000)], [view("gpu0", 0)], held)
+    facts = replace(facts, demand={BUSY.blob: Demand(weight=100.0, at=facts.now)})
+    for may_drain in (False, True):
+        waits = place(facts, by_weight, PlacementRequest(SMALL, price_max=2.0, may_drain=may_drain))
+        assert isinstance(waits, MustWait)
+        assert waits.drain == (key("gpu0", BUSY),)
+        assert waits.reason.startswith("gpu0: waits for 2 running requests of 1 models to make room, which would cost")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (ResidencyState.LOADING, "waits because busy is being loaded on gpu0"),
+        (ResidencyState.PLANNED, "waits because room is being made for busy on gpu0"),
+    ],
+)
+def test_a_model_on_its_way_is_named_by_what_waits_for_it(state: ResidencyState, words: str) -> None:
+    held = [residency("gpu0", BUSY, 20_000, state=state, load=1)]
+    booked = [reservation(1, "gpu0", BUSY, [(0, 20_000)], sent_at=1.0)]
+    assert _waits(snapshot([gpu(0, 24_000)], [view("gpu0", 0)], held, booked), SMALL).reason == words
+
+
 # --- instances and failures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", [InstanceState.STARTING, InstanceState.BACKOFF])
 def test_a_starting_instance_is_waited_for(state: InstanceState) -> None:
     waits = _waits(snapshot([gpu(0, 23_000)], [view("gpu0", 0, state=state)]), SMALL)
-    assert "until an instance is ready" in waits.reason
+    assert waits.reason == f"waits for an instance: gpu0 is {state.value}"
 
 
 def test_a_starting_instance_is_not_waited_for_if_another_is_ready() -> None:

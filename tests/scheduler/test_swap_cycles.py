@@ -17,6 +17,8 @@ from router.scheduler.placement.search import seek
 from tests.scheduler.builders import MIB, gpu, gpu_id, instance, key, model, residency, snapshot, ticket, view
 
 LARGE, EMBEDDER = model("large", 40_000, context_length=131_072), model("embedder", 2_000)
+UNSPLIT = model("unsplit", 21_000)
+"""One GPU of 23,000 MiB holds it with one slot, not with two."""
 VIEWS = (view("gpu0", 0), view("gpu1", 1), view("spread", 0, 1))
 POLICY = Policy(vram_margin_bytes=0, instances_on_demand=True, on_demand_like=instance("", slots=2))
 SELDOM, OFTEN = Demand(2.0, 1000.0, 10.0), Demand(400.0, 1000.0, 10.0)
@@ -122,3 +124,17 @@ def test_fewer_slots_cost_what_clients_wait_longer_and_those_who_wait_now() -> N
     waiting = replace(facts, wanted={LARGE.blob: 2})
     assert fewer_slots_price(waiting, LARGE, 2, 1) == pytest.approx(alone + 10.0)
     assert fewer_slots_price(_facts(large=OFTEN), LARGE, 2, 1) == float("inf")
+
+
+def test_a_model_that_one_gpu_holds_with_fewer_slots_is_not_split() -> None:
+    placed = _placed(snapshot([gpu(0, 23_000), gpu(1, 22_000)], VIEWS, policy=POLICY), replace(REQUEST, model=UNSPLIT))
+    assert [gpu for gpu, _ in placed.per_gpu_bytes] == [gpu_id(0)]
+    assert placed.start is not None
+    assert placed.start.num_parallel == 1
+    assert placed.reason.endswith("; with fewer slots (1), so that one GPU holds it")
+
+
+def test_with_configured_slots_the_model_is_split() -> None:
+    policy = replace(POLICY, pins={"unsplit": Pin(num_parallel=2)})
+    facts = snapshot([gpu(0, 23_000), gpu(1, 22_000)], VIEWS, policy=policy)
+    assert len(_placed(facts, replace(REQUEST, model=UNSPLIT)).per_gpu_bytes) == 2

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import structlog
 
 from router.domain.model import BlobDigest, ModelFacts
-from router.engines.ollama.client import OllamaError, TagRow
+from router.engines.ollama.client import UNREACHABLE, OllamaError, TagRow
 from router.engines.ollama.model_listing import Listed, Listing, Store, key_of
 from router.engines.ollama.model_metadata import needs_verbose, read_facts
+from router.engines.ollama.unreadable_facts import UnreadableFacts
 
 _T = TypeVar("_T")
 _NOT_FOUND = 404
@@ -49,8 +50,10 @@ class Catalog:
         """By digest of the manifest, including those that no name means any more."""
         self._without_facts: dict[str, str] = {}
         """Names without facts (a cloud model's stub), each with the digest that was looked at."""
-        self._unknown_digests: set[str] = set()
-        """Digests that servers have loaded and no name stands for, since the list was last read."""
+        self._unreadable = UnreadableFacts(clock)
+        """Digests that servers have loaded, and whose facts could not be read."""
+        self._last_rows: dict[str, str] = {}
+        """The digest of each name when the list was last refreshed."""
         self._warned: set[str] = set()
         """Digests of opaque models that were reported."""
         self._log = structlog.get_logger("router.catalog")
@@ -103,18 +106,25 @@ class Catalog:
     async def facts_of(self, name: str, digest: str) -> ModelFacts | None:
         """Facts of a loaded model by name and digest, even if the name means another digest now; None if unknown.
 
+        If they cannot be read, the servers are asked again only after a while, or when their models have changed.
+
         Raises:
             OllamaError: the server could not be reached or answered with an error.
         """
         cached = self.seen(digest)
         if cached is not None:
             return cached
-        if digest in self._unknown_digests:
-            return None
-        facts = await self.facts(name)
+        if self._unreadable.is_held(digest):
+            return self._unreadable.outcome(digest)
+        try:
+            facts = await self.facts(name)
+        except OllamaError as error:
+            if error.status != UNREACHABLE:
+                self._unreadable.failed(digest, error)
+            raise
         if facts is not None and facts.digest == digest:
             return facts
-        self._unknown_digests.add(digest)
+        self._unreadable.failed(digest, None)
         return None
 
     def seen(self, digest: str) -> ModelFacts | None:
@@ -146,7 +156,10 @@ class Catalog:
         rows = await asyncio.shield(self._readings.begin())
         if rows is None:
             return
-        self._unknown_digests.clear()
+        digests = {key: listed.row.digest for key, listed in rows.items()}
+        if digests != self._last_rows:
+            self._last_rows = digests
+            self._unreadable.clear()
         for key, digest in list(self._without_facts.items()):
             if key not in rows or rows[key].row.digest != digest:
                 del self._without_facts[key]
@@ -160,13 +173,14 @@ class Catalog:
 
     def forget(self, name: str) -> None:
         """Drops the cached facts of a name in any form; a running lookup is answered but not cached."""
+        self._unreadable.clear()
         key = key_of(name)
         if key is not None:
             self._forget(key)
 
     def forget_all(self) -> None:
         """Drops all cached facts, after changes of the store that may affect any name (copy, create)."""
-        self._unknown_digests.clear()
+        self._unreadable.clear()
         for key in {*self._known, *self._without_facts, *self._fetches}:
             self._forget(key)
 

@@ -15,13 +15,13 @@ import msgspec
 
 from router.domain.events import LoadedModel
 from router.engines.base import EngineError
+from router.engines.ollama.http_get import CONNECT_SECONDS, KeptConnections, is_plain
 
 UNREACHABLE = 502
 """Status of an error of the client itself: no connection, or it was lost."""
 TIMED_OUT = 504
 """Status of an error of the client itself: the deadline of the call passed."""
 
-CONNECT_SECONDS = 5.0
 _FOR_EVER = -1
 
 _T = TypeVar("_T")
@@ -84,15 +84,23 @@ class _Error(msgspec.Struct, frozen=True):
 
 
 class OllamaClient:
-    """Client of the server at `base_url` (no path). The caller owns `session` and closes it.
+    """Client of the server at `base_url` (no path). The caller owns `session` and `lists` and closes them.
 
     All calls raise `OllamaError` if the server cannot be reached, misses the deadline or answers with an error.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, timeout_seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        base_url: str,
+        timeout_seconds: float = 10.0,
+        lists: KeptConnections | None = None,
+    ) -> None:
+        """`lists`: connections for what is only read, where the URL allows it; None: `session` for everything."""
         self._session = session
         self._base_url = base_url.rstrip("/")
         self._timeout_seconds = timeout_seconds
+        self._lists = lists if is_plain(self._base_url) else None
 
     @property
     def base_url(self) -> str:
@@ -173,7 +181,17 @@ class OllamaClient:
             await self._call(session, "POST", path, body, timeout_seconds, dict[str, msgspec.Raw])
 
     async def _get(self, path: str, kind: type[_T]) -> _T:
-        return await self._call(self._session, "GET", path, None, self._timeout_seconds, kind)
+        if self._lists is None:
+            return await self._call(self._session, "GET", path, None, self._timeout_seconds, kind)
+        call = f"GET {self._base_url}{path}"
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                status, raw = await self._lists.get(self._base_url, path)
+        except TimeoutError as error:
+            raise OllamaError(TIMED_OUT, f"{call}: no answer within {self._timeout_seconds:g} s") from error
+        except OSError as error:
+            raise OllamaError(UNREACHABLE, f"{call}: {error or type(error).__name__}") from error
+        return _read(call, status, raw, kind)
 
     async def _post(self, path: str, body: Mapping[str, Any], kind: type[_T]) -> _T:
         return await self._call(self._session, "POST", path, body, self._timeout_seconds, kind)

@@ -21,6 +21,7 @@ from router.engines.ollama.catalog import Catalog
 from router.engines.ollama.client import OllamaClient
 from router.engines.ollama.driver import OllamaDriver
 from router.engines.ollama.endpoint_support import EndpointSupport
+from router.engines.ollama.http_get import KeptConnections
 from router.engines.ollama.instance_plan import InstancePlan, on_demand_instance
 from router.engines.ollama.model_listing import Store, stores_of
 from router.engines.ollama.rules import OllamaRules
@@ -44,6 +45,7 @@ class OllamaEngine(OllamaRules, OllamaServer):
         self._plan = plan
         self._session = session
         self._snapshot = snapshot
+        self._lists = KeptConnections()
         self._clients: dict[str, OllamaClient] = {}
         self.catalog = Catalog(self._stores, clock)
         self._endpoint_support = EndpointSupport(session)
@@ -53,7 +55,7 @@ class OllamaEngine(OllamaRules, OllamaServer):
         """The client of the server at `url`."""
         client = self._clients.get(url)
         if client is None:
-            client = self._clients[url] = OllamaClient(self._session, url)
+            client = self._clients[url] = OllamaClient(self._session, url, lists=self._lists)
         return client
 
     def _stores(self) -> list[Store]:
@@ -66,6 +68,7 @@ class OllamaEngine(OllamaRules, OllamaServer):
 
     async def close(self) -> None:
         await self.catalog.close()
+        self._lists.close()
 
     # --- instances -----------------------------------------------------------------------------------------
 

@@ -5,12 +5,17 @@ A pooled connection would not show that a server no longer accepts any.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from router.engines.base import NotAsked, ProbeFailed
+from router.engines.ollama.http_get import Reply, get_once, is_plain
 from router.errors import is_out_of_descriptors
+
+_PATH = "/api/version"
 
 
 async def probe_version(url: str, timeout_seconds: float) -> str:
@@ -20,22 +25,27 @@ async def probe_version(url: str, timeout_seconds: float) -> str:
         ProbeFailed: no valid answer within the timeout.
         NotAsked: the router has no file descriptor left.
     """
-    timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-    connector = aiohttp.TCPConnector(force_close=True, limit=1)
     try:
-        async with (
-            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-            session.get(f"{url}/api/version", allow_redirects=False) as reply,
-        ):
-            if reply.status != 200:
-                raise ProbeFailed(f"{url}/api/version answers {reply.status}")
-            return _version(await reply.json(content_type=None))
+        async with asyncio.timeout(timeout_seconds):
+            status, raw = await (get_once(url, _PATH) if is_plain(url) else _get_with_library(url + _PATH))
+        if status != 200:
+            raise ProbeFailed(f"{url}{_PATH} answers {status}")
+        return _version(msgspec.json.decode(raw))
     except TimeoutError as error:
-        raise ProbeFailed(f"{url}/api/version does not answer within {timeout_seconds:g} s") from error
-    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise ProbeFailed(f"{url}{_PATH} does not answer within {timeout_seconds:g} s") from error
+    except (aiohttp.ClientError, OSError, msgspec.MsgspecError) as error:
         if is_out_of_descriptors(error):
-            raise NotAsked(f"{url}/api/version: {error}") from error
-        raise ProbeFailed(f"{url}/api/version: {error}") from error
+            raise NotAsked(f"{url}{_PATH}: {error}") from error
+        raise ProbeFailed(f"{url}{_PATH}: {error}") from error
+
+
+async def _get_with_library(url: str) -> Reply:
+    connector = aiohttp.TCPConnector(force_close=True, limit=1)
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.get(url, allow_redirects=False) as reply,
+    ):
+        return reply.status, await reply.read()
 
 
 def _version(reply: Any) -> str:

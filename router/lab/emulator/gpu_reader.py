@@ -31,6 +31,14 @@ def write_rig_file(spec: EmulatorSpec, directory: Path) -> None:
     data: dict[str, Any] = {"emulated": True, "gpus": gpus, "version": spec.version, "speed": spec.speed}
     data |= {"ram_bytes": spec.ram_bytes, "cold_bytes_per_second": spec.cold_bytes_per_second}
     vram.write_json(directory / "rig.json", {**data, "deviation": spec.deviation, "seed": spec.seed})
+    held = {
+        str(uuid): gpu.external_bytes for uuid, gpu in zip(spec.uuids, spec.gpus, strict=True) if gpu.external_bytes
+    }
+    if held:
+        vram.write_json(directory / "foreign.json", held)
+    lost = {str(uuid): True for uuid, gpu in zip(spec.uuids, spec.gpus, strict=True) if gpu.is_lost}
+    if lost:
+        vram.write_json(directory / "lost.json", lost)
 
 
 class EmulatedGpuReader:
@@ -106,10 +114,10 @@ class EmulatedGpuReader:
             memory_reserved_bytes=gpu["memory_reserved_bytes"],
             compute_capability=(gpu["compute_capability"][0], gpu["compute_capability"][1]),
             pcie_generation=gpu["pcie_generation"] if busy else 1,
-            pcie_generation_max=gpu["pcie_generation"],
+            pcie_generation_max=gpu.get("pcie_generation_max") or gpu["pcie_generation"],
             pcie_width=gpu["pcie_width"],
-            pcie_width_max=gpu["pcie_width"],
-            temperature_celsius=round(_IDLE_CELSIUS + (_BUSY_CELSIUS - _IDLE_CELSIUS) * warmth),
+            pcie_width_max=gpu.get("pcie_width_max") or gpu["pcie_width"],
+            temperature_celsius=_celsius(gpu, warmth),
             power_draw_watts=round(limit * (0.85 if busy else 0.06 + 0.04 * bool(on_gpu)), 1),
             power_limit_watts=limit,
             utilization_ratio=0.95 if busy else 0.0,
@@ -127,6 +135,11 @@ class EmulatedGpuReader:
         warmth += (target - warmth) * approach
         self._warmth[uuid] = (warmth, now)
         return warmth
+
+
+def _celsius(gpu: dict[str, Any], warmth: float) -> int:
+    constant: int | None = gpu.get("temperature_celsius")
+    return round(_IDLE_CELSIUS + (_BUSY_CELSIUS - _IDLE_CELSIUS) * warmth) if constant is None else constant
 
 
 def _age_seconds(path: Path) -> float | None:

@@ -46,6 +46,7 @@ class PreparedEmulator:
     """Model store shared by all its servers, for `OLLAMA_MODELS`."""
     title: str
     """Display name: `EMULATED rig 2x3090`."""
+    spec: EmulatorSpec
 
 
 def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str]) -> PreparedEmulator:
@@ -77,6 +78,7 @@ def prepare_emulator(text: str, directory: Path, environment: Mapping[str, str])
         },
         models_directory=models,
         title=f"EMULATED rig {text}",
+        spec=spec,
     )
 
 

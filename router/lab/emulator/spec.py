@@ -10,13 +10,14 @@ import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from router.domain.gpu import GpuUuid, memory_bandwidth
+from router.lab.emulator.host import HOST_KEYS, EmulatedHost, read_host
 from router.lab.simulator.true_footprint import DEVIATION_SHARE
 from router.lab.simulator.world import WORLD
 
@@ -49,6 +50,23 @@ class GpuSpec:
     pcie_generation: int
     pcie_width: int
     power_limit_watts: float
+    pcie_generation_max: int = 0
+    """Of the device and its slot; 0: `pcie_generation`."""
+    pcie_width_max: int = 0
+    """Of the device and its slot; 0: `pcie_width`."""
+    temperature_celsius: int | None = None
+    """Constant; None: by what the GPU computes."""
+    persistence_mode: bool = True
+    ecc_mode: bool | None = None
+    """None: the GPU has no ECC."""
+    ecc_mode_pending: bool | None = None
+    """After the next reboot; None: `ecc_mode`."""
+    ecc_uncorrected_errors: int = 0
+    row_remap_failed: bool = False
+    external_bytes: int = 0
+    """VRAM that other programs hold from the start."""
+    is_lost: bool = False
+    """Whether the driver has lost the GPU from the start."""
 
     @property
     def bandwidth_bytes_per_second(self) -> float:
@@ -123,6 +141,8 @@ class EmulatorSpec:
     0: exact sizes, and unloaded memory is never slow to return."""
     seed: int = 1
     """Of these deviations."""
+    host: EmulatedHost = field(default_factory=EmulatedHost)
+    """What `llamayard doctor` reads besides the GPUs."""
 
     @property
     def uuids(self) -> tuple[GpuUuid, ...]:
@@ -187,7 +207,7 @@ def _from_file(path: Path) -> EmulatorSpec:
 
 
 def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
-    """Reads the keys of a file: `gpus`, optionally those of `read_overrides` and `models`. Raises SpecError."""
+    """Reads the keys of a file: `gpus`, optionally those of `read_overrides`, `models` and `host`. Raises SpecError."""
     valid_keys = {field.name for field in fields(EmulatorSpec)}
     for key in data:
         if key not in valid_keys:
@@ -200,6 +220,7 @@ def spec_from_mapping(data: Mapping[str, Any]) -> EmulatorSpec:
     return EmulatorSpec(
         gpus=_parse_gpu_list(data["gpus"]),
         models=None if models is None else tuple(str(name) for name in cast("list[object]", models)),
+        host=_parse_host(data.get("host", {})),
         **read_overrides(data),
     )
 
@@ -263,6 +284,16 @@ def _modified_gpu(data: Mapping[str, Any]) -> GpuSpec:
     if "name" in changes and "emulated" not in str(changes["name"]):
         changes["name"] = f"{changes['name']} (emulated)"
     return replace(gpu, **changes)
+
+
+def _parse_host(value: object) -> EmulatedHost:
+    try:
+        return read_host(_mapping(value, "host"))
+    except KeyError as error:
+        key = str(error.args[0])
+        raise SpecError(f"host: no key {key!r}; " + suggestion(key, HOST_KEYS)) from error
+    except TypeError as error:
+        raise SpecError(str(error)) from error
 
 
 def _mapping(value: object, key: str) -> Mapping[str, Any]:

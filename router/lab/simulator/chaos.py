@@ -18,7 +18,7 @@ from router.domain.actions import Action
 from router.domain.events import Event
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
-from router.domain.policy import Policy
+from router.domain.policy import Policy, Rest
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.faults import Fault, FaultKind
 from router.lab.simulator.gpus import SimGpu
@@ -68,6 +68,13 @@ def random_scenario(seed: int) -> RandomScenario:
     config = ServerConfig(version=rng.choice(((0, 24, 0), (0, 33, 0))), slots=rng.choice((1, 2, 2, 4)))
     policy = Policy(queue_timeout_seconds=60.0, queue_limit=rng.choice((4, 64, 512)),
                     keep_alive_seconds=rng.choice((-1.0, -1.0, 5.0)))  # fmt: skip
+    starving = rng.choice((5.0, 15.0, 75.0))
+    constants = replace(policy.constants, drain_after_seconds=starving)
+    rest = rng.choice((None, Rest(bytes_per_hour=1e18, weight=0.5)))
+    target = rng.choice((2.0, 10.0))  # with a target of 2 s every load of some size is slow
+    policy = replace(
+        policy, starving_after_seconds=starving, ttft_target_seconds=target, rest=rest, constants=constants
+    )
     return RandomScenario(scenario, config, policy)
 
 

@@ -14,12 +14,15 @@ from router.domain.actions import Action, Grant, Reject, Unload
 from router.domain.events import Event, Released, UnloadFinished, UnloadRequested
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceState
+from router.domain.model import BlobDigest
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import STUCK_AFTER_FAILURES, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 
+STARVING_GRACE_SECONDS = 5.0
+"""Time until a plan for a starving request begins or it is refused: readings settle, then a search follows."""
 STALL_SECONDS = 75.0
 """Maximum time without progress while requests wait; longer than any retry delay."""
 
@@ -55,6 +58,10 @@ class Invariants:
         self._grants: dict[TicketId, ResidencyKey] = {}
         self._failed_unloads: Counter[tuple[ResidencyKey, float]] = Counter()
         """By replica and when it was loaded."""
+        self._granted_at: dict[tuple[str, BlobDigest], float] = {}
+        """When a client was last granted a slot of a model."""
+        self._no_plan_since: dict[TicketId, float] = {}
+        """Since when a starving request waits and nothing is planned."""
 
     def watch(self, router: ObservedRouter, machine: Machine) -> None:
         self._router, self._machine = router, machine
@@ -89,6 +96,7 @@ class Invariants:
         _check_reservations(snapshot, now)
         self._check_slots(snapshot, now)
         self._check_waiting(self._router, snapshot, now)
+        self._check_starving(self._router, snapshot, now)
 
     # --- checks --------------------------------------------------------------------------------------------
 
@@ -99,7 +107,23 @@ class Invariants:
         self._decided.add(action.ticket_id)
         request = router.open_requests.get(action.ticket_id)
         if isinstance(action, Grant) and request is not None:
+            self._check_overtaking(router, action.ticket_id, request, now)
+            self._granted_at[request.user, request.model.blob] = now
             self._grants[action.ticket_id] = (action.instance, request.model.blob)
+
+    def _check_overtaking(self, router: ObservedRouter, ticket: TicketId, request: Request, now: float) -> None:
+        """No later request for a model overtakes one that starves, unless its client was served with it meanwhile."""
+        starving = router.snapshot().policy.starving_after_seconds
+        for waiting, _ in router.waiting:
+            if waiting.model.blob != request.model.blob or waiting.id >= ticket or waiting.id in self._decided:
+                continue
+            since = max(waiting.arrived_at, self._granted_at.get((waiting.client, waiting.model.blob), 0.0))
+            is_ending = request.arrived_at + 0.8 * router.snapshot().policy.queue_timeout_seconds <= now
+            if now - since > starving and waiting.client != request.user and not is_ending:
+                waited = f"has waited {now - waiting.arrived_at:.0f} s"
+                raise InvariantError(
+                    f"{now:.3f}: ticket {ticket} overtakes {waiting.id} of {waiting.client}, that {waited}"
+                )
 
     def _check_unload(self, event: Event, unload: Unload, now: float) -> None:
         """A busy model is never evicted; only a crashed runner is unloaded with requests on it."""
@@ -132,7 +156,9 @@ class Invariants:
             if is_there and key not in promised and key not in reserved:
                 held.update(router.bytes_held(key))
         for reservation in snapshot.reservations.values():
-            held.update(dict(reservation.per_gpu_bytes))
+            is_leaving = (reservation.instance, reservation.blob) in promised and reservation.finished_at is not None
+            if not is_leaving and reservation.aborted_at is None:
+                held.update(dict(reservation.per_gpu_bytes))
         for uuid, size in held.items():
             gpu = snapshot.gpus[uuid]
             usable = gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0)
@@ -163,6 +189,22 @@ class Invariants:
             ready = view is not None and view.state is InstanceState.READY
             if residency.blob in blobs and free and ready and key not in snapshot.draining:
                 raise InvariantError(f"{now:.3f}: a request for {residency.name} waits despite a free slot on {key[0]}")
+
+    def _check_starving(self, router: ObservedRouter, snapshot: Snapshot, now: float) -> None:
+        """A request that starves has a plan, or waits for a slot; each wait has a reason."""
+        stuck: dict[TicketId, float] = {}
+        for ticket, reason in router.waiting:
+            if not reason:
+                raise InvariantError(f"{now:.3f}: ticket {ticket.id} waits for {ticket.model.name} without a reason")
+            if now - ticket.arrived_at <= snapshot.policy.starving_after_seconds or _has_transitions(snapshot):
+                continue
+            if any(r.blob == ticket.model.blob for r in (*snapshot.residencies.values(), *snapshot.failures)):
+                continue
+            stuck[ticket.id] = self._no_plan_since.get(ticket.id, now)
+            if now - stuck[ticket.id] > STARVING_GRACE_SECONDS:
+                waited = f"waits for {now - ticket.arrived_at:.0f} s"
+                raise InvariantError(f"{now:.3f}: {ticket.model.name} {waited} and nothing is planned: {reason}")
+        self._no_plan_since = stuck
 
 
 def _has_transitions(snapshot: Snapshot) -> bool:

@@ -36,7 +36,7 @@ class LoadResult:
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
+class LoadJob:
     """A queued request or explicit load whose model is not loaded."""
 
     model: ModelFacts
@@ -57,8 +57,8 @@ class SimServer:
         self.config = config
         self._machine = machine
         self._loaded: dict[BlobDigest, ModelRunner] = {}
-        self._pending: deque[_Job] = deque()
-        self._current: _Job | None = None
+        self._pending: deque[LoadJob] = deque()
+        self._current: LoadJob | None = None
         self._afterwards: list[Callable[[], None]] | None = None
         """Callbacks to run after the current pass over the queue, last first; None outside a pass."""
         self._first_free: dict[GpuUuid, int] = {}
@@ -77,15 +77,24 @@ class SimServer:
         if runner is not None and runner.phase in (Phase.LOADING, Phase.READY):
             runner.serve(request, lambda r, error: self._request_ended(runner, r, error, done))
             return
-        self._enqueue(_Job(request.model, -1, request, done, None))
+        self._enqueue(LoadJob(request.model, -1, request, done, None))
 
-    def load(self, model: ModelFacts, num_gpu: int, done: Callable[[LoadResult], None]) -> None:
-        """Loads a model without a prompt; `num_gpu` -1: the server decides."""
+    def load(self, model: ModelFacts, num_gpu: int, done: Callable[[LoadResult], None]) -> LoadJob:
+        """Loads a model without a prompt; `num_gpu` -1: the server decides. See `abort_load`."""
+        job = LoadJob(model, num_gpu, None, None, done)
         runner = self._loaded.get(model.blob)
         if runner is not None and runner.phase is Phase.READY:
             done(LoadResult(runner.size_bytes, runner.size_vram_bytes))
-            return
-        self._enqueue(_Job(model, num_gpu, None, None, done))
+        else:
+            self._enqueue(job)
+        return job
+
+    def abort_load(self, job: LoadJob) -> None:
+        """The connection of an explicit load was dropped: ends it, as the server does for a client that leaves."""
+        if self._current is job:
+            self._abandon(job)
+        else:
+            job.is_cancelled = True
 
     def unload(self, blob: BlobDigest, done: Callable[[], None]) -> None:
         """Like `keep_alive` 0: unloads the model once idle; `done` is called when it is no longer listed."""
@@ -127,7 +136,7 @@ class SimServer:
 
     # --- scheduling loop -----------------------------------------------------------------------------------
 
-    def _enqueue(self, job: _Job) -> None:
+    def _enqueue(self, job: LoadJob) -> None:
         self._pending.append(job)
         self._place_next()
 
@@ -156,14 +165,14 @@ class SimServer:
         elif afterwards is not None:
             self._afterwards.append(afterwards)
 
-    def _abandon(self, job: _Job) -> None:
+    def _abandon(self, job: LoadJob) -> None:
         """Drops the job being placed. Other requests waiting for its load are queued again."""
         job.is_cancelled = True
         runner = self._loaded.get(job.model.blob)
         if runner is not None and runner.phase is Phase.LOADING:
             other_runners = runner.drop()
             self._remove(runner)
-            self._pending.extend(_Job(request.model, -1, request, done, None) for request, done in other_runners)
+            self._pending.extend(LoadJob(request.model, -1, request, done, None) for request, done in other_runners)
             self._done_placing()
 
     def _after(self, seconds: float, step: Callable[[], None]) -> None:
@@ -171,7 +180,7 @@ class SimServer:
         generation = self._generation
         self._machine.timeline.after(seconds, lambda: step() if generation == self._generation else None)
 
-    def _try_place(self, job: _Job) -> None:
+    def _try_place(self, job: LoadJob) -> None:
         if job.is_cancelled:
             self._done_placing()
             return
@@ -186,7 +195,7 @@ class SimServer:
             self._after(self._machine.world.memory_read_seconds if not self.config.is_0_30
                         else self._machine.world.memory_read_seconds_0_30, lambda: self._place(job))  # fmt: skip
 
-    def _place(self, job: _Job) -> None:
+    def _place(self, job: LoadJob) -> None:
         if job.is_cancelled:
             self._done_placing()
             return
@@ -200,7 +209,7 @@ class SimServer:
         else:
             self._start(job, plan.layers, load_request.shape)
 
-    def _make_room(self, job: _Job) -> None:
+    def _make_room(self, job: LoadJob) -> None:
         """Evicts the idle model with the shortest keep-alive, ties by blob; if none is idle, waits for the first."""
         runners = sorted(self._loaded.values(), key=lambda one: (one.keep_alive_seconds, one.model.blob))
         victim = next((one for one in runners if one.users == 0), runners[0] if runners else None)
@@ -210,7 +219,7 @@ class SimServer:
         victim.on_gone.append(lambda: self._try_place(job))
         self._expire_now(victim)
 
-    def _start(self, job: _Job, layers: tuple[int, ...], shape: LoadShape) -> None:
+    def _start(self, job: LoadJob, layers: tuple[int, ...], shape: LoadShape) -> None:
         runner = ModelRunner.plan(self._machine, self.name, job.model, self.config, self.gpus, layers, shape)
         for uuid in runner.uuids:
             if not any(uuid in other.uuids for other in self._loaded.values()):
@@ -223,7 +232,7 @@ class SimServer:
         self._loaded[job.model.blob] = runner
         runner.begin(lambda: self._ready(job, runner))
 
-    def _out_of_memory(self, job: _Job, message: str) -> None:
+    def _out_of_memory(self, job: LoadJob, message: str) -> None:
         """0.24 fails; from 0.30 all other models are evicted, busy ones once idle, and the load is retried once."""
         other_runners = list(self._loaded.values())
         if not self.config.is_0_30 or job.is_retried or not other_runners:
@@ -242,11 +251,11 @@ class SimServer:
             one.on_gone.append(partial(unloaded, one))
             self._expire_now(one)
 
-    def _ready(self, job: _Job, runner: ModelRunner) -> None:
+    def _ready(self, job: LoadJob, runner: ModelRunner) -> None:
         runner.ready()
         self._hand_over(job, runner)
 
-    def _hand_over(self, job: _Job, runner: ModelRunner) -> None:
+    def _hand_over(self, job: LoadJob, runner: ModelRunner) -> None:
         request, served = job.request, job.served
         if request is not None and served is not None:
             runner.serve(request, lambda r, error: self._request_ended(runner, r, error, served))
@@ -258,10 +267,10 @@ class SimServer:
         else:
             self._done_placing(lambda: loaded(LoadResult(runner.size_bytes, runner.size_vram_bytes)))
 
-    def _fail(self, job: _Job, error: str) -> None:
+    def _fail(self, job: LoadJob, error: str) -> None:
         self._done_placing(lambda: self._end_job(job, error))
 
-    def _end_job(self, job: _Job, error: str) -> None:
+    def _end_job(self, job: LoadJob, error: str) -> None:
         if job.request is not None and job.served is not None:
             job.served(job.request, error)
         elif job.loaded is not None:
@@ -269,7 +278,7 @@ class SimServer:
 
     # --- memory estimates ----------------------------------------------------------------------------------
 
-    def _load_request(self, job: _Job) -> server_placement.LoadRequest:
+    def _load_request(self, job: LoadJob) -> server_placement.LoadRequest:
         return server_placement.LoadRequest(
             model=job.model,
             shape=self._machine.shape_of_load(job.model, shape_of(job.model, self.config), self.gpus),

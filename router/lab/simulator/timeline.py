@@ -14,9 +14,9 @@ class Timer:
 
     __slots__ = ("_call", "due")
 
-    def __init__(self, due: float, call: Callable[[], None]) -> None:
+    def __init__(self, due: float, call: Callable[[], object]) -> None:
         self.due = due
-        self._call: Callable[[], None] | None = call
+        self._call: Callable[[], object] | None = call
 
     def cancel(self) -> None:
         self._call = None
@@ -38,14 +38,14 @@ class Timeline:
         self._heap: list[tuple[float, int, Timer]] = []
         self._timer_count = 0
 
-    def at(self, due: float, call: Callable[[], None]) -> Timer:
+    def at(self, due: float, call: Callable[[], object]) -> Timer:
         """Sets a timer for that time, or for now if it has passed."""
         timer = Timer(max(due, self.now), call)
         self._timer_count += 1
         heapq.heappush(self._heap, (timer.due, self._timer_count, timer))
         return timer
 
-    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+    def after(self, seconds: float, call: Callable[[], object]) -> Timer:
         return self.at(self.now + seconds, call)
 
     def step(self) -> bool:

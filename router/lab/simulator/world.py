@@ -9,7 +9,7 @@ functions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.domain.model import ModelFacts
 
@@ -83,6 +83,29 @@ class World:
 
 
 WORLD = World()
+_INSTANT_SECONDS = 0.05
+_INSTANT_BYTES_PER_SECOND = 1e12
+
+
+def with_instant_swaps(world: World) -> World:
+    """The same hardware, on which an unload and a load take 0.05 s each, whatever their size."""
+    return replace(
+        world,
+        load_fixed_seconds=_INSTANT_SECONDS,
+        load_fixed_cpu_seconds=_INSTANT_SECONDS,
+        load_fitting_seconds_0_30=0.0,
+        warm_bytes_per_second=_INSTANT_BYTES_PER_SECOND,
+        cold_bytes_per_second=_INSTANT_BYTES_PER_SECOND,
+        host_bytes_per_second=_INSTANT_BYTES_PER_SECOND,
+        memory_read_seconds=0.0,
+        memory_read_seconds_0_30=0.0,
+        unload_seconds=_INSTANT_SECONDS,
+        unload_seconds_0_30=_INSTANT_SECONDS,
+        unload_tail_share=0.0,
+        kill_seconds=_INSTANT_SECONDS,
+    )
+
+
 _FINE_TABLE_BITS = 7.5
 """Bits per element: above Q6_K, the finest table type in common four-bit files."""
 _FOUR_BIT_WITH_FINE_TABLES = frozenset(("gptoss", "gpt-oss", "gemma4"))

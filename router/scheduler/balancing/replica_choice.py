@@ -89,7 +89,17 @@ def free_replicas(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKe
 def serving(fleet: FleetState, free: Sequence[ResidencyKey], ticket: Ticket) -> list[ResidencyKey]:
     """The replicas among `free`, which have the ticket's weights, that can serve it now."""
     replicas = fleet.replicas
-    return [key for key in free if _can_take(fleet, replicas[key], ticket)]
+    if fleet.draining or ticket.layout is not None or (ticket.takes_default_context and ticket.context_length):
+        return [key for key in free if _can_take(fleet, replicas[key], ticket)]
+    # The ordinary case of `_can_take`, in one loop.
+    instances, options = fleet.instances, ticket.options
+    able: list[ResidencyKey] = []
+    for key in free:
+        replica, view = replicas[key], instances.get(key[0])
+        is_ready = view is not None and view.state is InstanceState.READY and replica.state is ResidencyState.READY
+        if is_ready and (replica.options == options or _can_take(fleet, replica, ticket)):
+            able.append(key)
+    return able
 
 
 def grant(fleet: FleetState, able: Sequence[ResidencyKey], replicas: int, ticket: Ticket, now: float) -> Grant:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from router.domain.gpu import GpuUuid
-from router.domain.instance import InstanceView
+from router.domain.instance import InstanceState, InstanceView
+from router.domain.model import ModelFacts
+from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import gpus_of
 from router.domain.vram_ledger import available_bytes, capacity_bytes
 
 GIB = 1024**3
@@ -30,6 +33,30 @@ def explain_shortfall(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -
         f"{bytes_text(capacity_bytes(snapshot, uuid))}"
         for uuid, size in need
     )
+
+
+_WORDS = {
+    ResidencyState.PLANNED: "room is being made for {r.name} on {r.instance}",
+    ResidencyState.LOADING: "{r.name} is being loaded on {r.instance}",
+    ResidencyState.UNLOADING: "{r.name} is being unloaded from {r.instance}",
+}
+
+
+def explain_obstacles(snapshot: Snapshot, gpus: Sequence[GpuUuid], model: ModelFacts) -> str:
+    """What a model waits for that can have room on none of these GPUs now, whatever is evicted."""
+    here = [
+        r for r in snapshot.residencies.values() if not gpus or set(gpus).intersection(gpus_of(snapshot, r.instance))
+    ]
+    moving = [_WORDS[r.state].format(r=r) for r in here if r.state in _WORDS]
+    if moving:
+        return "waits because " + "; ".join(moving)
+    down = [v for v in snapshot.instances.values() if v.state is not InstanceState.READY and model.is_on(v.spec)]
+    if not gpus and down:
+        return "waits for an instance: " + "; ".join(f"{v.spec.name} is {v.state.value}" for v in down)
+    staying = [r.name for r in here if r.state is ResidencyState.READY and snapshot.policy.keeps_warm(r.name)]
+    if staying:
+        return f"waits for room beside {', '.join(staying)}, which is kept warm"
+    return "waits until the GPUs show the room that was freed"
 
 
 def gpu_label(snapshot: Snapshot, uuid: GpuUuid) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from router.domain.explanation import CandidateReport, Verdict
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
@@ -34,7 +35,13 @@ from router.scheduler.placement.candidates import (
 )
 from router.scheduler.placement.cost import fewer_slots_price, service_seconds, swap_price
 from router.scheduler.placement.eviction import choose_evictions, evictable, price_of
-from router.scheduler.placement.explain import explain_fit, explain_shortfall, explain_states
+from router.scheduler.placement.explain import (
+    explain_fit,
+    explain_obstacles,
+    explain_shortfall,
+    explain_state,
+    explain_states,
+)
 from router.scheduler.placement.unavailable import explain_unavailable
 
 Need = tuple[tuple[GpuUuid, int], ...]
@@ -130,13 +137,7 @@ class _Offer:
 def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> Decision:
     """Chooses where to load the model. The same snapshot gives the same answer."""
     model = request.model
-    bounds = Bounds(
-        model.name,
-        snapshot.policy.pins.get(model.name),
-        request.layout,
-        engine=model.engine,
-        default_context=request.default_context,
-    )
+    bounds = _bounds(snapshot, request)
     if bounds.pin is not None and bounds.pin.cpu:
         return _on_cpu(snapshot, request, bounds)
     alive = [view.spec for view in snapshot.instances.values() if is_alive(snapshot, view)]
@@ -160,12 +161,26 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
             if group:
                 decision = _among(snapshot, group, request)
                 return _next_to_others(snapshot, estimate, size, bounds, request, decision) or decision
+            unsplit = _unsplit(snapshot, estimate, bounds, request) if size == 1 and not fewer_slots else None
+            if unsplit is not None:
+                return unsplit
             tried += [] if fewer_slots else sized_candidates
         bounds = replace(bounds, only_new=True)
     gone = explain_unavailable(snapshot, estimate, model, request.options, replace(bounds, only_new=False))
     if gone is not None:
         return NoFit("no_instance", f"model '{model.name}' fits nowhere now: {gone}")
     return _nowhere(snapshot, tried, request)
+
+
+def _bounds(snapshot: Snapshot, request: PlacementRequest) -> Bounds:
+    model = request.model
+    return Bounds(
+        model.name,
+        snapshot.policy.pins.get(model.name),
+        request.layout,
+        engine=model.engine,
+        default_context=request.default_context,
+    )
 
 
 def _on_cpu(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> Decision:
@@ -244,6 +259,23 @@ def _next_to_others(
         if found is not None and price < swap_price(snapshot, request.model, stuck):
             names = ", ".join(r.name for r in stuck)
             return replace(found, reason=f"{found.reason}; with fewer slots ({fewer}), so that {names} need not leave")
+    return None
+
+
+def _unsplit(snapshot: Snapshot, estimate: Estimate, bounds: Bounds, request: PlacementRequest) -> Decision | None:
+    """A place on one GPU with fewer slots than configured: a model over several GPUs is slower, and keeps others
+    from each of them. None where no GPU holds the model with one slot."""
+    like = snapshot.policy.on_demand_like
+    if not request.may_use_fewer_slots or like is None:
+        return None
+    for fewer_by in range(1, like.num_parallel):
+        smaller = _with_fewer_slots(snapshot, estimate, 1, bounds, request, fewer_by)
+        if smaller and not _spilled_once(snapshot, smaller, request):
+            decision = _among(snapshot, smaller, request)
+            if not isinstance(decision, Placed):
+                return decision
+            slots = like.num_parallel - fewer_by
+            return replace(decision, reason=f"{decision.reason}; with fewer slots ({slots}), so that one GPU holds it")
     return None
 
 
@@ -476,14 +508,20 @@ def _wait(
 ) -> Placed | MustWait:
     """Busy models stand in the way: the offer with the least to wait for and to lose, taken or only named."""
     at_rest = [c for c in sized_candidates if _own_state(snapshot, c, request) in (None, ResidencyState.READY)]
-    offers = [o for c in at_rest if (o := _offer(snapshot, c, request, busy=True)) is not None]
+    at_any_price = replace(request, price_max=float("inf"))
+    dear = [o for c in at_rest if (o := _offer(snapshot, c, at_any_price, busy=True)) is not None]
+    offers = [o for o in dear if o.price <= request.price_max] or dear
     if not offers:
-        return MustWait("waits until an instance is ready or loads under way have ended")
+        return MustWait(
+            explain_obstacles(snapshot, [gpu for c in sized_candidates for gpu, _ in c.need], request.model)
+        )
     best = min(offers, key=lambda o: (o.price + _drain_seconds(snapshot, o), o.running, o.sized.name))
     words = f"waits for {best.running} running requests of {len(best.evict)} models to make room"
-    if not request.may_drain:
-        return MustWait(f"{best.sized.name}: {words}", best.evict)
-    return _placed(best.sized, best.evict, f"{best.sized.name}: {words}", request)
+    if best.price > request.price_max:
+        words += f", which would cost others {best.price:.0f} s, and the wait is worth {request.price_max:.0f} s yet"
+    elif request.may_drain:
+        return _placed(best.sized, best.evict, f"{best.sized.name}: {words}", request)
+    return MustWait(f"{best.sized.name}: {words}", best.evict)
 
 
 def _own_state(snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest) -> ResidencyState | None:
@@ -554,3 +592,78 @@ def _fewest_lines(sized_candidates: Sequence[_SizedCandidate]) -> list[_SizedCan
     """Enough to see why: of many sets of one size only those of running instances, or else the first."""
     running = [c for c in sized_candidates if not c.candidate.is_new]
     return running or list(sized_candidates[:8])
+
+
+# --- for people -------------------------------------------------------------------------------------------------
+
+
+def survey(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> list[CandidateReport]:
+    """Every candidate as `place` sees it, smallest sets first, and the running instances that rules exclude."""
+    model = request.model
+    bounds = _bounds(snapshot, request)
+    reports: list[CandidateReport] = []
+    is_held = False
+    for size in sizes(snapshot):
+        candidates = [c for c in candidates_of_size(snapshot, size, bounds) if _may_load(snapshot, c, model)]
+        sized_candidates = [_candidate(snapshot, estimate, candidate, request, False) for candidate in candidates]
+        reports += [_report(snapshot, sized, request, is_larger=is_held) for sized in sized_candidates]
+        is_held = is_held or any(_could_fit(snapshot, c) for c in sized_candidates)
+    surveyed = {report.instance for report in reports}
+    return reports + [
+        CandidateReport(view.spec.name, view.spec.gpus, Verdict.EXCLUDED, _exclusion(snapshot, bounds, view.spec))
+        for view in snapshot.instances.values()
+        if view.spec.name not in surveyed and model.is_on(view.spec) and not bounds.allows(snapshot, view.spec.gpus)
+    ]
+
+
+def _report(
+    snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest, *, is_larger: bool
+) -> CandidateReport:
+    verdict, reason, offer = _verdict(snapshot, sized, request, is_larger=is_larger)
+    return CandidateReport(
+        sized.name,
+        sized.candidate.gpus,
+        verdict,
+        reason,
+        is_new=sized.candidate.is_new,
+        per_gpu_bytes=tuple(size for _, size in sized.need),
+        evict=offer.evict if offer is not None else (),
+        price_seconds=0.0 if verdict is Verdict.FREE else offer.price if offer is not None else None,
+    )
+
+
+def _verdict(
+    snapshot: Snapshot, sized: _SizedCandidate, request: PlacementRequest, *, is_larger: bool
+) -> tuple[Verdict, str, _Offer | None]:
+    if not _could_fit(snapshot, sized):
+        return Verdict.TOO_SMALL, explain_shortfall(snapshot, sized.need), None
+    failure = _failure(snapshot, sized, request)
+    if failure is not None:
+        return Verdict.FAILED, failure.message, None
+    if is_larger:
+        return Verdict.LARGER, "a smaller set of GPUs can hold it", None
+    if not _is_up(snapshot, sized):
+        return Verdict.NOT_READY, explain_state(snapshot.instances[sized.name]), None
+    if sized.name in request.not_on or _in_transit(snapshot, sized, request):
+        return Verdict.HAS_MODEL, "the model is there, or on its way in or out", None
+    if _fits_now(snapshot, [sized], request) is not None:
+        return Verdict.FREE, explain_fit(snapshot, sized.need), None
+    at_any_price = replace(request, price_max=float("inf"))
+    offer = _offer(snapshot, sized, at_any_price, busy=False)
+    if offer is not None:
+        if offer.price <= request.price_max:
+            return Verdict.EVICT, _taken(snapshot, offer, request).reason.partition(": ")[2], offer
+        return Verdict.TOO_DEAR, _too_dear(snapshot, offer, request).reason.partition(": ")[2], offer
+    offer = _offer(snapshot, sized, at_any_price, busy=True)
+    if offer is not None:
+        names = ", ".join(snapshot.residencies[key].name for key in offer.evict)
+        return Verdict.BUSY, f"{offer.running} requests run on what is in the way: {names}", offer
+    return Verdict.BLOCKED, "its memory is held by loads under way, or by models that stay", None
+
+
+def _exclusion(snapshot: Snapshot, bounds: Bounds, spec: InstanceSpec) -> str:
+    if bounds.layout is not None and not bounds.layout.allows(spec.gpus):
+        return f"the request asks for another layout ({_layout_words(bounds.layout)})"
+    if any(bounds.name not in snapshot.policy.exclusive_gpus.get(gpu, (bounds.name,)) for gpu in spec.gpus):
+        return "its GPUs are exclusive to other models (placement.exclusive_gpus)"
+    return "the model is pinned elsewhere (models.NAME.gpus or .layout)"

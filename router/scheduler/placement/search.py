@@ -18,14 +18,27 @@ from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import replicas_of
 from router.scheduler.placement.candidates import widened_context
 from router.scheduler.placement.cost import reload_seconds, service_seconds, swap_price, wait_bounds, worth_of_load
+from router.scheduler.placement.footprint_prediction import estimate_unmeasured
 from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place, would_swap
 
 _REPLICA_PRICE_SHARE = 0.25
 """A further replica may cost others at most this share of its own load time."""
 
 
-def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> Decision:
-    """A place for tickets that no replica serves, with the context for all of them, else that of the first."""
+def decide(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> Decision:
+    """`seek`; where only a safety margin makes the model too large, by the plain estimate."""
+    decision = seek(snapshot, estimate, tickets)
+    if (
+        isinstance(decision, NoFit)
+        and decision.code == "model_too_large"
+        and snapshot.policy.constants.unseen_margin_ratio
+    ):
+        return seek(snapshot, estimate_unmeasured, tickets)  # rather a load that fails than a refusal
+    return decision
+
+
+def placement_requests(snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[PlacementRequest]:
+    """What `seek` tries for tickets that no replica serves, in this order."""
     policy, head = snapshot.policy, tickets[0]
     waited = snapshot.now - min(t.arrived_at for t in tickets)
     request = PlacementRequest(
@@ -41,11 +54,17 @@ def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> D
             if head.is_flexible or _is_widened(head)
         ),
     )
-    decision: Decision | None = None
-    to_try = [
+    return [
         replace(request, options=options, default_context=_default_context_needed(snapshot, head, options))
         for options in _options_to_try(snapshot, tickets)
     ]
+
+
+def seek(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> Decision:
+    """A place for tickets that no replica serves, with the context for all of them, else that of the first."""
+    policy, head = snapshot.policy, tickets[0]
+    to_try = placement_requests(snapshot, tickets)
+    decision: Decision | None = None
     for index, attempt in enumerate(to_try):
         found = place(snapshot, estimate, attempt)
         if isinstance(found, NoFit) and attempt.default_context is not None and not _is_widened(head):
@@ -158,6 +177,20 @@ def seek_replica(
     snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket], replicas: Sequence[Residency]
 ) -> Placed | None:
     """One more replica for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
+    request = replica_request(snapshot, tickets, replicas)
+    found = place(snapshot, estimate, request) if request is not None else None
+    if not isinstance(found, Placed):
+        return None
+    wait, load = _slot_wait_seconds(snapshot, tickets, replicas), reload_seconds(snapshot, tickets[0].model)
+    return replace(
+        found, reason=f"{found.reason}; a further replica, {wait:.0f} s of waiting against {load:.0f} to load"
+    )
+
+
+def replica_request(
+    snapshot: Snapshot, tickets: Sequence[Ticket], replicas: Sequence[Residency]
+) -> PlacementRequest | None:
+    """What `seek_replica` tries; None where one more replica is not allowed, or not worth its load."""
     policy, head = snapshot.policy, tickets[0]
     pin = snapshot.policy.pins.get(head.model.name)
     most = pin.replicas_max if pin is not None and pin.replicas_max is not None else policy.constants.replicas_max
@@ -165,12 +198,10 @@ def seek_replica(
         return None
     if not all(r.per_gpu_bytes for r in replicas):
         return None  # on the CPU a further replica would share the same cores
-    slots = sum(r.slots for r in replicas)
-    wait = len(tickets) / max(1, slots) * service_seconds(snapshot, replicas[0])
     load = reload_seconds(snapshot, head.model)
-    if wait <= load:
+    if _slot_wait_seconds(snapshot, tickets, replicas) <= load:
         return None
-    request = PlacementRequest(
+    return PlacementRequest(
         head.model,
         options=replicas[0].options,
         layout=head.layout,
@@ -178,12 +209,12 @@ def seek_replica(
         default_context=widened_context(snapshot, snapshot.instances[replicas[0].instance].spec),
         not_on=frozenset(r.instance for r in replicas),
     )
-    found = place(snapshot, estimate, request)
-    if not isinstance(found, Placed):
-        return None
-    return replace(
-        found, reason=f"{found.reason}; a further replica, {wait:.0f} s of waiting against {load:.0f} to load"
-    )
+
+
+def _slot_wait_seconds(snapshot: Snapshot, tickets: Sequence[Ticket], replicas: Sequence[Residency]) -> float:
+    """Until the last of the tickets has a slot of these replicas."""
+    slots = sum(r.slots for r in replicas)
+    return len(tickets) / max(1, slots) * service_seconds(snapshot, replicas[0])
 
 
 def coming(snapshot: Snapshot, blob: BlobDigest) -> list[Residency]:

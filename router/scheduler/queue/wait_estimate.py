@@ -24,7 +24,7 @@ from heapq import heapify, heappop, heappush
 from math import exp
 
 from router.domain.instance import InstanceState
-from router.domain.model import BlobDigest
+from router.domain.model import BlobDigest, ModelFacts
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
@@ -160,8 +160,13 @@ def _loaded_in(snapshot: Snapshot, replica: Residency) -> float | None:
     if reservation.sent_at is not None:
         remaining = reservation.sent_at + load - snapshot.now
         return remaining if remaining > 0.0 else None
-    leaving = _leaving_seconds(snapshot, reservation.evict)
-    return None if leaving is None else leaving + load
+    return load_seconds(snapshot, replica.model, reservation.evict)
+
+
+def load_seconds(snapshot: Snapshot, model: ModelFacts, leaving: Iterable[ResidencyKey]) -> float | None:
+    """Seconds until a load that is planned now has ended, `leaving` being unloaded first; None if unknown."""
+    seconds = _leaving_seconds(snapshot, leaving)
+    return None if seconds is None else seconds + reload_seconds(snapshot, model)
 
 
 def _leaving_seconds(snapshot: Snapshot, keys: Iterable[ResidencyKey]) -> float | None:

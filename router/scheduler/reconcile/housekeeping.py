@@ -49,11 +49,15 @@ def _stop(fleet: FleetState, view: InstanceView, reason: str) -> StopInstance:
 
 
 def abandoned(snapshot: Snapshot) -> list[Residency]:
-    """Plans that no ticket waits for and that are not to be kept warm."""
+    """Plans that no ticket waits for, that are not to be kept warm and that are not unasked."""
+    unasked = {r.load_id for r in snapshot.reservations.values() if r.is_unasked}
     return [
         r
         for r in snapshot.residencies.values()
-        if r.state is ResidencyState.PLANNED and r.blob not in snapshot.wanted and not is_warm_wanted(snapshot, r.model)
+        if r.state is ResidencyState.PLANNED
+        and r.load_id not in unasked
+        and r.blob not in snapshot.wanted
+        and not is_warm_wanted(snapshot, r.model)
     ]
 
 

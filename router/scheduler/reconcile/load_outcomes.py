@@ -72,8 +72,8 @@ def _down_since(before: InstanceView | None, state: InstanceState, now: float) -
 
 def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[Action]:
     residency = fleet.by_load(event.load_id)
-    if residency is None:
-        return []
+    if residency is None or residency.state is ResidencyState.UNLOADING:
+        return []  # it was broken off, and its unload is on its way
     key = (residency.instance, residency.blob)
     fleet.memory_changed(now)
     sent_at = fleet.reservations[event.load_id].sent_at
@@ -100,7 +100,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
 
 def _load_failed(fleet: FleetState, event: LoadFailed, now: float) -> None:
     residency = fleet.by_load(event.load_id)
-    if residency is None:
+    if residency is None or residency.state is ResidencyState.UNLOADING:
         return
     key = (residency.instance, residency.blob)
     fleet.memory_changed(now)

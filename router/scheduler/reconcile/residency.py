@@ -61,7 +61,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
     """Moves PLANNED to LOADING and returns the load to send."""
     key = (residency.instance, residency.blob)
     fleet.put_reservation(replace(reservation, sent_at=now))
-    fleet.sent(residency.model.weights_bytes, now)
+    fleet.sent(residency.model.weights_bytes, now, is_unasked=reservation.is_unasked)
     spec = fleet.instances[residency.instance].spec
     engine = fleet.engines[spec.engine]
     model, context, snapshot = residency.model, residency.context_length, fleet.snapshot(now)

@@ -32,6 +32,9 @@ def unload_failed(fleet: FleetState, key: ResidencyKey, error: str, now: float) 
 
 
 def _write_off(fleet: FleetState, key: ResidencyKey, now: float, error: str, *, is_first: bool) -> list[Action]:
+    load_id = fleet.residencies[key].load_id
+    if load_id is not None:
+        fleet.drop_reservation(load_id)  # of a load that was broken off
     fleet.update(key, per_gpu_bytes=(), expires_at=now + fleet.policy.constants.failure_memory_seconds)
     gpus = set(fleet.instances[key[0]].spec.gpus)
     for plan in fleet.plans():

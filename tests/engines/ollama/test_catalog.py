@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -301,11 +302,43 @@ async def test_a_cloud_models_stub_is_looked_for_again_only_when_it_changed() ->
         assert await store.catalog.facts("big:cloud") is not None
 
 
-async def test_what_a_server_has_loaded_and_no_name_stands_for_is_looked_for_once_a_reading() -> None:
+async def test_what_a_server_has_loaded_and_no_name_stands_for_is_looked_for_ever_less_often() -> None:
+    async with _store("other:latest") as store:
+        asked: list[float] = []
+        for _ in range(400):
+            before = store.asked("/api/tags")
+            assert await store.catalog.facts_of("gone:latest", "digest") is None
+            asked += [store.now] * (store.asked("/api/tags") - before)
+            store.now += 1.0
+        assert [later - earlier for earlier, later in itertools.pairwise(asked)][:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+async def test_facts_that_cannot_be_read_fail_ever_less_often_and_at_once_in_between() -> None:
+    async with _store("tiny:latest") as store:
+        store.server.answers["/api/show"] = failing(500, b'{"error":"unable to read"}')
+        for _ in range(60):
+            with pytest.raises(OllamaError, match="unable to read"):
+                await store.catalog.facts_of("tiny:latest", "one")
+            store.now += 1.0
+        assert store.asked("/api/show") == 6  # after 0, 1, 3, 7, 15 and 31 s
+        store.server.answers["/api/show"] = store.show
+        store.now += 60.0
+        assert await store.catalog.facts_of("tiny:latest", "one") is not None
+
+
+async def test_a_change_of_the_list_lets_unreadable_facts_be_asked_for_at_once() -> None:
     async with _store() as store:
         for _ in range(3):
             assert await store.catalog.facts_of("gone:latest", "digest") is None
         assert store.asked("/api/tags") == 1
         store.holds("gone:latest", digest="digest")
         await store.catalog.refresh()
+        assert await store.catalog.facts_of("gone:latest", "digest") is not None
+
+
+async def test_a_change_by_the_router_lets_unreadable_facts_be_asked_for_at_once() -> None:
+    async with _store() as store:
+        assert await store.catalog.facts_of("gone:latest", "digest") is None
+        store.holds("gone:latest", digest="digest")
+        store.catalog.forget("gone:latest")
         assert await store.catalog.facts_of("gone:latest", "digest") is not None

@@ -13,6 +13,7 @@ import pytest
 
 from router.domain.events import LoadedModel
 from router.engines.ollama.client import TIMED_OUT, UNREACHABLE, OllamaClient, OllamaError
+from router.engines.ollama.http_get import KeptConnections
 from tests.support.scripted_server import failing, hanging, scripted
 from tests.support.waiting import eventually
 
@@ -163,6 +164,26 @@ async def test_an_embedding_model_is_loaded_through_embed_and_unloaded_through_g
             ("/api/embed", {"model": "embed", "keep_alive": -1, "options": {"num_gpu": 3}}),
             ("/api/generate", {"model": "embed", "keep_alive": 0, "stream": False}),
         ]
+
+
+async def test_lists_over_kept_connections_are_read_and_fail_as_over_the_session(
+    session: aiohttp.ClientSession,
+) -> None:
+    kept = KeptConnections()
+    async with scripted({"/api/tags": recorded("tags"), "/api/ps": lambda _: hanging()}) as server:
+        raw, library = (OllamaClient(session, server.url, 0.5, lists) for lists in (kept, None))
+        assert await raw.tags() == await raw.tags() == await library.tags()
+        for client in (raw, library):
+            hung = await _failure(client.ps())
+            assert (hung.status, "/api/ps: no answer within 0.5 s" in hung.message) == (TIMED_OUT, True)
+            missing = await _failure(client.version())
+            assert (missing.status, missing.message) == (
+                404, f"GET {server.url}/api/version: status 404 without an error message",
+            )  # fmt: skip
+        assert len({request.port for request in server.requests[:2]}) == 1
+    gone = await _failure(raw.tags())
+    assert (gone.status, server.url in gone.message) == (UNREACHABLE, True)
+    kept.close()
 
 
 async def test_loads_have_connections_of_their_own_and_lists_share_one(session: aiohttp.ClientSession) -> None:

@@ -92,6 +92,21 @@ int nvmlDeviceGetCudaComputeCapability(device d, int *major, int *minor) {
     if (!e) { *major = 8; *minor = d->index ? 9 : 6; }
     return e;
 }
+int nvmlSystemGetDriverVersion(char *text, unsigned length) { snprintf(text, length, "570.133.20"); return OK; }
+VALUE(nvmlDeviceGetPersistenceMode, d->index)
+int nvmlDeviceGetEccMode(device d, unsigned *current, unsigned *pending) {
+    *current = 0; *pending = 1;
+    return optional(d);
+}
+int nvmlDeviceGetTotalEccErrors(device d, unsigned kind, unsigned counter, unsigned long long *out) {
+    if (kind != 1 || counter != 0) return INVALID_ARGUMENT; /* uncorrected, since the driver was loaded */
+    *out = 3;
+    return optional(d);
+}
+int nvmlDeviceGetRemappedRows(device d, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
+    *corrected = *uncorrected = *pending = 0; *failed = d->index;
+    return optional(d);
+}
 VALUE(nvmlDeviceGetCurrPcieLinkGeneration, 1)
 VALUE(nvmlDeviceGetMaxPcieLinkGeneration, 4)
 VALUE(nvmlDeviceGetCurrPcieLinkWidth, 8)
@@ -115,11 +130,6 @@ int nvmlDeviceGetUtilizationRates(device d, utilization *out) {
 }
 int nvmlDeviceGetCurrentClocksThrottleReasons(device d, unsigned long long *out) {
     *out = d->index ? 0x81 : 0x04; /* an idle GPU, and the power brake; a power cap */
-    return optional(d);
-}
-int nvmlDeviceGetTotalEccErrors(device d, unsigned kind, unsigned counter, unsigned long long *out) {
-    if (kind != 1 || counter != 0) return INVALID_ARGUMENT; /* uncorrected, volatile */
-    *out = d->index ? 2 : 0;
     return optional(d);
 }
 typedef struct { device device; unsigned long long type, data; unsigned gpu_instance, compute_instance; } event_data;

@@ -20,12 +20,12 @@ SPEC = ScenarioSpec("4x3090", "team", seed=1, seconds=40.0, requests_per_second=
 
 def differences(found: Comparison, *, by_loads: bool) -> list[str]:
     """Descriptions of the differences; empty if both agree."""
-    emulated, simulated = found.in_time()
+    emulated, simulated = found.in_ten_seconds()
     messages = [one.error for one in found.emulated if one.error]
     if len(found.emulated) != len(found.simulated):
         messages.append(f"{len(found.emulated)} requests emulated, {len(found.simulated)} simulated")
     if abs(emulated - simulated) > IN_TIME_TOLERANCE:
-        messages.append(f"in time: {emulated:.0%} emulated, {simulated:.0%} simulated")
+        messages.append(f"within 10 s: {emulated:.0%} emulated, {simulated:.0%} simulated")
     if by_loads and found.loads[0][:6] != found.loads[1][:6]:
         messages.append(f"first loads: {found.loads[0][:6]} emulated, {found.loads[1][:6]} simulated")
     return messages

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from router.domain.actions import Action, Grant, Load, Reject, Unload
-from router.domain.events import Event
+from router.domain.events import Event, Ticked
 from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceName
 from router.domain.model import ModelFacts
+from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
@@ -20,6 +22,7 @@ from router.lab.simulator.invariants import InvariantError, Invariants
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Baseline, Simulation
+from tests.scheduler.builders import model, snapshot, ticket
 
 SPEC = ScenarioSpec("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.6)
 AlterActions = Callable[[list[Action]], list[Action]]
@@ -132,3 +135,41 @@ def test_a_request_that_waits_while_a_slot_is_free_is_detected() -> None:
 
     with pytest.raises(InvariantError, match="waits despite a free slot"):
         play(alter_snapshot=roomier)
+
+
+def starving_at_once(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, policy=replace(snapshot.policy, starving_after_seconds=0.5))
+
+
+class OneWaits:
+    """A router in which one request waits; another one for the same model is open."""
+
+    def __init__(self, waiting: Ticket, other: Request) -> None:
+        self.waiting = ((waiting, "a slot"),)
+        self.open_requests = {TicketId(2): other}
+
+    def snapshot(self) -> Snapshot:
+        return snapshot([], [], policy=Policy(starving_after_seconds=75.0))
+
+    def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
+        return {}
+
+
+@pytest.mark.parametrize(("now", "is_starving"), [(74.0, False), (76.0, True)])
+def test_a_starving_request_that_is_overtaken_is_detected(now: float, is_starving: bool) -> None:
+    loaded = model("m")
+    later = Request(2, "bob", 0, 0, loaded, 10, 0, 10, arrived_at=now)
+    scenario = make_scenario(SPEC)
+    invariants, machine = Invariants(), Simulation(scenario, make_baseline("llamayard", scenario)).machine
+    invariants.watch(OneWaits(ticket(1, loaded, client="anna"), later), machine)
+    granted: list[Action] = [Grant(TicketId(2), InstanceName("gpu0"), "", "", 0, 2)]
+    if is_starving:
+        with pytest.raises(InvariantError, match="overtakes 1 of anna"):
+            invariants.check_actions(Ticked(), granted, now)
+    else:
+        invariants.check_actions(Ticked(), granted, now)
+
+
+def test_a_starving_request_without_a_plan_is_detected() -> None:
+    with pytest.raises(InvariantError, match="nothing is planned"):
+        play(alter_snapshot=lambda snapshot: replace(starving_at_once(snapshot), residencies={}, reservations={}))

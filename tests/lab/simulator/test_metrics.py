@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from router.lab.simulator.metrics import is_in_time, jain, jain_index, quantile, service_jain, ttft_percentiles
+from router.lab.simulator.metrics import (
+    Punctuality,
+    is_in_ten_seconds,
+    is_in_time,
+    jain,
+    jain_index,
+    punctuality,
+    quantile,
+    service_jain,
+    swap_seconds,
+    ttft_percentiles,
+)
 from router.lab.simulator.requests import HUNG_UP, SERVED, Request
 from tests.lab.simulator.machines import model, request
 
@@ -32,8 +43,18 @@ def ended(number: int, ttft: float, *, tokens: int = 101, rate: float = 50.0, ou
         (ended(1, 1.0, outcome=HUNG_UP), False),
     ],
 )
-def test_in_time_is_a_first_token_within_ten_seconds_and_then_fast_enough(one: Request, expected: bool) -> None:
-    assert is_in_time(one) is expected
+def test_within_ten_seconds_is_a_first_token_by_then_and_a_fast_enough_rest(one: Request, expected: bool) -> None:
+    assert is_in_ten_seconds(one) is expected
+
+
+def test_in_time_allows_one_warm_swap_of_the_model_more() -> None:
+    assert swap_seconds(MODEL) == pytest.approx(0.8 + 1.2 + MODEL.weights_bytes / 4.9e9)
+    limit = 10.0 + swap_seconds(MODEL)
+    soon, late, slow = ended(1, limit - 0.1), ended(2, limit + 0.1), ended(3, 1.0, rate=6.6)
+    assert [is_in_time(one) for one in (soon, late, slow)] == [True, False, False]
+    found = punctuality([soon, late, slow, ended(4, 1.0)], missing=1)
+    assert found == Punctuality(requests=5, in_time=2, in_ten_seconds=1)
+    assert (found.in_time_share, found.in_ten_seconds_share) == (0.4, 0.2)
 
 
 def test_quantiles_are_the_nearest_rank() -> None:

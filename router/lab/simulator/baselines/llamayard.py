@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from router.domain.actions import (
+    AbortLoad,
     Action,
     Grant,
     Load,
@@ -42,6 +43,7 @@ from router.domain.events import (
     UnloadFinished,
 )
 from router.domain.gpu import GpuUuid
+from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
@@ -57,7 +59,7 @@ from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
-from router.lab.simulator.server import RUNNER_LOST, LoadResult, SimServer
+from router.lab.simulator.server import RUNNER_LOST, LoadJob, LoadResult, SimServer
 from router.lab.simulator.timeline import Timer
 from router.scheduler.dispatcher import Dispatcher
 
@@ -113,6 +115,7 @@ class Llamayard:
         }
         self._open_requests: dict[TicketId, _OpenRequest] = {}
         self._tickets: dict[Request, TicketId] = {}
+        self._load_jobs: dict[LoadId, LoadJob] = {}
         self._wake: Timer | None = None
 
     # --- Baseline interface --------------------------------------------------------------------------------
@@ -252,8 +255,8 @@ class Llamayard:
                 if open_request is not None:
                     del self._tickets[open_request.request]
                     open_request.done(open_request.request, action.code)
-            case Load():
-                self._load(action)
+            case Load() | AbortLoad():
+                self._load_or_abort(action)
             case Unload():
                 self._unload(action)
             case StartInstance():
@@ -308,6 +311,14 @@ class Llamayard:
         else:
             open_request.done(open_request.request, error)
 
+    def _load_or_abort(self, action: Load | AbortLoad) -> None:
+        if isinstance(action, Load):
+            self._load(action)
+            return
+        job = self._load_jobs.pop(action.load_id, None)
+        if job is not None:
+            self._instances[action.instance].server.abort_load(job)
+
     def _load(self, load: Load) -> None:
         instance = self._instances[load.instance]
         if instance.state is not InstanceState.READY:
@@ -315,6 +326,8 @@ class Llamayard:
             return
 
         def finished(result: LoadResult) -> None:
+            if self._load_jobs.pop(load.load_id, None) is None:
+                return  # it was broken off: nobody reads the answer
             if result.error:
                 is_lost = result.error == RUNNER_LOST
                 self._post(
@@ -325,7 +338,7 @@ class Llamayard:
             else:
                 self._post(LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes))
 
-        instance.server.load(
+        self._load_jobs[load.load_id] = instance.server.load(
             load.model,
             load.model.layers + 1 if load.expects_gpu else -1,
             lambda r: self._call_soon(lambda: finished(r)),

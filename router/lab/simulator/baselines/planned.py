@@ -13,7 +13,6 @@ from itertools import combinations
 
 from router.domain.gpu import GpuUuid
 from router.domain.model import ModelFacts
-from router.lab.simulator.baselines.floor import even_units
 from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ModelRunner, Phase, ServerConfig, shape_of
 from router.lab.simulator.machine import Machine
@@ -167,6 +166,12 @@ class Planned:
         del self._loaded[name]
         self._draining.discard(name)
         self._load_planned()
+
+
+def even_units(units: int, parts: int) -> tuple[int, ...]:
+    """As even as possible; the first parts get the remainder."""
+    each, rest = divmod(units, parts)
+    return tuple(each + (index < rest) for index in range(parts))
 
 
 def intervals(count: int, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:

@@ -1,0 +1,126 @@
+"""`GET /llamayard/explain`: what would become of a request for a model now, as JSON. Nothing is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from router.api.context import ApiContext
+from router.domain.client_identity import ClientIdentity
+from router.domain.explanation import CandidateReport, Explanation
+from router.domain.gpu import GpuUuid
+from router.domain.snapshot import Snapshot
+from router.errors import BadRequest, ModelNotFound
+from router.llm_api.inference_request import InferenceRequest, read_request
+from router.scheduler.placement.explain import gpu_label
+
+_CONTEXT_MIN, _CONTEXT_MAX = 4, 2**24
+_CANDIDATES_SHOWN_MAX = 100
+_PATH = "/api/chat"
+"""The request that is thought of."""
+
+
+async def explain(context: ApiContext, query: Mapping[str, str]) -> dict[str, Any]:
+    """The decision on a chat request of a client that has no other requests; keys `model` and `context` of the query.
+
+    Raises:
+        BadRequest: a key is missing or wrong.
+        ModelNotFound: no server has the model.
+        RouterError: a server that may have it is down, or the model is a cloud model.
+    """
+    request = _request(context, query)
+    facts = await context.find_model(request.model)
+    if facts is None:
+        raise ModelNotFound(f"model '{request.model}' not found: see `ollama list`, or pull it")
+    request.plan_for(facts)
+    controller = context.controller
+    ticket = request.ticket(controller.new_ticket_id(), controller.now(), context.limits.queue_timeout_seconds)
+    found = controller.explain(ticket)
+    requested = dict(ticket.options).get("num_ctx") or ticket.context_length or context.rules.default_context_length
+    return {
+        "model": facts.name,
+        "requested_model": request.requested_model,
+        "context_length": int(requested),
+        **explanation_document(found, controller.snapshot()),
+    }
+
+
+def _request(context: ApiContext, query: Mapping[str, str]) -> InferenceRequest:
+    model = query.get("model", "").strip()
+    if not model:
+        raise BadRequest("model: missing; ask for /llamayard/explain?model=NAME")
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "?"}]}
+    tokens = _context_tokens(query.get("context"))
+    if tokens is not None:
+        body["options"] = {"num_ctx": tokens}
+    return read_request(context.rules, _PATH, json.dumps(body).encode(), lambda _: None, ClientIdentity())
+
+
+def _context_tokens(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
+        raise BadRequest(f"context: {text!r} must be a number of tokens from {_CONTEXT_MIN} to {_CONTEXT_MAX}")
+    return int(text)
+
+
+def explanation_document(found: Explanation, snapshot: Snapshot) -> dict[str, Any]:
+    """JSON of an explanation; its keys are listed in docs/placement.md and only ever added to."""
+    return {
+        "outcome": found.outcome.value,
+        "reason": found.reason,
+        "error_code": found.error_code,
+        "instance": found.instance,
+        "gpus": _indexes(snapshot, found.gpus),
+        "options": dict(found.options),
+        "position": found.position,
+        "expected_wait_seconds": _rounded(found.expected_wait_seconds),
+        "load_seconds": _rounded(found.load_seconds),
+        "worth_seconds": _rounded(found.worth_seconds),
+        "leaving": [
+            {
+                "model": each.name,
+                "instance": each.instance,
+                "in_flight": each.in_flight,
+                "price_seconds": _rounded(each.price_seconds),
+                "moves_to": each.moves_to,
+            }
+            for each in found.leaving
+        ],
+        "replicas": [
+            {
+                "instance": each.instance,
+                "state": each.state,
+                "in_flight": each.in_flight,
+                "slots": each.slots,
+                "context_length": each.context_length,
+                "serves": each.serves,
+            }
+            for each in found.replicas
+        ],
+        "candidates": [_candidate(each, snapshot) for each in found.candidates[:_CANDIDATES_SHOWN_MAX]],
+        "candidates_left_out": max(0, len(found.candidates) - _CANDIDATES_SHOWN_MAX),
+    }
+
+
+def _candidate(report: CandidateReport, snapshot: Snapshot) -> dict[str, Any]:
+    names = [snapshot.residencies[key].name for key in report.evict if key in snapshot.residencies]
+    return {
+        "instance": report.instance,
+        "gpus": _indexes(snapshot, report.gpus),
+        "is_new": report.is_new,
+        "verdict": report.verdict.value,
+        "price_seconds": _rounded(report.price_seconds),
+        "per_gpu_bytes": list(report.per_gpu_bytes),
+        "evicts": names,
+        "reason": report.reason,
+    }
+
+
+def _indexes(snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> list[str]:
+    return [gpu_label(snapshot, gpu) for gpu in gpus]
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)

@@ -1,0 +1,80 @@
+"""`llamayard load MODEL`: loads a model through the running router, as a client's first request would.
+
+It waits in the queue like any request, and takes a slot until the model is loaded. Tells where it went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from router.cli.configuration import inputs_of, print_problems
+from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.cli.loaded_models import GIB, loaded_models, rows_of, where
+from router.cli.router_client import Refused, RouterClient, StatusError
+from router.config.settings import ConfigError, Settings
+
+_SPARE_SECONDS = 30.0
+_NO_GENERATION = "does not support generate"
+"""A server's words about an embedding model."""
+_CONTEXT_MIN, _CONTEXT_MAX = 4, 2**24
+
+
+def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    """The exit code; EXIT_FAILED if the model is not loaded or the router cannot be asked."""
+    try:
+        settings = inputs_of(arguments, environment).settings()
+        tokens = _tokens(arguments.context)
+    except ConfigError as error:
+        print_problems(error.problems)
+        return EXIT_MISUSED
+    server = settings.server
+    client = RouterClient(server.host, server.port, server.tls_certificate)
+    try:
+        loaded = _load(client, arguments.model, tokens, settings)
+    except (StatusError, Refused) as error:
+        print_problems([str(error)])
+        return EXIT_FAILED
+    print(json.dumps(loaded, indent=2, ensure_ascii=False) if arguments.json else _text(loaded))
+    return EXIT_OK
+
+
+def _tokens(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
+        raise ConfigError([f"--context {text}: must be a number of tokens from {_CONTEXT_MIN} to {_CONTEXT_MAX}"])
+    return int(text)
+
+
+def _load(client: RouterClient, model: str, tokens: int | None, settings: Settings) -> dict[str, Any]:
+    """Where the model is afterwards. Errors as `RouterClient.call`."""
+    timeout = settings.queue.timeout_seconds + settings.ollama.load_timeout_seconds + _SPARE_SECONDS
+    body: dict[str, Any] = {"model": model, "stream": False}
+    if tokens is not None:
+        body["options"] = {"num_ctx": tokens}
+    started = time.monotonic()
+    try:
+        headers = client.headers_of("POST", "/api/generate", body, timeout)
+    except Refused as error:
+        if _NO_GENERATION not in str(error):
+            raise
+        headers = client.headers_of("POST", "/api/embed", {**body, "input": []}, timeout)
+    seconds = round(time.monotonic() - started, 1)
+    served_by, answered = headers.get("x-llamayard-instance", ""), headers.get("x-llamayard-model", model)
+    rows = rows_of(loaded_models(client.get("/llamayard/status")), answered)
+    row = next((row for row in rows if row["instance"] == served_by), None)
+    if row is None:
+        raise StatusError(
+            f"{model} was loaded on {served_by or 'an instance'}, and has left it since: llamayard status"
+        )
+    return {**row, "seconds": seconds}
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    size = f"{row['size_bytes'] / GIB:.1f} GiB"
+    first = f"{row['model']}: on {where(row)}, context {row['context_length']}, slots {row['slots']}, {size}"
+    return f"{first}, in {row['seconds']:.1f} s\n  reason: {row['reason']}"

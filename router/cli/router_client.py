@@ -1,0 +1,112 @@
+"""Asks the running router, at the address of the configuration."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+TIMEOUT_SECONDS = 10.0
+_ELSEWHERE = "if the router listens elsewhere, add --port, --host, or the --config that it was started with"
+
+
+class StatusError(Exception):
+    """The router cannot be asked; the text says why and what to do."""
+
+
+class Refused(Exception):
+    """The router answered with an error; the text is its message."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RouterClient:
+    """One router. With a certificate over TLS, trusting only that one."""
+
+    def __init__(self, host: str, port: int, certificate: Path | None = None) -> None:
+        self._host, self._port, self._certificate = _reachable(host), port, certificate
+        self._address = f"{self._host}:{port}"
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at a path that only llamayard has. Errors as `call`."""
+        return self.call("GET", path)
+
+    def call(
+        self, method: str, path: str, body: object = None, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> dict[str, Any]:
+        """The JSON object that a request is answered with.
+
+        Raises:
+            StatusError: no answer in time, or the server is not llamayard.
+            Refused: the router's error.
+        """
+        return self._answer(method, path, body, timeout_seconds)[0]
+
+    def headers_of(
+        self, method: str, path: str, body: object, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> Mapping[str, str]:
+        """The headers of the answer, in lower case. Errors as `call`."""
+        return self._answer(method, path, body, timeout_seconds)[1]
+
+    def _answer(
+        self, method: str, path: str, body: object, timeout_seconds: float
+    ) -> tuple[dict[str, Any], Mapping[str, str]]:
+        status, headers, raw = self._exchange(method, path, body, timeout_seconds)
+        route = path.partition("?")[0]
+        try:
+            document: object = json.loads(raw)
+        except ValueError as error:
+            if status != http.client.OK:
+                raise self._foreign(status, route) from error
+            raise StatusError(f"{self._address} answers {route}, but not JSON") from error
+        if not isinstance(document, dict):
+            raise StatusError(f"{self._address} answers {route}, but not a JSON object")
+        fields = cast("dict[str, Any]", document)
+        if status != http.client.OK:
+            message = fields.get("error")
+            if not isinstance(message, str):
+                raise self._foreign(status, route)
+            raise Refused(message, status)
+        return fields, headers
+
+    def _exchange(
+        self, method: str, path: str, body: object, timeout_seconds: float
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        headers = {"Host": f"localhost:{self._port}"}
+        payload = None
+        if body is not None:
+            payload, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        try:
+            with closing(self._connection(timeout_seconds)) as connection:
+                connection.request(method, path, body=payload, headers=headers)
+                reply = connection.getresponse()
+                names = {name.lower(): value for name, value in reply.getheaders()}
+                return reply.status, names, reply.read()
+        except (OSError, http.client.HTTPException) as error:  # ssl.SSLError is an OSError
+            reason = str(error) or type(error).__name__
+            raise StatusError(
+                f"no answer from {self._address} ({reason}): is `llamayard serve` running? {_ELSEWHERE}"
+            ) from error
+
+    def _connection(self, timeout_seconds: float) -> http.client.HTTPConnection:
+        if self._certificate is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=timeout_seconds)
+        context = ssl.create_default_context(cafile=str(self._certificate))
+        context.check_hostname = False  # the address is used, which a certificate rarely contains
+        return http.client.HTTPSConnection(self._host, self._port, timeout=timeout_seconds, context=context)
+
+    def _foreign(self, status: int, route: str) -> StatusError:
+        return StatusError(
+            f"{self._address} answers {status} to {route}: it is not llamayard, perhaps a stock Ollama; {_ELSEWHERE}"
+        )
+
+
+def _reachable(host: str) -> str:
+    """The address of a listener on `host`, from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
