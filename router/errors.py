@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 
 
@@ -168,3 +169,8 @@ def error_for(
         KeyError: no error has this code.
     """
     return _BY_CODE[code](message, status=status, retry_after_seconds=retry_after_seconds)
+
+
+def is_out_of_descriptors(error: BaseException | None) -> bool:
+    """Whether this process, and not its peer, is why a connection failed: no file descriptor or buffer was left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)

@@ -1,4 +1,4 @@
-"""The router's own endpoints: health, readiness, metrics, the whole state as JSON, explanations. Read-only."""
+"""The router's own endpoints: health, readiness, metrics, the whole state, explanations, an operator's commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
+from router.api import operator_commands
 from router.api.context import ApiContext
 from router.api.explain import explain
 from router.api.responses import json_response, text_response
@@ -51,8 +52,10 @@ class AdminHandler:
         history: RequestHistory,
         emulated: str,
         pulls: Callable[[], list[dict[str, object]]],
+        reload: operator_commands.Reload,
     ) -> None:
         self._pulls = pulls
+        self._reload = reload
         self._context = context
         self._history = history
         self._metrics = metrics
@@ -68,6 +71,11 @@ class AdminHandler:
             case "/metrics":
                 headers = {hdrs.CONTENT_TYPE: CONTENT_TYPE_PLAIN_0_0_4, **extra}
                 return web.Response(body=generate_latest(self._metrics.registry), headers=headers)
+            case operator_commands.DRAIN | operator_commands.RESUME | operator_commands.RESTART:
+                answer = await operator_commands.run_command(request, record.route, self._context.controller)
+                return json_response(answer, extra)
+            case operator_commands.RELOAD:
+                return json_response(await self._reload(), extra)
             case "/llamayard/explain":
                 return json_response(await explain(self._context, request.query), extra)
             case "/llamayard/why":
@@ -94,9 +102,11 @@ class AdminHandler:
             "version": __version__,
             "emulated": self._emulated,
             "gpus": [_gpu(snapshot, gpu) for gpu in sorted(snapshot.gpus.values(), key=lambda g: g.index)],
-            "instances": [_instance(view) for view in snapshot.instances.values()],
+            "instances": [_instance(snapshot, view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
+            "drained": operator_commands.drained_document(snapshot),
+            "restart": operator_commands.restart_document(snapshot),
             "warm_missing": [{"model": name, "reason": why} for name, why in snapshot.warm_missing.items()],
             "pulls": self._pulls(),
             **self._waiting(),
@@ -122,6 +132,10 @@ def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
     return {
         **readings,
         "lost": gpu.error is not None,
+        "drained": snapshot.drained.has_gpu(gpu.uuid),
+        "unfit": snapshot.drained.reason_of(gpu.uuid),
+        "hot": gpu.uuid in snapshot.hot,
+        "on_probation": gpu.uuid in snapshot.probation,
         "memory_bandwidth_bytes_per_second": gpu.bandwidth_bytes_per_second,
         "resident_bytes": resident_bytes(snapshot, gpu.uuid),
         "reserved_bytes": reserved_bytes(snapshot, gpu.uuid),
@@ -131,8 +145,8 @@ def _gpu(snapshot: Snapshot, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def _instance(view: InstanceView) -> dict[str, Any]:
-    spec = view.spec
+def _instance(snapshot: Snapshot, view: InstanceView) -> dict[str, Any]:
+    spec, health = view.spec, snapshot.health.get(view.spec.name)
     return {
         "name": spec.name,
         "state": view.state.value,
@@ -144,11 +158,14 @@ def _instance(view: InstanceView) -> dict[str, Any]:
         "context_length": spec.context_length,
         "kv_cache_type": spec.kv_cache_type,
         "flash_attention": spec.flash_attention,
+        "ejected": "" if health is None or snapshot.now >= health.ejected_until else health.reason,
         "reason": view.reason,
     }
 
 
 def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
+    health = snapshot.health.get((residency.instance, residency.blob))
+    ejected_seconds = health.ejected_until - snapshot.now if health is not None else 0.0
     return {
         "name": residency.name,
         "instance": residency.instance,
@@ -157,6 +174,7 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "slots": residency.slots,
         "in_flight": residency.in_flight,
         "unload_failures": residency.unload_failures,
+        "ejected_seconds": round(max(0.0, ejected_seconds), 1),
         "per_gpu_bytes": list(residency.per_gpu_bytes),
         "context_length": residency.context_length,
         "options": dict(residency.options),

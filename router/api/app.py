@@ -17,6 +17,7 @@ from aiohttp import hdrs, web
 from router.admission.access import HeaderValues, begin_charge
 from router.admission.key_budgets import KeyBudgets
 from router.admission.pipeline import AdmissionPipeline, AdmissionRequest
+from router.api import operator_commands
 from router.api.admin import AdminHandler
 from router.api.aggregated import AggregatedHandler
 from router.api.context import ApiContext
@@ -41,7 +42,14 @@ Handler = Callable[[web.BaseRequest, RequestRecord], Awaitable[web.StreamRespons
 class ApiHandlers:
     """The handlers of each kind of route. `close` ends their background work."""
 
-    def __init__(self, context: ApiContext, metrics: Metrics, history: RequestHistory, emulated: str = "") -> None:
+    def __init__(
+        self,
+        context: ApiContext,
+        metrics: Metrics,
+        history: RequestHistory,
+        reload: operator_commands.Reload,
+        emulated: str = "",
+    ) -> None:
         """`emulated`: the title of an emulated rig, "" for real GPUs."""
         passthrough = PassthroughHandler(context)
         self._management = ModelManagementHandler(context)
@@ -51,7 +59,7 @@ class ApiHandlers:
             Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._management,
             Kind.REFUSED: passthrough if context.rules.cloud else _refuse_account_route,
-            Kind.ADMIN: AdminHandler(context, metrics, history, emulated, self._management.pulls.progress),
+            Kind.ADMIN: AdminHandler(context, metrics, history, emulated, self._management.pulls.progress, reload),
         }
 
     async def close(self) -> None:

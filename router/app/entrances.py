@@ -26,6 +26,7 @@ from router.config.settings import Settings
 from router.domain.model import ModelFacts
 from router.domain.residency import ResidencyState
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import serves_elsewhere
 from router.http1.parser import HEAD_BYTES_MAX
 from router.http1.via import Via
 from router.llm_api.routes import Kind, RouteTable
@@ -79,6 +80,7 @@ class Entrances:
             ready_primary=context.ready_primary,
             find_model=context.find_model,
             has_free_slot=lambda facts: _has_free_slot(controller.snapshot(), facts),
+            serves_elsewhere=lambda facts, instance: serves_elsewhere(controller.snapshot(), facts.blob, instance),
             debug_headers=server.debug_headers,
             make_handler=library,
             table=RouteTable(),

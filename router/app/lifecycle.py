@@ -1,7 +1,8 @@
 """The running router: start, stop and signals.
 
 SIGTERM, Ctrl-C or a closed terminal drains: new requests are refused, running ones may end until
-`server.drain_timeout_seconds`, then the servers are stopped. A second signal stops at once.
+`server.drain_timeout_seconds`, then the servers are stopped. A second signal stops at once. Under a service manager,
+which has no terminal, SIGHUP reloads the configuration instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from aiohttp import web
 from router.api.app import ApiServer
 from router.api.context import SHUTDOWN_RETRY_AFTER_SECONDS, Cutoff
 from router.app.access_keys import KeyWatcher
+from router.app.reload import Reloader
+from router.app.service_manager import ServiceManager
 from router.control.controller import Controller
 from router.control.poller import StatePoller
 from router.errors import ShuttingDown
@@ -65,6 +68,8 @@ class Router:
     drain_timeout_seconds: float
     key_watcher: KeyWatcher
     admin: AdminListener
+    reloader: Reloader
+    service_manager: ServiceManager
 
     async def run(self, listener: socket.socket, admin_listener: socket.socket | None = None) -> None:
         """Serves on the listeners; returns when a signal has come and everything is stopped."""
@@ -77,6 +82,9 @@ class Router:
             loop.add_signal_handler(signal.SIGHUP, stopping.set)
         try:
             async with asyncio.TaskGroup() as tasks:
+                if self.service_manager.is_present:
+                    loop.add_signal_handler(signal.SIGHUP, self._reload, tasks)
+                watchdog = tasks.create_task(self.service_manager.keep_watchdog(), name="watchdog")
                 supervisor = tasks.create_task(self.supervisor.run(), name="supervisor")
                 poller = tasks.create_task(self.state_poller.run(), name="state_poller")
                 helpers = [
@@ -89,12 +97,15 @@ class Router:
                 await self._open(listener)
                 await stopping.wait()
                 await self._close(at_once)
-                for task in helpers:
+                for task in (*helpers, watchdog):
                     task.cancel()
                 await supervisor
         finally:
             for number in (*_STOP_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+
+    def _reload(self, tasks: asyncio.TaskGroup) -> None:
+        tasks.create_task(self.reloader.reload_on_signal(), name="reload")
 
     async def _open(self, listener: socket.socket) -> None:
         # Objects from startup live as long as the process. Without them in every collection a request is 5 % cheaper.
@@ -106,10 +117,12 @@ class Router:
         log = structlog.get_logger("router")
         url = endpoint_url("http" if self.tls is None else "https", host, port)
         log.info("listening", url=url, **({"emulated": self.title} if self.title else {}))
+        self.service_manager.ready(f"listening on {url}")
 
     async def _close(self, at_once: asyncio.Event) -> None:
         """Drains, then stops the servers, then closes the remaining connections."""
         log = structlog.get_logger("router")
+        self.service_manager.stopping()
         log.info("draining", drain_timeout_seconds=self.drain_timeout_seconds)
         self.controller.begin_shutdown()
         self.supervisor.drain_all()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 
 import structlog
 
 from router.app.fleet_checks import check_fleet
 from router.app.hardware import Hardware, detect_hardware, instance_plan
 from router.app.listening import listen, listen_for_admin
+from router.app.resource_limits import apply_limits
 from router.app.startup_checks import tls_context
 from router.app.wiring import build
-from router.config.settings import ConfigError, Settings
+from router.config.settings import ConfigError, Settings, process_environment
 from router.domain.events import GpusRead
 from router.domain.gpu import Gpu
 from router.observability.logging import configure_logs
@@ -21,14 +23,15 @@ from router.proxy.memory_trim import keep_freed_memory
 from router.supervisor import orphan_reaper
 
 
-async def serve(settings: Settings) -> None:
-    """Runs the router until a signal stops it.
+async def serve(settings: Settings, read_settings: Callable[[], Settings]) -> None:
+    """Runs the router until a signal stops it. `read_settings` reads the configuration again, for a reload.
 
     Raises:
         ConfigError: a value cannot be used on this machine: a port in use, a bad certificate, a GPU that is not there.
     """
     configure_logs(settings.log.format, settings.log.level)
     log = structlog.get_logger("router")
+    apply_limits()
     tls = tls_context(settings)
     with contextlib.ExitStack() as listeners:
         listener = listeners.enter_context(contextlib.closing(listen(settings)))
@@ -42,7 +45,7 @@ async def serve(settings: Settings) -> None:
         reading = await asyncio.to_thread(_read_gpus, hardware)
         _refuse_contradictions(settings, hardware, reading.gpus)
         keep_freed_memory()
-        async with build(settings, hardware, reading, tls) as router:
+        async with build(settings, hardware, reading, tls, read_settings, process_environment()) as router:
             await router.run(listener, admin)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,16 +22,19 @@ from router.api.management_rules import ManagementRules
 from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
+from router.app.reload import Reloader, check_reload
+from router.app.service_manager import ServiceManager
 from router.config.policy import policy_of, warm_models
 from router.config.settings import ConfigError, Settings
 from router.control.controller import Controller
 from router.control.effects import Effects
 from router.control.poller import PollIntervals, StatePoller
-from router.domain.events import FootprintsLoaded, GpusRead, InstanceChanged, LoadMeasured
+from router.domain.events import FootprintsLoaded, GpusRead, InstanceChanged, LoadMeasured, PolicyChanged
 from router.domain.gpu import Gpu
-from router.domain.instance import InstanceSpec, InstanceState
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model_names import rule_key
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import is_loading
 from router.engines.base import Engine
 from router.engines.ollama.engine import OllamaEngine
 from router.engines.ollama.instance_plan import (
@@ -60,9 +65,11 @@ from router.supervisor.supervisor import Supervisor
 
 @contextlib.asynccontextmanager
 async def build(
-    settings: Settings, hardware: Hardware, reading: GpusRead, tls: ssl.SSLContext | None
-) -> AsyncGenerator[Router]:
+    settings: Settings, hardware: Hardware, reading: GpusRead, tls: ssl.SSLContext | None,
+    read_settings: Callable[[], Settings], environment: Mapping[str, str],
+) -> AsyncGenerator[Router]:  # fmt: skip
     """Builds and connects all components; leaving the context releases what they hold. `reading`: the GPUs just now.
+    `read_settings` reads the configuration again, as at the start; `environment`: of this process.
 
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
@@ -96,18 +103,23 @@ async def build(
         def poll_gpus() -> None:
             state_poller.poll_gpus()
 
-        supervisor = Supervisor(_supervisor_config(settings, hardware), engines, on_instance_change, on_load=on_load)
+        config, loads = _supervisor_config(settings, hardware), partial(_is_loading, snapshot)
+        supervisor = Supervisor(config, engines, on_instance_change, on_load=on_load, is_loading=loads)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
             metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
-            management = _management(settings, Path(hardware.models_directory))
-            context = _context(settings, controller, ollama, session, store_lock, management)
+            context = _context(
+                settings, controller, ollama, session, store_lock,
+                _management(settings, Path(hardware.models_directory)),
+            )  # fmt: skip
             state_poller = StatePoller(
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
             )  # fmt: skip
-            handlers = ApiHandlers(context, metrics, history, hardware.title)
+            apply = _application(controller, context, state_poller, gpus, plan)
+            reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
+            handlers = ApiHandlers(context, metrics, history, reloader.answer, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)
@@ -120,6 +132,7 @@ async def build(
                 yield Router(
                     controller, supervisor, state_poller, api_server, proxy, library, tls, context.cutoff,
                     hardware.title, settings.server.drain_timeout_seconds, watcher, entrances.admin(proxy.context),
+                    reloader, ServiceManager(environment, os.getpid()),
                 )  # fmt: skip
             finally:
                 if lines is not None:
@@ -127,6 +140,26 @@ async def build(
                 await handlers.close()
                 await ollama.close()
                 await poller.close()
+
+
+def _is_loading(snapshot: Callable[[], Snapshot], name: InstanceName) -> bool:
+    return is_loading(snapshot(), name)
+
+
+def _application(
+    controller: Controller, context: ApiContext, state_poller: StatePoller, gpus: tuple[Gpu, ...], plan: InstancePlan
+) -> Callable[[Settings], None]:
+    """Applies reloaded settings to what runs; raises ConfigError before anything has changed."""
+
+    def apply(settings: Settings) -> None:
+        policy = policy_of(settings, gpus, on_demand_like(plan))
+        rules = _rules(settings, context.removing)
+        controller.post(PolicyChanged(policy))
+        context.rules.become(rules)
+        context.limits.become(_limits(settings))
+        state_poller.set_warm(warm_models(policy))
+
+    return apply
 
 
 def _instances(gpus: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:
@@ -181,7 +214,22 @@ def _context(
     store_lock: asyncio.Lock,
     management: ManagementRules,
 ) -> ApiContext:
-    limits = RequestLimits(
+    removing = set[str]()
+    return ApiContext(
+        controller=controller,
+        catalog=ollama.catalog,
+        session=session,
+        limits=_limits(settings),
+        rules=_rules(settings, removing),
+        endpoint_support=ollama.endpoint_support,
+        writing=store_lock,
+        removing=removing,
+        management=management,
+    )
+
+
+def _limits(settings: Settings) -> RequestLimits:
+    return RequestLimits(
         max_body_bytes=settings.server.max_body_bytes,
         max_connections=settings.server.max_connections,
         queue_timeout_seconds=settings.queue.timeout_seconds,
@@ -192,18 +240,6 @@ def _context(
         body_total_timeout_seconds=settings.server.body_total_timeout_seconds,
         body_bytes_per_second_min=settings.server.body_bytes_per_second_min,
         connection_timeout_seconds=settings.server.connection_timeout_seconds,
-    )
-    removing = set[str]()
-    return ApiContext(
-        controller=controller,
-        catalog=ollama.catalog,
-        session=session,
-        limits=limits,
-        rules=_rules(settings, removing),
-        endpoint_support=ollama.endpoint_support,
-        writing=store_lock,
-        removing=removing,
-        management=management,
     )
 
 

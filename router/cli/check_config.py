@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-from pydantic import BaseModel
 
 from router.app.preflight import PreflightResult, check_machine
 from router.app.startup_checks import startup_problems
@@ -22,6 +19,7 @@ from router.config.instance_options import tuning_problems
 from router.config.keys import dotted_keys
 from router.config.problems import origin_of
 from router.config.settings import ConfigError, Settings, key_origins, load_settings
+from router.config.values import json_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,28 +116,10 @@ def _effective_keys(inputs: ConfigurationInputs, settings: Settings) -> dict[str
     defaults = load_settings(None, home)
     keys: dict[str, EffectiveKey] = {}
     for name in dotted_keys(Settings):
-        value = _json_value(settings, name)
-        keys[name] = EffectiveKey(value, origin_of(name, origins) or "default", value == _json_value(defaults, name))
+        value = json_value(settings, name)
+        keys[name] = EffectiveKey(value, origin_of(name, origins) or "default", value == json_value(defaults, name))
     return keys
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _json_value(settings: Settings, dotted: str) -> Any:
-    """The JSON-ready value of a key."""
-    value: object = settings
-    for part in dotted.split("."):
-        value = getattr(value, part)
-    return _as_json(value)
-
-
-def _as_json(value: object) -> object:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, tuple | list | set | frozenset):
-        return [_as_json(item) for item in cast("Sequence[object]", value)]
-    return str(value) if isinstance(value, Path) else value

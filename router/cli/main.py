@@ -19,6 +19,11 @@ from router.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK
 
 AUTO_RIG = "2x3090"
 """The emulated rig of `serve --auto` on a machine without Ollama."""
+_OPERATOR_COMMANDS = {
+    "drain": "take a GPU, an instance or all out of service; running requests finish",
+    "resume": "bring back what was drained",
+    "restart": "restart instances one after the other, under load",
+}
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -69,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=_serve)
     _add_router_commands(commands.add_parser)
+    _add_operator_commands(commands.add_parser)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"
     )
@@ -131,6 +137,21 @@ def _add_router_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> 
     why.set_defaults(run=_why)
 
 
+def _add_operator_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    for name, words in _OPERATOR_COMMANDS.items():
+        command = add_parser(name, help=words)
+        _add_configuration(command)
+        command.add_argument("target", nargs="*", metavar="TARGET", help="gpu N, instance NAME or all")
+        if name == "restart":
+            command.add_argument(
+                "--timeout", type=float, metavar="SECONDS", help="time that running requests get (default: 300)"
+            )
+        command.set_defaults(run=_operate, command=name)
+    reload = add_parser("reload", help="read the configuration again and apply what can change while the router runs")
+    _add_configuration(reload)
+    reload.set_defaults(run=_reload)
+
+
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file (else ./llamayard.yaml, then /etc)")
     parser.add_argument("--host", help="address to listen on (server.host)")
@@ -149,6 +170,18 @@ def _status(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     from router.cli import status
 
     return status.run(arguments, environment)
+
+
+def _operate(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import operate
+
+    return operate.run(arguments, environment)
+
+
+def _reload(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import reload
+
+    return reload.run(arguments, environment)
 
 
 def _ps(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

@@ -21,9 +21,12 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None, au
     """Serves until a signal; returns EXIT_MISUSED if the configuration cannot be used on this machine."""
     try:
         inputs = inputs_of(arguments, environment)
-        settings = inputs.settings()
-        if arguments.auto:
-            settings = with_rig_if_needed(settings, inputs.environment, auto_rig)
+
+        def read_settings() -> Settings:
+            settings = inputs.settings()
+            return with_rig_if_needed(settings, inputs.environment, auto_rig) if arguments.auto else settings
+
+        settings = read_settings()
         problems = [*tuning_problems(settings), *startup_problems(settings)]
         if lacks_ollama(settings, inputs.environment):
             problems.append(
@@ -32,7 +35,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None, au
             )
         if problems:
             raise ConfigError(problems)
-        uvloop.run(serve(settings))
+        uvloop.run(serve(settings, read_settings))
     except ConfigError as error:
         print_problems(error.problems)
         return EXIT_MISUSED

@@ -40,6 +40,7 @@ def render_status(status: Mapping[str, Any]) -> str:
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
         render_table("GPUS", _GPUS, _rows(status, "gpus"), _gpu_note),
+        *_restart(status.get("restart")),
         render_table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _unless_ready),
         render_table("MODELS", _MODELS, _rows(status, "models"), _model_note),
         render_table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
@@ -118,7 +119,23 @@ def _wrapped(note: str) -> list[str]:
 
 
 def _gpu_note(row: Row) -> str:
-    return f"error: {row['error']}" if row.get("error") else ""
+    notes = [f"error: {row['error']}"] if row.get("error") else []
+    if row.get("unfit"):
+        notes.append(f"out of service: {row['unfit']}")
+    elif row.get("drained"):
+        notes.append("drained")
+    notes += [words for key, words in (("hot", "hot: others are preferred"), ("on_probation", "on probation"))
+              if row.get(key)]  # fmt: skip
+    return "; ".join(notes)
+
+
+def _restart(restart: object) -> list[str]:
+    if not isinstance(restart, Mapping):
+        return []
+    row = cast("Mapping[str, Any]", restart)
+    current, pending = row.get("instance"), cast("list[str]", row.get("pending") or [])
+    words = f"{current} is {row.get('phase')}" if current else "begins"
+    return [f"RESTART\n{_INDENT}{words}" + (f"; then {', '.join(pending)}" if pending else "")]
 
 
 def _unless_ready(row: Row) -> str:

@@ -42,6 +42,7 @@ from router.domain.events import (
 )
 from router.domain.explanation import Explanation
 from router.domain.footprint import MeasuredFootprint
+from router.domain.health import ReplyFailure
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec
 from router.domain.request import Ticket, TicketId
@@ -149,9 +150,10 @@ class Controller:
         output_tokens: int = 0,
         first_byte_at: float | None = None,
         silent_seconds: float = 0.0,
+        failure: ReplyFailure | None = None,
     ) -> None:
         """Gives a granted slot back; each grant must end in exactly one of these."""
-        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at, silent_seconds))
+        self.post(Released(ticket_id, runner_lost, output_tokens, first_byte_at, silent_seconds, failure))
 
     def snapshot(self) -> Snapshot:
         return self._dispatcher.snapshot(self.now())

@@ -94,6 +94,11 @@ class StatePoller:
             for now in self._poll_models_now.values():
                 now.set()
 
+    def set_warm(self, names: tuple[str, ...]) -> None:
+        """Names of models to report as discovered from now on."""
+        self._warm = names
+        self.poll_models()
+
     async def _steadily(
         self, seconds: float, what: str, poll: Callable[[], Awaitable[None]], now: asyncio.Event | None = None
     ) -> None:

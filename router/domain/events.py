@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.domain.drained import DrainTarget
 from router.domain.footprint import GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu
+from router.domain.health import ReplyFailure
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import BlobDigest, ModelFacts
+from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 
 
@@ -86,6 +89,8 @@ class Released:
     """When the first byte of the response arrived; None if none did, or if it was not recorded."""
     silent_seconds: float = 0.0
     """How long its replica had sent no byte to anybody when its client gave up; 0 where it ended otherwise."""
+    failure: ReplyFailure | None = None
+    """How its server failed it; None if it did not, and where its client left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,30 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """The operator's settings were reloaded."""
+
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """An operator takes something out of service, or brings it back."""
+
+    target: DrainTarget
+    is_resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRequested:
+    """An operator wants instances restarted, one after the other."""
+
+    instances: tuple[InstanceName, ...]
+    drain_timeout_seconds: float
+    """How long the running requests of each may take."""
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownBegan:
     """Accept no new work, reject waiting tickets, and let running requests end."""
 
@@ -178,5 +207,8 @@ Event = (
     | LoadMeasured
     | FootprintsLoaded
     | Ticked
+    | PolicyChanged
+    | DrainRequested
+    | RestartRequested
     | ShutdownBegan
 )

@@ -47,6 +47,12 @@ class Gpu:
     memory_bus_width_bits: int | None = None
     memory_clock_hertz: int | None = None
     processes: tuple[GpuProcess, ...] = ()
+    throttle_reasons: tuple[str, ...] = ()
+    """Why its clocks are lower than requested, in NVML's words: `sw_power_cap`, `hw_thermal_slowdown`, …"""
+    ecc_errors_uncorrected: int | None = None
+    """Since the driver was loaded."""
+    xids: tuple[int, ...] = ()
+    """XID errors since the reading before."""
     error: str | None = None
     """Why the GPU could not be read ("GPU is lost"); its memory figures are then the last ones read."""
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NewType
 
 from router.domain.gpu import GpuUuid
+from router.domain.instance import InstanceName
 from router.domain.model import ModelFacts
 
 TicketId = NewType("TicketId", int)
@@ -71,5 +72,7 @@ class Ticket:
     layout: Layout | None = None
     fingerprints: Callable[[], tuple[int, ...]] | None = field(default=None, compare=False, repr=False)
     """Computes the fingerprints of its prompt (`scheduler/balancing/prefix_affinity.py`); None if it has none."""
+    avoid: InstanceName | None = None
+    """An instance that has failed the request: another one is preferred."""
     request_id: str = ""
     """The client's id of the request; only displayed."""

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.domain.drained import NOTHING_DRAINED, Drained
 from router.domain.engine_rules import EngineRules, EstimateOn
 from router.domain.gpu import Gpu, GpuUuid
+from router.domain.health import Health
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.lasting_memo import LastingMemo
@@ -16,6 +18,7 @@ from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey
+from router.domain.restart import RollingRestart
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,10 @@ class Failure:
     """True if the server exited or could not be reached; such a load is retried once. False if it refused the load."""
     is_spilled: bool = False
     """True if the load came out partly on the CPU and was undone; the model is planned once more, smaller or there."""
+
+
+HealthKey = ResidencyKey | InstanceName
+"""A replica or an instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,20 @@ class Snapshot:
     """Sets of GPUs on which an instance recently failed to start: no other instance is started there for now."""
     warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])
     """Models with `keep_warm` that are not loaded, by name, each with the reason."""
+    health: Mapping[HealthKey, Health] = field(default_factory=dict["HealthKey", Health])
+    """Of replicas and instances that have failed requests lately."""
+    ejected: frozenset[InstanceName] = frozenset()
+    """Instances on which nothing is loaded now, because requests keep failing there."""
+    drained: Drained = NOTHING_DRAINED
+    """What an operator has taken out of service."""
+    hot: frozenset[GpuUuid] = frozenset()
+    """GPUs that are hot or slowed down: others are preferred."""
+    probation: frozenset[GpuUuid] = frozenset()
+    """GPUs that have just come back: they take one load at a time, each on it alone."""
+    restarts_due: Mapping[InstanceName, float] = field(default_factory=dict[InstanceName, float])
+    """Instances that are drained to be restarted, each with when that ends."""
+    rolling: RollingRestart | None = None
+    """A restart that an operator requested and that is in progress."""
     engines: Mapping[str, EngineRules[Snapshot]] = field(
         default_factory=dict[str, "EngineRules[Snapshot]"], repr=False, compare=False
     )

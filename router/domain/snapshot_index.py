@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from router.domain.gpu import Gpu, GpuUuid
-from router.domain.instance import InstanceName, InstanceSpec, InstanceView
+from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.model import BlobDigest
 from router.domain.residency import Residency, ResidencyKey, ResidencyState, cpu_ratio, is_spill
 from router.domain.snapshot import Snapshot
@@ -115,6 +115,28 @@ def residencies_on(snapshot: Snapshot, gpu: GpuUuid) -> Sequence[ResidencyKey]:
 def lost_gpus(gpus: Mapping[GpuUuid, Gpu], spec: InstanceSpec) -> list[Gpu]:
     """GPUs of the instance that cannot be read."""
     return [gpu for uuid in spec.gpus if (gpu := gpus.get(uuid)) is not None and gpu.error is not None]
+
+
+def serves_elsewhere(snapshot: Snapshot, blob: BlobDigest, name: InstanceName) -> bool:
+    """Returns True if another instance than `name` serves requests for these weights now."""
+    return any(
+        replica.state is ResidencyState.READY
+        and replica.instance != name
+        and snapshot.instances[replica.instance].state is InstanceState.READY
+        and (replica.instance, replica.blob) not in snapshot.draining
+        for replica in replicas_of(snapshot, blob)
+    )
+
+
+def is_loading(snapshot: Snapshot, name: InstanceName) -> bool:
+    """Returns True if a load runs on the instance."""
+    return any(snapshot.residencies[key].state is ResidencyState.LOADING for key in residencies_of(snapshot, name))
+
+
+def is_drained(snapshot: Snapshot, name: InstanceName) -> bool:
+    """Returns True if an operator has taken the instance out of service."""
+    view = snapshot.instances.get(name)
+    return view is not None and snapshot.drained.covers(view.spec)
 
 
 def instances_over(snapshot: Snapshot, gpus: frozenset[GpuUuid]) -> Sequence[InstanceView]:

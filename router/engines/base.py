@@ -39,6 +39,15 @@ class EngineError(Exception):
 class ProbeFailed(Exception):
     """A server gave no sign of life; the text says why."""
 
+    is_local = False
+    """Whether the router itself could not ask, for want of file descriptors: it says nothing about the server."""
+
+
+class NotAsked(ProbeFailed):
+    """The router itself could not ask."""
+
+    is_local = True
+
 
 class GpuReport(Protocol):
     """What one run of a server has said about its GPUs so far."""

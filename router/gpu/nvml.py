@@ -7,8 +7,9 @@ queries and multi-instance GPU management.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pynvml  # pyright: ignore[reportMissingTypeStubs] (there are none)
@@ -28,6 +29,14 @@ _GPU_LOST_ERRORS: tuple[type[Exception], ...] = (
 
 _ERRORS: tuple[type[Exception], ...] = (_nvml.NVMLError, _nvml.NVMLLibraryMismatchError)
 _HERTZ_PER_MEGAHERTZ = 1_000_000
+_THROTTLE_REASONS = {
+    0x04: "sw_power_cap",
+    0x08: "hw_slowdown",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+}
+"""NVML API reference, clocks event reasons; the others, such as an idle GPU, are no trouble."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,8 @@ class _Device:
     constant: Gpu | None = None
     """Everything that cannot change; its memory fields are 0."""
     last: Gpu | None = None
+    xids: list[int] = field(default_factory=list[int])
+    """XID errors that were reported since the last reading."""
     error: str | None = None
 
 
@@ -77,11 +88,25 @@ class NvmlReader:
 
     def __init__(self, devices: list[_Device]) -> None:
         self._devices = devices
+        self._events = _xid_events(devices)
+        """None if the driver or the GPUs report no XIDs."""
         self._log = structlog.get_logger("router.gpu.nvml")
 
     def read(self) -> tuple[Gpu, ...]:
         """Reads all GPUs. An unreadable GPU keeps its last values with `error` set; if never read, it is left out."""
+        self._collect_xids()
         return tuple(gpu for device in self._devices if (gpu := self._read(device)) is not None)
+
+    def _collect_xids(self) -> None:
+        """Takes the XID errors since the last call, without waiting."""
+        while self._events is not None:
+            try:
+                event = _nvml.nvmlEventSetWait_v2(self._events, 0)
+            except _ERRORS:  # most often a timeout: there is none
+                return
+            for device in self._devices:
+                if _address(device.parent or device.handle) == _address(event.device):
+                    device.xids.append(int(event.eventData))
 
     def health(self) -> dict[GpuUuid, GpuHealth]:
         """Reads settings and error counts of all GPUs that `read` has read."""
@@ -101,11 +126,12 @@ class NvmlReader:
             _nvml.nvmlShutdown()
 
     def _read(self, device: _Device) -> Gpu | None:
+        xids, device.xids = tuple(device.xids), []
         try:
-            device.last, error = _read_device(device), None
+            device.last, error = replace(_read_device(device), xids=xids), None
         except _ERRORS as problem:
             error = str(problem)
-            device.last = replace(device.last, error=error) if device.last is not None else None
+            device.last = replace(device.last, error=error, xids=xids) if device.last is not None else None
         if error != device.error:
             device.error = error
             self._log_error_change(device)
@@ -186,8 +212,39 @@ def _read_device(device: _Device) -> Gpu:
         power_draw_watts=None if power is None else power / 1000,  # NVML reports milliwatts
         power_limit_watts=None if limit is None else limit / 1000,
         utilization_ratio=None if rates is None else rates.gpu / 100,
+        throttle_reasons=_throttle_reasons(board),
+        ecc_errors_uncorrected=_optional(
+            _nvml.nvmlDeviceGetTotalEccErrors,
+            board,
+            _nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+            _nvml.NVML_VOLATILE_ECC,
+        ),
         processes=_processes(device.handle),
     )
+
+
+def _address(handle: Any | None) -> int | None:
+    """Identifies the GPU of a handle, also of one that is lost."""
+    return None if handle is None else ctypes.cast(handle, ctypes.c_void_p).value
+
+
+def _throttle_reasons(board: Any) -> tuple[str, ...]:
+    bits = _optional(_nvml.nvmlDeviceGetCurrentClocksThrottleReasons, board) or 0
+    return tuple(name for bit, name in _THROTTLE_REASONS.items() if bits & bit)
+
+
+def _xid_events(devices: list[_Device]) -> Any | None:
+    """An event set that receives the XID errors of all GPUs that report them."""
+    try:
+        events = _nvml.nvmlEventSetCreate()
+    except _ERRORS:
+        return None
+    for device in devices:
+        board = device.parent or device.handle
+        if board is not None:
+            with contextlib.suppress(*_ERRORS):
+                _nvml.nvmlDeviceRegisterEvents(board, _nvml.nvmlEventTypeXidCriticalError, events)
+    return events
 
 
 def _read_constant(device: _Device) -> Gpu:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 
 import msgspec
@@ -88,9 +88,9 @@ _KEEPS_CONTEXT: Set[str] = frozenset(("queue_full", "wait_timeout", "shutting_do
 """Rejections that a smaller context would not change."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ModelRules:
-    """The operator's rules for models and their names."""
+    """The operator's rules for models and their names. One value for the whole router; only a reload changes it."""
 
     default_context_length: int
     substitutes: Substitutes = field(default_factory=Substitutes)
@@ -104,6 +104,15 @@ class ModelRules:
     heartbeat_seconds: float | None = None
     removing: Set[str] = frozenset()
     """Models that are being deleted, as `ModelFacts.name`: no request may start with them. A live view."""
+    version: int = 0
+    """Grows with each reload: what was derived from other rules is not used any more."""
+
+    def become(self, other: ModelRules) -> None:
+        """Takes over the values of `other`, for everybody who holds these rules."""
+        version = self.version + 1
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
+        self.version = version
 
     def protects(self, facts: ModelFacts) -> bool:
         """Whether the model is protected from reloads that only a request's options would cause."""

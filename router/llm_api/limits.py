@@ -5,13 +5,15 @@ Fields that an operator can set are named as their keys in the configuration: `s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from router.errors import BodyTooLarge, WaitTimeout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestLimits:
+    """One value for the whole router; only a reload changes it."""
+
     max_body_bytes: int
     queue_timeout_seconds: float
     first_byte_timeout_seconds: float
@@ -38,6 +40,11 @@ class RequestLimits:
     """For the rest of a body once its request holds a slot, so that a slow sender does not occupy one."""
     linger_timeout_seconds: float = 5.0
     """For reading the rest of a refused request, so that its sender sees the response and not a reset."""
+
+    def become(self, other: RequestLimits) -> None:
+        """Takes over the values of `other`, for everybody who holds these limits."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
 
     def check_body_size(self, body_bytes: int) -> None:
         """

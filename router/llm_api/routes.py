@@ -96,6 +96,10 @@ ROUTES: tuple[Route, ...] = (
     Route("/ready", ("HEAD", "GET"), Kind.ADMIN),
     Route("/metrics", ("GET",), Kind.ADMIN),
     Route("/llamayard/status", ("GET",), Kind.ADMIN),
+    Route("/llamayard/drain", ("POST",), Kind.ADMIN),
+    Route("/llamayard/resume", ("POST",), Kind.ADMIN),
+    Route("/llamayard/restart", ("POST",), Kind.ADMIN),
+    Route("/llamayard/reload", ("POST",), Kind.ADMIN),
     Route("/llamayard/explain", ("GET",), Kind.ADMIN),
     Route("/llamayard/why", ("GET",), Kind.ADMIN),
 )

@@ -63,10 +63,10 @@ class AccessLog:
         if record.model:
             values["model"] = record.model
         if record.error_code:
-            values["error"] = record.error_code
-            (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
-            if record.refusal:
-                values["refused"] = record.refusal
+            self._note_error(values, record, status)
+        if record.retries or record.is_retry_refused:
+            values["retries"] = record.retries
+            tally.record_retries(record.retries, is_refused=record.is_retry_refused)
         instance, granted_at, first_byte_at = record.instance, record.granted_at, record.first_byte_at
         model = self._model_label(record.model) if instance is not None else ""
         tally.record_response(record.route, model, status)
@@ -95,6 +95,12 @@ class AccessLog:
         self._write(level, values)
         if record.key is not None:
             self._count_for_key(record, record.key.name, status, tokens)
+
+    def _note_error(self, values: dict[str, object], record: RequestRecord, status: int) -> None:
+        values["error"] = record.error_code
+        (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
+        if record.refusal:
+            values["refused"] = record.refusal
 
     def _count_for_key(self, record: RequestRecord, key: str, status: int, tokens: Tokens | None) -> None:
         """Charges what the answer reports. A request that failed costs nothing; one that was cut off, what it got."""

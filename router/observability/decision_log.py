@@ -75,6 +75,9 @@ class DecisionLog:
                 self._log.warning("restart_instance", instance=action.instance, reason=action.reason)
             case Notice():
                 self._log.warning(action.event, **action.fields)
+                if action.event == "ejected":
+                    model = self._metrics.model_label(str(action.fields["model"]))
+                    self._metrics.ejections.labels(action.fields["instance"], model, action.fields["cause"]).inc()
             case Remember():
                 found = action.footprint
                 source = "server" if found.parts else "gpus"
@@ -128,6 +131,8 @@ class DecisionLog:
         """Logs each GPU error once, when it appears or changes, and its end."""
         errors = {gpu.uuid: gpu.error for gpu in event.gpus if gpu.error is not None}
         for gpu in event.gpus:
+            for code in gpu.xids:
+                self._metrics.gpu_xids.labels(gpu.uuid, str(gpu.index), gpu.name, str(code)).inc()
             if gpu.error is not None and self._gpu_errors.get(gpu.uuid) != gpu.error:
                 self._log.warning("gpu_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
             if gpu.error is None and gpu.uuid in self._gpu_errors:

@@ -82,6 +82,15 @@ class Metrics:
             ("model", "instance"),
             registry=registry,
         )
+        self.gpu_xids = Counter(
+            "llamayard_gpu_xid_errors", "XID errors that the driver reported.", (*_GPU_LABELS, "xid"), registry=registry
+        )
+        self.ejections = Counter(
+            "llamayard_ejections",
+            "Replicas and instances that took no new request for a while, because they failed requests.",
+            ("instance", "model", "reason"),
+            registry=registry,
+        )
         self.rejections = Counter("llamayard_rejections", "Requests rejected, by code.", ("code",), registry=registry)
         for code in ERROR_CODES:
             self.rejections.labels(code)
@@ -176,11 +185,17 @@ class RequestMetrics(Collector):
         """By model."""
         self._keys: dict[str, _KeyCounts] = {}
         """By the name of the access key."""
+        self._retries = {"retried": 0, "over_budget": 0}
 
     def record_response(self, route: str, model: str, status: int) -> None:
         """Counts a request that was answered, by a server or by the router itself."""
         key = (route, model, str(status))
         self._responses[key] = self._responses.get(key, 0) + 1
+
+    def record_retries(self, count: int, *, is_refused: bool) -> None:
+        """Counts how often a request was tried again, and whether the budget allowed no further retry."""
+        self._retries["retried"] += count
+        self._retries["over_budget"] += is_refused
 
     def record_served(self, model: str, queue_time_seconds: float, duration_seconds: float) -> None:
         """Records the times of a request that was granted a slot."""
@@ -231,6 +246,14 @@ class RequestMetrics(Collector):
             responses.add_metric(labels, float(count))
         yield responses
         yield GaugeMetricFamily("llamayard_requests_running", "Requests in progress.", float(self.running))
+        retries = CounterMetricFamily(
+            "llamayard_retries",
+            "Requests that were tried again, or were not because of the budget.",
+            labels=("outcome",),
+        )
+        for outcome, count in self._retries.items():
+            retries.add_metric((outcome,), float(count))
+        yield retries
         tokens = CounterMetricFamily("llamayard_tokens", "Tokens, as counted by the servers.", labels=("model", "type"))
         for labels, count in self._tokens.items():
             tokens.add_metric(labels, float(count))
@@ -254,6 +277,8 @@ class FleetMetricsCollector(Collector):
         snapshot = self._snapshot()
         yield GaugeMetricFamily("llamayard_requests_waiting", "Requests waiting for a slot.", self._waiting_count())
         yield _lost_family(snapshot)
+        yield _drained_family(snapshot)
+        yield _unfit_family(snapshot)
         yield from _gpu_families(snapshot)
         yield from _vram_ledger_families(snapshot)
         states = GaugeMetricFamily(
@@ -322,6 +347,25 @@ def _on_cpu_family(snapshot: Snapshot) -> GaugeMetricFamily:
         ratio = on_cpu_ratio(snapshot, residency)
         if ratio is not None:
             family.add_metric((residency.name, residency.instance), ratio)
+    return family
+
+
+def _drained_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_gpu_drained", "1 while an operator has drained the GPU, else 0.", labels=_GPU_LABELS
+    )
+    for gpu in snapshot.gpus.values():
+        family.add_metric(_gpu_labels(gpu), float(snapshot.drained.has_gpu(gpu.uuid)))
+    return family
+
+
+def _unfit_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_gpu_unfit", "1 while the router has drained the GPU because it fails or is too hot, else 0.",
+        labels=_GPU_LABELS,
+    )  # fmt: skip
+    for gpu in snapshot.gpus.values():
+        family.add_metric(_gpu_labels(gpu), float(bool(snapshot.drained.reason_of(gpu.uuid))))
     return family
 
 

@@ -59,6 +59,10 @@ class RequestRecord(msgspec.Struct):
     error_code: str = ""
     refusal: str = ""
     """The header with its value for which the request is refused (403)."""
+    retries: int = 0
+    """How often it was tried again."""
+    is_retry_refused: bool = False
+    """Whether it would have been tried again, if the budget had allowed it."""
     is_unrouted: bool = False
     """Whether the router found no model for the request: the server's 400 or 404 then says why."""
     cors_headers: tuple[tuple[str, str], ...] = ()

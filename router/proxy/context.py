@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from router.admission.key_budgets import KeyBudgets
 from router.admission.pipeline import Admission, AdmissionPipeline, AdmissionRequest
 from router.domain.access_key import AccessKey
-from router.domain.instance import InstanceView
+from router.domain.instance import InstanceName, InstanceView
 from router.domain.model import ModelFacts
 from router.errors import RouterError
 from router.http1.parser import RequestHead
@@ -25,6 +25,7 @@ from router.llm_api.routes import Kind, Route, RouteTable
 from router.observability.request_record import RequestRecord
 from router.proxy.head_cache import HeadCache, HeadFacts
 from router.proxy.interfaces import EndpointSupport, ModelCatalog, RequestLog, SlotQueue
+from router.proxy.retry_budget import RetryBudget
 from router.proxy.upstream_pool import Pool
 
 _TARGETS_MAX = 256
@@ -80,6 +81,9 @@ class ProxyContext:
     via: Via
     budgets: KeyBudgets = field(default_factory=lambda: KeyBudgets(time.monotonic))
     """What access keys have used of their limits."""
+    serves_elsewhere: Callable[[ModelFacts, InstanceName], bool] = lambda _model, _instance: False
+    """Whether a replica of the model on another instance serves."""
+    retry_budget: RetryBudget = field(default_factory=RetryBudget)
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
     progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])

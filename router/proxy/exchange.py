@@ -8,14 +8,16 @@ reported within the stream.
 
 Nothing is retried once a byte of a server's reply has gone to the client. Before that, a pooled connection that the
 server had already closed is replaced by a new one, once, within the same slot. A runner or server that died is reported
-to the controller, and the request is queued again, at most `ATTEMPTS` times in all. Each grant is released exactly
-once, and each request ends in the access log exactly once.
+to the controller, and the request is queued again, with its first deadline and at most `ATTEMPTS` times in all. So is
+one that was answered with a status of 500 or more, if another replica can serve it. A budget bounds the retries of all
+requests together. Each grant is released exactly once, and each request ends in the access log exactly once.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -27,12 +29,13 @@ from router.control.controller import rejection
 from router.domain.actions import Grant, Reject
 from router.domain.client_identity import ClientIdentity
 from router.domain.events import UnloadRequested
-from router.domain.instance import InstanceView
+from router.domain.health import ReplyFailure
+from router.domain.instance import InstanceName, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.request import TicketId
 from router.engines.ollama.client import OllamaError
 from router.engines.ollama.endpoint_support import refuse_missing
-from router.errors import InstanceLost, NoInstance, RouterError
+from router.errors import InstanceLost, NoInstance, QueueFull, RouterError, WaitTimeout, is_out_of_descriptors
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -60,6 +63,7 @@ _SILENCE_SECONDS: Final = 5.0
 
 RESOLVING, WAITING, CONNECTING, RELAYING, ENDED = range(5)
 _NEVER: Final = float("inf")
+_NO_DESCRIPTORS: Final = "the router has no file descriptor left for a connection to an instance: raise LimitNOFILE"
 
 
 class ProxyExchange:
@@ -67,6 +71,10 @@ class ProxyExchange:
 
     _phase = RESOLVING
     _attempt = 1
+    _submitted_at = 0.0
+    """When it first asked for a slot: further attempts share its deadline."""
+    _avoid: InstanceName | None = None
+    """The instance that has failed it."""
     _was_stale = False
     """Whether a pooled connection turned out to be closed: then a new one is opened."""
     _request: InferenceRequest | None = None
@@ -173,9 +181,14 @@ class ProxyExchange:
         cached = self._facts.plans.get(seen.settings)
         if cached is None:
             return False
-        plan, heartbeat, parsed = cached
+        plan, heartbeat, parsed, rules_version = cached
         model = parsed.model or ""
-        if context.catalog.known(model) is not plan.facts or plan.facts.name in context.rules.removing:
+        rules = context.rules
+        if (
+            context.catalog.known(model) is not plan.facts
+            or plan.facts.name in rules.removing
+            or rules_version != rules.version
+        ):
             return False
         if parsed.prompt_bytes != seen.prompt_bytes:
             parsed = structs.replace(parsed, prompt_bytes=seen.prompt_bytes)
@@ -256,7 +269,8 @@ class ProxyExchange:
             self._refuse(error)
             return
         if self._settings is not None and request.is_repeatable:
-            self._facts.add_plan(self._settings, CachedPlan(plan, request.heartbeat, request.parsed))
+            cached = CachedPlan(plan, request.heartbeat, request.parsed, request.rules.version)
+            self._facts.add_plan(self._settings, cached)
         self._submit(request)
 
     def _refuse(self, error: RouterError) -> None:
@@ -297,7 +311,12 @@ class ProxyExchange:
         now = controller.now()
         self._phase = WAITING
         self._lease = ticket_id = controller.new_ticket_id()
-        ticket = request.ticket(ticket_id, now, limits.queue_timeout_seconds, self._record.request_id)
+        if self._attempt == 1:
+            self._submitted_at = now
+            context.retry_budget.request(now)
+        ticket = request.ticket(ticket_id, self._submitted_at, limits.queue_timeout_seconds, self._record.request_id)
+        if self._avoid is not None:
+            ticket = replace(ticket, avoid=self._avoid)
         controller.submit(ticket, self._decided)
         if self._phase == WAITING and self._heartbeat is not None and self._heartbeat.reports_progress:
             self._heartbeat_due = now  # the first report is due at once
@@ -415,6 +434,10 @@ class ProxyExchange:
 
     def _unreachable(self, error: Exception) -> None:
         self._opening = None
+        if is_out_of_descriptors(error):
+            self._release(runner_lost=False)
+            self._refuse(QueueFull(_NO_DESCRIPTORS, retry_after_seconds=1))
+            return
         self.reply_lost(InstanceLost(f"the instance could not be reached: {error}"), stale=False)
 
     # --- from the server -------------------------------------------------------------------------------------
@@ -446,23 +469,55 @@ class ProxyExchange:
             return
         request = self._request
         self._unsent = None
-        self._release(runner_lost=True)
+        self._release(runner_lost=True, failure=ReplyFailure.LOST)
         self._was_stale = False
-        if request is None or request.plan is None or self._attempt == ATTEMPTS:
+        if request is None or request.plan is None or self._attempt == ATTEMPTS or not self._within_budget(str(error)):
             self._refuse(error)
-            return
+        else:
+            self._try_again(request, error)
+
+    def may_try_elsewhere(self, status: int) -> bool:
+        request, context, instance = self._request, self._context, self._record.instance
+        if request is None or request.plan is None or self._lease is None or self._attempt == ATTEMPTS:
+            return False
+        if instance is None or not context.serves_elsewhere(request.plan.facts, instance):
+            return False
+        return self._within_budget(f"the instance answered {status}")
+
+    def reply_refused(self, error: RouterError) -> None:
+        request, failure = self._request, _failure_of(error.status)
+        assert request is not None
+        self._unsent = None
+        self._avoid = self._record.instance
+        self._release(runner_lost=False, failure=failure)
+        self._was_stale = False
+        self._try_again(request, error)
+
+    def _within_budget(self, reason: str) -> bool:
+        """Counts a retry, if the budget has one left."""
+        context, record = self._context, self._record
+        if context.retry_budget.try_retry(context.controller.now()):
+            return True
+        record.is_retry_refused = True
+        log = structlog.get_logger("router.request")
+        log.warning("retry_refused", request_id=record.request_id, model=record.model, reason=reason)
+        return False
+
+    def _try_again(self, request: InferenceRequest, error: RouterError) -> None:
         log = structlog.get_logger("router.request")
         log.warning("retrying", request_id=self._record.request_id, model=self._record.model, reason=str(error))
         self._attempt += 1
+        self._record.retries += 1
         self._submit(request)
 
     def reply_failed(self, error: RouterError, *, hangs: bool = False) -> None:
-        self._release(runner_lost=hangs)
+        self._release(runner_lost=hangs, failure=ReplyFailure.TIMEOUT if hangs else ReplyFailure.LOST)
         self._refuse(error)
 
     def reply_broken(self, error: RouterError, *, keep: bool, died: bool) -> None:
         self._record.error_code = error.code
-        self._finish(self._reply.status if self._reply else 0, runner_lost=died)
+        failure = _failure_after_bytes(error, died=died)
+        self._finish(self._reply.status if self._reply else 0, runner_lost=died, failure=failure)
         self._client.response_ended(keep=keep)
 
     def reply_done(self, *, reusable: bool, keep: bool, died: bool) -> None:
@@ -476,7 +531,8 @@ class ProxyExchange:
             reply.connection.abort()
         if reply.error_code:
             self._record.error_code = reply.error_code
-        self._finish(reply.status, runner_lost=died)
+        failure = ReplyFailure.LOST if died else _failure_of(reply.status)
+        self._finish(reply.status, runner_lost=died, failure=failure)
         client.response_ended(keep=keep)
 
     # --- endings ---------------------------------------------------------------------------------------------
@@ -543,13 +599,20 @@ class ProxyExchange:
         silent_seconds = context.controller.now() - since if record.granted_at is not None else 0.0
         return silent_seconds if silent_seconds >= _SILENCE_SECONDS else 0.0
 
-    def _release(self, *, runner_lost: bool) -> None:
+    def _release(self, *, runner_lost: bool, failure: ReplyFailure | None = None) -> None:
         """Releases the slot, if one is held, of a request that does not end yet."""
         lease, self._lease, self._grant = self._lease, None, None
         if lease is not None:
-            self._context.controller.release(lease, runner_lost=runner_lost)
+            self._context.controller.release(lease, runner_lost=runner_lost, failure=failure)
 
-    def _finish(self, status: int, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> None:
+    def _finish(
+        self,
+        status: int,
+        *,
+        runner_lost: bool = False,
+        silent_seconds: float = 0.0,
+        failure: ReplyFailure | None = None,
+    ) -> None:
         """Releases the slot, if one is held, and ends the request in the access log."""
         self._phase = ENDED
         if self._unsent is not None:
@@ -564,6 +627,7 @@ class ProxyExchange:
                 output_tokens=tokens,
                 first_byte_at=first_byte_at,
                 silent_seconds=silent_seconds,
+                failure=failure,
             )
         if reply is not None:
             record.first_byte_at, record.last_byte_at = reply.first_byte_at, reply.last_byte_at
@@ -597,3 +661,17 @@ class ProxyExchange:
         sender.beat(self._record.response_headers(), self._context.controller, self._lease, self._grant)
         if self._reply is not None:
             self._reply.head_sent = sender.head_sent
+
+
+def _failure_of(status: int) -> ReplyFailure | None:
+    """How a server has failed a request to which it answered with this status."""
+    if status in (429, 503):
+        return ReplyFailure.OVERLOADED
+    return ReplyFailure.ERROR if status >= 500 else None
+
+
+def _failure_after_bytes(error: RouterError, *, died: bool) -> ReplyFailure | None:
+    """How a server has failed a request to which it had begun to answer; a slow client is no failure of the server."""
+    if isinstance(error, WaitTimeout):
+        return ReplyFailure.TIMEOUT if died else None
+    return ReplyFailure.LOST

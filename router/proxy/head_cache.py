@@ -52,6 +52,8 @@ class CachedPlan(NamedTuple):
     heartbeat: Heartbeat | None
     parsed: ParsedBody
     """Of another body with the same settings."""
+    rules_version: int
+    """Of the rules that it was derived from."""
 
 
 class HeadFacts:

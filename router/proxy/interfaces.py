@@ -11,6 +11,7 @@ from typing import Protocol
 
 from router.domain.actions import Grant, Reject
 from router.domain.events import Event
+from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceView
 from router.domain.model import ModelFacts
 from router.domain.request import Ticket, TicketId
@@ -52,6 +53,7 @@ class SlotQueue(Protocol):
         output_tokens: int = 0,
         first_byte_at: float | None = None,
         silent_seconds: float = 0.0,
+        failure: ReplyFailure | None = None,
     ) -> None: ...
 
     def wait_estimate(self, ticket_id: TicketId) -> WaitEstimate | None: ...
@@ -134,7 +136,7 @@ class Requester(Client, Protocol):
 
 
 class ResponseOwner(Protocol):
-    """The exchange that a reply belongs to. Exactly one of the last four methods is called, once."""
+    """The exchange that a reply belongs to. Exactly one of the last five methods is called, once."""
 
     def response_begins(self) -> Mapping[str, str]:
         """The response's head is about to be sent; returns the router's own headers for it."""
@@ -146,6 +148,14 @@ class ResponseOwner(Protocol):
 
     def request_blocked(self, *, blocked: bool) -> None:
         """The server stops, or resumes, taking the request."""
+        ...
+
+    def may_try_elsewhere(self, status: int) -> bool:
+        """Whether a reply with this status, 500 or more, may be dropped, and the request tried elsewhere."""
+        ...
+
+    def reply_refused(self, error: RouterError) -> None:
+        """No byte is out, and the request is to be tried elsewhere. Only after `may_try_elsewhere`."""
         ...
 
     def reply_lost(self, error: InstanceLost, *, stale: bool) -> None:

@@ -26,7 +26,7 @@ from router.proxy.upstream_pool import ONE_CHUNK, TOKEN_ENDS, UpstreamConnection
 
 HELD_BYTES_MAX: Final = 65536
 HELD_SECONDS: Final = 10.0
-"""Bounds on how much of a reply with status 500 is held back, since it may report a dead runner."""
+"""Bounds on how much of a reply with status 500 or more is held back, since the request may be tried again."""
 
 _AWAITED, _HELD, _RELAYED, _OVER = range(4)
 _SIZE_LINE = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}(?:;[^\r\n]*)?\r\n")
@@ -190,7 +190,7 @@ class ResponseStream:
         self._payload = [] if reply.chunked and (is_late_refusal or not self._request.minor) else None
         self._body = reply.body(payload=self._payload)
         rest = data[end:] if end < len(data) else b""
-        if is_late_refusal or reply.status == 500:
+        if is_late_refusal or reply.status >= 500:
             self._phase = _HELD
             self._due = self._now() + HELD_SECONDS
             self._hold(rest)
@@ -218,6 +218,11 @@ class ResponseStream:
         if not self.is_last_attempt and any(message in held for message in RUNNER_DIED):
             self._drop()
             self._owner.reply_lost(InstanceLost(held.decode(errors="replace")), stale=False)
+            return
+        if self.status >= 500 and self._owner.may_try_elsewhere(self.status):
+            body = held if self._payload is None else b"".join(self._payload)
+            self._drop()
+            self._owner.reply_refused(refusal(self.status, body))
             return
         extra = 0 if end == MORE else last_bytes - end
         if self.head_sent and self.status != 200:

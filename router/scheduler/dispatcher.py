@@ -35,6 +35,7 @@ from router.domain.actions import Action, Reject, Remember, Unload
 from router.domain.events import (
     Arrived,
     Cancelled,
+    DrainRequested,
     Event,
     FootprintsLoaded,
     GpusRead,
@@ -43,8 +44,10 @@ from router.domain.events import (
     LoadFinished,
     LoadMeasured,
     ModelDiscovered,
+    PolicyChanged,
     Released,
     ResidencyRead,
+    RestartRequested,
     ShutdownBegan,
     Ticked,
     UnloadFinished,
@@ -62,6 +65,7 @@ from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import free_replicas, grant, serving, suits
 from router.scheduler.explanation import explain
 from router.scheduler.placement import migration
+from router.scheduler.placement.explain import explain_drained
 from router.scheduler.placement.footprint_prediction import FootprintPredictor
 from router.scheduler.placement.placement import MustWait, NoFit, Placed
 from router.scheduler.placement.search import coming, decide, seek_replica
@@ -70,10 +74,15 @@ from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
 from router.scheduler.reconcile import (
+    drains,
+    ejection,
+    gpu_health,
     housekeeping,
+    later_spills,
     load_outcomes,
     lost_gpus,
     reservations,
+    rolling_restart,
     silence,
     stuck_unloads,
     unasked,
@@ -93,7 +102,6 @@ class Dispatcher:
     def __init__(self, policy: Policy, engines: Engines, attempts: RetryGate | None = None) -> None:
         """`engines`: the rules of the engines in use, by kind. `attempts`: says which groups are tried again; with one
         that is never quiescent the whole queue is tried at each event, and the same is decided."""
-        self._policy = policy
         self._fleet = FleetState(policy, engines)
         self._estimate = FootprintPredictor(policy, self._fleet.footprints)
         self._queue = WaitQueue()
@@ -135,7 +143,7 @@ class Dispatcher:
 
     def _queue_lines(self, now: float) -> list[QueueLine]:
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
-        starving, greedy = self._policy.starving_after_seconds, queue.greedy_clients()
+        starving, greedy = self._fleet.policy.starving_after_seconds, queue.greedy_clients()
         return [QueueLine(order_of(queue.group(key), now, starving, greedy), held(key)) for key in queue.groups()]
 
     def _wait_with(self, ticket: Ticket, held: MustWait | None, now: float) -> WaitEstimate:
@@ -143,7 +151,7 @@ class Dispatcher:
         key, queue, order_of = group_of(ticket), self._queue, self._fleet.counters.order_of
         lines = self._queue_lines(now)
         keys = list(queue.groups())
-        starving, greedy = self._policy.starving_after_seconds, queue.greedy_clients()
+        starving, greedy = self._fleet.policy.starving_after_seconds, queue.greedy_clients()
         own = QueueLine(order_of([*queue.group(key), ticket], now, starving, greedy), held)
         if key in keys:
             lines[keys.index(key)] = own
@@ -193,34 +201,75 @@ class Dispatcher:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
                 measured = [Remember(found) for found in self._fleet.settle()]
-                return [*measured, *lost_gpus.mark_instances(self._fleet, now)]
-            case FootprintsLoaded():
-                for found in event.footprints:
-                    self._fleet.footprints.remember(found)
-            case LoadMeasured():
-                self._fleet.load_measured(event)
+                return [*measured, *gpu_health.observe(self._fleet, now), *self._mark_instances(now)]
+            case FootprintsLoaded() | LoadMeasured():
+                self._apply_footprints(event)
             case InstanceChanged():
                 load_outcomes.instance_changed(self._fleet, event, now)
-                return lost_gpus.mark_instances(self._fleet, now)
+                return [*rolling_restart.instance_changed(self._fleet, event), *self._mark_instances(now)]
             case ResidencyRead():
-                return rules.reconcile(self._fleet, event, self._estimate, now)
+                found = rules.reconcile(self._fleet, event, self._estimate, now)
+                later_spills.mark(self._fleet, event.instance, now)
+                return found
             case ModelDiscovered():
                 fleet = self._fleet
                 fleet.models[event.model.blob] = fleet.warm_models[event.model.name] = event.model
                 fleet.version += 1
             case Ticked():
                 pass
+            case DrainRequested() | RestartRequested() | PolicyChanged():
+                return self._apply_command(event, now)
             case ShutdownBegan():
                 self._closing = True
                 waiting = list(self._queue.tickets.values())
                 return [self._reject(ticket, "shutting_down", _CLOSING) for ticket in waiting]
             case Arrived() | Cancelled() | Released():
                 return self._apply_to_requests(event, now)
-            case LoadFinished() | LoadFailed() | UnloadFinished() | UnloadRequested():
+            case LoadFinished() | LoadFailed():
+                return self._apply_load_end(event, now)
+            case UnloadFinished() | UnloadRequested():
                 return load_outcomes.apply_to_loads(self._fleet, event, now)
             case _:
                 assert_never(event)
         return []
+
+    def _apply_footprints(self, event: FootprintsLoaded | LoadMeasured) -> None:
+        if isinstance(event, LoadMeasured):
+            self._fleet.load_measured(event)
+            return
+        for found in event.footprints:
+            self._fleet.footprints.remember(found)
+
+    def _apply_load_end(self, event: LoadFinished | LoadFailed, now: float) -> list[Action]:
+        residency = self._fleet.by_load(event.load_id)
+        view = self._fleet.instances.get(residency.instance) if residency is not None else None
+        actions = load_outcomes.apply_to_loads(self._fleet, event, now)
+        if view is None or not self._fleet.probation:
+            return actions
+        if isinstance(event, LoadFailed) and event.is_memory_short:
+            return actions
+        actions += gpu_health.load_ended(self._fleet, view.spec.gpus, now, succeeded=isinstance(event, LoadFinished))
+        return [*actions, *self._mark_instances(now)]
+
+    def _apply_command(self, event: DrainRequested | RestartRequested | PolicyChanged, now: float) -> list[Action]:
+        match event:
+            case DrainRequested():
+                if event.is_resumed and event.target.instance is None:
+                    gpu_health.forgive(self._fleet, event.target.gpu, now)
+                return [*drains.change(self._fleet, event), *self._mark_instances(now)]
+            case RestartRequested():
+                return rolling_restart.request(self._fleet, event)
+            case PolicyChanged():
+                self._estimate.policy = event.policy
+                self._fleet.set_policy(event.policy)
+                return []
+
+    def _mark_instances(self, now: float) -> list[Action]:
+        """Takes instances out of service whose GPUs are lost or that are drained, and brings others back."""
+        drains.bring_back(self._fleet)
+        actions = lost_gpus.mark_instances(self._fleet, now)
+        drains.take_out(self._fleet, now)
+        return actions
 
     def _apply_to_requests(self, event: Arrived | Cancelled | Released, now: float) -> list[Action]:
         match event:
@@ -240,14 +289,14 @@ class Dispatcher:
             self._fleet.counters.arrived(ticket.client, self._queue.clients() | self._fleet.clients.keys())
         self._fleet.record_request(ticket, now)
         ticket = self._prioritised(ticket)
-        if len(self._queue.tickets) < self._policy.queue_limit:
+        if len(self._queue.tickets) < self._fleet.policy.queue_limit:
             self._queue.add(ticket)
             return []
         if not self._queue.has_group(group_of(ticket)):  # nobody is overtaken
             free, replicas = free_replicas(self._fleet, ticket.model.blob)
             if able := serving(self._fleet, free, ticket):
                 return [grant(self._fleet, able, replicas, ticket, now)]
-        message = f"server busy: the queue is full (queue.limit={self._policy.queue_limit})"
+        message = f"server busy: the queue is full (queue.limit={self._fleet.policy.queue_limit})"
         shed = self._queue.shed_for(ticket)
         if shed is None:
             return [self._reject(ticket, "queue_full", message)]
@@ -259,7 +308,7 @@ class Dispatcher:
 
     def _prioritised(self, ticket: Ticket) -> Ticket:
         """With its model's priority added to its own."""
-        pin = self._policy.pins.get(ticket.model.name)
+        pin = self._fleet.policy.pins.get(ticket.model.name)
         return replace(ticket, priority=ticket.priority + pin.priority) if pin is not None and pin.priority else ticket
 
     def _retry_after(self) -> int:
@@ -268,14 +317,16 @@ class Dispatcher:
         return max(1, min(60, len(self._queue.tickets) // slots))
 
     def _released(self, event: Released, now: float) -> list[Action]:
+        lease = self._fleet.leases.get(event.ticket_id)
         replica = self._fleet.release(event, now)
         self._fleet.version += bool(self._replacing)
+        actions = ejection.observe(self._fleet, event, lease.key, now) if lease is not None else []
         if replica is None or replica.state is not ResidencyState.READY:
-            return []
+            return actions
         if event.runner_lost or (event.silent_seconds and silence.hangs(self._fleet, replica, event, now)):
             # The server still lists it, and would load it again inside the next request: unload it properly.
-            return [rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs")]
-        return []
+            actions.append(rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs"))
+        return actions
 
     # --- time ----------------------------------------------------------------------------------------------
 
@@ -304,13 +355,22 @@ class Dispatcher:
         if self._fleet.reservations:
             for residency in housekeeping.abandoned(self._fleet.snapshot(now)):
                 reservations.drop(self._fleet, residency)
-        actions = unasked.give_way(self._fleet, now)
-        actions += reservations.advance(self._fleet, now) + stuck_unloads.restart_drained(self._fleet, now)
-        self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
+        actions = unasked.give_way(self._fleet, now) if self._fleet.reservations else list[Action]()
+        actions += reservations.advance(self._fleet, now) + drains.unload_idle(self._fleet)
+        actions += later_spills.unload_idle(self._fleet)
+        if not self._closing:
+            actions += rolling_restart.advance(self._fleet, self._estimate, self._loads.next, now)
+        actions += stuck_unloads.restart_drained(self._fleet, now)
+        self._mark_leaving(now)
         actions += self._serve_groups(self._queue.groups(), now)
         if may_retry:
             actions += self._keep(now)
         return actions + reservations.advance(self._fleet, now)
+
+    def _mark_leaving(self, now: float) -> None:
+        """Which replicas take no new request: those that leave, and those that are ejected."""
+        ejected = ejection.apply(self._fleet, now) | self._fleet.spilled
+        self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced() | ejected)
 
     def _serve_groups(self, keys: Iterable[GroupKey], now: float) -> list[Action]:
         """Grants or places each of these groups in turn, from one snapshot until something changes."""
@@ -339,7 +399,7 @@ class Dispatcher:
             by_blob.setdefault(key.blob, []).append(key)
         if len(by_blob) == len(keys):
             return keys
-        starving, greedy = self._policy.starving_after_seconds, self._queue.greedy_clients()
+        starving, greedy = self._fleet.policy.starving_after_seconds, self._queue.greedy_clients()
         for alike in by_blob.values():
             if len(alike) > 1:
                 tickets = sorted((t for key in alike for t in self._queue.group(key)), key=lambda t: t.id)
@@ -387,7 +447,7 @@ class Dispatcher:
             if not served:
                 break
             able_to = waiting if alike else [t for t in waiting if t.id in served]
-            starving, greedy = self._policy.starving_after_seconds, self._queue.greedy_clients()
+            starving, greedy = self._fleet.policy.starving_after_seconds, self._queue.greedy_clients()
             ticket = self._fleet.counters.next_of(able_to, now, starving, greedy)
             if len(waiting) > 1:
                 self._fleet.counters.served_before_others(ticket, now)
@@ -428,13 +488,12 @@ class Dispatcher:
                     self._replacing[key] = own
                 actions = reservations.begin(self._fleet, tickets[0].model, decision, self._loads.next(), now)
                 actions += self._move(decision.evict, now)
-                self._fleet.set_draining(promised(self._fleet.snapshot(now)) | self._being_replaced())
+                self._mark_leaving(now)
                 return actions
             case MustWait():
-                self._explain(tickets, decision.reason)
-                self._retry_gate.failed(
-                    key, self._fleet.version, next_attempt(self._fleet.snapshot(now), tickets), decision
-                )
+                snapshot = self._fleet.snapshot(now)
+                self._explain(tickets, decision.reason + explain_drained(snapshot))
+                self._retry_gate.failed(key, self._fleet.version, next_attempt(snapshot, tickets), decision)
                 return []
             case NoFit():
                 return [self._reject(t, decision.code, decision.message, decision.status) for t in tickets]
@@ -465,10 +524,13 @@ class Dispatcher:
             return []
         self._retry_gate.forget_others(self._queue)
         actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._move_off_short_gpus(now)]
+        if self._fleet.probation:
+            first = gpu_health.first_load(self._fleet.snapshot(now), self._estimate, self._fleet.models)
+            actions += reservations.begin(self._fleet, *first, self._loads.next(), now) if first is not None else []
         models, dismissed = self._fleet.models, self._fleet.dismissed
         for model, placed in housekeeping.anticipate(self._fleet.snapshot(now), models, dismissed, self._estimate):
             actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)
-        if self._policy.rest is not None and not self._fleet.reservations:
+        if self._fleet.policy.rest is not None and not self._fleet.reservations:
             actions += unasked.begin(self._fleet, models, dismissed, self._estimate, self._loads.next(), now)
         return actions
 

@@ -32,7 +32,7 @@ def handle(fleet: FleetState, event: Event, now: float) -> list[Action] | None:
         if wake is not None:
             fleet.wake = None  # the replica that would expire next may be in use now
         return actions
-    if not isinstance(event, Released) or event.runner_lost or event.silent_seconds:
+    if not isinstance(event, Released) or event.runner_lost or event.silent_seconds or event.failure is not None:
         return None
     expires_at = _release(fleet, event, now)
     if expires_at is None:
@@ -62,6 +62,10 @@ def _release(fleet: FleetState, event: Released, now: float) -> float | None:
     if lease is None or replica is None or replica.loaded_at != lease.loaded_at:
         fleet.end_lease(event, now)
         return _NEVER
+    if lease.key[0] in fleet.taken_out:
+        return None
+    if fleet.health and (lease.key in fleet.health or lease.key[0] in fleet.health):
+        return None
     use = fleet.use_of(lease.key)
     expires_at = use.expires_at
     if use.in_flight == 1 and replica.state is ResidencyState.READY:

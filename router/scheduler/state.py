@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from router.domain.drained import NOTHING_DRAINED, Drained
 from router.domain.events import LoadMeasured, Released
 from router.domain.footprint import FootprintKey, GpuFootprint, MeasuredFootprint
 from router.domain.gpu import Gpu, GpuUuid
+from router.domain.health import Health
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.keep_alive import FOR_EVER, merged_keep_alive
@@ -26,7 +28,8 @@ from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey, ResidencyState
-from router.domain.snapshot import Demand, Engines, Failure, Snapshot
+from router.domain.restart import RollingRestart
+from router.domain.snapshot import Demand, Engines, Failure, HealthKey, Snapshot
 from router.domain.vram_ledger import is_settled, process_bytes
 from router.scheduler.balancing import pending_work
 from router.scheduler.balancing.pending_work import PendingWork, WorkShare
@@ -144,6 +147,26 @@ class FleetState:
     """Since when a GPU of the instance cannot be read."""
     restarts_due: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
+    spilled: set[ResidencyKey] = field(default_factory=set[ResidencyKey])
+    """Replicas that have come to be partly on the CPU after their load (`reconcile/later_spills.py`)."""
+    health: dict[HealthKey, Health] = field(default_factory=dict[HealthKey, Health])
+    """Of replicas and instances that have failed requests lately (`reconcile/ejection.py`)."""
+    ejected: frozenset[InstanceName] = frozenset()
+    """Instances on which nothing is loaded now."""
+    ejection_ends_at: float | None = None
+    """When the next ejection ends."""
+    drained: Drained = NOTHING_DRAINED
+    """What an operator has taken out of service."""
+    gpu_health: dict[GpuUuid, Any] = field(default_factory=dict[GpuUuid, Any])
+    """What is remembered of each GPU (`reconcile/gpu_health.py`)."""
+    hot: frozenset[GpuUuid] = frozenset()
+    hot_instances: frozenset[InstanceName] = frozenset()
+    """Instances over a hot GPU."""
+    probation: frozenset[GpuUuid] = frozenset()
+    taken_out: set[InstanceName] = field(default_factory=set[InstanceName])
+    """Instances that take no new request because of `drained`."""
+    rolling: RollingRestart | None = None
+    """A restart that an operator requested and that is in progress."""
     emptied_at: dict[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Since when an instance started on demand is empty."""
     footprints: Footprints = field(default_factory=Footprints)
@@ -218,6 +241,13 @@ class FleetState:
             unasked_bytes_per_hour=3600.0 * rate_per_second(self.unasked_bytes, now, _UNASKED_WINDOW_SECONDS),
             troubled=frozenset(self.troubled_at),
             warm_missing=MappingProxyType(self.warm_missing),
+            health=MappingProxyType(self.health),
+            ejected=self.ejected,
+            drained=self.drained,
+            hot=self.hot,
+            probation=self.probation,
+            restarts_due=MappingProxyType(self.restarts_due),
+            rolling=self.rolling,
             engines=self.engines,
             lasting=self.lasting,
         )
@@ -270,11 +300,42 @@ class FleetState:
             self._cached = None
             self.warm_missing = missing
 
+    def set_ejected(self, ejected: frozenset[InstanceName]) -> None:
+        """Sets on which instances nothing is loaded."""
+        if ejected != self.ejected:
+            self._cached = None
+            self.ejected = ejected
+
     def set_draining(self, draining: frozenset[ResidencyKey]) -> None:
         """Sets which replicas take no new request."""
         if draining != self.draining:
             self._cached = None
             self.draining = draining
+
+    def set_policy(self, policy: Policy) -> None:
+        """The operator's settings from now on."""
+        self.policy = policy
+        self.version += 1
+
+    def set_drained(self, drained: Drained) -> None:
+        """What an operator has taken out of service."""
+        self.drained = drained
+        self.version += 1
+
+    def set_gpu_conditions(self, *, hot: frozenset[GpuUuid], probation: frozenset[GpuUuid]) -> None:
+        """Which GPUs are hot, and which are on probation."""
+        self.hot_instances = frozenset(
+            name for name, view in self.instances.items() if hot and not hot.isdisjoint(view.spec.gpus)
+        )
+        if (hot, probation) != (self.hot, self.probation):
+            self.hot, self.probation = hot, probation
+            self.version += 1
+
+    def set_rolling(self, rolling: RollingRestart | None) -> None:
+        """Sets how far a restart that an operator requested has come."""
+        if rolling != self.rolling:
+            self._cached = None
+            self.rolling = rolling
 
     def memory_changed(self, now: float) -> None:
         """A load or an unload has ended, or a server exited: the last reading of the GPUs may not show it yet."""
@@ -308,6 +369,7 @@ class FleetState:
         """Drops a residency, its load and its pending work. Leases stay until their requests end."""
         residency = self.residencies.pop(key, None)
         self.works.pop(key, None)
+        self.health.pop(key, None)
         self.slowest_seconds.pop(key, None)
         self.silences.pop(key, None)
         self.version += 1
@@ -514,7 +576,7 @@ class FleetState:
         if not self.clients[lease.client]:
             del self.clients[lease.client]
         self.counters.released(lease.client, event.output_tokens)
-        if event.first_byte_at is not None and not event.silent_seconds:
+        if event.first_byte_at is not None and not event.silent_seconds and event.failure is None:
             self._answered(lease, now)
         blob = lease.key[1]
         if blob in self.demand:

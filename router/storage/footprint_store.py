@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from router.domain.footprint import FootprintKey, MeasuredFootprint
 
@@ -20,6 +21,7 @@ class FootprintStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._entries: dict[FootprintKey, MeasuredFootprint] = {}
+        self._is_failing = False
 
     def read(self) -> tuple[MeasuredFootprint, ...]:
         """Returns the stored footprints; none if the file is missing or unreadable."""
@@ -31,10 +33,18 @@ class FootprintStore:
         return tuple(entries)
 
     def remember(self, footprint: MeasuredFootprint) -> None:
-        """Adds or replaces a footprint and writes the file. Ignores write errors: the next run measures again."""
+        """Adds or replaces a footprint and writes the file. Logs write errors once: the next run measures again."""
         self._entries[footprint.key] = footprint
         temporary = self._path.with_suffix(f".{os.getpid()}")
-        with contextlib.suppress(OSError):
+        try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(msgspec.json.encode(list(self._entries.values())))
             temporary.replace(self._path)
+            self._is_failing = False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)  # a part of it, where the disk is full
+            if not self._is_failing:
+                log = structlog.get_logger("router.storage")
+                log.warning("footprint_not_stored", path=str(self._path), error=error.strerror or str(error))
+            self._is_failing = True

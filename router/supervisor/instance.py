@@ -68,6 +68,8 @@ class InstanceContext:
     on_change: Callable[[InstanceChanged], None]
     on_load: Callable[[LoadMeasured], None]
     """Called with what a server's output says of each load."""
+    is_loading: Callable[[InstanceName], bool]
+    """Whether a load runs there; it has a timeout of its own, and may keep the server from answering a probe."""
 
 
 class Instance:
@@ -260,14 +262,17 @@ class Instance:
         self._transition(Trigger.ANSWERED)
 
     async def _check_health(self) -> str:
-        """Runs health checks until several in a row have failed. Returns the problem."""
+        """Runs health checks until several in a row have failed while no load runs. Returns the problem."""
         misses, problem = 0, ""
-        while misses < self._config.health_misses_max:
+        while misses < self._config.health_misses_max or self._context.is_loading(self.name):
             await self._context.clock.sleep(self._config.health_interval_seconds)
             try:
                 await self._engine.probe(self.spec.url, self._config.health_timeout_seconds)
                 misses = 0
             except ProbeFailed as error:
+                if error.is_local:
+                    self._log.error("instance_not_asked", error=str(error))
+                    continue
                 misses, problem = misses + 1, str(error)
                 self._log.warning("instance_health_check_missed", misses=misses, error=problem)
         return f"hangs: {misses} health checks in a row failed; the last one: {problem}"
@@ -290,8 +295,9 @@ class Instance:
                 misses = 0
                 self._attached_answered(version)
             except ProbeFailed as error:
-                misses += 1
-                self._attached_failed(misses, str(error))
+                if not error.is_local:
+                    misses += 1
+                    self._attached_failed(misses, str(error))
             await self._context.clock.sleep(self._config.health_interval_seconds)
 
     def _attached_answered(self, version: str) -> None:

@@ -35,11 +35,12 @@ class Supervisor:
         on_change: Callable[[InstanceChanged], None],
         clock: Clock | None = None,
         on_load: Callable[[LoadMeasured], None] = lambda _: None,
+        is_loading: Callable[[InstanceName], bool] = lambda _: False,
     ) -> None:
         """`engines`: by kind, one for every kind of instance that will be added."""
         self._config = config
         self._instances: dict[InstanceName, Instance] = {}
-        self._context = InstanceContext(config, clock or SystemClock(), engines, on_change, on_load)
+        self._context = InstanceContext(config, clock or SystemClock(), engines, on_change, on_load, is_loading)
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[Instance, asyncio.Task[None]] = {}
         self._retiring: set[Instance] = set()

@@ -102,10 +102,25 @@ def test_all_values_of_all_gpus_are_read(read: Read) -> None:
             {"pid": 4321, "used_bytes": 1500 * _MIB, "server_ports": []},
         ],
         "error": None,
+        "throttle_reasons": ["sw_power_cap"],
+        "ecc_errors_uncorrected": 3,
+        "xids": [],
         "bandwidth": 936_096_000_000.0,  # the data sheet of a 3090 says 936 GB/s
     }
     assert (second["index"], second["name"], second["compute_capability"]) == (1, "NVIDIA GeForce RTX 4090", [8, 9])
     assert second["processes"] == []
+
+
+def test_an_xid_is_reported_once_for_its_gpu_and_trouble_is_named(read: Read) -> None:
+    readings = read("xid1", times=4)
+    assert [[gpu["xids"] for gpu in gpus] for gpus in readings] == [[[], []], [[], [79]], [[], []], [[], []]]
+    assert readings[0][1]["throttle_reasons"] == ["hw_power_brake_slowdown"]
+    assert readings[0][1]["ecc_errors_uncorrected"] == 3
+
+
+def test_a_driver_without_events_reports_no_xid(read: Read) -> None:
+    ((first, second),) = read("noevents,xid1")
+    assert (first["xids"], second["xids"]) == ([], [])
 
 
 def _health(library: Path, scenario: str) -> Any:

@@ -16,6 +16,7 @@ from router.admission.origin_check import OriginPolicy, Origins
 from router.admission.pipeline import AdmissionPipeline, admission_pipeline
 from router.domain.actions import Grant, Reject
 from router.domain.events import Event
+from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.model import NO_MODEL, BlobDigest, ModelFacts
 from router.domain.request import Ticket, TicketId
@@ -168,6 +169,8 @@ class ScriptedEngine:
     lost: list[TicketId] = field(default_factory=list[TicketId])
     silent: list[float] = field(default_factory=list[float])
     """Seconds of silence that were reported."""
+    failures: list[ReplyFailure] = field(default_factory=list[ReplyFailure])
+    """As they were reported."""
     cancelled: int = 0
     posted: list[Event] = field(default_factory=list[Event])
     standing: WaitEstimate | None = None
@@ -208,7 +211,10 @@ class ScriptedEngine:
         output_tokens: int = 0,
         first_byte_at: float | None = None,
         silent_seconds: float = 0.0,
+        failure: ReplyFailure | None = None,
     ) -> None:
+        if failure is not None:
+            self.failures.append(failure)
         if silent_seconds:
             self.silent.append(silent_seconds)
         self.held.remove(ticket_id)  # KeyError where a slot is given back twice
@@ -362,10 +368,11 @@ async def staged(
     *,
     limits: RequestLimits = LIMITS,
     primary: bool = True,
+    elsewhere: bool = False,
     rules: ModelRules = ModelRules(default_context_length=8192),  # noqa: B008
     tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[Stage]:
-    """A relay that listens on loopback, in front of one upstream server."""
+    """A relay that listens on loopback, in front of one upstream server. `elsewhere`: another replica serves."""
     loop = asyncio.get_running_loop()
     upstream = Upstream()
     server = await loop.create_server(lambda: _Serving(upstream), "127.0.0.1", 0)
@@ -399,6 +406,7 @@ async def staged(
         primary=first,
         ready_primary=first_ready,
         make_handler=library,
+        serves_elsewhere=lambda _model, _instance: elsewhere,
     )
     proxy = ProxyServer(context)
     front = await loop.create_server(proxy, "127.0.0.1", 0, ssl=tls)

@@ -8,6 +8,7 @@ import pytest
 
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.model_aliases import substitutes
+from router.proxy.retry_budget import RETRIES_MIN
 from tests.proxy.stage import MODEL, OK, Script, by_turn, closing, replying, rests, staged, then_closing
 from tests.support.rawhttp import call, connect, request_bytes
 from tests.support.waiting import eventually
@@ -66,6 +67,52 @@ async def test_an_error_of_a_living_runner_is_not_tried_again() -> None:
                                          b"3\r\nbad\r\n", b"2\r\n!\n\r\n0\r\n\r\n")  # fmt: skip
         reply = await call(stage.address, "POST", "/api/generate", _ASK)
         assert (reply.status, reply.body, len(stage.upstream.turns)) == (500, b"bad!\n", 1)
+
+
+_BUSY = b'{"error":"server busy, please try again. maximum pending requests exceeded"}'
+_REFUSED = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: %d\r\n\r\n" % len(_BUSY) + _BUSY
+
+
+@pytest.mark.parametrize("status", [500, 502, 503])
+async def test_an_error_is_tried_elsewhere_where_another_replica_serves(status: int) -> None:
+    async with staged(elsewhere=True) as stage:
+        stage.upstream.script = by_turn(replying(_REFUSED.replace(b"503", b"%d" % status)), replying(OK))
+        assert (await call(stage.address, "POST", "/api/generate", _ASK)).status == 200
+        first, second = stage.controller.tickets
+        assert (first.avoid, second.avoid) == (None, "gpu0")
+        assert (second.arrived_at, second.deadline) == (first.arrived_at, first.deadline)
+        assert stage.controller.failures == ["overloaded" if status == 503 else "error"]
+        assert stage.controller.lost == []
+        assert stage.request_log.entries[0][0].retries == 1
+        await rests(stage)
+
+
+async def test_an_error_that_all_replicas_give_is_passed_on_in_the_servers_words() -> None:
+    async with staged(elsewhere=True) as stage:
+        stage.upstream.script = replying(_REFUSED)
+        reply = await call(stage.address, "POST", "/api/generate", _ASK)
+        assert (reply.status, reply.body, len(stage.upstream.turns)) == (503, _BUSY, 3)
+        await rests(stage)
+
+
+async def test_retries_beyond_the_budget_are_not_made_and_the_error_is_passed_on() -> None:
+    async with staged(elsewhere=True) as stage:
+        stage.upstream.script = replying(_REFUSED)
+        replies = [await call(stage.address, "POST", "/api/generate", _ASK) for _ in range(8)]
+        assert {(reply.status, reply.body) for reply in replies} == {(503, _BUSY)}
+        assert len(stage.upstream.turns) == 8 + RETRIES_MIN
+        assert stage.request_log.entries[-1][0].is_retry_refused
+        stage.upstream.script = closing
+        reply = await call(stage.address, "POST", "/api/generate", _ASK)
+        assert (reply.status, reply.header("X-Llamayard-Error")) == (502, "instance_lost")
+        await rests(stage)
+
+
+async def test_an_error_of_the_client_is_no_failure_of_the_server() -> None:
+    async with staged(elsewhere=True) as stage:
+        stage.upstream.script = replying(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{}")
+        assert (await call(stage.address, "POST", "/api/generate", _ASK)).status == 400
+        assert (len(stage.upstream.turns), stage.controller.failures) == (1, [])
 
 
 async def test_a_server_that_cannot_be_reached_is_lost() -> None:

@@ -24,9 +24,11 @@ from router.domain.actions import (
     StopInstance,
     Unload,
 )
+from router.domain.drained import DrainTarget
 from router.domain.events import (
     Arrived,
     Cancelled,
+    DrainRequested,
     Event,
     GpusRead,
     InstanceChanged,
@@ -35,6 +37,7 @@ from router.domain.events import (
     LoadFinished,
     Released,
     ResidencyRead,
+    RestartRequested,
     Ticked,
     UnloadFinished,
     UnloadRequested,
@@ -42,6 +45,7 @@ from router.domain.events import (
 from router.domain.explanation import Explanation
 from router.domain.footprint import FootprintKey
 from router.domain.gpu import Gpu, GpuUuid
+from router.domain.health import ReplyFailure
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.lasting_memo import LastingMemo
@@ -133,6 +137,11 @@ class Play:
     """Instances that were requested and are not ready yet."""
     lost: set[GpuUuid] = field(default_factory=set[GpuUuid])
     """GPUs that cannot be read."""
+    celsius: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
+    throttled: dict[GpuUuid, tuple[str, ...]] = field(default_factory=dict[GpuUuid, tuple[str, ...]])
+    ecc_errors: dict[GpuUuid, int] = field(default_factory=dict[GpuUuid, int])
+    xids: dict[GpuUuid, tuple[int, ...]] = field(default_factory=dict[GpuUuid, tuple[int, ...]])
+    """For the next reading."""
     stopped: list[InstanceName] = field(default_factory=list[InstanceName])
     restarting: list[InstanceName] = field(default_factory=list[InstanceName])
     """To be restarted, and still running."""
@@ -203,12 +212,13 @@ class Play:
         layout: Layout | None = None,
         client: str = "",
         default_context: int | None = None,
+        avoid: str | None = None,
     ) -> TicketId:
         """`default_context`: it cannot name a context, and needs this one; 0: the usual one."""
         self._tickets += 1
         made = self._ticket(
             self._tickets, of, options, keep_alive_seconds, ttft_target_seconds, is_flexible=is_flexible,
-            layout=layout, client=client, default_context=default_context,
+            layout=layout, client=client, default_context=default_context, avoid=avoid,
         )  # fmt: skip
         self.waiting[made.id] = made
         self.post(Arrived(made))
@@ -237,6 +247,7 @@ class Play:
         layout: Layout | None = None,
         client: str = "",
         default_context: int | None = None,
+        avoid: str | None = None,
     ) -> Ticket:
         made = ticket_of(
             number, of, options=options, keep_alive_seconds=keep_alive_seconds, arrived_at=self.now,
@@ -245,6 +256,7 @@ class Play:
         return replace(
             made,
             client=client,
+            avoid=None if avoid is None else InstanceName(avoid),
             takes_default_context=default_context is not None,
             context_length=default_context or 0,
         )
@@ -254,11 +266,18 @@ class Play:
         self.endings[ticket] = None
         return self.post(Cancelled(ticket))
 
-    def release(self, ticket: TicketId, *, runner_lost: bool = False, silent_seconds: float = 0.0) -> list[Action]:
+    def release(
+        self,
+        ticket: TicketId,
+        *,
+        runner_lost: bool = False,
+        silent_seconds: float = 0.0,
+        failure: ReplyFailure | None = None,
+    ) -> list[Action]:
         """The request ends: answered in full, or given up by its client after so much silence."""
         del self.leases[ticket]
-        first_byte_at = None if runner_lost or silent_seconds else self.now
-        return self.post(Released(ticket, runner_lost, 0, first_byte_at, silent_seconds))
+        first_byte_at = None if runner_lost or silent_seconds or failure else self.now
+        return self.post(Released(ticket, runner_lost, 0, first_byte_at, silent_seconds, failure))
 
     def finish_load(self, load: LoadId, on_cpu: int = 0) -> list[Action]:
         """Ends a load successfully, with `on_cpu` of its bytes on the CPU."""
@@ -283,12 +302,22 @@ class Play:
     def ask_unload(self, of: ModelFacts) -> list[Action]:
         return self.post(UnloadRequested(of.blob))
 
-    def list_models(self, name: str) -> list[Action]:
-        """Posts the loaded models of an instance, without those that are still loading."""
+    def drain(self, *, gpu: int | None = None, instance: str | None = None, resume: bool = False) -> list[Action]:
+        """An operator drains a GPU, an instance, or everything, or resumes it."""
+        target = DrainTarget(None if gpu is None else gpu_id(gpu), None if instance is None else InstanceName(instance))
+        return self.post(DrainRequested(target, resume))
+
+    def restart(self, *names: str, timeout_seconds: float = 300.0) -> list[Action]:
+        """An operator requests a restart of these instances."""
+        return self.post(RestartRequested(tuple(map(InstanceName, names)), timeout_seconds))
+
+    def list_models(self, name: str, on_cpu: int = 0) -> list[Action]:
+        """Posts the loaded models of an instance, without those that are still loading; `on_cpu` bytes of each are on
+        the CPU."""
         loading = {(load.instance, load.model.blob) for load in self.loads.values()}
         known = self.snapshot().residencies
         rows = [
-            LoadedModel(known[key].name, "", sum(sizes.values()), sum(sizes.values()), None, known[key].model)
+            LoadedModel(known[key].name, "", sum(sizes.values()), sum(sizes.values()) - on_cpu, None, known[key].model)
             for key, sizes in self.held.items()
             if key[0] == name and key not in loading and key in known
         ]
@@ -453,7 +482,11 @@ class Play:
         ours = sum(int(sizes.get(gpu, 0) * (progress if key in loading else 1.0)) for key, sizes in self.held.items())
         used = self.external[gpu] + ours
         error = "GPU is lost" if gpu in self.lost else None
-        return Gpu(gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used, error=error)
+        return Gpu(
+            gpu, number, "gpu", GPU_BYTES, GPU_BYTES - used, used, error=error,
+            temperature_celsius=self.celsius.get(gpu), throttle_reasons=self.throttled.get(gpu, ()),
+            ecc_errors_uncorrected=self.ecc_errors.get(gpu, 0), xids=self.xids.pop(gpu, ()),
+        )  # fmt: skip
 
 
 def with_policy(policy: Policy, **changes: object) -> Policy:

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceState
 from router.domain.policy import Policy, Rest, SchedulerConstants
 from router.domain.request import Layout, LayoutKind, RunnerOptions
@@ -87,10 +88,22 @@ class Fleet(RuleBasedStateMachine):
         self.play.work_through()
 
     @precondition(lambda self: self.play.leases)
-    @rule(data=st.data(), lost=st.sampled_from((False, False, False, False, True)))
-    def request_ends(self, data: st.DataObject, lost: bool) -> None:
+    @rule(
+        data=st.data(),
+        lost=st.sampled_from((False, False, False, False, True)),
+        failure=st.sampled_from((None, None, *ReplyFailure)),
+    )
+    def request_ends(self, data: st.DataObject, lost: bool, failure: ReplyFailure | None) -> None:
         ticket = data.draw(st.sampled_from(sorted(self.play.leases)))
-        self.play.release(ticket, runner_lost=lost)
+        self.play.release(ticket, runner_lost=lost, failure=failure)
+
+    @precondition(lambda self: self.play.leases)
+    @rule(data=st.data(), count=st.integers(3, 8))
+    def an_instance_fails_requests(self, data: st.DataObject, count: int) -> None:
+        play = self.play
+        name = data.draw(st.sampled_from(sorted({key[0] for key, _ in play.leases.values()})))
+        for ticket in [ticket for ticket, lease in sorted(play.leases.items()) if lease[0][0] == name][:count]:
+            play.release(ticket, failure=ReplyFailure.ERROR)
 
     @precondition(lambda self: self.play.waiting)
     @rule(data=st.data())
@@ -142,6 +155,16 @@ class Fleet(RuleBasedStateMachine):
             play.list_models(data.draw(st.sampled_from(sorted(play.specs))))
         else:
             play.advance(100.0)
+
+    @rule(data=st.data(), what=st.sampled_from(("gpu", "instance", "restart")), resume=st.booleans())
+    def an_operator_intervenes(self, data: st.DataObject, what: str, resume: bool) -> None:
+        play = self.play
+        if what == "gpu" and play.gpus:
+            play.drain(gpu=data.draw(st.integers(0, play.gpus - 1)), resume=resume)
+        elif what == "instance":
+            play.drain(instance=data.draw(st.sampled_from(sorted(play.specs))), resume=resume)
+        elif what == "restart":
+            play.restart(*sorted(play.specs), timeout_seconds=data.draw(st.sampled_from((0.0, 5.0, 300.0))))
 
     @precondition(lambda self: self.down())
     @rule()
@@ -205,6 +228,7 @@ class Fleet(RuleBasedStateMachine):
         if not hasattr(self, "play"):
             return
         play = self.play
+        play.drain(resume=True)
         for name in sorted(play.specs):
             play.change_instance(name, InstanceState.READY)
         play.external = dict.fromkeys(play.external, 0)

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.domain.actions import Action, Grant, Load, Unload
+from router.domain.drained import DrainTarget
 from router.domain.events import (
     Arrived,
     Cancelled,
+    DrainRequested,
     Event,
     InstanceChanged,
     LoadedModel,
@@ -21,6 +23,7 @@ from router.domain.events import (
     UnloadFinished,
     UnloadRequested,
 )
+from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import NO_MODEL, BlobDigest
 from router.domain.policy import Policy
@@ -57,10 +60,12 @@ _STEPS = st.lists(
         st.tuples(st.just("talk"), st.integers(0, 1), st.sampled_from((10, 300, 3000))),
         st.tuples(st.just("release"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("release"), st.integers(0, 9), st.just(False)),
+        st.tuples(st.just("fail"), st.integers(0, 9), st.sampled_from(list(ReplyFailure))),
         st.tuples(st.just("cancel"), st.integers(0, 9), st.just(None)),
         st.tuples(st.just("pass"), st.sampled_from((0.1, 1.0, 6.0)), st.just(None)),
         st.tuples(st.just("unload"), st.integers(0, 1), st.just(None)),
         st.tuples(st.just("listed"), st.integers(0, 1), st.booleans()),
+        st.tuples(st.just("drain"), st.integers(0, 1), st.booleans()),
         st.tuples(st.just("state"), st.integers(0, 1), st.sampled_from(list(InstanceState))),
     ),
     max_size=60,
@@ -119,6 +124,9 @@ class _Lives:
         elif what == "release" and self.held:
             ticket, now = self.held.pop(int(which) % len(self.held)), self.short.now
             self.handle(Released(ticket, bool(more), int(which) * 10, now - 0.05 if which else None))
+        elif what == "fail" and self.held and isinstance(more, ReplyFailure):
+            ticket = self.held.pop(int(which) % len(self.held))
+            self.handle(Released(ticket, failure=more))
         elif what == "cancel" and self.asked:
             self.handle(Cancelled(self.asked[int(which) % len(self.asked)]))
         elif what == "unload":
@@ -126,6 +134,8 @@ class _Lives:
         elif what == "listed":
             rows = (LoadedModel("m0", "d0", 1, 1, 8192, _MODELS[0]),) if more else ()
             self.handle(ResidencyRead(_SPECS[int(which)].name, rows, self.short.now))
+        elif what == "drain":
+            self.handle(DrainRequested(DrainTarget(instance=_SPECS[int(which)].name), bool(more)))
         elif what == "state":
             self.handle(
                 InstanceChanged(_SPECS[int(which)], more if isinstance(more, InstanceState) else InstanceState.READY)

@@ -78,6 +78,8 @@ def test_servers_over_a_gpu_that_was_lost_for_long_are_restarted_and_used_again(
     _find(two)
     assert sorted(two.restarting) == ["gpu1", "spread"]
     two.finish_restarts()
+    two.now += 31.0
+    two.read_gpus()
     ticket = two.arrive(PAIR)
     two.work_through()
     assert two.grant(ticket).instance == "spread"

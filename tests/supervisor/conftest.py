@@ -197,6 +197,7 @@ def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
         defaults: dict[str, Any] = {"command": FAKE_SERVER, "stop_timeout_seconds": 5.0, "start_timeout_seconds": 60.0}
         options = {**defaults, **fields}
         server = OllamaServer(options.pop("command"))
+        is_loading = options.pop("is_loading", lambda _: False)
         config = SupervisorConfig(
             state_directory=str(tmp_path / "state"),
             run_id=run_id(),
@@ -211,7 +212,7 @@ def make_fleet(marked: Marked, tmp_path: Path) -> MakeFleet:
             if also is not None:
                 also(change)
 
-        supervisor = Supervisor(config, {KIND: server}, on_change, clock)
+        supervisor = Supervisor(config, {KIND: server}, on_change, clock, is_loading=is_loading)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(supervisor.run())
             try:

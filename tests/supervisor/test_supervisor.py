@@ -144,6 +144,24 @@ async def test_a_hanging_server_is_killed_and_restarted(make_fleet: MakeFleet) -
         await fleet.reaches(S.READY)
 
 
+async def test_a_server_that_loads_a_model_is_not_killed_by_a_probe(make_fleet: MakeFleet) -> None:
+    loading = {"a"}
+    async with make_fleet(
+        is_loading=loading.__contains__, health_timeout_seconds=0.3, health_misses_max=2, health_interval_seconds=5.0
+    ) as fleet:
+        fleet.add()
+        await fleet.reaches(S.READY)
+        (fleet.folder / "a" / "hang").touch()
+        for _ in range(4):
+            await eventually(lambda: fleet.clock.waits)
+            fleet.clock.advance(5.0)
+        await eventually(lambda: fleet.clock.waits)
+        assert fleet.states() == [S.STARTING, S.READY]
+        loading.clear()
+        fleet.clock.advance(5.0)
+        await fleet.reaches(S.BACKOFF)
+
+
 async def test_a_single_failed_health_check_is_not_a_failure(make_fleet: MakeFleet) -> None:
     async with make_fleet(health_misses_max=2, health_interval_seconds=5.0) as fleet:
         fleet.add()

@@ -13,16 +13,19 @@ from pathlib import Path
 
 from bench.scheduling.fast_clock import FastSelector, scaled
 from router.app.serve import serve
-from router.config.settings import load_settings
+from router.config.settings import Settings, load_settings
 
 
 def main(arguments: list[str]) -> None:
     speed, _, _, config, *rig = arguments
     time.monotonic = scaled(time.monotonic, float(speed))
-    settings = load_settings(Path(config), dict(os.environ), {"rig": rig[1]} if rig else {})
+
+    def read_settings() -> Settings:
+        return load_settings(Path(config), dict(os.environ), {"rig": rig[1]} if rig else {})
+
     selector = FastSelector(float(speed))
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        runner.run(serve(settings))
+        runner.run(serve(read_settings(), read_settings))
 
 
 if __name__ == "__main__":

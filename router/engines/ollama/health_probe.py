@@ -13,8 +13,9 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from router.engines.base import ProbeFailed
+from router.engines.base import NotAsked, ProbeFailed
 from router.engines.ollama.http_get import Reply, get_once, is_plain
+from router.errors import is_out_of_descriptors
 
 _PATH = "/api/version"
 
@@ -30,6 +31,7 @@ async def probe_version(url: str, timeout_seconds: float, headers: Mapping[str, 
 
     Raises:
         ProbeFailed: no valid answer within the timeout.
+        NotAsked: the router has no file descriptor left.
     """
     try:
         get = get_once(url, _PATH, headers) if is_plain(url) else _get_with_library(url + _PATH, headers)
@@ -41,6 +43,8 @@ async def probe_version(url: str, timeout_seconds: float, headers: Mapping[str, 
     except TimeoutError as error:
         raise ProbeFailed(f"{url}{_PATH} does not answer within {timeout_seconds:g} s") from error
     except (aiohttp.ClientError, OSError, msgspec.MsgspecError) as error:
+        if is_out_of_descriptors(error):
+            raise NotAsked(f"{url}{_PATH}: {error}") from error
         raise ProbeFailed(f"{url}{_PATH}: {error}") from error
 
 

@@ -10,6 +10,7 @@ for servers that see that GPU) and `model` (a name) limit the scope; the other k
 - `lose_slot`: the slot of a client that disconnects mid-stream leaks until the model is unloaded;
 - `unload`: `refuse` (requests to unload are answered with 500) or `ignore` (answered, but the model stays listed, as in
   Ollama's "Stopping..."); the model stays loaded until its server ends;
+- `temperature_celsius`, `throttle` (a reason in NVML's words), `xid` (reported once), `ecc_errors`: of the GPU (`gpu`);
 - `server`: `hang` (accepts connections but never answers), `die` (exit status 1), or `refuse_start`.
 
 This module only reads and matches rules; others apply them.
@@ -27,7 +28,10 @@ from router.domain.model_names import parse_name
 from router.lab.emulator import vram
 
 FILE = "faults.json"
-_KEYS = frozenset({"instance", "gpu", "model", "slow", "hang", "die", "oom", "lose_slot", "unload", "server"})
+_GPU_KEYS = ("temperature_celsius", "throttle", "xid", "ecc_errors")
+_KEYS = frozenset(
+    {"instance", "gpu", "model", "slow", "hang", "die", "oom", "lose_slot", "unload", "server", *_GPU_KEYS}
+)
 _SERVER_FAULTS = ("hang", "die", "refuse_start")
 _UNLOAD_FAULTS = ("refuse", "ignore")
 
@@ -46,6 +50,10 @@ class Fault:
     lose_slot: bool = False
     unload: str | None = None
     server: str | None = None
+    temperature_celsius: int | None = None
+    throttle: str | None = None
+    xid: int | None = None
+    ecc_errors: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,10 @@ def _fault(rule: Any) -> Fault:
         raise ValueError(f"{FILE}: server: {fields['server']!r} is none of {', '.join(_SERVER_FAULTS)}")
     if fields.get("unload") not in (None, *_UNLOAD_FAULTS):
         raise ValueError(f"{FILE}: unload: {fields['unload']!r} is none of {', '.join(_UNLOAD_FAULTS)}")
+    for key in ("temperature_celsius", "xid", "ecc_errors"):
+        number = fields.get(key, 0)
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"{FILE}: {key}: expected a whole number, got {number!r}")
     slow = fields.get("slow", 1.0)
     if isinstance(slow, bool) or not isinstance(slow, int | float) or not slow > 0:
         raise ValueError(f"{FILE}: slow: expected a number above 0, got {slow!r}")

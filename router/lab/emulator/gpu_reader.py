@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from router.domain.gpu import Gpu, GpuProcess, GpuUuid
 from router.lab.emulator import vram
+from router.lab.emulator.faults import Fault, read_faults
 from router.lab.emulator.spec import EmulatorSpec
 
 _BUSY_SECONDS = 1.0
@@ -54,6 +55,8 @@ class EmulatedGpuReader:
         self._clock = clock
         self._busy_age = busy_age or _age_seconds
         self._warmth: dict[str, tuple[float, float]] = {}
+        self._xids: dict[str, set[int]] = {}
+        """XIDs that were reported already."""
 
     def read(self) -> tuple[Gpu, ...]:
         """Current state of all GPUs. A lost GPU keeps its index and has `error` set."""
@@ -61,9 +64,29 @@ class EmulatedGpuReader:
         lost_gpus = vram.read_json(self._directory / "lost.json")
         external_bytes = vram.read_json(self._directory / "foreign.json")
         gpus: list[dict[str, Any]] = vram.read_json(self._directory / "rig.json").get("gpus", [])
+        try:
+            faults = read_faults(self._directory)
+        except ValueError:
+            faults = ()  # the servers log what is wrong with it
         return tuple(
-            self._gpu(index, gpu, allocations, external_bytes.get(gpu["uuid"], 0), gpu["uuid"] in lost_gpus)
+            self._with_faults(
+                self._gpu(index, gpu, allocations, external_bytes.get(gpu["uuid"], 0), gpu["uuid"] in lost_gpus), faults
+            )
             for index, gpu in enumerate(gpus)
+        )
+
+    def _with_faults(self, gpu: Gpu, faults: Iterable[Fault]) -> Gpu:
+        """With what the rules of `faults.json` say of it. An XID is reported when its rule appears."""
+        rules = [rule for rule in faults if rule.gpu is not None and gpu.uuid.startswith(rule.gpu)]
+        xids = {rule.xid for rule in rules if rule.xid is not None}
+        reported, self._xids[gpu.uuid] = self._xids.get(gpu.uuid, set()), xids
+        celsius = [rule.temperature_celsius for rule in rules if rule.temperature_celsius is not None]
+        return dataclasses.replace(
+            gpu,
+            temperature_celsius=max(celsius, default=gpu.temperature_celsius),
+            throttle_reasons=tuple(rule.throttle for rule in rules if rule.throttle is not None),
+            ecc_errors_uncorrected=sum(rule.ecc_errors or 0 for rule in rules),
+            xids=tuple(sorted(xids - reported)),
         )
 
     def close(self) -> None:

@@ -31,6 +31,14 @@ from router.lab.simulator.workload import Session, Turn
 GIB = 1024**3
 _SECONDS = 40.0
 _FAILED_LOADS_PER_MODEL = 1
+_FAULTS = (
+    FaultKind.DIES,
+    FaultKind.LOST,
+    FaultKind.HOT,
+    FaultKind.EXTERNAL,
+    FaultKind.STUCK,
+    FaultKind.SLOW_DISK,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ def random_scenario(seed: int) -> RandomScenario:
         seconds=_SECONDS,
         cold_start=rng.random() < 0.5,
         page_cache_bytes=rng.choice((16, 64)) * GIB,
-        faults=_faults(rng, len(gpus)),
+        faults=(*_faults(rng, len(gpus)), *_commands(seed, len(gpus))),
         deviation_seed=seed,
     )
     config = ServerConfig(version=rng.choice(((0, 24, 0), (0, 33, 0))), slots=rng.choice((1, 2, 2, 4)))
@@ -180,11 +188,22 @@ def _turn(rng: random.Random, at: float) -> Turn:
 def _faults(rng: random.Random, gpus: int) -> tuple[Fault, ...]:
     faults: list[Fault] = []
     for _ in range(rng.choice((0, 0, 1, 2, 3))):
-        kind = rng.choice(list(FaultKind))
+        kind = rng.choice(_FAULTS)
         amount = {FaultKind.HOT: 3.0, FaultKind.EXTERNAL: rng.uniform(0.1, 0.9), FaultKind.SLOW_DISK: 0.2}
         at, seconds = rng.uniform(0.0, _SECONDS), rng.uniform(1.0, 30.0)
         faults.append(Fault(at, kind, rng.randrange(gpus + 1), amount.get(kind, 1.0), seconds))
     return tuple(faults)
+
+
+def _commands(seed: int, gpus: int) -> tuple[Fault, ...]:
+    """What an operator does meanwhile: drains with their resumes, and restarts of all instances."""
+    rng = random.Random(f"commands {seed}")
+    commands: list[Fault] = []
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        kind = rng.choice((FaultKind.DRAINED, FaultKind.DRAINED, FaultKind.RESTART))
+        at, seconds = rng.uniform(0.0, _SECONDS), rng.uniform(1.0, 20.0)
+        commands.append(Fault(at, kind, rng.randrange(gpus), seconds=seconds))
+    return tuple(commands)
 
 
 def replay_command(seed: int) -> str:

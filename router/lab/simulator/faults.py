@@ -1,4 +1,4 @@
-"""Fault injection: crashed servers, failing unloads, lost or throttled GPUs, external VRAM use and slow disks.
+"""Fault injection: crashed servers, failing unloads, lost or throttled GPUs, external VRAM use, slow disks, drains.
 
 Clients that hang up are part of the workload instead (`Turn.hang_up_after_seconds`).
 """
@@ -25,6 +25,10 @@ class FaultKind(StrEnum):
     """Another program allocates a share `amount` of the `target`-th GPU's memory, if free, for `seconds`."""
     STUCK = "unloads fail"
     """The `target`-th server fails every unload for `seconds`; the baselines' servers unload by themselves."""
+    DRAINED = "drained"
+    """An operator drains the `target`-th GPU for `seconds`. Only the router knows drains."""
+    RESTART = "restart"
+    """An operator requests a restart of all instances, one after the other. Only the router knows it."""
     SLOW_DISK = "slow disk"
     """The disk reads at `amount` times its normal rate for `seconds`."""
 
@@ -51,6 +55,14 @@ class FaultTarget(Protocol):
 
     def gpu_lost(self, uuid: GpuUuid) -> None:
         """Ends everything that runs on this GPU."""
+        ...
+
+    def drain(self, uuid: GpuUuid, *, is_resumed: bool) -> None:
+        """Takes a GPU out of service, or brings it back."""
+        ...
+
+    def restart_all(self) -> None:
+        """Restarts all servers, one after the other."""
         ...
 
 
@@ -91,6 +103,12 @@ def _callbacks(machine: Machine, baseline: FaultTarget, fault: Fault) -> tuple[C
             return (lambda: baseline.unloads_fail(fault.target, is_failing=True)), (
                 lambda: baseline.unloads_fail(fault.target, is_failing=False)
             )
+        case FaultKind.DRAINED:
+            return (lambda: baseline.drain(gpu.uuid, is_resumed=False)), (
+                lambda: baseline.drain(gpu.uuid, is_resumed=True)
+            )
+        case FaultKind.RESTART:
+            return baseline.restart_all, _do_nothing
         case FaultKind.SLOW_DISK:
             return (lambda: machine.transfers.set_disk_factor(fault.amount)), (
                 lambda: machine.transfers.set_disk_factor(1.0)

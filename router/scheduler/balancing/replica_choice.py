@@ -20,6 +20,7 @@ from router.scheduler.balancing.pending_work import IDLE, WorkShare, expected_ou
 from router.scheduler.balancing.prefix_affinity import Held
 from router.scheduler.balancing.replica_scorer import best, waiting_seconds
 from router.scheduler.balancing.throughput import Throughput
+from router.scheduler.reconcile import ejection
 from router.scheduler.state import FleetState
 
 _NOWHERE: Held = {}
@@ -106,6 +107,10 @@ def grant(fleet: FleetState, able: Sequence[ResidencyKey], replicas: int, ticket
 
     `replicas`: the number of replicas in total, loaded or coming. With a single one nothing is scored or recorded.
     """
+    if ticket.avoid is not None:
+        able = [key for key in able if key[0] != ticket.avoid] or able
+    if fleet.hot_instances:
+        able = [key for key in able if key[0] not in fleet.hot_instances] or able
     if replicas > 1:
         share, choice = choose(fleet, able, ticket, now)
         key = able[choice.chosen]
@@ -113,6 +118,8 @@ def grant(fleet: FleetState, able: Sequence[ResidencyKey], replicas: int, ticket
         key, share, choice = able[0], None, None
     replica = fleet.replicas[key]
     used = fleet.take_slot(ticket, key, now, share).in_flight - 1
+    if fleet.health:
+        ejection.granted(fleet, key, ticket.id)
     url = fleet.instances[key[0]].spec.url
     return Grant(
         ticket.id, key[0], url, replica.reason, used, replica.slots, choice, replica.options, replica.context_length

@@ -72,11 +72,15 @@ class Bounds:
 
 def is_alive(snapshot: Snapshot, view: InstanceView) -> bool:
     """Whether the instance serves, or is expected to soon: requests wait for it."""
+    if snapshot.drained.covers(view.spec):
+        return False
     if view.state not in _MAY_COME_BACK:
         return view.state is InstanceState.READY
     if lost_gpus(snapshot.gpus, view.spec):
         return False
     since, constants = view.down_since, snapshot.policy.constants
+    if view.spec.name in snapshot.restarts_due:
+        return not view.spec.on_demand
     if view.state is InstanceState.DRAINING and (since is None or view.spec.on_demand):
         return False
     grace = constants.attached_grace_seconds if view.spec.attached else constants.restart_grace_seconds
@@ -164,8 +168,18 @@ def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
             yield tuple(gpu.uuid for gpu in chosen)
 
 
+def may_use(snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
+    """Returns False for sets with a GPU on probation, unless it is alone and no other load is under way there."""
+    if not snapshot.probation or snapshot.probation.isdisjoint(gpus):
+        return True
+    return len(gpus) == 1 and not any(
+        gpu == gpus[0] for reservation in snapshot.reservations.values() for gpu, _ in reservation.per_gpu_bytes
+    )
+
+
 def _usable(snapshot: Snapshot) -> list[Gpu]:
-    return sorted((gpu for gpu in snapshot.gpus.values() if gpu.error is None), key=lambda gpu: gpu.index)
+    usable = (gpu for gpu in snapshot.gpus.values() if gpu.error is None and not snapshot.drained.has_gpu(gpu.uuid))
+    return sorted(usable, key=lambda gpu: gpu.index)
 
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
@@ -252,18 +266,19 @@ def is_empty(snapshot: Snapshot, name: InstanceName) -> bool:
 
 
 def against_preferences(snapshot: Snapshot, gpus: Sequence[GpuUuid], name: str) -> int:
-    """Counts the GPUs of a set that the configuration would rather give to others; 0 is best.
+    """Counts the GPUs of a set that are hot, or that the configuration would rather give to others; 0 is best.
 
     A model with exclusive GPUs prefers those. A GPU that another model is pinned to is left free until that model is
     there.
     """
     policy = snapshot.policy
+    hot = sum(gpu in snapshot.hot for gpu in gpus) if snapshot.hot else 0
     if not (policy.exclusive_gpus or policy.pins):
-        return 0
+        return hot
     pinned = memoise(snapshot, _unplaced_pins, lambda: _unplaced_pins(snapshot))
     has_own = any(name in names for names in policy.exclusive_gpus.values())
     foreign = sum(not is_exclusive_to(snapshot, gpu, name) for gpu in gpus) if has_own else 0
-    return foreign + sum(bool(pinned.get(gpu, frozenset()) - {name}) for gpu in gpus)
+    return hot + foreign + sum(bool(pinned.get(gpu, frozenset()) - {name}) for gpu in gpus)
 
 
 def is_exclusive_to(snapshot: Snapshot, gpu: GpuUuid, name: str) -> bool:

@@ -78,3 +78,18 @@ def explain_state(view: InstanceView) -> str:
 def bytes_text(size: int) -> str:
     """`12884901888 bytes (12.0 GiB)`."""
     return f"{size} bytes ({size / GIB:.1f} GiB)"
+
+
+def explain_drained(snapshot: Snapshot) -> str:
+    """`; GPU 1 is drained`, to be appended to the reason of a wait; "" if nothing is drained."""
+    drained = snapshot.drained
+    if not drained:
+        return ""
+    gpus = sorted((gpu for gpu in snapshot.gpus.values() if gpu.uuid in drained.gpus), key=lambda gpu: gpu.index)
+    return "; " + ", ".join(
+        [
+            *(f"GPU {gpu.index} is drained" for gpu in gpus),
+            *(reason for _, reason in drained.unfit),
+            *(f"{name} is drained" for name in sorted(drained.instances)),
+        ]
+    )

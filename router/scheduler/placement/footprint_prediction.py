@@ -29,10 +29,10 @@ def estimate_unmeasured(
 class FootprintPredictor:
     """An `Estimate` that uses measured footprints."""
 
-    __slots__ = ("_footprints", "_policy")
+    __slots__ = ("_footprints", "policy")
 
     def __init__(self, policy: Policy, footprints: Footprints) -> None:
-        self._policy = policy
+        self.policy = policy
         self._footprints = footprints
 
     def revision(self, model: ModelFacts) -> int:
@@ -62,12 +62,12 @@ class FootprintPredictor:
             if nearest is not None:
                 return self._shifted(model, spec, context_length, nearest, snapshot)
         sizes = engine.estimate_bytes(model, spec, context_length, snapshot)
-        ratio = 1.0 + max(self._policy.constants.unseen_margin_ratio, self._extra_margin(engine, model))
+        ratio = 1.0 + max(self.policy.constants.unseen_margin_ratio, self._extra_margin(engine, model))
         return tuple(int(size * ratio) for size in sizes)
 
     def _extra_margin(self, engine: EngineRules[Snapshot], model: ModelFacts) -> float:
         """The engine's own margin counts where margins are in use at all: tests of sums go without."""
-        return engine.margin_ratio(model) if self._policy.constants.unseen_margin_ratio else 0.0
+        return engine.margin_ratio(model) if self.policy.constants.unseen_margin_ratio else 0.0
 
     def _shifted(
         self,

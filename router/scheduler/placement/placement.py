@@ -36,6 +36,7 @@ from router.scheduler.placement.candidates import (
     alive_instances,
     candidates_of_size,
     is_exclusive_to,
+    may_use,
     new_candidates,
     sizes,
 )
@@ -305,8 +306,12 @@ def _among(snapshot: Snapshot, group: Sequence[SizedCandidate], request: Placeme
     if len(failures) == len(group):
         last = failures[group[-1].name]
         return NoFit("load_failed", last.message, last.status)
-    out = request.not_on | failures.keys() | _just_lost(snapshot, request)
+    out = request.not_on | failures.keys() | _just_lost(snapshot, request) | snapshot.ejected
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
+    usable_gpus = [c for c in there if may_use(snapshot, c.candidate.gpus)]
+    if there and not usable_gpus:
+        return MustWait("waits until a GPU that is back has shown with a load on it alone that it works")
+    there = usable_gpus
     preferred = _preferred_start(snapshot, [c for c in group if c.name not in out], there, request)
     if preferred is not None:
         return MustWait(f"{preferred.name}: waits for its start, since the configuration prefers its GPUs")

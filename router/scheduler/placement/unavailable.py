@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 
-from router.domain.gpu import GpuUuid
+from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model import ModelFacts
 from router.domain.request import RunnerOptions
@@ -35,7 +35,7 @@ def explain_unavailable(
 
 
 def _down(snapshot: Snapshot, bounds: Bounds) -> Iterator[InstanceSpec]:
-    """Instances that do not serve, and those that could be started if no GPU were lost."""
+    """Instances that do not serve, and those that could be started if no GPU were lost or drained."""
     for view in snapshot.instances.values():
         if view.state is not InstanceState.READY:
             yield view.spec
@@ -45,10 +45,14 @@ def _down(snapshot: Snapshot, bounds: Bounds) -> Iterator[InstanceSpec]:
     gpus = sorted(snapshot.gpus.values(), key=lambda gpu: gpu.index)
     for size in range(1, len(gpus) + 1):
         for chosen in combinations(gpus, size):
-            if any(gpu.error is not None for gpu in chosen):
+            if any(_is_out(snapshot, gpu) for gpu in chosen):
                 tuned = snapshot.engines[like.engine].tuned_for(like, list(chosen))
                 uuids = tuple(gpu.uuid for gpu in chosen)
                 yield replace(tuned, name=InstanceName(""), gpus=uuids, num_parallel=1, on_demand=True)
+
+
+def _is_out(snapshot: Snapshot, gpu: Gpu) -> bool:
+    return gpu.error is not None or snapshot.drained.has_gpu(gpu.uuid)
 
 
 def _holds(
@@ -73,4 +77,11 @@ def _reason(snapshot: Snapshot, spec: InstanceSpec) -> str:
     lost = lost_gpus(snapshot.gpus, spec)
     if lost:
         return ", ".join(f"GPU {gpu.index} is lost ({gpu.error})" for gpu in lost)
+    drained = [
+        snapshot.drained.reason_of(uuid) or f"GPU {gpu.index} is drained"
+        for uuid in spec.gpus
+        if (gpu := snapshot.gpus.get(uuid)) and snapshot.drained.has_gpu(uuid)
+    ]
+    if drained:
+        return ", ".join(drained)
     return explain_state(snapshot.instances[spec.name])

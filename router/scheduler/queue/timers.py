@@ -13,6 +13,10 @@ from router.scheduler.state import FleetState
 def next_wake(fleet: FleetState, queue: WaitQueue, retry_at: float) -> float | None:
     """When the dispatcher has to run even without an event; None for never. `retry_at`: next search of the queue."""
     times = [*_expiries(fleet, queue), *fleet.restarts_due.values()]
+    if fleet.rolling is not None:
+        times.append(fleet.rolling.deadline)
+    if fleet.ejection_ends_at is not None:
+        times.append(fleet.ejection_ends_at)
     timeout = next_timeout(fleet)
     if timeout is not None:
         times.append(timeout)

@@ -10,6 +10,7 @@ from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Estimate, Snapshot
+from router.domain.snapshot_index import is_drained
 from router.scheduler.placement.candidates import is_empty
 from router.scheduler.placement.cost import is_warm_wanted
 from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place
@@ -24,6 +25,9 @@ def stop_empty(fleet: FleetState, now: float) -> Iterator[StopInstance]:
             continue
         if view.state in (InstanceState.BACKOFF, InstanceState.FATAL):
             yield _stop(fleet, view, f"does not run: {view.reason}")
+            continue
+        if name in fleet.taken_out and view.state is InstanceState.DRAINING and is_empty(snapshot, name):
+            yield _stop(fleet, view, view.reason)
             continue
         if view.state is not InstanceState.READY:
             continue
@@ -67,7 +71,11 @@ def _want(snapshot: Snapshot, model: ModelFacts) -> PlacementRequest:
 
 def missing_warm(snapshot: Snapshot, models: Mapping[str, ModelFacts]) -> Iterator[ModelFacts]:
     """Yields the models that are pinned warm and neither loaded nor on their way, each of the same weights once."""
-    coming = {r.blob for r in snapshot.residencies.values() if r.state is not ResidencyState.UNLOADING}
+    coming = {
+        r.blob
+        for r in snapshot.residencies.values()
+        if r.state is not ResidencyState.UNLOADING and not is_drained(snapshot, r.instance)
+    }
     for model in {model.blob: model for model in models.values()}.values():
         if model.blob not in coming and snapshot.policy.keeps_warm(model.name):
             yield model
@@ -101,7 +109,7 @@ def anticipate(
     """
     if snapshot.wanted or snapshot.reservations:
         return
-    loaded = {r.blob for r in snapshot.residencies.values()}
+    loaded = {r.blob for r in snapshot.residencies.values() if not is_drained(snapshot, r.instance)}
     for blob, model in models.items():
         if blob in loaded or not is_warm_wanted(snapshot, model):
             continue

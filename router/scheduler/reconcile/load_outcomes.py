@@ -57,6 +57,7 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         return
     if event.spec.on_demand and event.state is InstanceState.STARTING:
         return  # a plan waits for an instance that was started for it
+    fleet.health.pop(name, None)
     if any(key[0] == name for key in fleet.replicas):
         fleet.memory_changed(now)  # the last reading of the GPUs still shows what it held
     fleet.forget_instance(name)

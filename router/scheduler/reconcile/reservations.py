@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from router.domain.actions import Action, StartInstance
 from router.domain.ids import LoadId
-from router.domain.instance import InstanceState, InstanceView
+from router.domain.instance import InstanceName, InstanceState, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyState
@@ -92,10 +92,15 @@ def drop(fleet: FleetState, plan: Reservation | Residency) -> None:
 def drain(fleet: FleetState, view: InstanceView, reason: str, now: float) -> None:
     """Takes an instance out of service: it takes no new request, and the loads planned there are dropped."""
     fleet.put_instance(replace(view, state=InstanceState.DRAINING, reason=reason, down_since=now))
-    for plan in fleet.plans():
-        if plan.instance == view.spec.name:
-            drop(fleet, plan)
+    drop_on(fleet, view.spec.name)
     fleet.version += 1
+
+
+def drop_on(fleet: FleetState, name: InstanceName) -> None:
+    """Drops the plans for an instance, to be planned elsewhere."""
+    for plan in fleet.plans():
+        if plan.instance == name:
+            drop(fleet, plan)
 
 
 def next_timeout(fleet: FleetState) -> float | None:

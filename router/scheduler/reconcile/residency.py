@@ -113,7 +113,7 @@ def describe_wait(replicas: Iterable[Residency]) -> str:
 def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: float) -> list[Action]:
     """Updates an instance's residencies to what its server lists: adopts new, forgets missing, corrects sizes.
 
-    Returns what to do about models that are on the CPU although their instance has GPUs.
+    Returns reports of models that are on the CPU although their instance has GPUs.
     """
     view = fleet.instances.get(event.instance)
     if view is None or view.state is not InstanceState.READY:
@@ -134,15 +134,12 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
         elif known is not None and known.state is ResidencyState.READY and _is_news(known, row):
             is_news = True
             fleet.update((event.instance, blob), size_bytes=row.size_bytes, size_vram_bytes=row.size_vram_bytes)
-        actions += _heal_spill(fleet, view, blob, is_news=is_news)
+        actions += _report_spill(fleet, view, blob) if is_news else []
     return actions
 
 
-def _heal_spill(fleet: FleetState, view: InstanceView, blob: BlobDigest, *, is_news: bool) -> list[Action]:
-    """Reports a model that its server has put on the CPU by its own rules, and unloads it, to be loaded as planned.
-
-    Not unloaded: a busy one, until it is idle; one on an attached server; and one whose Modelfile asks for it.
-    """
+def _report_spill(fleet: FleetState, view: InstanceView, blob: BlobDigest) -> list[Action]:
+    """Reports a model that its server has put on the CPU by its own rules, unless its Modelfile asks for it."""
     residency = fleet.residencies.get((view.spec.name, blob))
     if residency is None or residency.state is not ResidencyState.READY or not view.spec.gpus:
         return []
@@ -151,12 +148,8 @@ def _heal_spill(fleet: FleetState, view: InstanceView, blob: BlobDigest, *, is_n
         return []
     if fleet.engines[residency.model.engine].sets_own_layers(residency.model):
         return []
-    share = 100.0 * cpu_ratio(*sizes)
-    fields = {"model": residency.name, "instance": view.spec.name, "cpu_percent": round(share)}
-    notices: list[Action] = [Notice("model_on_cpu", fields)] if is_news else []
-    if view.spec.attached or not residency.is_idle:
-        return notices
-    return [*notices, unload(fleet, (residency.instance, blob), f"{share:.0f} % on the CPU on {view.spec.name}")]
+    fields = {"model": residency.name, "instance": view.spec.name, "cpu_percent": round(100.0 * cpu_ratio(*sizes))}
+    return [Notice("model_on_cpu", fields)]
 
 
 def _is_news(known: Residency, row: LoadedModel) -> bool:

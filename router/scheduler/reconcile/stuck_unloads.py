@@ -7,6 +7,8 @@ VRAM, so that loads are planned elsewhere, and the unload is repeated now and th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from router.domain.actions import Action, Notice, RestartInstance
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.residency import STUCK_AFTER_FAILURES, ResidencyKey, ResidencyState
@@ -46,7 +48,7 @@ def _write_off(fleet: FleetState, key: ResidencyKey, now: float, error: str, *, 
 
 def _drain(fleet: FleetState, key: ResidencyKey, view: InstanceView, now: float, error: str) -> list[Action]:
     name = key[0]
-    if view.state is InstanceState.DRAINING:
+    if view.state is InstanceState.DRAINING and name not in fleet.taken_out:
         return []
     reason = f"is drained and restarted: {fleet.residencies[key].name} cannot be unloaded: {error}"
     reservations.drain(fleet, view, reason, now)
@@ -61,7 +63,10 @@ def restart_drained(fleet: FleetState, now: float) -> list[Action]:
         if now < deadline and any(_is_busy(fleet, key) for key in fleet.replicas if key[0] == name):
             continue
         del fleet.restarts_due[name]
-        actions.append(RestartInstance(name, fleet.instances[name].reason))
+        view = fleet.instances[name]
+        fleet.put_instance(replace(view, down_since=now))  # requests wait for its start from now on
+        fleet.version += 1
+        actions.append(RestartInstance(name, view.reason))
     return actions
 
 

@@ -5,13 +5,15 @@
  *   lost1         GPU 1 is lost at the second and third reading of its memory, and back at the fourth
  *   gone1         GPU 1 has no handle              noinit     the driver does not answer
  *   oldprocs      only version 2 of the process calls
+ *   xid1           GPU 1 reports XID 79 before the second reading
+ *   noevents       the driver has no event sets
  */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, FUNCTION_NOT_FOUND = 13,
+enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, TIMEOUT = 10, FUNCTION_NOT_FOUND = 13,
        GPU_IS_LOST = 15, LIB_RM_VERSION_MISMATCH = 18 };
 
 #define MIB (1024ull * 1024ull)
@@ -125,6 +127,24 @@ int nvmlDeviceGetMaxClockInfo(device d, unsigned kind, unsigned *out) {
 int nvmlDeviceGetUtilizationRates(device d, utilization *out) {
     out->gpu = 75; out->memory = 40;
     return optional(d);
+}
+int nvmlDeviceGetCurrentClocksThrottleReasons(device d, unsigned long long *out) {
+    *out = d->index ? 0x81 : 0x04; /* an idle GPU, and the power brake; a power cap */
+    return optional(d);
+}
+typedef struct { device device; unsigned long long type, data; unsigned gpu_instance, compute_instance; } event_data;
+static int event_sets, registered, waits;
+int nvmlEventSetCreate(void **set) { *set = &event_sets; return plays("noevents") ? NOT_SUPPORTED : OK; }
+int nvmlDeviceRegisterEvents(device d, unsigned long long types, void *set) {
+    if (types != 8 || set != &event_sets) return INVALID_ARGUMENT;
+    registered |= 1 << d->index;
+    return OK;
+}
+int nvmlEventSetWait_v2(void *set, event_data *out, unsigned milliseconds) {
+    if (set != &event_sets || milliseconds) return INVALID_ARGUMENT;
+    if (!plays("xid1") || ++waits != 2 || registered != 3) return TIMEOUT;
+    *out = (event_data){(device)&devices[1], 8, 79, ~0u, ~0u};
+    return OK;
 }
 static int list(device d, unsigned *count, process_info *out, const process_info *held, unsigned n) {
     int e = optional(d);

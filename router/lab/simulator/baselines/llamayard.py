@@ -25,9 +25,11 @@ from router.domain.actions import (
     StopInstance,
     Unload,
 )
+from router.domain.drained import DrainTarget
 from router.domain.events import (
     Arrived,
     Cancelled,
+    DrainRequested,
     Event,
     GpusRead,
     InstanceChanged,
@@ -36,6 +38,7 @@ from router.domain.events import (
     LoadFinished,
     Released,
     ResidencyRead,
+    RestartRequested,
     Ticked,
     UnloadFinished,
 )
@@ -71,6 +74,7 @@ _UNLOAD_POLL_SECONDS = 0.05
 """Half the driver's poll interval: the mean delay until it notices that a model is unloaded."""
 _EARLIEST_WAKE_SECONDS = 0.01
 _ATTEMPTS = 3
+_DRAIN_TIMEOUT_SECONDS = 10.0
 
 DecisionObserver = Callable[[Event, list[Action], float], None]
 
@@ -151,7 +155,8 @@ class Llamayard:
 
     def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
         """Bytes that the model's runner really holds on each GPU; empty if there is none."""
-        for runner in self._instances[key[0]].server.loaded:
+        instance = self._instances.get(key[0])
+        for runner in instance.server.loaded if instance is not None else ():
             if runner.blob == key[1]:
                 return runner.bytes_by_gpu
         return {}
@@ -182,6 +187,14 @@ class Llamayard:
         for instance in list(self._instances.values()):
             if uuid in instance.spec.gpus and self._instances.get(instance.spec.name) is instance:
                 self._crash(instance)
+
+    def drain(self, uuid: GpuUuid, *, is_resumed: bool) -> None:
+        """An operator drains a GPU, or resumes it."""
+        self._post(DrainRequested(DrainTarget(gpu=uuid), is_resumed))
+
+    def restart_all(self) -> None:
+        """An operator requests a restart of all instances, one after the other."""
+        self._post(RestartRequested(tuple(self._instances), _DRAIN_TIMEOUT_SECONDS))
 
     # --- events --------------------------------------------------------------------------------------------
 
@@ -332,7 +345,10 @@ class Llamayard:
         )
 
     def _unload(self, unload: Unload) -> None:
-        if self._instances[unload.instance].fails_unloads:
+        instance = self._instances.get(unload.instance)
+        if instance is None:
+            return  # it is being stopped, which ends its models
+        if instance.fails_unloads:
             failed = UnloadFinished(unload.instance, unload.blob, "500: the server does not unload it")
             self._machine.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(failed))
             return
@@ -341,7 +357,7 @@ class Llamayard:
             finished = UnloadFinished(unload.instance, unload.blob)
             self._machine.timeline.after(_UNLOAD_POLL_SECONDS, lambda: self._post(finished))
 
-        self._instances[unload.instance].server.unload(unload.blob, gone)
+        instance.server.unload(unload.blob, gone)
 
     def _call_soon(self, call: Callable[[], None]) -> None:
         self._machine.timeline.after(0.002, call)

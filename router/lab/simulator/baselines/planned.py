@@ -71,6 +71,12 @@ class Planned:
     def gpu_lost(self, uuid: GpuUuid) -> None:
         """Faults do not affect a plan."""
 
+    def drain(self, uuid: GpuUuid, *, is_resumed: bool) -> None:
+        """Faults do not affect a plan."""
+
+    def restart_all(self) -> None:
+        """Faults do not affect a plan."""
+
     # --- execution -----------------------------------------------------------------------------------------
 
     def _begin_interval(self, index: int) -> None:

@@ -43,6 +43,12 @@ class StockServer:
         del uuid
         self._server.kill()
 
+    def drain(self, uuid: GpuUuid, *, is_resumed: bool) -> None:
+        """It knows no drain."""
+
+    def restart_all(self) -> None:
+        """It knows no rolling restart."""
+
 
 @dataclass(slots=True)
 class _Upstream:
@@ -92,6 +98,12 @@ class NginxOverServers:
         for upstream in self._upstreams:
             if uuid in upstream.server.gpus:
                 upstream.server.kill()
+
+    def drain(self, uuid: GpuUuid, *, is_resumed: bool) -> None:
+        """It knows no drain."""
+
+    def restart_all(self) -> None:
+        """It knows no rolling restart."""
 
     def _pick(self) -> _Upstream:
         count = len(self._upstreams)

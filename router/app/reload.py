@@ -1,0 +1,150 @@
+"""Hot reload: the configuration is read and checked as a whole, then applied as a whole, or not at all.
+
+Rules for models, names, placement, the queue and streams change while the router runs. Keys that are used once, at the
+start (addresses, servers and their environment, directories), are named as needing a restart and keep their values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from router.app.preflight import PreflightResult, check_machine
+from router.app.startup_checks import startup_problems
+from router.config.instance_options import tuning_problems
+from router.config.keys import dotted_keys
+from router.config.settings import ConfigError, Settings
+from router.config.values import json_value
+from router.errors import BadRequest
+
+LIVE_SECTIONS = ("models", "aliases", "fallbacks", "placement", "queue", "stream")
+"""Sections all of whose keys can change while the router runs."""
+LIVE_OLLAMA = ("keep_alive", "load_timeout_seconds", "context_length_max")
+LIVE_SERVER = ("list_aliases",)
+_SECRET_KEYS = ("ollama.env", "ollama.instance_env", "instances")
+"""Keys whose values may be secrets: only that they change is logged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key with its value before and after, as JSON."""
+
+    key: str
+    before: object
+    after: object
+
+    def document(self) -> dict[str, object]:
+        if self.key in _SECRET_KEYS:
+            return {"key": self.key}
+        return {"key": self.key, "from": self.before, "to": self.after}
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadResult:
+    """What was applied, what needs a restart, and what is probably not meant."""
+
+    changed: tuple[Change, ...]
+    needs_restart: tuple[Change, ...]
+    warnings: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "changed": [change.document() for change in self.changed],
+            "needs_restart": [change.document() for change in self.needs_restart],
+            "warnings": list(self.warnings),
+        }
+
+
+class Reloader:
+    """Reloads one at a time. `read` returns the configuration as the start would see it, or raises ConfigError.
+
+    `check`, in a thread, returns warnings or raises ConfigError. `apply` changes everything or raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        running: Settings,
+        read: Callable[[], Settings],
+        check: Callable[[Settings], Sequence[str]],
+        apply: Callable[[Settings], None],
+    ) -> None:
+        self._running = running
+        self._read = read
+        self._check = check
+        self._apply = apply
+        self._lock = asyncio.Lock()
+        self._log = structlog.get_logger("router")
+
+    async def reload(self) -> ReloadResult:
+        """
+        Raises:
+            ConfigError: the new configuration cannot be used; nothing has changed.
+        """
+        async with self._lock:
+            try:
+                result, settings = await asyncio.to_thread(self._prepare)
+                self._apply(settings)
+            except ConfigError as error:
+                self._log.error("reload_refused", problems=list(error.problems))
+                raise
+            self._running = settings
+        self._log.info("reloaded", **result.document())
+        return result
+
+    async def answer(self) -> Mapping[str, Any]:
+        """The same, for a client.
+
+        Raises:
+            BadRequest: the new configuration cannot be used; nothing has changed.
+        """
+        try:
+            return (await self.reload()).document()
+        except ConfigError as error:
+            raise BadRequest("nothing was changed: " + "; ".join(error.problems)) from error
+
+    async def reload_on_signal(self) -> None:
+        """The same, for a caller that nobody answers: problems are only logged."""
+        try:
+            await self.reload()
+        except ConfigError:
+            return
+        except Exception:  # the outermost edge of a signal handler
+            self._log.exception("reload_crashed")
+
+    def _prepare(self) -> tuple[ReloadResult, Settings]:
+        wanted = self._read()
+        warnings = tuple(self._check(wanted))
+        effective = with_live_keys(self._running, wanted)
+        changed = changes(self._running, effective)
+        return ReloadResult(changed, changes(effective, wanted), warnings), effective
+
+
+def check_reload(settings: Settings, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The checks of `check-config`, blocking; returns warnings.
+
+    Raises:
+        ConfigError: the configuration cannot be used on this machine.
+    """
+    problems = [*tuning_problems(settings), *startup_problems(settings)]
+    found = PreflightResult() if problems else check_machine(settings, environment)
+    if problems or found.problems:
+        raise ConfigError([*problems, *found.problems])
+    return found.warnings
+
+
+def with_live_keys(running: Settings, wanted: Settings) -> Settings:
+    """The running configuration with the new values of all keys that can change."""
+    ollama = running.ollama.model_copy(update={name: getattr(wanted.ollama, name) for name in LIVE_OLLAMA})
+    server = running.server.model_copy(update={name: getattr(wanted.server, name) for name in LIVE_SERVER})
+    sections = {name: getattr(wanted, name) for name in LIVE_SECTIONS}
+    return running.model_copy(update={**sections, "ollama": ollama, "server": server})
+
+
+def changes(before: Settings, after: Settings) -> tuple[Change, ...]:
+    """The keys that differ, in the order of declaration."""
+    found = (Change(key, json_value(before, key), json_value(after, key)) for key in dotted_keys(Settings))
+    return tuple(change for change in found if change.before != change.after)
