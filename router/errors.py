@@ -93,6 +93,20 @@ class InstanceLost(RouterError):
     """The instance died during the request."""
 
     status, code = 502, "instance_lost"
+    retry_reason = "connection_lost"
+    """Why the request is sent again, where it is: a label of the metrics."""
+
+
+class InstanceUnreachable(InstanceLost):
+    """No connection to the instance could be opened."""
+
+    retry_reason = "unreachable"
+
+
+class RunnerDied(InstanceLost):
+    """The instance answered that the runner of the model has died."""
+
+    retry_reason = "runner_died"
 
 
 class StreamTruncated(RouterError):
@@ -155,6 +169,7 @@ _BY_CODE: dict[str, type[RouterError]] = {
         DiskFull,
     )
 }
+RETRY_REASONS = tuple(error.retry_reason for error in (InstanceLost, InstanceUnreachable, RunnerDied))
 ERROR_CODES = tuple(_BY_CODE)
 """Every code that a client can receive."""
 

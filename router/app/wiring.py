@@ -100,7 +100,7 @@ async def build(
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
-            metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
+            _export_fleet(metrics, controller)
             management = _management(settings, Path(hardware.models_directory))
             context = _context(settings, controller, ollama, session, store_lock, management)
             state_poller = StatePoller(
@@ -114,7 +114,7 @@ async def build(
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
                 access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
-                entrances = Entrances(settings, context, handlers, access_log, via)
+                entrances = Entrances(settings, context, handlers, access_log, via, metrics.loop_lag.observe)
                 api_server, library, proxy = entrances.endpoint()
                 watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(
@@ -127,6 +127,13 @@ async def build(
                 await handlers.close()
                 await ollama.close()
                 await poller.close()
+
+
+def _export_fleet(metrics: Metrics, controller: Controller) -> None:
+    fleet = FleetMetricsCollector(
+        controller.snapshot, lambda: len(controller.waiting()), controller.fair_share_spread
+    )
+    metrics.registry.register(fleet)
 
 
 def _instances(gpus: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:

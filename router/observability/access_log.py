@@ -67,6 +67,9 @@ class AccessLog:
             (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
             if record.refusal:
                 values["refused"] = record.refusal
+        if record.retry_reasons:
+            values["retries"] = len(record.retry_reasons)
+            tally.record_retries(record.retry_reasons)
         instance, granted_at, first_byte_at = record.instance, record.granted_at, record.first_byte_at
         model = self._model_label(record.model) if instance is not None else ""
         tally.record_response(record.route, model, status)
@@ -79,7 +82,7 @@ class AccessLog:
             if first_byte_at is not None:
                 time_to_first_token_seconds = first_byte_at - arrived_at
                 tokens = tokens_of(record.tail)
-                tally.record_output(model, time_to_first_token_seconds, tokens.prompt, tokens.output)
+                tally.record_output(model, instance, time_to_first_token_seconds, tokens.prompt, tokens.output)
                 values["time_to_first_token_seconds"] = round(time_to_first_token_seconds, 6)
                 values["bytes"] = record.bytes_out
                 if tokens.prompt is not None:
@@ -89,6 +92,8 @@ class AccessLog:
                 streamed_seconds = (record.last_byte_at or 0.0) - first_byte_at
                 if record.chunks > 1 and streamed_seconds > 0:
                     values["chunks_per_second"] = round((record.chunks - 1) / streamed_seconds, 1)
+                    generated = record.chunks if tokens.output is None else tokens.output
+                    tally.record_streamed(model, streamed_seconds, generated)
         level = "info" if status < 500 else "warning"
         if record.route in _PROBES and status in _PROBE_RESULTS:
             level = "debug"  # a probe with an ordinary result

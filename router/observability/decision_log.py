@@ -23,6 +23,7 @@ from router.domain.actions import (
 from router.domain.events import Arrived, Event, GpusRead, LoadFailed, LoadFinished, Released, UnloadFinished
 from router.domain.gpu import GpuUuid
 from router.domain.ids import LoadId
+from router.domain.model import BlobDigest
 from router.domain.residency import ResidencyKey, is_spill
 from router.observability.metrics import Metrics
 
@@ -37,6 +38,8 @@ class DecisionLog:
         """Each load with the time at which it started."""
         self._unloading: dict[ResidencyKey, str] = {}
         """The label of each model that is being unloaded."""
+        self._spilled: set[BlobDigest] = set()
+        """Models whose last finished load spilled."""
         self._log = structlog.get_logger("router.decisions")
         self._logs_grants: bool = self._log.is_enabled_for(logging.DEBUG)
 
@@ -87,12 +90,15 @@ class DecisionLog:
                 self._log_broken_off(action, now)
             case Load():
                 self._loads_in_progress[action.load_id] = (action, now)
-                self._metrics.begin_load(self._metrics.model_label(action.model.name), action.instance)
+                model = self._metrics.model_label(action.model.name)
+                self._metrics.begin_load(model, action.instance)
+                if action.evicted:
+                    self._metrics.swaps.labels(model).inc()
                 self._log.info("load", model=action.model.name, instance=action.instance, reason=action.reason)
             case Unload():
                 model = self._metrics.model_label(action.model.name)
                 self._unloading[action.instance, action.blob] = model
-                self._metrics.unloads.labels(model, action.instance).inc()
+                self._metrics.unloads.labels(model, action.instance, action.cause.value).inc()
                 self._metrics.unload_failures.labels(model, action.instance)
                 self._log.info("unload", model=action.model.name, instance=action.instance, reason=action.reason)
             case Reject():
@@ -120,15 +126,25 @@ class DecisionLog:
         self._metrics.loads.labels(model, load.instance, "spilled" if spilled else "loaded").inc()
         self._metrics.load_duration_seconds.labels(model).observe(duration_seconds)
         self._metrics.load_bytes.inc(load.model.weights_bytes)
+        self._count_healed(load.model.blob, spilled=spilled)
         write = self._log.error if spilled else self._log.info
         sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
         write("load_spilled" if spilled else "loaded", **values, **sizes)
+
+    def _count_healed(self, blob: BlobDigest, *, spilled: bool) -> None:
+        if spilled:
+            self._spilled.add(blob)
+        elif blob in self._spilled:
+            self._spilled.discard(blob)
+            self._metrics.spills_healed.inc()
 
     def _log_gpu_errors(self, event: GpusRead) -> None:
         """Logs each GPU error once, when it appears or changes, and its end."""
         errors = {gpu.uuid: gpu.error for gpu in event.gpus if gpu.error is not None}
         for gpu in event.gpus:
+            self._metrics.gpu_errors.labels(gpu.uuid, str(gpu.index), gpu.name)
             if gpu.error is not None and self._gpu_errors.get(gpu.uuid) != gpu.error:
+                self._metrics.gpu_errors.labels(gpu.uuid, str(gpu.index), gpu.name).inc()
                 self._log.warning("gpu_error", gpu=gpu.uuid, index=gpu.index, error=gpu.error)
             if gpu.error is None and gpu.uuid in self._gpu_errors:
                 self._log.info("gpu_back", gpu=gpu.uuid, index=gpu.index)

@@ -56,6 +56,8 @@ class RequestRecord(msgspec.Struct):
     model: str = ""
     instance: InstanceName | None = None
     granted_at: float | None = None
+    retry_reasons: tuple[str, ...] = ()
+    """Why it was sent again, for each time (`InstanceLost.retry_reason`)."""
     error_code: str = ""
     refusal: str = ""
     """The header with its value for which the request is refused (403)."""

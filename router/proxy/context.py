@@ -80,6 +80,8 @@ class ProxyContext:
     via: Via
     budgets: KeyBudgets = field(default_factory=lambda: KeyBudgets(time.monotonic))
     """What access keys have used of their limits."""
+    record_lag: Callable[[float], None] = lambda _: None
+    """Gets the lateness of a periodic timer, in seconds."""
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
     progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])

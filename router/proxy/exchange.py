@@ -32,7 +32,7 @@ from router.domain.model import ModelFacts
 from router.domain.request import TicketId
 from router.engines.ollama.client import OllamaError
 from router.engines.ollama.endpoint_support import refuse_missing
-from router.errors import InstanceLost, NoInstance, RouterError
+from router.errors import InstanceLost, InstanceUnreachable, NoInstance, RouterError
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -415,7 +415,7 @@ class ProxyExchange:
 
     def _unreachable(self, error: Exception) -> None:
         self._opening = None
-        self.reply_lost(InstanceLost(f"the instance could not be reached: {error}"), stale=False)
+        self.reply_lost(InstanceUnreachable(f"the instance could not be reached: {error}"), stale=False)
 
     # --- from the server -------------------------------------------------------------------------------------
 
@@ -453,6 +453,7 @@ class ProxyExchange:
             return
         log = structlog.get_logger("router.request")
         log.warning("retrying", request_id=self._record.request_id, model=self._record.model, reason=str(error))
+        self._record.retry_reasons += (error.retry_reason,)
         self._attempt += 1
         self._submit(request)
 

@@ -6,17 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.exposition import generate_latest
 
-from router.domain.policy import Pin, Policy
-from router.observability.metrics import FleetMetricsCollector, Metrics
-from tests.scheduler.builders import gpu, snapshot, view
+from tests.support.exported import exported_names
 
 RULES = "deploy/prometheus-alerts.yaml"
 PLAYED = "tests/deploy/alerts.test.yaml"
@@ -54,11 +50,5 @@ def test_every_alert_is_documented(root: Path) -> None:
 
 
 def test_every_metric_of_the_rules_is_exported(root: Path) -> None:
-    metrics = Metrics()
-    metrics.begin_load("tiny", "gpu0")
-    facts = snapshot((replace(gpu(0, 24_000), temperature_celsius=50.0),), (view("gpu0", 0),))
-    facts = replace(facts, policy=Policy(pins={"tiny": Pin(keep_warm=True)}), warm_missing={"tiny": "too large"})
-    metrics.registry.register(FleetMetricsCollector(lambda: facts, lambda: 0))
-    exported = set(re.findall(r"^(llamayard_\w+)[{ ]", generate_latest(metrics.registry).decode(), re.MULTILINE))
     named = {name for rule in _rules(root) for name in re.findall(r"\bllamayard_\w+", rule["expr"])}
-    assert named <= exported
+    assert named <= exported_names()
