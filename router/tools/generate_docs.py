@@ -1,8 +1,9 @@
 """Generates documents from code: `python -m router.tools.generate_docs` in the project's folder.
 
 docs/configuration.md, config/llamayard.example.yaml and config/llamayard.schema.json from the settings,
-docs/instances.md from the lifecycle table, docs/routes.md from the table of routes. It contains no fact about a key or
-a state; a test fails if a file differs from what this generates.
+docs/instances.md from the lifecycle table, docs/routes.md from the table of routes, deploy/grafana/llamayard.json from
+router/tools/grafana_dashboard.py. It contains no fact about a key or a state; a test fails if a file differs from what
+this generates.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from router.config.problems import environment_variable
 from router.config.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, InstanceSettings, Settings
 from router.domain.instance_lifecycle import state_diagram
 from router.llm_api.routes import KIND_WORDS, ROUTES, Kind
+from router.tools.grafana_dashboard import dashboard_document
 
 _WIDTH = 116
 _SAMPLES: Mapping[str, object] = {
@@ -70,6 +72,7 @@ def documents() -> dict[str, str]:
         "config/llamayard.schema.json": schema_document(),
         "docs/instances.md": instances_document(),
         "docs/routes.md": routes_document(),
+        "deploy/grafana/llamayard.json": dashboard_document(),
     }
 
 

@@ -27,8 +27,8 @@ def exported_families() -> set[str]:
 
 
 def exported_names() -> set[str]:
-    """Names of their series."""
-    return set(re.findall(r"^(llamayard_\w+)[{ ]", exported_text(), re.MULTILINE))
+    """Names of all series, those of the process included."""
+    return set(re.findall(r"^(\w+)[{ ]", exported_text(), re.MULTILINE))
 
 
 def exported_text() -> str:
