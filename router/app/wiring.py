@@ -20,6 +20,7 @@ from router.api.management_rules import ManagementRules
 from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
+from router.app.records import Records
 from router.config.policy import policy_of, warm_models
 from router.config.settings import ConfigError, Settings
 from router.control.controller import Controller
@@ -46,9 +47,6 @@ from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.model_aliases import substitutes
 from router.observability.access_log import AccessLog
-from router.observability.decision_log import DecisionLog
-from router.observability.logging import RequestLines, writes_json
-from router.observability.metrics import FleetMetricsCollector, Metrics
 from router.observability.request_history import RequestHistory
 from router.scheduler.dispatcher import Dispatcher
 from router.storage.footprint_store import FootprintStore
@@ -67,15 +65,14 @@ async def build(
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
     """
-    metrics = Metrics()
-    lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
+    records = Records(settings)
     via = Via()
     async with _client_session(via) as session:
         poller, gpus = GpuPoller(OwnedProcessReader(hardware.reader)), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
         history = RequestHistory()
-        observers = (DecisionLog(metrics), history)
+        observers = (records.decisions, history)
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
@@ -100,21 +97,20 @@ async def build(
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
-            _export_fleet(metrics, controller)
+            access_log = records.observe(controller)
             management = _management(settings, Path(hardware.models_directory))
             context = _context(settings, controller, ollama, session, store_lock, management)
             state_poller = StatePoller(
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
             )  # fmt: skip
-            handlers = ApiHandlers(context, metrics, history, hardware.title)
+            handlers = ApiHandlers(context, records.metrics, history, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
-                access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
-                entrances = Entrances(settings, context, handlers, access_log, via, metrics.loop_lag.observe)
+                entrances = Entrances(settings, context, handlers, access_log, via, records.metrics.loop_lag.observe)
                 api_server, library, proxy = entrances.endpoint()
                 watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(
@@ -122,18 +118,10 @@ async def build(
                     hardware.title, settings.server.drain_timeout_seconds, watcher, entrances.admin(proxy.context),
                 )  # fmt: skip
             finally:
-                if lines is not None:
-                    lines.flush()
+                records.close()
                 await handlers.close()
                 await ollama.close()
                 await poller.close()
-
-
-def _export_fleet(metrics: Metrics, controller: Controller) -> None:
-    fleet = FleetMetricsCollector(
-        controller.snapshot, lambda: len(controller.waiting()), controller.fair_share_spread
-    )
-    metrics.registry.register(fleet)
 
 
 def _instances(gpus: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:

@@ -538,6 +538,11 @@ class LogSettings(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Lowest level that is logged; `debug` includes every line that the instances log."
     )
+    slow_request_seconds: Seconds | None = Field(
+        default=None,
+        description="Requests that take at least this long are also logged as `slow_request`, with the time that they "
+        "spent in the queue, on the load of their model, on the prompt and on the stream; unset: none.",
+    )
 
 
 def refuse_reserved(variables: Mapping[str, str], where: str) -> None:

@@ -10,6 +10,7 @@ import structlog
 from router.llm_api.stream_end import Tokens, tokens_of
 from router.observability.metrics import Metrics
 from router.observability.request_record import RequestRecord
+from router.observability.slow_requests import SlowRequests
 
 _PROBES = frozenset({"/", "/health", "/ready", "/metrics"})
 """Routes that monitors and load balancers request every few seconds."""
@@ -28,13 +29,22 @@ def _write_to_structlog(level: str, values: dict[str, object]) -> None:
 class AccessLog:
     """`began` and `ended` must enclose every request. `idle` is set while none is in progress."""
 
-    def __init__(self, metrics: Metrics, now: Callable[[], float], write: WriteLine = _write_to_structlog) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        now: Callable[[], float],
+        write: WriteLine = _write_to_structlog,
+        *,
+        slow: SlowRequests | None = None,
+    ) -> None:
         self._model_label = metrics.model_label
         self._tally = metrics.requests
         self._rejections = metrics.rejections
         self._stream_errors = metrics.stream_errors
         self._now = now
         self._write = write
+        self._slow = slow
+        self._slow_seconds = float("inf") if slow is None else slow.threshold_seconds
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -100,6 +110,8 @@ class AccessLog:
         self._write(level, values)
         if record.key is not None:
             self._count_for_key(record, record.key.name, status, tokens)
+        if duration_seconds >= self._slow_seconds:
+            self._log_slow(record, duration_seconds)
 
     def _count_for_key(self, record: RequestRecord, key: str, status: int, tokens: Tokens | None) -> None:
         """Charges what the answer reports. A request that failed costs nothing; one that was cut off, what it got."""
@@ -110,3 +122,19 @@ class AccessLog:
         self._tally.record_key(key, status, prompt or 0, output)
         if record.charge is not None:
             record.charge.settle(prompt, output)
+
+    def _log_slow(self, record: RequestRecord, duration_seconds: float) -> None:
+        phases = self._slow.phases(record, duration_seconds) if self._slow is not None else None
+        if phases is None:
+            return
+        values: dict[str, object] = {
+            "event": "slow_request",
+            "request_id": record.request_id,
+            "client": record.client,
+            "model": record.model,
+            "duration_seconds": round(duration_seconds, 6),
+            **phases,
+        }
+        if record.instance is not None:
+            values["instance"] = record.instance
+        self._write("warning", values)

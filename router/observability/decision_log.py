@@ -26,6 +26,7 @@ from router.domain.ids import LoadId
 from router.domain.model import BlobDigest
 from router.domain.residency import ResidencyKey, is_spill
 from router.observability.metrics import Metrics
+from router.observability.slow_requests import LoadTimes
 
 
 class DecisionLog:
@@ -33,6 +34,7 @@ class DecisionLog:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self.load_times = LoadTimes()
         self._gpu_errors: dict[GpuUuid, str] = {}
         self._loads_in_progress: dict[LoadId, tuple[Load, float]] = {}
         """Each load with the time at which it started."""
@@ -127,6 +129,7 @@ class DecisionLog:
         self._metrics.load_duration_seconds.labels(model).observe(duration_seconds)
         self._metrics.load_bytes.inc(load.model.weights_bytes)
         self._count_healed(load.model.blob, spilled=spilled)
+        self.load_times.record(load.instance, load.model.name, started_at, now)
         write = self._log.error if spilled else self._log.info
         sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
         write("load_spilled" if spilled else "loaded", **values, **sizes)

@@ -39,6 +39,7 @@ _SAMPLES: Mapping[str, object] = {
     "ollama.context_length_max": 65_536,
     "ollama.flash_attention": True,
     "discover": True,
+    "log.slow_request_seconds": 60,
     "rig": "2x3090",
 }
 """Commented-out values in the example file for keys that are unset by default."""
