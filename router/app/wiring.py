@@ -72,7 +72,7 @@ async def build(
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
         history = RequestHistory()
-        observers = (records.decisions, history)
+        observers = (*records.observers, history)
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
@@ -96,8 +96,10 @@ async def build(
         supervisor = Supervisor(_supervisor_config(settings, hardware), engines, on_instance_change, on_load=on_load)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
-        async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
-            access_log = records.observe(controller)
+        async with (
+            Controller(dispatcher, effects, time.monotonic, observers) as controller,
+            records.recording(controller) as access_log,
+        ):
             management = _management(settings, Path(hardware.models_directory))
             context = _context(settings, controller, ollama, session, store_lock, management)
             state_poller = StatePoller(
@@ -118,7 +120,6 @@ async def build(
                     hardware.title, settings.server.drain_timeout_seconds, watcher, entrances.admin(proxy.context),
                 )  # fmt: skip
             finally:
-                records.close()
                 await handlers.close()
                 await ollama.close()
                 await poller.close()

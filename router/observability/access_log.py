@@ -7,16 +7,19 @@ from collections.abc import Callable
 
 import structlog
 
+from router.domain.instance import InstanceName
 from router.llm_api.stream_end import Tokens, tokens_of
 from router.observability.metrics import Metrics
 from router.observability.request_record import RequestRecord
 from router.observability.slow_requests import SlowRequests
+from router.observability.usage_log import FinishedRequest
 
 _PROBES = frozenset({"/", "/health", "/ready", "/metrics"})
 """Routes that monitors and load balancers request every few seconds."""
 _PROBE_RESULTS = frozenset({200, 503})
 _ERROR_STATUS = 400
 _CLIENT_GONE = 499
+_UNKNOWN = Tokens()
 
 WriteLine = Callable[[str, dict[str, object]], None]
 """Takes a level and the values of one line, of which `event` is its name."""
@@ -36,6 +39,7 @@ class AccessLog:
         write: WriteLine = _write_to_structlog,
         *,
         slow: SlowRequests | None = None,
+        usage: Callable[[FinishedRequest], None] | None = None,
     ) -> None:
         self._model_label = metrics.model_label
         self._tally = metrics.requests
@@ -43,6 +47,7 @@ class AccessLog:
         self._stream_errors = metrics.stream_errors
         self._now = now
         self._write = write
+        self._usage = usage
         self._slow = slow
         self._slow_seconds = float("inf") if slow is None else slow.threshold_seconds
         self.idle = asyncio.Event()
@@ -73,10 +78,7 @@ class AccessLog:
         if record.model:
             values["model"] = record.model
         if record.error_code:
-            values["error"] = record.error_code
-            (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
-            if record.refusal:
-                values["refused"] = record.refusal
+            self._count_error(record, status, values)
         if record.retry_reasons:
             values["retries"] = len(record.retry_reasons)
             tally.record_retries(record.retry_reasons)
@@ -89,6 +91,7 @@ class AccessLog:
             values["instance"] = instance
             values["queue_seconds"] = round(queue_seconds, 6)
             tally.record_served(model, queue_seconds, duration_seconds)
+            tokens = _UNKNOWN
             if first_byte_at is not None:
                 time_to_first_token_seconds = first_byte_at - arrived_at
                 tokens = tokens_of(record.tail)
@@ -102,8 +105,9 @@ class AccessLog:
                 streamed_seconds = (record.last_byte_at or 0.0) - first_byte_at
                 if record.chunks > 1 and streamed_seconds > 0:
                     values["chunks_per_second"] = round((record.chunks - 1) / streamed_seconds, 1)
-                    generated = record.chunks if tokens.output is None else tokens.output
-                    tally.record_streamed(model, streamed_seconds, generated)
+                    tally.record_streamed(model, streamed_seconds, _output_tokens(record, tokens))
+            if self._usage is not None:
+                self._usage(_finished(record, instance, granted_at, arrived_at + duration_seconds, tokens))
         level = "info" if status < 500 else "warning"
         if record.route in _PROBES and status in _PROBE_RESULTS:
             level = "debug"  # a probe with an ordinary result
@@ -123,6 +127,12 @@ class AccessLog:
         if record.charge is not None:
             record.charge.settle(prompt, output)
 
+    def _count_error(self, record: RequestRecord, status: int, values: dict[str, object]) -> None:
+        values["error"] = record.error_code
+        (self._rejections if status >= _ERROR_STATUS else self._stream_errors).labels(record.error_code).inc()
+        if record.refusal:
+            values["refused"] = record.refusal
+
     def _log_slow(self, record: RequestRecord, duration_seconds: float) -> None:
         phases = self._slow.phases(record, duration_seconds) if self._slow is not None else None
         if phases is None:
@@ -138,3 +148,15 @@ class AccessLog:
         if record.instance is not None:
             values["instance"] = record.instance
         self._write("warning", values)
+
+
+def _output_tokens(record: RequestRecord, tokens: Tokens) -> int:
+    """As the server counts them; if it does not say, a chunk is about a token."""
+    return record.chunks if tokens.output is None else tokens.output
+
+
+def _finished(
+    record: RequestRecord, instance: InstanceName, granted_at: float, ended_at: float, tokens: Tokens
+) -> FinishedRequest:
+    output = _output_tokens(record, tokens)
+    return FinishedRequest(record.client, record.model, instance, granted_at, ended_at, tokens.prompt or 0, output)

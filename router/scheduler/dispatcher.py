@@ -52,6 +52,7 @@ from router.domain.events import (
 )
 from router.domain.explanation import Explanation, Outcome
 from router.domain.ids import LoadIds
+from router.domain.instance import InstanceName
 from router.domain.model import BlobDigest
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
@@ -151,6 +152,10 @@ class Dispatcher:
             behind = (at for at, line in enumerate(lines) if line.tickets[0].priority < ticket.priority)
             lines.insert(next(behind, len(lines)), own)
         return wait_estimates(self._fleet.snapshot(now), lines, {})[ticket.id]
+
+    def running(self) -> list[tuple[InstanceName, float]]:
+        """Instance and time of the grant of each request that holds a slot."""
+        return [(lease.key[0], lease.granted_at) for lease in self._fleet.leases.values()]
 
     def fair_share_spread(self) -> float:
         """Most minus fewest weighted tokens that waiting clients have received; 0.0 while fewer than two wait."""

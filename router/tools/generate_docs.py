@@ -48,6 +48,7 @@ _NAMED_SAMPLES = {
     "ollama.env": '{OLLAMA_DEBUG: "1"}',
     "ollama.instance_env": '{spread: {OLLAMA_GPU_OVERHEAD: "0"}}',
     "models": "{qwen3:8b: {options: pass}}",
+    "usage.prices": "{llama3.3:70b: {prompt: 0.5, output: 1.5}}",
     "aliases": "{gpt-4o: llama3.3:70b}",
     "fallbacks": "{llama3.3:70b: {to: [qwen3:8b], reasons: [too_large, queue_full]}}",
 }
@@ -246,7 +247,9 @@ def _type_text(annotation: object) -> str:
 
 
 def _plural(kind: str) -> str:
-    return {"mapping of text": "mappings", "list of text": "lists"}.get(kind, kind)
+    return {"mapping of text": "mappings", "mapping of number": "mappings of numbers", "list of text": "lists"}.get(
+        kind, kind
+    )
 
 
 def _bounds(metadata: Iterable[object]) -> str:
