@@ -46,7 +46,7 @@ STREAM_ERROR_CODES = tuple(
     error.code for error in (InstanceLost, ServerRefused, StreamTruncated, WaitTimeout, ShuttingDown)
 )
 """What can end a stream after its first byte."""
-LOAD_OUTCOMES = ("loaded", "failed", "spilled")
+LOAD_OUTCOMES = ("loaded", "failed", "spilled", "broken_off")
 _MODEL_NAMES_MAX = 1000
 _KEY_NAMES_MAX = 1000
 _GPU_LABELS = ("gpu", "index", "name")

@@ -99,7 +99,8 @@ class UsageLog:
         power = {gpu: tuple(readings) for gpu, readings in self._power.items()}
         batch = Batch(finished, spans, (*self._earlier, *still), power)
         horizon = min((span.began_at for span in still), default=now)
-        self._earlier = tuple(s for s in (*self._earlier, *spans) if s.ended_at > horizon)[-_EARLIER_MAX:]
+        earlier = (*self._earlier, *spans) if still else ()
+        self._earlier = tuple(span for span in earlier if span.ended_at > horizon)[-_EARLIER_MAX:]
         for readings in self._power.values():
             while len(readings) > 1 and readings[1].at < horizon:
                 readings.popleft()

@@ -42,7 +42,7 @@ def test_outcomes_of_a_load_are_exported_as_zero_while_it_runs() -> None:
     metrics = Metrics()
     log = DecisionLog(metrics)
     log.observe(Ticked(), [_load(1)], 0.0)
-    zeros = {"loaded": 0.0, "failed": 0.0, "spilled": 0.0}
+    zeros = {"loaded": 0.0, "failed": 0.0, "spilled": 0.0, "broken_off": 0.0}
     assert _by_label(metrics, "llamayard_loads_total", "outcome") == zeros
     assert _by_label(metrics, "llamayard_loads_created", "outcome").keys() == zeros.keys()
     log.observe(LoadFailed(LoadId(1), 500, "no"), [_load(2)], 1.0)
