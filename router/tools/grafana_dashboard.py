@@ -139,6 +139,8 @@ MODELS = Row(
               (Query(_rate("llamayard_load_bytes_total"), "loaded"),), "Bps"),
         Panel("Missing warm models", "1 while a model with keep_warm is not loaded.",
               (_gauge("llamayard_warm_models_missing", "{{model}}"),)),
+        Panel("On the CPU", "Share of a loaded model that is on the CPU although its instance has GPUs.",
+              (_gauge("llamayard_model_cpu_ratio", "{{model}} on {{exported_instance}}", _MODEL),), "percentunit"),
     ),
 )  # fmt: skip
 GPUS = Row(
