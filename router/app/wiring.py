@@ -46,7 +46,6 @@ from router.http1.via import Via
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.model_aliases import substitutes
-from router.observability.access_log import AccessLog
 from router.observability.request_history import RequestHistory
 from router.scheduler.dispatcher import Dispatcher
 from router.storage.footprint_store import FootprintStore

@@ -93,19 +93,7 @@ class AccessLog:
             tally.record_served(model, queue_seconds, duration_seconds)
             tokens = _UNKNOWN
             if first_byte_at is not None:
-                time_to_first_token_seconds = first_byte_at - arrived_at
-                tokens = tokens_of(record.tail)
-                tally.record_output(model, instance, time_to_first_token_seconds, tokens.prompt, tokens.output)
-                values["time_to_first_token_seconds"] = round(time_to_first_token_seconds, 6)
-                values["bytes"] = record.bytes_out
-                if tokens.prompt is not None:
-                    values["prompt_tokens"] = tokens.prompt
-                if tokens.output is not None:
-                    values["output_tokens"] = tokens.output
-                streamed_seconds = (record.last_byte_at or 0.0) - first_byte_at
-                if record.chunks > 1 and streamed_seconds > 0:
-                    values["chunks_per_second"] = round((record.chunks - 1) / streamed_seconds, 1)
-                    tally.record_streamed(model, streamed_seconds, _output_tokens(record, tokens))
+                tokens = self._record_output(record, model, instance, first_byte_at, values)
             if self._usage is not None:
                 self._usage(_finished(record, instance, granted_at, arrived_at + duration_seconds, tokens))
         level = "info" if status < 500 else "warning"
@@ -116,6 +104,30 @@ class AccessLog:
             self._count_for_key(record, record.key.name, status, tokens)
         if duration_seconds >= self._slow_seconds:
             self._log_slow(record, duration_seconds)
+
+    def _record_output(
+        self,
+        record: RequestRecord,
+        model: str,
+        instance: InstanceName,
+        first_byte_at: float,
+        values: dict[str, object],
+    ) -> Tokens:
+        """Records a response that had a first byte, in the metrics and in the line's `values`."""
+        time_to_first_token_seconds = first_byte_at - record.arrived_at
+        tokens = tokens_of(record.tail)
+        self._tally.record_output(model, instance, time_to_first_token_seconds, tokens.prompt, tokens.output)
+        values["time_to_first_token_seconds"] = round(time_to_first_token_seconds, 6)
+        values["bytes"] = record.bytes_out
+        if tokens.prompt is not None:
+            values["prompt_tokens"] = tokens.prompt
+        if tokens.output is not None:
+            values["output_tokens"] = tokens.output
+        streamed_seconds = (record.last_byte_at or 0.0) - first_byte_at
+        if record.chunks > 1 and streamed_seconds > 0:
+            values["chunks_per_second"] = round((record.chunks - 1) / streamed_seconds, 1)
+            self._tally.record_streamed(model, streamed_seconds, _output_tokens(record, tokens))
+        return tokens
 
     def _count_for_key(self, record: RequestRecord, key: str, status: int, tokens: Tokens | None) -> None:
         """Charges what the answer reports. A request that failed costs nothing; one that was cut off, what it got."""
