@@ -15,6 +15,8 @@ class RouterError(Exception):
 
     status = 500
     code = "internal_error"
+    retry_reason = "server_error"
+    """Why a request is sent again after it, where it is: a label of the metrics."""
 
     def __init__(
         self,
@@ -94,6 +96,19 @@ class InstanceLost(RouterError):
     """The instance died during the request."""
 
     status, code = 502, "instance_lost"
+    retry_reason = "connection_lost"
+
+
+class InstanceUnreachable(InstanceLost):
+    """No connection to the instance could be opened."""
+
+    retry_reason = "unreachable"
+
+
+class RunnerDied(InstanceLost):
+    """The instance answered that the runner of the model has died."""
+
+    retry_reason = "runner_died"
 
 
 class StreamTruncated(RouterError):
@@ -156,6 +171,7 @@ _BY_CODE: dict[str, type[RouterError]] = {
         DiskFull,
     )
 }
+RETRY_REASONS = tuple(error.retry_reason for error in (InstanceLost, InstanceUnreachable, RunnerDied, RouterError))
 ERROR_CODES = tuple(_BY_CODE)
 """Every code that a client can receive."""
 

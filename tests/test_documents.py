@@ -225,6 +225,6 @@ def test_deployed_files_agree_with_the_defaults() -> None:
     stop = re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert stop is not None
     assert int(stop[1]) > Settings().server.drain_timeout_seconds
-    (service,) = compose["services"].values()
+    service = compose["services"]["llamayard"]
     assert int(service["stop_grace_period"].removesuffix("s")) > Settings().server.drain_timeout_seconds
     assert any(str(Settings().server.port) in str(port) for port in service["ports"])

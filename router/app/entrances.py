@@ -43,13 +43,20 @@ class Entrances:
     """Builds them from the same parts."""
 
     def __init__(
-        self, settings: Settings, context: ApiContext, handlers: ApiHandlers, access_log: AccessLog, via: Via
+        self,
+        settings: Settings,
+        context: ApiContext,
+        handlers: ApiHandlers,
+        access_log: AccessLog,
+        via: Via,
+        record_lag: Callable[[float], None],
     ) -> None:
         self._settings = settings
         self._via = via
         self._context = context
         self._handlers = handlers
         self._access_log = access_log
+        self._record_lag = record_lag
         self._admin_address = listen_address(settings.admin.listen)
         self.keys = KeyStore()
         self.budgets = KeyBudgets(context.controller.now)
@@ -86,6 +93,7 @@ class Entrances:
             table=RouteTable(),
             tasks=Tasks(),
             via=self._via,
+            record_lag=self._record_lag,
             budgets=self.budgets,
         )
         return api_server, library, ProxyServer(proxy_context)

@@ -22,6 +22,7 @@ from router.api.management_rules import ManagementRules
 from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
+from router.app.records import Records
 from router.app.reload import Reloader, check_reload
 from router.app.service_manager import ServiceManager
 from router.config.policy import policy_of, warm_models
@@ -50,10 +51,6 @@ from router.http1.via import Via
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.llm_api.model_aliases import substitutes
-from router.observability.access_log import AccessLog
-from router.observability.decision_log import DecisionLog
-from router.observability.logging import RequestLines, writes_json
-from router.observability.metrics import FleetMetricsCollector, Metrics
 from router.observability.request_history import RequestHistory
 from router.scheduler.dispatcher import Dispatcher
 from router.storage.footprint_store import FootprintStore
@@ -74,15 +71,13 @@ async def build(
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
     """
-    metrics = Metrics()
-    lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
+    records = Records(settings)
     via = Via()
     async with _client_session(via) as session:
         poller, gpus = GpuPoller(OwnedProcessReader(hardware.reader)), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
         history = RequestHistory()
-        observers = (DecisionLog(metrics), history)
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
@@ -107,26 +102,24 @@ async def build(
         supervisor = Supervisor(config, engines, on_instance_change, on_load=on_load, is_loading=loads)
         footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
-        async with Controller(dispatcher, effects, time.monotonic, observers) as controller:
-            metrics.registry.register(FleetMetricsCollector(controller.snapshot, lambda: len(controller.waiting())))
-            context = _context(
-                settings, controller, ollama, session, store_lock,
-                _management(settings, Path(hardware.models_directory)),
-            )  # fmt: skip
+        async with (
+            Controller(dispatcher, effects, time.monotonic, (*records.observers, history)) as controller,
+            records.recording(controller) as access_log,
+        ):
+            context = _context(settings, hardware, controller, ollama, session, store_lock)
             state_poller = StatePoller(
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
             )  # fmt: skip
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
-            handlers = ApiHandlers(context, metrics, history, reloader.answer, hardware.title)
+            handlers = ApiHandlers(context, records.metrics, history, reloader.answer, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
-                access_log = AccessLog(metrics, controller.now, *([lines] if lines is not None else []))
-                entrances = Entrances(settings, context, handlers, access_log, via)
+                entrances = Entrances(settings, context, handlers, access_log, via, records.metrics.loop_lag.observe)
                 api_server, library, proxy = entrances.endpoint()
                 watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(
@@ -135,8 +128,6 @@ async def build(
                     reloader, ServiceManager(environment, os.getpid()),
                 )  # fmt: skip
             finally:
-                if lines is not None:
-                    lines.flush()
                 await handlers.close()
                 await ollama.close()
                 await poller.close()
@@ -208,11 +199,11 @@ def _poll_intervals(settings: Settings) -> PollIntervals:
 
 def _context(
     settings: Settings,
+    hardware: Hardware,
     controller: Controller,
     ollama: OllamaEngine,
     session: aiohttp.ClientSession,
     store_lock: asyncio.Lock,
-    management: ManagementRules,
 ) -> ApiContext:
     removing = set[str]()
     return ApiContext(
@@ -224,7 +215,7 @@ def _context(
         endpoint_support=ollama.endpoint_support,
         writing=store_lock,
         removing=removing,
-        management=management,
+        management=_management(settings, Path(hardware.models_directory)),
     )
 
 

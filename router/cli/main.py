@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the result as JSON")
     doctor.set_defaults(run=_doctor)
     commands.add_parser("keys", help="create, list, revoke and rotate access keys")
+    _add_usage(commands.add_parser("usage", help="show what each client used of each model: tokens, GPU time, energy"))
     commands.add_parser("plan", help="show what models take on GPUs, and whether they fit")
     commands.add_parser("simulate", help="compare the router with stock servers on SIMULATED GPUs")
     version = commands.add_parser("version", help="print the version")
@@ -150,6 +151,20 @@ def _add_operator_commands(add_parser: Callable[..., argparse.ArgumentParser]) -
     reload = add_parser("reload", help="read the configuration again and apply what can change while the router runs")
     _add_configuration(reload)
     reload.set_defaults(run=_reload)
+
+
+def _add_usage(usage: argparse.ArgumentParser) -> None:
+    usage.add_argument(
+        "--by", default="client,model", metavar="FIELDS", help="day, client (or key), model; default: client,model"
+    )
+    usage.add_argument(
+        "--since", default="30d", metavar="DAYS", help="the last days, such as 7d (default: 30d), or a date, in UTC"
+    )
+    _add_configuration(usage)
+    form = usage.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print the rows as CSV")
+    form.add_argument("--json", action="store_true", help="print the rows as JSON")
+    usage.set_defaults(run=_usage)
 
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +245,12 @@ def _keys(arguments: list[str], environment: Mapping[str, str] | None) -> int:
     from router.cli import keys
 
     return keys.main(arguments, environment)
+
+
+def _usage(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import usage
+
+    return usage.run(arguments, environment)
 
 
 def _plan(arguments: list[str], environment: Mapping[str, str] | None) -> int:

@@ -76,6 +76,7 @@ PollSeconds = Annotated[
     Field(gt=0, le=3600, allow_inf_nan=False),
     WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 3600}, _DURATION_SCHEMA]}),
 ]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 KeepAlive = Annotated[
     float,
     BeforeValidator(keep_alive_seconds),
@@ -538,6 +539,34 @@ class LogSettings(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Lowest level that is logged; `debug` includes every line that the instances log."
     )
+    slow_request_seconds: Seconds | None = Field(
+        default=None,
+        description="Requests that take at least this long are also logged as `slow_request`, with the time that they "
+        "spent in the queue, on the load of their model, on the prompt and on the stream; unset: none.",
+    )
+
+
+class UsageSettings(_Section):
+    """What each client used of each model, by day, in `usage.sqlite` in the state directory."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Records requests, tokens, GPU time and an estimate of the energy; shown by `llamayard usage`.",
+    )
+    keep_days: int = Field(default=400, ge=1, le=3660, description="Days that are kept.")
+    prices: dict[str, dict[str, NotNegative]] = Field(
+        default_factory=dict,
+        description="Prices of a million tokens by model, `prompt` and `output`, in any currency, for the costs that "
+        "`llamayard usage` shows; `*` applies to models without an entry.",
+    )
+
+    @field_validator("prices")
+    @classmethod
+    def _has_known_prices(cls, prices: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        for model, entry in prices.items():
+            for name in entry.keys() - {"prompt", "output"}:
+                raise ValueError(f"{model}: {name} is no price: write prompt or output")
+        return prices
 
 
 def refuse_reserved(variables: Mapping[str, str], where: str) -> None:

@@ -37,6 +37,7 @@ from router.config.schema import (
     QueueSettings,
     ServerSettings,
     StreamSettings,
+    UsageSettings,
     without_unset,
 )
 from router.config.sources import EnvironmentSource, FileSource, FlagSource
@@ -91,6 +92,7 @@ class Settings(BaseSettings):
     stream: StreamSettings = Field(default_factory=StreamSettings)
     poll: PollSettings = Field(default_factory=PollSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+    usage: UsageSettings = Field(default_factory=UsageSettings)
     state_directory: Path = Field(
         default=Path("~/.local/state/llamayard"),
         description="Directory for the router's state: measured model sizes, and its child processes, so that a new "

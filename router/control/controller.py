@@ -161,6 +161,14 @@ class Controller:
     def waiting(self) -> tuple[tuple[Ticket, str], ...]:
         return self._dispatcher.waiting
 
+    def running(self) -> list[tuple[InstanceName, float]]:
+        """Instance and time of the grant of each request that holds a slot."""
+        return self._dispatcher.running()
+
+    def fair_share_spread(self) -> float:
+        """Most minus fewest weighted tokens that waiting clients have received; 0.0 while fewer than two wait."""
+        return self._dispatcher.fair_share_spread()
+
     def wait_estimates(self) -> Mapping[TicketId, WaitEstimate]:
         """The estimate of each waiting ticket, in serving order."""
         now = self.now()

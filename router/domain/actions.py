@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from router.domain.footprint import MeasuredFootprint
@@ -61,6 +62,30 @@ class Load:
     expects_gpu: bool
     timeout_seconds: float
     reason: str
+    evicted: int = 0
+    """How many models were unloaded for it."""
+
+
+class UnloadCause(StrEnum):
+    """The kind of an unload's reason: a label of the metrics."""
+
+    EVICTED = "evicted"
+    """Its room is needed."""
+    MOVED = "moved"
+    """Its room is needed, and another replica of it serves or is coming."""
+    RELOADED = "reloaded"
+    """It is loaded again with other options."""
+    EXPIRED = "expired"
+    """Its keep_alive ended."""
+    REQUESTED = "requested"
+    """A client asked for it."""
+    SPILLED = "spilled"
+    """It came out partly on the CPU."""
+    DRAINED = "drained"
+    """An operator, or its health, takes its GPU or instance out of service."""
+    RUNNER_LOST = "runner_lost"
+    """Its runner died or hangs."""
+    OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +104,7 @@ class Unload:
     model: ModelFacts
     blob: BlobDigest
     reason: str
+    cause: UnloadCause = UnloadCause.OTHER
 
 
 @dataclass(frozen=True, slots=True)

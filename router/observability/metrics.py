@@ -11,29 +11,42 @@ from collections.abc import Callable, Iterable
 from itertools import accumulate
 from operator import attrgetter
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from router import __version__
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceState
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import on_cpu_ratio
 from router.domain.vram_ledger import external_bytes, reserved_bytes, resident_bytes, unaccounted_bytes
-from router.errors import ERROR_CODES, InstanceLost, ServerRefused, ShuttingDown, StreamTruncated, WaitTimeout
+from router.errors import (
+    ERROR_CODES,
+    RETRY_REASONS,
+    InstanceLost,
+    ServerRefused,
+    ShuttingDown,
+    StreamTruncated,
+    WaitTimeout,
+)
 
 BUCKETS_SECONDS = (
     0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
 )  # fmt: skip
 """OpenTelemetry's buckets for the time to first token, extended to 160 s for cold loads."""
 
+TOKEN_BUCKETS_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+"""OpenTelemetry's buckets for the time per output token, extended downwards for small models."""
+LAG_BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
 STREAM_ERROR_CODES = tuple(
     error.code for error in (InstanceLost, ServerRefused, StreamTruncated, WaitTimeout, ShuttingDown)
 )
 """What can end a stream after its first byte."""
-LOAD_OUTCOMES = ("loaded", "failed", "spilled")
+LOAD_OUTCOMES = ("loaded", "failed", "spilled", "broken_off")
 _MODEL_NAMES_MAX = 1000
 _KEY_NAMES_MAX = 1000
 _GPU_LABELS = ("gpu", "index", "name")
@@ -75,7 +88,18 @@ class Metrics:
             registry=registry,
         )
         self.load_bytes = Counter("llamayard_load_bytes", "Bytes of model weights loaded.", registry=registry)
-        self.unloads = Counter("llamayard_unloads", "Models unloaded.", ("model", "instance"), registry=registry)
+        self.unloads = Counter(
+            "llamayard_unloads", "Models unloaded, by cause.", ("model", "instance", "cause"), registry=registry
+        )
+        self.swaps = Counter(
+            "llamayard_swaps", "Loads for which other models were unloaded.", ("model",), registry=registry
+        )
+        self.spills_healed = Counter(
+            "llamayard_spills_healed", "Models that were loaded whole after a load that spilled.", registry=registry
+        )
+        self.gpu_errors = Counter(
+            "llamayard_gpu_errors", "Errors of a GPU, each counted when it appears.", _GPU_LABELS, registry=registry
+        )
         self.unload_failures = Counter(
             "llamayard_unload_failures",
             "Unloads that failed; after two in a row the server is restarted.",
@@ -99,6 +123,10 @@ class Metrics:
         )
         for code in STREAM_ERROR_CODES:
             self.stream_errors.labels(code)
+        build = Gauge("llamayard_build_info", "Always 1; the router's version.", ("version",), registry=registry)
+        build.labels(__version__).set(1)
+        self.loop_lag = LoopLag()
+        registry.register(self.loop_lag)
         PlatformCollector(registry)
         ProcessCollector(registry=registry)
 
@@ -106,35 +134,55 @@ class Metrics:
         """Exports the outcomes that a load can have, before it has one. `model` is a value of `model_label`."""
         for outcome in LOAD_OUTCOMES:
             self.loads.labels(model, instance, outcome)
+        self.swaps.labels(model)
 
 
 class _Histogram:
-    """Counts per bucket of `BUCKETS_SECONDS` (the last one is +Inf), and the sum of all values."""
+    """Counts per bucket (the last one is +Inf), and the sum of all values. `bounds`: upper bounds of the others."""
 
-    __slots__ = ("counts", "sum_seconds")
+    __slots__ = ("bounds", "counts", "sum_seconds")
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS_SECONDS) + 1)
+    def __init__(self, bounds: tuple[float, ...] = BUCKETS_SECONDS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.sum_seconds = 0.0
 
     def observe(self, seconds: float) -> None:
-        self.counts[bisect_left(BUCKETS_SECONDS, seconds)] += 1
+        self.counts[bisect_left(self.bounds, seconds)] += 1
         self.sum_seconds += seconds
 
     def cumulative_buckets(self) -> list[tuple[str, float]]:
         """Upper bound and cumulative count of each bucket, as the exposition format requires."""
-        bounds = (*map(str, BUCKETS_SECONDS), "+Inf")
+        bounds = (*map(str, self.bounds), "+Inf")
         return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
+
+
+class LoopLag(Collector):
+    """How much later than due the event loop ran a timer: while it is busy, every request waits that long."""
+
+    def __init__(self) -> None:
+        self._histogram = _Histogram(LAG_BUCKETS_SECONDS)
+
+    def observe(self, seconds: float) -> None:
+        self._histogram.observe(max(0.0, seconds))
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily("llamayard_event_loop_lag_seconds", "Lateness of a timer of the event loop.")
+        family.add_metric((), self._histogram.cumulative_buckets(), self._histogram.sum_seconds)
+        yield family
 
 
 class _ModelHistograms:
     """The histograms of one model's requests."""
 
-    __slots__ = ("duration_seconds", "queue_time_seconds", "time_to_first_token_seconds")
+    __slots__ = (
+        "duration_seconds", "queue_time_seconds", "time_per_output_token_seconds", "time_to_first_token_seconds"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.queue_time_seconds = _Histogram()
         self.time_to_first_token_seconds = _Histogram()
+        self.time_per_output_token_seconds = _Histogram(TOKEN_BUCKETS_SECONDS)
         self.duration_seconds = _Histogram()
 
 
@@ -143,6 +191,11 @@ _REQUEST_HISTOGRAMS: tuple[tuple[str, str, Callable[[_ModelHistograms], _Histogr
         "llamayard_time_to_first_token_seconds",
         "Time from arrival to the first byte of the response.",
         attrgetter("time_to_first_token_seconds"),
+    ),
+    (
+        "llamayard_request_time_per_output_token_seconds",
+        "Mean time between two tokens of a streamed response: its inter-token latency.",
+        attrgetter("time_per_output_token_seconds"),
     ),
     (
         "llamayard_request_duration_seconds",
@@ -179,23 +232,20 @@ class RequestMetrics(Collector):
         self.running = 0
         self._responses: dict[tuple[str, str, str], int] = {}
         """By route, model and status."""
-        self._tokens: dict[tuple[str, str], int] = {}
-        """By model and token type."""
+        self._tokens: dict[tuple[str, str, str], int] = {}
+        """By model, instance and token type."""
+        self._retries = dict.fromkeys(RETRY_REASONS, 0)
+        """By reason."""
         self._histograms: dict[str, _ModelHistograms] = {}
         """By model."""
         self._keys: dict[str, _KeyCounts] = {}
         """By the name of the access key."""
-        self._retries = {"retried": 0, "over_budget": 0}
+        self._retries_refused = 0
 
     def record_response(self, route: str, model: str, status: int) -> None:
         """Counts a request that was answered, by a server or by the router itself."""
         key = (route, model, str(status))
         self._responses[key] = self._responses.get(key, 0) + 1
-
-    def record_retries(self, count: int, *, is_refused: bool) -> None:
-        """Counts how often a request was tried again, and whether the budget allowed no further retry."""
-        self._retries["retried"] += count
-        self._retries["over_budget"] += is_refused
 
     def record_served(self, model: str, queue_time_seconds: float, duration_seconds: float) -> None:
         """Records the times of a request that was granted a slot."""
@@ -204,17 +254,35 @@ class RequestMetrics(Collector):
         histograms.duration_seconds.observe(duration_seconds)
 
     def record_output(
-        self, model: str, time_to_first_token_seconds: float, prompt_tokens: int | None, output_tokens: int | None
+        self,
+        model: str,
+        instance: str,
+        time_to_first_token_seconds: float,
+        prompt_tokens: int | None,
+        output_tokens: int | None,
     ) -> None:
         """Records a response that had a first byte. Call `record_served` first. Token counts are None if unknown."""
         self._histograms[model].time_to_first_token_seconds.observe(time_to_first_token_seconds)
         if prompt_tokens is not None:
-            self._count_tokens(model, "prompt", prompt_tokens)
+            self._count_tokens(model, instance, "prompt", prompt_tokens)
         if output_tokens is not None:
-            self._count_tokens(model, "generation", output_tokens)
+            self._count_tokens(model, instance, "generation", output_tokens)
 
-    def _count_tokens(self, model: str, kind: str, count: int) -> None:
-        self._tokens[model, kind] = self._tokens.get((model, kind), 0) + count
+    def record_streamed(self, model: str, streamed_seconds: float, output_tokens: int) -> None:
+        """Records a stream of several tokens, from its first to its last byte. Call `record_served` first."""
+        if output_tokens > 1:
+            self._histograms[model].time_per_output_token_seconds.observe(streamed_seconds / (output_tokens - 1))
+
+    def record_retries(self, reasons: Iterable[str], *, is_refused: bool) -> None:
+        """Counts each time that a request was sent again (each is one of `RETRY_REASONS`), and whether the budget
+        allowed no further time."""
+        for reason in reasons:
+            self._retries[reason] += 1
+        self._retries_refused += is_refused
+
+    def _count_tokens(self, model: str, instance: str, kind: str, count: int) -> None:
+        key = (model, instance, kind)
+        self._tokens[key] = self._tokens.get(key, 0) + count
 
     def record_key(self, key: str, status: int, prompt_tokens: int, output_tokens: int) -> None:
         """Counts a request with an access key, and the tokens that it is charged."""
@@ -246,15 +314,16 @@ class RequestMetrics(Collector):
             responses.add_metric(labels, float(count))
         yield responses
         yield GaugeMetricFamily("llamayard_requests_running", "Requests in progress.", float(self.running))
-        retries = CounterMetricFamily(
-            "llamayard_retries",
-            "Requests that were tried again, or were not because of the budget.",
-            labels=("outcome",),
-        )
-        for outcome, count in self._retries.items():
-            retries.add_metric((outcome,), float(count))
+        retries = CounterMetricFamily("llamayard_retries", "Requests sent again, by reason.", labels=("reason",))
+        for reason, count in self._retries.items():
+            retries.add_metric((reason,), float(count))
         yield retries
-        tokens = CounterMetricFamily("llamayard_tokens", "Tokens, as counted by the servers.", labels=("model", "type"))
+        yield CounterMetricFamily(
+            "llamayard_retries_refused", "Requests not sent again because of the budget.", float(self._retries_refused)
+        )
+        tokens = CounterMetricFamily(
+            "llamayard_tokens", "Tokens, as counted by the servers.", labels=("model", "instance", "type")
+        )
         for labels, count in self._tokens.items():
             tokens.add_metric(labels, float(count))
         yield tokens
@@ -269,13 +338,24 @@ class RequestMetrics(Collector):
 class FleetMetricsCollector(Collector):
     """Gauges of GPUs, instances, loaded models and the queue, read from a snapshot at each scrape."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], waiting_count: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot],
+        waiting_count: Callable[[], int],
+        fair_share_spread: Callable[[], float],
+    ) -> None:
         self._snapshot = snapshot
         self._waiting_count = waiting_count
+        self._fair_share_spread = fair_share_spread
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         snapshot = self._snapshot()
         yield GaugeMetricFamily("llamayard_requests_waiting", "Requests waiting for a slot.", self._waiting_count())
+        yield GaugeMetricFamily(
+            "llamayard_fair_share_spread_tokens",
+            "Most minus fewest weighted tokens that waiting clients have received; 0 while fewer than two wait.",
+            self._fair_share_spread(),
+        )
         yield _lost_family(snapshot)
         yield _drained_family(snapshot)
         yield _unfit_family(snapshot)
@@ -288,6 +368,7 @@ class FleetMetricsCollector(Collector):
             for state in InstanceState:
                 states.add_metric((view.spec.name, state.value), float(view.state is state))
         yield states
+        yield _instance_info_family(snapshot)
         missing = GaugeMetricFamily(
             "llamayard_warm_models_missing", "1 while a model with keep_warm is not loaded, else 0.", labels=("model",)
         )
@@ -366,6 +447,16 @@ def _unfit_family(snapshot: Snapshot) -> GaugeMetricFamily:
     )  # fmt: skip
     for gpu in snapshot.gpus.values():
         family.add_metric(_gpu_labels(gpu), float(bool(snapshot.drained.reason_of(gpu.uuid))))
+    return family
+
+
+def _instance_info_family(snapshot: Snapshot) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "llamayard_instance_info", "Always 1; the engine and version of the instance's server.",
+        labels=("instance", "engine", "version"),
+    )  # fmt: skip
+    for view in snapshot.instances.values():
+        family.add_metric((view.spec.name, view.spec.engine, view.version or ""), 1.0)
     return family
 
 

@@ -56,11 +56,11 @@ class RequestRecord(msgspec.Struct):
     model: str = ""
     instance: InstanceName | None = None
     granted_at: float | None = None
+    retry_reasons: tuple[str, ...] = ()
+    """Why it was sent again, for each time (`RouterError.retry_reason`)."""
     error_code: str = ""
     refusal: str = ""
     """The header with its value for which the request is refused (403)."""
-    retries: int = 0
-    """How often it was tried again."""
     is_retry_refused: bool = False
     """Whether it would have been tried again, if the budget had allowed it."""
     is_unrouted: bool = False

@@ -84,6 +84,8 @@ class ProxyContext:
     serves_elsewhere: Callable[[ModelFacts, InstanceName], bool] = lambda _model, _instance: False
     """Whether a replica of the model on another instance serves."""
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
+    record_lag: Callable[[float], None] = lambda _: None
+    """Gets the lateness of a periodic timer, in seconds."""
     new_request_id: Callable[[], str] = field(default_factory=new_request_ids)
     heads: HeadCache = field(default_factory=HeadCache)
     progress_at: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])

@@ -35,7 +35,15 @@ from router.domain.model import ModelFacts
 from router.domain.request import TicketId
 from router.engines.ollama.client import OllamaError
 from router.engines.ollama.endpoint_support import refuse_missing
-from router.errors import InstanceLost, NoInstance, QueueFull, RouterError, WaitTimeout, is_out_of_descriptors
+from router.errors import (
+    InstanceLost,
+    InstanceUnreachable,
+    NoInstance,
+    QueueFull,
+    RouterError,
+    WaitTimeout,
+    is_out_of_descriptors,
+)
 from router.http1.parser import RequestHead
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import ParsedBody, parse_body
@@ -438,7 +446,7 @@ class ProxyExchange:
             self._release(runner_lost=False)
             self._refuse(QueueFull(_NO_DESCRIPTORS, retry_after_seconds=1))
             return
-        self.reply_lost(InstanceLost(f"the instance could not be reached: {error}"), stale=False)
+        self.reply_lost(InstanceUnreachable(f"the instance could not be reached: {error}"), stale=False)
 
     # --- from the server -------------------------------------------------------------------------------------
 
@@ -506,8 +514,8 @@ class ProxyExchange:
     def _try_again(self, request: InferenceRequest, error: RouterError) -> None:
         log = structlog.get_logger("router.request")
         log.warning("retrying", request_id=self._record.request_id, model=self._record.model, reason=str(error))
+        self._record.retry_reasons += (error.retry_reason,)
         self._attempt += 1
-        self._record.retries += 1
         self._submit(request)
 
     def reply_failed(self, error: RouterError, *, hangs: bool = False) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from router.errors import InstanceLost, RouterError, ServerRefused, StreamTruncated
+from router.errors import InstanceLost, RouterError, RunnerDied, ServerRefused, StreamTruncated
 from router.http1.body_framing import MORE, Body, Chunked, FramingError, NoBody, Sized, UntilClose
 from router.http1.headers import header, is_stream, reply_headers
 from router.http1.parser import HeadError, ReplyHead, RequestHead
@@ -217,7 +217,7 @@ class ResponseStream:
         self._held = []
         if not self.is_last_attempt and any(message in held for message in RUNNER_DIED):
             self._drop()
-            self._owner.reply_lost(InstanceLost(held.decode(errors="replace")), stale=False)
+            self._owner.reply_lost(RunnerDied(held.decode(errors="replace")), stale=False)
             return
         if self.status >= 500 and self._owner.may_try_elsewhere(self.status):
             body = held if self._payload is None else b"".join(self._payload)

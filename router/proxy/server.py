@@ -64,8 +64,11 @@ class ProxyServer:
 
     async def run(self) -> None:
         """Checks deadlines until it is cancelled."""
+        time = asyncio.get_running_loop().time
         while True:
+            due = time() + self._period_seconds
             await asyncio.sleep(self._period_seconds)
+            self.context.record_lag(time() - due)
             now = self.context.controller.now()
             for connection in tuple(self._connections):
                 connection.check(now)

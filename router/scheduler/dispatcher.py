@@ -31,7 +31,7 @@ from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
-from router.domain.actions import Action, Reject, Remember, Unload
+from router.domain.actions import Action, Reject, Remember, Unload, UnloadCause
 from router.domain.events import (
     Arrived,
     Cancelled,
@@ -55,6 +55,7 @@ from router.domain.events import (
 )
 from router.domain.explanation import Explanation, Outcome
 from router.domain.ids import LoadIds
+from router.domain.instance import InstanceName
 from router.domain.model import BlobDigest
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
@@ -159,6 +160,15 @@ class Dispatcher:
             behind = (at for at, line in enumerate(lines) if line.tickets[0].priority < ticket.priority)
             lines.insert(next(behind, len(lines)), own)
         return wait_estimates(self._fleet.snapshot(now), lines, {})[ticket.id]
+
+    def running(self) -> list[tuple[InstanceName, float]]:
+        """Instance and time of the grant of each request that holds a slot."""
+        return [(lease.key[0], lease.granted_at) for lease in self._fleet.leases.values()]
+
+    def fair_share_spread(self) -> float:
+        """Most minus fewest weighted tokens that waiting clients have received; 0.0 while fewer than two wait."""
+        given = [self._fleet.counters.given(client) for client in {t.client for t in self._queue.tickets.values()}]
+        return max(given) - min(given) if given else 0.0
 
     @property
     def is_closing(self) -> bool:
@@ -325,7 +335,8 @@ class Dispatcher:
             return actions
         if event.runner_lost or (event.silent_seconds and silence.hangs(self._fleet, replica, event, now)):
             # The server still lists it, and would load it again inside the next request: unload it properly.
-            actions.append(rules.unload(self._fleet, (replica.instance, replica.blob), "its runner died or hangs"))
+            unload_key = (replica.instance, replica.blob)
+            actions.append(rules.unload(self._fleet, unload_key, "its runner died or hangs", UnloadCause.RUNNER_LOST))
         return actions
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -344,8 +355,9 @@ class Dispatcher:
             again = residency.state is ResidencyState.UNLOADING
             if (again or key not in leaving) and can_expire(residency, self._queue):
                 why = "an unload before this one failed" if again else "its keep_alive ended"
+                cause = UnloadCause.OTHER if again else UnloadCause.EXPIRED
                 self._fleet.dismissed.add(residency.blob)
-                actions.append(rules.unload(self._fleet, key, why))
+                actions.append(rules.unload(self._fleet, key, why, cause))
         return actions
 
     # --- the queue -----------------------------------------------------------------------------------------
@@ -511,7 +523,7 @@ class Dispatcher:
     def _move_off_short_gpus(self, now: float) -> list[Action]:
         """Moves models off GPUs whose memory others have come to use."""
         leaving = list(migration.superfluous(self._fleet.snapshot(now)))
-        actions: list[Action] = [rules.unload(self._fleet, key, why) for key, why in leaving]
+        actions: list[Action] = [rules.unload(self._fleet, key, why, cause) for key, why, cause in leaving]
         found = migration.find_move(self._fleet.snapshot(now), self._estimate)
         if found is not None:
             residency, placed = found

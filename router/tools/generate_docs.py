@@ -1,8 +1,9 @@
 """Generates documents from code: `python -m router.tools.generate_docs` in the project's folder.
 
 docs/configuration.md, config/llamayard.example.yaml and config/llamayard.schema.json from the settings,
-docs/instances.md from the lifecycle table, docs/routes.md from the table of routes. It contains no fact about a key or
-a state; a test fails if a file differs from what this generates.
+docs/instances.md from the lifecycle table, docs/routes.md from the table of routes, deploy/grafana/llamayard.json from
+router/tools/grafana_dashboard.py. It contains no fact about a key or a state; a test fails if a file differs from what
+this generates.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from router.config.problems import environment_variable
 from router.config.settings import ENVIRONMENT_PREFIX, RESERVED_VARIABLES, InstanceSettings, Settings
 from router.domain.instance_lifecycle import state_diagram
 from router.llm_api.routes import KIND_WORDS, ROUTES, Kind
+from router.tools.grafana_dashboard import dashboard_document
 
 _WIDTH = 116
 _SAMPLES: Mapping[str, object] = {
@@ -37,6 +39,7 @@ _SAMPLES: Mapping[str, object] = {
     "ollama.context_length_max": 65_536,
     "ollama.flash_attention": True,
     "discover": True,
+    "log.slow_request_seconds": 60,
     "rig": "2x3090",
 }
 """Commented-out values in the example file for keys that are unset by default."""
@@ -45,6 +48,7 @@ _NAMED_SAMPLES = {
     "ollama.env": '{OLLAMA_DEBUG: "1"}',
     "ollama.instance_env": '{spread: {OLLAMA_GPU_OVERHEAD: "0"}}',
     "models": "{qwen3:8b: {options: pass}}",
+    "usage.prices": "{llama3.3:70b: {prompt: 0.5, output: 1.5}}",
     "aliases": "{gpt-4o: llama3.3:70b}",
     "fallbacks": "{llama3.3:70b: {to: [qwen3:8b], reasons: [too_large, queue_full]}}",
 }
@@ -70,6 +74,7 @@ def documents() -> dict[str, str]:
         "config/llamayard.schema.json": schema_document(),
         "docs/instances.md": instances_document(),
         "docs/routes.md": routes_document(),
+        "deploy/grafana/llamayard.json": dashboard_document(),
     }
 
 
@@ -242,7 +247,9 @@ def _type_text(annotation: object) -> str:
 
 
 def _plural(kind: str) -> str:
-    return {"mapping of text": "mappings", "list of text": "lists"}.get(kind, kind)
+    return {"mapping of text": "mappings", "mapping of number": "mappings of numbers", "list of text": "lists"}.get(
+        kind, kind
+    )
 
 
 def _bounds(metadata: Iterable[object]) -> str:

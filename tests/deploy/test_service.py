@@ -127,6 +127,6 @@ def test_the_documented_check_runs_as_the_service_does(root: Path) -> None:
 
 def test_the_compose_file_names_the_file_to_replace(root: Path) -> None:
     text = (root / "deploy/compose.yaml").read_text(encoding="utf-8")
-    (service,) = yaml.safe_load(text)["services"].values()
+    service = yaml.safe_load(text)["services"]["llamayard"]
     assert "environment" not in service
     assert f":{CONFIG}:ro" in text

@@ -9,7 +9,9 @@ import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from router import __version__
 from router.domain.instance import InstanceName
+from router.errors import RETRY_REASONS
 from router.observability.access_log import AccessLog
 from router.observability.logging import RequestLines
 from router.observability.metrics import BUCKETS_SECONDS, Metrics
@@ -52,7 +54,9 @@ def test_finished_requests_are_counted_and_logged_by_status() -> None:
     assert samples["llamayard_requests_total", (*model, ("route", "/api/chat"), ("status", "200"))] == 1
     assert samples["llamayard_requests_total", (("model", ""), ("route", "other"), ("status", "502"))] == 1
     assert samples["llamayard_requests_running", ()] == 0
-    assert samples["llamayard_tokens_total", (*model, ("type", "generation"))] == 10
+    replica = (("instance", "gpu0"), *model)
+    assert samples["llamayard_tokens_total", (*replica, ("type", "generation"))] == 10
+    assert samples["llamayard_tokens_total", (*replica, ("type", "prompt"))] == 3
     assert samples["llamayard_time_to_first_token_seconds_sum", model] == 0.3
     assert samples["llamayard_request_queue_time_seconds_count", model] == 1
     assert samples["llamayard_request_duration_seconds_bucket", (("le", "2.5"), *model)] == 1
@@ -84,6 +88,58 @@ def test_probes_that_work_are_logged_at_debug(route: str, status: int, level: st
     assert (
         _samples(metrics)["llamayard_requests_total", (("model", ""), ("route", route), ("status", str(status)))] == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("tail", "chunks", "seconds"),
+    [
+        (b'{"done":true,"eval_count":21}', 11, 0.05),  # 20 gaps in one second: chunks may hold several tokens
+        (b"", 11, 0.1),
+        (b'{"done":true,"eval_count":1}', 2, None),
+        (b'{"done":true,"eval_count":21}', 1, None),  # not streamed
+    ],
+)
+def test_the_mean_time_between_tokens_of_a_stream_is_recorded(tail: bytes, chunks: int, seconds: float | None) -> None:
+    metrics = Metrics()
+    log = AccessLog(metrics, lambda: 2.0, lambda *_: None)
+    record = _served()
+    record.tail, record.chunks = tail, chunks
+    log.began()
+    log.ended(record, "POST", "/api/chat", 200)
+    samples, name = _samples(metrics), "llamayard_request_time_per_output_token_seconds"
+    model = (("model", "tiny:latest"),)
+    assert samples[f"{name}_count", model] == (seconds is not None)
+    assert samples[f"{name}_sum", model] == pytest.approx(seconds or 0.0)
+
+
+def test_retries_are_counted_by_reason_and_logged() -> None:
+    metrics, lines = Metrics(), list[dict[str, object]]()
+    log = AccessLog(metrics, lambda: 2.0, lambda _, values: lines.append(values))
+    before = _samples(metrics)
+    assert [before["llamayard_retries_total", (("reason", reason),)] for reason in RETRY_REASONS] == [0, 0, 0, 0]
+    for reasons in (("runner_died", "unreachable"), ("runner_died",), ()):
+        record = _served()
+        record.retry_reasons = reasons
+        log.began()
+        log.ended(record, "POST", "/api/chat", 200)
+    samples = _samples(metrics)
+    assert samples["llamayard_retries_total", (("reason", "runner_died"),)] == 2
+    assert samples["llamayard_retries_total", (("reason", "unreachable"),)] == 1
+    assert [line.get("retries") for line in lines] == [2, 1, None]
+
+
+def test_the_lateness_of_the_event_loop_is_a_histogram() -> None:
+    metrics = Metrics()
+    for seconds in (-0.001, 0.004, 0.3):
+        metrics.loop_lag.observe(seconds)
+    samples = _samples(metrics)
+    assert samples["llamayard_event_loop_lag_seconds_bucket", (("le", "0.001"),)] == 1
+    assert samples["llamayard_event_loop_lag_seconds_bucket", (("le", "0.005"),)] == 2
+    assert samples["llamayard_event_loop_lag_seconds_sum", ()] == pytest.approx(0.304)
+
+
+def test_the_version_is_exported() -> None:
+    assert _samples(Metrics())["llamayard_build_info", (("version", __version__),)] == 1
 
 
 def test_a_response_without_token_counts_is_logged_without_them() -> None:

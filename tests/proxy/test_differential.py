@@ -296,7 +296,8 @@ def test_requests_reach_the_server_as_they_are_however_they_are_cut(
         assert got.start == b"POST /api/generate?x=1 HTTP/1.1"
         assert got.rest == body
         expected = [(n.lower(), v.strip()) for n, _, v in (f.decode().partition(":") for f in fields)]
-        assert got.end_to_end() == [("host", "127.0.0.1:9"), *expected, ("content-length", str(len(body)))]
+        added = [("via", "1.1 llamayard-test"), ("content-length", str(len(body)))]
+        assert got.end_to_end() == [("host", "127.0.0.1:9"), *expected, *added]
 
     asyncio.run(check())
 

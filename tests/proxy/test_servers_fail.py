@@ -41,14 +41,24 @@ async def test_an_idle_connection_that_its_server_closes_is_forgotten() -> None:
         assert len(stage.upstream.turns) == 3
 
 
-@pytest.mark.parametrize("failing", [closing, replying(_FAILED), replying(_FAILED_SINCE_0_30)])
-async def test_a_runner_that_died_before_its_answer_is_reported_and_the_request_tried_again(failing: Script) -> None:
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        (closing, "connection_lost"),
+        (replying(_FAILED), "runner_died"),
+        (replying(_FAILED_SINCE_0_30), "runner_died"),
+    ],
+)
+async def test_a_runner_that_died_before_its_answer_is_reported_and_the_request_tried_again(
+    failing: Script, reason: str
+) -> None:
     async with staged() as stage:
         stage.upstream.script = by_turn(failing, replying(OK))
         assert (await call(stage.address, "POST", "/api/generate", _ASK)).status == 200
         assert stage.controller.lost == [stage.controller.tickets[0].id]
         assert len(stage.controller.tickets) == 2
         assert stage.request_log.statuses == [200]
+        assert stage.request_log.entries[0][0].retry_reasons == (reason,)
         await rests(stage)
 
 
@@ -83,7 +93,7 @@ async def test_an_error_is_tried_elsewhere_where_another_replica_serves(status: 
         assert (second.arrived_at, second.deadline) == (first.arrived_at, first.deadline)
         assert stage.controller.failures == ["overloaded" if status == 503 else "error"]
         assert stage.controller.lost == []
-        assert stage.request_log.entries[0][0].retries == 1
+        assert stage.request_log.entries[0][0].retry_reasons == ("server_error",)
         await rests(stage)
 
 
@@ -121,6 +131,7 @@ async def test_a_server_that_cannot_be_reached_is_lost() -> None:
         reply = await call(stage.address, "POST", "/v1/completions", _ASK)
         assert (reply.status, reply.json()["error"]["code"]) == (502, "instance_lost")
         assert len(stage.controller.lost) == 3
+        assert stage.request_log.entries[0][0].retry_reasons == ("unreachable", "unreachable")
         await rests(stage)
 
 

@@ -23,6 +23,7 @@ from router.domain.actions import (
     StartInstance,
     StopInstance,
     Unload,
+    UnloadCause,
 )
 from router.domain.drained import DrainTarget
 from router.domain.events import (
@@ -121,6 +122,8 @@ class Play:
     loads: dict[LoadId, Load] = field(default_factory=dict[LoadId, Load])
     """Running loads."""
     unloads: dict[ResidencyKey, Unload] = field(default_factory=dict[ResidencyKey, Unload])
+    unload_causes: list[UnloadCause] = field(default_factory=list[UnloadCause])
+    """Of all unloads, in order."""
     waiting: dict[TicketId, Ticket] = field(default_factory=dict[TicketId, Ticket])
     leases: dict[TicketId, tuple[ResidencyKey, LoadId | None]] = field(
         default_factory=dict[TicketId, tuple[ResidencyKey, LoadId | None]]
@@ -360,6 +363,9 @@ class Play:
     def snapshot(self) -> Snapshot:
         return self._twins[0].snapshot(self.now)
 
+    def fair_share_spread(self) -> float:
+        return self._twins[0].fair_share_spread()
+
     def residency(self, on: str, of: ModelFacts) -> Residency | None:
         return self.snapshot().residencies.get((InstanceName(on), of.blob))
 
@@ -412,6 +418,7 @@ class Play:
                 del self.loads[action.load_id]  # the server keeps its memory until the unload ends
                 self.aborted.append(action.load_id)
             case Unload():
+                self.unload_causes.append(action.cause)
                 self._unload(action, before)
             case StartInstance():
                 self.specs[action.spec.name] = replace(action.spec, url=f"http://127.0.0.1/{action.spec.name}")
@@ -465,7 +472,7 @@ class Play:
         assert key not in self.unloads, f"{key} is being unloaded already"
         residency = before.residencies.get(key)
         is_repeated = residency is not None and residency.state is ResidencyState.UNLOADING
-        is_failed = is_repeated or unload.reason.startswith(("its runner died", "came out"))
+        is_failed = is_repeated or unload.cause in (UnloadCause.RUNNER_LOST, UnloadCause.SPILLED)
         busy = sum(1 for lease in self.leases.values() if residency and lease == (key, residency.load_id))
         assert is_failed or not busy, f"{key} was unloaded with {busy} requests: {unload.reason}"
         self.unloads[key] = unload

@@ -6,12 +6,14 @@ import math
 
 import pytest
 
-from router.domain.events import LoadedModel, ResidencyRead
+from router.domain.actions import UnloadCause
+from router.domain.events import LoadedModel, Released, ResidencyRead
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName
 from router.domain.policy import Policy
 from router.domain.request import TicketId
 from router.domain.residency import ResidencyState
+from router.scheduler.queue.fair_share import OUTPUT_WEIGHT
 from tests.scheduler.builders import key
 from tests.scheduler.play import Play, sized, with_policy
 
@@ -122,8 +124,38 @@ def test_a_busy_model_is_not_evicted_and_leaves_when_it_is_idle(one: Play) -> No
     assert one.reason(waiting) == "gpu0: waits for 1 running requests of 1 models to make room"
     one.release(running)
     assert list(one.unloads) == [key("gpu0", WHOLE)]
+    assert one.unload_causes == [UnloadCause.EVICTED]
     one.work_through()
     assert waiting in one.leases
+
+
+def test_a_load_names_how_many_models_left_for_it_and_a_reload_is_none_of_them(one: Play) -> None:
+    for small in (SMALL, OTHER):
+        _idle(one, small)
+    one.now += 60.0
+    one.arrive(WHOLE)
+    for unload in list(one.unloads):
+        one.finish_unload(unload)
+    one.now += 1.0
+    one.read_gpus()
+    (load,) = one.loads.values()
+    assert (load.model, load.evicted) == (WHOLE, 2)
+
+
+def test_the_fair_share_spread_is_that_of_the_waiting_clients(one: Play) -> None:
+    one.arrive(SMALL, client="a")
+    second = one.arrive(SMALL, client="b")
+    one.work_through()
+    assert len(one.leases) == 2
+    for client in ("a", "a", "b"):
+        one.arrive(SMALL, client=client)
+    assert one.fair_share_spread() == 0.0
+    del one.leases[second]
+    one.post(Released(second, output_tokens=40))  # the free slot goes to the other client
+    assert one.fair_share_spread() == OUTPUT_WEIGHT * 40
+    for ticket in list(one.leases):
+        one.release(ticket)
+    assert one.fair_share_spread() == 0.0  # nobody waits
 
 
 def test_an_unload_that_fails_is_sent_again_after_a_while_and_not_at_once(one: Play) -> None:
@@ -218,6 +250,7 @@ def test_a_model_is_unloaded_when_its_keep_alive_after_the_last_request_has_pass
     assert one.unloads == {}
     one.advance(0.2)
     assert one.unloads[key("gpu0", SMALL)].reason == "its keep_alive ended"
+    assert one.unload_causes == [UnloadCause.EXPIRED]
 
 
 def test_keep_alive_0_unloads_once_the_last_request_has_ended(one: Play) -> None:
@@ -290,6 +323,7 @@ def test_an_idle_model_is_unloaded_at_once_when_a_client_asks(two: Play) -> None
     _idle(two, SMALL)
     two.ask_unload(SMALL)
     assert two.unloads[key("gpu0", SMALL)].reason == "a client asked for it"
+    assert two.unload_causes == [UnloadCause.REQUESTED]
 
 
 def test_a_busy_model_is_unloaded_for_a_client_when_it_is_idle(one: Play) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from router.domain.actions import UnloadCause
 from router.domain.gpu import GpuUuid
 from router.domain.policy import Pin, Policy, SchedulerConstants
 from router.domain.request import TicketId
@@ -60,6 +61,7 @@ def test_a_model_evicted_by_a_large_one_moves_to_a_gpu_with_room() -> None:
     (left,) = {gpu_id(0), gpu_id(1), gpu_id(2)} - pair
     moved = [model for model in (MUCH, LITTLE, SMALL) if _homes(three, model) == {left}]
     assert len(moved) >= 2
+    assert sorted(three.unload_causes) == [UnloadCause.EVICTED, UnloadCause.MOVED]  # one had room beside the third
 
 
 def test_a_model_without_demand_is_unloaded_without_another_replica() -> None:
@@ -74,6 +76,7 @@ def test_a_model_without_demand_is_unloaded_without_another_replica() -> None:
         three.work_through()
     three.grant(ticket)
     assert three.loads_sent == sent + 1
+    assert three.unload_causes[-2:] == [UnloadCause.EVICTED, UnloadCause.EVICTED]
 
 
 def test_external_vram_moves_a_model_without_interrupting_its_service() -> None:
@@ -106,6 +109,7 @@ def test_a_busy_model_moves_when_its_request_has_ended() -> None:
     two.release(running)
     _go_on(two, 1)
     assert _homes(two, MUCH) == {gpu_id(0), gpu_id(1)} - {home}
+    assert two.unload_causes == [UnloadCause.MOVED]
 
 
 def test_without_room_a_model_in_demand_stays_and_others_are_unloaded() -> None:
@@ -119,6 +123,7 @@ def test_without_room_a_model_in_demand_stays_and_others_are_unloaded() -> None:
     one.read_gpus()
     one.work_through()
     assert not _homes(one, MUCH)
+    assert one.unload_causes == [UnloadCause.EVICTED]
 
 
 def test_a_model_that_is_pinned_stays_where_it_is() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from router.domain.actions import UnloadCause
 from router.domain.gpu import GpuUuid
 from router.domain.residency import Residency, ResidencyKey
 from router.domain.snapshot import Estimate, Snapshot
@@ -46,7 +47,7 @@ def find_move(snapshot: Snapshot, estimate: Estimate) -> tuple[Residency, Placed
     return None
 
 
-def superfluous(snapshot: Snapshot) -> Iterator[tuple[ResidencyKey, str]]:
+def superfluous(snapshot: Snapshot) -> Iterator[tuple[ResidencyKey, str, UnloadCause]]:
     """Idle models to unload on short GPUs, with the reason: a replica elsewhere serves, or there is no demand.
 
     At most one for each GPU.
@@ -54,10 +55,12 @@ def superfluous(snapshot: Snapshot) -> Iterator[tuple[ResidencyKey, str]]:
     for uuid in short_gpus(snapshot):
         for residency in evictable(snapshot, (uuid,), young=True):
             if _serves_elsewhere(snapshot, residency, uuid):
-                yield (residency.instance, residency.blob), "moved: others use the memory of its GPU"
+                why = "moved: others use the memory of its GPU"
+                yield (residency.instance, residency.blob), why, UnloadCause.MOVED
                 break
             if not is_warm_wanted(snapshot, residency.model) and residency.blob not in snapshot.wanted:
-                yield (residency.instance, residency.blob), "others need the memory of its GPU and nobody asks for it"
+                why = "others need the memory of its GPU and nobody asks for it"
+                yield (residency.instance, residency.blob), why, UnloadCause.EVICTED
                 break
 
 

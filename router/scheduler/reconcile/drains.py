@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from router.domain.actions import Action, Notice
+from router.domain.actions import Action, Notice, UnloadCause
 from router.domain.drained import DrainTarget
 from router.domain.events import DrainRequested
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
@@ -68,7 +68,7 @@ def unload_idle(fleet: FleetState) -> list[Action]:
     actions: list[Action] = []
     for key, residency in list(fleet.residencies.items()):
         if key[0] in fleet.taken_out and residency.is_idle:
-            actions.append(rules.unload(fleet, key, reason(fleet, fleet.instances[key[0]].spec)))
+            actions.append(rules.unload(fleet, key, reason(fleet, fleet.instances[key[0]].spec), UnloadCause.DRAINED))
     return actions
 
 

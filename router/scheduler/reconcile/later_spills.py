@@ -7,7 +7,7 @@ them too.
 
 from __future__ import annotations
 
-from router.domain.actions import Action
+from router.domain.actions import Action, UnloadCause
 from router.domain.instance import InstanceName
 from router.domain.residency import ResidencyState, cpu_ratio, is_spill
 from router.domain.snapshot import Failure
@@ -40,7 +40,7 @@ def unload_idle(fleet: FleetState) -> list[Action]:
     for key in list(fleet.spilled):
         replica = fleet.residencies.get(key)
         if replica is not None and replica.is_idle:
-            actions.append(rules.unload(fleet, key, "it has come to be partly on the CPU"))
+            actions.append(rules.unload(fleet, key, "it has come to be partly on the CPU", UnloadCause.SPILLED))
         if replica is None or replica.state is not ResidencyState.READY:
             fleet.spilled.discard(key)
     return actions

@@ -6,7 +6,7 @@ first load of a model that fails for memory raises the model's estimate instead,
 
 from __future__ import annotations
 
-from router.domain.actions import Action, ReadGpus
+from router.domain.actions import Action, ReadGpus, UnloadCause
 from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadFinished, UnloadRequested
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest
@@ -94,7 +94,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
         share = 100.0 * cpu_ratio(event.size_bytes, event.size_vram_bytes)
         words = f"came out {share:.0f} % on the CPU on {residency.instance}"
         _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now, is_spilled=True)
-        return [rules.unload(fleet, key, words)]
+        return [rules.unload(fleet, key, words, UnloadCause.SPILLED)]
     return []
 
 
@@ -156,5 +156,5 @@ def _unload_asked(fleet: FleetState, event: UnloadRequested, now: float) -> list
             # A load on its way serves those who wait for it first.
             fleet.update(key, keep_alive_seconds=0.0, expires_at=now)
         else:
-            actions.append(rules.unload(fleet, key, "a client asked for it"))
+            actions.append(rules.unload(fleet, key, "a client asked for it", UnloadCause.REQUESTED))
     return actions

@@ -31,7 +31,7 @@ def begin(fleet: FleetState, model: ModelFacts, placed: Placed, load_id: LoadId,
     if own in placed.evict:
         # The same weights with other options: planned again once that replica is gone.
         unloads = [key for key in placed.evict if fleet.residencies[key].is_idle]
-        return [*actions, *(rules.unload(fleet, key, f"makes room for {model.name}") for key in unloads)]
+        return [*actions, *(rules.make_room(fleet, key, model) for key in unloads)]
     spec = fleet.instances[placed.instance].spec
     needed = placed.per_gpu_bytes
     fleet.put_reservation(Reservation(load_id, placed.instance, model.blob, needed, now, evict=placed.evict))
@@ -58,7 +58,7 @@ def _advance(fleet: FleetState, reservation: Reservation, residency: Residency, 
     for key in reservation.evict:
         found = fleet.residencies.get(key)
         if found is not None and found.is_idle:
-            actions.append(rules.unload(fleet, key, f"makes room for {residency.name}"))
+            actions.append(rules.make_room(fleet, key, residency.model))
     staying = [fleet.residencies[key] for key in reservation.evict if key in fleet.residencies]
     if any(found.state is ResidencyState.READY for found in staying):
         return actions

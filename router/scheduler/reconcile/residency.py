@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from router.domain.actions import Action, Load, Notice, Unload
+from router.domain.actions import Action, Load, Notice, Unload, UnloadCause
 from router.domain.engine_rules import EngineRules
 from router.domain.events import LoadedModel, ResidencyRead
 from router.domain.ids import LoadId
@@ -79,6 +79,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
         expects_gpu=bool(spec.gpus),
         timeout_seconds=fleet.policy.load_timeout_seconds,
         reason=reason,
+        evicted=len(reservation.evict),
     )
 
 
@@ -91,12 +92,29 @@ def finish_reservation(fleet: FleetState, load_id: LoadId, now: float) -> None:
         fleet.drop_reservation(load_id)
 
 
-def unload(fleet: FleetState, key: ResidencyKey, reason: str) -> Unload:
+def make_room(fleet: FleetState, key: ResidencyKey, model: ModelFacts) -> Unload:
+    """The unload of a replica whose room `model` needs."""
+    if key[1] == model.blob:
+        cause = UnloadCause.RELOADED
+    else:
+        cause = UnloadCause.MOVED if has_other_replica(fleet, key) else UnloadCause.EVICTED
+    return unload(fleet, key, f"makes room for {model.name}", cause)
+
+
+def has_other_replica(fleet: FleetState, key: ResidencyKey) -> bool:
+    """Whether the model has a replica elsewhere that serves or is coming."""
+    return any(
+        other != key and other[1] == key[1] and replica.state is not ResidencyState.UNLOADING
+        for other, replica in fleet.replicas.items()
+    )
+
+
+def unload(fleet: FleetState, key: ResidencyKey, reason: str, cause: UnloadCause = UnloadCause.OTHER) -> Unload:
     """Moves READY to UNLOADING and returns the unload to send; the same once more for one that failed."""
     residency = fleet.update(key, state=ResidencyState.UNLOADING, expires_at=None)
     fleet.touched(residency.instance)
     url = fleet.instances[residency.instance].spec.url
-    return Unload(residency.instance, url, residency.model, residency.blob, reason)
+    return Unload(residency.instance, url, residency.model, residency.blob, reason, cause)
 
 
 def describe_wait(replicas: Iterable[Residency]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import replace
 
-from router.domain.actions import AbortLoad, Action
+from router.domain.actions import AbortLoad, Action, UnloadCause
 from router.domain.ids import LoadId
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.reservation import Reservation
@@ -79,4 +79,5 @@ def _break_off(fleet: FleetState, reservation: Reservation, now: float) -> list[
         return []
     fleet.put_reservation(replace(reservation, aborted_at=now))
     reason = "nobody waits for it, and its room is needed"
-    return [AbortLoad(reservation.load_id, reservation.instance, reason), rules.unload(fleet, key, reason)]
+    unload = rules.unload(fleet, key, reason, UnloadCause.EVICTED)
+    return [AbortLoad(reservation.load_id, reservation.instance, reason), unload]
