@@ -120,7 +120,8 @@ def _ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
 
 
 def _port_holder(settings: Settings) -> str | Unread:
-    return host_reader.port_holder(settings.server.host, settings.server.port)
+    server = settings.server
+    return host_reader.port_holder(server.host, server.port, is_tls=server.tls_certificate is not None)
 
 
 def _open_files_needed(settings: Settings) -> int:

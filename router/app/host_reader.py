@@ -16,6 +16,7 @@ import resource
 import shlex
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ _NVIDIA_VENDOR, _DISPLAY_CLASS = "0x10de", "0x03"
 _STOCK_UNIT = "ollama"
 _CLIENT_VARIABLES = frozenset({"OLLAMA_HOST"})
 """Of the `ollama` command as a client, too."""
+_ERROR_HEADER = "X-Llamayard-Error"
 _RUNNERS = frozenset({"ollama", "llama-server", "ollama_llama_server"})
 
 
@@ -207,8 +209,8 @@ def ollama_version(binary: str, environment: Mapping[str, str]) -> str | Unread:
     return found[-1] if found else Unread(f"`{binary} --version` tells none: {answer.strip()[:80]}")
 
 
-def port_holder(host: str, port: int) -> str | Unread:
-    """What listens on the address; "" if nothing does, or a router."""
+def port_holder(host: str, port: int, *, is_tls: bool = False) -> str | Unread:
+    """What listens on the address; "" if nothing does, or a router. `is_tls`: whether the router speaks TLS there."""
     if port == 0:
         return ""
     try:
@@ -220,24 +222,32 @@ def port_holder(host: str, port: int) -> str | Unread:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             return Unread(f"{host}:{port} cannot be tried: {error.strerror or error}")
-    return _listener({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    return _listener({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, is_tls=is_tls)
 
 
-def _listener(host: str, port: int) -> str:
+def _listener(host: str, port: int, *, is_tls: bool) -> str:
     try:
-        if _get(host, port, "/llamayard/status")[0] == http.client.OK:
+        is_router, _ = _get(host, port, "/llamayard/status", is_tls=is_tls)
+        if is_router:
             return ""
-        return "a stock Ollama" if b"Ollama is running" in _get(host, port, "/")[1] else "another web server"
+        is_stock = b"Ollama is running" in _get(host, port, "/", is_tls=is_tls)[1]
+        return "a stock Ollama" if is_stock else "another web server"
     except (OSError, http.client.HTTPException):
-        return "a program that does not speak HTTP, or a router with TLS"
+        return f"a program that does not speak {'HTTPS' if is_tls else 'HTTP'}"
 
 
-def _get(host: str, port: int, path: str) -> tuple[int, bytes]:
+def _get(host: str, port: int, path: str, *, is_tls: bool) -> tuple[bool, bytes]:
+    """Whether the answer is a router's, be it an error, and its body."""
     connection = http.client.HTTPConnection(host, port, timeout=_PROBE_SECONDS)
+    if is_tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only who it is, nothing is sent
+        connection = http.client.HTTPSConnection(host, port, timeout=_PROBE_SECONDS, context=context)
     with contextlib.closing(connection):
         connection.request("GET", path, headers={"Host": f"localhost:{port}"})
         reply = connection.getresponse()
-        return reply.status, reply.read(65536)
+        is_router = reply.status == http.client.OK or reply.getheader(_ERROR_HEADER) is not None
+        return is_router, reply.read(65536)
 
 
 # --- the store --------------------------------------------------------------------------------------------------

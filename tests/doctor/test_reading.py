@@ -100,6 +100,33 @@ def test_a_stock_server_on_the_port_is_recognised() -> None:
         server.server_close()
 
 
+class _Locked(BaseHTTPRequestHandler):
+    """A router that wants a key."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("X-Llamayard-Error", "unauthorized")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+def test_a_router_is_known_by_its_errors_too() -> None:
+    server = HTTPServer(("127.0.0.1", 0), _Locked)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        assert host_reader.port_holder("127.0.0.1", server.server_port) == ""
+        assert host_reader.port_holder("127.0.0.1", server.server_port, is_tls=True) == (
+            "a program that does not speak HTTPS"
+        )
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 def test_a_free_port_is_free_and_a_silent_program_is_not_taken_for_a_router() -> None:
     assert host_reader.port_holder("127.0.0.1", free_port()) == ""
     with socket.socket() as listener:
