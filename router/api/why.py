@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from router.api.explain import explanation_document
 from router.control.controller import Controller
 from router.domain.actions import Grant, Reject
 from router.errors import BadRequest
@@ -33,6 +34,7 @@ def _attempt(controller: Controller, history: RequestHistory, trace: RequestTrac
     now = controller.now()
     answer, ended_at, released = trace.answer, trace.ended_at, trace.released
     waits = controller.wait_estimate(trace.ticket_id) if trace.ending is Ending.WAITING else None
+    placement = controller.explain_placement(trace.ticket_id)
     return {
         "model": trace.model,
         "arrived_at": _utc(trace.arrived_at, now),
@@ -47,6 +49,7 @@ def _attempt(controller: Controller, history: RequestHistory, trace: RequestTrac
         "duration_seconds": _seconds(trace.arrived_at, trace.released_at),
         "output_tokens": 0 if released is None else released.output_tokens,
         "runner_lost": released is not None and released.runner_lost,
+        "placement": None if placement is None else explanation_document(*placement),
         "meanwhile": [
             {
                 "at": _utc(step.at, now),

@@ -47,17 +47,18 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) ->
 
 def render_explanation(document: Mapping[str, Any]) -> str:
     """The document as text of at most 100 columns."""
-    return "\n\n".join(
-        part
-        for part in (
-            "\n".join(_head(document)),
-            _section("LEAVES", _LEAVING, document.get("leaving")),
-            _section("REPLICAS", _REPLICAS, document.get("replicas")),
-            _section("CANDIDATES", _CANDIDATES, document.get("candidates"), _reason),
-            _left_out(document),
-        )
-        if part
+    return "\n\n".join(["\n".join(_head(document)), *placement_tables(document)])
+
+
+def placement_tables(document: Mapping[str, Any]) -> list[str]:
+    """The tables of those that leave, of replicas and of candidates, as far as there are any."""
+    parts = (
+        _section("LEAVES", _LEAVING, document.get("leaving")),
+        _section("REPLICAS", _REPLICAS, document.get("replicas")),
+        _section("CANDIDATES", _CANDIDATES, document.get("candidates"), _reason),
+        _left_out(document),
     )
+    return [part for part in parts if part]
 
 
 def _head(document: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 from router.cli.configuration import inputs_of, print_problems
 from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.cli.explain import placement_tables
 from router.cli.router_client import Refused, RouterClient, StatusError
 from router.cli.status_tables import WIDTH
 from router.config.inputs import ConfigError
@@ -43,8 +44,16 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) ->
             ]
         )
     else:
-        print("\n\n".join("\n".join(_lines(attempt)) for attempt in attempts))
+        print("\n\n".join(_render(attempt) for attempt in attempts))
     return EXIT_OK if attempts else EXIT_FAILED
+
+
+def _render(attempt: Mapping[str, Any]) -> str:
+    """One attempt as text of at most 100 columns."""
+    placement: Mapping[str, Any] = attempt.get("placement") or {}
+    tables = placement_tables(placement)
+    then = [f"when its load was planned on {placement.get('instance')}:"] if tables else []
+    return "\n\n".join(["\n".join(_lines(attempt)), *then, *tables])
 
 
 def _lines(attempt: Mapping[str, Any]) -> Iterator[str]:

@@ -188,6 +188,10 @@ class Controller:
         """What would become of the ticket if it were submitted now. Changes nothing."""
         return self._dispatcher.explain(ticket, self.now())
 
+    def explain_placement(self, ticket_id: TicketId) -> tuple[Explanation, Snapshot] | None:
+        """Where a past or waiting ticket's model was loaded for it, with the facts of that time; None if unknown."""
+        return self._dispatcher.explain_placement(ticket_id)
+
     @property
     def is_closing(self) -> bool:
         return self._dispatcher.is_closing

@@ -64,12 +64,20 @@ from router.domain.snapshot import Engines, Snapshot
 from router.domain.snapshot_index import promised
 from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import free_replicas, grant, serving, suits
-from router.scheduler.explanation import explain
+from router.scheduler.explanation import explain, explain_placement
 from router.scheduler.placement import migration
 from router.scheduler.placement.explain import explain_drained
 from router.scheduler.placement.footprint_prediction import FootprintPredictor
 from router.scheduler.placement.placement import MustWait, NoFit, Placed
-from router.scheduler.placement.search import coming, decide, seek_replica
+from router.scheduler.placement.search import (
+    coming,
+    decide,
+    placement_requests,
+    replica_request,
+    request_behind,
+    seek_replica,
+)
+from router.scheduler.placement_memory import PlacementMemory
 from router.scheduler.queue.retry_gate import RETRY_SECONDS, RetryGate, concerned, next_attempt
 from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
@@ -107,6 +115,7 @@ class Dispatcher:
         self._estimate = FootprintPredictor(policy, self._fleet.footprints)
         self._queue = WaitQueue()
         self._loads = LoadIds()
+        self._placements = PlacementMemory()
         self._closing = False
         self._reasons: dict[TicketId, str] = {}
         self._retry_gate = attempts or RetryGate()
@@ -141,6 +150,14 @@ class Dispatcher:
             return Explanation(Outcome.REFUSE, _CLOSING, error_code="shutting_down")
         estimates = partial(self._wait_with, now=now)
         return explain(self._fleet, self._queue, self._estimate, estimates, ticket, now)
+
+    def explain_placement(self, ticket_id: TicketId) -> tuple[Explanation, Snapshot] | None:
+        """Where the ticket's model was loaded for it and what else was possible then, with the facts of that time.
+
+        None if no load was planned for it, or that is forgotten.
+        """
+        past = self._placements.find(ticket_id)
+        return None if past is None else (explain_placement(past, self._estimate), past.snapshot)
 
     def _queue_lines(self, now: float) -> list[QueueLine]:
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
@@ -478,13 +495,19 @@ class Dispatcher:
             return []
         unserved = [t for t in waiting if not any(suits(snapshot, r, t) for r in there)]
         if unserved:
-            return self._act_on(key, unserved, decide(snapshot, self._estimate, unserved), now)
+            decision = decide(snapshot, self._estimate, unserved)
+            if isinstance(decision, Placed):
+                request = request_behind(decision, placement_requests(snapshot, unserved))
+                self._placements.remember(snapshot, unserved, request, decision)
+            return self._act_on(key, unserved, decision, now)
         replicas = [r for r in there if suits(snapshot, r, waiting[0])]
         self._explain(waiting, rules.describe_wait(replicas))
-        placed = seek_replica(snapshot, self._estimate, waiting, replicas)
-        if placed is None:
+        request = replica_request(snapshot, waiting, replicas)
+        placed = seek_replica(snapshot, self._estimate, waiting, replicas) if request is not None else None
+        if request is None or placed is None:
             self._retry_gate.failed(key, self._fleet.version, next_attempt(snapshot, waiting))
             return []
+        self._placements.remember(snapshot, waiting, request, placed)
         return reservations.begin(self._fleet, waiting[0].model, placed, self._loads.next(), now)
 
     def _act_on(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from router.domain.explanation import CandidateReport, Explanation, Leaving, Outcome, ReplicaReport, Verdict
 from router.domain.ids import LoadId
+from router.domain.model import ModelFacts
 from router.domain.request import Ticket
 from router.domain.reservation import Reservation
 from router.domain.residency import Residency, ResidencyKey
@@ -26,8 +27,10 @@ from router.scheduler.placement.search import (
     decide,
     placement_requests,
     replica_request,
+    request_behind,
     seek_replica,
 )
+from router.scheduler.placement_memory import PastPlacement
 from router.scheduler.queue.wait_estimate import WaitEstimate, load_seconds
 from router.scheduler.queue.wait_queue import WaitQueue, group_of
 from router.scheduler.reconcile import warm_models
@@ -109,7 +112,7 @@ def _with_replicas(
     wait = waits(ticket, None)
     if placed is not None:
         candidates = tuple(_with_chosen(snapshot, reports, placed))
-        found = _loaded(snapshot, estimate, placed, tickets, candidates)
+        found = _loaded(snapshot, estimate, placed, ticket.model, candidates)
         known = [each for each in (found.expected_wait_seconds, wait.expected_wait_seconds) if each is not None]
         return replace(found, position=wait.position, expected_wait_seconds=min(known, default=None))
     return Explanation(
@@ -126,12 +129,11 @@ def _with_replicas(
 def _without_replica(snapshot: Snapshot, estimate: Estimate, waits: Waits, tickets: Sequence[Ticket]) -> Explanation:
     """A place is searched for it and for the tickets that wait with it."""
     decision = decide(snapshot, estimate, tickets)
-    request = _request_of(decision, placement_requests(snapshot, tickets))
+    request = request_behind(decision, placement_requests(snapshot, tickets))
     candidates = tuple(_with_chosen(snapshot, survey(snapshot, estimate, request), decision))
-    worth = None if request.price_max == float("inf") else request.price_max
     match decision:
         case Placed():
-            found = _loaded(snapshot, estimate, decision, tickets, candidates)
+            found = _loaded(snapshot, estimate, decision, tickets[-1].model, candidates)
         case MustWait():
             wait = waits(tickets[-1], decision)
             found = Explanation(
@@ -145,14 +147,19 @@ def _without_replica(snapshot: Snapshot, estimate: Estimate, waits: Waits, ticke
             )
         case NoFit():
             found = Explanation(Outcome.REFUSE, decision.message, error_code=decision.code, candidates=candidates)
-    return replace(found, worth_seconds=worth)
+    return replace(found, worth_seconds=_limit(request))
 
 
-def _request_of(decision: Decision, requests: Sequence[PlacementRequest]) -> PlacementRequest:
-    """The request that led to the decision, as far as that can be told."""
-    if isinstance(decision, Placed):
-        return next((each for each in requests if each.options == decision.options), requests[0])
-    return requests[0]
+def explain_placement(past: PastPlacement, estimate: Estimate) -> Explanation:
+    """A past placement with what else was possible then; bytes by what is known now."""
+    reports = survey(past.snapshot, estimate, past.request)
+    candidates = tuple(_with_chosen(past.snapshot, reports, past.decision))
+    found = _loaded(past.snapshot, estimate, past.decision, past.model, candidates)
+    return replace(found, worth_seconds=_limit(past.request))
+
+
+def _limit(request: PlacementRequest) -> float | None:
+    return None if request.price_max == float("inf") else request.price_max
 
 
 def _with_chosen(
@@ -179,10 +186,9 @@ def _loaded(
     snapshot: Snapshot,
     estimate: Estimate,
     placed: Placed,
-    tickets: Sequence[Ticket],
+    model: ModelFacts,
     candidates: tuple[CandidateReport, ...],
 ) -> Explanation:
-    model = tickets[-1].model
     planned = Reservation(_PLANNED, placed.instance, model.blob, placed.per_gpu_bytes, snapshot.now, evict=placed.evict)
     after = replace(snapshot, reservations={**snapshot.reservations, _PLANNED: planned})
     return Explanation(

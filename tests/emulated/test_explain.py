@@ -130,11 +130,16 @@ async def test_why_tells_what_a_request_waited_for(product: Product, capsys: Cap
     steps = [(step["event"], step["model"]) for step in attempt["meanwhile"]]
     assert ("unload", "llama3.1:8b") in steps
     assert steps[-1] == ("loaded", "llama3.3:70b")
+    placement = attempt["placement"]
+    assert placement["instance"] == attempt["instance"]
+    assert [each["model"] for each in placement["leaving"]] == ["llama3.1:8b"]
+    assert len(placement["candidates"]) > 1
     assert 0 < attempt["waited_seconds"] <= attempt["time_to_first_token_seconds"] <= attempt["duration_seconds"]
     assert _command(product, "why", "why-second") == 0
     shown = capsys.readouterr().out
     assert "llama3.3:70b, 2" in shown
     assert f"granted on {attempt['instance']}, waited " in shown
+    assert "\nCANDIDATES\n" in shown
     assert max(map(len, shown.splitlines())) <= 100
 
 

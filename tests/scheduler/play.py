@@ -238,6 +238,12 @@ class Play:
         assert self.snapshot() == before
         return found
 
+    def explain_placement(self, ticket: TicketId) -> Explanation | None:
+        """How its model was placed."""
+        found, again = (twin.explain_placement(ticket) for twin in self._twins)
+        assert (found and found[0]) == (again and again[0])
+        return None if found is None else found[0]
+
     def _ticket(
         self,
         number: int,

@@ -147,3 +147,55 @@ def test_without_a_running_instance_it_says_so() -> None:
     said = play.explain(SMALL)
     assert (said.outcome, said.error_code) == (Outcome.REFUSE, "no_instance")
     assert "gpu0 is fatal (broken)" in said.reason
+
+
+# --- past placements --------------------------------------------------------------------------------------------
+
+
+def test_a_placement_is_told_later_with_the_facts_of_its_time() -> None:
+    play = Play(2).begin()
+    play.arrive(WHOLE)
+    play.work_through()
+    small = play.arrive(SMALL)
+    play.work_through()
+    play.release(small)
+    said = play.explain(sized("new", 20))
+    new = play.arrive(sized("new", 20))
+    play.work_through()
+    play.release(new)
+    play.ask_unload(WHOLE)
+    play.work_through()
+    told = play.explain_placement(new)
+    assert told is not None
+    assert (told.instance, told.reason, told.leaving) == (said.instance, said.reason, said.leaving)
+    assert told.candidates == said.candidates
+    assert told.worth_seconds == said.worth_seconds
+
+
+def test_a_further_replica_is_told_too() -> None:
+    play = Play(2, slots=1).begin()
+    play.arrive(SMALL)
+    play.work_through()
+    waiting = [play.arrive(SMALL) for _ in range(4)]
+    told = play.explain_placement(waiting[-1]) or play.explain_placement(waiting[0])
+    assert told is not None
+    assert (told.instance, "a further replica" in told.reason) == ("gpu1", True)
+    assert {str(r.instance): r.verdict for r in told.candidates}["gpu0"] is Verdict.HAS_MODEL
+
+
+def test_a_request_that_needed_no_load_has_no_placement() -> None:
+    play = Play(1).begin()
+    play.arrive(SMALL)
+    play.work_through()
+    assert play.explain_placement(play.arrive(SMALL)) is None
+
+
+def test_only_the_latest_placements_are_kept() -> None:
+    play = Play(1).begin()
+    first = play.arrive(WHOLE)
+    play.work_through()
+    for number in range(40):
+        play.release(next(iter(play.leases)))
+        play.arrive(sized(f"m{number}", 20))
+        play.work_through()
+    assert play.explain_placement(first) is None

@@ -37,6 +37,13 @@ def decide(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) ->
     return decision
 
 
+def request_behind(decision: Decision, requests: Sequence[PlacementRequest]) -> PlacementRequest:
+    """Which of `placement_requests` led to the decision, as far as that can be told."""
+    if isinstance(decision, Placed):
+        return next((each for each in requests if each.options == decision.options), requests[0])
+    return requests[0]
+
+
 def placement_requests(snapshot: Snapshot, tickets: Sequence[Ticket]) -> list[PlacementRequest]:
     """What `seek` tries for tickets that no replica serves, in this order."""
     policy, head = snapshot.policy, tickets[0]
