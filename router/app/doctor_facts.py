@@ -12,7 +12,7 @@ from pathlib import Path
 from router.app import host_reader
 from router.app.fleet_checks import FleetCheck, check_fleet
 from router.app.hardware import EmulatedMachine, instance_plan, temporary_emulator
-from router.app.model_fits import model_fits
+from router.app.model_fits import model_fits, unplaced_models
 from router.app.preflight import check_machine
 from router.app.startup_checks import startup_problems
 from router.config.instance_options import tuning_problems
@@ -79,7 +79,7 @@ def _of_machine(settings: Settings, environment: Mapping[str, str], power_supply
         host=host_reader.host_facts(environment, _open_files_needed(settings), power_supply_watts),
         ollama=ollama,
         store=host_reader.store_facts(store.folder),
-        models=_fits(settings, plain, fleet, models, gpus.reason if isinstance(gpus, Unread) else ""),
+        models=_fits(settings, plain, fleet, models),
         configuration=_configuration(settings, environment, plain, fleet, _port_holder(settings)),
     )
 
@@ -130,14 +130,14 @@ def _open_files_needed(settings: Settings) -> int:
 
 
 def _fits(
-    settings: Settings, gpus: Sequence[Gpu] | None, fleet: FleetCheck | None, models: _Models, why_not: str
+    settings: Settings, gpus: Sequence[Gpu] | None, fleet: FleetCheck | None, models: _Models
 ) -> tuple[ModelFit, ...] | Unread:
-    if gpus is None or fleet is None:
-        return Unread(why_not)
-    if fleet.policy is None:
-        return Unread("the configuration contradicts itself")
     if not models.names:
         return Unread("no model is installed")
+    if gpus is None or fleet is None:
+        return tuple(unplaced_models(models.names, models.facts_of))
+    if fleet.policy is None:
+        return Unread("the configuration contradicts itself")
     return tuple(model_fits(settings, gpus, fleet, models.names, models.facts_of, models.version))
 
 
@@ -186,7 +186,7 @@ def _of_rig(
             host.service_environment,
         ),
         store=_emulated_store(spec, rig.models_directory),
-        models=_fits(settings, plain, fleet, replace(models, version=rig.version), _HIDDEN),
+        models=_fits(settings, plain, fleet, replace(models, version=rig.version)),
         configuration=_configuration(settings, environment, plain, fleet, host.port_holder or _port_holder(settings)),
         emulated=f"EMULATED rig {settings.rig}",
     )

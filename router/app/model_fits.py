@@ -42,6 +42,12 @@ def model_fits(
         yield _fit(settings, usable, fleet, policy, facts, pin, version)
 
 
+def unplaced_models(models: Sequence[str], facts_of: Callable[[str], ModelFacts | None]) -> Iterator[ModelFit]:
+    """What is known of the models without GPUs to place them on."""
+    for facts in filter(None, map(facts_of, models)):
+        yield ModelFit(facts.name, facts.weights_bytes, facts.layers, _num_gpu(facts), 0, 0, "", 0, 0)
+
+
 def _fit(
     settings: Settings,
     gpus: Sequence[Gpu],
@@ -69,7 +75,7 @@ def _fit(
         name=facts.name,
         weights_bytes=facts.weights_bytes,
         layers=facts.layers,
-        num_gpu=next((int(value) for key, value in facts.parameters if key == "num_gpu" and _is_number(value)), None),
+        num_gpu=_num_gpu(facts),
         gpus=_gpu_count(own),
         gpus_min=_gpu_count(free),
         reason="" if isinstance(free, Placed) else _shortfall(plan),
@@ -96,5 +102,6 @@ def _shortfall(plan: ModelPlan) -> str:
     )
 
 
-def _is_number(value: str) -> bool:
-    return value.lstrip("-").isdigit()
+def _num_gpu(facts: ModelFacts) -> int | None:
+    value = dict(facts.parameters).get("num_gpu", "")
+    return int(value) if value.lstrip("-").isdigit() else None

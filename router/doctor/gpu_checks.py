@@ -103,7 +103,7 @@ def pcie_link(facts: DoctorFacts) -> list[Outcome]:
     if isinstance(facts.gpus, Unread):
         return not_checked(facts.gpus.reason)
     gpus = _readable(facts.gpus)
-    known = [gpu for gpu in gpus if gpu.pcie_width is not None and gpu.pcie_generation_max is not None]
+    known = [gpu for gpu in gpus if gpu.pcie_width and gpu.pcie_generation_max]  # virtual machines tell none, or 0
     if not known:
         return not_checked("the driver does not tell it, as in a virtual machine")
     outcomes = [outcome for gpu in known for outcome in _link(gpu, is_alone=len(gpus) == 1)]

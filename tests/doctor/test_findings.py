@@ -79,6 +79,7 @@ FINDINGS: list[tuple[str, Status, Rig, str]] = [
     ),
     ("pcie-link", Status.WARNING, _gpu(pcie_width=8, pcie_width_max=16), "PCIe 4.0 x8, though 4.0 x16 is possible"),
     ("pcie-link", Status.WARNING, _gpu(pcie_generation=3, pcie_width=8), "below 4.0 x8"),
+    ("pcie-link", Status.NOT_CHECKED, {"gpus": [{"gpu": 3090, "pcie_width": 0}]}, "as in a virtual machine"),
     ("gpu-temperature", Status.WARNING, _gpu(temperature_celsius=85), "85 °C, close to throttling"),
     ("gpu-temperature", Status.FAILURE, _gpu(temperature_celsius=90), "90 °C, the main cause of random failures"),
     ("power-supply", Status.WARNING, _host(power_supply_watts=1000), "may draw 700 W, with peaks and the rest 1090 W"),
@@ -163,6 +164,19 @@ def test_a_modelfile_that_leaves_layers_on_the_cpu_is_found(tmp_path: Path) -> N
     finding = _findings(tmp_path)["num-gpu"]
     assert "eight:latest: its Modelfile says num_gpu 20: of 33 layers 13 stay on the CPU" in _text(finding)
     assert finding.status is Status.WARNING
+
+
+def test_without_gpus_the_models_are_still_read(tmp_path: Path) -> None:
+    rig = _host(has_visible_gpus=False, nvidia_devices=0, memory_total_bytes=32 * GIB)
+    found = _findings(tmp_path, rig)
+    assert "less than the largest model (40 GiB)" in _text(found["host-memory"])
+    assert found["num-gpu"].status is Status.OK
+    assert {found[name].status for name in ("models-fit", "fits-by-sum", "needless-split")} == {Status.NOT_CHECKED}
+
+
+def test_nothing_is_written(tmp_path: Path) -> None:
+    _findings(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "rig.yaml"]
 
 
 def test_every_check_is_provoked_here() -> None:
