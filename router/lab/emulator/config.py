@@ -182,7 +182,7 @@ def _visible_gpus(
     """The GPUs that CUDA would expose: all, or those listed; none if any listed name is unknown."""
     if emulator_dir is None or not rig_data:
         return ()
-    lost_gpus = vram.read_json(emulator_dir / "lost.json")
+    lost_gpus = vram.lost_gpus(emulator_dir)
     present = [gpu for gpu in rig_data["gpus"] if gpu["uuid"] not in lost_gpus]
     gpus = [
         VisibleGpu(

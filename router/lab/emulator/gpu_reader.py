@@ -31,14 +31,6 @@ def write_rig_file(spec: EmulatorSpec, directory: Path) -> None:
     data: dict[str, Any] = {"emulated": True, "gpus": gpus, "version": spec.version, "speed": spec.speed}
     data |= {"ram_bytes": spec.ram_bytes, "cold_bytes_per_second": spec.cold_bytes_per_second}
     vram.write_json(directory / "rig.json", {**data, "deviation": spec.deviation, "seed": spec.seed})
-    held = {
-        str(uuid): gpu.external_bytes for uuid, gpu in zip(spec.uuids, spec.gpus, strict=True) if gpu.external_bytes
-    }
-    if held:
-        vram.write_json(directory / "foreign.json", held)
-    lost = {str(uuid): True for uuid, gpu in zip(spec.uuids, spec.gpus, strict=True) if gpu.is_lost}
-    if lost:
-        vram.write_json(directory / "lost.json", lost)
 
 
 class EmulatedGpuReader:
@@ -61,8 +53,8 @@ class EmulatedGpuReader:
     def read(self) -> tuple[Gpu, ...]:
         """Current state of all GPUs. A lost GPU keeps its index and has `error` set."""
         allocations = vram.allocations(self._directory)
-        lost_gpus = vram.read_json(self._directory / "lost.json")
-        external_bytes = vram.read_json(self._directory / "foreign.json")
+        lost_gpus = vram.lost_gpus(self._directory)
+        external_bytes = vram.external_bytes(self._directory)
         gpus: list[dict[str, Any]] = vram.read_json(self._directory / "rig.json").get("gpus", [])
         try:
             faults = read_faults(self._directory)

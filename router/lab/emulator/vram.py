@@ -55,7 +55,7 @@ def allocate(directory: Path, requested_bytes: Mapping[str, int], pid: int | Non
 def free_bytes(directory: Path, excluded_pid: int | None = None) -> dict[str, int]:
     """Free bytes of each GPU that is not lost; `excluded_pid` ignores the allocations of one process."""
     used = used_bytes(directory, excluded_pid)
-    lost = read_json(directory / "lost.json")
+    lost = lost_gpus(directory)
     return {
         gpu["uuid"]: gpu["memory_total_bytes"] - gpu["memory_reserved_bytes"] - used.get(gpu["uuid"], 0)
         for gpu in read_json(directory / "rig.json").get("gpus", [])
@@ -64,13 +64,28 @@ def free_bytes(directory: Path, excluded_pid: int | None = None) -> dict[str, in
 
 
 def used_bytes(directory: Path, excluded_pid: int | None = None) -> dict[str, int]:
-    """Used bytes of each GPU, by living processes and by external use (`foreign.json`)."""
-    used: dict[str, int] = dict(read_json(directory / "foreign.json"))
+    """Used bytes of each GPU, by living processes and by external use."""
+    used = external_bytes(directory)
     for allocation in allocations(directory):
         if allocation.pid != excluded_pid:
             for uuid, amount in allocation.bytes_by_gpu.items():
                 used[uuid] = used.get(uuid, 0) + amount
     return used
+
+
+def external_bytes(directory: Path) -> dict[str, int]:
+    """Bytes of each GPU that other programs hold: from the start (`rig.json`) and since (`foreign.json`)."""
+    held: dict[str, int] = dict(read_json(directory / "foreign.json"))
+    for gpu in read_json(directory / "rig.json").get("gpus", []):
+        if gpu.get("external_bytes"):
+            held[gpu["uuid"]] = held.get(gpu["uuid"], 0) + gpu["external_bytes"]
+    return held
+
+
+def lost_gpus(directory: Path) -> set[str]:
+    """UUIDs of the GPUs that are lost: from the start (`rig.json`) or since (`lost.json`)."""
+    since = set(read_json(directory / "lost.json"))
+    return since | {gpu["uuid"] for gpu in read_json(directory / "rig.json").get("gpus", []) if gpu.get("is_lost")}
 
 
 def allocations(directory: Path) -> list[Allocation]:

@@ -9,7 +9,7 @@ import pytest
 
 from router.lab.emulator import vram
 from router.lab.emulator.gpu_reader import EmulatedGpuReader, write_rig_file
-from router.lab.emulator.spec import parse_spec
+from router.lab.emulator.spec import parse_spec, spec_from_mapping
 
 _SPEC = parse_spec("2x3090")
 
@@ -44,6 +44,20 @@ def test_a_lost_gpu_keeps_its_index_and_has_an_error(directory: Path) -> None:
     vram.set_lost(directory, _SPEC.uuids[0])
     first, second = EmulatedGpuReader(directory).read()
     assert (first.uuid, first.error, second.error) == (_SPEC.uuids[0], "GPU is lost", None)
+
+
+def test_faults_of_the_specification_hold_while_it_has_them(tmp_path: Path) -> None:
+    changed = {"external_bytes": 1_000_000_000, "is_lost": True, "temperature_celsius": 91, "pcie_width_max": 32}
+    spec = spec_from_mapping({"gpus": [{"gpu": 3090, **changed}, 3090]})
+    write_rig_file(spec, tmp_path)
+    vram.set_external(tmp_path, spec.uuids[0], 500_000_000)
+    first, second = EmulatedGpuReader(tmp_path).read()
+    assert (first.memory_used_bytes, first.error, first.temperature_celsius) == (1_500_000_000, "GPU is lost", 91)
+    assert (first.pcie_width, first.pcie_width_max, second.pcie_width_max) == (16, 32, 16)
+    assert vram.free_bytes(tmp_path).keys() == {spec.uuids[1]}
+    write_rig_file(_SPEC, tmp_path)
+    first, _ = EmulatedGpuReader(tmp_path).read()
+    assert (first.memory_used_bytes, first.error) == (500_000_000, None)
 
 
 def test_a_computing_gpu_is_busy_and_warms_up(directory: Path) -> None:
