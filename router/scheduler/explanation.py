@@ -13,7 +13,7 @@ from router.domain.ids import LoadId
 from router.domain.model import ModelFacts
 from router.domain.request import Ticket
 from router.domain.reservation import Reservation
-from router.domain.residency import Residency, ResidencyKey
+from router.domain.residency import Residency, ResidencyKey, ResidencyState
 from router.domain.snapshot import Demand, Estimate, Snapshot
 from router.domain.snapshot_index import replicas_of
 from router.scheduler.balancing.replica_choice import choose, free_replicas, serving, suits
@@ -35,6 +35,7 @@ from router.scheduler.queue.wait_estimate import WaitEstimate, load_seconds
 from router.scheduler.queue.wait_queue import WaitQueue, group_of
 from router.scheduler.reconcile import warm_models
 from router.scheduler.reconcile.residency import describe_wait
+from router.scheduler.reconcile.unasked import is_unasked_under_way
 from router.scheduler.state import FleetState
 
 Waits = Callable[[Ticket, MustWait | None], WaitEstimate]
@@ -48,7 +49,7 @@ def explain(
     fleet: FleetState, queue: WaitQueue, estimate: Estimate, waits: Waits, ticket: Ticket, now: float
 ) -> Explanation:
     """The decision on a ticket that no queue holds, with a priority that includes its model's."""
-    snapshot = _with_arrival(fleet.snapshot(now), ticket)
+    snapshot = _without_unasked(_with_arrival(fleet.snapshot(now), ticket), ticket)
     there = coming(snapshot, ticket.model.blob)
     replicas = tuple(_replica_report(snapshot, r, ticket) for r in replicas_of(snapshot, ticket.model.blob))
     key = group_of(ticket)
@@ -81,6 +82,24 @@ def _with_arrival(snapshot: Snapshot, ticket: Ticket) -> Snapshot:
         demand={**snapshot.demand, blob: record_request(before, snapshot.now, half_life)},
         wanted={**snapshot.wanted, blob: snapshot.wanted.get(blob, 0) + 1},
     )
+
+
+def _without_unasked(snapshot: Snapshot, ticket: Ticket) -> Snapshot:
+    """The snapshot in which loads that nobody waits for have given way, as in `reconcile/unasked.py`."""
+    unasked = [r for r in snapshot.reservations.values() if is_unasked_under_way(r)]
+    if not unasked or coming(snapshot, ticket.model.blob):
+        return snapshot
+    residencies, reservations = dict(snapshot.residencies), dict(snapshot.reservations)
+    for reservation in unasked:
+        key = (reservation.instance, reservation.blob)
+        residency = residencies.get(key)
+        if residency is not None and residency.state is ResidencyState.LOADING:
+            residencies[key] = replace(residency, state=ResidencyState.UNLOADING)
+            reservations[reservation.load_id] = replace(reservation, aborted_at=snapshot.now)
+        else:
+            residencies.pop(key, None)
+            del reservations[reservation.load_id]
+    return replace(snapshot, residencies=residencies, reservations=reservations)
 
 
 def _served(

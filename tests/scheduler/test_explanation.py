@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,10 @@ from router.domain.ids import LoadId
 from router.domain.instance import InstanceState
 from router.domain.policy import Pin, Policy
 from router.domain.request import TicketId
+from router.domain.residency import ResidencyState
 from tests.scheduler.builders import gpu_id
 from tests.scheduler.play import Play, sized
+from tests.scheduler.test_unasked import LARGE, rest_begins, small_is_loaded
 
 SMALL, OTHER, THIRD = sized("small", 10), sized("other", 10), sized("third", 10)
 WHOLE, PAIR, NEVER = sized("whole", 20), sized("pair", 40), sized("never", 100)
@@ -26,6 +29,7 @@ STEPS = st.lists(
         st.tuples(st.just("arrive"), st.integers(0, len(MODELS) - 1)),
         st.tuples(st.just("arrive"), st.integers(0, len(MODELS) - 1)),
         st.tuples(st.just("release"), st.integers(0, 20)),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
         st.tuples(st.just("work"), st.integers(1, 3)),
         st.tuples(st.just("pass"), st.sampled_from((1, 20, 80))),
     ),
@@ -70,6 +74,8 @@ def test_the_dispatcher_does_what_was_explained(steps: list[tuple[str, int]], gp
                 _agree(play, said, ticket, known)
         elif step == "release" and play.leases:
             play.release(list(play.leases)[value % len(play.leases)])
+        elif step == "cancel" and play.waiting:
+            play.cancel(list(play.waiting)[value % len(play.waiting)])
         elif step == "work":
             play.work_through(value)
         else:
@@ -147,6 +153,22 @@ def test_without_a_running_instance_it_says_so() -> None:
     said = play.explain(SMALL)
     assert (said.outcome, said.error_code) == (Outcome.REFUSE, "no_instance")
     assert "gpu0 is fatal (broken)" in said.reason
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_a_load_that_nobody_waits_for_gives_way(is_sent: bool) -> None:
+    play = small_is_loaded()
+    if is_sent:
+        assert rest_begins(play)
+    else:
+        play.advance(1.5)
+        play.read_gpus()
+        assert play.state("spread", LARGE) is ResidencyState.PLANNED
+    known = set(play.snapshot().reservations)
+    said = play.explain(OTHER)
+    ticket = play.arrive(OTHER)
+    assert said.outcome is Outcome.LOAD
+    _agree(play, said, ticket, known)
 
 
 # --- past placements --------------------------------------------------------------------------------------------

@@ -49,7 +49,12 @@ def is_under_way(fleet: FleetState) -> bool:
     """Whether a load that nobody waited for is planned or runs, and is not broken off."""
     if fleet.policy.rest is None:
         return False
-    return any(r.is_unasked and r.aborted_at is None and r.finished_at is None for r in fleet.reservations.values())
+    return any(map(is_unasked_under_way, fleet.reservations.values()))
+
+
+def is_unasked_under_way(reservation: Reservation) -> bool:
+    """Whether nobody waited for the load, and it is planned or runs, and is not broken off."""
+    return reservation.is_unasked and reservation.aborted_at is None and reservation.finished_at is None
 
 
 def give_way(fleet: FleetState, now: float) -> list[Action]:
@@ -60,7 +65,7 @@ def give_way(fleet: FleetState, now: float) -> list[Action]:
     snapshot = fleet.snapshot(now)
     is_needed = any(not coming(snapshot, blob) for blob in fleet.wanted)
     for reservation in list(fleet.reservations.values()):
-        if not reservation.is_unasked or reservation.aborted_at is not None or reservation.finished_at is not None:
+        if not is_unasked_under_way(reservation):
             continue
         if reservation.blob in fleet.wanted:
             fleet.put_reservation(replace(reservation, is_unasked=False))
