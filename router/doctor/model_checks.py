@@ -1,4 +1,4 @@
-"""Checks of the layout and of the installed models: idle GPUs, models that fit nowhere or are split in vain. Pure."""
+"""Checks of the layout and of the models: idle GPUs, models that fit nowhere or are split needlessly. Pure."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ CONTEXT_HEADER = "X-Llamayard-Context"
 """The context in tokens that a prompt gets which is probably longer: the server drops its beginning."""
 
 KEEP_ALIVE = b"-1"
-"""What a server is told, in JSON: it must never unload by itself a model that the router counts on. The timers are the
-router's."""
+"""The `keep_alive` that a server gets, in JSON: it must never unload by itself a model that the router counts on. The
+timers are the router's."""
 _GENERATING = frozenset(
     ("/api/generate", "/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 )
