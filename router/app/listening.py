@@ -10,7 +10,7 @@ import stat
 from collections.abc import Generator
 from pathlib import Path
 
-from router.config.endpoint import TcpAddress, listen_address
+from router.config.endpoint import DEFAULT_PORT, TcpAddress, listen_address
 from router.config.settings import ConfigError, Settings
 
 _BACKLOG = 4096
@@ -91,7 +91,9 @@ def _listen_problem(address: TcpAddress, error: OSError) -> str:
     host, port = address.host, address.port
     if error.errno != errno.EADDRINUSE:
         return f"server.host, server.port: cannot listen on {host}:{port}: {error.strerror or error}"
-    return (
-        f"server.port: port {port} on {host} is in use, perhaps by the stock Ollama service: free it with "
-        f"`sudo systemctl disable --now ollama`, or use another port: `--port {port + 1}`"
-    )
+    if port == DEFAULT_PORT:
+        return (
+            f"server.port: port {port} on {host} is in use, perhaps by the stock Ollama service: free it with "
+            f"`sudo systemctl disable --now ollama`, or use another port: `--port {port + 1}`"
+        )
+    return f"server.port: port {port} on {host} is in use by another program: choose another one with `--port`"

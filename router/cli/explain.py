@@ -20,10 +20,10 @@ from router.config.inputs import ConfigError
 
 _GIB = 1024**3
 _OUTCOMES = {
-    "serve": "is served now",
-    "load": "is loaded",
-    "wait": "waits",
-    "refuse": "is refused",
+    "serve": "would be served now",
+    "load": "would be loaded",
+    "wait": "would wait",
+    "refuse": "would be refused",
 }
 
 

@@ -56,6 +56,7 @@ def _load(client: RouterClient, model: str, tokens: int | None, settings: Settin
     body: dict[str, Any] = {"model": model, "stream": False}
     if tokens is not None:
         body["options"] = {"num_ctx": tokens}
+    client.get("/llamayard/status")  # a key that may not see where it went is refused before the load
     started = time.monotonic()
     try:
         headers = client.headers_of("POST", "/api/generate", body, timeout)

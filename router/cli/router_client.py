@@ -88,7 +88,7 @@ class RouterClient:
             if not isinstance(message, str):
                 raise self._foreign(status, route)
             if status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
-                message = f"{message} ({KEY_VARIABLE}; `llamayard keys create NAME --class admin`)"
+                message = f"{message} ({KEY_VARIABLE}; `llamayard keys create NAME --class admin --class inference`)"
             raise Refused(message, status)
         return fields, headers
 

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) ->
 
 def _nothing(settings: Settings, since: date) -> str:
     hint = "" if settings.usage.enabled else ": usage.enabled is false"
-    return f"no usage was recorded since {since}{hint}"
+    return f"no usage was recorded since {since} in {settings.state_directory}{hint}"
 
 
 def _fields(text: str) -> tuple[str, ...]:

@@ -100,9 +100,12 @@ def test_a_mistake_is_explained(wrong: list[str], reported: str, arguments: list
 def test_without_usage_it_says_how_to_record_it(tmp_path: Path, capsys: Captured) -> None:
     arguments = ["usage", "--since", "2026-01-01", "--set", f"state_directory={tmp_path}"]
     assert main(arguments, {}) == 1
-    assert capsys.readouterr().err == "llamayard: no usage was recorded since 2026-01-01: usage.enabled is false\n"
+    assert (
+        capsys.readouterr().err
+        == f"llamayard: no usage was recorded since 2026-01-01 in {tmp_path}: usage.enabled is false\n"
+    )
     assert main([*arguments, "--set", "usage.enabled=true"], {}) == 1
-    assert capsys.readouterr().err == "llamayard: no usage was recorded since 2026-01-01\n"
+    assert capsys.readouterr().err == f"llamayard: no usage was recorded since 2026-01-01 in {tmp_path}\n"
     (tmp_path / "usage.sqlite").write_bytes(b"x" * 4096)
     assert main(arguments, {}) == 1
     assert "the usage cannot be read" in capsys.readouterr().err

@@ -81,7 +81,9 @@ def test_a_model_that_fits_nowhere_is_refused(product: Product, capsys: Captured
     eventually_sync(is_refused, 30.0, "the GPUs to show what the last load changed")
     assert _command(product, "explain", "mixtral:8x22b") == 1
     shown = capsys.readouterr().out
-    assert shown.startswith("mixtral:8x22b, context 8192: is refused\n  reason: model 'mixtral:8x22b' fits nowhere")
+    assert shown.startswith(
+        "mixtral:8x22b, context 8192: would be refused\n  reason: model 'mixtral:8x22b' fits nowhere"
+    )
     assert max(map(len, shown.splitlines())) <= 100
 
 
