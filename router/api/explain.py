@@ -60,7 +60,7 @@ def _request(context: ApiContext, query: Mapping[str, str]) -> InferenceRequest:
 def _context_tokens(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
         raise BadRequest(f"context: {text!r} must be a number of tokens from {_CONTEXT_MIN} to {_CONTEXT_MAX}")
     return int(text)
 

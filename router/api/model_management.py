@@ -31,7 +31,7 @@ from router.engines.ollama.driver import temporary_tag_for
 from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
 from router.llm_api.body_reader import last_value, parse_body
 from router.llm_api.inference_request import refuse_cloud, refuse_conflict, refuse_model
-from router.llm_api.json_members import Malformed, text_of
+from router.llm_api.json_members import Malformed, TooComplex, text_of
 from router.observability.request_record import RequestRecord
 
 _BLOB_QUERY_TIMEOUT_SECONDS = 10.0
@@ -100,6 +100,8 @@ class ModelManagementHandler:
             other = _text_member(body, "destination")
         elif path == "/api/create":
             other = _text_member(body, "from")
+            if record.key is not None and not record.key.sees_all_models and _has_files(body):
+                raise Forbidden("files, adapters: this access key is limited to models: create from one (`from`)")
             if _text_member(body, "remote_host") and not self._context.rules.cloud:
                 raise Forbidden("remote_host: a model that another server runs is a cloud model (ollama.cloud)")
             rules.check_disk(0)
@@ -238,6 +240,14 @@ class ModelManagementHandler:
                 await client.delete(temporary_tag_for(before.blob))
         except (OllamaError, NoInstance, ShuttingDown) as error:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)
+
+
+def _has_files(body: bytes) -> bool:
+    """Whether a new model is made from uploaded files: any client can name those of any model by their digests."""
+    try:
+        return any(last_value(body, name) for name in ("files", "adapters"))
+    except (Malformed, TooComplex):
+        return True
 
 
 def _text_member(body: bytes, name: str) -> str:

@@ -125,7 +125,7 @@ def _to_restart(snapshot: Snapshot, command: _Command) -> tuple[InstanceName, ..
 def _gpu(snapshot: Snapshot, text: str) -> GpuUuid:
     gpus = sorted(snapshot.gpus.values(), key=lambda gpu: gpu.index)
     if text.isdecimal():
-        found = [gpu for gpu in gpus if gpu.index == int(text)]
+        found = [gpu for gpu in gpus if str(gpu.index) == text.lstrip("0").rjust(1, "0")]
     else:
         found = [gpu for gpu in gpus if text and gpu.uuid.lower().startswith(text.lower())]
     if len(found) != 1:

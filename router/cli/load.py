@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) ->
 def _tokens(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
         raise ConfigError([f"--context {text}: must be a number of tokens from {_CONTEXT_MIN} to {_CONTEXT_MAX}"])
     return int(text)
 

@@ -84,6 +84,8 @@ def read_yaml(path: Path) -> Tree:
         raise ConfigError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from error
     except yaml.YAMLError as error:
         raise ConfigError([f"{path}: is not valid YAML: {yaml_problem(error)}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: is nested too deeply"]) from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

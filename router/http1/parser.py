@@ -204,6 +204,8 @@ class RequestHead(_Head):
                 raise HeadError(505, "HTTP Version Not Supported")
             self.minor = 0
         self.method = parser.get_method()
+        if self.method == b"CONNECT":
+            raise HeadError(501, "Not Implemented: CONNECT")
         if self.length is not None and self.length > LENGTH_MAX:
             raise HeadError(400, "Bad Request")
         if self._long_name:

@@ -24,6 +24,9 @@ RUNNER_DIED = (b"process no longer running", b"unexpected EOF", b"connection res
                b"model runner has unexpectedly stopped")  # fmt: skip
 """A server's messages for a dead runner, before or within a reply."""
 
+BAD_OPTION = re.compile(rb'option \\?"[a-z_]+\\?" must be of type')
+"""An Ollama server's words for an option of the wrong type, which it answers with status 500: no failure of its own."""
+
 _LAST_LINE = re.compile(rb'"done": ?true|"total_duration":')
 """The last line of NDJSON may be so long that only the counts after its `"done":true` are in the tail."""
 _NOT_DONE = b'"done":false}'
@@ -41,6 +44,8 @@ _ERROR = re.compile(rb'(?:event: ?error|(?:data: ?)?\{"error":)')
 _FAILED = b'"type":"response.failed"'
 _NAMELESS = b'"model":""'
 _PROMPT = re.compile(rb'"(?:prompt_eval_count|prompt_tokens|input_tokens)":(\d+)')
+_CACHED = re.compile(rb'"(cache_read|cache_creation)_input_tokens":(\d+)')
+"""Anthropic's API counts these apart from `input_tokens`."""
 _OUTPUT = re.compile(rb'"(?:eval_count|completion_tokens|output_tokens)":(\d+)')
 
 
@@ -54,7 +59,8 @@ class Tokens(NamedTuple):
 def tokens_of(tail: bytes) -> Tokens:
     """The counts in a reply's last bytes: the last of each kind, since several events may repeat them."""
     prompts, outputs = _PROMPT.findall(tail), _OUTPUT.findall(tail)
-    return Tokens(int(prompts[-1]) if prompts else None, int(outputs[-1]) if outputs else None)
+    cached = sum(int(count) for count in dict(_CACHED.findall(tail)).values()) if b'"cache_' in tail else 0
+    return Tokens(int(prompts[-1]) + cached if prompts else None, int(outputs[-1]) if outputs else None)
 
 
 class StreamEnd(Enum):

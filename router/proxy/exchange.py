@@ -539,7 +539,7 @@ class ProxyExchange:
             reply.connection.abort()
         if reply.error_code:
             self._record.error_code = reply.error_code
-        failure = ReplyFailure.LOST if died else _failure_of(reply.status)
+        failure = ReplyFailure.LOST if died else None if reply.is_bad_option else _failure_of(reply.status)
         self._finish(reply.status, runner_lost=died, failure=failure)
         client.response_ended(keep=keep)
 

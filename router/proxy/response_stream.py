@@ -20,7 +20,7 @@ from router.http1.response_writer import LAST_CHUNK, chunk, interim_head, relaye
 from router.llm_api.errors import api_of, stream_error
 from router.llm_api.heartbeat_format import refusal
 from router.llm_api.limits import RequestLimits
-from router.llm_api.stream_end import RUNNER_DIED, TAIL_BYTES, StreamEnd, end_of_stream, runner_died
+from router.llm_api.stream_end import BAD_OPTION, RUNNER_DIED, TAIL_BYTES, StreamEnd, end_of_stream, runner_died
 from router.proxy.interfaces import Client, ResponseOwner
 from router.proxy.upstream_pool import ONE_CHUNK, TOKEN_ENDS, UpstreamConnection
 
@@ -42,6 +42,8 @@ class ResponseStream:
     request_sent = True
     """False while pieces of the body are still to be written."""
     is_last_attempt = False
+    is_bad_option = False
+    """Whether the status 500 blames an option of the request: no failure of the server."""
     """Then even a reply that reports a dead runner is relayed."""
     head_sent = False
     """Whether a heartbeat has sent a head with status 200, after which the client gets chunks (HTTP/1.0: bytes)."""
@@ -219,7 +221,8 @@ class ResponseStream:
             self._drop()
             self._owner.reply_lost(RunnerDied(held.decode(errors="replace")), stale=False)
             return
-        if self.status >= 500 and self._owner.may_try_elsewhere(self.status):
+        self.is_bad_option = BAD_OPTION.search(held) is not None
+        if self.status >= 500 and not self.is_bad_option and self._owner.may_try_elsewhere(self.status):
             body = held if self._payload is None else b"".join(self._payload)
             self._drop()
             self._owner.reply_refused(refusal(self.status, body))

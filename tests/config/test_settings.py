@@ -437,6 +437,11 @@ def test_a_wrong_value_is_explained_in_one_sentence(overrides: dict[str, Any], p
     assert problems_of(overrides=overrides) == [problem]
 
 
+def test_a_file_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    config = written(tmp_path, "a: " + "[" * 3000 + "]" * 3000)
+    assert problems_of(config) == [f"{config}: is nested too deeply"]
+
+
 def test_a_yaml_error_names_the_file_the_line_and_the_column_once(tmp_path: Path) -> None:
     config = written(tmp_path, "queue:\n  limit: [1\n")
     (problem,) = problems_of(config)

@@ -57,6 +57,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Generator[_Keyed]:
         "all": _create(product, "all", "--class", "inference", "--class", "management", "--class", "admin"),
         "some": _create(product, "some", "--model", "small-a"),
         "limited": _create(product, "limited", "--requests-per-minute", "1"),
+        "maker": _create(product, "maker", "--class", "management", "--model", "small-*"),
     }
     with running(product):
         (store,) = {process.environ()["OLLAMA_MODELS"] for process in product.servers().values()}
@@ -97,6 +98,12 @@ async def test_a_key_sees_its_models_only(keyed: _Keyed) -> None:
         ("POST", "/api/chat", _chat("small-b")), ("POST", "/api/copy", {"source": "small-a", "destination": "x"}),
     )]  # fmt: skip
     assert statuses == [200, 403, 403, 200, 403, 403]
+
+
+async def test_a_key_cannot_take_a_model_by_the_digest_of_its_weights(keyed: _Keyed) -> None:
+    body = {"model": "small-c", "files": {"m.gguf": f"sha256:{'0' * 64}"}, "stream": False}
+    reply = await keyed.ask("maker", "POST", "/api/create", body)
+    assert (reply.status, "files, adapters" in reply.json()["error"]) == (403, True)
 
 
 async def test_limits_hold_over_both_ways_in(keyed: _Keyed) -> None:

@@ -81,6 +81,7 @@ async def test_commands_that_name_nothing_are_refused_with_what_there_is(tmp_pat
     with running(_product(tmp_path, "3090")) as product:
         for body, words in (
             ({}, "does not say what"),
+            ({"gpu": "9" * 5000}, "is no GPU of this machine"),
             ({"gpu": 7}, "'7' is no GPU of this machine; there are: 0 ("),
             ({"instance": "nope"}, "there is no instance 'nope'; there are: gpu0"),
             ({"gpu": 0, "all": True}, "more than one of"),

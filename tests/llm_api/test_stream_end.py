@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.llm_api.stream_end import TAIL_BYTES, StreamEnd, end_of_stream
+from router.llm_api.stream_end import TAIL_BYTES, StreamEnd, Tokens, end_of_stream, tokens_of
 from tests.contract.recording import Recording, recordings
 
 _PATHS = frozenset(
@@ -60,3 +60,9 @@ def test_recorded_streams_end_as_they_were_seen_to(recording: Recording) -> None
 )
 def test_only_the_protocols_own_mark_counts(path: str, tail: bytes, expected: StreamEnd) -> None:
     assert end_of_stream(path, tail) is expected
+
+
+def test_cached_tokens_of_anthropics_api_belong_to_the_prompt() -> None:
+    cached = b'"cache_creation_input_tokens":20,"cache_read_input_tokens":1000'
+    usage = b'{"usage":{"input_tokens":3,%s,"output_tokens":7}}' % cached
+    assert tokens_of(usage) == Tokens(1023, 7)

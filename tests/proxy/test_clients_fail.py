@@ -94,6 +94,7 @@ async def test_a_client_that_sent_ahead_and_left_is_noticed() -> None:
         (b"POST /api/generate HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
         (b"POST /api/generate HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
         (b"POST /api/generate HTTP/1.1\r\nHost: a\r\nExpect: magic\r\nContent-Length: 1\r\n\r\n", 417),
+        (b"CONNECT /v1/models/a:b HTTP/1.1\r\nHost: a\r\n\r\n", 501),
         (b"POST /api/generate HTTP/2.0\r\nHost: a\r\n\r\n", 505),
         (b"POST /api/generate HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 70_000, 431),
         (b"BREW /api/generate HTTP/1.1\r\nHost: a\r\n\r\n", 501),

@@ -97,6 +97,19 @@ async def test_an_error_is_tried_elsewhere_where_another_replica_serves(status: 
         await rests(stage)
 
 
+_WRONG = b'{"error":"option \\"temperature\\" must be of type float32"}'
+_BLAMED = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(_WRONG) + _WRONG
+
+
+async def test_an_option_of_the_wrong_type_is_no_failure_of_the_server() -> None:
+    async with staged(elsewhere=True) as stage:
+        stage.upstream.script = replying(_BLAMED)
+        reply = await call(stage.address, "POST", "/api/generate", _ASK)
+        assert (reply.status, reply.body, len(stage.upstream.turns)) == (500, _WRONG, 1)
+        assert stage.controller.failures == []
+        await rests(stage)
+
+
 async def test_an_error_that_all_replicas_give_is_passed_on_in_the_servers_words() -> None:
     async with staged(elsewhere=True) as stage:
         stage.upstream.script = replying(_REFUSED)

@@ -152,6 +152,14 @@ def test_the_last_replica_of_a_model_is_never_ejected() -> None:
         one.release(ticket, failure=ERROR)
     ticket = one.arrive(MODEL)
     assert one.grant(ticket).instance == "gpu0"
+    assert not _ejected(one)
+
+
+def test_requests_that_fail_at_the_same_time_eject_once(two: Play) -> None:
+    _fail(two, "gpu0", 3)
+    for ticket in [_on(two, "gpu0") for _ in range(4)]:
+        two.release(ticket, failure=ERROR)
+    assert [notice.fields["seconds"] for notice in two.notices if notice.event == "ejected"] == [10.0]
 
 
 def test_if_the_other_replica_goes_the_ejected_one_serves(two: Play) -> None:

@@ -68,7 +68,7 @@ class GenerationRequest:
 
 def prompt_tokens(header: Header, text: str) -> int:
     """Number of prompt tokens."""
-    size = len(text.encode())
+    size = len(text.encode(errors="replace"))
     if is_embedding(header) and header.is_noise:
         return 2 + sum(not character.isspace() for character in text)
     if header.is_noise:
@@ -167,7 +167,7 @@ def example_of(schema: Any) -> Any:
 
 def vector(text: str, length: int) -> list[float]:
     """A deterministic unit-length embedding of the text, in single precision."""
-    rng = random.Random(hashlib.sha256(text.encode()).digest())
+    rng = random.Random(hashlib.sha256(text.encode(errors="replace")).digest())
     raw = [rng.gauss(0.0, 1.0) for _ in range(length)]
     norm = sum(value * value for value in raw) ** 0.5 or 1.0
     return [struct.unpack("f", struct.pack("f", value / norm))[0] for value in raw]
@@ -175,16 +175,20 @@ def vector(text: str, length: int) -> list[float]:
 
 def token_ids(text: str) -> list[int]:
     """Token ids of a text for `context`: its bytes, shifted as in the tests' vocabulary."""
-    return [byte + 3 for byte in text.replace(" ", "▁").encode()]
+    return [byte + 3 for byte in text.replace(" ", "▁").encode(errors="replace")]
 
 
 def logprobs_of(text: str, top: int, rng: random.Random) -> dict[str, Any]:
     """A made-up `logprobs` entry for one token."""
-    entry: dict[str, Any] = {"token": text, "logprob": -5.0 * rng.random(), "bytes": list(text.encode())}
+    entry: dict[str, Any] = {
+        "token": text,
+        "logprob": -5.0 * rng.random(),
+        "bytes": list(text.encode(errors="replace")),
+    }
     if top > 0:
         alternatives: Sequence[str] = [text, *(" " + rng.choice(_WORDS) for _ in range(top - 1))]
         entry["top_logprobs"] = [
-            {"token": token, "logprob": -0.5 - index, "bytes": list(token.encode())}
+            {"token": token, "logprob": -0.5 - index, "bytes": list(token.encode(errors="replace"))}
             for index, token in enumerate(alternatives)
         ]
     return entry

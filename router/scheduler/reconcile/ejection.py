@@ -131,6 +131,10 @@ def _failed(fleet: FleetState, key: HealthKey, failure: ReplyFailure, now: float
         requests=before.requests + 1.0,
     )
     fleet.health[key] = found
+    if before.is_half_open and now < before.ejected_until:
+        return []  # a request that began before the ejection shows nothing new
+    if isinstance(key, tuple) and not _has_other(fleet, key, set()):
+        return []
     reason = _reason(key, found, failure)
     return [] if reason is None else [_eject(fleet, key, found, failure, reason, now)]
 
