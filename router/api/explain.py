@@ -8,6 +8,7 @@ from typing import Any
 
 from router.api.context import ApiContext
 from router.domain.client_identity import ClientIdentity
+from router.domain.context_length import parse_context_length
 from router.domain.explanation import CandidateReport, Explanation
 from router.domain.gpu import GpuUuid
 from router.domain.snapshot import Snapshot
@@ -15,7 +16,6 @@ from router.errors import BadRequest, ModelNotFound
 from router.llm_api.inference_request import InferenceRequest, read_request
 from router.scheduler.placement.explain import gpu_label
 
-_CONTEXT_MIN, _CONTEXT_MAX = 4, 2**24
 _CANDIDATES_SHOWN_MAX = 100
 _PATH = "/api/chat"
 """The request that is thought of."""
@@ -58,11 +58,10 @@ def _request(context: ApiContext, query: Mapping[str, str]) -> InferenceRequest:
 
 
 def _context_tokens(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
-        raise BadRequest(f"context: {text!r} must be a number of tokens from {_CONTEXT_MIN} to {_CONTEXT_MAX}")
-    return int(text)
+    try:
+        return None if text is None else parse_context_length(text)
+    except ValueError as error:
+        raise BadRequest(f"context: {text!r} {error}") from error
 
 
 def explanation_document(found: Explanation, snapshot: Snapshot) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-from router.cli.configuration import inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
-from router.cli.router_client import Refused, RouterClient, StatusError
+from router.cli.configuration import inputs_of
+from router.cli.exit_codes import EXIT_FAILED, EXIT_OK
+from router.cli.reporting import reports_problems
+from router.cli.router_client import RouterClient
 from router.cli.status_tables import WIDTH, Column, Row, render_table
-from router.config.inputs import ConfigError
 
 _GIB = 1024**3
 _OUTCOMES = {
@@ -27,20 +27,12 @@ _OUTCOMES = {
 }
 
 
+@reports_problems
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the request would be refused, or the router cannot be asked."""
-    try:
-        endpoint = inputs_of(arguments, environment).endpoint()
-    except ConfigError as error:
-        print_problems(error.problems)
-        return EXIT_MISUSED
     query = {"model": arguments.model} | ({"context": arguments.context} if arguments.context is not None else {})
-    client = RouterClient(endpoint)
-    try:
-        document = client.get(f"/llamayard/explain?{urlencode(query)}")
-    except (StatusError, Refused) as error:
-        print_problems([str(error)])
-        return EXIT_FAILED
+    client = RouterClient(inputs_of(arguments, environment).endpoint())
+    document = client.get(f"/llamayard/explain?{urlencode(query)}")
     print(json.dumps(document, indent=2, ensure_ascii=False) if arguments.json else render_explanation(document))
     return EXIT_FAILED if document.get("outcome") == "refuse" else EXIT_OK
 

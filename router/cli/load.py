@@ -11,43 +11,34 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from router.cli.configuration import inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.cli.configuration import inputs_of
+from router.cli.exit_codes import EXIT_OK
 from router.cli.loaded_models import GIB, loaded_models, rows_of, where
+from router.cli.reporting import reports_problems
 from router.cli.router_client import Refused, RouterClient, StatusError
 from router.config.settings import ConfigError, Settings
+from router.domain.context_length import parse_context_length
 
 _SPARE_SECONDS = 30.0
 _NO_GENERATION = "does not support generate"
 """A server's words about an embedding model."""
-_CONTEXT_MIN, _CONTEXT_MAX = 4, 2**24
 
 
+@reports_problems
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the model is not loaded or the router cannot be asked."""
-    try:
-        inputs = inputs_of(arguments, environment)
-        settings, endpoint = inputs.settings(), inputs.endpoint()
-        tokens = _tokens(arguments.context)
-    except ConfigError as error:
-        print_problems(error.problems)
-        return EXIT_MISUSED
-    client = RouterClient(endpoint)
-    try:
-        loaded = _load(client, arguments.model, tokens, settings)
-    except (StatusError, Refused) as error:
-        print_problems([str(error)])
-        return EXIT_FAILED
+    inputs = inputs_of(arguments, environment)
+    settings, client = inputs.settings(), RouterClient(inputs.endpoint())
+    loaded = _load(client, arguments.model, _tokens(arguments.context), settings)
     print(json.dumps(loaded, indent=2, ensure_ascii=False) if arguments.json else _text(loaded))
     return EXIT_OK
 
 
 def _tokens(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or not _CONTEXT_MIN <= int(text) <= _CONTEXT_MAX:
-        raise ConfigError([f"--context {text}: must be a number of tokens from {_CONTEXT_MIN} to {_CONTEXT_MAX}"])
-    return int(text)
+    try:
+        return None if text is None else parse_context_length(text)
+    except ValueError as error:
+        raise ConfigError([f"--context {text}: {error}"]) from error
 
 
 def _load(client: RouterClient, model: str, tokens: int | None, settings: Settings) -> dict[str, Any]:

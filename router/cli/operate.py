@@ -6,31 +6,24 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from router.cli.configuration import inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
-from router.cli.router_client import Refused, RouterClient, StatusError
+from router.cli.configuration import inputs_of
+from router.cli.exit_codes import EXIT_OK
+from router.cli.reporting import reports_problems
+from router.cli.router_client import RouterClient
 from router.config.inputs import ConfigError
 
 _FORMS = "write `gpu N`, `instance NAME` or `all`"
 
 
+@reports_problems
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """Sends the command; EXIT_FAILED if the router refuses it or cannot be reached."""
     command = cast("str", arguments.command)
-    try:
-        server = inputs_of(arguments, environment).endpoint()
-        body = target_of(arguments.target or (["all"] if command == "restart" else []))
-    except ConfigError as error:
-        print_problems(error.problems)
-        return EXIT_MISUSED
+    client = RouterClient(inputs_of(arguments, environment).endpoint())
+    body = target_of(arguments.target or (["all"] if command == "restart" else []))
     if getattr(arguments, "timeout", None) is not None:
         body["timeout_seconds"] = arguments.timeout
-    try:
-        answer = RouterClient(server).call("POST", f"/llamayard/{command}", body)
-    except (StatusError, Refused) as error:
-        print_problems([str(error)])
-        return EXIT_FAILED
-    print(describe(command, answer))
+    print(describe(command, client.call("POST", f"/llamayard/{command}", body)))
     return EXIT_OK
 
 

@@ -7,28 +7,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router.cli.configuration import inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.cli.configuration import inputs_of
+from router.cli.exit_codes import EXIT_OK
 from router.cli.loaded_models import GIB, loaded_models
-from router.cli.router_client import Refused, RouterClient, StatusError
+from router.cli.reporting import reports_problems
+from router.cli.router_client import RouterClient
 from router.cli.status_tables import Column, Row, render_table
-from router.config.inputs import ConfigError
 
 _MINUTE, _HOUR = 60.0, 3600.0
 
 
+@reports_problems
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the router cannot be asked."""
-    try:
-        endpoint = inputs_of(arguments, environment).endpoint()
-    except ConfigError as error:
-        print_problems(error.problems)
-        return EXIT_MISUSED
-    try:
-        status = RouterClient(endpoint).get("/llamayard/status")
-    except (StatusError, Refused) as error:
-        print_problems([str(error)])
-        return EXIT_FAILED
+    status = RouterClient(inputs_of(arguments, environment).endpoint()).get("/llamayard/status")
     rows = loaded_models(status)
     print(json.dumps({"models": rows}, indent=2, ensure_ascii=False) if arguments.json else render_ps(rows))
     return EXIT_OK

@@ -8,28 +8,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from router.cli.configuration import inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
-from router.cli.router_client import Refused, RouterClient, StatusError
-from router.config.inputs import ConfigError
+from router.cli.exit_codes import EXIT_OK
+from router.cli.reporting import reports_problems
+from router.cli.router_client import RouterClient
 
 _Row = Mapping[str, Any]
 _TIMEOUT_SECONDS = 60.0
 """The checks read the files of all models with rules."""
 
 
+@reports_problems
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """EXIT_FAILED if the router refuses the configuration or cannot be reached."""
-    try:
-        server = inputs_of(arguments, environment).endpoint()
-    except ConfigError as error:
-        print_problems(error.problems)
-        return EXIT_MISUSED
-    try:
-        router = RouterClient(server)
-        answer = router.call("POST", "/llamayard/reload", {}, _TIMEOUT_SECONDS)
-    except (StatusError, Refused) as error:
-        print_problems([str(error)])
-        return EXIT_FAILED
+    client = RouterClient(inputs_of(arguments, environment).endpoint())
+    answer = client.call("POST", "/llamayard/reload", {}, _TIMEOUT_SECONDS)
     print_problems(f"warning: {warning}" for warning in answer.get("warnings") or ())
     print("\n".join(lines(answer)))
     return EXIT_OK

@@ -12,31 +12,23 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from router.cli.configuration import inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.cli.configuration import inputs_of
+from router.cli.exit_codes import EXIT_FAILED, EXIT_OK
 from router.cli.loaded_models import is_kept_warm, loaded_models, rows_of, where
-from router.cli.router_client import Refused, RouterClient, StatusError
-from router.config.inputs import ConfigError
+from router.cli.reporting import reports_problems
+from router.cli.router_client import RouterClient
 
 _WAIT_SECONDS = 30.0
 """For idle replicas to leave; an unload takes a second or two."""
 _POLL_SECONDS = 0.3
 
 
+@reports_problems
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if a replica stays, or the router cannot be asked."""
-    try:
-        endpoint = inputs_of(arguments, environment).endpoint()
-    except ConfigError as error:
-        print_problems(error.problems)
-        return EXIT_MISUSED
-    client = RouterClient(endpoint)
+    client = RouterClient(inputs_of(arguments, environment).endpoint())
     never = threading.Event()
-    try:
-        result = unload(client, arguments.model, lambda: never.wait(_POLL_SECONDS), time.monotonic)
-    except (StatusError, Refused) as error:
-        print_problems([str(error)])
-        return EXIT_FAILED
+    result = unload(client, arguments.model, lambda: never.wait(_POLL_SECONDS), time.monotonic)
     print(json.dumps(result, indent=2, ensure_ascii=False) if arguments.json else _text(result))
     return EXIT_FAILED if any(not row["in_flight"] for row in result["remaining"]) else EXIT_OK
 

@@ -13,26 +13,18 @@ from typing import Any
 from urllib.parse import urlencode
 
 from router.cli.configuration import inputs_of, print_problems
-from router.cli.exit_codes import EXIT_FAILED, EXIT_MISUSED, EXIT_OK
+from router.cli.exit_codes import EXIT_FAILED, EXIT_OK
 from router.cli.explain import placement_tables
-from router.cli.router_client import Refused, RouterClient, StatusError
+from router.cli.reporting import reports_problems
+from router.cli.router_client import RouterClient
 from router.cli.status_tables import WIDTH
-from router.config.inputs import ConfigError
 
 
+@reports_problems
 def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
     """The exit code; EXIT_FAILED if the router does not remember the request or cannot be asked."""
-    try:
-        endpoint = inputs_of(arguments, environment).endpoint()
-    except ConfigError as error:
-        print_problems(error.problems)
-        return EXIT_MISUSED
-    client = RouterClient(endpoint)
-    try:
-        document = client.get(f"/llamayard/why?{urlencode({'request_id': arguments.request_id})}")
-    except (StatusError, Refused) as error:
-        print_problems([str(error)])
-        return EXIT_FAILED
+    client = RouterClient(inputs_of(arguments, environment).endpoint())
+    document = client.get(f"/llamayard/why?{urlencode({'request_id': arguments.request_id})}")
     attempts: list[Any] = document.get("attempts") or []
     if arguments.json:
         print(json.dumps(document, indent=2, ensure_ascii=False))
