@@ -15,7 +15,7 @@ Command = Callable[[argparse.Namespace, Mapping[str, str] | None], int]
 
 
 def reports_problems(command: Command) -> Command:
-    """Turns ConfigError into EXIT_MISUSED, StatusError and Refused into EXIT_FAILED; their texts go to standard error."""
+    """Turns ConfigError into EXIT_MISUSED, StatusError and Refused into EXIT_FAILED; their texts go to stderr."""
 
     @wraps(command)
     def reporting(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

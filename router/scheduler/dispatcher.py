@@ -161,16 +161,19 @@ class Dispatcher:
 
     def _queue_lines(self, now: float) -> list[QueueLine]:
         queue, order_of, held = self._queue, self._fleet.counters.order_of, self._retry_gate.held
-        starving, greedy = self._fleet.policy.starving_after_seconds, queue.greedy_clients()
-        return [QueueLine(order_of(queue.group(key), now, starving, greedy), held(key)) for key in queue.groups()]
+        fairness = self._fairness()
+        return [QueueLine(order_of(queue.group(key), now, *fairness), held(key)) for key in queue.groups()]
+
+    def _fairness(self) -> tuple[float, frozenset[str]]:
+        """After how many seconds a request starves, and the clients with most requests in the queue."""
+        return self._fleet.policy.starving_after_seconds, self._queue.greedy_clients()
 
     def _wait_with(self, ticket: Ticket, held: MustWait | None, now: float) -> WaitEstimate:
         """The estimate of a ticket that is not in the queue, as if it waited."""
         key, queue, order_of = group_of(ticket), self._queue, self._fleet.counters.order_of
         lines = self._queue_lines(now)
         keys = list(queue.groups())
-        starving, greedy = self._fleet.policy.starving_after_seconds, queue.greedy_clients()
-        own = QueueLine(order_of([*queue.group(key), ticket], now, starving, greedy), held)
+        own = QueueLine(order_of([*queue.group(key), ticket], now, *self._fairness()), held)
         if key in keys:
             lines[keys.index(key)] = own
         else:
@@ -184,7 +187,7 @@ class Dispatcher:
 
     def fair_share_spread(self) -> float:
         """Most minus fewest weighted tokens that waiting clients have received; 0.0 while fewer than two wait."""
-        given = [self._fleet.counters.given(client) for client in {t.client for t in self._queue.tickets.values()}]
+        given = [self._fleet.counters.given(client) for client in self._queue.clients()]
         return max(given) - min(given) if given else 0.0
 
     @property
@@ -428,11 +431,11 @@ class Dispatcher:
             by_blob.setdefault(key.blob, []).append(key)
         if len(by_blob) == len(keys):
             return keys
-        starving, greedy = self._fleet.policy.starving_after_seconds, self._queue.greedy_clients()
+        fairness = self._fairness()
         for alike in by_blob.values():
             if len(alike) > 1:
                 tickets = sorted((t for key in alike for t in self._queue.group(key)), key=lambda t: t.id)
-                first = group_of(self._fleet.counters.next_of(tickets, now, starving, greedy))
+                first = group_of(self._fleet.counters.next_of(tickets, now, *fairness))
                 alike.sort(key=lambda key: key != first)
         following = {blob: iter(alike) for blob, alike in by_blob.items()}
         return [next(following[key.blob]) for key in keys]
@@ -476,8 +479,9 @@ class Dispatcher:
             if not served:
                 break
             able_to = waiting if alike else [t for t in waiting if t.id in served]
-            starving, greedy = self._fleet.policy.starving_after_seconds, self._queue.greedy_clients()
-            ticket = self._fleet.counters.next_of(able_to, now, starving, greedy)
+            ticket = able_to[0]
+            if len(able_to) > 1:
+                ticket = self._fleet.counters.next_of(able_to, now, *self._fairness())
             if len(waiting) > 1:
                 self._fleet.counters.served_before_others(ticket, now)
             able = next(iter(served.values())) if alike else served[ticket.id]
@@ -503,7 +507,7 @@ class Dispatcher:
         replicas = [r for r in there if suits(snapshot, r, waiting[0])]
         self._explain(waiting, rules.describe_wait(replicas))
         request = replica_request(snapshot, waiting, replicas)
-        placed = seek_replica(snapshot, self._estimate, waiting, replicas) if request is not None else None
+        placed = seek_replica(snapshot, self._estimate, waiting, replicas, request) if request is not None else None
         if request is None or placed is None:
             self._retry_gate.failed(key, self._fleet.version, next_attempt(snapshot, waiting))
             return []

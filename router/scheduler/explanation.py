@@ -127,7 +127,7 @@ def _with_replicas(
     ticket = tickets[-1]
     request = replica_request(snapshot, tickets, serving)
     reports = survey(snapshot, estimate, request) if request is not None else []
-    placed = seek_replica(snapshot, estimate, tickets, serving)
+    placed = seek_replica(snapshot, estimate, tickets, serving, request) if request is not None else None
     wait = waits(ticket, None)
     if placed is not None:
         candidates = tuple(_with_chosen(snapshot, reports, placed))

@@ -181,11 +181,17 @@ def _step(policy: Policy, tokens: int) -> int:
 
 
 def seek_replica(
-    snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket], replicas: Sequence[Residency]
+    snapshot: Snapshot,
+    estimate: Estimate,
+    tickets: Sequence[Ticket],
+    replicas: Sequence[Residency],
+    request: PlacementRequest,
 ) -> Placed | None:
-    """One more replica for tickets whose wait for a slot would be longer than a load, where room is free or cheap."""
-    request = replica_request(snapshot, tickets, replicas)
-    found = place(snapshot, estimate, request) if request is not None else None
+    """One more replica for tickets whose wait for a slot would be longer than a load, where room is free or cheap.
+
+    `request`: that of `replica_request` for the same tickets.
+    """
+    found = place(snapshot, estimate, request)
     if not isinstance(found, Placed):
         return None
     wait, load = _slot_wait_seconds(snapshot, tickets, replicas), reload_seconds(snapshot, tickets[0].model)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from router.domain.actions import Action, Notice, UnloadCause
 from router.domain.drained import DrainTarget
 from router.domain.events import DrainRequested
-from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.instance import InstanceSpec, InstanceState
 from router.scheduler.reconcile import reservations
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
@@ -31,10 +31,12 @@ def change(fleet: FleetState, event: DrainRequested) -> list[Action]:
 
 def bring_back(fleet: FleetState) -> None:
     """Puts instances back into service that are drained no more."""
-    for name in [name for name in fleet.taken_out if not _is_drained(fleet, name)]:
+    for name in list(fleet.taken_out):
+        view = fleet.instances.get(name)
+        if view is not None and fleet.drained.covers(view.spec):
+            continue
         fleet.taken_out.discard(name)
         fleet.version += 1
-        view = fleet.instances.get(name)
         if view is not None and view.state is InstanceState.DRAINING and name not in fleet.restarts_due:
             fleet.put_instance(replace(view, state=InstanceState.READY, reason="", down_since=None))
 
@@ -54,11 +56,6 @@ def take_out(fleet: FleetState, now: float) -> None:
         if name not in fleet.taken_out:
             fleet.taken_out.add(name)
             reservations.drop_on(fleet, name)
-
-
-def _is_drained(fleet: FleetState, name: InstanceName) -> bool:
-    view = fleet.instances.get(name)
-    return view is not None and fleet.drained.covers(view.spec)
 
 
 def unload_idle(fleet: FleetState) -> list[Action]:

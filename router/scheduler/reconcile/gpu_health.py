@@ -30,6 +30,7 @@ from router.domain.gpu_faults import (
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.request import Layout, LayoutKind
 from router.domain.snapshot import Estimate, Snapshot
+from router.scheduler.placement.candidates import may_use
 from router.scheduler.placement.placement import Placed, PlacementRequest, place
 from router.scheduler.state import FleetState
 
@@ -94,7 +95,7 @@ def first_load(
 ) -> tuple[ModelFacts, Placed] | None:
     """The smallest of the models that fits on a GPU on probation without evictions, and its place."""
     for uuid in sorted(snapshot.probation):
-        if any(gpu == uuid for reservation in snapshot.reservations.values() for gpu, _ in reservation.per_gpu_bytes):
+        if not may_use(snapshot, (uuid,)):
             continue
         for model in sorted(models.values(), key=lambda each: (each.weights_bytes, each.blob)):
             request = PlacementRequest(model, layout=Layout(LayoutKind.GPU, uuid), price_max=0.0)

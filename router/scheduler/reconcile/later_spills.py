@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from router.domain.actions import Action, UnloadCause
 from router.domain.instance import InstanceName
-from router.domain.residency import ResidencyState, cpu_ratio, is_spill
+from router.domain.residency import ResidencyState, cpu_ratio
 from router.domain.snapshot import Failure
 from router.scheduler.reconcile import residency as rules
 from router.scheduler.state import FleetState
@@ -23,9 +23,7 @@ def mark(fleet: FleetState, name: InstanceName, now: float) -> None:
     for key, replica in list(fleet.replicas.items()):
         if key[0] != name or key in fleet.spilled or replica.state is not ResidencyState.READY:
             continue
-        if not is_spill(replica.model, replica.size_bytes, replica.size_vram_bytes):
-            continue
-        if fleet.engines[replica.model.engine].sets_own_layers(replica.model):
+        if not rules.is_unasked_spill(fleet, replica.model, replica.size_bytes, replica.size_vram_bytes):
             continue
         share = 100.0 * cpu_ratio(replica.size_bytes, replica.size_vram_bytes)
         message = f"model '{replica.name}' has come to be {share:.0f} % on the CPU on {name}"

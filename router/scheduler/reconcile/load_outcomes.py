@@ -10,7 +10,7 @@ from router.domain.actions import Action, ReadGpus, UnloadCause
 from router.domain.events import InstanceChanged, LoadFailed, LoadFinished, UnloadFinished, UnloadRequested
 from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest
-from router.domain.residency import ResidencyKey, ResidencyState, cpu_ratio, is_spill
+from router.domain.residency import ResidencyKey, ResidencyState, cpu_ratio
 from router.domain.snapshot import Failure
 from router.scheduler.reconcile import reservations, stuck_unloads
 from router.scheduler.reconcile import residency as rules
@@ -85,12 +85,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
     fleet.update(
         key, state=ResidencyState.READY, loaded_at=now, used_at=now, expires_at=until, per_gpu_bytes=held, **sizes
     )
-    is_spilled = is_spill(residency.model, event.size_bytes, event.size_vram_bytes)
-    if (
-        residency.per_gpu_bytes
-        and is_spilled
-        and not fleet.engines[residency.model.engine].sets_own_layers(residency.model)
-    ):
+    if residency.per_gpu_bytes and rules.is_unasked_spill(fleet, residency.model, **sizes):
         share = 100.0 * cpu_ratio(event.size_bytes, event.size_vram_bytes)
         words = f"came out {share:.0f} % on the CPU on {residency.instance}"
         _remember_failure(fleet, key, 502, f"model '{residency.name}' {words}", now, is_spilled=True)

@@ -156,15 +156,19 @@ def reconcile(fleet: FleetState, event: ResidencyRead, estimate: Estimate, now: 
     return actions
 
 
+def is_unasked_spill(fleet: FleetState, model: ModelFacts, size_bytes: int, size_vram_bytes: int) -> bool:
+    """Whether a loaded model is partly on the CPU, and its Modelfile does not ask for it."""
+    is_asked = fleet.engines[model.engine].sets_own_layers
+    return is_spill(model, size_bytes, size_vram_bytes) and not is_asked(model)
+
+
 def _report_spill(fleet: FleetState, view: InstanceView, blob: BlobDigest) -> list[Action]:
     """Reports a model that its server has put on the CPU by its own rules, unless its Modelfile asks for it."""
     residency = fleet.residencies.get((view.spec.name, blob))
     if residency is None or residency.state is not ResidencyState.READY or not view.spec.gpus:
         return []
     sizes = residency.size_bytes, residency.size_vram_bytes
-    if not is_spill(residency.model, *sizes):
-        return []
-    if fleet.engines[residency.model.engine].sets_own_layers(residency.model):
+    if not is_unasked_spill(fleet, residency.model, *sizes):
         return []
     fields = {"model": residency.name, "instance": view.spec.name, "cpu_percent": round(100.0 * cpu_ratio(*sizes))}
     return [Notice("model_on_cpu", fields)]
