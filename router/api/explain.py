@@ -74,15 +74,15 @@ def explanation_document(found: Explanation, snapshot: Snapshot) -> dict[str, An
         "gpus": _indexes(snapshot, found.gpus),
         "options": dict(found.options),
         "position": found.position,
-        "expected_wait_seconds": _rounded(found.expected_wait_seconds),
-        "load_seconds": _rounded(found.load_seconds),
-        "worth_seconds": _rounded(found.worth_seconds),
+        "expected_wait_seconds": rounded(found.expected_wait_seconds),
+        "load_seconds": rounded(found.load_seconds),
+        "worth_seconds": rounded(found.worth_seconds),
         "leaving": [
             {
                 "model": each.name,
                 "instance": each.instance,
                 "in_flight": each.in_flight,
-                "price_seconds": _rounded(each.price_seconds),
+                "price_seconds": rounded(each.price_seconds),
                 "moves_to": each.moves_to,
             }
             for each in found.leaving
@@ -110,7 +110,7 @@ def _candidate(report: CandidateReport, snapshot: Snapshot) -> dict[str, Any]:
         "gpus": _indexes(snapshot, report.gpus),
         "is_new": report.is_new,
         "verdict": report.verdict.value,
-        "price_seconds": _rounded(report.price_seconds),
+        "price_seconds": rounded(report.price_seconds),
         "per_gpu_bytes": list(report.per_gpu_bytes),
         "evicts": names,
         "reason": report.reason,
@@ -121,5 +121,5 @@ def _indexes(snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> list[str]:
     return [gpu_label(snapshot, gpu) for gpu in gpus]
 
 
-def _rounded(seconds: float | None) -> float | None:
+def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)

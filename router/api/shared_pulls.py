@@ -158,8 +158,7 @@ class _Pull:
                 return
             watch = PullWatch(self._context.management)
             while line := await self._next(reply.content):
-                self._publish(line)
-                decoded = _decoded(line)
+                decoded = self._publish(line)
                 watch.progressed(decoded.digest, decoded.total, decoded.completed)
 
     async def _next(self, content: aiohttp.StreamReader) -> bytes:
@@ -174,7 +173,7 @@ class _Pull:
         except TimeoutError as error:
             raise WaitTimeout(f"the pull was silent for {seconds:.0f} s (stream.idle_timeout_seconds)") from error
 
-    def _publish(self, line: bytes) -> None:
+    def _publish(self, line: bytes) -> _Line:
         self.last = line
         decoded = _decoded(line)
         step = decoded.error or decoded.status, decoded.digest
@@ -182,6 +181,7 @@ class _Pull:
         self._steps[step] = line
         for follower in self._followers:
             follower.put(step, line)
+        return decoded
 
 
 class _Follower:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from router.api.explain import explanation_document
+from router.api.explain import explanation_document, rounded
 from router.control.controller import Controller
 from router.domain.actions import Grant, Reject
 from router.errors import BadRequest
@@ -44,7 +44,7 @@ def _attempt(controller: Controller, history: RequestHistory, trace: RequestTrac
         "reason": waits.reason if waits is not None else _reason(answer),
         "error_code": answer.code if isinstance(answer, Reject) else None,
         "position": None if waits is None else waits.position,
-        "expected_wait_seconds": None if waits is None else _rounded(waits.expected_wait_seconds),
+        "expected_wait_seconds": None if waits is None else rounded(waits.expected_wait_seconds),
         "time_to_first_token_seconds": _seconds(trace.arrived_at, None if released is None else released.first_byte_at),
         "duration_seconds": _seconds(trace.arrived_at, trace.released_at),
         "output_tokens": 0 if released is None else released.output_tokens,
@@ -80,7 +80,3 @@ def _utc(at: float, now: float) -> str:
 
 def _seconds(start: float, end: float | None) -> float | None:
     return None if end is None else round(end - start, 3)
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 1)

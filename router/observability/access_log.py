@@ -10,7 +10,7 @@ import structlog
 from router.domain.instance import InstanceName
 from router.llm_api.stream_end import Tokens, tokens_of
 from router.observability.metrics import Metrics
-from router.observability.request_record import RequestRecord
+from router.observability.request_record import CLIENT_GONE, RequestRecord
 from router.observability.slow_requests import SlowRequests
 from router.observability.usage_log import FinishedRequest
 
@@ -18,7 +18,6 @@ _PROBES = frozenset({"/", "/health", "/ready", "/metrics"})
 """Routes that monitors and load balancers request every few seconds."""
 _PROBE_RESULTS = frozenset({200, 503})
 _ERROR_STATUS = 400
-_CLIENT_GONE = 499
 _UNKNOWN = Tokens()
 
 WriteLine = Callable[[str, dict[str, object]], None]
@@ -132,9 +131,9 @@ class AccessLog:
     def _count_for_key(self, record: RequestRecord, key: str, status: int, tokens: Tokens | None) -> None:
         """Charges what the answer reports. A request that failed costs nothing; one that was cut off, what it got."""
         prompt, output = 0, 0
-        if record.first_byte_at is not None and (status < _ERROR_STATUS or status == _CLIENT_GONE):
+        if record.first_byte_at is not None and (status < _ERROR_STATUS or status == CLIENT_GONE):
             reported = tokens or tokens_of(record.tail)
-            prompt, output = reported.prompt, record.chunks if reported.output is None else reported.output
+            prompt, output = reported.prompt, _output_tokens(record, reported)
         self._tally.record_key(key, status, prompt or 0, output)
         if record.charge is not None:
             record.charge.settle(prompt, output)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from router.domain.actions import (
+    AbortLoad,
     Action,
     Grant,
     Load,
@@ -131,6 +132,8 @@ class RequestHistory:
     def _acted(self, action: Action, now: float) -> None:
         if isinstance(action, Load):
             self._loads[action.load_id] = action
+        elif isinstance(action, AbortLoad):
+            self._loads.pop(action.load_id, None)  # no event tells of its end
         self._steps.extend(_steps_of(action, now))
 
 

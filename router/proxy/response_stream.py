@@ -42,9 +42,9 @@ class ResponseStream:
     request_sent = True
     """False while pieces of the body are still to be written."""
     is_last_attempt = False
+    """Then even a reply that reports a dead runner is relayed."""
     is_bad_option = False
     """Whether the status 500 blames an option of the request: no failure of the server."""
-    """Then even a reply that reports a dead runner is relayed."""
     head_sent = False
     """Whether a heartbeat has sent a head with status 200, after which the client gets chunks (HTTP/1.0: bytes)."""
     status = 0
