@@ -14,7 +14,7 @@ OLD_OLLAMA := .cache/ollama-$(OLD_OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama old-ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits bench-idle chaos clients docs clean real-ollama real-old-ollama \
+.PHONY: help setup run ollama old-ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits bench-idle chaos gpu-bundle clients docs clean real-ollama real-old-ollama \
 	client-packages leaks bench-relay bench-litellm profile nginx real-nginx prometheus real-prometheus
 
 help:  ## this list
@@ -73,6 +73,9 @@ bench-waits: setup  ## accuracy of the wait estimates that waiting clients get, 
 
 bench-idle: setup  ## CPU and memory of the router at rest and of its start, over EMULATED servers (ARGS="--rounds 1 --seconds 20 --only loaded")
 	$(VENV)/bin/python -m bench.idle.bench_idle $(ARGS)
+
+gpu-bundle: setup ollama  ## all that a bare machine with an NVIDIA GPU needs to measure it, in one archive (docs/footprints.md)
+	$(VENV)/bin/python -m bench.hardware.bundle --ollama .cache/ollama-$(OLLAMA_VERSION) --out dist/gpu-bundle.tar.xz $(ARGS)
 
 chaos: setup  ## real processes on four EMULATED GPUs, 200 streams and every fault: nothing cut or lost (ARGS="--seed 2 --seconds 300")
 	$(VENV)/bin/python -m bench.reliability.chaos $(ARGS)
