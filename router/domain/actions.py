@@ -49,7 +49,7 @@ class Reject:
     message: str
     retry_after_seconds: int | None = None
     status: int | None = None
-    """HTTP status of the server, if its error is passed on."""
+    """HTTP status other than the code's: the server's where its error is passed on, 503 where it may be repeated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -582,7 +582,8 @@ class Dispatcher:
     def _reject(self, ticket: Ticket, code: str, message: str, status: int | None = None) -> Reject:
         self._queue.remove(ticket.id)
         self._reasons.pop(ticket.id, None)
-        retry = self._retry_after() if code in ("queue_full", "shutting_down", "no_instance", "wait_timeout") else None
-        if code == "no_instance":
+        may_retry = code in ("queue_full", "shutting_down", "no_instance", "wait_timeout") or status == 503
+        retry = self._retry_after() if may_retry else None
+        if code == "no_instance" or status == 503:
             retry = max(_RESTART_SECONDS, retry or 0)
         return Reject(ticket.id, code, message, retry, status)

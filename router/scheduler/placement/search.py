@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 from router.domain.engine_rules import EngineRules
 from router.domain.instance import InstanceState
@@ -20,21 +21,30 @@ from router.scheduler.placement.candidates import widened_context
 from router.scheduler.placement.cost import reload_seconds, service_seconds, swap_price, wait_bounds, worth_of_load
 from router.scheduler.placement.footprint_prediction import estimate_unmeasured
 from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place, would_swap
+from router.scheduler.placement.unavailable import explain_taken, taken_by_others, without_others
 
 _REPLICA_PRICE_SHARE = 0.25
 """A further replica may cost others at most this share of its own load time."""
 
 
 def decide(snapshot: Snapshot, estimate: Estimate, tickets: Sequence[Ticket]) -> Decision:
-    """`seek`; where only a safety margin makes the model too large, by the plain estimate."""
+    """`seek`; where only a safety margin makes the model too large, by the plain estimate.
+
+    A model that only the memory of other programs makes too large may be asked for again: status 503 instead of 422.
+    """
     decision = seek(snapshot, estimate, tickets)
-    if (
-        isinstance(decision, NoFit)
-        and decision.code == "model_too_large"
-        and snapshot.policy.constants.unseen_margin_ratio
-    ):
-        return seek(snapshot, estimate_unmeasured, tickets)  # rather a load that fails than a refusal
-    return decision
+    if _is_too_large(decision) and snapshot.policy.constants.unseen_margin_ratio:
+        decision = seek(snapshot, estimate_unmeasured, tickets)  # rather a load that fails than a refusal
+    if not _is_too_large(decision):
+        return decision
+    taken = taken_by_others(snapshot)
+    if not taken or _is_too_large(seek(without_others(snapshot, taken), estimate, tickets)):
+        return decision
+    return replace(decision, status=503, message=f"{explain_taken(snapshot, taken)}: {decision.message}")
+
+
+def _is_too_large(decision: Decision) -> TypeGuard[NoFit]:
+    return isinstance(decision, NoFit) and decision.code == "model_too_large"
 
 
 def request_behind(decision: Decision, requests: Sequence[PlacementRequest]) -> PlacementRequest:

@@ -1,11 +1,11 @@
-"""What a model that fits nowhere now could use if it came back: lost GPUs, and servers that are down.
+"""What a model that fits nowhere now could use if it came back: lost GPUs, servers, memory that other programs hold.
 
 Such a request is to be repeated later, other than one for a model that is too large for the machine. Changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 
@@ -15,9 +15,12 @@ from router.domain.model import ModelFacts
 from router.domain.request import RunnerOptions
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import lost_gpus
-from router.domain.vram_ledger import capacity_bytes
+from router.domain.vram_ledger import capacity_bytes, external_bytes, underestimated_bytes
 from router.scheduler.placement.candidates import Bounds
-from router.scheduler.placement.explain import explain_state
+from router.scheduler.placement.explain import bytes_text, explain_state, gpu_label
+
+_TAKEN_RATIO = 0.05
+"""Share of a GPU's memory above which other programs count as in the way: a desktop takes less, and stays."""
 
 
 def explain_unavailable(
@@ -85,3 +88,28 @@ def _reason(snapshot: Snapshot, spec: InstanceSpec) -> str:
     if drained:
         return ", ".join(drained)
     return explain_state(snapshot.instances[spec.name])
+
+
+def taken_by_others(snapshot: Snapshot) -> dict[GpuUuid, int]:
+    """Bytes that other programs hold, of the GPUs of which they hold a noticeable share."""
+    found = {uuid: external_bytes(snapshot, uuid) - underestimated_bytes(snapshot, uuid) for uuid in snapshot.gpus}
+    return {uuid: size for uuid, size in found.items() if size > _TAKEN_RATIO * snapshot.gpus[uuid].memory_total_bytes}
+
+
+def without_others(snapshot: Snapshot, taken: Mapping[GpuUuid, int]) -> Snapshot:
+    """The same machine as if those programs had ended."""
+    freed = {
+        uuid: replace(
+            snapshot.gpus[uuid],
+            memory_used_bytes=snapshot.gpus[uuid].memory_used_bytes - size,
+            memory_free_bytes=snapshot.gpus[uuid].memory_free_bytes + size,
+        )
+        for uuid, size in taken.items()
+    }
+    return replace(snapshot, gpus={**snapshot.gpus, **freed})
+
+
+def explain_taken(snapshot: Snapshot, taken: Mapping[GpuUuid, int]) -> str:
+    """Such as `other programs hold 19.7 GiB of GPU 0`."""
+    parts = [f"{bytes_text(size)} of GPU {gpu_label(snapshot, uuid)}" for uuid, size in taken.items()]
+    return "other programs hold " + " and ".join(parts)
