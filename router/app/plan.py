@@ -135,7 +135,7 @@ def _model(model: PlannedModel) -> Mapping[str, Any]:
         "flash_attention": plan.flash_attention,
         "batch": plan.load.batch,
         "ollama_version": version_text(plan.load.version),
-        "ollama_version_assumed": parse_version(plan.load.version) is None,
+        "ollama_version_assumed": plan.is_version_assumed,
         "tokens_per_second_estimate": _rounded(model.tokens_per_second),
         "load_seconds_estimate": _rounded(model.load_seconds_cold),
         "load_seconds_cached_estimate": _rounded(model.load_seconds_warm),

@@ -1,6 +1,7 @@
 """`llamayard plan`: what models would take on which GPUs, whether they fit, and how much context and how many slots.
 
-It reads files and, for `--gpus auto`, the driver. It asks no server, starts nothing and changes nothing.
+It reads files, the version of the installed Ollama and, for `--gpus auto`, the driver. It asks no server and changes
+nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from router.app.host_reader import ollama_version
 from router.app.model_sources import find_source
 from router.app.plan import (
     AUTO_GPUS,
@@ -31,7 +33,7 @@ from router.domain.footprint import GpuFootprint
 from router.domain.gpu import Gpu
 from router.domain.policy import Policy
 from router.engines.ollama.plan import SLOTS_MAX, GpuPlan, ModelPlan, PlanOptions, largest_context, plan_models
-from router.engines.ollama.server_version import parse_version
+from router.engines.ollama.server_version import CURRENT, parse_version
 
 _MAX = "max"
 _GIB = 1024**3
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parallel", type=int, metavar="N", help="slots of each model")
     add("--kv-cache-type", choices=KV_CACHE_TYPES, help="q8_0 and q4_0 need --flash-attention on")
     add("--flash-attention", choices=("on", "off"), help="left out: the server's choice")
-    add("--ollama-version", metavar="V", help="of the server, e.g. 0.33.0; left out, 0.24")
+    add("--ollama-version", metavar="V", help="of the server, e.g. 0.33.0; left out, that of the installed one")
     add(
         "--gpus",
         default=AUTO_GPUS,
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = load_settings(find_config(given.config, Path.cwd()), environment)
-    options = _options(given, settings)
+    options = _options(given, settings, environment)
     gpus = planned_gpus(settings.rig if given.gpus == AUTO_GPUS and settings.rig else given.gpus)
     store = Path(environment.get("OLLAMA_MODELS") or settings.ollama.models).expanduser()
     sources = [find_source(model, store) for model in given.models]
@@ -98,17 +100,19 @@ def _run(given: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return EXIT_OK if all(plan.fits for plan in plans) else EXIT_FAILED
 
 
-def _options(given: argparse.Namespace, settings: Settings) -> PlanOptions:
+def _options(given: argparse.Namespace, settings: Settings, environment: Mapping[str, str]) -> PlanOptions:
     flash = settings.ollama.flash_attention if given.flash_attention is None else given.flash_attention == "on"
     if given.ollama_version is not None and parse_version(given.ollama_version) is None:
         raise ValueError(f"--ollama-version {given.ollama_version}: write it as 0.33.0")
+    installed = given.ollama_version or ollama_version(settings.ollama.binary, environment)
     return PlanOptions(
         default_context_length=settings.ollama.context_length,
         context_length=_context(given.context),
         slots=_within("--parallel", given.parallel, SLOTS_MAX) or settings.ollama.num_parallel,
         kv_cache_type=given.kv_cache_type or settings.ollama.kv_cache_type,
         flash_attention=flash,
-        version=given.ollama_version,
+        version=installed if isinstance(installed, str) else CURRENT,
+        is_version_assumed=not isinstance(installed, str),
         batch=_within("--batch", given.batch, 2**20),
         policy=Policy(vram_margin_bytes=settings.placement.vram_margin_bytes),
     )
@@ -205,7 +209,7 @@ def _rounded_up(size: int) -> float:
 
 def _load_text(plan: ModelPlan, options: PlanOptions) -> str:
     load = plan.load
-    version = f"Ollama {version_text(load.version)}" + ("" if load.version else " (assumed)")
+    version = f"Ollama {version_text(load.version)}" + (" (assumed)" if plan.is_version_assumed else "")
     cache = f"KV cache {plan.kv_cache_type}"
     if plan.kv_cache_type != options.kv_cache_type:
         cache += f" ({options.kv_cache_type} is ignored without --flash-attention on)"

@@ -33,6 +33,7 @@ from router.engines.ollama.client import ShowReply, TagRow
 from router.engines.ollama.memory_estimate import LayerSplit, LoadParameters, batch_tokens, even_split, footprint
 from router.engines.ollama.model_metadata import read_facts
 from router.engines.ollama.plan import PlanOptions, plan_models
+from router.engines.ollama.server_version import CURRENT
 
 DOCUMENT = Path("docs/footprints.md")
 LOADS = Path("docs/measured/loads.json")
@@ -199,7 +200,10 @@ def _figures(sizes: Sequence[float]) -> str:
 def example() -> list[str]:
     """What `llamayard plan` prints for a 70B on two GPUs."""
     model, gpus = "llama3.3:70b", "2x3090"
-    source, options = find_source(model, Path("no-store")), PlanOptions(default_context_length=8192)
+    source, options = (
+        find_source(model, Path("no-store")),
+        PlanOptions(default_context_length=8192, version=CURRENT, is_version_assumed=True),
+    )
     present = planned_gpus(gpus)
     (plan,) = plan_models([source.facts], present, options)
     command = f"$ llamayard plan {model} --gpus {gpus} --context 8192 --parallel 1"

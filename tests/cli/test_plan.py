@@ -98,7 +98,7 @@ def test_a_model_of_the_catalogue_is_shown_part_by_part(home: dict[str, str], ca
     assert first.split()[:4] == ["0", "RTX", "3090", "19.60"]
     assert second.split()[:3] == ["1", "RTX", "3090"]
     assert verdict == "  fits on 2 of 2 GPUs: 0 + 1"
-    assert "at most there: 14,592 tokens with 1 slot, or 1 slot of 8,192 tokens" in text
+    assert "at most there: 15,104 tokens with 1 slot, or 1 slot of 8,192 tokens" in text
     assert re.search(
         r"estimates: 1\d\.\d tokens/s \(one stream\), load \d+ s from disk, \d+ s from the page cache", text
     )
@@ -188,9 +188,20 @@ def test_flags_reach_the_estimate(home: dict[str, str], capsys: Captured) -> Non
         sizes.append(model["gpus"][0]["kv_cache_bytes"])
         assert model["context_length"] == 32_768
         assert model["ollama_version_assumed"] is (extra != flags)
-        assert model["batch"] == (256 if extra == flags else 512)
+        assert model["batch"] == {0: 2048, 8: 256, 2: 512}[len(extra)]
         assert model["flash_attention"] is (extra != ["--flash-attention", "off"])
     assert sizes[0] == sizes[2] == pytest.approx(sizes[1] * 32 / 9, rel=0.01)
+
+
+def test_the_installed_version_is_planned_for(home: dict[str, str], capsys: Captured, tmp_path: Path) -> None:
+    program = tmp_path / "ollama"
+    program.write_text("#!/bin/sh\necho Warning: client version is 0.11.4\n", encoding="utf-8")
+    program.chmod(0o755)
+    config = tmp_path / "c.yaml"
+    config.write_text(f"ollama: {{binary: {program}}}\n", encoding="utf-8")
+    assert main(["llama3.1:8b", "--gpus", "3090", "--config", str(config), "--json"], home) == 0
+    (model,) = _document(capsys)["models"]
+    assert (model["ollama_version"], model["ollama_version_assumed"]) == ("0.11.4", False)
 
 
 def test_a_cache_type_that_takes_no_effect_is_said(home: dict[str, str], capsys: Captured) -> None:

@@ -50,6 +50,8 @@ class PlanOptions:
     kv_cache_type: str = "f16"
     flash_attention: bool | None = None
     version: str | None = None
+    is_version_assumed: bool = False
+    """Nobody named it, and no server is installed."""
     batch: int | None = None
     """None: the Modelfile's, else the server's choice."""
     policy: Policy = field(default_factory=Policy)
@@ -85,6 +87,7 @@ class ModelPlan:
     kv_cache_type: str
     """The type that the server uses."""
     is_known_architecture: bool
+    is_version_assumed: bool = False
     context_length_max: int = 0
     """Most tokens of one slot that fit on these GPUs next to the other models, with this number of slots; 0: none."""
     slots_max: int = 0
@@ -185,6 +188,7 @@ def _plan_on(facts: ModelFacts, gpus: Sequence[Gpu], options: PlanOptions) -> Mo
         flash_attention=uses_flash_attention(facts, options.flash_attention, version),
         kv_cache_type=effective_kv_cache_type(facts, options.kv_cache_type, options.flash_attention, version),
         is_known_architecture=is_known(facts),
+        is_version_assumed=options.is_version_assumed,
     )
 
 

@@ -11,6 +11,9 @@ ServerVersion = tuple[int, int, int]
 UNKNOWN_COUNTS_AS: ServerVersion = (0, 24, 0)
 """A server that has not told its version is taken for the last one of the older family."""
 
+CURRENT = "0.34.0"
+"""The version that a server is taken to have that is still to be installed: the newest that the tests run against."""
+
 LLAMA_SERVER_SINCE: ServerVersion = (0, 30, 0)
 """From here every model runs in a separate `llama-server`; before, some ran on Ollama's own engine."""
 
