@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     flags = dict(pair.split("=", 1) for pair in arguments[1:])
     settings = load_settings(None, dict(os.environ), flags)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(FastSelector(speed))) as runner:
-        runner.run(serve(settings, lambda: settings))
+        runner.run(serve(settings, lambda **_: settings))
     return 0
 
 

@@ -69,11 +69,13 @@ def _normal(key: AccessKey) -> AccessKey:
 class KeyStore:
     """Holds the current ring. Written by whatever watches the file, read by admission."""
 
-    __slots__ = ("ring",)
+    __slots__ = ("problem", "ring")
 
     def __init__(self, ring: KeyRing | None = None) -> None:
         self.ring = ring
         """None: keys are off."""
+        self.problem = ""
+        """Why the ring is not that of the file."""
 
 
 def presented(header: HeaderLookup) -> Iterator[str]:

@@ -11,6 +11,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
+from router.admission.key_ring import KeyStore
 from router.api import operator_commands
 from router.api.context import ApiContext
 from router.api.explain import explain
@@ -53,7 +54,9 @@ class AdminHandler:
         emulated: str,
         pulls: Callable[[], list[dict[str, object]]],
         reload: operator_commands.Reload,
+        keys: KeyStore,
     ) -> None:
+        self._keys = keys
         self._pulls = pulls
         self._reload = reload
         self._context = context
@@ -101,6 +104,7 @@ class AdminHandler:
         return {
             "version": __version__,
             "emulated": self._emulated,
+            "problems": [self._keys.problem] if self._keys.problem else [],
             "gpus": [_gpu(snapshot, gpu) for gpu in sorted(snapshot.gpus.values(), key=lambda g: g.index)],
             "instances": [_instance(snapshot, view) for view in snapshot.instances.values()],
             "models": [_model(snapshot, residency) for residency in snapshot.residencies.values()],

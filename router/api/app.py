@@ -16,6 +16,7 @@ from aiohttp import hdrs, web
 
 from router.admission.access import HeaderValues, begin_charge
 from router.admission.key_budgets import KeyBudgets
+from router.admission.key_ring import KeyStore
 from router.admission.pipeline import AdmissionPipeline, AdmissionRequest
 from router.api import operator_commands
 from router.api.admin import AdminHandler
@@ -48,6 +49,7 @@ class ApiHandlers:
         metrics: Metrics,
         history: RequestHistory,
         reload: operator_commands.Reload,
+        keys: KeyStore,
         emulated: str = "",
     ) -> None:
         """`emulated`: the title of an emulated rig, "" for real GPUs."""
@@ -59,7 +61,9 @@ class ApiHandlers:
             Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._management,
             Kind.REFUSED: passthrough if context.rules.cloud else _refuse_account_route,
-            Kind.ADMIN: AdminHandler(context, metrics, history, emulated, self._management.pulls.progress, reload),
+            Kind.ADMIN: AdminHandler(
+                context, metrics, history, emulated, self._management.pulls.progress, reload, keys
+            ),
         }
 
     async def close(self) -> None:

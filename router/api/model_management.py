@@ -39,6 +39,8 @@ _STORE_TIMEOUT_SECONDS = 60.0
 _UNLOAD_RETRY_SECONDS = 1.0
 _USES = {"/api/copy": "copy", "/api/delete": "delete", "/api/push": "push"}
 """Paths whose model must exist, and what they do with it."""
+_OTHER_NAMES = {"/api/copy": "destination", "/api/create": "from"}
+"""Paths whose body names a second model, and its member."""
 _UNREAD_BYTES_MAX = 262144
 """Up to this much of an unread request body is discarded, as Go does; with more the connection is closed."""
 
@@ -69,13 +71,14 @@ class ModelManagementHandler:
             self._refuse_attached(facts, _USES[path])
         else:
             record.is_unrouted = not record.model
-        await self._check_rules(path, body, record)
+        other = _text_member(body, _OTHER_NAMES[path]) if path in _OTHER_NAMES else ""
+        await self._check_rules(path, body, other, record)
         if path == "/api/push":
             return await forward(context, request, body, record)  # it only reads the store
-        changed_name = _text_member(body, "destination") if path == "/api/copy" and record.model else record.model
+        changed_name = other if path == "/api/copy" and record.model else record.model
         await context.ready_primary()  # without it nobody knows what there is
         if path == "/api/create":
-            await self._refuse_foreign_base(_text_member(body, "from"))
+            await self._refuse_foreign_base(other)
         before = await context.catalog.facts(changed_name) if changed_name else None
         if path == "/api/delete":
             return await self._delete(request, body, before, record)
@@ -89,18 +92,18 @@ class ModelManagementHandler:
             if before is not None and before.is_shared:
                 self._start(self._remove_old_weights(before, changed_name))
 
-    async def _check_rules(self, path: str, body: bytes, record: RequestRecord) -> None:
-        """
+    async def _check_rules(self, path: str, body: bytes, other: str, record: RequestRecord) -> None:
+        """`other`: the second model that the body names.
+
         Raises:
             Forbidden: the operator's rules, or those of the request's key, do not allow it.
             DiskFull: there is no room on the disk.
         """
-        rules, other = self._context.management, ""
-        if path == "/api/copy":
-            other = _text_member(body, "destination")
-        elif path == "/api/create":
-            other = _text_member(body, "from")
-            if record.key is not None and not record.key.sees_all_models and _has_files(body):
+        rules = self._context.management
+        if other:
+            refuse_model(record.key, other)
+        if path == "/api/create":
+            if _is_limited(record) and _has_files(body):
                 raise Forbidden("files, adapters: this access key is limited to models: create from one (`from`)")
             if _text_member(body, "remote_host") and not self._context.rules.cloud:
                 raise Forbidden("remote_host: a model that another server runs is a cloud model (ollama.cloud)")
@@ -113,8 +116,6 @@ class ModelManagementHandler:
             rules.check_disk(0)
         elif path == "/api/push":
             rules.refuse_push()
-        if other:
-            refuse_model(record.key, other)
 
     async def close(self) -> None:
         """Cancels background cleanups."""
@@ -131,7 +132,13 @@ class ModelManagementHandler:
     # --- blobs ---------------------------------------------------------------------------------------------
 
     async def _blob(self, request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:
-        """Streams uploads through unread: weights are far larger than any limit on a body held in memory."""
+        """Streams uploads through unread: weights are far larger than any limit on a body held in memory.
+
+        Raises:
+            Forbidden: the key is limited to models. It could tell by a digest what others have, and create from none.
+        """
+        if _is_limited(record):
+            raise Forbidden("blobs: this access key is limited to models: it creates from one (`from`), not from files")
         if request.method == hdrs.METH_HEAD:
             return await forward(self._context, request, b"", record)
         if await self._has_blob(request):
@@ -240,6 +247,11 @@ class ModelManagementHandler:
                 await client.delete(temporary_tag_for(before.blob))
         except (OllamaError, NoInstance, ShuttingDown) as error:
             self._log.warning("old_weights_stay", model=before.name, blob=before.blob, why=error.message)
+
+
+def _is_limited(record: RequestRecord) -> bool:
+    """Whether the request's key may use some models only."""
+    return record.key is not None and not record.key.sees_all_models
 
 
 def _has_files(body: bytes) -> bool:

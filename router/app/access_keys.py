@@ -99,8 +99,6 @@ class KeyWatcher:
         self._on_change = on_change
         self._stamp: Stamp | None = None
         self._keys: Keys = ()
-        self._problem = ""
-        """What was logged of the file."""
         self._log = structlog.get_logger("router.keys")
 
     def load(self) -> None:
@@ -124,10 +122,11 @@ class KeyWatcher:
         """Takes over what has changed: the file, or a key that has expired."""
         try:
             self._read()
-            self._problem = ""
+            self._store.problem = ""
         except KeyFileError as error:
-            if str(error) != self._problem:
-                self._problem = str(error)
+            problem = f"server.keys_file: {error}; the keys stay as they were"
+            if problem != self._store.problem:
+                self._store.problem = problem
                 self._log.error("keys_unreadable", error=str(error), consequence="the keys stay as they were")
         ring = self._store.ring
         if ring is not None and ring.next_expiry <= self._wall_clock():
@@ -149,4 +148,6 @@ class KeyWatcher:
         self._store.ring = ring = KeyRing(self._keys, self._wall_clock())
         self._budgets.forget_others(ring.names)
         self._log.info("keys", valid=len(ring), expired=len(self._keys) - len(ring))
+        if not len(ring):
+            self._log.warning("no_valid_key", consequence="requests are refused with 401; `llamayard keys create NAME`")
         self._on_change()

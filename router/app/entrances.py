@@ -50,6 +50,7 @@ class Entrances:
         access_log: AccessLog,
         via: Via,
         record_lag: Callable[[float], None],
+        keys: KeyStore,
     ) -> None:
         self._settings = settings
         self._via = via
@@ -58,7 +59,7 @@ class Entrances:
         self._access_log = access_log
         self._record_lag = record_lag
         self._admin_address = listen_address(settings.admin.listen)
-        self.keys = KeyStore()
+        self.keys = keys
         self.budgets = KeyBudgets(context.controller.now)
 
     def endpoint(self) -> tuple[ApiServer, web.Server, ProxyServer]:

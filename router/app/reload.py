@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -17,7 +17,7 @@ from router.app.preflight import PreflightResult, check_machine
 from router.app.startup_checks import startup_problems
 from router.config.instance_options import tuning_problems
 from router.config.keys import dotted_keys
-from router.config.settings import ConfigError, Settings
+from router.config.settings import BlankFile, ConfigError, Settings
 from router.config.values import json_value
 from router.errors import BadRequest
 
@@ -27,6 +27,12 @@ LIVE_OLLAMA = ("keep_alive", "load_timeout_seconds", "context_length_max")
 LIVE_SERVER = ("list_aliases",)
 _SECRET_KEYS = ("ollama.env", "ollama.instance_env", "instances")
 """Keys whose values may be secrets: only that they change is logged."""
+
+
+class ReadSettings(Protocol):
+    """Reads the configuration as the start would see it. Raises ConfigError; BlankFile where it may not be blank."""
+
+    def __call__(self, *, may_be_blank: bool) -> Settings: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class ReloadResult:
 
 
 class Reloader:
-    """Reloads one at a time. `read` returns the configuration as the start would see it, or raises ConfigError.
+    """Reloads one at a time. A file without keys is taken for one that is being written, if anything would change.
 
     `check`, in a thread, returns warnings or raises ConfigError. `apply` changes everything or raises ConfigError.
     """
@@ -68,7 +74,7 @@ class Reloader:
     def __init__(
         self,
         running: Settings,
-        read: Callable[[], Settings],
+        read: ReadSettings,
         check: Callable[[Settings], Sequence[str]],
         apply: Callable[[Settings], None],
     ) -> None:
@@ -116,11 +122,20 @@ class Reloader:
             self._log.exception("reload_crashed")
 
     def _prepare(self) -> tuple[ReloadResult, Settings]:
-        wanted = self._read()
+        wanted = self._wanted()
         warnings = tuple(self._check(wanted))
         effective = with_live_keys(self._running, wanted)
         changed = changes(self._running, effective)
         return ReloadResult(changed, changes(effective, wanted), warnings), effective
+
+    def _wanted(self) -> Settings:
+        try:
+            return self._read(may_be_blank=False)
+        except BlankFile:
+            wanted = self._read(may_be_blank=True)
+            if changes(self._running, wanted):
+                raise
+            return wanted
 
 
 def check_reload(settings: Settings, environment: Mapping[str, str]) -> tuple[str, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
 
 import structlog
 
 from router.app.fleet_checks import check_fleet
 from router.app.hardware import Hardware, detect_hardware, instance_plan
 from router.app.listening import listen, listen_for_admin
+from router.app.reload import ReadSettings
 from router.app.resource_limits import apply_limits
 from router.app.startup_checks import tls_context
 from router.app.wiring import build
@@ -23,7 +23,7 @@ from router.proxy.memory_trim import keep_freed_memory
 from router.supervisor import orphan_reaper
 
 
-async def serve(settings: Settings, read_settings: Callable[[], Settings]) -> None:
+async def serve(settings: Settings, read_settings: ReadSettings) -> None:
     """Runs the router until a signal stops it. `read_settings` reads the configuration again, for a reload.
 
     Raises:

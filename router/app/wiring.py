@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp import hdrs
 
+from router.admission.key_ring import KeyStore
 from router.api.app import ApiHandlers
 from router.api.context import ApiContext
 from router.api.management_rules import ManagementRules
@@ -23,7 +24,7 @@ from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
 from router.app.records import Records
-from router.app.reload import Reloader, check_reload
+from router.app.reload import ReadSettings, Reloader, check_reload
 from router.app.service_manager import ServiceManager
 from router.config.policy import policy_of, warm_models
 from router.config.settings import ConfigError, Settings
@@ -63,7 +64,7 @@ from router.supervisor.supervisor import Supervisor
 @contextlib.asynccontextmanager
 async def build(
     settings: Settings, hardware: Hardware, reading: GpusRead, tls: ssl.SSLContext | None,
-    read_settings: Callable[[], Settings], environment: Mapping[str, str],
+    read_settings: ReadSettings, environment: Mapping[str, str],
 ) -> AsyncGenerator[Router]:  # fmt: skip
     """Builds and connects all components; leaving the context releases what they hold. `reading`: the GPUs just now.
     `read_settings` reads the configuration again, as at the start; `environment`: of this process.
@@ -77,7 +78,7 @@ async def build(
         poller, gpus = GpuPoller(OwnedProcessReader(hardware.reader)), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
         policy = policy_of(settings, gpus, on_demand_like(plan))
-        history = RequestHistory()
+        history, keys, lag = RequestHistory(), KeyStore(), records.metrics.loop_lag.observe
 
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
@@ -113,13 +114,13 @@ async def build(
             )  # fmt: skip
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
-            handlers = ApiHandlers(context, records.metrics, history, reloader.answer, hardware.title)
+            handlers = ApiHandlers(context, records.metrics, history, reloader.answer, keys, hardware.title)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
-                entrances = Entrances(settings, context, handlers, access_log, via, records.metrics.loop_lag.observe)
+                entrances = Entrances(settings, context, handlers, access_log, via, lag, keys)
                 api_server, library, proxy = entrances.endpoint()
                 watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(

@@ -28,11 +28,11 @@ class ConfigurationInputs:
     flags: Mapping[str, object]
     """By dotted key."""
 
-    def settings(self) -> Settings:
-        """Raises ConfigError."""
+    def settings(self, *, may_be_blank: bool = True) -> Settings:
+        """Raises ConfigError; BlankFile for a file without keys, which may not be so."""
         from router.config.settings import load_settings
 
-        return load_settings(self.path, self.environment, self.flags)
+        return load_settings(self.path, self.environment, self.flags, may_be_blank=may_be_blank)
 
     def endpoint(self) -> Endpoint:
         """How to reach the running router. Raises ConfigError."""

@@ -170,6 +170,12 @@ def _revoke(arguments: argparse.Namespace, settings: Settings) -> None:
 
     change_keys(settings, change)
     print(f"llamayard: key '{arguments.name}' is revoked", file=sys.stderr)
+    if not read_keys(settings):
+        print(
+            "llamayard: no key is left: requests are refused until you create one; to turn keys off, remove "
+            f"{keys_path(settings)} and restart the router",
+            file=sys.stderr,
+        )
 
 
 def _rotate(arguments: argparse.Namespace, settings: Settings) -> None:

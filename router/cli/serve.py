@@ -22,8 +22,8 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str] | None, au
     try:
         inputs = inputs_of(arguments, environment)
 
-        def read_settings() -> Settings:
-            settings = inputs.settings()
+        def read_settings(*, may_be_blank: bool = True) -> Settings:
+            settings = inputs.settings(may_be_blank=may_be_blank)
             return with_rig_if_needed(settings, inputs.environment, auto_rig) if arguments.auto else settings
 
         settings = read_settings()

@@ -39,6 +39,7 @@ def render_status(status: Mapping[str, Any]) -> str:
     missing = _rows(status, "warm_missing")
     parts = [
         *([str(status["emulated"])] if status.get("emulated") else []),
+        *_problems(status.get("problems")),
         render_table("GPUS", _GPUS, _rows(status, "gpus"), _gpu_note),
         *_restart(status.get("restart")),
         render_table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _unless_ready),
@@ -127,6 +128,12 @@ def _gpu_note(row: Row) -> str:
     notes += [words for key, words in (("hot", "hot: others are preferred"), ("on_probation", "on probation"))
               if row.get(key)]  # fmt: skip
     return "; ".join(notes)
+
+
+def _problems(problems: object) -> list[str]:
+    if not isinstance(problems, list) or not problems:
+        return []
+    return ["\n".join(("PROBLEMS", *(line for each in cast("list[object]", problems) for line in _wrapped(str(each)))))]
 
 
 def _restart(restart: object) -> list[str]:

@@ -32,6 +32,10 @@ class ConfigError(Exception):
         self.problems = problems
 
 
+class BlankFile(ConfigError):
+    """The file of the configuration holds no keys, not even `{}`."""
+
+
 def find_config(given: Path | None, directory: Path) -> Path | None:
     """The given file, else `llamayard.yaml` in the directory, else `/etc/llamayard/config.yaml`, else None."""
     default_paths = (directory / "llamayard.yaml", Path("/etc/llamayard/config.yaml"))
@@ -70,10 +74,11 @@ class YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def read_yaml(path: Path) -> Tree:
-    """The mapping in a YAML file; empty for an empty file.
+def read_yaml(path: Path, *, may_be_blank: bool = True) -> Tree:
+    """The mapping in a YAML file; empty for an empty file, or one with comments only.
 
     Raises:
+        BlankFile: it is such a file, and may not be.
         ConfigError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
@@ -86,8 +91,12 @@ def read_yaml(path: Path) -> Tree:
         raise ConfigError([f"{path}: is not valid YAML: {yaml_problem(error)}"]) from error
     except RecursionError as error:
         raise ConfigError([f"{path}: is nested too deeply"]) from error
-    if loaded is None:
+    if loaded is None and may_be_blank:
         return {}
+    if loaded is None:
+        raise BlankFile(
+            [f"{path}: is empty, or has comments only; write {{}} into it to mean the default of every key"]
+        )
     if not isinstance(loaded, dict):
         raise ConfigError([f"{path}: must be a mapping of keys such as `server:`, not a {type(loaded).__name__}"])
     return {str(key): value for key, value in cast("dict[object, object]", loaded).items()}

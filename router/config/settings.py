@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from router.config.inputs import (
     ENVIRONMENT_PREFIX,
+    BlankFile,
     ConfigError,
     absolute,
     expanded,
@@ -46,6 +47,7 @@ from router.domain.model_names import ANY_MODEL, canonical, rule_key
 __all__ = [
     "ENVIRONMENT_PREFIX",
     "RESERVED_VARIABLES",
+    "BlankFile",
     "ConfigError",
     "InstanceSettings",
     "Settings",
@@ -180,7 +182,11 @@ def _check_spellings(key: str, entries: Mapping[str, object]) -> None:
 
 
 def load_settings(
-    config: Path | None, environment: Mapping[str, str], overrides: Mapping[str, object] | None = None
+    config: Path | None,
+    environment: Mapping[str, str],
+    overrides: Mapping[str, object] | None = None,
+    *,
+    may_be_blank: bool = True,
 ) -> Settings:
     """Reads and checks the whole configuration.
 
@@ -188,8 +194,9 @@ def load_settings(
 
     Raises:
         ConfigError: one sentence for each problem: the key, its value, where it was set and what would be right.
+        BlankFile: the file has no keys, and may not be so.
     """
-    read_sources = _sources(config, environment, overrides)
+    read_sources = _sources(config, environment, overrides, may_be_blank=may_be_blank)
 
     class LoadedSettings(Settings):
         sources = read_sources
@@ -215,9 +222,15 @@ def key_origins(
 _Sources = tuple[FlagSource | EnvironmentSource | FileSource, ...]
 
 
-def _sources(config: Path | None, environment: Mapping[str, str], overrides: Mapping[str, object] | None) -> _Sources:
+def _sources(
+    config: Path | None,
+    environment: Mapping[str, str],
+    overrides: Mapping[str, object] | None,
+    *,
+    may_be_blank: bool = True,
+) -> _Sources:
     """Highest priority first."""
-    file = () if config is None else (FileSource(Settings, config),)
+    file = () if config is None else (FileSource(Settings, config, may_be_blank=may_be_blank),)
     return (FlagSource(Settings, overrides or {}), EnvironmentSource(Settings, environment), *file)
 
 

@@ -33,10 +33,11 @@ class FileSource(InitSettingsSource):
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or is not a mapping.
+        BlankFile: it has no keys, and may not be so.
     """
 
-    def __init__(self, settings_cls: type[BaseSettings], path: Path) -> None:
-        tree = read_yaml(path)
+    def __init__(self, settings_cls: type[BaseSettings], path: Path, *, may_be_blank: bool = True) -> None:
+        tree = read_yaml(path, may_be_blank=may_be_blank)
         self.origins = {key: str(path) for key in _paths(tree)}
         super().__init__(settings_cls, init_kwargs=tree)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Callable, Generator
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,7 @@ from router.domain.access_key import AccessKey
 KEYS_MAX = 10_000
 _MODE = 0o600
 _OTHERS = 0o077
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class KeyFileError(Exception):
@@ -74,7 +77,7 @@ class KeyFile:
             raise KeyFileError(f"{self.path}: others may read or write it: run `chmod 600 {self.path}`")
         try:
             keys = tuple(msgspec.json.decode(raw, type=_Document).keys)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise KeyFileError(f"{self.path}: not a file of `llamayard keys`: {error}") from error
         _check(self.path, keys)
         return keys
@@ -127,9 +130,15 @@ class KeyFile:
 
 
 def _check(path: Path, keys: tuple[AccessKey, ...]) -> None:
-    """Raises KeyFileError: two keys have one name or one digest, or there are too many."""
+    """Raises KeyFileError: a key's digest or limit is none, two have one name or digest, or there are too many."""
     if len(keys) > KEYS_MAX:
         raise KeyFileError(f"{path}: more than {KEYS_MAX} keys")
+    for key in keys:
+        if _DIGEST.fullmatch(key.sha256) is None:
+            raise KeyFileError(f"{path}: key {key.name!r}: sha256 is no digest of 64 hexadecimal digits in lower case")
+        for field, limit in asdict(key.limits).items():
+            if limit is not None and limit < 1:
+                raise KeyFileError(f"{path}: key {key.name!r}: {field} is {limit}: must be at least 1, or null")
     for field in ("name", "sha256"):
         values = [getattr(key, field) for key in keys]
         if len(set(values)) < len(values):

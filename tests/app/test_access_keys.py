@@ -16,6 +16,7 @@ from router.domain.access_key import AccessKey
 from router.storage.key_file import KeyFile
 
 SECRET = new_key()
+_BROKEN = {"broken": b"{", "null": b"null", "no text": b'{"keys": [{"name": "\xff"}]}'}
 KEY = AccessKey("laptop", digest_of(SECRET), "anna", 0.0)
 
 
@@ -52,7 +53,7 @@ def test_keys_are_off_without_a_file_and_on_with_one(tmp_path: Path) -> None:
     assert (watched.names(), watched.changes) == (set(), 2)
 
 
-@pytest.mark.parametrize("damage", ["removed", "broken", "readable by others"])
+@pytest.mark.parametrize("damage", ["removed", "broken", "null", "no text", "readable by others"])
 def test_a_file_that_cannot_be_used_any_more_changes_nothing(tmp_path: Path, damage: str) -> None:
     watched = _Watched(tmp_path)
     watched.file.change(lambda _: (KEY,))
@@ -60,18 +61,19 @@ def test_a_file_that_cannot_be_used_any_more_changes_nothing(tmp_path: Path, dam
     path = watched.file.path
     if damage == "removed":
         path.unlink()
-    elif damage == "broken":
-        path.write_text("{", encoding="utf-8")
+    elif damage in _BROKEN:
+        path.write_bytes(_BROKEN[damage])
     else:
         watched.file.change(lambda _: ())
         path.chmod(0o644)
     watched.watcher.check()
     watched.watcher.check()
     assert (watched.names(), watched.changes) == ({"laptop"}, 1)
+    assert watched.store.problem.startswith(f"server.keys_file: {path}")
     path.unlink(missing_ok=True)
     watched.file.change(lambda _: (replace(KEY, name="other"),))
     watched.watcher.check()
-    assert watched.names() == {"other"}
+    assert (watched.names(), watched.store.problem) == ({"other"}, "")
 
 
 def test_a_key_ends_when_it_expires_though_the_file_stays(tmp_path: Path) -> None:

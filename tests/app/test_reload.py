@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from router.app.reload import Reloader, changes, with_live_keys
-from router.config.settings import ConfigError, Settings, load_settings
+from router.config.settings import BlankFile, ConfigError, Settings, load_settings
 from router.errors import BadRequest
 
 HOME = {"HOME": "/nonexistent"}
@@ -22,15 +22,18 @@ class _Stage:
     """A reloader whose parts the test decides."""
 
     def __init__(self, *wanted: Settings, refuses: str = "", warns: Sequence[str] = ()) -> None:
+        self.is_blank = False
         self.wanted = list(wanted)
         self.refuses = refuses
         self.warns = warns
         self.applied: list[Settings] = []
         self.reloader = Reloader(_settings(), self._read, self._check, self._apply)
 
-    def _read(self) -> Settings:
+    def _read(self, *, may_be_blank: bool) -> Settings:
         if not self.wanted:
             raise ConfigError(["queue.limit: no number"])
+        if self.is_blank and not may_be_blank:
+            raise BlankFile(["llamayard.yaml: is empty"])
         return self.wanted.pop(0)
 
     def _check(self, settings: Settings) -> Sequence[str]:
@@ -69,6 +72,20 @@ async def test_a_configuration_that_cannot_be_used_changes_nothing(stage: _Stage
     with pytest.raises(BadRequest, match=r"nothing was changed: (queue.limit: no number|models: no such GPU)"):
         await stage.reloader.answer()
     assert stage.applied == []
+
+
+async def test_a_blank_file_is_taken_for_one_being_written_if_it_would_change_anything() -> None:
+    stage = _Stage(_settings(), _settings(queue__limit="7"), _settings(), _settings())
+    stage.is_blank = True
+    assert (await stage.reloader.answer())["changed"] == []
+    stage.is_blank = False
+    await stage.reloader.reload()
+    stage.is_blank = True
+    with pytest.raises(BadRequest, match=r"nothing was changed: llamayard\.yaml: is empty"):
+        await stage.reloader.answer()
+    assert stage.applied[-1].queue.limit == 7
+    stage.is_blank = False
+    assert [row["key"] for row in (await stage.reloader.answer())["changed"]] == ["queue.limit"]
 
 
 async def test_warnings_are_passed_on() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import signal
 import subprocess
@@ -50,7 +52,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Generator[_Keyed]:
     socket = f"unix:{folder}/admin.sock"
     config = {
         "log": {"format": "json"}, "poll": {"catalog_seconds": 0.2}, "server": {"host": "0.0.0.0"},
-        "admin": {"listen": socket},
+        "admin": {"listen": socket}, "management": {"pull": ["registry.ollama.ai/*"], "disk_free_min_bytes": 0},
     }  # fmt: skip
     product = prepare(folder, config, _FAST, ("--rig", "2x3090"))
     keys = {
@@ -106,6 +108,27 @@ async def test_a_key_cannot_take_a_model_by_the_digest_of_its_weights(keyed: _Ke
     assert (reply.status, "files, adapters" in reply.json()["error"]) == (403, True)
 
 
+async def test_a_key_limited_to_models_cannot_tell_which_blobs_there_are(keyed: _Keyed) -> None:
+    weights = b"weights of somebody else"
+    digests = [f"sha256:{hashlib.sha256(data).hexdigest()}" for data in (weights, b"nobody has these")]
+    assert (await keyed.ask("all", "POST", f"/api/blobs/{digests[0]}", weights)).status == 201
+    assert [(await keyed.ask("all", "HEAD", f"/api/blobs/{each}")).status for each in digests] == [200, 404]
+    for method in ("HEAD", "POST"):
+        replies = [await keyed.ask("maker", method, f"/api/blobs/{each}") for each in digests]
+        assert [(reply.status, reply.body) for reply in replies] == [(403, replies[0].body)] * 2
+    assert b"limited to models" in replies[0].body
+    assert (await keyed.ask("some", "HEAD", f"/api/blobs/{digests[0]}")).status == 403
+
+
+async def test_a_base_that_a_key_may_not_use_is_refused_whether_it_exists_or_not(keyed: _Keyed) -> None:
+    refusals = set[tuple[int, str]]()
+    for base in ("llama3.1:8b", "elsewhere.example/none/none:1"):
+        body = {"model": "small-c", "from": base, "stream": False}
+        reply = await keyed.ask("maker", "POST", "/api/create", body)
+        refusals.add((reply.status, reply.json()["error"].replace(base, "BASE")))
+    assert [status for status, _ in refusals] == [403]
+
+
 async def test_limits_hold_over_both_ways_in(keyed: _Keyed) -> None:
     assert (await keyed.ask("limited", "GET", "/api/version")).status == 200
     refused = [await keyed.ask("limited", "POST", "/v1/chat/completions", _chat("small-a"))]
@@ -137,6 +160,45 @@ async def test_changes_of_the_keys_apply_without_a_restart(keyed: _Keyed) -> Non
     await eventually(lambda: status_is(200), what="the new key")
     assert _llamayard(keyed.product, "keys", "revoke", "late").returncode == 0
     await eventually(lambda: status_is(401), what="the end of the revoked key")
+
+
+def test_a_broken_file_of_keys_changes_nothing_and_is_shown(tmp_path: Path) -> None:
+    product = prepare(tmp_path, {}, _FAST, ("--rig", "h100"))
+    secret = _create(product, "first", "--class", "inference", "--class", "admin")
+    (file,) = (tmp_path / "state").rglob("keys.json")
+    headers = (("Authorization", f"Bearer {secret}"),)
+
+    async def problems() -> list[str]:
+        return (await call(product.address, "GET", "/llamayard/status", None, headers)).json()["problems"]
+
+    async def breaks(content: bytes) -> None:
+        file.write_bytes(content)
+
+        async def is_shown() -> bool:
+            return "the keys stay as they were" in "".join(await problems())
+
+        await eventually(is_shown, what="the problem")
+        assert (await call(product.address, "GET", "/api/tags", None, headers)).status == 200
+        assert (await call(product.address, "GET", "/api/tags")).status == 401
+
+    async def play() -> None:
+        kept = file.read_bytes()
+        for content in (b"null", b"", b'{"keys": [{"name": "\xff"}]}'):
+            await breaks(content)
+        assert "PROBLEMS" in _llamayard(product, "status", LLAMAYARD_API_KEY=secret).stdout
+        file.write_bytes(kept)
+
+        async def is_gone() -> bool:
+            return not await problems()
+
+        await eventually(is_gone, what="the end of the problem")
+
+    with running(product):
+        asyncio.run(play())
+    file.write_bytes(b"null")
+    product.start(ready=False)
+    assert product.wait() == 2
+    assert f"server.keys_file: {file}: not a file of `llamayard keys`" in product.log_text()
 
 
 def test_an_open_port_without_keys_is_refused_at_start(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ async def test_a_wrong_configuration_changes_nothing_and_is_explained(tmp_path: 
         product.config.write_text("queue: {limti: 3}\n", encoding="utf-8")
         status, answer = product.call("POST", "/llamayard/reload")
         assert (status, "did you mean `queue.limit`?" in answer["error"]) == (400, True), answer
+        for blank in ("", "# models: {}\n\n"):
+            product.config.write_text(blank, encoding="utf-8")
+            status, answer = product.call("POST", "/llamayard/reload")
+            assert (status, "is empty, or has comments only; write {}" in answer["error"]) == (400, True), answer
+        product.config.write_text("{}\n", encoding="utf-8")
+        assert product.call("POST", "/llamayard/reload")[0] == 200
 
 
 async def test_under_a_service_manager_a_hangup_reloads_and_a_stop_is_reported(tmp_path: Path) -> None:

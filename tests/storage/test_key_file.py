@@ -60,22 +60,31 @@ def test_a_file_that_others_may_read_is_refused_with_the_fix(tmp_path: Path, mod
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"keys": 1}', '{"keys": [{"name": "x"}]}', '{"keys": [], "more": 1}', '{"keys": [null]}']
-)
+    "text",
+    [
+        "", "{", "[]", "null", "{}",
+        '{"keys": null}', '{"keys": 1}', '{"keys": [{"name": "x"}]}', '{"keys": [], "more": 1}',
+        '{"keys": [null]}', '{"keys": [{"name": "\xff"}]}', '{"keys": ' + "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_anything_else_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
     file = KeyFile(tmp_path / "keys.json")
-    file.path.write_text(text, encoding="utf-8")
+    file.path.write_bytes(text.encode("latin-1"))
     file.path.chmod(0o600)
     with pytest.raises(KeyFileError, match=r"keys\.json: not a file of `llamayard keys`"):
         file.read()
 
 
-def test_two_keys_of_one_name_or_digest_and_too_many_are_refused(tmp_path: Path) -> None:
+def test_keys_that_cannot_be_told_apart_or_used_and_too_many_are_refused(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     with pytest.raises(KeyFileError, match="two keys have the name 'laptop'"):
         file.change(lambda _: (KEY, replace(KEY, sha256="cd" * 32)))
     with pytest.raises(KeyFileError, match="two keys have the sha256"):
         file.change(lambda _: (KEY, replace(KEY, name="other")))
+    with pytest.raises(KeyFileError, match="key 'laptop': sha256 is no digest"):
+        file.change(lambda _: (replace(KEY, sha256="AB" * 32),))
+    with pytest.raises(KeyFileError, match="key 'laptop': tokens_per_day is 0: must be at least 1"):
+        file.change(lambda _: (replace(KEY, limits=KeyLimits(tokens_per_day=0)),))
     many = tuple(replace(KEY, name=f"k{number}", sha256=f"{number:064x}") for number in range(KEYS_MAX + 1))
     with pytest.raises(KeyFileError, match=f"more than {KEYS_MAX} keys"):
         file.change(lambda _: many)

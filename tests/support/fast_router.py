@@ -20,8 +20,9 @@ def main(arguments: list[str]) -> None:
     speed, _, _, config, *rig = arguments
     time.monotonic = scaled(time.monotonic, float(speed))
 
-    def read_settings() -> Settings:
-        return load_settings(Path(config), dict(os.environ), {"rig": rig[1]} if rig else {})
+    def read_settings(*, may_be_blank: bool = True) -> Settings:
+        flags = {"rig": rig[1]} if rig else {}
+        return load_settings(Path(config), dict(os.environ), flags, may_be_blank=may_be_blank)
 
     selector = FastSelector(float(speed))
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
