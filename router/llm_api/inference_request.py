@@ -45,6 +45,7 @@ from router.engines.ollama.runner_options import (
     requested_context,
     runner_options,
     sets_context,
+    stored_number,
     written_context,
 )
 from router.errors import BadRequest, Forbidden, ModelNotFound, RouterError
@@ -234,7 +235,7 @@ class InferenceRequest(msgspec.Struct):
         self.plan = RoutingPlan(
             facts=facts,
             options=options,
-            context_length=requested_context(options) or 0,
+            context_length=max(0, requested_context(options) or 0),
             keep_alive_seconds=keep_alive_seconds,
             is_flexible=protected and is_ollama and not self._is_truncated(facts),
             default_context_length=written_context(facts, (), rules.default_context_length),
@@ -250,7 +251,7 @@ class InferenceRequest(msgspec.Struct):
         if not isinstance(written, int | float) or isinstance(written, bool):
             return
         context = written_context(facts, options, self.rules.default_context_length)
-        if int(written) != context:
+        if stored_number(written) != context:
             self.body = set_nested(self.body, "options", "num_ctx", str(context).encode())
 
     def _context_limits(self, facts: ModelFacts, options: RunnerOptions, protected: bool) -> tuple[int, int]:
@@ -286,9 +287,10 @@ class InferenceRequest(msgspec.Struct):
         A replica with a larger context would then give another answer; without truncation (`truncate: false`) the
         server refuses such a text, which another replica would not.
         """
-        context = self.parsed.options.get("num_ctx")
-        if self.path not in _TRUNCATING or not isinstance(context, int | float):
+        written = self.parsed.options.get("num_ctx")
+        if self.path not in _TRUNCATING or not isinstance(written, int | float):
             return False
+        context = stored_number(written)
         if 0 < facts.context_length <= context or self.parsed.prompt_bytes + _SPECIAL_TOKENS <= context:
             return False
         return longest_text(self.body, "input" if self.path == "/api/embed" else "prompt") + _SPECIAL_TOKENS > context

@@ -192,6 +192,21 @@ async def test_a_text_to_embed_is_cut_to_the_context_that_its_request_names(
     assert whole.json()["prompt_eval_count"] > routed.json().get("prompt_eval_count", 0)
 
 
+@pytest.mark.parametrize("number", ["-1", "0", "1", "1.5", "3", "4", "1e300", "9223372036854775807", '"4"', "null"])
+@pytest.mark.parametrize("text", ["a b", "more tokens than the least context holds"])
+async def test_contexts_that_hold_no_text_are_answered_as_by_a_server(product: Product, number: str, text: str) -> None:
+    requests = [("/api/embed", "input", more) for more in ("", ', "truncate": false')]
+    for path, key, more in (*requests, ("/api/embeddings", "prompt", "")):
+        body = f'{{"model": "embed", "{key}": "{text}", "options": {{"num_ctx": {number}}}{more}}}'.encode()
+        routed = await call(product.address, "POST", path, body)
+        direct = await call(Address("127.0.0.1", next(iter(product.servers()))), "POST", path, body)
+        fields = ("error", "prompt_eval_count", "embeddings", "embedding")
+        documents = [reply.json() if reply.body else {} for reply in (routed, direct)]  # 0.11.4 crashes without words
+        assert routed.status == direct.status, (path, more)
+        found, expected = ([document.get(name) for name in fields] for document in documents)
+        assert found == expected, (path, more)
+
+
 async def test_the_client_identity_is_logged_without_the_key(configured: Product) -> None:
     headers = (("Authorization", "Bearer sk-very-secret"), ("X-OpenWebUI-User-Id", "anna"), ("X-Request-ID", "my-id"))
     reply = await _generate(configured, "tiny", headers)

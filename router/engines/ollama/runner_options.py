@@ -30,6 +30,7 @@ PLACEMENT_OPTIONS = ("num_gpu", "main_gpu")
 RUNNER_OPTION_NAMES = frozenset((*RUNNER_OPTIONS, *PLACEMENT_OPTIONS))
 """Options whose change makes a server reload the model. Matched exactly, because `options` is a map in Go."""
 
+_INT_LIMIT = 1 << 63
 _CONTEXT_MIN = 4
 """What a server takes for a smaller `num_ctx`."""
 
@@ -115,7 +116,12 @@ def runner_options(facts: ModelFacts, requested: Mapping[str, object], default_c
 
 
 def _one_spelling(facts: ModelFacts, context_length: int, default_context_length: int) -> int:
-    """The number that stands for all with the same effect: the default, else the Modelfile's, else the cut one."""
+    """The number that stands for all with the same effect: the default, else the Modelfile's, else the cut one.
+
+    A number below the least stands for itself: the runner has the least, yet texts to embed are cut to the number.
+    """
+    if context_length < _CONTEXT_MIN:
+        return context_length
     cut = cut_context(facts, context_length)
     named = _modelfile_context(facts)
     for number in (default_context_length, default_context_length if named is None else named):
@@ -195,7 +201,16 @@ def _typed(name: str, given: object) -> int | bool | None:
     """The value as the server stores it (fractions are truncated); None if its type is wrong."""
     if name in _BOOLEANS or isinstance(given, bool):
         return given if name in _BOOLEANS and isinstance(given, bool) else None
-    return int(given) if isinstance(given, int | float) else None
+    return stored_number(given) if isinstance(given, int | float) else None
+
+
+def stored_number(given: float) -> int:
+    """A number of a request's options as a server stores it: Go's `int(float64)` on x86-64.
+
+    What is after the point is cut off; what no 64 bits hold becomes the least number of all.
+    """
+    number = float(max(-_INT_LIMIT, min(given, _INT_LIMIT)))
+    return int(number) if number < _INT_LIMIT else -_INT_LIMIT
 
 
 def _parsed(text: str) -> int | bool | None:

@@ -17,6 +17,7 @@ from router.engines.ollama.runner_options import (
     runner_options,
     sets_num_gpu,
     slots_of,
+    stored_number,
     with_context,
     written_context,
 )
@@ -73,7 +74,9 @@ def test_values_of_a_wrong_type_are_ignored(asked: dict[str, object]) -> None:
         (2048, 8192, None, 2048, (), 8192),
         (2048, 8192, None, 32_768, (), 8192),
         (2048, 8192, None, 1024, (("num_ctx", 1024),), 1024),
-        (2048, 8192, None, 1, (("num_ctx", 4),), 4),
+        (2048, 8192, None, 1, (("num_ctx", 1),), 1),
+        (2048, 8192, None, -1.5, (("num_ctx", -1),), -1),
+        (2048, 8192, None, 1e300, (("num_ctx", -(2**63)),), -(2**63)),
         (2048, 1024, None, 4096, (("num_ctx", 2048),), 2048),
         (2048, 1024, None, 2048, (("num_ctx", 2048),), 2048),
         (2048, 8192, 4096, None, (), 4096),
@@ -87,7 +90,7 @@ def test_values_of_a_wrong_type_are_ignored(asked: dict[str, object]) -> None:
     ],
 )
 def test_contexts_of_the_same_effect_are_one_spelling(
-    trained: int, default: int, in_modelfile: int | None, asked: int | None, options: RunnerOptions, written: int
+    trained: int, default: int, in_modelfile: int | None, asked: float | None, options: RunnerOptions, written: int
 ) -> None:
     """`written`: what the load says, or the server takes where it says nothing."""
     parameters = () if in_modelfile is None else (("num_ctx", str(in_modelfile)),)
@@ -96,6 +99,15 @@ def test_contexts_of_the_same_effect_are_one_spelling(
     assert written_context(facts, options, default) == written
     loaded = dict(explicit_options(facts, options, default)).get("num_ctx", in_modelfile or default)
     assert loaded == written
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [(1.9, 1), (-1.9, -1), (0.5, 0), (4096, 4096), (2**62, 2**62), (2**63 - 1, -(2**63)), (10**400, -(2**63)),
+     (-(10**400), -(2**63)), (-1e300, -(2**63))],
+)  # fmt: skip
+def test_numbers_are_stored_as_go_converts_them(given: float, stored: int) -> None:
+    assert stored_number(given) == stored
 
 
 def test_the_trained_context_is_no_spelling_of_its_own_where_the_default_is_more() -> None:
