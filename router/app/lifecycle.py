@@ -1,8 +1,8 @@
 """The running router: start, stop and signals.
 
 SIGTERM, Ctrl-C or a closed terminal drains: new requests are refused, running ones may end until
-`server.drain_timeout_seconds`, then the servers are stopped. A second signal stops at once. Under a service manager,
-which has no terminal, SIGHUP reloads the configuration instead.
+`server.drain_timeout_seconds`, then the servers are stopped. A second signal ends what runs at once. Under a service
+manager, which has no terminal, SIGHUP reloads the configuration instead.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ class Router:
         self.proxy.drain()
         if not await _finishes_first(self.api_server.drained(), at_once, self.drain_timeout_seconds):
             log.warning("requests_cut")
-            self.cutoff.error = _cut_off(self.drain_timeout_seconds)
-            if not at_once.is_set():
-                self.proxy.cut(self.cutoff.error)
+            # Before their servers are stopped: otherwise clients would be told that the instance died.
+            self.cutoff.error = _cut_off(None if at_once.is_set() else self.drain_timeout_seconds)
+            self.proxy.cut(self.cutoff.error)
         if at_once.is_set():
-            await self._kill()
+            self.supervisor.kill_all()
         async with asyncio.TaskGroup() as group:
             stop = group.create_task(self.supervisor.stop_all())
             kill = group.create_task(self._kill_when(at_once))
@@ -147,11 +147,6 @@ class Router:
 
     async def _kill_when(self, at_once: asyncio.Event) -> None:
         await at_once.wait()
-        await self._kill()
-
-    async def _kill(self) -> None:
-        """Cuts clients off before their servers are killed: otherwise they would be told that the instance died."""
-        await self.proxy.close()
         self.supervisor.kill_all()
 
 
@@ -160,9 +155,12 @@ def endpoint_url(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _cut_off(drain_timeout_seconds: float) -> ShuttingDown:
-    limit = f"server.drain_timeout_seconds ({drain_timeout_seconds:g} s)"
-    words = f"the router is shutting down, and this request had not ended within {limit}; the answer is incomplete"
+def _cut_off(drain_timeout_seconds: float | None) -> ShuttingDown:
+    """`drain_timeout_seconds`: None where a second signal came before that."""
+    cause = "a second signal stopped it at once"
+    if drain_timeout_seconds is not None:
+        cause = f"this request had not ended within server.drain_timeout_seconds ({drain_timeout_seconds:g} s)"
+    words = f"the router is shutting down, and {cause}; the answer is incomplete"
     return ShuttingDown(words, retry_after_seconds=SHUTDOWN_RETRY_AFTER_SECONDS)
 
 

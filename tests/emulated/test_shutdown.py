@@ -14,16 +14,20 @@ import pytest
 from tests.support.product import Product, prepare, running
 from tests.support.rawhttp import Connection, call, connect, request_bytes
 from tests.support.sparse_model import LLAMA_8B, put_into_store
-from tests.support.waiting import eventually_sync
+from tests.support.waiting import eventually, eventually_sync
 
 pytestmark = pytest.mark.rig
 
 _LONG = {"model": "endless", "max_tokens": 5000, "stream": True, "messages": [{"role": "user", "content": "x"}]}
+_AT_ONCE = "a second signal stopped it at once"
 _LIMIT = "server.drain_timeout_seconds (1 s)"
 
 
-def _product(folder: Path) -> Product:
-    config = {"server": {"drain_timeout_seconds": 1.0}, "ollama": {"num_parallel": 4}}
+def _product(folder: Path, drain_timeout_seconds: float = 1.0) -> Product:
+    config = {
+        "server": {"drain_timeout_seconds": drain_timeout_seconds}, "ollama": {"num_parallel": 4},
+        "log": {"format": "json"},
+    }  # fmt: skip
     return prepare(folder, config, {"LLAMAYARD_RIG_SPEED": "2"}, ("--rig", "3090"))
 
 
@@ -65,6 +69,49 @@ async def test_a_stream_that_outlasts_the_drain_says_why_it_ends(tmp_path: Path)
         assert "its runner died" not in product.log_text()
 
 
+async def test_a_second_signal_ends_each_request_with_an_error_that_says_so(tmp_path: Path) -> None:
+    with running(_product(tmp_path, drain_timeout_seconds=600.0)) as product:
+        _add_endless(product)
+        short = {**_LONG, "max_tokens": 1, "stream": False}
+        assert (await call(product.address, "POST", "/v1/chat/completions", short)).status == 200
+        native, whole = {**_LONG, "options": {"num_predict": 5000}}, {**_LONG, "stream": False}
+        async with (
+            connect(product.address) as ollama,
+            connect(product.address) as openai,
+            connect(product.address) as waiting,
+        ):
+            await _begin(ollama, "/api/chat", native)
+            await _begin(openai, "/v1/chat/completions", _LONG)
+            await waiting.send(request_bytes("POST", "/v1/chat/completions", whole))
+            await asyncio.to_thread(_until_busy, product, 3)
+            product.signal(signal.SIGINT)
+            await eventually(lambda: "draining" in product.log_text(), what="the drain")
+            product.signal(signal.SIGINT)
+            streams = await asyncio.gather(*(each.rest_after_head() for each in (ollama, openai)))
+            reply = await waiting.reply()
+        assert [stream.end for stream in streams] == ["complete"] * 2
+        assert _AT_ONCE in streams[0].lines()[-1]["error"]
+        assert _AT_ONCE in json.loads(streams[1].body.rpartition(b"data: ")[2])["error"]["message"]
+        assert (reply.status, reply.header("X-Llamayard-Error")) == (503, "shutting_down")
+        assert product.wait() == 0
+        entries = [json.loads(line) for line in product.log_text().splitlines() if line.startswith("{")]
+        ended = [entry for entry in entries if entry.get("error") == "shutting_down"]
+        assert sorted(entry["status"] for entry in ended) == [200, 200, 503]
+        assert not [entry for entry in entries if entry.get("status") == 499]
+
+
+async def test_a_pull_that_a_second_signal_cuts_off_says_so(tmp_path: Path) -> None:
+    with running(_product(tmp_path, drain_timeout_seconds=600.0)) as product:
+        async with connect(product.address) as pull:
+            await _begin(pull, "/api/pull", {"model": "llama3.3:70b-instruct-fp16"})
+            product.signal(signal.SIGINT)
+            await eventually(lambda: "draining" in product.log_text(), what="the drain")
+            product.signal(signal.SIGINT)
+            reply = await pull.rest_after_head()
+        assert (reply.end, _AT_ONCE in reply.lines()[-1]["error"]) == ("complete", True), reply.lines()[-1]
+        assert product.wait() == 0
+
+
 async def test_a_response_that_has_not_begun_gets_503(tmp_path: Path) -> None:
     with running(_product(tmp_path)) as product:
         _add_endless(product)
@@ -81,8 +128,9 @@ async def test_a_response_that_has_not_begun_gets_503(tmp_path: Path) -> None:
         assert product.wait() == 0
 
 
-def _until_busy(product: Product) -> None:
+def _until_busy(product: Product, requests: int = 1) -> None:
     def is_busy() -> bool:
-        return any(row["in_flight"] for row in product.call("GET", "/llamayard/status")[1]["models"])
+        models = product.call("GET", "/llamayard/status")[1]["models"]
+        return sum(row["in_flight"] for row in models) >= requests
 
     eventually_sync(is_busy, what="a request in progress")
