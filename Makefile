@@ -8,6 +8,8 @@ ARGS ?=
 OLLAMA_VERSION := 0.34.0
 OLLAMA := .cache/ollama-$(OLLAMA_VERSION)/bin/ollama
 OLD_OLLAMA_VERSION := 0.11.4
+HELM_VERSION := v3.19.0
+HELM := .cache/helm/helm
 OLD_OLLAMA := .cache/ollama-$(OLD_OLLAMA_VERSION)/ollama
 
 # The first Python of at least 3.11 that runs; `make PYTHON=python3.12 …` takes another.
@@ -15,7 +17,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
 .PHONY: help setup run ollama old-ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits bench-idle chaos gpu-bundle clients docs clean real-ollama real-old-ollama \
-	client-packages leaks bench-relay bench-litellm profile nginx real-nginx prometheus real-prometheus
+	client-packages leaks bench-relay bench-litellm profile nginx real-nginx prometheus real-prometheus helm real-helm
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 15
@@ -46,7 +48,7 @@ lint: setup  ## formatting, ruff, import contracts, unused code, and the rules o
 types: setup  ## pyright: strict on router/, basic on tests/ and bench/
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-test: setup real-ollama real-old-ollama real-nginx real-prometheus check  ## everything: check, then the whole suite, with real Ollama servers where Go is
+test: setup real-ollama real-old-ollama real-nginx real-prometheus real-helm check  ## everything: check, then the whole suite, with real Ollama servers where Go is
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-py:  ## the suite without the real Ollama on another Python: make test-py PYTHON=python3.13
@@ -102,6 +104,8 @@ nginx:  ## nginx and HAProxy, for tests and benchmarks, by apt-get
 prometheus:  ## Prometheus, whose promtool tests the alert rules, by apt-get
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
 		$$sudo apt-get install -y -qq --no-install-recommends prometheus
+
+helm: $(HELM)  ## Helm, which tests the chart, built by Go into .cache; minutes
 
 docs: setup  ## write the documents that are drawn from code
 	$(VENV)/bin/python -m router.tools.generate_docs
@@ -186,6 +190,18 @@ real-prometheus:
 	@if command -v promtool >/dev/null; then :; \
 	elif [ -n "$${CI:-}" ]; then $(MAKE) prometheus; \
 	else echo "no promtool: the tests of the alert rules will be skipped (make prometheus)"; fi
+
+real-helm:
+	@if command -v helm >/dev/null || [ -x $(HELM) ]; then :; \
+	elif command -v go >/dev/null; then $(MAKE) helm; \
+	elif [ -n "$${CI:-}" ]; then echo "CI needs Go to build Helm" >&2; exit 1; \
+	else echo "no helm and no Go: the tests of the Helm chart will be skipped"; fi
+
+$(HELM):
+	@mkdir -p $(@D)
+	@echo "building Helm $(HELM_VERSION); some minutes the first time"
+	GOBIN=$(abspath $(@D))/build GOFLAGS= CGO_ENABLED=0 go install -ldflags "-s -w" helm.sh/helm/v3/cmd/helm@$(HELM_VERSION)
+	@mv $(@D)/build/helm $@ && rmdir $(@D)/build
 
 # Built aside and moved, so that an interrupted build leaves nothing that looks whole. From 0.30 the inference engine is a program
 # of its own, expected in ../lib/ollama; `create` calls the llama-quantize there only to copy a model.

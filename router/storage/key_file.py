@@ -21,6 +21,8 @@ from router.domain.access_key import AccessKey
 KEYS_MAX = 10_000
 _MODE = 0o600
 _OTHERS = 0o077
+_OTHERS_OF_ROOTS = 0o037
+"""A file of root's that is mounted for the router, as Kubernetes mounts a Secret, may be readable by its group."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -65,7 +67,7 @@ class KeyFile:
         """
         try:
             with self.path.open("rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
+                found = os.fstat(file.fileno())
                 raw = file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -73,7 +75,7 @@ class KeyFile:
             raise KeyFileError(
                 f"{self.path}: cannot be read by the user with id {os.geteuid()}: {error.strerror}"
             ) from error
-        if stat.S_IMODE(mode) & _OTHERS:
+        if not is_private(found.st_mode, found.st_uid, os.geteuid()):
             raise KeyFileError(f"{self.path}: others may read or write it: run `chmod 600 {self.path}`")
         try:
             keys = tuple(msgspec.json.decode(raw, type=_Document).keys)
@@ -144,3 +146,8 @@ def _check(path: Path, keys: tuple[AccessKey, ...]) -> None:
         if len(set(values)) < len(values):
             double = next(value for at, value in enumerate(values) if value in values[:at])
             raise KeyFileError(f"{path}: two keys have the {field} {double!r}")
+
+
+def is_private(mode: int, owner: int, user: int) -> bool:
+    """Whether only `user` may read a file. One that root owns and others are given may be readable by its group."""
+    return not stat.S_IMODE(mode) & (_OTHERS_OF_ROOTS if owner == 0 != user else _OTHERS)

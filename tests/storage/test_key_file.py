@@ -11,7 +11,7 @@ import pytest
 
 from router.domain.access_key import AccessKey, KeyLimits, RouteClass
 from router.domain.request import LayoutKind
-from router.storage.key_file import KEYS_MAX, KeyFile, KeyFileError
+from router.storage.key_file import KEYS_MAX, KeyFile, KeyFileError, is_private
 
 KEY = AccessKey(
     "laptop", "ab" * 32, "anna", 1.0, 2.0, frozenset(RouteClass), ("qwen*",), KeyLimits(1, 2, 3, 4), 1, 8192, 1.0, -1.0,
@@ -95,3 +95,18 @@ def test_a_directory_that_cannot_be_written_is_a_problem_with_its_path(tmp_path:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(KeyFileError, match="cannot be written"):
         KeyFile(tmp_path / "file" / "keys.json").change(lambda _: (KEY,))
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "user", "is_it"),
+    [
+        (0o600, 1000, 1000, True),
+        (0o640, 1000, 1000, False),
+        (0o440, 0, 10001, True),  # a Secret that Kubernetes mounts with fsGroup
+        (0o460, 0, 10001, False),
+        (0o444, 0, 10001, False),
+        (0o640, 0, 0, False),
+    ],
+)
+def test_the_group_may_read_only_what_root_mounted(mode: int, owner: int, user: int, is_it: bool) -> None:
+    assert is_private(mode, owner, user) is is_it
