@@ -16,7 +16,7 @@ OLD_OLLAMA := .cache/ollama-$(OLD_OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama old-ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits bench-idle chaos gpu-bundle clients docs clean real-ollama real-old-ollama \
+.PHONY: help setup run ollama old-ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits bench-idle chaos gpu-bundle clients docs release clean real-ollama real-old-ollama \
 	client-packages leaks bench-relay bench-litellm profile nginx real-nginx prometheus real-prometheus helm real-helm
 
 help:  ## this list
@@ -109,6 +109,9 @@ helm: $(HELM)  ## Helm, which tests the chart, built by Go into .cache; minutes
 
 docs: setup  ## write the documents that are drawn from code
 	$(VENV)/bin/python -m router.tools.generate_docs
+
+release:  ## date the changelog, set the version, commit, tag, and build sdist, wheel and SBOM (VERSION=0.3.0)
+	$(PYTHON) deploy/release.py $(VERSION)
 
 clean:  ## remove what these targets made
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
