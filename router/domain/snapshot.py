@@ -66,6 +66,8 @@ class Snapshot:
     reservations: Mapping[LoadId, Reservation]
     changed_at: float = float("-inf")
     """When a load or unload last ended: GPU readings may take a moment to show it."""
+    changed_on: Mapping[GpuUuid, float] = field(default_factory=dict[GpuUuid, float])
+    """The same for each GPU."""
     failures: tuple[Failure, ...] = ()
     draining: frozenset[ResidencyKey] = frozenset()
     """Residencies that take no new request because their room is needed."""

@@ -119,6 +119,20 @@ def capacity_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
     return max(0, usable - snapshot.policy.vram_margin_bytes)
 
 
+def nominal_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
+    """Bytes that `uuid` could give if nothing else used it, whether it can be read now or not."""
+    gpu = snapshot.gpus.get(uuid)
+    if gpu is None:
+        return 0
+    return max(0, gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0) - snapshot.policy.vram_margin_bytes)
+
+
+def is_settling(snapshot: Snapshot, uuid: GpuUuid) -> bool:
+    """Returns True for a while after a load or an unload on `uuid`: the driver may still report old figures."""
+    changed_at = snapshot.changed_on.get(uuid, float("-inf"))
+    return snapshot.now - changed_at < snapshot.policy.constants.settle_seconds
+
+
 def process_bytes(gpus: Sequence[Gpu | None], spec: InstanceSpec) -> tuple[int, ...] | None:
     """What the processes of an instance's server hold on each of its GPUs, CUDA contexts included, by the driver.
 

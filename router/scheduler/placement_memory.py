@@ -57,6 +57,7 @@ def _kept(snapshot: Snapshot) -> Snapshot:
         gpus=dict(snapshot.gpus),
         instances=dict(snapshot.instances),
         residencies=dict(snapshot.residencies),
+        changed_on=dict(snapshot.changed_on),
         reservations=dict(snapshot.reservations),
         demand=dict(snapshot.demand),
         wanted=dict(snapshot.wanted),

@@ -103,6 +103,7 @@ class FleetState:
     gpus: dict[GpuUuid, Gpu] = field(default_factory=dict[GpuUuid, Gpu])
     gpus_read_at: float = float("-inf")
     changed_at: float = float("-inf")
+    changed_on: dict[GpuUuid, float] = field(default_factory=dict[GpuUuid, float])
     instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
     replicas: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
     """The residencies without the newer values in `uses`. Use `residencies` unless you read both."""
@@ -231,6 +232,7 @@ class FleetState:
             residencies=MappingProxyType(self.residencies),
             reservations=MappingProxyType(self.reservations),
             changed_at=self.changed_at,
+            changed_on=MappingProxyType(self.changed_on),
             failures=tuple(self.failures),
             draining=self.draining,
             demand=MappingProxyType(self.demand),
@@ -337,10 +339,13 @@ class FleetState:
             self._cached = None
             self.rolling = rolling
 
-    def memory_changed(self, now: float) -> None:
-        """A load or an unload has ended, or a server exited: the last reading of the GPUs may not show it yet."""
+    def memory_changed(self, name: InstanceName, now: float) -> None:
+        """A load or an unload there has ended, or its server exited: the last reading of the GPUs may not show it."""
         self._cached = None
         self.changed_at = now
+        view = self.instances.get(name)
+        if view is not None:
+            self.changed_on.update(dict.fromkeys(view.spec.gpus, now))
 
     def remember_failure(self, failure: Failure) -> None:
         self._cached = None

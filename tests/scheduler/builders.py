@@ -143,15 +143,17 @@ def snapshot(
     policy: Policy | None = None,
 ) -> Snapshot:
     """A snapshot without margin, unless `policy` has one, so that all free memory is available."""
+    read = {found.uuid: found for found in gpus}
     return Snapshot(
         now=now,
         policy=policy or Policy(vram_margin_bytes=0),
-        gpus={found.uuid: found for found in gpus},
+        gpus=read,
         gpus_read_at=now,
         instances={found.spec.name: found for found in views},
         residencies={(found.instance, found.blob): found for found in residencies},
         reservations={found.load_id: found for found in reservations},
         changed_at=changed_at,
+        changed_on=dict.fromkeys(read, changed_at),
         failures=failures,
         draining=frozenset(draining),
         engines=OLLAMA,

@@ -9,7 +9,8 @@ from router.domain.gpu import GpuUuid
 from router.domain.policy import Pin, Policy, SchedulerConstants
 from router.domain.request import TicketId
 from router.domain.residency import ResidencyState
-from tests.scheduler.builders import gpu_id, instance
+from router.scheduler.placement.migration import short_gpus
+from tests.scheduler.builders import gpu, gpu_id, instance, snapshot, view
 from tests.scheduler.play import Play, sized
 
 PAIR, MUCH, LITTLE, SMALL = sized("pair", 40), sized("much", 10), sized("little", 10), sized("small", 6)
@@ -145,3 +146,9 @@ def test_small_external_use_moves_nothing() -> None:
     two.read_gpus()
     assert two.loads_sent == sent
     assert two.starting == []
+
+
+def test_what_changes_on_other_gpus_does_not_keep_a_gpu_short() -> None:
+    facts = snapshot([gpu(0, 100), gpu(1, 23_000)], [view("gpu0", 0), view("gpu1", 1)], now=10.1, policy=Policy())
+    assert short_gpus(replace(facts, changed_on={gpu_id(1): 10.0})) == [gpu_id(0)]
+    assert short_gpus(replace(facts, changed_on={gpu_id(0): 10.0})) == []

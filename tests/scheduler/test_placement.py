@@ -125,6 +125,17 @@ def test_no_model_is_refused_as_too_large_while_memory_settles() -> None:
     assert _nowhere(later, SMALL).code == "model_too_large"
 
 
+def test_what_exceeds_an_empty_gpu_does_not_wait_for_memory_to_settle() -> None:
+    soon = snapshot([gpu(0, 4000)], [view("gpu0", 0)], now=10.1, changed_at=10.0)
+    assert _nowhere(soon, LARGE).code == "model_too_large"
+
+
+def test_memory_that_settles_on_another_gpu_delays_no_refusal() -> None:
+    facts = snapshot([gpu(0, 4000), gpu(1, 4000, total_mib=4000)], PAIR, now=10.1, changed_at=10.0)
+    assert "last load or unload" in _waits(facts, SMALL).reason
+    assert _nowhere(replace(facts, changed_on={gpu_id(1): 10.0}), SMALL).code == "model_too_large"
+
+
 def test_external_vram_reduces_capacity_and_our_models_do_not() -> None:
     ours = snapshot([gpu(0, 1000)], [view("gpu0", 0)], [residency("gpu0", IDLE, 23_000)])
     assert _placed(ours, SMALL).evict == (key("gpu0", IDLE),)

@@ -14,7 +14,7 @@ from router.domain.gpu import GpuUuid
 from router.domain.residency import Residency, ResidencyKey
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import bytes_by_gpu, replicas_of
-from router.domain.vram_ledger import available_bytes, external_bytes
+from router.domain.vram_ledger import available_bytes, external_bytes, is_settling
 from router.scheduler.placement.candidates import widened_context
 from router.scheduler.placement.cost import is_warm_wanted, other_replicas
 from router.scheduler.placement.eviction import evictable
@@ -67,14 +67,13 @@ def superfluous(snapshot: Snapshot) -> Iterator[tuple[ResidencyKey, str, UnloadC
 def short_gpus(snapshot: Snapshot) -> list[GpuUuid]:
     """GPUs where external VRAM leaves less than half of the margin, and no load of the router is in progress."""
     policy = snapshot.policy
-    if snapshot.now - snapshot.changed_at < policy.constants.settle_seconds:
-        return []
     loading = {uuid for reservation in snapshot.reservations.values() for uuid, _ in reservation.per_gpu_bytes}
     return [
         uuid
         for uuid, gpu in snapshot.gpus.items()
         if gpu.error is None
         and uuid not in loading
+        and not is_settling(snapshot, uuid)
         and available_bytes(snapshot, uuid) < -policy.vram_margin_bytes // 2
         and external_bytes(snapshot, uuid) >= _EXTERNAL_MIN_MARGINS * policy.vram_margin_bytes
     ]

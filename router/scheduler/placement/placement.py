@@ -27,7 +27,7 @@ from router.domain.snapshot_index import (
     residencies_of,
     residencies_on,
 )
-from router.domain.vram_ledger import available_bytes, capacity_bytes
+from router.domain.vram_ledger import available_bytes, capacity_bytes, is_settling, nominal_bytes
 from router.scheduler.placement.candidate_size import Need, SizedCandidate, Sizer, capacities, fits, free_room
 from router.scheduler.placement.candidates import (
     Bounds,
@@ -511,8 +511,8 @@ def _just_lost(snapshot: Snapshot, request: PlacementRequest) -> set[InstanceNam
 
 
 def _nowhere(snapshot: Snapshot, sized_candidates: Sequence[SizedCandidate], request: PlacementRequest) -> Decision:
-    """409 or 422, unless memory is still settling."""
-    if sized_candidates and snapshot.now - snapshot.changed_at < snapshot.policy.constants.settle_seconds:
+    """409 or 422, unless memory is still settling that would be enough."""
+    if any(_may_hold_soon(snapshot, sized) for sized in sized_candidates):
         return MustWait("waits until the GPUs show what the last load or unload changed")
     lines = [f"{c.name}: {explain_shortfall(snapshot, c.need)}" for c in _fewest_lines(sized_candidates)]
     if request.layout is not None and lines:
@@ -527,6 +527,15 @@ def _nowhere(snapshot: Snapshot, sized_candidates: Sequence[SizedCandidate], req
         words = f"no running instance may load model '{request.model.name}': "
         return NoFit("no_instance", words + explain_states(snapshot))
     return NoFit("model_too_large", f"model '{request.model.name}' fits nowhere: " + "; ".join(lines))
+
+
+def _may_hold_soon(snapshot: Snapshot, sized: SizedCandidate) -> bool:
+    """Whether all that it lacks is on GPUs that may have more than their last reading shows."""
+    room = capacities(snapshot)
+    return all(
+        room.get(gpu, 0) >= size or (is_settling(snapshot, gpu) and nominal_bytes(snapshot, gpu) >= size)
+        for gpu, size in sized.need
+    )
 
 
 def _layout_words(layout: Layout) -> str:

@@ -15,7 +15,7 @@ from router.domain.model import ModelFacts
 from router.domain.request import RunnerOptions
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import lost_gpus
-from router.domain.vram_ledger import capacity_bytes, external_bytes, underestimated_bytes
+from router.domain.vram_ledger import capacity_bytes, external_bytes, nominal_bytes, underestimated_bytes
 from router.scheduler.placement.candidates import Bounds
 from router.scheduler.placement.explain import bytes_text, explain_state, gpu_label
 
@@ -63,17 +63,15 @@ def _holds(
 ) -> bool:
     context = snapshot.engines[spec.engine].context_length(options, model, spec)
     needed = estimate(model, spec, context, snapshot)
-    return all(_nominal_bytes(snapshot, gpu) >= size for gpu, size in zip(spec.gpus, needed, strict=True))
+    return all(_largest_bytes(snapshot, gpu) >= size for gpu, size in zip(spec.gpus, needed, strict=True))
 
 
-def _nominal_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
+def _largest_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
     """What the GPU could give if it were not lost."""
     gpu = snapshot.gpus.get(uuid)
     if gpu is None:
         return 0
-    if gpu.error is None:
-        return capacity_bytes(snapshot, uuid)
-    return gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0) - snapshot.policy.vram_margin_bytes
+    return capacity_bytes(snapshot, uuid) if gpu.error is None else nominal_bytes(snapshot, uuid)
 
 
 def _reason(snapshot: Snapshot, spec: InstanceSpec) -> str:

@@ -59,7 +59,7 @@ def instance_changed(fleet: FleetState, event: InstanceChanged, now: float) -> N
         return  # a plan waits for an instance that was started for it
     fleet.health.pop(name, None)
     if any(key[0] == name for key in fleet.replicas):
-        fleet.memory_changed(now)  # the last reading of the GPUs still shows what it held
+        fleet.memory_changed(name, now)  # the last reading of the GPUs still shows what it held
     fleet.forget_instance(name)
 
 
@@ -75,7 +75,7 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
     if residency is None or residency.state is ResidencyState.UNLOADING:
         return []  # it was broken off, and its unload is on its way
     key = (residency.instance, residency.blob)
-    fleet.memory_changed(now)
+    fleet.memory_changed(residency.instance, now)
     sent_at = fleet.reservations[event.load_id].sent_at
     fleet.loaded(residency.model.weights_bytes, now - (now if sent_at is None else sent_at))
     rules.finish_reservation(fleet, event.load_id, now)
@@ -98,7 +98,7 @@ def _load_failed(fleet: FleetState, event: LoadFailed, now: float) -> None:
     if residency is None or residency.state is ResidencyState.UNLOADING:
         return
     key = (residency.instance, residency.blob)
-    fleet.memory_changed(now)
+    fleet.memory_changed(residency.instance, now)
     if not (event.is_memory_short and _raises_estimate(fleet, residency.blob, now)):
         _remember_failure(fleet, key, event.status, event.message, now, is_lost=event.is_lost)
     fleet.forget(key)
@@ -129,7 +129,7 @@ def _unload_finished(fleet: FleetState, event: UnloadFinished, now: float) -> li
     residency = fleet.residencies.get(key)
     if residency is None or residency.state is not ResidencyState.UNLOADING:
         return []
-    fleet.memory_changed(now)
+    fleet.memory_changed(event.instance, now)
     if event.error is not None:
         return stuck_unloads.unload_failed(fleet, key, event.error, now)
     fleet.touched(event.instance)
