@@ -18,7 +18,7 @@ MORE: Final = -1
 """The message continues after these bytes."""
 
 LINE_BYTES_MAX: Final = 4096
-"""The longest chunk-size line, including extensions, and the longest trailer line."""
+"""A chunk-size line, including extensions and CRLF, and an incomplete trailer line are shorter, as in Go."""
 
 TRAILER_BYTES_MAX: Final = 16384
 """All trailer lines together."""
@@ -135,8 +135,9 @@ class Chunked:
         self._held = b""
         self._in_trailers = False
         self._trailer_bytes = 0
-        self._line = b"\xff"  # matches no size line
+        self._line = b""
         self._step = 0
+        """Bytes of the chunk before; 0 before the first."""
 
     def closed(self) -> bool:
         return False
@@ -160,7 +161,7 @@ class Chunked:
 
     def _is_equal_chunk(self, data: bytes) -> bool:
         """The common case of a token: one whole chunk of the same size as the one before."""
-        between = not (self._left or self._held or self._in_trailers) and self.payload is None
+        between = not (self._left or self._held or self._in_trailers or not data) and self.payload is None
         return between and data.startswith(self._line) and data.endswith(_CRLF)
 
     def _scan(self, data: bytes, position: int) -> int:
@@ -173,7 +174,7 @@ class Chunked:
         while position < size:
             if self._in_trailers:
                 return self._trailers(data, position, size)
-            if data.startswith(line, position):
+            if step and data.startswith(line, position):
                 end = position + step
                 if end <= size and data.startswith(_CRLF, end - 2):
                     if self.payload is not None:
@@ -207,6 +208,8 @@ class Chunked:
             return size
         length = int(found[1], 16)
         begin = found.end()
+        if begin - position >= LINE_BYTES_MAX:
+            raise FramingError("a malformed chunk size")
         if length == 0:
             self._in_trailers = True
             return begin

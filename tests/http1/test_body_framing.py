@@ -103,6 +103,9 @@ def test_every_split_in_two_and_each_byte_alone_give_the_same_end() -> None:
         b"0x5\r\nhello\r\n",
         b" 5\r\nhello\r\n",
         b"5 5\r\nhello\r\n",
+        b"\xff\r\n",
+        b"\xffhello\r\n",
+        b"\xff5\r\nhello\r\n0\r\n\r\n",
         b"\r\n5\r\nhello\r\n",
         b"1111111111111111\r\n",
         b";x\r\n",
@@ -143,6 +146,8 @@ def test_a_malformed_body_is_refused_for_every_split_or_for_none(data: st.DataOb
 def test_lines_that_do_not_end_are_refused() -> None:
     with pytest.raises(FramingError):
         _end_of(Chunked(), [b"5;" + b"x" * LINE_BYTES_MAX])
+    with pytest.raises(FramingError):
+        _end_of(Chunked(), [b"5;" + b"x" * LINE_BYTES_MAX + b"\r\nhello\r\n0\r\n\r\n"])
     with pytest.raises(FramingError):
         _end_of(Chunked(), [b"0\r\n" + b"X: y\r\n" * (TRAILER_BYTES_MAX // 6 + 1)])
 
