@@ -28,6 +28,10 @@ NAME_BYTES_MAX = 256
 _BLANK = b"\r\n\r\n"
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 _TOKEN = re.compile(rb"[A-Za-z]+ /")
+_HOST = re.compile(rb"[A-Za-z0-9!$%&'()*+,.:;=\[\]_~-]*")
+"""The characters that Go takes in a Host."""
+_AUTHORITY = re.compile(rb"(?:\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
+_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 def origin_form(target: bytes) -> tuple[bytes, bytes]:
@@ -160,6 +164,8 @@ class RequestHead(_Head):
     upgrade = False
     """Whether it asks for another protocol."""
     _long_name = False
+    _line = b""
+    """The start line, and perhaps more."""
 
     def __init__(self) -> None:
         self.headers = []
@@ -197,6 +203,12 @@ class RequestHead(_Head):
         """All values of a header in their order; `name` in lower case."""
         return [value.decode("latin-1") for key, value in self.headers if _lower(key) == name]
 
+    def feed(self, data: bytes, start: int = 0) -> int:
+        if not self._line.endswith(b"\n"):
+            line_end = data.find(b"\n", start) + 1
+            self._line += data[start : line_end or None]
+        return super().feed(data, start)
+
     def _validate(self, parser: Any) -> None:
         version = parser.get_http_version()
         if version != "1.1":
@@ -208,6 +220,7 @@ class RequestHead(_Head):
             raise HeadError(501, "Not Implemented: CONNECT")
         if self.length is not None and self.length > LENGTH_MAX:
             raise HeadError(400, "Bad Request")
+        self._check_as_go()
         if self._long_name:
             raise HeadError(431, "Request Header Fields Too Large")
         if self._unsupported:
@@ -216,15 +229,26 @@ class RequestHead(_Head):
             raise HeadError(400, "Bad Request: exactly one Host header is required")
         if self.chunked and not self.minor:
             raise HeadError(400, "Bad Request: HTTP/1.0 does not support chunks")
-        if self.minor and "expect" in self._values and self._values["expect"].strip().lower() != b"100-continue":
+        if self._values.get("expect", b"").strip().lower() not in (b"", b"100-continue"):
             raise HeadError(417, "Expectation Failed")
         if not self.target.startswith(b"/"):
             self._take_origin_form()
+
+    def _check_as_go(self) -> None:
+        """What llhttp takes and a Go server refuses: more blanks in the start line, other characters, bad escapes."""
+        if self._line != b"%s %s HTTP/1.%d\r\n" % (self.method, self.target, self.minor):
+            raise HeadError(400, "Bad Request")
+        if self.hosts and not _HOST.fullmatch(self._values["host"]):
+            raise HeadError(400, "Bad Request: malformed Host header")
+        if b"%" in self.target and _BAD_ESCAPE.search(self.target.partition(b"?")[0]):
+            raise HeadError(400, "Bad Request: malformed escape in the path")
 
     def _take_origin_form(self) -> None:
         target, authority = origin_form(self.target)
         self.was_absolute = target is not self.target
         self.target = target
+        if not _AUTHORITY.fullmatch(authority):
+            raise HeadError(400, "Bad Request: malformed authority")
         if authority:
             self._values["host"] = authority
             self.headers = [(b"Host", authority), *(pair for pair in self.headers if pair[0].lower() != b"host")]
