@@ -183,8 +183,15 @@ class _BodyParser:
         return _decoded(values[-1]) if values else None
 
     def _limit(self) -> object:
-        given = (self._any(name) for name in self._schema.limits)
+        given = (self._number(name) for name in self._schema.limits)
         return next((value for value in given if value is not None), None)
+
+    def _number(self, name: str) -> object:
+        """A number that Go parses only where its struct has the field, and rejects there if it is out of range."""
+        try:
+            return self._any(name)
+        except Malformed:
+            return None
 
     def _options(self) -> dict[str, object]:
         """A map: repeated maps are merged, null empties it, and null values count as absent."""

@@ -71,6 +71,11 @@ type namedRequest struct {
 	Stream *bool  `json:"stream,omitempty"`
 }
 
+type aboutRequest struct {
+	Model string `json:"model"`
+	Name  string `json:"name"`
+}
+
 type copyRequest struct {
 	Source      string `json:"source"`
 	Destination string `json:"destination"`
@@ -81,6 +86,8 @@ type openaiChatRequest struct {
 	Messages  []Message `json:"messages"`
 	Stream    bool      `json:"stream"`
 	MaxTokens *int      `json:"max_tokens"`
+	// Not a field of Ollama's: the router takes it as a hint.
+	MaxCompletionTokens json.RawMessage `json:"max_completion_tokens"`
 }
 
 type openaiCompletionRequest struct {
@@ -110,6 +117,7 @@ type seen struct {
 	Options   map[string]any `json:"options"`
 	MaxTokens *int           `json:"max_tokens"`
 	LoadOnly  bool           `json:"load_only"`
+	Hinted    bool           `json:"hinted"`
 }
 
 func given(d *Duration) any {
@@ -156,10 +164,14 @@ func decode(path string, body []byte) (result seen, err error) {
 		var r embedRequest
 		err = decoder.Decode(&r)
 		result = seen{Model: r.Model, KeepAlive: given(r.KeepAlive), Options: r.Options, LoadOnly: emptyInput(r.Input, true)}
-	case "/api/pull":
+	case "/api/pull", "/api/push", "/api/create":
 		var r namedRequest
 		err = decoder.Decode(&r)
 		result = seen{Model: or(r.Model, r.Name), Stream: r.Stream}
+	case "/api/show", "/api/delete":
+		var r aboutRequest
+		err = decoder.Decode(&r)
+		result = seen{Model: or(r.Model, r.Name)}
 	case "/api/copy":
 		var r copyRequest
 		err = decoder.Decode(&r)
@@ -167,7 +179,7 @@ func decode(path string, body []byte) (result seen, err error) {
 	case "/v1/chat/completions", "/v1/messages":
 		var r openaiChatRequest
 		err = decoder.Decode(&r)
-		result = seen{Model: r.Model, Stream: &r.Stream, MaxTokens: r.MaxTokens}
+		result = seen{Model: r.Model, Stream: &r.Stream, MaxTokens: r.MaxTokens, Hinted: r.MaxCompletionTokens != nil}
 	case "/v1/completions":
 		var r openaiCompletionRequest
 		err = decoder.Decode(&r)
