@@ -139,7 +139,7 @@ class AggregatedHandler:
         raw, _ = await self._raw(request, view, path)
         try:
             rows: list[_Row] = msgspec.json.decode(raw, type=dict[str, Any]).get(field) or []
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InstanceLost(f"{view.spec.name} did not serve {path}: {error}") from error
         return [row for row in rows if not is_temporary_tag(str(row.get("name") or row.get("id")))]
 

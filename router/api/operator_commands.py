@@ -87,7 +87,7 @@ async def _body(request: web.BaseRequest) -> bytes:
 def _parsed(body: bytes) -> _Command:
     try:
         command = msgspec.json.decode(body.strip() or b"{}", type=_Command)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is no command: {error}; {_FORMS}") from error
     if sum((command.gpu is not None, command.instance is not None, command.all)) > 1:
         raise BadRequest(f"the body names more than one of gpu, instance and all; {_FORMS}")

@@ -259,7 +259,7 @@ def _refused(pull: _Pull, record: RequestRecord) -> web.StreamResponse:
 def _decoded(line: bytes) -> _Line:
     try:
         return msgspec.json.decode(line, type=_Line)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return _Line(status=line.decode(errors="replace"))
 
 

@@ -173,7 +173,7 @@ def _from_show_reply(path: Path) -> ModelSource:
 def _decoded(value: msgspec.Raw) -> Any:
     try:
         return msgspec.json.decode(value)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -25,7 +25,10 @@ Resolver = Callable[[str], tuple[Address, ...]]
 
 def resolve(host: str) -> tuple[Address, ...]:
     """Raises OSError: the name cannot be resolved."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # a label that is empty or too long
+        raise OSError("not a host name") from error
     return tuple(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
 
 

@@ -73,6 +73,16 @@ class YamlLoader(yaml.SafeLoader):
             raise ConstructorError(None, None, f"the key {duplicate!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """PyYAML lets the errors of Python's own constructors through, as of `!!int x`."""
+        try:
+            value = cast("object", super().construct_object(node, deep=deep))  # pyright: ignore[reportUnknownMemberType]
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise ConstructorError(None, None, f"not a value of {node.tag}", node.start_mark) from error
+        if isinstance(value, str) and "\0" in value:  # no path, name or variable may have one
+            raise ConstructorError(None, None, "a text with a NUL character", node.start_mark)
+        return value
+
 
 def read_yaml(path: Path, *, may_be_blank: bool = True) -> Tree:
     """The mapping in a YAML file; empty for an empty file, or one with comments only.

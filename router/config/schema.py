@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -368,6 +369,15 @@ class InstanceSettings(_Section):
         default_factory=dict,
         description="Environment variables; only for instances that the router starts.",
     )
+
+    @field_validator("url")
+    @classmethod
+    def _has_host_and_port(cls, url: str | None) -> str | None:
+        try:
+            _ = urlsplit(url or "").port
+        except ValueError as error:
+            raise ValueError(f"has no valid host and port: {error}") from error
+        return url
 
     @model_validator(mode="after")
     def _is_started_or_attached(self) -> Self:

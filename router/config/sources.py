@@ -115,6 +115,8 @@ def _parsed(value: object, origin: str) -> object:
         return cast("object", yaml.load(value, YamlLoader))
     except yaml.YAMLError as error:
         raise ConfigError([f"{origin}: is not a YAML list or mapping: {value!r}: {yaml_problem(error)}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{origin}: is nested too deeply"]) from error
 
 
 def _add(tree: Tree, path: Sequence[str], value: object, origin: str) -> None:

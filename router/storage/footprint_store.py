@@ -27,7 +27,7 @@ class FootprintStore:
         """Returns the stored footprints; none if the file is missing or unreadable."""
         try:
             entries = msgspec.json.decode(self._path.read_bytes(), type=list[MeasuredFootprint])
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return ()
         self._entries = {entry.key: entry for entry in entries}
         return tuple(entries)

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from router.app.startup_checks import Address, loop_problems, startup_problems, state_directory_problems, tls_context
+from router.app.startup_checks import (
+    Address,
+    loop_problems,
+    resolve,
+    startup_problems,
+    state_directory_problems,
+    tls_context,
+)
 from router.config.settings import ConfigError, Settings, load_settings
 
 TLS = Path(__file__).parent.parent / "proxy" / "tls"
@@ -42,6 +49,12 @@ def test_a_name_that_cannot_be_resolved_is_refused(tmp_path: Path) -> None:
     assert _problems(tmp_path, server__host="nowhere") == [
         "server.host: 'nowhere' cannot be resolved: Name or service not known"
     ]
+
+
+@pytest.mark.parametrize("host", ["a" * 300, "a..b", "."])
+def test_a_text_that_is_no_host_name_is_refused(host: str) -> None:
+    with pytest.raises(OSError, match=r"host name|not known"):
+        resolve(host)
 
 
 def test_missing_tls_files_are_named_each_with_its_key(tmp_path: Path) -> None:

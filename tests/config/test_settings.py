@@ -165,6 +165,7 @@ def test_variables_for_child_processes_are_no_settings() -> None:
         ({"server": "x"}, ["server", "'x'", "mapping"]),
         ({"discover": "false"}, ["instances", "discover"]),
         ({"instances": [{"url": "http://h/api"}]}, ["instances.0.url", "http://h/api", "without a path"]),
+        ({"instances": [{"url": "http://h:99999"}]}, ["instances.0.url", "http://h:99999", "host and port"]),
         ({"instances": [{"gpus": []}]}, ["instances.0", "name", "url"]),
         ({"instances": [{"name": "a", "gpus": ["0", "0"]}]}, ["instances.0", "twice"]),
         ({"instances": [{"name": "a"}, {"name": "a"}]}, ["two instances", "'a'"]),
@@ -229,6 +230,9 @@ def test_a_variable_that_the_router_sets_itself_is_refused(name: str, key: str) 
         ("- a\n", "must be a mapping"),
         ("queue: {limit: 1, limit: 2}", "'limit' is given twice"),
         ("a: &a [*a]\nb: !!python/name:os.system", "not valid YAML"),
+        ("rig: !!int x", "line 1, column 6: not a value of"),
+        ("rig: !!timestamp x", "line 1, column 6: not a value of"),
+        ('state_directory: "a\\0b"', "line 1, column 18: a text with a NUL character"),
     ],
 )
 def test_an_unusable_file_is_reported_with_its_path(tmp_path: Path, text: str, reported: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from router.domain.footprint import FootprintKey, GpuFootprint, MeasuredFootprint
 from router.domain.model import BlobDigest
 from router.storage.footprint_store import FootprintStore
@@ -21,9 +23,10 @@ def test_a_stored_footprint_is_read_by_the_next_run(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["footprints.json"]
 
 
-def test_an_unreadable_file_counts_as_empty_and_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("raw", [b"{broken", b'[{"\xff": 1}]', b"[" * 100_000])
+def test_an_unreadable_file_counts_as_empty_and_is_replaced(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "footprints.json"
-    path.write_text("{broken", encoding="utf-8")
+    path.write_bytes(raw)
     store = FootprintStore(path)
     assert store.read() == ()
     store.remember(MeasuredFootprint(KEY, (1, 2)))

@@ -242,12 +242,12 @@ def _read(call: str, status: int, raw: bytes, kind: type[_T]) -> _T:
         return cast("_T", raw)
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise OllamaError(UNREACHABLE, f"{call}: unreadable answer: {error}") from error
 
 
 def _error_message(raw: bytes) -> str:
     try:
         return msgspec.json.decode(raw, type=_Error).error
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""

@@ -42,7 +42,7 @@ async def probe_version(url: str, timeout_seconds: float, headers: Mapping[str, 
         return _version(msgspec.json.decode(raw))
     except TimeoutError as error:
         raise ProbeFailed(f"{url}{_PATH} does not answer within {timeout_seconds:g} s") from error
-    except (aiohttp.ClientError, OSError, msgspec.MsgspecError) as error:
+    except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         if is_out_of_descriptors(error):
             raise NotAsked(f"{url}{_PATH}: {error}") from error
         raise ProbeFailed(f"{url}{_PATH}: {error}") from error
@@ -59,7 +59,7 @@ async def _get_with_library(url: str, headers: Mapping[str, str]) -> Reply:
 
 def _error(body: bytes) -> str:
     """A server's or a router's own words, where there are any."""
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
         return ": " + msgspec.json.decode(body, type=_ErrorReply).error[:_ERROR_CHARACTERS]
     return ""
 

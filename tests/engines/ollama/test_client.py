@@ -71,7 +71,20 @@ async def test_facts_are_asked_for_with_arrays_only_on_demand(session: aiohttp.C
         assert [request.body for request in server.requests] == [{"model": "tiny"}, {"model": "tiny", "verbose": True}]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"models":5}', b'{"models":[{"name":"a"}]}', b'"x"', b"{}"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"models":5}',
+        b"[" * 100_000,
+        b'{"models":[{"name":"\xff"}]}',
+        b'{"models":[{"name":"a"}]}',
+        b'"x"',
+        b"{}",
+    ],
+)
 async def test_a_list_that_cannot_be_read_is_an_error_and_not_an_empty_list(
     session: aiohttp.ClientSession, body: bytes
 ) -> None:
