@@ -16,8 +16,8 @@ OLD_OLLAMA := .cache/ollama-$(OLD_OLLAMA_VERSION)/ollama
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 
-.PHONY: help setup run ollama old-ollama fmt check lint types lock test pytest test-py sim bench-sim bench-sched bench-decide bench-waits bench-idle chaos gpu-bundle clients docs release clean real-ollama real-old-ollama \
-	client-packages leaks bench-relay bench-litellm profile nginx real-nginx prometheus real-prometheus helm real-helm
+# Every target but files: those begin with a variable, or contain a dot or slash.
+.PHONY: $(shell grep -oE '^[a-z-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 15
@@ -81,6 +81,9 @@ gpu-bundle: setup ollama  ## all that a bare machine with an NVIDIA GPU needs to
 
 chaos: setup  ## real processes on four EMULATED GPUs, 200 streams and every fault: nothing cut or lost (ARGS="--seed 2 --seconds 300")
 	$(VENV)/bin/python -m bench.reliability.chaos $(ARGS)
+
+fuzz: setup  ## a hundred thousand inputs a target, judged by Go where it is there; half an hour (ARGS="--count 10000 --only heads --seed 2")
+	$(VENV)/bin/python -m tests.fuzz.fuzz $(ARGS)
 
 clients: setup real-ollama real-old-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai
 	$(VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
