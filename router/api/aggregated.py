@@ -28,8 +28,9 @@ from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.driver import TEMPORARY_TAG, is_temporary_tag
 from router.engines.ollama.model_listing import key_of
-from router.errors import InstanceLost
+from router.errors import InstanceLost, LoopDetected, NoInstance, RouterError
 from router.llm_api.errors import JSON
+from router.llm_api.heartbeat_format import refusal
 from router.observability.request_record import RequestRecord
 
 _QUERY_TIMEOUT_SECONDS = 10.0
@@ -53,11 +54,32 @@ class AggregatedHandler:
             case "/":
                 return text_response("Ollama is running", extra)
             case "/api/version":
-                return json_response({"version": (await self._context.ready_primary()).version or ""}, extra)
+                return json_response({"version": await self._version(request)}, extra)
             case "/api/ps":
                 return json_response({"models": _visible(record.key, await self._ps(request), "name")}, extra)
             case _:
                 return await self._models(request, record)
+
+    async def _version(self, request: web.BaseRequest) -> str:
+        """Of the primary instance, which may be waited for.
+
+        A router that asks whether this one serves is not made to wait for attached servers: they are asked in its name.
+        One of them may lead back to it, so that each would wait for the other.
+        """
+        views = self._context.instances()
+        is_of_router = hdrs.VIA in request.headers
+        if not is_of_router or self._context.ready_instances() or not all(view.spec.attached for view in views):
+            return (await self._context.ready_primary()).version or ""
+        failure: RouterError | None = None
+        for view in views:
+            try:
+                raw, _ = await self._raw(request, view, "/api/version")
+                return str(msgspec.json.decode(raw, type=dict[str, Any]).get("version") or "")
+            except msgspec.MsgspecError as error:
+                failure = failure or InstanceLost(f"{view.spec.name} did not serve /api/version: {error}")
+            except RouterError as error:
+                failure = error if failure is None or isinstance(error, LoopDetected) else failure
+        raise failure or NoInstance("there is no instance")
 
     async def _models(self, request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:
         """The shared store's models, then those that only an attached server has, then aliases."""
@@ -154,6 +176,8 @@ class AggregatedHandler:
                 raw = await reply.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise InstanceLost(f"{view.spec.name} did not serve {path}: {error}") from error
+        if reply.status == LoopDetected.status:
+            raise LoopDetected(refusal(reply.status, raw).message)
         if reply.status != web.HTTPOk.status_code:
             raise InstanceLost(f"{view.spec.name} responded with status {reply.status} to {path}")
         return raw, reply.headers.get(hdrs.CONTENT_TYPE, JSON)

@@ -309,9 +309,12 @@ class Instance:
 
     def _attached_failed(self, misses: int, problem: str) -> None:
         """Moves to BACKOFF after one miss if the server never answered, after several if it did."""
-        starting = self._state is InstanceState.STARTING
+        starting, reason = self._state is InstanceState.STARTING, f"the attached server does not answer: {problem}"
         if can_move(self._state, Trigger.FAILED) and (starting or misses >= self._config.health_misses_max):
-            self._transition(Trigger.FAILED, f"the attached server does not answer: {problem}")
+            self._transition(Trigger.FAILED, reason)
+        elif self._state is InstanceState.BACKOFF and self._reason != reason:
+            self._reason = reason
+            self._announce()
 
     # --- transitions ---------------------------------------------------------------------------------------
 

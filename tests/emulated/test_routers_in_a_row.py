@@ -74,6 +74,33 @@ async def test_an_attached_address_that_leads_back_is_told_and_not_used(tmp_path
             assert (reply.status, reply.header("X-Llamayard-Instance")) == (200, "own")
 
 
+@pytest.mark.parametrize("count", [2, 3])
+async def test_routers_in_a_circle_that_have_only_each_other_name_the_loop(tmp_path: Path, count: int) -> None:
+    ports = [free_port() for _ in range(count)]
+    products = list[Product]()
+    for at, port in enumerate(ports):
+        (tmp_path / str(at)).mkdir()
+        further = {"name": "next", "url": f"http://127.0.0.1:{ports[(at + 1) % count]}"}
+        products.append(prepare(tmp_path / str(at), {"instances": [further]}, port=port))
+    with contextlib.ExitStack() as stack:
+        for product in products:
+            stack.callback(product.destroy)
+            product.start(ready=False)
+
+        def is_named() -> bool:
+            reasons = [_instances(product)["next"]["reason"] or "" for product in products]
+            return all("leads back to the router; correct its address" in reason for reason in reasons)
+
+        await eventually(lambda: all(map(_answers, products)), what="the routers")
+        await eventually(is_named, what="the reason")
+
+
+def _answers(product: Product) -> bool:
+    with contextlib.suppress(OSError):
+        return product.call("GET", "/health")[0] == 200
+    return False
+
+
 async def test_routers_that_are_attached_to_each_other_list_and_serve_each_model_once(tmp_path: Path) -> None:
     ports = free_port(), free_port()
     far, near = (Address("127.0.0.1", port) for port in ports)
