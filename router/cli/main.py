@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"if Ollama is not installed, run EMULATED GPUs and servers ({AUTO_RIG}) instead of failing",
     )
     serve.set_defaults(run=_serve)
+    _add_init(commands.add_parser("init", help="ask a few questions and write a configuration for the GPUs found"))
     _add_router_commands(commands.add_parser)
     _add_operator_commands(commands.add_parser)
     check = commands.add_parser(
@@ -153,6 +154,16 @@ def _add_operator_commands(add_parser: Callable[..., argparse.ArgumentParser]) -
     reload.set_defaults(run=_reload)
 
 
+def _add_init(init: argparse.ArgumentParser) -> None:
+    init.add_argument("--config", type=Path, metavar="FILE", help="file to write (default: ./llamayard.yaml)")
+    init.add_argument("--port", help="port to listen on, instead of asking for it")
+    init.add_argument("--rig", metavar="SPEC", help="EMULATED GPUs and servers: 2x3090, 4090+3090, h100 or a file")
+    init.add_argument("--yes", action="store_true", help="ask nothing, take the defaults")
+    init.add_argument("--force", action="store_true", help="write over an existing file")
+    init.add_argument("--json", action="store_true", help="ask nothing; print what was found and written as JSON")
+    init.set_defaults(run=_init)
+
+
 def _add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument(
         "--by", default="client,model", metavar="FIELDS", help="day, client (or key), model; default: client,model"
@@ -179,6 +190,12 @@ def _serve(arguments: argparse.Namespace, environment: Mapping[str, str] | None)
     from router.cli import serve
 
     return serve.run(arguments, environment, AUTO_RIG)
+
+
+def _init(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import init
+
+    return init.run(arguments, environment)
 
 
 def _status(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
