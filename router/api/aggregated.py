@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from importlib import metadata
 from typing import Any
 
 import aiohttp
@@ -18,6 +19,7 @@ import msgspec
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
+from router.api.attached_models import listed_rows, loaded_rows
 from router.api.context import ApiContext
 from router.api.forwarding import onward_headers
 from router.api.passthrough import forward
@@ -28,6 +30,7 @@ from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.driver import TEMPORARY_TAG, is_temporary_tag
 from router.engines.ollama.model_listing import key_of
+from router.engines.ollama.rules import KIND as OLLAMA
 from router.errors import InstanceLost, LoopDetected, NoInstance, RouterError
 from router.llm_api.errors import JSON
 from router.llm_api.heartbeat_format import refusal
@@ -61,12 +64,14 @@ class AggregatedHandler:
                 return await self._models(request, record)
 
     async def _version(self, request: web.BaseRequest) -> str:
-        """Of the primary instance, which may be waited for.
+        """Of the primary Ollama instance, which may be waited for; the router's own where there is none to be.
 
         A router that asks whether this one serves is not made to wait for attached servers: they are asked in its name.
         One of them may lead back to it, so that each would wait for the other.
         """
-        views = self._context.instances()
+        if not self._context.has_ollama:
+            return metadata.version("llamayard")
+        views = [view for view in self._context.instances() if view.spec.engine == OLLAMA]
         is_of_router = hdrs.VIA in request.headers
         if not is_of_router or self._context.ready_instances() or not all(view.spec.attached for view in views):
             return (await self._context.ready_primary()).version or ""
@@ -83,19 +88,22 @@ class AggregatedHandler:
 
     async def _models(self, request: web.BaseRequest, record: RequestRecord) -> web.StreamResponse:
         """The shared store's models, then those that only an attached server has, then aliases."""
-        primary = await self._context.ready_primary()
-        others = [view for view in self._context.ready_instances() if view.spec.attached and view is not primary]
+        context, primary = self._context, None
+        if context.has_ollama or not context.attached.all:
+            primary = await context.ready_primary()
+        others = [view for view in _ollamas(context.ready_instances()) if view.spec.attached and view is not primary]
         path, field, keys = ("/v1/models", "data", ("id",))
         if record.route == "/api/tags":
             path, field, keys = "/api/tags", "models", ("name", "model")
         is_whole = record.key is None or record.key.sees_all_models
-        if not others and not self._context.rules.substitutes.listed and is_whole:
+        is_plain = not others and not context.attached.all and not context.rules.substitutes.listed
+        if primary is not None and is_plain and is_whole:
             if request.method == hdrs.METH_HEAD:
-                return await forward(self._context, request, b"", record, primary)
+                return await forward(context, request, b"", record, primary)
             raw, content_type = await self._raw(request, primary, path)
             if TEMPORARY_TAG.encode() not in raw:
                 return web.Response(body=raw, headers={hdrs.CONTENT_TYPE: content_type, **record.response_headers()})
-        first = await self._rows(request, primary, path, field)
+        first = await self._rows(request, primary, path, field) if primary is not None else []
         rows = {key_of(str(row.get(keys[0]))): row for row in first}
         further = await asyncio.gather(
             *(self._rows(request, view, path, field) for view in others), return_exceptions=True
@@ -103,6 +111,7 @@ class AggregatedHandler:
         for view, found in zip(others, further, strict=True):
             for row in found if isinstance(found, list) else []:
                 _add(rows, row, keys[0], view.spec.name)
+        rows |= {key_of(str(row[keys[0]])): row for row in listed_rows(context, field)}
         rows = {key_of(str(row.get(keys[0]))): row for row in _visible(record.key, rows.values(), keys[0])}
         merged = [*rows.values(), *self._aliases(rows, keys)]
         head = {"object": "list"} if field == "data" else {}
@@ -120,7 +129,7 @@ class AggregatedHandler:
 
     async def _ps(self, request: web.BaseRequest) -> list[_Row]:
         """Each loaded replica, the latest expiry first; instances that do not respond are left out."""
-        views = self._context.ready_instances()
+        views = _ollamas(self._context.ready_instances())
         queries = (self._rows(request, view, "/api/ps", "models", _PS_ATTEMPTS) for view in views)
         results = await asyncio.gather(*queries, return_exceptions=True)
         snapshot = self._context.controller.snapshot()
@@ -129,12 +138,14 @@ class AggregatedHandler:
             for view, found in zip(views, results, strict=True)
             for row in (found if isinstance(found, list) else [])
         ]
+        rows += [self._merged(snapshot, view, row) for view, row in loaded_rows(self._context)]
         return sorted(rows, key=lambda row: str(row.get("expires_at")), reverse=True)
 
     def _merged(self, snapshot: Snapshot, view: InstanceView, row: _Row) -> _Row:
         """A server's row with the router's expiry and its extra object."""
         residency = self._residency_of(snapshot, view, row)
         extra: dict[str, Any] = {"instance": view.spec.name, "gpus": list(view.spec.gpus)}
+        extra |= row.get("llamayard", {})
         if residency is None:
             return {**row, "llamayard": extra}
         extra |= {"slots": residency.slots, "in_flight": residency.in_flight}
@@ -181,6 +192,10 @@ class AggregatedHandler:
         if reply.status != web.HTTPOk.status_code:
             raise InstanceLost(f"{view.spec.name} responded with status {reply.status} to {path}")
         return raw, reply.headers.get(hdrs.CONTENT_TYPE, JSON)
+
+
+def _ollamas(views: Iterable[InstanceView]) -> list[InstanceView]:
+    return [view for view in views if view.spec.engine == OLLAMA]
 
 
 def _visible(key: AccessKey | None, rows: Iterable[_Row], name_field: str) -> list[_Row]:

@@ -21,7 +21,18 @@ from router.domain.snapshot import Snapshot
 from router.engines.ollama.catalog import Catalog
 from router.engines.ollama.client import UNREACHABLE, OllamaError
 from router.engines.ollama.endpoint_support import EndpointSupport
-from router.errors import InstanceLost, NoInstance, QueueFull, RouterError, ShuttingDown, WaitTimeout
+from router.engines.ollama.rules import KIND as OLLAMA
+from router.engines.openai.servers import AttachedModels
+from router.errors import (
+    BadRequest,
+    InstanceLost,
+    ModelNotFound,
+    NoInstance,
+    QueueFull,
+    RouterError,
+    ShuttingDown,
+    WaitTimeout,
+)
 from router.llm_api.inference_request import ModelRules
 from router.llm_api.limits import RequestLimits
 from router.scheduler.placement.candidates import is_alive
@@ -76,6 +87,8 @@ class ApiContext:
     """Models that are being deleted, as `rules.removing` sees them."""
     cutoff: Cutoff = field(default_factory=Cutoff)
     management: ManagementRules = field(default_factory=ManagementRules)
+    attached: AttachedModels = field(default_factory=lambda: AttachedModels(()))
+    """Models of servers that are not Ollama. Their names come before those of the store."""
 
     def instances(self) -> list[InstanceView]:
         """All instances: spawned before attached, then by name."""
@@ -110,17 +123,27 @@ class ApiContext:
             QueueFull: as many requests as the queue holds wait for one already.
             ShuttingDown: the router is draining.
         """
-        spawns = any(not view.spec.attached for view in self.instances())
-        await self._until(lambda snapshot: bool(_primaries(snapshot)), lambda spec: not (spawns and spec.attached))
+        spawns = any(not spec.attached for spec in self._ollamas())
+
+        def may_be_primary(spec: InstanceSpec) -> bool:
+            return spec.engine == OLLAMA and not (spawns and spec.attached)
+
+        await self._until(lambda snapshot: bool(_primaries(snapshot)), may_be_primary)
         return self.primary()
 
     async def find_model(self, name: str) -> ModelFacts | None:
         """Facts of a model; None only where no server has it.
 
         Raises:
+            ModelNotFound: no server has it, and none is there to say so in its own words.
             NoInstance: a server that may have it is down.
             EngineError: a server could not be asked, or could not say.
         """
+        declared = self.attached.known(name)
+        if declared is not None:
+            return declared
+        if not self.has_ollama:
+            raise ModelNotFound(f"model '{name}' not found")
         await self.ready_primary()
         try:
             facts = await self.catalog.facts(name)
@@ -132,6 +155,28 @@ class ApiContext:
         if facts is None:
             self.refuse_unheard(name)
         return facts
+
+    @property
+    def has_ollama(self) -> bool:
+        """Whether there is any Ollama server, running or not."""
+        return bool(self._ollamas())
+
+    def _ollamas(self) -> list[InstanceSpec]:
+        return [v.spec for v in self.controller.snapshot().instances.values() if v.spec.engine == OLLAMA]
+
+    def refuse_attached(self, name: str, verb: str) -> None:
+        """Refuses to change a model of a server that is not Ollama.
+
+        Raises:
+            BadRequest: it is one.
+        """
+        facts = self.attached.known(name) if name else None
+        if facts is not None:
+            servers = ", ".join(f"{s.name} ({s.kind})" for s in self.attached.servers_of(facts))
+            raise BadRequest(
+                f"model '{facts.name}' is served by {servers}, not from the model store: it cannot be {verb} here "
+                "(instances[].models)"
+            )
 
     def refuse_unheard(self, name: str) -> None:
         """Refuses a model that no server has while a server that may have it has not been heard yet.
@@ -190,5 +235,6 @@ def _ready(snapshot: Snapshot) -> list[InstanceView]:
 
 def _primaries(snapshot: Snapshot) -> list[InstanceView]:
     """Ready instances that may be the primary one."""
-    spawns = any(not view.spec.attached for view in snapshot.instances.values())
-    return [view for view in _ready(snapshot) if not (spawns and view.spec.attached)]
+    ollamas = [view for view in snapshot.instances.values() if view.spec.engine == OLLAMA]
+    spawns = any(not view.spec.attached for view in ollamas)
+    return [v for v in ollamas if v.state is InstanceState.READY and not (spawns and v.spec.attached)]

@@ -41,6 +41,10 @@ _USES = {"/api/copy": "copy", "/api/delete": "delete", "/api/push": "push"}
 """Paths whose model must exist, and what they do with it."""
 _OTHER_NAMES = {"/api/copy": "destination", "/api/create": "from"}
 """Paths whose body names a second model, and its member."""
+_CHANGES = {
+    "/api/copy": "copied", "/api/create": "created", "/api/delete": "deleted", "/api/pull": "pulled",
+    "/api/push": "pushed",
+}  # fmt: skip
 _UNREAD_BYTES_MAX = 262144
 """Up to this much of an unread request body is discarded, as Go does; with more the connection is closed."""
 
@@ -63,6 +67,7 @@ class ModelManagementHandler:
         refuse_conflict(parsed)
         record.model = parsed.model or ""
         refuse_model(record.key, record.model)
+        context.refuse_attached(record.model, _CHANGES.get(path, "changed"))
         if path != "/api/delete":  # a cloud model's local stub may be deleted
             refuse_cloud(record.model, cloud=context.rules.cloud)
         if path in _USES:
@@ -102,6 +107,7 @@ class ModelManagementHandler:
         rules = self._context.management
         if other:
             refuse_model(record.key, other)
+            self._context.refuse_attached(other, "copied from or to")
         if path == "/api/create":
             if _is_limited(record) and _has_files(body):
                 raise Forbidden("files, adapters: this access key is limited to models: create from one (`from`)")

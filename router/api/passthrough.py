@@ -10,8 +10,10 @@ from urllib.parse import quote, unquote
 
 from aiohttp import web
 
+from router.api.attached_models import shown
 from router.api.context import ApiContext
 from router.api.forwarding import Body, open_upstream, read_body, relay
+from router.api.responses import json_response
 from router.domain.instance import InstanceView
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.errors import api_of
@@ -61,6 +63,9 @@ class ShowHandler:
                 body = set_member(body, "model", json.dumps(target).encode())
         refuse_cloud(name, cloud=self._context.rules.cloud)
         refuse_model(record.key, name)
+        declared = self._context.attached.known(name)
+        if declared is not None:
+            return json_response(shown(self._context, declared, in_path=in_path), record.response_headers())
         facts = await self._context.find_model(name)
         record.is_unrouted = facts is None
         view = await self._context.holder(facts)

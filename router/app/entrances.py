@@ -21,6 +21,7 @@ from router.api.app import ApiHandlers, ApiServer
 from router.api.context import ApiContext
 from router.app.access_keys import KeyWatcher, keys_path, wall_seconds
 from router.app.lifecycle import AdminListener
+from router.app.other_engines import JoinedCatalog, OtherEngines
 from router.config.endpoint import TcpAddress, listen_address
 from router.config.settings import Settings
 from router.domain.model import ModelFacts
@@ -46,6 +47,7 @@ class Entrances:
         self,
         settings: Settings,
         context: ApiContext,
+        others: OtherEngines,
         handlers: ApiHandlers,
         access_log: AccessLog,
         via: Via,
@@ -55,6 +57,7 @@ class Entrances:
         self._settings = settings
         self._via = via
         self._context = context
+        self._others = others
         self._handlers = handlers
         self._access_log = access_log
         self._record_lag = record_lag
@@ -65,7 +68,7 @@ class Entrances:
     def endpoint(self) -> tuple[ApiServer, web.Server, ProxyServer]:
         """aiohttp's handler and server, and the raw proxy in front of them."""
         context, controller = self._context, self._context.controller
-        server = self._settings.server
+        server, has_others = self._settings.server, bool(context.attached.all)
         access = AccessRules(
             keys=self.keys,
             allows_anonymous=server.allow_anonymous,
@@ -77,7 +80,8 @@ class Entrances:
         library = _library(api_server)
         proxy_context = ProxyContext(
             controller=controller,
-            catalog=context.catalog,
+            catalog=JoinedCatalog(context.attached, context.catalog) if has_others else context.catalog,
+            engines=self._others if has_others else None,
             pool=Pool(context.limits.connect_timeout_seconds, controller.now),
             request_log=self._access_log,
             pipeline=pipeline,

@@ -21,6 +21,8 @@ from router.domain.model import ModelFacts
 from router.domain.model_names import parse_name
 from router.engines.ollama.gguf_facts import facts_of
 from router.engines.ollama.instance_plan import DeclaredInstance, InstancePlan
+from router.engines.ollama.rules import KIND as OLLAMA
+from router.engines.openai.servers import KIND as OPENAI
 from router.gpu.nvml import NoGpus, open_nvml
 from router.gpu.poller import GpuReader
 from router.lab.emulator.prepare import VERSION_VARIABLE, PreparedEmulator, prepare_emulator
@@ -162,7 +164,13 @@ def instance_plan(settings: Settings, models_directory: str) -> InstancePlan:
         spread=settings.ollama.spread,
         cloud=settings.ollama.cloud,
         declared=tuple(
-            DeclaredInstance(tuning(settings, entry.name or "", entry), entry.name, entry.url, entry.gpus)
+            DeclaredInstance(
+                tuning(settings, entry.name or "", entry),
+                entry.name,
+                entry.url,
+                entry.gpus,
+                OLLAMA if entry.kind == OLLAMA else OPENAI,
+            )
             for entry in settings.instances
         ),
     )

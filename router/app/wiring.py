@@ -23,6 +23,7 @@ from router.api.management_rules import ManagementRules
 from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
+from router.app.other_engines import OtherEngines, attached_servers
 from router.app.records import Records
 from router.app.reload import ReadSettings, Reloader, check_reload
 from router.app.service_manager import ServiceManager
@@ -72,8 +73,7 @@ async def build(
     Raises:
         ConfigError: a pin or an instance does not fit the hardware.
     """
-    records = Records(settings)
-    via = Via()
+    records, via = Records(settings), Via()
     async with _client_session(via) as session:
         poller, gpus = GpuPoller(OwnedProcessReader(hardware.reader)), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
@@ -85,7 +85,8 @@ async def build(
 
         store_lock = asyncio.Lock()
         ollama = OllamaEngine(hardware.command, plan, session, snapshot, time.monotonic, store_lock)
-        engines: dict[str, Engine] = {ollama.kind: ollama}
+        others = OtherEngines(attached_servers(settings), snapshot, {hdrs.VIA: via.value})
+        engines: dict[str, Engine] = {ollama.kind: ollama, **others.engines}
         dispatcher = Dispatcher(policy, engines)
 
         def on_instance_change(event: InstanceChanged) -> None:
@@ -107,7 +108,7 @@ async def build(
             Controller(dispatcher, effects, time.monotonic, (*records.observers, history)) as controller,
             records.recording(controller) as access_log,
         ):
-            context = _context(settings, hardware, controller, ollama, session, store_lock)
+            context = _context(settings, hardware, controller, ollama, others, session, store_lock)
             state_poller = StatePoller(
                 poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
                 warm_models(policy),
@@ -120,7 +121,7 @@ async def build(
                 controller.post(reading)
                 for spec in _instances(gpus, plan):
                     supervisor.add(spec)
-                entrances = Entrances(settings, context, handlers, access_log, via, lag, keys)
+                entrances = Entrances(settings, context, others, handlers, access_log, via, lag, keys)
                 api_server, library, proxy = entrances.endpoint()
                 watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(
@@ -203,6 +204,7 @@ def _context(
     hardware: Hardware,
     controller: Controller,
     ollama: OllamaEngine,
+    others: OtherEngines,
     session: aiohttp.ClientSession,
     store_lock: asyncio.Lock,
 ) -> ApiContext:
@@ -217,6 +219,7 @@ def _context(
         writing=store_lock,
         removing=removing,
         management=_management(settings, Path(hardware.models_directory)),
+        attached=others.models,
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from router.config.schema import KV_CACHE_TYPES
 from router.config.settings import ConfigError, InstanceSettings, Settings
 
+_SLOTS = 32
+"""Of a server with OpenAI's API, whose continuous batching serves about that many requests at once."""
 _NOT_DECLARED = InstanceSettings(name="discovered")
 _FALSE_TEXTS = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 """What Go's `strconv.ParseBool` reads as false; Ollama takes any other text as true."""
@@ -42,6 +44,8 @@ def tuning(settings: Settings, name: str, declared: InstanceSettings | None = No
     if instance.url is not None:
         variables = {}  # another program started that server with its own environment
     values = _Variables(name, variables)
+    if instance.kind != "ollama":
+        return Tuning(instance.num_parallel or _SLOTS, instance.context_length or 0, "f16", None, {})
     parallel = instance.num_parallel or values.integer("OLLAMA_NUM_PARALLEL", 1) or settings.ollama.num_parallel
     context = instance.context_length or values.integer("OLLAMA_CONTEXT_LENGTH", 4) or settings.ollama.context_length
     cache = instance.kv_cache_type or values.kv_cache_type() or settings.ollama.kv_cache_type

@@ -96,6 +96,7 @@ Variables = Annotated[
 ]
 KvCacheType = Literal["f16", "q8_0", "q4_0"]
 KV_CACHE_TYPES: tuple[str, ...] = get_args(KvCacheType)
+Capability = Literal["completion", "tools", "vision", "thinking", "embedding", "insert"]
 FallbackReason = Literal["unknown_model", "too_large", "queue_full"]
 
 
@@ -369,6 +370,39 @@ class InstanceSettings(_Section):
         default_factory=dict,
         description="Environment variables; only for instances that the router starts.",
     )
+    kind: Literal["ollama", "openai", "vllm", "sglang", "llama-server"] = Field(
+        default="ollama",
+        description="What runs at the url: Ollama, or a server with OpenAI's API. `openai` is any such one; the others "
+        "also take `top_k`, `min_p` and `repeat_penalty`, by their own names.",
+    )
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="Models of a server with OpenAI's API: the name that clients use, and the server's own name.",
+    )
+    api_key_file: Path | None = Field(
+        default=None,
+        description="File with the key that a server with OpenAI's API wants as bearer token; read at the start.",
+    )
+    capabilities: Annotated[tuple[Capability, ...], BeforeValidator(parse_list)] = Field(
+        default=("completion", "tools"),
+        description="What the models of a server with OpenAI's API can do, as `/api/show` tells clients.",
+    )
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Self:
+        if self.kind == "ollama":
+            for field in ("models", "api_key_file"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} is only for servers with OpenAI's API: set kind: openai, or remove it")
+            return self
+        if self.url is None:
+            raise ValueError(f"kind {self.kind} needs the url of a server that runs already")
+        if not self.models:
+            raise ValueError(f"kind {self.kind} needs models: {{NAME: the server's own name}}")
+        for field in ("gpus", "flash_attention", "kv_cache_type"):
+            if getattr(self, field):
+                raise ValueError(f"{field} has no effect on a server with OpenAI's API: set it where that is started")
+        return self
 
     @field_validator("url")
     @classmethod

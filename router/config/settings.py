@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     )
     discover: bool | None = Field(
         default=None,
-        description="Creates one instance per GPU and one over all GPUs; unset: only if `instances` is empty.",
+        description="Creates one instance per GPU and one over all GPUs; unset: if `instances` declares no Ollama.",
     )
     models: dict[str, ModelSettings] = Field(
         default_factory=dict, description="Rules for single models by name; `*` applies to models without an entry."
@@ -127,7 +127,9 @@ class Settings(BaseSettings):
     @property
     def discovers(self) -> bool:
         """Whether instances are created from the GPUs found."""
-        return self.discover if self.discover is not None else not self.instances
+        if self.discover is not None:
+            return self.discover
+        return not any(instance.kind == "ollama" for instance in self.instances)
 
     @property
     def starts_servers(self) -> bool:
@@ -149,6 +151,9 @@ class Settings(BaseSettings):
     def _has_valid_model_names(self) -> Self:
         fallback_names = [name for fallback in self.fallbacks.values() for name in fallback.to]
         _check_names("models", self.models)
+        for instance in self.instances:
+            _check_names(f"instances: {instance.name or instance.url}: models", instance.models)
+            _check_spellings(f"instances: {instance.name or instance.url}: models", instance.models)
         _check_names("fallbacks", [*self.fallbacks, *fallback_names])
         _check_names("aliases", [*self.aliases, *self.aliases.values()])
         _check_spellings("models", self.models)
@@ -251,6 +256,10 @@ def _with_home(loaded: Settings, environment: Mapping[str, str]) -> Settings:
     server, ollama = loaded.server, loaded.ollama
     paths: dict[str, object] = {
         "state_directory": absolute(state, home),
+        "instances": tuple(
+            each.model_copy(update={"api_key_file": each.api_key_file and absolute(each.api_key_file, home)})
+            for each in loaded.instances
+        ),
         "server": server.model_copy(
             update={
                 "tls_certificate": server.tls_certificate and absolute(server.tls_certificate, home),

@@ -97,6 +97,10 @@ class EngineRules(Protocol[FactsT]):
         """Returns the end of a load's reason where the load overrules the server's own offload rule, else ""."""
         ...
 
+    def runs_elsewhere(self, model: ModelFacts) -> bool:
+        """Returns True where the model's servers take nothing of this machine, so that only its instances matter."""
+        ...
+
     # --- time ----------------------------------------------------------------------------------------------
 
     def reload_seconds(self, model: ModelFacts, fixed_seconds: float, bytes_per_second: float) -> float:

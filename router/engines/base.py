@@ -1,4 +1,5 @@
-"""What the router asks of an inference engine, as typed protocols; `engines/ollama/engine.py` is the one answer so far.
+"""What the router asks of an inference engine, as typed protocols: `engines/ollama/engine.py` and
+`engines/openai/engine.py` answer.
 
 Each part of the router knows only the protocol that it needs:
 
@@ -14,7 +15,8 @@ Each part of the router knows only the protocol that it needs:
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from router.domain.actions import Load, Unload
 from router.domain.engine_rules import EngineRules
@@ -25,6 +27,21 @@ from router.domain.snapshot import Snapshot
 
 SchedulingRules = EngineRules[Snapshot]
 """Declared in the domain, because a snapshot carries the rules."""
+
+
+RepeatPenalty = Literal["repeat_penalty", "repetition_penalty"] | None
+"""What a server that has OpenAI's API calls the penalty on repeated tokens; None: it has none, nor other extensions."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTarget:
+    """How a model is asked for on a server that has OpenAI's API."""
+
+    name: str
+    """The server's own name of the model."""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """Headers of each request, such as the server's key."""
+    repeat_penalty: RepeatPenalty = None
 
 
 class EngineError(Exception):

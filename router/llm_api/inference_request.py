@@ -245,6 +245,27 @@ class InferenceRequest(msgspec.Struct):
         )
         return self.plan
 
+    def plan_elsewhere(self, facts: ModelFacts) -> RoutingPlan:
+        """Sets `plan` for a model of a server that is not Ollama: no option of a request makes such a server reload.
+
+        Raises:
+            BadRequest: its `keep_alive` is not a duration; in Ollama's words.
+            Forbidden: its key does not allow the context that it names.
+        """
+        self._check_context()
+        key, keep_alive_seconds = self.client_identity.key, _keep_alive_of(self.parsed)
+        if key is not None:
+            keep_alive_seconds = key.bounded_keep_alive(keep_alive_seconds)
+        self.plan = RoutingPlan(
+            facts=facts,
+            options=(),
+            context_length=0,
+            keep_alive_seconds=keep_alive_seconds if facts.is_shared else -1.0,
+            is_flexible=False,
+            default_context_length=facts.context_length,
+        )
+        return self.plan
+
     def _write_context_as_loaded(self, facts: ModelFacts, options: RunnerOptions) -> None:
         """Rewrites a `num_ctx` beyond the trained context as the load wrote it: older servers compare the numbers."""
         written = self.parsed.options.get("num_ctx")

@@ -41,6 +41,8 @@ _LAST_EVENTS: Mapping[str, re.Pattern[bytes]] = {
 """The end mark within the last event, by path; streams of other paths have none. The last event of `/v1/responses`
 repeats the whole answer, so that often only its end is in the tail."""
 _ERROR = re.compile(rb'(?:event: ?error|(?:data: ?)?\{"error":)')
+_EVENT_ERROR = (b'data: {"error":', b'data:{"error":', b'data: {"object":"error"')
+"""How an event with an error begins that a server with OpenAI's API sends before its end mark."""
 _FAILED = b'"type":"response.failed"'
 _NAMELESS = b'"model":""'
 _PROMPT = re.compile(rb'"(?:prompt_eval_count|prompt_tokens|input_tokens)":(\d+)')
@@ -83,8 +85,10 @@ def end_of_stream(path: str, tail: bytes) -> StreamEnd:
         marked = _LAST_EVENTS.get(path)
         if marked is None:
             return StreamEnd.COMPLETE
-        last = _EVENT_BREAK.split(tail.rstrip())[-1]
+        *before, last = _EVENT_BREAK.split(tail.rstrip())
         is_complete = marked.search(last) is not None
+        if is_complete and before and before[-1].startswith(_EVENT_ERROR):
+            return StreamEnd.ERROR  # vLLM's way to say that its engine is dead
     if is_complete:
         return StreamEnd.COMPLETE
     return StreamEnd.ERROR if _ERROR.match(last) or _FAILED in last else StreamEnd.MISSING

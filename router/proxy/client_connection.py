@@ -40,6 +40,7 @@ from router.observability.request_record import RequestRecord
 from router.proxy.aiohttp_bridge import AiohttpBridge
 from router.proxy.body_deadline import BodyDeadline
 from router.proxy.context import ProxyContext
+from router.proxy.engine_exchange import EngineExchange, EngineUpload
 from router.proxy.exchange import ProxyExchange
 from router.proxy.flow_control import FlowControl, Reason
 from router.proxy.head_cache import HeadFacts
@@ -259,14 +260,17 @@ class ClientConnection(asyncio.Protocol):
         self._state, self._due = BODY, _NEVER
         reader = None
         if length < LONG_BODY_BYTES:
-            exchange = ProxyExchange(context, self, head, facts, record, identity)
+            made = ProxyExchange if context.engines is None else EngineExchange
+            exchange = made(context, self, head, facts, record, identity)
         else:
             self._listener.long_bodies += 1
             if facts.is_zstd or facts.is_form:  # only the whole body names its model
-                exchange = ProxyExchange(context, self, head, facts, record, identity)
+                made = ProxyExchange if context.engines is None else EngineExchange
+                exchange = made(context, self, head, facts, record, identity)
             else:
                 reader = RequestBodyReader(head, limits)
-                exchange = StreamingUpload(context, self, head, facts, record, identity, reader)
+                uploads = StreamingUpload if context.engines is None else EngineUpload
+                exchange = uploads(context, self, head, facts, record, identity, reader)
         self._exchange = exchange
         if error is not None:
             self._refuse(head, rest, partial(exchange.fail, error))

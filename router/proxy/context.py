@@ -24,7 +24,7 @@ from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import Kind, Route, RouteTable
 from router.observability.request_record import RequestRecord
 from router.proxy.head_cache import HeadCache, HeadFacts
-from router.proxy.interfaces import EndpointSupport, ModelCatalog, RequestLog, SlotQueue
+from router.proxy.interfaces import EndpointSupport, EngineModels, ModelCatalog, RequestLog, SlotQueue
 from router.proxy.retry_budget import RetryBudget
 from router.proxy.upstream_pool import Pool
 
@@ -79,6 +79,8 @@ class ProxyContext:
     table: RouteTable
     tasks: Tasks
     via: Via
+    engines: EngineModels | None = None
+    """Models of servers that are not Ollama; None where there are none."""
     budgets: KeyBudgets = field(default_factory=lambda: KeyBudgets(time.monotonic))
     """What access keys have used of their limits."""
     serves_elsewhere: Callable[[ModelFacts, InstanceName], bool] = lambda _model, _instance: False

@@ -52,6 +52,11 @@ class HeartbeatSender:
         self._client.send(self._framed(self._format.late_error(error)) + end)
         return self._keep
 
+    def finish(self, body: bytes) -> bool:
+        """Ends the response with its body, after its head; returns whether the connection may stay open."""
+        self._client.send(self._framed(body) + (LAST_CHUNK if self._request.minor else b""))
+        return self._keep
+
     def _framed(self, piece: bytes) -> bytes:
         return chunk(piece) if self._request.minor and piece else piece
 

@@ -12,9 +12,10 @@ from typing import Protocol
 from router.domain.actions import Grant, Reject
 from router.domain.events import Event
 from router.domain.health import ReplyFailure
-from router.domain.instance import InstanceView
+from router.domain.instance import InstanceName, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.request import Ticket, TicketId
+from router.engines.base import EngineTarget
 from router.errors import InstanceLost, RouterError
 from router.http1.response_writer import LocalResponse
 from router.observability.request_record import RequestRecord
@@ -65,6 +66,24 @@ class ModelCatalog(Protocol):
     def known(self, name: str) -> ModelFacts | None: ...
 
     async def facts(self, name: str) -> ModelFacts | None: ...
+
+
+class EngineModels(Protocol):
+    """The models of servers that are not Ollama."""
+
+    def known(self, name: str) -> ModelFacts | None: ...
+
+    def target(self, instance: InstanceName, model: ModelFacts) -> EngineTarget:
+        """How that server is asked for the model."""
+        ...
+
+    async def refuse_missing(self, model: ModelFacts, path: str) -> None:
+        """
+        Raises:
+            BadRequest: a server of the model does not have the path.
+            InstanceLost: it cannot be asked.
+        """
+        ...
 
 
 class EndpointSupport(Protocol):

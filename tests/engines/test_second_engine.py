@@ -125,6 +125,9 @@ class EchoEngine:
     def sets_own_layers(self, model: ModelFacts) -> bool:
         return False
 
+    def runs_elsewhere(self, model: ModelFacts) -> bool:
+        return False
+
     def explain_override(self, model: ModelFacts, spec: InstanceSpec, context_length: int, snapshot: Snapshot) -> str:
         return ""
 

@@ -65,6 +65,8 @@ class DeclaredInstance:
     url: str | None = None
     gpus: tuple[str, ...] = ()
     """UUIDs, unique prefixes of UUIDs, or indices, in order of preference."""
+    engine: str = "ollama"
+    """Kind of the engine of an attached server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def _single(gpu: Gpu, plan: InstancePlan, ports: Iterator[int]) -> InstanceSpec:
 def _declared(
     declared: DeclaredInstance, gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]
 ) -> InstanceSpec:
-    name = InstanceName(declared.name or (declared.url or "").partition("://")[2].rstrip("/"))
+    name = declared_name(declared.name, declared.url)
     if not name:
         raise PlanError("a declared instance has neither a name nor a url: give it one of them")
     chosen = [_gpu(reference, name, gpus) for reference in declared.gpus]
@@ -188,10 +190,16 @@ def _declared(
     if len(set(uuids)) != len(uuids):
         raise PlanError(f"instance {name}: gpus names one GPU twice")
     if declared.url is not None:
-        return _spec(name, uuids, declared.url.rstrip("/"), declared.tuning, {}, attached=True)
+        attached = _spec(name, uuids, declared.url.rstrip("/"), declared.tuning, {}, attached=True)
+        return replace(attached, engine=declared.engine)
     even = len(uuids) > 1 and (are_equal(chosen) if plan.spread == "auto" else plan.spread == "even")
     shares = memory_shares(tuple(gpu.memory_total_bytes for gpu in chosen))
     return _spawned(name, uuids, declared.tuning, plan, ports, even=even, shares=shares)
+
+
+def declared_name(name: str | None, url: str | None) -> InstanceName:
+    """A declared instance without a name is called by its address."""
+    return InstanceName(name or (url or "").partition("://")[2].rstrip("/"))
 
 
 def _gpu(reference: str, name: str, gpus: Sequence[Gpu]) -> Gpu:

@@ -106,5 +106,8 @@ class OllamaRules:
             and runner_options.differ_in_context_only(replica.options, ticket.options)
         )
 
+    def runs_elsewhere(self, model: ModelFacts) -> bool:  # noqa: ARG002 (it never does)
+        return False
+
     def tuned_for(self, like: InstanceSpec, gpus: Sequence[Gpu]) -> InstanceSpec:
         return told_shares(like, gpus)

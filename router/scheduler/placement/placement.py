@@ -138,6 +138,8 @@ def place(snapshot: Snapshot, estimate: Estimate, request: PlacementRequest) -> 
     if not any(model.is_on(spec) for spec in alive):
         message = f"no instance that has model '{model.name}' is running: "
         return NoFit("no_instance", message + explain_states(snapshot))
+    if snapshot.engines[model.engine].runs_elsewhere(model):
+        return _elsewhere(snapshot, request, bounds)
     sizer, room = Sizer(snapshot, estimate, model, request.options), capacities(snapshot)
     tried: list[SizedCandidate] = []
     for fewer_slots in (False, True):
@@ -183,6 +185,18 @@ def _on_cpu(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> De
     if not candidates:
         return NoFit("model_too_large", f"model '{request.model.name}' is pinned to the CPU and no instance runs there")
     return _among(snapshot, [SizedCandidate(candidate, ()) for candidate in candidates], request)
+
+
+def _elsewhere(snapshot: Snapshot, request: PlacementRequest, bounds: Bounds) -> Decision:
+    """On any server that has it: there is nothing to make room for."""
+    candidates = _that_may_load(snapshot, candidates_of_size(snapshot, 0, bounds), request.model)
+    if not candidates:
+        message = f"the request's layout needs GPUs, and model '{request.model.name}' runs on none of this machine"
+        return NoFit("model_too_large", message)
+    found = _among(snapshot, [SizedCandidate(candidate, ()) for candidate in candidates], request)
+    return (
+        replace(found, reason=f"{found.instance}: a server of its own has it") if isinstance(found, Placed) else found
+    )
 
 
 def _that_may_load(snapshot: Snapshot, candidates: Sequence[Candidate], model: ModelFacts) -> list[Candidate]:
