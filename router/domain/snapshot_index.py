@@ -39,6 +39,8 @@ class GpuTotals:
     """Held by models that are unloading, or that planned loads will evict."""
     staying: int = 0
     """Held by all other loaded models."""
+    unread: int = 0
+    """The part of `staying` that the last reading of the GPUs does not show yet."""
     kept: int = 0
     """Held by models with `keep_warm`."""
 
@@ -163,18 +165,23 @@ def _totals_by_gpu(snapshot: Snapshot) -> dict[GpuUuid, GpuTotals]:
     promised_keys = promised(snapshot)
     for key, residency in snapshot.residencies.items():
         is_kept = snapshot.policy.keeps_warm(residency.name)
+        is_unread = residency.load_id in snapshot.reservations
         for gpu, size in bytes_by_gpu(snapshot, residency):
-            _add(by_gpu.setdefault(gpu, GpuTotals()), residency.state, size, key in promised_keys, is_kept)
+            totals = by_gpu.setdefault(gpu, GpuTotals())
+            _add(totals, residency.state, size, key in promised_keys, is_unread, is_kept)
     return by_gpu
 
 
-def _add(totals: GpuTotals, state: ResidencyState, size: int, is_promised: bool, is_kept: bool) -> None:
+def _add(
+    totals: GpuTotals, state: ResidencyState, size: int, is_promised: bool, is_unread: bool, is_kept: bool
+) -> None:
     if state in (ResidencyState.READY, ResidencyState.UNLOADING):
         totals.resident += size
     if state is ResidencyState.UNLOADING or is_promised:
         totals.leaving += size
     elif state is ResidencyState.READY:
         totals.staying += size
+        totals.unread += size if is_unread else 0
     if is_kept:
         totals.kept += size
 

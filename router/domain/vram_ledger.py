@@ -73,7 +73,18 @@ def leaving_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
         return 0
     # Bytes that the driver no longer reports as used are already free. What is reserved for a load that was broken off
     # becomes available together with what that load has taken so far.
-    return max(0, min(totals.leaving, gpu.memory_used_bytes - totals.staying)) + totals.aborted
+    staying = totals.staying - totals.unread
+    return max(0, min(totals.leaving, gpu.memory_used_bytes - staying)) + totals.aborted
+
+
+def overcounted_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:
+    """By how many bytes unloads on `uuid` may free less than our accounting says: models that stay are thought to hold
+    more than the driver reports as used. 0 normally.
+
+    As `leaving_bytes` counts what they free once they are under way.
+    """
+    totals, gpu = gpu_index(snapshot, uuid), snapshot.gpus.get(uuid)
+    return 0 if gpu is None else max(0, totals.staying - totals.unread - gpu.memory_used_bytes)
 
 
 def external_bytes(snapshot: Snapshot, uuid: GpuUuid) -> int:

@@ -90,6 +90,7 @@ from router.scheduler.reconcile import (
     later_spills,
     load_outcomes,
     lost_gpus,
+    overcounted,
     reservations,
     rolling_restart,
     silence,
@@ -230,7 +231,8 @@ class Dispatcher:
         match event:
             case GpusRead():
                 self._fleet.read(event.gpus, event.read_at)
-                measured = [Remember(found) for found in self._fleet.settle()]
+                measured: list[Action] = [Remember(found) for found in self._fleet.settle()]
+                measured += overcounted.correct(self._fleet)
                 return [*measured, *gpu_health.observe(self._fleet, now), *self._mark_instances(now)]
             case FootprintsLoaded() | LoadMeasured():
                 self._apply_footprints(event)

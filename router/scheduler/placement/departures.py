@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from router.domain.gpu import GpuUuid
 from router.domain.residency import ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import bytes_by_gpu, gpus_of, memoise, promised
-from router.domain.vram_ledger import available_bytes, leaving_bytes, underestimated_bytes
+from router.domain.vram_ledger import leaving_bytes, overcounted_bytes, underestimated_bytes
 from router.scheduler.placement.candidate_size import Need, free_room
 from router.scheduler.placement.cost import service_seconds
 from router.scheduler.placement.eviction import (
@@ -46,8 +46,7 @@ def common_departures(snapshot: Snapshot, need: Need, *, busy: bool, young: bool
 
 
 def _departures_for_new(snapshot: Snapshot, need: Need, *, busy: bool, young: bool) -> Departures | None:
-    room = _room(snapshot)
-    short = [(gpu, size - room.get(gpu, 0)) for gpu, size in need if size > room.get(gpu, 0)]
+    short = list(_shortfall(snapshot, need))
     options = leavers(snapshot, tuple(gpu for gpu, _ in short), busy=busy, young=young) if short else []
     chosen = cheapest(options, [size for _, size in short])
     if chosen is None:
@@ -77,8 +76,7 @@ def departures(
     """Who leaves to make room for `need`, the model's own replica `own` included if there is one."""
     own_replica = None if own is None else snapshot.residencies.get(own)
     own_bytes = dict(bytes_by_gpu(snapshot, own_replica)) if own_replica is not None else {}
-    room = _room(snapshot)
-    shortfall = {gpu: size - room.get(gpu, 0) - own_bytes.get(gpu, 0) for gpu, size in need}
+    shortfall = {gpu: size - own_bytes.get(gpu, 0) for gpu, size in _shortfall(snapshot, need)}
     gpus = [gpu for gpu, size in shortfall.items() if size > 0]
     others = evictable(snapshot, gpus, busy=busy, young=young) if gpus else []
     if own_replica is not None:
@@ -118,8 +116,21 @@ def _room(snapshot: Snapshot) -> Mapping[GpuUuid, int]:
     return memoise(
         snapshot,
         _room,
-        lambda: {gpu: available_bytes(snapshot, gpu) + leaving_bytes(snapshot, gpu) for gpu in snapshot.gpus},
+        lambda: {gpu: size + leaving_bytes(snapshot, gpu) for gpu, size in free_room(snapshot).items()},
     )
+
+
+def _shortfall(snapshot: Snapshot, need: Need) -> Iterator[tuple[GpuUuid, int]]:
+    """Bytes that models on each GPU have to free, by our accounting, where anything has to leave."""
+    room, overcounted = _room(snapshot), memoise(snapshot, _shortfall, lambda: _overcounted(snapshot))
+    for gpu, size in need:
+        missing = size - room.get(gpu, 0)
+        if missing > 0:
+            yield gpu, missing + overcounted.get(gpu, 0)
+
+
+def _overcounted(snapshot: Snapshot) -> dict[GpuUuid, int]:
+    return {gpu: overcounted_bytes(snapshot, gpu) for gpu in snapshot.gpus}
 
 
 def _relied_on(snapshot: Snapshot, need: Need) -> list[ResidencyKey]:
