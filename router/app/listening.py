@@ -8,8 +8,10 @@ import os
 import socket
 import stat
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
+from router.app.inherited_sockets import InheritedSockets
 from router.config.endpoint import DEFAULT_PORT, TcpAddress, listen_address
 from router.config.settings import ConfigError, Settings
 
@@ -17,20 +19,36 @@ _BACKLOG = 4096
 _SOCKET_MODE = 0o660
 
 
-def listen(settings: Settings) -> socket.socket:
-    """A listening socket. It is bound before anything is started, so that a port in use fails at once.
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket."""
+
+    socket: socket.socket
+    is_inherited: bool
+    """Whether the service manager holds it too, so that connections wait in it while the router restarts."""
+
+
+def listen(settings: Settings, inherited: InheritedSockets) -> Listener:
+    """The endpoint's listener. It is bound before anything is started, so that a port in use fails at once.
 
     Raises:
         ConfigError: it cannot listen there.
     """
     address = TcpAddress(settings.server.host, settings.server.port)
+    found = inherited.take(address)
+    if found is not None:
+        return Listener(found, is_inherited=True)
+    return Listener(_bound(address), is_inherited=False)
+
+
+def _bound(address: TcpAddress) -> socket.socket:
     try:
         return _listen_tcp(address)
     except OSError as error:
         raise ConfigError([_listen_problem(address, error)]) from error
 
 
-def listen_for_admin(settings: Settings) -> socket.socket | None:
+def listen_for_admin(settings: Settings, inherited: InheritedSockets) -> socket.socket | None:
     """The listener of `admin.listen`; None without one.
 
     Raises:
@@ -39,6 +57,9 @@ def listen_for_admin(settings: Settings) -> socket.socket | None:
     address = listen_address(settings.admin.listen)
     if address is None:
         return None
+    found = inherited.take(address)
+    if found is not None:
+        return found
     try:
         return _listen_tcp(address) if isinstance(address, TcpAddress) else _listen_unix(address.path)
     except (OSError, OverflowError) as error:

@@ -8,7 +8,7 @@ import os
 import shutil
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from router.admission.key_ring import KeyStore
 from router.api.app import ApiHandlers
 from router.api.context import ApiContext
 from router.api.management_rules import ManagementRules
+from router.app.adoption import PlannedInstance
 from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
@@ -58,20 +59,24 @@ from router.scheduler.dispatcher import Dispatcher
 from router.storage.footprint_store import FootprintStore
 from router.supervisor import orphan_reaper
 from router.supervisor.instance import SupervisorConfig
+from router.supervisor.kept_process import KeepRules
 from router.supervisor.ports import NoFreePort, free_ports
 from router.supervisor.supervisor import Supervisor
+
+_KEPT_GRACE_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL for servers that no router has adopted."""
 
 
 @contextlib.asynccontextmanager
 async def build(
     settings: Settings, hardware: Hardware, reading: GpusRead, tls: ssl.SSLContext | None,
-    read_settings: ReadSettings, environment: Mapping[str, str],
+    read_settings: ReadSettings, environment: Mapping[str, str], instances: Sequence[PlannedInstance],
 ) -> AsyncGenerator[Router]:  # fmt: skip
     """Builds and connects all components; leaving the context releases what they hold. `reading`: the GPUs just now.
     `read_settings` reads the configuration again, as at the start; `environment`: of this process.
 
     Raises:
-        ConfigError: a pin or an instance does not fit the hardware.
+        ConfigError: a pin does not fit the hardware.
     """
     records, via = Records(settings), Via()
     async with _client_session(via) as session:
@@ -119,20 +124,24 @@ async def build(
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)
-                for spec in _instances(gpus, plan):
-                    supervisor.add(spec)
+                for each in instances:
+                    supervisor.add(each.spec, each.claim)
                 entrances = Entrances(settings, context, others, handlers, access_log, via, lag, keys)
                 api_server, library, proxy = entrances.endpoint()
                 watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(
                     controller, supervisor, state_poller, api_server, proxy, library, tls, context.cutoff,
                     hardware.title, settings.server.drain_timeout_seconds, watcher, entrances.admin(proxy.context),
-                    reloader, ServiceManager(environment, os.getpid()),
+                    reloader, ServiceManager(environment, os.getpid()), settings.ollama.adopt, _adopted(instances),
                 )  # fmt: skip
             finally:
                 await handlers.close()
                 await ollama.close()
                 await poller.close()
+
+
+def _adopted(instances: Sequence[PlannedInstance]) -> tuple[InstanceName, ...]:
+    return tuple(each.spec.name for each in instances if each.claim is not None)
 
 
 def _is_loading(snapshot: Callable[[], Snapshot], name: InstanceName) -> bool:
@@ -155,7 +164,13 @@ def _application(
     return apply
 
 
-def _instances(gpus: tuple[Gpu, ...], plan: InstancePlan) -> tuple[InstanceSpec, ...]:
+def planned_instances(settings: Settings, hardware: Hardware, gpus: tuple[Gpu, ...]) -> tuple[InstanceSpec, ...]:
+    """The instances that this router runs, with free ports.
+
+    Raises:
+        ConfigError: an instance does not fit the hardware.
+    """
+    plan = instance_plan(settings, hardware.models_directory)
     try:
         return plan_instances(gpus, plan, free_ports(ports_needed(gpus, plan)))
     except (PlanError, NoFreePort) as error:
@@ -276,4 +291,11 @@ def _supervisor_config(settings: Settings, hardware: Hardware) -> SupervisorConf
         run_id=orphan_reaper.run_id(),
         environment=hardware.environment,
         start_timeout_seconds=settings.ollama.start_timeout_seconds,
+        keep=_keep_rules(settings),
     )
+
+
+def _keep_rules(settings: Settings) -> KeepRules | None:
+    if not settings.ollama.adopt:
+        return None
+    return KeepRules(str(settings.state_directory), settings.ollama.adopt_timeout_seconds, _KEPT_GRACE_SECONDS)

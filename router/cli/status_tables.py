@@ -42,7 +42,7 @@ def render_status(status: Mapping[str, Any]) -> str:
         *_problems(status.get("problems")),
         render_table("GPUS", _GPUS, _rows(status, "gpus"), _gpu_note),
         *_restart(status.get("restart")),
-        render_table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _unless_ready),
+        render_table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _instance_note),
         render_table("MODELS", _MODELS, _rows(status, "models"), _model_note),
         render_table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
         *([render_table("WARM MODELS THAT ARE MISSING", _WARM_MISSING, missing, _reason)] if missing else []),
@@ -148,6 +148,10 @@ def _restart(restart: object) -> list[str]:
 def _unless_ready(row: Row) -> str:
     reason = row.get("reason")
     return short_reason(str(reason)) if reason and row.get("state") != "ready" else ""
+
+
+def _instance_note(row: Row) -> str:
+    return short_reason(_reason(row))
 
 
 def _reason(row: Row) -> str:

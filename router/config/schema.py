@@ -316,6 +316,14 @@ class OllamaSettings(_Section):
     start_timeout_seconds: Seconds = Field(
         default=60.0, description="Longest time for an instance to start and report its GPUs, which can take 30 s."
     )
+    adopt: bool = Field(
+        default=False,
+        description="Servers outlive a router that SIGTERM ended or that was killed, with what they have loaded, and "
+        "the next router takes them over if they are configured alike; off: they end with their router. Linux only.",
+    )
+    adopt_timeout_seconds: Seconds = Field(
+        default=60.0, description="How long servers without a router wait for the next one before they end."
+    )
     env: Variables = Field(
         default_factory=dict, description="Environment variables for every instance, such as OLLAMA_DEBUG."
     )

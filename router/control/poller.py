@@ -75,7 +75,7 @@ class StatePoller:
         intervals = self._intervals
         async with asyncio.TaskGroup() as polls:
             polls.create_task(self._steadily(intervals.gpu_seconds, "the GPUs", self.read_gpus, self._poll_gpus_now))
-            polls.create_task(self._steadily(intervals.residency_seconds, "loaded models", self._read_residencies))
+            polls.create_task(self._steadily(intervals.residency_seconds, "loaded models", self.read_residencies))
             for engine in self._engines.values():
                 polls.create_task(self._poll_models(engine))
 
@@ -118,7 +118,8 @@ class StatePoller:
             else:
                 self._succeeded(what)
 
-    async def _read_residencies(self) -> None:
+    async def read_residencies(self) -> None:
+        """Reads once what the ready servers have loaded, as far as it is due, and posts it."""
         snapshot, seconds = self._snapshot(), self._intervals.residency_seconds
         ready = [view.spec for view in snapshot.instances.values() if view.state is InstanceState.READY]
         now, seen = self._now(), self._seen

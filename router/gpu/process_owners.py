@@ -52,9 +52,14 @@ def listening_ports(process: psutil.Process) -> tuple[int, ...]:
     except psutil.Error:
         return ()
     for each in family:
-        try:
-            connections = each.net_connections(kind="tcp")
-        except (psutil.Error, OSError):
-            continue
-        ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+        ports |= set(own_ports(each))
     return tuple(sorted(ports))
+
+
+def own_ports(process: psutil.Process) -> tuple[int, ...]:
+    """The ports that the process itself listens on; empty if it cannot be looked into."""
+    try:
+        connections = process.net_connections(kind="tcp")
+    except (psutil.Error, OSError):
+        return ()
+    return tuple(sorted({each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}))

@@ -448,6 +448,11 @@ class ClientConnection(asyncio.Protocol):
         """The next request is admitted anew, even if its head is that of an earlier one."""
         self._last_cached = None
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it has sent nothing yet; also said of a few that have."""
+        return self._state == HEAD and self._head is None and self._last_cached is None
+
     def drain(self) -> None:
         """Closes the connection if it has no request."""
         if self._state == HEAD and self._head is None:

@@ -84,11 +84,16 @@ class ProxyServer:
         for connection in self._connections:
             connection.forget_head()
 
-    def drain(self) -> None:
-        """Closes idle connections now, and others after their next response."""
+    def drain(self, *, spares_new: bool = False) -> bool:
+        """Closes idle connections now, and others after their next response.
+
+        With `spares_new`, connections that have sent nothing yet stay open for one request; returns whether any do.
+        """
         self.closing = True
-        for connection in tuple(self._connections):
+        spared = [connection for connection in self._connections if spares_new and connection.is_new]
+        for connection in self._connections.difference(spared):
             connection.drain()
+        return bool(spared)
 
     def cut(self, error: RouterError) -> None:
         """Ends the requests that still hold or await a slot, with an error that their clients see."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from router.domain.adoption import ServerRecord, relevant
 from router.domain.events import InstanceChanged, LoadMeasured
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState, InstanceView
 from router.domain.instance_lifecycle import (
@@ -27,9 +28,10 @@ from router.domain.instance_lifecycle import (
 )
 from router.engines.base import ProbeFailed, ServerRules
 from router.supervisor.clock import Clock, run_unless_set
-from router.supervisor.orphan_reaper import process_marks
+from router.supervisor.kept_process import Claim, KeepRules, KeptProcess
+from router.supervisor.orphan_reaper import process_marks, state_mark
 from router.supervisor.parent_death_shim import EXIT_NOT_EXECUTED
-from router.supervisor.process import ChildProcess
+from router.supervisor.process import ChildProcess, ServerProcess, program_identity
 
 _START_POLL_SECONDS = 0.05
 
@@ -54,6 +56,8 @@ class SupervisorConfig:
     """Between SIGTERM and SIGKILL."""
     reason_lines_max: int = 10
     """Number of last output lines that go into the reason of a failure."""
+    keep: KeepRules | None = None
+    """How servers are kept for the next router; None: they end with this one."""
     restart: RestartPolicy = field(default_factory=RestartPolicy)
 
 
@@ -75,7 +79,8 @@ class InstanceContext:
 class Instance:
     """An actor: `run` makes all transitions; the other methods only request one, and return at once."""
 
-    def __init__(self, spec: InstanceSpec, context: InstanceContext) -> None:
+    def __init__(self, spec: InstanceSpec, context: InstanceContext, claim: Claim | None = None) -> None:
+        """`claim`: a server of an earlier router, which the instance begins with."""
         self.spec = spec
         self._context = context
         self._config = context.config
@@ -89,7 +94,11 @@ class Instance:
         self._stop = asyncio.Event()
         self._restart = asyncio.Event()
         self._restart_reason = ""
-        self._child: ChildProcess | None = None
+        self._child: ServerProcess | None = None
+        self._claim = claim
+        self._adopted = ""
+        """What is said of an adopted server; empty for others."""
+        self._is_left = False
         self._ready_at: float | None = None
         self._quick_deaths = 0
         self._last_lines: deque[str] = deque(maxlen=context.config.reason_lines_max)
@@ -123,6 +132,11 @@ class Instance:
         self._stop.set()
         self._stop_if_fatal()
 
+    def leave(self) -> None:
+        """Requests the end of the instance; its server is left to the next router, if it is kept and READY."""
+        self._is_left = self._config.keep is not None
+        self.stop()
+
     def restart(self, reason: str) -> None:
         """Requests that a READY server is killed and started again; it does not count as a quick death."""
         self._restart_reason = reason
@@ -130,6 +144,7 @@ class Instance:
 
     def kill(self) -> None:
         """Requests a stop with SIGKILL, at once."""
+        self._is_left = False
         self.stop()
         if self._child is not None:
             self._child.kill()
@@ -167,26 +182,42 @@ class Instance:
         """Runs one process to its end; then the state is BACKOFF, FATAL or STOPPED, and the process group is gone."""
         self._reset_output()
         try:
-            child = self._spawn()
+            child = self._spawn_or_adopt()
         except OSError as error:
             self._fail(f"cannot start {self._command[0]}: {error}")
             return
         self._child = child
+        is_left = False
         try:
             failure = await run_unless_set(self._stop, self._serve(child))
             if failure is None:
                 self._transition(Trigger.STOP)
-                await child.stop(self._config.stop_timeout_seconds)
+                is_left = self._leave_to_next(child)
+                if not is_left:
+                    await child.stop(self._config.stop_timeout_seconds)
             elif self._state is not InstanceState.DRAINING:
                 self._fail(failure)
         finally:
-            await self._kill_leftovers(child)
+            if not is_left:
+                await self._kill_leftovers(child)
         if self._stop.is_set():
             self._stop_if_fatal()
         if can_move(self._state, Trigger.EXITED):
             self._transition(Trigger.EXITED)
 
-    async def _kill_leftovers(self, child: ChildProcess) -> None:
+    def _leave_to_next(self, child: ServerProcess) -> bool:
+        """Whether the server is left running: a keeper looks after it until the next router adopts it."""
+        keep = self._config.keep
+        if keep is None or not self._is_left or self._ready_at is None or not isinstance(child, KeptProcess):
+            return False
+        if child.problem or child.exited.is_set():
+            return False
+        self._log.info("server_left", pid=child.pid, deadline_seconds=keep.deadline_seconds)
+        child.leave()
+        self._child = None
+        return True
+
+    async def _kill_leftovers(self, child: ServerProcess) -> None:
         """Kills the rest of the process group, runners included."""
         if not await child.wait_gone():
             self._log.error("instance_outlives_sigkill", pid=child.pid)
@@ -203,18 +234,28 @@ class Instance:
         self._load_reader = self._engine.load_reader(self.spec)
         self._device_reported.clear()
         self._ready_at = None
+        self._adopted = ""
         self._restart.clear()
 
-    def _spawn(self) -> ChildProcess:
+    def _spawn_or_adopt(self) -> ServerProcess:
+        claim, self._claim = self._claim, None
+        if claim is None:
+            return self._spawn()
+        self._adopted = f"adopted: an earlier router's server, pid {claim.server_pid}"
+        return KeptProcess.adopt(claim, self._on_output_line)
+
+    def _spawn(self) -> ServerProcess:
         config = self._config
-        environment = {
-            **config.environment,
-            **self.spec.environment,
-            **process_marks(config.state_directory, config.run_id, self.name),
-        }
+        environment = {**config.environment, **self.spec.environment}
+        if config.keep is not None:
+            environment |= state_mark(config.state_directory)
+            program, inherited = program_identity(self._command[0]), relevant(config.environment)
+            record = ServerRecord(self.spec, self._command, program, inherited)
+            return KeptProcess.spawn(record, environment, config.keep, self._on_output_line)
+        environment |= process_marks(config.state_directory, config.run_id, self.name)
         return ChildProcess.spawn(self._command, environment, self._on_output_line)
 
-    async def _serve(self, child: ChildProcess) -> str:
+    async def _serve(self, child: ServerProcess) -> str:
         """Waits until the server is READY and watches it. Returns why it is no longer usable."""
         failure = await run_unless_set(child.exited, self._serve_until_unhealthy())
         if failure is None:
@@ -226,12 +267,16 @@ class Instance:
         try:
             async with asyncio.timeout(self._config.start_timeout_seconds):
                 version = await self._wait_for_version()
-                problem = await self._wait_for_gpus()
+                problem = None if self._adopted else await self._wait_for_gpus()
         except TimeoutError:
             return self._describe_start_timeout()
         if problem is not None:
             return problem
         self._warn_of_unexpected_devices()
+        if isinstance(self._child, KeptProcess):
+            self._child.ready(version)
+            if self._child.problem:
+                self._log.warning("server_not_kept", reason=self._child.problem)
         self._enter_ready(version)
         return await run_unless_set(self._restart, self._check_health()) or self._restart_reason
 
@@ -259,7 +304,7 @@ class Instance:
     def _enter_ready(self, version: str) -> None:
         self._version = version
         self._ready_at = self._context.clock.now()
-        self._transition(Trigger.ANSWERED)
+        self._transition(Trigger.ANSWERED, self._adopted)
 
     async def _check_health(self) -> str:
         """Runs health checks until several in a row have failed while no load runs. Returns the problem."""
@@ -363,7 +408,7 @@ class Instance:
         if unexpected:
             self._log.warning("instance_sees_unexpected_gpus", gpus=", ".join(unexpected))
 
-    def _describe_exit(self, child: ChildProcess) -> str:
+    def _describe_exit(self, child: ServerProcess) -> str:
         code = child.returncode or 0
         if code == EXIT_NOT_EXECUTED:
             return f"{self._command[0]} cannot be executed"

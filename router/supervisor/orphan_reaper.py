@@ -1,8 +1,9 @@
 """Kills orphans: servers and runners that an earlier router left behind when it died.
 
 Orphans are found by marks in their environment. A process is an orphan only if it runs as the same user, has the mark
-of this state directory, and its router is dead. So concurrent routers, even with the same state directory, do not
-kill each other's children, and a process that only looks like Ollama is never killed.
+of this state directory, and its router is dead; of a kept server, its keeper (`kept_process.py`). So concurrent
+routers, even with the same state directory, do not kill each other's children, and a process that only looks like
+Ollama is never killed.
 """
 
 from __future__ import annotations
@@ -40,12 +41,27 @@ class ReapFailed(Exception):
 
 def run_id() -> str:
     """Returns a unique id of this process: its pid and, because pids are reused, its start time."""
-    return f"{os.getpid()}-{_start_time(os.getpid())}"
+    return run_id_of(os.getpid())
+
+
+def run_id_of(pid: int) -> str:
+    """Returns the same of another process."""
+    return f"{pid}-{_start_time(pid)}"
+
+
+def marked_processes(variable: str, mark: str) -> list[psutil.Process]:
+    """Returns the living processes of this user in whose environment the variable has this value."""
+    return [p for p in psutil.process_iter() if _environment(p).get(variable) == mark and _is_alive(p)]
 
 
 def process_marks(state_directory: str, owner_run_id: str, name: InstanceName) -> dict[str, str]:
     """Returns the environment variables by which a child and its descendants can be found later."""
-    return {STATE_VARIABLE: str(Path(state_directory).resolve()), INSTANCE_VARIABLE: f"{owner_run_id}:{name}"}
+    return {**state_mark(state_directory), INSTANCE_VARIABLE: f"{owner_run_id}:{name}"}
+
+
+def state_mark(state_directory: str) -> dict[str, str]:
+    """Returns the one that names the state directory."""
+    return {STATE_VARIABLE: str(Path(state_directory).resolve())}
 
 
 def reap_orphans(state_directory: str, deadline_seconds: float = 10.0) -> tuple[ReapedOrphan, ...]:

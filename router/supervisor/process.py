@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -28,6 +29,10 @@ STATE_VARIABLE = "LLAMAYARD_STATE"
 INSTANCE_VARIABLE = "LLAMAYARD_INSTANCE"
 
 _DROPPED_PREFIXES = ("OLLAMA_", "LLAMAYARD_", "LLAMA_ARG_")
+_DROPPED_NAMES = frozenset(
+    ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+)
+"""What a service manager tells the router alone."""
 _DROPPED_SUFFIXES = ("_VISIBLE_DEVICES", "_DEVICE_ORDINAL", "_DEVICE_ORDER")
 _READ_BYTES = 65536
 _LINE_BYTES_MAX = 8192
@@ -52,13 +57,53 @@ def find_binary(binary: str, search_path: str | None) -> str:
     return str(Path(path).absolute())
 
 
+def program_identity(program: str) -> str:
+    """Identifies an executable file: another one at the same path has another identity. Empty if there is none."""
+    try:
+        path = Path(program).resolve()
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
 def inheritable_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns `environment` without variables that would change how a server runs: only the router sets those."""
     return {
         name: value
         for name, value in environment.items()
-        if not name.startswith(_DROPPED_PREFIXES) and not name.endswith(_DROPPED_SUFFIXES)
+        if not (name.startswith(_DROPPED_PREFIXES) or name.endswith(_DROPPED_SUFFIXES) or name in _DROPPED_NAMES)
     }
+
+
+class ServerProcess(Protocol):
+    """The process of a server, with those that it starts."""
+
+    returncode: int | None
+    """After it exited: its exit code, or minus the number of the signal that killed it."""
+    exited: asyncio.Event
+    """Set when the server itself has exited. Processes that it started may still run."""
+
+    @property
+    def pid(self) -> int | None:
+        """None until it is known."""
+        ...
+
+    def kill(self) -> None:
+        """Sends SIGKILL to it and to what it started."""
+        ...
+
+    async def stop(self, grace_seconds: float, kill_timeout_seconds: float = 10.0) -> bool:
+        """Sends SIGTERM, then after `grace_seconds` SIGKILL to the group. Returns what `wait_gone` returns."""
+        ...
+
+    async def wait_gone(self, kill_timeout_seconds: float = 10.0) -> bool:
+        """Kills the rest of the group and waits until it is gone. Returns False if a process is left at the timeout."""
+        ...
+
+    async def read_last_output(self) -> None:
+        """Reads, after the exit, what output is left."""
+        ...
 
 
 class ChildProcess:

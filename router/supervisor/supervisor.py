@@ -1,6 +1,7 @@
 """Runs all instances, one task each, and reports every change of their state.
 
-However `run` ends, every process that it started has ended too.
+However `run` ends, every process that it started has ended too, but for servers that `leave_all` has left to the next
+router: their keepers end them if none comes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState, In
 from router.engines.base import ServerRules
 from router.supervisor.clock import Clock, SystemClock
 from router.supervisor.instance import Instance, InstanceContext, SupervisorConfig
+from router.supervisor.kept_process import Claim
 
 __all__ = ["Supervisor", "SupervisorConfig"]
 
@@ -60,8 +62,8 @@ class Supervisor:
             for task in self._running.values():
                 task.cancel()
 
-    def add(self, spec: InstanceSpec) -> None:
-        """Adds an instance and starts it.
+    def add(self, spec: InstanceSpec, claim: Claim | None = None) -> None:
+        """Adds an instance and starts it, with the server of an earlier router where one was claimed for it.
 
         A retired instance that has stopped no longer blocks its name: `on_change` may add the next one at once.
 
@@ -71,7 +73,7 @@ class Supervisor:
         existing = self._instances.get(spec.name)
         if existing is not None and not (existing in self._retiring and existing.view.state is InstanceState.STOPPED):
             raise ValueError(f"there is an instance {spec.name!r} already")
-        instance = Instance(spec, self._context)
+        instance = Instance(spec, self._context, claim)
         self._instances[spec.name] = instance
         if self._tasks is not None:
             self._start_task(instance, self._tasks)
@@ -139,6 +141,12 @@ class Supervisor:
             instance.stop()
         await asyncio.gather(*(self._wait_until_stopped(instance) for instance in self._instances.values()))
         self._closing.set()
+
+    async def leave_all(self) -> None:
+        """As `stop_all`, but servers that are kept and READY are left to the next router."""
+        for instance in self._instances.values():
+            instance.leave()
+        await self.stop_all()
 
     def kill_all(self) -> None:
         """Sends SIGKILL to every process group at once, as on a second signal. `stop_all` must still be awaited."""

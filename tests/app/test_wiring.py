@@ -30,7 +30,7 @@ async def test_the_router_starts_from_the_reading_that_was_checked_and_reads_no_
     )
     reader, found = Reader(), gpu(0, 20_000)
     async with build(
-        settings, Hardware(reader, (), {}, "", ""), GpusRead((found,), 7.0), None, lambda **_: settings, {}
+        settings, Hardware(reader, (), {}, "", ""), GpusRead((found,), 7.0), None, lambda **_: settings, {}, ()
     ) as router:
         snapshot = router.controller.snapshot()
         assert (snapshot.gpus, snapshot.gpus_read_at, reader.reads) == ({found.uuid: found}, 7.0, 0)

@@ -37,6 +37,7 @@ class Product:
     environment: Mapping[str, str] = field(repr=False)
     arguments: tuple[str, ...] = ()
     program: tuple[str, ...] = (sys.executable, "-m", "router")
+    pass_fds: tuple[int, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     log: Path = Path()
 
@@ -48,7 +49,7 @@ class Product:
         with self.log.open("wb") as log_file:
             self.process = subprocess.Popen(
                 command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
-                cwd=ROOT, start_new_session=True,
+                cwd=ROOT, start_new_session=True, pass_fds=self.pass_fds,
             )  # fmt: skip
         if ready:
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceName, InstanceSpec
@@ -128,6 +129,17 @@ def on_demand_instance(spec: InstanceSpec, plan: InstancePlan, port: int) -> Ins
     shares = parsed_split(spec.environment.get(TENSOR_SPLIT, ""))
     complete = _spawned(spec.name, spec.gpus, tuning, plan, iter((port,)), even=len(spec.gpus) > 1, shares=shares)
     return replace(complete, on_demand=True)
+
+
+def port_of(spec: InstanceSpec) -> int:
+    """The port of its address; 0 if that names none."""
+    return urlsplit(spec.url).port or 0
+
+
+def at_port(spec: InstanceSpec, port: int) -> InstanceSpec:
+    """The same spawned instance at another port."""
+    address = f"127.0.0.1:{port}"
+    return replace(spec, url=f"http://{address}", environment={**spec.environment, "OLLAMA_HOST": address})
 
 
 @dataclass(frozen=True, slots=True)
