@@ -17,7 +17,7 @@ from router.domain.access_key import RouteClass
 from router.domain.client_identity import ClientIdentity
 from router.errors import Forbidden, Unauthorized
 from router.http1.headers import HeaderLookup
-from router.llm_api.routes import Kind, Route
+from router.llm_api.routes import EVENTS, Kind, Route
 
 _PUBLIC = frozenset({"/", "/health", "/ready"})
 """Say that the router runs, and nothing else."""
@@ -37,15 +37,22 @@ class AccessRules:
     proxies: TrustedProxies = field(default_factory=TrustedProxies)
     hidden_kinds: frozenset[Kind] = frozenset()
     """Kinds of routes that this listener does not have."""
+    is_exposed: bool = False
+    """Whether other machines reach this listener."""
+
+
+def is_public(route: Route) -> bool:
+    """Whether every listener has the route, for everybody."""
+    return route.path in _PUBLIC
 
 
 def class_of(route: Route) -> RouteClass | None:
     """The class that a key needs for the route; None if it needs no key."""
-    if route.path in _PUBLIC:
+    if is_public(route) or (route.kind is Kind.DASHBOARD and route.path != EVENTS):
         return None
     if route.kind in (Kind.MANAGED, Kind.REFUSED):
         return RouteClass.MANAGEMENT
-    return RouteClass.ADMIN if route.kind is Kind.ADMIN else RouteClass.INFERENCE
+    return RouteClass.ADMIN if route.kind in (Kind.ADMIN, Kind.DASHBOARD) else RouteClass.INFERENCE
 
 
 def identify(rules: AccessRules, header: HeaderLookup, address: str) -> ClientIdentity:
@@ -77,6 +84,19 @@ def authorize(rules: AccessRules, route: Route, identity: ClientIdentity, header
     challenges = _BROWSER_CHALLENGES if needed is RouteClass.ADMIN else _CHALLENGES
     what = "the access key is not valid (unknown, revoked or expired)" if given else "an access key is required"
     raise Unauthorized(f"{what}: {_HOW}", headers=challenges)
+
+
+def refuse_open_dashboard(rules: AccessRules, route: Route) -> None:
+    """The dashboard shows everybody's work and its buttons change it: it is not for everybody in a network.
+
+    Raises:
+        Forbidden: other machines reach the listener, and there are no keys.
+    """
+    if rules.is_exposed and rules.keys.ring is None and route.kind is Kind.DASHBOARD:
+        raise Forbidden(
+            "the dashboard is off: other machines reach this listener, and there are no access keys; create one with "
+            "`llamayard keys create NAME --class admin` and restart, or set admin.listen to a loopback address"
+        )
 
 
 def begin_charge(budgets: KeyBudgets, identity: ClientIdentity, route: Route) -> Charge | None:

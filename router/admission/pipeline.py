@@ -18,7 +18,15 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Final
 
-from router.admission.access import AccessRules, HeaderValues, authorize, class_of, forwarded, identify
+from router.admission.access import (
+    AccessRules,
+    HeaderValues,
+    authorize,
+    forwarded,
+    identify,
+    is_public,
+    refuse_open_dashboard,
+)
 from router.admission.client_identity import LAYOUT_HEADER, GpuLookup, layout_of, priority_of
 from router.admission.origin_check import OriginPolicy, method_not_allowed, not_found
 from router.domain.client_identity import ClientIdentity
@@ -141,6 +149,8 @@ def check_key(access: AccessRules) -> Step:
     """Refuses requests without the key that their route needs."""
 
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
+        if request.route is not None:
+            refuse_open_dashboard(access, request.route)
         if access.keys.ring is None or request.route is None:
             return admission
         authorize(access, request.route, admission.client_identity, request.header)
@@ -185,7 +195,7 @@ def check_route(table: RouteTable, access: AccessRules) -> Step:
     def step(request: AdmissionRequest, admission: Admission) -> Admission:
         route = request.route
         if route is not None:
-            if route.kind in access.hidden_kinds and class_of(route) is not None:
+            if route.kind in access.hidden_kinds and not is_public(route):
                 return replace(admission, response=not_found())
             if request.method in route.methods:
                 return admission

@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
 from router.admission.key_ring import KeyStore
-from router.api import operator_commands
+from router.api import model_commands, operator_commands
 from router.api.context import ApiContext
 from router.api.explain import explain
 from router.api.responses import json_response, text_response
@@ -83,9 +83,12 @@ class AdminHandler:
                 return json_response(await explain(self._context, request.query), extra)
             case "/llamayard/why":
                 return json_response(why(self._context.controller, self._history, request.query), extra)
+            case model_commands.LOAD | model_commands.UNLOAD:
+                body = await operator_commands.command_body(request)
+                return json_response(await model_commands.run_model_command(self._context, body, record), extra)
             case _:
                 wanted_id = sanitized_request_id(request.query.get("request_id"))
-                return json_response(self._waiting(wanted_id) if wanted_id else self._status(), extra)
+                return json_response(self._waiting(wanted_id) if wanted_id else self.status(), extra)
 
     def _ready(self, extra: Mapping[str, str], *, hides_details: bool) -> web.StreamResponse:
         """200 while any instance is ready; 503 before, while draining, and when all are down."""
@@ -99,7 +102,8 @@ class AdminHandler:
             return text_response(f"ready: {', '.join(names)}{lost}\n", extra)
         return text_response(f"not ready: no instance is ready{lost}; see /llamayard/status\n", extra, status=503)
 
-    def _status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
+        """The document of `/llamayard/status`."""
         snapshot = self._context.controller.snapshot()
         return {
             "version": __version__,
@@ -219,6 +223,8 @@ def _reservation(snapshot: Snapshot, reservation: Reservation) -> dict[str, Any]
 def _ticket(snapshot: Snapshot, ticket: Ticket, wait_estimate: WaitEstimate) -> dict[str, Any]:
     wait = wait_estimate.expected_wait_seconds
     return {
+        "ticket": ticket.id,
+        "client": ticket.client,
         "position": wait_estimate.position,
         "expected_wait_seconds": None if wait is None else round(wait, 1),
         "request_id": ticket.request_id,

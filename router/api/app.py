@@ -22,6 +22,7 @@ from router.api import operator_commands
 from router.api.admin import AdminHandler
 from router.api.aggregated import AggregatedHandler
 from router.api.context import ApiContext
+from router.api.dashboard.handler import DashboardHandler
 from router.api.model_management import ModelManagementHandler
 from router.api.passthrough import PassthroughHandler, ShowHandler
 from router.api.responses import aiohttp_response, error_response
@@ -33,6 +34,7 @@ from router.http1.response_writer import CONTINUE
 from router.llm_api.errors import api_of, internal_error
 from router.llm_api.routes import Kind, RouteTable
 from router.observability.access_log import AccessLog
+from router.observability.last_hour import LastHour
 from router.observability.metrics import Metrics
 from router.observability.request_history import RequestHistory
 from router.observability.request_record import CLIENT_GONE, DEBUG_HEADER, RequestRecord, asks_for_reason
@@ -51,22 +53,25 @@ class ApiHandlers:
         reload: operator_commands.Reload,
         keys: KeyStore,
         emulated: str = "",
+        last_hour: LastHour | None = None,
     ) -> None:
-        """`emulated`: the title of an emulated rig, "" for real GPUs."""
+        """`emulated`: the title of an emulated rig, "" for real GPUs. `last_hour`: None if the dashboard is off."""
         passthrough = PassthroughHandler(context)
         self._management = ModelManagementHandler(context)
+        admin = AdminHandler(context, metrics, history, emulated, self._management.pulls.progress, reload, keys)
+        self._dashboard = DashboardHandler(context, admin.status, history, last_hour)
         self.by_kind: Mapping[Kind, Handler] = {
             Kind.SHOW: ShowHandler(context),
             Kind.PASSED: passthrough,
             Kind.MERGED: AggregatedHandler(context),
             Kind.MANAGED: self._management,
             Kind.REFUSED: passthrough if context.rules.cloud else _refuse_account_route,
-            Kind.ADMIN: AdminHandler(
-                context, metrics, history, emulated, self._management.pulls.progress, reload, keys
-            ),
+            Kind.ADMIN: admin,
+            Kind.DASHBOARD: self._dashboard,
         }
 
     async def close(self) -> None:
+        await self._dashboard.close()
         await self._management.close()
 
 

@@ -19,6 +19,7 @@ from router.scheduler.placement.explain import gpu_label
 _CANDIDATES_SHOWN_MAX = 100
 _PATH = "/api/chat"
 """The request that is thought of."""
+NOBODY = ClientIdentity()
 
 
 async def explain(context: ApiContext, query: Mapping[str, str]) -> dict[str, Any]:
@@ -29,7 +30,7 @@ async def explain(context: ApiContext, query: Mapping[str, str]) -> dict[str, An
         ModelNotFound: no server has the model.
         RouterError: a server that may have it is down, or the model is a cloud model.
     """
-    request = _request(context, query)
+    request = imagined_request(context, query)
     facts = await context.find_model(request.model)
     if facts is None:
         raise ModelNotFound(f"model '{request.model}' not found: see `ollama list`, or pull it")
@@ -46,15 +47,23 @@ async def explain(context: ApiContext, query: Mapping[str, str]) -> dict[str, An
     }
 
 
-def _request(context: ApiContext, query: Mapping[str, str]) -> InferenceRequest:
+def imagined_request(
+    context: ApiContext, query: Mapping[str, str], identity: ClientIdentity = NOBODY
+) -> InferenceRequest:
+    """A chat request for `model` of the query, with `context` tokens if it names them.
+
+    Raises:
+        BadRequest: a key is missing or wrong.
+        Forbidden: the client's access key is not for this model.
+    """
     model = query.get("model", "").strip()
     if not model:
-        raise BadRequest("model: missing; ask for /llamayard/explain?model=NAME")
+        raise BadRequest("model: missing; name one, as in /llamayard/explain?model=NAME")
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "?"}]}
     tokens = _context_tokens(query.get("context"))
     if tokens is not None:
         body["options"] = {"num_ctx": tokens}
-    return read_request(context.rules, _PATH, json.dumps(body).encode(), lambda _: None, ClientIdentity())
+    return read_request(context.rules, _PATH, json.dumps(body).encode(), lambda _: None, identity)
 
 
 def _context_tokens(text: str | None) -> int | None:

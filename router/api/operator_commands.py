@@ -43,7 +43,7 @@ async def run_command(request: web.BaseRequest, route: str, controller: Controll
         BadRequest: the body names nothing that there is.
         ShuttingDown: the router is draining already.
     """
-    command = _parsed(await _body(request))
+    command = _parsed(await command_body(request))
     if controller.is_closing:
         raise ShuttingDown("the router is shutting down")
     if route == RESTART:
@@ -75,7 +75,8 @@ def restart_document(snapshot: Snapshot) -> dict[str, Any] | None:
     return {"instance": rolling.current, "phase": rolling.phase.value, "pending": list(rolling.pending)}
 
 
-async def _body(request: web.BaseRequest) -> bytes:
+async def command_body(request: web.BaseRequest) -> bytes:
+    """The body of a command. Raises BadRequest if it is too long."""
     body = bytearray()
     async for part in request.content.iter_any():
         body += part

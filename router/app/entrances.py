@@ -37,7 +37,8 @@ from router.proxy.head_cache import HeadCache
 from router.proxy.server import ProxyServer
 from router.proxy.upstream_pool import Pool
 
-_NOT_ADMIN = frozenset(Kind) - {Kind.ADMIN}
+_ADMIN = frozenset({Kind.ADMIN, Kind.DASHBOARD})
+_NOT_ADMIN = frozenset(Kind) - _ADMIN
 
 
 class Entrances:
@@ -73,7 +74,8 @@ class Entrances:
             keys=self.keys,
             allows_anonymous=server.allow_anonymous,
             proxies=TrustedProxies(server.trusted_proxies),
-            hidden_kinds=frozenset() if self._admin_address is None else frozenset({Kind.ADMIN}),
+            hidden_kinds=frozenset() if self._admin_address is None else _ADMIN,
+            is_exposed=not is_loopback(server.host),
         )
         pipeline = self._pipeline(access, server.host)
         api_server = self._api_server(pipeline)
@@ -118,7 +120,9 @@ class Entrances:
         address = self._admin_address
         host = address.host if isinstance(address, TcpAddress) else "localhost"
         keys = KeyStore() if is_loopback(host) else self.keys
-        pipeline = self._pipeline(AccessRules(keys=keys, hidden_kinds=_NOT_ADMIN), host)
+        pipeline = self._pipeline(
+            AccessRules(keys=keys, hidden_kinds=_NOT_ADMIN, is_exposed=not is_loopback(host)), host
+        )
         library = _library(self._api_server(pipeline))
         context = replace(
             endpoint, pipeline=pipeline, make_handler=library, heads=HeadCache(), tasks=Tasks(), leased_targets={}

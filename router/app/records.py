@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from router.app.usage import recording
 from router.config.settings import Settings
 from router.control.controller import Controller, Observer
+from router.domain.events import Event, GpusRead
 from router.observability.access_log import AccessLog
 from router.observability.decision_log import DecisionLog
+from router.observability.last_hour import LastHour
 from router.observability.logging import RequestLines, writes_json
 from router.observability.metrics import FleetMetricsCollector, Metrics
+from router.observability.running_request import RunningRequest
 from router.observability.slow_requests import SlowRequests
 from router.observability.usage_log import UsageLog
 
@@ -25,6 +28,8 @@ class Records:
         self._settings = settings
         self._usage = UsageLog() if settings.usage.enabled else None
         self.observers: tuple[Observer, ...] = (self.decisions, *([self._usage] if self._usage is not None else []))
+        self.last_hour = LastHour(self.metrics.requests.totals) if settings.dashboard.enabled else None
+        """None if the dashboard is off."""
         self._lines = RequestLines(settings.log.level) if writes_json(settings.log.format) else None
 
     @contextlib.asynccontextmanager
@@ -44,6 +49,24 @@ class Records:
         finally:
             if self._lines is not None:
                 self._lines.flush()
+
+    def sampling(self, controller: Controller) -> Callable[[Event], None]:
+        """The controller's `post`, with a sample for the dashboard after each reading of the GPUs."""
+        last_hour, post = self.last_hour, controller.post
+        if last_hour is None:
+            return post
+
+        def post_and_sample(event: Event) -> None:
+            post(event)
+            if isinstance(event, GpusRead):
+                last_hour.sample(controller.snapshot(), len(controller.waiting()))
+
+        return post_and_sample
+
+    def watch(self, running_requests: Callable[[], list[RunningRequest]]) -> None:
+        """Where the requests are found that are with a server now."""
+        if self.last_hour is not None:
+            self.last_hour.running_requests = running_requests
 
     def _access_log(self, controller: Controller) -> AccessLog:
         threshold_seconds = self._settings.log.slow_request_seconds

@@ -114,13 +114,12 @@ async def build(
             records.recording(controller) as access_log,
         ):
             context = _context(settings, hardware, controller, ollama, others, session, store_lock)
-            state_poller = StatePoller(
-                poller, engines, controller.snapshot, controller.post, controller.now, _poll_intervals(settings),
-                warm_models(policy),
-            )  # fmt: skip
+            state_poller = _state_poller(settings, poller, engines, controller, records, warm_models(policy))
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
-            handlers = ApiHandlers(context, records.metrics, history, reloader.answer, keys, hardware.title)
+            handlers = ApiHandlers(
+                context, records.metrics, history, reloader.answer, keys, hardware.title, records.last_hour
+            )  # fmt: skip
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)
@@ -128,6 +127,7 @@ async def build(
                     supervisor.add(each.spec, each.claim)
                 entrances = Entrances(settings, context, others, handlers, access_log, via, lag, keys)
                 api_server, library, proxy = entrances.endpoint()
+                records.watch(proxy.running_requests)
                 watcher = entrances.key_watcher(proxy.forget_heads)
                 yield Router(
                     controller, supervisor, state_poller, api_server, proxy, library, tls, context.cutoff,
@@ -209,9 +209,14 @@ def _client_session(via: Via) -> aiohttp.ClientSession:
     )
 
 
-def _poll_intervals(settings: Settings) -> PollIntervals:
+def _state_poller(
+    settings: Settings, poller: GpuPoller, engines: Mapping[str, Engine], controller: Controller, records: Records,
+    warm: tuple[str, ...],
+) -> StatePoller:  # fmt: skip
     poll = settings.poll
-    return PollIntervals(poll.gpu_seconds, poll.residency_seconds, poll.catalog_seconds)
+    intervals = PollIntervals(poll.gpu_seconds, poll.residency_seconds, poll.catalog_seconds)
+    post = records.sampling(controller)
+    return StatePoller(poller, engines, controller.snapshot, post, controller.now, intervals, warm)
 
 
 def _context(

@@ -598,6 +598,15 @@ class LogSettings(_Section):
     )
 
 
+class DashboardSettings(_Section):
+    """The page at `/ui`."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Serves the dashboard where other machines do not reach it, or access keys are on.",
+    )
+
+
 class UsageSettings(_Section):
     """What each client used of each model, by day, in `usage.sqlite` in the state directory."""
 

@@ -27,6 +27,7 @@ from router.config.problems import explain
 from router.config.schema import (
     RESERVED_VARIABLES,
     AdminSettings,
+    DashboardSettings,
     FallbackSettings,
     InstanceSettings,
     LogSettings,
@@ -94,6 +95,7 @@ class Settings(BaseSettings):
     stream: StreamSettings = Field(default_factory=StreamSettings)
     poll: PollSettings = Field(default_factory=PollSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+    dashboard: DashboardSettings = Field(default_factory=DashboardSettings)
     usage: UsageSettings = Field(default_factory=UsageSettings)
     state_directory: Path = Field(
         default=Path("~/.local/state/llamayard"),

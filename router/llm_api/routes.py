@@ -32,6 +32,8 @@ class Kind(Enum):
     """Acts on the server's own cloud account: never through a shared endpoint."""
     ADMIN = "admin"
     """The router's own."""
+    DASHBOARD = "dashboard"
+    """The page that shows the router's state, and what it shows."""
 
 
 KIND_WORDS: Mapping[Kind, str] = {
@@ -43,6 +45,8 @@ KIND_WORDS: Mapping[Kind, str] = {
     Kind.PASSED: "passed to one instance as it is",
     Kind.REFUSED: "acts on the server's own ollama.com account: 403, unless `ollama.cloud` is on",
     Kind.ADMIN: "the router's own",
+    Kind.DASHBOARD: "[the dashboard](dashboard.md): its page and files, which need no key, and the events that it "
+    "shows, which need one of the class `admin`",
 }
 """For the documentation."""
 
@@ -59,6 +63,9 @@ class Route:
     lists_methods: bool = True
     """Whether a wrong method gets 405 with the right ones; otherwise 404, as for an unknown path."""
 
+
+EVENTS = "/llamayard/events"
+"""What the dashboard shows, as server-sent events."""
 
 ROUTES: tuple[Route, ...] = (
     Route("/", ("HEAD", "GET"), Kind.MERGED),
@@ -102,6 +109,11 @@ ROUTES: tuple[Route, ...] = (
     Route("/llamayard/reload", ("POST",), Kind.ADMIN),
     Route("/llamayard/explain", ("GET",), Kind.ADMIN),
     Route("/llamayard/why", ("GET",), Kind.ADMIN),
+    Route("/llamayard/load", ("POST",), Kind.ADMIN),
+    Route("/llamayard/unload", ("POST",), Kind.ADMIN),
+    Route(EVENTS, ("GET",), Kind.DASHBOARD),
+    Route("/ui", ("HEAD", "GET"), Kind.DASHBOARD),
+    Route("/ui/*", ("HEAD", "GET"), Kind.DASHBOARD),
 )
 
 

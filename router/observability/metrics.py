@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
 
@@ -211,6 +212,17 @@ _REQUEST_HISTOGRAMS: tuple[tuple[str, str, Callable[[_ModelHistograms], _Histogr
 """Metric name, help text, and where to find the histogram."""
 
 
+@dataclass(frozen=True, slots=True)
+class RequestTotals:
+    """Sums over all models since the start."""
+
+    running: int
+    """Requests in progress now, of any kind."""
+    output_tokens: int
+    ttft_counts: tuple[int, ...]
+    """Responses by time to first token, in the buckets of `BUCKETS_SECONDS`; the last count is of longer ones."""
+
+
 class _KeyCounts:
     """What requests with one access key came to."""
 
@@ -293,6 +305,14 @@ class RequestMetrics(Collector):
         counts.statuses[status] = counts.statuses.get(status, 0) + 1
         counts.prompt_tokens += prompt_tokens
         counts.output_tokens += output_tokens
+
+    def totals(self) -> RequestTotals:
+        counts = [0] * (len(BUCKETS_SECONDS) + 1)
+        for histograms in self._histograms.values():
+            for index, count in enumerate(histograms.time_to_first_token_seconds.counts):
+                counts[index] += count
+        tokens = sum(count for (_, _, kind), count in self._tokens.items() if kind == "generation")
+        return RequestTotals(self.running, tokens, tuple(counts))
 
     def _key_families(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(

@@ -111,6 +111,10 @@ class RequestHistory:
         until = float("inf") if trace.ended_at is None else trace.ended_at
         return [step for step in self._steps if trace.arrived_at <= step.at <= until][-_SHOWN_STEPS_MAX:]
 
+    def latest_steps(self, count: int) -> list[Step]:
+        """What was done last, oldest first."""
+        return list(self._steps)[-count:]
+
     def _ended(self, ticket_id: TicketId, answer: Grant | Reject | None, now: float) -> None:
         trace = self._ring[ticket_id % REQUESTS_MAX]
         if trace is not None and trace.ticket_id == ticket_id:

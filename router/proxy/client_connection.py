@@ -37,6 +37,7 @@ from router.http1.parser import HeadError, RequestHead
 from router.http1.response_writer import CONTINUE, LocalResponse, whole_response
 from router.llm_api.errors import CODE_HEADER
 from router.observability.request_record import RequestRecord
+from router.observability.running_request import RunningRequest
 from router.proxy.aiohttp_bridge import AiohttpBridge
 from router.proxy.body_deadline import BodyDeadline
 from router.proxy.context import ProxyContext
@@ -443,6 +444,10 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
         else:
             self._transport.close()
+
+    def running(self) -> RunningRequest | None:
+        """Its request that is with a server now."""
+        return None if self._exchange is None else self._exchange.running()
 
     def forget_head(self) -> None:
         """The next request is admitted anew, even if its head is that of an earlier one."""

@@ -54,6 +54,7 @@ from router.llm_api.heartbeat_format import Heartbeat
 from router.llm_api.inference_request import KEEP_ALIVE, InferenceRequest, read_request, unload_reply
 from router.llm_api.json_edit import spliced
 from router.observability.request_record import CLIENT_GONE, RequestRecord
+from router.observability.running_request import RunningRequest, running_request
 from router.proxy.context import ProxyContext
 from router.proxy.head_cache import CachedPlan, HeadFacts, PlanKey
 from router.proxy.heartbeat import HeartbeatSender
@@ -659,6 +660,13 @@ class ProxyExchange:
             self._beat(now)
         if self._phase == RELAYING and self._reply is not None:
             self._reply.check(now)
+
+    def running(self) -> RunningRequest | None:
+        """What is with a server now; None in other phases."""
+        reply = self._reply
+        if self._phase != RELAYING or reply is None:
+            return None
+        return running_request(self._record, reply.first_byte_at, reply.chunks_so_far)
 
     def _beat(self, now: float) -> None:
         heartbeat, sender = self._heartbeat, self._heartbeat_sender

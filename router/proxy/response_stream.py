@@ -160,6 +160,11 @@ class ResponseStream:
         """Whether bytes of the reply are out."""
         return self._phase >= _RELAYED
 
+    @property
+    def chunks_so_far(self) -> int:
+        """As `chunks`, while the reply runs."""
+        return self._body.chunks + (self._passed + self.connection.passed) // ONE_CHUNK
+
     def _read_head(self, data: bytes) -> None:
         start = 0
         while True:

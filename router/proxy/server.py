@@ -10,6 +10,7 @@ import asyncio
 from typing import cast
 
 from router.errors import RouterError
+from router.observability.running_request import RunningRequest
 from router.proxy.client_connection import ClientConnection
 from router.proxy.context import ProxyContext
 from router.proxy.memory_trim import trimmer
@@ -77,6 +78,10 @@ class ProxyServer:
             if work != self._trimmed[0] and now - self._trimmed[1] > TRIM_SECONDS:
                 self._trimmed = work, now
                 await asyncio.to_thread(self._trim)
+
+    def running_requests(self) -> list[RunningRequest]:
+        """Requests that are with a server now, of all connections."""
+        return [request for each in self._connections if (request := each.running()) is not None]
 
     def forget_heads(self) -> None:
         """What was derived from request heads holds no more: the access keys have changed."""
