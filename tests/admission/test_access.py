@@ -12,7 +12,7 @@ from router.admission.origin_check import OriginPolicy, Origins
 from router.admission.pipeline import Admission, AdmissionRequest, admission_pipeline
 from router.admission.trusted_proxies import TrustedProxies
 from router.domain.access_key import AccessKey, RouteClass
-from router.errors import Unauthorized
+from router.errors import Forbidden, Unauthorized
 from router.http1.via import Via
 from router.llm_api.limits import RequestLimits
 from router.llm_api.routes import ROUTES, Kind, RouteTable
@@ -40,7 +40,7 @@ def rules(*keys: AccessKey, **others: object) -> AccessRules:
 
 def test_every_route_has_its_class() -> None:
     classes = {route.path: class_of(route) for route in ROUTES}
-    assert {path for path, needed in classes.items() if needed is None} == {"/", "/health", "/ready"}
+    assert {path for path, needed in classes.items() if needed is None} == {"/", "/health", "/ready", "/ui", "/ui/*"}
     admin = {path for path, needed in classes.items() if needed is RouteClass.ADMIN}
     assert admin == {"/metrics", *(path for path in classes if path.startswith("/llamayard/"))}
     assert all((route.kind in (Kind.MANAGED, Kind.REFUSED)) == (classes[route.path] is RouteClass.MANAGEMENT)
@@ -119,3 +119,29 @@ def test_only_a_trusted_proxy_is_believed_about_client_and_host() -> None:
     behind = {**forwarded, "host": "upstream.example"}
     assert admitted(proxied, peer="10.0.0.1", **behind).is_admitted
     assert not admitted(proxied, peer="10.0.0.2", **behind).is_admitted
+
+
+@pytest.mark.parametrize("path", ["/ui", "/ui/app.js", "/llamayard/events"])
+def test_the_dashboard_is_off_where_other_machines_reach_it_and_there_are_no_keys(path: str) -> None:
+    error = admitted(AccessRules(is_exposed=True), f"GET {path}").error
+    assert isinstance(error, Forbidden)
+    assert "llamayard keys create" in error.message
+    assert admitted(AccessRules(), f"GET {path}").is_admitted
+    assert admitted(AccessRules(is_exposed=True), "GET /llamayard/status").is_admitted
+
+
+def test_the_dashboards_page_needs_no_key_and_what_it_shows_needs_an_admins() -> None:
+    secret = new_key()
+    ring = rules(KEY, AccessKey("ops", digest_of(secret), "olga", 0.0, classes=frozenset({RouteClass.ADMIN})))
+    exposed = replace(ring, is_exposed=True)
+    assert admitted(exposed, "GET /ui").is_admitted
+    assert isinstance(admitted(exposed, "GET /llamayard/events").error, Unauthorized)
+    assert isinstance(admitted(exposed, "GET /llamayard/events", x_api_key=SECRET).error, Forbidden)
+    assert admitted(exposed, "GET /llamayard/events", x_api_key=secret).is_admitted
+
+
+def test_a_listener_without_the_dashboard_does_not_say_that_there_is_one() -> None:
+    hidden = AccessRules(hidden_kinds=frozenset({Kind.ADMIN, Kind.DASHBOARD}), is_exposed=True)
+    for path in ("/ui", "/ui/app.js", "/llamayard/events", "/llamayard/unload"):
+        response = admitted(hidden, f"GET {path}").response
+        assert response is not None and response.status == 404
