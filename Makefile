@@ -48,7 +48,7 @@ lint: setup  ## formatting, ruff, import contracts, unused code, and the rules o
 types: setup  ## pyright: strict on router/, basic on tests/ and bench/
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-test: setup real-ollama real-old-ollama real-nginx real-prometheus real-helm check  ## everything: check, then the whole suite, with real Ollama servers where Go is
+test: setup real-ollama real-old-ollama real-nginx real-prometheus real-helm real-chromium check  ## everything: check, then the whole suite, with real Ollama servers where Go is
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-py:  ## the suite without the real Ollama on another Python: make test-py PYTHON=python3.13
@@ -109,6 +109,10 @@ prometheus:  ## Prometheus, whose promtool tests the alert rules, by apt-get
 		$$sudo apt-get install -y -qq --no-install-recommends prometheus
 
 helm: $(HELM)  ## Helm, which tests the chart, built by Go into .cache; minutes
+
+chromium:  ## Chromium, in which the dashboard is tested, by apt-get
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
+		$$sudo apt-get install -y -qq --no-install-recommends chromium
 
 docs: setup  ## write the documents that are drawn from code
 	$(VENV)/bin/python -m router.tools.generate_docs
@@ -208,6 +212,11 @@ $(HELM):
 	@echo "building Helm $(HELM_VERSION); some minutes the first time"
 	GOBIN=$(abspath $(@D))/build GOFLAGS= CGO_ENABLED=0 go install -ldflags "-s -w" helm.sh/helm/v3/cmd/helm@$(HELM_VERSION)
 	@mv $(@D)/build/helm $@ && rmdir $(@D)/build
+
+real-chromium:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif [ -n "$${CI:-}" ]; then $(MAKE) chromium; \
+	else echo "no Chromium: the tests of the dashboard's page will be skipped (make chromium)"; fi
 
 # Built aside and moved, so that an interrupted build leaves nothing that looks whole. From 0.30 the inference engine is a program
 # of its own, expected in ../lib/ollama; `create` calls the llama-quantize there only to copy a model.

@@ -157,7 +157,7 @@ function actionsOf(key, setDialog) {
       title: `Unload ${model.name}?`,
       words,
       label: "Unload",
-      kind: "danger",
+      tone: "danger",
       run: async () => {
         await call(key, "POST", "llamayard/unload", { model: model.name });
         return `${model.name} is being unloaded.`;
@@ -169,7 +169,7 @@ function actionsOf(key, setDialog) {
       title: `Drain ${name}?`,
       words: ["Nothing new starts there and its models leave. Running requests finish. It stays out of service until it is resumed."],
       label: "Drain",
-      kind: "danger",
+      tone: "danger",
       run: async () => {
         await call(key, "POST", "llamayard/drain", target);
         return `${name}: drained.`;

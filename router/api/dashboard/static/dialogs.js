@@ -3,7 +3,7 @@
 import { html, useEffect, useRef, useState } from "./vendor-preact-htm.js";
 import { call } from "./events.js";
 import { clock, duration, gib } from "./format.js";
-import { State, Table } from "./parts.js";
+import { Slots, State, Table } from "./parts.js";
 
 export function Dialog({ title, children, onClose, wide }) {
   const ref = useRef(null);
@@ -21,7 +21,7 @@ export function Dialog({ title, children, onClose, wide }) {
   </dialog>`;
 }
 
-// `action`: {title, words, label, kind, run, field}; `run(value)` returns a promise of what to report.
+// `action`: {title, words, label, tone, run, field}; `run(value)` returns a promise of what to report.
 export function Confirm({ action, onClose, onDone }) {
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState("");
@@ -45,7 +45,7 @@ export function Confirm({ action, onClose, onDone }) {
       ${error && html`<p class="alarm error" role="alert"><b>error</b> ${error}</p>`}
       <footer>
         <button type="button" onClick=${onClose}>Cancel</button>
-        <button type="submit" class=${action.kind ?? "primary"} disabled=${busy}>${busy ? "Working…" : action.label}</button>
+        <button type="submit" class=${action.tone ?? "primary"} disabled=${busy}>${busy ? "Working…" : action.label}</button>
       </footer>
     </form>
   </${Dialog}>`;
@@ -84,14 +84,17 @@ function Explanation({ found }) {
   return html`<p class="lead">${found.reason}</p>
     <dl class="facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
     ${found.leaving.length > 0 && html`<h3>Would leave</h3><ul>${found.leaving.map((each) => html`<li>${each.model} on ${each.instance}${each.moves_to ? `, moves to ${each.moves_to}` : ""}${each.in_flight ? `, after ${each.in_flight} running` : ""}</li>`)}</ul>`}
-    <h3>Where it could go</h3>
-    <${Table} label="Candidates" columns=${[{ label: "instance" }, { label: "GPUs" }, { label: "verdict" }, { label: "price", class: "number" }, { label: "GiB", class: "number" }, { label: "reason" }]}
-      isEmpty=${!found.candidates.length} empty="Nowhere.">
-      ${found.candidates.map((row) => html`<tr>
-        <td>${row.instance}${row.is_new && html` <span class="tag">new</span>`}</td><td>${row.gpus.join(", ") || "CPU"}</td><td>${row.verdict}</td>
-        <td class="number">${row.price_seconds === null ? "–" : duration(row.price_seconds)}</td><td class="number">${row.per_gpu_bytes.map(gib).join(" + ")}</td>
-        <td class="reason">${row.reason}${row.evicts.length ? ` (evicts ${row.evicts.join(", ")})` : ""}</td></tr>`)}
-    </${Table}>`;
+    ${found.replicas.length > 0 && html`<h3>Replicas</h3>
+      <${Table} label="Replicas" columns=${[{ label: "instance" }, { label: "state" }, { label: "slots" }, { label: "context", class: "number" }, { label: "can serve it" }]}>
+        ${found.replicas.map((row) => html`<tr><td>${row.instance}</td><td>${row.state}</td><td><${Slots} used=${row.in_flight} total=${row.slots} /></td><td class="number">${row.context_length}</td><td>${row.serves ? "yes" : "no"}</td></tr>`)}
+      </${Table}>`}
+    ${found.candidates.length > 0 && html`<h3>Where it could be loaded</h3>
+      <${Table} label="Candidates" columns=${[{ label: "instance" }, { label: "GPUs" }, { label: "verdict" }, { label: "price", class: "number" }, { label: "GiB", class: "number" }, { label: "reason" }]}>
+        ${found.candidates.map((row) => html`<tr>
+          <td>${row.instance}${row.is_new && html` <span class="tag">new</span>`}</td><td>${row.gpus.join(", ") || "CPU"}</td><td>${row.verdict}</td>
+          <td class="number">${row.price_seconds === null ? "–" : duration(row.price_seconds)}</td><td class="number">${row.per_gpu_bytes.map(gib).join(" + ")}</td>
+          <td class="reason">${row.reason}${row.evicts.length ? ` (evicts ${row.evicts.join(", ")})` : ""}</td></tr>`)}
+      </${Table}>`}`;
 }
 
 export function Why({ requestId, accessKey, onClose }) {

@@ -16,11 +16,11 @@ export function Section({ id, title, note, actions, children, wide }) {
 // `columns`: [{label, class?}]; the rows are the children.
 export function Table({ label, columns, children, empty, isEmpty }) {
   if (isEmpty) return html`<p class="empty">${empty}</p>`;
-  return html`<div class="scroll" tabindex="0" role="region" aria-label=${label}>
+  return html`<div class="scroll" tabindex="0" role="group" aria-label=${label}>
     <table>
       <thead>
         <tr>
-          ${columns.map((column) => html`<th scope="col" class=${column.class ?? ""}>${column.label}</th>`)}
+          ${columns.map((column) => html`<th scope="col" class=${column.class ?? ""}>${column.label || html`<span class="unseen">commands</span>`}</th>`)}
         </tr>
       </thead>
       <tbody>

@@ -24,7 +24,7 @@ export class Rates {
 
 function begun(row, at) {
   const seconds = row.first_byte_at === undefined ? 0 : at - row.first_byte_at;
-  return { at, tokens: row.tokens, rate: seconds > 1 ? row.tokens / seconds : null };
+  return { at, tokens: row.tokens, rate: seconds >= 0.4 && row.tokens > 1 ? row.tokens / seconds : null };
 }
 
 function moved(before, tokens, at) {
