@@ -96,6 +96,8 @@ class Snapshot:
     """GPUs that are hot or slowed down: others are preferred."""
     probation: frozenset[GpuUuid] = frozenset()
     """GPUs that have just come back: they take one load at a time, each on it alone."""
+    tested_in_sets: frozenset[GpuUuid] = frozenset()
+    """Those of them that no known model fits on alone: the load is one over a set of GPUs."""
     restarts_due: Mapping[InstanceName, float] = field(default_factory=dict[InstanceName, float])
     """Instances that are drained to be restarted, each with when that ends."""
     rolling: RollingRestart | None = None

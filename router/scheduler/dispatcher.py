@@ -565,9 +565,7 @@ class Dispatcher:
             return []
         self._retry_gate.forget_others(self._queue)
         actions: list[Action] = [*housekeeping.stop_empty(self._fleet, now), *self._move_off_short_gpus(now)]
-        if self._fleet.probation:
-            first = gpu_health.first_load(self._fleet.snapshot(now), self._estimate, self._fleet.models)
-            actions += reservations.begin(self._fleet, *first, self._loads.next(), now) if first is not None else []
+        actions += gpu_health.begin_tests(self._fleet, self._estimate, self._loads.next, now)
         models, dismissed = self._fleet.models, self._fleet.dismissed
         for model, placed in housekeeping.anticipate(self._fleet.snapshot(now), models, dismissed, self._estimate):
             actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)

@@ -164,6 +164,8 @@ class FleetState:
     hot_instances: frozenset[InstanceName] = frozenset()
     """Instances over a hot GPU."""
     probation: frozenset[GpuUuid] = frozenset()
+    tested_in_sets: frozenset[GpuUuid] = frozenset()
+    """Those of them that no known model fits on alone."""
     taken_out: set[InstanceName] = field(default_factory=set[InstanceName])
     """Instances that take no new request because of `drained`."""
     rolling: RollingRestart | None = None
@@ -248,6 +250,7 @@ class FleetState:
             drained=self.drained,
             hot=self.hot,
             probation=self.probation,
+            tested_in_sets=self.tested_in_sets,
             restarts_due=MappingProxyType(self.restarts_due),
             rolling=self.rolling,
             engines=self.engines,
@@ -331,6 +334,13 @@ class FleetState:
         )
         if (hot, probation) != (self.hot, self.probation):
             self.hot, self.probation = hot, probation
+            self.tested_in_sets &= probation
+            self.version += 1
+
+    def set_tested_in_sets(self, gpus: frozenset[GpuUuid]) -> None:
+        """Which GPUs on probation can only be tested by a load over several GPUs."""
+        if gpus != self.tested_in_sets:
+            self.tested_in_sets = gpus
             self.version += 1
 
     def set_rolling(self, rolling: RollingRestart | None) -> None:

@@ -132,6 +132,32 @@ def test_a_probation_without_loads_ends_by_itself(two: Play) -> None:
     assert two.grant(ticket).instance == "spread"
 
 
+def test_where_no_model_fits_on_it_alone_a_load_over_several_gpus_is_the_test(two: Play) -> None:
+    two.xids[GPU0] = (48,)
+    _read(two)
+    _read(two, 301.0)
+    ticket = two.arrive(PAIR)
+    _read(two)
+    assert two.snapshot().tested_in_sets == {GPU0}
+    two.work_through()
+    assert two.grant(ticket).instance == "spread"
+    assert "gpu_fit_again" in _events(two)
+    assert two.snapshot().probation == two.snapshot().tested_in_sets == frozenset()
+
+
+def test_a_set_does_not_test_a_gpu_that_a_smaller_model_can_test(two: Play) -> None:
+    two.release(_served(two))
+    two.xids[GPU0] = (48,)
+    _read(two)
+    two.work_through()
+    _read(two, 300.0)
+    ticket = two.arrive(PAIR)
+    _read(two, 1.0)
+    assert [(load.instance, load.model.name) for load in two.loads.values()] == [("gpu0", "small")]
+    assert two.snapshot().tested_in_sets == frozenset()
+    assert "a GPU that is back" in two.reason(ticket)
+
+
 def test_an_operator_resumes_a_faulty_gpu_at_once(two: Play) -> None:
     two.xids[GPU0] = (79,)
     _read(two)

@@ -169,11 +169,15 @@ def _sets(snapshot: Snapshot, size: int) -> Iterator[tuple[GpuUuid, ...]]:
 
 
 def may_use(snapshot: Snapshot, gpus: tuple[GpuUuid, ...]) -> bool:
-    """Returns False for sets with a GPU on probation, unless it is alone and no other load is under way there."""
+    """Returns False for sets with a GPU on probation, unless no other load is under way there, and it is alone or only
+    sets can test it."""
     if not snapshot.probation or snapshot.probation.isdisjoint(gpus):
         return True
-    return len(gpus) == 1 and not any(
-        gpu == gpus[0] for reservation in snapshot.reservations.values() for gpu, _ in reservation.per_gpu_bytes
+    on_probation = snapshot.probation.intersection(gpus)
+    if len(gpus) > 1 and not on_probation <= snapshot.tested_in_sets:
+        return False
+    return not any(
+        gpu in on_probation for reservation in snapshot.reservations.values() for gpu, _ in reservation.per_gpu_bytes
     )
 
 

@@ -6,14 +6,15 @@
 - A GPU that is too hot for long is drained until it has cooled down; one that is hot, or slowed down by heat or by its
   power supply, gets new loads and requests only if no other can take them.
 - A GPU that comes back, from a fault or from being lost, is on probation: it takes one load at a time, on it alone,
-  until one has succeeded. The smallest model that was requested lately is loaded there for that.
+  until one has succeeded. The smallest model that was requested lately is loaded there for that. Where no known model
+  fits on it alone, the load is one over several GPUs.
 
 Programs' errors (other XIDs) are logged: what they end is noticed elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from router.domain.actions import Action, Notice
@@ -27,18 +28,20 @@ from router.domain.gpu_faults import (
     XIDS,
     describe_xid,
 )
+from router.domain.ids import LoadId
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.request import Layout, LayoutKind
 from router.domain.snapshot import Estimate, Snapshot
 from router.scheduler.placement.candidates import may_use
-from router.scheduler.placement.placement import Placed, PlacementRequest, place
+from router.scheduler.placement.placement import NoFit, Placed, PlacementRequest, place
+from router.scheduler.reconcile import reservations
 from router.scheduler.state import FleetState
 
 _FAULT_SECONDS = 300.0
 """A GPU without a new error for this long is tried again; doubled with each fault in a row."""
 _FAULT_SECONDS_MAX = 3600.0
 _PROBATION_SECONDS = 30.0
-"""Without any load a probation ends after this time: perhaps no model is known that fits on one GPU."""
+"""Without any load a probation ends after this time: perhaps nothing is asked for."""
 _DISTURBANCE_SECONDS = 5.0
 """As in `lost_gpus.py`: a GPU that was lost for a shorter time has kept its models."""
 
@@ -90,19 +93,36 @@ def load_ended(fleet: FleetState, gpus: tuple[GpuUuid, ...], now: float, *, succ
     return actions
 
 
-def first_load(
-    snapshot: Snapshot, estimate: Estimate, models: Mapping[BlobDigest, ModelFacts]
-) -> tuple[ModelFacts, Placed] | None:
-    """The smallest of the models that fits on a GPU on probation without evictions, and its place."""
+def begin_tests(fleet: FleetState, estimate: Estimate, new_load_id: Callable[[], LoadId], now: float) -> list[Action]:
+    """Plans the load that shows whether a GPU on probation works: of the smallest model that was requested and that
+    fits there without evictions. Where none fits on the GPU alone, a load over a set of GPUs may be the test."""
+    if not fleet.probation:
+        return []
+    snapshot = fleet.snapshot(now)
+    in_sets: set[GpuUuid] = set()
+    first: tuple[ModelFacts, Placed] | None = None
     for uuid in sorted(snapshot.probation):
-        if not may_use(snapshot, (uuid,)):
-            continue
-        for model in sorted(models.values(), key=lambda each: (each.weights_bytes, each.blob)):
-            request = PlacementRequest(model, layout=Layout(LayoutKind.GPU, uuid), price_max=0.0)
-            found = place(snapshot, estimate, request)
-            if isinstance(found, Placed) and not found.evict:
-                return model, found
-    return None
+        found, is_possible = _first_load(snapshot, estimate, uuid, fleet.models)
+        first = first or found
+        if not is_possible:
+            in_sets.add(uuid)
+    fleet.set_tested_in_sets(frozenset(in_sets))
+    return reservations.begin(fleet, *first, new_load_id(), now) if first is not None else []
+
+
+def _first_load(
+    snapshot: Snapshot, estimate: Estimate, uuid: GpuUuid, models: Mapping[BlobDigest, ModelFacts]
+) -> tuple[tuple[ModelFacts, Placed] | None, bool]:
+    """The smallest of the models that fits there now, with its place, and whether any may fit at all."""
+    if not may_use(snapshot, (uuid,)):
+        return None, uuid not in snapshot.tested_in_sets  # a load is under way there
+    is_possible = not models  # the first request may be for a small one
+    for model in sorted(models.values(), key=lambda each: (each.weights_bytes, each.blob)):
+        found = place(snapshot, estimate, PlacementRequest(model, layout=Layout(LayoutKind.GPU, uuid), price_max=0.0))
+        if isinstance(found, Placed) and not found.evict:
+            return (model, found), True
+        is_possible = is_possible or not isinstance(found, NoFit)
+    return None, is_possible
 
 
 def forgive(fleet: FleetState, uuid: GpuUuid | None, now: float) -> None:
