@@ -121,6 +121,7 @@ def _candidate(report: CandidateReport, snapshot: Snapshot) -> dict[str, Any]:
         "verdict": report.verdict.value,
         "price_seconds": rounded(report.price_seconds),
         "per_gpu_bytes": list(report.per_gpu_bytes),
+        "slots": report.slots,
         "evicts": names,
         "reason": report.reason,
     }

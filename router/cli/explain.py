@@ -120,6 +120,7 @@ _CANDIDATES = (
     Column("INSTANCE", lambda row: f"{row['instance']}{' (new)' if row.get('is_new') else ''}", is_elastic=True),
     Column("GPUS", _gpus),
     Column("GIB", _gib, is_elastic=True),
+    Column("SLOTS", lambda row: "-" if row.get("slots") is None else str(row["slots"])),
     Column("VERDICT", lambda row: str(row["verdict"])),
     Column("PRICE", _price),
     Column("EVICTS", lambda row: ", ".join(row.get("evicts") or ()) or "-", is_elastic=True),

@@ -55,4 +55,6 @@ def describe(command: str, answer: Mapping[str, Any]) -> str:
     if drained.get("all"):
         return "drained: all"
     parts = [*(f"GPU {index}" for index in drained.get("gpus") or ()), *(drained.get("instances") or ())]
-    return f"drained: {', '.join(map(str, parts)) or 'nothing'}"
+    if not parts:
+        return "nothing is drained: everything is in service"
+    return f"drained: {', '.join(map(str, parts))}"

@@ -64,6 +64,8 @@ class CandidateReport:
     evict: tuple[ResidencyKey, ...] = ()
     price_seconds: float | None = None
     """Seconds that others would lose; None where nothing can be offered."""
+    slots: int | None = None
+    """Requests that it would serve at a time; None where that was not asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ def _with_replicas(
     placed = seek_replica(snapshot, estimate, tickets, serving, request) if request is not None else None
     wait = waits(ticket, None)
     if placed is not None:
-        candidates = tuple(_with_chosen(snapshot, reports, placed))
+        candidates = tuple(_with_chosen(snapshot, reports, placed, ticket.model))
         found = _loaded(snapshot, estimate, placed, ticket.model, candidates)
         known = [each for each in (found.expected_wait_seconds, wait.expected_wait_seconds) if each is not None]
         return replace(found, position=wait.position, expected_wait_seconds=min(known, default=None))
@@ -149,7 +149,7 @@ def _without_replica(snapshot: Snapshot, estimate: Estimate, waits: Waits, ticke
     """A place is searched for it and for the tickets that wait with it."""
     decision = decide(snapshot, estimate, tickets)
     request = request_behind(decision, placement_requests(snapshot, tickets))
-    candidates = tuple(_with_chosen(snapshot, survey(snapshot, estimate, request), decision))
+    candidates = tuple(_with_chosen(snapshot, survey(snapshot, estimate, request), decision, request.model))
     match decision:
         case Placed():
             found = _loaded(snapshot, estimate, decision, tickets[-1].model, candidates)
@@ -172,7 +172,7 @@ def _without_replica(snapshot: Snapshot, estimate: Estimate, waits: Waits, ticke
 def explain_placement(past: PastPlacement, estimate: Estimate) -> Explanation:
     """A past placement with what else was possible then; bytes by what is known now."""
     reports = survey(past.snapshot, estimate, past.request)
-    candidates = tuple(_with_chosen(past.snapshot, reports, past.decision))
+    candidates = tuple(_with_chosen(past.snapshot, reports, past.decision, past.model))
     found = _loaded(past.snapshot, estimate, past.decision, past.model, candidates)
     return replace(found, worth_seconds=_limit(past.request))
 
@@ -182,7 +182,7 @@ def _limit(request: PlacementRequest) -> float | None:
 
 
 def _with_chosen(
-    snapshot: Snapshot, reports: Sequence[CandidateReport], decision: Decision
+    snapshot: Snapshot, reports: Sequence[CandidateReport], decision: Decision, model: ModelFacts
 ) -> Iterator[CandidateReport]:
     """The reports, with the chosen candidate first; one that is tuned otherwise, as with fewer slots, is added."""
     if not isinstance(decision, Placed):
@@ -194,8 +194,10 @@ def _with_chosen(
         verdict = Verdict.EVICT if decision.evict else Verdict.FREE
         reason = decision.reason.removeprefix(f"{decision.instance}: ")
         price = price_of(snapshot, decision.evict)
+        spec = decision.start or snapshot.instances[decision.instance].spec
+        slots = snapshot.engines[spec.engine].slots(model, spec)
         own = CandidateReport(
-            decision.instance, gpus, verdict, reason, decision.start is not None, sizes, decision.evict, price
+            decision.instance, gpus, verdict, reason, decision.start is not None, sizes, decision.evict, price, slots
         )
     yield own
     yield from (report for report in reports if report.instance != own.instance)

@@ -54,7 +54,7 @@ def test_a_model_that_its_gpu_cannot_hold_is_refused_with_the_bytes(tmp_path: Pa
     found = _check(tmp_path, TwoGpus(), models={"Seventy": {"gpus": [1]}})
     (problem,) = found.problems
     assert problem.startswith("models.Seventy: model 'seventy:latest' fits nowhere: gpu1: GPU 1 needs ")
-    assert problem.count(" bytes (") == 2
+    assert problem.count(" GiB") == 2
     assert found.unchecked == ()
 
 
@@ -189,7 +189,7 @@ def test_warm_models_that_the_gpus_cannot_all_hold_are_a_warning_with_the_bytes(
     assert (found.problems, found.unchecked) == ((), ())
     (warning,) = found.warnings
     assert warning.startswith("the models with keep_warm cannot all be held at the same time: they need models.eight0 ")
-    assert warning.count(" bytes (") == 5
+    assert warning.count(" GiB") == 5
     assert "the GPUs can give: GPU 0 " in warning
 
 

@@ -252,7 +252,7 @@ def test_log_lines_for_a_closed_pipe_are_dropped_and_the_program_continues(root:
     [
         ("state_directory=/dev/null/x", "state_directory: /dev/null/x: /dev/null is a file, not a directory"),
         ("models={m: {layout: cpu}}", "models.m: layout: cpu needs an instance on the CPU, and there is none"),
-        ("placement.vram_margin_bytes=999GiB", "placement.vram_margin_bytes: 1072668082176 bytes (999.0 GiB) leave no"),
+        ("placement.vram_margin_bytes=999GiB", "placement.vram_margin_bytes: 999.0 GiB leave no"),
         ("instances=[{name: a, gpus: [7]}]", "instance a: gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
         ("models={m: {gpus: [7]}}", "models.m.gpus: '7' is no GPU of this machine; there are: 0: GPU-"),
     ],

@@ -25,7 +25,10 @@ def test_other_words_are_refused_with_the_forms(words: list[str]) -> None:
 
 def test_the_answer_says_what_is_drained_now() -> None:
     assert describe("drain", {"drained": {"all": False, "gpus": [1], "instances": ["cpu"]}}) == "drained: GPU 1, cpu"
-    assert describe("resume", {"drained": {"all": False, "gpus": [], "instances": []}}) == "drained: nothing"
+    assert (
+        describe("resume", {"drained": {"all": False, "gpus": [], "instances": []}})
+        == "nothing is drained: everything is in service"
+    )
     assert describe("drain", {"drained": {"all": True, "gpus": [], "instances": []}}) == "drained: all"
 
 

@@ -60,7 +60,7 @@ async def test_a_gpu_is_drained_shown_and_resumed(tmp_path: Path) -> None:
         metrics = (await call(product.address, "GET", "/metrics")).body.decode()
         assert 'llamayard_gpu_drained{gpu="' in metrics
         assert "GPU 0" in _command(product, "drain", "instance", "spread").stdout
-        assert _command(product, "resume", "all").stdout == "drained: nothing\n"
+        assert _command(product, "resume", "all").stdout == "nothing is drained: everything is in service\n"
         assert (await _ask(product, "llama3.3:70b")).status == 200
         assert '"drained"' in product.log_text()
 

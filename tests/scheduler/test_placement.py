@@ -107,14 +107,20 @@ def test_the_fewest_gpus_that_hold_it_are_taken() -> None:
     assert _placed(snapshot(gpus, views), HUGE).instance == "all"
 
 
-def test_a_model_that_fits_nowhere_is_refused_with_the_bytes_of_each_gpu() -> None:
+def test_a_model_that_fits_nowhere_is_refused_with_what_each_gpu_lacks() -> None:
     refused = _nowhere(snapshot([gpu(0, 23_000), gpu(1, 4000)], PAIR), HUGE)
     assert (refused.code, refused.status) == ("model_too_large", None)
     assert "model 'huge' fits nowhere" in refused.message
     for number, (needed, there) in enumerate(((30_000, 23_000), (30_000, 4_000))):
-        words = f"GPU {number} needs {needed * MIB} bytes ({needed / 1024:.1f} GiB) and can give {there * MIB} bytes"
-        assert words in refused.message
-    assert f"gpu0: GPU 0 needs {60_000 * MIB} bytes" in refused.message
+        assert f"GPU {number} needs {needed / 1024:.1f} GiB and can give {there / 1024:.1f} GiB" in refused.message
+    assert f"gpu0: GPU 0 needs {60_000 / 1024:.1f} GiB" in refused.message
+
+
+def test_only_the_gpus_that_cannot_give_what_is_needed_are_named_as_too_small() -> None:
+    refused = _nowhere(snapshot([gpu(0, 23_000), gpu(1, 4000)], PAIR), model("wide", 40_000))
+    spread = refused.message.partition("spread: ")[2]
+    assert "GPU 1 needs 19.5 GiB and can give 3.9 GiB" in spread
+    assert "GPU 0" not in spread
 
 
 def test_no_model_is_refused_as_too_large_while_memory_settles() -> None:

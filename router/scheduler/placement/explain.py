@@ -27,11 +27,11 @@ def explain_fit(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -> str:
 
 
 def explain_shortfall(snapshot: Snapshot, need: Sequence[tuple[GpuUuid, int]]) -> str:
-    """Bytes needed and bytes that the GPU could give at most, for each GPU."""
+    """What is needed of a GPU and what it could give at most, for each that cannot give it."""
+    rooms = [(uuid, size, capacity_bytes(snapshot, uuid)) for uuid, size in need]
     return ", ".join(
-        f"GPU {gpu_label(snapshot, uuid)} needs {bytes_text(size)} and can give "
-        f"{bytes_text(capacity_bytes(snapshot, uuid))}"
-        for uuid, size in need
+        f"GPU {gpu_label(snapshot, uuid)} needs {bytes_text(size)} and can give {bytes_text(room)}"
+        for uuid, size, room in [each for each in rooms if each[1] > each[2]] or rooms
     )
 
 
@@ -76,8 +76,8 @@ def explain_state(view: InstanceView) -> str:
 
 
 def bytes_text(size: int) -> str:
-    """`12884901888 bytes (12.0 GiB)`."""
-    return f"{size} bytes ({size / GIB:.1f} GiB)"
+    """`12.0 GiB`, for messages; documents have the bytes."""
+    return f"{size / GIB:.1f} GiB"
 
 
 def explain_drained(snapshot: Snapshot) -> str:

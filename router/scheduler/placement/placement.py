@@ -598,6 +598,7 @@ def _report(
         per_gpu_bytes=tuple(size for _, size in sized.need),
         evict=offer.leaving.evict if offer is not None else (),
         price_seconds=0.0 if verdict is Verdict.FREE else offer.leaving.price if offer is not None else None,
+        slots=snapshot.engines[sized.candidate.spec.engine].slots(request.model, sized.candidate.spec),
     )
 
 
