@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 
+UNREACHABLE_RETRY_AFTER_SECONDS = 5
+"""A server that is down is not back sooner."""
+
 
 class RouterError(Exception):
     """An error that ends a request.
@@ -100,9 +103,13 @@ class InstanceLost(RouterError):
 
 
 class InstanceUnreachable(InstanceLost):
-    """No connection to the instance could be opened."""
+    """No connection to the instance could be opened, so that nothing was lost: it has just gone away."""
 
+    status, code = 503, "no_instance"
     retry_reason = "unreachable"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_seconds=UNREACHABLE_RETRY_AFTER_SECONDS)
 
 
 class RunnerDied(InstanceLost):

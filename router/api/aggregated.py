@@ -20,7 +20,7 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
 from router.api.attached_models import listed_rows, loaded_rows
-from router.api.context import ApiContext
+from router.api.context import ApiContext, lost_by
 from router.api.forwarding import onward_headers
 from router.api.passthrough import forward
 from router.api.responses import json_response, text_response
@@ -186,7 +186,7 @@ class AggregatedHandler:
             async with session.get(url, timeout=timeout, headers=headers, allow_redirects=False) as reply:
                 raw = await reply.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise InstanceLost(f"{view.spec.name} did not serve {path}: {error}") from error
+            raise lost_by(error, f"{view.spec.name} did not serve {path}: {error}") from error
         if reply.status == LoopDetected.status:
             raise LoopDetected(refusal(reply.status, raw).message)
         if reply.status != web.HTTPOk.status_code:

@@ -26,8 +26,8 @@ from router.api.dashboard.handler import DashboardHandler
 from router.api.model_management import ModelManagementHandler
 from router.api.passthrough import PassthroughHandler, ShowHandler
 from router.api.responses import aiohttp_response, error_response
-from router.engines.ollama.client import OllamaError
-from router.errors import Forbidden, InstanceLost, RateLimited, RouterError
+from router.engines.ollama.client import OllamaError, not_queried
+from router.errors import Forbidden, RateLimited, RouterError
 from router.http1.headers import HeaderLookup, request_id
 from router.http1.parser import origin_form
 from router.http1.response_writer import CONTINUE
@@ -151,7 +151,7 @@ class ApiServer:
         except RouterError as error:
             return self._error(record, path, error)
         except OllamaError as error:
-            return self._error(record, path, InstanceLost(f"the instance could not be queried: {error.message}"))
+            return self._error(record, path, not_queried(error))
         except ConnectionError:
             raise asyncio.CancelledError from None  # the client is gone
         except Exception:  # the outermost edge of a request

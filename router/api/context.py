@@ -24,8 +24,10 @@ from router.engines.ollama.endpoint_support import EndpointSupport
 from router.engines.ollama.rules import KIND as OLLAMA
 from router.engines.openai.servers import AttachedModels
 from router.errors import (
+    UNREACHABLE_RETRY_AFTER_SECONDS,
     BadRequest,
     InstanceLost,
+    InstanceUnreachable,
     ModelNotFound,
     NoInstance,
     QueueFull,
@@ -39,8 +41,6 @@ from router.scheduler.placement.candidates import is_alive
 from router.scheduler.placement.explain import explain_states
 
 SHUTDOWN_RETRY_AFTER_SECONDS = 5
-_RETRY_AFTER_SECONDS = 5
-"""A server that is down is not back sooner."""
 
 
 @asynccontextmanager
@@ -63,14 +63,19 @@ async def store_turn(writing: asyncio.Lock, limits: RequestLimits) -> AsyncGener
         writing.release()
 
 
+def lost_by(error: Exception, words: str) -> InstanceLost:
+    """The error of a request that a server did not answer, by the library's."""
+    return (InstanceUnreachable if isinstance(error, aiohttp.ClientConnectorError) else InstanceLost)(words)
+
+
 class Cutoff:
     """What ended the requests that were still running when the router stopped waiting for them."""
 
     error: RouterError | None = None
 
-    def lost(self, words: str) -> RouterError:
+    def lost(self, words: str, error: Exception | None = None) -> RouterError:
         """The error of a request whose server is gone: `words`, unless the router stopped that server."""
-        return self.error or InstanceLost(words)
+        return self.error or (InstanceLost(words) if error is None else lost_by(error, words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ class ApiContext:
         ready = sorted(_primaries(self.controller.snapshot()), key=_order)
         if not ready:
             words = "no Ollama instance is ready: " + explain_states(self.controller.snapshot())
-            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
+            raise NoInstance(words, retry_after_seconds=UNREACHABLE_RETRY_AFTER_SECONDS)
         return ready[0]
 
     async def ready_primary(self) -> InstanceView:
@@ -151,7 +156,7 @@ class ApiContext:
             if error.status != UNREACHABLE:
                 raise
             words = f"the server that has model '{name}' does not answer: {error.message}"
-            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS) from error
+            raise NoInstance(words, retry_after_seconds=UNREACHABLE_RETRY_AFTER_SECONDS) from error
         if facts is None:
             self.refuse_unheard(name)
         return facts
@@ -187,7 +192,7 @@ class ApiContext:
         unheard = self.catalog.unheard()
         if unheard:
             words = f"no running server has model '{name}', and {', '.join(unheard)} has not answered yet"
-            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
+            raise NoInstance(words, retry_after_seconds=UNREACHABLE_RETRY_AFTER_SECONDS)
 
     async def holder(self, facts: ModelFacts | None) -> InstanceView:
         """An instance to query about the model: the primary, if none is known to have it. Waits as `ready_primary`.
@@ -203,7 +208,7 @@ class ApiContext:
         if view is None:
             words = f"no instance that has model '{facts.name}' is running: "
             words += explain_states(self.controller.snapshot())
-            raise NoInstance(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
+            raise NoInstance(words, retry_after_seconds=UNREACHABLE_RETRY_AFTER_SECONDS)
         return view
 
     async def _until(self, is_served: Callable[[Snapshot], bool], may_serve: Callable[[InstanceSpec], bool]) -> None:
@@ -221,7 +226,7 @@ class ApiContext:
         limit = controller.snapshot().policy.queue_limit
         if controller.watcher_count >= limit:
             words = f"server busy: {limit} requests (queue.limit) wait for an instance to start"
-            raise QueueFull(words, retry_after_seconds=_RETRY_AFTER_SECONDS)
+            raise QueueFull(words, retry_after_seconds=UNREACHABLE_RETRY_AFTER_SECONDS)
         await controller.until(is_decided, self.limits.queue_timeout_seconds)
 
 

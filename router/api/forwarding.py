@@ -15,7 +15,8 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 from yarl import URL
 
-from router.errors import InstanceLost, RouterError
+from router.api.context import lost_by
+from router.errors import RouterError
 from router.http1.headers import UNBUFFERED, Headers, is_stream, reply_headers, upstream_headers
 from router.llm_api.errors import Api, stream_error
 from router.llm_api.limits import RequestLimits
@@ -52,7 +53,7 @@ async def open_upstream(
     """Connects, sends, and waits for the reply's head. `raw_path` replaces the request's own.
 
     Raises:
-        InstanceLost: the connection could not be made, or ended before the head.
+        InstanceLost: the connection could not be made (InstanceUnreachable), or ended before the head.
         WaitTimeout: no head within `stream.first_byte_timeout_seconds`.
     """
     url = base_url + (raw_path or request.raw_path)
@@ -72,7 +73,7 @@ async def open_upstream(
     except TimeoutError as error:
         raise limits.first_byte_timeout() from error
     except (aiohttp.ClientError, OSError) as error:
-        raise InstanceLost(f"the instance could not be reached: {error}") from error
+        raise lost_by(error, f"the instance could not be reached: {error}") from error
 
 
 def onward_headers(session: aiohttp.ClientSession, headers: CIMultiDict[str]) -> CIMultiDict[str]:

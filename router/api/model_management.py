@@ -20,7 +20,7 @@ import structlog
 from aiohttp import hdrs, web
 from yarl import URL
 
-from router.api.context import ApiContext, store_turn
+from router.api.context import ApiContext, lost_by, store_turn
 from router.api.forwarding import read_body
 from router.api.passthrough import forward
 from router.api.shared_pulls import Pulls
@@ -28,7 +28,7 @@ from router.domain.events import UnloadRequested
 from router.domain.model import ModelFacts
 from router.engines.ollama.client import OllamaClient, OllamaError
 from router.engines.ollama.driver import temporary_tag_for
-from router.errors import Forbidden, InstanceLost, NoInstance, ShuttingDown, WaitTimeout
+from router.errors import Forbidden, NoInstance, ShuttingDown, WaitTimeout
 from router.llm_api.body_reader import last_value, parse_body
 from router.llm_api.inference_request import refuse_cloud, refuse_conflict, refuse_model
 from router.llm_api.json_members import Malformed, TooComplex, text_of
@@ -166,7 +166,7 @@ class ModelManagementHandler:
             ):
                 return reply.status == web.HTTPOk.status_code
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise InstanceLost(f"the instance could not be queried for the blob: {error}") from error
+            raise lost_by(error, f"the instance could not be queried for the blob: {error}") from error
 
     def _refuse_attached(self, facts: ModelFacts | None, verb: str) -> None:
         """

@@ -15,6 +15,7 @@ from router.api.context import ApiContext
 from router.api.forwarding import Body, open_upstream, read_body, relay
 from router.api.responses import json_response
 from router.domain.instance import InstanceView
+from router.errors import InstanceLost, InstanceUnreachable
 from router.llm_api.body_reader import ParsedBody, parse_body
 from router.llm_api.errors import api_of
 from router.llm_api.inference_request import MODEL_HEADER, refuse_cloud, refuse_conflict, refuse_model
@@ -69,7 +70,14 @@ class ShowHandler:
         facts = await self._context.find_model(name)
         record.is_unrouted = facts is None
         view = await self._context.holder(facts)
-        return await forward(self._context, request, body, record, view, raw_path)
+        others = self._context.ready_instances() if facts is not None else []
+        failure = ""
+        for each in (view, *(other for other in others if other is not view and facts and facts.is_on(other.spec))):
+            try:
+                return await forward(self._context, request, body, record, each, raw_path)
+            except InstanceLost as error:  # before the answer began
+                failure = error.message
+        raise InstanceUnreachable(failure)
 
 
 async def forward(

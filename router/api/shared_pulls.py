@@ -139,7 +139,7 @@ class _Pull:
         except RouterError as error:
             self.failure = error
         except (aiohttp.ClientError, OSError) as error:
-            self.failure = self._context.cutoff.lost(f"the instance died during the pull: {error}")
+            self.failure = self._context.cutoff.lost(f"the instance died during the pull: {error}", error)
         except Exception:  # the outermost edge of a task: followers must not mistake the end for success
             structlog.get_logger("router.api").exception("pull_crashed", request_id=self._request_id)
             self.failure = internal_error(self._request_id)

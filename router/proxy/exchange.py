@@ -33,7 +33,7 @@ from router.domain.health import ReplyFailure
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.model import ModelFacts
 from router.domain.request import TicketId
-from router.engines.ollama.client import OllamaError
+from router.engines.ollama.client import OllamaError, not_queried
 from router.engines.ollama.endpoint_support import refuse_missing
 from router.errors import (
     InstanceLost,
@@ -302,7 +302,7 @@ class ProxyExchange:
         try:
             await work
         except OllamaError as error:
-            self.fail(InstanceLost(f"the instance could not be queried: {error.message}"))
+            self.fail(not_queried(error))
         except RouterError as error:
             self.fail(error)
         except Exception:  # the outermost edge of a task

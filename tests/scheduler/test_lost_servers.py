@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from router.domain.actions import Grant, Reject
 from router.domain.instance import InstanceName, InstanceState
 from router.domain.policy import Policy
@@ -40,6 +42,12 @@ def test_without_another_place_requests_wait_and_fail_after_the_second_loss() ->
     again = decided(_lost(9.0), _lost(0.5))
     assert isinstance(again, NoFit)
     assert (again.code, again.status, again.message) == ("load_failed", 502, "gone")
+    attached = replace(PAIR[0], spec=replace(PAIR[0].spec, attached=True))
+    gone = place(
+        snapshot(GPU_MODELS[:1], (attached,), failures=(_lost(9.0), _lost(0.5))), by_weight, PlacementRequest(SMALL)
+    )
+    assert isinstance(gone, NoFit)
+    assert (gone.code, gone.status) == ("no_instance", None)
 
 
 def _lose(play: Play) -> None:

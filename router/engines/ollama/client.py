@@ -16,6 +16,7 @@ import msgspec
 from router.domain.events import LoadedModel
 from router.engines.base import EngineError
 from router.engines.ollama.http_get import CONNECT_SECONDS, KeptConnections, is_plain
+from router.errors import InstanceLost, InstanceUnreachable
 
 UNREACHABLE = 502
 """Status of an error of the client itself: no connection, or it was lost."""
@@ -83,6 +84,12 @@ class _Ps(msgspec.Struct, frozen=True):
 
 class _Error(msgspec.Struct, frozen=True):
     error: str = ""
+
+
+def not_queried(error: OllamaError) -> InstanceLost:
+    """The error of a request for which a server had to be queried."""
+    kind = InstanceUnreachable if error.status == UNREACHABLE else InstanceLost
+    return kind(f"the instance could not be queried: {error.message}")
 
 
 class OllamaClient:

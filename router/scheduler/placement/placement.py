@@ -319,6 +319,8 @@ def _among(snapshot: Snapshot, group: Sequence[SizedCandidate], request: Placeme
     failures = {c.name: f for c in group if (f := _failure(snapshot, c, request)) is not None}
     if len(failures) == len(group):
         last = failures[group[-1].name]
+        if last.is_lost and group[-1].candidate.spec.attached:  # it is gone, and nobody knows yet
+            return NoFit("no_instance", f"{last.instance} is gone: {last.message}")
         return NoFit("load_failed", last.message, last.status)
     out = request.not_on | failures.keys() | _just_lost(snapshot, request) | snapshot.ejected
     there = [c for c in group if c.name not in out and _is_up(snapshot, c)]
