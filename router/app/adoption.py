@@ -58,7 +58,7 @@ async def take_over(
     plan = instance_plan(settings, hardware.models_directory)
     usable = {gpu.uuid for gpu in gpus if gpu.error is None}
     kept = await asyncio.gather(*map(_look_at, claims))
-    wanted = [_wanted(server, planned, plan, hardware, usable) for server in kept]
+    wanted = [_wanted(server, planned, settings, plan, hardware, usable) for server in kept]
     adopted = dict[InstanceName, PlannedInstance]()
     refused: list[Claim] = []
     for verdict, claim, record in zip(decide(tuple(zip(kept, wanted, strict=True))), claims, wanted, strict=True):
@@ -102,6 +102,7 @@ def _own_ports(pid: int) -> tuple[int, ...]:
 def _wanted(
     server: KeptServer,
     planned: dict[InstanceName, InstanceSpec],
+    settings: Settings,
     plan: InstancePlan,
     hardware: Hardware,
     usable: set[GpuUuid],
@@ -111,7 +112,8 @@ def _wanted(
         return None
     was = server.record.spec
     spec = planned.get(server.name)
-    if was.on_demand and spec is None and usable.issuperset(was.gpus):
+    allows = settings.placement.on_demand and settings.discovers
+    if was.on_demand and spec is None and allows and usable.issuperset(was.gpus):
         spec = on_demand_instance(was, plan, port_of(was))
     if spec is None or spec.attached:
         return None

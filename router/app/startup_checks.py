@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -43,12 +44,20 @@ def startup_problems(settings: Settings, resolver: Resolver = resolve) -> list[s
         *host_problems(settings, resolver),
         *exposure_problems(settings, resolver),
         *state_directory_problems(settings.state_directory),
+        *adoption_problems(settings, sys.platform),
     ]
     try:
         tls_context(settings)
     except ConfigError as error:
         problems.extend(error.problems)
     return [*problems, *loop_problems(settings, resolver)]
+
+
+def adoption_problems(settings: Settings, platform: str) -> list[str]:
+    """`platform`: as in `sys.platform`."""
+    if settings.ollama.adopt and platform != "linux":
+        return ["ollama.adopt: servers can outlive their router on Linux only: leave it out"]
+    return []
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:

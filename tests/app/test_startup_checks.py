@@ -10,6 +10,7 @@ import pytest
 
 from router.app.startup_checks import (
     Address,
+    adoption_problems,
     loop_problems,
     resolve,
     startup_problems,
@@ -43,6 +44,14 @@ def _problems(folder: Path, **flags: object) -> list[str]:
 def test_the_defaults_have_no_problem_and_nothing_is_created(tmp_path: Path) -> None:
     assert _problems(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_servers_can_outlive_their_router_on_linux_only(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, ollama__adopt=True)
+    assert adoption_problems(settings, "linux") == adoption_problems(_settings(tmp_path), "darwin") == []
+    assert adoption_problems(settings, "darwin") == [
+        "ollama.adopt: servers can outlive their router on Linux only: leave it out"
+    ]
 
 
 def test_a_name_that_cannot_be_resolved_is_refused(tmp_path: Path) -> None:

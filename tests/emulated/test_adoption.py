@@ -214,6 +214,18 @@ def test_an_instance_on_demand_is_adopted(tmp_path: Path) -> None:
         assert (_pids(product), _runners(product)) == (pids, runners)
 
 
+def test_an_instance_on_demand_that_is_not_allowed_any_more_is_ended(tmp_path: Path) -> None:
+    rules = {"models": {_MODEL: {"num_parallel": 3}}}
+    with running(_product(tmp_path, "3090", rules)) as product:
+        _chat(product)
+        _stop(product)
+        tree = yaml.safe_load(product.config.read_text())
+        product.config.write_text(yaml.safe_dump({**tree, "models": {}, "placement": {"on_demand": False}}))
+        product.start()
+        assert (_adopted(product), set(_reasons(product).values())) == ({"gpu0"}, {"no such instance is configured"})
+        assert len(product.servers()) == 1
+
+
 def test_another_router_with_the_same_state_takes_nothing_that_is_in_use(tmp_path: Path) -> None:
     with running(_product(tmp_path, "3090")) as first:
         pids = _pids(first)
