@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 
 from tests.fuzz.go_http import SOURCE, GoHttp
 from tests.fuzz.targets import Bodies, Configurations, Heads, KeyFiles, Keys, Target
+from tests.fuzz.whole_product import admin, surface
 from tests.llm_api.go_oracle import GoOracle, compile_oracle
 
 HANG_SECONDS = 20
@@ -62,7 +63,8 @@ async def _fuzz(target: Target, seed: int, numbers: range) -> list[Finding]:
             findings.append(Finding(target.name, number, data, f"{type(error).__name__}: {error}"))
         if len(findings) >= FINDINGS_MAX:
             break
-    return findings
+    problem = target.problem_of_log()
+    return [*findings, *([Finding(target.name, -1, b"", problem)] if problem else [])]
 
 
 @contextlib.contextmanager
@@ -101,15 +103,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="targets, with commas")
     given = parser.parse_args()
     found = 0
-    with tempfile.TemporaryDirectory() as temporary, in_process(Path(temporary)) as targets:
-        for target in targets:
-            if given.only and target.name not in given.only.split(","):
-                continue
-            began = time.monotonic()
-            numbers = range(given.first, given.first + given.count)
-            findings = fuzz(target, given.seed, numbers)
-            print(report(target, findings, given.count, time.monotonic() - began), flush=True)
-            found += len(findings)
+    for make in (in_process, surface, admin):
+        with tempfile.TemporaryDirectory() as temporary, make(Path(temporary)) as targets:
+            for target in targets:
+                if given.only and target.name not in given.only.split(","):
+                    continue
+                began = time.monotonic()
+                numbers = range(given.first, given.first + given.count)
+                findings = fuzz(target, given.seed, numbers)
+                print(report(target, findings, given.count, time.monotonic() - began), flush=True)
+                found += len(findings)
     return bool(found)
 
 

@@ -63,9 +63,20 @@ class Target(Protocol):
 
     async def check(self, data: bytes, rng: random.Random) -> None: ...
 
+    def problem_of_log(self) -> str:
+        """What a process has logged that it should not have; "" if nothing."""
+        ...
+
+
+class _InProcess:
+    """What is logged as an error is seen at once."""
+
+    def problem_of_log(self) -> str:
+        return ""
+
 
 @dataclass(slots=True)
-class Heads:
+class Heads(_InProcess):
     """Heads and framing: what is passed on is what Go's server reads from the same bytes, and ends where it does."""
 
     go: GoHttp
@@ -152,7 +163,7 @@ def _is_subsequence(part: Sequence[object], whole: Sequence[object]) -> bool:
 
 
 @dataclass(slots=True)
-class Bodies:
+class Bodies(_InProcess):
     """Members of bodies: every way of reading them says what Go says, and a server is asked for that model."""
 
     go: GoOracle
@@ -200,7 +211,7 @@ class Bodies:
 
 
 @dataclass(slots=True)
-class Keys:
+class Keys(_InProcess):
     """Headers that present keys: only the key itself lets in, and both ways in agree on who that is."""
 
     name: str = "keys"
@@ -275,7 +286,7 @@ async def _by_the_library(raw: bytes, table: RouteTable) -> AdmissionRequest | N
 
 
 @dataclass(slots=True)
-class KeyFiles:
+class KeyFiles(_InProcess):
     """Files of keys: read as a whole, or refused with a sentence."""
 
     folder: Path
@@ -305,7 +316,7 @@ class KeyFiles:
 
 
 @dataclass(slots=True)
-class Configurations:
+class Configurations(_InProcess):
     """Documents for a start or a reload: settings, or problems that name the key. No exception of a library."""
 
     folder: Path

@@ -41,6 +41,9 @@ class _Broken:
     async def check(self, data: bytes, rng: random.Random) -> None:
         assert data != b"7"
 
+    def problem_of_log(self) -> str:
+        return ""
+
 
 def test_a_finding_names_the_input_that_repeats_it() -> None:
     first, *_ = fuzz(_Broken(), 1, range(200))  # type: ignore[arg-type]
