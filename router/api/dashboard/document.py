@@ -6,9 +6,9 @@ that its patches (`merge_patch.py`) are short. Times are seconds since 1970.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from router.api.dashboard.merge_patch import Document
 from router.domain.footprint import GpuFootprint
@@ -38,6 +38,7 @@ _INSTANCE_KEYS = (
     "name", "state", "version", "url", "gpus", "attached", "num_parallel", "context_length", "kv_cache_type", "ejected",
     "reason",
 )  # fmt: skip
+_Item = TypeVar("_Item", Step, Point, Span)
 _Parts = Mapping[ResidencyKey, tuple[GpuFootprint, ...]]
 """What each loaded model holds on each of its GPUs."""
 
@@ -59,10 +60,11 @@ class Facts:
 
 
 class DocumentBuilder:
-    """Remembers what is slow to compute: the parts of each loaded model."""
+    """Remembers what is slow to compute: the parts of each loaded model, and rows of the past, which do not change."""
 
     def __init__(self) -> None:
         self._parts: dict[object, tuple[GpuFootprint, ...]] = {}
+        self._rows: dict[object, Document] = {}
 
     def build(self, facts: Facts) -> Document:
         snapshot, status = facts.snapshot, facts.status
@@ -77,11 +79,25 @@ class DocumentBuilder:
             "waiting": dict(_waiting(facts)),
             "running": dict(_running(facts)),
             "pulls": {row["model"]: _kept(row, tuple(row)) for row in status["pulls"]},
-            "decisions": dict(_decisions(facts)),
-            "points": {f"{_wall(facts, point.at):.0f}": _point(point) for point in facts.points},
-            "spans": dict(_spans(facts)),
         }
-        return without_nulls(document)
+        return {**without_nulls(document), **self._past(facts)}
+
+    def _past(self, facts: Facts) -> Document:
+        """Decisions, points and spans. A row that was there before is the same object: no patch looks into it."""
+        kept: dict[object, Document] = {}
+
+        def row(item: _Item, make: Callable[[Facts, _Item], Document]) -> Document:
+            key = facts.wall_offset, item
+            found = kept[key] = self._rows.get(key) or without_nulls(make(facts, item))
+            return found
+
+        past = {
+            "decisions": {_step_id(step): row(step, _step) for step in facts.steps[-DECISIONS_SHOWN:]},
+            "points": {f"{_wall(facts, point.at):.0f}": row(point, _point) for point in facts.points},
+            "spans": {_span_id(span): row(span, _span) for span in facts.spans},
+        }
+        self._rows = kept
+        return past
 
     def _all_parts(self, snapshot: Snapshot) -> _Parts:
         """The parts of each loaded model on each of its GPUs, by residency key."""
@@ -244,18 +260,16 @@ def _running(facts: Facts) -> Iterable[tuple[str, Document]]:
         )
 
 
-def _decisions(facts: Facts) -> Iterable[tuple[str, Document]]:
-    for step in facts.steps[-DECISIONS_SHOWN:]:
-        yield (
-            f"{step.at:.6f}/{step.event}/{step.model}/{step.instance}",
-            {
-                **asdict(step),
-                "at": _seconds(facts, step.at),
-            },
-        )
+def _step_id(step: Step) -> str:
+    return f"{step.at:.6f}/{step.event}/{step.model}/{step.instance}"
 
 
-def _point(point: Point) -> Document:
+def _step(facts: Facts, step: Step) -> Document:
+    return {**asdict(step), "at": _seconds(facts, step.at)}
+
+
+def _point(facts: Facts, point: Point) -> Document:
+    del facts
     return {
         "waiting": point.waiting,
         "running": point.running,
@@ -267,19 +281,19 @@ def _point(point: Point) -> Document:
     }
 
 
-def _spans(facts: Facts) -> Iterable[tuple[str, Document]]:
-    for span in facts.spans:
-        yield (
-            f"{span.since:.6f}/{span.instance}/{span.model}",
-            {
-                "model": span.model,
-                "instance": span.instance,
-                "is_loading": span.is_loading,
-                "per_gpu_bytes": dict(span.per_gpu_bytes),
-                "since": _seconds(facts, span.since),
-                "until": None if span.until is None else _seconds(facts, span.until),
-            },
-        )
+def _span_id(span: Span) -> str:
+    return f"{span.since:.6f}/{span.instance}/{span.model}"
+
+
+def _span(facts: Facts, span: Span) -> Document:
+    return {
+        "model": span.model,
+        "instance": span.instance,
+        "is_loading": span.is_loading,
+        "per_gpu_bytes": dict(span.per_gpu_bytes),
+        "since": _seconds(facts, span.since),
+        "until": None if span.until is None else _seconds(facts, span.until),
+    }
 
 
 def _kept(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
