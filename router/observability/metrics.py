@@ -7,7 +7,7 @@ after `_MODEL_NAMES_MAX` names, further models are counted as "other". The same 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
@@ -376,9 +376,7 @@ class FleetMetricsCollector(Collector):
             "Most minus fewest weighted tokens that waiting clients have received; 0 while fewer than two wait.",
             self._fair_share_spread(),
         )
-        yield _lost_family(snapshot)
-        yield _drained_family(snapshot)
-        yield _unfit_family(snapshot)
+        yield from _gpu_flag_families(snapshot)
         yield from _gpu_families(snapshot)
         yield from _vram_ledger_families(snapshot)
         states = GaugeMetricFamily(
@@ -429,14 +427,24 @@ def _gpu_labels(gpu: Gpu) -> tuple[str, str, str]:
     return gpu.uuid, str(gpu.index), gpu.name
 
 
-def _lost_family(snapshot: Snapshot) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "llamayard_gpu_lost", "1 while the GPU cannot be read, else 0; its other metrics are then left out.",
-        labels=_GPU_LABELS,
-    )  # fmt: skip
+def _gpu_flag_family(
+    snapshot: Snapshot, name: str, documentation: str, is_on: Callable[[Gpu], bool]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, documentation, labels=_GPU_LABELS)
     for gpu in snapshot.gpus.values():
-        family.add_metric(_gpu_labels(gpu), float(gpu.error is not None))
+        family.add_metric(_gpu_labels(gpu), float(is_on(gpu)))
     return family
+
+
+def _gpu_flag_families(snapshot: Snapshot) -> Iterator[GaugeMetricFamily]:
+    lost = "1 while the GPU cannot be read, else 0; its other metrics are then left out."
+    yield _gpu_flag_family(snapshot, "llamayard_gpu_lost", lost, lambda gpu: gpu.error is not None)
+    drained = "1 while an operator has drained the GPU, else 0."
+    yield _gpu_flag_family(snapshot, "llamayard_gpu_drained", drained, lambda gpu: snapshot.drained.has_gpu(gpu.uuid))
+    unfit = "1 while the router has drained the GPU because it fails or is too hot, else 0."
+    yield _gpu_flag_family(
+        snapshot, "llamayard_gpu_unfit", unfit, lambda gpu: bool(snapshot.drained.reason_of(gpu.uuid))
+    )
 
 
 def _on_cpu_family(snapshot: Snapshot) -> GaugeMetricFamily:
@@ -448,25 +456,6 @@ def _on_cpu_family(snapshot: Snapshot) -> GaugeMetricFamily:
         ratio = on_cpu_ratio(snapshot, residency)
         if ratio is not None:
             family.add_metric((residency.name, residency.instance), ratio)
-    return family
-
-
-def _drained_family(snapshot: Snapshot) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "llamayard_gpu_drained", "1 while an operator has drained the GPU, else 0.", labels=_GPU_LABELS
-    )
-    for gpu in snapshot.gpus.values():
-        family.add_metric(_gpu_labels(gpu), float(snapshot.drained.has_gpu(gpu.uuid)))
-    return family
-
-
-def _unfit_family(snapshot: Snapshot) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "llamayard_gpu_unfit", "1 while the router has drained the GPU because it fails or is too hot, else 0.",
-        labels=_GPU_LABELS,
-    )  # fmt: skip
-    for gpu in snapshot.gpus.values():
-        family.add_metric(_gpu_labels(gpu), float(bool(snapshot.drained.reason_of(gpu.uuid))))
     return family
 
 
