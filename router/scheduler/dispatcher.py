@@ -113,7 +113,7 @@ class Dispatcher:
         """`engines`: the rules of the engines in use, by kind. `attempts`: says which groups are tried again; with one
         that is never quiescent the whole queue is tried at each event, and the same is decided."""
         self._fleet = FleetState(policy, engines)
-        self._estimate = FootprintPredictor(policy, self._fleet.footprints)
+        self._estimate = FootprintPredictor(self._fleet.footprints)
         self._queue = WaitQueue()
         self._loads = LoadIds()
         self._placements = PlacementMemory()
@@ -292,7 +292,6 @@ class Dispatcher:
             case RestartRequested():
                 return rolling_restart.request(self._fleet, event)
             case PolicyChanged():
-                self._estimate.policy = event.policy
                 self._fleet.set_policy(event.policy)
                 return []
 

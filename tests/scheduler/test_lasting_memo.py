@@ -118,7 +118,7 @@ CHANGES = st.sampled_from(("free", "usable", "total", "generation", "version", "
 @given(st.lists(st.tuples(CHANGES, st.integers(0, 5), st.integers(0, 30 * 10**9)), max_size=8))
 def test_a_search_after_any_change_decides_the_same_without_memory(changes: list[tuple[str, int, int]]) -> None:
     world, lasting = World(), LastingMemo()
-    predictor = FootprintPredictor(Policy(), world.footprints)
+    predictor = FootprintPredictor(world.footprints)
     options: tuple[RunnerOptions, ...] = ((), (("num_ctx", 32_768),))
     for change in (None, *changes):
         if change is not None:
@@ -140,7 +140,7 @@ def test_an_unchanged_fleet_is_not_sized_again() -> None:
 
     world, lasting, engine = World(), LastingMemo(), Counting()
     world.engines = {KIND: engine}
-    predictor = FootprintPredictor(Policy(), world.footprints)
+    predictor = FootprintPredictor(world.footprints)
     place(world.facts(lasting), predictor, PlacementRequest(MODELS[0]))
     before = engine.sized
     assert before > 0

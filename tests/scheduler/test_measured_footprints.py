@@ -100,7 +100,7 @@ def test_one_load_s_parts_carry_to_other_contexts_and_gpu_counts(spec: object, c
     key = footprint_key(LLAMA_8B, ONE, 8192, "0.34.0")
     seen.remember(MeasuredFootprint(key, tuple(part.total_bytes for part in shown), shown))
     assert isinstance(spec, type(ONE))
-    predicted = FootprintPredictor(facts.policy, seen)(LLAMA_8B, spec, context, facts)
+    predicted = FootprintPredictor(seen)(LLAMA_8B, spec, context, facts)
     truth = [part.total_bytes for part in true_sizes(spec, context)]
     assert list(predicted) == pytest.approx(truth, rel=0.01)
 
@@ -110,4 +110,4 @@ def test_without_parts_the_difference_is_carried_for_as_many_gpus() -> None:
     (estimate,) = estimated_footprint(LLAMA_8B, ONE, 8192, facts).per_gpu_bytes
     (longer,) = estimated_footprint(LLAMA_8B, ONE, 16_384, facts).per_gpu_bytes
     seen.remember(MeasuredFootprint(footprint_key(LLAMA_8B, ONE, 8192, "0.34.0"), (estimate - 500 * MIB,)))
-    assert FootprintPredictor(facts.policy, seen)(LLAMA_8B, ONE, 16_384, facts) == (longer - 500 * MIB,)
+    assert FootprintPredictor(seen)(LLAMA_8B, ONE, 16_384, facts) == (longer - 500 * MIB,)

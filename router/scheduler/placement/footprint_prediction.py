@@ -14,7 +14,6 @@ from router.domain.engine_rules import EngineRules
 from router.domain.footprint import Footprint, FootprintKey, GpuFootprint, MeasuredFootprint
 from router.domain.instance import InstanceSpec
 from router.domain.model import ModelFacts
-from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
 from router.scheduler.placement.measured_footprints import RAISE_RATIO, Footprints
 
@@ -29,10 +28,9 @@ def estimate_unmeasured(
 class FootprintPredictor:
     """An `Estimate` that uses measured footprints."""
 
-    __slots__ = ("_footprints", "policy")
+    __slots__ = ("_footprints",)
 
-    def __init__(self, policy: Policy, footprints: Footprints) -> None:
-        self.policy = policy
+    def __init__(self, footprints: Footprints) -> None:
         self._footprints = footprints
 
     def revision(self, model: ModelFacts) -> int:
@@ -62,12 +60,8 @@ class FootprintPredictor:
             if nearest is not None:
                 return self._shifted(model, spec, context_length, nearest, snapshot)
         sizes = engine.estimate_bytes(model, spec, context_length, snapshot)
-        ratio = 1.0 + max(self.policy.constants.unseen_margin_ratio, self._extra_margin(engine, model))
+        ratio = 1.0 + _margin_ratio(engine, model, snapshot)
         return tuple(int(size * ratio) for size in sizes)
-
-    def _extra_margin(self, engine: EngineRules[Snapshot], model: ModelFacts) -> float:
-        """The engine's own margin counts where margins are in use at all: tests of sums go without."""
-        return engine.margin_ratio(model) if self.policy.constants.unseen_margin_ratio else 0.0
 
     def _shifted(
         self,
@@ -83,6 +77,12 @@ class FootprintPredictor:
         return tuple(
             max(0, size + shown - estimated) for size, shown, estimated in zip(sizes, measured, expected, strict=True)
         )
+
+
+def _margin_ratio(engine: EngineRules[Snapshot], model: ModelFacts, snapshot: Snapshot) -> float:
+    """The engine's own margin counts where margins are in use at all: tests of sums go without."""
+    ratio = snapshot.policy.constants.unseen_margin_ratio
+    return max(ratio, engine.margin_ratio(model)) if ratio else 0.0
 
 
 def _as_measured(spec: InstanceSpec, key: FootprintKey) -> InstanceSpec:

@@ -82,6 +82,12 @@ def short_gpus(snapshot: Snapshot) -> list[GpuUuid]:
 def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) -> Placed | None:
     if len(replicas_of(snapshot, residency.blob)) > 1 or snapshot.policy.keeps_warm(residency.name):
         return None
+    found = place_beside(snapshot, estimate, residency)
+    return found if found is not None and found.per_gpu_bytes else None
+
+
+def place_beside(snapshot: Snapshot, estimate: Estimate, residency: Residency) -> Placed | None:
+    """Free room for another replica like this one on another instance."""
     request = PlacementRequest(
         residency.model,
         residency.options,
@@ -90,7 +96,7 @@ def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) ->
         default_context=widened_context(snapshot, snapshot.instances[residency.instance].spec),
     )
     found = place(snapshot, estimate, request)
-    return found if isinstance(found, Placed) and found.per_gpu_bytes and not found.evict else None
+    return found if isinstance(found, Placed) and not found.evict else None
 
 
 def _serves_elsewhere(snapshot: Snapshot, residency: Residency, uuid: GpuUuid) -> bool:

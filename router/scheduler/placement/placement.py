@@ -27,7 +27,7 @@ from router.domain.snapshot_index import (
     residencies_of,
     residencies_on,
 )
-from router.domain.vram_ledger import available_bytes, capacity_bytes, is_settling, nominal_bytes
+from router.domain.vram_ledger import available_bytes, is_settling, nominal_bytes
 from router.scheduler.placement.candidate_size import Need, SizedCandidate, Sizer, capacities, fits, free_room
 from router.scheduler.placement.candidates import (
     Bounds,
@@ -289,7 +289,7 @@ def _has_place_outside(snapshot: Snapshot, residency: Residency, gpus: frozenset
     """Returns True where other GPUs could hold the model, so that it need not come back to these."""
     bounds = Bounds(residency.name, snapshot.policy.pins.get(residency.name))
     size = max(residency.per_gpu_bytes, default=0)
-    others = [g for g in snapshot.gpus if g not in gpus and capacity_bytes(snapshot, g) >= size]
+    others = [gpu for gpu, room in capacities(snapshot).items() if gpu not in gpus and room >= size]
     width = len(residency.per_gpu_bytes)
     return any(bounds.allows(snapshot, chosen) for chosen in combinations(others, width))
 

@@ -19,8 +19,7 @@ from router.domain.residency import Residency, ResidencyState
 from router.domain.restart import RestartPhase, RollingRestart
 from router.domain.snapshot import Estimate, Snapshot
 from router.domain.snapshot_index import is_drained, replicas_of
-from router.scheduler.placement.candidates import widened_context
-from router.scheduler.placement.placement import Placed, PlacementRequest, place
+from router.scheduler.placement.migration import place_beside
 from router.scheduler.reconcile import reservations
 from router.scheduler.reconcile.housekeeping import is_warm_wanted
 from router.scheduler.state import FleetState
@@ -130,7 +129,7 @@ def _prepare(
         for residency in _in_demand(snapshot, name):
             if any(r.state is not ResidencyState.READY for r in _elsewhere(snapshot, residency)):
                 return actions
-            placed = None if _elsewhere(snapshot, residency) else _free_place(snapshot, estimate, residency)
+            placed = None if _elsewhere(snapshot, residency) else place_beside(snapshot, estimate, residency)
             if placed is not None:
                 actions += reservations.begin(fleet, residency.model, placed, new_load_id(), now)
                 return actions
@@ -163,18 +162,3 @@ def _elsewhere(snapshot: Snapshot, residency: Residency) -> list[Residency]:
 def _serves(snapshot: Snapshot, name: InstanceName) -> bool:
     view = snapshot.instances.get(name)
     return view is not None and view.state in (InstanceState.READY, InstanceState.STARTING)
-
-
-def _free_place(snapshot: Snapshot, estimate: Estimate, residency: Residency) -> Placed | None:
-    found = place(
-        snapshot,
-        estimate,
-        PlacementRequest(
-            residency.model,
-            residency.options,
-            price_max=0.0,
-            not_on=frozenset({residency.instance}),
-            default_context=widened_context(snapshot, snapshot.instances[residency.instance].spec),
-        ),
-    )
-    return found if isinstance(found, Placed) and not found.evict else None
