@@ -82,6 +82,12 @@ gpu-bundle: setup ollama  ## all that a bare machine with an NVIDIA GPU needs to
 chaos: setup  ## real processes on four EMULATED GPUs, 200 streams and every fault: nothing cut or lost (ARGS="--seed 2 --seconds 300")
 	$(VENV)/bin/python -m bench.reliability.chaos $(ARGS)
 
+soak: setup  ## half an hour at 80 % load with faults, EMULATED: memory and descriptors stay as they are (ARGS="--minutes 10")
+	$(VENV)/bin/python -m bench.reliability.soak $(ARGS)
+
+overload: setup  ## 2,000 connections that ask ten times what four EMULATED GPUs serve (ARGS="--seconds 30")
+	$(VENV)/bin/python -m bench.reliability.overload $(ARGS)
+
 fuzz: setup  ## a hundred thousand inputs a target, judged by Go where it is there; half an hour (ARGS="--count 10000 --only heads --seed 2")
 	$(VENV)/bin/python -m tests.fuzz.fuzz $(ARGS)
 
