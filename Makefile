@@ -82,7 +82,7 @@ gpu-bundle: setup ollama  ## all that a bare machine with an NVIDIA GPU needs to
 chaos: setup  ## real processes on four EMULATED GPUs, 200 streams and every fault: nothing cut or lost (ARGS="--seed 2 --seconds 300")
 	$(VENV)/bin/python -m bench.reliability.chaos $(ARGS)
 
-soak: setup  ## half an hour at 80 % load with faults, EMULATED: memory and descriptors stay as they are (ARGS="--minutes 10")
+soak: setup  ## half an hour under load with faults, EMULATED: memory and descriptors stay as they are (ARGS="--minutes 10")
 	$(VENV)/bin/python -m bench.reliability.soak $(ARGS)
 
 overload: setup  ## 2,000 connections that ask ten times what four EMULATED GPUs serve (ARGS="--seconds 30")

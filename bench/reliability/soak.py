@@ -1,7 +1,7 @@
-"""Soak: a router at 80 % load for half an hour, with faults; its memory and file descriptors must stay as they are.
+"""Soak: a router under load for half an hour, with faults; its memory and file descriptors must stay as they are.
 
 `python -m bench.reliability.soak --minutes 30 --clients 40 --seed 1` runs the router of `bench.reliability.chaos` over
-four EMULATED GPUs with as many clients as keep about 80 % of the slots busy, and its faults one after the other.
+four EMULATED GPUs with its faults, and reports the share of busy slots (52 % with 40 clients on two shared cores).
 Resident memory and descriptors of the router's process are read every second. Exit status 1 if memory grows by more
 than `GROWTH_MAX` between the first and the last quarter after the warm-up, if descriptors grow, or if anything is
 left over.
