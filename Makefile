@@ -126,6 +126,9 @@ docs: setup  ## write the documents that are drawn from code
 release:  ## date the changelog, set the version, commit, tag, and build sdist, wheel and SBOM (VERSION=0.3.0)
 	$(PYTHON) deploy/release.py $(VERSION)
 
+screenshots: setup real-chromium  ## the pictures of the dashboard in docs/images, over EMULATED GPUs; minutes (ARGS="--seconds 60")
+	$(VENV)/bin/python -m bench.dashboard.screenshots $(ARGS)
+
 clean:  ## remove what these targets made
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 

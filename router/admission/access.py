@@ -24,6 +24,8 @@ _PUBLIC = frozenset({"/", "/health", "/ready"})
 _CHALLENGES = {"WWW-Authenticate": 'Bearer realm="llamayard"'}
 _BROWSER_CHALLENGES = {"WWW-Authenticate": 'Basic realm="llamayard", charset="UTF-8"'}
 """For the pages that people open: the browser asks for a password, which is the key."""
+_ACCEPTED_BY_SCRIPTS = frozenset({"application/json", "text/event-stream"})
+"""What the dashboard's own requests accept: the page asks for the key itself."""
 _HOW = "send one as `Authorization: Bearer KEY`, as `X-Api-Key`, or as the password of Basic authentication"
 
 
@@ -81,7 +83,8 @@ def authorize(rules: AccessRules, route: Route, identity: ClientIdentity, header
     given = list(presented(header))
     if rules.allows_anonymous and needed is RouteClass.INFERENCE and not any(map(_looks_like_a_key, given)):
         return
-    challenges = _BROWSER_CHALLENGES if needed is RouteClass.ADMIN else _CHALLENGES
+    is_opened = needed is RouteClass.ADMIN and header("accept") not in _ACCEPTED_BY_SCRIPTS
+    challenges = _BROWSER_CHALLENGES if is_opened else _CHALLENGES
     what = "the access key is not valid (unknown, revoked or expired)" if given else "an access key is required"
     raise Unauthorized(f"{what}: {_HOW}", headers=challenges)
 

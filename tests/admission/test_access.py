@@ -145,3 +145,13 @@ def test_a_listener_without_the_dashboard_does_not_say_that_there_is_one() -> No
     for path in ("/ui", "/ui/app.js", "/llamayard/events", "/llamayard/unload"):
         response = admitted(hidden, f"GET {path}").response
         assert response is not None and response.status == 404
+
+
+@pytest.mark.parametrize("accepts", ["application/json", "text/event-stream"])
+def test_a_browser_does_not_ask_for_a_password_where_the_dashboard_asks_for_the_key(accepts: str) -> None:
+    challenges = [
+        error.headers["WWW-Authenticate"].partition(" ")[0]
+        for headers in ({"accept": "text/html,*/*"}, {}, {"accept": accepts})
+        if (error := admitted(rules(), "GET /llamayard/events", **headers).error) is not None
+    ]
+    assert challenges == ["Basic", "Basic", "Bearer"]

@@ -97,7 +97,7 @@ function Page({ feed, rates, accessKey, theme, setTheme, signOut, retry }) {
       <${Decisions} state=${state} act=${act} />
     </main>
     <div class="toast" role="status" aria-live="polite">${toast && html`<p>${toast}</p>`}</div>
-    ${dialog?.kind === "confirm" && html`<${Confirm} key=${dialog.title} action=${dialog} onClose=${close} onDone=${(words) => (close(), setToast(words))} />`}
+    ${dialog?.kind === "confirm" && html`<${Confirm} key=${dialog.title} action=${dialog} onClose=${close} onDone=${(words, isOpen) => (isOpen && close(), setToast(words))} />`}
     ${dialog?.kind === "explain" && html`<${Explain} model=${dialog.model} accessKey=${accessKey} onClose=${close} />`}
     ${dialog?.kind === "why" && html`<${Why} requestId=${dialog.requestId} accessKey=${accessKey} onClose=${close} />`}`;
 }
@@ -123,7 +123,7 @@ function Header({ state, feed, rates, theme, setTheme, signOut }) {
     </dl>
     <span class="tools">
       <span class=${`live ${feed.status}`} role="status">${feed.status === "live" ? "live" : "not live"}</span>
-      <button type="button" class="small quiet" aria-label=${`Colours: ${theme.choice}; change to ${next}`} onClick=${() => setTheme(next)}>${theme.choice}</button>
+      <button type="button" class="small quiet" aria-label=${`Colours: ${theme.choice}; change to ${next}`} onClick=${() => setTheme(next)}>◐ ${theme.choice}</button>
       ${signOut && html`<button type="button" class="small quiet" onClick=${signOut}>Sign out</button>`}
     </span>
   </header>`;

@@ -26,13 +26,16 @@ export function Confirm({ action, onClose, onDone }) {
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState("");
   const [value, setValue] = useState("");
+  const open = useRef(true); // a load goes on when its dialog is closed
+  useEffect(() => () => (open.current = false), []);
   const submit = async (event) => {
     event.preventDefault();
     setBusy(true);
     setError("");
     try {
-      onDone(await action.run(value.trim()));
+      onDone(await action.run(value.trim()), open.current);
     } catch (problem) {
+      if (!open.current) onDone(problem.message, false);
       setError(problem.message);
       setBusy(false);
     }
@@ -44,7 +47,7 @@ export function Confirm({ action, onClose, onDone }) {
         <datalist id="names">${(action.names ?? []).map((name) => html`<option value=${name}></option>`)}</datalist>`}
       ${error && html`<p class="alarm error" role="alert"><b>error</b> ${error}</p>`}
       <footer>
-        <button type="button" onClick=${onClose}>Cancel</button>
+        <button type="button" onClick=${onClose}>${busy ? "Close" : "Cancel"}</button>
         <button type="submit" class=${action.tone ?? "primary"} disabled=${busy}>${busy ? "Working…" : action.label}</button>
       </footer>
     </form>

@@ -58,7 +58,7 @@ export class Feed {
     let message = "the router cannot be reached";
     try {
       const watchdog = new Watchdog(SILENCE_MS, abort);
-      const response = await fetch(this.url, { headers: headersOf(this.key), signal: abort.signal, cache: "no-store", credentials: "omit" });
+      const response = await fetch(this.url, { headers: headersOf(this.key, "text/event-stream"), signal: abort.signal, cache: "no-store" });
       if (response.status === 401 || response.status === 403) {
         watchdog.stop();
         this.emit("refused", await errorOf(response));
@@ -135,8 +135,9 @@ class Watchdog {
   }
 }
 
-export function headersOf(key) {
-  return key ? { Authorization: `Bearer ${key}` } : {};
+// With `Accept` the router does not make the browser ask for a password.
+export function headersOf(key, accept) {
+  return key ? { Accept: accept, Authorization: `Bearer ${key}` } : { Accept: accept };
 }
 
 export async function errorOf(response) {
@@ -150,11 +151,11 @@ export async function errorOf(response) {
 
 // Asks the router; throws an Error with its words.
 export async function call(key, method, path, body) {
-  const headers = headersOf(key);
+  const headers = headersOf(key, "application/json");
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store", credentials: "omit" });
+    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store" });
   } catch {
     throw new Error("the router cannot be reached");
   }

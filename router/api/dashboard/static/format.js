@@ -13,6 +13,7 @@ export function bytes(count) {
 export function duration(seconds) {
   if (seconds === undefined || seconds === null) return "–";
   const s = Math.max(0, seconds);
+  if (s > 0 && s < 0.995) return `${Math.round(s * 1000)} ms`;
   if (s < 9.95) return `${s.toFixed(1)} s`;
   if (s < 120) return `${Math.round(s)} s`;
   if (s < 7200) return `${Math.floor(s / 60)} min`;

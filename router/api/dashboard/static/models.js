@@ -15,6 +15,8 @@ function speedOf(state, rates, model) {
   return sum;
 }
 
+const speedWords = (speed) => (speed > 0 ? rate(speed) : "–");
+
 export function Models({ state, rates, act }) {
   const rows = Object.entries(state.models).sort(([, a], [, b]) => a.name.localeCompare(b.name) || a.instance.localeCompare(b.instance));
   const columns = [
@@ -40,7 +42,7 @@ export function Models({ state, rates, act }) {
         <td>${model.instance}</td>
         <td>${model.state === "loading" ? html`<${Progress} model=${model} at=${state.at} />` : html`<${State} name=${model.state} level=${LEVELS[model.state]} title=${model.reason} />`}</td>
         <td class="nowrap"><${Slots} used=${model.in_flight} total=${model.slots} /></td>
-        <td class="number">${model.in_flight ? rate(speedOf(state, rates, model)) : "–"}</td>
+        <td class="number">${speedWords(speedOf(state, rates, model))}</td>
         <td class="number">${context(model.context_length)}</td>
         <td class="number" title=${`weights ${gib(model.weights_bytes)} GiB, KV cache ${gib(model.kv_cache_bytes)} GiB`}>${gib(model.per_gpu_bytes.reduce((a, b) => a + b, 0) || model.size_bytes)}</td>
         <td class="number" title=${model.expires_at ? `unloaded in ${duration(model.expires_at - state.at)} if it stays idle` : ""}>${model.state === "ready" && !model.in_flight ? age(state.at - model.used_at) : "–"}</td>
