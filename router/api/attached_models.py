@@ -24,12 +24,19 @@ def listed_rows(context: ApiContext, field: str) -> list[_Row]:
 
 
 def loaded_rows(context: ApiContext) -> list[tuple[InstanceView, _Row]]:
-    """Rows of `/api/ps`, each with its server: all models of each that answers."""
-    return [
-        (view, {**_tag_row(context, facts), "size_vram": 0, "context_length": facts.context_length})
-        for view in context.ready_instances()
-        for facts in context.attached.on(view.spec.name)
-    ]
+    """Rows of `/api/ps`, each with its server: all models of each that answers; of a server that the router starts, the
+    model while it is loaded."""
+    loaded = context.controller.snapshot().residencies
+    rows: list[tuple[InstanceView, _Row]] = []
+    for view in context.ready_instances():
+        for facts in context.attached.on(view.spec.name):
+            residency = loaded.get((view.spec.name, facts.blob))
+            if residency is None and facts.is_shared:
+                continue
+            size = 0 if residency is None else sum(residency.per_gpu_bytes)
+            row = {"size": size, "size_vram": size, "context_length": facts.context_length}
+            rows.append((view, {**_tag_row(context, facts), **row}))
+    return rows
 
 
 def shown(context: ApiContext, facts: ModelFacts, *, in_path: bool) -> _Row:

@@ -14,6 +14,8 @@ from router.domain.events import DrainRequested, RestartRequested
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName
 from router.domain.snapshot import Snapshot
+from router.engines.ollama.rules import KIND as OLLAMA
+from router.engines.openai.servers import KIND as ATTACHED
 from router.errors import BadRequest, ShuttingDown
 
 DRAIN, RESUME, RESTART = "/llamayard/drain", "/llamayard/resume", "/llamayard/restart"
@@ -118,6 +120,8 @@ def _to_restart(snapshot: Snapshot, command: _Command) -> tuple[InstanceName, ..
     if command.instance is None:
         return tuple(view.spec.name for view in snapshot.instances.values() if not view.spec.attached)
     name = _instance(snapshot, command.instance)
+    if snapshot.instances[name].spec.engine not in (OLLAMA, ATTACHED):
+        raise BadRequest(f"instance: {name} is a place for one model: unload the model, and the next request starts it")
     if snapshot.instances[name].spec.attached:
         raise BadRequest(f"instance: {name} is attached: restart it where it is run")
     return (name,)

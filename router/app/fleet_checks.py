@@ -159,5 +159,5 @@ def models_with_rules(settings: Settings) -> list[str]:
     return [
         name
         for name, rules in settings.models.items()
-        if name != ANY_MODEL and (rules.gpus or rules.layout != "auto" or rules.keep_warm)
+        if name != ANY_MODEL and rules.engine is None and (rules.gpus or rules.layout != "auto" or rules.keep_warm)
     ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from router.app.supervised_models import SupervisedModel
 from router.config.schema import InstanceSettings
 from router.config.settings import ConfigError, Settings
 from router.domain.instance import InstanceName, InstanceState
@@ -14,6 +17,7 @@ from router.engines.ollama.instance_plan import declared_name
 from router.engines.ollama.rules import KIND as OLLAMA
 from router.engines.openai.engine import AttachedEngine
 from router.engines.openai.servers import AttachedModels, AttachedServer
+from router.engines.openai.supervised import Spawn, SupervisedEngine
 from router.errors import BadRequest
 from router.proxy.interfaces import ModelCatalog
 
@@ -22,20 +26,39 @@ class OtherEngines:
     """Satisfies the proxy's `EngineModels`. `snapshot`: the facts of now."""
 
     def __init__(
-        self, servers: Mapping[str, AttachedServer], snapshot: Callable[[], Snapshot], via: Mapping[str, str]
+        self,
+        attached: Mapping[str, AttachedServer],
+        supervised: Sequence[SupervisedModel],
+        spawn: Spawn,
+        snapshot: Callable[[], Snapshot],
+        via: Mapping[str, str],
     ) -> None:
-        """`servers`: by URL. `via`: headers of each request of the router's own."""
-        self.models = AttachedModels(servers.values())
-        self.attached = AttachedEngine(self.models, servers, via)
+        """`attached`: by URL. `spawn` starts a server. `via`: headers of each request of the router's own."""
+        self.models = AttachedModels([*attached.values(), *(each for model in supervised for each in model.servers)])
+        self.instances = tuple(spec for model in supervised for spec in model.instances)
+        """Places of the models with a server of their own."""
+        self._attached = AttachedEngine(self.models, attached, via)
+        self._supervised = [self._engine(model, spawn) for model in supervised]
         self._snapshot = snapshot
-
-    @property
-    def engines(self) -> dict[str, Engine]:
+        self.engines: dict[str, Engine] = {each.kind: each for each in self._supervised}
         """Those in use, by kind."""
-        return {self.attached.kind: self.attached} if self.models.all else {}
+        if attached:
+            self.engines[self._attached.kind] = self._attached
+
+    def _engine(self, model: SupervisedModel, spawn: Spawn) -> SupervisedEngine:
+        facts = self.models.known(model.served.name)
+        assert facts is not None
+        return SupervisedEngine(model.served, facts, model.instances, spawn, time.monotonic)
+
+    async def close(self) -> None:
+        """Ends all servers that were started for models."""
+        await asyncio.gather(*(each.close() for each in self._supervised))
 
     def known(self, name: str) -> ModelFacts | None:
         return self.models.known(name)
+
+    def has(self, name: str) -> bool:
+        return self.models.known(name) is not None
 
     def target(self, instance: InstanceName, model: ModelFacts) -> EngineTarget:
         return self.models.target(instance, model)
@@ -43,7 +66,7 @@ class OtherEngines:
     async def refuse_missing(self, model: ModelFacts, path: str) -> None:
         views = self._snapshot().instances.values()
         for view in [v for v in views if v.state is InstanceState.READY and model.is_on(v.spec)]:
-            if not await self.attached.endpoint_support.has(view, path):
+            if not await self.engines[model.engine].endpoint_support.has(view, path):
                 raise BadRequest(
                     f"model '{model.name}' is served by {view.spec.name}, which does not have {path}: use "
                     "/v1/chat/completions or /api/chat"

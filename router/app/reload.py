@@ -17,6 +17,7 @@ from router.app.preflight import PreflightResult, check_machine
 from router.app.startup_checks import startup_problems
 from router.config.instance_options import tuning_problems
 from router.config.keys import dotted_keys
+from router.config.schema import ModelSettings
 from router.config.settings import BlankFile, ConfigError, Settings
 from router.config.values import json_value
 from router.errors import BadRequest
@@ -25,7 +26,7 @@ LIVE_SECTIONS = ("models", "aliases", "fallbacks", "placement", "queue", "stream
 """Sections all of whose keys can change while the router runs."""
 LIVE_OLLAMA = ("keep_alive", "load_timeout_seconds", "context_length_max")
 LIVE_SERVER = ("list_aliases",)
-_SECRET_KEYS = ("ollama.env", "ollama.instance_env", "instances")
+_SECRET_KEYS = ("ollama.env", "ollama.instance_env", "instances", "engines")
 """Keys whose values may be secrets: only that they change is logged."""
 
 
@@ -156,7 +157,15 @@ def with_live_keys(running: Settings, wanted: Settings) -> Settings:
     ollama = running.ollama.model_copy(update={name: getattr(wanted.ollama, name) for name in LIVE_OLLAMA})
     server = running.server.model_copy(update={name: getattr(wanted.server, name) for name in LIVE_SERVER})
     sections = {name: getattr(wanted, name) for name in LIVE_SECTIONS}
+    sections["models"] = _live_models(running, wanted)
     return running.model_copy(update={**sections, "ollama": ollama, "server": server})
+
+
+def _live_models(running: Settings, wanted: Settings) -> dict[str, ModelSettings]:
+    """The new rules, but those of models with an engine as they were: their servers' commands are made at the start."""
+    fixed = {name for each in (running, wanted) for name, rules in each.models.items() if rules.engine is not None}
+    kept = {name: rules for name, rules in running.models.items() if name in fixed}
+    return {**{name: rules for name, rules in wanted.models.items() if name not in fixed}, **kept}
 
 
 def changes(before: Settings, after: Settings) -> tuple[Change, ...]:

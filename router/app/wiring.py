@@ -28,6 +28,7 @@ from router.app.other_engines import OtherEngines, attached_servers
 from router.app.records import Records
 from router.app.reload import ReadSettings, Reloader, check_reload
 from router.app.service_manager import ServiceManager
+from router.app.supervised_models import supervised_models
 from router.config.policy import policy_of, warm_models
 from router.config.settings import ConfigError, Settings
 from router.control.controller import Controller
@@ -37,6 +38,7 @@ from router.domain.events import FootprintsLoaded, GpusRead, InstanceChanged, Lo
 from router.domain.gpu import Gpu
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model_names import rule_key
+from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
 from router.domain.snapshot_index import is_loading
 from router.engines.base import Engine
@@ -61,6 +63,7 @@ from router.supervisor import orphan_reaper
 from router.supervisor.instance import SupervisorConfig
 from router.supervisor.kept_process import KeepRules
 from router.supervisor.ports import NoFreePort, free_ports
+from router.supervisor.process import ChildProcess
 from router.supervisor.supervisor import Supervisor
 
 _KEPT_GRACE_SECONDS = 10.0
@@ -88,9 +91,10 @@ async def build(
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
 
-        store_lock = asyncio.Lock()
-        ollama = OllamaEngine(hardware.command, plan, session, snapshot, time.monotonic, store_lock)
-        others = OtherEngines(attached_servers(settings), snapshot, {hdrs.VIA: via.value})
+        store_lock, footprints = asyncio.Lock(), FootprintStore(settings.state_directory / "footprints.json")
+        config, loads = _supervisor_config(settings, hardware), partial(_is_loading, snapshot)
+        others = _others(settings, hardware, config, reading.gpus, policy, snapshot, via)
+        ollama = OllamaEngine(hardware.command, plan, session, snapshot, time.monotonic, store_lock, others.has)
         engines: dict[str, Engine] = {ollama.kind: ollama, **others.engines}
         dispatcher = Dispatcher(policy, engines)
 
@@ -105,9 +109,7 @@ async def build(
         def poll_gpus() -> None:
             state_poller.poll_gpus()
 
-        config, loads = _supervisor_config(settings, hardware), partial(_is_loading, snapshot)
         supervisor = Supervisor(config, engines, on_instance_change, on_load=on_load, is_loading=loads)
-        footprints = FootprintStore(settings.state_directory / "footprints.json")
         effects = _effects(engines, supervisor, poll_gpus, footprints)
         async with (
             Controller(dispatcher, effects, time.monotonic, (*records.observers, history)) as controller,
@@ -125,6 +127,8 @@ async def build(
                 controller.post(reading)
                 for each in instances:
                     supervisor.add(each.spec, each.claim)
+                for spec in others.instances:
+                    supervisor.add(spec)
                 entrances = Entrances(settings, context, others, handlers, access_log, via, lag, keys)
                 api_server, library, proxy = entrances.endpoint()
                 records.watch(proxy.running_requests)
@@ -135,9 +139,8 @@ async def build(
                     reloader, ServiceManager(environment, os.getpid()), settings.ollama.adopt, _adopted(instances),
                 )  # fmt: skip
             finally:
-                await handlers.close()
-                await ollama.close()
-                await poller.close()
+                for part in (handlers, others, ollama, poller):
+                    await part.close()
 
 
 def _adopted(instances: Sequence[PlannedInstance]) -> tuple[InstanceName, ...]:
@@ -175,6 +178,27 @@ def planned_instances(settings: Settings, hardware: Hardware, gpus: tuple[Gpu, .
         return plan_instances(gpus, plan, free_ports(ports_needed(gpus, plan)))
     except (PlanError, NoFreePort) as error:
         raise ConfigError([str(error)]) from error
+
+
+def _others(
+    settings: Settings, hardware: Hardware, config: SupervisorConfig, gpus: tuple[Gpu, ...], policy: Policy,
+    snapshot: Callable[[], Snapshot], via: Via,
+) -> OtherEngines:  # fmt: skip
+    """The engines beside Ollama."""
+    taken: list[int] = []
+
+    def port() -> int:
+        taken.extend(free_ports(1, os.getpid() + 1, avoid=taken))
+        return taken[-1]
+
+    def spawn(
+        command: Sequence[str], environment: Mapping[str, str], name: InstanceName, on_line: Callable[[str], None]
+    ) -> ChildProcess:
+        marks = orphan_reaper.process_marks(config.state_directory, config.run_id, name)
+        return ChildProcess.spawn(command, {**config.environment, **environment, **marks}, on_line)
+
+    models = supervised_models(settings, Path(hardware.models_directory), gpus, policy, port)
+    return OtherEngines(attached_servers(settings), models, spawn, snapshot, {hdrs.VIA: via.value})
 
 
 def _effects(

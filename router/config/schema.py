@@ -433,6 +433,26 @@ class InstanceSettings(_Section):
         return self
 
 
+class EngineSettings(_Section):
+    """A server that the router starts for single models, in place of Ollama."""
+
+    kind: Literal["llama-server", "vllm", "sglang"] = Field(description="What the server is.")
+    command: TextList = Field(
+        default=(),
+        description="Program and arguments. {path}, {name}, {port}, {gpus} (how many), {share} (of each GPU's memory), "
+        "{context}, {slots} and {context_total} are replaced; unset: those usual for the kind.",
+    )
+    start_timeout_seconds: Seconds = Field(
+        default=900.0, description="Longest time for a start, until the server has answered a request."
+    )
+    env: Variables = Field(default_factory=dict, description="Environment variables of the server.")
+
+    @model_validator(mode="after")
+    def _sets_no_reserved_variable(self) -> Self:
+        refuse_reserved(self.env, "env")
+        return self
+
+
 class ModelSettings(_Section):
     """Rules for one model, by its name in any form that Ollama accepts."""
 
@@ -470,6 +490,39 @@ class ModelSettings(_Section):
         default=False,
         description="Loaded at startup, reloaded if it is lost, and never evicted for other models.",
     )
+    engine: str | None = Field(
+        default=None,
+        description="Name of an entry of `engines`: the model gets a server of that engine instead of Ollama.",
+    )
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With engine: its weights, a file or folder, or what the engine takes for them; unset: the GGUF "
+        "file of the model in Ollama's store.",
+    )
+    memory_bytes_per_gpu: Bytes | None = Field(
+        default=None,
+        description="With engine: VRAM that its server takes on each GPU; unset: estimated from its GGUF file.",
+    )
+    flags: TextList = Field(default=(), description="With engine: further arguments of its server.")
+    capabilities: Annotated[tuple[Capability, ...], BeforeValidator(parse_list)] = Field(
+        default=("completion", "tools"),
+        description="With engine: what the model can do, as `/api/show` tells clients.",
+    )
+
+    @model_validator(mode="after")
+    def _has_an_engine_for_its_keys(self) -> Self:
+        if self.engine is None:
+            for field in ("path", "memory_bytes_per_gpu", "flags"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} is only for models with an engine: set engine, or remove it")
+            return self
+        for field in ("kv_cache_type",):
+            if getattr(self, field):
+                raise ValueError(f"{field} is Ollama's: give the engine's own argument in flags")
+        if self.layout == "spread" and not self.gpus:
+            raise ValueError("layout: spread of a model with an engine needs its gpus")
+        return self
 
     @model_validator(mode="after")
     def _names_each_gpu_once(self) -> Self:

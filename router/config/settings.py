@@ -28,6 +28,7 @@ from router.config.schema import (
     RESERVED_VARIABLES,
     AdminSettings,
     DashboardSettings,
+    EngineSettings,
     FallbackSettings,
     InstanceSettings,
     LogSettings,
@@ -77,6 +78,10 @@ class Settings(BaseSettings):
     discover: bool | None = Field(
         default=None,
         description="Creates one instance per GPU and one over all GPUs; unset: if `instances` declares no Ollama.",
+    )
+    engines: dict[str, EngineSettings] = Field(
+        default_factory=dict,
+        description="Servers for models that name one (`models.NAME.engine`), such as vLLM or llama-server.",
     )
     models: dict[str, ModelSettings] = Field(
         default_factory=dict, description="Rules for single models by name; `*` applies to models without an entry."
@@ -147,6 +152,18 @@ class Settings(BaseSettings):
             duplicate = next((value for at, value in enumerate(values) if value in values[:at]), None)
             if duplicate is not None:
                 raise ValueError(f"two instances have the {field} {duplicate!r}: give each its own")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_engines_of_its_models(self) -> Self:
+        for name, rules in self.models.items():
+            if rules.engine is None:
+                continue
+            if rules.engine not in self.engines:
+                there = ", ".join(sorted(self.engines)) or "none"
+                raise ValueError(f"models.{name}.engine: {rules.engine!r} is not in engines; there are: {there}")
+            if name == ANY_MODEL:
+                raise ValueError("models.*.engine: each model with an engine needs an entry of its own")
         return self
 
     @model_validator(mode="after")

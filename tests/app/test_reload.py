@@ -110,3 +110,14 @@ def test_every_key_either_changes_live_or_keeps_its_value() -> None:
     effective = with_live_keys(running, wanted)
     assert [change.key for change in changes(running, effective)] == ["placement.vram_margin_bytes"]
     assert [change.key for change in changes(effective, wanted)] == ["log.level"]
+
+
+def test_rules_of_models_with_an_engine_wait_for_a_restart() -> None:
+    def settings(gpus: str, priority: int) -> Settings:
+        models = {"fast": {"engine": "e", "memory_bytes_per_gpu": 1, "gpus": gpus}, "other": {"priority": priority}}
+        return load_settings(None, HOME, {"engines": {"e": {"kind": "vllm"}}, "models": models})
+
+    running, wanted = settings("0", 1), settings("1", 2)
+    effective = with_live_keys(running, wanted)
+    assert effective.models == {"fast": running.models["fast"], "other": wanted.models["other"]}
+    assert [change.key for change in changes(effective, wanted)] == ["models"]

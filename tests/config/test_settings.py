@@ -475,3 +475,40 @@ def test_two_spellings_of_one_model_with_different_values_are_refused(overrides:
 def test_a_model_is_pinned_to_each_gpu_once() -> None:
     (problem,) = problems_of(overrides={"models": {"a": {"gpus": [0, 0]}}})
     assert problem == "models.a (flag): gpus lists a GPU twice"
+
+
+@pytest.mark.parametrize(
+    ("entry", "reported"),
+    [
+        ({"kind": "vllm", "models": {"a": "b"}}, "needs the url of a server that runs already"),
+        ({"kind": "openai", "url": "http://x:1"}, "needs models"),
+        ({"kind": "openai", "url": "http://x:1", "models": {"a": "b"}, "gpus": ["0"]}, "gpus has no effect"),
+        ({"url": "http://x:1", "models": {"a": "b"}}, "models is only for servers with OpenAI's API"),
+        ({"kind": "openai", "url": "http://x:1", "models": {"a b": "c"}}, "invalid model name"),
+    ],
+)
+def test_servers_with_openais_api_need_an_address_and_names(entry: Any, reported: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(written(tmp_path, {"instances": [{"name": "box2", **entry}]}))
+    assert reported in problem
+
+
+def test_a_server_with_openais_api_leaves_discovery_on_and_has_slots_of_its_own(tmp_path: Path) -> None:
+    entry = {"name": "box2", "kind": "vllm", "url": "http://x:1", "models": {"a": "b"}}
+    settings = load_settings(written(tmp_path, {"instances": [entry]}), HOME)
+    assert settings.discovers
+    assert tuning(settings, "box2", settings.instances[0]).num_parallel == 32
+
+
+@pytest.mark.parametrize(
+    ("rules", "reported"),
+    [
+        ({"engine": "other"}, "'other' is not in engines; there are: fast"),
+        ({"path": "/x"}, "path is only for models with an engine"),
+        ({"engine": "fast", "kv_cache_type": "q8_0"}, "kv_cache_type is Ollama's"),
+        ({"engine": "fast", "layout": "spread"}, "needs its gpus"),
+    ],
+)
+def test_models_with_an_engine_are_checked(rules: Any, reported: str, tmp_path: Path) -> None:
+    tree = {"engines": {"fast": {"kind": "vllm"}}, "models": {"m": rules}}
+    (problem,) = problems_of(written(tmp_path, tree))
+    assert reported in problem

@@ -39,12 +39,15 @@ class OllamaEngine(OllamaRules, OllamaServer):
         snapshot: Callable[[], Snapshot],
         clock: Callable[[], float],
         writing: asyncio.Lock,
+        is_elsewhere: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """`session` stays the caller's. `clock` is monotonic. `writing` is held while the shared store changes."""
+        """`session` stays the caller's. `clock` is monotonic. `writing` is held while the shared store changes.
+        `is_elsewhere`: whether another engine serves the model with that name."""
         super().__init__(command, session.headers)
         self._plan = plan
         self._session = session
         self._snapshot = snapshot
+        self._is_elsewhere = is_elsewhere
         self._lists = KeptConnections(session.headers)
         self._clients: dict[str, OllamaClient] = {}
         self.catalog = Catalog(self._stores, clock)
@@ -98,7 +101,7 @@ class OllamaEngine(OllamaRules, OllamaServer):
         await self.catalog.refresh()
 
     async def facts(self, name: str) -> ModelFacts | None:
-        return await self.catalog.facts(name)
+        return None if self._is_elsewhere(name) else await self.catalog.facts(name)
 
     async def tidy(self) -> bool:
         return await self._driver.clear_leftovers()

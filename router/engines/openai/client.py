@@ -75,5 +75,39 @@ async def has_path(url: str, path: str, headers: Mapping[str, str]) -> bool:
         raise ProbeFailed(f"{url}{path}: {error}") from error
 
 
+async def is_healthy(url: str, timeout_seconds: float) -> bool:
+    """Whether the server answers its health check with 200 in time."""
+    try:
+        async with (
+            asyncio.timeout(timeout_seconds),
+            _session({}) as session,
+            session.get(url, allow_redirects=False) as reply,
+        ):
+            return reply.status == 200
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        return False
+
+
+async def answers(url: str, model: str, *, is_embedding: bool) -> None:
+    """Asks for one token, or one vector. Its caller sets a deadline.
+
+    Raises:
+        ProbeFailed: the server refused it, or did not answer.
+    """
+    path, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    if is_embedding:
+        path, body = "/v1/embeddings", {"input": "hi"}
+    try:
+        async with (
+            _session({}) as session,
+            session.post(url + path, json={"model": model, **body}, allow_redirects=False) as reply,
+        ):
+            raw = await reply.read()
+    except (aiohttp.ClientError, OSError) as error:
+        raise ProbeFailed(f"{url}{path}: {error}") from error
+    if reply.status != 200:
+        raise ProbeFailed(f"{url}{path} answers {reply.status}: {raw[:_ERROR_CHARACTERS].decode(errors='replace')}")
+
+
 def _session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True, limit=1), headers=headers)

@@ -24,7 +24,7 @@ _OPTIONAL = ("/v1/responses", "/v1/messages")
 """Paths that such a server may lack."""
 
 
-class _Silent:
+class Silent:
     """Of a server whose output nobody reads. Satisfies `GpuReport` and `LoadReader`."""
 
     problem: str | None = None
@@ -37,7 +37,9 @@ class _Silent:
         return False
 
 
-class _NoLoads:
+class NoLoads:
+    """The same for loads."""
+
     def read_line(self, line: str) -> LoadMeasured | None:
         del line
         return None
@@ -99,13 +101,13 @@ class AttachedEngine(AttachedRules):
         self._missing[url] = missing
         return ""
 
-    def load_reader(self, spec: InstanceSpec) -> _NoLoads:
+    def load_reader(self, spec: InstanceSpec) -> NoLoads:
         del spec
-        return _NoLoads()
+        return NoLoads()
 
-    def gpu_report(self, spec: InstanceSpec) -> _Silent:
+    def gpu_report(self, spec: InstanceSpec) -> Silent:
         del spec
-        return _Silent()
+        return Silent()
 
     def on_demand_instance(self, spec: InstanceSpec, port: int) -> InstanceSpec:
         """Never called: the scheduler starts none."""

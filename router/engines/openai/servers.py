@@ -43,6 +43,8 @@ class AttachedServer:
     """What the server wants as its bearer token; "": nothing."""
     capabilities: tuple[str, ...] = ()
     """As `/api/show` lists them."""
+    engine: str = KIND
+    """Kind of the engine; another one than `KIND` where the router starts the server itself."""
 
 
 class AttachedModels:
@@ -101,8 +103,9 @@ def _facts(servers: Iterable[AttachedServer]) -> dict[str, ModelFacts]:
             if before is None:
                 text = shortest(name)
                 found[key] = replace(
-                    NO_MODEL, name=text, digest=f"{KIND}:{text}", blob=BlobDigest(f"{KIND}:{text}"), engine=KIND,
-                    context_length=server.context_length, is_shared=False, attached_on=own,
+                    NO_MODEL, name=text, digest=f"{KIND}:{text}", blob=BlobDigest(f"{KIND}:{text}"),
+                    engine=server.engine,
+                    context_length=server.context_length, is_shared=server.engine != KIND, attached_on=own,
                 )  # fmt: skip
             else:
                 contexts = [each for each in (before.context_length, server.context_length) if each]
