@@ -15,6 +15,7 @@ from router.domain.model_names import ANY_MODEL, shortest
 from router.domain.policy import Policy
 from router.engines.ollama.instance_plan import (
     CPU,
+    CPU_OVERFLOW,
     ON_DEMAND,
     SPREAD,
     InstancePlan,
@@ -26,7 +27,7 @@ from router.scheduler.placement.explain import GIB, bytes_text
 
 _PORTS = 20_000
 """First port of the planned instances; none is opened."""
-_DISCOVERED_NAME = re.compile(rf"gpu\d+|{SPREAD}|{CPU}|{ON_DEMAND}")
+_DISCOVERED_NAME = re.compile(rf"gpu\d+|{SPREAD}|{CPU}|{CPU_OVERFLOW}|{ON_DEMAND}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ class Hardware:
     models_directory: str
     title: str
     """`EMULATED rig 2x3090`, or "" for real GPUs."""
+    host_memory_bytes: int | None = None
+    """Of an emulated rig; None: this machine's is read."""
 
 
 class NoGpuReader:
@@ -86,7 +88,9 @@ def _emulated(settings: Settings, text: str, environment: Mapping[str, str]) -> 
     rig = _prepared_emulator(text, _emulator_directory(settings), environment)
     structlog.get_logger("router").warning("emulated", rig=rig.title, effect="GPUs, servers and answers are not real")
     inherited = {**inheritable_environment(environment), **rig.environment}
-    return Hardware(rig.reader, rig.command, inherited, str(rig.models_directory), rig.title)
+    return Hardware(
+        rig.reader, rig.command, inherited, str(rig.models_directory), rig.title, host_memory_bytes=rig.spec.ram_bytes
+    )
 
 
 def _emulator_directory(settings: Settings) -> Path:
@@ -163,6 +167,7 @@ def instance_plan(settings: Settings, models_directory: str) -> InstancePlan:
         discover=settings.discovers,
         spread=settings.ollama.spread,
         cloud=settings.ollama.cloud,
+        cpu_overflow=settings.placement.cpu == "overflow",
         declared=tuple(
             DeclaredInstance(
                 tuning(settings, entry.name or "", entry),

@@ -40,7 +40,7 @@ from router.domain.instance import InstanceName, InstanceSpec, InstanceState
 from router.domain.model_names import rule_key
 from router.domain.policy import Policy
 from router.domain.snapshot import Snapshot
-from router.domain.snapshot_index import is_loading
+from router.domain.snapshot_index import is_loading, overflow_instances
 from router.engines.base import Engine
 from router.engines.ollama.engine import OllamaEngine
 from router.engines.ollama.instance_plan import (
@@ -50,6 +50,7 @@ from router.engines.ollama.instance_plan import (
     plan_instances,
     ports_needed,
 )
+from router.gpu.host_memory import host_free_bytes
 from router.gpu.poller import GpuPoller
 from router.gpu.process_owners import OwnedProcessReader
 from router.http1.via import Via
@@ -116,7 +117,7 @@ async def build(
             records.recording(controller) as access_log,
         ):
             context = _context(settings, hardware, controller, ollama, others, session, store_lock)
-            state_poller = _state_poller(settings, poller, engines, controller, records, warm_models(policy))
+            state_poller = _state_poller(settings, hardware, poller, engines, controller, records, policy)
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
             handlers = ApiHandlers(
@@ -234,13 +235,15 @@ def _client_session(via: Via) -> aiohttp.ClientSession:
 
 
 def _state_poller(
-    settings: Settings, poller: GpuPoller, engines: Mapping[str, Engine], controller: Controller, records: Records,
-    warm: tuple[str, ...],
+    settings: Settings, hardware: Hardware, poller: GpuPoller, engines: Mapping[str, Engine], controller: Controller,
+    records: Records, policy: Policy,
 ) -> StatePoller:  # fmt: skip
     poll = settings.poll
     intervals = PollIntervals(poll.gpu_seconds, poll.residency_seconds, poll.catalog_seconds)
     post = records.sampling(controller)
-    return StatePoller(poller, engines, controller.snapshot, post, controller.now, intervals, warm)
+    host_memory = partial(_host_free_bytes, settings, hardware, controller.snapshot)
+    warm = warm_models(policy)
+    return StatePoller(poller, engines, controller.snapshot, post, controller.now, intervals, warm, host_memory)
 
 
 def _context(
@@ -265,6 +268,17 @@ def _context(
         management=_management(settings, Path(hardware.models_directory)),
         attached=others.models,
     )
+
+
+def _host_free_bytes(settings: Settings, hardware: Hardware, snapshot: Callable[[], Snapshot]) -> int | None:
+    """Host memory that a copy of a model could take; None while nothing may use it. On a rig, that of the rig."""
+    if settings.placement.cpu == "never":
+        return None
+    if hardware.host_memory_bytes is None:
+        return host_free_bytes()
+    facts = snapshot()
+    copies = (r for r in facts.residencies.values() if r.instance in overflow_instances(facts))
+    return hardware.host_memory_bytes - sum(r.size_bytes for r in copies)
 
 
 def _limits(settings: Settings) -> RequestLimits:

@@ -12,7 +12,7 @@ from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu, GpuUuid
 from router.domain.instance import InstanceSpec
 from router.domain.model_names import ANY_MODEL, shortest
-from router.domain.policy import Pin, Policy, Rest, SchedulerConstants
+from router.domain.policy import CpuOverflow, Pin, Policy, Rest, SchedulerConstants
 
 UNSEEN_MARGIN_RATIO = 0.02
 """Estimates were within 2 % of the measured size of a 70B (tests/engines/ollama/test_memory_estimate.py)."""
@@ -43,8 +43,14 @@ def policy_of(settings: Settings, gpus: Sequence[Gpu], like: InstanceSpec) -> Po
         pins=pins,
         exclusive_gpus=exclusive,
         rest=_rest(settings),
+        cpu=_cpu(settings),
         constants=SchedulerConstants(unseen_margin_ratio=UNSEEN_MARGIN_RATIO),
     )
+
+
+def _cpu(settings: Settings) -> CpuOverflow | None:
+    placement = settings.placement
+    return CpuOverflow(placement.cpu_memory_margin_bytes) if placement.cpu == "overflow" else None
 
 
 def _rest(settings: Settings) -> Rest | None:

@@ -573,6 +573,17 @@ class PlacementSettings(_Section):
         le=64,
         description="Model loads in progress at the same time; more would only compete for disk and PCIe.",
     )
+    cpu: Literal["never", "overflow"] = Field(
+        default="never",
+        description="overflow: a model that fits on one GPU is also loaded on the CPU while host memory is free, and "
+        "serves there, at reading speed or faster, a request for which the GPUs would be later than "
+        "`ttft_target_seconds` and the CPU would not. Its speed is measured first. Turning it on needs a restart.",
+    )
+    cpu_memory_margin_bytes: Bytes = Field(
+        default=4 * 1024**3,
+        description="With `cpu: overflow`: host memory that stays free, besides what the files of the requested models "
+        "need in the page cache.",
+    )
     rest: Literal["off", "auto"] = Field(
         default="off",
         description="auto: while nothing is requested, a model whose load takes longer than `ttft_target_seconds` is "

@@ -51,8 +51,13 @@ class StatePoller:
         now: Callable[[], float],
         intervals: PollIntervals,
         warm: tuple[str, ...] = (),
+        host_free_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`engines`: by kind. `warm`: names of models to report as discovered as soon as an engine has them."""
+        """`engines`: by kind. `warm`: names of models to report as discovered as soon as an engine has them.
+
+        `host_free_bytes` is read together with the GPUs; it must not block.
+        """
+        self._host_free_bytes = host_free_bytes
         self._gpus = gpus
         self._engines = engines
         self._snapshot = snapshot
@@ -82,7 +87,8 @@ class StatePoller:
     async def read_gpus(self) -> None:
         """Reads the GPUs once and posts them with the time before the reading began."""
         read_at = self._now()
-        self._post(GpusRead(await self._gpus.read(), read_at))
+        free_bytes = self._host_free_bytes()
+        self._post(GpusRead(await self._gpus.read(), read_at, free_bytes))
 
     def poll_gpus(self) -> None:
         """Reads the GPUs now instead of at the next interval."""

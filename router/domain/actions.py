@@ -64,6 +64,8 @@ class Load:
     reason: str
     evicted: int = 0
     """How many models were unloaded for it."""
+    measures_speed: bool = False
+    """Whether a short answer is generated after the load, to learn how fast the model is there."""
 
 
 class UnloadCause(StrEnum):

@@ -14,6 +14,7 @@ from router.domain.gpu import Gpu
 from router.domain.health import ReplyFailure
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.measured_speed import MeasuredSpeed
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
@@ -38,6 +39,8 @@ class GpusRead:
 
     gpus: tuple[Gpu, ...]
     read_at: float
+    host_free_bytes: int | None = None
+    """Host memory that programs may still take, page cache included; None where that is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class LoadFinished:
     load_id: LoadId
     size_bytes: int
     size_vram_bytes: int
+    speed: MeasuredSpeed | None = None
+    """Where the load had to measure it; None also if that failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class InstanceSpec:
     """True if something else runs the server, and the router only uses it."""
     on_demand: bool = False
     """True if the scheduler started it; it is stopped when it has been empty for `instance_idle_seconds`."""
+    is_overflow: bool = False
+    """True if it serves on the CPU what would be late on the GPUs (`placement.cpu`), and nothing else."""
     engine: str = "ollama"
     """Kind of its engine; it loads only models of that engine."""
 

@@ -111,6 +111,16 @@ class Rest:
 
 
 @dataclass(frozen=True, slots=True)
+class CpuOverflow:
+    """When a request is served on the CPU because the GPUs would be late (`scheduler/placement/cpu_overflow.py`)."""
+
+    memory_margin_bytes: int = 4 * 1024**3
+    """Host memory that stays free, besides what the files of the requested models need in the page cache."""
+    tokens_per_second_min: float = 7.0
+    """A model that is slower on the CPU is not used there: people read about as fast."""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The operator's settings that decisions use; built once from the configuration."""
 
@@ -138,6 +148,8 @@ class Policy:
     """GPUs that only these models may use."""
     rest: Rest | None = None
     """None: nothing is loaded in place of another model unless somebody waits for it."""
+    cpu: CpuOverflow | None = None
+    """None: nothing is served on the CPU unless it is pinned there."""
     constants: SchedulerConstants = SchedulerConstants()
 
     def keeps_warm(self, name: str) -> bool:

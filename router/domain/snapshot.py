@@ -13,6 +13,7 @@ from router.domain.health import Health
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.lasting_memo import LastingMemo
+from router.domain.measured_speed import MeasuredSpeed
 from router.domain.model import BlobDigest
 from router.domain.policy import Policy
 from router.domain.request import RunnerOptions
@@ -82,6 +83,10 @@ class Snapshot:
     """Recent mean of the weights loaded per second on the whole machine: how busy it is with swaps."""
     unasked_bytes_per_hour: float = 0.0
     """Weights of the loads of the last hour that nobody waited for."""
+    host_free_bytes: int | None = None
+    """Host memory that programs may still take; None where it is not read."""
+    cpu_speeds: Mapping[BlobDigest, MeasuredSpeed] = field(default_factory=dict[BlobDigest, MeasuredSpeed])
+    """Measured speeds on the instance for CPU overflow."""
     troubled: frozenset[frozenset[GpuUuid]] = frozenset()
     """Sets of GPUs on which an instance recently failed to start: no other instance is started there for now."""
     warm_missing: Mapping[str, str] = field(default_factory=dict[str, str])

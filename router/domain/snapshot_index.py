@@ -88,12 +88,28 @@ def promised(snapshot: Snapshot) -> frozenset[ResidencyKey]:
     return memoise(snapshot, promised, snapshot.promised)
 
 
+def overflow_instances(snapshot: Snapshot) -> frozenset[InstanceName]:
+    """Instances that serve on the CPU what would be late on the GPUs. What they hold is no replica to others."""
+    return memoise(
+        snapshot,
+        overflow_instances,
+        lambda: frozenset(name for name, view in snapshot.instances.items() if view.spec.is_overflow),
+    )
+
+
 def replicas_of(snapshot: Snapshot, blob: BlobDigest) -> Sequence[Residency]:
-    """Residencies of these weights, in any state."""
+    """Residencies of these weights, in any state; not those of CPU overflow."""
     by_blob: Mapping[BlobDigest, list[Residency]] = memoise(
-        snapshot, replicas_of, lambda: _grouped((r.blob, r) for r in snapshot.residencies.values())
+        snapshot, replicas_of, lambda: _grouped((r.blob, r) for r in _replicas(snapshot))
     )
     return by_blob.get(blob, ())
+
+
+def _replicas(snapshot: Snapshot) -> Iterable[Residency]:
+    apart = overflow_instances(snapshot)
+    if not apart:
+        return snapshot.residencies.values()
+    return (r for r in snapshot.residencies.values() if r.instance not in apart)
 
 
 def residencies_of(snapshot: Snapshot, name: InstanceName) -> Sequence[ResidencyKey]:

@@ -66,6 +66,7 @@ from router.scheduler import fast_path
 from router.scheduler.balancing.replica_choice import free_replicas, grant, serving, suits
 from router.scheduler.explanation import explain, explain_placement
 from router.scheduler.placement import migration
+from router.scheduler.placement.cpu_overflow import free_copy, serve
 from router.scheduler.placement.explain import explain_drained
 from router.scheduler.placement.footprint_prediction import FootprintPredictor
 from router.scheduler.placement.placement import MustWait, NoFit, Placed
@@ -83,6 +84,7 @@ from router.scheduler.queue.timers import can_expire, next_wake
 from router.scheduler.queue.wait_estimate import QueueLine, WaitEstimate, wait_estimates
 from router.scheduler.queue.wait_queue import GroupKey, WaitQueue, group_of
 from router.scheduler.reconcile import (
+    cpu_copies,
     drains,
     ejection,
     gpu_health,
@@ -230,7 +232,7 @@ class Dispatcher:
     def _apply(self, event: Event, now: float) -> list[Action]:
         match event:
             case GpusRead():
-                self._fleet.read(event.gpus, event.read_at)
+                self._fleet.read(event.gpus, event.read_at, event.host_free_bytes)
                 measured: list[Action] = [Remember(found) for found in self._fleet.settle()]
                 measured += overcounted.correct(self._fleet)
                 return [*measured, *gpu_health.observe(self._fleet, now), *self._mark_instances(now)]
@@ -274,6 +276,8 @@ class Dispatcher:
 
     def _apply_load_end(self, event: LoadFinished | LoadFailed, now: float) -> list[Action]:
         residency = self._fleet.by_load(event.load_id)
+        if self._fleet.overflow:
+            cpu_copies.load_ended(self._fleet, event)
         view = self._fleet.instances.get(residency.instance) if residency is not None else None
         actions = load_outcomes.apply_to_loads(self._fleet, event, now)
         if view is None or not self._fleet.probation:
@@ -350,6 +354,8 @@ class Dispatcher:
     def _released(self, event: Released, now: float) -> list[Action]:
         lease = self._fleet.leases.get(event.ticket_id)
         replica = self._fleet.release(event, now)
+        if lease is not None and lease.key[0] in self._fleet.overflow:
+            cpu_copies.answered(self._fleet, lease, event, now)
         self._fleet.version += bool(self._replacing)
         actions = ejection.observe(self._fleet, event, lease.key, now) if lease is not None else []
         if replica is None or replica.state is not ResidencyState.READY:
@@ -377,7 +383,8 @@ class Dispatcher:
             if (again or key not in leaving) and can_expire(residency, self._queue):
                 why = "an unload before this one failed" if again else "its keep_alive ended"
                 cause = UnloadCause.OTHER if again else UnloadCause.EXPIRED
-                self._fleet.dismissed.add(residency.blob)
+                if key[0] not in self._fleet.overflow:
+                    self._fleet.dismissed.add(residency.blob)
                 actions.append(rules.unload(self._fleet, key, why, cause))
         return actions
 
@@ -417,6 +424,8 @@ class Dispatcher:
             if self._queue.has_group(key) and self._retry_gate.is_due(key, version, now):
                 facts = facts or self._fleet.snapshot(now)
                 done += self._make_place(facts, key, now)
+            if self._fleet.policy.cpu is not None and self._queue.has_group(key):
+                done += self._serve_on_cpu(key, now)
             if done or version != self._fleet.version or draining is not self._fleet.draining:
                 facts = None
             actions += done
@@ -490,6 +499,21 @@ class Dispatcher:
             self._reasons.pop(ticket.id, None)
             actions.append(grant(self._fleet, able, replicas, ticket, now))
         return actions
+
+    def _serve_on_cpu(self, key: GroupKey, now: float) -> list[Action]:
+        """Grants a slot on the CPU to one of those for whom the GPUs would be late."""
+        snapshot = self._fleet.snapshot(now)
+        if free_copy(snapshot, key.blob) is None:
+            return []
+        estimates = self.wait_estimates(now)
+        for ticket in self._queue.group(key):
+            found = serve(snapshot, ticket, estimates[ticket.id].expected_wait_seconds)
+            if found is not None:
+                self._queue.remove(ticket.id)
+                self._reasons.pop(ticket.id, None)
+                self._fleet.version += 1  # what was begun for it may be given up
+                return [cpu_copies.grant(self._fleet, ticket, found, now)]
+        return []
 
     def _make_place(self, snapshot: Snapshot, key: GroupKey, now: float) -> list[Action]:
         """Plans a load of the group's model; where a replica is loaded or coming, perhaps a further one."""
@@ -568,6 +592,8 @@ class Dispatcher:
         models, dismissed = self._fleet.models, self._fleet.dismissed
         for model, placed in housekeeping.anticipate(self._fleet.snapshot(now), models, dismissed, self._estimate):
             actions += reservations.begin(self._fleet, model, placed, self._loads.next(), now)
+        if self._fleet.overflow and not self._fleet.reservations:
+            actions += cpu_copies.keep(self._fleet, self._estimate, self._loads.next(), now)
         if self._fleet.policy.rest is not None and not self._fleet.reservations:
             actions += unasked.begin(self._fleet, models, dismissed, self._estimate, self._loads.next(), now)
         return actions

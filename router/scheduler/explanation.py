@@ -19,6 +19,7 @@ from router.domain.snapshot_index import replicas_of
 from router.scheduler.balancing.replica_choice import choose, free_replicas, serving, suits
 from router.scheduler.placement import migration
 from router.scheduler.placement.cost import eviction_price, reload_seconds
+from router.scheduler.placement.cpu_overflow import OnCpu, serve
 from router.scheduler.placement.demand import record_request
 from router.scheduler.placement.eviction import price_of
 from router.scheduler.placement.placement import Decision, MustWait, NoFit, Placed, PlacementRequest, survey
@@ -70,7 +71,27 @@ def explain(
     else:
         unserved = [t for t in (*ahead, ticket) if not any(suits(snapshot, r, t) for r in there)]
         found = _without_replica(snapshot, estimate, waits, unserved)
+    on_cpu = serve(snapshot, ticket, found.expected_wait_seconds) if found.outcome is not Outcome.REFUSE else None
+    if on_cpu is not None:
+        return _on_cpu(snapshot, on_cpu, found, replicas)
     return replace(found, replicas=replicas)
+
+
+def _on_cpu(
+    snapshot: Snapshot, on_cpu: OnCpu, otherwise: Explanation, replicas: tuple[ReplicaReport, ...]
+) -> Explanation:
+    """It is served on the CPU, instead of what would become of it on the GPUs."""
+    options = snapshot.residencies[on_cpu.key].options
+    words = f"{on_cpu.reason}; otherwise: {otherwise.reason}"
+    return Explanation(
+        Outcome.SERVE,
+        words,
+        on_cpu.key[0],
+        options=options,
+        expected_wait_seconds=0.0,
+        replicas=replicas,
+        candidates=otherwise.candidates,
+    )
 
 
 def _with_arrival(snapshot: Snapshot, ticket: Ticket) -> Snapshot:

@@ -62,7 +62,7 @@ def _release(fleet: FleetState, event: Released, now: float) -> float | None:
     if lease is None or replica is None or replica.loaded_at != lease.loaded_at:
         fleet.end_lease(event, now)
         return _NEVER
-    if lease.key[0] in fleet.taken_out:
+    if lease.key[0] in fleet.taken_out or lease.key[0] in fleet.overflow:
         return None
     if fleet.health and (lease.key in fleet.health or lease.key[0] in fleet.health):
         return None

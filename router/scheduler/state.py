@@ -23,6 +23,7 @@ from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceView
 from router.domain.keep_alive import FOR_EVER, merged_keep_alive
 from router.domain.lasting_memo import LastingMemo
+from router.domain.measured_speed import MeasuredSpeed
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
@@ -35,6 +36,7 @@ from router.scheduler.balancing import pending_work
 from router.scheduler.balancing.pending_work import PendingWork, WorkShare
 from router.scheduler.balancing.prefix_affinity import PrefixAffinity, Turn
 from router.scheduler.balancing.throughput import ThroughputModel
+from router.scheduler.lru import put
 from router.scheduler.placement import demand
 from router.scheduler.placement.demand import rate_per_second
 from router.scheduler.placement.measured_footprints import Footprints, MeasurementStart
@@ -105,6 +107,11 @@ class FleetState:
     changed_at: float = float("-inf")
     changed_on: dict[GpuUuid, float] = field(default_factory=dict[GpuUuid, float])
     instances: dict[InstanceName, InstanceView] = field(default_factory=dict[InstanceName, InstanceView])
+    overflow: frozenset[InstanceName] = frozenset()
+    """Instances for CPU overflow."""
+    host_free_bytes: int | None = None
+    cpu_speeds: dict[BlobDigest, MeasuredSpeed] = field(default_factory=dict[BlobDigest, MeasuredSpeed])
+    """Measured speeds of copies on those."""
     replicas: dict[ResidencyKey, Residency] = field(default_factory=dict[ResidencyKey, Residency])
     """The residencies without the newer values in `uses`. Use `residencies` unless you read both."""
     uses: dict[ResidencyKey, ReplicaUse] = field(default_factory=dict[ResidencyKey, ReplicaUse])
@@ -243,6 +250,8 @@ class FleetState:
             load_rate_bytes_per_second=self.load_rate_bytes_per_second,
             loaded_bytes_per_second=rate_per_second(self.sent_bytes, now, self.policy.constants.swap_window_seconds),
             unasked_bytes_per_hour=3600.0 * rate_per_second(self.unasked_bytes, now, _UNASKED_WINDOW_SECONDS),
+            host_free_bytes=self.host_free_bytes,
+            cpu_speeds=MappingProxyType(self.cpu_speeds),
             troubled=frozenset(self.troubled_at),
             warm_missing=MappingProxyType(self.warm_missing),
             health=MappingProxyType(self.health),
@@ -261,9 +270,10 @@ class FleetState:
         horizon = 4 * self.policy.constants.demand_half_life_seconds
         return any(now - self.demand[blob].at < horizon for blob in self.large_blobs if blob in self.demand)
 
-    def read(self, gpus: tuple[Gpu, ...], read_at: float) -> None:
+    def read(self, gpus: tuple[Gpu, ...], read_at: float, host_free_bytes: int | None = None) -> None:
         """Replaces the GPUs by a new reading."""
         self._cached = None
+        self.host_free_bytes = host_free_bytes
         before, self.gpus = self.gpus, {gpu.uuid: gpu for gpu in gpus}
         self.gpus_read_at = read_at
         if before.keys() != self.gpus.keys() or any(
@@ -276,6 +286,13 @@ class FleetState:
     def put_instance(self, view: InstanceView) -> None:
         self._cached = None
         self.instances[view.spec.name] = view
+        if view.spec.is_overflow:
+            self.overflow |= {view.spec.name}
+
+    def set_cpu_speed(self, blob: BlobDigest, speed: MeasuredSpeed) -> None:
+        """How fast the model is on the CPU."""
+        self._cached = None
+        put(self.cpu_speeds, blob, speed, _MODELS_MAX)
 
     def put_residency(self, residency: Residency) -> None:
         self._cached = None

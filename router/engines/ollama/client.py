@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from router.domain.events import LoadedModel
+from router.domain.measured_speed import MeasuredSpeed
 from router.engines.base import EngineError
 from router.engines.ollama.http_get import CONNECT_SECONDS, KeptConnections, is_plain
 from router.errors import InstanceLost, InstanceUnreachable
@@ -24,6 +25,9 @@ TIMED_OUT = 504
 """Status of an error of the client itself: the deadline of the call passed."""
 
 _FOR_EVER = -1
+_PROBE = " ".join(f"{number} is followed by {number + 1}." for number in range(40))
+"""A prompt of some 300 tokens, long enough to measure how fast prompts are evaluated."""
+_PROBE_TOKENS = 16
 
 _T = TypeVar("_T")
 
@@ -80,6 +84,15 @@ class _PsRow(msgspec.Struct, frozen=True):
 
 class _Ps(msgspec.Struct, frozen=True):
     models: tuple[_PsRow, ...] | None
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """The figures of an answer; durations in nanoseconds."""
+
+    prompt_eval_count: int = 0
+    prompt_eval_duration: int = 0
+    eval_count: int = 0
+    eval_duration: int = 0
 
 
 class _Error(msgspec.Struct, frozen=True):
@@ -174,6 +187,18 @@ class OllamaClient:
             await self._residency("/api/embed", body, timeout_seconds)
         else:
             await self._residency("/api/generate", {**body, "stream": False}, timeout_seconds)
+
+    async def measured_speed(
+        self, name: str, options: Mapping[str, int | bool], timeout_seconds: float
+    ) -> MeasuredSpeed | None:
+        """How fast a loaded model answers one short request; None where the server does not say."""
+        body = {"model": name, "prompt": _PROBE, "raw": True, "stream": False, "keep_alive": _FOR_EVER,
+                "options": {**options, "num_predict": _PROBE_TOKENS, "temperature": 0}}  # fmt: skip
+        found = await self._call(self._session, "POST", "/api/generate", body, timeout_seconds, _Answer)
+        if min(found.prompt_eval_count, found.prompt_eval_duration, found.eval_count, found.eval_duration) <= 0:
+            return None
+        prompt = found.prompt_eval_duration / 1e9 / found.prompt_eval_count
+        return MeasuredSpeed(prompt, found.eval_duration / 1e9 / found.eval_count)
 
     async def unload(self, name: str, timeout_seconds: float | None = None) -> None:
         """Requests that a model be unloaded when its running requests have ended. Does not wait for that.

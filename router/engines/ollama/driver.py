@@ -19,6 +19,7 @@ from typing import Protocol
 from router.domain.actions import Load, Unload
 from router.domain.events import LoadedModel, LoadFailed, LoadFinished, UnloadFinished
 from router.domain.instance import InstanceName, InstanceState
+from router.domain.measured_speed import MeasuredSpeed
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.client import TIMED_OUT, UNREACHABLE, OllamaClient, OllamaError
@@ -82,6 +83,7 @@ class OllamaDriver:
                 timeout_seconds=load.timeout_seconds,
                 num_gpu=_layers(load),
             )
+            speed = await _measured(client, load) if load.measures_speed else None
             row = await self._row_of(load.model, await _listed(client))
         except OllamaError as error:
             return LoadFailed(
@@ -93,7 +95,7 @@ class OllamaDriver:
             )
         if row is None:
             return LoadFailed(load.load_id, 502, f"{load.instance} loaded '{load.model.name}' but does not list it")
-        return LoadFinished(load.load_id, row.size_bytes, row.size_vram_bytes)
+        return LoadFinished(load.load_id, row.size_bytes, row.size_vram_bytes, speed)
 
     async def unload(self, unload: Unload) -> UnloadFinished:
         client = self._client_for(unload.url)
@@ -187,6 +189,14 @@ def _layers(load: Load) -> int | None:
     if not load.expects_gpu or load.model.is_opaque or sets_num_gpu(load.model):
         return None
     return load.model.layers + 1
+
+
+async def _measured(client: OllamaClient, load: Load) -> MeasuredSpeed | None:
+    """The speed of the loaded model; None if its answer failed, which does not undo the load."""
+    try:
+        return await client.measured_speed(load.model.name, dict(load.options), load.timeout_seconds)
+    except OllamaError:
+        return None
 
 
 async def _listed(client: OllamaClient) -> tuple[LoadedModel, ...]:

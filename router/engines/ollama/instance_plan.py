@@ -17,6 +17,8 @@ from router.engines.ollama.tensor_split import TENSOR_SPLIT, Shares, memory_shar
 
 SPREAD = InstanceName("spread")
 CPU = InstanceName("cpu")
+CPU_OVERFLOW = InstanceName("cpu-overflow")
+"""Serves on the CPU what would be late on the GPUs."""
 _UNREACHABLE_MODEL_COUNT = "100000"
 
 HIDDEN_DEVICES: Mapping[str, str] = {
@@ -80,6 +82,8 @@ class InstancePlan:
     spread: SpreadMode = "auto"
     cloud: bool = False
     declared: tuple[DeclaredInstance, ...] = ()
+    cpu_overflow: bool = False
+    """Whether there is an instance for CPU overflow beside those on GPUs."""
 
 
 def plan_instances(gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterable[int]) -> tuple[InstanceSpec, ...]:
@@ -155,7 +159,7 @@ class _Tuned:
 
 def ports_needed(gpus: Sequence[Gpu], plan: InstancePlan) -> int:
     """An upper bound on the number of ports that `plan_instances` uses."""
-    discovered = max(1, len(gpus) + 1) if plan.discover else 0
+    discovered = max(1, len(gpus) + 1 + plan.cpu_overflow) if plan.discover else 0
     return discovered + sum(declared.url is None for declared in plan.declared)
 
 
@@ -175,6 +179,8 @@ def _discovered(gpus: Sequence[Gpu], plan: InstancePlan, ports: Iterator[int]) -
     if not gpus:
         return [_spawned(CPU, (), plan.tuning_for(CPU), plan, ports)]
     specs = [_single(gpu, plan, ports) for gpu in gpus]
+    if plan.cpu_overflow:
+        specs.append(replace(_spawned(CPU_OVERFLOW, (), plan.tuning_for(CPU_OVERFLOW), plan, ports), is_overflow=True))
     # CUDA gives a process at most one MIG device (NVIDIA MIG user guide), so no instance is spread over them.
     whole = [gpu for gpu in gpus if not gpu.uuid.startswith("MIG-")]
     if len(whole) < 2 or plan.spread == "off":

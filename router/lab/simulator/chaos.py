@@ -18,7 +18,7 @@ from router.domain.actions import Action
 from router.domain.events import Event
 from router.domain.gpu import GpuUuid
 from router.domain.model import BlobDigest, ModelFacts
-from router.domain.policy import Policy, Rest
+from router.domain.policy import CpuOverflow, Policy, Rest
 from router.lab.simulator.baselines.llamayard import Llamayard
 from router.lab.simulator.faults import Fault, FaultKind
 from router.lab.simulator.gpus import SimGpu
@@ -75,7 +75,22 @@ def random_scenario(seed: int) -> RandomScenario:
     policy = replace(
         policy, starving_after_seconds=starving, ttft_target_seconds=target, rest=rest, constants=constants
     )
-    return RandomScenario(scenario, config, policy)
+    return _with_cpu(seed, RandomScenario(scenario, config, policy))
+
+
+def _with_cpu(seed: int, generated: RandomScenario) -> RandomScenario:
+    """Half of the worlds serve on the CPU what would be late on the GPUs; with some host memory, and a fast CPU."""
+    rng = random.Random(f"cpu {seed}")
+    if rng.random() < 0.5:
+        return generated
+    world = replace(generated.scenario.world, cpu_thread_prefill_flops=rng.choice((4e9, 4e10, 4e11)),
+                    cpu_thread_bytes_per_second=20e9, cpu_bytes_per_second=rng.choice((40e9, 300e9)))  # fmt: skip
+    margin = rng.choice((0, 4)) * GIB
+    return RandomScenario(
+        replace(generated.scenario, world=world),
+        replace(generated.config, host_memory_bytes=rng.choice((8, 32, 120)) * GIB),
+        replace(generated.policy, cpu=CpuOverflow(memory_margin_bytes=margin)),
+    )
 
 
 def check(seed: int) -> str:

@@ -18,6 +18,7 @@ from router.domain.model import BlobDigest
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import STUCK_AFTER_FAILURES, ResidencyKey, ResidencyState
 from router.domain.snapshot import Snapshot
+from router.domain.snapshot_index import overflow_instances
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 
@@ -41,6 +42,10 @@ class ObservedRouter(Protocol):
     def open_requests(self) -> Mapping[TicketId, Request]: ...
 
     def snapshot(self) -> Snapshot: ...
+
+    def host_free_bytes(self) -> int:
+        """Host memory that no runner holds."""
+        ...
 
     def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
         """Bytes that the model's runner really holds on each GPU; empty if there is none."""
@@ -93,6 +98,7 @@ class Invariants:
         now = self._machine.timeline.now
         snapshot = self._router.snapshot()
         self._check_gpus(self._router, snapshot, now)
+        check_cpu(snapshot, self._router.host_free_bytes(), now)
         _check_reservations(snapshot, now)
         self._check_slots(snapshot, now)
         self._check_waiting(self._router, snapshot, now)
@@ -107,7 +113,8 @@ class Invariants:
         self._decided.add(action.ticket_id)
         request = router.open_requests.get(action.ticket_id)
         if isinstance(action, Grant) and request is not None:
-            self._check_overtaking(router, action.ticket_id, request, now)
+            if action.instance not in overflow_instances(router.snapshot()):
+                self._check_overtaking(router, action.ticket_id, request, now)
             self._granted_at[request.user, request.model.blob] = now
             self._grants[action.ticket_id] = (action.instance, request.model.blob)
 
@@ -187,7 +194,7 @@ class Invariants:
             view = snapshot.instances.get(key[0])
             free = residency.state is ResidencyState.READY and residency.in_flight < residency.slots
             ready = view is not None and view.state is InstanceState.READY
-            if residency.blob in blobs and free and ready and key not in snapshot.draining:
+            if residency.blob in blobs and free and ready and key not in snapshot.draining | _apart(snapshot):
                 raise InvariantError(f"{now:.3f}: a request for {residency.name} waits despite a free slot on {key[0]}")
 
     def _check_starving(self, router: ObservedRouter, snapshot: Snapshot, now: float) -> None:
@@ -198,13 +205,32 @@ class Invariants:
                 raise InvariantError(f"{now:.3f}: ticket {ticket.id} waits for {ticket.model.name} without a reason")
             if now - ticket.arrived_at <= snapshot.policy.starving_after_seconds or _has_transitions(snapshot):
                 continue
-            if any(r.blob == ticket.model.blob for r in (*snapshot.residencies.values(), *snapshot.failures)):
+            known = (*snapshot.residencies.values(), *snapshot.failures)
+            if any(r.blob == ticket.model.blob and (r.instance, r.blob) not in _apart(snapshot) for r in known):
                 continue
             stuck[ticket.id] = self._no_plan_since.get(ticket.id, now)
             if now - stuck[ticket.id] > STARVING_GRACE_SECONDS:
                 waited = f"waits for {now - ticket.arrived_at:.0f} s"
                 raise InvariantError(f"{now:.3f}: {ticket.model.name} {waited} and nothing is planned: {reason}")
         self._no_plan_since = stuck
+
+
+def _apart(snapshot: Snapshot) -> frozenset[ResidencyKey]:
+    """Copies for CPU overflow: they serve only what would be late on the GPUs."""
+    apart = overflow_instances(snapshot)
+    return frozenset(key for key in snapshot.residencies if key[0] in apart) if apart else frozenset()
+
+
+def check_cpu(snapshot: Snapshot, free_bytes: int, now: float) -> None:
+    """Copies on the CPU leave the margin of host memory free, and serve one request at a time, fast enough to read."""
+    cpu, keys = snapshot.policy.cpu, _apart(snapshot)
+    if not keys or cpu is None:
+        return
+    if free_bytes < cpu.memory_margin_bytes:
+        raise InvariantError(f"{now:.3f}: copies on the CPU leave {free_bytes} bytes of {cpu.memory_margin_bytes}")
+    busy = [key for key in keys if snapshot.residencies[key].in_flight]
+    if len(busy) > 1 or any(snapshot.residencies[key].in_flight > 1 for key in busy):
+        raise InvariantError(f"{now:.3f}: more than one request runs on the CPU: {busy}")
 
 
 def _has_transitions(snapshot: Snapshot) -> bool:

@@ -16,7 +16,7 @@ from router.lab.simulator.requests import Request
 from router.lab.simulator.timeline import Timer
 from router.lab.simulator.true_footprint import LoadShape, true_gpu_bytes, true_host_bytes
 from router.lab.simulator.weight_transfer import Transfer
-from router.lab.simulator.world import load_fixed_seconds, speed
+from router.lab.simulator.world import Speed, load_fixed_seconds, speed
 
 _DEFAULT_KEEP_ALIVE_SECONDS = 300.0
 
@@ -77,6 +77,7 @@ class ModelRunner:
     allocation_id: int
     version: tuple[int, ...]
     """Of its server."""
+    speed: Speed
     phase: Phase = Phase.LOADING
     users: int = 0
     expiry: Timer | None = None
@@ -121,6 +122,7 @@ class ModelRunner:
             keep_alive_seconds=config.keep_alive_seconds,
             allocation_id=machine.new_allocation_id(),
             version=config.version,
+            speed=runner_speed,
         )
 
     @property

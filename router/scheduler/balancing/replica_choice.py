@@ -75,11 +75,11 @@ def _serves_as_requested(snapshot: Fleet, view: InstanceView, residency: Residen
 
 
 def free_replicas(fleet: FleetState, blob: BlobDigest) -> tuple[list[ResidencyKey], int]:
-    """Replicas of these weights with a free slot, and the number of all their replicas."""
+    """Replicas of these weights with a free slot, and the number of all their replicas; not those of CPU overflow."""
     free: list[ResidencyKey] = []
-    uses, replicas = fleet.uses, 0
+    uses, replicas, apart = fleet.uses, 0, fleet.overflow
     for key, replica in fleet.replicas.items():
-        if key[1] == blob:
+        if key[1] == blob and not (apart and key[0] in apart):
             replicas += 1
             if (uses.get(key) or replica).in_flight < replica.slots:
                 free.append(key)

@@ -92,7 +92,9 @@ def alive_instances(snapshot: Snapshot) -> list[InstanceSpec]:
     return memoise(
         snapshot,
         alive_instances,
-        lambda: [view.spec for view in snapshot.instances.values() if is_alive(snapshot, view)],
+        lambda: [
+            view.spec for view in snapshot.instances.values() if not view.spec.is_overflow and is_alive(snapshot, view)
+        ],
     )
 
 
@@ -188,7 +190,7 @@ def _usable(snapshot: Snapshot) -> list[Gpu]:
 
 def _on(snapshot: Snapshot, gpus: tuple[GpuUuid, ...], bounds: Bounds) -> list[Candidate]:
     """The instances over exactly these GPUs; with on-demand instances, the best empty one or a new one."""
-    over = instances_over(snapshot, frozenset(gpus))
+    over = [view for view in instances_over(snapshot, frozenset(gpus)) if not view.spec.is_overflow]
     there = [view for view in over if is_alive(snapshot, view) and view.spec.engine == bounds.engine]
     there = [view for view in there if _gives_context(snapshot, view.spec, bounds.default_context)]
     pin = bounds.pin

@@ -10,7 +10,7 @@ from router.domain.instance import InstanceState, InstanceView
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.residency import Residency, ResidencyState
 from router.domain.snapshot import Estimate, Snapshot
-from router.domain.snapshot_index import is_drained
+from router.domain.snapshot_index import is_drained, overflow_instances
 from router.scheduler.placement.candidates import is_empty
 from router.scheduler.placement.cost import is_warm_wanted
 from router.scheduler.placement.placement import Decision, NoFit, Placed, PlacementRequest, place
@@ -74,7 +74,9 @@ def missing_warm(snapshot: Snapshot, models: Mapping[str, ModelFacts]) -> Iterat
     coming = {
         r.blob
         for r in snapshot.residencies.values()
-        if r.state is not ResidencyState.UNLOADING and not is_drained(snapshot, r.instance)
+        if r.state is not ResidencyState.UNLOADING
+        and not is_drained(snapshot, r.instance)
+        and r.instance not in overflow_instances(snapshot)
     }
     for model in {model.blob: model for model in models.values()}.values():
         if model.blob not in coming and snapshot.policy.keeps_warm(model.name):
@@ -109,7 +111,12 @@ def anticipate(
     """
     if snapshot.wanted or snapshot.reservations:
         return
-    loaded = {r.blob for r in snapshot.residencies.values() if not is_drained(snapshot, r.instance)}
+    apart = overflow_instances(snapshot)
+    loaded = {
+        r.blob
+        for r in snapshot.residencies.values()
+        if r.instance not in apart and not is_drained(snapshot, r.instance)
+    }
     for blob, model in models.items():
         if blob in loaded or not is_warm_wanted(snapshot, model):
             continue

@@ -77,7 +77,8 @@ def _load_finished(fleet: FleetState, event: LoadFinished, now: float) -> list[A
     key = (residency.instance, residency.blob)
     fleet.memory_changed(residency.instance, now)
     sent_at = fleet.reservations[event.load_id].sent_at
-    fleet.loaded(residency.model.weights_bytes, now - (now if sent_at is None else sent_at))
+    if residency.instance not in fleet.overflow:
+        fleet.loaded(residency.model.weights_bytes, now - (now if sent_at is None else sent_at))
     rules.finish_reservation(fleet, event.load_id, now)
     sizes = {"size_bytes": event.size_bytes, "size_vram_bytes": event.size_vram_bytes}
     until = expiry(residency.keep_alive_seconds, now)

@@ -80,6 +80,7 @@ def send(fleet: FleetState, residency: Residency, reservation: Reservation, now:
         timeout_seconds=fleet.policy.load_timeout_seconds,
         reason=reason,
         evicted=len(reservation.evict),
+        measures_speed=spec.is_overflow,
     )
 
 

@@ -16,6 +16,7 @@ from router.domain.actions import Load, Unload
 from router.domain.events import LoadFailed, LoadFinished, UnloadFinished
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName
+from router.domain.measured_speed import MeasuredSpeed
 from router.domain.model import BlobDigest, ModelFacts
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.client import OllamaClient
@@ -115,6 +116,30 @@ async def test_a_load_requests_all_layers_and_reports_the_listed_sizes() -> None
         assert await on.driver.load(load(TINY)) == LoadFinished(LoadId(7), 100, 90)
         (asked,) = on.bodies("/api/generate")
         assert asked["options"] == {"num_ctx": 2048, "num_gpu": 3}
+
+
+async def test_a_load_for_cpu_overflow_measures_the_model_with_a_short_answer() -> None:
+    figures = {"prompt_eval_count": 200, "prompt_eval_duration": 4_000_000_000, "eval_count": 16,
+               "eval_duration": 1_600_000_000}  # fmt: skip
+    async with bench() as on:
+        on.list("tiny:latest", "d1", 100, 0)
+        on.server.answers["/api/generate"] = figures
+        asked = replace(load(TINY, expects_gpu=False), measures_speed=True)
+        assert await on.driver.load(asked) == LoadFinished(LoadId(7), 100, 0, MeasuredSpeed(0.02, 0.1))
+        _, measured = on.bodies("/api/generate")
+        assert measured["options"] == {"num_ctx": 2048, "num_predict": 16, "temperature": 0}
+        assert len(measured["prompt"].split()) >= 150
+
+
+@pytest.mark.parametrize("answer", [{"done": True}, failing(500, b'{"error": "no"}')])
+async def test_a_model_that_cannot_be_measured_is_loaded_without_a_speed(answer: Any) -> None:
+    async with bench() as on:
+        on.list("tiny:latest", "d1", 100, 0)
+        on.server.answers["/api/generate"] = lambda body: (
+            web.json_response({"done": True}) if "prompt" not in body or isinstance(answer, dict) else answer(body)
+        )
+        asked = replace(load(TINY, expects_gpu=False), measures_speed=True)
+        assert await on.driver.load(asked) == LoadFinished(LoadId(7), 100, 0, None)
 
 
 @pytest.mark.parametrize(

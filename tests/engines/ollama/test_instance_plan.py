@@ -79,6 +79,15 @@ def test_one_gpu_has_no_spread_instance_and_no_gpu_one_on_the_cpu() -> None:
     assert planned()["cpu"].gpus == ()
 
 
+def test_cpu_overflow_has_an_instance_of_its_own_beside_gpus_only() -> None:
+    specs = planned(gpu(0), cpu_overflow=True)
+    assert {name: (spec.gpus, spec.is_overflow) for name, spec in specs.items()} == {
+        "gpu0": (("GPU-0aaa",), False), "cpu-overflow": ((), True),
+    }  # fmt: skip
+    assert specs["cpu-overflow"].environment["CUDA_VISIBLE_DEVICES"] == "-1"
+    assert not planned(cpu_overflow=True)["cpu"].is_overflow
+
+
 def test_an_instance_has_its_whole_environment() -> None:
     assert planned(gpu(0))["gpu0"].environment == {
         "OLLAMA_HOST": "127.0.0.1:20001",

@@ -12,17 +12,17 @@ from router.domain.events import Event, Ticked
 from router.domain.gpu import GpuUuid
 from router.domain.instance import InstanceName
 from router.domain.model import ModelFacts
-from router.domain.policy import Policy
+from router.domain.policy import CpuOverflow, Policy
 from router.domain.request import Ticket, TicketId
 from router.domain.residency import ResidencyKey
 from router.domain.snapshot import Snapshot
 from router.lab.scenarios import ScenarioSpec, make_baseline, make_scenario
 from router.lab.simulator.baselines.llamayard import Llamayard
-from router.lab.simulator.invariants import InvariantError, Invariants
+from router.lab.simulator.invariants import InvariantError, Invariants, check_cpu
 from router.lab.simulator.machine import Machine
 from router.lab.simulator.requests import Request
 from router.lab.simulator.runner import Baseline, Simulation
-from tests.scheduler.builders import model, snapshot, ticket
+from tests.scheduler.builders import model, residency, snapshot, ticket, view
 
 SPEC = ScenarioSpec("2x3090", "llama3.1:8b,llama3.3:70b", seconds=60.0, requests_per_second=0.6)
 AlterActions = Callable[[list[Action]], list[Action]]
@@ -45,6 +45,9 @@ class AlteredRouter:
 
     def snapshot(self) -> Snapshot:
         return self._change(self._router.snapshot())
+
+    def host_free_bytes(self) -> int:
+        return self._router.host_free_bytes()
 
     def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
         return self._router.bytes_held(key)
@@ -151,6 +154,9 @@ class OneWaits:
     def snapshot(self) -> Snapshot:
         return snapshot([], [], policy=Policy(starving_after_seconds=75.0))
 
+    def host_free_bytes(self) -> int:
+        return 0
+
     def bytes_held(self, key: ResidencyKey) -> Mapping[GpuUuid, int]:
         return {}
 
@@ -168,6 +174,19 @@ def test_a_starving_request_that_is_overtaken_is_detected(now: float, is_starvin
             invariants.check_actions(Ticked(), granted, now)
     else:
         invariants.check_actions(Ticked(), granted, now)
+
+
+@pytest.mark.parametrize(
+    ("margin_bytes", "in_flight", "message"),
+    [(10**15, 0, "copies on the CPU leave"), (0, 2, "more than one request runs on the CPU")],
+)
+def test_copies_on_the_cpu_that_take_too_much_are_detected(margin_bytes: int, in_flight: int, message: str) -> None:
+    cpu = replace(view("cpu"), spec=replace(view("cpu").spec, is_overflow=True))
+    copy = residency("cpu", model("m"), in_flight=in_flight)
+
+    facts = snapshot([], [cpu], [copy], policy=Policy(cpu=CpuOverflow(memory_margin_bytes=margin_bytes)))
+    with pytest.raises(InvariantError, match=message):
+        check_cpu(facts, 10**12, 5.0)
 
 
 def test_a_starving_request_without_a_plan_is_detected() -> None:

@@ -45,6 +45,7 @@ from router.domain.events import (
 from router.domain.gpu import GpuUuid
 from router.domain.ids import LoadId
 from router.domain.instance import InstanceName, InstanceSpec, InstanceState
+from router.domain.measured_speed import MeasuredSpeed
 from router.domain.model import ModelFacts
 from router.domain.policy import Policy
 from router.domain.request import Ticket, TicketId
@@ -54,7 +55,13 @@ from router.engines.ollama.driver import is_memory_short
 from router.engines.ollama.footprint_estimator import version_of
 from router.engines.ollama.offload_rules import forces_spread
 from router.engines.ollama.rules import KIND, OllamaRules
-from router.lab.simulator.baselines.units import SimInstance, instances_over, on_demand_instance, on_demand_policy
+from router.lab.simulator.baselines.units import (
+    SimInstance,
+    instances_over,
+    on_demand_instance,
+    on_demand_policy,
+    overflow_instance,
+)
 from router.lab.simulator.batching import OnFinished
 from router.lab.simulator.loaded_model import ServerConfig
 from router.lab.simulator.machine import Machine
@@ -74,6 +81,8 @@ _UNLOAD_POLL_SECONDS = 0.05
 """Half the driver's poll interval: the mean delay until it notices that a model is unloaded."""
 _EARLIEST_WAKE_SECONDS = 0.01
 _ATTEMPTS = 3
+_PROBE_PROMPT_TOKENS, _PROBE_TOKENS = 300, 16
+"""Of the answer that measures a model's speed; `engines/ollama/client.py`."""
 _DRAIN_TIMEOUT_SECONDS = 10.0
 
 DecisionObserver = Callable[[Event, list[Action], float], None]
@@ -113,6 +122,9 @@ class Llamayard:
         self._instances = {
             instance.spec.name: instance for instance in instances_over(machine, instance_config, pairs=pairs)
         }
+        if self._policy.cpu is not None:
+            overflow = overflow_instance(machine, instance_config)
+            self._instances[overflow.spec.name] = overflow
         self._open_requests: dict[TicketId, _OpenRequest] = {}
         self._tickets: dict[Request, TicketId] = {}
         self._load_jobs: dict[LoadId, LoadJob] = {}
@@ -122,7 +134,7 @@ class Llamayard:
 
     def start(self) -> None:
         """Reads the GPUs before the first request, as the product does."""
-        self._post(GpusRead(self._machine.ledger.read(), self._now))
+        self._post(GpusRead(self._machine.ledger.read(), self._now, self.host_free_bytes()))
         for instance in list(self._instances.values()):
             self._start(instance)
         self._poll()
@@ -336,13 +348,24 @@ class Llamayard:
                     )
                 )
             else:
-                self._post(LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes))
+                self._loaded(load, instance, result)
 
         self._load_jobs[load.load_id] = instance.server.load(
             load.model,
             load.model.layers + 1 if load.expects_gpu else -1,
             lambda r: self._call_soon(lambda: finished(r)),
         )
+
+    def _loaded(self, load: Load, instance: SimInstance, result: LoadResult) -> None:
+        """Posts the end of a load, after a short answer where that is asked for."""
+        finished = LoadFinished(load.load_id, result.size_bytes, result.size_vram_bytes)
+        runner = next((r for r in instance.server.loaded if r.blob == load.model.blob), None)
+        if not load.measures_speed or runner is None:
+            self._post(finished)
+            return
+        speed = MeasuredSpeed(runner.speed.prefill_seconds_per_token, runner.speed.step_seconds)
+        seconds = _PROBE_PROMPT_TOKENS * speed.prompt_seconds + _PROBE_TOKENS * speed.step_seconds
+        self._machine.timeline.after(seconds, lambda: self._post(replace(finished, speed=speed)))
 
     def _unload(self, unload: Unload) -> None:
         instance = self._instances.get(unload.instance)
@@ -376,8 +399,13 @@ class Llamayard:
 
     def _read_gpus(self) -> None:
         read_at = self._now
-        gpus = self._machine.ledger.read()
-        self._machine.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at)))
+        gpus, free_bytes = self._machine.ledger.read(), self.host_free_bytes()
+        self._machine.timeline.after(_READING_SECONDS, lambda: self._post(GpusRead(gpus, read_at, free_bytes)))
+
+    def host_free_bytes(self) -> int:
+        """What no runner holds; the page cache gives way."""
+        runners = (runner for instance in self._instances.values() for runner in instance.server.loaded)
+        return self._config.host_memory_bytes - sum(runner.host_bytes for runner in runners)
 
     def _loaded_models(self, instance: SimInstance) -> tuple[LoadedModel, ...]:
         return tuple(

@@ -34,6 +34,12 @@ class SimInstance:
     last_list_at: float = 0.0
 
 
+def overflow_instance(machine: Machine, config: ServerConfig) -> SimInstance:
+    """The instance for CPU overflow."""
+    instance = _instance(machine, "cpu-overflow", (), config, even=False)
+    return replace(instance, spec=replace(instance.spec, is_overflow=True))
+
+
 def instances_over(machine: Machine, config: ServerConfig, *, pairs: bool) -> list[SimInstance]:
     """One instance per GPU and one over all: split evenly over equal GPUs, else filled fastest GPU first."""
     gpus = machine.ledger.gpus
