@@ -12,9 +12,11 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
 from router.admission.key_ring import KeyStore
-from router.api import model_commands, operator_commands
+from router.api import model_commands, operator_commands, pins
 from router.api.context import ApiContext
 from router.api.explain import explain
+from router.api.operator_actions import OperatorActions
+from router.api.pins import change_pin, pin_document, pin_documents
 from router.api.responses import json_response, text_response
 from router.api.why import why
 from router.domain.gpu import Gpu
@@ -35,7 +37,6 @@ from router.http1.headers import sanitized_request_id
 from router.observability.metrics import Metrics
 from router.observability.request_history import RequestHistory
 from router.observability.request_record import RequestRecord
-from router.scheduler.placement.explain import gpu_label
 from router.scheduler.queue.wait_estimate import WaitEstimate
 
 _QUEUE_SHOWN_MAX = 1000
@@ -53,12 +54,12 @@ class AdminHandler:
         history: RequestHistory,
         emulated: str,
         pulls: Callable[[], list[dict[str, object]]],
-        reload: operator_commands.Reload,
+        actions: OperatorActions,
         keys: KeyStore,
     ) -> None:
         self._keys = keys
         self._pulls = pulls
-        self._reload = reload
+        self._actions = actions
         self._context = context
         self._history = history
         self._metrics = metrics
@@ -78,7 +79,12 @@ class AdminHandler:
                 answer = await operator_commands.run_command(request, record.route, self._context.controller)
                 return json_response(answer, extra)
             case operator_commands.RELOAD:
-                return json_response(await self._reload(), extra)
+                return json_response(await self._actions.reload(), extra)
+            case pins.PIN | pins.UNPIN:
+                body = await operator_commands.command_body(request)
+                return json_response(
+                    await change_pin(body, record.route, self._context, self._actions.change_pin), extra
+                )
             case "/llamayard/explain":
                 return json_response(await explain(self._context, request.query), extra)
             case "/llamayard/why":
@@ -115,6 +121,7 @@ class AdminHandler:
             "reservations": [_reservation(snapshot, each) for each in snapshot.reservations.values()],
             "drained": operator_commands.drained_document(snapshot),
             "restart": operator_commands.restart_document(snapshot),
+            "pins": pin_documents(snapshot),
             "warm_missing": [{"model": name, "reason": why} for name, why in snapshot.warm_missing.items()],
             "pulls": self._pulls(),
             **self._waiting(),
@@ -191,21 +198,8 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "cpu_ratio": on_cpu_ratio(snapshot, residency),
         "idle_seconds": round(snapshot.now - residency.used_at, 1) if residency.is_idle else 0.0,
         "expires_in_seconds": None if residency.expires_at is None else round(residency.expires_at - snapshot.now, 1),
-        "pin": _pin(snapshot, residency.name),
+        "pin": pin_document(snapshot, residency.name),
         "reason": residency.reason,
-    }
-
-
-def _pin(snapshot: Snapshot, model: str) -> dict[str, Any] | None:
-    """The rules of a model that say where it is and whether it stays; None without such rules."""
-    pin = snapshot.policy.pins.get(model)
-    if pin is None or not (pin.gpus or pin.spread or pin.cpu or pin.keep_warm):
-        return None
-    layout = "cpu" if pin.cpu else "spread" if pin.spread else "auto"
-    return {
-        "gpus": [gpu_label(snapshot, gpu) for gpu in pin.gpus],
-        "layout": layout,
-        "keep_warm": pin.keep_warm,
     }
 
 

@@ -18,12 +18,12 @@ from router.admission.access import HeaderValues, begin_charge
 from router.admission.key_budgets import KeyBudgets
 from router.admission.key_ring import KeyStore
 from router.admission.pipeline import AdmissionPipeline, AdmissionRequest
-from router.api import operator_commands
 from router.api.admin import AdminHandler
 from router.api.aggregated import AggregatedHandler
 from router.api.context import ApiContext
 from router.api.dashboard.handler import DashboardHandler
 from router.api.model_management import ModelManagementHandler
+from router.api.operator_actions import OperatorActions
 from router.api.passthrough import PassthroughHandler, ShowHandler
 from router.api.responses import aiohttp_response, error_response
 from router.engines.ollama.client import OllamaError, not_queried
@@ -50,7 +50,7 @@ class ApiHandlers:
         context: ApiContext,
         metrics: Metrics,
         history: RequestHistory,
-        reload: operator_commands.Reload,
+        actions: OperatorActions,
         keys: KeyStore,
         emulated: str = "",
         last_hour: LastHour | None = None,
@@ -58,7 +58,7 @@ class ApiHandlers:
         """`emulated`: the title of an emulated rig, "" for real GPUs. `last_hour`: None if the dashboard is off."""
         passthrough = PassthroughHandler(context)
         self._management = ModelManagementHandler(context)
-        admin = AdminHandler(context, metrics, history, emulated, self._management.pulls.progress, reload, keys)
+        admin = AdminHandler(context, metrics, history, emulated, self._management.pulls.progress, actions, keys)
         self._dashboard = DashboardHandler(context, admin.status, history, last_hour)
         self.by_kind: Mapping[Kind, Handler] = {
             Kind.SHOW: ShowHandler(context),

@@ -101,7 +101,7 @@ def _parsed(body: bytes) -> _Command:
 
 def _target(snapshot: Snapshot, command: _Command) -> DrainTarget:
     if command.gpu is not None:
-        return DrainTarget(gpu=_gpu(snapshot, str(command.gpu)))
+        return DrainTarget(gpu=gpu_named(snapshot, str(command.gpu)))
     if command.instance is not None:
         return DrainTarget(instance=_instance(snapshot, command.instance))
     if not command.all:
@@ -127,7 +127,8 @@ def _to_restart(snapshot: Snapshot, command: _Command) -> tuple[InstanceName, ..
     return (name,)
 
 
-def _gpu(snapshot: Snapshot, text: str) -> GpuUuid:
+def gpu_named(snapshot: Snapshot, text: str) -> GpuUuid:
+    """The GPU with that index, UUID, or beginning of a UUID. Raises BadRequest."""
     gpus = sorted(snapshot.gpus.values(), key=lambda gpu: gpu.index)
     if text.isdecimal():
         found = [gpu for gpu in gpus if str(gpu.index) == text.lstrip("0").rjust(1, "0")]

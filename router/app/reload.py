@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import structlog
 
 from router.app.preflight import PreflightResult, check_machine
+from router.app.run_time_pins import RunTimePins, with_pins
 from router.app.startup_checks import startup_problems
 from router.config.instance_options import tuning_problems
 from router.config.keys import dotted_keys
@@ -26,6 +27,8 @@ LIVE_SECTIONS = ("models", "aliases", "fallbacks", "placement", "queue", "stream
 """Sections all of whose keys can change while the router runs."""
 LIVE_OLLAMA = ("keep_alive", "load_timeout_seconds", "context_length_max")
 LIVE_SERVER = ("list_aliases",)
+Apply = Callable[[Settings, RunTimePins], RunTimePins]
+"""Changes everything, and returns the pins that differ from the configuration, or raises ConfigError."""
 _SECRET_KEYS = ("ollama.env", "ollama.instance_env", "instances", "engines")
 """Keys whose values may be secrets: only that they change is logged."""
 
@@ -69,7 +72,8 @@ class ReloadResult:
 class Reloader:
     """Reloads one at a time. A file without keys is taken for one that is being written, if anything would change.
 
-    `check`, in a thread, returns warnings or raises ConfigError. `apply` changes everything or raises ConfigError.
+    `check`, in a thread, returns warnings or raises ConfigError. Pins that
+    an operator set at run time stay over a reload, until the configuration says the same.
     """
 
     def __init__(
@@ -77,12 +81,13 @@ class Reloader:
         running: Settings,
         read: ReadSettings,
         check: Callable[[Settings], Sequence[str]],
-        apply: Callable[[Settings], None],
+        apply: Apply,
     ) -> None:
         self._running = running
         self._read = read
         self._check = check
         self._apply = apply
+        self._pins: RunTimePins = {}
         self._lock = asyncio.Lock()
         self._log = structlog.get_logger("router")
 
@@ -94,7 +99,7 @@ class Reloader:
         async with self._lock:
             try:
                 result, settings = await asyncio.to_thread(self._prepare)
-                self._apply(settings)
+                self._pins = self._apply(settings, self._pins)
             except ConfigError as error:
                 self._log.error("reload_refused", problems=list(error.problems))
                 raise
@@ -113,6 +118,38 @@ class Reloader:
         except ConfigError as error:
             raise BadRequest("nothing was changed: " + "; ".join(error.problems)) from error
 
+    async def pin(self, model: str, gpus: tuple[str, ...]) -> Sequence[str]:
+        """Pins a model to GPUs by UUID until the router restarts, or to none; returns warnings.
+
+        Raises:
+            BadRequest: that contradicts the configuration or does not fit; nothing has changed.
+        """
+        async with self._lock:
+            pins = {**self._pins, model: gpus}
+            try:
+                warnings = await asyncio.to_thread(self._check_pins, pins)
+                self._pins = self._apply(self._running, pins)
+            except ConfigError as error:
+                raise BadRequest("nothing was changed: " + "; ".join(error.problems)) from error
+        self._log.info("pinned" if gpus else "unpinned", model=model, gpus=list(gpus))
+        return warnings
+
+    def _check_pins(self, pins: RunTimePins) -> Sequence[str]:
+        """The warnings that these pins bring; raises ConfigError with the problems that they bring."""
+        before, there = self._verdict(self._pins)
+        after, then = self._verdict(pins)
+        problems = [problem for problem in after if problem not in before]
+        if problems:
+            raise ConfigError(problems)
+        return [warning for warning in then if warning not in there]
+
+    def _verdict(self, pins: RunTimePins) -> tuple[list[str], Sequence[str]]:
+        """Problems and warnings of what runs with these pins."""
+        try:
+            return [], self._check(with_pins(self._running, pins))
+        except ConfigError as error:
+            return error.problems, ()
+
     async def reload_on_signal(self) -> None:
         """The same, for a caller that nobody answers: problems are only logged."""
         try:
@@ -124,10 +161,18 @@ class Reloader:
 
     def _prepare(self) -> tuple[ReloadResult, Settings]:
         wanted = self._wanted()
-        warnings = tuple(self._check(wanted))
+        warnings = tuple(self._checked(wanted))
         effective = with_live_keys(self._running, wanted)
         changed = changes(self._running, effective)
         return ReloadResult(changed, changes(effective, wanted), warnings), effective
+
+    def _checked(self, wanted: Settings) -> Sequence[str]:
+        try:
+            return self._check(with_pins(wanted, self._pins))
+        except ConfigError as error:
+            named = [name for name in self._pins if any(name in problem for problem in error.problems)]
+            hints = [f"{name} is pinned at run time: llamayard unpin {name}" for name in named]
+            raise ConfigError([*error.problems, *hints]) from error
 
     def _wanted(self) -> Settings:
         try:

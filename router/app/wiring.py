@@ -20,13 +20,15 @@ from router.admission.key_ring import KeyStore
 from router.api.app import ApiHandlers
 from router.api.context import ApiContext
 from router.api.management_rules import ManagementRules
+from router.api.operator_actions import OperatorActions
 from router.app.adoption import PlannedInstance
 from router.app.entrances import Entrances
 from router.app.hardware import Hardware, instance_plan
 from router.app.lifecycle import Router
 from router.app.other_engines import OtherEngines, attached_servers
 from router.app.records import Records
-from router.app.reload import ReadSettings, Reloader, check_reload
+from router.app.reload import Apply, ReadSettings, Reloader, check_reload
+from router.app.run_time_pins import RunTimePins, marked, still_needed, with_pins
 from router.app.service_manager import ServiceManager
 from router.app.supervised_models import supervised_models
 from router.config.policy import policy_of, warm_models
@@ -82,7 +84,7 @@ async def build(
     Raises:
         ConfigError: a pin does not fit the hardware.
     """
-    records, via = Records(settings), Via()
+    records, via, store_lock = Records(settings), Via(), asyncio.Lock()
     async with _client_session(via) as session:
         poller, gpus = GpuPoller(OwnedProcessReader(hardware.reader)), reading.gpus
         plan = instance_plan(settings, hardware.models_directory)
@@ -92,7 +94,7 @@ async def build(
         def snapshot() -> Snapshot:
             return dispatcher.snapshot(time.monotonic())
 
-        store_lock, footprints = asyncio.Lock(), FootprintStore(settings.state_directory / "footprints.json")
+        footprints = FootprintStore(settings.state_directory / "footprints.json")
         config, loads = _supervisor_config(settings, hardware), partial(_is_loading, snapshot)
         others = _others(settings, hardware, config, reading.gpus, policy, snapshot, via)
         ollama = OllamaEngine(hardware.command, plan, session, snapshot, time.monotonic, store_lock, others.has)
@@ -120,8 +122,9 @@ async def build(
             state_poller = _state_poller(settings, hardware, poller, engines, controller, records, policy)
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
+            actions = OperatorActions(reloader.answer, reloader.pin)
             handlers = ApiHandlers(
-                context, records.metrics, history, reloader.answer, keys, hardware.title, records.last_hour
+                context, records.metrics, history, actions, keys, hardware.title, records.last_hour
             )  # fmt: skip
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
@@ -154,16 +157,18 @@ def _is_loading(snapshot: Callable[[], Snapshot], name: InstanceName) -> bool:
 
 def _application(
     controller: Controller, context: ApiContext, state_poller: StatePoller, gpus: tuple[Gpu, ...], plan: InstancePlan
-) -> Callable[[Settings], None]:
-    """Applies reloaded settings to what runs; raises ConfigError before anything has changed."""
+) -> Apply:
+    """Applies reloaded settings and run-time pins to what runs; raises ConfigError before anything has changed."""
 
-    def apply(settings: Settings) -> None:
-        policy = policy_of(settings, gpus, on_demand_like(plan))
+    def apply(settings: Settings, pins: RunTimePins) -> RunTimePins:
+        pins = still_needed(pins, policy_of(settings, gpus, on_demand_like(plan)))
+        policy = marked(policy_of(with_pins(settings, pins), gpus, on_demand_like(plan)), pins)
         rules = _rules(settings, context.removing)
         controller.post(PolicyChanged(policy))
         context.rules.become(rules)
         context.limits.become(_limits(settings))
         state_poller.set_warm(warm_models(policy))
+        return pins
 
     return apply
 

@@ -124,6 +124,16 @@ def _add_router_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> 
     _add_configuration(unload)
     unload.add_argument("--json", action="store_true", help="print the result as JSON")
     unload.set_defaults(run=_unload)
+    pin = add_parser("pin", help="pin a model to GPUs until the router restarts, or with --save for good")
+    pin.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    pin.add_argument("gpus", metavar="GPU[,GPU]", help="exactly these: indexes or UUIDs")
+    unpin = add_parser("unpin", help="let the router choose the GPUs of a model, until it restarts or with --save")
+    unpin.add_argument("model", metavar="MODEL", help="its name, or an alias")
+    for command in (pin, unpin):
+        _add_configuration(command)
+        command.add_argument("--save", action="store_true", help="also write it into the configuration file")
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.set_defaults(run=_pin)
     explain = add_parser(
         "explain", help="show where a request for a model would go now, who would leave, and every candidate"
     )
@@ -232,6 +242,12 @@ def _unload(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     from router.cli import unload
 
     return unload.run(arguments, environment)
+
+
+def _pin(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import pin
+
+    return pin.run(arguments, environment)
 
 
 def _explain(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

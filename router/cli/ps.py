@@ -44,11 +44,12 @@ def _until(row: Row) -> str:
     return f"{seconds / _MINUTE:.0f} min" if seconds >= _MINUTE else f"{max(0.0, seconds):.0f} s"
 
 
-def _pin(row: Row) -> str:
-    pin: Row = row.get("pin") or {}
+def pin_text(pin: Row) -> str:
+    """`GPU 0, 1, spread, warm, until restart`; `-` for no pin."""
     parts = [f"GPU {', '.join(pin['gpus'])}"] if pin.get("gpus") else []
     parts += [pin["layout"]] if pin.get("layout") not in (None, "auto") else []
     parts += ["warm"] if pin.get("keep_warm") else []
+    parts += ["until restart"] if pin.get("origin") == "run time" else []
     return ", ".join(parts) or "-"
 
 
@@ -61,5 +62,5 @@ _COLUMNS = (
     Column("SLOTS", lambda row: f"{row['in_flight']}/{row['slots']}"),
     Column("CONTEXT", lambda row: str(row["context_length"])),
     Column("UNTIL", _until),
-    Column("PIN", _pin, is_elastic=True),
+    Column("PIN", lambda row: pin_text(row.get("pin") or {}), is_elastic=True),
 )

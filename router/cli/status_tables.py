@@ -44,6 +44,7 @@ def render_status(status: Mapping[str, Any]) -> str:
         *_restart(status.get("restart")),
         render_table("INSTANCES", _instance_columns(indices), _rows(status, "instances"), _instance_note),
         render_table("MODELS", _MODELS, _rows(status, "models"), _model_note),
+        *([render_table("PINS", _PINS, _rows(status, "pins"))] if status.get("pins") else []),
         render_table("RESERVATIONS", _RESERVATIONS, _rows(status, "reservations")),
         *([render_table("WARM MODELS THAT ARE MISSING", _WARM_MISSING, missing, _reason)] if missing else []),
         *([render_table("PULLS", _PULLS, _rows(status, "pulls"))] if status.get("pulls") else []),
@@ -265,6 +266,13 @@ _RESERVATIONS = (
     Column("LOAD", _text("load_id")),
     Column("INSTANCE", _text("instance"), is_elastic=True),
     Column("PER GPU", _gib_per_gpu, is_elastic=True),
+)
+_PINS = (
+    Column("MODEL", _text("model"), is_elastic=True),
+    Column("GPUS", lambda row: ", ".join(row.get("gpus") or ()) or "-"),
+    Column("LAYOUT", _text("layout")),
+    Column("KEPT WARM", lambda row: "yes" if row.get("keep_warm") else "no"),
+    Column("FROM", lambda row: "command, until restart" if row.get("origin") == "run time" else _text("origin")(row)),
 )
 _WARM_MISSING = (Column("MODEL", _text("model"), is_elastic=True),)
 _PULLS = (

@@ -25,6 +25,8 @@ class Pin:
     replicas_max: int | None = None
     keep_warm: bool = False
     """Loaded at startup, loaded again if it is lost, and never evicted."""
+    is_run_time: bool = False
+    """Its GPUs, or that there are none, come from a command to the running router, not from the configuration."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,8 @@ ROUTES: tuple[Route, ...] = (
     Route("/llamayard/resume", ("POST",), Kind.ADMIN),
     Route("/llamayard/restart", ("POST",), Kind.ADMIN),
     Route("/llamayard/reload", ("POST",), Kind.ADMIN),
+    Route("/llamayard/pin", ("POST",), Kind.ADMIN),
+    Route("/llamayard/unpin", ("POST",), Kind.ADMIN),
     Route("/llamayard/explain", ("GET",), Kind.ADMIN),
     Route("/llamayard/why", ("GET",), Kind.ADMIN),
     Route("/llamayard/load", ("POST",), Kind.ADMIN),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from router.app.reload import Reloader, changes, with_live_keys
+from router.app.run_time_pins import RunTimePins
 from router.config.settings import BlankFile, ConfigError, Settings, load_settings
 from router.errors import BadRequest
 
@@ -39,10 +40,11 @@ class _Stage:
     def _check(self, settings: Settings) -> Sequence[str]:
         return self.warns
 
-    def _apply(self, settings: Settings) -> None:
+    def _apply(self, settings: Settings, pins: RunTimePins) -> RunTimePins:
         if self.refuses:
             raise ConfigError([self.refuses])
         self.applied.append(settings)
+        return pins
 
 
 def _keys(rows: list[Mapping[str, Any]]) -> list[str]:
