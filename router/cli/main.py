@@ -109,6 +109,10 @@ def _add_router_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> 
         "--watch", nargs="?", const="2", metavar="SECONDS", help="print it again and again (default: every 2 s)"
     )
     status.set_defaults(run=_status)
+    top = add_parser("top", help="show GPUs, models, streams and queue live")
+    _add_configuration(top)
+    top.add_argument("--json", action="store_true", help="print the status document once, as JSON")
+    top.set_defaults(run=_top)
     ps = add_parser("ps", help="list the loaded models with their GPUs, instance, expiry and pin")
     _add_configuration(ps)
     ps.add_argument("--json", action="store_true", help="print the models as JSON")
@@ -224,6 +228,12 @@ def _reload(arguments: argparse.Namespace, environment: Mapping[str, str] | None
     from router.cli import reload
 
     return reload.run(arguments, environment)
+
+
+def _top(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import top
+
+    return top.run(arguments, environment)
 
 
 def _ps(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

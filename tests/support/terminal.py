@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Generator, Mapping, Sequence
 
 from tests.support.ollama_server import ROOT
@@ -31,13 +32,15 @@ class Terminal:
 
     def read_until(self, text: str, after: int = 0) -> str:
         """Reads until `text` comes, beginning at the character `after` of the output; returns the output."""
+        deadline = time.monotonic() + _DEADLINE_SECONDS
         while text not in self.output[after:]:
-            assert self._read(), f"{text!r} did not come:\n{self.output[-3000:]}"
+            assert time.monotonic() < deadline and self._read(), f"{text!r} did not come:\n{self.output[-3000:]}"
         return self.output
 
     def end(self) -> int:
         """Reads the rest; the exit code."""
-        while self._read():
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        while time.monotonic() < deadline and self._read():
             continue
         return self.process.wait(_DEADLINE_SECONDS)
 
