@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from router import __version__
 from router.admission.key_ring import KeyStore
-from router.api import model_commands, operator_commands, pins
+from router.api import logs, model_commands, operator_commands, pins
 from router.api.context import ApiContext
 from router.api.explain import explain
 from router.api.operator_actions import OperatorActions
@@ -85,6 +85,8 @@ class AdminHandler:
                 return json_response(
                     await change_pin(body, record.route, self._context, self._actions.change_pin), extra
                 )
+            case logs.LOGS:
+                return await logs.send_logs(request, self._actions.output, self._context.controller, extra)
             case "/llamayard/explain":
                 return json_response(await explain(self._context, request.query), extra)
             case "/llamayard/why":

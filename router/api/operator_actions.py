@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.api.logs import Output
 from router.api.operator_commands import Reload
 from router.api.pins import ChangePin
 
@@ -12,3 +13,5 @@ from router.api.pins import ChangePin
 class OperatorActions:
     reload: Reload
     change_pin: ChangePin
+    output: Output
+    """What the servers have written."""

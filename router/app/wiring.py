@@ -122,7 +122,7 @@ async def build(
             state_poller = _state_poller(settings, hardware, poller, engines, controller, records, policy)
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
-            actions = OperatorActions(reloader.answer, reloader.pin)
+            actions = OperatorActions(reloader.answer, reloader.pin, supervisor.output)
             handlers = ApiHandlers(
                 context, records.metrics, history, actions, keys, hardware.title, records.last_hour
             )  # fmt: skip

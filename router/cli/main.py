@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     _add_init(commands.add_parser("init", help="ask a few questions and write a configuration for the GPUs found"))
     _add_router_commands(commands.add_parser)
+    _add_model_commands(commands.add_parser)
     _add_operator_commands(commands.add_parser)
     check = commands.add_parser(
         "check-config", help="check the configuration; show every key's value and where it was set"
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_router_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
-    """The commands that ask the running router."""
+    """The commands that show the state of the running router."""
     status = add_parser("status", help="show GPUs, instances, models and queue of the running router")
     _add_configuration(status)
     status.add_argument("--json", action="store_true", help="print the status as JSON")
@@ -117,6 +118,17 @@ def _add_router_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> 
     _add_configuration(ps)
     ps.add_argument("--json", action="store_true", help="print the models as JSON")
     ps.set_defaults(run=_ps)
+    logs = add_parser("logs", help="show the last lines that servers have written, and with -f those that come")
+    logs.add_argument("instance", nargs="?", metavar="INSTANCE", help="its name (default: all)")
+    _add_configuration(logs)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
+    logs.add_argument("--lines", default="100", metavar="N", help="how many of the last lines (default: 100)")
+    logs.add_argument("--json", action="store_true", help="print each line as a JSON object")
+    logs.set_defaults(run=_logs)
+
+
+def _add_model_commands(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands about one model or one request."""
     load = add_parser("load", help="load a model as a client's first request would, and tell where it went")
     load.add_argument("model", metavar="MODEL", help="its name, or an alias")
     load.add_argument("--context", metavar="TOKENS", help="the context to load it with (num_ctx)")
@@ -240,6 +252,12 @@ def _ps(arguments: argparse.Namespace, environment: Mapping[str, str] | None) ->
     from router.cli import ps
 
     return ps.run(arguments, environment)
+
+
+def _logs(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:
+    from router.cli import logs
+
+    return logs.run(arguments, environment)
 
 
 def _load(arguments: argparse.Namespace, environment: Mapping[str, str] | None) -> int:

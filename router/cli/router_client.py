@@ -6,8 +6,8 @@ import http.client
 import json
 import socket
 import ssl
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,11 +69,34 @@ class RouterClient:
         """The headers of the answer, in lower case. Errors as `call`."""
         return self._answer(method, path, body, timeout_seconds)[1]
 
+    @contextmanager
+    def lines(self, method: str, path: str, body: object, timeout_seconds: float) -> Generator[Iterator[str]]:
+        """The lines of an answer as they come; `timeout_seconds` without one is an error. Errors as `call`."""
+        with ExitStack() as stack:
+            with self._translated():
+                connection = stack.enter_context(closing(self._connection(path, timeout_seconds)))
+                reply = self._request(connection, method, path, body)
+                raw = b"" if reply.status == http.client.OK else reply.read()
+            if reply.status != http.client.OK:
+                self._document(reply.status, path.partition("?")[0], raw)
+            yield self._read_lines(reply)
+
+    def _read_lines(self, reply: http.client.HTTPResponse) -> Iterator[str]:
+        while True:
+            with self._translated():
+                line = reply.readline()
+            if not line:
+                return
+            yield line.decode("utf-8", "replace").rstrip("\n")
+
     def _answer(
         self, method: str, path: str, body: object, timeout_seconds: float
     ) -> tuple[dict[str, Any], Mapping[str, str]]:
         status, headers, raw = self._exchange(method, path, body, timeout_seconds)
-        route = path.partition("?")[0]
+        return self._document(status, path.partition("?")[0], raw), headers
+
+    def _document(self, status: int, route: str, raw: bytes) -> dict[str, Any]:
+        """The JSON object of an answer. Errors as `call`."""
         try:
             document: object = json.loads(raw)
         except ValueError as error:
@@ -90,23 +113,33 @@ class RouterClient:
             if status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
                 message = f"{message} ({KEY_VARIABLE}; `llamayard keys create NAME --class admin --class inference`)"
             raise Refused(message, status)
-        return fields, headers
+        return fields
 
     def _exchange(
         self, method: str, path: str, body: object, timeout_seconds: float
     ) -> tuple[int, Mapping[str, str], bytes]:
+        with self._translated(), closing(self._connection(path, timeout_seconds)) as connection:
+            reply = self._request(connection, method, path, body)
+            names = {name.lower(): value for name, value in reply.getheaders()}
+            return reply.status, names, reply.read()
+
+    def _request(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: object
+    ) -> http.client.HTTPResponse:
         headers = {"Host": f"localhost:{self._endpoint.port}"}
         if self._endpoint.key:
             headers["Authorization"] = f"Bearer {self._endpoint.key}"
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        connection.request(method, path, body=payload, headers=headers)
+        return connection.getresponse()
+
+    @contextmanager
+    def _translated(self) -> Generator[None]:
+        """Errors of the connection as StatusError."""
         try:
-            with closing(self._connection(path, timeout_seconds)) as connection:
-                connection.request(method, path, body=payload, headers=headers)
-                reply = connection.getresponse()
-                names = {name.lower(): value for name, value in reply.getheaders()}
-                return reply.status, names, reply.read()
+            yield
         except (OSError, http.client.HTTPException) as error:  # ssl.SSLError is an OSError
             reason = str(error) or type(error).__name__
             raise StatusError(

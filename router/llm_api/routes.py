@@ -109,6 +109,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/llamayard/reload", ("POST",), Kind.ADMIN),
     Route("/llamayard/pin", ("POST",), Kind.ADMIN),
     Route("/llamayard/unpin", ("POST",), Kind.ADMIN),
+    Route("/llamayard/logs", ("GET",), Kind.ADMIN),
     Route("/llamayard/explain", ("GET",), Kind.ADMIN),
     Route("/llamayard/why", ("GET",), Kind.ADMIN),
     Route("/llamayard/load", ("POST",), Kind.ADMIN),

@@ -30,6 +30,7 @@ from router.engines.base import ProbeFailed, ServerRules
 from router.supervisor.clock import Clock, run_unless_set
 from router.supervisor.kept_process import Claim, KeepRules, KeptProcess
 from router.supervisor.orphan_reaper import process_marks, state_mark
+from router.supervisor.output_log import OutputLog
 from router.supervisor.parent_death_shim import EXIT_NOT_EXECUTED
 from router.supervisor.process import ChildProcess, ServerProcess, program_identity
 
@@ -74,6 +75,7 @@ class InstanceContext:
     """Called with what a server's output says of each load."""
     is_loading: Callable[[InstanceName], bool]
     """Whether a load runs there; it has a timeout of its own, and may keep the server from answering a probe."""
+    output: OutputLog = field(default_factory=OutputLog)
 
 
 class Instance:
@@ -396,6 +398,7 @@ class Instance:
 
     def _on_output_line(self, line: str) -> None:
         self._last_lines.append(line)
+        self._context.output.append(self.name, line)
         self._log.debug("instance_output", line=line)
         if self._gpu_report.read_line(line):
             self._device_reported.set()

@@ -17,6 +17,7 @@ from router.engines.base import ServerRules
 from router.supervisor.clock import Clock, SystemClock
 from router.supervisor.instance import Instance, InstanceContext, SupervisorConfig
 from router.supervisor.kept_process import Claim
+from router.supervisor.output_log import OutputLog
 
 __all__ = ["Supervisor", "SupervisorConfig"]
 
@@ -42,7 +43,10 @@ class Supervisor:
         """`engines`: by kind, one for every kind of instance that will be added."""
         self._config = config
         self._instances: dict[InstanceName, Instance] = {}
-        self._context = InstanceContext(config, clock or SystemClock(), engines, on_change, on_load, is_loading)
+        self.output = OutputLog()
+        """What all instances have written."""
+        clock = clock or SystemClock()
+        self._context = InstanceContext(config, clock, engines, on_change, on_load, is_loading, self.output)
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[Instance, asyncio.Task[None]] = {}
         self._retiring: set[Instance] = set()
