@@ -45,7 +45,7 @@ from tests.proxy.wire import Bench, Wire
 
 _CRASHED = re.compile(rb"HTTP/1\.1 50[02346]")
 """501, 505 and 508 say what is wrong with a request."""
-_EMPTY_LINES = re.compile(rb"^[\r\n]+|(?<!\n)\r\n(?=[A-Z]{3,7} /)")
+_EMPTY_LINES = re.compile(rb"^[\r\n]+|(?:(?<!\n)|(?<=\r\n\r\n))\r\n(?=[A-Z]{3,7} /)")
 _BLANKS = re.compile(rb"(?<=[0-9A-Fa-f])[ \t]+(?=;)")
 """What RFC 9112 asks servers to skip and Go does not: empty lines before a request (2.2), and blanks before the
 extension of a chunk (7.1.1). Both are gone from what is passed on."""
