@@ -123,9 +123,7 @@ async def build(
             apply = _application(controller, context, state_poller, gpus, plan)
             reloader = Reloader(settings, read_settings, lambda changed: check_reload(changed, environment), apply)
             actions = OperatorActions(reloader.answer, reloader.pin, supervisor.output)
-            handlers = ApiHandlers(
-                context, records.metrics, history, actions, keys, hardware.title, records.last_hour
-            )  # fmt: skip
+            handlers = ApiHandlers(context, records.metrics, history, actions, keys, hardware.title, records.last_hour)
             try:
                 controller.post(FootprintsLoaded(footprints.read()))
                 controller.post(reading)

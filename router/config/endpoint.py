@@ -16,6 +16,12 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 11434
 KEY_VARIABLE = f"{ENVIRONMENT_PREFIX}API_KEY"
 """The environment variable with the access key for commands that ask the router."""
+LOCAL_ORIGINS = (
+    *(f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
+      for port in ("", ":*") for scheme in ("http", "https")),
+    "app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*",
+)  # fmt: skip
+"""Origins that Ollama allows by default (`envconfig.AllowedOrigins`, v0.24)."""
 _UNIX_PREFIX = "unix:"
 _KEYS = ("host", "port", "tls_certificate")
 

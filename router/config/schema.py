@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from router.config.endpoint import DEFAULT_HOST, DEFAULT_PORT
+from router.config.endpoint import DEFAULT_HOST, DEFAULT_PORT, LOCAL_ORIGINS
 from router.config.keys import accepts_null, holds_int
 from router.config.parsing import (
     BYTES_PATTERN,
@@ -48,13 +48,6 @@ RESERVED_VARIABLES = {
     "CUDA_DEVICE_ORDER": "GPUs are selected by UUID, so their order does not matter",
 }
 """Variables of a server that the router itself sets, and what to use instead."""
-
-LOCAL_ORIGINS = (
-    *(f"{scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "0.0.0.0")
-      for port in ("", ":*") for scheme in ("http", "https")),
-    "app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*",
-)  # fmt: skip
-"""Origins that Ollama allows by default (`envconfig.AllowedOrigins`, v0.24)."""
 
 _SCALAR_TYPES = ["string", "number", "boolean"]
 
