@@ -85,10 +85,10 @@ chaos: setup  ## real processes on four EMULATED GPUs, 200 streams and every fau
 soak: setup  ## half an hour under load with faults, EMULATED: memory and descriptors stay as they are (ARGS="--minutes 10")
 	$(VENV)/bin/python -m bench.reliability.soak $(ARGS)
 
-overload: setup  ## 2,000 connections that ask ten times what four EMULATED GPUs serve (ARGS="--seconds 30")
+overload: setup  ## 2,000 connections that ask far more than four EMULATED GPUs serve (ARGS="--seconds 30")
 	$(VENV)/bin/python -m bench.reliability.overload $(ARGS)
 
-fuzz: setup  ## a hundred thousand inputs a target, judged by Go where it is there; half an hour (ARGS="--count 10000 --only heads --seed 2")
+fuzz: setup  ## a hundred thousand inputs a target, judged by Go where it is there; an hour (ARGS="--count 10000 --only heads --seed 2")
 	$(VENV)/bin/python -m tests.fuzz.fuzz $(ARGS)
 
 clients: setup real-ollama real-old-ollama client-packages  ## further clients: anthropic, LangChain, LlamaIndex, npm ollama and openai

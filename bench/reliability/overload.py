@@ -1,4 +1,4 @@
-"""Overload: 2,000 connections ask ten times what four EMULATED GPUs can serve.
+"""Overload: 2,000 connections ask far more than four EMULATED GPUs can serve.
 
 `python -m bench.reliability.overload --connections 2000 --seconds 60` runs the router of `bench.reliability.chaos` with
 clients of three priorities that ask again as soon as they are answered, and after the router's `Retry-After`, bounded
