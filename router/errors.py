@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 
+import msgspec
+
+UNREADABLE_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding bytes from outside as JSON may raise: not valid, not of the type, not UTF-8, nested too deeply."""
+
 UNREACHABLE_RETRY_AFTER_SECONDS = 5
 """A server that is down is not back sooner."""
 

@@ -31,7 +31,7 @@ from router.domain.snapshot import Snapshot
 from router.engines.ollama.driver import TEMPORARY_TAG, is_temporary_tag
 from router.engines.ollama.model_listing import key_of
 from router.engines.ollama.rules import KIND as OLLAMA
-from router.errors import InstanceLost, LoopDetected, NoInstance, RouterError
+from router.errors import UNREADABLE_JSON, InstanceLost, LoopDetected, NoInstance, RouterError
 from router.llm_api.errors import JSON
 from router.llm_api.heartbeat_format import refusal
 from router.observability.request_record import RequestRecord
@@ -80,7 +80,7 @@ class AggregatedHandler:
             try:
                 raw, _ = await self._raw(request, view, "/api/version")
                 return str(msgspec.json.decode(raw, type=dict[str, Any]).get("version") or "")
-            except msgspec.MsgspecError as error:
+            except UNREADABLE_JSON as error:
                 failure = failure or InstanceLost(f"{view.spec.name} did not serve /api/version: {error}")
             except RouterError as error:
                 failure = error if failure is None or isinstance(error, LoopDetected) else failure
@@ -172,7 +172,7 @@ class AggregatedHandler:
         raw, _ = await self._raw(request, view, path)
         try:
             rows: list[_Row] = msgspec.json.decode(raw, type=dict[str, Any]).get(field) or []
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE_JSON as error:
             raise InstanceLost(f"{view.spec.name} did not serve {path}: {error}") from error
         return [row for row in rows if not is_temporary_tag(str(row.get("name") or row.get("id")))]
 

@@ -16,7 +16,7 @@ from router.domain.instance import InstanceName
 from router.domain.snapshot import Snapshot
 from router.engines.ollama.rules import KIND as OLLAMA
 from router.engines.openai.servers import KIND as ATTACHED
-from router.errors import BadRequest, ShuttingDown
+from router.errors import UNREADABLE_JSON, BadRequest, ShuttingDown
 
 DRAIN, RESUME, RESTART = "/llamayard/drain", "/llamayard/resume", "/llamayard/restart"
 RELOAD = "/llamayard/reload"
@@ -90,7 +90,7 @@ async def command_body(request: web.BaseRequest) -> bytes:
 def _parsed(body: bytes) -> _Command:
     try:
         command = msgspec.json.decode(body.strip() or b"{}", type=_Command)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE_JSON as error:
         raise BadRequest(f"the body is no command: {error}; {_FORMS}") from error
     if sum((command.gpu is not None, command.instance is not None, command.all)) > 1:
         raise BadRequest(f"the body names more than one of gpu, instance and all; {_FORMS}")

@@ -21,7 +21,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from router.api.context import ApiContext
 from router.api.management_rules import PullWatch
 from router.engines.ollama.model_listing import key_of
-from router.errors import InstanceLost, RouterError, WaitTimeout
+from router.errors import UNREADABLE_JSON, InstanceLost, RouterError, WaitTimeout
 from router.http1.headers import UNBUFFERED
 from router.llm_api.body_reader import ParsedBody, last_value
 from router.llm_api.errors import NDJSON, internal_error
@@ -259,7 +259,7 @@ def _refused(pull: _Pull, record: RequestRecord) -> web.StreamResponse:
 def _decoded(line: bytes) -> _Line:
     try:
         return msgspec.json.decode(line, type=_Line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return _Line(status=line.decode(errors="replace"))
 
 

@@ -25,6 +25,7 @@ from router.engines.ollama.gguf_header import Header, Tensor, read_header
 from router.engines.ollama.gguf_show import active_share, show_reply, tensors_bytes
 from router.engines.ollama.manifest_reader import StoredModel, StoreError, find_model
 from router.engines.ollama.model_metadata import needs_verbose, read_facts
+from router.errors import UNREADABLE_JSON
 from router.lab.emulator.catalogue import MAGIC, catalogue
 
 _ANY_WEIGHTS = "FROM sha256:" + "0" * 64
@@ -150,7 +151,7 @@ def _from_show_reply(path: Path) -> ModelSource:
         saved = msgspec.json.decode(path.read_bytes(), type=_SavedReply)
     except OSError as error:
         raise ModelSourceError(f"{path}: cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE_JSON as error:
         raise ModelSourceError(f"{path}: {expected}: {error}") from error
     if saved.remote_host:
         raise ModelSourceError(f"{path}: is a cloud model, which runs at {saved.remote_host} and takes no memory here")
@@ -173,7 +174,7 @@ def _from_show_reply(path: Path) -> ModelSource:
 def _decoded(value: msgspec.Raw) -> Any:
     try:
         return msgspec.json.decode(value)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return None
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import hdrs
@@ -50,6 +49,7 @@ from router.engines.ollama.instance_plan import (
     PlanError,
     on_demand_like,
     plan_instances,
+    port_of,
     ports_needed,
 )
 from router.gpu.host_memory import host_free_bytes
@@ -212,7 +212,7 @@ def _effects(
     footprints: FootprintStore,
 ) -> Effects:
     def start(spec: InstanceSpec) -> None:
-        ports_in_use = [urlsplit(view.spec.url).port or 0 for view in supervisor.views]
+        ports_in_use = [port_of(view.spec) for view in supervisor.views]
         try:
             (port,) = free_ports(1, avoid=ports_in_use)
         except OSError as error:  # no free port, or no file descriptor to look for one

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from router.engines.ollama.runner_options import RUNNER_OPTION_NAMES
-from router.errors import BadRequest
+from router.errors import UNREADABLE_JSON, BadRequest
 from router.llm_api.body_schema import SCHEMAS, BodySchema, Emptiness, Streaming
 from router.llm_api.json_members import Malformed, Member, TooComplex, fold, scan, text_of
 from router.llm_api.prompt_size import prompt_size
@@ -94,7 +94,7 @@ def longest_text(body: bytes, name: str) -> int:
         return len(body)
     try:
         return max((len(text.encode(errors="replace")) for text in _STRINGS.decode(value)), default=0)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return len(value)
 
 

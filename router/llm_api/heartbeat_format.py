@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from router.errors import RouterError, ServerRefused
+from router.errors import UNREADABLE_JSON, RouterError, ServerRefused
 from router.http1.headers import HeaderLookup
 from router.llm_api.body_reader import ParsedBody
 from router.llm_api.errors import JSON, NDJSON, SSE, Api, api_of, error_reply, stream_error
@@ -118,5 +118,5 @@ def _message_of(body: bytes) -> str:
         if bytes(raw).lstrip().startswith(b'"'):
             return msgspec.json.decode(raw, type=str)
         return msgspec.json.decode(raw, type=_ErrorObject).message
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE_JSON:
         return body.decode(errors="replace").strip()

@@ -546,8 +546,10 @@ def refuse_model(key: AccessKey | None, model: str) -> None:
     raise Forbidden(f"key '{key.name}' may not use model '{model}'")
 
 
-def unload_reply(path: str, model: str, now: datetime) -> dict[str, object]:
+def unload_reply(path: str, model: str, now: datetime, done_reason: str = "unload") -> dict[str, object]:
     """An Ollama server's reply to a request that unloads, whether the model is loaded, busy or neither.
+
+    The same to one that only loads, with `load` as `done_reason`.
 
     The router gives it itself, because a server that was asked would unload without the router's knowledge.
     """
@@ -557,7 +559,7 @@ def unload_reply(path: str, model: str, now: datetime) -> dict[str, object]:
         return {"embedding": []}
     created_at = now.isoformat().replace("+00:00", "Z")
     content = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
-    return {"model": model, "created_at": created_at, **content, "done": True, "done_reason": "unload"}
+    return {"model": model, "created_at": created_at, **content, "done": True, "done_reason": done_reason}
 
 
 def _parse(path: str, content_type: str, body: bytes) -> ParsedBody:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from router.errors import UNREADABLE_JSON
+
 TOKENS_MAX = 200_000
 """Members of the object plus brackets inside its values, for bodies that need the slow scanner; about 0.1 s of work."""
 
@@ -89,7 +91,7 @@ def decode_members(body: bytes) -> dict[str, msgspec.Raw] | None:
     """The members by key, of equal keys the last, in one pass; None if it is no object that the C decoder accepts."""
     try:
         return _DECODER.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from router.errors import UNREADABLE_JSON
+
 EXACT_BYTES = 16_384
 """A shorter value can hardly contain an image, so the size of its JSON is used."""
 
@@ -32,7 +34,7 @@ def prompt_size(body: bytes, start: int, end: int) -> int:
         return size
     try:
         return size - sum(_media_bytes(message) for message in _DECODER.decode(memoryview(body)[start:end]))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return size
 
 

@@ -38,6 +38,7 @@ class EngineCall:
             BadRequest: the request cannot be translated.
         """
         self._request = request
+        self.requested_model = request.requested_model
         self.model = facts
         self._head = head
         self._head_facts = head_facts
@@ -84,14 +85,6 @@ class EngineCall:
         translator = ReplyTranslator(translation.shape, self._request.requested_model, _now, clock)
         is_pooled = body_bytes <= _POOLED_BYTES_MAX
         return TranslatedConnection(connection, translator, wants_stream=translation.streams, is_pooled=is_pooled)
-
-    def loaded_reply(self) -> dict[str, object]:
-        """An Ollama server's reply to a request that only loads."""
-        content = {"response": ""} if self._head_facts.path == "/api/generate" else {}
-        if self._head_facts.path == "/api/chat":
-            content = {"message": {"role": "assistant", "content": ""}}
-        model = self._request.requested_model
-        return {"model": model, "created_at": _now(), **content, "done": True, "done_reason": "load"}
 
 
 def _now() -> str:

@@ -6,6 +6,7 @@ classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -13,8 +14,10 @@ import msgspec
 from router.domain.actions import Grant, Reject
 from router.domain.events import UnloadRequested
 from router.domain.health import ReplyFailure
+from router.domain.instance import InstanceView
 from router.domain.model import ModelFacts
 from router.engines.ollama.rules import KIND as OLLAMA
+from router.engines.openai.servers import OPTIONAL_PATHS
 from router.errors import RouterError
 from router.http1.response_writer import LocalResponse
 from router.llm_api.body_reader import parse_body
@@ -26,27 +29,25 @@ from router.proxy.exchange import RESOLVING, ProxyExchange
 from router.proxy.streaming_upload import StreamingUpload
 from router.proxy.upstream_pool import UpstreamConnection
 
-_OPTIONAL_PATHS = frozenset(("/v1/responses", "/v1/messages"))
-"""Which a server with OpenAI's API may lack."""
-
 
 class EngineExchange(ProxyExchange):
     """As `ProxyExchange`, for models of any engine."""
 
     _call: EngineCall | None = None
-    """How the server is asked, where that is not Ollama."""
+    """How the server is asked, where that is not Ollama; until its reply begins."""
+    _is_elsewhere = False
+    """Whether that server is not Ollama."""
 
     # --- what it asks for ------------------------------------------------------------------------------------
 
-    def _check_support(self) -> None:
+    async def _query_support(self, view: InstanceView | None) -> None:
         """Only Ollama servers are asked beforehand, whatever their models."""
         if not self._facts.is_form:
-            parsed = self._parsed or parse_body(self._body, self._facts.path)
-            self._parsed = parsed
-            if self._engine_model(parsed.model or "") is not None:
+            self._parsed = self._parsed or parse_body(self._body, self._facts.path)
+            if self._engine_model(self._parsed.model or "") is not None:
                 self._resolve()
                 return
-        super()._check_support()
+        await super()._query_support(view)
 
     def _engine_model(self, name: str) -> ModelFacts | None:
         """The model of another server that the name, or the alias, means."""
@@ -55,7 +56,7 @@ class EngineExchange(ProxyExchange):
         return engines.known(self._context.rules.substitutes.target(name) or name) if name else None
 
     def _plan(self, request: InferenceRequest, facts: ModelFacts) -> None:
-        self._call = None
+        self._call, self._is_elsewhere = None, facts.engine != OLLAMA
         if facts.engine == OLLAMA:
             super()._plan(request, facts)
             return
@@ -72,7 +73,7 @@ class EngineExchange(ProxyExchange):
         except RouterError as error:
             self._refuse(error)
             return
-        if path in _OPTIONAL_PATHS:
+        if path in OPTIONAL_PATHS:
             self._phase = RESOLVING
             self._start(self._submit_if_supported(request, facts))
         else:
@@ -107,7 +108,8 @@ class EngineExchange(ProxyExchange):
         self._record.instance = decision.instance
         self._record.granted_at = self._context.controller.now()
         if call.is_load_only:
-            self._answer(call.loaded_reply())
+            path, model = self._facts.path, call.requested_model
+            self._answer(unload_reply(path, model, datetime.now(UTC), "load"))
             return
         self._body = call.aim(engines.target(decision.instance, call.model))
         self._connect(decision.url)
@@ -122,6 +124,10 @@ class EngineExchange(ProxyExchange):
             return super()._head_for(url, body_bytes)
         return self._call.head(self._context.pool.authority(url), self._context.via.header(), body_bytes)
 
+    def response_begins(self) -> Mapping[str, str]:
+        self._call = None  # it holds the request's body
+        return super().response_begins()
+
     # --- endings ---------------------------------------------------------------------------------------------
 
     def _finish(
@@ -133,7 +139,7 @@ class EngineExchange(ProxyExchange):
         failure: ReplyFailure | None = None,
     ) -> None:
         reply = self._reply
-        if self._call is not None and failure is None and reply is not None and reply.error_code:
+        if self._is_elsewhere and failure is None and reply is not None and reply.error_code:
             failure = ReplyFailure.ERROR  # an error within a stream that the server ended as it should
         super()._finish(status, runner_lost=runner_lost, silent_seconds=silent_seconds, failure=failure)
 

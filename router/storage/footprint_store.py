@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from router.domain.footprint import FootprintKey, MeasuredFootprint
+from router.errors import UNREADABLE_JSON
 
 
 class FootprintStore:
@@ -27,7 +28,7 @@ class FootprintStore:
         """Returns the stored footprints; none if the file is missing or unreadable."""
         try:
             entries = msgspec.json.decode(self._path.read_bytes(), type=list[MeasuredFootprint])
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except (OSError, *UNREADABLE_JSON):
             return ()
         self._entries = {entry.key: entry for entry in entries}
         return tuple(entries)

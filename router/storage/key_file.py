@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from router.domain.access_key import AccessKey
+from router.errors import UNREADABLE_JSON
 
 KEYS_MAX = 10_000
 _MODE = 0o600
@@ -79,7 +80,7 @@ class KeyFile:
             raise KeyFileError(f"{self.path}: others may read or write it: run `chmod 600 {self.path}`")
         try:
             keys = tuple(msgspec.json.decode(raw, type=_Document).keys)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE_JSON as error:
             raise KeyFileError(f"{self.path}: not a file of `llamayard keys`: {error}") from error
         _check(self.path, keys)
         return keys

@@ -254,6 +254,8 @@ async def test_generate_embed_and_the_commands_empty_requests(tmp_path: Path) ->
         count = len(server.asked)
         loaded = (await _post(product, "/api/generate", {"model": _NAME})).json()
         assert (loaded["done"], loaded["done_reason"], loaded["response"]) == (True, "load", "")
+        embedded = (await _post(product, "/api/embed", {"model": _NAME})).json()
+        assert embedded == {"model": _NAME, "embeddings": []}
         unloaded = (await _post(product, "/api/chat", {"model": _NAME, "messages": [], "keep_alive": 0})).json()
         assert unloaded["done_reason"] == "unload"
         assert len(server.asked) == count

@@ -17,7 +17,7 @@ from router.domain.events import LoadedModel
 from router.domain.measured_speed import MeasuredSpeed
 from router.engines.base import EngineError
 from router.engines.ollama.http_get import CONNECT_SECONDS, KeptConnections, is_plain
-from router.errors import InstanceLost, InstanceUnreachable
+from router.errors import UNREADABLE_JSON, InstanceLost, InstanceUnreachable
 
 UNREACHABLE = 502
 """Status of an error of the client itself: no connection, or it was lost."""
@@ -274,12 +274,12 @@ def _read(call: str, status: int, raw: bytes, kind: type[_T]) -> _T:
         return cast("_T", raw)
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE_JSON as error:
         raise OllamaError(UNREACHABLE, f"{call}: unreadable answer: {error}") from error
 
 
 def _error_message(raw: bytes) -> str:
     try:
         return msgspec.json.decode(raw, type=_Error).error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return ""

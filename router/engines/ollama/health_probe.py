@@ -15,7 +15,7 @@ import msgspec
 
 from router.engines.base import NotAsked, ProbeFailed
 from router.engines.ollama.http_get import Reply, get_once, is_plain
-from router.errors import is_out_of_descriptors
+from router.errors import UNREADABLE_JSON, is_out_of_descriptors
 
 _PATH = "/api/version"
 
@@ -42,7 +42,7 @@ async def probe_version(url: str, timeout_seconds: float, headers: Mapping[str, 
         return _version(msgspec.json.decode(raw))
     except TimeoutError as error:
         raise ProbeFailed(f"{url}{_PATH} does not answer within {timeout_seconds:g} s") from error
-    except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (aiohttp.ClientError, OSError, *UNREADABLE_JSON) as error:
         if is_out_of_descriptors(error):
             raise NotAsked(f"{url}{_PATH}: {error}") from error
         raise ProbeFailed(f"{url}{_PATH}: {error}") from error
@@ -59,7 +59,7 @@ async def _get_with_library(url: str, headers: Mapping[str, str]) -> Reply:
 
 def _error(body: bytes) -> str:
     """A server's or a router's own words, where there are any."""
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+    with contextlib.suppress(*UNREADABLE_JSON):
         return ": " + msgspec.json.decode(body, type=_ErrorReply).error[:_ERROR_CHARACTERS]
     return ""
 

@@ -17,6 +17,7 @@ from router.domain.model import BlobDigest, ModelFacts
 from router.engines.ollama.client import ShowReply, TagRow, TensorRow
 from router.engines.ollama.ggml_types import tensor_bytes
 from router.engines.ollama.runner_options import runner_parameters
+from router.errors import UNREADABLE_JSON
 
 _T = TypeVar("_T")
 _Info = Mapping[str, msgspec.Raw]
@@ -140,7 +141,7 @@ def _value(info: _Info, key: str, kind: type[_T]) -> _T | None:
         return None
     try:
         return msgspec.json.decode(raw, type=kind | None)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return None
 
 

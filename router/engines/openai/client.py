@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from router.engines.base import NotAsked, ProbeFailed
-from router.errors import is_out_of_descriptors
+from router.errors import UNREADABLE_JSON, is_out_of_descriptors
 
 _MODELS = "/v1/models"
 _ERROR_CHARACTERS = 300
@@ -48,7 +48,7 @@ async def listed_models(url: str, headers: Mapping[str, str], timeout_seconds: f
         return tuple(row.id for row in msgspec.json.decode(raw, type=_Models).data)
     except TimeoutError as error:
         raise ProbeFailed(f"{where} does not answer within {timeout_seconds:g} s") from error
-    except msgspec.MsgspecError as error:
+    except UNREADABLE_JSON as error:
         raise ProbeFailed(f"{where} does not list models as OpenAI's API does: {error}") from error
     except (aiohttp.ClientError, OSError) as error:
         if is_out_of_descriptors(error):

@@ -17,11 +17,8 @@ from router.domain.model import ModelFacts
 from router.engines.base import ProbeFailed
 from router.engines.openai.client import has_path, listed_models
 from router.engines.openai.rules import AttachedRules
-from router.engines.openai.servers import AttachedModels, AttachedServer
+from router.engines.openai.servers import OPTIONAL_PATHS, AttachedModels, AttachedServer
 from router.errors import InstanceLost
-
-_OPTIONAL = ("/v1/responses", "/v1/messages")
-"""Paths that such a server may lack."""
 
 
 class Silent:
@@ -54,7 +51,7 @@ class AttachedEndpoints:
         self._known: dict[tuple[str, str], bool] = {}
 
     def known(self, view: InstanceView, path: str) -> bool | None:
-        return self._known.get((view.spec.url, path)) if path in _OPTIONAL else True
+        return self._known.get((view.spec.url, path)) if path in OPTIONAL_PATHS else True
 
     async def has(self, view: InstanceView, path: str) -> bool:
         known = self.known(view, path)

@@ -15,6 +15,8 @@ from router.engines.base import EngineTarget, RepeatPenalty
 
 KIND = "openai"
 """Of the engine, whatever the server is."""
+OPTIONAL_PATHS = frozenset(("/v1/responses", "/v1/messages"))
+"""Which a server with OpenAI's API may lack."""
 
 DIALECTS: Mapping[str, RepeatPenalty] = {
     "openai": None,

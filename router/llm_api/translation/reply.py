@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
+from router.errors import UNREADABLE_JSON
 from router.llm_api.translation.events import EventReader
 from router.llm_api.translation.request import ReplyShape
 
@@ -101,7 +102,7 @@ def error_text(body: bytes) -> str:
     """The message of an error reply: `{"error": {"message": …}}`, `{"error": …}`, `{"message": …}`, `{"detail": …}`."""
     try:
         decoded: object = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE_JSON:
         return body.decode(errors="replace").strip() or _NO_MESSAGE
     return _message_of(decoded) or _NO_MESSAGE
 
@@ -168,7 +169,7 @@ class ReplyTranslator:
     def _event(self, data: bytes, lines: list[bytes]) -> None:
         try:
             event = _decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNREADABLE_JSON as error:
             raise BadReply(f"an event of the stream is not as in OpenAI's API: {error}") from error
         if event.usage is not None:
             self._usage = event.usage
@@ -242,7 +243,7 @@ class ReplyTranslator:
             if self._shape in (ReplyShape.EMBED, ReplyShape.EMBEDDINGS):
                 return self._embedded(msgspec.json.decode(body, type=_Embeddings))
             completion = _decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNREADABLE_JSON as error:
             raise BadReply(f"the reply is not as in OpenAI's API: {error}") from error
         if not completion.choices:
             raise BadReply(error_text(body) if completion.has_error else "the reply has no choices")
@@ -303,7 +304,7 @@ def _ollama_calls(calls: Any) -> list[Object]:
     for index, (identity, name, text) in enumerate(calls):
         try:
             arguments = msgspec.json.decode(text or "{}", type=Object)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE_JSON as error:
             raise BadReply(f"the model called {name!r} with arguments that are no JSON object: {text[:200]}") from error
         call: Object = {"function": {"index": index, "name": name, "arguments": arguments}}
         found.append({"id": identity, **call} if identity else call)

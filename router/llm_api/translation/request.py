@@ -16,7 +16,7 @@ from typing import Any, cast
 import msgspec
 
 from router.engines.base import EngineTarget, RepeatPenalty
-from router.errors import BadRequest
+from router.errors import UNREADABLE_JSON, BadRequest
 from router.llm_api.json_members import fold
 from router.llm_api.translation.images import data_url
 
@@ -281,7 +281,7 @@ def _object(body: bytes) -> Object:
     """The body's members, by lower-case names: an Ollama server reads them without regard to case."""
     try:
         decoded: object = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE_JSON as error:
         raise BadRequest(f"the body is no JSON: {error}") from error
     return {fold(name): value for name, value in _mapping(decoded, "the body").items()}
 
