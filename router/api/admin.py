@@ -13,6 +13,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from router import __version__
 from router.admission.key_ring import KeyStore
 from router.api import logs, model_commands, operator_commands, pins
+from router.api.attached_models import is_of_attached_engine
 from router.api.context import ApiContext
 from router.api.explain import explain
 from router.api.operator_actions import OperatorActions
@@ -171,6 +172,7 @@ def _instance(snapshot: Snapshot, view: InstanceView) -> dict[str, Any]:
         "url": spec.url,
         "gpus": list(spec.gpus),
         "attached": spec.attached,
+        "engine": spec.engine,
         "num_parallel": spec.num_parallel,
         "context_length": spec.context_length,
         "kv_cache_type": spec.kv_cache_type,
@@ -201,6 +203,7 @@ def _model(snapshot: Snapshot, residency: Residency) -> dict[str, Any]:
         "idle_seconds": round(snapshot.now - residency.used_at, 1) if residency.is_idle else 0.0,
         "expires_in_seconds": None if residency.expires_at is None else round(residency.expires_at - snapshot.now, 1),
         "pin": pin_document(snapshot, residency.name),
+        "always_loaded": is_of_attached_engine(residency.model),
         "reason": residency.reason,
     }
 

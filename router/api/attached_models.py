@@ -11,10 +11,16 @@ from typing import Any
 from router.api.context import ApiContext
 from router.domain.instance import InstanceView
 from router.domain.model import ModelFacts
+from router.engines.ollama.rules import KIND as OLLAMA
 
 _Row = dict[str, Any]
 _LONG_AGO = "1970-01-01T00:00:00Z"
 """Clients parse the time of a model's last change, which nobody knows here."""
+
+
+def is_of_attached_engine(facts: ModelFacts) -> bool:
+    """Whether a server that is not Ollama, and that the router does not start, has the model loaded all the time."""
+    return facts.engine != OLLAMA and not facts.is_shared
 
 
 def listed_rows(context: ApiContext, field: str) -> list[_Row]:

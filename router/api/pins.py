@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from router.api.attached_models import is_of_attached_engine
 from router.api.context import ApiContext
 from router.api.operator_commands import gpu_named
 from router.domain.client_identity import ClientIdentity
@@ -74,8 +75,11 @@ async def _model(context: ApiContext, written: str, *, must_exist: bool) -> str:
     """The shortest name of the model that the router would serve under that name."""
     body = json.dumps({"model": written, "messages": [{"role": "user", "content": "?"}]}).encode()
     request = read_request(context.rules, "/api/chat", body, lambda _: None, ClientIdentity())
-    if must_exist and await context.find_model(request.model) is None:
+    facts = await context.find_model(request.model) if must_exist else None
+    if must_exist and facts is None:
         raise ModelNotFound(f"model '{request.model}' not found: see `ollama list`, or pull it")
+    if facts is not None and is_of_attached_engine(facts):
+        raise BadRequest(f"model '{request.model}' is served by an attached server, which decides where it runs")
     try:
         return shortest(request.model)
     except ValueError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from router.app.fleet_checks import check_fleet, models_with_rules
 from router.app.hardware import EmulatedMachine, instance_plan, temporary_emulator
+from router.app.other_engines import attached_servers
 from router.app.warm_models import WarmModel, warm_together
 from router.config.settings import ConfigError, Settings
 from router.domain.gpu import Gpu
@@ -61,6 +62,7 @@ def check_machine(
 ) -> PreflightResult:
     """Checks everything that the configuration says about GPUs and about models on them."""
     try:
+        attached_servers(settings)  # reads the files of their keys
         if settings.rig is not None:
             with temporary_emulator(settings, settings.rig, environment) as rig:
                 return _check(settings, _emulated(rig))

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from router.app.access_keys import has_keys
 from router.app.machine_survey import MachineSurvey, models_in, survey
@@ -27,6 +28,7 @@ from router.domain.model_names import shortest
 
 DEFAULT_FILE = Path("llamayard.yaml")
 _MODELS_SHOWN = 8
+_Answer = TypeVar("_Answer")
 Ask = Callable[[str, str], str]
 """Question and default -> answer; the default for an empty line."""
 
@@ -103,14 +105,34 @@ def ask_choices(found: MachineSurvey, preset: _Preset, ask: Ask, environment: Ma
     Raises:
         ConfigError: an answer cannot be used.
     """
-    port = _port(preset.port or ask("Port for clients (Ollama's own is 11434)", str(found.free_port)))
-    for_others = _yes_or_no(ask("May other machines use it, with access keys? (yes/no)", "no"))
+    port = (
+        _port(preset.port)
+        if preset.port
+        else _asked(ask, "Port for clients (Ollama's own is 11434)", str(found.free_port), _port)
+    )
+    for_others = _asked(ask, "May other machines use it, with access keys? (yes/no)", "no", _yes_or_no)
     store, models = found.store, found.models
     if preset.rig is None:
         store = absolute(Path(ask("Folder of the models", str(found.store))), home_of(environment))
         models = models if store == found.store else tuple(models_in(store))
-    warm = _model(ask(_warm_question(models), ""), models) if models else ""
+    warm = _asked(ask, _warm_question(models), "", lambda text: _model(text, models)) if models else ""
     return Choices(port, for_others, store if preset.rig is None else None, warm, preset.rig)
+
+
+def _asked(ask: Ask, question: str, default: str, read: Callable[[str], _Answer]) -> _Answer:
+    """The answer, asked for until it can be used.
+
+    Raises:
+        ConfigError: not even the default can be used.
+    """
+    while True:
+        answer = ask(question, default)
+        try:
+            return read(answer)
+        except ConfigError as error:
+            if answer == default:
+                raise
+            print_problems(error.problems)
 
 
 def _warm_question(models: tuple[str, ...]) -> str:

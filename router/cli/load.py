@@ -75,7 +75,7 @@ def _load(client: RouterClient, model: str, tokens: int | None, settings: Settin
     seconds = round(time.monotonic() - started, 1)
     served_by, answered = headers.get("x-llamayard-instance", ""), headers.get("x-llamayard-model", model)
     rows = rows_of(loaded_models(client.get("/llamayard/status")), answered)
-    row = next((row for row in rows if row["instance"] == served_by), None)
+    row = next((row for row in rows if row["instance"] == served_by or row["always_loaded"]), None)
     if row is None:
         raise StatusError(
             f"{model} was loaded on {served_by or 'an instance'}, and has left it since: llamayard status"
@@ -118,6 +118,8 @@ def progress_of(status: Mapping[str, Any], model: str) -> str:
 
 
 def _text(row: Mapping[str, Any]) -> str:
+    if row["always_loaded"]:
+        return f"{row['model']}: on {where(row)}, an attached server, which has it loaded; slots {row['slots']}"
     size = f"{row['size_bytes'] / GIB:.1f} GiB"
     first = f"{row['model']}: on {where(row)}, context {row['context_length']}, slots {row['slots']}, {size}"
     return f"{first}, in {row['seconds']:.1f} s\n  reason: {row['reason']}"

@@ -17,7 +17,11 @@ def loaded_models(status: Mapping[str, Any]) -> list[dict[str, Any]]:
         str(view["name"]): [indexes.get(str(uuid), str(uuid)) for uuid in view.get("gpus") or ()]
         for view in status.get("instances") or ()
     }
-    rows = [_model(row, gpus.get(str(row["instance"]), [])) for row in status.get("models") or ()]
+    attached = {str(view["name"]) for view in status.get("instances") or () if view.get("attached")}
+    rows = [
+        _model(row, gpus.get(str(row["instance"]), []), is_attached=str(row["instance"]) in attached)
+        for row in status.get("models") or ()
+    ]
     return sorted(rows, key=lambda row: (row["model"], row["instance"]))
 
 
@@ -33,11 +37,13 @@ def _shortest(name: str) -> str:
         return name
 
 
-def _model(row: Mapping[str, Any], gpus: list[str]) -> dict[str, Any]:
+def _model(row: Mapping[str, Any], gpus: list[str], *, is_attached: bool) -> dict[str, Any]:
     return {
         "model": row["name"],
         "instance": row["instance"],
         "gpus": gpus,
+        "attached": is_attached,
+        "always_loaded": bool(row.get("always_loaded")),
         "state": row["state"],
         "size_bytes": row.get("size_bytes") or sum(row.get("per_gpu_bytes") or ()),
         "in_flight": row["in_flight"],
@@ -56,6 +62,8 @@ def is_kept_warm(row: Mapping[str, Any]) -> bool:
 
 
 def where(row: Mapping[str, Any]) -> str:
-    """`gpu0+gpu1 (GPU 0, 1)`; `cpu (CPU)`."""
+    """`gpu0+gpu1 (GPU 0, 1)`; `cpu (CPU)`; `box2`, whose GPUs are not known here."""
+    if row["attached"] and not row["gpus"]:
+        return str(row["instance"])
     gpus = f"GPU {', '.join(row['gpus'])}" if row["gpus"] else "CPU"
     return f"{row['instance']} ({gpus})"

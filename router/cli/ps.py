@@ -56,7 +56,7 @@ def pin_text(pin: Row) -> str:
 _COLUMNS = (
     Column("MODEL", lambda row: str(row["model"]), is_elastic=True),
     Column("SIZE", _size),
-    Column("GPU", lambda row: ", ".join(row["gpus"]) or "CPU"),
+    Column("GPU", lambda row: ", ".join(row["gpus"]) or ("-" if row.get("attached") else "CPU")),
     Column("INSTANCE", lambda row: str(row["instance"]), is_elastic=True),
     Column("STATE", lambda row: str(row["state"])),
     Column("SLOTS", lambda row: f"{row['in_flight']}/{row['slots']}"),

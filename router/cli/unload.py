@@ -55,7 +55,7 @@ def unload(client: RouterClient, model: str, pause: Callable[[], object], now: C
 
 
 def _leaves_soon(row: Mapping[str, Any]) -> bool:
-    return not row["in_flight"] and not is_kept_warm(row)
+    return not row["in_flight"] and not is_kept_warm(row) and not row["always_loaded"]
 
 
 def _text(result: Mapping[str, Any]) -> str:
@@ -66,6 +66,8 @@ def _text(result: Mapping[str, Any]) -> str:
             lines.append(f"{model}: leaves {where(row)} when its running requests ({row['in_flight']}) have ended")
         elif is_kept_warm(row):
             lines.append(f"{model}: stays on {where(row)}: models.{model}.keep_warm")
+        elif row["always_loaded"]:
+            lines.append(f"{model}: stays on {where(row)}: an attached server decides itself what it has loaded")
         else:
             lines.append(f"{model}: still on {where(row)} ({row['state']}): see llamayard status")
     return "\n".join(lines) or f"{model}: is not loaded"

@@ -122,11 +122,15 @@ def test_the_folder_of_the_models_is_asked_for(tmp_path: Path) -> None:
     assert load_settings(tmp_path / "c.yaml", _home(tmp_path)).ollama.models == tmp_path / "my models"
 
 
-def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
-    answers = [("Port for clients", ""), ("May other machines", ""), ("A model to keep loaded", "other")]
+def test_what_cannot_be_used_is_asked_for_again(tmp_path: Path) -> None:
+    answers = [
+        ("Port for clients", "99999"), ("99999: must be a number from 0 to 65535", ""),
+        ("May other machines", "maybe"), ("maybe: answer yes or no", "no"),
+        ("A model to keep loaded", "other"), ("other:latest is not among the models", "llama3.1:8b"),
+    ]  # fmt: skip
     code, shown = _asked(tmp_path, ["--rig", _rig(tmp_path)], answers)
-    assert (code, "other:latest is not among the models" in shown) == (2, True)
-    assert not (tmp_path / "c.yaml").exists()
+    assert code == 0, shown
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["models"] == {"llama3.1:8b": {"keep_warm": True}}
 
 
 @pytest.mark.parametrize("store", [None, Path("/a/b c"), Path("/models: x # y"), Path('/quo"te')])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from router.cli.main import main
 from tests.support.openai_server import (
     HELLO,
     OWN_NAME,
@@ -308,3 +310,35 @@ async def test_ollamas_models_are_served_as_before(tmp_path: Path) -> None:
         assert lines[-1]["done"] is True
         assert server.asked == []
         assert (await _post(product, "/api/chat", {**_ASKED, "model": "nobody"})).status == 404
+
+
+async def test_commands_say_that_an_attached_server_keeps_its_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: str) -> tuple[int, str]:
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        code = main([*arguments, "--config", str(product.config)], environment)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    async with openai_server() as server, _routed(tmp_path, _config(server)) as product:
+        code, said = await asyncio.to_thread(command, "load", _NAME)
+        assert (code, "on box2, an attached server, which has it loaded" in said) == (0, True), said
+        code, said = await asyncio.to_thread(command, "unload", _NAME)
+        assert (code, "stays on box2: an attached server decides" in said) == (1, True), said
+        code, said = await asyncio.to_thread(command, "pin", _NAME, "0")
+        assert (code, "attached server, which decides where it runs" in said) == (1, True), said
+        code, said = await asyncio.to_thread(command, "ps")
+        assert "CPU" not in said
+        assert server.asked == []
+
+
+async def test_a_key_file_that_is_missing_is_a_problem_of_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with openai_server() as server:
+        config = _config(server, api_key_file=str(tmp_path / "none"))
+    (tmp_path / "c.yaml").write_text(json.dumps({**config, "rig": "3090"}), encoding="utf-8")
+    code = main(["check-config", "--config", str(tmp_path / "c.yaml")], {"HOME": str(tmp_path), "PATH": ""})
+    captured = capsys.readouterr()
+    assert (code, "api_key_file" in captured.out + captured.err) == (2, True)
