@@ -138,11 +138,11 @@ async def test_an_error_of_the_client_is_no_failure_of_the_server() -> None:
         assert (len(stage.upstream.turns), stage.controller.failures) == (1, [])
 
 
-async def test_a_server_that_cannot_be_reached_is_lost() -> None:
+async def test_a_server_that_cannot_be_reached_is_none() -> None:
     async with staged() as stage:
         stage.controller.urls = ["http://127.0.0.1:1"]
         reply = await call(stage.address, "POST", "/v1/completions", _ASK)
-        assert (reply.status, reply.json()["error"]["code"]) == (502, "instance_lost")
+        assert (reply.status, reply.json()["error"]["code"]) == (503, "no_instance")
         assert len(stage.controller.lost) == 3
         assert stage.request_log.entries[0][0].retry_reasons == ("unreachable", "unreachable")
         await rests(stage)
