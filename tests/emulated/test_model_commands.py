@@ -58,7 +58,12 @@ def test_load_tells_where_the_model_went_and_unload_takes_it_away(product: Produ
     rows = {row["model"]: row for row in _json(product, capsys, "ps")["models"]}
     assert rows["llama3.3:70b"]["gpus"] == ["0", "1"]
     assert rows["llama3.3:70b"]["expires_in_seconds"] is None
-    assert rows["nomic-embed-text:latest"]["pin"] == {"gpus": ["1"], "layout": "auto", "keep_warm": True}
+    assert rows["nomic-embed-text:latest"]["pin"] == {
+        "gpus": ["1"],
+        "layout": "auto",
+        "keep_warm": True,
+        "origin": "configuration",
+    }
     assert _run(product, capsys, "unload", "big")[:2] == (0, "llama3.3:70b: unloaded from gpu0+gpu1 (GPU 0, 1)\n")
     assert _models(product) == {"nomic-embed-text:latest"}
     assert _run(product, capsys, "unload", "big")[:2] == (0, "llama3.3:70b: is not loaded\n")

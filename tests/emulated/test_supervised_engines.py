@@ -61,6 +61,10 @@ def _engines(product: Product) -> list[psutil.Process]:
     return [p for p in product.processes() if _PROGRAM in p.cmdline()]
 
 
+async def _nothing_is_loaded(product: Product) -> bool:
+    return (await call(product.address, "GET", "/api/ps")).json()["models"] == []
+
+
 async def test_the_first_request_starts_the_server_and_an_unload_ends_it(tmp_path: Path) -> None:
     async with _routed(tmp_path, _config("--start-seconds", "1", gpus=[0, 1])) as product:
         assert _engines(product) == []
@@ -75,7 +79,7 @@ async def test_the_first_request_starts_the_server_and_an_unload_ends_it(tmp_pat
         reply = await call(product.address, "POST", "/api/generate", {"model": _BIG, "keep_alive": 0})
         assert reply.json()["done_reason"] == "unload"
         await eventually(lambda: not _engines(product))
-        assert (await call(product.address, "GET", "/api/ps")).json()["models"] == []
+        await eventually(lambda: _nothing_is_loaded(product))
 
 
 async def test_it_and_ollamas_models_make_room_for_each_other(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_model_that_fits_on_no_set_is_refused_with_the_bytes_and_nothing_is_st
     refused = two.endings[two.arrive(sized("huge", 2 * GPU_BYTES + 2))]
     assert isinstance(refused, Reject)
     assert (refused.code, two.starting) == ("model_too_large", [])
-    assert "needs 25 bytes" in refused.message
+    assert "gpu0: GPU 0 needs " in refused.message
 
 
 def test_a_pinned_model_goes_to_its_gpus_and_no_other() -> None:
