@@ -136,6 +136,18 @@ class ApiContext:
         await self._until(lambda snapshot: bool(_primaries(snapshot)), may_be_primary)
         return self.primary()
 
+    async def required_model(self, name: str) -> ModelFacts:
+        """Facts of a model for an operator.
+
+        Raises:
+            ModelNotFound: no server has it.
+            NoInstance, EngineError: as `find_model`.
+        """
+        facts = await self.find_model(name)
+        if facts is None:
+            raise ModelNotFound(f"model '{name}' not found: see `ollama list`, or pull it")
+        return facts
+
     async def find_model(self, name: str) -> ModelFacts | None:
         """Facts of a model; None only where no server has it.
 

@@ -12,7 +12,7 @@ from router.domain.context_length import parse_context_length
 from router.domain.explanation import CandidateReport, Explanation
 from router.domain.gpu import GpuUuid
 from router.domain.snapshot import Snapshot
-from router.errors import BadRequest, ModelNotFound
+from router.errors import BadRequest
 from router.llm_api.inference_request import InferenceRequest, read_request
 from router.scheduler.placement.explain import gpu_label
 
@@ -31,9 +31,7 @@ async def explain(context: ApiContext, query: Mapping[str, str]) -> dict[str, An
         RouterError: a server that may have it is down, or the model is a cloud model.
     """
     request = imagined_request(context, query)
-    facts = await context.find_model(request.model)
-    if facts is None:
-        raise ModelNotFound(f"model '{request.model}' not found: see `ollama list`, or pull it")
+    facts = await context.required_model(request.model)
     request.plan_for(facts)
     controller = context.controller
     ticket = request.ticket(controller.new_ticket_id(), controller.now(), context.limits.queue_timeout_seconds)

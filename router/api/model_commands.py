@@ -20,7 +20,7 @@ from router.domain.events import UnloadRequested
 from router.domain.model import ModelFacts
 from router.domain.request import Ticket
 from router.domain.snapshot_index import replicas_of
-from router.errors import BadRequest, Forbidden, ModelNotFound
+from router.errors import UNREADABLE_JSON, BadRequest, Forbidden
 from router.observability.request_record import RequestRecord
 
 LOAD, UNLOAD = "/llamayard/load", "/llamayard/unload"
@@ -46,9 +46,7 @@ async def run_model_command(context: ApiContext, body: bytes, record: RequestRec
     if command.context is not None:
         query["context"] = str(command.context)
     request = imagined_request(context, query, ClientIdentity(client=record.client, key=record.key))
-    facts = await context.find_model(request.model)
-    if facts is None:
-        raise ModelNotFound(f"model '{request.model}' not found: see `ollama list`, or pull it")
+    facts = await context.required_model(request.model)
     record.model = facts.name
     if record.route == UNLOAD:
         return _unload(context, facts, record)
@@ -62,7 +60,7 @@ async def run_model_command(context: ApiContext, body: bytes, record: RequestRec
 def _parsed(body: bytes) -> _Command:
     try:
         command = msgspec.json.decode(body.strip() or b"{}", type=_Command)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE_JSON as error:
         raise BadRequest(f"the body is no command: {error}; {_FORM}") from error
     if not command.model.strip():
         raise BadRequest(f"model: missing; {_FORM}")

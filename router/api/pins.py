@@ -5,7 +5,6 @@ Also how pins are shown in the status document.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,12 @@ import msgspec
 
 from router.api.attached_models import is_of_attached_engine
 from router.api.context import ApiContext
+from router.api.explain import imagined_request
 from router.api.operator_commands import gpu_named
-from router.domain.client_identity import ClientIdentity
 from router.domain.model_names import shortest
 from router.domain.policy import Pin
 from router.domain.snapshot import Snapshot
-from router.errors import BadRequest, ModelNotFound, ShuttingDown
-from router.llm_api.inference_request import read_request
+from router.errors import UNREADABLE_JSON, BadRequest, ShuttingDown
 from router.scheduler.placement.explain import gpu_label
 
 PIN, UNPIN = "/llamayard/pin", "/llamayard/unpin"
@@ -60,7 +58,7 @@ async def change_pin(body: bytes, route: str, context: ApiContext, change: Chang
 def _parsed(body: bytes, route: str) -> _Command:
     try:
         command = msgspec.json.decode(body.strip() or b"{}", type=_Command)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE_JSON as error:
         raise BadRequest(f"the body is no command: {error}; {_FORMS}") from error
     if not command.model.strip():
         raise BadRequest(f"model: missing; {_FORMS}")
@@ -73,12 +71,8 @@ def _parsed(body: bytes, route: str) -> _Command:
 
 async def _model(context: ApiContext, written: str, *, must_exist: bool) -> str:
     """The shortest name of the model that the router would serve under that name."""
-    body = json.dumps({"model": written, "messages": [{"role": "user", "content": "?"}]}).encode()
-    request = read_request(context.rules, "/api/chat", body, lambda _: None, ClientIdentity())
-    facts = await context.find_model(request.model) if must_exist else None
-    if must_exist and facts is None:
-        raise ModelNotFound(f"model '{request.model}' not found: see `ollama list`, or pull it")
-    if facts is not None and is_of_attached_engine(facts):
+    request = imagined_request(context, {"model": written})
+    if must_exist and is_of_attached_engine(await context.required_model(request.model)):
         raise BadRequest(f"model '{request.model}' is served by an attached server, which decides where it runs")
     try:
         return shortest(request.model)
