@@ -25,7 +25,12 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Generator[Product]:
     folder = tmp_path_factory.mktemp("logs")
     (folder / "rig.yaml").write_text("gpus: 2x3090\nmodels: [llama3.1:8b]\nspeed: 20\n")
     with running(prepare(folder, {}, None, ("--rig", str(folder / "rig.yaml")))) as router:
+        eventually_sync(lambda: _all_are_ready(router), what="all servers have started")
         yield router
+
+
+def _all_are_ready(product: Product) -> bool:
+    return all(view["state"] == "ready" for view in product.call("GET", "/llamayard/status")[1]["instances"])
 
 
 def _environment(product: Product) -> dict[str, str]:
