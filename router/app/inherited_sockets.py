@@ -9,6 +9,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable, Mapping
 
+from router.app.startup_checks import Address, resolve
 from router.config.endpoint import TcpAddress, UnixAddress
 from router.config.settings import ConfigError
 
@@ -68,12 +69,11 @@ def _is_at(listener: socket.socket, address: TcpAddress | UnixAddress) -> bool:
     return port == address.port and ipaddress.ip_address(host) in _resolved(address.host)
 
 
-def _resolved(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+def _resolved(host: str) -> tuple[Address, ...]:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return resolve(host)
     except OSError:
-        return []
-    return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+        return ()
 
 
 def _text(listener: socket.socket) -> str:

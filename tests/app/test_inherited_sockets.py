@@ -69,3 +69,8 @@ def test_without_a_passed_socket_the_router_binds_its_own(tcp: socket.socket) ->
     found = listen(settings, InheritedSockets([]))
     with contextlib.closing(found.socket):
         assert not found.is_inherited
+
+
+def test_a_host_that_is_no_name_matches_no_socket(tcp: socket.socket) -> None:
+    port = tcp.getsockname()[1]
+    assert InheritedSockets([tcp]).take(TcpAddress("a..b", port)) is None
