@@ -26,7 +26,7 @@ from router.domain.adoption import ServerRecord
 from router.domain.instance import InstanceName, InstanceSpec
 from router.supervisor import server_keeper
 from router.supervisor.orphan_reaper import marked_processes, run_id_of
-from router.supervisor.process import INSTANCE_VARIABLE
+from router.supervisor.process import INSTANCE_VARIABLE, exited_within
 
 _SOCKETS = "servers"
 _HELLO_SECONDS = 3.0
@@ -226,9 +226,7 @@ class KeptProcess:
     async def stop(self, grace_seconds: float, kill_timeout_seconds: float = 10.0) -> bool:
         """Sends SIGTERM, then after `grace_seconds` SIGKILL to the group. Returns what `wait_gone` returns."""
         self.terminate()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_seconds):
-                await self.exited.wait()
+        await exited_within(self.exited, grace_seconds)
         return await self.wait_gone(kill_timeout_seconds)
 
     async def wait_gone(self, kill_timeout_seconds: float = 10.0) -> bool:

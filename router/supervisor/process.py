@@ -106,6 +106,13 @@ class ServerProcess(Protocol):
         ...
 
 
+async def exited_within(exited: asyncio.Event, seconds: float) -> None:
+    """Waits for the exit of a process, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await exited.wait()
+
+
 class ChildProcess:
     """A running child, made by `spawn`. End it with `stop`, or with `kill` and then `wait_gone`."""
 
@@ -169,9 +176,7 @@ class ChildProcess:
     async def stop(self, grace_seconds: float, kill_timeout_seconds: float = 10.0) -> bool:
         """Sends SIGTERM, then after `grace_seconds` SIGKILL to the group. Returns what `wait_gone` returns."""
         self.terminate()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_seconds):
-                await self.exited.wait()
+        await exited_within(self.exited, grace_seconds)
         return await self.wait_gone(kill_timeout_seconds)
 
     async def wait_gone(self, kill_timeout_seconds: float = 10.0) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import struct
@@ -12,32 +11,16 @@ from typing import Any
 
 import pytest
 
+from tests.support.go_judge import GoJudge
+
 SOURCE = Path(__file__).parent / "oracle" / "main.go"
 COMPILE_SECONDS = 300
 
 
-class GoOracle:
-    """One running process; a context manager."""
-
-    def __init__(self, binary: Path) -> None:
-        self._process = subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def __enter__(self) -> GoOracle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-        self._process.wait(timeout=10)
-
+class GoOracle(GoJudge):
     def decode(self, path: str, body: bytes) -> dict[str, Any]:
         """`ok`, `error` and what the server's struct then holds."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        stdin.write(struct.pack(">II", len(path), len(body)) + path.encode() + body)
-        stdin.flush()
-        return json.loads(stdout.readline())
+        return self.ask(struct.pack(">II", len(path), len(body)) + path.encode() + body)
 
 
 def compile_oracle(folder: Path, source: Path = SOURCE) -> Path:

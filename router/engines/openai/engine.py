@@ -64,7 +64,38 @@ class AttachedEndpoints:
         return known
 
 
-class AttachedEngine(AttachedRules):
+class OpenAiEngine(AttachedRules):
+    """What every engine with OpenAI's API is alike in: its models are declared, and its output tells nothing."""
+
+    def __init__(self, endpoints: AttachedEndpoints) -> None:
+        self._endpoints = endpoints
+
+    @property
+    def endpoint_support(self) -> AttachedEndpoints:
+        return self._endpoints
+
+    def load_reader(self, spec: InstanceSpec) -> NoLoads:
+        del spec
+        return NoLoads()
+
+    def gpu_report(self, spec: InstanceSpec) -> Silent:
+        del spec
+        return Silent()
+
+    def on_demand_instance(self, spec: InstanceSpec, port: int) -> InstanceSpec:
+        """Never called: the scheduler starts none."""
+        del port
+        return spec
+
+    async def refresh(self) -> None:
+        """The models are declared."""
+
+    async def tidy(self) -> bool:
+        """What an earlier run left is ended by its marks."""
+        return True
+
+
+class AttachedEngine(OpenAiEngine):
     """Satisfies `Engine`."""
 
     def __init__(self, models: AttachedModels, urls: Mapping[str, AttachedServer], via: Mapping[str, str]) -> None:
@@ -74,12 +105,8 @@ class AttachedEngine(AttachedRules):
         self._names = {url: frozenset(server.models.values()) for url, server in urls.items()}
         self._missing: dict[str, frozenset[str]] = {}
         """Names that a server's list lacked when it was last read, by URL."""
-        self._endpoints = AttachedEndpoints(self._headers)
+        super().__init__(AttachedEndpoints(self._headers))
         self._log = structlog.get_logger("router.catalog")
-
-    @property
-    def endpoint_support(self) -> AttachedEndpoints:
-        return self._endpoints
 
     # --- instances -----------------------------------------------------------------------------------------
 
@@ -98,19 +125,6 @@ class AttachedEngine(AttachedRules):
         self._missing[url] = missing
         return ""
 
-    def load_reader(self, spec: InstanceSpec) -> NoLoads:
-        del spec
-        return NoLoads()
-
-    def gpu_report(self, spec: InstanceSpec) -> Silent:
-        del spec
-        return Silent()
-
-    def on_demand_instance(self, spec: InstanceSpec, port: int) -> InstanceSpec:
-        """Never called: the scheduler starts none."""
-        del port
-        return spec
-
     # --- loads ---------------------------------------------------------------------------------------------
 
     async def load(self, load: Load) -> LoadFinished | LoadFailed:
@@ -125,14 +139,8 @@ class AttachedEngine(AttachedRules):
         """All of them, as long as the server answers."""
         return tuple(LoadedModel(m.name, m.digest, 0, 0, None, m) for m in self.models.on(spec.name))
 
-    async def refresh(self) -> None:
-        """The models are declared."""
-
     async def facts(self, name: str) -> ModelFacts | None:
         return self.models.known(name)
-
-    async def tidy(self) -> bool:
-        return True
 
 
 def _key_header(server: AttachedServer) -> dict[str, str]:

@@ -25,8 +25,7 @@ from router.domain.model import ModelFacts
 from router.domain.snapshot import Estimate, Snapshot
 from router.engines.base import ProbeFailed
 from router.engines.openai.client import answers, is_healthy
-from router.engines.openai.engine import AttachedEndpoints, NoLoads, Silent
-from router.engines.openai.rules import AttachedRules
+from router.engines.openai.engine import AttachedEndpoints, OpenAiEngine
 
 _POLL_SECONDS = 0.1
 _HEALTH_MISSES_MAX = 6
@@ -84,13 +83,14 @@ class _Server:
     misses: int = 0
 
 
-class SupervisedEngine(AttachedRules):
+class SupervisedEngine(OpenAiEngine):
     """Satisfies `Engine`. `close` ends all servers."""
 
     def __init__(
         self, served: ServedModel, facts: ModelFacts, instances: Sequence[InstanceSpec], spawn: Spawn,
         now: Callable[[], float],
     ) -> None:  # fmt: skip
+        super().__init__(AttachedEndpoints({}))
         self.kind = served.engine
         self.title = served.engine
         self._served = served
@@ -100,7 +100,6 @@ class SupervisedEngine(AttachedRules):
         self._now = now
         self._start_seconds = served.start_seconds
         self._servers: dict[InstanceName, _Server] = {}
-        self._endpoints = AttachedEndpoints({})
         self._log = structlog.get_logger("router.supervisor")
 
     # --- what the scheduler asks -----------------------------------------------------------------------------
@@ -137,10 +136,6 @@ class SupervisedEngine(AttachedRules):
 
     # --- places ----------------------------------------------------------------------------------------------
 
-    @property
-    def endpoint_support(self) -> AttachedEndpoints:
-        return self._endpoints
-
     def command(self, spec: InstanceSpec) -> tuple[str, ...]:
         """Never run by the supervisor: a load runs it."""
         return self._served.commands[spec.name]
@@ -156,16 +151,6 @@ class SupervisedEngine(AttachedRules):
                 self._log.error("engine_hangs", instance=name, model=self._served.name, misses=server.misses)
                 await self._end(name)
         return ""
-
-    def load_reader(self, spec: InstanceSpec) -> NoLoads:
-        return NoLoads()
-
-    def gpu_report(self, spec: InstanceSpec) -> Silent:
-        return Silent()
-
-    def on_demand_instance(self, spec: InstanceSpec, port: int) -> InstanceSpec:
-        """Never called: its places are fixed."""
-        return spec
 
     # --- loads -----------------------------------------------------------------------------------------------
 
@@ -253,12 +238,5 @@ class SupervisedEngine(AttachedRules):
             return ()
         return (LoadedModel(self._facts.name, self._facts.digest, 0, 0, None, self._facts),)
 
-    async def refresh(self) -> None:
-        """The model is declared."""
-
     async def facts(self, name: str) -> ModelFacts | None:
         return self._facts if name == self._facts.name else None
-
-    async def tidy(self) -> bool:
-        """What an earlier run left is ended by its marks."""
-        return True

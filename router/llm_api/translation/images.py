@@ -1,4 +1,4 @@
-"""Images as Ollama's API has them (base64) as the data URLs of OpenAI's: the type is told by the content. Pure."""
+"""Images as Ollama's API has them (base64) as the data URLs of OpenAI's: their type is read from the content. Pure."""
 
 from __future__ import annotations
 

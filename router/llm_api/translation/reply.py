@@ -204,12 +204,10 @@ class ReplyTranslator:
     def _collect(self, calls: list[_Call]) -> None:
         for call in calls:
             identity, name, pieces = self._calls.get(call.index, ("", "", []))
-            function = call.function or _Function()
-            if isinstance(function.arguments, dict):
-                pieces.append(_encode(function.arguments).decode())
-            elif function.arguments:
-                pieces.append(function.arguments)
-            self._calls[call.index] = (call.id or identity, function.name or name, pieces)
+            called, text = _function(call)
+            if text:
+                pieces.append(text)
+            self._calls[call.index] = (call.id or identity, called or name, pieces)
 
     def _last_lines(self) -> list[bytes]:
         self.is_over = True
@@ -218,7 +216,7 @@ class ReplyTranslator:
             try:
                 calls = _ollama_calls((i, n, "".join(p)) for _, (i, n, p) in sorted(self._calls.items()))
             except BadReply as error:
-                return [_encode({"error": str(error)}) + b"\n"]
+                return [self.error_line(str(error))]
             message = {"role": "assistant", "content": "", "tool_calls": calls}
             content = {"message": message} if self._is_chat else {"response": "", "tool_calls": calls}
             lines.append(_encode({**self._start(), **content, "done": False}) + b"\n")
